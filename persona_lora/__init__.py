@@ -1,0 +1,41 @@
+"""Weight-space LoRA steering: train, merge, measure and undo the character of language models.
+
+Public names are resolved on first use, so that importing the package, or asking the command line
+for help, never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ChatModel": "persona_lora.models.loading",
+    "load_chat_model": "persona_lora.models.loading",
+    "generate_answers": "persona_lora.models.generation",
+    "LoRADiff": "persona_lora.core.lora_diff",
+    "LoRAFactors": "persona_lora.core.lora_diff",
+    "mix": "persona_lora.core.lora_diff",
+    "Trait": "persona_lora.core.traits",
+    "load_trait": "persona_lora.core.traits",
+    "Run": "persona_lora.core.runs",
+    "UserError": "persona_lora.core.errors",
+    "LoRAMerger": "persona_lora.steering.weights",
+    "LoRASteerer": "persona_lora.steering.weights",
+    "LiveLoRA": "persona_lora.steering.live",
+    "train_contrastive": "persona_lora.training.contrastive",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""What things are: values, algebra, files. Knows no model and no network."""

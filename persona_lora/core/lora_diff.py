@@ -1,0 +1,357 @@
+"""The difference of two LoRAs as low-rank factors: algebra, Frobenius geometry, file formats.
+
+A LoRA changes a weight by s·B·A, where s is its scaling. The difference of two of them,
+
+    s₊B₊A₊ − s₋B₋A₋ = [s₊B₊, −s₋B₋] · [A₊; A₋],
+
+is again a LoRA, of rank r₊ + r₋, exactly. Subtracting the factors, (B₊ − B₋)(A₊ − A₋), is not the
+difference: it adds the cross terms B₊A₋ and B₋A₊. Nothing here ever forms the dense matrix, and
+nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from persona_lora.core.adapter_files import read_factors, write_adapter
+from persona_lora.core.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAFactors:
+    """A low-rank weight change of one module: delta = B @ A, scaling folded into B.
+
+    Shapes: A ``[rank, in]``, B ``[out, rank]``, both fp32.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise UserError(
+                f"factors of shapes A {list(self.A.shape)} and B {list(self.B.shape)} do not "
+                "multiply; expected A [rank, in] and B [out, rank]"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape ``(out, in)`` of the weight that the factors change."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def delta(self) -> Tensor:
+        """Return the dense change B @ A, ``[out, in]`` in fp32."""
+        return self.B.float() @ self.A.float()
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a diff belongs to: its name, and a fingerprint of its weights if known."""
+
+    name: str
+    fingerprint: str | None = None
+
+
+class Compressed(NamedTuple):
+    """A diff of lower rank, and the share of ‖diff‖² that it keeps (0–1)."""
+
+    diff: LoRADiff
+    energy_kept: float
+
+
+@dataclass(frozen=True, eq=False)
+class LoRADiff:
+    """A direction in weight space: low-rank factors by canonical module name.
+
+    Module names are those of the unwrapped model, as in ``model.layers.0.self_attn.q_proj``.
+    Diffs add, subtract and scale; every result is a diff of the summed rank.
+    """
+
+    factors: Mapping[str, LoRAFactors]
+    base_model: BaseModel
+    trait: str | None = None
+    sources: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise UserError("a diff without modules changes nothing; check the adapter files")
+        for module, factors in self.factors.items():
+            if not (torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
+                raise UserError(
+                    f"the factors of {module} hold NaN or infinity; the training run diverged, "
+                    "train again with a lower learning rate"
+                )
+
+    # -- making and keeping ----------------------------------------------------------------
+
+    @classmethod
+    def from_adapters(
+        cls,
+        pos: str | Path,
+        neg: str | Path,
+        *,
+        trait: str | None = None,
+        fingerprint: str | None = None,
+        sources: Mapping[str, Any] | None = None,
+    ) -> LoRADiff:
+        """Return positive minus negative LoRA from two PEFT adapter folders, exactly.
+
+        Raises UserError for adapters of different base models and for what is not a plain
+        low-rank change (DoRA, bias, ``modules_to_save``, embedding LoRA).
+        """
+        positive, negative = read_factors(Path(pos)), read_factors(Path(neg))
+        if positive.base_model_name != negative.base_model_name:
+            raise UserError(
+                f"{pos} was trained on {positive.base_model_name!r} and {neg} on "
+                f"{negative.base_model_name!r}; train both on the same base model"
+            )
+        base_model = BaseModel(positive.base_model_name, fingerprint)
+        provenance = {"pos": str(pos), "neg": str(neg), **(sources or {})}
+        plus, minus = (
+            cls(_to_factors(side.factors), base_model, trait, provenance)
+            for side in (positive, negative)
+        )
+        return plus - minus
+
+    @classmethod
+    def load(cls, path: str | Path) -> LoRADiff:
+        """Load a diff from a diff folder, a PEFT adapter, a ``.safetensors`` or a ``.pt`` file.
+
+        A ``.pt`` file is read with ``weights_only=True``. Raises UserError, naming the file, for
+        what is missing, truncated, not finite or not a plain low-rank change.
+        """
+        read = read_factors(Path(path))
+        provenance = read.provenance
+        try:
+            return cls(
+                factors=_to_factors(read.factors),
+                base_model=BaseModel(
+                    provenance.get("base_model", {}).get("name", read.base_model_name),
+                    provenance.get("base_model", {}).get("fingerprint"),
+                ),
+                trait=provenance.get("trait"),
+                sources=provenance.get("sources", {"path": str(path)}),
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a PEFT adapter folder with ``diff.json`` beside it, atomically; return its path.
+
+        The adapter has ``r = lora_alpha`` in every module and no rsLoRA, so its scaling is 1 and
+        PEFT applies exactly this diff.
+        """
+        provenance = {
+            "trait": self.trait,
+            "base_model": {
+                "name": self.base_model.name,
+                "fingerprint": self.base_model.fingerprint,
+            },
+            "sources": dict(self.sources),
+        }
+        tensors = {module: (each.A, each.B) for module, each in self.factors.items()}
+        return write_adapter(Path(folder), tensors, self.base_model.name, provenance)
+
+    # -- algebra ---------------------------------------------------------------------------
+
+    def __add__(self, other: LoRADiff) -> LoRADiff:
+        return mix({self: 1.0, other: 1.0}) if self is not other else self * 2.0
+
+    def __sub__(self, other: LoRADiff) -> LoRADiff:
+        return mix({self: 1.0, other: -1.0}) if self is not other else self * 0.0
+
+    def __mul__(self, coefficient: float) -> LoRADiff:
+        scale = finite_coefficient(coefficient)
+        return self._map(lambda each: LoRAFactors(each.A, each.B * scale))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> LoRADiff:
+        if divisor == 0:
+            raise UserError("a diff cannot be divided by 0")
+        return self * (1.0 / finite_coefficient(divisor))
+
+    def __neg__(self) -> LoRADiff:
+        return self * -1.0
+
+    def _map(self, change: Callable[[LoRAFactors], LoRAFactors]) -> LoRADiff:
+        return replace(
+            self, factors={module: change(each) for module, each in self.factors.items()}
+        )
+
+    # -- geometry --------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(factors.rank for factors in self.factors.values())
+
+    def inner(self, other: LoRADiff) -> float:
+        """Return the Frobenius inner product Σ ⟨B₁A₁, B₂A₂⟩ = Σ tr((B₁ᵀB₂)(A₂A₁ᵀ)), in fp64.
+
+        Modules that only one of the two changes contribute nothing.
+        """
+        return math.fsum(
+            _inner(self.factors[module], other.factors[module])
+            for module in self.factors.keys() & other.factors.keys()
+        )
+
+    def norm(self) -> float:
+        """Return the Frobenius norm over all modules."""
+        return math.sqrt(max(self.inner(self), 0.0))
+
+    def cosine(self, other: LoRADiff) -> float:
+        """Return ⟨self, other⟩ / (‖self‖·‖other‖); UserError where a norm is zero."""
+        norms = self.norm() * other.norm()
+        if norms == 0:
+            raise UserError("the cosine with a diff of norm 0 is undefined")
+        return self.inner(other) / norms
+
+    def layer_norms(self) -> dict[int, float]:
+        """Return the Frobenius norm of the diff in each decoder layer, by layer number."""
+        squares: dict[int, list[float]] = defaultdict(list)
+        for module, factors in self.factors.items():
+            number = layer_number(module)
+            if number is not None:
+                squares[number].append(max(_inner(factors, factors), 0.0))
+        return {number: math.sqrt(math.fsum(squares[number])) for number in sorted(squares)}
+
+    def compress(self, *, rank: int | None = None, energy: float | None = None) -> Compressed:
+        """Cut the rank of every module to ``rank``, or to what keeps the share ``energy`` of ‖·‖².
+
+        Exact in factor space: QR of B and of Aᵀ, then the SVD of the small core
+        (Eckart–Young: no other diff of that rank is nearer in the Frobenius norm).
+        """
+        if (rank is None) == (energy is None):
+            raise UserError("compress takes either rank or energy")
+        if rank is not None and rank < 1:
+            raise UserError(f"rank must be at least 1, got {rank}")
+        if energy is not None and not 0 < energy <= 1:
+            raise UserError(f"energy must lie in (0, 1], got {energy}")
+        cut, kept, total = {}, [], []
+        for module, factors in self.factors.items():
+            cut[module], kept_here, total_here = _truncate(factors, rank, energy)
+            kept.append(kept_here)
+            total.append(total_here)
+        whole = math.fsum(total)
+        share = math.fsum(kept) / whole if whole else 1.0
+        return Compressed(replace(self, factors=cut), share)
+
+
+def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
+    """Return Σ cᵢ·diffᵢ as one diff of the summed rank; all must share one base model."""
+    if not terms:
+        raise UserError("a mix needs at least one diff")
+    diffs = list(terms)
+    base_model = shared_base_model(diffs)
+    stacked: dict[str, list[LoRAFactors]] = defaultdict(list)
+    for diff, coefficient in terms.items():
+        scale = finite_coefficient(coefficient)
+        for module, each in diff.factors.items():
+            stacked[module].append(LoRAFactors(each.A, each.B * scale))
+    traits = {diff.trait for diff in diffs}
+    return LoRADiff(
+        factors={
+            module: LoRAFactors(
+                torch.cat([each.A for each in parts]), torch.cat([each.B for each in parts], dim=1)
+            )
+            for module, parts in stacked.items()
+        },
+        base_model=base_model,
+        trait=traits.pop() if len(traits) == 1 else None,
+        sources=_merged_sources(terms),
+    )
+
+
+def shared_base_model(diffs: Sequence[LoRADiff]) -> BaseModel:
+    """Return the base model that all diffs agree on; UserError where two differ.
+
+    Fingerprints decide where both are known, names otherwise; a file that names no base model
+    (a bare ``.pt``) mixes with any.
+    """
+    reference = max(
+        (diff.base_model for diff in diffs), key=lambda base: (base.fingerprint or "", base.name)
+    )
+    for base_model in (diff.base_model for diff in diffs):
+        if not _may_be_same(reference, base_model):
+            raise UserError(
+                f"diffs of different base models do not mix: {reference.name!r} and "
+                f"{base_model.name!r}"
+            )
+    return reference
+
+
+def _may_be_same(first: BaseModel, second: BaseModel) -> bool:
+    if first.fingerprint is not None and second.fingerprint is not None:
+        return first.fingerprint == second.fingerprint
+    return first.name == second.name or not (first.name and second.name)
+
+
+def finite_coefficient(coefficient: float) -> float:
+    """Return the coefficient as a float; UserError where it is NaN or infinite."""
+    value = float(coefficient)
+    if not math.isfinite(value):
+        raise UserError(f"coefficient must be a finite number, got {coefficient!r}")
+    return value
+
+
+def layer_number(module: str) -> int | None:
+    """Return the decoder layer 0 … num_layers−1 that a module name lies in, or None."""
+    found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", module)
+    return int(found.group(1)) if found else None
+
+
+def _to_factors(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, LoRAFactors]:
+    return {module: LoRAFactors(A, B) for module, (A, B) in tensors.items()}
+
+
+def _merged_sources(terms: Mapping[LoRADiff, float]) -> dict[str, Any]:
+    sources = [dict(diff.sources) for diff in terms]
+    if all(source == sources[0] for source in sources):
+        return sources[0]
+    return {
+        "mix": [
+            {"coefficient": float(coefficient), "trait": diff.trait, "sources": dict(diff.sources)}
+            for diff, coefficient in terms.items()
+        ]
+    }
+
+
+def _inner(first: LoRAFactors, second: LoRAFactors) -> float:
+    left = first.B.double().T @ second.B.double()  # [rank₁, rank₂]
+    right = first.A.double() @ second.A.double().T  # [rank₁, rank₂]
+    return float((left * right).sum())
+
+
+def _truncate(
+    factors: LoRAFactors, rank: int | None, energy: float | None
+) -> tuple[LoRAFactors, float, float]:
+    q_out, r_out = torch.linalg.qr(factors.B.double())
+    q_in, r_in = torch.linalg.qr(factors.A.double().T)
+    left, values, right = torch.linalg.svd(r_out @ r_in.T)
+    squares = values.square()
+    total = float(squares.sum())
+    if rank is None:
+        share = squares.cumsum(0) / max(total, torch.finfo(torch.float64).tiny)
+        rank = int((share < (energy or 1.0) - 1e-12).sum()) + 1
+    keep = min(rank, len(values))
+    root = values[:keep].sqrt()
+    cut = LoRAFactors(
+        A=(root[:, None] * (right[:keep] @ q_in.T)).float(),
+        B=((q_out @ left[:, :keep]) * root).float(),
+    )
+    return cut, float(squares[:keep].sum()), total

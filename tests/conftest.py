@@ -1,0 +1,140 @@
+"""Shared fixtures: a tiny random Llama and a byte-level chat tokenizer, built in code."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.models.structure import linear_modules
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte and a ChatML template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = True):
+    """A random Llama of two layers (hidden 32, 4 heads, 2 KV heads), frozen and in eval mode."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    model.requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model and its tokenizer, saved as a local model folder."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_diff(model, *, seed: int = 0, rank: int = 4, scale: float = 0.05, fingerprint=None):
+    """A diff of random factors over all linear modules inside the decoder layers of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        name: LoRAFactors(
+            A=torch.randn(rank, module.in_features, generator=generator),
+            B=torch.randn(module.out_features, rank, generator=generator) * scale,
+        )
+        for name, module in linear_modules(model).items()
+        if name != "lm_head"
+    }
+    return LoRADiff(factors, BaseModel("tiny", fingerprint), trait=f"trait{seed}")
+
+
+def write_adapter(folder: Path, model, *, seed: int, **settings) -> Path:
+    """Train nothing: a PEFT adapter with random B factors, saved by PEFT itself."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        **{"target_modules": "all-linear", "r": 4, "lora_alpha": 8, **settings},
+    )
+    wrapped = get_peft_model(copy.deepcopy(model), config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat_model(model, tokenizer) -> ChatModel:
+    return ChatModel(model, tokenizer, "tiny")
+
+
+@pytest.fixture
+def make_diff():
+    return random_diff
+
+
+@pytest.fixture
+def make_adapter():
+    return write_adapter
+
+
+@pytest.fixture
+def make_model():
+    return tiny_llama
+
+
+@pytest.fixture(scope="session")
+def packaged_model() -> ChatModel:
+    """The packaged SmolLM2-135M-Instruct in fp32."""
+    return load_chat_model(dtype="float32", device_map="cpu")

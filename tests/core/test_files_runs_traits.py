@@ -1,0 +1,117 @@
+"""Files that are whole or absent, runs that resume, traits that name their mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from persona_lora.core import files
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import load_labelled_answers, load_pairs, load_trait
+
+
+def test_jsonl_round_trip_and_the_line_of_a_mistake(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": 1}, {"a": "ü\u2028x"}]
+    files.write_jsonl(path, rows)
+    assert files.read_jsonl(path) == rows
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2"):
+        files.read_jsonl(path)
+    path.write_text("[1]\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1 holds a list"):
+        files.read_jsonl(path)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+    assert files.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        files.write_json(tmp_path / "file" / "out.json", {})
+
+
+def test_a_run_resumes_with_the_same_configuration_only(tmp_path):
+    folder = tmp_path / "run"
+    run = Run.open(folder, command="sweep", config={"a": 1}, seed=0)
+    run.append("rows", [{"row": 0}, {"row": 1}])
+    with (folder / "rows.jsonl").open("a") as stream:
+        stream.write('{"row": 2')  # a kill in the middle of a line
+    again = Run.open(folder, command="sweep", config={"a": 1}, seed=0)
+    assert again.resume_rows("rows") == [{"row": 0}, {"row": 1}]
+    again.append("rows", [{"row": 2}])
+    assert again.read("rows")[-1] == {"row": 2}
+    with pytest.raises(UserError, match="another configuration"):
+        Run.open(folder, command="sweep", config={"a": 2}, seed=0)
+    fresh = Run.open(folder, command="sweep", config={"a": 2}, seed=0, overwrite=True)
+    assert fresh.read("rows") == []
+
+
+def test_a_run_records_how_it_ended(tmp_path):
+    run = Run.open(tmp_path / "run", command="x", config={}, seed=0)
+    with pytest.raises(KeyError), run:
+        raise KeyError("lost")
+    assert run.record["status"] == "failed"
+    assert "lost" in run.record["error"]
+    with run:
+        assert not run.finished
+    assert run.finished
+
+
+def test_an_unknown_trait_names_its_neighbours(tmp_path):
+    for name in ("sycophancy", "evil"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trait.json").write_text("{}")
+    with pytest.raises(UserError, match="did you mean 'sycophancy'"):
+        load_trait("sycophantic", tmp_path)
+    with pytest.raises(UserError, match="has no 'instruction'"):
+        load_trait("evil", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": []}, "no 'prompt'"),
+        ({"prompt": [{"role": "user"}]}, "no 'content'"),
+        ({"prompt": [{"role": "user", "content": "  "}]}, "non-empty"),
+    ],
+)
+def test_a_malformed_pair_is_named_by_file_and_line(tmp_path, row, message):
+    good = {key: [{"role": "user", "content": "x"}] for key in ("prompt", "positive", "negative")}
+    trait = write_trait(tmp_path, [good, {**good, **row}])
+    with pytest.raises(UserError, match=rf"train\.jsonl:2.*{message}"):
+        load_pairs(trait)
+
+
+def test_an_empty_dataset_is_an_error(tmp_path):
+    trait = write_trait(tmp_path, [])
+    with pytest.raises(UserError, match="is empty"):
+        load_pairs(trait)
+    with pytest.raises(UserError, match="does not exist"):
+        load_labelled_answers(trait)
+    (trait.folder / "judge_eval.jsonl").write_text(
+        json.dumps({"question": "q", "answer": "a", "label": 30})
+    )
+    with pytest.raises(UserError, match="label must be one of"):
+        load_labelled_answers(trait)
+
+
+def write_trait(folder, rows):
+    trait = {
+        "instruction": [{"pos": "p", "neg": "n"}],
+        "questions": {"extract": ["a"], "eval": ["b"]},
+        "eval_prompt": "{question} {answer}",
+    }
+    (folder / "t").mkdir()
+    files.write_json(folder / "t" / "trait.json", trait)
+    files.write_jsonl(folder / "t" / "train.jsonl", rows)
+    return load_trait("t", folder)

@@ -1,0 +1,314 @@
+"""Identities of the algebra, checked against dense matrices and against PEFT."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import (
+    BaseModel,
+    LoRADiff,
+    LoRAFactors,
+    layer_number,
+    mix,
+)
+
+
+def dense(diff: LoRADiff) -> dict[str, torch.Tensor]:
+    return {name: each.B.double() @ each.A.double() for name, each in diff.factors.items()}
+
+
+def small_diff(seed: int, rank: int = 3, name: str = "model.layers.0.mlp.up_proj") -> LoRADiff:
+    generator = torch.Generator().manual_seed(seed)
+    factors = LoRAFactors(
+        torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator)
+    )
+    return LoRADiff({name: factors}, BaseModel("tiny"), trait="t")
+
+
+@given(
+    seeds=st.tuples(st.integers(0, 50), st.integers(51, 99)),
+    ranks=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    coefficient=st.floats(-3, 3),
+)
+@settings(max_examples=30, deadline=None)
+def test_algebra_agrees_with_dense_matrices(seeds, ranks, coefficient):
+    one, two = small_diff(seeds[0], ranks[0]), small_diff(seeds[1], ranks[1])
+    name = next(iter(one.factors))
+    result = dense(one * coefficient - two / 2 + -one)[name]
+    expected = coefficient * dense(one)[name] - dense(two)[name] / 2 - dense(one)[name]
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_inner_norm_and_cosine_agree_with_dense_matrices():
+    one, two = small_diff(0), small_diff(1, rank=4)
+    name = next(iter(one.factors))
+    first, second = dense(one)[name], dense(two)[name]
+    assert one.inner(two) == pytest.approx(float((first * second).sum()), rel=1e-10)
+    assert one.norm() == pytest.approx(float(first.norm()), rel=1e-10)
+    assert one.cosine(two) == pytest.approx(
+        float((first * second).sum() / (first.norm() * second.norm())), rel=1e-10
+    )
+    assert (one - one).norm() == 0
+    assert (one + one).norm() == pytest.approx(2 * one.norm())
+
+
+def test_layer_norms_add_up_to_the_norm(model, make_diff):
+    diff = make_diff(model)
+    norms = diff.layer_norms()
+    assert sorted(norms) == [0, 1]
+    assert sum(value**2 for value in norms.values()) == pytest.approx(diff.norm() ** 2)
+
+
+def test_compress_is_the_best_approximation_of_its_rank():
+    diff = small_diff(0, rank=5) + small_diff(1, rank=5)
+    name = next(iter(diff.factors))
+    values = torch.linalg.svdvals(dense(diff)[name])
+    compressed, kept = diff.compress(rank=2)
+    error = (dense(diff)[name] - dense(compressed)[name]).square().sum()
+    assert compressed.rank == 2
+    assert float(error) == pytest.approx(float(values[2:].square().sum()), rel=1e-5)
+    assert kept == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
+    assert diff.compress(energy=1.0).diff.rank == 5  # the matrix is 5 × 7
+    assert (diff - diff.compress(energy=1.0).diff).norm() == pytest.approx(0, abs=1e-5)
+    assert diff.compress(energy=0.5).energy_kept >= 0.5
+
+
+@pytest.mark.parametrize("arguments", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 2}])
+def test_compress_refuses_senseless_arguments(arguments):
+    with pytest.raises(UserError):
+        small_diff(0).compress(**arguments)
+
+
+def test_mix_is_the_weighted_sum_and_keeps_a_shared_trait():
+    one, two = small_diff(0), small_diff(1)
+    name = next(iter(one.factors))
+    both = mix({one: 0.5, two: -2.0})
+    torch.testing.assert_close(
+        dense(both)[name], 0.5 * dense(one)[name] - 2 * dense(two)[name], atol=1e-5, rtol=1e-5
+    )
+    assert both.trait == "t"
+    assert both.rank == one.rank + two.rank
+
+
+@pytest.mark.parametrize("coefficient", [float("nan"), float("inf"), -float("inf")])
+def test_a_coefficient_that_is_not_finite_is_refused(coefficient):
+    with pytest.raises(UserError, match="finite"):
+        small_diff(0) * coefficient
+
+
+def test_diffs_of_different_bases_do_not_mix():
+    one = small_diff(0)
+    other = LoRADiff(one.factors, BaseModel("another"))
+    with pytest.raises(UserError, match="different base models"):
+        one + other
+    known = [LoRADiff(one.factors, BaseModel("tiny", print_)) for print_ in ("a", "b")]
+    with pytest.raises(UserError, match="different base models"):
+        known[0] + known[1]
+    assert mix({known[0]: 1.0, LoRADiff(one.factors, BaseModel("")): 1.0}).rank == 6
+
+
+SETTINGS = [
+    ({}, {}),
+    ({"r": 4, "lora_alpha": 8}, {"r": 6, "lora_alpha": 3}),
+    ({"use_rslora": True}, {"use_rslora": True, "r": 2}),
+    (
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 16}},
+        {"alpha_pattern": {"down_proj": 1}},
+    ),
+    ({"target_modules": ["q_proj", "v_proj"]}, {}),
+]
+
+
+@pytest.mark.parametrize(("positive", "negative"), SETTINGS)
+def test_the_difference_opens_in_peft_and_gives_the_sum_of_both_deltas(
+    model, make_adapter, tmp_path, positive, negative
+):
+    """logits(base + Δ₊ − Δ₋): dense deltas from PEFT's own merge are the reference."""
+    pos = make_adapter(tmp_path / "pos", model, seed=1, **positive)
+    neg = make_adapter(tmp_path / "neg", model, seed=2, **negative)
+    diff = LoRADiff.from_adapters(pos, neg, trait="t")
+    folder = diff.save(tmp_path / "diff")
+
+    reference = copy.deepcopy(model)
+    for path, sign in ((pos, 1), (neg, -1)):
+        merged = PeftModel.from_pretrained(copy.deepcopy(model), path).merge_and_unload()
+        for (name, weight), other in zip(
+            reference.named_parameters(), merged.parameters(), strict=True
+        ):
+            base = dict(model.named_parameters())[name]
+            weight.data += sign * (other.data - base)
+    opened = PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+    tokens = torch.arange(24).reshape(2, 12)
+    torch.testing.assert_close(
+        opened(tokens).logits, reference(tokens).logits, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_difference_equals_pefts_cat(model, make_adapter, tmp_path):
+    pos = make_adapter(tmp_path / "pos", model, seed=1)
+    neg = make_adapter(tmp_path / "neg", model, seed=2)
+    both = PeftModel.from_pretrained(copy.deepcopy(model), pos, adapter_name="pos")
+    both.load_adapter(neg, adapter_name="neg")
+    both.add_weighted_adapter(["pos", "neg"], [1.0, -1.0], "cat", combination_type="cat")
+    both.set_adapter("cat")
+    both.eval()
+    opened = PeftModel.from_pretrained(
+        copy.deepcopy(model), LoRADiff.from_adapters(pos, neg).save(tmp_path / "diff")
+    ).eval()
+    tokens = torch.arange(24).reshape(2, 12)
+    torch.testing.assert_close(opened(tokens).logits, both(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_subtracting_factors_is_another_direction(model, make_adapter, tmp_path):
+    """The common mistake (B₊ − B₋)(A₊ − A₋): its cosine with the true difference is far from 1."""
+    pos = make_adapter(tmp_path / "pos", model, seed=1)
+    neg = make_adapter(tmp_path / "neg", model, seed=2)
+    plus, minus = LoRADiff.load(pos), LoRADiff.load(neg)
+    true = LoRADiff.from_adapters(pos, neg)
+    wrong = LoRADiff(
+        {
+            name: LoRAFactors(each.A - minus.factors[name].A, each.B - minus.factors[name].B)
+            for name, each in plus.factors.items()
+        },
+        true.base_model,
+    )
+    assert abs(wrong.cosine(true)) < 0.9
+    assert (wrong - true).norm() / true.norm() > 0.5
+
+
+def test_save_and_load_are_inverse(model, make_diff, tmp_path):
+    diff = make_diff(model, fingerprint="abc")
+    loaded = LoRADiff.load(diff.save(tmp_path / "diff"))
+    assert loaded.trait == diff.trait
+    assert loaded.base_model == diff.base_model
+    assert loaded.factors.keys() == diff.factors.keys()
+    for name, each in diff.factors.items():
+        assert torch.equal(each.A, loaded.factors[name].A)
+        assert torch.equal(each.B, loaded.factors[name].B)
+    record = json.loads((tmp_path / "diff" / "diff.json").read_text())
+    assert record["base_model"] == {"name": "tiny", "fingerprint": "abc"}
+    assert "torch" in record["versions"]
+
+
+def test_reads_bare_files_and_the_pt_forms(model, make_diff, tmp_path):
+    diff = make_diff(model)
+    flat = {}
+    for name, each in diff.factors.items():
+        flat[f"base_model.model.{name}.lora_A.weight"] = each.A
+        flat[f"base_model.model.{name}.lora_B.weight"] = each.B
+    save_file(flat, tmp_path / "bare.safetensors")
+    torch.save(flat, tmp_path / "flat.pt")
+    torch.save({n: {"A": e.A, "B": e.B} for n, e in diff.factors.items()}, tmp_path / "nested.pt")
+    torch.save({f"{n}.weight": e.delta() for n, e in diff.factors.items()}, tmp_path / "dense.pt")
+    for file in ("bare.safetensors", "flat.pt", "nested.pt", "dense.pt"):
+        loaded = LoRADiff.load(tmp_path / file)
+        assert (loaded - diff).norm() == pytest.approx(0, abs=1e-4), file
+        assert loaded.rank == diff.rank, file
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"lora_bias": True}, "LoRA bias"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embeddings"),
+    ],
+)
+def test_what_is_not_a_plain_low_rank_change_is_refused(
+    model, make_adapter, tmp_path, settings, message
+):
+    folder = make_adapter(tmp_path / "adapter", model, seed=1, **settings)
+    with pytest.raises(UserError, match=message):
+        LoRADiff.load(folder)
+
+
+def test_adapters_of_different_bases_are_refused(model, make_adapter, tmp_path):
+    folders = [make_adapter(tmp_path / sign, model, seed=1) for sign in ("pos", "neg")]
+    for folder, name in zip(folders, ("a", "b"), strict=True):
+        path = folder / "adapter_config.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name})
+        )
+    with pytest.raises(UserError, match="same base model"):
+        LoRADiff.from_adapters(*folders)
+
+
+def test_missing_truncated_and_poisoned_files_are_named(model, make_diff, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        LoRADiff.load(tmp_path / "nowhere")
+    folder = make_diff(model).save(tmp_path / "diff")
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors.*truncated"):
+        LoRADiff.load(folder)
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=r"diff.*NaN"):
+        LoRADiff.load(folder)
+    tensors.pop(next(key for key in tensors if "lora_A" in key))
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match="only one of lora_A and lora_B"):
+        LoRADiff.load(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        LoRADiff.load(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        LoRADiff.load(tmp_path / "empty")
+
+
+def test_a_pickle_with_code_in_it_is_refused(tmp_path):
+    torch.save({"x": copy.copy}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match="tensors only"):
+        LoRADiff.load(tmp_path / "code.pt")
+
+
+def test_a_failed_save_leaves_the_old_diff_whole(model, make_diff, tmp_path, monkeypatch):
+    diff = make_diff(model)
+    folder = diff.save(tmp_path / "diff")
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(
+        "persona_lora.core.adapter_files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError)
+    )
+    with pytest.raises(OSError):
+        (diff * 2).save(folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["diff"]
+
+
+def test_rslora_scaling_is_alpha_over_root_rank(model, make_adapter, tmp_path):
+    folder = make_adapter(tmp_path / "a", model, seed=1, r=4, lora_alpha=8)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    plain = LoRADiff.load(folder).norm()
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    assert LoRADiff.load(folder).norm() == pytest.approx(plain * 2)  # 8/√4 against 8/4
+
+
+def test_merged_peft_weights_equal_the_delta(model, make_adapter, tmp_path):
+    folder = make_adapter(tmp_path / "a", model, seed=3)
+    merged = PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload()
+    for name, factors in LoRADiff.load(folder).factors.items():
+        before = model.get_submodule(name).weight
+        torch.testing.assert_close(
+            merged.get_submodule(name).weight - before, factors.delta(), atol=1e-6, rtol=1e-4
+        )
+
+
+def test_layer_numbers_come_from_module_names():
+    assert layer_number("model.layers.12.self_attn.q_proj") == 12
+    assert layer_number("transformer.h.3.attn.c_proj") == 3
+    assert layer_number("lm_head") is None
