@@ -1,0 +1,1 @@
+"""Touching a model: loading, structure, generation."""

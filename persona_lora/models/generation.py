@@ -1,0 +1,258 @@
+"""Batched, seeded generation of answers.
+
+Knows batching, padding and sampling; refuses to know what steers the model. A steerer that needs
+to know which rows are in the current batch passes ``prepare_batch``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from persona_lora.core.chat import Conversation
+from persona_lora.core.errors import UserError
+from persona_lora.models.loading import ChatModel
+
+logger = logging.getLogger(__name__)
+
+LARGEST_BATCH = 256
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer: the prompt text it continues, its text, its length, and whether it ended."""
+
+    prompt: str
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+def generate_answers(
+    chat_model: ChatModel,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 80,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streams: Sequence[int] | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    prepare_batch: Callable[[Sequence[int]], None] | None = None,
+    on_batch: Callable[[Sequence[int], Sequence[Generated]], None] | None = None,
+    progress: Progress | None = None,
+) -> list[Generated]:
+    """Answer every conversation; the result has the order of the input.
+
+    Batches are left-padded and sorted by length, longest first. ``temperature`` 0 is greedy.
+    ``prepare_batch`` is called with the row numbers of each batch before it runs, ``on_batch``
+    with the row numbers and answers after it, ``progress`` with tokens done and tokens planned.
+
+    Each row samples from a random stream of its own, seeded by ``seed`` and by its entry in
+    ``streams`` (its row number by default; rows with equal entries share their random numbers).
+    So a row's sample does not depend on its batch neighbours as far as the logits do not: a batch
+    of another shape may sum in another order, and a difference in the last bits turns a token
+    only when the drawn number falls between the two (rare in fp32, now and then in bf16).
+
+    A batch that runs out of memory is split in half and tried again; UserError when a single row
+    does not fit.
+    """
+    if not conversations:
+        raise UserError("there are no conversations to answer; the list of questions is empty")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature}")
+    prompts = [chat_model.render(conversation) for conversation in conversations]
+    tokens: list[list[int]] = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
+    size = (
+        _affordable_rows(chat_model, len(tokens[order[0]]) + max_new_tokens)
+        if batch_size == "auto"
+        else batch_size
+    )
+    if size < 1:
+        raise UserError(f"batch_size must be at least 1 or auto, got {batch_size}")
+    job = _Job(
+        chat_model,
+        prompts,
+        tokens,
+        list(streams) if streams is not None else list(range(len(tokens))),
+        max_new_tokens,
+        temperature,
+        seed,
+        prepare_batch,
+        progress,
+    )
+    answers: dict[int, Generated] = {}
+    while len(answers) < len(order):
+        rows = order[len(answers) : len(answers) + size]
+        try:
+            batch = job.run(rows, done_rows=len(answers))
+        except RuntimeError as error:
+            size = _smaller_batch(len(rows), error)
+            continue
+        answers.update(zip(rows, batch, strict=True))
+        if on_batch is not None:
+            on_batch(rows, batch)
+    return [answers[row] for row in range(len(tokens))]
+
+
+def _smaller_batch(size: int, error: RuntimeError) -> int:
+    """Return half of a batch size that ran out of memory; raise any other error."""
+    if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error).lower():
+        raise error
+    if size == 1:
+        raise UserError(
+            "one row alone runs out of memory; use fewer new tokens, a shorter prompt, or a "
+            "smaller dtype"
+        ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    logger.warning("out of memory with %d rows; going on with %d", size, size // 2)
+    return size // 2
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all batches of one call share."""
+
+    chat_model: ChatModel
+    prompts: list[str]
+    tokens: list[list[int]]
+    streams: list[int]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    prepare_batch: Callable[[Sequence[int]], None] | None
+    progress: Progress | None
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[int], *, done_rows: int) -> list[Generated]:
+        """Answer the rows as one batch."""
+        if self.prepare_batch is not None:
+            self.prepare_batch(rows)
+        model, tokenizer = self.chat_model.model, self.chat_model.tokenizer
+        batch = tokenizer.pad(
+            {"input_ids": [self.tokens[row] for row in rows]},
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        processors = LogitsProcessorList()
+        if self.temperature > 0:
+            streams = [self.streams[row] for row in rows]
+            processors.append(
+                SeededSampler(streams, self.seed, self.temperature, self.max_new_tokens)
+            )
+        if self.progress is not None:
+            processors.append(_ProgressCounter(self.progress, done_rows, len(rows), self))
+        output = model.generate(
+            **batch,
+            logits_processor=processors,
+            generation_config=_generation_config(self.chat_model, self.max_new_tokens),
+        )
+        new = output[:, batch["input_ids"].shape[1] :].tolist()
+        ends = _end_tokens(self.chat_model)
+        return [
+            _generated(self.prompts[row], ids, ends, self.chat_model)
+            for row, ids in zip(rows, new, strict=True)
+        ]
+
+
+class SeededSampler(LogitsProcessor):
+    """Samples by inverse transform with one uniform number per row and step, drawn beforehand.
+
+    A row's numbers depend on ``seed`` and its stream alone. The drawn token is left as the only
+    possible one, so that greedy decoding takes it.
+    """
+
+    def __init__(
+        self, streams: Sequence[int], seed: int, temperature: float, num_steps: int
+    ) -> None:
+        self.temperature = temperature
+        self.step = 0
+        generator = torch.Generator()
+        drawn = {}
+        for stream in set(streams):
+            generator.manual_seed((seed * 1_000_003 + stream) % 2**63)
+            drawn[stream] = torch.rand(num_steps, generator=generator)
+        self.uniform = torch.stack([drawn[stream] for stream in streams])  # [rows, steps]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores ``[rows, vocabulary]`` of −∞ but for the drawn token of each row."""
+        weights = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(dim=-1)
+        uniform = self.uniform[:, self.step, None].to(scores.device)
+        self.step += 1
+        token = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
+        token = token.clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+class _ProgressCounter(LogitsProcessor):
+    def __init__(self, progress: Progress, done_rows: int, batch_rows: int, job: _Job) -> None:
+        self.progress = progress
+        self.done = done_rows * job.max_new_tokens
+        self.batch_rows = batch_rows
+        self.total = len(job.tokens) * job.max_new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.done += self.batch_rows
+        self.progress(self.done, self.total)
+        return scores
+
+
+def _generation_config(chat_model: ChatModel, max_new_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=chat_model.tokenizer.pad_token_id,
+        eos_token_id=sorted(_end_tokens(chat_model)),
+        use_cache=True,
+    )
+
+
+def _end_tokens(chat_model: ChatModel) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's and the model's own."""
+    configured = chat_model.model.generation_config.eos_token_id
+    ends = {chat_model.tokenizer.eos_token_id}
+    ends |= set(configured) if isinstance(configured, list) else {configured}
+    return {end for end in ends if end is not None}
+
+
+def _generated(prompt: str, ids: list[int], ends: set[int], chat_model: ChatModel) -> Generated:
+    length = next((index for index, token in enumerate(ids) if token in ends), None)
+    text = chat_model.tokenizer.decode(ids[:length], skip_special_tokens=True)
+    return Generated(
+        prompt=prompt,
+        text=text.strip(),
+        num_tokens=len(ids) if length is None else length,
+        finished=length is not None,
+    )
+
+
+def _affordable_rows(chat_model: ChatModel, length: int) -> int:
+    """Return how many rows of ``length`` tokens fit into half of the free memory."""
+    config = chat_model.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    item = chat_model.model.dtype.itemsize
+    cache = 2 * config.num_hidden_layers * heads * head_size * length * item
+    logits = 4 * 4 * config.vocab_size
+    activations = 8 * max(config.hidden_size, config.intermediate_size) * length * item
+    return max(1, min(LARGEST_BATCH, int(_free_memory() / 2) // (cache + logits + activations)))
+
+
+def _free_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

