@@ -1,0 +1,1 @@
+"""Putting a persona into a model, and taking it out."""

@@ -1,0 +1,193 @@
+"""Live LoRA: diffs held beside the weights, with a coefficient vector for every batch row.
+
+The K diffs of a module are concatenated into one basis, and the output becomes
+
+    y = Wx + B·((A·x) ∘ S[row]),    A [R, in], B [out, R], S [rows, R],
+
+with R the summed rank and S the row's coefficient repeated over each diff's rank. One batched
+generation thus answers for many coefficient settings at once. W is never touched, so this works
+on frozen, quantised and tied weights and there is nothing to restore; it stays valid with a KV
+cache as long as a row keeps its coefficients, which it does within one generation.
+
+Modules that read the same input (q, k, v; gate, up) share one product A·x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff, finite_coefficient, shared_base_model
+from persona_lora.models.structure import input_groups, weight_of
+from persona_lora.steering.placement import check_base_model, find_modules
+
+
+class LiveLoRA:
+    """Context manager: adds diffs to the outputs of linear modules, with coefficients per row.
+
+    ``coefficients`` is ``[rows, K]``: one vector over the K ``diffs`` for every row that will be
+    generated. With a single row of coefficients every batch row gets the same. With several,
+    ``select_rows`` must name the rows of a batch before it runs: pass it as ``prepare_batch`` to
+    ``generate_answers``. A row of zeros gives the bits of the unsteered model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        diffs: Sequence[LoRADiff],
+        coefficients: Sequence[Sequence[float]],
+        *,
+        allow_other_base: bool = False,
+    ) -> None:
+        if not diffs:
+            raise UserError("live LoRA needs at least one diff")
+        self.model = model
+        self.diffs = list(diffs)
+        self.coefficients = _coefficient_matrix(coefficients, len(self.diffs))
+        shared_base_model(self.diffs)
+        check_base_model(model, self.diffs, allow_other_base=allow_other_base)
+        self._modules = {
+            name: module
+            for diff in self.diffs
+            for name, module in find_modules(model, diff).items()
+        }
+        self._selection = _Selection(self.coefficients)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for members in input_groups(self._modules):
+            modules = {name: self._modules[name] for name in members}
+            group = _SharedInput(modules, self.diffs, self._selection)
+            self._handles += [
+                module.register_forward_hook(_AddDelta(group, name))
+                for name, module in modules.items()
+            ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Say which rows of ``coefficients`` the next batch consists of, in its order."""
+        self._selection.choose(rows)
+
+
+def _coefficient_matrix(coefficients: Sequence[Sequence[float]], num_diffs: int) -> Tensor:
+    rows = [[finite_coefficient(value) for value in row] for row in coefficients]
+    if not rows or any(len(row) != num_diffs for row in rows):
+        lengths = sorted({len(row) for row in rows})
+        raise UserError(
+            f"coefficients must be [rows, {num_diffs}], one value a diff; "
+            f"got {len(rows)} rows of lengths {lengths}"
+        )
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+class _Selection:
+    """The coefficients of the current batch, expanded once for each layout and device."""
+
+    def __init__(self, coefficients: Tensor) -> None:
+        self.all = coefficients  # [rows, K]
+        self.chosen = coefficients  # [batch, K]
+        self._expanded: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    def choose(self, rows: Sequence[int]) -> None:
+        self.chosen = self.all[list(rows)] if len(self.all) > 1 else self.all
+        self._expanded.clear()
+
+    def scale(self, columns: tuple[int, ...], device: torch.device, batch: int) -> Tensor:
+        """Return S ``[batch or 1, 1, R]`` for a basis whose column j belongs to diff columns[j]."""
+        if len(self.chosen) not in (1, batch):
+            raise UserError(
+                f"live LoRA holds coefficients for {len(self.chosen)} rows, the batch has {batch}; "
+                "call select_rows with the rows of each batch"
+            )
+        key = (columns, device)
+        if key not in self._expanded:
+            self._expanded[key] = self.chosen[:, list(columns)].to(device)[:, None, :]
+        return self._expanded[key]
+
+
+_NOTHING = torch.empty(0)
+
+
+class _SharedInput:
+    """The stacked A factors of modules that read one input, and their product with it."""
+
+    def __init__(
+        self, modules: dict[str, nn.Module], diffs: Sequence[LoRADiff], selection: _Selection
+    ) -> None:
+        self.selection = selection
+        self.up: dict[str, Tensor] = {}  # Bᵀ, [R of the module, out]
+        self.span: dict[str, slice] = {}
+        self._served: set[str] = set()
+        self._input = self._product = _NOTHING
+        down: list[Tensor] = []
+        columns: list[int] = []
+        for name, module in modules.items():
+            B, start = [], len(columns)
+            for index, diff in enumerate(diffs):
+                if name in diff.factors:
+                    factors = diff.factors[name]
+                    down.append(factors.A)
+                    B.append(factors.B)
+                    columns += [index] * factors.rank
+            self.span[name] = slice(start, len(columns))
+            self.up[name] = _placed(torch.cat(B, dim=1).T, module)
+        self.columns = tuple(columns)
+        self.down = _placed(torch.cat(down), next(iter(modules.values())))  # [R, in]
+
+    def product(self, name: str, inputs: Tensor) -> Tensor:
+        """Return (A·x) ∘ S for one member; computed once for all members of the group."""
+        if inputs is not self._input or name in self._served:
+            scale = self.selection.scale(self.columns, inputs.device, inputs.shape[0])
+            product = functional.linear(inputs.to(self.down.dtype), self.down)
+            if torch.is_grad_enabled():
+                product = (product * scale).to(self.down.dtype)
+            else:
+                product.mul_(scale)  # in fp32, rounded once
+            self._input, self._product = inputs, product
+            self._served.clear()
+        self._served.add(name)
+        span = self._product[..., self.span[name]]
+        if len(self._served) == len(self.span):  # the last member: let the tensors go
+            self._input = self._product = _NOTHING
+            self._served.clear()
+        return span
+
+
+class _AddDelta:
+    """The forward hook of one module: output + B·((A·x) ∘ S)."""
+
+    def __init__(self, group: _SharedInput, name: str) -> None:
+        self.group = group
+        self.name = name
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        product = self.group.product(self.name, arguments[0])
+        up = self.group.up[self.name]
+        if torch.is_grad_enabled() or output.dtype != up.dtype or not output.is_contiguous():
+            return output + (product @ up).to(output.dtype)
+        # In place: the output is fresh from the module and belongs to nobody else yet.
+        output.view(-1, output.shape[-1]).addmm_(product.flatten(0, -2), up)
+        return output
+
+
+def _placed(factor: Tensor, module: nn.Module) -> Tensor:
+    """Return a factor on the module's device, in its dtype where that is a plain float."""
+    weight = weight_of(module)
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    return factor.to(weight.device, dtype).contiguous()

@@ -1,0 +1,120 @@
+"""Which modules of a model a diff belongs to: found, of the right shape, of the right model.
+
+A diff that silently touches nothing is the commonest bug of weight steering, so every module of a
+diff must find its weight, or nothing is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.models.structure import linear_modules, tied_names, weight_fingerprint
+
+DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class MergedState:
+    """What is remembered of a model while diffs are merged into it."""
+
+    fingerprint: str
+    mergers: list[int] = field(default_factory=list)
+
+
+# The unmerged fingerprint has to outlive the merge: a diff that goes on top of another belongs to
+# the model as it was before both.
+MERGED: WeakKeyDictionary[nn.Module, MergedState] = WeakKeyDictionary()
+
+
+def as_diff(lora_diff: LoRADiff | str | Path) -> LoRADiff:
+    """Return the diff itself, or the one loaded from a path."""
+    return lora_diff if isinstance(lora_diff, LoRADiff) else LoRADiff.load(lora_diff)
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint of a model's weights as they are without any merged diff."""
+    state = MERGED.get(model)
+    return state.fingerprint if state is not None else weight_fingerprint(model)
+
+
+def check_base_model(
+    model: nn.Module, diffs: Iterable[LoRADiff], *, allow_other_base: bool
+) -> None:
+    """Raise UserError when a diff was made for a model of other weights."""
+    if allow_other_base:
+        return
+    fingerprint = base_fingerprint(model)
+    for diff in diffs:
+        expected = diff.base_model.fingerprint
+        if expected is not None and expected != fingerprint:
+            raise UserError(
+                f"the diff belongs to {diff.base_model.name!r} (weights {expected[:8]}…), but this "
+                f"model's weights are {fingerprint[:8]}…; load that model, or pass "
+                "allow_other_base=True (--allow-other-base) if you mean it"
+            )
+
+
+def find_modules(model: nn.Module, diff: LoRADiff) -> dict[str, nn.Module]:
+    """Return the linear module of the model for every module of the diff.
+
+    Raises UserError when one is missing or has another shape.
+    """
+    linear = linear_modules(model)
+    missing = [name for name in diff.factors if name not in linear]
+    if missing:
+        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise UserError(
+            f"{len(missing)} of the {len(diff.factors)} modules of the diff find no weight in this "
+            f"{type(model).__name__} ({shown}); the diff was made for another architecture"
+        )
+    for name, factors in diff.factors.items():
+        shape = (linear[name].out_features, linear[name].in_features)
+        if factors.shape != shape:
+            raise UserError(
+                f"{name} is {list(shape)} in the model and {list(factors.shape)} in the diff; "
+                "the diff was made for a model of another size"
+            )
+    return {name: linear[name] for name in diff.factors}
+
+
+def check_writable(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Raise UserError for a weight that cannot be rewritten in place and restored exactly."""
+    tied = tied_names(model)
+    for name, module in modules.items():
+        weight = module.weight
+        problem = _why_not_writable(weight, (module.out_features, module.in_features))
+        if name in tied:
+            problem = (
+                f"shares its tensor with {', '.join(tied[name])}, which a merge would change too; "
+                "train the diff without this module"
+            )
+        if problem is not None:
+            raise UserError(f"{name}.weight {problem}")
+
+
+def _why_not_writable(weight: object, shape: tuple[object, object]) -> str | None:
+    live = "hold the diff live instead (LiveLoRA, --mode live)"
+    if not isinstance(weight, Tensor):
+        return f"is a {type(weight).__name__}, not a tensor; {live}"
+    if weight.device.type == "meta":
+        return "is on the meta device and holds no numbers; load the model onto a real device"
+    if type(weight.data) is not Tensor:
+        return f"is a sharded or quantised {type(weight.data).__name__}; {live}"
+    if weight.dtype not in DENSE_DTYPES:
+        return f"is quantised ({weight.dtype}), and merging would quantise it again; {live}"
+    if tuple(weight.shape) != shape:
+        return f"holds {list(weight.shape)} of its {list(shape)} (packed or sharded); {live}"
+    if weight.requires_grad:
+        return (
+            "is trainable, and an optimiser step would be lost on restore; call "
+            "model.requires_grad_(False) first, or load with load_chat_model"
+        )
+    return None

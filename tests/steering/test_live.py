@@ -1,0 +1,211 @@
+"""Live LoRA: equal to merged weights and to PEFT, row by row, and absent when off."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.models.generation import generate_answers
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.methods import METHODS
+from persona_lora.steering.weights import LoRASteerer
+
+TOKENS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def diffs(model, make_diff):
+    """Three diffs; the last touches two modules only, with another rank."""
+    partial = make_diff(model, seed=3, rank=2)
+    keep = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
+    return [
+        make_diff(model, seed=1),
+        make_diff(model, seed=2, rank=6),
+        LoRADiff({name: partial.factors[name] for name in keep}, partial.base_model),
+    ]
+
+
+COEFFICIENTS = [[0.0, 0.0, 0.0], [1.0, 0, 0], [-0.5, 1.5, 0], [0, 0, 2.0], [0.3, -0.7, 1.1]]
+
+
+@torch.no_grad()
+def test_every_row_equals_the_model_merged_with_its_coefficients(model, diffs):
+    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
+        live.select_rows(range(5))
+        logits = model(TOKENS).logits
+    for row, coefficients in enumerate(COEFFICIENTS):
+        with LoRASteerer(model, dict(zip(diffs, coefficients, strict=True))):
+            merged = model(TOKENS[row : row + 1]).logits[0]
+        torch.testing.assert_close(logits[row], merged, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_row_of_zeros_has_the_bits_of_the_unsteered_model(make_model, make_diff, dtype):
+    model = make_model(dtype=dtype)
+    plain = model(TOKENS).logits
+    coefficients = [[1.0], [0.0], [-2.0], [0.0], [3.0]]
+    with LiveLoRA(model, [make_diff(model)], coefficients) as live:
+        live.select_rows(range(5))
+        logits = model(TOKENS).logits
+    for row in (1, 3):
+        assert torch.equal(logits[row], plain[row])
+    assert not torch.equal(logits[0], plain[0])
+
+
+@torch.no_grad()
+def test_rows_do_not_see_their_neighbours(model, diffs):
+    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
+        live.select_rows([0, 1, 2])
+        one = model(TOKENS[:3]).logits
+    changed = [COEFFICIENTS[0], [9.0, -9.0, 9.0], COEFFICIENTS[2]]
+    with LiveLoRA(model, diffs, changed) as live:
+        live.select_rows([0, 1, 2])
+        two = model(TOKENS[:3]).logits
+    assert torch.equal(one[[0, 2]], two[[0, 2]])
+    assert not torch.equal(one[1], two[1])
+
+
+@torch.no_grad()
+def test_permuting_rows_permutes_outputs(model, diffs):
+    order = [3, 0, 4, 2, 1]
+    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
+        live.select_rows(range(5))
+        straight = model(TOKENS).logits
+        live.select_rows(order)
+        permuted = model(TOKENS[order]).logits
+    torch.testing.assert_close(permuted, straight[order], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_model_is_untouched_after_any_exit(model, diffs):
+    plain = model(TOKENS).logits
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), LiveLoRA(model, diffs, [[1.0, 1.0, 1.0]]):
+            assert not torch.equal(model(TOKENS).logits, plain)
+            raise error
+        assert torch.equal(model(TOKENS).logits, plain)
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_one_diff_equals_peft_unmerged(model, make_adapter, tmp_path):
+    pos = make_adapter(tmp_path / "pos", model, seed=1)
+    neg = make_adapter(tmp_path / "neg", model, seed=2)
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(model), pos, adapter_name="pos")
+    wrapped.load_adapter(neg, adapter_name="neg")
+    wrapped.add_weighted_adapter(["pos", "neg"], [1.0, -1.0], "cat", combination_type="cat")
+    wrapped.set_adapter("cat")
+    wrapped.eval()
+    with LiveLoRA(model, [LoRADiff.from_adapters(pos, neg)], [[1.0]]):
+        torch.testing.assert_close(
+            model(TOKENS).logits, wrapped(TOKENS).logits, atol=2e-5, rtol=1e-4
+        )
+
+
+def test_one_batched_generation_equals_a_loop_of_merged_ones(chat_model, diffs):
+    conversations = [
+        [{"role": "user", "content": f"question {row}" * (row + 1)}] for row in range(5)
+    ]
+    for size in (2, "auto"):
+        with LiveLoRA(chat_model.model, diffs, COEFFICIENTS) as live:
+            batched = generate_answers(
+                chat_model,
+                conversations,
+                max_new_tokens=16,
+                batch_size=size,
+                prepare_batch=live.select_rows,
+            )
+        for row, coefficients in enumerate(COEFFICIENTS):
+            with LoRASteerer(chat_model.model, dict(zip(diffs, coefficients, strict=True))):
+                alone = generate_answers(
+                    chat_model, conversations[row : row + 1], max_new_tokens=16
+                )
+            assert batched[row].text == alone[0].text
+
+
+def test_gradients_flow_to_the_input_as_in_the_merged_model(model, diffs):
+    embedded = model.get_input_embeddings()(TOKENS).detach()
+    gradients = []
+    for steerer in (
+        LiveLoRA(model, diffs, [[0.5, -1.0, 1.0]]),
+        LoRASteerer(model, dict(zip(diffs, (0.5, -1.0, 1.0), strict=True))),
+    ):
+        inputs = embedded.clone().requires_grad_(True)
+        with steerer:
+            model(inputs_embeds=inputs).logits.square().mean().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_works_beside_tied_and_quantised_weights(make_model):
+    """An int8 linear layer stands for quantised ones: nothing but its output is used."""
+
+    class Int8Linear(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.scale = linear.weight.abs().max() / 127
+            self.weight = torch.nn.Parameter(
+                (linear.weight / self.scale).round().to(torch.int8), requires_grad=False
+            )
+
+        def forward(self, inputs):
+            return torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype) * self.scale)
+
+    model = make_model(tied=True)
+    model.model.layers[0].mlp.up_proj = Int8Linear(model.model.layers[0].mlp.up_proj)
+    factors = LoRAFactors(torch.randn(2, 32) * 0.1, torch.randn(64, 2) * 0.1)
+    head = LoRAFactors(torch.randn(2, 32) * 0.1, torch.randn(model.config.vocab_size, 2) * 0.1)
+    diff = LoRADiff({"model.layers.0.mlp.up_proj": factors, "lm_head": head}, BaseModel("tiny"))
+    plain = model(TOKENS).logits
+    with LiveLoRA(model, [diff], [[1.0]]):
+        assert not torch.allclose(model(TOKENS).logits, plain)
+    assert torch.equal(model(TOKENS).logits, plain)
+
+
+def test_rows_that_do_not_fit_the_batch_are_refused(model, diffs):
+    with (
+        LiveLoRA(model, diffs, COEFFICIENTS),
+        pytest.raises(UserError, match="coefficients for 5 rows, the batch has 2"),
+    ):
+        model(TOKENS[:2])
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [([[1.0]], "one value a diff"), ([], "0 rows"), ([[1.0, 1.0, float("nan")]], "finite")],
+)
+def test_malformed_coefficients_are_refused(model, diffs, coefficients, message):
+    with pytest.raises(UserError, match=message):
+        LiveLoRA(model, diffs, coefficients)
+
+
+def test_lost_modules_and_other_bases_are_refused(model, diffs, make_diff):
+    lost = LoRADiff(
+        {"model.layers.9.mlp.up_proj": LoRAFactors(torch.randn(2, 32), torch.randn(64, 2))},
+        BaseModel("tiny"),
+    )
+    with pytest.raises(UserError, match="find no weight"):
+        LiveLoRA(model, [lost], [[1.0]])
+    with pytest.raises(UserError, match="allow_other_base"):
+        LiveLoRA(model, [make_diff(model, fingerprint="0" * 32)], [[1.0]])
+    with pytest.raises(UserError, match="at least one diff"):
+        LiveLoRA(model, [], [[1.0]])
+
+
+@torch.no_grad()
+def test_the_steering_methods_agree(model, diffs):
+    terms = dict(zip(diffs, (0.5, -1.0, 1.0), strict=True))
+    logits = []
+    for method in METHODS.values():
+        with method(model, terms, False) as steerer:
+            steerer.select_rows(range(len(TOKENS)))
+            logits.append(model(TOKENS).logits)
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
