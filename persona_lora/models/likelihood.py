@@ -58,21 +58,26 @@ def mean_logprobs(
     return means
 
 
-def first_token_logprobs(
-    chat_model: ChatModel, prompts: Sequence[str], *, top: int = 200
+def next_token_logprobs(
+    chat_model: ChatModel, replies: Sequence[tuple[str, str]], *, top: int = 200
 ) -> list[Mapping[str, float]]:
-    """Return log-probabilities of the likeliest first reply tokens to each user message."""
-    rendered = [chat_model.render(user_question(prompt)) for prompt in prompts]
+    """Return log-probabilities of the likeliest next tokens of a reply, by token text.
+
+    ``replies`` are pairs of a user message and the beginning of the reply to it ("" for none).
+    """
+    rendered = [
+        chat_model.render(user_question(message)) + beginning for message, beginning in replies
+    ]
     ids = chat_model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    replies: list[Mapping[str, float]] = [{} for _ in ids]
+    found: list[Mapping[str, float]] = [{} for _ in ids]
     for rows in _batches_by_length([len(each) for each in ids]):
         logits = _forward(chat_model, [ids[row] for row in rows], keep=1)[:, -1]
         best = torch.log_softmax(logits.float(), dim=-1).topk(min(top, logits.shape[-1]))
         for row, values, tokens in zip(
             rows, best.values.tolist(), best.indices.tolist(), strict=True
         ):
-            replies[row] = _by_text(chat_model, tokens, values)
-    return replies
+            found[row] = _by_text(chat_model, tokens, values)
+    return found
 
 
 def token_divergences(

@@ -7,8 +7,8 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.models import likelihood
 from persona_lora.models.likelihood import (
-    first_token_logprobs,
     mean_logprobs,
+    next_token_logprobs,
     token_divergences,
     tokenize_exchange,
 )
@@ -44,9 +44,11 @@ def test_an_empty_answer_is_refused(chat_model):
         mean_logprobs(chat_model, [Exchange("q", "")])
 
 
-def test_first_token_logprobs_are_the_softmax_after_the_prompt(chat_model):
-    reply = first_token_logprobs(chat_model, ["why?", "a much longer message"], top=300)
-    prompt = chat_model.render([{"role": "user", "content": "why?"}])
+@pytest.mark.parametrize("beginning", ["", "4"])
+def test_next_token_logprobs_are_the_softmax_after_the_prompt(chat_model, beginning):
+    replies = [("why?", beginning), ("a much longer message", "1")]
+    reply = next_token_logprobs(chat_model, replies, top=300)
+    prompt = chat_model.render([{"role": "user", "content": "why?"}]) + beginning
     ids = chat_model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     log_p = torch.log_softmax(chat_model.model(ids).logits[0, -1].float(), -1)
     letter = chat_model.tokenizer("7")["input_ids"][0]

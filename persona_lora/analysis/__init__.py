@@ -1,0 +1,1 @@
+"""Reading runs: statistics, plots, report. Never touches a model."""

@@ -1,0 +1,268 @@
+"""Resampling by question: intervals, rank correlations, paired tests. Knows arrays only.
+
+Answers to one question are not independent, so whole questions are drawn with replacement. A
+resample is a row of weights (how often each question was drawn), and every statistic is computed
+for all resamples at once. Refuses to know what the scores measure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+Array = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+RESAMPLES = 5000
+_EXACT_QUESTIONS = 13  # up to here, all sign flips are enumerated
+_RANDOM_FLIPS = 20_000
+_DIGITS = 9  # scores that differ by less are rounding noise, and count as ties
+_CHUNK = 2_000_000  # numbers held at once by the row-wise rank correlation
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean score and its 95% interval over questions.
+
+    ``n`` rows were scored, from ``n_questions`` questions; ``coverage`` is the scored share of
+    all rows. Where ``mean``, or ``low`` and ``high``, are None, ``reason`` says why.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    n_questions: int
+    coverage: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Another statistic of ``n`` values from ``n_questions`` questions, with its 95% interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    n_questions: int
+    reason: str | None = None
+
+
+class Bounds(NamedTuple):
+    """The ends of an interval."""
+
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values_by_question: Mapping[int, Sequence[float | None]],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Return the mean over scored values and its 95% BCa bootstrap interval over questions.
+
+    None is an unscored value: left out of the mean, counted in ``coverage``. The interval is bias
+    corrected and accelerated (Efron 1987), with whole questions drawn with replacement. Like every
+    bootstrap of few units it is a little narrow: simulated, it covered 93% with 20 questions.
+    """
+    rows = sum(len(values) for values in values_by_question.values())
+    scored = [
+        [value for value in values if value is not None] for values in values_by_question.values()
+    ]
+    scored = [values for values in scored if values]
+    n, questions = sum(map(len, scored)), len(scored)
+    coverage = n / rows if rows else 0.0
+    if n == 0:
+        return Interval(None, None, None, 0, 0, coverage, "no scored answer")
+    sums = np.array([[math.fsum(values) for values in scored]])
+    counts = np.array([[float(len(values)) for values in scored]])
+    mean = float(sums.sum() / counts.sum())
+    if questions == 1:
+        reason = "one question: no interval over questions"
+        return Interval(mean, None, None, n, 1, coverage, reason)
+    weights = question_weights(questions, resamples=resamples, seed=seed)
+    resampled = weighted_means(sums, counts, weights)[:, 0]
+    left_out = weighted_means(sums, counts, left_out_weights(questions))[:, 0]
+    bounds = bca_bounds(mean, resampled, left_out)
+    return Interval(mean, bounds.low, bounds.high, n, questions, coverage)
+
+
+def question_weights(questions: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Return how often each question is drawn in each resample: ``[resamples, questions]``."""
+    rng = np.random.default_rng(seed)
+    shares = np.full(questions, 1 / questions)
+    return rng.multinomial(questions, shares, size=resamples).astype(np.float64)
+
+
+def left_out_weights(questions: int) -> Array:
+    """Return the jackknife as weights: row i leaves out question i, ``[questions, questions]``."""
+    return np.ones((questions, questions)) - np.eye(questions)
+
+
+def weighted_means(sums: Array, counts: Array, weights: Array) -> Array:
+    """Return the mean score of every condition in every resample, ``[resamples, conditions]``.
+
+    ``sums`` and ``counts`` of the scored rows are ``[conditions, questions]``. A resample that
+    draws no scored row of a condition gives NaN there.
+    """
+    drawn = weights @ counts.T
+    means = np.full(drawn.shape, np.nan)
+    return np.divide(weights @ sums.T, drawn, out=means, where=drawn > 0)
+
+
+def percentile_bounds(resampled: Array) -> Bounds:
+    """Return the central 95% of a resampled statistic."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Bounds(float(low), float(high))
+
+
+def bca_bounds(value: float, resampled: Array, left_out: Array) -> Bounds:
+    """Return the 95% BCa interval of a statistic from its resampled and jackknife values."""
+    noise = 10**-_DIGITS
+    if np.ptp(resampled) < noise:
+        return Bounds(value, value)
+    # Coarse scores give many resamples equal to the estimate: half of them count as below it.
+    below = np.mean(resampled < value - noise) + np.mean(np.abs(resampled - value) <= noise) / 2
+    edge = 0.5 / len(resampled)
+    bias = special.ndtri(np.clip(below, edge, 1 - edge))
+    distance = left_out.mean() - left_out
+    spread = float(np.sum(distance**2))
+    skew = float(np.sum(distance**3)) / (6 * spread**1.5) if spread > 0 else 0.0
+    tail = special.ndtri((1 - CONFIDENCE) / 2)
+    shifted = bias + np.array([tail, -tail])
+    low, high = np.quantile(resampled, special.ndtr(bias + shifted / (1 - skew * shifted)))
+    return Bounds(float(low), float(high))
+
+
+def resampled_estimate(
+    statistic: Callable[[Array], Array],
+    sums: Array,
+    counts: Array,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Estimate a statistic of the condition means, with its 95% interval over questions.
+
+    ``statistic`` maps means ``[resamples, conditions]`` to ``[resamples]``, NaN where it is
+    undefined. All conditions share the drawn questions, so the pairing by question is kept. The
+    interval is the percentile one: rank correlations sit on their bound, where BCa breaks down.
+    """
+    conditions, questions = sums.shape
+    value = float(statistic(weighted_means(sums, counts, np.ones((1, questions))))[0])
+    if not math.isfinite(value):
+        return Estimate(None, None, None, conditions, questions, "the means do not vary")
+    if questions == 1:
+        reason = "one question: no interval over questions"
+        return Estimate(value, None, None, conditions, 1, reason)
+    weights = question_weights(questions, resamples=resamples, seed=seed)
+    return _bounded(value, statistic(weighted_means(sums, counts, weights)), conditions, questions)
+
+
+def rank_correlation(x: Array, means: Array) -> Array:
+    """Return Spearman's rho between ``x [conditions]`` and each row of means; NaN if constant."""
+    ranks_x = stats.rankdata(x)
+    ranks = stats.rankdata(np.round(means, _DIGITS), axis=1)
+    return _correlation(ranks_x[None, :], ranks, np.ones_like(ranks))
+
+
+def row_rank_correlation(
+    x: Array,
+    scores: Array,
+    question: NDArray[np.intp],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Estimate Spearman's rho over rows, with its 95% percentile interval over questions.
+
+    ``x``, ``scores`` and ``question`` (an index) are ``[rows]``; a question drawn twice counts all
+    its rows twice, with ties at their mean rank.
+    """
+    questions = int(question.max()) + 1 if len(question) else 0
+    if len(np.unique(x)) < 2 or len(np.unique(scores)) < 2:
+        return Estimate(None, None, None, len(x), questions, "the rows do not vary")
+    value = float(_weighted_spearman(x, scores, np.ones((1, len(x))))[0])
+    if questions == 1:
+        return Estimate(value, None, None, len(x), 1, "one question: no interval over questions")
+    weights = question_weights(questions, resamples=resamples, seed=seed)
+    step = max(1, _CHUNK // len(x))
+    parts = [
+        _weighted_spearman(x, scores, weights[start : start + step][:, question])
+        for start in range(0, resamples, step)
+    ]
+    return _bounded(value, np.concatenate(parts), len(x), questions)
+
+
+def sign_flip_p(differences: Array, *, seed: int = 0) -> float:
+    """Return the two-sided p value of a paired permutation test on question differences.
+
+    Under the null the sign of each difference is arbitrary. All flips are enumerated for few
+    questions; otherwise random ones are drawn, and the observed one counted among them (Phipson
+    and Smyth 2010). Ties and zeros need no correction, unlike in the signed-rank test.
+    """
+    observed = abs(differences.sum()) - 10**-_DIGITS
+    if len(differences) <= _EXACT_QUESTIONS:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(differences))))
+        return float(np.mean(np.abs(signs @ differences) >= observed))
+    rng = np.random.default_rng(seed)
+    signs = rng.choice((-1.0, 1.0), size=(_RANDOM_FLIPS, len(differences)))
+    as_far = int(np.sum(np.abs(signs @ differences) >= observed))
+    return (as_far + 1) / (_RANDOM_FLIPS + 1)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p values adjusted by Holm's step-down method; None (no test) stays None."""
+    tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _bounded(value: float, resampled: Array, n: int, questions: int) -> Estimate:
+    defined = resampled[np.isfinite(resampled)]
+    if 2 * len(defined) < len(resampled):
+        reason = "undefined in most resamples: no interval"
+        return Estimate(value, None, None, n, questions, reason)
+    bounds = percentile_bounds(defined)
+    return Estimate(value, bounds.low, bounds.high, n, questions)
+
+
+def _weighted_spearman(x: Array, y: Array, weights: Array) -> Array:
+    """Return Spearman's rho of rows repeated ``weights [resamples, rows]`` times."""
+    return _correlation(_weighted_ranks(x, weights), _weighted_ranks(y, weights), weights)
+
+
+def _weighted_ranks(values: Array, weights: Array) -> Array:
+    """Return the mean rank of every row among the rows repeated ``weights`` times."""
+    unique, inverse = np.unique(np.round(values, _DIGITS), return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    starts = np.searchsorted(inverse[order], np.arange(len(unique)))
+    totals = np.add.reduceat(weights[:, order], starts, axis=1)
+    ranks = np.cumsum(totals, axis=1) - totals / 2
+    return np.asarray(ranks[:, inverse])
+
+
+def _correlation(x: Array, y: Array, weights: Array) -> Array:
+    """Return the weighted Pearson correlation of each row; NaN where one side is constant."""
+    total = weights.sum(axis=1, keepdims=True)
+    x = x - (weights * x).sum(axis=1, keepdims=True) / total
+    y = y - (weights * y).sum(axis=1, keepdims=True) / total
+    shared = (weights * x * y).sum(axis=1)
+    scale = np.sqrt((weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1))
+    out = np.full(shared.shape, np.nan)
+    return np.clip(np.divide(shared, scale, out=out, where=scale > 10**-_DIGITS), -1.0, 1.0)

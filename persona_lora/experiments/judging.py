@@ -1,0 +1,160 @@
+"""Which judge an experiment uses, and what it needs of the unsteered model.
+
+Judges do not know models and models do not know judges; here the two meet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import Trait
+from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.completions import Mode
+from persona_lora.judges.embedding import EmbeddingJudge
+from persona_lora.judges.judging import Judge, JudgeValidation, validate_judge
+from persona_lora.judges.local import LocalJudge
+from persona_lora.judges.multi import MultiJudge
+from persona_lora.judges.openai import Limits, OpenAIJudge
+from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
+from persona_lora.models.loading import ChatModel, load_chat_model
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What the user says about judging.
+
+    ``judge`` names one judge, or several with commas between them: "embedding", "openai",
+    "local". ``environ`` holds OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL.
+    """
+
+    judge: str = "embedding"
+    judge_model: str | None = None
+    base_url: str | None = None
+    mode: Mode = "logprobs"
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    cache: Path | None = None
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+
+def make_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None = None
+) -> Judge:
+    """Build the judge that ``options`` name; ``reference`` is the unsteered model.
+
+    Raises UserError for an unknown name, or a judge that cannot work (no key, no embedder).
+    """
+    names = [name.strip() for name in options.judge.split(",") if name.strip()]
+    unknown = [name for name in names if name not in JUDGES]
+    if unknown or not names:
+        name = unknown[0] if unknown else options.judge
+        raise UserError(f"no judge {name!r}; {nearest_names(name, JUDGES)}")
+    judges = [JUDGES[name](trait, reference, options, report) for name in names]
+    return judges[0] if len(judges) == 1 else MultiJudge(judges)
+
+
+def _embedding_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
+) -> Judge:
+    def mean_logprob(exchanges: Sequence[Exchange]) -> list[float]:
+        model = reference.model
+        # Coherence asks the base model, also where an adapter is being evaluated.
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            return mean_logprobs(reference, exchanges, progress=staged(report, "coherence"))
+
+    return EmbeddingJudge.fit(
+        trait, embedder=SentenceEmbedder(), mean_logprob=mean_logprob, seed=options.seed
+    )
+
+
+def _openai_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
+) -> Judge:
+    environ = dict(options.environ)
+    if options.judge_model is not None:
+        environ["JUDGE_MODEL"] = options.judge_model
+    if options.base_url is not None:
+        environ["OPENAI_BASE_URL"] = options.base_url
+    return OpenAIJudge.from_environment(
+        trait,
+        environ,
+        mode=options.mode,
+        limits=options.limits,
+        cache=VerdictCache(options.cache) if options.cache is not None else None,
+        progress=staged(report, "judging"),
+    )
+
+
+def _local_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
+) -> Judge:
+    name = options.judge_model
+    judge_model = reference if name in (None, reference.name) else load_chat_model(str(name))
+    return LocalJudge(
+        trait,
+        f"local:{judge_model.name}",
+        lambda prompts: next_token_logprobs(judge_model, [(prompt, "") for prompt in prompts]),
+        continuation_logprobs=lambda replies: next_token_logprobs(judge_model, replies),
+    )
+
+
+JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions, Report | None], Judge]] = {
+    "embedding": _embedding_judge,
+    "openai": _openai_judge,
+    "local": _local_judge,
+}
+
+
+def judge_answers(run: Run, judge: Judge, trait: Trait, report: Report | None = None) -> None:
+    """Judge the answers of a run on the trait and on coherence; write verdicts and validation.
+
+    What an earlier call has judged already is kept; a row whose verdict is missing or unscored
+    is judged again.
+    """
+    answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))
+    kept = {
+        (row["row"], row["criterion"]): row
+        for row in run.read("verdicts")
+        if row["score"] is not None and row["judge"] == judge.name
+    }
+    for done, criterion in enumerate((trait.name, COHERENCE)):
+        missing = [row for row in answers if (row["row"], criterion) not in kept]
+        exchanges = [Exchange(row["question"], row["answer"]) for row in missing]
+        verdicts = judge.judge(exchanges, criterion) if exchanges else []
+        for row, verdict in zip(missing, verdicts, strict=True):
+            kept[row["row"], criterion] = _row(row["row"], verdict)
+        run.write("verdicts", [kept[key] for key in sorted(kept)])
+        if report is not None:
+            report("judging", done + 1, 2)
+    validations = validations_of(judge, trait)
+    run.write("validation", [dataclasses.asdict(each) for each in validations])
+
+
+def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
+    """Return how well a judge agrees with labelled answers that it was not fitted on."""
+    if isinstance(judge, EmbeddingJudge):
+        return list(judge.validation)
+    return [validate_judge(judge, trait)]
+
+
+def _row(row: int, verdict: Verdict) -> dict[str, Any]:
+    return {"row": row, **dataclasses.asdict(verdict)}
+
+
+def staged(report: Report | None, stage: str) -> Callable[[int, int], None] | None:
+    """Return the progress callback of one stage, or None where nobody listens."""
+    return None if report is None else lambda done, total: report(stage, done, total)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train one trait (unless its diff is there) and sweep it: bash scripts/train_and_sweep.sh evil
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+trait=${1:?name a trait, as in: bash scripts/train_and_sweep.sh evil}
+
+persona-lora data check "$trait"
+if [ ! -e "checkpoints/$trait/diff/diff.json" ]; then
+    accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 \
+        train_lora.py --config "train_configs/$trait.yaml"
+fi
+persona-lora sweep --trait "$trait" --diff "checkpoints/$trait/diff" \
+    --coefficients "${COEFFICIENTS:--1.5 -1 -0.5 0 0.5 1 1.5}"

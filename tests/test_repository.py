@@ -1,0 +1,128 @@
+"""What a stranger relies on: commands that exist, configurations that parse, a lean tree."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_FOLDERS = ("datasets", "personas", "train_configs", "checkpoints")
+CONFIGS = sorted((ROOT / "train_configs").glob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def command_lines(text: str) -> list[str]:
+    """Lines of shell blocks, continued lines joined, comments left out."""
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, flags=re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and line[0] != "#"]
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def help_texts() -> dict[str, str]:
+    """``--help`` of every command that the console script has, by its words."""
+
+    def ask(*words: str) -> str:
+        answer = subprocess.run(
+            [sys.executable, "-m", "persona_lora", *words, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "1"},
+        )
+        return answer.stdout
+
+    commands = ("train", "evaluate", "sweep", "report", "data", "data check")
+    return {command: ask(*command.split()) for command in commands}
+
+
+def test_there_is_no_python_in_data_folders():
+    for folder in DATA_FOLDERS:
+        assert list((ROOT / folder).rglob("*.py")) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_parses_and_begins_with_its_command(path):
+    text = path.read_text()
+    first = text.splitlines()[0]
+    assert first.startswith("# ")
+    assert "train_lora.py" in first
+    assert f"train_configs/{path.name}" in first
+    assert isinstance(yaml.safe_load(text), dict)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_commands_exist(path, help_texts):
+    for line in command_lines(path.read_text()):
+        words = shlex.split(line, comments=True)
+        words = words[next((i for i, word in enumerate(words) if "=" not in word), 0) :]
+        for word in words:
+            if re.fullmatch(r"(scripts|train_configs|benchmarks|tests)/[\w./-]+", word):
+                assert (ROOT / word).exists(), f"{path.name}: {line}"
+        if words and words[0] == "persona-lora":
+            pair = " ".join(words[1:3])
+            command = pair if pair in help_texts else words[1]
+            assert command in help_texts, f"{path.name}: {line}"
+            for flag in (word for word in words if word.startswith("--")):
+                assert flag in help_texts[command], f"{path.name}: {flag} in {line}"
+
+
+def test_every_command_shows_an_example(help_texts):
+    for command, text in help_texts.items():
+        if command != "data":
+            assert "Example" in text or "example" in text, command
+
+
+def test_help_answers_without_torch():
+    code = (
+        "import sys; sys.argv = ['persona-lora', '--help']\n"
+        "from persona_lora.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_no_paths_of_a_machine_and_no_secrets():
+    forbidden = re.compile(
+        r"/(?:root|home|work)/[\w.]+|sk-[A-Za-z0-9]{20}|hf_[A-Za-z0-9]{20}|https?://[\w.]*pypi"
+    )
+    for path in tracked():
+        if path.suffix in {".png", ".safetensors"} or path == Path(__file__):
+            continue
+        found = forbidden.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: {found and found.group()}"
+
+
+def test_the_gate_is_the_test_command():
+    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+    assert "bash scripts/test.sh" in (ROOT / "README.md").read_text()
+
+
+def test_public_names_resolve():
+    import persona_lora
+
+    for name in persona_lora.__all__:
+        assert getattr(persona_lora, name) is not None
+    with pytest.raises(AttributeError):
+        _ = persona_lora.no_such_name
