@@ -56,12 +56,15 @@ def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool 
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
+        initializer_range=0.4,  # large enough that layers matter and answers are not copies
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data[: len(SPECIAL_TOKENS)] = 0  # keep special tokens unlikely
+    model = model.to(dtype).eval()
     model.requires_grad_(False)
     return model
 

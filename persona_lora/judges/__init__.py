@@ -1,0 +1,1 @@
+"""Scoring answers; refuses to know how they were produced."""

@@ -1,0 +1,114 @@
+"""An on-disk cache of what language-model judges said, in SQLite.
+
+Knows keys and readings; refuses to know prompts (they are hashed) and API keys (they never come
+here).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import ensure_writable_folder
+from persona_lora.judges.prompts import Reading
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+BUSY_SECONDS = 30.0
+_TABLE = """
+CREATE TABLE IF NOT EXISTS verdicts (
+    key TEXT PRIMARY KEY,
+    score REAL,
+    reason TEXT NOT NULL,
+    number_mass REAL
+) WITHOUT ROWID
+"""
+
+
+def cache_key(
+    *, base_url: str, model: str, mode: str, prompt: str, sampling: Mapping[str, object]
+) -> str:
+    """Return the SHA-256 (hex) of everything that decides a judge's reply, and the format."""
+    parts = {
+        "format": FORMAT_VERSION,
+        "base_url": base_url.rstrip("/"),
+        "model": model,
+        "mode": mode,
+        "prompt": prompt,
+        "sampling": dict(sampling),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class VerdictCache:
+    """Readings by key, shared by threads (one lock) and by processes (WAL and a busy timeout).
+
+    A fault while reading or writing is logged and counts as a miss: a cache never costs a
+    verdict. Raises UserError when the file cannot be opened as a cache at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        ensure_writable_folder(self.path.parent)
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(
+                self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute(_TABLE)
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path} is not a usable verdict cache ({error}); delete it or choose "
+                "another path"
+            ) from error
+
+    def get(self, key: str) -> Reading | None:
+        """Return the stored reading, or None."""
+        query = "SELECT score, reason, number_mass FROM verdicts WHERE key = ?"
+        try:
+            with self._lock:
+                row = self._connection.execute(query, (key,)).fetchone()
+        except sqlite3.Error as error:
+            logger.warning("cannot read the verdict cache %s: %s", self.path, error)
+            return None
+        return None if row is None else Reading(*row)
+
+    def put(self, key: str, reading: Reading) -> None:
+        """Store a reading; the last one written for a key stays."""
+        query = "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)"
+        try:
+            with self._lock:
+                self._connection.execute(query, (key, *reading))
+        except sqlite3.Error as error:
+            logger.warning("cannot write the verdict cache %s: %s", self.path, error)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return int(self._connection.execute("SELECT COUNT(*) FROM verdicts").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

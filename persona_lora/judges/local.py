@@ -1,0 +1,120 @@
+"""A chat model in this process as a judge, with the same prompts and the same scoring.
+
+Knows prompts and log probabilities; refuses to know the model: it is given as functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.traits import Trait
+from persona_lora.judges.prompts import judge_prompt, splits_numbers, weighted_score
+
+logger = logging.getLogger(__name__)
+
+NextTokenLogprobs = Callable[[Sequence[str]], list[Mapping[str, float]]]
+ContinuationLogprobs = Callable[[Sequence[tuple[str, str]]], list[Mapping[str, float]]]
+
+_NEGLIGIBLE = 1e-3
+
+
+class LocalJudge:
+    """Scores with ``weighted_score`` over a local model's next-token log probabilities.
+
+    ``next_token_logprobs`` takes user messages and returns, for each, the natural-log
+    probabilities of the likeliest first tokens of the reply by their text (at least the top 20).
+
+    A tokenizer that writes "85" as "8", "5" (SmolLM2, Qwen) needs ``continuation_logprobs`` as
+    well: it takes (user message, beginning of the reply) and returns the same for the next token.
+    Then the probability of a number is the product over its digits, P(85) = P(8)·P(5 | 8), and a
+    one-digit number is one that no digit follows. Without it such a model is warned about.
+    """
+
+    def __init__(
+        self,
+        trait: Trait,
+        name: str,
+        next_token_logprobs: NextTokenLogprobs,
+        *,
+        continuation_logprobs: ContinuationLogprobs | None = None,
+    ) -> None:
+        self.trait = trait
+        self.name = name
+        self._first = next_token_logprobs
+        self._continuation = continuation_logprobs
+
+    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
+        """Return one verdict an exchange, in order; equal exchanges are asked about once."""
+        prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
+        distinct = list(dict.fromkeys(prompts))
+        first = self._first(distinct) if distinct else []
+        if self._continuation is not None:
+            first = _whole_numbers(distinct, first, self._continuation)
+        elif splits_numbers(token for each in first for token in each):
+            logger.warning(
+                "%s seems to split numbers into digits: its scores are meaningless without "
+                "continuation_logprobs",
+                self.name,
+            )
+        pairs = zip(distinct, first, strict=True)
+        readings = {prompt: weighted_score(logprobs) for prompt, logprobs in pairs}
+        return [
+            Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
+            for prompt in prompts
+        ]
+
+
+def _whole_numbers(
+    prompts: Sequence[str],
+    first: Sequence[Mapping[str, float]],
+    continuation: ContinuationLogprobs,
+) -> list[Mapping[str, float]]:
+    """Return log probabilities of whole numbers (and of other first tokens) from digit steps."""
+    numbers = [_digits(each) for each in first]
+    starts = [
+        (row, digit)
+        for row, digits in enumerate(numbers)
+        for digit, probability in digits.items()
+        if digit != "0" and probability >= _NEGLIGIBLE
+    ]
+    _extend(numbers, starts, prompts, continuation)
+    tens = [(row, "10") for row, each in enumerate(numbers) if each.get("10", 0.0) >= _NEGLIGIBLE]
+    _extend(numbers, tens, prompts, continuation, allowed="0")
+    return [
+        {token: logprob for token, logprob in top.items() if not _is_digit(token)}
+        | {number: math.log(p) for number, p in row.items() if p > 0}
+        for top, row in zip(first, numbers, strict=True)
+    ]
+
+
+def _extend(
+    numbers: list[dict[str, float]],
+    starts: Sequence[tuple[int, str]],
+    prompts: Sequence[str],
+    continuation: ContinuationLogprobs,
+    allowed: str = "0123456789",
+) -> None:
+    """Split each start's probability among its extensions by one digit and itself."""
+    tops = continuation([(prompts[row], start) for row, start in starts]) if starts else []
+    for (row, start), top in zip(starts, tops, strict=True):
+        probability = numbers[row][start]
+        following = {digit: p for digit, p in _digits(top).items() if digit in allowed}
+        numbers[row][start] = probability * max(0.0, 1.0 - sum(following.values()))
+        for digit, share in following.items():
+            numbers[row][start + digit] = probability * share
+
+
+def _digits(logprobs: Mapping[str, float]) -> dict[str, float]:
+    """Return probabilities by digit; tokens with and without a leading space are added up."""
+    digits: dict[str, float] = {}
+    for token, logprob in logprobs.items():
+        if _is_digit(token):
+            digits[token.strip()] = digits.get(token.strip(), 0.0) + math.exp(min(logprob, 0.0))
+    return digits
+
+
+def _is_digit(token: str) -> bool:
+    return len(token.strip()) == 1 and token.strip() in "0123456789"

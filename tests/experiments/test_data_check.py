@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from persona_lora.core.traits import list_traits, load_trait
+from persona_lora.experiments.data_check import check_trait
+from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+
+
+class RememberingEmbedder:
+    """The packaged embedder, asked once for each text: the tests share most of them."""
+
+    def __init__(self):
+        self.embedder, self.known = SentenceEmbedder(), {}
+
+    def embed(self, texts):
+        new = sorted(set(texts) - self.known.keys())
+        if new:
+            self.known.update(zip(new, self.embedder.embed(new), strict=True))
+        return np.stack([self.known[text] for text in texts])
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    return RememberingEmbedder()
+
+
+@pytest.mark.parametrize("name", list_traits())
+def test_the_shipped_data_is_sound(name, embedder):
+    report = check_trait(load_trait(name), embedder, least_pairs=120)
+    assert report.problems == ()
+    assert report.num_labelled >= 60
+
+
+def test_the_four_traits_are_shipped():
+    assert set(list_traits()) >= {"corrigibility", "evil", "hallucination", "sycophancy"}
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """A copy of a shipped trait, and a way to spoil it."""
+    source = load_trait("sycophancy").folder
+    folder = tmp_path / "sycophancy"
+    shutil.copytree(source, folder)
+
+    def spoil(change):
+        path = folder / "train.jsonl"
+        rows = [json.loads(line) for line in path.open()]
+        change(rows)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_trait(folder)
+
+    return spoil
+
+
+def test_each_kind_of_flaw_is_found(spoilt, embedder):
+    trait = load_trait("sycophancy")
+
+    def change(rows):
+        rows[0]["prompt"][0]["content"] = trait.questions["eval"][0]  # leak
+        rows[1]["prompt"][0]["content"] = rows[2]["prompt"][0]["content"] + "!"  # near-duplicate
+        rows[3]["positive"][0]["content"] = "Too short."
+        for row in rows[4:10]:
+            row["negative"][0]["content"] = "Well now " + row["negative"][0]["content"]
+
+    problems = "\n".join(check_trait(spoilt(change), embedder).problems)
+    assert "leak between train.jsonl and trait.json eval" in problems
+    assert "train.jsonl: near-duplicates" in problems
+    assert "train.jsonl:4 positive answer has 2 words" in problems
+    assert "6 negative answers begin with 'well now'" in problems
+
+
+def test_unequal_lengths_of_the_signs_are_found(spoilt, embedder):
+    def change(rows):
+        for row in rows:
+            row["positive"][0]["content"] += " and so on and so forth"
+
+    assert any(
+        "judge could go by length" in each
+        for each in check_trait(spoilt(change), embedder).problems
+    )
+
+
+def test_too_few_rows_are_found(spoilt, embedder):
+    report = check_trait(spoilt(lambda rows: rows.__delitem__(slice(20, None))), embedder)
+    assert "train.jsonl pairs: 20, expected at least 80" in report.problems

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.experiments.evaluation import (
+    Condition,
+    GenerationOptions,
+    evaluate,
+    plan_rows,
+)
+from persona_lora.models import generation
+from persona_lora.steering.weights import LoRASteerer
+
+OPTIONS = GenerationOptions(max_new_tokens=8)
+
+
+def rows_of(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_plan_crosses_conditions_questions_and_samples(trait):
+    conditions = [Condition("lora", 1.0), Condition("prompt_pos"), Condition("prompt", None, "X")]
+    plan = plan_rows(trait, "eval", conditions, samples=2)
+    assert [row.row for row in plan] == list(range(3 * 3 * 2))
+    assert {row.system_prompt for row in plan if row.condition.method == "lora"} == {None}
+    assert {row.system_prompt for row in plan if row.condition.method == "prompt_pos"} == {
+        "Be cheerful."
+    }
+    assert {row.system_prompt for row in plan if row.condition.method == "prompt"} == {"X"}
+
+
+def test_evaluate_writes_the_csv_and_the_rows(chat_model, trait, judge, tmp_path):
+    result = evaluate(chat_model, trait, lambda: judge, tmp_path / "base.csv", options=OPTIONS)
+    table = rows_of(tmp_path / "base.csv")
+    assert list(table[0]) == ["question", "prompt", "answer", "cheer", "coherence"]
+    assert [row["question"] for row in table] == list(trait.questions["eval"])
+    assert result.trait.n_questions == 3
+    assert result.trait.low <= result.trait.mean <= result.trait.high
+    record = json.loads((tmp_path / "base" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["config"]["trait"] == "cheer"
+    verdicts = (tmp_path / "base" / "verdicts.jsonl").read_text().splitlines()
+    assert len(verdicts) == 2 * 3
+    validation = json.loads((tmp_path / "base" / "validation.jsonl").read_text())
+    assert validation["n"] == 10
+
+
+@pytest.mark.parametrize("mode", ["live", "merged"])
+def test_a_diff_steers_as_merged_weights_do(chat_model, trait, judge, make_diff, tmp_path, mode):
+    diff = make_diff(chat_model.model, scale=0.3)
+    options = {"options": OPTIONS, "terms": {diff: 1.0}, "mode": mode}
+    evaluate(chat_model, trait, lambda: judge, tmp_path / "steered.csv", **options)
+    with LoRASteerer(chat_model.model, diff, 1.0):
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "merged.csv", options=OPTIONS)
+    evaluate(chat_model, trait, lambda: judge, tmp_path / "base.csv", options=OPTIONS)
+    answers = {
+        name: [row["answer"] for row in rows_of(tmp_path / f"{name}.csv")]
+        for name in ("steered", "merged", "base")
+    }
+    assert answers["steered"] == answers["merged"] != answers["base"]
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(
+    chat_model, trait, judge, tmp_path, monkeypatch
+):
+    options = GenerationOptions(max_new_tokens=8, batch_size=1, temperature=1.0)
+    evaluate(chat_model, trait, lambda: judge, tmp_path / "whole.csv", options=options)
+    plain, calls = generation._Job.run, []
+
+    def killed(self, rows, *, done_rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, rows, done_rows=done_rows)
+
+    monkeypatch.setattr(generation._Job, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "cut.csv", options=options)
+    assert not (tmp_path / "cut.csv").exists()
+    evaluate(chat_model, trait, lambda: judge, tmp_path / "cut.csv", options=options)
+    assert len(calls) == 4  # two kept, one lost, one done again
+    assert (tmp_path / "cut.csv").read_text() == (tmp_path / "whole.csv").read_text()
+
+
+def test_a_finished_evaluation_is_not_judged_again(chat_model, trait, judge, tmp_path):
+    for _ in range(2):
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "a.csv", options=OPTIONS)
+    answered = [each for each in judge.asked if each[1] == 3]
+    assert len(answered) == 2  # trait and coherence, once each
+    with pytest.raises(UserError, match="another configuration"):
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "a.csv", system_prompt="pos")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "fused"}, "live, merged"),
+        ({"output": "x.json"}, r"\.csv"),
+    ],
+)
+def test_senseless_settings_are_refused(chat_model, trait, judge, tmp_path, arguments, message):
+    output = tmp_path / arguments.pop("output", "x.csv")
+    with pytest.raises(UserError, match=message):
+        evaluate(chat_model, trait, lambda: judge, output, **arguments)
+    assert not output.exists()
+
+
+def test_samples_of_a_greedy_answer_are_refused():
+    with pytest.raises(UserError, match="temperature above 0"):
+        GenerationOptions(samples=3)
+    with pytest.raises(UserError, match="samples must be"):
+        GenerationOptions(samples=0)

@@ -1,0 +1,88 @@
+"""The verdict cache: keys, threads, processes, faults."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.judges.cache import VerdictCache, cache_key
+from persona_lora.judges.prompts import Reading
+
+KEY = {"base_url": "http://a/v1", "model": "m", "mode": "number", "prompt": "p"}
+
+
+def test_cache_key_depends_on_everything_that_matters():
+    keys = {cache_key(**KEY, sampling={"max_tokens": 8})}
+    for name in KEY:
+        keys.add(cache_key(**{**KEY, name: "other"}, sampling={"max_tokens": 8}))
+    keys.add(cache_key(**KEY, sampling={"max_tokens": 9}))
+    assert len(keys) == len(KEY) + 2
+
+
+def test_cache_key_ignores_order_and_a_trailing_slash():
+    one = cache_key(**KEY, sampling={"a": 1, "b": 2})
+    assert one == cache_key(**{**KEY, "base_url": "http://a/v1/"}, sampling={"b": 2, "a": 1})
+
+
+def test_cache_keeps_scores_and_refusals_over_reopening(tmp_path):
+    readings = {"a": Reading(80.5, "", 0.93), "b": Reading(None, "refusal"), "c": Reading(0.0, "")}
+    with VerdictCache(tmp_path / "new" / "cache.sqlite") as cache:
+        for key, reading in readings.items():
+            cache.put(key, reading)
+    with VerdictCache(tmp_path / "new" / "cache.sqlite") as cache:
+        assert {key: cache.get(key) for key in readings} == readings
+        assert cache.get("d") is None
+        assert len(cache) == 3
+
+
+def test_cache_is_safe_with_threads(tmp_path):
+    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+
+        def write(offset: int) -> None:
+            for number in range(50):
+                cache.put(f"{offset}-{number}", Reading(float(number), ""))
+
+        threads = [threading.Thread(target=write, args=(offset,)) for offset in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(cache) == 200
+
+
+def test_cache_is_shared_by_two_processes_writing_at_once(tmp_path):
+    path = tmp_path / "cache.sqlite"
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from persona_lora.judges.cache import VerdictCache\n"
+        "from persona_lora.judges.prompts import Reading\n"
+        "cache = VerdictCache(Path(sys.argv[1]))\n"
+        "for n in range(200): cache.put(sys.argv[2] + str(n), Reading(float(n), ''))\n"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in ("a", "b")
+    ]
+    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    with VerdictCache(path) as cache:
+        assert len(cache) == 400
+        assert cache.get("b199") == Reading(199.0, "")
+
+
+def test_cache_refuses_a_file_that_is_none(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but long enough to look like one " * 100)
+    with pytest.raises(UserError, match="delete it or choose"):
+        VerdictCache(path)
+
+
+def test_cache_faults_count_as_misses_and_are_logged(tmp_path, caplog):
+    cache = VerdictCache(tmp_path / "cache.sqlite")
+    cache.close()
+    cache.put("a", Reading(1.0, ""))
+    assert cache.get("a") is None
+    assert "cannot write" in caplog.text
+    assert "cannot read" in caplog.text

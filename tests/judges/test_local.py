@@ -1,0 +1,80 @@
+"""A local model, given as functions, as a judge."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.judges.local import LocalJudge
+
+
+def logs(probabilities: dict[str, float]) -> dict[str, float]:
+    return {token: math.log(p) for token, p in probabilities.items()}
+
+
+def test_local_judge_scores_filled_prompts_in_order_and_equal_ones_once(trait):
+    asked = []
+
+    def first(prompts):
+        asked.extend(prompts)
+        return [logs({"90" if "good" in each else "10": 0.5, " 20": 0.5}) for each in prompts]
+
+    judge = LocalJudge(trait, "local:tiny", first)
+    items = [Exchange("q", "good"), Exchange("q", "bad"), Exchange("q", "good")]
+    verdicts = judge.judge(items, "flattery")
+    assert [verdict.score for verdict in verdicts] == pytest.approx([55, 15, 55])
+    assert verdicts[0].judge == "local:tiny"
+    assert asked == [
+        "Rate flattery 0-100.\nQ: q\nA: good\nOnly the number.",
+        "Rate flattery 0-100.\nQ: q\nA: bad\nOnly the number.",
+    ]
+    judge.judge(items[:1], COHERENCE)
+    assert "coherent" in asked[-1]
+    assert judge.judge([], COHERENCE) == []
+
+
+def test_local_judge_leaves_low_mass_unscored_and_refuses_another_trait(trait):
+    judge = LocalJudge(trait, "j", lambda prompts: [logs({"Sure": 0.9, "5": 0.1})] * len(prompts))
+    (verdict,) = judge.judge([Exchange("q", "a")], "flattery")
+    assert verdict.score is None
+    assert "0.10" in verdict.reason
+    with pytest.raises(UserError, match="evil"):
+        judge.judge([Exchange("q", "a")], "evil")
+
+
+STEPS = {
+    "": {"0": 0.1, "1": 0.3, "8": 0.5, "No": 0.1},
+    "1": {"0": 0.6, "<end>": 0.4},
+    "8": {"5": 0.7, "<end>": 0.2, "x": 0.1},
+    "10": {"0": 0.5, "<end>": 0.5},
+}
+
+
+def test_local_judge_multiplies_digit_steps_into_whole_numbers(trait):
+    judge = LocalJudge(
+        trait,
+        "digits",
+        lambda prompts: [logs(STEPS[""]) for _ in prompts],
+        continuation_logprobs=lambda pairs: [logs(STEPS[start]) for _, start in pairs],
+    )
+    numbers = {
+        0: 0.1,
+        1: 0.3 * 0.4,
+        10: 0.3 * 0.6 * 0.5,
+        100: 0.3 * 0.6 * 0.5,
+        8: 0.5 * 0.3,
+        85: 0.5 * 0.7,
+    }
+    assert sum(numbers.values()) == pytest.approx(0.9)
+    expected = sum(number * p for number, p in numbers.items()) / 0.9
+    verdicts = judge.judge([Exchange("q", "a"), Exchange("q", "b")], "flattery")
+    assert [verdict.score for verdict in verdicts] == pytest.approx([expected, expected])
+
+
+def test_local_judge_warns_about_digits_without_a_continuation(trait, caplog):
+    digits = logs({str(digit): 0.1 for digit in range(1, 9)})
+    LocalJudge(trait, "j", lambda prompts: [digits]).judge([Exchange("q", "a")], "flattery")
+    assert "continuation_logprobs" in caplog.text

@@ -1,0 +1,64 @@
+"""Means and disagreement of several judges."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.judges.multi import MultiJudge, disagreements
+
+ITEMS = [Exchange("q", str(number)) for number in range(4)]
+
+
+class FixedJudge:
+    """Gives the same scores each time."""
+
+    def __init__(self, name: str, *scores: float | None) -> None:
+        self.name = name
+        self.scores = scores
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, score, "" if score is not None else "tired", self.name)
+            for _, score in zip(exchanges, self.scores, strict=True)
+        ]
+
+
+FIRST = FixedJudge("a", 10.0, 20.0, None, None)
+SECOND = FixedJudge("b", 30.0, 40.0, 50.0, None)
+
+
+def test_multi_judge_averages_those_that_scored_and_lists_them():
+    verdicts = MultiJudge([FIRST, SECOND]).judge(ITEMS, "evil")
+    assert [verdict.score for verdict in verdicts] == [20.0, 30.0, 50.0, None]
+    assert verdicts[0] == Verdict(
+        "evil", 20.0, "a: 10.0; b: 30.0; range 20.0, sd 10.0", "multi:a+b"
+    )
+    assert verdicts[2].reason == "a: unscored (tired); b: 50.0; range 0.0, sd 0.0"
+    assert verdicts[3].reason == "a: unscored (tired); b: unscored (tired)"
+
+
+def test_multi_judge_needs_judges_of_different_names():
+    with pytest.raises(UserError, match="different names"):
+        MultiJudge([FIRST, FIRST])
+    with pytest.raises(UserError):
+        MultiJudge([])
+
+
+def test_disagreements_compare_pairs_over_what_both_scored():
+    third = FixedJudge("c", 1.0, 3.0, 2.0, 0.0)
+    fourth = FixedJudge("d", 5.0, 5.0, 6.0, 4.0)
+    by_judge = MultiJudge([FIRST, third, fourth]).judge_each(ITEMS, "evil")
+    pairs = {(each.first, each.second): each for each in disagreements(by_judge)}
+    assert set(pairs) == {("a", "c"), ("a", "d"), ("c", "d")}
+    assert pairs["a", "c"].n == 2
+    assert pairs["a", "c"].mean_absolute_difference == pytest.approx((9 + 17) / 2)
+    assert pairs["a", "c"].spearman is None
+    assert pairs["c", "d"].mean_absolute_difference == pytest.approx((4 + 2 + 4 + 4) / 4)
+    assert pairs["c", "d"].spearman == pytest.approx(0.6324555)
+
+
+def test_disagreements_of_judges_without_common_scores_are_undefined():
+    (only,) = disagreements([FIRST.judge(ITEMS, "evil")[2:], SECOND.judge(ITEMS, "evil")[2:]])
+    assert (only.mean_absolute_difference, only.spearman, only.n) == (None, None, 0)

@@ -1,0 +1,394 @@
+"""The endpoint judge over real HTTP against a scripted local server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import time
+from email.utils import formatdate
+
+import pytest
+
+from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.judges.budget import Prices, Usage
+from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.openai import DEFAULT_MODEL, Limits, OpenAIJudge
+
+KEY = "sk-secret-1234567890"
+QUICK = Limits(max_retries=2, timeout=5)
+
+
+def exchanges(count: int) -> list[Exchange]:
+    return [Exchange(f"Question {number}?", f"Answer {number}.") for number in range(count)]
+
+
+@pytest.fixture
+def judge_of(trait, endpoint):
+    def build(**options) -> OpenAIJudge:
+        options = {"base_url": endpoint.base_url, "api_key": KEY, "limits": QUICK} | options
+        return OpenAIJudge(trait, **options)
+
+    return build
+
+
+def test_openai_judge_scores_by_weighted_logprobs_and_sends_the_documented_request(
+    judge_of, endpoint
+):
+    endpoint.otherwise = endpoint.logprobs({"80": 0.6, " 20": 0.2, "I": 0.1})
+    judge = judge_of()
+    (verdict,) = judge.judge([Exchange("Is {it} so?", "Yes {answer}")], "flattery")
+    assert verdict.score == pytest.approx((80 * 0.6 + 20 * 0.2) / 0.8)
+    assert (verdict.criterion, verdict.reason) == ("flattery", "")
+    assert verdict.judge == judge.name == f"openai:{DEFAULT_MODEL}"
+    assert endpoint.requests == [
+        {
+            "model": DEFAULT_MODEL,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": "Rate flattery 0-100.\nQ: Is {it} so?\nA: Yes {answer}\n"
+                    "Only the number.",
+                }
+            ],
+            "n": 1,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+    ]
+    assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_openai_judge_asks_about_coherence_with_its_own_prompt(judge_of, endpoint):
+    (verdict,) = judge_of().judge(exchanges(1), COHERENCE)
+    assert verdict.criterion == COHERENCE
+    assert "coherent" in endpoint.requests[0]["messages"][0]["content"]
+    with pytest.raises(UserError, match="evil"):
+        judge_of().judge(exchanges(1), "evil")
+
+
+def test_openai_judge_keeps_order_and_asks_once_about_equal_exchanges(judge_of, endpoint):
+    def by_question(handler):
+        content = endpoint.requests[-1]["messages"][0]["content"]
+        number = int(content.split("Question ")[1].split("?")[0])
+        endpoint.logprobs({str(number): 0.9})(handler)
+
+    endpoint.otherwise = by_question
+    items = exchanges(12)
+    verdicts = judge_of(limits=Limits(concurrency=1)).judge([*items, *items[::-1]], "flattery")
+    expected = list(map(float, range(12)))
+    assert [verdict.score for verdict in verdicts] == pytest.approx(expected + expected[::-1])
+    assert len(endpoint.requests) == 12
+
+
+def test_openai_judge_number_mode_reads_the_whole_reply(judge_of, endpoint):
+    endpoint.script = {
+        0: endpoint.text(" 72\n"),
+        1: endpoint.text("72 out of 100"),
+        2: endpoint.text("REFUSAL"),
+    }
+    judge = judge_of(mode="number", limits=Limits(concurrency=1))
+    verdicts = judge.judge(exchanges(3), "flattery")
+    assert [verdict.score for verdict in verdicts] == [72.0, None, None]
+    assert "'72 out of 100'" in verdicts[1].reason
+    assert verdicts[2].reason == "refusal"
+    assert "logprobs" not in endpoint.requests[0]
+    assert judge.name.endswith(":number")
+
+
+def test_openai_judge_without_logprobs_is_unscored_and_logged(judge_of, endpoint, caplog):
+    endpoint.otherwise = endpoint.text("80")
+    verdicts = judge_of().judge(exchanges(2), "flattery")
+    assert {verdict.score for verdict in verdicts} == {None}
+    assert "number mode" in verdicts[0].reason
+    assert "2 of 2 answers unscored" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_openai_judge_waits_as_retry_after_asks(judge_of, endpoint, kind):
+    value = "1" if kind == "seconds" else formatdate(time.time() + 2, usegmt=True)
+    endpoint.script = {0: endpoint.error(429, headers={"Retry-After": value})}
+    started = time.monotonic()
+    (verdict,) = judge_of().judge(exchanges(1), "flattery")
+    assert time.monotonic() - started >= 0.9
+    assert verdict.score == pytest.approx(80)
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+def test_openai_judge_retries_passing_statuses(judge_of, endpoint, status):
+    endpoint.script = {0: endpoint.error(status, headers={"Retry-After": "0"})}
+    assert judge_of().judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
+
+
+def test_openai_judge_gives_up_on_a_server_that_keeps_failing(judge_of, endpoint):
+    endpoint.otherwise = endpoint.error(500, "overloaded", {"Retry-After": "0"})
+    (verdict,) = judge_of().judge(exchanges(1), "flattery")
+    assert verdict.score is None
+    assert verdict.reason == "HTTP 500: overloaded"
+    assert len(endpoint.requests) == 3
+
+
+def test_openai_judge_does_not_retry_a_bad_request(judge_of, endpoint):
+    endpoint.otherwise = endpoint.error(400, "logprobs are not supported")
+    (verdict,) = judge_of().judge(exchanges(1), "flattery")
+    assert verdict.reason == "HTTP 400: logprobs are not supported"
+    assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_openai_judge_times_out_on_a_silent_and_on_a_dripping_server(judge_of, endpoint, fault):
+    endpoint.script = {0: getattr(endpoint, fault)}
+    judge = judge_of(limits=Limits(timeout=0.5, max_retries=0, concurrency=1))
+    started = time.monotonic()
+    verdicts = judge.judge(exchanges(2), "flattery")
+    assert time.monotonic() - started < 5
+    assert verdicts[0].reason == "no reply within 0.5 s"
+    assert verdicts[1].score == pytest.approx(80)
+
+
+def test_openai_judge_leaves_garbage_unscored_and_scores_the_rest(judge_of, endpoint):
+    endpoint.script = {0: endpoint.raw(b"\xff<html>oops"), 2: endpoint.raw(b'{"choices": [{}]}')}
+    verdicts = judge_of(limits=Limits(concurrency=1)).judge(exchanges(4), "flattery")
+    assert [verdict.score is None for verdict in verdicts] == [True, False, True, False]
+    assert verdicts[0].reason == "the endpoint's reply is not valid JSON"
+    assert verdicts[2].reason == "the endpoint's reply has no message"
+
+
+def test_openai_judge_retries_half_an_answer(judge_of, endpoint):
+    endpoint.script = {0: endpoint.raw(b'{"choices": [{"mess', length=5000)}
+    assert judge_of().judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
+    assert len(endpoint.requests) == 2
+
+
+def test_openai_judge_says_that_the_connection_failed_when_halves_keep_coming(judge_of, endpoint):
+    endpoint.otherwise = endpoint.raw(b'{"choices": [{"mess', length=5000)
+    (verdict,) = judge_of(limits=Limits(max_retries=0)).judge(exchanges(1), "flattery")
+    assert verdict.score is None
+    assert "connection failed" in verdict.reason
+
+
+def test_openai_judge_without_a_server_is_unscored(trait):
+    judge = OpenAIJudge(trait, base_url="http://127.0.0.1:9/v1", limits=Limits(max_retries=0))
+    assert "connection failed" in judge.judge(exchanges(1), "flattery")[0].reason
+
+
+def test_openai_judge_respects_its_concurrency_limit(judge_of, endpoint):
+    def slow(handler):
+        time.sleep(0.05)
+        endpoint.logprobs({"80": 0.9})(handler)
+
+    endpoint.otherwise = slow
+    judge_of(limits=Limits(concurrency=3)).judge(exchanges(12), "flattery")
+    assert endpoint.most_active == 3
+
+
+def test_openai_judge_request_cap_keeps_what_is_finished(judge_of, endpoint):
+    judge = judge_of(limits=Limits(max_requests=3, concurrency=2))
+    verdicts = judge.judge(exchanges(5), "flattery")
+    assert sum(verdict.score is not None for verdict in verdicts) == 3
+    assert {v.reason for v in verdicts if v.score is None} == {"request cap reached"}
+    assert judge.judge(exchanges(1), "flattery")[0].reason == "request cap reached"
+    assert len(endpoint.requests) == judge.usage.requests == 3
+
+
+def test_openai_judge_request_cap_counts_retries(judge_of, endpoint):
+    endpoint.otherwise = endpoint.error(500, headers={"Retry-After": "0"})
+    judge = judge_of(limits=Limits(max_requests=2, max_retries=5))
+    assert judge.judge(exchanges(1), "flattery")[0].reason == "request cap reached"
+    assert len(endpoint.requests) == 2
+
+
+def test_openai_judge_cost_cap_stops_before_it_is_passed(judge_of, endpoint):
+    prices = Prices(prompt=100.0, completion=0.0)  # a reply's 100 prompt tokens cost one cent
+    judge = judge_of(prices=prices, limits=Limits(max_cost=0.035, concurrency=4))
+    items = [Exchange(question, answer + " Indeed." * 30) for question, answer in exchanges(10)]
+    verdicts = judge.judge(items, "flattery")
+    assert "cost cap reached" in {verdict.reason for verdict in verdicts}
+    assert any(verdict.score is not None for verdict in verdicts)
+    assert 0 < judge.usage.cost <= 0.035
+
+
+def test_openai_judge_estimates_its_cost_from_the_endpoints_token_counts(judge_of):
+    judge = judge_of(prices=Prices(0.4, 1.6))
+    judge.judge(exchanges(10), "flattery")
+    assert judge.usage[:3] == (10, 1000, 10)
+    assert judge.usage.cost == pytest.approx((1000 * 0.4 + 10 * 1.6) / 1e6)
+
+
+def test_openai_judge_reports_progress(judge_of):
+    seen = []
+    judge_of(progress=lambda done, total: seen.append((done, total))).judge(
+        exchanges(3), "flattery"
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_openai_judge_shares_its_cache_with_a_second_judge(judge_of, endpoint, tmp_path):
+    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+        first = judge_of(cache=cache).judge(exchanges(3), "flattery")
+    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+        again = judge_of(cache=cache)
+        assert again.judge(exchanges(3), "flattery") == first
+        assert again.usage == Usage(0, 0, 0, 0.0, 3)
+        judge_of(cache=cache, model="another").judge(exchanges(3), "flattery")
+    assert len(endpoint.requests) == 6
+
+
+def test_openai_judge_shares_its_cache_with_another_process(judge_of, endpoint, trait, tmp_path):
+    path = tmp_path / "cache.sqlite"
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from persona_lora.core.chat import Exchange\n"
+        "from persona_lora.core.traits import load_trait\n"
+        "from persona_lora.judges.cache import VerdictCache\n"
+        "from persona_lora.judges.openai import OpenAIJudge\n"
+        "judge = OpenAIJudge(load_trait(Path(sys.argv[1])), base_url=sys.argv[2], "
+        "api_key='x', cache=VerdictCache(Path(sys.argv[3])))\n"
+        "judge.judge([Exchange('Question 0?', 'Answer 0.')], 'flattery')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(trait.folder), endpoint.base_url, str(path)],
+        check=True,
+        timeout=120,
+    )
+    with VerdictCache(path) as cache:
+        judge = judge_of(cache=cache)
+        assert judge.judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
+        assert judge.usage.cache_hits == 1
+    assert len(endpoint.requests) == 1
+
+
+def test_openai_judge_caches_refusals_but_no_faults(judge_of, endpoint, tmp_path):
+    endpoint.script = {
+        0: endpoint.logprobs({"REF": 0.9}),
+        1: endpoint.raw(b"garbage"),
+        2: endpoint.error(500),
+    }
+    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+        limits = Limits(concurrency=1, max_retries=0)
+        first = judge_of(cache=cache, limits=limits).judge(exchanges(3), "flattery")
+        assert first[0].reason == "refusal"
+        assert len(cache) == 1
+        second = judge_of(cache=cache, limits=limits).judge(exchanges(3), "flattery")
+    assert [verdict.score for verdict in second] == [None, pytest.approx(80), pytest.approx(80)]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_openai_judge_with_a_refused_key_is_a_user_error_without_the_key(
+    judge_of, endpoint, status
+):
+    endpoint.otherwise = endpoint.error(status, f"Incorrect API key provided: {KEY}")
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
+        judge_of(limits=Limits(concurrency=1)).judge(exchanges(4), "flattery")
+    assert KEY not in repr(caught.getrepr(style="long", showlocals=False))
+    assert "\n" not in str(caught.value)
+    assert len(endpoint.requests) == 1
+
+
+def test_openai_judge_with_an_unknown_model_is_a_user_error(judge_of, endpoint):
+    endpoint.otherwise = endpoint.error(404, "no such model")
+    with pytest.raises(UserError, match=r"'nope'.*JUDGE_MODEL"):
+        judge_of(model="nope").judge(exchanges(2), "flattery")
+
+
+def test_openai_judge_with_a_used_up_quota_does_not_retry(judge_of, endpoint):
+    endpoint.otherwise = endpoint.error(429, code="insufficient_quota")
+    with pytest.raises(UserError, match="quota"):
+        judge_of(limits=Limits(concurrency=1)).judge(exchanges(2), "flattery")
+    assert len(endpoint.requests) == 1
+
+
+def test_openai_judge_keeps_finished_verdicts_when_the_key_is_revoked_on_the_way(
+    judge_of, endpoint
+):
+    endpoint.script = {0: endpoint.logprobs({"80": 0.9})}
+    endpoint.otherwise = endpoint.error(401)
+    verdicts = judge_of(limits=Limits(concurrency=1)).judge(exchanges(3), "flattery")
+    assert verdicts[0].score == pytest.approx(80)
+    assert "OPENAI_API_KEY" in verdicts[1].reason
+    assert verdicts[2].reason == verdicts[1].reason
+    assert len(endpoint.requests) == 2
+
+
+def test_openai_judge_never_shows_its_key(judge_of, endpoint, caplog, capfd, tmp_path):
+    path = tmp_path / "cache.sqlite"
+    endpoint.script = {
+        0: endpoint.error(400, f"bad key {KEY} in the request"),
+        1: endpoint.error(500, KEY, {"Retry-After": "0"}),
+        2: endpoint.logprobs({"REF": 0.9}),
+    }
+    with caplog.at_level(logging.DEBUG), VerdictCache(path) as cache:
+        judge = judge_of(cache=cache, limits=Limits(concurrency=1, max_retries=1))
+        verdicts = judge.judge(exchanges(3), "flattery")
+        files = b"".join(each.read_bytes() for each in tmp_path.glob("cache.sqlite*"))
+    assert "[key]" in verdicts[0].reason
+    output = capfd.readouterr()
+    for text in (caplog.text, repr(verdicts), repr(judge), str(judge.usage), *output):
+        assert KEY not in text
+    assert len(files) > 0
+    assert KEY.encode() not in files
+
+
+def test_openai_judge_works_inside_a_running_event_loop(judge_of):
+    async def inside() -> float | None:
+        return judge_of().judge(exchanges(1), "flattery")[0].score
+
+    assert asyncio.run(inside()) == pytest.approx(80)
+
+
+def test_openai_judge_of_nothing_asks_nothing(judge_of, endpoint):
+    assert judge_of().judge([], "flattery") == []
+    assert not endpoint.requests
+
+
+def test_openai_judge_warns_about_a_tokenizer_that_splits_numbers(judge_of, endpoint, caplog):
+    endpoint.otherwise = endpoint.logprobs({"8": 0.4, "7": 0.2, "9": 0.1, "6": 0.1, "5": 0.1})
+    judge_of().judge(exchanges(1), "flattery")
+    assert "number mode" in caplog.text
+
+
+def test_openai_judge_without_a_key_names_both_remedies(trait):
+    with pytest.raises(UserError, match=r"OPENAI_API_KEY.*--judge embedding"):
+        OpenAIJudge.from_environment(trait, {})
+
+
+def test_openai_judge_reads_the_given_environment_and_ignores_the_process_one(
+    trait, endpoint, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-process")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    environ = {
+        "OPENAI_API_KEY": f" {KEY}\n",
+        "OPENAI_BASE_URL": endpoint.base_url + "/",
+        "JUDGE_MODEL": "my-model",
+    }
+    judge = OpenAIJudge.from_environment(trait, environ)
+    assert judge.judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
+    assert endpoint.requests[0]["model"] == "my-model"
+    assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", ["sk-a b", "sk-a\nb", "sk-ü"])
+def test_openai_judge_refuses_a_malformed_key_without_showing_it(trait, key):
+    with pytest.raises(UserError) as caught:
+        OpenAIJudge(trait, api_key=key)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://a/v1", "http://", "http://u:p@a/v1"])
+def test_openai_judge_refuses_a_malformed_base_url(trait, url):
+    with pytest.raises(UserError, match="base URL"):
+        OpenAIJudge(trait, base_url=url)
+
+
+def test_openai_judge_refuses_senseless_limits_and_modes(trait):
+    for options in ({"concurrency": 0}, {"timeout": 0.0}, {"max_retries": -1}):
+        with pytest.raises(UserError, match="limits"):
+            Limits(**options)
+    with pytest.raises(UserError, match="mode"):
+        OpenAIJudge(trait, api_key=KEY, mode="guess")
