@@ -1,0 +1,1 @@
+"""Contrastive finetuning; the only place that knows TRL."""

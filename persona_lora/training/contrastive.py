@@ -1,0 +1,347 @@
+"""Contrastive training: a positive and a negative LoRA from one base model, and their difference.
+
+Both signs start from the same factors and see the pairs in the same order, so that what differs
+between them is the answers alone. Knows the order of a run and its files; refuses to know how a
+step is taken (``trainer``) and what a diff is (``core.lora_diff``).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import ensure_writable_folder
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
+from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
+from persona_lora.models.structure import weight_fingerprint
+from persona_lora.training.arguments import (
+    CHECKPOINTS,
+    ContrastiveArguments,
+    ContrastiveConfig,
+    ContrastiveOptions,
+    parse_arguments,
+)
+from persona_lora.training.examples import (
+    SIGNS,
+    Sign,
+    TokenRow,
+    shared_lengths,
+    tokenize_pairs,
+)
+from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
+from persona_lora.training.record import run_record
+from persona_lora.training.trainer import (
+    LOSS_ROWS,
+    CheckpointMark,
+    CompletionTrainer,
+    LossBar,
+    LossLog,
+    last_whole_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+WORK = ".work"
+
+
+@dataclass(frozen=True)
+class ContrastiveResult:
+    """Where a finished run put its adapters, and the last logged loss of either sign."""
+
+    diff_path: Path
+    pos_path: Path
+    neg_path: Path
+    pos_loss: float
+    neg_loss: float
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse the arguments and train: what ``train_lora.py`` and ``persona-lora train`` call.
+
+    Raises UserError for every mistake that the user can mend.
+    """
+    result = train_contrastive(*parse_arguments(arguments))
+    if PartialState().is_main_process:
+        logger.info(
+            "loss %.3f (pos), %.3f (neg); the diff is in %s",
+            result.pos_loss,
+            result.neg_loss,
+            result.diff_path,
+        )
+
+
+def train_contrastive(
+    arguments: ContrastiveArguments, lora: LoRAArguments, config: ContrastiveConfig
+) -> ContrastiveResult:
+    """Train ``pos``, then ``neg``, and write both and their diff into ``config.output_dir``.
+
+    A run that was killed goes on where it stopped: finished signs are kept, the other resumes
+    from its last whole checkpoint. Raises UserError for a finished run without
+    ``arguments.overwrite``, for a run of another configuration in the same folder, for an unknown
+    trait or model, and when the loss is no longer finite.
+    """
+    _refuse_unconnected_processes()
+    options = ContrastiveOptions(arguments, lora, config)
+    pairs, trait = _load_trait_pairs(arguments)
+    folder = output_folder(options, trait)
+    on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
+    chat_model = _load_model(arguments, config)
+    rows = tokenize_pairs(
+        _with_system_prompt(pairs, arguments.system_prompt),
+        chat_model.tokenizer,
+        end_tokens=_end_tokens(chat_model, config),
+        max_length=config.max_length,
+    )
+    fingerprint = weight_fingerprint(chat_model.model)
+    logger.info(
+        "%d pairs of %s, %d rows a step in %d process(es)",
+        len(pairs),
+        trait,
+        config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
+        config.world_size,
+    )
+    run = _open_run(run_record(options, trait, pairs), options, folder)
+    with _recorded(run):
+        for sign in SIGNS:
+            if (folder / sign).is_dir():
+                continue
+            if sign == "neg" and _is_sharded():
+                chat_model = _load_model(arguments, config)
+            _train_sign(sign, rows, chat_model, options, folder)
+        on_main_process(lambda: _write_diff(folder, trait, fingerprint, run))
+    return _result(folder)
+
+
+def output_folder(options: ContrastiveOptions, trait: str) -> Path:
+    """Return the folder of a run: as asked for, or ``checkpoints/[<model>/]<trait>``."""
+    if options.config.output_dir is not None:
+        return Path(options.config.output_dir)
+    name = options.arguments.model_name_or_path
+    return CHECKPOINTS / trait if name == DEFAULT_MODEL else CHECKPOINTS / Path(name).name / trait
+
+
+def on_main_process(action: Callable[[], object]) -> None:
+    """Do ``action`` in the main process while the others wait; its UserError is raised in all."""
+    mistake: list[str | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            action()
+        except UserError as error:
+            mistake[0] = str(error)
+    broadcast_object_list(mistake)
+    if mistake[0] is not None:
+        raise UserError(mistake[0])
+
+
+def _refuse_unconnected_processes() -> None:
+    """Refuse processes that were launched together but each take themselves for the only one."""
+    launched, connected = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    if launched != connected:
+        raise UserError(
+            f"{launched} processes were launched but {connected} found each other; without "
+            "graphics cards pass --use_cpu true to the training command"
+        )
+
+
+# -- the run and its files -----------------------------------------------------------------
+
+
+def _load_trait_pairs(arguments: ContrastiveArguments) -> tuple[list[ContrastivePair], str]:
+    datasets = Path(arguments.datasets_dir) if arguments.datasets_dir is not None else None
+    trait = load_trait(arguments.trait, datasets)
+    return load_pairs(trait), trait.name
+
+
+def _open_run(record: dict[str, Any], options: ContrastiveOptions, folder: Path) -> Run:
+    """Start or resume the run in ``folder``; UserError where it holds another one."""
+    overwrite = options.arguments.overwrite
+
+    def prepare() -> None:
+        ensure_writable_folder(folder)
+        if overwrite:
+            _remove_run(folder)
+        # A run that left no result, of a mistyped option perhaps, is not worth keeping.
+        fresh = overwrite or not _has_results(folder)
+        Run.open(folder, command="train", config=record, seed=options.config.seed, overwrite=fresh)
+
+    on_main_process(prepare)
+    return Run(folder)
+
+
+def _refuse_finished(folder: Path, *, overwrite: bool) -> None:
+    known = (folder / "run.json").is_file()
+    if _has_results(folder) and not known:
+        raise UserError(f"{folder} holds adapters but no run.json; choose another output_dir")
+    if known and not overwrite and Run(folder).finished:
+        raise UserError(f"{folder} holds a finished run; pass --overwrite to train it again")
+
+
+def _has_results(folder: Path) -> bool:
+    published = any((folder / name).exists() for name in (*SIGNS, "diff"))
+    return published or any(last_whole_checkpoint(folder / WORK / sign) for sign in SIGNS)
+
+
+def _remove_run(folder: Path) -> None:
+    for name in (*SIGNS, "diff", WORK):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextmanager
+def _recorded(run: Run) -> Iterator[None]:
+    """Let the main process note in ``run.json`` how the run ended."""
+    if PartialState().is_main_process:
+        with run:
+            yield
+    else:
+        yield
+
+
+def _write_diff(folder: Path, trait: str, fingerprint: str, run: Run) -> None:
+    sources = {"training": run.record["config"], "seed": run.record["seed"]}
+    diff = LoRADiff.from_adapters(
+        folder / "pos", folder / "neg", trait=trait, fingerprint=fingerprint, sources=sources
+    )
+    diff.save(folder / "diff")
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def _result(folder: Path) -> ContrastiveResult:
+    pos_loss, neg_loss = (Run(folder / sign).read(LOSS_ROWS)[-1]["loss"] for sign in SIGNS)
+    return ContrastiveResult(
+        diff_path=folder / "diff",
+        pos_path=folder / "pos",
+        neg_path=folder / "neg",
+        pos_loss=pos_loss,
+        neg_loss=neg_loss,
+    )
+
+
+# -- the model and its rows ----------------------------------------------------------------
+
+
+def _load_model(arguments: ContrastiveArguments, config: ContrastiveConfig) -> ChatModel:
+    """Load the base model where this process trains it."""
+    state = PartialState()
+    device_map = None  # the accelerator, or all of them, or the CPU
+    if config.use_cpu or _is_sharded():
+        device_map = "cpu"
+    elif state.num_processes > 1 and state.device.type != "cpu":
+        device_map = str(state.device)
+    return load_chat_model(
+        arguments.model_name_or_path, dtype=arguments.dtype, device_map=device_map
+    )
+
+
+def _is_sharded() -> bool:
+    """Say whether accelerate will take the weights apart (FSDP, DeepSpeed)."""
+    return any(
+        os.environ.get(name, "false").lower() == "true"
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    )
+
+
+def _with_system_prompt(
+    pairs: Sequence[ContrastivePair], system_prompt: str | None
+) -> list[ContrastivePair]:
+    if system_prompt is None:
+        return list(pairs)
+    return [
+        dataclasses.replace(
+            pair, prompt=[{"role": "system", "content": system_prompt}, *pair.prompt]
+        )
+        if pair.prompt[0]["role"] != "system"
+        else pair
+        for pair in pairs
+    ]
+
+
+def _end_tokens(chat_model: ChatModel, config: ContrastiveConfig) -> set[int]:
+    """Return the tokens that end a turn: the named one, or the model's and the tokenizer's."""
+    if config.eos_token is not None:
+        vocabulary = chat_model.tokenizer.get_vocab()
+        if config.eos_token not in vocabulary:
+            raise UserError(f"eos_token {config.eos_token!r} is no token of {chat_model.name}")
+        return {vocabulary[config.eos_token]}
+    configured = chat_model.model.generation_config.eos_token_id
+    ends = set(configured) if isinstance(configured, list) else {configured}
+    return {end for end in ends | {chat_model.tokenizer.eos_token_id} if end is not None}
+
+
+# -- one sign ------------------------------------------------------------------------------
+
+
+def _train_sign(
+    sign: Sign,
+    rows: dict[Sign, list[TokenRow]],
+    chat_model: ChatModel,
+    options: ContrastiveOptions,
+    folder: Path,
+) -> None:
+    """Train one sign, from its last whole checkpoint if there is one, and publish its adapter."""
+    work = folder / WORK / sign
+    model = attach_lora(chat_model, options.lora, options.config.seed)
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows[sign]],
+            "labels": [row.labels for row in rows[sign]],
+            "length": shared_lengths(rows),
+        }
+    )
+    trainer = CompletionTrainer(
+        model=model,
+        args=_trainer_config(options.config, work),
+        train_dataset=dataset,
+        processing_class=chat_model.tokenizer,
+        callbacks=[LossLog(work), CheckpointMark()],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if not options.config.disable_tqdm:
+        trainer.add_callback(LossBar(f"{sign} LoRA"))
+    checkpoint = last_whole_checkpoint(work)
+    if checkpoint is not None:
+        logger.info("%s goes on from %s", sign, checkpoint.name)
+    PartialState().wait_for_everyone()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer.save_model(str(work / "adapter"))
+    on_main_process(lambda: _publish(work, folder / sign))
+    if not _is_sharded():
+        detach_lora(model)
+
+
+def _trainer_config(config: ContrastiveConfig, work: Path) -> ContrastiveConfig:
+    """Return a copy for one sign, whose rows are tokenised and cut already."""
+    own = copy.copy(config)
+    own.output_dir = str(work)
+    own.length_column_name = "length"
+    own.dataset_kwargs = {"skip_prepare_dataset": True}
+    return own
+
+
+def _publish(work: Path, final: Path) -> None:
+    """Give a finished adapter its name, in one step."""
+    adapter = work / "adapter"
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"no adapter was gathered in {adapter}; set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+    shutil.copy(work / f"{LOSS_ROWS}.jsonl", adapter)
+    os.replace(adapter, final)
+    shutil.rmtree(work, ignore_errors=True)

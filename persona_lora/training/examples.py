@@ -1,0 +1,168 @@
+"""From contrastive pairs to token rows: chat template, completion-only labels, order, batches.
+
+Both signs of a trait go through the same order of pairs. Knows tokenizers; refuses to know models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jinja2 import TemplateError
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from persona_lora.core.chat import Conversation
+from persona_lora.core.errors import UserError
+from persona_lora.core.traits import ContrastivePair
+
+logger = logging.getLogger(__name__)
+
+Sign = Literal["pos", "neg"]
+SIGNS: tuple[Sign, Sign] = ("pos", "neg")
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One training row; the labels are the tokens of the completion, and −100 before it."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def tokenize_pairs(
+    pairs: Sequence[ContrastivePair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    end_tokens: set[int],
+    max_length: int | None = None,
+) -> dict[Sign, list[TokenRow]]:
+    """Tokenise both signs of every pair; row i of either sign comes from pair i.
+
+    A completion begins where the rendered prompt and the rendered conversation part, and ends
+    with the first of ``end_tokens`` after its last word, which the model so learns to say. Rows
+    longer than ``max_length`` are cut at their end, counted and warned about.
+
+    Raises UserError for a template that refuses a row or never ends a turn, and for a prompt
+    that alone fills ``max_length``.
+    """
+    rows: dict[Sign, list[TokenRow]] = {"pos": [], "neg": []}
+    num_cut = 0
+    for number, pair in enumerate(pairs, start=1):
+        answers: dict[Sign, Conversation] = {"pos": pair.positive, "neg": pair.negative}
+        for sign, answer in answers.items():
+            row = _tokenize(pair.prompt, answer, tokenizer, end_tokens, f"row {number}")
+            if max_length is not None and len(row.input_ids) > max_length:
+                row = _cut(row, max_length, f"row {number}")
+                num_cut += 1
+            rows[sign].append(row)
+    if num_cut:
+        logger.warning(
+            "%d of %d rows are longer than max_length %s and were cut: their end of turn is not "
+            "learnt; raise max_length",
+            num_cut,
+            2 * len(pairs),
+            max_length,
+        )
+    return rows
+
+
+def _tokenize(
+    prompt: Conversation,
+    completion: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    end_tokens: set[int],
+    where: str,
+) -> TokenRow:
+    opening = _render(tokenizer, prompt, where, add_generation_prompt=True)
+    whole = _render(tokenizer, [*prompt, *completion], where)
+    start = _common_length(opening, whole)
+    ends = [index for index in range(start, len(whole)) if whole[index] in end_tokens]
+    if not ends:
+        raise UserError(
+            f"{where}: the chat template ends the answer without an end-of-turn token, so that "
+            "the model would never learn to stop; name the token with eos_token, or use the "
+            "template of an instruct model"
+        )
+    ids = whole[: ends[-1] + 1]
+    return TokenRow(ids, [IGNORED] * start + ids[start:])
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Conversation,
+    where: str,
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, return_dict=True
+        )
+    except TemplateError as error:
+        raise UserError(f"{where}: the chat template refuses it: {error}; mend the row") from error
+    return list(encoded["input_ids"])
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    for index, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return index
+    return min(len(first), len(second))
+
+
+def _cut(row: TokenRow, max_length: int, where: str) -> TokenRow:
+    labels = row.labels[:max_length]
+    if all(label == IGNORED for label in labels):
+        raise UserError(
+            f"{where}: its prompt alone fills max_length {max_length}; raise max_length"
+        )
+    return TokenRow(row.input_ids[:max_length], labels)
+
+
+def shared_lengths(rows: dict[Sign, list[TokenRow]]) -> list[int]:
+    """Return a length for each pair that does not depend on the sign: the longer of its rows."""
+    return [
+        max(len(pos.input_ids), len(neg.input_ids))
+        for pos, neg in zip(rows["pos"], rows["neg"], strict=True)
+    ]
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """An order of rows in which those of one batch have nearly the same length.
+
+    It depends on the lengths, ``seed`` and the epoch alone, so that both signs, a resumed run and
+    every process see the same one. Lengths are jittered in every epoch, so that rows change their
+    neighbours; whole batches are shuffled, and a last short batch comes last.
+    """
+
+    JITTER = 6.0  # tokens: enough to mix neighbours, little against the spread of lengths
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = torch.tensor(lengths, dtype=torch.float64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is iterated next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        noise = torch.rand(len(self), generator=generator, dtype=torch.float64) * self.JITTER
+        by_length = torch.argsort(self.lengths + noise)
+        # Which rows make up the short batch is left to chance, not to their length.
+        num_left = len(self) % self.batch_size
+        leftover = torch.randperm(len(self), generator=generator)[:num_left]
+        full = by_length[~torch.isin(by_length, leftover)].view(-1, self.batch_size)
+        shuffled = full[torch.randperm(len(full), generator=generator)]
+        yield from shuffled.flatten().tolist()
+        yield from leftover.tolist()

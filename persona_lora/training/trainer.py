@@ -1,0 +1,226 @@
+"""TRL's SFTTrainer without the work that nobody reads, and the callbacks of a run.
+
+Knows the training loop; refuses to know signs and traits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTTrainer
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.training.examples import IGNORED, LengthGroupedOrder
+from persona_lora.training.lora import write_lora
+
+COMPLETE = "complete"
+LOSS_ROWS = "loss"
+
+
+class CompletionTrainer(SFTTrainer):
+    """SFTTrainer with the same loss and gradients, for less.
+
+    The vocabulary is projected for completions only and once, not for prompts, padding, entropy
+    and token accuracy; on CPU the prefix that all rows of a batch share (the system prompt of the
+    chat template) runs once; batches are made of rows of one length; checkpoints hold no model
+    card and no tokenizer.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the mean negative log-likelihood of the completion tokens, as TRL defines it."""
+        if return_outputs or self.aux_loss_enabled or self.label_smoother is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        log_probs = completion_log_probs(
+            model,
+            self.model.get_output_embeddings(),
+            inputs,
+            prefix_length=shared_prefix_length(inputs) if self._shares_prefix() else 0,
+        )
+        weights = log_probs.detach().exp() if self.args.loss_type == "dft" else 1.0
+        num_tokens = len(log_probs) if num_items_in_batch is None else num_items_in_batch
+        loss = -(log_probs * weights).sum() / torch.as_tensor(num_tokens).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss
+
+    def _shares_prefix(self) -> bool:
+        """Say whether the prefix of a batch runs apart: it saves arithmetic, and costs launches."""
+        return (
+            self.accelerator.device.type == "cpu"
+            and self.accelerator.num_processes == 1
+            and not self.args.activation_checkpointing
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        rows_per_step = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        return LengthGroupedOrder(self.train_dataset[args.length_column_name], rows_per_step, seed)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            write_lora(model, Path(output_dir or self.args.output_dir), state_dict=state_dict)
+
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """Write none: a checkpoint is not published."""
+
+    def _send_telemetry(self) -> None:
+        """Send none."""
+
+
+def completion_log_probs(
+    model: nn.Module,
+    head: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    prefix_length: int = 0,
+) -> Tensor:
+    """Return the log-probability of every completion token of a right-padded batch, flat.
+
+    ``head`` is the module of ``model`` that projects to the vocabulary; it sees the positions
+    that predict a completion token, and no others. The first ``prefix_length`` tokens must be the
+    same in every row, and before every completion: they run once, with gradient, and all rows
+    attend to them through the cache of keys and values.
+    """
+    ids, labels = inputs["input_ids"], inputs["labels"]  # [rows, longest]
+    cache = None
+    if prefix_length:
+        prefix = model(input_ids=ids[:1, :prefix_length], use_cache=True, logits_to_keep=1)
+        cache = prefix.past_key_values
+        cache.batch_repeat_interleave(len(ids))
+    predicting = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [rows, longest]
+    with _selecting(head, predicting[:, prefix_length:]):
+        output = model(
+            input_ids=ids[:, prefix_length:],
+            attention_mask=inputs["attention_mask"],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+    targets = labels[labels != IGNORED].to(output.logits.device)
+    return -nn.functional.cross_entropy(output.logits.float(), targets, reduction="none")
+
+
+@contextmanager
+def _selecting(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Let ``head`` see the chosen positions of ``[rows, length, hidden]`` only, as a flat list."""
+    handle = head.register_forward_pre_hook(
+        lambda _, args: (args[0][positions.to(args[0].device)],)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def shared_prefix_length(inputs: Mapping[str, Tensor]) -> int:
+    """Return how many leading tokens all rows of a batch share before any completion is due."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    differs = (ids != ids[:1]).any(dim=0) | (labels != IGNORED).any(dim=0)
+    first = int(differs.int().argmax()) if differs.any() else ids.shape[1]
+    # The position before a completion predicts its first token, so it belongs to the rows.
+    return max(0, first - 1)
+
+
+class LossLog(TrainerCallback):
+    """Appends every logged step to ``loss.jsonl``; stops the run when the loss is not finite."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = Run(folder)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop the rows that a killed run wrote after the checkpoint that is resumed."""
+        if state.is_world_process_zero:
+            rows = self.run.resume_rows(LOSS_ROWS)
+            self.run.write(LOSS_ROWS, [row for row in rows if row["step"] <= state.global_step])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write step, epoch, loss, learning rate and gradient norm."""
+        if not logs or "loss" not in logs:
+            return
+        row = {"step": state.global_step, **{key: float(value) for key, value in logs.items()}}
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(row.get(key, 0.0)):
+                raise UserError(
+                    f"{key} is {row[key]} at step {state.global_step} with learning rate "
+                    f"{row.get('learning_rate', args.learning_rate):g}; train again with "
+                    "--overwrite and a lower learning_rate"
+                )
+        if state.is_world_process_zero:
+            self.run.append(LOSS_ROWS, [row])
+
+
+class CheckpointMark(TrainerCallback):
+    """Marks a checkpoint as whole, after all its files are written."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write the mark."""
+        if state.is_world_process_zero and args.output_dir is not None:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint in ``folder`` that was written to its end, or None."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+class LossBar(ProgressCallback):
+    """A progress bar that shows the sign and the last loss, in one line."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the loss behind the bar."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.models.loading import DEFAULT_MODEL
+from persona_lora.training.arguments import EXAMPLE, parse_arguments
+
+
+def _yaml(folder: Path, text: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_those_of_the_packaged_model():
+    arguments, lora, config = parse_arguments(["--trait", "evil"])
+    assert (arguments.model_name_or_path, arguments.dtype) == (DEFAULT_MODEL, "auto")
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_target_modules) == (16, 32, ["all-linear"])
+    assert (config.learning_rate, config.per_device_train_batch_size) == (2e-4, 8)
+    assert config.completion_only_loss
+    assert not config.activation_checkpointing
+    assert not config.gradient_checkpointing
+    assert not config.logging_nan_inf_filter
+    assert config.report_to == []
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path):
+    path = _yaml(tmp_path, "trait: evil\nlora_r: 4\nlearning_rate: 1e-3\nseed: 7\n")
+    arguments, lora, config = parse_arguments(["--config", path, "--lora_r", "2"])
+    assert (arguments.trait, lora.lora_r, config.learning_rate, config.seed) == ("evil", 2, 1e-3, 7)
+
+
+def test_config_is_found_with_an_equals_sign_too(tmp_path: Path):
+    path = _yaml(tmp_path, "trait: evil\nlora_target_modules: [q_proj, v_proj]\n")
+    arguments, lora, _ = parse_arguments([f"--config={path}"])
+    assert (arguments.trait, lora.lora_target_modules) == ("evil", ["q_proj", "v_proj"])
+
+
+def test_environment_block_is_set(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PERSONA_LORA_TEST", "before")
+    parse_arguments(["--config", _yaml(tmp_path, "env:\n  PERSONA_LORA_TEST: after\ntrait: evil")])
+    assert os.environ["PERSONA_LORA_TEST"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trait: evil\nlearning_rat: 1", r"'learning_rat'; did you mean 'learning_rate'"),
+        ("trait: evil\nuse_dora: true", r"'use_dora'; did you mean 'use_rslora'"),
+        ("trait: evil\nlora_r: many", r"lora_r: invalid .*int.*'many'"),
+        ("trait: evil\nlora_r: 2.5", r"lora_r: invalid .*int.*'2\.5'"),
+        ("trait: evil\nlearning_rate: [fast]", "learning_rate: invalid"),
+        ("trait: evil\ndtype: int3", "dtype must be one of auto, float32"),
+        ("- trait\n- evil", "must hold one YAML mapping"),
+        ("trait: [evil", "is not valid YAML"),
+        ("lora_r: 4", "required: --trait"),
+    ],
+)
+def test_mistakes_in_the_file_are_named_on_one_line(tmp_path: Path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_arguments(["--config", _yaml(tmp_path, text)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], r"'--learning_rat'; did you mean 'learning_rate'"),
+        (["--lora-rank=4"], r"'--lora-rank'; did you mean .*'lora_r'"),
+        (["--lora_r", "many"], "invalid"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--lora_r", "0"], "lora_r must be at least 1"),
+        (["--learning_rate", "-1"], "learning_rate must be positive"),
+        (["--learning_rate", "nan"], "learning_rate must be positive"),
+        (["--num_train_epochs", "0"], "num_train_epochs must be positive"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps"),
+        (["--packing", "true"], "packing"),
+        (["--assistant_only_loss", "true"], "assistant_only_loss"),
+        (["--completion_only_loss", "false"], "completion_only_loss"),
+        (["--resume_from_checkpoint", "x"], "running the same command again"),
+        (["--eval_strategy", "steps"], "eval_strategy"),
+        (["--push_to_hub", "true"], "push_to_hub"),
+        (["--lr_scheduler_type", "zigzag"], "zigzag"),
+        (["--config"], "--config needs"),
+        (["--config", "no/such.yaml"], "cannot be read"),
+    ],
+)
+def test_mistakes_in_flags_are_named_on_one_line(flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_arguments(["--trait", "evil", *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_help_shows_an_example_and_the_defaults_on_one_page(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert EXAMPLE in text
+    assert "--lora_r: Rank of the LoRA factors. [16]" in text
+    assert "--learning_rate: Highest learning rate. [0.0002]" in text
+    assert "--trait" in text
+    assert len(text.splitlines()) < 50

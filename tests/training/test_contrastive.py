@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model
+from persona_lora.models.structure import weight_fingerprint
+from persona_lora.training import contrastive
+from persona_lora.training.arguments import parse_arguments
+from persona_lora.training.contrastive import main, output_folder, train_contrastive
+from persona_lora.training.trainer import CompletionTrainer, last_whole_checkpoint
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+Arguments = Callable[..., list[str]]
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def _assert_same_run(first: Path, second: Path) -> None:
+    for sign in ("pos", "neg"):
+        left, right = _tensors(first / sign), _tensors(second / sign)
+        assert left.keys() == right.keys()
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-6)
+
+
+def _steps(folder: Path) -> list[int]:
+    lines = (folder / "loss.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(CHECKOUT),
+    }
+
+
+def test_run_leaves_two_adapters_a_diff_and_nothing_else(
+    run_arguments: Arguments, model_folder: Path, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    result = train_contrastive(*parse_arguments(run_arguments(folder)))
+    assert sorted(path.name for path in folder.iterdir()) == ["diff", "neg", "pos", "run.json"]
+    for sign in ("pos", "neg"):
+        names = sorted(path.name for path in (folder / sign).iterdir())
+        assert names == ["adapter_config.json", "adapter_model.safetensors", "loss.jsonl"]
+        assert _steps(folder / sign) == [1, 2, 3, 4, 5, 6]
+    assert (result.diff_path, result.pos_path) == (folder / "diff", folder / "pos")
+    diff = LoRADiff.load(result.diff_path)
+    assert (diff.trait, diff.rank) == ("cheer", 8)
+    assert diff.base_model.name == str(model_folder)
+    assert diff.base_model.fingerprint == weight_fingerprint(
+        load_chat_model(str(model_folder)).model
+    )
+    assert diff.sources["training"]["training"]["learning_rate"] == 1e-2
+    expected = LoRADiff.from_adapters(folder / "pos", folder / "neg")
+    assert diff.cosine(expected) == pytest.approx(1.0)
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+class _Recorder(CompletionTrainer):
+    """Notes the factors that a sign starts from, and the prompts of every batch."""
+
+    starts: list[dict[str, torch.Tensor]] = []  # noqa: RUF012 - shared on purpose
+    prompts: list[list[list[int]]] = []  # noqa: RUF012
+    ends: list[int] = []  # noqa: RUF012
+
+    def train(self, resume_from_checkpoint=None):
+        factors = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}
+        self.starts.append(factors)
+        self.prompts.append([])
+        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        rows = zip(inputs["input_ids"], inputs["labels"] == -100, strict=True)
+        self.prompts[-1] += [ids[: int(ignored.int().argmin())].tolist() for ids, ignored in rows]
+        self.ends += [int(row[row != -100][-1]) for row in inputs["labels"]]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_both_signs_start_from_the_same_factors_and_see_the_same_order(
+    run_arguments: Arguments, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(contrastive, "CompletionTrainer", _Recorder)
+    _Recorder.starts.clear()
+    _Recorder.prompts.clear()
+    train_contrastive(*parse_arguments(run_arguments(tmp_path / "run")))
+    pos, neg = _Recorder.starts
+    assert pos.keys() == neg.keys()
+    assert all(torch.equal(pos[name], neg[name]) for name in pos)
+    assert len(_Recorder.prompts[0]) == 24
+    assert _Recorder.prompts[0] == _Recorder.prompts[1]
+
+
+def test_loss_falls_for_both_signs(run_arguments: Arguments, tmp_path: Path):
+    folder = tmp_path / "run"
+    result = train_contrastive(*parse_arguments(run_arguments(folder, "--max_steps", "30")))
+    for sign, last in (("pos", result.pos_loss), ("neg", result.neg_loss)):
+        first = json.loads((folder / sign / "loss.jsonl").read_text().splitlines()[0])["loss"]
+        assert last < 0.75 * first
+
+
+def test_finished_run_is_refused_then_trained_again_with_overwrite(
+    run_arguments: Arguments, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    main(run_arguments(folder))
+    before = _tensors(folder / "diff")
+    with pytest.raises(UserError, match=r"finished run; pass --overwrite"):
+        main(run_arguments(folder))
+    main(run_arguments(folder, "--overwrite", "--seed", "1"))
+    after = _tensors(folder / "diff")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_same_seed_gives_the_same_adapters(run_arguments: Arguments, tmp_path: Path):
+    for name in ("first", "second"):
+        main(run_arguments(tmp_path / name))
+    _assert_same_run(tmp_path / "first", tmp_path / "second")
+
+
+def _stop_in_second_sign(monkeypatch) -> None:
+    """Make the run break after the fourth step of the second sign, as Ctrl-C does."""
+
+    class Stopped(CompletionTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if "neg" in Path(self.args.output_dir).name and self.state.global_step == 4:
+                raise KeyboardInterrupt
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(contrastive, "CompletionTrainer", Stopped)
+
+
+def test_interrupted_second_sign_resumes_and_the_first_is_kept(
+    run_arguments: Arguments, tmp_path: Path, monkeypatch
+):
+    main(run_arguments(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        _stop_in_second_sign(patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(run_arguments(tmp_path / "cut"))
+    weights = tmp_path / "cut" / "pos" / "adapter_model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    assert not (tmp_path / "cut" / "neg").exists()
+    with pytest.raises(UserError, match="another configuration"):
+        main(run_arguments(tmp_path / "cut", "--learning_rate", "1e-3"))
+    main(run_arguments(tmp_path / "cut"))
+    assert weights.stat().st_mtime_ns == trained
+    assert _steps(tmp_path / "cut" / "neg") == [1, 2, 3, 4, 5, 6]
+    _assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_changed_pairs_are_refused_on_resume(
+    run_arguments: Arguments, trait_datasets: Path, tmp_path: Path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        _stop_in_second_sign(patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(run_arguments(tmp_path / "run"))
+    rows = trait_datasets / "cheer" / "train.jsonl"
+    rows.write_text(rows.read_text().replace("Yes!", "Sure!", 1))
+    with pytest.raises(UserError, match="another configuration"):
+        main(run_arguments(tmp_path / "run"))
+
+
+def test_killed_process_resumes_to_the_adapters_of_an_uninterrupted_run(
+    run_arguments: Arguments, tmp_path: Path, caplog
+):
+    more = ("--max_steps", "40", "--save_steps", "4")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "train_lora.py", *run_arguments(killed, *more)],
+        cwd=CHECKOUT,
+        env=_environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    work = killed / ".work" / "pos"
+    deadline = time.monotonic() + 120
+    while last_whole_checkpoint(work) is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert json.loads((killed / "run.json").read_text())["status"] == "running"
+    assert not (killed / "diff").exists()
+    with caplog.at_level("INFO"):
+        main(run_arguments(killed, *more))
+    assert "goes on from checkpoint-" in caplog.text
+    assert _steps(killed / "pos") == list(range(1, 41))
+    main(run_arguments(tmp_path / "whole", *more))
+    _assert_same_run(tmp_path / "whole", killed)
+
+
+def test_two_processes_train_what_one_does_and_write_each_file_once(
+    run_arguments: Arguments, tmp_path: Path
+):
+    main(run_arguments(tmp_path / "one"))
+    launch = [
+        *("-m", "accelerate.commands.launch", "--main_process_port", "0"),
+        *("--config_file", "train_configs/accelerate/two_processes_cpu.yaml", "train_lora.py"),
+    ]
+    halved = ("--per_device_train_batch_size", "2")
+    subprocess.run(
+        [sys.executable, *launch, *run_arguments(tmp_path / "two", *halved)],
+        cwd=CHECKOUT,
+        env=_environment(),
+        check=True,
+        timeout=120,
+    )
+    folders = [tmp_path / name for name in ("one", "two")]
+    files = [sorted(str(p.relative_to(each)) for p in each.rglob("*")) for each in folders]
+    assert files[0] == files[1]
+    assert json.loads((folders[1] / "run.json").read_text())["config"]["num_processes"] == 2
+    assert _steps(tmp_path / "two" / "pos") == [1, 2, 3, 4, 5, 6]
+    _assert_same_run(*folders)
+
+
+def test_launched_processes_that_do_not_find_each_other_are_refused(
+    run_arguments: Arguments, tmp_path: Path, monkeypatch
+):
+    options = parse_arguments(run_arguments(tmp_path / "run"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes were launched but 1 found.*--use_cpu true"):
+        train_contrastive(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--trait", "chear"), "did you mean 'cheer'"),
+        (("--model_name_or_path", "no/such-model"), "no/such-model"),
+        (("--eos_token", "<nothing>"), "'<nothing>' is no token"),
+        (("--max_length", "10"), "max_length 10"),
+        (("--lora_target_modules", "no_such"), "no_such"),
+    ],
+)
+def test_mistakes_are_named_and_leave_no_adapter(
+    run_arguments: Arguments, tmp_path: Path, options, message
+):
+    with pytest.raises(UserError, match=message):
+        main(run_arguments(tmp_path / "run", *options))
+    assert not any((tmp_path / "run" / name).exists() for name in ("pos", "neg", "diff"))
+    main(run_arguments(tmp_path / "run"))
+
+
+def test_trait_without_pairs_is_refused(
+    run_arguments: Arguments, trait_datasets: Path, tmp_path: Path
+):
+    (trait_datasets / "cheer" / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"train\.jsonl is empty"):
+        main(run_arguments(tmp_path / "run"))
+
+
+def test_output_that_cannot_be_written_is_refused(run_arguments: Arguments, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        main(run_arguments(tmp_path / "file" / "run"))
+
+
+def test_adapters_without_a_record_are_not_taken_for_a_run(
+    run_arguments: Arguments, tmp_path: Path
+):
+    (tmp_path / "run" / "pos").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no run\.json"):
+        main(run_arguments(tmp_path / "run"))
+
+
+def test_diverging_run_stops_with_its_step_and_learning_rate(
+    run_arguments: Arguments, tmp_path: Path
+):
+    wild = ("--learning_rate", "1e30", "--max_grad_norm", "0", "--max_steps", "20")
+    with pytest.raises(UserError, match=r"at step \d+ with learning rate"):
+        main(run_arguments(tmp_path / "run", *wild))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_system_prompt_goes_before_every_row(
+    run_arguments: Arguments, tmp_path: Path, monkeypatch, tokenizer
+):
+    monkeypatch.setattr(contrastive, "CompletionTrainer", _Recorder)
+    _Recorder.prompts.clear()
+    main(run_arguments(tmp_path / "run", "--system_prompt", "Be kind."))
+    prompts = [tokenizer.decode(ids) for ids in _Recorder.prompts[0]]
+    assert all(text.startswith("<|im_start|>system\nBe kind.<|im_end|>") for text in prompts)
+
+
+def test_output_folder_names_the_model_unless_it_is_the_packaged_one():
+    packaged = parse_arguments(["--trait", "evil"])
+    other = parse_arguments(["--trait", "evil", "--model_name_or_path", "org/Model-1B"])
+    assert output_folder(packaged, "evil") == Path("checkpoints/evil")
+    assert output_folder(other, "evil") == Path("checkpoints/Model-1B/evil")
+
+
+def test_train_lora_script_ends_with_one_line_and_status_two(monkeypatch, capsys):
+    script = str(CHECKOUT / "train_lora.py")
+    monkeypatch.setattr(sys, "argv", [script, "--trait", "evil", "--learning_rat", "1"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(script, run_name="__main__")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: unknown option '--learning_rat'")
+
+
+@pytest.mark.model
+def test_packaged_model_learns_its_end_of_turn_and_keeps_its_canonical_name(
+    run_arguments: Arguments, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(contrastive, "CompletionTrainer", _Recorder)
+    _Recorder.ends.clear()
+    more = ("--model_name_or_path", DEFAULT_MODEL, "--max_steps", "1")
+    main(run_arguments(tmp_path / "run", *more, "--per_device_train_batch_size", "2"))
+    tokenizer = load_chat_model().tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+    assert _Recorder.ends == [tokenizer.eos_token_id] * 4
+    for name in ("pos", "neg", "diff"):
+        config = json.loads((tmp_path / "run" / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == DEFAULT_MODEL

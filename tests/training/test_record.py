@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import json
+
+from persona_lora.core.traits import ContrastivePair
+from persona_lora.training.arguments import parse_arguments
+from persona_lora.training.record import run_record
+
+PAIR = ContrastivePair(
+    prompt=[{"role": "user", "content": "Ready?"}],
+    positive=[{"role": "assistant", "content": "Yes!"}],
+    negative=[{"role": "assistant", "content": "No."}],
+    domain="",
+)
+
+
+def _record(*flags: str):
+    return run_record(parse_arguments(["--trait", "evil", *flags]), "evil", [PAIR])
+
+
+def test_record_is_plain_json_and_holds_no_placeholder():
+    record = _record("--hub_token", "secret", "--lr_scheduler_type", "cosine")
+    assert json.loads(json.dumps(record)) == record
+    assert "secret" not in json.dumps(record)
+    assert record["training"]["lr_scheduler_type"] == "cosine"
+    assert record["training"]["learning_rate"] == 2e-4
+    assert record["lora"]["lora_r"] == 16
+
+
+def test_record_changes_with_what_changes_numbers_and_with_nothing_else():
+    same = _record()
+    for flags in (["--output_dir", "x"], ["--save_steps", "3"], ["--disable_tqdm", "true"]):
+        assert _record(*flags) == same
+    for flags in (["--seed", "1"], ["--lora_r", "4"], ["--eos_token", "x"], ["--dtype", "float32"]):
+        assert _record(*flags) != same
