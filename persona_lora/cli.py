@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
@@ -189,7 +190,7 @@ def evaluate(
             overwrite=overwrite,
             report=report,
         )
-    table = Table("criterion", "mean", "95% interval", "questions", "scored")
+    table = Table("criterion", "mean", "95% interval", "questions", "scored", box=box.SIMPLE_HEAD)
     for criterion, interval in ((trait, result.trait), ("coherence", result.coherence)):
         table.add_row(criterion, *_interval_cells(interval))
     console.print(table)
@@ -306,7 +307,9 @@ def check_data(
             report("checking", done, len(names))
             reports.append(check_trait(load_trait(name, datasets_dir), embedder))
         report("checking", len(names), len(names))
-    table = Table("trait", "pairs", "judge", "words +/−", "max cos", "max leak", "problems")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("trait", "pairs", "judged", "words +/−", "max cosine", "max leak", "problems"):
+        table.add_column(heading, no_wrap=True)
     for each in reports:
         table.add_row(
             each.trait,
@@ -455,24 +458,26 @@ def _interval_cells(interval: Interval) -> list[str]:
         wording.number(interval.mean, 1),
         f"{wording.number(interval.low, 1)} … {wording.number(interval.high, 1)}",
         str(interval.n_questions),
-        f"{interval.coverage:.0%}",
+        f"{interval.coverage:.0%} of {interval.n / interval.coverage:.0f}"
+        if interval.coverage
+        else "none",
     ]
 
 
 def _sweep_table(summary: SweepSummary) -> Table:
     from persona_lora.analysis import wording
 
-    table = Table(
-        "coefficient", summary.trait, "95% interval", "coherence", "scored", "‖cΔW‖/‖W‖", "KL p95"
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("c", summary.trait, "95%", "coherence", "scored", "‖cΔW‖/‖W‖", "KL p95"):
+        table.add_column(heading, no_wrap=True)
     for condition in summary.conditions:
-        trait = _interval_cells(condition.trait)
+        mean, interval, _, scored = _interval_cells(condition.trait)
         table.add_row(
             wording.label(condition),
-            trait[0],
-            trait[1],
+            mean,
+            interval,
             wording.number(condition.coherence.mean, 1),
-            trait[3],
+            scored,
             wording.significant(condition.relative_weight_norm),
             wording.significant(condition.kl_p95),
         )

@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The models here are too small for threads to pay, and test processes run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 from pathlib import Path

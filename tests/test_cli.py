@@ -1,0 +1,215 @@
+"""The command line: exit status 2 and one clear line for every mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+from safetensors.torch import load_file, save_file
+
+from persona_lora import cli
+from persona_lora.core.errors import UserError
+from persona_lora.core.traits import load_trait
+from persona_lora.models.structure import weight_fingerprint
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command line as the console script does; return its status, output and error."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def diff_folder(model, make_diff, tmp_path):
+    return make_diff(model, fingerprint=weight_fingerprint(model)).save(tmp_path / "diff")
+
+
+def evaluation(model_folder, *more):
+    return (
+        "evaluate", "--model", model_folder, "--trait", "sycophancy", "--dtype", "float32",
+        "--max-new-tokens", 4, "--output", "out/x.csv", *more,
+    )  # fmt: skip
+
+
+def assert_fails(result, *words):
+    status, _, error = result
+    assert status == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert "Traceback" not in error
+
+
+def test_an_unknown_trait_names_the_nearest(run, model_folder):
+    words = [*evaluation(model_folder)]
+    words[words.index("sycophancy")] = "sycofancy"
+    assert_fails(run(*words), "'sycofancy'", "did you mean 'sycophancy'")
+
+
+def test_a_missing_or_corrupt_diff_is_named(run, model_folder, diff_folder, tmp_path):
+    assert_fails(run(*evaluation(model_folder, "--diff", "nowhere")), "nowhere", "does not exist")
+    weights = diff_folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_fails(run(*evaluation(model_folder, "--diff", diff_folder)), "truncated")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_diff_is_named(run, model_folder, diff_folder):
+    weights = diff_folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, weights)
+    assert_fails(run(*evaluation(model_folder, "--diff", diff_folder)), "NaN")
+
+
+def test_a_diff_of_another_base_is_refused(run, model_folder, diff_folder, tmp_path):
+    path = diff_folder / "diff.json"
+    record = json.loads(path.read_text())
+    record["base_model"]["fingerprint"] = "0" * 32
+    path.write_text(json.dumps(record))
+    assert_fails(run(*evaluation(model_folder, "--diff", diff_folder)), "--allow-other-base")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["live", "merged"])
+def test_a_coefficient_that_is_not_finite_is_refused(run, model_folder, diff_folder, mode):
+    words = ("--diff", diff_folder, "--coefficient", "nan", "--mode", mode)
+    assert_fails(run(*evaluation(model_folder, *words)), "finite", "nan")
+
+
+def test_a_judge_without_a_key_says_what_to_set(run, model_folder):
+    assert_fails(run(*evaluation(model_folder, "--judge", "openai")), "OPENAI_API_KEY")
+
+
+def test_an_unknown_judge_names_the_known_ones(run, model_folder):
+    assert_fails(run(*evaluation(model_folder, "--judge", "embeding")), "'embedding'")
+
+
+def test_an_output_that_cannot_be_written_is_refused(run, model_folder, tmp_path):
+    (tmp_path / "out").write_text("a file where a folder should be")
+    assert_fails(run(*evaluation(model_folder)), "cannot write", "out")
+
+
+def test_malformed_jsonl_names_file_and_line(run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    source = load_trait("sycophancy").folder
+    for name in ("trait.json", "judge_eval.jsonl"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    (folder / "train.jsonl").write_text('{"prompt": [\n')
+    assert_fails(run("data", "check", folder), "train.jsonl:1")
+    (folder / "train.jsonl").write_text("")
+    assert_fails(run("data", "check", folder), "is empty")
+
+
+def test_a_model_that_is_nowhere_is_explained(run):
+    assert_fails(run(*evaluation("nobody/nothing")), "nobody/nothing", "packaged model")
+
+
+def test_a_report_about_no_run_is_refused(run, tmp_path):
+    assert_fails(run("report", tmp_path), "run")
+    assert not (tmp_path / "results").exists()
+
+
+def test_unequal_numbers_of_diffs_and_coefficients_are_refused(run, model_folder, diff_folder):
+    words = ("--diff", diff_folder, "--coefficient", 1, "--coefficient", 2)
+    assert_fails(run(*evaluation(model_folder, *words)), "1 --diff and 2 --coefficient")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--coefficients", "a b"), "numbers"),
+        (("--coefficients", "inf"), "finite"),
+        (("--split", "test"), "eval or extract"),
+        (("--batch-size", "many"), "whole number"),
+        (("--judge-mode", "letters"), "logprobs or number"),
+    ],
+)
+def test_senseless_option_values_are_refused(run, diff_folder, words, expected):
+    assert_fails(run("sweep", "--trait", "evil", "--diff", diff_folder, *words), expected)
+
+
+def test_an_unknown_option_is_not_a_traceback(run):
+    status, _, error = run("sweep", "--strength", "2")
+    assert status == 2
+    assert "--strength" in error
+    assert "Traceback" not in error
+
+
+def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    status, _, error = run("sweep")
+    assert status == 130
+    assert "go on" in error
+
+
+def test_train_forwards_its_arguments_to_the_one_parser(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("persona_lora.training.contrastive.main", seen.append)
+    assert run("train", "--config", "a.yaml", "--lora_r", "4")[0] == 0
+    assert seen == [["--config", "a.yaml", "--lora_r", "4"]]
+
+
+def test_mistaken_training_flags_are_one_line(run):
+    assert_fails(run("train"), "--trait")
+    assert_fails(run("train", "--trait", "evil", "--learning_rat", "1"), "learning_rat")
+
+
+def test_the_key_is_not_recorded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    options = cli._judging("openai", None, None, "logprobs", None, 0)
+    assert options.environ["OPENAI_API_KEY"] == "secret-key"
+    assert "secret-key" not in json.dumps(cli._judge_settings(options))
+
+
+def test_the_module_and_the_script_are_one_command():
+    environment = {**os.environ, "COLUMNS": "200"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "persona_lora", "evaluate", "--trait", "x"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert answer.returncode == 2
+    assert "--output" in answer.stderr
+
+
+def test_typers_exit_status_passes_through(monkeypatch):
+    def stop(**_):
+        raise typer.Exit(3)
+
+    monkeypatch.setattr(cli, "app", stop)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 3
+
+
+def test_user_errors_are_one_line(run, monkeypatch):
+    def fail(**_):
+        raise UserError("a mistake\nover two lines")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert_fails(run("sweep"), "a mistake over two lines")
