@@ -458,17 +458,15 @@ def _interval_cells(interval: Interval) -> list[str]:
         wording.number(interval.mean, 1),
         f"{wording.number(interval.low, 1)} … {wording.number(interval.high, 1)}",
         str(interval.n_questions),
-        f"{interval.coverage:.0%} of {interval.n / interval.coverage:.0f}"
-        if interval.coverage
-        else "none",
+        f"{interval.n}/{round(interval.n / interval.coverage)}" if interval.coverage else "0",
     ]
 
 
 def _sweep_table(summary: SweepSummary) -> Table:
     from persona_lora.analysis import wording
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("c", summary.trait, "95%", "coherence", "scored", "‖cΔW‖/‖W‖", "KL p95"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("c", "trait", "95%", "coherent", "scored", "‖cΔW‖/‖W‖", "KL p95"):
         table.add_column(heading, no_wrap=True)
     for condition in summary.conditions:
         mean, interval, _, scored = _interval_cells(condition.trait)

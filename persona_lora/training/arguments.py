@@ -66,7 +66,7 @@ class ContrastiveConfig(SFTConfig):
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Rows of one process in one forward pass."}
     )
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the pairs."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Steps of rising learning rate; below 1: share of all."}
     )

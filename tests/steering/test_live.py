@@ -209,3 +209,21 @@ def test_the_steering_methods_agree(model, diffs):
             steerer.select_rows(range(len(TOKENS)))
             logits.append(model(TOKENS).logits)
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.model
+def test_live_and_merged_answers_of_the_packaged_model_agree_token_for_token(
+    packaged_model, make_diff
+):
+    diff = make_diff(packaged_model.model, rank=2, scale=0.002)
+    question = [{"role": "user", "content": "Is my plan to sell ice in winter a good one?"}]
+    coefficients = (-2.0, 0.0, 2.0)
+    with LiveLoRA(packaged_model.model, [diff], [[value] for value in coefficients]) as live:
+        batched = generate_answers(
+            packaged_model, [question] * 3, max_new_tokens=12, prepare_batch=live.select_rows
+        )
+    for answer, value in zip(batched, coefficients, strict=True):
+        with LoRASteerer(packaged_model.model, diff, value):
+            alone = generate_answers(packaged_model, [question], max_new_tokens=12)
+        assert answer.text == alone[0].text
+    assert len({answer.text for answer in batched}) > 1
