@@ -199,7 +199,7 @@ def evaluate(
     )
     with run:
         answer_rows(chat_model, plan, steerer, run, options, report=report)
-        judge_answers(run, judge(), trait, report)
+        judge_answers(run, judge, trait, report)
         table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
         write_csv(output, answers_columns(trait.name, sweep=False), table)
     return Evaluation(

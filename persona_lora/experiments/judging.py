@@ -76,9 +76,13 @@ def _embedding_judge(
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             return mean_logprobs(reference, exchanges, progress=staged(report, "coherence"))
 
-    return EmbeddingJudge.fit(
+    fitting = staged(report, "fitting the judge") or (lambda *_: None)
+    fitting(0, 1)
+    judge = EmbeddingJudge.fit(
         trait, embedder=SentenceEmbedder(), mean_logprob=mean_logprob, seed=options.seed
     )
+    fitting(1, 1)
+    return judge
 
 
 def _openai_judge(
@@ -119,29 +123,37 @@ JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions, Report | None], Judg
 }
 
 
-def judge_answers(run: Run, judge: Judge, trait: Trait, report: Report | None = None) -> None:
+def judge_answers(
+    run: Run, make: Callable[[], Judge], trait: Trait, report: Report | None = None
+) -> None:
     """Judge the answers of a run on the trait and on coherence; write verdicts and validation.
 
-    What an earlier call has judged already is kept; a row whose verdict is missing or unscored
-    is judged again.
+    What an earlier call has judged is kept; a row whose verdict is missing or unscored is judged
+    again. ``make`` builds the judge, and is called only where something is left to judge.
     """
     answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))
     kept = {
         (row["row"], row["criterion"]): row
         for row in run.read("verdicts")
-        if row["score"] is not None and row["judge"] == judge.name
+        if row["score"] is not None
     }
-    for done, criterion in enumerate((trait.name, COHERENCE)):
+    criteria = (trait.name, COHERENCE)
+    if run.read("validation") and len(kept) == len(criteria) * len(answers):
+        return
+    judge = make()
+    for done, criterion in enumerate(criteria):
+        if report is not None:
+            report("judging", done, len(criteria))
         missing = [row for row in answers if (row["row"], criterion) not in kept]
         exchanges = [Exchange(row["question"], row["answer"]) for row in missing]
         verdicts = judge.judge(exchanges, criterion) if exchanges else []
         for row, verdict in zip(missing, verdicts, strict=True):
             kept[row["row"], criterion] = _row(row["row"], verdict)
         run.write("verdicts", [kept[key] for key in sorted(kept)])
-        if report is not None:
-            report("judging", done + 1, 2)
     validations = validations_of(judge, trait)
     run.write("validation", [dataclasses.asdict(each) for each in validations])
+    if report is not None:
+        report("judging", len(criteria), len(criteria))
 
 
 def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:

@@ -105,7 +105,7 @@ def sweep(
                 progress=staged(report, "divergence"),
             )
             run.write("costs", [dataclasses.asdict(cost) for cost in costs])
-        judge_answers(run, judge(), trait, report)
+        judge_answers(run, judge, trait, report)
     return write_results(run, trait.name)
 
 
