@@ -122,17 +122,18 @@ class LoRAMerger:
         if name not in self._originals:
             keep_on = torch.device("cpu") if self.backup == "cpu" else weight.device
             self._originals[name] = weight.to(keep_on, copy=True)
-        original = self._originals[name]
+        else:
+            weight.copy_(self._originals[name])
         terms = [(diff.factors[name], scale) for diff, scale in self._terms if name in diff.factors]
         if not terms:
-            weight.copy_(original)
             return
         exact = torch.promote_types(weight.dtype, torch.float32)
-        total = original.to(weight.device, exact, copy=True)
+        total = weight.to(exact)  # the weight itself, where that is its dtype
         for factors, scale in terms:
             B = factors.B.to(weight.device, exact)
             total.addmm_(B, factors.A.to(weight.device, exact), alpha=scale)
-        weight.copy_(total)
+        if total is not weight:
+            weight.copy_(total)
 
 
 class LoRASteerer:
