@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--diff", default="checkpoints/sycophancy/diff")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cycles", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/merging.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     options = parser.parse_args()
 
     diff = LoRADiff.load(options.diff)
@@ -85,8 +85,10 @@ def main() -> None:
         "peft_changed_share": changed_share(theirs, before),
         "versions": package_versions(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"merging_{options.dtype}.json").write_text(
+        json.dumps(result, indent=2) + "\n"
+    )
     print(json.dumps(result, indent=2))
 
 

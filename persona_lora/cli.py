@@ -406,8 +406,9 @@ def _judge_settings(options: JudgeOptions) -> dict[str, Any]:
 def _judge_factory(
     trait: Any, chat_model: ChatModel, options: JudgeOptions, report: Report
 ) -> Callable[[], Any]:
-    from persona_lora.experiments.judging import make_judge
+    from persona_lora.experiments.judging import check_judge, make_judge
 
+    check_judge(trait, chat_model, options)
     return lambda: make_judge(trait, chat_model, options, report)
 
 
@@ -498,13 +499,12 @@ def main() -> None:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; run the same command again to go on", 130)
-    except Exception as error:
-        # Typer's own errors (a missing or unknown option) know how to show themselves.
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        sys.exit(2)
+    except typer.TyperException as error:
+        message = error.format_message()
+        if "\n" in message:  # the help page, where a command was left out
+            sys.stderr.write(message + "\n")
+            sys.exit(2)
+        _fail(message, 2)
 
 
 def _fail(message: str, status: int) -> None:

@@ -97,12 +97,16 @@ def test_a_coefficient_that_is_not_finite_is_refused(run, model_folder, diff_fol
     assert_fails(run(*evaluation(model_folder, *words)), "finite", "nan")
 
 
-def test_a_judge_without_a_key_says_what_to_set(run, model_folder):
+def test_a_judge_without_a_key_says_what_to_set_before_anything_is_generated(
+    run, model_folder, tmp_path
+):
     assert_fails(run(*evaluation(model_folder, "--judge", "openai")), "OPENAI_API_KEY")
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_judge_names_the_known_ones(run, model_folder):
+def test_an_unknown_judge_names_the_known_ones(run, model_folder, tmp_path):
     assert_fails(run(*evaluation(model_folder, "--judge", "embeding")), "'embedding'")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused(run, model_folder, tmp_path):
@@ -150,11 +154,24 @@ def test_senseless_option_values_are_refused(run, diff_folder, words, expected):
     assert_fails(run("sweep", "--trait", "evil", "--diff", diff_folder, *words), expected)
 
 
-def test_an_unknown_option_is_not_a_traceback(run):
-    status, _, error = run("sweep", "--strength", "2")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("sweep", "--strength", "2"), "--strength"),
+        (("sweep",), "--trait"),
+        (("steer",), "steer"),
+        (("sweep", "--trait", "evil", "--diff", "x", "--seed", "abc"), "--seed"),
+    ],
+)
+def test_mistaken_options_are_one_line(run, words, expected):
+    assert_fails(run(*words), expected)
+
+
+def test_no_command_at_all_shows_the_help(run):
+    status, out, error = run()
     assert status == 2
-    assert "--strength" in error
-    assert "Traceback" not in error
+    assert "Usage" in out + error
+    assert "error:" not in error
 
 
 def test_an_interrupt_says_how_to_go_on(run, monkeypatch):

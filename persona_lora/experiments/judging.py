@@ -58,13 +58,25 @@ def make_judge(
 
     Raises UserError for an unknown name, or a judge that cannot work (no key, no embedder).
     """
+    names = _judge_names(options)
+    judges = [JUDGES[name](trait, reference, options, report) for name in names]
+    return judges[0] if len(judges) == 1 else MultiJudge(judges)
+
+
+def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> None:
+    """Raise UserError now for a judge that could not be made after the answers are generated."""
+    for name in _judge_names(options):
+        if name == "openai":  # cheap to make, and needs a key
+            _openai_judge(trait, reference, options, None)
+
+
+def _judge_names(options: JudgeOptions) -> list[str]:
     names = [name.strip() for name in options.judge.split(",") if name.strip()]
     unknown = [name for name in names if name not in JUDGES]
     if unknown or not names:
         name = unknown[0] if unknown else options.judge
         raise UserError(f"no judge {name!r}; {nearest_names(name, JUDGES)}")
-    judges = [JUDGES[name](trait, reference, options, report) for name in names]
-    return judges[0] if len(judges) == 1 else MultiJudge(judges)
+    return names
 
 
 def _embedding_judge(
