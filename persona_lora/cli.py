@@ -500,11 +500,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; run the same command again to go on", 130)
     except typer.TyperException as error:
-        message = error.format_message()
-        if "\n" in message:  # the help page, where a command was left out
-            sys.stderr.write(message + "\n")
+        if not error.format_message():  # a command was left out, and the help page is shown
             sys.exit(2)
-        _fail(message, 2)
+        _fail(error.format_message(), 2)
 
 
 def _fail(message: str, status: int) -> None:
