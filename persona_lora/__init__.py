@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_chat_model": "persona_lora.models.loading",
     "generate_answers": "persona_lora.models.generation",
     "LoRADiff": "persona_lora.core.lora_diff",
+    "SteeringVector": "persona_lora.core.steering_vector",
     "LoRAFactors": "persona_lora.core.lora_diff",
     "mix": "persona_lora.core.lora_diff",
     "Trait": "persona_lora.core.traits",

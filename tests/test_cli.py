@@ -12,6 +12,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from persona_lora import cli
+from persona_lora.cli.parsing import judge_options, judge_settings
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import load_trait
 from persona_lora.models.structure import weight_fingerprint
@@ -178,7 +179,7 @@ def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
     def interrupted(**_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr("persona_lora.cli.program.app", interrupted)
     status, _, error = run("sweep")
     assert status == 130
     assert "go on" in error
@@ -199,9 +200,9 @@ def test_mistaken_training_flags_are_one_line(run):
 def test_the_key_is_not_recorded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    options = cli._judging("openai", None, None, "logprobs", None, 0)
+    options = judge_options("openai", None, None, "logprobs", None, 0)
     assert options.environ["OPENAI_API_KEY"] == "secret-key"
-    assert "secret-key" not in json.dumps(cli._judge_settings(options))
+    assert "secret-key" not in json.dumps(judge_settings(options))
 
 
 def test_the_module_and_the_script_are_one_command():
@@ -218,7 +219,7 @@ def test_typers_exit_status_passes_through(monkeypatch):
     def stop(**_):
         raise typer.Exit(3)
 
-    monkeypatch.setattr(cli, "app", stop)
+    monkeypatch.setattr("persona_lora.cli.program.app", stop)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 3
@@ -228,5 +229,5 @@ def test_user_errors_are_one_line(run, monkeypatch):
     def fail(**_):
         raise UserError("a mistake\nover two lines")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("persona_lora.cli.program.app", fail)
     assert_fails(run("sweep"), "a mistake over two lines")

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from persona_lora.analysis import wording
-from persona_lora.analysis.plots import render_sweep, render_sweeps
+from persona_lora.analysis.plots.sweep import render_sweep, render_sweeps
 from persona_lora.analysis.scores import Condition, ScoredAnswer, score_answers
 from persona_lora.analysis.summary import SweepSummary, summarise_run
 from persona_lora.core.errors import UserError

@@ -27,8 +27,9 @@ class Exchange(NamedTuple):
 class Answer:
     """One generated answer and the setting that produced it; a row of ``answers.jsonl``.
 
-    ``method`` is "none", "lora" or "prompt"; ``coefficient`` is None where none applies;
-    ``finished`` is False when the token limit cut the answer off.
+    ``method`` is "none", "lora", "activation", "random" (a random direction of the same norm),
+    "prompt", "prompt_pos" or "prompt_neg"; ``coefficient`` and ``layer`` are None where none
+    applies; ``finished`` is False when the token limit cut the answer off.
     """
 
     row: int
@@ -42,6 +43,7 @@ class Answer:
     answer: str
     num_tokens: int
     finished: bool
+    layer: int | None = None
 
 
 @dataclass(frozen=True)

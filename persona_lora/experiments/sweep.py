@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_lora.analysis.plots import plot_sweep
+from persona_lora.analysis.plots.sweep import plot_sweep
 from persona_lora.analysis.report import write_report
 from persona_lora.analysis.scores import answers_columns, answers_table
 from persona_lora.analysis.summary import SweepSummary, write_summary

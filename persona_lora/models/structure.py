@@ -61,6 +61,23 @@ def num_layers(model: nn.Module) -> int:
     return len(numbers)
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder blocks in order; block k gives ``hidden_states[k + 1]``."""
+    blocks: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        number = layer_number(f"{name}.")
+        if number is not None and name.endswith(f".{number}"):
+            blocks.setdefault(number, module)
+    if not blocks:
+        raise UserError(f"no decoder layers found in a {type(model).__name__}")
+    return [blocks[number] for number in sorted(blocks)]
+
+
+def hidden_states_index(layer: int) -> int:
+    """Return where the output of a decoder block stands in ``hidden_states``: 0 is embeddings."""
+    return layer + 1
+
+
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Return, for each linear module with a shared weight, the names of the other holders."""
     holders: dict[int, list[str]] = defaultdict(list)

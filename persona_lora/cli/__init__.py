@@ -1,0 +1,9 @@
+"""The command line: one function per command that parses, calls the library once, and prints.
+
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+"""
+
+from persona_lora.cli import data, measuring, training
+from persona_lora.cli.program import app, main
+
+__all__ = ["app", "data", "main", "measuring", "training"]

@@ -1,0 +1,50 @@
+"""The options that several commands share: one meaning, one help text each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_COEFFICIENTS = "-2 -1.5 -1 -0.5 0 0.5 1 1.5 2"
+
+ModelOption = Annotated[
+    str, typer.Option(help="The packaged model, a local model folder, or a hub id.")
+]
+TraitOption = Annotated[str, typer.Option(help="A trait's name in datasets/, or its folder.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="A PEFT adapter put on the model before anything else.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="transformers' device map: cpu, cuda, auto …")
+]
+JudgeOption = Annotated[
+    str,
+    typer.Option(help="embedding (no network), openai (any endpoint), local, or several: a,b."),
+]
+JudgeModelOption = Annotated[
+    str | None, typer.Option(help="The endpoint's model, or the local judge's.")
+]
+JudgeUrlOption = Annotated[str | None, typer.Option(help="Base URL of the judge's endpoint.")]
+JudgeModeOption = Annotated[
+    str, typer.Option(help="logprobs, or number for endpoints without logprobs.")
+]
+JudgeCostOption = Annotated[
+    float | None, typer.Option(help="Stop asking the endpoint at this cost in dollars.")
+]
+TokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+SamplesOption = Annotated[int, typer.Option(help="Answers per question (temperature above 0).")]
+SeedOption = Annotated[int, typer.Option(help="Seed of sampling and judging.")]
+BatchOption = Annotated[str, typer.Option(help="Rows per batch, or auto.")]
+SplitOption = Annotated[str, typer.Option(help="Which questions: eval or extract.")]
+OtherBaseOption = Annotated[
+    bool, typer.Option(help="Use a diff on a model that it was not trained on.")
+]
+OverwriteOption = Annotated[bool, typer.Option(help="Replace a run of another configuration.")]
+DatasetsOption = Annotated[
+    Path | None, typer.Option("--datasets-dir", help="Where trait folders are.")
+]

@@ -1,0 +1,119 @@
+"""From the words of a command line to what the library takes; a mistake is a UserError."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_lora.cli.console import console
+from persona_lora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from persona_lora.experiments.evaluation import GenerationOptions
+    from persona_lora.experiments.judging import JudgeOptions, Report
+    from persona_lora.models.loading import ChatModel
+
+
+def load_model(name: str, adapter: Path | None, dtype: str, device_map: str | None) -> ChatModel:
+    from persona_lora.models.loading import load_chat_model
+
+    with console.status(f"loading {name}"):
+        return load_chat_model(name, adapter=adapter, dtype=dtype, device_map=device_map)
+
+
+def load_terms(diffs: list[Path], coefficients: list[float]) -> dict[Any, float]:
+    from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+
+    if coefficients and len(coefficients) != len(diffs):
+        raise UserError(
+            f"{len(diffs)} --diff and {len(coefficients)} --coefficient; give one for each diff"
+        )
+    values = coefficients or [1.0] * len(diffs)
+    return {
+        LoRADiff.load(path): finite_coefficient(value)
+        for path, value in zip(diffs, values, strict=True)
+    }
+
+
+def generation_options(
+    max_new_tokens: int, temperature: float, samples: int, seed: int, batch_size: str
+) -> GenerationOptions:
+    from persona_lora.experiments.evaluation import GenerationOptions
+
+    if batch_size != "auto" and not batch_size.isdigit():
+        raise UserError(f"--batch-size must be a whole number or auto, got {batch_size!r}")
+    return GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        samples=samples,
+        seed=seed,
+        batch_size="auto" if batch_size == "auto" else int(batch_size),
+    )
+
+
+def judge_options(
+    judge: str,
+    judge_model: str | None,
+    judge_url: str | None,
+    judge_mode: str,
+    max_judge_cost: float | None,
+    seed: int,
+) -> JudgeOptions:
+    from dotenv import dotenv_values
+    from platformdirs import user_cache_path
+
+    from persona_lora.experiments.judging import JudgeOptions
+    from persona_lora.judges.openai import Limits
+
+    if judge_mode not in ("logprobs", "number"):
+        raise UserError(f"--judge-mode must be logprobs or number, got {judge_mode!r}")
+    from_file = {name: value for name, value in dotenv_values(".env").items() if value}
+    return JudgeOptions(
+        judge=judge,
+        judge_model=judge_model,
+        base_url=judge_url,
+        mode="number" if judge_mode == "number" else "logprobs",
+        limits=Limits(max_cost=max_judge_cost),
+        cache=user_cache_path("persona_lora") / "verdicts.sqlite",
+        environ={**from_file, **os.environ},
+        seed=seed,
+    )
+
+
+def judge_settings(options: JudgeOptions) -> dict[str, Any]:
+    """What a run records of its judge: everything but the key."""
+    return {
+        "judge": options.judge,
+        "model": options.judge_model or options.environ.get("JUDGE_MODEL") or None,
+        "mode": options.mode,
+    }
+
+
+def judge_factory(
+    trait: Any, chat_model: ChatModel, options: JudgeOptions, report: Report
+) -> Callable[[], Any]:
+    from persona_lora.experiments.judging import check_judge, make_judge
+
+    check_judge(trait, chat_model, options)
+    return lambda: make_judge(trait, chat_model, options, report)
+
+
+def question_split(split: str) -> Any:
+    if split not in ("eval", "extract"):
+        raise UserError(f"--split must be eval or extract, got {split!r}")
+    return split
+
+
+def numbers(text: str) -> list[float]:
+    from persona_lora.core.lora_diff import finite_coefficient
+
+    words = text.replace(",", " ").split()
+    try:
+        return [finite_coefficient(float(word)) for word in words]
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'--coefficients must be numbers, as in "-1 0 1", got {text!r}') from error

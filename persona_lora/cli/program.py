@@ -1,0 +1,63 @@
+"""The program: its groups of commands, logging, and how a mistake ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from persona_lora.core.errors import UserError
+
+app = typer.Typer(
+    name="persona-lora",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train, merge, measure and undo the character of a language model with LoRA differences.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Trait data: generate it, check it.")
+app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+) -> None:
+    """Set up logging for every command."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
+    for noisy in ("httpx", "httpx2", "openai", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Run the command line; a mistake the user can mend is one line and exit status 2."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except UserError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; run the same command again to go on", 130)
+    except typer.TyperException as error:
+        if not error.format_message():  # a command was left out, and the help page is shown
+            sys.exit(2)
+        _fail(error.format_message(), 2)
+
+
+def _fail(message: str, status: int) -> None:
+    Console(stderr=True, highlight=False).print(
+        "error: " + " ".join(message.split()), style="red", markup=False, soft_wrap=True
+    )
+    sys.exit(status)

@@ -1,0 +1,23 @@
+"""Commands that train: train."""
+
+from __future__ import annotations
+
+import typer
+
+from persona_lora.cli.program import app
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(context: typer.Context) -> None:
+    """Train a positive and a negative LoRA for a trait, and write their difference.
+
+    Flags are TRL's and PEFT's own names, also in the YAML: persona-lora train --help.
+
+    Example: persona-lora train --config train_configs/sycophancy.yaml
+    """
+    from persona_lora.training.contrastive import main as train_main
+
+    train_main(context.args)

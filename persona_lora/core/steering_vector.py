@@ -1,0 +1,204 @@
+"""A direction in activation space: one vector for each decoder layer, with its algebra and file.
+
+``layer`` always means decoder block 0 … num_layers−1, and a direction lives at the output of its
+block. Nothing here knows a model; other file forms are read and written in ``vector_files``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import atomic_path
+from persona_lora.core.lora_diff import BaseModel, finite_coefficient
+
+FORMAT = "persona_lora.steering_vector"
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """Steering vectors ``{layer: [hidden]}`` in fp32, extracted from one model for one trait.
+
+    ``method`` is how the directions were found ("mean_diff", "svd", "pca", "random"), ``position``
+    which hidden states they were found on ("response_avg", "prompt_avg", "prompt_last").
+    ``num_layers`` is that of the model. Vectors add, subtract and scale layer by layer.
+    """
+
+    directions: Mapping[int, Tensor]
+    base_model: BaseModel
+    num_layers: int
+    trait: str | None = None
+    method: str = "mean_diff"
+    position: str = "response_avg"
+    sources: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.directions:
+            raise UserError("a steering vector without layers steers nothing; check the file")
+        shapes = {tuple(direction.shape) for direction in self.directions.values()}
+        if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+            raise UserError(
+                f"the directions have shapes {sorted(map(list, shapes))}; expected one [hidden]"
+            )
+        for layer, direction in self.directions.items():
+            if not 0 <= layer < self.num_layers:
+                raise UserError(
+                    f"layer {layer} is out of range; the model has layers 0–{self.num_layers - 1}"
+                )
+            if not torch.isfinite(direction).all():
+                raise UserError(
+                    f"the direction of layer {layer} holds NaN or infinity; the model overflowed "
+                    "while it was extracted, extract again in bfloat16 or float32"
+                )
+
+    # -- making and keeping ----------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, atomically; metadata goes as JSON into its header."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise UserError(f"a steering vector is saved as .safetensors, got {path}")
+        metadata = {
+            "format": FORMAT,
+            "base_model": {
+                "name": self.base_model.name,
+                "fingerprint": self.base_model.fingerprint,
+            },
+            "num_layers": self.num_layers,
+            "trait": self.trait,
+            "method": self.method,
+            "position": self.position,
+            "sources": dict(self.sources),
+        }
+        tensors = {
+            f"layer.{layer}": direction.float().contiguous()
+            for layer, direction in self.directions.items()
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"steering_vector": json.dumps(metadata)})
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> SteeringVector:
+        """Read what ``save`` wrote; UserError names the file that is missing or something else."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; extract the vector or check the path")
+        try:
+            with safe_open(path, framework="pt") as stored:
+                header = (stored.metadata() or {}).get("steering_vector")
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path} is truncated or no safetensors file: {error}") from error
+        if header is None:
+            raise UserError(f"{path} holds no steering vector (no metadata of one in its header)")
+        metadata = json.loads(header)
+        return cls(
+            {int(name.removeprefix("layer.")): each for name, each in sorted(tensors.items())},
+            BaseModel(**metadata["base_model"]),
+            num_layers=metadata["num_layers"],
+            trait=metadata["trait"],
+            method=metadata["method"],
+            position=metadata["position"],
+            sources=metadata["sources"],
+        )
+
+    # -- geometry --------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a direction, ascending."""
+        return tuple(sorted(self.directions))
+
+    @property
+    def hidden_size(self) -> int:
+        """The length of every direction."""
+        return next(iter(self.directions.values())).shape[0]
+
+    def norms(self) -> dict[int, float]:
+        """Return the Euclidean norm of every direction, by layer."""
+        return {layer: float(self.directions[layer].double().norm()) for layer in self.layers}
+
+    def cosine(self, other: SteeringVector) -> dict[int, float]:
+        """Return the cosine with another vector at every layer that both have."""
+        self._check_shape(other)
+        return {
+            layer: float(
+                torch.cosine_similarity(
+                    self.directions[layer].double(), other.directions[layer].double(), dim=0
+                )
+            )
+            for layer in self.layers
+            if layer in other.directions
+        }
+
+    def at(self, layers: Iterable[int]) -> SteeringVector:
+        """Return the vector restricted to some of its layers; UserError for one it has not."""
+        wanted = list(layers)
+        missing = [layer for layer in wanted if layer not in self.directions]
+        if missing:
+            raise UserError(
+                f"the steering vector has no layer {missing[0]}; it has {_spans(self.layers)}"
+            )
+        return replace(self, directions={layer: self.directions[layer] for layer in wanted})
+
+    # -- algebra ---------------------------------------------------------------------------
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        return self._combined(other, 1.0)
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        return self._combined(other, -1.0)
+
+    def __mul__(self, factor: float) -> SteeringVector:
+        scale = finite_coefficient(factor)
+        return replace(self, directions={at: v * scale for at, v in self.directions.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> SteeringVector:
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> SteeringVector:
+        return self * -1.0
+
+    def _combined(self, other: SteeringVector, sign: float) -> SteeringVector:
+        self._check_shape(other)
+        if set(self.directions) != set(other.directions):
+            raise UserError(
+                f"steering vectors of different layers do not add: {_spans(self.layers)} and "
+                f"{_spans(other.layers)}; restrict both with .at(layers)"
+            )
+        return replace(
+            self,
+            directions={at: v + sign * other.directions[at] for at, v in self.directions.items()},
+            trait=self.trait if self.trait == other.trait else None,
+        )
+
+    def _check_shape(self, other: SteeringVector) -> None:
+        if (self.hidden_size, self.num_layers) != (other.hidden_size, other.num_layers):
+            raise UserError(
+                f"steering vectors of models of different shape do not compare: "
+                f"{self.num_layers} layers of {self.hidden_size} and "
+                f"{other.num_layers} layers of {other.hidden_size}"
+            )
+
+
+def _spans(layers: Iterable[int]) -> str:
+    """Return "layers 0–5, 9" for a set of layers."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return "layers " + ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in spans)
