@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def hidden_states_index(layer: int) -> int:
     """Return where the output of a decoder block stands in ``hidden_states``: 0 is embeddings."""
     return layer + 1
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Return the width of the hidden states: what the first linear module of a block reads."""
+    for name, module in linear_modules(model).items():
+        if layer_number(name) is not None:
+            width: Any = module.in_features
+            return int(width)
+    raise UserError(f"no decoder layers found in a {type(model).__name__}")
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:

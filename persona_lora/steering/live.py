@@ -24,9 +24,10 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff, finite_coefficient, shared_base_model
+from persona_lora.core.lora_diff import LoRADiff, shared_base_model
 from persona_lora.models.structure import input_groups, weight_of
 from persona_lora.steering.placement import check_base_model, find_modules
+from persona_lora.steering.rows import RowCoefficients
 
 
 class LiveLoRA:
@@ -50,7 +51,7 @@ class LiveLoRA:
             raise UserError("live LoRA needs at least one diff")
         self.model = model
         self.diffs = list(diffs)
-        self.coefficients = _coefficient_matrix(coefficients, len(self.diffs))
+        rows = RowCoefficients(coefficients, len(self.diffs))
         shared_base_model(self.diffs)
         check_base_model(model, self.diffs, allow_other_base=allow_other_base)
         self._modules = {
@@ -58,7 +59,7 @@ class LiveLoRA:
             for diff in self.diffs
             for name, module in find_modules(model, diff).items()
         }
-        self._selection = _Selection(self.coefficients)
+        self._selection = _Selection(rows)
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -84,40 +85,27 @@ class LiveLoRA:
         """Say which rows of ``coefficients`` the next batch consists of, in its order."""
         self._selection.choose(rows)
 
-
-def _coefficient_matrix(coefficients: Sequence[Sequence[float]], num_diffs: int) -> Tensor:
-    rows = [[finite_coefficient(value) for value in row] for row in coefficients]
-    if not rows or any(len(row) != num_diffs for row in rows):
-        lengths = sorted({len(row) for row in rows})
-        raise UserError(
-            f"coefficients must be [rows, {num_diffs}], one value a diff; "
-            f"got {len(rows)} rows of lengths {lengths}"
-        )
-    return torch.tensor(rows, dtype=torch.float32)
+    def select_positions(self, response: Tensor | None) -> None:
+        """Do nothing: changed weights act on every position."""
 
 
 class _Selection:
     """The coefficients of the current batch, expanded once for each layout and device."""
 
-    def __init__(self, coefficients: Tensor) -> None:
-        self.all = coefficients  # [rows, K]
-        self.chosen = coefficients  # [batch, K]
+    def __init__(self, rows: RowCoefficients) -> None:
+        self.rows = rows
         self._expanded: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def choose(self, rows: Sequence[int]) -> None:
-        self.chosen = self.all[list(rows)] if len(self.all) > 1 else self.all
+        self.rows.choose(rows)
         self._expanded.clear()
 
     def scale(self, columns: tuple[int, ...], device: torch.device, batch: int) -> Tensor:
         """Return S ``[batch or 1, 1, R]`` for a basis whose column j belongs to diff columns[j]."""
-        if len(self.chosen) not in (1, batch):
-            raise UserError(
-                f"live LoRA holds coefficients for {len(self.chosen)} rows, the batch has {batch}; "
-                "call select_rows with the rows of each batch"
-            )
+        chosen = self.rows.of_batch(batch)
         key = (columns, device)
         if key not in self._expanded:
-            self._expanded[key] = self.chosen[:, list(columns)].to(device)[:, None, :]
+            self._expanded[key] = chosen[:, list(columns)].to(device)[:, None, :]
         return self._expanded[key]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.steering.live import LiveLoRA
@@ -17,7 +17,12 @@ from persona_lora.steering.weights import LoRASteerer
 
 
 class Steerer(Protocol):
-    """A context manager over a model; ``select_rows`` says which rows the next batch holds."""
+    """A context manager over a model; it is told which rows the next batch holds.
+
+    A batch of whole texts, which no generation produces step by step, needs to be told where the
+    responses stand: ``select_positions`` takes a mask ``[batch or 1, sequence]``, or None to go
+    back to generation.
+    """
 
     def __enter__(self) -> Self: ...
 
@@ -29,6 +34,8 @@ class Steerer(Protocol):
     ) -> None: ...
 
     def select_rows(self, rows: Sequence[int]) -> None: ...
+
+    def select_positions(self, response: Tensor | None) -> None: ...
 
 
 class Unsteered:
@@ -47,6 +54,9 @@ class Unsteered:
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Do nothing: every row meets the same model."""
+
+    def select_positions(self, response: Tensor | None) -> None:
+        """Do nothing: every position meets the same model."""
 
 
 SteeringMethod = Callable[[nn.Module, Mapping[LoRADiff, float], bool], Steerer]

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.models.structure import linear_modules, tied_names, weight_fingerprint
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.structure import (
+    decoder_layers,
+    hidden_size,
+    linear_modules,
+    tied_names,
+    weight_fingerprint,
+)
 
 DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -46,20 +53,39 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def check_base_model(
-    model: nn.Module, diffs: Iterable[LoRADiff], *, allow_other_base: bool
+    model: nn.Module,
+    directions: Iterable[LoRADiff | SteeringVector],
+    *,
+    allow_other_base: bool,
 ) -> None:
-    """Raise UserError when a diff was made for a model of other weights."""
+    """Raise UserError when a diff or a steering vector was made for a model of other weights."""
     if allow_other_base:
         return
     fingerprint = base_fingerprint(model)
-    for diff in diffs:
-        expected = diff.base_model.fingerprint
+    for each in directions:
+        expected = each.base_model.fingerprint
         if expected is not None and expected != fingerprint:
+            kind = "diff" if isinstance(each, LoRADiff) else "steering vector"
             raise UserError(
-                f"the diff belongs to {diff.base_model.name!r} (weights {expected[:8]}…), but this "
-                f"model's weights are {fingerprint[:8]}…; load that model, or pass "
+                f"the {kind} belongs to {each.base_model.name!r} (weights {expected[:8]}…), but "
+                f"this model's weights are {fingerprint[:8]}…; load that model, or pass "
                 "allow_other_base=True (--allow-other-base) if you mean it"
             )
+
+
+def find_layers(model: nn.Module, vector: SteeringVector) -> dict[int, nn.Module]:
+    """Return the decoder block of the model for every layer of the vector.
+
+    Raises UserError when the model has another number of layers or another width.
+    """
+    blocks = decoder_layers(model)
+    width = hidden_size(model)
+    if (len(blocks), width) != (vector.num_layers, vector.hidden_size):
+        raise UserError(
+            f"the steering vector is of a model with {vector.num_layers} layers of width "
+            f"{vector.hidden_size}; this one has {len(blocks)} layers of width {width}"
+        )
+    return {layer: blocks[layer] for layer in vector.layers}
 
 
 def find_modules(model: nn.Module, diff: LoRADiff) -> dict[str, nn.Module]:

@@ -177,3 +177,6 @@ class LoRASteerer:
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Do nothing: a merged model is the same for every row."""
+
+    def select_positions(self, response: Tensor | None) -> None:
+        """Do nothing: merged weights act on every position."""

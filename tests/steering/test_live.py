@@ -180,7 +180,7 @@ def test_rows_that_do_not_fit_the_batch_are_refused(model, diffs):
 
 @pytest.mark.parametrize(
     ("coefficients", "message"),
-    [([[1.0]], "one value a diff"), ([], "0 rows"), ([[1.0, 1.0, float("nan")]], "finite")],
+    [([[1.0]], "one value for each"), ([], "0 rows"), ([[1.0, 1.0, float("nan")]], "finite")],
 )
 def test_malformed_coefficients_are_refused(model, diffs, coefficients, message):
     with pytest.raises(UserError, match=message):

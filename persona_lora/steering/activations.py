@@ -1,0 +1,240 @@
+"""Steering in activation space: add vectors to hidden states, or project directions out.
+
+At the output h of a chosen decoder block, and at the chosen positions,
+
+    h ← h + Σₖ cₖ[row]·vₖ            (activation addition, arXiv:2308.10248; arXiv:2507.21509)
+    h ← h − Q Qᵀ h                   (ablation; Q an orthonormal basis of the directions)
+
+Positions are "response", "prompt" or "all". In generation, "response" is the last prompt position
+(whose state makes the first token of the answer) and every token generated after it, "prompt" is
+every position of the first pass. For whole texts ``select_positions`` says what the response is.
+Weights are never touched, and hooks come off on any exit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.structure import decoder_layers
+from persona_lora.steering.placement import check_base_model, find_layers
+from persona_lora.steering.rows import RowCoefficients
+
+Positions = Literal["response", "prompt", "all"]
+POSITIONS: tuple[Positions, ...] = ("response", "prompt", "all")
+Coefficients = float | Sequence[float] | Sequence[Sequence[float]]
+
+
+class _BlockSteerer(ABC):
+    """Context manager: adds a change to the output of decoder blocks at the chosen positions."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vectors: Sequence[SteeringVector],
+        positions: Positions,
+        allow_other_base: bool,
+    ) -> None:
+        if positions not in POSITIONS:
+            raise UserError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+        if not vectors:
+            raise UserError("activation steering needs at least one steering vector")
+        self.model = model
+        self.vectors = list(vectors)
+        self.positions = positions
+        self._blocks = {
+            layer: block
+            for vector in self.vectors
+            for layer, block in find_layers(model, vector).items()
+        }
+        check_base_model(model, self.vectors, allow_other_base=allow_other_base)
+        self._response: Tensor | None = None  # [batch or 1, seq], for whole texts
+        self._prefill = True
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        first = decoder_layers(self.model)[0]
+        self._handles.append(first.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for layer, block in self._blocks.items():
+            self._handles.append(block.register_forward_hook(_ChangeOutput(self, layer)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def select_positions(self, response: Tensor | None) -> None:
+        """Take a mask ``[batch or 1, seq]`` of the response in whole texts; None: generation."""
+        self._response = response
+
+    @abstractmethod
+    def change(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return what to add to hidden states ``[batch, positions, hidden]``, in fp32."""
+
+    def chosen(self, hidden: Tensor) -> int | Tensor | None:
+        """Return which positions to steer: from one on, by a mask ``[·, seq, 1]``, or none."""
+        length = hidden.shape[1]
+        if self._response is not None:
+            if self._response.shape[-1] != length:
+                raise UserError(
+                    f"the response mask covers {self._response.shape[-1]} positions, the batch has "
+                    f"{length}; call select_positions for each batch, or with None"
+                )
+            mask = self._response.to(hidden.device, torch.bool)[..., None]
+            return {"response": mask, "prompt": ~mask, "all": torch.ones_like(mask)}[self.positions]
+        if self.positions == "prompt":
+            return 0 if self._prefill else None
+        return length - 1 if self.positions == "response" and self._prefill else 0
+
+    def _begin(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        """Note, before the first block runs, whether this pass continues a cached one."""
+        cache = keywords.get("past_key_values")
+        self._prefill = cache is None or cache.get_seq_length() == 0
+
+
+class _ChangeOutput:
+    """The forward hook of one block."""
+
+    def __init__(self, steerer: _BlockSteerer, layer: int) -> None:
+        self.steerer = steerer
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        where = self.steerer.chosen(hidden)
+        if where is None:
+            return output
+        if isinstance(where, Tensor):
+            hidden = hidden + self._delta(hidden) * where
+        elif torch.is_grad_enabled():
+            steered = hidden[:, where:] + self._delta(hidden[:, where:])
+            hidden = torch.cat([hidden[:, :where], steered], dim=1)
+        else:  # in place: the output is fresh from the block and belongs to nobody else yet
+            hidden[:, where:] += self._delta(hidden[:, where:])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _delta(self, hidden: Tensor) -> Tensor:
+        return self.steerer.change(self.layer, hidden).to(hidden.dtype)
+
+
+class ActivationSteerer(_BlockSteerer):
+    """Context manager: adds steering vectors to hidden states, with coefficients per row.
+
+    ``coefficient`` is one number for all vectors, one for each vector, or ``[rows, K]``: a vector
+    of coefficients over the K vectors for every row that will be generated, and ``select_rows``
+    then names the rows of each batch (pass it as ``prepare_batch`` to ``generate_answers``). Each
+    vector acts at its own layers, or at ``layers``. A row of zeros gives the bits of the
+    unsteered model.
+
+    Raises UserError for a vector of a model of another shape, or (unless ``allow_other_base``)
+    of other weights, and for layers that a vector has not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vector: SteeringVector | Sequence[SteeringVector],
+        coefficient: Coefficients = 1.0,
+        layers: int | Sequence[int] | None = None,
+        positions: Positions = "response",
+        *,
+        allow_other_base: bool = False,
+    ) -> None:
+        vectors = _restricted(vector, layers)
+        super().__init__(model, vectors, positions, allow_other_base)
+        self._rows = RowCoefficients(_by_row(coefficient, len(vectors)), len(vectors))
+        self._terms: dict[int, list[int]] = defaultdict(list)
+        for index, each in enumerate(vectors):
+            for layer in each.layers:
+                self._terms[layer].append(index)
+        self._deltas: dict[int, Tensor] = {}
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Say which rows of the coefficients the next batch consists of, in its order."""
+        self._rows.choose(rows)
+        self._deltas.clear()
+
+    def change(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return Σₖ cₖ·vₖ at a layer, ``[batch or 1, 1, hidden]`` in fp32."""
+        coefficients = self._rows.of_batch(hidden.shape[0])
+        if layer not in self._deltas:
+            terms = self._terms[layer]
+            directions = torch.stack([self.vectors[k].directions[layer].float() for k in terms])
+            delta = coefficients[:, terms] @ directions  # [batch or 1, hidden]
+            self._deltas[layer] = delta[:, None].to(hidden.device)
+        return self._deltas[layer]
+
+
+class DirectionAblation(_BlockSteerer):
+    """Context manager: projects directions out of hidden states at their layers.
+
+    With several vectors at a layer their whole span goes (the operation of concept-ablation
+    finetuning, CAFT, arXiv:2507.16795). Applied at all positions unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vector: SteeringVector | Sequence[SteeringVector],
+        layers: int | Sequence[int] | None = None,
+        positions: Positions = "all",
+        *,
+        allow_other_base: bool = False,
+    ) -> None:
+        vectors = _restricted(vector, layers)
+        super().__init__(model, vectors, positions, allow_other_base)
+        self._bases = {
+            layer: _orthonormal(
+                [each.directions[layer] for each in vectors if layer in each.layers]
+            )
+            for layer in self._blocks
+        }
+
+    def change(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return −Q Qᵀ h at a layer, in fp32; Q is ``[hidden, rank]``."""
+        basis = self._bases[layer].to(hidden.device)
+        return -(hidden.float() @ basis) @ basis.T
+
+
+def _restricted(
+    vector: SteeringVector | Sequence[SteeringVector], layers: int | Sequence[int] | None
+) -> list[SteeringVector]:
+    vectors = [vector] if isinstance(vector, SteeringVector) else list(vector)
+    if layers is None:
+        return vectors
+    return [each.at([layers] if isinstance(layers, int) else layers) for each in vectors]
+
+
+def _by_row(coefficient: Coefficients, num_vectors: int) -> list[list[float]]:
+    """Return coefficients as ``[rows, K]``."""
+    if isinstance(coefficient, int | float):
+        return [[coefficient] * num_vectors]
+    if all(isinstance(each, int | float) for each in coefficient):
+        return [list(coefficient)]  # type: ignore[arg-type]
+    return [list(row) for row in coefficient]  # type: ignore[arg-type]
+
+
+def _orthonormal(directions: Sequence[Tensor]) -> Tensor:
+    """Return an orthonormal basis ``[hidden, rank]`` of the span of the directions."""
+    stacked = torch.stack([each.double() for each in directions], dim=1)
+    left, values, _ = torch.linalg.svd(stacked, full_matrices=False)
+    rank = int((values > values.max() * 1e-9).sum()) if float(values.max()) > 0 else 0
+    if rank == 0:
+        raise UserError("a steering vector of length 0 has no direction to project out")
+    return left[:, :rank].float()
