@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich import box
@@ -23,30 +23,37 @@ from persona_lora.cli.options import (
     JudgeModeOption,
     JudgeOption,
     JudgeUrlOption,
+    LayersOption,
+    MethodOption,
     ModelOption,
     OtherBaseOption,
     OverwriteOption,
+    PositionsOption,
     SamplesOption,
     SeedOption,
     SplitOption,
     TemperatureOption,
     TokensOption,
     TraitOption,
+    VectorOption,
 )
 from persona_lora.cli.parsing import (
+    activation_settings,
     generation_options,
     judge_factory,
     judge_options,
     judge_settings,
+    load_activation,
     load_model,
+    load_population,
     load_terms,
     numbers,
     question_split,
+    steering_method,
 )
 from persona_lora.cli.program import app
-
-if TYPE_CHECKING:
-    from persona_lora.analysis.summary import SweepSummary
+from persona_lora.cli.tables import show_sweep
+from persona_lora.core.errors import UserError
 
 
 @app.command()
@@ -54,14 +61,21 @@ def evaluate(
     trait: TraitOption,
     output: Annotated[Path, typer.Option(help="The CSV; a run folder goes beside it.")],
     model: ModelOption = DEFAULT_MODEL,
+    method: MethodOption = None,
     diff: Annotated[list[Path] | None, typer.Option(help="A diff; may be repeated.")] = None,
+    vector: VectorOption = None,
     coefficient: Annotated[
-        list[float] | None, typer.Option(help="Its coefficient; one for each --diff.")
+        list[float] | None, typer.Option(help="One for each --diff or --vector.")
     ] = None,
+    layers: LayersOption = None,
+    positions: PositionsOption = "response",
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Project the vectors out instead of adding them.")
+    ] = False,
     system_prompt: Annotated[
         str | None, typer.Option(help="pos or neg (the trait's own), or a text.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="live (unmerged) or merged.")] = "live",
+    mode: Annotated[str, typer.Option(help="Diffs: live (unmerged) or merged.")] = "live",
     adapter: AdapterOption = None,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
@@ -89,7 +103,15 @@ def evaluate(
     from persona_lora.experiments import evaluation
 
     loaded = load_trait(trait, datasets_dir)
-    terms = load_terms(diff or [], coefficient or [])
+    chosen = steering_method(method, {"lora": diff, "activation": vector, "prompt": system_prompt})
+    if chosen == "prompt" and system_prompt is None:
+        system_prompt = "pos"
+    terms = load_terms(diff or [], coefficient or []) if chosen != "activation" else {}
+    activation = (
+        load_activation(vector or [], coefficient or [], layers, positions, ablate)
+        if chosen == "activation"
+        else None
+    )
     options = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     chat_model = load_model(model, adapter, dtype, device_map)
@@ -101,12 +123,14 @@ def evaluate(
             output,
             terms=terms,
             mode=mode,
+            activation=activation,
             system_prompt=system_prompt,
             split=question_split(split),
             options=options,
             config={
                 "diffs": [str(path) for path in diff or []],
                 "coefficients": list(terms.values()),
+                **activation_settings(vector or [], activation),
                 "adapter": None if adapter is None else str(adapter),
                 "judge": judge_settings(judging),
             },
@@ -124,13 +148,35 @@ def evaluate(
 @app.command()
 def sweep(
     trait: TraitOption,
-    diff: Annotated[Path, typer.Option(help="A diff folder, a PEFT adapter, or a file of one.")],
+    method: MethodOption = None,
+    diff: Annotated[
+        Path | None, typer.Option(help="A diff folder, a PEFT adapter, or a file of one.")
+    ] = None,
+    vector: Annotated[
+        Path | None, typer.Option(help="A steering vector (.safetensors or published .pt).")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="The run folder; results/sweep/<trait> by default.")
+        Path | None,
+        typer.Option(help="The run folder; results/sweep/<trait>, or …/<trait>_<method>."),
     ] = None,
     coefficients: Annotated[
         str, typer.Option(help="Coefficients with spaces or commas between them.")
     ] = DEFAULT_COEFFICIENTS,
+    layers: LayersOption = None,
+    positions: PositionsOption = "response",
+    control: Annotated[
+        bool | None,
+        typer.Option(help="A random direction of the same norm beside a vector; on for one layer."),
+    ] = None,
+    references: Annotated[
+        bool, typer.Option(help="The trait's own system prompts beside the steered rows.")
+    ] = True,
+    costs: Annotated[
+        bool | None, typer.Option(help="Divergence from the unsteered model; on for one layer.")
+    ] = None,
+    max_questions: Annotated[
+        int | None, typer.Option(help="Only the first so many questions of the split.")
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     adapter: AdapterOption = None,
     judge: JudgeOption = "embedding",
@@ -150,33 +196,46 @@ def sweep(
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Steer with a diff at many coefficients in the same batches; judge, summarise, plot.
+    """Steer at many coefficients (and layers) in the same batches; judge, summarise, plot.
 
     Example: persona-lora sweep --trait sycophancy --diff checkpoints/sycophancy/diff
     --coefficients "-1.5 -1 -0.5 0 0.5 1 1.5"
+
+    Example: persona-lora sweep --trait evil --vector evil_response_avg.safetensors
+    --layers 0-29 --coefficients "1 2" --split extract --max-questions 10
     """
-    from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.traits import load_trait
     from persona_lora.experiments import sweep as experiment
 
     loaded = load_trait(trait, datasets_dir)
     options = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    values = numbers(coefficients)
-    loaded_diff = LoRADiff.load(diff)
+    chosen = steering_method(method, {"lora": diff, "activation": vector, "prompt": None})
+    if method is None and chosen == "none":
+        raise UserError("a sweep needs --diff or --vector, or --method prompt or none")
+    population = load_population(
+        chosen, diff, vector, numbers(coefficients), layers, positions, control, seed
+    )
+    one_layer = len(population.record().get("layers", [0])) == 1
+    sweeping = experiment.SweepOptions(
+        question_split(split),
+        references=references and chosen != "none",
+        costs=chosen in ("lora", "activation") and (one_layer if costs is None else costs),
+        max_questions=max_questions,
+    )
     chat_model = load_model(model, adapter, dtype, device_map)
+    suffix = "" if chosen == "lora" else f"_{chosen}"
     with progress() as report:
         result = experiment.sweep(
             chat_model,
             loaded,
-            loaded_diff,
-            values,
+            population,
             judge_factory(loaded, chat_model, judging, report),
-            output or Path("results") / "sweep" / loaded.name,
-            split=question_split(split),
+            output or Path("results") / "sweep" / f"{loaded.name}{suffix}",
+            sweeping=sweeping,
             options=options,
             config={
-                "diff": str(diff),
+                **({"diff": str(diff)} if diff else {"vector_path": str(vector)} if vector else {}),
                 "adapter": None if adapter is None else str(adapter),
                 "judge": judge_settings(judging),
             },
@@ -185,10 +244,7 @@ def sweep(
             overwrite=overwrite,
             report=report,
         )
-    console.print(_sweep_table(result.summary))
-    for line in _sweep_lines(result.summary):
-        console.print(line)
-    console.print(f"plot:   {result.plot}\nreport: {result.report}")
+    show_sweep(result)
 
 
 @app.command()
@@ -204,29 +260,3 @@ def report(
 
     write_report(runs, output)
     console.print(f"report: {output.resolve()}")
-
-
-def _sweep_table(summary: SweepSummary) -> Table:
-    from persona_lora.analysis import wording
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("c", "trait", "95%", "coherent", "scored", "‖cΔW‖/‖W‖", "KL p95"):
-        table.add_column(heading, no_wrap=True)
-    for condition in summary.conditions:
-        mean, interval, _, scored = interval_cells(condition.trait)
-        table.add_row(
-            wording.label(condition),
-            mean,
-            interval,
-            wording.number(condition.coherence.mean, 1),
-            scored,
-            wording.significant(condition.relative_weight_norm),
-            wording.significant(condition.kl_p95),
-        )
-    return table
-
-
-def _sweep_lines(summary: SweepSummary) -> list[str]:
-    from persona_lora.analysis import wording
-
-    return [wording.headline(summary), wording.statistics_line(summary)]

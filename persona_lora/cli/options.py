@@ -48,3 +48,18 @@ OverwriteOption = Annotated[bool, typer.Option(help="Replace a run of another co
 DatasetsOption = Annotated[
     Path | None, typer.Option("--datasets-dir", help="Where trait folders are.")
 ]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(help="lora, activation, prompt or none; told from the other options by default."),
+]
+VectorOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="A steering vector (.safetensors or published .pt); may be repeated."),
+]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(help='Decoder layers from 0, as in "16", "10 20" or "0-29"; about 0.55 deep.'),
+]
+PositionsOption = Annotated[
+    str, typer.Option(help="Where vectors act: response, prompt or all tokens.")
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from persona_lora.cli.console import console
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from persona_lora.experiments.evaluation import GenerationOptions
     from persona_lora.experiments.judging import JudgeOptions, Report
@@ -22,6 +23,129 @@ def load_model(name: str, adapter: Path | None, dtype: str, device_map: str | No
 
     with console.status(f"loading {name}"):
         return load_chat_model(name, adapter=adapter, dtype=dtype, device_map=device_map)
+
+
+def steering_method(method: str | None, given: Mapping[str, Any]) -> str:
+    """Return the steering method: the one asked for, or the one that the other options imply.
+
+    ``given`` holds, by method, the option that it needs; a method without it, or an option of
+    another method, is a UserError.
+    """
+    implied = [name for name, value in given.items() if value]
+    if method is None:
+        method = implied[0] if implied else "none"
+    if method not in (*given, "none"):
+        raise UserError(f"--method must be one of {', '.join(given)} or none, got {method!r}")
+    needed = {"lora": "--diff", "activation": "--vector"}
+    if method in needed and not given[method]:
+        raise UserError(f"--method {method} needs {needed[method]}")
+    for other, option in needed.items():
+        if other != method and given[other]:
+            raise UserError(f"{option} has no part in --method {method}; leave one of them out")
+    return method
+
+
+def load_activation(
+    vectors: list[Path],
+    coefficients: list[float],
+    layers: str | None,
+    positions: str,
+    ablate: bool,
+) -> Any:
+    """Load steering vectors with their coefficients, and where they are to act."""
+    from persona_lora.core.lora_diff import finite_coefficient
+    from persona_lora.core.vector_files import load_vector
+    from persona_lora.steering.methods import ActivationSetting
+
+    if coefficients and len(coefficients) != len(vectors):
+        raise UserError(
+            f"{len(vectors)} --vector and {len(coefficients)} --coefficient; give one for each"
+        )
+    values = map(finite_coefficient, coefficients or [1.0] * len(vectors))
+    loaded = {load_vector(path): value for path, value in zip(vectors, values, strict=True)}
+    chosen = layer_numbers(layers, next(iter(loaded)).num_layers)
+    return ActivationSetting(loaded, chosen, steering_positions(positions), ablate)
+
+
+def activation_settings(vectors: list[Path], activation: Any) -> dict[str, Any]:
+    """Return what a run records of activation steering; nothing where there is none."""
+    if activation is None:
+        return {}
+    return {
+        "vectors": [str(path) for path in vectors],
+        "vector_coefficients": list(activation.vectors.values()),
+        "layers": list(activation.layers),
+        "positions": activation.positions,
+    }
+
+
+def load_population(
+    method: str,
+    diff: Path | None,
+    vector: Path | None,
+    coefficients: list[float],
+    layers: str | None,
+    positions: str,
+    control: bool | None,
+    seed: int,
+) -> Any:
+    """Load what a sweep varies; a random control goes beside a vector at a single layer."""
+    from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.core.vector_files import load_vector
+    from persona_lora.experiments.populations import (
+        DiffPopulation,
+        PromptPopulation,
+        VectorPopulation,
+    )
+    from persona_lora.steering.extraction import random_like
+
+    if method == "lora" and diff is not None:
+        return DiffPopulation(LoRADiff.load(diff), tuple(coefficients))
+    if method != "activation" or vector is None:
+        return PromptPopulation()
+    loaded = load_vector(vector)
+    chosen = layer_numbers(layers, loaded.num_layers)
+    wanted = len(chosen) == 1 if control is None else control
+    return VectorPopulation(
+        loaded,
+        chosen,
+        tuple(coefficients),
+        steering_positions(positions),
+        random_like(loaded, seed) if wanted else None,
+    )
+
+
+def steering_positions(positions: str) -> Any:
+    """Return the positions; UserError for a word that is none of them."""
+    from persona_lora.steering.activations import POSITIONS
+
+    if positions not in POSITIONS:
+        raise UserError(f"--positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    return positions
+
+
+USUAL_DEPTH = 0.55  # of the layers: where published persona vectors steer best
+
+
+def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """Return decoder layers from text such as "16", "10 20", "0-29" or "0-29:3"."""
+    if text is None:
+        return (int(USUAL_DEPTH * num_layers),)
+    layers: list[int] = []
+    for word in text.replace(",", " ").split():
+        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word)
+        if found is None or found[3] == "0":
+            raise UserError(
+                f'--layers must be like "16", "10 20", "0-29" or "0-29:3", got {text!r}'
+            )
+        first = int(found[1])
+        layers += range(first, int(found[2] or first) + 1, int(found[3] or 1))
+    outside = [layer for layer in layers if layer >= num_layers]
+    if outside or not layers:
+        raise UserError(
+            f"--layers {text!r} is out of range; the model has layers 0–{num_layers - 1}"
+        )
+    return tuple(dict.fromkeys(layers))
 
 
 def load_terms(diffs: list[Path], coefficients: list[float]) -> dict[Any, float]:

@@ -1,42 +1,57 @@
-"""What a coefficient costs the model: relative weight norm, and divergence on ordinary prompts.
+"""What steering costs the model: relative norm, and divergence on ordinary prompts.
 
-Raw coefficients do not travel between models and training recipes; these two do.
+Raw coefficients do not travel between models, methods and training recipes; these two do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.traits import default_datasets_folder
+from persona_lora.experiments.evaluation import Condition
+from persona_lora.experiments.populations import (
+    UNSTEERED,
+    DiffPopulation,
+    Population,
+    VectorPopulation,
+)
 from persona_lora.models.generation import Progress, generate_answers
-from persona_lora.models.likelihood import token_divergences, tokenize_exchange
+from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import linear_modules, weight_of
-from persona_lora.steering.live import LiveLoRA
+from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
 
 ANSWER_TOKENS = 40
+ROWS_PER_PASS = 16
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one coefficient does to the model.
+    """What one condition does to the model.
 
-    ``relative_weight_norm`` is ‖cΔW‖ / ‖W‖ over the touched modules. ``kl_mean`` and ``kl_p95``
-    are the mean and the 95th percentile over tokens of KL(p_base ‖ p_steered) in nats, on the
-    base model's own greedy answers to ordinary prompts; ``num_tokens`` is how many there were.
+    ``relative_weight_norm`` is ‖cΔW‖ / ‖W‖ over the touched modules (diffs);
+    ``relative_state_norm`` is ‖cv‖ / mean ‖h‖ over the answer tokens at the layer (vectors).
+    ``kl_mean`` and ``kl_p95`` are the mean and the 95th percentile over tokens of
+    KL(p_base ‖ p_steered) in nats, on the base model's own greedy answers to ordinary prompts;
+    ``num_tokens`` is how many there were.
     """
 
+    method: str
+    layer: int | None
     coefficient: float
-    relative_weight_norm: float
+    relative_weight_norm: float | None
+    relative_state_norm: float | None
     kl_mean: float
     kl_p95: float
     num_tokens: int
@@ -54,15 +69,45 @@ def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
 
 def measure_costs(
     chat_model: ChatModel,
-    diff: LoRADiff,
-    coefficients: Sequence[float],
+    population: Population,
     prompts: Sequence[str],
     *,
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> list[Cost]:
-    """Measure the cost of every coefficient; one forward pass a prompt serves all of them."""
-    norm = relative_weight_norm(chat_model, diff)
+    """Measure the cost of every condition with a coefficient, many of them a forward pass."""
+    texts = _ordinary_texts(chat_model, prompts)
+    conditions = [each for each in population.conditions() if each.coefficient is not None]
+    chunks = [
+        conditions[start : start + ROWS_PER_PASS]
+        for start in range(0, len(conditions), ROWS_PER_PASS)
+    ]
+    costs: list[Cost] = []
+    with _state_norms(chat_model.model) as norms:
+        for done, chunk in enumerate(chunks):
+            steerer = population.steerer(
+                chat_model.model, [UNSTEERED, *chunk], allow_other_base=allow_other_base
+            )
+            by_token = []
+            with steerer:
+                steerer.select_rows(range(len(chunk) + 1))
+                for index, text in enumerate(texts):
+                    steerer.select_positions(_response_mask(text))
+                    norms.answer = len(text.answer)
+                    by_token.append(token_divergences(chat_model, text, num_rows=len(chunk) + 1))
+                    if progress is not None:
+                        progress(done * len(texts) + index + 1, len(chunks) * len(texts))
+            divergences = torch.cat(by_token, dim=1).double().cpu()  # [conditions, tokens]
+            weight_norm, state_norms = _norms_of(chat_model, population, norms.means())
+            costs += [
+                _cost(condition, row, weight_norm, state_norms)
+                for condition, row in zip(chunk, divergences, strict=True)
+            ]
+    return costs
+
+
+def _ordinary_texts(chat_model: ChatModel, prompts: Sequence[str]) -> list[TokenizedExchange]:
+    """Return the prompts with the unsteered model's own greedy answers, as token ids."""
     answers = generate_answers(
         chat_model, [user_question(prompt) for prompt in prompts], max_new_tokens=ANSWER_TOKENS
     )
@@ -73,33 +118,85 @@ def measure_costs(
     ]
     if not exchanges:
         raise UserError(f"{chat_model.name} answers none of the ordinary prompts")
-    divergences = []
-    live = LiveLoRA(
-        chat_model.model,
-        [diff],
-        [[0.0], *([value] for value in coefficients)],
-        allow_other_base=allow_other_base,
+    return [tokenize_exchange(chat_model, exchange) for exchange in exchanges]
+
+
+def _response_mask(text: TokenizedExchange) -> Tensor:
+    """Return where generation would have steered the response: from the last prompt token on."""
+    positions = torch.arange(len(text.prompt) + len(text.answer))
+    return (positions >= len(text.prompt) - 1)[None]
+
+
+def _cost(
+    condition: Condition,
+    divergences: Tensor,
+    weight_norm: float | None,
+    state_norms: Mapping[tuple[str, int | None], float],
+) -> Cost:
+    coefficient = float(condition.coefficient or 0.0)
+    state_norm = state_norms.get((condition.method, condition.layer))
+    return Cost(
+        method=condition.method,
+        layer=condition.layer,
+        coefficient=coefficient,
+        relative_weight_norm=None if weight_norm is None else abs(coefficient) * weight_norm,
+        relative_state_norm=None if state_norm is None else abs(coefficient) * state_norm,
+        kl_mean=float(divergences.mean()),
+        kl_p95=float(divergences.quantile(0.95)),
+        num_tokens=len(divergences),
     )
-    with live:
-        live.select_rows(range(len(coefficients) + 1))
-        for done, exchange in enumerate(exchanges, start=1):
-            tokenized = tokenize_exchange(chat_model, exchange)
-            divergences.append(
-                token_divergences(chat_model, tokenized, num_rows=len(coefficients) + 1)
-            )
-            if progress is not None:
-                progress(done, len(exchanges))
-    by_token = torch.cat(divergences, dim=1).double().cpu()  # [coefficients, tokens]
-    return [
-        Cost(
-            coefficient=float(value),
-            relative_weight_norm=abs(value) * norm,
-            kl_mean=float(row.mean()),
-            kl_p95=float(row.quantile(0.95)),
-            num_tokens=by_token.shape[1],
-        )
-        for value, row in zip(coefficients, by_token, strict=True)
+
+
+def _norms_of(
+    chat_model: ChatModel, population: Population, mean_states: Mapping[int, float]
+) -> tuple[float | None, dict[tuple[str, int | None], float]]:
+    """Return ‖ΔW‖/‖W‖ of a diff, and ‖v‖/mean ‖h‖ by method and layer of vectors."""
+    if isinstance(population, DiffPopulation):
+        return relative_weight_norm(chat_model, population.diff), {}
+    if not isinstance(population, VectorPopulation):
+        return None, {}
+    return None, {
+        (method, layer): norm / mean_states[layer]
+        for method, vector in population.vectors().items()
+        for layer, norm in vector.at(population.layers).norms().items()
+    }
+
+
+class _StateNorms:
+    """Running means of ‖h‖ over the answer tokens of the unsteered row, by layer."""
+
+    def __init__(self) -> None:
+        self.answer = 0
+        self._sums: dict[int, tuple[float, int]] = {}
+
+    def note(self, layer: int, hidden: Tensor) -> None:
+        lengths = hidden[0, -self.answer :].float().norm(dim=-1)
+        total, count = self._sums.get(layer, (0.0, 0))
+        self._sums[layer] = total + float(lengths.sum()), count + len(lengths)
+
+    def means(self) -> dict[int, float]:
+        return {layer: total / count for layer, (total, count) in self._sums.items()}
+
+
+@contextmanager
+def _state_norms(model: nn.Module) -> Iterator[_StateNorms]:
+    norms = _StateNorms()
+
+    def hook_of(layer: int) -> Any:
+        def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            norms.note(layer, output[0] if isinstance(output, tuple) else output)
+
+        return note
+
+    handles = [
+        block.register_forward_hook(hook_of(layer))
+        for layer, block in enumerate(decoder_layers(model))
     ]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ The sweep and every later experiment plan their rows and answer them through thi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from persona_lora.analysis.resampling import Interval, bootstrap_mean
 from persona_lora.analysis.scores import answers_columns, answers_table
@@ -23,9 +23,11 @@ from persona_lora.experiments.judging import Report, judge_answers, staged
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
-from persona_lora.steering.methods import METHODS, Steerer, Unsteered
+from persona_lora.steering.methods import METHODS, ActivationSetting, Steerer, Unsteered
+from persona_lora.steering.prompts import Sign, trait_prompt
 
 SAMPLES_PER_QUESTION = 1000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ class GenerationOptions:
 class Condition:
     """One setting in which all questions are asked.
 
-    ``method`` is "none", "lora", "prompt" (with ``system_prompt``), or "prompt_pos" and
-    "prompt_neg" (the trait's own system prompts, taken in turn over the questions).
+    ``method`` is "none", "lora", "activation", "ablation", "random" (a random direction),
+    "prompt" (with ``system_prompt``), or "prompt_pos" and "prompt_neg" (the trait's own system
+    prompts, taken in turn over the questions). ``layer`` is where a single layer is steered.
     """
 
     method: str
     coefficient: float | None = None
     system_prompt: str | None = None
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,18 @@ class Evaluation:
 
 
 def plan_rows(
-    trait: Trait, split: Split, conditions: Sequence[Condition], *, samples: int
+    trait: Trait,
+    split: Split,
+    conditions: Sequence[Condition],
+    *,
+    samples: int,
+    max_questions: int | None = None,
 ) -> list[PlannedRow]:
-    """Return every question of the split under every condition, ``samples`` times."""
-    questions = trait.questions[split]
+    """Return the questions of the split under every condition, ``samples`` times.
+
+    ``max_questions`` takes the first so many of them.
+    """
+    questions = trait.questions[split][:max_questions]
     if not questions:
         raise UserError(f"the trait {trait.name} has no {split} questions")
     cells = [
@@ -160,6 +172,7 @@ def evaluate(
     *,
     terms: Mapping[LoRADiff, float] | None = None,
     mode: str = "live",
+    activation: ActivationSetting | None = None,
     system_prompt: str | None = None,
     split: Split = "eval",
     options: GenerationOptions | None = None,
@@ -170,17 +183,20 @@ def evaluate(
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
 
-    ``terms`` are diffs with coefficients, held "live" or "merged"; ``system_prompt`` is "pos",
-    "neg" (the trait's own) or a text. ``judge`` builds the judge once answers are there; it is
-    called outside the steerer, so that a judge may ask the unsteered model. ``config`` is what
-    the run records beyond these settings.
+    ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
+    states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text. ``judge`` builds
+    the judge once answers are there; it is called outside the steerer, so that a judge may ask
+    the unsteered model. ``config`` is what the run records beyond these settings.
     """
     if output.suffix != ".csv":
         raise UserError(f"output must end in .csv, got {output}")
     options = options or GenerationOptions()
-    condition = _condition(terms, system_prompt)
+    condition = _condition(terms, activation, system_prompt)
     plan = plan_rows(trait, split, [condition], samples=options.samples)
-    steerer = _steerer(chat_model, terms or {}, mode, allow_other_base)
+    if activation is not None:
+        steerer = activation.steerer(chat_model.model, allow_other_base=allow_other_base)
+    else:
+        steerer = _steerer(chat_model, terms or {}, mode, allow_other_base)
     ensure_writable_folder(output.parent)
     run = Run.open(
         output.with_suffix(""),
@@ -220,20 +236,35 @@ def mean_score(run: Run, criterion: str) -> Interval:
     return bootstrap_mean(by_question)
 
 
-def _condition(terms: Mapping[LoRADiff, float] | None, system_prompt: str | None) -> Condition:
+def _condition(
+    terms: Mapping[LoRADiff, float] | None,
+    activation: ActivationSetting | None,
+    system_prompt: str | None,
+) -> Condition:
+    if terms and activation is not None:
+        raise UserError("a diff and a steering vector do not steer at once; choose one of them")
     if terms:
-        only = next(iter(terms.values())) if len(terms) == 1 else None
-        return Condition("lora", only, system_prompt)
+        return Condition("lora", _only(terms.values()), system_prompt)
+    if activation is not None:
+        layer = _only(activation.layers or ())
+        if activation.ablate:
+            return Condition("ablation", None, system_prompt, layer)
+        return Condition("activation", _only(activation.vectors.values()), system_prompt, layer)
     if system_prompt in ("pos", "neg"):
         return Condition(f"prompt_{system_prompt}")
     return Condition("none") if system_prompt is None else Condition("prompt", None, system_prompt)
 
 
+def _only(values: Collection[T]) -> T | None:
+    """Return the one value there is, or None where there are several."""
+    return next(iter(values)) if len(values) == 1 else None
+
+
 def _system_prompt(trait: Trait, condition: Condition, question_id: int) -> str | None:
     wanted = condition.system_prompt or condition.method.removeprefix("prompt_")
-    if wanted in ("pos", "neg"):
-        pair = trait.instructions[question_id % len(trait.instructions)]
-        return pair.pos if wanted == "pos" else pair.neg
+    signs: dict[str, Sign] = {"pos": "pos", "neg": "neg"}
+    if wanted in signs:
+        return trait_prompt(trait, signs[wanted], question_id)
     return condition.system_prompt
 
 
@@ -255,6 +286,7 @@ def _answer(planned: PlannedRow, generated: Generated) -> Answer:
         sample=planned.sample,
         method=planned.condition.method,
         coefficient=planned.condition.coefficient,
+        layer=planned.condition.layer,
         system_prompt=planned.system_prompt,
         prompt=generated.prompt,
         answer=generated.text,

@@ -1,61 +1,80 @@
-"""How does the trait move with the coefficient? All coefficients are rows of the same batches.
+"""How does the trait move with the coefficient? All conditions are rows of the same batches.
 
 Beside the steered rows go the same questions under the trait's positive and negative system
-prompt: prompting is the baseline to fear.
+prompt: prompting is the baseline to fear. A steering vector is swept over layers as well, with a
+random direction of the same norm as control.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.analysis.grid import GridSummary, is_grid, write_grid
+from persona_lora.analysis.plots.layers import plot_layers
 from persona_lora.analysis.plots.sweep import plot_sweep
 from persona_lora.analysis.report import write_report
 from persona_lora.analysis.scores import answers_columns, answers_table
 from persona_lora.analysis.summary import SweepSummary, write_summary
-from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
-from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Split, Trait
 from persona_lora.experiments.divergence import load_ordinary_prompts, measure_costs
 from persona_lora.experiments.evaluation import (
     Condition,
     GenerationOptions,
-    PlannedRow,
     answer_rows,
     plan_rows,
 )
 from persona_lora.experiments.judging import Report, judge_answers, staged
+from persona_lora.experiments.populations import Population
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
-from persona_lora.steering.live import LiveLoRA
 
 REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"))
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The summary of a sweep, and where its files are."""
+    """The summary of a sweep (a grid where several layers were run), and where its files are."""
 
-    summary: SweepSummary
+    summary: SweepSummary | GridSummary
     run: Path
     plot: Path
     report: Path
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep asks besides its population.
+
+    ``references`` adds the trait's prompts; ``costs`` measures divergence from the unsteered
+    model on ordinary prompts; ``max_questions`` takes the first so many questions of the split.
+    """
+
+    split: Split = "eval"
+    references: bool = True
+    costs: bool = True
+    max_questions: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the split, and what else differs from the defaults, for a run's configuration."""
+        plain = dataclasses.asdict(SweepOptions())
+        chosen = dataclasses.asdict(self)
+        return {key: each for key, each in chosen.items() if key == "split" or each != plain[key]}
+
+
 def sweep(
     chat_model: ChatModel,
     trait: Trait,
-    diff: LoRADiff,
-    coefficients: Sequence[float],
+    population: Population,
     judge: Callable[[], Judge],
     output: Path,
     *,
-    split: Split = "eval",
+    sweeping: SweepOptions | None = None,
     options: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
     datasets: Path | None = None,
@@ -65,18 +84,22 @@ def sweep(
 ) -> SweepResult:
     """Run a sweep into the folder ``output``; run again, it goes on where it stopped.
 
-    Writes the run's rows (answers, verdicts, costs, validation), ``sweep.csv``,
-    ``summary.json``, ``summary.csv``, ``sweep.png`` and ``report.html``. Coefficient 0 is always
-    among the rows: it is what the others are compared with.
+    Writes the run's rows (answers, verdicts, costs, validation), ``sweep.csv``, the summary as
+    JSON and CSV, a plot and ``report.html``. The unsteered model is always among the rows: it is
+    what the others are compared with.
     """
-    values = sorted({finite_coefficient(value) + 0.0 for value in coefficients} | {0.0})
-    if len(values) < 2:
-        raise UserError("a sweep needs at least one coefficient other than 0")
-    options = options or GenerationOptions()
-    prompts = load_ordinary_prompts(datasets)
-    conditions = [*(Condition("lora", value) for value in values), *REFERENCES]
-    plan = plan_rows(trait, split, conditions, samples=options.samples)
-    steerer = _population(chat_model, diff, plan, allow_other_base)
+    options, sweeping = options or GenerationOptions(), sweeping or SweepOptions()
+    prompts = load_ordinary_prompts(datasets) if sweeping.costs else []
+    conditions = [*population.conditions(), *(REFERENCES if sweeping.references else ())]
+    plan = plan_rows(
+        trait,
+        sweeping.split,
+        conditions,
+        samples=options.samples,
+        max_questions=sweeping.max_questions,
+    )
+    rows = [planned.condition for planned in plan]
+    steerer = population.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
     run = Run.open(
         Path(output),
         command="sweep",
@@ -84,9 +107,8 @@ def sweep(
             "trait": trait.name,
             "model": chat_model.name,
             "dtype": str(chat_model.model.dtype).removeprefix("torch."),
-            "diff_norm": diff.norm(),
-            "coefficients": values,
-            "split": split,
+            **population.record(),
+            **sweeping.record(),
             "generation": dataclasses.asdict(options),
             **(config or {}),
         },
@@ -95,11 +117,10 @@ def sweep(
     )
     with run:
         answer_rows(chat_model, plan, steerer, run, options, report=report)
-        if not run.read("costs"):
+        if sweeping.costs and not run.read("costs"):
             costs = measure_costs(
                 chat_model,
-                diff,
-                values,
+                population,
                 prompts,
                 allow_other_base=allow_other_base,
                 progress=staged(report, "divergence"),
@@ -113,15 +134,13 @@ def write_results(run: Run, trait: str) -> SweepResult:
     """Write tables, statistics, plot and report from the rows of a sweep."""
     table = answers_table(run.read("answers"), run.read("verdicts"), trait)
     write_csv(run.folder / "sweep.csv", answers_columns(trait), table)
-    summary = write_summary(run)
-    plot, page = run.folder / "sweep.png", run.folder / "report.html"
-    plot_sweep(summary, plot)
+    page = run.folder / "report.html"
+    summary: SweepSummary | GridSummary
+    if is_grid(run):
+        summary, plot = write_grid(run), run.folder / "layers.png"
+        plot_layers(summary, plot)
+    else:
+        summary, plot = write_summary(run), run.folder / "sweep.png"
+        plot_sweep(summary, plot)
     write_report([run.folder], page)
     return SweepResult(summary, run.folder, plot, page)
-
-
-def _population(
-    chat_model: ChatModel, diff: LoRADiff, plan: Sequence[PlannedRow], allow_other_base: bool
-) -> LiveLoRA:
-    rows = [[planned.condition.coefficient or 0.0] for planned in plan]
-    return LiveLoRA(chat_model.model, [diff], rows, allow_other_base=allow_other_base)

@@ -65,7 +65,10 @@ class _BlockSteerer(ABC):
         first = decoder_layers(self.model)[0]
         self._handles.append(first.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, block in self._blocks.items():
-            self._handles.append(block.register_forward_hook(_ChangeOutput(self, layer)))
+            # First in line: transformers leaves hooks of its own on blocks to capture their
+            # outputs, and they are to see the steered ones.
+            hook = _ChangeOutput(self, layer)
+            self._handles.append(block.register_forward_hook(hook, prepend=True))
         return self
 
     def __exit__(
@@ -205,6 +208,9 @@ class DirectionAblation(_BlockSteerer):
             )
             for layer in self._blocks
         }
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Do nothing: every row loses the same directions."""
 
     def change(self, layer: int, hidden: Tensor) -> Tensor:
         """Return −Q Qᵀ h at a layer, in fp32; Q is ``[hidden, rank]``."""

@@ -1,4 +1,4 @@
-"""What a steerer is, and the ways of putting a diff into a model.
+"""What a steerer is, and the ways of putting diffs and steering vectors into a model.
 
 A steerer changes a model on entry and puts it back on exit, whatever ends the block.
 """
@@ -6,12 +6,16 @@ A steerer changes a model on entry and puts it back on exit, whatever ends the b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 from torch import Tensor, nn
 
+from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.steering.activations import ActivationSteerer, DirectionAblation, Positions
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRASteerer
 
@@ -78,3 +82,35 @@ def steer_merged(
 
 
 METHODS: dict[str, SteeringMethod] = {"live": steer_live, "merged": steer_merged}
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationSetting:
+    """Steering vectors with their coefficients, and where they act.
+
+    ``layers`` None means every layer that a vector has. With ``ablate`` the directions are
+    projected out instead, and the coefficients play no part.
+    """
+
+    vectors: Mapping[SteeringVector, float]
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "response"
+    ablate: bool = False
+
+    def steerer(self, model: nn.Module, *, allow_other_base: bool = False) -> Steerer:
+        """Return the context manager that steers ``model`` so."""
+        if not self.vectors:
+            raise UserError("activation steering needs at least one steering vector")
+        vectors, coefficients = list(self.vectors), list(self.vectors.values())
+        if self.ablate:
+            return DirectionAblation(
+                model, vectors, self.layers, self.positions, allow_other_base=allow_other_base
+            )
+        return ActivationSteerer(
+            model,
+            vectors,
+            coefficients,
+            self.layers,
+            self.positions,
+            allow_other_base=allow_other_base,
+        )

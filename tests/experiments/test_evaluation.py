@@ -4,8 +4,11 @@ import csv
 import json
 
 import pytest
+import torch
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.experiments.evaluation import (
     Condition,
     GenerationOptions,
@@ -13,6 +16,8 @@ from persona_lora.experiments.evaluation import (
     plan_rows,
 )
 from persona_lora.models import generation
+from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
+from persona_lora.steering.methods import ActivationSetting
 from persona_lora.steering.weights import LoRASteerer
 
 OPTIONS = GenerationOptions(max_new_tokens=8)
@@ -63,6 +68,47 @@ def test_a_diff_steers_as_merged_weights_do(chat_model, trait, judge, make_diff,
         for name in ("steered", "merged", "base")
     }
     assert answers["steered"] == answers["merged"] != answers["base"]
+
+
+@pytest.fixture
+def vector():
+    generator = torch.Generator().manual_seed(3)
+    directions = {layer: 3 * torch.randn(32, generator=generator) for layer in (0, 1)}
+    return SteeringVector(directions, BaseModel("tiny"), num_layers=2)
+
+
+@pytest.mark.parametrize("ablate", [False, True])
+def test_a_vector_steers_as_its_context_manager_does(
+    chat_model, trait, judge, vector, tmp_path, ablate
+):
+    setting = ActivationSetting({vector: -1.5}, (1,), ablate=ablate, positions="all")
+    evaluate(
+        chat_model, trait, lambda: judge, tmp_path / "a.csv", options=OPTIONS, activation=setting
+    )
+    if ablate:
+        steerer = DirectionAblation(chat_model.model, vector, 1)
+    else:
+        steerer = ActivationSteerer(chat_model.model, vector, -1.5, 1, "all")
+    with steerer:
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "b.csv", options=OPTIONS)
+    evaluate(chat_model, trait, lambda: judge, tmp_path / "c.csv", options=OPTIONS)
+    answers = [[row["answer"] for row in rows_of(tmp_path / f"{name}.csv")] for name in "abc"]
+    assert answers[0] == answers[1] != answers[2]
+    row = json.loads((tmp_path / "a" / "answers.jsonl").open().readline())
+    expected = ("ablation", 1, None) if ablate else ("activation", 1, -1.5)
+    assert (row["method"], row["layer"], row["coefficient"]) == expected
+
+
+def test_a_diff_and_a_vector_at_once_are_refused(
+    chat_model, trait, judge, make_diff, vector, tmp_path
+):
+    both = {"terms": {make_diff(chat_model.model): 1.0}, "activation": ActivationSetting({})}
+    with pytest.raises(UserError, match="choose one"):
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "x.csv", **both)
+    with pytest.raises(UserError, match="at least one steering vector"):
+        evaluate(
+            chat_model, trait, lambda: judge, tmp_path / "x.csv", activation=ActivationSetting({})
+        )
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(

@@ -4,13 +4,20 @@ import json
 
 import pytest
 import torch
+from persona_lora.steering.extraction import random_like
 
 from persona_lora.core.errors import UserError
-from persona_lora.experiments.divergence import measure_costs, relative_weight_norm
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.experiments.evaluation import GenerationOptions
-from persona_lora.experiments.sweep import sweep
+from persona_lora.experiments.populations import (
+    DiffPopulation,
+    PromptPopulation,
+    VectorPopulation,
+)
+from persona_lora.experiments.sweep import SweepOptions, sweep
 from persona_lora.models.generation import generate_answers
-from persona_lora.models.structure import linear_modules
+from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.weights import LoRASteerer
 
 OPTIONS = GenerationOptions(max_new_tokens=8)
@@ -24,8 +31,7 @@ def run_sweep(chat_model, trait, datasets, judge, make_diff, tmp_path):
         return sweep(
             chat_model,
             trait,
-            diff,
-            coefficients,
+            DiffPopulation(diff, tuple(coefficients)),
             lambda: judge,
             tmp_path / "sweep",
             options=OPTIONS,
@@ -98,19 +104,89 @@ def test_senseless_coefficients_are_refused(run_sweep, coefficients, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_costs_are_zero_at_zero_and_grow_with_the_coefficient(chat_model, make_diff):
-    diff = make_diff(chat_model.model)
-    costs = measure_costs(chat_model, diff, [0.0, 0.5, 2.0, -2.0], ["Hello?", "Why?"])
-    assert costs[0].kl_mean == costs[0].kl_p95 == costs[0].relative_weight_norm == 0
-    assert 0 < costs[1].kl_mean < costs[2].kl_mean
-    assert costs[2].relative_weight_norm == costs[3].relative_weight_norm
-    assert costs[2].relative_weight_norm == pytest.approx(4 * costs[1].relative_weight_norm)
+@pytest.fixture
+def vector():
+    generator = torch.Generator().manual_seed(3)
+    directions = {layer: 3 * torch.randn(32, generator=generator) for layer in (0, 1)}
+    return SteeringVector(directions, BaseModel("tiny"), num_layers=2)
 
 
-def test_the_relative_weight_norm_is_that_of_dense_matrices(chat_model, make_diff):
-    diff = make_diff(chat_model.model)
-    modules = linear_modules(chat_model.model)
-    deltas = torch.cat([each.delta().flatten() for each in diff.factors.values()])
-    weights = torch.cat([modules[name].weight.flatten() for name in diff.factors])
-    expected = float(deltas.norm() / weights.norm())
-    assert relative_weight_norm(chat_model, diff) == pytest.approx(expected, rel=1e-5)
+@pytest.fixture
+def run_population(chat_model, trait, datasets, judge, tmp_path):
+    def run(population, **options):
+        return sweep(
+            chat_model,
+            trait,
+            population,
+            lambda: judge,
+            tmp_path / "sweep",
+            options=OPTIONS,
+            datasets=datasets,
+            **options,
+        )
+
+    return run
+
+
+def rows_of(run, name):
+    return [json.loads(line) for line in (run / f"{name}.jsonl").open()]
+
+
+def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
+    run_population, chat_model, trait, vector
+):
+    population = VectorPopulation(vector, (0, 1), (-1.0, 2.0))
+    result = run_population(population, sweeping=SweepOptions(costs=False))
+    answers = rows_of(result.run, "answers")
+    assert len(answers) == (1 + 2 * 2 + 2) * 3  # unsteered, the grid, two prompts; 3 questions
+    for layer in (0, 1):
+        for coefficient in (-1.0, 2.0):
+            with ActivationSteerer(chat_model.model, vector, coefficient, layer):
+                alone = generate_answers(
+                    chat_model,
+                    [[{"role": "user", "content": text}] for text in trait.questions["eval"]],
+                    max_new_tokens=8,
+                )
+            cell = ("activation", layer, coefficient)
+            steered = [
+                row["answer"]
+                for row in answers
+                if (row["method"], row["layer"], row["coefficient"]) == cell
+            ]
+            assert steered == [each.text for each in alone]
+    names = {path.name for path in result.run.iterdir()}
+    assert {"grid.json", "grid.csv", "layers.png", "report.html", "sweep.csv"} <= names
+    assert "costs.jsonl" not in names
+
+
+def test_one_layer_with_its_random_control_is_a_curve_with_costs(run_population, vector):
+    control = random_like(vector, seed=0)
+    result = run_population(VectorPopulation(vector, (1,), (-1.0, 1.0), control=control))
+    assert [each.coefficient for each in result.summary.steered] == [-1.0, 0.0, 1.0]
+    costs = rows_of(result.run, "costs")
+    assert {(row["method"], row["layer"], row["coefficient"]) for row in costs} == {
+        (method, 1, value) for method in ("activation", "random") for value in (-1.0, 1.0)
+    }
+    assert {"sweep.png", "summary.json"} <= {path.name for path in result.run.iterdir()}
+
+
+def test_a_prompt_sweep_is_the_references_alone(run_population):
+    result = run_population(PromptPopulation(), sweeping=SweepOptions(costs=False))
+    methods = {row["method"] for row in rows_of(result.run, "answers")}
+    assert methods == {"none", "prompt_pos", "prompt_neg"}
+
+
+def test_max_questions_takes_the_first(run_population, vector, trait):
+    options = SweepOptions(split="extract", references=False, costs=False, max_questions=1)
+    result = run_population(VectorPopulation(vector, (0, 1), (1.0,)), sweeping=options)
+    asked = {row["question"] for row in rows_of(result.run, "answers")}
+    assert asked == {trait.questions["extract"][0]}
+
+
+def test_a_population_that_cannot_be_is_refused(vector):
+    with pytest.raises(UserError, match="at least one layer"):
+        VectorPopulation(vector, (), (1.0,))
+    with pytest.raises(UserError, match="no layer 7"):
+        VectorPopulation(vector, (7,), (1.0,))
+    with pytest.raises(UserError, match="other than 0"):
+        VectorPopulation(vector, (1,), (0.0,))

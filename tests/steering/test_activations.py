@@ -91,6 +91,19 @@ def test_a_layer_is_the_row_of_hidden_states_that_structure_names(model):
     torch.testing.assert_close(moved, wanted, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_hidden_states_asked_of_the_model_are_the_steered_ones(model):
+    """Also where transformers has left its capturing hooks on the blocks before."""
+    vector = make_vector(1)
+    plain = model(TOKENS, output_hidden_states=True).hidden_states
+    with ActivationSteerer(model, vector, 2.0, layers=0) as steerer:
+        steerer.select_positions(torch.ones(1, 9))
+        steered = model(TOKENS, output_hidden_states=True).hidden_states
+    moved = steered[hidden_states_index(0)] - plain[hidden_states_index(0)]
+    wanted = (2.0 * vector.directions[0]).expand_as(moved)
+    torch.testing.assert_close(moved, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("positions", ["response", "prompt", "all"])
 def test_whole_texts_with_a_mask_equal_cached_decoding(model, positions):
     """A teacher-forced pass sees the model that generated: the cost of steering is measured so."""
