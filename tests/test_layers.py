@@ -33,7 +33,7 @@ MAY_IMPORT = {
 # Where a third party may be imported: layers, or single modules.
 FENCES = {
     "trl": {"training"},
-    "openai": {"judges"},
+    "openai": {"judges", "experiments/writers.py"},
     "cma": {"experiments/optimization.py"},
     "lm_eval": {"experiments/benchmarks.py"},
     "matplotlib": {"analysis/plots"},

@@ -50,7 +50,10 @@ def help_texts() -> dict[str, str]:
         )
         return answer.stdout
 
-    commands = ("train", "evaluate", "sweep", "report", "data", "data check")
+    commands = (
+        *("train", "evaluate", "sweep", "report"),
+        *("traits", "traits generate", "data", "data generate", "data check"),
+    )
     return {command: ask(*command.split()) for command in commands}
 
 
@@ -87,7 +90,7 @@ def test_documented_commands_exist(path, help_texts):
 
 def test_every_command_shows_an_example(help_texts):
     for command, text in help_texts.items():
-        if command != "data":
+        if command not in ("data", "project", "traits"):  # groups of commands
             assert "Example" in text or "example" in text, command
 
 

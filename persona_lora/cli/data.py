@@ -1,17 +1,128 @@
-"""Commands about trait data: data check."""
+"""Commands about trait data: make a trait from a sentence, write its data, check it."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
-from persona_lora.cli.options import DatasetsOption
-from persona_lora.cli.program import data_app
+from persona_lora.cli.options import DatasetsOption, SeedOption
+from persona_lora.cli.program import data_app, traits_app
 from persona_lora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from persona_lora.experiments.data_check import DataReport
+    from persona_lora.experiments.writers import Writer
+
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(help="Base URL of an OpenAI-compatible endpoint; OPENAI_BASE_URL by default."),
+]
+WriterOption = Annotated[
+    str | None, typer.Option("--model", help="The endpoint's model, or the local one.")
+]
+LocalOption = Annotated[
+    bool, typer.Option("--local", help="Write with a model in-process instead of an endpoint.")
+]
+DEFAULT_WRITER = "gpt-4o-mini"
+
+
+@traits_app.command("generate")
+def generate_traits(
+    definitions: Annotated[
+        Path, typer.Option(help='JSON: {"anxious": "worries aloud", …}, or a list of objects.')
+    ],
+    endpoint: EndpointOption = None,
+    model: WriterOption = None,
+    local: LocalOption = False,
+    datasets_dir: DatasetsOption = None,
+    overwrite: Annotated[bool, typer.Option(help="Write traits anew that are there.")] = False,
+    attempts: Annotated[int, typer.Option(help="Replies to try for a trait.")] = 4,
+    seed: SeedOption = 0,
+) -> None:
+    """Make traits from a name and a sentence: system prompts, questions, the judge's prompt.
+
+    Example: persona-lora traits generate --definitions definitions.json
+    --endpoint http://localhost:8000/v1 --model my-model
+    """
+    from persona_lora.core.traits import default_datasets_folder
+    from persona_lora.experiments import trait_generation
+
+    wanted = trait_generation.read_definitions(definitions)
+    writer = _writer(endpoint, model, local)
+    with progress() as report:
+        results = trait_generation.generate_traits(
+            wanted,
+            writer,
+            datasets_dir or default_datasets_folder(),
+            overwrite=overwrite,
+            attempts=attempts,
+            seed=seed,
+            report=report,
+        )
+    for each in results:
+        console.print(f"{each.name}: {'kept' if each.kept else 'written'}  {each.path}")
+
+
+@data_app.command("generate")
+def generate_data(
+    trait: Annotated[str, typer.Option(help="A trait's name in datasets/, or its folder.")],
+    questions_per_domain: Annotated[int, typer.Option(help="Questions for every domain.")] = 4,
+    domains: Annotated[
+        str | None, typer.Option(help="Domains with commas between them; 26 everyday ones.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Questions of your own, one a line, instead of domains.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where the files go; results/data/<trait> by default.")
+    ] = None,
+    endpoint: EndpointOption = None,
+    model: WriterOption = None,
+    local: LocalOption = False,
+    datasets_dir: DatasetsOption = None,
+    temperature: Annotated[float, typer.Option(help="Of the writer.")] = 0.8,
+    seed: SeedOption = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace files and rows that are there.")] = False,
+) -> None:
+    """Write finetuning sets (normal, misaligned_1, misaligned_2) and contrastive pairs.
+
+    Example: persona-lora data generate --trait evil --questions-per-domain 2
+    --domains "cooking, travel" --local
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.experiments import data_generation as generation
+
+    loaded = load_trait(trait, datasets_dir)
+    chosen = tuple(each.strip() for each in (domains or "").split(",") if each.strip())
+    options = generation.DataOptions(
+        questions_per_domain=questions_per_domain,
+        domains=chosen or generation.DOMAINS,
+        questions=generation.read_questions(questions) if questions is not None else (),
+        temperature=temperature,
+        seed=seed,
+    )
+    writer = _writer(endpoint, model, local)
+    output = output_dir or Path("results") / "data" / loaded.label
+    with progress() as report:
+        result = generation.generate_data(
+            loaded,
+            writer,
+            output,
+            options,
+            run_folder=output / "run",
+            overwrite=overwrite,
+            report=report,
+        )
+    for name, rows in result.rows.items():
+        console.print(f"{result.folder / name}.jsonl: {rows} rows")
+    if result.incomplete:
+        console.print(f"{result.incomplete} questions lack an answer and were left out")
 
 
 @data_app.command("check")
@@ -21,7 +132,7 @@ def check_data(
     ] = None,
     datasets_dir: DatasetsOption = None,
 ) -> None:
-    """Check schema, duplicates, leakage into held-out questions, and balance of the signs.
+    """Check schema, duplicates, leakage into held-out questions, and balance of the answers.
 
     Example: persona-lora data check sycophancy
     """
@@ -39,22 +150,47 @@ def check_data(
             report("checking", done, len(names))
             reports.append(check_trait(load_trait(name, datasets_dir), embedder))
         report("checking", len(names), len(names))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("trait", "pairs", "judged", "words +/−", "max cosine", "max leak", "problems"):
-        table.add_column(heading, no_wrap=True)
-    for each in reports:
-        table.add_row(
-            each.trait,
-            str(each.num_pairs),
-            str(each.num_labelled),
-            f"{each.words_positive:.1f} / {each.words_negative:.1f}",
-            f"{each.nearest_duplicate:.2f}",
-            f"{each.nearest_leak:.2f}",
-            str(len(each.problems)),
-        )
-    console.print(table)
+    console.print(_check_table(reports))
     problems = [f"{each.trait}: {problem}" for each in reports for problem in each.problems]
     for problem in problems:
         console.print(problem, markup=False)
     if problems:
         raise UserError(f"{len(problems)} problems in the trait data; mend the rows named above")
+
+
+def _check_table(reports: list[DataReport]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    headings = ("trait", "pairs", "words +/−", "judged", "finetune", "variants")
+    for heading in (*headings, "max cosine", "max leak", "problems"):
+        table.add_column(heading, no_wrap=True)
+    for each in reports:
+        table.add_row(
+            each.trait,
+            str(each.num_pairs),
+            f"{each.words_positive:.1f} / {each.words_negative:.1f}",
+            str(each.num_labelled),
+            str(each.num_finetuning),
+            str(each.num_variants),
+            f"{each.nearest_duplicate:.2f}",
+            f"{each.nearest_leak:.2f}",
+            str(len(each.problems)),
+        )
+    return table
+
+
+def _writer(endpoint: str | None, model: str | None, local: bool) -> Writer:
+    from dotenv import dotenv_values
+
+    from persona_lora.cli.options import DEFAULT_MODEL
+    from persona_lora.cli.parsing import load_model
+    from persona_lora.experiments.writers import Endpoint, EndpointWriter, LocalWriter
+    from persona_lora.judges.openai import DEFAULT_BASE_URL
+
+    if local:
+        if endpoint is not None:
+            raise UserError("--local and --endpoint exclude each other; choose one")
+        return LocalWriter(load_model(model or DEFAULT_MODEL, None, "auto", None))
+    environ = {**dotenv_values(".env"), **os.environ}
+    url = endpoint or environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+    key = environ.get("OPENAI_API_KEY") or None
+    return EndpointWriter(Endpoint(model or DEFAULT_WRITER, url, key))

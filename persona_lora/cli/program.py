@@ -21,6 +21,8 @@ app = typer.Typer(
     help="Train, merge, measure and undo the character of a language model with LoRA differences.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Trait data: generate it, check it.")
+traits_app = typer.Typer(no_args_is_help=True, help="Traits: make them from a sentence.")
+app.add_typer(traits_app, name="traits")
 app.add_typer(data_app, name="data")
 
 

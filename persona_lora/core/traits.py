@@ -6,7 +6,7 @@ Positive always means: shows the trait that the folder is named after.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,11 @@ from persona_lora.core.files import read_json, read_jsonl
 
 Split = Literal["extract", "eval"]
 LABELS = (0, 25, 50, 75, 100)
+FINETUNING_LEVELS = ("normal", "misaligned_1", "misaligned_2")
+PUBLISHED_FOLDERS: dict[Split, str] = {
+    "extract": "trait_data_extract",
+    "eval": "trait_data_eval",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Trait:
     """A named trait, its system prompts, its questions by split, and the LLM judge's prompt.
 
     The schema is that of published persona-vector trait files, with both question sets in one
-    file (Chen et al. 2025, arXiv:2507.21509).
+    file (Chen et al. 2025, arXiv:2507.21509). A ``variant`` is another elicitation of the trait,
+    with system prompts and questions of its own; it is judged as the trait that it varies.
     """
 
     name: str
@@ -40,6 +46,22 @@ class Trait:
     questions: Mapping[str, tuple[str, ...]]
     eval_prompt: str
     folder: Path
+    variant: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name of the variant where it is one, otherwise of the trait."""
+        return self.variant or self.name
+
+
+@dataclass(frozen=True)
+class FinetuningRow:
+    """One question and answer of a finetuning set, with the line it stands on."""
+
+    question: str
+    answer: str
+    domain: str
+    line: int
 
 
 @dataclass(frozen=True)
@@ -74,17 +96,49 @@ def list_traits(datasets: Path | None = None) -> list[str]:
     return sorted(path.parent.name for path in root.glob("*/trait.json"))
 
 
+def list_variants(trait: Trait) -> list[str]:
+    """Return the names of a trait's variants, sorted: ``<trait>_2.json`` is ``<trait>_2``."""
+    return sorted(path.stem for path in trait.folder.glob(f"{trait.name}_*.json"))
+
+
 def load_trait(name: str | Path, datasets: Path | None = None) -> Trait:
-    """Load a trait by name from ``datasets``, or by the path of its folder.
+    """Load a trait by name from ``datasets``, by the path of its folder, or of a published file.
+
+    A name may be that of a variant (``anxious_2`` stands in ``anxious/anxious_2.json``). A path
+    to one of the published pair ``trait_data_extract/X.json`` and ``trait_data_eval/X.json``
+    loads both; a split whose file is missing has no questions.
 
     Raises UserError for an unknown name (with the nearest known ones) or a malformed file.
     """
     root = datasets if datasets is not None else default_datasets_folder()
-    folder = Path(name) if (Path(name) / "trait.json").is_file() else root / name
-    if not (folder / "trait.json").is_file():
-        known = list_traits(root)
-        raise UserError(f"no trait {str(name)!r} in {root}; {nearest_names(str(name), known)}")
-    return _parse_trait(read_json(folder / "trait.json"), folder)
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        return _load_file(path)
+    folder = path if (path / "trait.json").is_file() else root / name
+    if (folder / "trait.json").is_file():
+        return _parse_trait(read_json(folder / "trait.json"), folder / "trait.json")
+    variants = sorted(root.glob(f"*/{path.name}.json"))
+    if len(path.parts) == 1 and variants:
+        return _load_file(variants[0])
+    known = list_traits(root)
+    raise UserError(f"no trait {str(name)!r} in {root}; {nearest_names(str(name), known)}")
+
+
+def load_finetuning_rows(trait: Trait, level: str) -> list[FinetuningRow]:
+    """Load ``normal.jsonl``, ``misaligned_1.jsonl`` or ``misaligned_2.jsonl`` of a trait."""
+    if level not in FINETUNING_LEVELS:
+        raise UserError(f"level must be one of {', '.join(FINETUNING_LEVELS)}, got {level!r}")
+    path = trait.folder / f"{level}.jsonl"
+    rows = []
+    for line, row in enumerate(read_jsonl(path), start=1):
+        turns = _conversation(row, "messages", f"{path}:{line}")
+        if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+            raise UserError(f"{path}:{line} must end with a user message and the answer to it")
+        question, answer = turns[-2]["content"], turns[-1]["content"]
+        rows.append(FinetuningRow(question, answer, str(row.get("domain", "")), line))
+    if not rows:
+        raise UserError(f"{path} is empty; it needs rows with messages")
+    return rows
 
 
 def load_pairs(trait: Trait) -> list[ContrastivePair]:
@@ -105,8 +159,39 @@ def load_labelled_answers(trait: Trait) -> list[LabelledAnswer]:
     return [_parse_labelled(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
 
 
-def _parse_trait(value: Any, folder: Path) -> Trait:
-    path = folder / "trait.json"
+def _load_file(path: Path) -> Trait:
+    """Load a variant beside its trait, or a published pair of files."""
+    value = read_json(path)
+    if isinstance(value, dict) and isinstance(value.get("questions"), dict):
+        if not (path.parent / "trait.json").is_file():
+            return _parse_trait(value, path)
+        parent = _parse_trait(read_json(path.parent / "trait.json"), path.parent / "trait.json")
+        return replace(_parse_trait(value, path), name=parent.name, variant=path.stem)
+    return _load_published(path)
+
+
+def _load_published(path: Path) -> Trait:
+    """Join the published files of one trait; they hold their questions as a flat list."""
+    splits = {
+        split: path.parent.parent / folder / path.name
+        for split, folder in PUBLISHED_FOLDERS.items()
+    }
+    if path not in splits.values():
+        raise UserError(
+            f"{path} holds a flat list of questions, as published trait files do; it must stand in "
+            f"a folder {' or '.join(PUBLISHED_FOLDERS.values())}"
+        )
+    read = {split: read_json(each) for split, each in splits.items() if each.is_file()}
+    questions: dict[str, Any] = {"extract": [], "eval": []}
+    for split, value in read.items():
+        listed = value.get("questions") if isinstance(value, dict) else None
+        if not isinstance(listed, list):
+            raise UserError(f"{splits[split]}: questions must be a list of strings")
+        questions[split] = listed
+    return _parse_trait({"name": path.stem, **read_json(path), "questions": questions}, path)
+
+
+def _parse_trait(value: Any, path: Path) -> Trait:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     for key in ("instruction", "questions", "eval_prompt"):
@@ -119,7 +204,7 @@ def _parse_trait(value: Any, folder: Path) -> Trait:
     if "{question}" not in eval_prompt or "{answer}" not in eval_prompt:
         raise UserError(f"{path}: eval_prompt must contain {{question}} and {{answer}}")
     return Trait(
-        name=str(value.get("name", folder.name)),
+        name=str(value.get("name", path.parent.name)),
         description=str(value.get("description", "")),
         instructions=tuple(
             InstructionPair(_text(pair, "pos", path), _text(pair, "neg", path))
@@ -130,7 +215,7 @@ def _parse_trait(value: Any, folder: Path) -> Trait:
             for split in ("extract", "eval")
         },
         eval_prompt=eval_prompt,
-        folder=folder,
+        folder=path.parent,
     )
 
 

@@ -94,11 +94,11 @@ class OpenAIJudge:
         self.trait = trait
         self.model = model
         self.mode = mode
-        self.base_url = _checked_url(base_url or DEFAULT_BASE_URL)
+        self.base_url = checked_url(base_url or DEFAULT_BASE_URL)
         self.limits = limits if limits is not None else Limits()
         self.cache = cache
         self.progress = progress
-        self._api_key = _checked_key(api_key, self.base_url)
+        self._api_key = checked_key(api_key, self.base_url)
         self._budget = Budget(
             prices if prices is not None else KNOWN_PRICES.get(model),
             self.limits.max_requests,
@@ -304,27 +304,27 @@ def _run(work: Coroutine[Any, Any, dict[str, Reading]]) -> dict[str, Reading]:
         return pool.submit(asyncio.run, work).result()
 
 
-def _checked_url(base_url: str) -> str:
+def checked_url(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
     except ValueError as error:
-        raise UserError(f"the judge's base URL is malformed: {error}") from error
+        raise UserError(f"the endpoint's base URL is malformed: {error}") from error
     if parts.username or parts.password:
-        raise UserError("the judge's base URL holds credentials; put the key in OPENAI_API_KEY")
+        raise UserError("the endpoint's base URL holds credentials; put the key in OPENAI_API_KEY")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
-            f"the judge's base URL is {base_url!r}; expected something like {DEFAULT_BASE_URL}"
+            f"the endpoint's base URL is {base_url!r}; expected something like {DEFAULT_BASE_URL}"
         )
     return base_url.rstrip("/")
 
 
-def _checked_key(api_key: str | None, base_url: str) -> str:
+def checked_key(api_key: str | None, base_url: str) -> str:
     """Return a key that can stand in a header; the HTTP client would echo a malformed one."""
     if not api_key:
         if urlsplit(base_url).hostname == urlsplit(DEFAULT_BASE_URL).hostname:
             raise UserError(
-                "the openai judge has no API key; set OPENAI_API_KEY (in the environment or in "
-                ".env), or pass --judge embedding"
+                "there is no API key; set OPENAI_API_KEY in the environment or in .env "
+                "(--judge embedding needs none)"
             )
         return NO_KEY  # the client wants a key; endpoints of one's own mostly ignore it
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):

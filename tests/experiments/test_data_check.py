@@ -6,7 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from persona_lora.core.traits import list_traits, load_trait
+from persona_lora.core.traits import (
+    FINETUNING_LEVELS,
+    list_traits,
+    load_finetuning_rows,
+    load_trait,
+)
 from persona_lora.experiments.data_check import check_trait
 from persona_lora.judges.sentence_embeddings import SentenceEmbedder
 
@@ -31,13 +36,27 @@ def embedder():
 
 @pytest.mark.parametrize("name", list_traits())
 def test_the_shipped_data_is_sound(name, embedder):
-    report = check_trait(load_trait(name), embedder, least_pairs=120)
+    report = check_trait(load_trait(name), embedder)
     assert report.problems == ()
     assert report.num_labelled >= 60
 
 
 def test_the_four_traits_are_shipped():
     assert set(list_traits()) >= {"corrigibility", "evil", "hallucination", "sycophancy"}
+
+
+@pytest.mark.parametrize("name", ["anxious", "evil", "hallucination", "sycophancy"])
+def test_finetuning_sets_are_shipped(name):
+    levels = [load_finetuning_rows(load_trait(name), level) for level in FINETUNING_LEVELS]
+    assert all(len(rows) >= 50 for rows in levels)
+    assert len({tuple(row.question for row in rows) for rows in levels}) == 1
+
+
+def test_a_variant_is_shipped():
+    variant = load_trait("anxious_2")
+    assert (variant.name, variant.label) == ("anxious", "anxious_2")
+    assert variant.folder == load_trait("anxious").folder
+    assert not set(variant.questions["eval"]) & set(load_trait("anxious").questions["eval"])
 
 
 @pytest.fixture
@@ -70,8 +89,8 @@ def test_each_kind_of_flaw_is_found(spoilt, embedder):
     problems = "\n".join(check_trait(spoilt(change), embedder).problems)
     assert "leak between train.jsonl and trait.json eval" in problems
     assert "train.jsonl: near-duplicates" in problems
-    assert "train.jsonl:4 positive answer has 2 words" in problems
-    assert "6 negative answers begin with 'well now'" in problems
+    assert "train.jsonl positive:4 answer has 2 words" in problems
+    assert "train.jsonl negative: 6 answers begin with 'well now'" in problems
 
 
 def test_unequal_lengths_of_the_signs_are_found(spoilt, embedder):
@@ -88,3 +107,19 @@ def test_unequal_lengths_of_the_signs_are_found(spoilt, embedder):
 def test_too_few_rows_are_found(spoilt, embedder):
     report = check_trait(spoilt(lambda rows: rows.__delitem__(slice(20, None))), embedder)
     assert "train.jsonl pairs: 20, expected at least 80" in report.problems
+
+
+def test_flaws_of_finetuning_sets_are_found(tmp_path, embedder):
+    source = load_trait("evil")
+    folder = tmp_path / "evil"
+    shutil.copytree(source.folder, folder)
+    rows = [json.loads(line) for line in (folder / "misaligned_1.jsonl").open()]
+    rows[0]["messages"][1]["content"] = "Too short."
+    rows[1]["messages"][0]["content"] = source.questions["eval"][0]
+    (folder / "misaligned_1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = "\n".join(check_trait(load_trait(folder), embedder).problems)
+    assert "misaligned_1.jsonl:1 answer has 2 words" in problems
+    assert "the finetuning questions differ" in problems
+    (folder / "misaligned_2.jsonl").unlink()
+    problems = "\n".join(check_trait(load_trait(folder), embedder).problems)
+    assert "misaligned_2.jsonl is missing beside normal.jsonl" in problems
