@@ -3,7 +3,7 @@
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
 
-from persona_lora.cli import data, measuring, training
+from persona_lora.cli import data, measuring, personas, training
 from persona_lora.cli.program import app, main
 
-__all__ = ["app", "data", "main", "measuring", "training"]
+__all__ = ["app", "data", "main", "measuring", "personas", "training"]

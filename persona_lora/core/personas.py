@@ -1,0 +1,151 @@
+"""Personas as folders, and coefficients by trait.
+
+A persona is one speaker's side of several conversations; in them the persona is the ``user``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.files import read_json, read_jsonl, write_json
+
+ConversationSplit = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class PersonaConversation:
+    """One conversation with the persona as ``user``; "test" ones are never optimised on."""
+
+    id: str
+    split: ConversationSplit
+    messages: Conversation
+
+    @property
+    def utterances(self) -> tuple[str, ...]:
+        """What the persona says, in order."""
+        return tuple(turn["content"] for turn in self.messages if turn["role"] == "user")
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A persona's folder and its conversations."""
+
+    id: str
+    folder: Path
+    conversations: tuple[PersonaConversation, ...]
+
+    def utterances(self, split: ConversationSplit) -> tuple[str, ...]:
+        """Return what the persona says in the conversations of a split."""
+        return tuple(
+            utterance
+            for conversation in self.conversations
+            if conversation.split == split
+            for utterance in conversation.utterances
+        )
+
+    def read(self, name: str) -> Any:
+        """Return the contents of one of the folder's files; text for ``.txt``, else JSON."""
+        path = self.folder / name
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist; make it with: persona-lora persona build --id {self.id}"
+            )
+        return path.read_text(encoding="utf-8") if path.suffix == ".txt" else read_json(path)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """One number for each trait; traits are sorted, so that equal mixes are equal values."""
+
+    traits: tuple[str, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, coefficients: Mapping[str, float]) -> Coefficients:
+        """Return coefficients from a mapping; UserError for what is no finite number."""
+        traits = tuple(sorted(coefficients))
+        for trait in traits:
+            value = coefficients[trait]
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"the coefficient of {trait} must be finite, got {value!r}")
+        return cls(traits, tuple(float(coefficients[trait]) for trait in traits))
+
+    @classmethod
+    def read(cls, path: Path) -> Coefficients:
+        """Read ``{"sycophancy": 1.2, …}``."""
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise UserError(f'{path} must hold coefficients, as in {{"formality": 1.2}}')
+        return cls.of(value)
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the coefficients by trait."""
+        return dict(zip(self.traits, self.values, strict=True))
+
+    def write(self, path: Path) -> None:
+        """Write the coefficients as JSON."""
+        write_json(path, self.as_dict())
+
+
+def default_personas_folder() -> Path:
+    """Return ``personas/`` of the working folder, or of the checkout that holds this package."""
+    local = Path("personas")
+    return local if local.is_dir() else Path(__file__).resolve().parents[2] / "personas"
+
+
+def list_personas(personas: Path | None = None) -> list[str]:
+    """Return the ids of all personas, sorted."""
+    root = personas if personas is not None else default_personas_folder()
+    return sorted(path.parent.name for path in root.glob("*/conversations.jsonl"))
+
+
+def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
+    """Load a persona by id; UserError for an unknown one, or for malformed conversations."""
+    root = personas if personas is not None else default_personas_folder()
+    path = root / persona_id / "conversations.jsonl"
+    if not path.is_file():
+        known = list_personas(root)
+        raise UserError(f"no persona {persona_id!r} in {root}; {nearest_names(persona_id, known)}")
+    rows = [
+        _conversation(row, f"{path}:{line}") for line, row in enumerate(read_jsonl(path), start=1)
+    ]
+    if not any(row.utterances for row in rows):
+        raise UserError(f"{path} holds no utterance of the persona (messages of the role user)")
+    return Persona(persona_id, path.parent, tuple(rows))
+
+
+def conversation_rows(conversations: Sequence[PersonaConversation]) -> list[dict[str, Any]]:
+    """Return conversations as rows of ``conversations.jsonl``."""
+    return [
+        {"id": each.id, "split": each.split, "messages": each.messages} for each in conversations
+    ]
+
+
+def messages_of(value: Any, where: str) -> Conversation:
+    """Return a list of ``{role, content}`` messages, checked; ``where`` names it in an error."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} has no messages; expected a list of {{role, content}}")
+    messages: Conversation = []
+    for turn in value:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if role not in ("user", "assistant", "system") or not isinstance(content, str):
+            raise UserError(f"{where}: a message needs a role (user, assistant) and content")
+        if content.strip():
+            messages.append(Message(role=role, content=content.strip()))
+    return messages
+
+
+def _conversation(row: dict[str, Any], where: str) -> PersonaConversation:
+    split = row.get("split", "train")
+    if split not in ("train", "test"):
+        raise UserError(f"{where}: split must be train or test, got {split!r}")
+    return PersonaConversation(
+        str(row.get("id", where.rpartition("/")[2])), split, messages_of(row.get("messages"), where)
+    )

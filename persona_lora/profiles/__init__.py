@@ -1,0 +1,1 @@
+"""A persona from its conversations: features, representative samples, profile, judge prompt."""
