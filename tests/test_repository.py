@@ -53,7 +53,7 @@ def help_texts() -> dict[str, str]:
     commands = (
         *("train", "evaluate", "sweep", "report"),
         *("traits", "traits generate", "data", "data generate", "data check"),
-        *("persona", "persona build"),
+        *("persona", "persona build", "project", "project activations"),
     )
     return {command: ask(*command.split()) for command in commands}
 

@@ -23,6 +23,8 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Trait data: generate it, check it.")
 traits_app = typer.Typer(no_args_is_help=True, help="Traits: make them from a sentence.")
 persona_app = typer.Typer(no_args_is_help=True, help="Personas from conversations.")
+project_app = typer.Typer(no_args_is_help=True, help="Projections on persona directions.")
+app.add_typer(project_app, name="project")
 app.add_typer(persona_app, name="persona")
 app.add_typer(traits_app, name="traits")
 app.add_typer(data_app, name="data")

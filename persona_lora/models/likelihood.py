@@ -29,10 +29,15 @@ class TokenizedExchange(NamedTuple):
 def tokenize_exchange(chat_model: ChatModel, exchange: Exchange) -> TokenizedExchange:
     """Return the token ids of a question as the model is asked it, and of the answer."""
     prompt = chat_model.render(user_question(exchange.question))
+    return tokenize_rendered(chat_model, prompt, exchange.answer)
+
+
+def tokenize_rendered(chat_model: ChatModel, prompt: str, answer: str) -> TokenizedExchange:
+    """Return the token ids of a prompt that is rendered already, and of the answer to it."""
     encode = chat_model.tokenizer
     return TokenizedExchange(
         encode(prompt, add_special_tokens=False)["input_ids"],
-        encode(exchange.answer, add_special_tokens=False)["input_ids"],
+        encode(answer, add_special_tokens=False)["input_ids"],
     )
 
 
@@ -48,7 +53,7 @@ def mean_logprobs(
         raise UserError("an empty answer has no log-probability; leave it out")
     means = [0.0] * len(tokenized)
     done = 0
-    for rows in _batches_by_length([len(each.prompt) + len(each.answer) for each in tokenized]):
+    for rows in batches_by_length([len(each.prompt) + len(each.answer) for each in tokenized]):
         batch = [tokenized[row] for row in rows]
         for row, mean in zip(rows, _mean_logprobs_of_batch(chat_model, batch), strict=True):
             means[row] = mean
@@ -70,7 +75,7 @@ def next_token_logprobs(
     ]
     ids = chat_model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     found: list[Mapping[str, float]] = [{} for _ in ids]
-    for rows in _batches_by_length([len(each) for each in ids]):
+    for rows in batches_by_length([len(each) for each in ids]):
         logits = _forward(chat_model, [ids[row] for row in rows], keep=1)[:, -1]
         best = torch.log_softmax(logits.float(), dim=-1).topk(min(top, logits.shape[-1]))
         for row, values, tokens in zip(
@@ -135,7 +140,7 @@ def _forward(chat_model: ChatModel, ids: Sequence[list[int]], *, keep: int) -> T
     return logits
 
 
-def _batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """Return row numbers in batches of similar length, each of a bounded number of tokens."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

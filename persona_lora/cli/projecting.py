@@ -1,0 +1,193 @@
+"""Commands that project: hidden states on steering vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from persona_lora.cli.console import console, progress
+from persona_lora.cli.options import (
+    DEFAULT_MODEL,
+    AdapterOption,
+    DatasetsOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OverwriteOption,
+)
+from persona_lora.cli.parsing import layer_numbers, load_model
+from persona_lora.cli.program import project_app
+from persona_lora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from persona_lora.core.runs import Run
+    from persona_lora.core.steering_vector import SteeringVector
+    from persona_lora.models.loading import ChatModel
+
+TYPES = {
+    "proj": "response_avg",
+    "response_avg": "response_avg",
+    "prompt_last": "prompt_last",
+    "prompt_last_proj": "prompt_last",
+    "prompt_avg": "prompt_avg",
+    "prompt_avg_proj": "prompt_avg",
+}
+
+
+@project_app.command("activations")
+def project_activations(
+    vectors: Annotated[
+        list[str], typer.Option(help='Vector files; repeated, or in one string: "v1 v2".')
+    ],
+    output: Annotated[Path, typer.Option(help="The run folder.")],
+    file: Annotated[
+        Path | None, typer.Option(help="CSV (prompt, answer) or JSONL (messages).")
+    ] = None,
+    labelled: Annotated[
+        str | None,
+        typer.Option(help="A trait: project its hand-labelled answers, and report the AUC."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help='As in "10 20" or "0-29"; about 0.55 of the depth.')
+    ] = None,
+    type: Annotated[
+        str, typer.Option(help="proj (mean over the answer), prompt_last or prompt_avg.")
+    ] = "proj",
+    model: ModelOption = DEFAULT_MODEL,
+    adapter: AdapterOption = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="For the finetuning shift; an adapter knows its own.")
+    ] = None,
+    shift: Annotated[
+        bool | None, typer.Option(help="Finetuned minus base; on with --base-model or --adapter.")
+    ] = None,
+    columns: Annotated[
+        bool, typer.Option("--columns", help="Also the file with one column a projection.")
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceOption = None,
+    datasets_dir: DatasetsOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Project hidden states on steering vectors, and what finetuning shifted along them.
+
+    Example: persona-lora project activations --file results/baseline.csv
+    --vectors checkpoints/vectors/evil/evil_response_avg.safetensors --layers "15 19"
+    --output results/projection/evil
+    """
+    from persona_lora.experiments import projection
+
+    if type not in TYPES:
+        raise UserError(f"--type must be one of {', '.join(TYPES)}, got {type!r}")
+    if (file is None) == (labelled is None):
+        raise UserError("project either a --file or the answers of a trait with --labelled")
+    loaded = load_vectors(vectors)
+    chosen = layer_numbers(layers, next(iter(loaded.values())).num_layers)
+    texts = projection.read_texts(file) if file is not None else None
+    chat_model = load_model(model, adapter, dtype, device_map)
+    settings: dict[str, Any] = {
+        "positions": [TYPES[type]],
+        "config": {
+            "vectors": {
+                name: str(path) for name, path in zip(loaded, paths_of(vectors), strict=True)
+            },
+            "adapter": None if adapter is None else str(adapter),
+            "base_model": base_model,
+        },
+        "overwrite": overwrite,
+    }
+    with progress() as report:
+        if texts is None:
+            from persona_lora.core.traits import load_trait
+
+            trait = load_trait(str(labelled), datasets_dir)
+            run = projection.separate_labelled(
+                chat_model, trait, loaded, chosen, output, report=report, **settings
+            )
+        else:
+            wanted = base_model is not None or adapter is not None if shift is None else shift
+            base = _base(chat_model, base_model, dtype, device_map) if wanted else None
+            run = projection.project_texts(
+                chat_model, texts, loaded, chosen, output,
+                base=base, columns=columns, report=report, **settings,
+            )  # fmt: skip
+    console.print(_separation_table(run) if texts is None else _projection_table(run))
+    console.print(f"run: {run.folder}")
+
+
+def paths_of(words: list[str]) -> list[Path]:
+    """Return paths from repeated options, or from lists with spaces in one string."""
+    paths = [
+        Path(each) for word in words for each in ([word] if Path(word).exists() else word.split())
+    ]
+    if not paths:
+        raise UserError("--vectors names no file")
+    return paths
+
+
+def load_vectors(words: list[str]) -> dict[str, SteeringVector]:
+    """Load vectors by the stem of their file; equal stems get their folder's name before them."""
+    from persona_lora.core.vector_files import load_vector
+
+    paths = paths_of(words)
+    stems = [path.stem for path in paths]
+    names = [
+        stem if stems.count(stem) == 1 else f"{path.parent.name}/{stem}"
+        for stem, path in zip(stems, paths, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise UserError(f"--vectors names {next(n for n in names if names.count(n) > 1)!r} twice")
+    return {name: load_vector(path) for name, path in zip(names, paths, strict=True)}
+
+
+@contextmanager
+def _base(
+    chat_model: ChatModel, base_model: str | None, dtype: str, device_map: str | None
+) -> Iterator[ChatModel]:
+    from persona_lora.experiments.projection import base_of_adapter
+
+    if base_model is not None:
+        yield load_model(base_model, None, dtype, device_map)
+        return
+    with base_of_adapter(chat_model) as base:
+        yield base
+
+
+def _projection_table(run: Run) -> Table:
+    from statistics import mean, stdev
+
+    table = Table("vector", "layer", "rows", "mean", "sd", "mean shift", box=box.SIMPLE_HEAD)
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in run.read("projections"):
+        groups.setdefault((row["vector"], row["layer"]), []).append(row)
+    for (name, layer), rows in groups.items():
+        values = [row["projection"] for row in rows]
+        shifts = [row["shift"] for row in rows if row["shift"] is not None]
+        spread = f"{stdev(values):.2f}" if len(values) > 1 else "–"
+        shifted = f"{mean(shifts):+.3f}" if shifts else "–"
+        table.add_row(name, str(layer), str(len(rows)), f"{mean(values):.2f}", spread, shifted)
+    return table
+
+
+def _separation_table(run: Run) -> Table:
+    from persona_lora.experiments.projection import best_separation
+
+    table = Table(
+        "vector", "best layer", "AUC", "95%", "ρ with label", "n +/−", box=box.SIMPLE_HEAD
+    )
+    for name, (layer, each) in best_separation(run).items():
+        table.add_row(
+            name,
+            str(layer),
+            f"{each.auc:.2f}",
+            f"{each.low:.2f} … {each.high:.2f}",
+            "–" if each.rho is None else f"{each.rho:.2f}",
+            f"{each.n_positive}/{each.n_negative}",
+        )
+    return table

@@ -1,0 +1,189 @@
+"""Means of hidden states over prompts and answers: every layer in one pass, nothing kept.
+
+Knows batches, hooks and positions; refuses to know what the means are for. The state of layer k is
+the output of decoder block k, which is what steering at layer k adds to. That holds for the last
+layer too, where the ``hidden_states`` of transformers have gone through the final norm already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from persona_lora.core.errors import UserError
+from persona_lora.models.likelihood import Progress, TokenizedExchange, batches_by_length
+from persona_lora.models.loading import ChatModel
+from persona_lora.models.structure import decoder_layers
+
+POSITIONS = ("response_avg", "prompt_avg", "prompt_last")
+
+
+class HiddenMeans(NamedTuple):
+    """The means of one batch: row numbers of the texts, and ``[batch, positions, layers, hidden]``.
+
+    The tensor is fp32, on the CPU.
+    """
+
+    rows: list[int]
+    means: Tensor
+
+
+def stream_hidden_means(
+    chat_model: ChatModel,
+    texts: Sequence[TokenizedExchange],
+    *,
+    positions: Sequence[str] = POSITIONS,
+    layers: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[HiddenMeans]:
+    """Yield the mean hidden states of texts, batch by batch, in an order by length.
+
+    For a text of p prompt and n answer tokens with states h₁ … h₍ₚ₊ₙ₎ at a layer: "response_avg"
+    is the mean of the last n, "prompt_avg" of the first p, "prompt_last" is hₚ. ``layers`` are all
+    of the model by default; the forward pass ends after the last of them, and makes no logits.
+    Each batch is reduced inside the blocks: memory does not grow with the number of texts.
+    ``progress`` is called with texts done and texts planned.
+
+    Raises UserError at once for unknown positions, layers out of range, and texts without the
+    tokens that a position needs; and when a state is NaN or infinite, naming row and layer.
+    """
+    unknown = [position for position in positions if position not in POSITIONS]
+    if unknown or not positions:
+        raise UserError(f"positions must be of {', '.join(POSITIONS)}, got {list(positions)!r}")
+    blocks = decoder_layers(chat_model.model)
+    wanted = list(range(len(blocks))) if layers is None else list(layers)
+    for layer in wanted:
+        if not 0 <= layer < len(blocks):
+            raise UserError(
+                f"layer {layer} is out of range; the model has layers 0–{len(blocks) - 1}"
+            )
+    if not wanted:
+        raise UserError("hidden states of no layer were asked for; name at least one")
+    _check_tokens(texts, positions)
+    return _stream(chat_model, texts, tuple(positions), wanted, progress)
+
+
+def _check_tokens(texts: Sequence[TokenizedExchange], positions: Sequence[str]) -> None:
+    for row, text in enumerate(texts):
+        if "response_avg" in positions and not text.answer:
+            raise UserError(f"the answer of row {row} is empty: no mean over it; leave it out")
+        if not text.prompt and {"prompt_avg", "prompt_last"} & set(positions):
+            raise UserError(f"the prompt of row {row} is empty: no mean over it; leave it out")
+
+
+def _stream(
+    chat_model: ChatModel,
+    texts: Sequence[TokenizedExchange],
+    positions: tuple[str, ...],
+    layers: list[int],
+    progress: Progress | None,
+) -> Iterator[HiddenMeans]:
+    done = 0
+    for rows in batches_by_length([len(text.prompt) + len(text.answer) for text in texts]):
+        means = _means_of_batch(chat_model, [texts[row] for row in rows], positions, layers)
+        _check_finite(means, rows, layers)
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(texts))
+        yield HiddenMeans(rows, means)
+
+
+@torch.no_grad()
+def _means_of_batch(
+    chat_model: ChatModel,
+    batch: Sequence[TokenizedExchange],
+    positions: tuple[str, ...],
+    layers: list[int],
+) -> Tensor:
+    model = chat_model.model
+    # Padded on the right, where causal attention never looks back to it: positions count from 0
+    # as they should, and no mask is needed (attention kernels are faster without one).
+    longest = max(len(text.prompt) + len(text.answer) for text in batch)
+    filler: int = chat_model.tokenizer.pad_token_id
+    ids = torch.full((len(batch), longest), filler)
+    for row, text in enumerate(batch):
+        ids[row, : len(text.prompt) + len(text.answer)] = torch.tensor(text.prompt + text.answer)
+    weights = averaging_weights(batch, positions, longest).to(model.device)
+    decoder = model.get_decoder()
+    with _Reduction(model, layers, weights) as reduction:
+        try:
+            decoder(input_ids=ids.to(model.device), use_cache=False)
+        except _LastLayerDone:
+            pass
+    return reduction.means.cpu()
+
+
+def averaging_weights(
+    batch: Sequence[TokenizedExchange], positions: Sequence[str], length: int
+) -> Tensor:
+    """Return weights ``[batch, positions, length]`` in fp32 that average right-padded states."""
+    weights = torch.zeros(len(batch), len(positions), length)
+    for row, (prompt, answer) in enumerate(batch):
+        spans = {
+            "response_avg": (len(prompt), len(prompt) + len(answer)),
+            "prompt_avg": (0, len(prompt)),
+            "prompt_last": (len(prompt) - 1, len(prompt)),
+        }
+        for index, position in enumerate(positions):
+            start, stop = spans[position]
+            weights[row, index, start:stop] = 1.0 / (stop - start)
+    return weights
+
+
+def _check_finite(means: Tensor, rows: Sequence[int], layers: Sequence[int]) -> None:
+    if bool(torch.isfinite(means).all()):
+        return
+    broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
+    row, layer = broken.nonzero()[0].tolist()
+    raise UserError(
+        f"the hidden states of row {rows[row]} at layer {layers[layer]} hold NaN or infinity; "
+        "the model overflows or its weights are broken: load it in float32 or bfloat16"
+    )
+
+
+class _LastLayerDone(Exception):
+    """Raised behind the last wanted layer: what comes after it is not needed."""
+
+
+class _Reduction:
+    """Context manager: hooks on blocks that average their outputs with weights, at once."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], weights: Tensor) -> None:
+        blocks = decoder_layers(model)
+        self.blocks = [blocks[layer] for layer in layers]
+        self.last = max(range(len(layers)), key=lambda index: (layers[index], index))
+        self.weights = weights  # [batch, positions, seq]
+        self.means = torch.empty(0)  # [batch, positions, layers, hidden], at the first output
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for index, block in enumerate(self.blocks):
+            self._handles.append(block.register_forward_hook(self._reducer(index)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _reducer(self, index: int) -> Any:
+        def reduce(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            hidden: Tensor = output[0] if isinstance(output, tuple) else output
+            if not self.means.numel():
+                batch, positions, _ = self.weights.shape
+                shape = (batch, positions, len(self.blocks), hidden.shape[-1])
+                self.means = torch.empty(shape, device=self.weights.device)
+            self.means[:, :, index] = torch.bmm(self.weights.to(hidden.device), hidden.float())
+            if index == self.last:
+                raise _LastLayerDone
+
+        return reduce

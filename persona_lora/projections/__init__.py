@@ -1,0 +1,1 @@
+"""How far hidden states, and weight changes, point along persona directions."""
