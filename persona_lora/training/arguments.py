@@ -1,4 +1,4 @@
-"""The options of contrastive training: three dataclasses, and the one parser over them.
+"""The options of training: dataclasses, and the one parser over them.
 
 Names are TRL's and PEFT's own. A flat YAML file by ``--config``, flags win over it, unknown keys
 fail. Knows options; refuses to know what is done with them.
@@ -23,7 +23,6 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.models.loading import DEFAULT_MODEL, DTYPES, resolve_dtype
 from persona_lora.training.lora import LoRAArguments
 
-EXAMPLE = "python train_lora.py --config train_configs/sycophancy.yaml --num_train_epochs 1"
 CHECKPOINTS = Path("checkpoints")
 
 
@@ -153,7 +152,7 @@ class ContrastiveConfig(SFTConfig):
         }
         for name, (is_set, instead) in unfit.items():
             if is_set:
-                raise UserError(f"{name} is not for contrastive training; {instead}")
+                raise UserError(f"{name} is not for LoRA training here; {instead}")
 
 
 _NO = ("no", "IntervalStrategy.NO")
@@ -167,13 +166,33 @@ class ContrastiveOptions(NamedTuple):
     config: ContrastiveConfig
 
 
+class HelpPage(NamedTuple):
+    """What ``--help`` says before the options: the program, what it does, an example."""
+
+    program: str
+    summary: str
+    example: str
+
+
+CONTRASTIVE_PAGE = HelpPage(
+    "train_lora.py",
+    "Train a positive and a negative LoRA for a trait, and take their difference.",
+    "python train_lora.py --config train_configs/sycophancy.yaml --num_train_epochs 1",
+)
+
+
 def parse_arguments(arguments: Sequence[str]) -> ContrastiveOptions:
-    """Parse command-line arguments; UserError, on one line, for what cannot be used."""
-    parser = _Parser(
-        dataclass_types=(ContrastiveArguments, LoRAArguments, ContrastiveConfig),
-        prog="train_lora.py",
-        allow_abbrev=False,
-    )
+    """Parse the command line of contrastive training; UserError for what cannot be used."""
+    groups = (ContrastiveArguments, LoRAArguments, ContrastiveConfig)
+    return ContrastiveOptions(*parse_groups(arguments, groups, CONTRASTIVE_PAGE))
+
+
+def parse_groups(
+    arguments: Sequence[str], groups: tuple[type, ...], page: HelpPage
+) -> tuple[Any, ...]:
+    """Parse arguments into one instance of each dataclass; UserError, on one line, for mistakes."""
+    parser = _Parser(dataclass_types=groups, prog=page.program, allow_abbrev=False)
+    parser.page = page
     given = _joined_config(arguments)
     _check_config_file(parser, given)
     try:
@@ -186,20 +205,22 @@ def parse_arguments(arguments: Sequence[str]) -> ContrastiveOptions:
         raise UserError(f"{_one_line(error)}; see --help") from error
     if unknown:
         raise UserError(_unknown_flag(parser, unknown))
-    return ContrastiveOptions(*options)
+    return tuple(options)
 
 
 class _Parser(TrlParser):
     """TrlParser whose mistakes are UserErrors and whose help fits on a page."""
+
+    page: HelpPage
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{_one_line(message)}; see --help")
 
     def format_help(self) -> str:
         lines = [
-            "Train a positive and a negative LoRA for a trait, and take their difference.",
+            self.page.summary,
             "",
-            f"Example: {EXAMPLE}",
+            f"Example: {self.page.example}",
             "",
             "  --config PATH: a flat YAML file of the options below; flags win over it",
             "",

@@ -12,14 +12,12 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -29,7 +27,7 @@ from persona_lora.core.files import ensure_writable_folder
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
-from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
+from persona_lora.models.loading import DEFAULT_MODEL, ChatModel
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.training.arguments import (
     CHECKPOINTS,
@@ -44,6 +42,14 @@ from persona_lora.training.examples import (
     TokenRow,
     shared_lengths,
     tokenize_pairs,
+)
+from persona_lora.training.launch import (
+    end_tokens,
+    is_sharded,
+    load_model,
+    on_main_process,
+    recorded,
+    refuse_unconnected_processes,
 )
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
 from persona_lora.training.record import run_record
@@ -97,16 +103,16 @@ def train_contrastive(
     ``arguments.overwrite``, for a run of another configuration in the same folder, for an unknown
     trait or model, and when the loss is no longer finite.
     """
-    _refuse_unconnected_processes()
+    refuse_unconnected_processes()
     options = ContrastiveOptions(arguments, lora, config)
     pairs, trait = _load_trait_pairs(arguments)
     folder = output_folder(options, trait)
     on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
-    chat_model = _load_model(arguments, config)
+    chat_model = load_model(arguments.model_name_or_path, arguments.dtype, config)
     rows = tokenize_pairs(
         _with_system_prompt(pairs, arguments.system_prompt),
         chat_model.tokenizer,
-        end_tokens=_end_tokens(chat_model, config),
+        end_tokens=end_tokens(chat_model, config.eos_token),
         max_length=config.max_length,
     )
     fingerprint = weight_fingerprint(chat_model.model)
@@ -118,12 +124,12 @@ def train_contrastive(
         config.world_size,
     )
     run = _open_run(run_record(options, trait, pairs), options, folder)
-    with _recorded(run):
+    with recorded(run):
         for sign in SIGNS:
             if (folder / sign).is_dir():
                 continue
-            if sign == "neg" and _is_sharded():
-                chat_model = _load_model(arguments, config)
+            if sign == "neg" and is_sharded():
+                chat_model = load_model(arguments.model_name_or_path, arguments.dtype, config)
             _train_sign(sign, rows, chat_model, options, folder)
         on_main_process(lambda: _write_diff(folder, trait, fingerprint, run))
     return _result(folder)
@@ -135,29 +141,6 @@ def output_folder(options: ContrastiveOptions, trait: str) -> Path:
         return Path(options.config.output_dir)
     name = options.arguments.model_name_or_path
     return CHECKPOINTS / trait if name == DEFAULT_MODEL else CHECKPOINTS / Path(name).name / trait
-
-
-def on_main_process(action: Callable[[], object]) -> None:
-    """Do ``action`` in the main process while the others wait; its UserError is raised in all."""
-    mistake: list[str | None] = [None]
-    if PartialState().is_main_process:
-        try:
-            action()
-        except UserError as error:
-            mistake[0] = str(error)
-    broadcast_object_list(mistake)
-    if mistake[0] is not None:
-        raise UserError(mistake[0])
-
-
-def _refuse_unconnected_processes() -> None:
-    """Refuse processes that were launched together but each take themselves for the only one."""
-    launched, connected = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
-    if launched != connected:
-        raise UserError(
-            f"{launched} processes were launched but {connected} found each other; without "
-            "graphics cards pass --use_cpu true to the training command"
-        )
 
 
 # -- the run and its files -----------------------------------------------------------------
@@ -203,16 +186,6 @@ def _remove_run(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-@contextmanager
-def _recorded(run: Run) -> Iterator[None]:
-    """Let the main process note in ``run.json`` how the run ended."""
-    if PartialState().is_main_process:
-        with run:
-            yield
-    else:
-        yield
-
-
 def _write_diff(folder: Path, trait: str, fingerprint: str, run: Run) -> None:
     sources = {"training": run.record["config"], "seed": run.record["seed"]}
     diff = LoRADiff.from_adapters(
@@ -236,27 +209,6 @@ def _result(folder: Path) -> ContrastiveResult:
 # -- the model and its rows ----------------------------------------------------------------
 
 
-def _load_model(arguments: ContrastiveArguments, config: ContrastiveConfig) -> ChatModel:
-    """Load the base model where this process trains it."""
-    state = PartialState()
-    device_map = None  # the accelerator, or all of them, or the CPU
-    if config.use_cpu or _is_sharded():
-        device_map = "cpu"
-    elif state.num_processes > 1 and state.device.type != "cpu":
-        device_map = str(state.device)
-    return load_chat_model(
-        arguments.model_name_or_path, dtype=arguments.dtype, device_map=device_map
-    )
-
-
-def _is_sharded() -> bool:
-    """Say whether accelerate will take the weights apart (FSDP, DeepSpeed)."""
-    return any(
-        os.environ.get(name, "false").lower() == "true"
-        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    )
-
-
 def _with_system_prompt(
     pairs: Sequence[ContrastivePair], system_prompt: str | None
 ) -> list[ContrastivePair]:
@@ -270,18 +222,6 @@ def _with_system_prompt(
         else pair
         for pair in pairs
     ]
-
-
-def _end_tokens(chat_model: ChatModel, config: ContrastiveConfig) -> set[int]:
-    """Return the tokens that end a turn: the named one, or the model's and the tokenizer's."""
-    if config.eos_token is not None:
-        vocabulary = chat_model.tokenizer.get_vocab()
-        if config.eos_token not in vocabulary:
-            raise UserError(f"eos_token {config.eos_token!r} is no token of {chat_model.name}")
-        return {vocabulary[config.eos_token]}
-    configured = chat_model.model.generation_config.eos_token_id
-    ends = set(configured) if isinstance(configured, list) else {configured}
-    return {end for end in ends | {chat_model.tokenizer.eos_token_id} if end is not None}
 
 
 # -- one sign ------------------------------------------------------------------------------
@@ -322,7 +262,7 @@ def _train_sign(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model(str(work / "adapter"))
     on_main_process(lambda: _publish(work, folder / sign))
-    if not _is_sharded():
+    if not is_sharded():
         detach_lora(model)
 
 

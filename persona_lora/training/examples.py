@@ -55,9 +55,9 @@ def tokenize_pairs(
     for number, pair in enumerate(pairs, start=1):
         answers: dict[Sign, Conversation] = {"pos": pair.positive, "neg": pair.negative}
         for sign, answer in answers.items():
-            row = _tokenize(pair.prompt, answer, tokenizer, end_tokens, f"row {number}")
+            row = tokenize_conversation(pair.prompt, answer, tokenizer, end_tokens, f"row {number}")
             if max_length is not None and len(row.input_ids) > max_length:
-                row = _cut(row, max_length, f"row {number}")
+                row = cut_row(row, max_length, f"row {number}")
                 num_cut += 1
             rows[sign].append(row)
     if num_cut:
@@ -71,13 +71,14 @@ def tokenize_pairs(
     return rows
 
 
-def _tokenize(
+def tokenize_conversation(
     prompt: Conversation,
     completion: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     end_tokens: set[int],
     where: str,
 ) -> TokenRow:
+    """Return one row: prompt and completion as the chat template joins them."""
     opening = _render(tokenizer, prompt, where, add_generation_prompt=True)
     whole = _render(tokenizer, [*prompt, *completion], where)
     start = _common_length(opening, whole)
@@ -115,7 +116,8 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def _cut(row: TokenRow, max_length: int, where: str) -> TokenRow:
+def cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
+    """Return the row cut at its end; UserError where nothing of the completion would be left."""
     labels = row.labels[:max_length]
     if all(label == IGNORED for label in labels):
         raise UserError(

@@ -59,13 +59,13 @@ def run_record(
         "system_prompt": options.arguments.system_prompt,
         "num_processes": PartialState().num_processes,
         "lora": dataclasses.asdict(options.lora),
-        "training": _changed_options(options.config),
+        "training": changed_options(options.config),
     }
     value: dict[str, Any] = json.loads(json.dumps(record, default=str))
     return value
 
 
-def _changed_options(config: SFTConfig) -> dict[str, Any]:
+def changed_options(config: SFTConfig) -> dict[str, Any]:
     """Return the options that differ from TRL's defaults and change numbers."""
     defaults = {
         each.name: each.default_factory()

@@ -7,7 +7,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.models.loading import DEFAULT_MODEL
-from persona_lora.training.arguments import EXAMPLE, parse_arguments
+from persona_lora.training.arguments import CONTRASTIVE_PAGE, parse_arguments
 
 
 def _yaml(folder: Path, text: str) -> str:
@@ -101,7 +101,7 @@ def test_help_shows_an_example_and_the_defaults_on_one_page(capsys):
         parse_arguments(["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert EXAMPLE in text
+    assert CONTRASTIVE_PAGE.example in text
     assert "--lora_r: Rank of the LoRA factors. [16]" in text
     assert "--learning_rate: Highest learning rate. [0.0002]" in text
     assert "--trait" in text

@@ -1,0 +1,79 @@
+"""What a training run needs before its first step: its processes, and the model it trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from trl import SFTConfig
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.models.loading import ChatModel, load_chat_model
+
+
+def on_main_process(action: Callable[[], object]) -> None:
+    """Do ``action`` in the main process while the others wait; its UserError is raised in all."""
+    mistake: list[str | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            action()
+        except UserError as error:
+            mistake[0] = str(error)
+    broadcast_object_list(mistake)
+    if mistake[0] is not None:
+        raise UserError(mistake[0])
+
+
+def refuse_unconnected_processes() -> None:
+    """Refuse processes that were launched together but each take themselves for the only one."""
+    launched, connected = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    if launched != connected:
+        raise UserError(
+            f"{launched} processes were launched but {connected} found each other; without "
+            "graphics cards pass --use_cpu true to the training command"
+        )
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Let the main process note in ``run.json`` how the run ended."""
+    if PartialState().is_main_process:
+        with run:
+            yield
+    else:
+        yield
+
+
+def load_model(name: str, dtype: str, config: SFTConfig) -> ChatModel:
+    """Load the base model where this process trains it."""
+    state = PartialState()
+    device_map = None  # the accelerator, or all of them, or the CPU
+    if config.use_cpu or is_sharded():
+        device_map = "cpu"
+    elif state.num_processes > 1 and state.device.type != "cpu":
+        device_map = str(state.device)
+    return load_chat_model(name, dtype=dtype, device_map=device_map)
+
+
+def is_sharded() -> bool:
+    """Say whether accelerate will take the weights apart (FSDP, DeepSpeed)."""
+    return any(
+        os.environ.get(name, "false").lower() == "true"
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    )
+
+
+def end_tokens(chat_model: ChatModel, named: str | None) -> set[int]:
+    """Return the tokens that end a turn: the named one, or the model's and the tokenizer's."""
+    if named is not None:
+        vocabulary = chat_model.tokenizer.get_vocab()
+        if named not in vocabulary:
+            raise UserError(f"eos_token {named!r} is no token of {chat_model.name}")
+        return {vocabulary[named]}
+    configured = chat_model.model.generation_config.eos_token_id
+    ends = set(configured) if isinstance(configured, list) else {configured}
+    return {end for end in ends | {chat_model.tokenizer.eos_token_id} if end is not None}
