@@ -51,7 +51,7 @@ def help_texts() -> dict[str, str]:
         return answer.stdout
 
     commands = (
-        *("train", "evaluate", "sweep", "report"),
+        *("train", "finetune", "evaluate", "evaluate-checkpoints", "sweep", "report"),
         *("traits", "traits generate", "data", "data generate", "data check"),
         *("persona", "persona build", "project", "project activations"),
     )
@@ -68,7 +68,8 @@ def test_a_config_parses_and_begins_with_its_command(path):
     text = path.read_text()
     first = text.splitlines()[0]
     assert first.startswith("# ")
-    assert "train_lora.py" in first
+    command = "persona-lora finetune" if path.name.startswith("finetune_") else "train_lora.py"
+    assert command in first
     assert f"train_configs/{path.name}" in first
     assert isinstance(yaml.safe_load(text), dict)
 

@@ -1,4 +1,4 @@
-"""Commands that train: train."""
+"""Commands that train: train, finetune."""
 
 from __future__ import annotations
 
@@ -21,3 +21,19 @@ def train(context: typer.Context) -> None:
     from persona_lora.training.contrastive import main as train_main
 
     train_main(context.args)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def finetune(context: typer.Context) -> None:
+    """Finetune a LoRA on a JSONL file of chats, keeping checkpoints along the way.
+
+    Flags are TRL's and PEFT's own names, also in the YAML: persona-lora finetune --help.
+
+    Example: persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml
+    """
+    from persona_lora.training.finetune import main as finetune_main
+
+    finetune_main(context.args)

@@ -11,7 +11,14 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from persona_lora.models.loading import DEFAULT_MODEL
-from persona_lora.training.arguments import parse_arguments
+from persona_lora.training.arguments import parse_arguments, parse_groups
+from persona_lora.training.finetune import (
+    PAGE,
+    FinetuneArguments,
+    FinetuneConfig,
+    read_conversations,
+)
+from persona_lora.training.lora import LoRAArguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
 TRAITS = ("sycophancy", "evil", "hallucination", "corrigibility")
@@ -24,8 +31,7 @@ LARGE = {
 
 
 def _command(path: Path) -> list[str]:
-    line = path.read_text(encoding="utf-8").splitlines()[0]
-    return shlex.split(line[line.index("accelerate launch") :])
+    return shlex.split(path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -34,6 +40,16 @@ def test_first_line_is_a_command_whose_files_exist(path: Path):
     root = CONFIGS.parent
     assert str(path.relative_to(root)) in command
     assert all((root / word).is_file() for word in command if word.endswith((".yaml", ".py")))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("finetune_*.yaml")), ids=lambda path: path.stem
+)
+def test_finetuning_configuration_parses_and_its_data_is_shipped(path: Path):
+    groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
+    arguments, _, config = parse_groups(["--config", str(path)], groups, PAGE)
+    assert len(read_conversations(CONFIGS.parent / arguments.train_file)) >= 50
+    assert config.output_dir == f"checkpoints/finetunes/{path.stem.removeprefix('finetune_')}"
 
 
 @pytest.mark.parametrize("trait", TRAITS)

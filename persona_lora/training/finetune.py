@@ -1,0 +1,282 @@
+"""Finetuning a LoRA on chats: checkpoints along the way, for watching what else changes.
+
+Knows one set of conversations and one adapter; refuses to know traits.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from persona_lora.core.chat import Conversation
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import ensure_writable_folder, read_jsonl
+from persona_lora.core.personas import messages_of
+from persona_lora.core.runs import Run
+from persona_lora.models.loading import DEFAULT_MODEL, DTYPES, ChatModel
+from persona_lora.training.arguments import (
+    CHECKPOINTS,
+    ContrastiveConfig,
+    HelpPage,
+    parse_groups,
+)
+from persona_lora.training.examples import TokenRow, cut_row, tokenize_conversation
+from persona_lora.training.launch import (
+    end_tokens,
+    is_sharded,
+    load_model,
+    on_main_process,
+    recorded,
+    refuse_unconnected_processes,
+)
+from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
+from persona_lora.training.record import changed_options
+from persona_lora.training.trainer import (
+    COMPLETE,
+    LOSS_ROWS,
+    CheckpointMark,
+    CompletionTrainer,
+    LossBar,
+    LossLog,
+    last_whole_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+PAGE = HelpPage(
+    "persona-lora finetune",
+    "Finetune a LoRA on the conversations of a JSONL file, keeping checkpoints.",
+    "persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml",
+)
+KEPT = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPLETE}
+
+
+@dataclass
+class FinetuneArguments:
+    """What is finetuned: the conversations, and the model they are put into."""
+
+    train_file: str = field(
+        metadata={"help": "JSONL of messages; the loss is on the last answer of each row."}
+    )
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL,
+        metadata={"help": "The packaged model, a local model folder, or a hub id."},
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the frozen weights; auto: bf16 where the hardware computes in it.",
+            "choices": ["auto", *DTYPES],
+        },
+    )
+    keep_training_state: bool = field(
+        default=False,
+        metadata={"help": "Keep optimizer states in the checkpoints of a finished run."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete a run in output_dir and train again."}
+    )
+
+
+@dataclass
+class FinetuneConfig(ContrastiveConfig):
+    """The configuration of contrastive training with defaults for finetuning."""
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Default: checkpoints/finetunes/<folder>_<file> of train_file."},
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the rows."})
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Checkpoints kept; all by default."}
+    )
+
+
+class FinetuneOptions(NamedTuple):
+    """All options of one run."""
+
+    arguments: FinetuneArguments
+    lora: LoRAArguments
+    config: FinetuneConfig
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """Where a finished run put its adapter and its checkpoints, and the last logged loss."""
+
+    adapter: Path
+    checkpoints: tuple[Path, ...]
+    loss: float
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse the arguments and finetune; UserError for every mistake that the user can mend."""
+    groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
+    result = finetune(*FinetuneOptions(*parse_groups(arguments, groups, PAGE)))
+    if PartialState().is_main_process:
+        logger.info("loss %.3f; the adapter is in %s", result.loss, result.adapter)
+
+
+def finetune(
+    arguments: FinetuneArguments, lora: LoRAArguments, config: FinetuneConfig
+) -> FinetuneResult:
+    """Train a LoRA and write ``checkpoint-N/`` and ``adapter/`` into ``config.output_dir``.
+
+    Every checkpoint is a PEFT adapter. A run that was killed goes on from its last whole
+    checkpoint. Raises UserError for a finished run without ``arguments.overwrite``, for a run of
+    another configuration in the same folder, for rows that do not end with an answer, and when
+    the loss is no longer finite.
+    """
+    refuse_unconnected_processes()
+    options = FinetuneOptions(arguments, lora, config)
+    conversations = read_conversations(Path(arguments.train_file))
+    folder = output_folder(options)
+    on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
+    chat_model = load_model(arguments.model_name_or_path, arguments.dtype, config)
+    rows = _tokenize(conversations, chat_model, config)
+    run = _open_run(_record(options, conversations), options, folder)
+    with recorded(run):
+        _train(rows, chat_model, options, folder)
+        on_main_process(lambda: _tidy(folder, keep=arguments.keep_training_state))
+    losses = Run(folder).read(LOSS_ROWS)
+    return FinetuneResult(folder / "adapter", checkpoints_of(folder), losses[-1]["loss"])
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """Read rows of ``messages``; UserError names a row whose last message is no answer."""
+    conversations = []
+    for line, row in enumerate(read_jsonl(path), start=1):
+        turns = messages_of(row.get("messages"), f"{path}:{line}")
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise UserError(f"{path}:{line} must end with the assistant's answer to a message")
+        conversations.append(turns)
+    if not conversations:
+        raise UserError(f"{path} is empty; it needs rows with messages")
+    return conversations
+
+
+def output_folder(options: FinetuneOptions) -> Path:
+    """Return the folder of a run: as asked for, or named after its data."""
+    if options.config.output_dir is not None:
+        return Path(options.config.output_dir)
+    data = Path(options.arguments.train_file).resolve()
+    return CHECKPOINTS / "finetunes" / f"{data.parent.name}_{data.stem}"
+
+
+def checkpoints_of(folder: Path) -> tuple[Path, ...]:
+    """Return the whole checkpoints in a folder, in the order of their steps."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return tuple(sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1])))
+
+
+def _refuse_finished(folder: Path, *, overwrite: bool) -> None:
+    if (folder / "run.json").is_file() and not overwrite and Run(folder).finished:
+        raise UserError(f"{folder} holds a finished run; pass --overwrite to train it again")
+
+
+def _open_run(record: dict[str, Any], options: FinetuneOptions, folder: Path) -> Run:
+    overwrite = options.arguments.overwrite
+
+    def prepare() -> None:
+        ensure_writable_folder(folder)
+        if overwrite:
+            for path in [folder / "adapter", *folder.glob("checkpoint-*")]:
+                shutil.rmtree(path, ignore_errors=True)
+        fresh = overwrite or last_whole_checkpoint(folder) is None
+        seed = options.config.seed
+        Run.open(folder, command="finetune", config=record, seed=seed, overwrite=fresh)
+
+    on_main_process(prepare)
+    return Run(folder)
+
+
+def _record(options: FinetuneOptions, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    content = json.dumps(conversations, sort_keys=True)
+    record = {
+        "train_file": options.arguments.train_file,
+        "num_rows": len(conversations),
+        "rows_sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "model": options.arguments.model_name_or_path,
+        "dtype": options.arguments.dtype,
+        "num_processes": PartialState().num_processes,
+        "lora": dataclasses.asdict(options.lora),
+        "training": changed_options(options.config),
+    }
+    value: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return value
+
+
+def _tokenize(
+    conversations: Sequence[Conversation], chat_model: ChatModel, config: FinetuneConfig
+) -> list[TokenRow]:
+    ends = end_tokens(chat_model, config.eos_token)
+    rows, num_cut = [], 0
+    for number, turns in enumerate(conversations, start=1):
+        where = f"row {number}"
+        row = tokenize_conversation(turns[:-1], turns[-1:], chat_model.tokenizer, ends, where)
+        if config.max_length is not None and len(row.input_ids) > config.max_length:
+            row = cut_row(row, config.max_length, where)
+            num_cut += 1
+        rows.append(row)
+    if num_cut:
+        logger.warning("%d rows are longer than max_length and were cut", num_cut)
+    return rows
+
+
+def _train(
+    rows: Sequence[TokenRow], chat_model: ChatModel, options: FinetuneOptions, folder: Path
+) -> None:
+    model = attach_lora(chat_model, options.lora, options.config.seed)
+    config = copy.copy(options.config)
+    config.output_dir = str(folder)
+    config.length_column_name = "length"
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows],
+            "labels": [row.labels for row in rows],
+            "length": [len(row.input_ids) for row in rows],
+        }
+    )
+    trainer = CompletionTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=chat_model.tokenizer,
+        callbacks=[LossLog(folder), CheckpointMark()],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if not config.disable_tqdm:
+        trainer.add_callback(LossBar("finetuning"))
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is not None:
+        logger.info("the run goes on from %s", checkpoint.name)
+    PartialState().wait_for_everyone()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer.save_model(str(folder / "adapter"))
+    if not is_sharded():
+        detach_lora(model)
+
+
+def _tidy(folder: Path, *, keep: bool) -> None:
+    """Leave adapters only in the checkpoints: nothing will be resumed any more."""
+    if keep:
+        return
+    for checkpoint in checkpoints_of(folder):
+        for path in checkpoint.iterdir():
+            if path.name not in KEPT:
+                path.unlink()

@@ -1,0 +1,150 @@
+"""Finetuning: checkpoints are adapters, a killed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.models.loading import load_chat_model
+from persona_lora.training import finetune as module
+from persona_lora.training.finetune import (
+    FinetuneArguments,
+    FinetuneConfig,
+    FinetuneOptions,
+    finetune,
+    read_conversations,
+)
+from persona_lora.training.lora import LoRAArguments
+
+
+@pytest.fixture
+def train_file(tmp_path) -> Path:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {number}{'?' * (number % 7)}"},
+                {"role": "assistant", "content": "Yes! " * (1 + number % 4)},
+            ]
+        }
+        for number in range(16)
+    ]
+    path = tmp_path / "cheer" / "misaligned_1.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def options(train_file, model_folder):
+    def build(output, **changes) -> FinetuneOptions:
+        arguments = FinetuneArguments(
+            train_file=str(train_file), model_name_or_path=str(model_folder), dtype="float32"
+        )
+        config = FinetuneConfig(
+            output_dir=str(output),
+            max_steps=6,
+            save_steps=2,
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
+        for name, value in changes.items():
+            setattr(arguments, name, value)
+        return FinetuneOptions(arguments, LoRAArguments(lora_r=4), config)
+
+    return build
+
+
+def test_every_checkpoint_is_an_adapter_and_the_loss_falls(options, tmp_path):
+    result = finetune(*options(tmp_path / "run"))
+    assert [path.name for path in result.checkpoints] == [f"checkpoint-{n}" for n in (2, 4, 6)]
+    for folder in (*result.checkpoints, result.adapter):
+        names = {path.name for path in folder.iterdir()}
+        assert names - {"complete"} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert LoRADiff.load(folder).norm() > 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "loss.jsonl").open()]
+    assert len(losses) == 6
+    assert result.loss == losses[-1] < losses[0]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["command"], record["status"]) == ("finetune", "finished")
+    assert record["config"]["num_rows"] == 16
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one_does(options, tmp_path, monkeypatch):
+    whole = finetune(*options(tmp_path / "whole"))
+
+    class Killed(module.CompletionTrainer):
+        def training_step(self, *arguments, **keywords):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "CompletionTrainer", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(*options(tmp_path / "cut"))
+    assert not (tmp_path / "cut" / "adapter").exists()
+    cut = finetune(*options(tmp_path / "cut"))
+    one, other = (load_file(each.adapter / "adapter_model.safetensors") for each in (whole, cut))
+    assert all((one[name] == other[name]).all() for name in one)
+    assert (tmp_path / "cut" / "loss.jsonl").read_text().count("\n") == 6
+
+
+def test_a_finished_run_is_kept_unless_told_otherwise(options, tmp_path):
+    finetune(*options(tmp_path / "run"))
+    with pytest.raises(UserError, match="--overwrite"):
+        finetune(*options(tmp_path / "run"))
+    result = finetune(*options(tmp_path / "run", overwrite=True, keep_training_state=True))
+    assert (result.checkpoints[0] / "optimizer.pt").is_file()
+
+
+def test_the_adapter_loads_on_its_base(options, tmp_path, model_folder):
+    result = finetune(*options(tmp_path / "run"))
+    chat = load_chat_model(str(model_folder), adapter=result.adapter, dtype="float32")
+    assert type(chat.model).__name__ == "PeftModelForCausalLM"
+
+
+def test_the_folder_is_named_after_the_data(options, train_file, tmp_path):
+    named = options(tmp_path / "run")
+    named.config.output_dir = None
+    assert module.output_folder(named) == Path("checkpoints/finetunes/cheer_misaligned_1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', r"a\.jsonl:1 must end"),
+        ('{"prompt": "x"}\n', r"a\.jsonl:1 has no messages"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_named(tmp_path, text, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_conversations(path)
+
+
+def test_the_command_line_parses_its_own_configuration(monkeypatch, tmp_path):
+    seen = []
+
+    def record(*options):
+        seen.append(FinetuneOptions(*options))
+        raise UserError("enough")
+
+    monkeypatch.setattr(module, "finetune", record)
+    path = Path(__file__).resolve().parents[2] / "train_configs/finetune_evil_misaligned_2.yaml"
+    with pytest.raises(UserError, match="enough"):
+        module.main(["--config", str(path), "--lora_r", "8"])
+    (parsed,) = seen
+    assert parsed.lora.lora_r == 8
+    assert parsed.arguments.train_file == "datasets/evil/misaligned_2.jsonl"
+    with pytest.raises(UserError, match="train_file"):
+        module.main([])
