@@ -26,7 +26,11 @@ _PUBLIC = {
     "LoRAMerger": "persona_lora.steering.weights",
     "LoRASteerer": "persona_lora.steering.weights",
     "LiveLoRA": "persona_lora.steering.live",
+    "ActivationSteerer": "persona_lora.steering.activations",
+    "DirectionAblation": "persona_lora.steering.activations",
+    "load_vector": "persona_lora.core.vector_files",
     "train_contrastive": "persona_lora.training.contrastive",
+    "finetune": "persona_lora.training.finetune",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -8,6 +8,7 @@ layer too, where the ``hidden_states`` of transformers have gone through the fin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -110,11 +111,8 @@ def _means_of_batch(
         ids[row, : len(text.prompt) + len(text.answer)] = torch.tensor(text.prompt + text.answer)
     weights = averaging_weights(batch, positions, longest).to(model.device)
     decoder = model.get_decoder()
-    with _Reduction(model, layers, weights) as reduction:
-        try:
-            decoder(input_ids=ids.to(model.device), use_cache=False)
-        except _LastLayerDone:
-            pass
+    with _Reduction(model, layers, weights) as reduction, suppress(_LastLayerDone):
+        decoder(input_ids=ids.to(model.device), use_cache=False)
     return reduction.means.cpu()
 
 
