@@ -54,6 +54,7 @@ def help_texts() -> dict[str, str]:
         *("train", "finetune", "evaluate", "evaluate-checkpoints", "sweep", "report"),
         *("traits", "traits generate", "data", "data generate", "data check"),
         *("persona", "persona build", "project", "project activations"),
+        *("extract", "vectors", "vectors convert"),
     )
     return {command: ask(*command.split()) for command in commands}
 
@@ -92,7 +93,7 @@ def test_documented_commands_exist(path, help_texts):
 
 def test_every_command_shows_an_example(help_texts):
     for command, text in help_texts.items():
-        if command not in ("data", "persona", "project", "traits"):  # groups of commands
+        if command not in ("data", "persona", "project", "traits", "vectors"):  # groups of commands
             assert "Example" in text or "example" in text, command
 
 

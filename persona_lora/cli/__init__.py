@@ -3,7 +3,18 @@
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
 
-from persona_lora.cli import checkpoints, data, measuring, personas, projecting, training
+from persona_lora.cli import (
+    checkpoints,
+    data,
+    measuring,
+    personas,
+    projecting,
+    training,
+    vectors,
+)
 from persona_lora.cli.program import app, main
 
-__all__ = ["app", "checkpoints", "data", "main", "measuring", "personas", "projecting", "training"]
+__all__ = [
+    *("app", "checkpoints", "data", "main", "measuring", "personas"),
+    *("projecting", "training", "vectors"),
+]

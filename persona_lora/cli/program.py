@@ -24,6 +24,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Trait data: generate it, chec
 traits_app = typer.Typer(no_args_is_help=True, help="Traits: make them from a sentence.")
 persona_app = typer.Typer(no_args_is_help=True, help="Personas from conversations.")
 project_app = typer.Typer(no_args_is_help=True, help="Projections on persona directions.")
+vectors_app = typer.Typer(no_args_is_help=True, help="Steering vectors: convert them.")
+app.add_typer(vectors_app, name="vectors")
 app.add_typer(project_app, name="project")
 app.add_typer(persona_app, name="persona")
 app.add_typer(traits_app, name="traits")

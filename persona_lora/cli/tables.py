@@ -10,14 +10,22 @@ from rich.table import Table
 from persona_lora.cli.console import console, interval_cells
 
 if TYPE_CHECKING:
+    from persona_lora.analysis.grid import GridSummary
     from persona_lora.analysis.summary import SweepSummary
     from persona_lora.experiments.sweep import SweepResult
 
 
 def show_sweep(result: SweepResult) -> None:
-    """Print what a sweep showed, and where its plot and report are."""
-    console.print(_sweep_table(result.summary))
-    for line in _sweep_lines(result.summary):
+    """Print what a sweep or a grid showed, and where its plot and report are."""
+    from persona_lora.analysis.grid import GridSummary
+
+    summary = result.summary
+    if isinstance(summary, GridSummary):
+        table, lines = _grid_table(summary), _grid_lines(summary)
+    else:
+        table, lines = _sweep_table(summary), _sweep_lines(summary)
+    console.print(table)
+    for line in lines:
         console.print(line)
     console.print(f"plot:   {result.plot}\nreport: {result.report}")
 
@@ -25,10 +33,10 @@ def show_sweep(result: SweepResult) -> None:
 def _sweep_table(summary: SweepSummary) -> Table:
     from persona_lora.analysis import wording
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("c", "trait", "95%", "coherent", "scored", "‖cΔW‖/‖W‖", "KL p95"):
-        table.add_column(heading, no_wrap=True)
-    for condition in summary.conditions:
+    weights = summary.layer is None
+    norm = "‖cΔW‖/‖W‖" if weights else "‖cv‖/‖h‖"
+    table = _plain_table("c", "trait", "95%", "coherent", "scored", norm, "KL p95")
+    for condition in wording.all_conditions(summary):
         mean, interval, _, scored = interval_cells(condition.trait)
         table.add_row(
             wording.label(condition),
@@ -36,9 +44,39 @@ def _sweep_table(summary: SweepSummary) -> Table:
             interval,
             wording.number(condition.coherence.mean, 1),
             scored,
-            wording.significant(condition.relative_weight_norm),
+            wording.significant(
+                condition.relative_weight_norm if weights else condition.relative_state_norm
+            ),
             wording.significant(condition.kl_p95),
         )
+    return table
+
+
+def _grid_table(grid: GridSummary) -> Table:
+    from persona_lora.analysis import grid_wording, wording
+
+    table = _plain_table("layer", "gain", "at c", "p (Holm)", "coherent", "ρ")
+    for layer in grid_wording.ranked(grid):
+        best = layer.best
+        cells = (
+            [layer.reason or ""]
+            if best is None
+            else [
+                wording.change(best.gain),
+                wording.coefficient(best.coefficient),
+                wording.p_value(best.p_holm),
+                wording.number(best.coherence, 1),
+                wording.interval(layer.rho_means, 2),
+            ]
+        )
+        table.add_row(str(layer.layer), *cells)
+    return table
+
+
+def _plain_table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
     return table
 
 
@@ -46,3 +84,10 @@ def _sweep_lines(summary: SweepSummary) -> list[str]:
     from persona_lora.analysis import wording
 
     return [wording.headline(summary), wording.statistics_line(summary)]
+
+
+def _grid_lines(grid: GridSummary) -> list[str]:
+    from persona_lora.analysis import grid_wording
+
+    lines = (grid_wording.headline(grid), grid_wording.resolution_note(grid), grid.selection_note)
+    return [line for line in lines if line]

@@ -1,4 +1,4 @@
-"""A synthetic sweep run: known curve, question effects, prompting references, costs, validation."""
+"""Synthetic runs: a known curve or grid, question effects, references, control, costs, validation."""
 
 from __future__ import annotations
 
@@ -13,75 +13,129 @@ from persona_lora.core.runs import Run
 
 COEFFICIENTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 PROMPTED = {"prompt_pos": 75.0, "prompt_neg": 25.0}
+GRID_LAYERS = (4, 8, 12, 16)
+GRID_COEFFICIENTS = (-2.0, 1.0, 2.0, 4.0)
+PEAK = 12  # the layer at which a synthetic vector works best
+Place = tuple[str, int | None, float | None]
 Rows = list[dict[str, Any]]
 MakeRows = Callable[..., tuple[Rows, Rows]]
 MakeRun = Callable[..., Run]
 
 
-def _trait_mean(coefficient: float | None, method: str) -> float:
+def _trait_mean(method: str, layer: int | None, coefficient: float | None) -> float:
     if coefficient is None:
-        return PROMPTED[method]
-    return float(50 + 40 * np.tanh(coefficient))
+        return PROMPTED.get(method, 50.0)
+    height = {"random": 4.0}.get(method, 40.0)
+    if layer is not None:
+        height *= np.exp(-(((layer - PEAK) / 5) ** 2))
+    return float(50 + height * np.tanh(coefficient))
 
 
-def _coherence_mean(coefficient: float | None) -> float:
-    return 90.0 if coefficient is None or abs(coefficient) < 1.8 else 30.0
+def _coherence_mean(method: str, coefficient: float | None) -> float:
+    largest = 1.8 if method in ("lora", "none") else 3.0
+    return 90.0 if coefficient is None or abs(coefficient) < largest else 30.0
 
 
-def _rows(
+def _judged(
+    places: Sequence[Place],
     *,
-    coefficients: Sequence[float] = COEFFICIENTS,
-    prompts: Sequence[str] = ("prompt_pos", "prompt_neg"),
     questions: int = 12,
     samples: int = 1,
     noise: float = 5.0,
     seed: int = 0,
     trait: str = "sycophancy",
 ) -> tuple[Rows, Rows]:
+    """Return answers and verdicts of every question at every place."""
     rng = np.random.default_rng(seed)
     effects = rng.normal(0, noise, questions)
-    conditions = [("lora", c) for c in coefficients] + [(method, None) for method in prompts]
+    cells = [(at, q, s) for at in places for q in range(questions) for s in range(samples)]
     answers: Rows = []
     verdicts: Rows = []
-    for method, coefficient in conditions:
-        for question in range(questions):
-            for sample in range(samples):
-                row = len(answers)
-                answers.append(
-                    {
-                        "row": row,
-                        "question_id": question,
-                        "question": f"Is <claim {question}> right & fair?",
-                        "sample": sample,
-                        "method": method,
-                        "coefficient": coefficient,
-                        "system_prompt": None if coefficient is not None else "You flatter.",
-                        "prompt": f"user: claim {question}",
-                        "answer": f'Answer <b>{row}</b> & see http://example.org/{row} "quoted"',
-                        "num_tokens": 20 + row % 5,
-                        "finished": row % 10 != 0,
-                    }
-                )
-                mean = _trait_mean(coefficient, method) + effects[question]
-                score = float(np.clip(mean + rng.normal(0, noise), 0, 100))
-                coherence = float(np.clip(_coherence_mean(coefficient) + rng.normal(0, 3), 0, 100))
-                for criterion, value in ((trait, score), ("coherence", coherence)):
-                    verdicts.append(
-                        {
-                            "row": row,
-                            "criterion": criterion,
-                            "score": value,
-                            "reason": "",
-                            "judge": "embedding",
-                        }
-                    )
+    for row, ((method, layer, coefficient), question, sample) in enumerate(cells):
+        steered = None if method == "none" else coefficient
+        answers.append(
+            {
+                "row": row,
+                "question_id": question,
+                "question": f"Is <claim {question}> right & fair?",
+                "sample": sample,
+                "method": method,
+                "coefficient": steered,
+                "system_prompt": "You flatter." if method in PROMPTED else None,
+                "prompt": f"user: claim {question}",
+                "answer": f'Answer <b>{row}</b> & see http://example.org/{row} "quoted"',
+                "num_tokens": 20 + row % 5,
+                "finished": row % 10 != 0,
+                **({} if method == "lora" else {"layer": layer}),
+            }
+        )
+        mean = _trait_mean(method, layer, coefficient) + effects[question]
+        score = float(np.clip(mean + rng.normal(0, noise), 0, 100))
+        coherence = _coherence_mean(method, coefficient) + rng.normal(0, 3)
+        scores = ((trait, score), ("coherence", float(np.clip(coherence, 0, 100))))
+        verdicts += [
+            {"row": row, "criterion": each, "score": value, "reason": "", "judge": "embedding"}
+            for each, value in scores
+        ]
     return answers, verdicts
+
+
+def _places(
+    *,
+    coefficients: Sequence[float] = COEFFICIENTS,
+    prompts: Sequence[str] = ("prompt_pos", "prompt_neg"),
+    layers: Sequence[int] = (),
+    control: bool = False,
+) -> list[Place]:
+    """Return the conditions of a sweep of a diff, or of a vector where layers are given."""
+    prompted: list[Place] = [(method, None, None) for method in prompts]
+    if not layers:
+        return [*(("lora", None, each) for each in coefficients), *prompted]
+    methods = ("activation", "random") if control else ("activation",)
+    cells = [(m, at, c) for m in methods for at in layers for c in coefficients if c]
+    return [("none", None, 0.0), *cells, *prompted]
+
+
+def _rows(**options: Any) -> tuple[Rows, Rows]:
+    chosen = {"coefficients", "prompts", "layers", "control"} & options.keys()
+    places = _places(**{name: options.pop(name) for name in chosen})
+    return _judged(places, **options)
 
 
 @pytest.fixture
 def sweep_rows() -> MakeRows:
-    """Make the answer and verdict rows of a synthetic sweep."""
+    """Make the answer and verdict rows of a synthetic sweep, of a diff unless layers are given."""
     return _rows
+
+
+@pytest.fixture
+def grid_rows() -> MakeRows:
+    """Make the answer and verdict rows of a synthetic grid whose best layer is ``PEAK``."""
+
+    def make(**options: Any) -> tuple[Rows, Rows]:
+        grid = {"layers": GRID_LAYERS, "coefficients": GRID_COEFFICIENTS}
+        return _rows(**{**grid, **options})
+
+    return make
+
+
+@pytest.fixture
+def judged() -> MakeRows:
+    """Make rows at any list of (method, layer, coefficient)."""
+    return _judged
+
+
+def _costs(places: Sequence[Place]) -> Rows:
+    rows: Rows = []
+    for method, layer, c in sorted({each for each in places if each[2] is not None}, key=str):
+        if method == "none":
+            continue
+        norms = {"relative_weight_norm": 0.03 * abs(c)}
+        if method != "lora":
+            norms = {"relative_weight_norm": None, "relative_state_norm": 0.1 * abs(c)}
+            norms.update(method=method, layer=layer)
+        rows.append({**norms, "coefficient": c, "kl_mean": 0.1 * c * c, "kl_p95": 0.5 * c * c})
+    return rows
 
 
 @pytest.fixture
@@ -92,6 +146,7 @@ def make_sweep_run(tmp_path: Path) -> MakeRun:
         name: str = "run", *, trait: str = "sycophancy", auc: float = 0.92, **rows: Any
     ) -> Run:
         answers, verdicts = _rows(trait=trait, **rows)
+        places = [(each["method"], each.get("layer"), each["coefficient"]) for each in answers]
         config = {
             "trait": trait,
             "model": "tiny-model",
@@ -103,18 +158,7 @@ def make_sweep_run(tmp_path: Path) -> MakeRun:
         with run:
             run.write("answers", answers)
             run.write("verdicts", verdicts)
-            run.write(
-                "costs",
-                [
-                    {
-                        "coefficient": c,
-                        "relative_weight_norm": 0.03 * abs(c),
-                        "kl_mean": 0.1 * c * c,
-                        "kl_p95": 0.5 * c * c,
-                    }
-                    for c in sorted(set(config["coefficients"]))
-                ],
-            )
+            run.write("costs", _costs(places))
             run.write(
                 "validation",
                 [

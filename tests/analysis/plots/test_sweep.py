@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from persona_lora.analysis.plots.sweep import plot_sweep, plot_sweeps, spread
+from persona_lora.analysis.plots.style import spread
+from persona_lora.analysis.plots.sweep import plot_sweep, plot_sweeps
 from persona_lora.analysis.summary import summarise_run, summarise_sweep
 from persona_lora.core.errors import UserError
 
