@@ -6,7 +6,7 @@ Every statistic is over the same questions in all conditions and is resampled by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,14 @@ from persona_lora.analysis.resampling import (
     row_rank_correlation,
     sign_flip_p,
 )
-from persona_lora.analysis.scores import Cluster, Condition, ScoredAnswer, clusters
+from persona_lora.analysis.scores import (
+    UNSTEERED_CONDITION,
+    Cluster,
+    Condition,
+    ScoredAnswer,
+    clusters,
+    question_means,
+)
 
 
 @dataclass(frozen=True)
@@ -90,23 +97,49 @@ class TraitCurve:
         return [
             condition
             for condition, cluster in self.scores.items()
-            if condition.coefficient is not None and _question_means(cluster)
+            if condition.coefficient is not None and question_means(cluster)
         ]
 
     def at(self, coefficient: float) -> Condition | None:
         matching = (each for each in self.scores if each.coefficient == coefficient)
         return next(matching, None)
 
+    def scores_at(self, coefficient: float) -> Cluster:
+        """Return the scores at a coefficient by question; none where it was not run."""
+        condition = self.at(coefficient)
+        return {} if condition is None else self.scores[condition]
+
+    def at_layer(self, layer: int) -> TraitCurve:
+        """Return the curve of one layer of a grid, the unsteered rows at its coefficient 0."""
+        scores = {
+            condition: cluster
+            for condition, cluster in self.scores.items()
+            if condition.layer == layer or condition == UNSTEERED_CONDITION
+        }
+        return dataclasses.replace(self, scores=scores)
+
     def difference(self, one: Condition, other: Condition) -> PairedDifference:
         """Return one condition minus another over the questions scored under both."""
-        ones, others = _question_means(self.scores[one]), _question_means(self.scores[other])
-        shared = [question for question in ones if question in others]
-        differences = {question: ones[question] - others[question] for question in shared}
+        return self.paired(self.scores[one], self.scores[other])
+
+    def paired(self, ones: Cluster, others: Cluster) -> PairedDifference:
+        """Return the paired difference of scores over the questions that both hold."""
+        first, second = question_means(ones), question_means(others)
+        return self.paired_values(
+            {
+                question: first[question] - second[question]
+                for question in first
+                if question in second
+            }
+        )
+
+    def paired_values(self, differences: Mapping[int, float]) -> PairedDifference:
+        """Return the mean of differences by question, with its interval and test."""
         interval = self.mean_of({question: [each] for question, each in differences.items()})
-        if not shared:
+        if not differences:
             reason = "no question was scored under both conditions"
             return PairedDifference(dataclasses.replace(interval, reason=reason), None)
-        if len(shared) == 1:
+        if len(differences) == 1:
             return PairedDifference(interval, None)
         values = np.array(list(differences.values()))
         return PairedDifference(interval, sign_flip_p(values, seed=self.seed))
@@ -187,7 +220,7 @@ class TraitCurve:
 
     def _arrays(self, conditions: Sequence[Condition]) -> tuple[Array, Array, Array]:
         """Return coefficients ``[conditions]``, sums and counts ``[conditions, questions]``."""
-        questions = sorted({q for each in conditions for q in _question_means(self.scores[each])})
+        questions = sorted({q for each in conditions for q in question_means(self.scores[each])})
         scores = [
             [[s for s in self.scores[each].get(q, []) if s is not None] for q in questions]
             for each in conditions
@@ -195,12 +228,6 @@ class TraitCurve:
         sums = np.array([[sum(cell) for cell in row] for row in scores], dtype=np.float64)
         counts = np.array([[len(cell) for cell in row] for row in scores], dtype=np.float64)
         return np.array([each.coefficient for each in conditions], dtype=float), sums, counts
-
-
-def _question_means(cluster: Cluster) -> dict[int, float]:
-    """Return the mean score of each question that has a scored answer."""
-    scored = {q: [score for score in scores if score is not None] for q, scores in cluster.items()}
-    return {question: sum(values) / len(values) for question, values in scored.items() if values}
 
 
 def _too_few(conditions: Sequence[Condition], what: str, *, least: str = "three") -> Estimate:

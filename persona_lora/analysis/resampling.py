@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -97,11 +98,17 @@ def bootstrap_mean(
     return Interval(mean, bounds.low, bounds.high, n, questions, coverage)
 
 
+@lru_cache(maxsize=4)
 def question_weights(questions: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Return how often each question is drawn in each resample: ``[resamples, questions]``."""
+    """Return how often each question is drawn in each resample: ``[resamples, questions]``.
+
+    Read-only, because the last few draws are kept: a grid asks for the same ones in every cell.
+    """
     rng = np.random.default_rng(seed)
     shares = np.full(questions, 1 / questions)
-    return rng.multinomial(questions, shares, size=resamples).astype(np.float64)
+    weights = rng.multinomial(questions, shares, size=resamples).astype(np.float64)
+    weights.flags.writeable = False
+    return weights
 
 
 def left_out_weights(questions: int) -> Array:
@@ -213,13 +220,23 @@ def sign_flip_p(differences: Array, *, seed: int = 0) -> float:
     and Smyth 2010). Ties and zeros need no correction, unlike in the signed-rank test.
     """
     observed = abs(differences.sum()) - 10**-_DIGITS
+    flips = _sign_flips(len(differences), seed)
+    as_far = int(np.sum(np.abs(flips @ differences) >= observed))
     if len(differences) <= _EXACT_QUESTIONS:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(differences))))
-        return float(np.mean(np.abs(signs @ differences) >= observed))
-    rng = np.random.default_rng(seed)
-    signs = rng.choice((-1.0, 1.0), size=(_RANDOM_FLIPS, len(differences)))
-    as_far = int(np.sum(np.abs(signs @ differences) >= observed))
+        return as_far / len(flips)
     return (as_far + 1) / (_RANDOM_FLIPS + 1)
+
+
+@lru_cache(maxsize=2)
+def _sign_flips(questions: int, seed: int) -> Array:
+    """Return all signs of few questions, or random ones: ``[flips, questions]``, read-only."""
+    if questions <= _EXACT_QUESTIONS:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=questions)))
+    else:
+        rng = np.random.default_rng(seed)
+        signs = rng.choice((-1.0, 1.0), size=(_RANDOM_FLIPS, questions))
+    signs.flags.writeable = False
+    return signs
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

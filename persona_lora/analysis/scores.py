@@ -16,14 +16,31 @@ Row = Mapping[str, Any]
 Cluster = dict[int, list[float | None]]
 
 UNSTEERED = "none"
+CONTROL = "random"
 PROMPTS = ("prompt_neg", "prompt_pos")
 
 
+class Series(NamedTuple):
+    """Conditions that differ by their coefficient alone: a method, and the layer it steers at."""
+
+    method: str
+    layer: int | None
+
+
 class Condition(NamedTuple):
-    """What produced an answer: a method, and its coefficient where it has one."""
+    """What produced an answer: a method, with coefficient and layer where it has them."""
 
     method: str
     coefficient: float | None
+    layer: int | None = None
+
+    @property
+    def series(self) -> Series | None:
+        """The series of a condition that has a coefficient."""
+        return None if self.coefficient is None else Series(self.method, self.layer)
+
+
+UNSTEERED_CONDITION = Condition(UNSTEERED, 0.0)
 
 
 class ScoredAnswer(NamedTuple):
@@ -40,12 +57,11 @@ def score_answers(
 ) -> list[ScoredAnswer]:
     """Join every answer with its scores for the trait and for coherence, in the answers' order.
 
-    Of several verdicts on one row and criterion the last counts. Raises UserError for a verdict
-    on a row that does not exist, for a score that is no number from 0 to 100, and for coefficients
-    of more than one steering method.
+    Of several verdicts on one row and criterion the last counts. Rows of the method "none" are
+    ``UNSTEERED_CONDITION``: coefficient 0 of every series. Raises UserError for a verdict on a row
+    that does not exist, and for a score that is no number from 0 to 100.
     """
     answers = list(answers)
-    method = steering_method(answers)
     known = {answer["row"] for answer in answers}
     scores: dict[tuple[int, str], float | None] = {}
     for verdict in verdicts:
@@ -57,7 +73,7 @@ def score_answers(
         scores[verdict["row"], verdict["criterion"]] = _checked(verdict)
     return [
         ScoredAnswer(
-            _condition_of(answer, method),
+            condition_of(answer),
             answer,
             scores.get((answer["row"], trait)),
             scores.get((answer["row"], COHERENCE)),
@@ -66,16 +82,40 @@ def score_answers(
     ]
 
 
-def steering_method(answers: Iterable[Row]) -> str:
-    """Return the one method whose rows carry coefficients ("lora" where none does)."""
-    methods = {answer["method"] for answer in answers if answer["coefficient"] is not None}
-    methods.discard(UNSTEERED)
+def condition_of(answer: Row) -> Condition:
+    """Return what produced an answer row; rows without a ``layer`` steer at none."""
+    if answer["method"] == UNSTEERED:
+        return UNSTEERED_CONDITION
+    coefficient = answer["coefficient"]
+    # Adding 0.0 turns -0.0 into 0.0, which would print as another coefficient.
+    value = None if coefficient is None else float(coefficient) + 0.0
+    return Condition(answer["method"], value, answer.get("layer"))
+
+
+def steered_series(conditions: Iterable[Condition]) -> list[Series]:
+    """Return the steered series in the order of their layers, those of the random control last.
+
+    Raises UserError where coefficients belong to more than one method besides the control.
+    """
+    found = {each.series for each in conditions if each.method != UNSTEERED} - {None}
+    series = [each for each in found if each is not None]
+    methods = sorted({each.method for each in series} - {CONTROL})
     if len(methods) > 1:
         raise UserError(
-            f"the run has coefficients of several methods ({', '.join(sorted(methods))}); "
+            f"the run has coefficients of several methods ({', '.join(methods)}); "
             "summarise one method at a time"
         )
-    return str(methods.pop()) if methods else "lora"
+    return sorted(series, key=lambda each: (each.method == CONTROL, each.layer or 0))
+
+
+def rows_of_series(scored: Iterable[ScoredAnswer], series: Series) -> list[ScoredAnswer]:
+    """Return the rows of one series, the unsteered ones among them as its coefficient 0."""
+    zero = Condition(series.method, 0.0, series.layer)
+    return [
+        row._replace(condition=zero) if row.condition == UNSTEERED_CONDITION else row
+        for row in scored
+        if row.condition == UNSTEERED_CONDITION or row.condition.series == series
+    ]
 
 
 def clusters(scored: Iterable[ScoredAnswer], criterion: str) -> Cluster:
@@ -87,15 +127,27 @@ def clusters(scored: Iterable[ScoredAnswer], criterion: str) -> Cluster:
     return dict(sorted(by_question.items()))
 
 
+def question_means(cluster: Cluster) -> dict[int, float]:
+    """Return the mean score of each question that has a scored answer."""
+    scored = {q: [score for score in scores if score is not None] for q, scores in cluster.items()}
+    return {question: sum(values) / len(values) for question, values in scored.items() if values}
+
+
 def judges_of(verdicts: Iterable[Row], criterion: str) -> str:
     """Return the names of the judges that gave verdicts on a criterion."""
     return ", ".join(sorted({str(v["judge"]) for v in verdicts if v["criterion"] == criterion}))
 
 
-def answers_columns(trait: str, *, sweep: bool = True) -> list[str]:
-    """Return the columns of the answers table; a sweep names method and coefficient first."""
+def answers_columns(trait: str, answers: Iterable[Row] = (), *, sweep: bool = True) -> list[str]:
+    """Return the columns of the answers table.
+
+    A sweep names method and coefficient first, and the layer where any of its ``answers`` has one.
+    """
     columns = ["question", "prompt", "answer", trait, COHERENCE]
-    return ["method", "coefficient", *columns] if sweep else columns
+    if not sweep:
+        return columns
+    layered = any(answer.get("layer") is not None for answer in answers)
+    return ["method", *(["layer"] if layered else []), "coefficient", *columns]
 
 
 def answers_table(
@@ -105,6 +157,7 @@ def answers_table(
     return [
         {
             "method": row.condition.method,
+            "layer": row.condition.layer,
             "coefficient": row.condition.coefficient,
             "question": row.answer["question"],
             "prompt": row.answer["prompt"],
@@ -114,14 +167,6 @@ def answers_table(
         }
         for row in score_answers(answers, verdicts, trait)
     ]
-
-
-def _condition_of(answer: Row, method: str) -> Condition:
-    if answer["method"] == UNSTEERED:
-        return Condition(method, 0.0)
-    coefficient = answer["coefficient"]
-    # Adding 0.0 turns -0.0 into 0.0, which would print as another coefficient.
-    return Condition(answer["method"], None if coefficient is None else float(coefficient) + 0.0)
 
 
 def _checked(verdict: Row) -> float | None:

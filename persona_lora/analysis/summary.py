@@ -12,24 +12,32 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
+from persona_lora.analysis.conditions import (
+    LONG_COLUMNS,
+    ConditionSummary,
+    condition_rows,
+    difference_rows,
+    group_by_condition,
+    summarise_conditions,
+)
+from persona_lora.analysis.controls import ControlSummary, summarise_control
 from persona_lora.analysis.curve import (
     CoherentRange,
     LinearFit,
-    PairedDifference,
     PromptComparison,
     TraitCurve,
 )
-from persona_lora.analysis.resampling import CONFIDENCE, RESAMPLES, Estimate, Interval
+from persona_lora.analysis.resampling import CONFIDENCE, RESAMPLES, Estimate
 from persona_lora.analysis.scores import (
-    PROMPTS,
-    Condition,
+    CONTROL,
+    UNSTEERED,
     Row,
     ScoredAnswer,
-    clusters,
+    Series,
     judges_of,
+    rows_of_series,
     score_answers,
+    steered_series,
 )
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
@@ -37,48 +45,28 @@ from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.runs import Run
 
 COHERENT_THRESHOLD = 50.0
-_LONG_COLUMNS = (
-    *("trait", "method", "coefficient", "statistic"),
-    *("value", "low", "high", "n", "n_questions", "coverage", "reason"),
-)
-
-
-@dataclass(frozen=True)
-class ConditionSummary:
-    """One coefficient, or one prompting reference (coefficient None).
-
-    ``relative_weight_norm`` is ‖cΔW‖/‖W‖; ``kl_mean`` and ``kl_p95`` are per-token KL from the base
-    model in nats; all three are None where they were not measured. ``from_zero`` is None at
-    coefficient 0, for prompting references, and where coefficient 0 was not run.
-    """
-
-    method: str
-    coefficient: float | None
-    trait: Interval
-    coherence: Interval
-    rows: int
-    questions: int
-    finished_share: float
-    mean_tokens: float
-    relative_weight_norm: float | None
-    kl_mean: float | None
-    kl_p95: float | None
-    from_zero: PairedDifference | None
 
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """What a sweep showed; ``as_dict`` is ready for JSON."""
+    """What one steered series showed; ``as_dict`` is ready for JSON.
+
+    ``method`` is "none", and coefficient 0 the only one, where nothing was steered. ``control`` is
+    the series of a random direction at the same layer, or None where it was not run.
+    """
 
     trait: str
     trait_judge: str
     coherence_judge: str
+    method: str
+    layer: int | None
     conditions: tuple[ConditionSummary, ...]
     rho_means: Estimate
     rho_rows: Estimate
     coherent_range: CoherentRange
     fit: LinearFit
     prompt_comparisons: tuple[PromptComparison, ...]
+    control: ControlSummary | None
     confidence: float
     resamples: int
     seed: int
@@ -108,37 +96,60 @@ def summarise_sweep(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> SweepSummary:
-    """Summarise the rows of a sweep run; see the module for what is resampled.
+    """Summarise the rows of a sweep of one series; see the module for what is resampled.
 
-    Raises UserError when there are no answers, or when the verdicts are of another run.
+    Raises UserError when there are no answers, when the verdicts are of another run, and when
+    coefficients belong to several methods or layers.
     """
     if not answers:
         raise UserError(f"the sweep of {trait} holds no answers; run the sweep first")
     scored = score_answers(answers, verdicts, trait)
-    groups = _grouped(scored)
+    series, control_series = _series_of(scored)
+    references = [row for row in scored if row.condition.coefficient is None]
+    groups = group_by_condition([*rows_of_series(scored, series), *references])
     curve = TraitCurve.of(groups, seed=seed, resamples=resamples)
-    differences = curve.from_zero()
-    conditions = tuple(
-        _summarise_condition(
-            condition, rows, _cost_of(condition, costs), differences.get(condition), curve
-        )
-        for condition, rows in groups.items()
-    )
+    conditions = summarise_conditions(groups, curve, costs, curve.from_zero())
     coherent = _coherent_range(conditions, coherent_threshold)
+    control = None if control_series is None else rows_of_series(scored, control_series)
     return SweepSummary(
         trait=trait,
         trait_judge=judges_of(verdicts, trait),
         coherence_judge=judges_of(verdicts, COHERENCE),
+        method=series.method,
+        layer=series.layer,
         conditions=conditions,
         rho_means=curve.rho_means(),
         rho_rows=curve.rho_rows(),
         coherent_range=coherent,
         fit=curve.fit(coherent),
         prompt_comparisons=curve.against_prompts(coherent),
+        control=None if control is None else _control(curve, control, costs),
         confidence=CONFIDENCE,
         resamples=resamples,
         seed=seed,
     )
+
+
+def _series_of(scored: Sequence[ScoredAnswer]) -> tuple[Series, Series | None]:
+    """Return the steered series of a sweep, and its control where there is one."""
+    found = steered_series(row.condition for row in scored)
+    steered = [each for each in found if each.method != CONTROL] or found[:1]
+    if len(steered) > 1:
+        layers = ", ".join(str(each.layer) for each in steered)
+        raise UserError(f"the sweep steers at several layers ({layers}); summarise it as a grid")
+    if not steered:
+        return Series(UNSTEERED, None), None
+    control = Series(CONTROL, steered[0].layer)
+    return steered[0], control if control in found and control != steered[0] else None
+
+
+def _control(
+    curve: TraitCurve, rows: Sequence[ScoredAnswer], costs: Sequence[Row]
+) -> ControlSummary:
+    groups = group_by_condition(rows)
+    control = TraitCurve.of(groups, seed=curve.seed, resamples=curve.resamples)
+    conditions = summarise_conditions(groups, control, costs, control.from_zero())
+    return summarise_control(curve, control, conditions)
 
 
 def summarise_run(
@@ -169,24 +180,14 @@ def write_summary(
     """Summarise a run and write ``summary.json`` and ``summary.csv`` (long format) into it."""
     summary = summarise_run(run, coherent_threshold=coherent_threshold, seed=seed)
     write_json(run.folder / "summary.json", summary.as_dict())
-    write_csv(run.folder / "summary.csv", _LONG_COLUMNS, long_rows(summary))
+    write_csv(run.folder / "summary.csv", LONG_COLUMNS, long_rows(summary))
     return summary
 
 
 def long_rows(summary: SweepSummary) -> list[dict[str, Any]]:
     """Return the summary as rows: one statistic of one condition, or of the whole sweep, each."""
-    rows = []
-    for each in summary.conditions:
-        place = {"trait": summary.trait, "method": each.method, "coefficient": each.coefficient}
-        for name, interval in (("trait", each.trait), ("coherence", each.coherence)):
-            rows.append({**place, "statistic": name, **_interval_cells(interval)})
-        if each.from_zero is not None:
-            cells = _interval_cells(each.from_zero.interval)
-            rows.append({**place, "statistic": "difference_from_zero", **cells})
-            for name in ("p", "p_holm"):
-                rows.append({**place, "statistic": name, "value": getattr(each.from_zero, name)})
-        for name in ("finished_share", "mean_tokens", "relative_weight_norm", "kl_mean", "kl_p95"):
-            rows.append({**place, "statistic": name, "value": getattr(each, name)})
+    rows = [row for each in summary.conditions for row in condition_rows(summary.trait, each)]
+    rows += _control_rows(summary)
     for name, estimate in (
         ("rho_means", summary.rho_means),
         ("rho_rows", summary.rho_rows),
@@ -202,54 +203,21 @@ def long_rows(summary: SweepSummary) -> list[dict[str, Any]]:
     return rows
 
 
-def _interval_cells(interval: Interval) -> dict[str, Any]:
-    cells = dataclasses.asdict(interval)
-    return {"value": cells.pop("mean"), **cells}
-
-
-def _grouped(scored: Iterable[ScoredAnswer]) -> dict[Condition, list[ScoredAnswer]]:
-    """Group rows by condition: coefficients ascending, then the prompting references."""
-    groups: dict[Condition, list[ScoredAnswer]] = {}
-    for row in scored:
-        groups.setdefault(row.condition, []).append(row)
-
-    def place(condition: Condition) -> tuple[bool, float, bool, str]:
-        unlisted = condition.method not in PROMPTS
-        coefficient = condition.coefficient
-        return coefficient is None, coefficient or 0.0, unlisted, condition.method
-
-    return {condition: groups[condition] for condition in sorted(groups, key=place)}
-
-
-def _cost_of(condition: Condition, costs: Iterable[Row]) -> Row:
-    if condition.coefficient is None:
-        return {}
-    matching = [row for row in costs if np.isclose(row["coefficient"], condition.coefficient)]
-    return matching[-1] if matching else {}
-
-
-def _summarise_condition(
-    condition: Condition,
-    rows: Sequence[ScoredAnswer],
-    cost: Row,
-    from_zero: PairedDifference | None,
-    curve: TraitCurve,
-) -> ConditionSummary:
-    coherence = clusters(rows, COHERENCE)
-    return ConditionSummary(
-        method=condition.method,
-        coefficient=condition.coefficient,
-        trait=curve.mean_of(curve.scores[condition]),
-        coherence=curve.mean_of(coherence),
-        rows=len(rows),
-        questions=len(coherence),
-        finished_share=float(np.mean([bool(row.answer["finished"]) for row in rows])),
-        mean_tokens=float(np.mean([row.answer["num_tokens"] for row in rows])),
-        relative_weight_norm=cost.get("relative_weight_norm"),
-        kl_mean=cost.get("kl_mean"),
-        kl_p95=cost.get("kl_p95"),
-        from_zero=from_zero,
-    )
+def _control_rows(summary: SweepSummary) -> list[dict[str, Any]]:
+    """Return steered minus control, at every coefficient and over all, in long format."""
+    if summary.control is None:
+        return []
+    place = {"trait": summary.trait, "method": summary.method, "layer": summary.layer}
+    # The unsteered rows stand at its coefficient 0 as well, and are listed already.
+    steered = [each for each in summary.control.conditions if each.coefficient]
+    rows = [row for each in steered for row in condition_rows(summary.trait, each)]
+    for each in summary.control.comparisons:
+        at = {**place, "coefficient": each.coefficient}
+        rows += difference_rows(at, "difference_from_random", each.difference, prefix="random_")
+    overall = summary.control.overall
+    rows += difference_rows(place, "gain_over_random", overall, prefix="random_")
+    rho = dataclasses.asdict(summary.control.rho_means)
+    return [*rows, {"trait": summary.trait, "statistic": "random_rho_means", **rho}]
 
 
 def _coherent_range(conditions: Iterable[ConditionSummary], threshold: float) -> CoherentRange:

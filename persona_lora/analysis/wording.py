@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from persona_lora.analysis.conditions import ConditionSummary
+from persona_lora.analysis.curve import PairedDifference
 from persona_lora.analysis.resampling import Estimate, Interval
-from persona_lora.analysis.summary import ConditionSummary, SweepSummary
+from persona_lora.analysis.scores import CONTROL, UNSTEERED
+from persona_lora.analysis.summary import SweepSummary
 
 PROMPT_LABELS = {"prompt_pos": "positive prompt", "prompt_neg": "negative prompt"}
+CLEAR = 0.05  # a difference is called clear below this p value, and with an interval without 0
 NONE = "–"
 _MINUS = "\N{MINUS SIGN}"
 
@@ -42,11 +48,36 @@ def interval(value: Interval | Estimate, digits: int = 0) -> str:
     return f"{number(centre, digits)} [{number(value.low, digits)}, {number(value.high, digits)}]"
 
 
+def change(value: Interval) -> str:
+    """Return a difference with the sign of its mean: "+22 [12, 33]"."""
+    sign = "+" if value.mean is not None and round(value.mean) > 0 else ""
+    return sign + interval(value)
+
+
+def direction_of(difference: PairedDifference) -> int:
+    """Return 1 or −1 where a paired difference is clear of 0, and 0 where it is not.
+
+    Clear means that the interval excludes 0 and that the test (corrected, where it is one of
+    several) says so too.
+    """
+    low, high = difference.interval.low, difference.interval.high
+    p = difference.p if difference.p_holm is None else difference.p_holm
+    if low is None or high is None or p is None or p >= CLEAR:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
 def p_value(p: float | None) -> str:
     """Return a p value to three digits, "< 0.001" below."""
     if p is None:
         return NONE
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def p_equals(p: float | None) -> str:
+    """Return a p value with its relation: "= 0.040", "< 0.001"."""
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def title_of(trait: str) -> str:
@@ -57,9 +88,14 @@ def title_of(trait: str) -> str:
 
 def label(condition: ConditionSummary) -> str:
     """Return what a condition is called in a table."""
-    if condition.coefficient is not None:
-        return coefficient(condition.coefficient)
-    return method_label(condition.method)
+    return condition_label(condition.method, condition.coefficient)
+
+
+def condition_label(method: str, value: float | None) -> str:
+    """Return "+1.5", "random +1.5" for the control, or the name of a reference."""
+    if value is None:
+        return method_label(method)
+    return f"random {coefficient(value)}" if method == CONTROL else coefficient(value)
 
 
 def method_label(method: str) -> str:
@@ -68,13 +104,31 @@ def method_label(method: str) -> str:
 
 
 def headline(summary: SweepSummary) -> str:
-    """Return the finding in two or three sentences, with intervals and without overstatement."""
-    sentences = [_change(summary), coherent_line(summary), _prompts(summary)]
+    """Return the finding in a few sentences, with intervals and without overstatement."""
+    if summary.method == UNSTEERED:
+        sentences = [_unsteered(summary), _prompts(summary)]
+    else:
+        sentences = [_change(summary), _control(summary), coherent_line(summary), _prompts(summary)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def sweep_title(summary: SweepSummary) -> str:
+    """Return the title of a sweep's picture."""
+    name = title_of(summary.trait)
+    if summary.method == UNSTEERED:
+        return f"{name}: the model unsteered and prompted"
+    return f"{name} against the coefficient"
+
+
+def at_layer(summary: SweepSummary) -> str:
+    """Return ", layer 19" where one layer is steered, to stand behind a trait's name."""
+    return "" if summary.layer is None else f", layer {summary.layer}"
 
 
 def statistics_line(summary: SweepSummary) -> str:
     """Return rank correlation, slope and R² with their intervals, on one line."""
+    if summary.method == UNSTEERED:
+        return "nothing was steered, so there is no curve"
     rho, fit, span = summary.rho_means, summary.fit, summary.coherent_range
     parts = [f"Spearman's ρ {interval(rho, 2)}" if rho.reason is None else _missing("ρ", rho)]
     if fit.slope.value is None:
@@ -86,6 +140,25 @@ def statistics_line(summary: SweepSummary) -> str:
     return "  ·  ".join(parts)
 
 
+def place_line(summary: SweepSummary) -> str:
+    """Return where a vector steers, and how it compares with its control; "" for a diff."""
+    place = "" if summary.layer is None else f"{summary.method} at layer {summary.layer}"
+    return "  ·  ".join(part for part in (place, control_line(summary)) if part)
+
+
+def control_line(summary: SweepSummary) -> str:
+    """Return how the vector compares with the random direction, on one line; "" without one."""
+    if summary.control is None:
+        return ""
+    overall, rho = summary.control.overall, summary.control.rho_means
+    if overall.interval.mean is None:
+        return f"random direction: no comparison ({overall.interval.reason})"
+    return (
+        f"random direction ρ {interval(rho, 2)}  ·  "
+        f"beyond it {change(overall.interval)}, p {p_equals(overall.p)}"
+    )
+
+
 def questions_line(summary: SweepSummary) -> str:
     """Return "20 questions"."""
     questions = _questions(summary)
@@ -94,30 +167,47 @@ def questions_line(summary: SweepSummary) -> str:
 
 def sample_line(summary: SweepSummary) -> str:
     """Return how many questions and answers stand behind the numbers, and who judged them."""
-    rows = sum(each.rows for each in summary.conditions)
-    scored = sum(each.trait.n for each in summary.conditions)
-    judges = dict.fromkeys([summary.trait_judge, summary.coherence_judge])
-    judged = ", ".join(judge for judge in judges if judge) or "none"
-    share = number(100 * scored / rows if rows else None)
+    judged = judges_line(summary.trait_judge, summary.coherence_judge)
     return (
-        f"{questions_line(summary)}, {rows} answers, {share}% scored; judge: {judged}; "
+        f"{questions_line(summary)}, {answers_line(all_conditions(summary))}; judge: {judged}; "
         f"{_intervals(summary)}"
     )
 
 
+def all_conditions(summary: SweepSummary) -> list[ConditionSummary]:
+    """Return the conditions and those of the control, the unsteered model once."""
+    control = () if summary.control is None else summary.control.conditions
+    return [*summary.conditions, *(each for each in control if each.coefficient)]
+
+
+def answers_line(conditions: Iterable[ConditionSummary]) -> str:
+    """Return "180 answers, 98% scored"."""
+    conditions = list(conditions)
+    rows = sum(each.rows for each in conditions)
+    scored = sum(each.trait.n for each in conditions)
+    return f"{rows} answers, {number(100 * scored / rows if rows else None)}% scored"
+
+
+def judges_line(*judges: str) -> str:
+    """Return the names of judges, each once."""
+    return ", ".join(dict.fromkeys(judge for judge in judges if judge)) or "none"
+
+
 def gaps(summary: SweepSummary) -> list[str]:
     """Return what could not be computed for a condition, and why, one sentence each."""
-    sentences = []
-    for each in summary.conditions:
-        change = None if each.from_zero is None else each.from_zero.interval
-        for name, value in (
-            (title_of(summary.trait), each.trait),
-            ("Coherence", each.coherence),
-            ("Change from 0", change),
-        ):
-            if value is not None and value.reason is not None:
-                sentences.append(f"{name} at {label(each)}: {value.reason}.")
-    return sentences
+    return [
+        sentence for each in all_conditions(summary) for sentence in _gaps_of(summary.trait, each)
+    ]
+
+
+def _gaps_of(trait: str, each: ConditionSummary) -> list[str]:
+    from_zero = None if each.from_zero is None else each.from_zero.interval
+    values = ((title_of(trait), each.trait), ("Coherence", each.coherence))
+    return [
+        f"{name} at {label(each)}: {value.reason}."
+        for name, value in (*values, ("Change from 0", from_zero))
+        if value is not None and value.reason is not None
+    ]
 
 
 def _questions(summary: SweepSummary) -> int:
@@ -149,10 +239,40 @@ def _change(summary: SweepSummary) -> str:
     if ends is None:
         return f"{name} was scored at fewer than two coefficients, so no change can be shown."
     low, high = ends
+    subject = (
+        name if summary.layer is None else f"Steered at layer {summary.layer}, {summary.trait}"
+    )
     return (
-        f"{name} {_verb(low.trait, high.trait)}: {interval(low.trait)} at "
+        f"{subject} {_verb(low.trait, high.trait)}: {interval(low.trait)} at "
         f"{coefficient(low.coefficient)}, {interval(high.trait)} at "
         f"{coefficient(high.coefficient)}."
+    )
+
+
+def _unsteered(summary: SweepSummary) -> str:
+    zero = next(iter(summary.steered), None)
+    if zero is None or zero.trait.mean is None:
+        return f"{title_of(summary.trait)} of the unsteered model was not scored."
+    return f"Unsteered, the model scores {interval(zero.trait)} on {summary.trait}."
+
+
+def _control(summary: SweepSummary) -> str:
+    """Return whether the vector beats the random direction, without overstatement."""
+    if summary.control is None:
+        return ""
+    overall = summary.control.overall
+    if overall.interval.mean is None:
+        return "It could not be compared with the random direction."
+    if overall.interval.low is None:
+        return "With one question it cannot be tested against the random direction."
+    verdict = {
+        1: "It beats a random direction of the same norm",
+        -1: "It does worse than a random direction of the same norm",
+        0: "It is not clear of the random direction of the same norm",
+    }[direction_of(overall)]
+    return (
+        f"{verdict}: {change(overall.interval)} points in the expected direction, paired by "
+        f"question and averaged over the coefficients (p {p_equals(overall.p)})."
     )
 
 
@@ -191,7 +311,7 @@ def _prompts(summary: SweepSummary) -> str:
     verdict = (
         "scores higher" if gap.low > 0 else "scores lower" if gap.high < 0 else "is not clear of it"
     )
-    return (
-        f"{sentence}; coefficient {coefficient(compared[0].coefficient)} {verdict} "
-        f"(paired difference {interval(gap)})."
-    )
+    steered = f"coefficient {coefficient(compared[0].coefficient)}"
+    if summary.method == UNSTEERED:
+        steered = "the unsteered model"
+    return f"{sentence}; {steered} {verdict} (paired difference {interval(gap)})."

@@ -132,8 +132,9 @@ def sweep(
 
 def write_results(run: Run, trait: str) -> SweepResult:
     """Write tables, statistics, plot and report from the rows of a sweep."""
-    table = answers_table(run.read("answers"), run.read("verdicts"), trait)
-    write_csv(run.folder / "sweep.csv", answers_columns(trait), table)
+    answers = run.read("answers")
+    table = answers_table(answers, run.read("verdicts"), trait)
+    write_csv(run.folder / "sweep.csv", answers_columns(trait, answers), table)
     page = run.folder / "report.html"
     summary: SweepSummary | GridSummary
     if is_grid(run):

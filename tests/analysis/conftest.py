@@ -1,4 +1,4 @@
-"""Synthetic runs: a known curve or grid, question effects, references, control, costs, validation."""
+"""Synthetic runs: a known curve or grid, question effects, references, control, costs."""
 
 from __future__ import annotations
 

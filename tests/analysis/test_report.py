@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from persona_lora.analysis.report import write_report
+from persona_lora.analysis.report import run_kind, write_report
 from persona_lora.core.errors import UserError
 
 VOID = {"meta", "img", "br"}
@@ -107,6 +107,71 @@ def test_report_of_unscored_answers_gives_reasons(make_sweep_run, tmp_path):
     assert "unscored" in text
     assert "no validation of its judge" in text
     assert "nan" not in text.lower().split()
+
+
+def test_report_of_a_controlled_vector_shows_the_control(make_sweep_run, tmp_path):
+    run = make_sweep_run(layers=(12,), coefficients=(-2.0, -1.0, 1.0, 2.0), control=True)
+    path = write_report(run.folder, tmp_path / "r.html")
+    text = " ".join("".join(_page(path).text).split())
+    for expected in (
+        *("Sycophancy, layer 12", "Against a random direction", "beats a random direction"),
+        *("all of them, in the expected direction", "‖cv‖/ ‖h‖", "random +2"),
+    ):
+        assert expected in text
+    examples = path.read_text(encoding="utf-8").split("side by side</h3>")[1].split("<details>")[0]
+    labels = [part.split("</h5>")[0] for part in examples.split("<h5>")[1:]][:7]
+    assert labels == [
+        *("−2", "0", "+2"),
+        *("random −2", "random +2", "negative prompt", "positive prompt"),
+    ]
+
+
+def test_report_of_a_grid_shows_the_ranking_and_answers_at_the_best_layer(make_sweep_run, tmp_path):
+    run = make_sweep_run(layers=(4, 8, 12), coefficients=(-2.0, 1.0, 2.0), questions=6)
+    path = write_report(run.folder, tmp_path / "r.html")
+    source = path.read_text(encoding="utf-8")
+    text = " ".join("".join(_page(path).text).split())
+    for expected in ("by layer and coefficient", "Not a held-out result", "best at layer 12"):
+        assert expected in text
+    ranking = source.split("the best first</h3>")[1].split("<details>")[0]
+    assert ranking.index("<td>12</td>") < ranking.index("<td>8</td>") < ranking.index("<td>4</td>")
+    listed = source.split("All answers at layer 12")[1]
+    for answer in run.read("answers"):
+        shown = html.escape(answer["answer"]).replace("&quot;", "&#34;") in listed
+        assert shown == (answer["layer"] in (12, None))
+
+
+def test_report_of_a_grid_without_a_best_layer_says_why(make_sweep_run, tmp_path):
+    run = make_sweep_run(layers=(4, 8), coefficients=(1.0,), questions=2, control=True)
+    run.write("verdicts", [])
+    text = "".join(_page(write_report(run.folder, tmp_path / "r.html")).text)
+    assert "no best layer: coherence was not scored" in text
+    assert "nan" not in text.lower().split()
+
+
+def test_report_shows_any_mix_of_runs(make_sweep_run, tmp_path):
+    kinds = {
+        "lora": {},
+        "vector": {"layers": (12,), "coefficients": (-1.0, 1.0), "control": True},
+        "grid": {"layers": (4, 12), "coefficients": (-1.0, 1.0)},
+        "prompts": {"layers": (4,), "coefficients": ()},
+    }
+    runs = [make_sweep_run(name, questions=3, **rows) for name, rows in kinds.items()]
+    assert [run_kind(run) for run in runs] == ["sweep", "sweep", "grid", "sweep"]
+    page = _page(write_report([run.folder for run in runs], tmp_path / "r.html"))
+    text = " ".join("".join(page.text).split())
+    assert "4 runs" in text
+    assert "Unsteered, the model scores" in text
+    pictures = [load for load in page.loads if load.startswith("data:")]
+    assert len(pictures) == 5  # one each, and the overview of the three curves
+
+
+def test_report_refuses_a_run_of_another_kind(make_sweep_run, tmp_path):
+    run = make_sweep_run()
+    record = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps({**record, "command": "train"}))
+    with pytest.raises(UserError, match=r"a run of 'train'; the report shows runs of sweep"):
+        write_report(run.folder, tmp_path / "r.html")
 
 
 def test_report_refuses_folders_without_a_sweep(tmp_path):

@@ -8,6 +8,8 @@ import json
 import numpy as np
 import pytest
 
+from persona_lora.analysis.conditions import cost_of
+from persona_lora.analysis.scores import Condition
 from persona_lora.analysis.summary import summarise_run, summarise_sweep, write_summary
 from persona_lora.core.errors import UserError
 
@@ -178,6 +180,57 @@ def test_summary_of_scores_mostly_missing_in_resamples_is_still_json(sweep_rows)
     summary = _summary(answers, disjoint)
     assert "both conditions" in summary.conditions[0].from_zero.interval.reason
     json.dumps(summary.as_dict(), allow_nan=False)
+
+
+def test_summary_of_a_vector_has_its_layer_and_costs(make_sweep_run):
+    run = make_sweep_run(layers=(12,), coefficients=(-1.0, 1.0), control=True)
+    summary = summarise_run(run)
+    assert (summary.method, summary.layer) == ("activation", 12)
+    assert [(each.method, each.coefficient, each.layer) for each in summary.conditions] == [
+        *(("activation", value, 12) for value in (-1.0, 0.0, 1.0)),
+        ("prompt_neg", None, None),
+        ("prompt_pos", None, None),
+    ]
+    low, zero, high = summary.steered
+    assert (low.relative_state_norm, high.kl_p95) == (0.1, 0.5)
+    # Coefficient 0 was not measured: it costs nothing by definition.
+    assert (zero.relative_state_norm, zero.kl_mean, zero.relative_weight_norm) == (0.0, 0.0, None)
+    assert high.from_zero.interval.mean > 20
+
+
+def test_costs_are_matched_by_method_layer_and_coefficient():
+    costs = [
+        {"coefficient": 1.0, "kl_mean": 1.0},
+        {"method": "activation", "layer": 3, "coefficient": 1.0, "kl_mean": 2.0},
+        {"method": "activation", "layer": 4, "coefficient": 1.0, "kl_mean": 3.0},
+        {"method": "random", "layer": 3, "coefficient": 1.0, "kl_mean": 4.0},
+    ]
+    for condition, expected in (
+        (Condition("lora", 1.0), 1.0),
+        (Condition("activation", 1.0, 3), 2.0),
+        (Condition("activation", 1.0, 4), 3.0),
+        (Condition("random", 1.0, 3), 4.0),
+        (Condition("random", 1.0, 4), None),
+        (Condition("lora", 2.0), None),
+        (Condition("prompt_pos", None), None),
+    ):
+        assert cost_of(condition, costs).get("kl_mean") == expected
+
+
+def test_summary_of_unsteered_rows_alone_compares_them_with_the_prompts(sweep_rows):
+    answers, verdicts = sweep_rows(layers=(3,), coefficients=())
+    summary = _summary(answers, verdicts)
+    assert (summary.method, summary.layer, summary.control) == ("none", None, None)
+    assert [each.coefficient for each in summary.steered] == [0.0]
+    differences = {each.prompt: each.difference.interval for each in summary.prompt_comparisons}
+    assert differences["prompt_pos"].mean == pytest.approx(-25, abs=6)
+    assert differences["prompt_neg"].mean == pytest.approx(25, abs=6)
+
+
+def test_summary_refuses_several_layers(grid_rows):
+    answers, verdicts = grid_rows(questions=1)
+    with pytest.raises(UserError, match=r"several layers \(4, 8, 12, 16\)"):
+        _summary(answers, verdicts)
 
 
 def test_summary_refuses_an_empty_sweep():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from persona_lora.analysis.plots.style import spread
 from persona_lora.analysis.plots.sweep import plot_sweep, plot_sweeps
 from persona_lora.analysis.summary import summarise_run, summarise_sweep
 from persona_lora.core.errors import UserError
@@ -33,6 +32,8 @@ def test_plot_sweep_writes_the_bytes_it_returns_and_repeats_them(make_sweep_run,
         {"coefficients": (1.0,), "prompts": ()},
         {"questions": 1},
         {"coefficients": tuple(np.linspace(-4, 4, 41))},
+        {"layers": (12,), "coefficients": (-1.0, 1.0), "control": True},
+        {"layers": (12,), "coefficients": ()},
     ],
 )
 def test_plot_sweep_draws_degenerate_and_crowded_sweeps(sweep_rows, tmp_path, rows):
@@ -40,6 +41,22 @@ def test_plot_sweep_draws_degenerate_and_crowded_sweeps(sweep_rows, tmp_path, ro
     for kept in (verdicts, []):
         summary = summarise_sweep(answers, kept, [], trait="sycophancy", resamples=50)
         assert plot_sweep(summary, tmp_path / "sweep.png").startswith(PNG_SIGNATURE)
+
+
+def test_plot_sweep_with_a_control_draws_its_curve(sweep_rows, tmp_path):
+    options = {"layers": (12,), "coefficients": (-2.0, 2.0), "seed": 5}
+    pictures = {}
+    for control in (False, True):
+        answers, verdicts = sweep_rows(**options, control=control)
+        summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=50)
+        plot_sweep(summary, tmp_path / "sweep.png")
+        pictures[control] = image.imread(tmp_path / "sweep.png")[:, :, :3]
+    grey = np.array([0x77, 0x80, 0x8A]) / 255
+    drawn = {
+        control: int(np.sum(np.all(np.abs(pixels - grey) < 0.03, axis=2)))
+        for control, pixels in pictures.items()
+    }
+    assert drawn[True] > drawn[False] + 200
 
 
 def test_plot_sweeps_draws_a_panel_per_trait(make_sweep_run, tmp_path):
@@ -55,19 +72,3 @@ def test_plot_sweeps_draws_a_panel_per_trait(make_sweep_run, tmp_path):
 def test_plot_sweeps_refuses_nothing_to_plot(tmp_path):
     with pytest.raises(UserError, match="no sweep to plot"):
         plot_sweeps([], tmp_path / "all.png")
-
-
-@pytest.mark.parametrize(
-    "values", [[50.0, 50.0, 50.0, 50.0], [0.0, 0.0, 1.0], [98.0, 99.0, 100.0], [10.0, 12.0, 80.0]]
-)
-def test_spread_keeps_labels_apart_in_order_and_inside(values):
-    heights = spread(values, gap=6, low=0, high=100)
-    assert np.all(np.diff(heights) >= 6 - 1e-9)
-    assert min(heights) >= 0
-    assert max(heights) <= 100
-
-
-def test_spread_leaves_distant_labels_where_they_are():
-    assert spread([10.0, 40.0, 90.0], gap=6, low=0, high=100) == pytest.approx([10, 40, 90])
-    assert spread([50.0, 50.0], gap=6, low=0, high=100) == pytest.approx([47, 53])
-    assert spread([], gap=6, low=0, high=100) == []

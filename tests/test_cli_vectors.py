@@ -1,0 +1,239 @@
+"""Mistakes with vectors, layers, files and checkpoints: one line, status 2, nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from persona_lora import cli
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.vector_files import load_vector
+from persona_lora.models.structure import weight_fingerprint
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command line as the console script does; return its status, output and error."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def vector(model):
+    generator = torch.Generator().manual_seed(0)
+    directions = {layer: torch.randn(32, generator=generator) for layer in (0, 1)}
+    base = BaseModel("tiny", weight_fingerprint(model))
+    return SteeringVector(directions, base, num_layers=2, trait="sycophancy")
+
+
+@pytest.fixture
+def vector_file(vector, tmp_path):
+    return vector.save(tmp_path / "v.safetensors")
+
+
+def evaluation(model_folder, *more):
+    return (
+        "evaluate", "--model", model_folder, "--trait", "sycophancy", "--dtype", "float32",
+        "--max-new-tokens", 4, "--output", "out/x.csv", *more,
+    )  # fmt: skip
+
+
+def assert_fails(result, *words):
+    status, _, error = result
+    assert status == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert "Traceback" not in error
+
+
+def test_a_vector_of_another_width_or_depth_is_named(run, model_folder, vector, tmp_path):
+    wide = dataclasses.replace(vector, directions={0: torch.ones(48)})
+    path = wide.save(tmp_path / "wide.safetensors")
+    words = evaluation(model_folder, "--vector", path, "--layers", 0)
+    assert_fails(run(*words), "width 48", "width 32")
+    deep = dataclasses.replace(vector, num_layers=30).save(tmp_path / "deep.safetensors")
+    assert_fails(run(*evaluation(model_folder, "--vector", deep, "--layers", 1)), "30 layers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vector_of_other_weights_is_refused_unless_meant(run, model_folder, vector, tmp_path):
+    other = dataclasses.replace(vector, base_model=BaseModel("other", "0" * 32))
+    path = other.save(tmp_path / "other.safetensors")
+    assert_fails(run(*evaluation(model_folder, "--vector", path)), "--allow-other-base", "'other'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_vector_is_named(run, model_folder, vector_file, tmp_path):
+    tensors = load_file(vector_file)
+    with open(vector_file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        metadata = json.loads(stream.read(size))["__metadata__"]
+    tensors["layer.1"][3] = float("nan")
+    save_file(tensors, vector_file, metadata=metadata)
+    words = evaluation(model_folder, "--vector", vector_file)
+    assert_fails(run(*words), "layer 1", "NaN")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--layers", "2"), ("out of range", "0–1")),
+        (("--layers", "0-5"), ("out of range", "0–1")),
+        (("--layers", "one"), ("--layers must be like", "'one'")),
+        (("--positions", "answer"), ("response, prompt, all", "'answer'")),
+        (("--coefficient", "nan"), ("finite",)),
+        (("--coefficient", "1", "--coefficient", "2"), ("1 --vector and 2 --coefficient",)),
+        (("--method", "lora"), ("--method lora needs --diff",)),
+        (("--method", "weights"), ("--method must be one of lora, activation, prompt or none",)),
+        (("--method", "none"), ("--vector has no part in --method none",)),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(run, model_folder, vector_file, words, expected, tmp_path):
+    assert_fails(run(*evaluation(model_folder, "--vector", vector_file, *words)), *expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_vector_and_no_vector_are_named(run, model_folder):
+    assert_fails(run(*evaluation(model_folder, "--vector", "nowhere.pt")), "nowhere.pt")
+    assert_fails(run(*evaluation(model_folder, "--vector", "v.txt")), "v.txt", ".safetensors")
+    assert_fails(
+        run(*evaluation(model_folder, "--method", "activation")),
+        "--method activation needs --vector",
+    )
+
+
+def test_a_sweep_of_nothing_says_what_it_needs(run, model_folder):
+    words = ("sweep", "--trait", "sycophancy", "--model", model_folder)
+    assert_fails(run(*words), "--diff or --vector")
+    assert_fails(run(*words, "--method", "lora"), "--method lora needs --diff")
+
+
+def test_conversion_round_trips_and_refuses_unknown_forms(run, vector_file, vector, tmp_path):
+    status, out, _ = run("vectors", "convert", vector_file, "v.pt", "--form", "published")
+    assert status == 0
+    assert "v.pt" in out
+    back = load_vector(tmp_path / "v.pt")
+    assert torch.equal(back.directions[1], vector.directions[1])
+    status, out, _ = run("vectors", "convert", vector_file, "v.gguf", "--form", "gguf")
+    assert status == 0
+    assert "layer 0 was left out" in out
+    convert = ("vectors", "convert", vector_file)
+    assert_fails(run(*convert, "v.onnx", "--form", "onnx"), "'onnx'")
+    assert_fails(run(*convert, "v.pt", "--form", "lm-eval"), "--layers")
+    assert_fails(run(*convert, "v.npz", "--form", "published"), ".pt")
+    assert not (tmp_path / "v.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--source", "dreams"), ("'dreams'",)),
+        (("--source", "files"), ("--pos-path and --neg-path",)),
+        (("--source", "answers", "--method", "median"), ("'median'", "mean_diff")),
+        (("--source", "answers", "--position", "middle"), ("'middle'",)),
+        (("--source", "answers", "--layers", "7"), ("out of range", "0–1")),
+        (("--source", "prompts", "--samples", "3"), ("temperature above 0",)),
+    ],
+)
+def test_extraction_refuses_what_it_cannot_do(run, model_folder, words, expected, tmp_path):
+    result = run(
+        "extract", "--trait", "sycophancy", "--model", model_folder, "--output", "v", *words
+    )
+    assert_fails(result, *expected)
+    assert not list(tmp_path.glob("v/*.safetensors"))
+
+
+def test_extraction_from_files_names_a_missing_column_and_an_empty_filter(
+    run, model_folder, tmp_path
+):
+    words = (
+        "extract", "--trait", "sycophancy", "--model", model_folder, "--output", "v",
+        "--pos-path", "a.csv", "--neg-path", "a.csv",
+    )  # fmt: skip
+    (tmp_path / "a.csv").write_text("prompt,answer,coherence\np,a,90\n")
+    assert_fails(run(*words), "a.csv", "'sycophancy'")
+    (tmp_path / "a.csv").write_text("prompt,answer,sycophancy,coherence\np,a,90,90\n")
+    assert_fails(run(*words), "0 of 1 pairs pass", "negative ones at or over 50: 1")
+    assert not (tmp_path / "v").exists()
+
+
+def test_projection_names_what_it_cannot_split(run, model_folder, vector_file, tmp_path):
+    words = ("project", "activations", "--model", model_folder, "--output", "p")
+    with_vector = (*words, "--vectors", vector_file)
+    assert_fails(run(*with_vector), "--file", "--labelled")
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    assert_fails(run(*with_vector, "--file", "a.jsonl"), "a.jsonl:1", "cannot be split")
+    (tmp_path / "a.csv").write_text("question,answer\nx,y\n")
+    assert_fails(run(*with_vector, "--file", "a.csv"), "'prompt'")
+    assert_fails(run(*with_vector, "--file", "a.csv", "--type", "mean"), "'mean'")
+    (tmp_path / "a.csv").write_text("prompt,answer\nx,y\n")
+    assert_fails(run(*with_vector, "--file", "a.csv", "--layers", "9"), "out of range")
+    assert_fails(run(*with_vector, "--vectors", vector_file, "--file", "a.csv"), "twice")
+    assert_fails(run(*with_vector, "--file", "a.csv", "--shift"), "--base-model")
+    assert not (tmp_path / "p").exists()
+
+
+def test_projection_takes_lists_in_one_string_and_writes_both_forms(
+    run, model_folder, vector, vector_file, tmp_path
+):
+    other = (-vector).save(tmp_path / "w.safetensors")
+    (tmp_path / "a.csv").write_text("prompt,answer\nHello,yes\nAnd,no\n")
+    status, out, error = run(
+        "project", "activations", "--model", model_folder, "--dtype", "float32",
+        "--vectors", f"{vector_file} {other}", "--layers", "0 1", "--file", "a.csv",
+        "--output", "p", "--columns",
+    )  # fmt: skip
+    assert status == 0, error
+    assert len((tmp_path / "p" / "projections.csv").read_text().splitlines()) == 1 + 2 * 2 * 2
+    header = (tmp_path / "p" / "columns.csv").read_text().splitlines()[0]
+    assert "w_response_avg_layer1" in header
+    assert "p" in out
+
+
+def test_a_folder_without_checkpoints_is_named(run, model_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = ("evaluate-checkpoints", "empty", "--traits", "sycophancy", "--model", model_folder)
+    assert_fails(run(*words), "empty", "checkpoint-N")
+    assert not (tmp_path / "results").exists()
+
+
+def test_generation_names_its_mistakes(run, tmp_path):
+    words = ("traits", "generate", "--definitions", "d.json")
+    assert_fails(run(*words), "d.json")
+    (tmp_path / "d.json").write_text('{"odd": "is odd"}')
+    assert_fails(run(*words, "--local", "--endpoint", "http://x"), "exclude each other")
+    assert_fails(run(*words, "--endpoint", "nowhere"), "base URL")
+    data = ("data", "generate", "--trait", "sycophancy", "--local")
+    assert_fails(run(*data, "--questions-per-domain", "0"), "at least 1")
+    assert_fails(run(*data, "--questions", "nowhere.txt"), "nowhere.txt")
+
+
+def test_personas_name_their_mistakes(run, tmp_path):
+    words = ("persona", "build", "--id", "ann", "--persona-dir", tmp_path)
+    assert_fails(run(*words), "conversations.jsonl", "does not exist")
+    assert_fails(run(*words, "--speaker", "C"), "'C'")
+    (tmp_path / "few.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "Hello there"}]}) + "\n"
+    )
+    assert_fails(run(*words, "--conversations", "few.jsonl"), "1 utterances", "at least 10")
+    assert not (tmp_path / "ann").exists()
