@@ -15,6 +15,13 @@ from persona_lora.cli import (
 from persona_lora.cli.program import app, main
 
 __all__ = [
-    *("app", "checkpoints", "data", "main", "measuring", "personas"),
-    *("projecting", "training", "vectors"),
+    "app",
+    "checkpoints",
+    "data",
+    "main",
+    "measuring",
+    "personas",
+    "projecting",
+    "training",
+    "vectors",
 ]

@@ -147,9 +147,7 @@ def sum_pairs(
     return sums
 
 
-def vector_of(
-    sums: PairSums, method: str, fields: Mapping[str, Any]
-) -> SteeringVector:
+def vector_of(sums: PairSums, method: str, fields: Mapping[str, Any]) -> SteeringVector:
     """Return the steering vector that a method finds in the sums.
 
     ``fields`` are the others of the vector (base model, trait, position, sources). What the
