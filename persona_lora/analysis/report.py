@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from persona_lora.analysis import grid_wording, wording
 from persona_lora.analysis.grid import is_grid
 from persona_lora.analysis.plots.sweep import render_sweeps
+from persona_lora.analysis.report_checkpoints import checkpoints_content
 from persona_lora.analysis.report_grid import grid_content
 from persona_lora.analysis.report_parts import (
     EXAMPLE_COEFFICIENTS,
@@ -29,6 +30,7 @@ from persona_lora.analysis.report_parts import (
     validations,
 )
 from persona_lora.analysis.report_sweep import SweepBody, sweep_content
+from persona_lora.analysis.report_vectors import extract_content, project_content
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
@@ -37,6 +39,9 @@ SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
     "sweep": sweep_content,
     "evaluate": sweep_content,  # one condition: a sweep of one point
     "grid": grid_content,
+    "extract": extract_content,
+    "project": project_content,
+    "evaluate-checkpoints": checkpoints_content,
 }
 
 

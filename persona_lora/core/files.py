@@ -129,6 +129,37 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Read the rows of a CSV that has at least ``columns``, every cell as text.
+
+    Raises UserError for a file that is missing or no UTF-8 CSV, and names a missing column or a
+    row with more or fewer cells than the header.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+            found = list(reader.fieldnames or [])
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path} is not valid CSV: {error}; write it anew") from error
+    missing = [column for column in columns if column not in found]
+    if missing:
+        has = ", ".join(found) or "no columns"
+        raise UserError(f"{path} has no column {missing[0]!r}; it has {has}")
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise UserError(
+                f"{path}: row {number} has more or fewer cells than the header; quote cells that "
+                "hold commas or line breaks"
+            )
+    return rows
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows under ``columns``, atomically; a missing or None value is an empty cell."""
     with (

@@ -7,8 +7,8 @@ should, and take the difference of their mean hidden states at every layer.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from persona_lora.analysis.scores import answers_columns, answers_table
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv
+from persona_lora.core.files import read_csv, write_csv
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
@@ -228,8 +228,14 @@ def from_answers(
     """Extract from the trait's contrastive training pairs: no generation, no judge, no filter.
 
     Both answers follow the same prompt, so the states of the prompt do not differ, and only
-    "response_avg" has a direction.
+    "response_avg" has a direction: the other positions are left out, and UserError where it is
+    not among them.
     """
+    if "response_avg" not in options.positions:
+        raise UserError(
+            f"training pairs share their prompts, which then have no direction; extract "
+            f"response_avg, or {options.positions[0]} with --source prompts"
+        )
     options = dataclasses.replace(options, positions=("response_avg",))
     pairs = load_pairs(trait)
     run = _open(output, chat_model, trait, options, {"source": "answers"}, 0, overwrite)
@@ -305,23 +311,16 @@ def filter_pairs(
 
 def read_judged(path: Path, trait: str) -> list[JudgedAnswer]:
     """Read a CSV of judged answers; UserError names a missing column or a score that is none."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check the path")
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        found = reader.fieldnames or []
-        for column in ("prompt", "answer", trait, COHERENCE):
-            if column not in found:
-                raise UserError(f"{path} has no column {column!r}; it has {', '.join(found)}")
-        return [
-            JudgedAnswer(
-                row["prompt"],
-                row["answer"],
-                _score(row[trait], f"{path}: row {number}"),
-                _score(row[COHERENCE], f"{path}: row {number}"),
-            )
-            for number, row in enumerate(reader, start=1)
-        ]
+    rows = read_csv(path, ("prompt", "answer", trait, COHERENCE))
+    return [
+        JudgedAnswer(
+            row["prompt"],
+            row["answer"],
+            _score(row[trait], f"{path}: row {number}"),
+            _score(row[COHERENCE], f"{path}: row {number}"),
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 def _failures(positive: JudgedAnswer, negative: JudgedAnswer, thresholds: Thresholds) -> list[str]:
@@ -441,10 +440,11 @@ def _open(
     )
 
 
-def _score(text: str | None, where: str) -> float | None:
-    if text is None or not text.strip():
+def _score(text: str, where: str) -> float | None:
+    if not text.strip():
         return None
     try:
-        return float(text)
+        score = float(text)
     except ValueError as error:
         raise UserError(f"{where} scores {text!r}; expected a number or an empty cell") from error
+    return score if math.isfinite(score) else None  # other tools write nan for an empty cell

@@ -6,7 +6,6 @@ base model, finetuned minus base (Chen et al. 2025, arXiv:2507.21509).
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor
 from persona_lora.analysis.separation import Separation, separation
 from persona_lora.core.chat import Conversation, Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.files import read_csv, read_jsonl, write_csv
 from persona_lora.core.personas import messages_of
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
@@ -227,14 +226,8 @@ def best_separation(run: Run) -> dict[str, tuple[int, Separation]]:
 
 
 def _read_csv(path: Path) -> Texts:
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        found = reader.fieldnames or []
-        missing = [name for name in ("prompt", "answer") if name not in found]
-        if missing:
-            raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(found)}")
-        rows = list(reader)
-    exchanges = tuple((str(row["prompt"]), str(row["answer"])) for row in rows)
+    rows = read_csv(path, ("prompt", "answer"))
+    exchanges = tuple((row["prompt"], row["answer"]) for row in rows)
     return Texts(str(path), _filled(exchanges, path), tuple(rows))
 
 

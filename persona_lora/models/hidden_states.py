@@ -40,6 +40,7 @@ def stream_hidden_means(
     *,
     positions: Sequence[str] = POSITIONS,
     layers: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[HiddenMeans]:
     """Yield the mean hidden states of texts, batch by batch, in an order by length.
@@ -48,10 +49,11 @@ def stream_hidden_means(
     is the mean of the last n, "prompt_avg" of the first p, "prompt_last" is hₚ. ``layers`` are all
     of the model by default; the forward pass ends after the last of them, and makes no logits.
     Each batch is reduced inside the blocks: memory does not grow with the number of texts.
-    ``progress`` is called with texts done and texts planned.
+    ``progress`` is called with texts done and texts planned. ``names`` are what errors call the
+    texts; "row 3" by default.
 
     Raises UserError at once for unknown positions, layers out of range, and texts without the
-    tokens that a position needs; and when a state is NaN or infinite, naming row and layer.
+    tokens that a position needs; and when a state is NaN or infinite, naming text and layer.
     """
     unknown = [position for position in positions if position not in POSITIONS]
     if unknown or not positions:
@@ -65,16 +67,19 @@ def stream_hidden_means(
             )
     if not wanted:
         raise UserError("hidden states of no layer were asked for; name at least one")
-    _check_tokens(texts, positions)
-    return _stream(chat_model, texts, tuple(positions), wanted, progress)
+    called = list(names) if names is not None else [f"row {row}" for row in range(len(texts))]
+    _check_tokens(texts, positions, called)
+    return _stream(chat_model, texts, tuple(positions), wanted, called, progress)
 
 
-def _check_tokens(texts: Sequence[TokenizedExchange], positions: Sequence[str]) -> None:
-    for row, text in enumerate(texts):
+def _check_tokens(
+    texts: Sequence[TokenizedExchange], positions: Sequence[str], names: Sequence[str]
+) -> None:
+    for text, name in zip(texts, names, strict=True):
         if "response_avg" in positions and not text.answer:
-            raise UserError(f"the answer of row {row} is empty: no mean over it; leave it out")
+            raise UserError(f"the answer of {name} is empty: no mean over it; leave it out")
         if not text.prompt and {"prompt_avg", "prompt_last"} & set(positions):
-            raise UserError(f"the prompt of row {row} is empty: no mean over it; leave it out")
+            raise UserError(f"the prompt of {name} is empty: no mean over it; leave it out")
 
 
 def _stream(
@@ -82,12 +87,13 @@ def _stream(
     texts: Sequence[TokenizedExchange],
     positions: tuple[str, ...],
     layers: list[int],
+    names: list[str],
     progress: Progress | None,
 ) -> Iterator[HiddenMeans]:
     done = 0
     for rows in batches_by_length([len(text.prompt) + len(text.answer) for text in texts]):
         means = _means_of_batch(chat_model, [texts[row] for row in rows], positions, layers)
-        _check_finite(means, rows, layers)
+        _check_finite(means, [names[row] for row in rows], layers)
         done += len(rows)
         if progress is not None:
             progress(done, len(texts))
@@ -133,13 +139,13 @@ def averaging_weights(
     return weights
 
 
-def _check_finite(means: Tensor, rows: Sequence[int], layers: Sequence[int]) -> None:
+def _check_finite(means: Tensor, names: Sequence[str], layers: Sequence[int]) -> None:
     if bool(torch.isfinite(means).all()):
         return
     broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
     row, layer = broken.nonzero()[0].tolist()
     raise UserError(
-        f"the hidden states of row {rows[row]} at layer {layers[layer]} hold NaN or infinity; "
+        f"the hidden states of {names[row]} at layer {layers[layer]} hold NaN or infinity; "
         "the model overflows or its weights are broken: load it in float32 or bfloat16"
     )
 

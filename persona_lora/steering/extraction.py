@@ -129,8 +129,9 @@ def sum_pairs(
         chunk = order[start : start + PAIRS_PER_CHUNK]
         texts = [positive[index] for index in chunk] + [negative[index] for index in chunk]
         states: Tensor | None = None  # [2 · pairs, positions, layers, hidden]
+        names = [f"pair {index} ({sign})" for sign in ("positive", "negative") for index in chunk]
         for rows, means in stream_hidden_means(
-            chat_model, texts, positions=positions, layers=layers
+            chat_model, texts, positions=positions, layers=layers, names=names
         ):
             if states is None:
                 states = means.new_empty(len(texts), *means.shape[1:])

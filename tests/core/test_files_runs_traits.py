@@ -25,6 +25,35 @@ def test_jsonl_round_trip_and_the_line_of_a_mistake(tmp_path):
         files.read_jsonl(path)
 
 
+def test_csv_round_trip(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [{"a": "x, y", "b": "two\nlines"}, {"a": "ü", "b": ""}]
+    files.write_csv(path, ["a", "b"], rows)
+    assert files.read_csv(path, ["b"]) == rows
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
+    assert files.read_csv(path, ["a"]) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,\xff\n", "rows.csv is not UTF-8"),
+        (b"a,b\n1,2\n3\n", "rows.csv: row 2 has more or fewer cells"),
+        (b"a,b\n1,2,3\n", "rows.csv: row 1 has more or fewer cells"),
+        (b"a,b\n1," + b"x" * 140_000 + b"\n", "rows.csv is not valid CSV"),
+        (b"a,c\n1,2\n", "rows.csv has no column 'b'; it has a, c"),
+        (b"", "rows.csv has no column 'a'; it has no columns"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_says_why(tmp_path, content, message):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        files.read_csv(path, ["a", "b"])
+    with pytest.raises(UserError, match="does not exist"):
+        files.read_csv(tmp_path / "other.csv", ["a"])
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "value.json"
     files.write_json(path, {"a": 1})

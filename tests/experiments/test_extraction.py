@@ -154,6 +154,10 @@ def test_training_pairs_extract_without_a_judge(chat_model, trait, datasets, tmp
     result = from_answers(chat_model, trait, tmp_path / "v", options)
     assert list(result.vectors) == [f"cheer_response_avg{x}" for x in ("", "_svd", "_pca")]
     assert all(vector.layers == (1,) for vector in result.vectors.values())
+    with pytest.raises(UserError, match="prompt_last with --source prompts"):
+        from_answers(
+            chat_model, trait, tmp_path / "p", ExtractionOptions(positions=("prompt_last",))
+        )
     lengths = {round(vector.norms()[1], 4) for vector in result.vectors.values()}
     assert len(lengths) == 1  # one coefficient means the same for all three
 
@@ -200,6 +204,15 @@ def test_a_csv_that_cannot_be_used_is_named(tmp_path, text, message):
         read_judged(path, "cheer")
     with pytest.raises(UserError, match="does not exist"):
         read_judged(tmp_path / "b.csv", "cheer")
+
+
+def test_an_empty_cell_and_nan_are_unscored(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("cheer,coherence,prompt,answer\n,80,p,a\nnan,80,p,a\n90,inf,p,a\n")
+    rows = read_judged(path, "cheer")
+    assert [row.trait for row in rows] == [None, None, 90.0]
+    pairs = [(row, answer(10.0)) for row in rows]
+    assert filter_pairs(pairs, Thresholds(least_pairs=0)).failed["unscored"] == 3
 
 
 def test_files_of_unequal_length_write_nothing(chat_model, trait, tmp_path):

@@ -120,6 +120,24 @@ def test_a_pass_over_texts_equals_a_loop_over_them(chat_model, texts, monkeypatc
     assert sums["prompt_last"].difference.abs().max() < 1e-4
 
 
+def test_a_nan_names_the_pair_and_the_side(chat_model, texts, monkeypatch):
+    monkeypatch.setattr(extraction, "PAIRS_PER_CHUNK", 4)
+    spoilt = [*texts[1]]
+    (unused,) = chat_model.tokenizer("~")["input_ids"]
+    spoilt[3] = spoilt[3]._replace(answer=[unused])
+    chat_model.model.model.embed_tokens.weight.data[unused] = torch.nan
+    with pytest.raises(UserError, match=r"pair 3 \(negative\) at layer 0 hold NaN"):
+        sum_pairs(chat_model, texts[0], spoilt, positions=["response_avg"], layers=[0, 1])
+    with pytest.raises(UserError, match=r"answer of pair 0 \(negative\) is empty"):
+        sum_pairs(
+            chat_model,
+            texts[0],
+            [texts[1][0]._replace(answer=[]), *texts[1][1:]],
+            positions=["response_avg"],
+            layers=[0],
+        )
+
+
 def test_a_random_control_has_the_norms_and_repeats_for_a_seed(states):
     vector = vector_of(sums_of(*states, 40), "mean_diff", FIELDS)
     control = random_like(vector, seed=1)

@@ -1,0 +1,214 @@
+"""Reading ``evaluate-checkpoints`` runs: curves over steps, agreement, and cross-persona tables.
+
+Every function starts from the rows of ``checkpoints.jsonl`` and ``cosines.jsonl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, rankdata, spearmanr
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+
+FEWEST_POINTS = 4
+MOST_EXACT = 7  # up to so many points, every order is tried; above, a sample of orders
+SAMPLED_ORDERS = 5000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One statistic of one checkpoint, with its interval; None where it could not be had."""
+
+    step: int
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One statistic over the steps of a finetune."""
+
+    trait: str
+    statistic: str
+    vector: str | None
+    layer: int | None
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """How two numbers go together over ``n`` points; ``p`` is a permutation test on ρ.
+
+    None with a reason where there are too few points, or one of them does not vary.
+    """
+
+    rho: float | None
+    r: float | None
+    p: float | None
+    n: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Over checkpoints: does a projection (or shift) on a vector go with the judged trait?"""
+
+    trait: str
+    statistic: str
+    vector: str
+    layer: int
+    correlation: Correlation
+
+
+@dataclass(frozen=True)
+class CrossPoint:
+    """One finetune looked at through another trait's vector.
+
+    ``cosine`` is between the vectors of the trait finetuned on and of the other trait;
+    ``score`` is the other trait's judged score at the last checkpoint minus the base's, and
+    ``shift`` the finetuning shift on the other trait's vector there.
+    """
+
+    finetuned_on: str
+    other: str
+    layer: int
+    cosine: float
+    score: float | None
+    shift: float | None
+
+
+def curves(run: Run) -> list[Curve]:
+    """Return every curve of a run, in the order of its rows."""
+    grouped: dict[tuple[str, str, str | None, int | None], list[Point]] = {}
+    for row in run.read("checkpoints"):
+        key = (row["trait"], row["statistic"], row["vector"], row["layer"])
+        point = Point(row["step"], row["value"], row["low"], row["high"])
+        grouped.setdefault(key, []).append(point)
+    if not grouped:
+        raise UserError(f"{run.folder} holds no rows of checkpoints; run evaluate-checkpoints")
+    return [
+        Curve(*key, points=tuple(sorted(points, key=lambda point: point.step)))
+        for key, points in grouped.items()
+    ]
+
+
+def agreements(run: Run) -> list[Agreement]:
+    """Return the correlation of every projection and shift with the score of the same trait."""
+    every = curves(run)
+    scores = {curve.trait: curve for curve in every if curve.statistic == "trait"}
+    return [
+        Agreement(
+            curve.trait,
+            curve.statistic,
+            curve.vector,
+            curve.layer,
+            correlation(*_paired(curve, scores[curve.trait])),
+        )
+        for curve in every
+        if curve.vector is not None and curve.layer is not None and curve.trait in scores
+    ]
+
+
+def cross_persona(runs: Sequence[Run]) -> list[CrossPoint]:
+    """Return one point for every finetune and every other trait that was judged and has a vector.
+
+    Vectors are matched to traits by their own trait, or by the beginning of their name.
+    """
+    points = []
+    for run in runs:
+        tuned = run.record["config"].get("finetuned_on")
+        if tuned is None:
+            raise UserError(f"{run.folder} does not say what it was finetuned on (--finetuned-on)")
+        every = curves(run)
+        for cosine in run.read("cosines"):
+            names = (cosine["vector"], cosine["other"])
+            own = next((name for name in names if _is_of(name, tuned)), None)
+            if own is None:
+                continue
+            other_vector = names[1] if names[0] == own else names[0]
+            traits = {curve.trait for curve in every}
+            other = next((t for t in sorted(traits) if _is_of(other_vector, t)), None)
+            if other is None or other == tuned:
+                continue
+            points.append(
+                CrossPoint(
+                    tuned,
+                    other,
+                    cosine["layer"],
+                    cosine["cosine"],
+                    _change(every, other, "trait", None, None),
+                    _last(every, other, "shift", other_vector, cosine["layer"]),
+                )
+            )
+    return points
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """Return Spearman's ρ with its permutation p, and Pearson's r, of paired numbers."""
+    n = len(x)
+    if n < FEWEST_POINTS:
+        return Correlation(None, None, None, n, f"{n} points, at least {FEWEST_POINTS} needed")
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return Correlation(None, None, None, n, "one of the two does not vary")
+    rho = float(spearmanr(x, y).statistic)
+    return Correlation(rho, float(pearsonr(x, y).statistic), _permutation_p(x, y, rho), n)
+
+
+def _permutation_p(x: Sequence[float], y: Sequence[float], rho: float) -> float:
+    """Return the two-sided p of ρ over orders of y: all of them, or a sample of a fixed seed."""
+    ranks_x, ranks_y = rankdata(x), rankdata(y)
+    if len(x) <= MOST_EXACT:
+        orders = np.array(list(permutations(ranks_y)))
+        extra = 0
+    else:
+        random = np.random.default_rng(0)
+        orders = np.array([random.permutation(ranks_y) for _ in range(SAMPLED_ORDERS)])
+        extra = 1
+    centred = ranks_x - ranks_x.mean()
+    spread = np.linalg.norm(centred) * np.linalg.norm(ranks_y - ranks_y.mean())
+    rhos = (orders - ranks_y.mean()) @ centred / spread
+    hits = int(np.sum(np.abs(rhos) >= abs(rho) - 1e-9)) + extra
+    return hits / (len(orders) + extra)
+
+
+def _paired(one: Curve, other: Curve) -> tuple[list[float], list[float]]:
+    """Return the values of two curves at the steps that both have."""
+    values = {point.step: point.value for point in other.points}
+    pairs = [
+        (point.value, values[point.step])
+        for point in one.points
+        if point.value is not None and values.get(point.step) is not None
+    ]
+    return [float(a) for a, _ in pairs], [float(b or 0.0) for _, b in pairs]
+
+
+def _find(
+    every: Sequence[Curve], trait: str, statistic: str, vector: str | None, layer: int | None
+) -> Curve | None:
+    wanted = (trait, statistic, vector, layer)
+    found = (c for c in every if (c.trait, c.statistic, c.vector, c.layer) == wanted)
+    return next(found, None)
+
+
+def _last(every: Sequence[Curve], trait: str, statistic: str, *place: Any) -> float | None:
+    curve = _find(every, trait, statistic, *place)
+    return None if curve is None else curve.points[-1].value
+
+
+def _change(every: Sequence[Curve], trait: str, statistic: str, *place: Any) -> float | None:
+    curve = _find(every, trait, statistic, *place)
+    if curve is None or curve.points[0].value is None or curve.points[-1].value is None:
+        return None
+    return curve.points[-1].value - curve.points[0].value
+
+
+def _is_of(vector: str, trait: str) -> bool:
+    name = vector.rpartition("/")[2]
+    return name == trait or name.startswith(f"{trait}_")
