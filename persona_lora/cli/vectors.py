@@ -109,6 +109,7 @@ def extract(
     """
     from persona_lora.core.traits import load_trait
     from persona_lora.experiments import extraction
+    from persona_lora.experiments.judged_pairs import Thresholds
 
     chosen = source or ("files" if pos_path or neg_path else "prompts")
     if chosen not in SOURCES:
@@ -116,9 +117,7 @@ def extract(
     if chosen == "files" and (pos_path is None or neg_path is None):
         raise UserError("--source files needs both --pos-path and --neg-path")
     loaded = load_trait(trait, datasets_dir)
-    thresholds = extraction.Thresholds(
-        positive_threshold, negative_threshold, coherence_threshold, min_pairs
-    )
+    thresholds = Thresholds(positive_threshold, negative_threshold, coherence_threshold, min_pairs)
     generation = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     chat_model = load_model(model, None, dtype, device_map)

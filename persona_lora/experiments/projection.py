@@ -103,25 +103,17 @@ def project_texts(
     for name, vector in vectors.items():
         check_fits(chat_model, vector, name)
         vector.at(layers)
-    own = project_hidden_states(
-        chat_model,
-        tokenized,
-        vectors,
-        layers,
-        positions=positions,
-        progress=staged(report, "projecting"),
-    )
-    below = None
+
+    def project(model: ChatModel, stage: str) -> Tensor:
+        listening = staged(report, stage)
+        return project_hidden_states(
+            model, tokenized, vectors, layers, positions=positions, progress=listening
+        )
+
+    own, below = project(chat_model, "projecting"), None
     if base is not None:
         with base as base_model:
-            below = project_hidden_states(
-                base_model,
-                tokenized,
-                vectors,
-                layers,
-                positions=positions,
-                progress=staged(report, "projecting (base)"),
-            )
+            below = project(base_model, "projecting (base)")
     rows = _long_rows(vectors, layers, positions, own, below)
     run = Run.open(
         output,

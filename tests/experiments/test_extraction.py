@@ -15,13 +15,15 @@ from persona_lora.experiments.evaluation import GenerationOptions
 from persona_lora.experiments.extraction import (
     Elicitation,
     ExtractionOptions,
-    JudgedAnswer,
-    Thresholds,
-    filter_pairs,
     from_answers,
     from_files,
     from_prompts,
     plan_pairs,
+)
+from persona_lora.experiments.judged_pairs import (
+    JudgedAnswer,
+    Thresholds,
+    filter_pairs,
     read_judged,
 )
 from persona_lora.models.generation import generate_answers
