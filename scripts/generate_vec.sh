@@ -15,7 +15,7 @@ for trait in "${@:-sycophancy}"; do
             --method mean_diff,svd,pca
     else
         persona-lora extract --model "$model" --trait "$trait" --source prompts \
-            --samples "${SAMPLES:-2}" --temperature 1 --max-new-tokens 60 \
+            --samples "${SAMPLES:-1}" --temperature "${TEMPERATURE:-0}" --max-new-tokens 60 \
             --positive-threshold "${POSITIVE:-50}" --negative-threshold "${NEGATIVE:-50}"
     fi
 done
