@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -64,3 +67,40 @@ class ParityJudge:
 @pytest.fixture
 def judge():
     return ParityJudge()
+
+
+@pytest.fixture
+def server():
+    """An endpoint that repeats the last message, or gives ``replies``, after ``faults``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        faults: ClassVar[list[int]] = []
+        bodies: ClassVar[list[dict]] = []
+        replies: ClassVar[list[str]] = []
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status = self.faults.pop(0) if self.faults else 200
+            text = body["messages"][-1]["content"]
+            self.bodies.append(body)
+            reply = self.replies.pop(0) if self.replies else f"re: {text}"
+            message = {"role": "assistant", "content": "" if text == "empty" else reply}
+            value = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+            data = json.dumps(value if status == 200 else {"error": {"message": "no"}}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Retry-After-Ms", "1")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            """Keep quiet."""
+
+    Handler.faults, Handler.bodies, Handler.replies = [], [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    Handler.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield Handler
+    server.shutdown()
+    server.server_close()

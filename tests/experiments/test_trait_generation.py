@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from persona_lora import cli
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import load_trait
 from persona_lora.experiments.trait_generation import (
@@ -117,3 +118,21 @@ def test_malformed_definitions_are_named(tmp_path, value, message):
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=message):
         read_definitions(path)
+
+
+def test_the_command_makes_a_trait_through_a_real_endpoint(server, tmp_path, monkeypatch, capsys):
+    server.faults += [500]
+    server.replies += ["not yet", json.dumps(GOOD)]
+    (tmp_path / "definitions.json").write_text(json.dumps({"anxious": "worries aloud"}))
+    words = (
+        *("traits", "generate", "--definitions", tmp_path / "definitions.json"),
+        *("--endpoint", server.url, "--model", "m", "--datasets-dir", tmp_path / "made"),
+    )
+    monkeypatch.setattr("sys.argv", ["persona-lora", *map(str, words)])
+    cli.main()
+    assert "anxious: written" in capsys.readouterr().out
+    assert load_trait("anxious", tmp_path / "made").eval_prompt == GOOD["eval_prompt"]
+    assert len(server.bodies) == 3  # a fault that passed, a reply to be mended, the good one
+    cli.main()
+    assert "anxious: kept" in capsys.readouterr().out
+    assert len(server.bodies) == 3

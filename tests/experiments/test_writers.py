@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
-
 import pytest
 
 from persona_lora.core.chat import user_question
@@ -14,41 +9,6 @@ from persona_lora.core.errors import UserError
 from persona_lora.experiments.writers import Endpoint, EndpointWriter, LocalWriter
 
 ASKED = {"max_tokens": 16, "temperature": 0.0, "seed": 3}
-
-
-@pytest.fixture
-def server():
-    """Repeats the last message, after as many faults as it is told."""
-
-    class Handler(BaseHTTPRequestHandler):
-        faults: ClassVar[list[int]] = []
-        bodies: ClassVar[list[dict]] = []
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status = self.faults.pop(0) if self.faults else 200
-            text = body["messages"][-1]["content"]
-            self.bodies.append(body)
-            message = {"role": "assistant", "content": "" if text == "empty" else f"re: {text}"}
-            value = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-            data = json.dumps(value if status == 200 else {"error": {"message": "no"}}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Retry-After-Ms", "1")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments):
-            """Keep quiet."""
-
-    Handler.faults, Handler.bodies = [], []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    Handler.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield Handler
-    server.shutdown()
-    server.server_close()
 
 
 def writer_of(server, **options):
