@@ -83,7 +83,7 @@ def server():
             status = self.faults.pop(0) if self.faults else 200
             text = body["messages"][-1]["content"]
             self.bodies.append(body)
-            reply = self.replies.pop(0) if self.replies else f"re: {text}"
+            reply = self.replies.pop(0) if self.replies and status == 200 else f"re: {text}"
             message = {"role": "assistant", "content": "" if text == "empty" else reply}
             value = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
             data = json.dumps(value if status == 200 else {"error": {"message": "no"}}).encode()
