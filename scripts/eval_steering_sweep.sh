@@ -12,6 +12,6 @@ for trait in "${@:-sycophancy}"; do
     [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
     persona-lora sweep --model "$model" --trait "$trait" --vector "$vector" --split extract \
         --layers "${LAYERS:-10-25:5}" --coefficients "${COEFFICIENTS:--2 2 3}" \
-        --max-questions "${QUESTIONS:-8}" --max-new-tokens 60 --no-references \
+        --max-questions "${QUESTIONS:-10}" --max-new-tokens 60 --no-references \
         --output "results/layers/$trait"
 done

@@ -14,7 +14,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from persona_lora.analysis import grid_wording, wording
+from persona_lora.analysis.finetunes import cross_persona
 from persona_lora.analysis.grid import is_grid
+from persona_lora.analysis.plots.checkpoints import render_cross_persona
 from persona_lora.analysis.plots.sweep import render_sweeps
 from persona_lora.analysis.report_checkpoints import checkpoints_content
 from persona_lora.analysis.report_grid import grid_content
@@ -85,7 +87,10 @@ def write_report(
     ]
     template = _environment().get_template("report.html.j2")
     page = template.render(
-        sections=sections, overview=_overview(sections), heading=_heading(sections)
+        sections=sections,
+        overview=_overview(sections),
+        across=_across([Run(folder) for folder in folders]),
+        heading=_heading(sections),
     )
     write_text(Path(path), page)
     return Path(path)
@@ -127,6 +132,15 @@ def _overview(sections: Sequence[Section]) -> str | None:
     bodies = [section.content.body for section in sections]
     summaries = [body.summary for body in bodies if isinstance(body, SweepBody)]
     return data_uri(render_sweeps(summaries)) if len(summaries) > 1 else None
+
+
+def _across(runs: Sequence[Run]) -> str | None:
+    """Return what several finetunes did to other traits, or None where it cannot be told."""
+    finetunes = [run for run in runs if run_kind(run) == "evaluate-checkpoints"]
+    told = [run for run in finetunes if run.record["config"].get("finetuned_on") is not None]
+    if len(told) < 2 or not cross_persona(told):
+        return None
+    return data_uri(render_cross_persona(told))
 
 
 def _heading(sections: Sequence[Section]) -> str:

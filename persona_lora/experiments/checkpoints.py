@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from persona_lora.analysis.plots.checkpoints import plot_checkpoints
 from persona_lora.analysis.resampling import Interval, bootstrap_mean
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
@@ -104,7 +105,7 @@ def evaluate_checkpoints(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
-    """Write ``checkpoints.jsonl``, ``cosines.jsonl`` and ``checkpoints.csv`` into ``output``.
+    """Write ``checkpoints.jsonl`` and ``.csv``, ``cosines.jsonl`` and a plot into ``output``.
 
     ``base`` is the model that was finetuned. ``judge_of`` gives what builds the judge of a trait
     over the base model; each is built once, and only where something is left to judge. A
@@ -143,6 +144,7 @@ def evaluate_checkpoints(
             report("checkpoints", len(checkpoints), len(checkpoints))
         run.write("cosines", _cosines(measures))
         write_csv(run.folder / "checkpoints.csv", COLUMNS, run.read("checkpoints"))
+        plot_checkpoints(run, run.folder / "checkpoints.png")
     return run
 
 

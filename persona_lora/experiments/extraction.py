@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.analysis.plots.vectors import plot_vectors_over_layers
 from persona_lora.analysis.scores import answers_columns, answers_table
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
@@ -301,7 +302,7 @@ def _vectors(
     sources: Mapping[str, Any],
     report: Report | None,
 ) -> tuple[dict[str, SteeringVector], tuple[Path, ...]]:
-    """Make every vector, then write them all."""
+    """Make every vector, then write them all, and a picture of them."""
     depth = len(decoder_layers(chat_model.model))
     sums = sum_pairs(
         chat_model,
@@ -331,6 +332,7 @@ def _vectors(
     paths = tuple(
         vector.save(run.folder / f"{name}.safetensors") for name, vector in vectors.items()
     )
+    plot_vectors_over_layers(vectors, run.folder / "vectors.png")
     return vectors, paths
 
 

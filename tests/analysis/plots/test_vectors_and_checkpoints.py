@@ -142,6 +142,14 @@ def test_one_page_shows_runs_of_every_kind(vectors, finetune, tmp_path):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+def test_several_finetunes_get_a_picture_of_what_they_do_to_other_traits(finetune, tmp_path):
+    runs = [finetune("evil"), finetune("sycophancy")]
+    one = write_report([runs[0].folder], tmp_path / "one.html").read_text()
+    both = write_report([run.folder for run in runs], tmp_path / "both.html").read_text()
+    assert one.count("data:image/png;base64,") == 1
+    assert both.count("data:image/png;base64,") == 3
+
+
 def test_a_run_without_its_rows_is_named(tmp_path):
     for command, message in (
         ("extract", "holds no vectors"),
