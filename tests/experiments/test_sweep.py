@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from persona_lora.steering.extraction import random_like
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
@@ -18,6 +17,7 @@ from persona_lora.experiments.populations import (
 from persona_lora.experiments.sweep import SweepOptions, sweep
 from persona_lora.models.generation import generate_answers
 from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.extraction import random_like
 from persona_lora.steering.weights import LoRASteerer
 
 OPTIONS = GenerationOptions(max_new_tokens=8)
