@@ -50,7 +50,8 @@ class Answer:
 class Verdict:
     """A judge's score for one answer on one criterion (a trait's name, or "coherence").
 
-    ``score`` is 0–100, or None when the judge could not score; ``reason`` then says why.
+    ``score`` is 0–100 (1–5 for a persona's fit), or None when the judge could not score;
+    ``reason`` then says why.
     """
 
     criterion: str

@@ -120,6 +120,34 @@ def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
     return Persona(persona_id, path.parent, tuple(rows))
 
 
+@dataclass(frozen=True)
+class PersonaPrompts:
+    """What is said to a persona: ``train`` prompts to search on, ``held_out`` ones to report on."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def load_persona_prompts(path: Path | None = None) -> PersonaPrompts:
+    """Read ``prompts.json`` of the personas folder; UserError where a prompt is in both parts."""
+    path = path if path is not None else default_personas_folder() / "prompts.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a file with train and held_out prompts")
+    value = read_json(path)
+    train, held_out = (_prompts(value, key, path) for key in ("train", "held_out"))
+    both = sorted(set(train) & set(held_out))
+    if both:
+        raise UserError(f"{path}: {both[0]!r} is in train and in held_out; keep them apart")
+    return PersonaPrompts(train, held_out)
+
+
+def _prompts(value: Any, key: str, path: Path) -> tuple[str, ...]:
+    part = value.get(key) if isinstance(value, dict) else None
+    if not (isinstance(part, list) and part and all(isinstance(p, str) and p for p in part)):
+        raise UserError(f'{path} must hold a list of prompts under "{key}"')
+    return tuple(part)
+
+
 def conversation_rows(conversations: Sequence[PersonaConversation]) -> list[dict[str, Any]]:
     """Return conversations as rows of ``conversations.jsonl``."""
     return [

@@ -6,7 +6,7 @@ Raw coefficients do not travel between models, methods and training recipes; the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from persona_lora.models.generation import Progress, generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
+from persona_lora.steering.methods import Steerer
 
 ANSWER_TOKENS = 40
 ROWS_PER_PASS = 16
@@ -76,7 +77,7 @@ def measure_costs(
     progress: Progress | None = None,
 ) -> list[Cost]:
     """Measure the cost of every condition with a coefficient, many of them a forward pass."""
-    texts = _ordinary_texts(chat_model, prompts)
+    texts = ordinary_texts(chat_model, prompts)
     conditions = [each for each in population.conditions() if each.coefficient is not None]
     chunks = [
         conditions[start : start + ROWS_PER_PASS]
@@ -88,25 +89,49 @@ def measure_costs(
             steerer = population.steerer(
                 chat_model.model, [UNSTEERED, *chunk], allow_other_base=allow_other_base
             )
-            by_token = []
-            with steerer:
-                steerer.select_rows(range(len(chunk) + 1))
-                for index, text in enumerate(texts):
-                    steerer.select_positions(_response_mask(text))
-                    norms.answer = len(text.answer)
-                    by_token.append(token_divergences(chat_model, text, num_rows=len(chunk) + 1))
-                    if progress is not None:
-                        progress(done * len(texts) + index + 1, len(chunks) * len(texts))
-            divergences = torch.cat(by_token, dim=1).double().cpu()  # [conditions, tokens]
+
+            def before(index: int, chunk_index: int = done) -> None:
+                norms.answer = len(texts[index].answer)
+                if progress is not None:
+                    progress(chunk_index * len(texts) + index, len(chunks) * len(texts))
+
+            divergences = row_divergences(
+                chat_model, steerer, texts, num_rows=len(chunk) + 1, before_text=before
+            )
             weight_norm, state_norms = _norms_of(chat_model, population, norms.means())
             costs += [
                 _cost(condition, row, weight_norm, state_norms)
                 for condition, row in zip(chunk, divergences, strict=True)
             ]
+    if progress is not None:
+        progress(len(chunks) * len(texts), len(chunks) * len(texts))
     return costs
 
 
-def _ordinary_texts(chat_model: ChatModel, prompts: Sequence[str]) -> list[TokenizedExchange]:
+def row_divergences(
+    chat_model: ChatModel,
+    steerer: Steerer,
+    texts: Sequence[TokenizedExchange],
+    *,
+    num_rows: int,
+    before_text: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Return KL(p₀ ‖ pᵣ) of a steerer's rows 1 … at every answer token: ``[num_rows − 1, tokens]``.
+
+    Row 0 of the steerer must be unsteered. float64, on the CPU.
+    """
+    by_token = []
+    with steerer:
+        steerer.select_rows(range(num_rows))
+        for index, text in enumerate(texts):
+            if before_text is not None:
+                before_text(index)
+            steerer.select_positions(_response_mask(text))
+            by_token.append(token_divergences(chat_model, text, num_rows=num_rows))
+    return torch.cat(by_token, dim=1).double().cpu()
+
+
+def ordinary_texts(chat_model: ChatModel, prompts: Sequence[str]) -> list[TokenizedExchange]:
     """Return the prompts with the unsteered model's own greedy answers, as token ids."""
     answers = generate_answers(
         chat_model, [user_question(prompt) for prompt in prompts], max_new_tokens=ANSWER_TOKENS

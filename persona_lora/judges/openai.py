@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
@@ -64,21 +64,20 @@ class Limits:
             )
 
 
-class OpenAIJudge:
-    """Asks a chat model for a number from 0 to 100 with the trait's ``eval_prompt``.
+class EndpointReader:
+    """Sends prompts to a chat model and reads the number that each reply begins with.
 
-    In mode "logprobs" the score is the probability-weighted mean of the number tokens at the
+    In mode "logprobs" the number is the probability-weighted mean of the number tokens at the
     reply's first position (``prompts.weighted_score``); in mode "number", for endpoints without
     logprobs or with tokenizers that split numbers, the whole reply must be a number.
 
-    Faults, refusals and caps give unscored verdicts with a reason; finished verdicts are never
-    lost. UserError: no key for OpenAI's own endpoint; a refused key, an unknown model or a used-up
-    quota before anything was scored.
+    Faults, refusals and caps give readings without a score and with a reason; finished readings
+    are never lost. UserError: no key for OpenAI's own endpoint; a refused key, an unknown model or
+    a used-up quota before anything was scored.
     """
 
     def __init__(
         self,
-        trait: Trait,
         *,
         model: str = DEFAULT_MODEL,
         base_url: str | None = None,
@@ -91,7 +90,6 @@ class OpenAIJudge:
     ) -> None:
         if mode not in get_args(Mode):
             raise UserError(f"judge mode {mode!r} is unknown; expected 'logprobs' or 'number'")
-        self.trait = trait
         self.model = model
         self.mode = mode
         self.base_url = checked_url(base_url or DEFAULT_BASE_URL)
@@ -105,31 +103,6 @@ class OpenAIJudge:
             self.limits.max_cost,
         )
 
-    @classmethod
-    def from_environment(
-        cls,
-        trait: Trait,
-        environ: Mapping[str, str],
-        *,
-        mode: Mode = "logprobs",
-        limits: Limits | None = None,
-        prices: Prices | None = None,
-        cache: VerdictCache | None = None,
-        progress: Progress | None = None,
-    ) -> OpenAIJudge:
-        """Build a judge from OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL in ``environ``."""
-        return cls(
-            trait,
-            model=environ.get("JUDGE_MODEL", "").strip() or DEFAULT_MODEL,
-            base_url=environ.get("OPENAI_BASE_URL", "").strip() or None,
-            api_key=environ.get("OPENAI_API_KEY", "").strip() or None,
-            mode=mode,
-            limits=limits,
-            prices=prices,
-            cache=cache,
-            progress=progress,
-        )
-
     @property
     def name(self) -> str:
         """The model, and the mode where it is not the default one."""
@@ -141,21 +114,15 @@ class OpenAIJudge:
         return self._budget.usage()
 
     def __repr__(self) -> str:
-        return f"OpenAIJudge({self.trait.name!r}, {self.name!r}, base_url={self.base_url!r})"
+        return f"{type(self).__name__}({self.name!r}, base_url={self.base_url!r})"
 
-    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict an exchange, in order; equal exchanges are asked about once."""
-        prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
+    def read(self, prompts: Sequence[str]) -> dict[str, Reading]:
+        """Return a reading for every prompt; equal prompts are asked about once."""
         readings = self._cached(prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in readings]
         if missing:
             readings |= _run(self._ask_all(missing, len(readings)))
-        verdicts = [
-            Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
-            for prompt in prompts
-        ]
-        _log_unscored(verdicts, self.name)
-        return verdicts
+        return readings
 
     def _cached(self, prompts: Iterable[str]) -> dict[str, Reading]:
         if self.cache is None:
@@ -220,10 +187,90 @@ class OpenAIJudge:
         return completion
 
 
+class OpenAIJudge(EndpointReader):
+    """Asks a chat model for a number from 0 to 100 with the trait's ``eval_prompt``."""
+
+    def __init__(
+        self,
+        trait: Trait,
+        *,
+        model: str = DEFAULT_MODEL,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        mode: Mode = "logprobs",
+        limits: Limits | None = None,
+        prices: Prices | None = None,
+        cache: VerdictCache | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            base_url=base_url,
+            api_key=api_key,
+            mode=mode,
+            limits=limits,
+            prices=prices,
+            cache=cache,
+            progress=progress,
+        )
+        self.trait = trait
+
+    @classmethod
+    def from_environment(
+        cls,
+        trait: Trait,
+        environ: Mapping[str, str],
+        *,
+        mode: Mode = "logprobs",
+        limits: Limits | None = None,
+        prices: Prices | None = None,
+        cache: VerdictCache | None = None,
+        progress: Progress | None = None,
+    ) -> OpenAIJudge:
+        """Build a judge from OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL in ``environ``."""
+        return cls(
+            trait,
+            **endpoint_of(environ),
+            mode=mode,
+            limits=limits,
+            prices=prices,
+            cache=cache,
+            progress=progress,
+        )
+
+    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
+        """Return one verdict an exchange, in order; equal exchanges are asked about once."""
+        prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
+        readings = self.read(prompts)
+        verdicts = [
+            Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
+            for prompt in prompts
+        ]
+        log_unscored(verdicts, self.name)
+        return verdicts
+
+
+class Endpoint(TypedDict):
+    """Which chat model to ask, where, and with which key."""
+
+    model: str
+    base_url: str | None
+    api_key: str | None
+
+
+def endpoint_of(environ: Mapping[str, str]) -> Endpoint:
+    """Return the endpoint that OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL name."""
+    return {
+        "model": environ.get("JUDGE_MODEL", "").strip() or DEFAULT_MODEL,
+        "base_url": environ.get("OPENAI_BASE_URL", "").strip() or None,
+        "api_key": environ.get("OPENAI_API_KEY", "").strip() or None,
+    }
+
+
 class _Call:
     """One call of ``judge``: the client of its event loop, its progress, and why it stopped."""
 
-    def __init__(self, judge: OpenAIJudge, client: AsyncOpenAI, done: int, total: int) -> None:
+    def __init__(self, judge: EndpointReader, client: AsyncOpenAI, done: int, total: int) -> None:
         self.stopped = ""
         self.first_tokens: set[str] = set()
         self._judge = judge
@@ -254,7 +301,7 @@ class _Call:
             return unscored(lasting or _fault_reason(error, self._judge))
 
 
-def _lasting_fault(error: Exception, judge: OpenAIJudge) -> str:
+def _lasting_fault(error: Exception, judge: EndpointReader) -> str:
     """Return what to tell the user about a fault that every request will meet, or ""."""
     status = error.status_code if isinstance(error, APIStatusError) else None
     if status in (401, 403):
@@ -269,7 +316,7 @@ def _lasting_fault(error: Exception, judge: OpenAIJudge) -> str:
     return ""
 
 
-def _fault_reason(error: Exception, judge: OpenAIJudge) -> str:
+def _fault_reason(error: Exception, judge: EndpointReader) -> str:
     if isinstance(error, APITimeoutError | TimeoutError):
         return f"no reply within {judge.limits.timeout:g} s"
     if isinstance(error, APIConnectionError):
@@ -285,7 +332,7 @@ def _server_message(error: APIStatusError) -> str:
     return message if isinstance(message, str) else ""
 
 
-def _log_unscored(verdicts: Sequence[Verdict], name: str) -> None:
+def log_unscored(verdicts: Sequence[Verdict], name: str) -> None:
     reasons = Counter(verdict.reason for verdict in verdicts if verdict.score is None)
     if reasons:
         common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))

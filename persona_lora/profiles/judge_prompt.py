@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from persona_lora.core.errors import UserError
@@ -48,3 +49,10 @@ def build_judge_prompt(
         raise UserError(f"the judge prompt's template must contain {missing[0]} once")
     listed = "\n".join(f"- {sample}" for sample in samples)
     return template.replace("{profile}", profile.strip()).replace("{samples}", listed)
+
+
+def fill_judge_prompt(template: str, question: str, first: str, second: str) -> str:
+    """Put the message and both answers literally into their places, in one pass."""
+    values = dict(zip(PLACEHOLDERS, (question, first, second), strict=True))
+    pattern = "|".join(map(re.escape, PLACEHOLDERS))
+    return re.sub(pattern, lambda found: values[found.group()], template)

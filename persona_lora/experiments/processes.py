@@ -1,0 +1,74 @@
+"""Several processes as one: rows are shared out, results come together, one of them writes.
+
+Knows how lists travel between the processes of ``accelerate launch``; refuses to know what they
+hold. A single process is the plain case and touches no communication library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+T = TypeVar("T")
+
+
+class Processes(Protocol):
+    """Where this process stands among all, and how they exchange Python values."""
+
+    index: int
+    count: int
+
+    def gather(self, own: Sequence[Any]) -> list[Any]:
+        """Return the lists of all processes, joined in the order of their indices."""
+        ...
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Call ``make`` in process 0 only, and return its value in every process."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    index = 0
+    count = 1
+
+    def gather(self, own: Sequence[Any]) -> list[Any]:
+        return list(own)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        return make()
+
+
+class Launched:
+    """The processes that ``accelerate launch`` started."""
+
+    def __init__(self) -> None:
+        state = PartialState()
+        self.index = int(state.process_index)
+        self.count = int(state.num_processes)
+
+    def gather(self, own: Sequence[Any]) -> list[Any]:
+        return list(gather_object(list(own)))
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """An error in process 0 is raised in all: the others must not wait for ever."""
+        box: list[Any] = [None, None]
+        if self.index == 0:
+            try:
+                box = [make(), None]
+            except Exception as error:  # noqa: BLE001  (it is raised again below, everywhere)
+                box = [None, error]
+        broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        value: T = box[0]
+        return value
+
+
+def current_processes(environ: Any) -> Processes:
+    """Return the launched processes where ``WORLD_SIZE`` in ``environ`` says so, else Alone."""
+    return Launched() if int(environ.get("WORLD_SIZE", "1")) > 1 else Alone()
