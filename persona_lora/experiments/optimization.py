@@ -146,8 +146,11 @@ class CMAES:
             settings["fixed_variables"] = fixed
         self._strategy = cma.CMAEvolutionStrategy(start, options.sigma0, settings)
         if options.inject:
-            points = [[point.get(trait, 0.0) for trait in traits] for point in options.inject]
-            self._strategy.inject([np.array(point) for point in points], force=True)
+            free = [trait for trait in traits if trait not in held]  # pycma's own dimensions
+            points = [
+                np.array([point.get(trait, 0.0) for trait in free]) for point in options.inject
+            ]
+            self._strategy.inject(points, force=True)
 
     def ask(self) -> list[Vector]:
         """Return the next generation."""

@@ -1,9 +1,10 @@
 """The embedded persona judge: does this text sound like that person? No network, no steered model.
 
 A text becomes a vector of style features (lengths, marks, pronouns, tone: ``features``) beside its
-sentence embedding; a logistic regression tells the person's utterances from other persons'. Its
-probability p, with both classes weighted alike, is the fit: score = 1 + 4p, so that 3 means "as
-likely this person as another". Refuses to know what the answer says or whether it helps.
+sentence embedding; a logistic regression tells the person's utterances from other persons', both
+weighted alike. Its logit is put on a scale of 1–5 that the utterances themselves anchor: 4.5 for
+the mean held-out utterance of the person, 1.5 for that of other persons (``FitScale``). Refuses to
+know what the answer says or whether it helps.
 """
 
 from __future__ import annotations
@@ -80,11 +81,32 @@ def has_words(text: str) -> bool:
     return bool(words_of(text))
 
 
+@dataclass(frozen=True)
+class FitScale:
+    """score = 1 + 4·σ((logit − middle) / width); ``own`` and ``others`` are the mean logits.
+
+    They get 4.5 and 1.5. Without this most texts would lie at an end of the scale: persons are
+    easily told apart, and a search could not see small steps.
+    """
+
+    own: float
+    others: float
+
+    def scores(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the fit of logits, 1–5."""
+        middle = (self.own + self.others) / 2
+        width = (self.own - self.others) / (2 * math.log(7))  # σ(log 7) = 0.875: 4.5 of 5
+        scores: NDArray[np.float64] = LOWEST + (HIGHEST - LOWEST) / (
+            1 + np.exp(-(logits - middle) / width)
+        )
+        return scores
+
+
 @dataclass(frozen=True, eq=False)
 class StyleJudge:
     """The fit of texts to one person; a ``Judge`` of the criterion "persona_fit".
 
-    p = σ(w·z + b) with z the features of the text, style parts standardised. ``log_loss`` is the
+    logit = w·z + b with z the features of the text, style parts standardised. ``log_loss`` is the
     mean cross-validated loss (both classes weighted alike) at the chosen penalty; a coin has 0.69.
     """
 
@@ -94,6 +116,7 @@ class StyleJudge:
     spread: NDArray[np.float64]
     weights: NDArray[np.float64]
     bias: float
+    scale: FitScale
     log_loss: float
     name: str = "embedding"
 
@@ -125,11 +148,26 @@ class StyleJudge:
         z = (x - center) / spread
         labels = np.repeat([1, 0], [len(own), len(others)])
         with threadpool_limits(limits=1, user_api="blas"):
-            losses = {each: _held_out_loss(z, labels, each, seed) for each in INVERSE_PENALTIES}
+            held_out = {each: _held_out_logits(z, labels, each, seed) for each in INVERSE_PENALTIES}
+            losses = {each: _balanced_loss(logits, labels) for each, logits in held_out.items()}
             chosen = min(losses, key=lambda each: losses[each])
             model = _regression(chosen).fit(z, labels)
-        weights, bias = model.coef_[0], float(model.intercept_[0])
-        return cls(persona_id, features, center, spread, weights, bias, losses[chosen])
+        means = [float(held_out[chosen][labels == label].mean()) for label in (1, 0)]
+        if not means[0] > means[1]:
+            raise UserError(
+                f"the utterances of {persona_id} cannot be told from those of others; there is no "
+                "style to fit"
+            )
+        return cls(
+            persona_id,
+            features,
+            center,
+            spread,
+            model.coef_[0],
+            float(model.intercept_[0]),
+            FitScale(*means),
+            losses[chosen],
+        )
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return w·z + b of texts with words in them: ``[len(texts)]``."""
@@ -142,7 +180,7 @@ class StyleJudge:
         if criterion != PERSONA_FIT:
             raise UserError(f"the style judge scores {PERSONA_FIT!r}, not {criterion!r}")
         worded = [each.answer for each in exchanges if has_words(each.answer)]
-        scores = iter(_scores(self.logits(worded)) if worded else ())
+        scores = iter(self.scale.scores(self.logits(worded)) if worded else ())
         return [
             Verdict(criterion, float(next(scores)), "", self.name)
             if has_words(exchange.answer)
@@ -242,20 +280,19 @@ def validate_judges(
     )
 
 
-def _scores(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    scores: NDArray[np.float64] = LOWEST + (HIGHEST - LOWEST) / (1 + np.exp(-logits))
-    return scores
-
-
-def _held_out_loss(
+def _held_out_logits(
     z: NDArray[np.float64], labels: NDArray[np.int64], inverse_penalty: float, seed: int
-) -> float:
-    """Return the cross-validated log loss, with both classes weighted alike."""
-    losses = np.zeros(len(labels))
+) -> NDArray[np.float64]:
+    """Return the logit of every row by a regression that did not see it."""
+    logits = np.zeros(len(labels))
     for kept, held in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(z, labels):
         model = _regression(inverse_penalty).fit(z[kept], labels[kept])
-        signed = np.where(labels[held] == 1, 1.0, -1.0) * model.decision_function(z[held])
-        losses[held] = np.logaddexp(0.0, -signed)
+        logits[held] = model.decision_function(z[held])
+    return logits
+
+
+def _balanced_loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    losses = np.logaddexp(0.0, -np.where(labels == 1, logits, -logits))
     return float(np.mean([losses[labels == label].mean() for label in (0, 1)]))
 
 

@@ -1,0 +1,192 @@
+"""Which way of giving a model a person's voice works best? One objective and one budget for all.
+
+Searches over LoRA differences and over steering vectors, random search, the persona as a system
+prompt, and nothing at all are scored on the same held-out prompts by the same judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_lora.analysis.fits import ConditionFit, fits_over_personas, fits_over_prompts
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.files import write_csv
+from persona_lora.core.runs import Run
+from persona_lora.experiments.optimization import Generation, SearchOptions
+from persona_lora.experiments.persona_answers import plain_speaker
+from persona_lora.experiments.persona_objective import ObjectiveOptions
+from persona_lora.experiments.persona_search import (
+    MEAN,
+    PROMPT,
+    UNSTEERED,
+    Method,
+    PersonaProblem,
+    held_out_rows,
+    optimise_persona,
+    persona_system_prompt,
+)
+from persona_lora.experiments.persona_setup import DIRECTION_METHODS, Workbench
+
+RANDOM = "random"
+ALL_METHODS = (*DIRECTION_METHODS, RANDOM, PROMPT)
+COLUMNS = (
+    "persona",
+    "condition",
+    "fit",
+    "low",
+    "high",
+    "n",
+    "coverage",
+    "coherence",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "p",
+    "p_holm",
+)
+Watch = Callable[[str, str, Generation], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out fits of every method: over all personas, and of each persona.
+
+    Differences are from the unsteered model.
+    """
+
+    overall: tuple[ConditionFit, ...]
+    by_persona: Mapping[str, tuple[ConditionFit, ...]]
+    against_random: tuple[ConditionFit, ...]
+    folder: Path
+
+
+def compare_methods(
+    workbench: Workbench,
+    personas: Sequence[str],
+    methods: Sequence[str],
+    folder: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    alpha: float = 2.0,
+    searching: SearchOptions | None = None,
+    objective: ObjectiveOptions | None = None,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> Comparison:
+    """Run every method for every persona into ``folder``; run again, it goes on where it stopped.
+
+    Each search is a run folder of its own; ``comparison/`` holds all held-out rows and the tables
+    ``comparison.csv`` and ``overall.csv``. UserError for an unknown method.
+    """
+    for name in methods:
+        if name not in ALL_METHODS:
+            raise UserError(f"no method {name!r}; {nearest_names(name, ALL_METHODS)}")
+    searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
+    loaded = {
+        name: workbench.method(
+            "lora" if name == RANDOM else name,
+            layers=layers,
+            alpha=alpha,
+            searcher="random" if name == RANDOM else "cmaes",
+            cache=folder / "scales" / f"{'lora' if name == RANDOM else name}.json",
+        )
+        for name in methods
+        if name != PROMPT
+    }
+    rows: list[dict[str, Any]] = []
+    for persona in personas:
+        problem = workbench.problem(persona)
+        rows += _plain_rows(problem, folder / f"{persona}_plain", PROMPT in methods, overwrite)
+        for name, method in loaded.items():
+            result = optimise_persona(
+                problem,
+                Method(name, method.directions, method.scales, alpha, method.searcher),
+                folder / f"{persona}_{name}",
+                searching=searching,
+                objective=objective,
+                overwrite=overwrite,
+                watch=_watching(watch, persona, name),
+            )
+            rows += [{**row, "condition": name} for row in result.rows if row["condition"] == MEAN]
+    return workbench.processes.from_main(lambda: _written(rows, personas, folder))
+
+
+def _watching(
+    watch: Watch | None, persona: str, method: str
+) -> Callable[[Generation], None] | None:
+    return None if watch is None else lambda generation: watch(persona, method, generation)
+
+
+def _plain_rows(
+    problem: PersonaProblem, folder: Path, with_prompt: bool, overwrite: bool
+) -> list[dict[str, Any]]:
+    """Return the rows of the unsteered model, and of the persona as a system prompt."""
+    prompts = {PROMPT: persona_system_prompt(problem.persona)} if with_prompt else {}
+    run = problem.processes.from_main(
+        lambda: Run.open(
+            folder,
+            command="optimize",
+            config={
+                "persona": problem.persona.id,
+                "model": problem.chat_model.name,
+                "judge": problem.report_judge.name,
+                "held_out_prompts": list(problem.prompts.held_out),
+                "system_prompts": prompts,
+                "max_new_tokens": problem.generation.max_new_tokens,
+            },
+            seed=problem.generation.seed,
+            overwrite=overwrite,
+        )
+    )
+    speaker = plain_speaker(problem.chat_model, problem.generation, problem.processes)
+    return held_out_rows(problem, speaker, {UNSTEERED: None}, run, system_prompts=prompts)
+
+
+def _written(
+    rows: Sequence[Mapping[str, Any]], personas: Sequence[str], folder: Path
+) -> Comparison:
+    by_persona = {
+        persona: tuple(
+            fits_over_prompts([row for row in rows if row["persona"] == persona], UNSTEERED)
+        )
+        for persona in personas
+    }
+    overall = tuple(fits_over_personas(rows, UNSTEERED))
+    names = {row["condition"] for row in rows}
+    against = tuple(fits_over_personas(rows, RANDOM)) if RANDOM in names else ()
+    out = folder / "comparison"
+    run = Run.open(
+        out,
+        command="compare-methods",
+        config={"personas": list(personas), "conditions": sorted(names)},
+        seed=0,
+        overwrite=True,
+    )
+    with run:
+        run.write("held_out", rows)
+        cells = [_cells(persona, each) for persona, fits in by_persona.items() for each in fits]
+        write_csv(out / "comparison.csv", COLUMNS, cells)
+        write_csv(out / "overall.csv", COLUMNS, [_cells("all", each) for each in overall])
+    return Comparison(overall, by_persona, against, out)
+
+
+def _cells(persona: str, fit: ConditionFit) -> dict[str, Any]:
+    gain = fit.difference
+    return {
+        "persona": persona,
+        "condition": fit.condition,
+        "fit": fit.fit.mean,
+        "low": fit.fit.low,
+        "high": fit.fit.high,
+        "n": fit.fit.n,
+        "coverage": fit.fit.coverage,
+        "coherence": fit.coherence.mean,
+        "gain": None if gain is None else gain.mean,
+        "gain_low": None if gain is None else gain.low,
+        "gain_high": None if gain is None else gain.high,
+        "p": fit.p,
+        "p_holm": fit.p_holm,
+    }

@@ -1,0 +1,156 @@
+"""The judges of a persona search: one for the search, another for what is reported.
+
+The embedded judge of the search is fitted on the persona's training conversations, the one that
+reports on its test conversations; each is validated on the conversations of the other split. A
+language model reads the same judge prompt for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from persona_lora.analysis.separation import auc_of
+from persona_lora.core.chat import Exchange
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.personas import ConversationSplit, Persona
+from persona_lora.core.traits import load_pairs, load_trait
+from persona_lora.experiments.judging import JudgeOptions
+from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.judging import Judge
+from persona_lora.judges.multi import MultiJudge
+from persona_lora.judges.openai import EndpointReader, endpoint_of
+from persona_lora.judges.prompts import Reading, weighted_score
+from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
+from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.profiles.comparison_judge import ComparisonJudge
+from persona_lora.profiles.style_judge import StyleJudge, TextFeatures, has_words
+
+COHERENCE_PAIRS = 16
+PERSONA_JUDGES = ("embedding", "openai", "local")
+
+
+@dataclass(frozen=True)
+class JudgeCheck:
+    """How well a style judge tells the person's utterances from others', where it was not fitted.
+
+    ``auc`` is the chance that an utterance of the person gets the higher score.
+    """
+
+    fitted_on: ConversationSplit
+    auc: float
+    n_own: int
+    n_others: int
+
+
+def make_persona_judge(
+    persona: Persona,
+    personas: Sequence[Persona],
+    split: ConversationSplit,
+    options: JudgeOptions,
+    *,
+    features: TextFeatures,
+    baselines: Mapping[str, str],
+    reference: ChatModel,
+) -> Judge:
+    """Build the judges that ``options.judge`` names; several are averaged."""
+    names = [name.strip() for name in options.judge.split(",") if name.strip()]
+    for name in names:
+        if name not in PERSONA_JUDGES:
+            raise UserError(f"no persona judge {name!r}; {nearest_names(name, PERSONA_JUDGES)}")
+    judges: list[Judge] = []
+    for name in names:
+        if name == "embedding":
+            judges.append(fit_style_judge(persona, personas, split, features, seed=options.seed))
+            continue
+        label, read = _reader(name, options, reference)
+        template = persona.read("final_judge_prompt.txt")
+        judges.append(ComparisonJudge(label, read, template, baselines, seed=options.seed))
+    return judges[0] if len(judges) == 1 else MultiJudge(judges)
+
+
+def fit_style_judge(
+    persona: Persona,
+    personas: Sequence[Persona],
+    split: ConversationSplit,
+    features: TextFeatures,
+    *,
+    seed: int,
+) -> StyleJudge:
+    """Fit the persona's embedded judge on one split against all other personas."""
+    others = [text for each in personas if each.id != persona.id for text in each.utterances(split)]
+    return StyleJudge.fit(
+        persona.id, persona.utterances(split), others, features=features, seed=seed
+    )
+
+
+def check_style_judge(
+    judge: StyleJudge,
+    persona: Persona,
+    personas: Sequence[Persona],
+    fitted_on: ConversationSplit,
+) -> JudgeCheck:
+    """Validate a style judge on the utterances of the other split."""
+    unseen: ConversationSplit = "test" if fitted_on == "train" else "train"
+    own = [text for text in persona.utterances(unseen) if has_words(text)]
+    others = [
+        text
+        for each in personas
+        if each.id != persona.id
+        for text in each.utterances(unseen)
+        if has_words(text)
+    ]
+    if not own or not others:
+        raise UserError(f"{persona.id} or the other personas have no {unseen} conversations")
+    auc = auc_of(np.asarray(judge.logits(own)), np.asarray(judge.logits(others)))
+    return JudgeCheck(fitted_on, float(auc), len(own), len(others))
+
+
+def fit_coherence(
+    chat_model: ChatModel, traits: Sequence[str], *, datasets: Any = None, seed: int = 0
+) -> CoherenceScorer:
+    """Fit coherence to natural answers: some training answers of each trait."""
+    share = max(1, COHERENCE_PAIRS // len(traits))
+    exchanges = []
+    for name in traits:
+        pairs = load_pairs(load_trait(name, datasets))[:share]
+        for pair in pairs:
+            question = pair.prompt[-1]["content"]
+            exchanges += [
+                Exchange(question, side[-1]["content"]) for side in (pair.positive, pair.negative)
+            ]
+    return CoherenceScorer.fit(
+        exchanges,
+        mean_logprob=lambda asked: mean_logprobs(chat_model, asked),
+        judge_name="embedding",
+        seed=seed,
+    )
+
+
+def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> tuple[str, Any]:
+    if name == "openai":
+        environ = dict(options.environ)
+        if options.judge_model is not None:
+            environ["JUDGE_MODEL"] = options.judge_model
+        if options.base_url is not None:
+            environ["OPENAI_BASE_URL"] = options.base_url
+        reader = EndpointReader(
+            **endpoint_of(environ),
+            mode=options.mode,
+            limits=options.limits,
+            cache=VerdictCache(options.cache) if options.cache is not None else None,
+        )
+        return reader.name, reader.read
+    chosen = options.judge_model
+    model = reference if chosen in (None, reference.name) else load_chat_model(str(chosen))
+
+    def read(prompts: Sequence[str]) -> dict[str, Reading]:
+        distinct = list(dict.fromkeys(prompts))
+        logprobs = next_token_logprobs(model, [(prompt, "") for prompt in distinct])
+        return dict(zip(distinct, map(weighted_score, logprobs), strict=True))
+
+    return f"local:{model.name}", read

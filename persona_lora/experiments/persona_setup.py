@@ -1,0 +1,368 @@
+"""Everything that a persona search needs, from names and folders; and the optimiser in one class.
+
+Here options become a ``PersonaProblem`` and a ``Method``; the search itself knows only those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.files import read_json, write_json
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.personas import (
+    PersonaPrompts,
+    list_personas,
+    load_persona,
+    load_persona_prompts,
+)
+from persona_lora.core.vector_files import load_vector
+from persona_lora.experiments.directions import (
+    DiffDirections,
+    Directions,
+    Scale,
+    VectorDirections,
+    equal_effect_scales,
+)
+from persona_lora.experiments.divergence import load_ordinary_prompts
+from persona_lora.experiments.evaluation import GenerationOptions
+from persona_lora.experiments.judging import JudgeOptions
+from persona_lora.experiments.optimization import Generation, SearchOptions
+from persona_lora.experiments.persona_judging import (
+    JudgeCheck,
+    check_style_judge,
+    fit_coherence,
+    fit_style_judge,
+    make_persona_judge,
+)
+from persona_lora.experiments.persona_objective import ObjectiveOptions
+from persona_lora.experiments.persona_search import (
+    Method,
+    PersonaProblem,
+    PersonaResult,
+    baseline_answers,
+    first_prompts,
+    optimise_persona,
+)
+from persona_lora.experiments.processes import Alone, Processes
+from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+from persona_lora.models.generation import Progress
+from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
+from persona_lora.models.structure import num_layers
+from persona_lora.profiles.style_judge import TextFeatures
+
+# R1 … R5, in the order that initial weights are given in.
+STYLE_TRAITS = (
+    "self_other_focus",
+    "formality",
+    "intimacy",
+    "narrative_mode",
+    "emotional_tone",
+)
+VECTOR_METHODS = ("svd", "mean_diff", "pca")
+DIRECTION_METHODS = ("lora", *VECTOR_METHODS)
+SCALE_PROMPTS = 8
+NEIGHBOURS = 1
+
+
+def default_layers(model_layers: int) -> tuple[int, ...]:
+    """Return three layers around two thirds of the depth."""
+    middle = min(round(2 / 3 * model_layers), model_layers - 1)
+    lowest, highest = max(0, middle - NEIGHBOURS), min(model_layers - 1, middle + NEIGHBOURS)
+    return tuple(range(lowest, highest + 1))
+
+
+def load_directions(
+    method: str, traits: Sequence[str], folder: Path, layers: Sequence[int]
+) -> Directions:
+    """Load a direction a trait: ``{folder}/{trait}/diff``, or a vector below ``vectors/``.
+
+    UserError for an unknown method, or a direction that is not there.
+    """
+    if method not in DIRECTION_METHODS:
+        raise UserError(f"no method {method!r}; {nearest_names(method, DIRECTION_METHODS)}")
+    if method == "lora":
+        return DiffDirections(
+            {trait: LoRADiff.load(_found(folder / trait / "diff", trait)) for trait in traits}
+        )
+    suffix = "" if method == "mean_diff" else f"_{method}"
+    paths = {
+        trait: folder / "vectors" / trait / f"{trait}_response_avg{suffix}.safetensors"
+        for trait in traits
+    }
+    vectors = {trait: load_vector(_found(path, trait)) for trait, path in paths.items()}
+    return VectorDirections(vectors, tuple(layers))
+
+
+def _found(path: Path, trait: str) -> Path:
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; make it with: "
+            f"TRAITS={trait} bash scripts/train_style_traits.sh"
+        )
+    return path
+
+
+def scales_of(
+    chat_model: ChatModel,
+    directions: Directions,
+    *,
+    cache: Path | None = None,
+    datasets: Path | None = None,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Return the coefficient of equal effect of every direction; ``cache`` keeps them as JSON."""
+    asked = {"model": chat_model.name, **directions.record()}
+    if cache is not None and cache.is_file():
+        kept = read_json(cache)
+        if kept.get("of") == asked:
+            return {row["trait"]: row["coefficient"] for row in kept["scales"]}
+    prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
+    scales: list[Scale] = equal_effect_scales(
+        chat_model, directions, prompts, allow_other_base=allow_other_base, progress=progress
+    )
+    if cache is not None:
+        rows = [dataclasses.asdict(each) for each in scales]
+        write_json(cache, {"of": asked, "scales": rows})
+    return {each.trait: each.coefficient for each in scales}
+
+
+@dataclass(eq=False)
+class Workbench:
+    """What personas and methods share: the model, features of texts, coherence, base answers."""
+
+    chat_model: ChatModel
+    prompts: PersonaPrompts
+    generation: GenerationOptions
+    judging: JudgeOptions
+    traits: Sequence[str] = STYLE_TRAITS
+    trait_folder: Path = Path("checkpoints")
+    persona_dir: Path | None = None
+    datasets: Path | None = None
+    allow_other_base: bool = False
+    processes: Processes = field(default_factory=Alone)
+    _features: TextFeatures | None = None
+    _coherence: CoherenceScorer | None = None
+    _baselines: dict[str, str] | None = None
+
+    @property
+    def features(self) -> TextFeatures:
+        """Features of texts, computed once for each."""
+        if self._features is None:
+            self._features = TextFeatures(SentenceEmbedder())
+        return self._features
+
+    @property
+    def coherence(self) -> CoherenceScorer:
+        """The coherence of answers, fitted to the traits' own training answers."""
+        if self._coherence is None:
+            self._coherence = fit_coherence(
+                self.chat_model, self.traits, datasets=self.datasets, seed=self.judging.seed
+            )
+        return self._coherence
+
+    @property
+    def baselines(self) -> dict[str, str]:
+        """The unsteered answer to every prompt."""
+        if self._baselines is None:
+            self._baselines = baseline_answers(
+                self.chat_model, self.prompts, self.generation, self.processes
+            )
+        return self._baselines
+
+    def problem(self, persona_id: str) -> PersonaProblem:
+        """Return the problem of one persona, with its judges."""
+        persona = load_persona(persona_id, self.persona_dir)
+        personas = [
+            load_persona(each, self.persona_dir) for each in list_personas(self.persona_dir)
+        ]
+        needs_baselines = self.judging.judge.strip() != "embedding"
+        baselines = self.baselines if needs_baselines else {}
+        search_judge, report_judge = (
+            make_persona_judge(
+                persona,
+                personas,
+                "train" if part == "search" else "test",
+                self.judging,
+                features=self.features,
+                baselines=baselines,
+                reference=self.chat_model,
+            )
+            for part in ("search", "report")
+        )
+        return PersonaProblem(
+            self.chat_model,
+            persona,
+            self.prompts,
+            search_judge,
+            report_judge,
+            self.coherence,
+            self.generation,
+            self.processes,
+            self.allow_other_base,
+        )
+
+    def checks(self, persona_id: str) -> list[JudgeCheck]:
+        """Validate the persona's embedded judges, each where it was not fitted."""
+        personas = [
+            load_persona(each, self.persona_dir) for each in list_personas(self.persona_dir)
+        ]
+        persona = next(each for each in personas if each.id == persona_id)
+        seed = self.judging.seed
+        return [
+            check_style_judge(
+                fit_style_judge(persona, personas, split, self.features, seed=seed),
+                persona,
+                personas,
+                split,
+            )
+            for split in ("train", "test")
+        ]
+
+    def method(
+        self,
+        name: str,
+        *,
+        layers: Sequence[int] | None = None,
+        alpha: float = 2.0,
+        searcher: str = "cmaes",
+        cache: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Method:
+        """Load the directions of a method and measure their scales."""
+        chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
+        directions = load_directions(name, self.traits, self.trait_folder, chosen)
+        scales = self.processes.from_main(
+            lambda: scales_of(
+                self.chat_model,
+                directions,
+                cache=cache,
+                datasets=self.datasets,
+                allow_other_base=self.allow_other_base,
+                progress=progress,
+            )
+        )
+        return Method(name, directions, scales, alpha, searcher)
+
+
+class CMAESPersonaOptimizer:
+    """Find the mix of trait directions that makes a model speak like a person.
+
+    ``layer`` is one decoder layer or several (for vectors; None: three around two thirds of the
+    depth), ``alpha`` a factor on all coefficients, ``eval_prompts`` the prompts to search on (the
+    shipped ones by default), ``method`` "lora" (differences of LoRAs, held live), "svd",
+    "mean_diff" or "pca" (steering vectors).
+
+        optimizer = CMAESPersonaOptimizer("episode-000101_A", method="lora")
+        result = optimizer.optimize(max_iterations=10, save_dir="optimization_results")
+        result.weights.as_dict()
+
+    Directions are scaled to equal effect first, so that a weight means the same for each:
+    coefficient = alpha · weight · scale.
+    """
+
+    def __init__(
+        self,
+        persona_id: str,
+        *,
+        layer: int | Sequence[int] | None = None,
+        alpha: float = 2.0,
+        eval_prompts: Sequence[str] | None = None,
+        num_prompts: int | None = None,
+        method: str = "lora",
+        searcher: str = "cmaes",
+        model: ChatModel | str = DEFAULT_MODEL,
+        traits: Sequence[str] = STYLE_TRAITS,
+        trait_vector_dir: Path | str = "checkpoints",
+        persona_dir: Path | str | None = None,
+        judging: JudgeOptions | None = None,
+        generation: GenerationOptions | None = None,
+        allow_other_base: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
+        folder = None if persona_dir is None else Path(persona_dir)
+        shipped = load_persona_prompts(None if folder is None else folder / "prompts.json")
+        prompts = (
+            dataclasses.replace(shipped, train=tuple(eval_prompts)) if eval_prompts else shipped
+        )
+        self.persona_id = persona_id
+        self.traits = tuple(traits)
+        self.layers = None if layer is None else _as_layers(layer)
+        self.alpha = alpha
+        self.method = method
+        self.searcher = searcher
+        self.workbench = Workbench(
+            model if isinstance(model, ChatModel) else load_chat_model(model),
+            first_prompts(prompts, num_prompts),
+            generation or GenerationOptions(max_new_tokens=40),
+            judging or JudgeOptions(),
+            self.traits,
+            Path(trait_vector_dir),
+            folder,
+            allow_other_base=allow_other_base,
+            processes=processes or Alone(),
+        )
+
+    def optimize(
+        self,
+        max_iterations: int = 30,
+        sigma0: float = 1.0,
+        initial_weights: Sequence[float] | Mapping[str, float] | None = None,
+        save_dir: Path | str = "optimization_results",
+        *,
+        searching: SearchOptions | None = None,
+        objective: ObjectiveOptions | None = None,
+        overwrite: bool = False,
+        watch: Callable[[Generation], None] | None = None,
+        progress: Progress | None = None,
+    ) -> PersonaResult:
+        """Search and report; see ``optimise_persona``.
+
+        ``initial_weights`` are by trait, or in the order of ``traits``. ``searching`` holds the
+        rest of the search's options; the three named ones here take precedence.
+        """
+        save_dir = Path(save_dir)
+        options = dataclasses.replace(
+            searching or SearchOptions(), max_iterations=max_iterations, sigma0=sigma0
+        )
+        if initial_weights is not None:
+            options = dataclasses.replace(options, initial=self._initial(initial_weights))
+        problem = self.workbench.problem(self.persona_id)
+        method = self.workbench.method(
+            self.method,
+            layers=self.layers,
+            alpha=self.alpha,
+            searcher=self.searcher,
+            cache=save_dir / "scales" / f"{self.method}.json",
+            progress=progress,
+        )
+        return optimise_persona(
+            problem,
+            method,
+            save_dir / f"{self.persona_id}_{self.method}",
+            searching=options,
+            objective=objective,
+            overwrite=overwrite,
+            watch=watch,
+            progress=progress,
+        )
+
+    def _initial(self, weights: Sequence[float] | Mapping[str, float]) -> dict[str, Any]:
+        if isinstance(weights, Mapping):
+            return dict(weights)
+        if len(weights) != len(self.traits):
+            raise UserError(
+                f"{len(weights)} initial weights for {len(self.traits)} traits; give one for each "
+                f"of {', '.join(self.traits)}"
+            )
+        return dict(zip(self.traits, map(float, weights), strict=True))
+
+
+def _as_layers(layer: int | Sequence[int]) -> tuple[int, ...]:
+    return (layer,) if isinstance(layer, int) else tuple(layer)
