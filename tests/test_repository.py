@@ -53,7 +53,8 @@ def help_texts() -> dict[str, str]:
     commands = (
         *("train", "finetune", "evaluate", "evaluate-checkpoints", "sweep", "report"),
         *("traits", "traits generate", "data", "data generate", "data check"),
-        *("persona", "persona build", "project", "project activations"),
+        *("persona", "persona build", "persona validate", "persona sheets", "persona ratings"),
+        *("optimize", "compare-methods", "project", "project activations"),
         *("extract", "vectors", "vectors convert"),
     )
     return {command: ask(*command.split()) for command in commands}

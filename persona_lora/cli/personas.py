@@ -1,15 +1,20 @@
-"""Commands about personas: build one from its conversations."""
+"""Commands about personas: build one, validate their judge, have people rate answers."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich import box
+from rich.table import Table
 
 from persona_lora.cli.console import console
 from persona_lora.cli.program import persona_app
 from persona_lora.core.errors import UserError
+
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
 @persona_app.command("build")
@@ -64,3 +69,106 @@ def build_persona(
     console.print(
         f"{built.num_train} training and {built.num_test} held-out utterances in {built.folder}"
     )
+
+
+@persona_app.command("validate")
+def validate_personas(
+    persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the numbers.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the cross-validation.")] = 0,
+) -> None:
+    """Test the embedded persona judge: does it know who speaks, in conversations it never saw?
+
+    One judge a persona is fitted on the utterances of one split, and meets those of the other.
+
+    Example: persona-lora persona validate --output results/persona_judge.json
+    """
+    from persona_lora.analysis import wording
+    from persona_lora.core.files import write_json
+    from persona_lora.core.personas import list_personas, load_persona
+    from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+    from persona_lora.profiles.style_judge import TextFeatures, fit_judges, validate_judges
+
+    personas = [load_persona(each, persona_dir) for each in list_personas(persona_dir)]
+    with console.status("embedding utterances"):
+        features = TextFeatures(SentenceEmbedder())
+        validations = [
+            validate_judges(
+                personas, fit_judges(personas, split, features=features, seed=seed), split
+            )
+            for split in SPLITS
+        ]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("persona", *(f"AUC, fitted on {each.fitted_on}" for each in validations)):
+        table.add_column(heading, no_wrap=True)
+    for persona in personas:
+        cells = [wording.number(each.auc[persona.id], 2) for each in validations]
+        table.add_row(persona.id, *cells)
+    console.print(table)
+    for each in validations:
+        console.print(
+            f"fitted on {each.fitted_on} conversations: top-1 {each.top1:.2f} of "
+            f"{each.n_utterances} utterances, {each.top1_conversations:.2f} of "
+            f"{each.n_conversations} conversations (chance {each.chance:.2f}); mean AUC "
+            f"{each.mean_auc:.2f}"
+        )
+    if output is not None:
+        write_json(output, [dataclasses.asdict(each) for each in validations])
+
+
+@persona_app.command("sheets")
+def rating_sheets(
+    run: Annotated[Path, typer.Argument(help="A run of optimize, or comparison/ of a comparison.")],
+    id: Annotated[str, typer.Option(help="The persona.")],
+    output: Annotated[Path, typer.Option(help="The folder for sheet and key.")],
+    conditions: Annotated[
+        str | None, typer.Option(help='As in "none lora prompt"; all by default.')
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to show.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
+    persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
+) -> None:
+    """Write blind rating sheets for people: a CSV, a page to click in, and the key apart.
+
+    Example: persona-lora persona sheets results/personas/comparison --id episode-000101_A
+    --conditions "none lora prompt" --output results/sheets
+    """
+    from persona_lora.analysis.human_ratings import write_sheets
+    from persona_lora.core.runs import Run
+
+    sheets = write_sheets(
+        Run(run),
+        output,
+        persona=id,
+        conditions=None if conditions is None else conditions.replace(",", " ").split(),
+        prompts=prompts,
+        seed=seed,
+        personas=persona_dir,
+    )
+    console.print(f"{sheets.items} answers: {sheets.csv} and {sheets.page}; key: {sheets.key}")
+
+
+@persona_app.command("ratings")
+def read_ratings(
+    folder: Annotated[Path, typer.Argument(help="The folder that the sheets were written to.")],
+    files: Annotated[list[Path], typer.Argument(help="Rated sheets, one a rater.")],
+) -> None:
+    """Read rated sheets back: mean ratings by condition, agreement of raters and of the judge.
+
+    Example: persona-lora persona ratings results/sheets ann.csv bob.csv
+    """
+    from persona_lora.analysis import human_ratings, wording
+
+    found = human_ratings.read_ratings(folder, files)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("condition", "rating (1–5)", "prompts", "ratings"):
+        table.add_column(heading, no_wrap=True)
+    for name, fit in found.fits.items():
+        table.add_row(name, wording.interval(fit, 2), str(fit.n_questions), str(fit.n))
+    console.print(table)
+    for each in found.agreements:
+        kappa = "" if each.kappa is None else f"weighted κ {each.kappa:.2f}, "
+        console.print(
+            f"{each.first} and {each.second}: {kappa}ρ {wording.number(each.spearman, 2)} over "
+            f"{each.n} answers"
+        )

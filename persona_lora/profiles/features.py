@@ -103,7 +103,7 @@ def extract_features(utterances: Sequence[str]) -> Features:
     length = mean(len(word) for word in words)
     lower = _utterance_share(utterances, r"^\s*[a-zà-ÿ]")
     formality = _squash(
-        12 * formal - 12 * slang - 4 * contractions - 1.5 * lower + 0.8 * (length - 4.2)
+        15 * formal - 12 * slang - 30 * (contractions - 0.02) - 1.5 * lower + 2 * (length - 4.2)
     )
     humor = mean(bool(set(each) & LAUGHTER) for each in tokens)
     empathy, hedges = _rate(words, EMPATHY), _rate(words, HEDGES)

@@ -15,8 +15,8 @@ LENGTH: Steps = (
 FORMALITY: Steps = (
     (0.15, "very casually"),
     (0.4, "casually"),
-    (0.65, "neither formally nor casually"),
-    (0.85, "rather formally"),
+    (0.58, "neither formally nor casually"),
+    (0.75, "rather formally"),
     (1e9, "very formally"),
 )
 SENTIMENT: Steps = (
@@ -46,7 +46,7 @@ def _step(value: float, steps: Steps) -> str:
 
 def _focus(features: Features) -> str:
     own, other = features.first_person_singular_rate, features.second_person_rate
-    if own > 0.09 and own > 3 * other:
+    if own > 0.05 and own > 3 * other:
         return "Talk is mostly about the person's own life and thoughts."
     if other > 0.05 and other > own:
         return "Attention goes to the other person more than to the self."
@@ -64,8 +64,8 @@ def _manners(features: Features) -> list[str]:
         (features.lower_case_rate > 0.6, "Types in lower case."),
         (features.humor_rate > 0.12, "Jokes and laughs a lot."),
         (features.hedge_rate > 0.02, "Hedges: perhaps, probably, I suppose."),
-        (features.past_rate > 0.11, "Tells of the past: memories and stories."),
-        (features.advice_rate > 0.03, "Gives practical advice and solves problems."),
+        (features.past_rate > 0.1, "Tells of the past: memories and stories."),
+        (features.advice_rate > 0.018, "Gives practical advice and solves problems."),
         (features.empathy_rate > 0.025, "Shows feeling for others."),
         (features.emotionality > 0.5, "Words carry strong emotion."),
         (features.contraction_rate < 0.005, "Avoids contractions."),

@@ -1,0 +1,322 @@
+"""A whole persona search on the tiny model: files, resume, held-out fits, methods compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from persona_lora.analysis.fits import fits_over_prompts
+from persona_lora.core.chat import Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_jsonl
+from persona_lora.core.personas import PersonaPrompts, load_persona
+from persona_lora.experiments.directions import DiffDirections
+from persona_lora.experiments.evaluation import GenerationOptions
+from persona_lora.experiments.judging import JudgeOptions
+from persona_lora.experiments.method_comparison import compare_methods
+from persona_lora.experiments.optimization import SearchOptions
+from persona_lora.experiments.persona_search import (
+    Method,
+    PersonaProblem,
+    first_prompts,
+    optimise_persona,
+    persona_system_prompt,
+)
+from persona_lora.experiments.persona_setup import (
+    CMAESPersonaOptimizer,
+    Workbench,
+    default_layers,
+    load_directions,
+)
+from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+from persona_lora.profiles.building import build_persona
+from persona_lora.profiles.conversations import load_conversations
+
+PROMPTS = PersonaPrompts(("Hi there.", "Any plans?"), ("What now?", "And then?", "Why?"))
+TRAITS = ("calm", "loud")
+OPTIONS = SearchOptions(max_iterations=3, population_size=4)
+
+
+class LetterJudge:
+    """Fit 1–5 from the answer's letters."""
+
+    name = "letters"
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, 1 + 4 * (sum(map(ord, each.answer)) % 89) / 89, "", self.name)
+            for each in exchanges
+        ]
+
+
+class EvenCoherence:
+    def verdicts(self, exchanges, name):
+        return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
+
+
+def talk(name, split, lines):
+    turns = []
+    for line in lines:
+        turns += [{"role": "user", "content": line}, {"role": "assistant", "content": "I see."}]
+    return {"id": name, "split": split, "messages": turns}
+
+
+@pytest.fixture(scope="module")
+def personas(tmp_path_factory):
+    """Two persons who are easily told apart, with all their files."""
+    root = tmp_path_factory.mktemp("personas")
+    shout = [f"Wow, the {word} was so great!" for word in ("cat", "dog", "sea", "sun", "car")]
+    quiet = [f"perhaps i looked at a {word} then" for word in ("map", "box", "cup", "pen", "jar")]
+    for name, lines in (("ann", shout), ("bob", quiet)):
+        more = [f"{line} {extra}" for line in lines for extra in ("Again", "Then home")]
+        rows = [talk(f"{name}-1", "train", lines + more), talk(f"{name}-2", "test", more[::-1])]
+        write_jsonl(root / name / "conversations.jsonl", rows)
+        read = load_conversations(root / name / "conversations.jsonl")
+        build_persona(root / name, read, SentenceEmbedder().embed, num_samples=3)
+    (root / "prompts.json").write_text(
+        json.dumps({"train": PROMPTS.train, "held_out": PROMPTS.held_out})
+    )
+    return root
+
+
+@pytest.fixture
+def problem(chat_model, personas):
+    return PersonaProblem(
+        chat_model,
+        load_persona("ann", personas),
+        PROMPTS,
+        LetterJudge(),
+        LetterJudge(),
+        EvenCoherence(),
+        GenerationOptions(max_new_tokens=6),
+    )
+
+
+@pytest.fixture
+def method(chat_model, make_diff):
+    diffs = {
+        name: make_diff(chat_model.model, seed=seed, scale=0.2) for seed, name in enumerate(TRAITS)
+    }
+    return Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})
+
+
+def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
+    result = optimise_persona(problem, method, tmp_path / "ann_lora", searching=OPTIONS)
+    record = json.loads((tmp_path / "ann_optimization.json").read_text())
+    weights = json.loads((tmp_path / "ann_best_weights.json").read_text())
+    assert record["persona_id"] == "ann"
+    assert record["best_weights"] == weights == result.weights.as_dict()
+    assert record["best_score"] == result.fit_of("mean").fit.mean
+    assert (record["num_iterations"], record["num_evaluations"]) == (3, 12)
+    history = record["optimization_history"]
+    assert history["iterations"] == [1, 2, 3]
+    assert history["best_scores"] == sorted(history["best_scores"])
+    assert set(record["held_out"]) == {"none", "mean", "incumbent"}
+    assert {row["prompt"] for row in result.rows} == set(PROMPTS.held_out)
+
+
+def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch):
+    first = optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
+    monkeypatch.setattr(
+        "persona_lora.experiments.persona_answers.generate_answers",
+        lambda *_, **__: pytest.fail("it generated"),
+    )
+    assert optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS) == first
+
+
+def test_a_longer_search_goes_on_from_a_shorter_one(problem, method, tmp_path):
+    longer = SearchOptions(max_iterations=5, population_size=4)
+    expected = optimise_persona(problem, method, tmp_path / "whole", searching=longer)
+    optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
+    result = optimise_persona(problem, method, tmp_path / "run", searching=longer)
+    assert result.search == expected.search
+    assert result.fits == expected.fits
+
+
+def test_other_settings_are_another_run(problem, method, tmp_path):
+    optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
+    other = SearchOptions(max_iterations=3, population_size=4, sigma0=0.5)
+    with pytest.raises(UserError, match="--overwrite"):
+        optimise_persona(problem, method, tmp_path / "run", searching=other)
+    optimise_persona(problem, method, tmp_path / "run", searching=other, overwrite=True)
+
+
+def test_differences_are_paired_by_prompt():
+    rows = [
+        {"persona": "ann", "condition": name, "prompt_id": at, "score": score, "coherence": 70.0}
+        for name, scores in (("none", (1.0, 2.0, None)), ("mean", (2.0, 4.0, 5.0)))
+        for at, score in enumerate(scores)
+    ]
+    plain, steered = fits_over_prompts(rows, "none")
+    assert plain.difference is None
+    assert plain.fit.coverage == pytest.approx(2 / 3)
+    assert steered.difference.mean == pytest.approx(1.5)
+    assert steered.difference.n == 2
+    assert steered.p == 0.5  # two pairs: the least there is
+
+
+@pytest.fixture
+def workbench(chat_model, personas, make_diff, tmp_path, monkeypatch):
+    for seed, name in enumerate(TRAITS):
+        make_diff(chat_model.model, seed=seed, scale=0.2).save(tmp_path / "own" / name / "diff")
+    bench = Workbench(
+        chat_model,
+        PROMPTS,
+        GenerationOptions(max_new_tokens=6),
+        JudgeOptions(),
+        TRAITS,
+        tmp_path / "own",
+        personas,
+    )
+    bench._coherence = EvenCoherence()
+    return bench
+
+
+def test_methods_share_prompts_judge_and_budget(workbench, tmp_path):
+    folder = tmp_path / "out"
+    comparison = compare_methods(
+        workbench, ["ann", "bob"], ["lora", "random", "prompt"], folder, searching=OPTIONS
+    )
+    assert [each.condition for each in comparison.overall] == ["none", "prompt", "lora", "random"]
+    assert {each.fit.n_questions for each in comparison.overall} == {2}  # units are personas
+    rows = [json.loads(line) for line in (comparison.folder / "held_out.jsonl").open()]
+    assert len(rows) == 2 * 4 * len(PROMPTS.held_out)
+    for persona in ("ann", "bob"):
+        budgets = {
+            name: (folder / f"{persona}_{name}" / "generations.jsonl").read_text().count("\n")
+            for name in ("lora", "random")
+        }
+        assert set(budgets.values()) == {12}
+    plain = [each.fit for each in comparison.by_persona["ann"] if each.condition == "none"]
+    assert plain[0].n == 3
+    lines = (comparison.folder / "overall.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4
+
+
+def test_an_unknown_method_is_named(workbench, tmp_path):
+    with pytest.raises(UserError, match="'magic'"):
+        compare_methods(workbench, ["ann"], ["magic"], tmp_path)
+
+
+def test_judges_of_search_and_report_are_fitted_on_different_conversations(workbench):
+    problem = workbench.problem("ann")
+    assert problem.search_judge.bias != problem.report_judge.bias
+    assert [check.fitted_on for check in workbench.checks("ann")] == ["train", "test"]
+    assert all(check.auc > 0.9 for check in workbench.checks("ann"))
+
+
+def test_scales_are_kept_and_measured_once(workbench, tmp_path, monkeypatch):
+    prompts = tmp_path / "datasets" / "ordinary" / "prompts.jsonl"
+    prompts.parent.mkdir(parents=True)
+    prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Why?"}\n')
+    workbench.datasets = tmp_path / "datasets"
+    cache = tmp_path / "scales.json"
+    first = workbench.method("lora", cache=cache)
+    monkeypatch.setattr(
+        "persona_lora.experiments.persona_setup.equal_effect_scales",
+        lambda *_, **__: pytest.fail("measured again"),
+    )
+    assert workbench.method("lora", cache=cache).scales == first.scales
+
+
+def test_the_optimiser_class_takes_weights_in_order(workbench, chat_model, personas, tmp_path):
+    optimiser = CMAESPersonaOptimizer(
+        "ann",
+        model=chat_model,
+        traits=TRAITS,
+        trait_vector_dir=tmp_path / "own",
+        persona_dir=personas,
+        generation=GenerationOptions(max_new_tokens=6),
+        eval_prompts=["Hi there."],
+    )
+    optimiser.workbench._coherence = EvenCoherence()
+    result = optimiser.optimize(2, 0.5, [0.5, -0.5], tmp_path / "out")
+    assert result.search.evaluations > 0
+    assert (tmp_path / "out" / "ann_best_weights.json").is_file()
+    with pytest.raises(UserError, match="3 initial weights for 2 traits"):
+        optimiser.optimize(1, 1.0, [1.0, 2.0, 3.0], tmp_path / "other")
+
+
+def test_the_prompt_baseline_holds_profile_and_samples(personas):
+    persona = load_persona("ann", personas)
+    prompt = persona_system_prompt(persona)
+    assert persona.read("persona_profile.txt").strip() in prompt
+    assert all(sample in prompt for sample in persona.read("persona_samples.json"))
+
+
+def test_missing_directions_and_prompts_are_named(tmp_path):
+    with pytest.raises(UserError, match="train_style_traits"):
+        load_directions("lora", ["calm"], tmp_path, ())
+    with pytest.raises(UserError, match="mean_diff"):
+        load_directions("mean-diff", ["calm"], tmp_path, (1,))
+    with pytest.raises(UserError, match="2 training prompts; 9"):
+        first_prompts(PROMPTS, 9)
+
+
+@pytest.mark.parametrize(
+    ("model_layers", "expected"), [(30, (19, 20, 21)), (32, (20, 21, 22)), (2, (0, 1)), (1, (0,))]
+)
+def test_vectors_act_around_two_thirds_of_the_depth(model_layers, expected):
+    assert default_layers(model_layers) == expected
+
+
+TWO = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+from persona_lora.core.personas import Coefficients
+from persona_lora.experiments.directions import DiffDirections
+from persona_lora.experiments.evaluation import GenerationOptions
+from persona_lora.experiments.optimization import SearchOptions
+from persona_lora.experiments.persona_search import Method, PersonaProblem, optimise_persona
+from persona_lora.experiments.processes import current_processes
+from persona_lora.models.loading import load_chat_model
+from persona_lora.core.personas import load_persona
+from persona_lora.core.lora_diff import LoRADiff
+from tests.experiments.test_persona_search import EvenCoherence, LetterJudge, OPTIONS, PROMPTS
+
+own, personas, out, model = map(Path, sys.argv[1:])
+problem = PersonaProblem(
+    load_chat_model(str(model), device_map="cpu"), load_persona("ann", personas), PROMPTS,
+    LetterJudge(), LetterJudge(), EvenCoherence(), GenerationOptions(max_new_tokens=6),
+    current_processes(os.environ), allow_other_base=True,
+)
+diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}
+method = Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})
+optimise_persona(problem, method, out / "run", searching=OPTIONS)
+"""
+
+
+def test_two_processes_find_what_one_finds(workbench, personas, model_folder, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    root = Path(__file__).resolve().parents[2]
+    for number in (1, 2):
+        arguments = [str(script), tmp_path / "own", personas, tmp_path / str(number), model_folder]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        setting = ["--cpu", "--num_processes", str(number), "--num_machines", "1"]
+        quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        done = subprocess.run(
+            [*launch, *setting, *quiet, *map(str, arguments)],
+            env=environment,
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        {
+            path.name: (tmp_path / str(number) / "run" / path.name).read_text()
+            for path in (tmp_path / "1" / "run").glob("*.jsonl")
+        }
+        for number in (1, 2)
+    )
+    assert one == two
+    assert one["generations.jsonl"]
