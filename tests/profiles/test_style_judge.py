@@ -96,7 +96,7 @@ def test_the_shipped_personas_are_known_by_utterances_never_fitted_on(personas, 
     assert validation.chance == 1 / len(personas)
     assert validation.top1 > 0.6
     assert validation.top1_conversations > 0.9
-    assert min(validation.auc.values()) > 0.85
+    assert min(validation.auc.values()) > 0.8
 
 
 def test_shipped_personas_are_as_large_as_they_must_be(personas):

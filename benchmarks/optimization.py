@@ -1,0 +1,196 @@
+"""Evaluations a second of a persona search: one batch of candidates against the usual loops.
+
+    python benchmarks/optimization.py
+
+Same model, dtype, directions, candidates, prompts and generation code, in turn, in one process:
+
+- population: all candidates and prompts are rows of one batch, each with its own coefficients;
+- merging loop: PEFT merges a candidate's mix, generates, unmerges, one candidate after another;
+- unmerged loop: PEFT's adapters stay unmerged, with a candidate's coefficients, one after another;
+- unsteered: the plain model on as many rows.
+
+Printed: evaluations a second, ratios, the overhead of live LoRA, the share of decoding time that
+the model's own matrix products take (measured alone, at the same batch), and how the cost grows
+with the population.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from persona_lora.core.chat import Conversation, user_question
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.personas import load_persona_prompts
+from persona_lora.core.runs import package_versions
+from persona_lora.experiments.persona_setup import STYLE_TRAITS
+from persona_lora.models.generation import Generated, generate_answers
+from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.models.structure import linear_modules, weight_of
+from persona_lora.steering.live import LiveLoRA
+
+Texts = list[str]
+Mixes = list[list[float]]
+
+
+def texts(answers: Sequence[Generated]) -> Texts:
+    return [answer.text for answer in answers]
+
+
+def population(
+    chat_model: ChatModel,
+    diffs: list[LoRADiff],
+    mixes: Mixes,
+    prompts: list[Conversation],
+    tokens: int,
+) -> Texts:
+    rows = [mix for mix in mixes for _ in prompts]
+    with LiveLoRA(chat_model.model, diffs, rows) as steerer:
+        answers = generate_answers(
+            chat_model,
+            prompts * len(mixes),
+            max_new_tokens=tokens,
+            prepare_batch=steerer.select_rows,
+        )
+    return texts(answers)
+
+
+def set_mix(wrapped: ChatModel, traits: Sequence[str], mix: list[float]) -> None:
+    for module in wrapped.model.modules():
+        if isinstance(module, LoraLayer):
+            for trait, value in zip(traits, mix, strict=True):
+                module.set_scale(trait, value)
+
+
+def peft_loop(
+    wrapped: ChatModel,
+    traits: Sequence[str],
+    mixes: Mixes,
+    prompts: list[Conversation],
+    tokens: int,
+    *,
+    merged: bool,
+) -> Texts:
+    answers: Texts = []
+    for mix in mixes:
+        set_mix(wrapped, traits, mix)
+        if merged:
+            wrapped.model.merge_adapter()
+        answers += texts(generate_answers(wrapped, prompts, max_new_tokens=tokens))
+        if merged:
+            wrapped.model.unmerge_adapter()
+    return answers
+
+
+def with_adapters(folders: dict[str, Path], dtype: str) -> ChatModel:
+    plain = load_chat_model(dtype=dtype)
+    first, *others = folders
+    model = PeftModel.from_pretrained(plain.model, folders[first], adapter_name=first)
+    for trait in others:
+        model.load_adapter(folders[trait], adapter_name=trait)
+    model.base_model.set_adapter(list(folders))
+    return dataclasses.replace(plain, model=model.eval())
+
+
+@torch.inference_mode()
+def product_seconds(chat_model: ChatModel, rows: int, repeats: int = 20) -> float:
+    """Return the time of one decoding step's matrix products alone, at ``rows`` rows."""
+    weights = [weight_of(module) for module in linear_modules(chat_model.model).values()]
+    inputs = {
+        size: torch.randn(rows, size, dtype=weights[0].dtype)
+        for size in {weight.shape[1] for weight in weights}
+    }
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def seconds_of(variant: Callable[[], Texts]) -> tuple[float, Texts]:
+    start = time.perf_counter()
+    answers = variant()
+    return time.perf_counter() - start, answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--directions", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--candidates", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--curve", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/optimization.json"))
+    options = parser.parse_args()
+
+    traits = sorted(STYLE_TRAITS)
+    folders = {trait: options.directions / trait / "diff" for trait in traits}
+    diffs = [LoRADiff.load(folder) for folder in folders.values()]
+    chat_model = load_chat_model(dtype=options.dtype)
+    wrapped = with_adapters(folders, options.dtype)
+    asked = load_persona_prompts().train[: options.prompts]
+    prompts = [user_question(text) for text in asked]
+    random = np.random.default_rng(0)
+    mixes: Mixes = (0.5 * random.standard_normal((options.candidates, len(traits)))).tolist()
+    tokens = options.tokens
+
+    variants: dict[str, Callable[[], Texts]] = {
+        "unsteered": lambda: texts(
+            generate_answers(chat_model, prompts * len(mixes), max_new_tokens=tokens)
+        ),
+        "population": lambda: population(chat_model, diffs, mixes, prompts, tokens),
+        "merging loop": lambda: peft_loop(wrapped, traits, mixes, prompts, tokens, merged=True),
+        "unmerged loop": lambda: peft_loop(wrapped, traits, mixes, prompts, tokens, merged=False),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    answers: dict[str, Texts] = {}
+    for _ in range(options.rounds):
+        for name, variant in variants.items():
+            taken, answers[name] = seconds_of(variant)
+            seconds[name].append(taken)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    curve = {}
+    for size in options.curve:
+        drawn = (0.5 * random.standard_normal((size, len(traits)))).tolist()
+        taken, _ = seconds_of(lambda: population(chat_model, diffs, drawn, prompts, tokens))  # noqa: B023
+        curve[size] = taken / size
+    rows = len(mixes) * len(prompts)
+    equal = zip(answers["population"], answers["merging loop"], strict=True)
+    result: dict[str, Any] = {
+        "dtype": options.dtype,
+        "candidates": len(mixes),
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "rounds": options.rounds,
+        "seconds": medians,
+        "evaluations_per_second": {name: len(mixes) / each for name, each in medians.items()},
+        "population_over_merging_loop": medians["merging loop"] / medians["population"],
+        "population_over_unmerged_loop": medians["unmerged loop"] / medians["population"],
+        "live_overhead": medians["population"] / medians["unsteered"] - 1,
+        "matrix_product_share": product_seconds(chat_model, rows) * tokens / medians["population"],
+        "answers_equal_to_merging_loop": sum(one == other for one, other in equal) / rows,
+        "seconds_per_candidate_by_population": curve,
+        "versions": package_versions(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Which way of giving a model a person's voice works best? All personas (or those named), the same
+# budget for every method: bash scripts/compare_methods.sh episode-000101_B episode-000117_B
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/train_style_traits.sh
+export PATH="$PWD/.venv/bin:$PATH"
+
+personas=("$@")
+persona-lora compare-methods ${personas[@]+--persona-id "${personas[*]}"} \
+    --methods "${METHODS:-lora random prompt svd mean_diff pca}" \
+    --model "${MODEL:-SmolLM2-135M-Instruct}" --max-iterations "${ITERATIONS:-8}" \
+    --population-size "${POPULATION:-8}" --num-prompts "${PROMPTS:-8}" \
+    --max-new-tokens "${TOKENS:-30}" --save-dir "${SAVE_DIR:-results/personas}"
