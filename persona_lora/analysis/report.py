@@ -31,6 +31,7 @@ from persona_lora.analysis.report_parts import (
     text_of,
     validations,
 )
+from persona_lora.analysis.report_personas import comparison_content, search_content
 from persona_lora.analysis.report_sweep import SweepBody, sweep_content
 from persona_lora.analysis.report_vectors import extract_content, project_content
 from persona_lora.core.errors import UserError
@@ -44,6 +45,8 @@ SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
     "extract": extract_content,
     "project": project_content,
     "evaluate-checkpoints": checkpoints_content,
+    "optimize": search_content,
+    "compare-methods": comparison_content,
 }
 
 

@@ -179,8 +179,11 @@ def optimize(
                 watch=watch,
             )
         _show_search(result, save_dir)
-        if judge.strip() == "embedding":
-            _show_checks(bench, persona_id)
+        for check in problem.checks:
+            console.print(
+                f"judge fitted on {check.fitted_on} conversations: AUC {check.auc:.2f} on "
+                f"{check.n_own} unseen utterances of the person against {check.n_others} of others"
+            )
 
 
 @app.command("compare-methods")
@@ -268,7 +271,7 @@ def compare_methods(
         if comparison.against_random:
             table = _fits_table(comparison.against_random, "against random search")
             console.print(table)
-        console.print(f"run: {comparison.folder}")
+        console.print(f"report: {comparison.folder / 'report.html'}")
 
 
 def _workbench(
@@ -374,15 +377,8 @@ def _show_search(result: Any, save_dir: Path) -> None:
         f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
         f"{found.reason}; best training value {found.best.value:.2f}"
     )
-    console.print(f"{save_dir / result.persona_id}_optimization.json")
-
-
-def _show_checks(bench: Workbench, persona_id: str) -> None:
-    for check in bench.checks(persona_id):
-        console.print(
-            f"judge fitted on {check.fitted_on} conversations: AUC {check.auc:.2f} on "
-            f"{check.n_own} unseen utterances of the person against {check.n_others} of others"
-        )
+    console.print(f"weights: {save_dir / result.persona_id}_best_weights.json")
+    console.print(f"report:  {result.folder / 'report.html'}")
 
 
 def _fits_table(fits: Sequence[ConditionFit], title: str) -> Table:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.analysis.fits import ConditionFit, fits_over_personas, fits_over_prompts
+from persona_lora.analysis.plots.personas import plot_comparison
+from persona_lora.analysis.report import write_report
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
@@ -128,7 +130,7 @@ def _plain_rows(
     run = problem.processes.from_main(
         lambda: Run.open(
             folder,
-            command="optimize",
+            command="baselines",
             config={
                 "persona": problem.persona.id,
                 "model": problem.chat_model.name,
@@ -169,7 +171,9 @@ def _written(
         run.write("held_out", rows)
         cells = [_cells(persona, each) for persona, fits in by_persona.items() for each in fits]
         write_csv(out / "comparison.csv", COLUMNS, cells)
+        plot_comparison(run, out / "comparison.png")
         write_csv(out / "overall.csv", COLUMNS, [_cells("all", each) for each in overall])
+    write_report([out], out / "report.html")
     return Comparison(overall, by_persona, against, out)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.analysis.fits import ConditionFit, fits_over_prompts
+from persona_lora.analysis.plots.personas import plot_search
+from persona_lora.analysis.report import write_report
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_json
@@ -29,6 +31,7 @@ from persona_lora.experiments.optimization import (
     search,
 )
 from persona_lora.experiments.persona_answers import Cell, Speaker, plain_speaker
+from persona_lora.experiments.persona_judging import JudgeCheck
 from persona_lora.experiments.persona_objective import ObjectiveOptions, PersonaObjective
 from persona_lora.experiments.processes import Alone, Processes
 from persona_lora.judges.coherence import CoherenceScorer
@@ -43,7 +46,10 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True, eq=False)
 class PersonaProblem:
-    """A persona, what is said to it, and its judges: what all methods of a comparison share."""
+    """A persona, what is said to it, and its judges: what all methods of a comparison share.
+
+    ``checks`` are the validations of embedded judges.
+    """
 
     chat_model: ChatModel
     persona: Persona
@@ -54,6 +60,7 @@ class PersonaProblem:
     generation: GenerationOptions
     processes: Processes = field(default_factory=Alone)
     allow_other_base: bool = False
+    checks: tuple[JudgeCheck, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +134,7 @@ def optimise_persona(
     )
     if processes.index == 0:
         with run:
+            run.write("judge_checks", [dataclasses.asdict(each) for each in problem.checks])
             result = _optimise(problem, method, run, goal, searching, watch)
         _write_results(problem, method, result)
         return result
@@ -317,7 +325,9 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_results(problem: PersonaProblem, method: Method, result: PersonaResult) -> None:
-    """Write the two files that the search is known by; see ``optimise_persona``."""
+    """Write picture and report, and the two files that the search is known by."""
+    plot_search(Run(result.folder), result.folder / "search.png")
+    write_report([result.folder], result.folder / "report.html")
     folder = ensure_writable_folder(result.folder.parent)
     best = result.fit_of(MEAN)
     by_iteration = _best_so_far(result.search.candidates)

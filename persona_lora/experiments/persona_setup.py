@@ -15,6 +15,7 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.personas import (
+    ConversationSplit,
     PersonaPrompts,
     list_personas,
     load_persona,
@@ -33,10 +34,8 @@ from persona_lora.experiments.evaluation import GenerationOptions
 from persona_lora.experiments.judging import JudgeOptions
 from persona_lora.experiments.optimization import Generation, SearchOptions
 from persona_lora.experiments.persona_judging import (
-    JudgeCheck,
     check_style_judge,
     fit_coherence,
-    fit_style_judge,
     make_persona_judge,
 )
 from persona_lora.experiments.persona_objective import ObjectiveOptions
@@ -54,7 +53,7 @@ from persona_lora.judges.sentence_embeddings import SentenceEmbedder
 from persona_lora.models.generation import Progress
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.structure import num_layers
-from persona_lora.profiles.style_judge import TextFeatures
+from persona_lora.profiles.style_judge import StyleJudge, TextFeatures
 
 # R1 … R5, in the order that initial weights are given in.
 STYLE_TRAITS = (
@@ -184,46 +183,36 @@ class Workbench:
         ]
         needs_baselines = self.judging.judge.strip() != "embedding"
         baselines = self.baselines if needs_baselines else {}
-        search_judge, report_judge = (
+        splits: tuple[ConversationSplit, ...] = ("train", "test")
+        judges = [
             make_persona_judge(
                 persona,
                 personas,
-                "train" if part == "search" else "test",
+                split,
                 self.judging,
                 features=self.features,
                 baselines=baselines,
                 reference=self.chat_model,
             )
-            for part in ("search", "report")
-        )
+            for split in splits
+        ]
+        checks = [
+            check_style_judge(judge, persona, personas, split)
+            for judge, split in zip(judges, splits, strict=True)
+            if isinstance(judge, StyleJudge)
+        ]
         return PersonaProblem(
             self.chat_model,
             persona,
             self.prompts,
-            search_judge,
-            report_judge,
+            judges[0],
+            judges[1],
             self.coherence,
             self.generation,
             self.processes,
             self.allow_other_base,
+            tuple(checks),
         )
-
-    def checks(self, persona_id: str) -> list[JudgeCheck]:
-        """Validate the persona's embedded judges, each where it was not fitted."""
-        personas = [
-            load_persona(each, self.persona_dir) for each in list_personas(self.persona_dir)
-        ]
-        persona = next(each for each in personas if each.id == persona_id)
-        seed = self.judging.seed
-        return [
-            check_style_judge(
-                fit_style_judge(persona, personas, split, self.features, seed=seed),
-                persona,
-                personas,
-                split,
-            )
-            for split in ("train", "test")
-        ]
 
     def method(
         self,

@@ -206,8 +206,8 @@ def test_an_unknown_method_is_named(workbench, tmp_path):
 def test_judges_of_search_and_report_are_fitted_on_different_conversations(workbench):
     problem = workbench.problem("ann")
     assert problem.search_judge.bias != problem.report_judge.bias
-    assert [check.fitted_on for check in workbench.checks("ann")] == ["train", "test"]
-    assert all(check.auc > 0.9 for check in workbench.checks("ann"))
+    assert [check.fitted_on for check in problem.checks] == ["train", "test"]
+    assert all(check.auc > 0.9 for check in problem.checks)
 
 
 def test_scales_are_kept_and_measured_once(workbench, tmp_path, monkeypatch):
