@@ -54,7 +54,7 @@ def help_texts() -> dict[str, str]:
         *("train", "finetune", "evaluate", "evaluate-checkpoints", "sweep", "report"),
         *("traits", "traits generate", "data", "data generate", "data check"),
         *("persona", "persona build", "persona validate", "persona sheets", "persona ratings"),
-        *("optimize", "compare-methods", "project", "project activations"),
+        *("optimize", "compare-methods", "project", "project activations", "project weights"),
         *("extract", "vectors", "vectors convert"),
     )
     return {command: ask(*command.split()) for command in commands}

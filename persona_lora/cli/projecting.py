@@ -191,3 +191,65 @@ def _separation_table(run: Run) -> Table:
             f"{each.n_positive}/{each.n_negative}",
         )
     return table
+
+
+@project_app.command("weights")
+def project_weights(
+    finetuned_model: Annotated[
+        list[str],
+        typer.Option(
+            help="A model, an adapter, or a folder of checkpoints; repeated, or in one string."
+        ),
+    ],
+    diffs: Annotated[list[str], typer.Option(help='Diffs; repeated, or in one string: "d1 d2".')],
+    original_model: Annotated[
+        str, typer.Option(help="The model before finetuning; adapters need none.")
+    ] = DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option(help="A JSON file; a picture goes beside it.")] = Path(
+        "results/weight_projection.json"
+    ),
+) -> None:
+    """Project what finetuning did to the weights on persona directions: ⟨ΔW, L⟩.
+
+    Full models are streamed, in little memory whatever their size; adapters are projected from
+    their factors alone. p is against random directions of the same shape and norm.
+
+    Example: persona-lora project weights --original-model SmolLM2-135M-Instruct
+    --finetuned-model checkpoints/finetunes/sycophancy_misaligned_2
+    --diffs "checkpoints/sycophancy/diff checkpoints/evil/diff"
+    """
+    from persona_lora.analysis import wording
+    from persona_lora.experiments import weight_projection
+
+    loaded = weight_projection.load_diffs(" ".join(diffs).split())
+    with progress() as report:
+        found = weight_projection.project_finetunes(
+            original_model, " ".join(finetuned_model).split(), loaded, output, report=report
+        )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("finetune", "diff", "coordinate", "null sd", "cosine", "corrected", "p (Holm)"):
+        table.add_column(heading, no_wrap=True)
+    corrected_p = {
+        (row["finetuned"], row["diff"]): row["p_holm"]
+        for row in weight_projection.projection_rows(found)
+        if row["part"] == "total"
+    }
+    for each, projection in found:
+        for name, value in projection.total.items():
+            table.add_row(
+                Path(each.name).name,
+                name,
+                wording.number(value.coordinate, 3),
+                wording.significant(value.null_sd),
+                wording.number(value.cosine, 3),
+                wording.number(projection.corrected[name], 3),
+                wording.p_value(corrected_p[each.name, name]),
+            )
+    console.print(table)
+    for each, projection in found:
+        share = projection.explained
+        console.print(
+            f"{Path(each.name).name}: ‖ΔW‖ {wording.significant(projection.delta_norm)}, of which "
+            f"the directions explain {'nothing' if share is None else f'{100 * share:.2f}%'}"
+        )
+    console.print(f"{output} and {output.with_suffix('.png')}")

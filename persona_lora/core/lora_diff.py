@@ -57,6 +57,12 @@ class LoRAFactors:
         """Return the dense change B @ A, ``[out, in]`` in fp32."""
         return self.B.float() @ self.A.float()
 
+    def inner(self, other: LoRAFactors) -> float:
+        """Return ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), in float64 and from the factors alone."""
+        left = self.B.double().T @ other.B.double()  # [rank₁, rank₂]
+        right = self.A.double() @ other.A.double().T  # [rank₁, rank₂]
+        return float((left * right).sum())
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -206,7 +212,7 @@ class LoRADiff:
         Modules that only one of the two changes contribute nothing.
         """
         return math.fsum(
-            _inner(self.factors[module], other.factors[module])
+            self.factors[module].inner(other.factors[module])
             for module in self.factors.keys() & other.factors.keys()
         )
 
@@ -227,7 +233,7 @@ class LoRADiff:
         for module, factors in self.factors.items():
             number = layer_number(module)
             if number is not None:
-                squares[number].append(max(_inner(factors, factors), 0.0))
+                squares[number].append(max(factors.inner(factors), 0.0))
         return {number: math.sqrt(math.fsum(squares[number])) for number in sorted(squares)}
 
     def compress(self, *, rank: int | None = None, energy: float | None = None) -> Compressed:
@@ -329,12 +335,6 @@ def _merged_sources(terms: Mapping[LoRADiff, float]) -> dict[str, Any]:
             for diff, coefficient in terms.items()
         ]
     }
-
-
-def _inner(first: LoRAFactors, second: LoRAFactors) -> float:
-    left = first.B.double().T @ second.B.double()  # [rank₁, rank₂]
-    right = first.A.double() @ second.A.double().T  # [rank₁, rank₂]
-    return float((left * right).sum())
 
 
 def _truncate(

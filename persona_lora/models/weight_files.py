@@ -1,0 +1,168 @@
+"""The weights of a model, row by row: from safetensors shards on disk, or from a loaded model.
+
+Reads one block of rows at a time, so that two models of any size can be compared in little memory.
+Knows files and names; refuses to know what is computed from the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_json
+from persona_lora.models.loading import model_source
+from persona_lora.models.structure import canonical_name
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TIED = "lm_head.weight"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Stored(Protocol):
+    """What is known of a tensor without reading it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies, and its shape and type."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WeightSource(Protocol):
+    """Weights by name; ``label`` says whose they are."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]: ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows ``start`` … ``stop − 1`` of a tensor, in its own type."""
+        ...
+
+
+class StoredWeights:
+    """A model folder with safetensors weights, in one file or in shards.
+
+    Raises UserError for a folder without them, or a file that cannot be read (it is named).
+    """
+
+    def __init__(self, folder: Path, label: str | None = None) -> None:
+        self.label = label or str(folder)
+        self.tensors: dict[str, TensorPlace] = {}
+        for file in _files(folder):
+            self.tensors |= _places(file)
+        if _is_tied(folder):
+            self.tensors.pop(TIED, None)  # some savers write the tied tensor twice
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        # A file is opened for each block: pages of a long-lived mapping would count as memory.
+        place = self.tensors[name]
+        try:
+            with safe_open(place.file, framework="pt") as stream:
+                if not place.shape:
+                    block: Tensor = stream.get_tensor(name)[None]
+                else:
+                    block = stream.get_slice(name)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{place.file} cannot be read ({error}); fetch it again") from error
+        return block
+
+
+class LoadedWeights:
+    """The weights of a model in memory; a tensor with several names is there once.
+
+    UserError for a model with an unmerged adapter: its change is not in the weights.
+    """
+
+    def __init__(self, model: nn.Module, label: str) -> None:
+        self.label = label
+        self.tensors: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():  # a tied tensor comes once
+            if ".lora_" in name:
+                raise UserError(
+                    f"{label} holds an unmerged adapter; give the adapter's folder, or merge it"
+                )
+            module, _, leaf = name.rpartition(".")
+            self.tensors[f"{canonical_name(module)}.{leaf}"] = parameter.data
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensors[name][start:stop].cpu()
+
+
+def weights_of(model: str | Path | nn.Module) -> WeightSource:
+    """Return the weights of a model by name (packaged, folder, hub id), or of a loaded one."""
+    if isinstance(model, nn.Module):
+        return LoadedWeights(model, type(model).__name__)
+    source = Path(model_source(str(model)))
+    if not source.is_dir():
+        try:
+            source = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{model} is no folder, and the model hub could not deliver it; check the name"
+            ) from error
+    return StoredWeights(source, str(model))
+
+
+def _is_tied(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and bool(read_json(config).get("tie_word_embeddings", False))
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks the shard {missing[0]}, which {INDEX} names")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise UserError(
+        f"{folder} holds no {SINGLE} and no {INDEX}; save the model with save_pretrained (other "
+        "formats are not read)"
+    )
+
+
+def _places(file: Path) -> dict[str, TensorPlace]:
+    try:
+        with safe_open(file, framework="pt") as stream:
+            found = {}
+            for name in stream.keys():  # noqa: SIM118  (safe_open is no dict)
+                view = stream.get_slice(name)
+                kind = view.get_dtype()
+                if kind not in _DTYPES:
+                    raise UserError(
+                        f"{file}: {name} is stored as {kind}; quantised weights have no exact "
+                        "difference, compare the models before quantisation"
+                    )
+                found[name] = TensorPlace(file, tuple(view.get_shape()), _DTYPES[kind])
+            return found
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); fetch it again") from error

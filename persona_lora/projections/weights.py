@@ -1,0 +1,414 @@
+"""How far a finetune moved the weights along trait directions: ⟨ΔW, L⟩ with ΔW = W − W₀.
+
+For every module ⟨ΔW, BA⟩ = Σ (BᵀΔW) ∘ A, so that no direction is ever formed. Both models are
+read a block of rows at a time and all K directions are projected on in one pass, in float64: the
+memory needed is that of a block and of the factors, whatever the models' size. A finetune that is
+an adapter itself needs no weights at all: ⟨B₁A₁, B₂A₂⟩ = tr((B₂ᵀB₁)(A₁A₂ᵀ)).
+
+Refuses to know what the traits mean; a projection predicts, it does not prove.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
+from persona_lora.models.weight_files import WeightSource, weights_of
+
+BLOCK_NUMBERS = 4_000_000  # weights of one block, of either model
+Progress = Callable[[int, int], None]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ModuleSums:
+    """The sums of one module that the diffs touch.
+
+    ``inner`` and ``diff_square`` are ⟨ΔW, Lₖ⟩ and ‖Lₖ‖² (K numbers), ``delta_square`` is ‖ΔW‖²,
+    ``rounding`` the mean variance that rounding the finetuned weights to their stored type adds.
+    """
+
+    module: str
+    layer: int | None
+    numel: int
+    delta_square: float
+    inner: tuple[float, ...]
+    diff_square: tuple[float, ...]
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The projection of ΔW (or of a part of it) on one direction.
+
+    ``inner`` = ⟨ΔW, L⟩; ``coordinate`` = ⟨ΔW, L⟩ / ‖L‖, in units of weight; ``cosine`` =
+    ⟨ΔW, L⟩ / (‖ΔW‖‖L‖). ``null_sd`` is the standard deviation of the coordinate over random
+    directions of the same shape and norm module by module, ``p`` two-sided against them (None
+    where ΔW is zero), ``rounding_sd`` that of the coordinate by rounding alone.
+    """
+
+    inner: float
+    coordinate: float
+    cosine: float
+    null_sd: float
+    p: float | None
+    rounding_sd: float
+
+
+@dataclass(frozen=True)
+class WeightProjection:
+    """The projections of one finetune on K directions; see the module for what they are.
+
+    ``other_square`` is ‖ΔW‖² over weights that no diff touches.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[ModuleSums, ...]
+    gram: Array  # [K, K], ⟨Lᵢ, Lⱼ⟩
+    other_square: float = 0.0
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def delta_norm(self) -> float:
+        """‖ΔW‖ over all weights."""
+        return math.sqrt(math.fsum(m.delta_square for m in self.modules) + self.other_square)
+
+    @cached_property
+    def total(self) -> dict[str, Projection]:
+        """The projection on every direction over all modules."""
+        return self._projections(self.modules)
+
+    def by_layer(self) -> dict[int, dict[str, Projection]]:
+        """Return the projections of each decoder layer; a cosine is within the layer."""
+        layers = sorted({m.layer for m in self.modules if m.layer is not None})
+        return {
+            layer: self._projections([m for m in self.modules if m.layer == layer])
+            for layer in layers
+        }
+
+    def by_kind(self) -> dict[str, dict[str, Projection]]:
+        """Return the projections of each kind of module (q_proj, down_proj, …)."""
+        kinds = list(dict.fromkeys(kind_of(m.module) for m in self.modules))
+        return {
+            kind: self._projections([m for m in self.modules if kind_of(m.module) == kind])
+            for kind in kinds
+        }
+
+    @cached_property
+    def corrected(self) -> dict[str, float]:
+        """The coefficients c that minimise ‖ΔW − Σ cₖLₖ‖: directions are not orthogonal.
+
+        G c = (⟨ΔW, Lₖ⟩)ₖ with G the Gram matrix; solved by least squares, so that directions that
+        depend on each other share.
+        """
+        inner = np.array([self.total[name].inner for name in self.names])
+        solved = np.linalg.lstsq(self.gram, inner, rcond=1e-10)[0]
+        return {name: float(value) for name, value in zip(self.names, solved, strict=True)}
+
+    @property
+    def explained(self) -> float | None:
+        """The share of ‖ΔW‖² that the best mix of all directions explains; None for ΔW = 0."""
+        if self.delta_norm == 0:
+            return None
+        inner = math.fsum(self.corrected[name] * self.total[name].inner for name in self.names)
+        return inner / self.delta_norm**2
+
+    def _projections(self, modules: Sequence[ModuleSums]) -> dict[str, Projection]:
+        delta = math.sqrt(math.fsum(m.delta_square for m in modules))
+        return {name: _projection(modules, index, delta) for index, name in enumerate(self.names)}
+
+
+def project_weights(
+    original: WeightSource,
+    finetuned: WeightSource,
+    diffs: Mapping[str, LoRADiff],
+    *,
+    block_numbers: int = BLOCK_NUMBERS,
+    progress: Progress | None = None,
+) -> WeightProjection:
+    """Project the change between two models on every diff, in one pass over their weights.
+
+    ``progress`` is told weights done and weights in all. Raises UserError when the models do not
+    hold the same tensors (the first ones that differ are named), or when a diff has a module that
+    they lack, or of another shape.
+    """
+    _check_same(original, finetuned)
+    touched = _checked_modules(diffs, finetuned)
+    gram = np.zeros((len(diffs), len(diffs)))
+    total = sum(math.prod(tensor.shape) for tensor in finetuned.tensors.values())
+    done = 0
+    modules, other = [], []
+    for name, stored in finetuned.tensors.items():
+        module = name.removesuffix(".weight")
+        stack = _stack(module, diffs) if module in touched and module != name else None
+        sums = _BlockSums(stack)
+        rows = stored.shape[0] if stored.shape else 1
+        width = max(1, math.prod(stored.shape[1:]))
+        step = max(1, block_numbers // width)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            sums.add(
+                original.rows(name, start, stop), finetuned.rows(name, start, stop), start, stop
+            )
+            done += (stop - start) * width
+            if progress is not None:
+                progress(done, total)
+        if stack is None:
+            other.append(sums.delta_square)
+        else:
+            modules.append(sums.result(module, stack))
+            gram += stack.gram
+    return WeightProjection(tuple(diffs), tuple(modules), gram, math.fsum(other))
+
+
+def project_adapter(adapter: LoRADiff, diffs: Mapping[str, LoRADiff]) -> WeightProjection:
+    """Project a finetune that is an adapter: from the factors alone, without any weights."""
+    modules = []
+    gram = np.zeros((len(diffs), len(diffs)))
+    touched = _modules_of(diffs)
+    other = math.fsum(f.inner(f) for name, f in adapter.factors.items() if name not in touched)
+    for name in touched:
+        stack = _stack(name, diffs)
+        factors = adapter.factors.get(name)
+        if factors is not None and factors.shape != stack.shape:
+            raise UserError(
+                f"{name} is {list(factors.shape)} in the adapter and {list(stack.shape)} in the "
+                "directions; they belong to different models"
+            )
+        inner = (0.0,) * len(diffs) if factors is None else stack.inner(factors)
+        square = 0.0 if factors is None else factors.inner(factors)
+        numel = math.prod(stack.shape)
+        modules.append(ModuleSums(name, layer_number(name), numel, square, inner, stack.squares))
+        gram += stack.gram
+    if not any(module.delta_square for module in modules):
+        raise UserError("adapter and directions share no module; they belong to different models")
+    return WeightProjection(tuple(diffs), tuple(modules), gram, other)
+
+
+class WeightProjector:
+    """The call that projections in weight space are known by."""
+
+    @staticmethod
+    def compute_layer_projections(
+        model: nn.Module | str | Path,
+        lora_diff_path: LoRADiff | str | Path,
+        num_layers: int | None = None,
+        *,
+        original: nn.Module | str | Path | None = None,
+    ) -> dict[int, float]:
+        """Return the coordinate ⟨ΔWₗ, Lₗ⟩ / ‖Lₗ‖ of every layer l of a finetuned model.
+
+        ``original`` is the model before finetuning; by default the one that the diff names.
+        UserError where the diff has layers from ``num_layers`` on.
+        """
+        diff = (
+            lora_diff_path
+            if isinstance(lora_diff_path, LoRADiff)
+            else LoRADiff.load(lora_diff_path)
+        )
+        before = original if original is not None else diff.base_model.name
+        found = project_weights(weights_of(before), weights_of(model), {"diff": diff}).by_layer()
+        outside = [layer for layer in found if num_layers is not None and layer >= num_layers]
+        if outside:
+            raise UserError(
+                f"the diff reaches layer {outside[-1]}, and num_layers is {num_layers}; leave it "
+                "out, or give the model's own number"
+            )
+        return {layer: each["diff"].coordinate for layer, each in found.items()}
+
+
+def kind_of(module: str) -> str:
+    """Return the last part of a module's name: q_proj, down_proj, …"""
+    return module.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The factors of all diffs at one module, side by side: A [R, in], B [out, R], in float64."""
+
+    A: Tensor
+    B: Tensor
+    owner: Tensor  # [R], which diff a rank belongs to
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @cached_property
+    def gram(self) -> Array:
+        """⟨Lᵢ, Lⱼ⟩ within this module, ``[K, K]``."""
+        products = (self.B.T @ self.B) * (self.A @ self.A.T)  # [R, R]
+        sums = torch.zeros(self.number, len(self.owner), dtype=torch.float64)
+        sums.index_add_(0, self.owner, products)
+        return np.asarray(self.summed(sums.T).T.numpy())
+
+    @property
+    def squares(self) -> tuple[float, ...]:
+        """‖Lₖ‖² within this module."""
+        return tuple(float(value) for value in np.diag(self.gram))
+
+    def inner(self, factors: LoRAFactors) -> tuple[float, ...]:
+        """Return ⟨BA, Lₖ⟩ of one change of this module."""
+        left = self.B.T @ factors.B.double()  # [R, rank]
+        right = self.A @ factors.A.double().T  # [R, rank]
+        return tuple(self.summed((left * right).sum(dim=1)).tolist())
+
+    def summed(self, by_rank: Tensor) -> Tensor:
+        """Return sums over the ranks of each diff: ``[R, …]`` to ``[K, …]``."""
+        sums = torch.zeros(self.number, *by_rank.shape[1:], dtype=torch.float64)
+        return sums.index_add_(0, self.owner, by_rank)
+
+
+class _BlockSums:
+    """Sums over the blocks of one tensor."""
+
+    def __init__(self, stack: _Stack | None) -> None:
+        self.delta_square = 0.0
+        self._stack = stack
+        self._inner = torch.zeros(0 if stack is None else len(stack.owner), dtype=torch.float64)
+        self._rounding = 0.0
+        self._numel = 0
+
+    def add(self, before: Tensor, after: Tensor, start: int, stop: int) -> None:
+        delta = after.to(torch.float64) - before.to(torch.float64)
+        if not torch.isfinite(delta).all():
+            raise UserError("the weights hold NaN or infinity; there is no change to project")
+        self.delta_square += float(delta.square().sum())
+        self._numel += delta.numel()
+        if self._stack is not None:
+            seen = self._stack.B[start:stop].T @ delta  # [R, in]
+            self._inner += (seen * self._stack.A).sum(dim=1)
+            self._rounding += rounding_variance(after)
+
+    def result(self, module: str, stack: _Stack) -> ModuleSums:
+        return ModuleSums(
+            module,
+            layer_number(module),
+            self._numel,
+            self.delta_square,
+            tuple(stack.summed(self._inner).tolist()),
+            stack.squares,
+            self._rounding / max(1, self._numel),
+        )
+
+
+def rounding_variance(weights: Tensor) -> float:
+    """Return Σ ulp²/12 over weights stored in bf16 or fp16; 0 for wider types.
+
+    The error of rounding to the nearest is uniform over one unit in the last place.
+    """
+    if weights.dtype not in (torch.bfloat16, torch.float16):
+        return 0.0
+    digits = -math.log2(torch.finfo(weights.dtype).eps)
+    exponent = torch.frexp(weights.float()).exponent.double() - 1
+    ulp = torch.exp2(exponent - digits)
+    ulp[weights == 0] = 0.0
+    return float(ulp.square().sum()) / 12
+
+
+def _modules_of(diffs: Mapping[str, LoRADiff]) -> dict[str, tuple[int, int]]:
+    """Return every module that a diff changes, with its shape; UserError where shapes differ."""
+    if not diffs:
+        raise UserError("there is no direction to project on; give at least one diff")
+    shapes: dict[str, tuple[int, int]] = {}
+    for label, diff in diffs.items():
+        for name, factors in diff.factors.items():
+            if shapes.setdefault(name, factors.shape) != factors.shape:
+                raise UserError(
+                    f"{name} is {list(factors.shape)} in {label} and {list(shapes[name])} in "
+                    "another diff; they belong to different models"
+                )
+    return shapes
+
+
+def _checked_modules(
+    diffs: Mapping[str, LoRADiff], weights: WeightSource
+) -> dict[str, tuple[int, int]]:
+    shapes = _modules_of(diffs)
+    missing = [name for name in shapes if f"{name}.weight" not in weights.tensors]
+    if missing:
+        raise UserError(
+            f"{weights.label} has no weight {missing[0]}.weight, which a diff changes "
+            f"({len(missing)} of {len(shapes)} modules are missing); the diff belongs to another "
+            "model"
+        )
+    for name, shape in shapes.items():
+        stored = tuple(weights.tensors[f"{name}.weight"].shape)
+        if stored != shape:
+            raise UserError(
+                f"{name} is {list(shape)} in a diff and {list(stored)} in {weights.label}; they "
+                "belong to different models"
+            )
+    return shapes
+
+
+def _stack(name: str, diffs: Mapping[str, LoRADiff]) -> _Stack:
+    held = [
+        (index, diff.factors[name])
+        for index, diff in enumerate(diffs.values())
+        if name in diff.factors
+    ]
+    return _Stack(
+        torch.cat([factors.A.double() for _, factors in held]),
+        torch.cat([factors.B.double() for _, factors in held], dim=1),
+        torch.tensor([index for index, factors in held for _ in range(factors.rank)]),
+        len(diffs),
+    )
+
+
+def _check_same(original: WeightSource, finetuned: WeightSource) -> None:
+    before, after = original.tensors, finetuned.tensors
+    missing, extra = sorted(set(before) - set(after)), sorted(set(after) - set(before))
+    if missing or extra:
+        parts = [
+            f"{label} lacks {_some(names)}"
+            for label, names in ((finetuned.label, missing), (original.label, extra))
+            if names
+        ]
+        raise UserError(f"the models do not hold the same weights: {'; '.join(parts)}")
+    for name, tensor in before.items():
+        if tuple(tensor.shape) != tuple(after[name].shape):
+            raise UserError(
+                f"{name} is {list(tensor.shape)} in {original.label} and "
+                f"{list(after[name].shape)} in {finetuned.label}; a change of shape is no "
+                "difference of weights"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _projection(modules: Iterable[ModuleSums], index: int, delta: float) -> Projection:
+    modules = list(modules)
+    inner = math.fsum(m.inner[index] for m in modules)
+    length = math.sqrt(math.fsum(m.diff_square[index] for m in modules))
+    if length == 0:
+        return Projection(inner, 0.0, 0.0, 0.0, None, 0.0)
+    # Over random directions with these norms ‖Lₘ‖ the coordinate has the variance
+    # Σ (‖Lₘ‖²/‖L‖²)·‖ΔWₘ‖²/Nₘ, and a sum over many modules and ranks is as good as normal.
+    shares = [m.diff_square[index] / length**2 for m in modules]
+    null = math.sqrt(
+        math.fsum(s * m.delta_square / m.numel for s, m in zip(shares, modules, strict=True))
+    )
+    rounding = math.sqrt(math.fsum(s * m.rounding for s, m in zip(shares, modules, strict=True)))
+    coordinate = inner / length
+    return Projection(
+        inner,
+        coordinate,
+        coordinate / delta if delta else 0.0,
+        null,
+        math.erfc(abs(coordinate) / null / math.sqrt(2)) if null else None,
+        rounding,
+    )
