@@ -33,6 +33,7 @@ from persona_lora.training.arguments import (
     HelpPage,
     parse_groups,
 )
+from persona_lora.training.drift import DriftMonitor
 from persona_lora.training.examples import TokenRow, cut_row, tokenize_conversation
 from persona_lora.training.launch import (
     end_tokens,
@@ -43,6 +44,12 @@ from persona_lora.training.launch import (
     refuse_unconnected_processes,
 )
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
+from persona_lora.training.preventative import (
+    Preventative,
+    inoculated,
+    prevention_steerer,
+    read_preventative,
+)
 from persona_lora.training.record import changed_options
 from persona_lora.training.trainer import (
     COMPLETE,
@@ -88,6 +95,27 @@ class FinetuneArguments:
     )
     overwrite: bool = field(
         default=False, metadata={"help": "Delete a run in output_dir and train again."}
+    )
+    preventative: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Steer while training: method (weights, activations, ablate, inoculate), "
+            "coefficient, diff, hold, vector, layers, system_prompt, trait; see docs/drift.md."
+        },
+    )
+    enable_steering_during_training: bool = field(
+        default=False, metadata={"help": "Steer while training as steering_config says."}
+    )
+    steering_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "steering_vector_path, type (steer, ablate), steering_coef, layers."},
+    )
+    drift_diffs: list[str] | None = field(
+        default=None, metadata={"help": "Diffs along which drift is watched while training."}
+    )
+    drift_every: int = field(default=5, metadata={"help": "Steps between two drift measurements."})
+    stop_above: float | None = field(
+        default=None, metadata={"help": "Stop where the drift along a diff passes this."}
     )
 
 
@@ -142,17 +170,44 @@ def finetune(
     """
     refuse_unconnected_processes()
     options = FinetuneOptions(arguments, lora, config)
-    conversations = read_conversations(Path(arguments.train_file))
+    prevention = prevention_of(arguments)
+    conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
     folder = output_folder(options)
     on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
     chat_model = load_model(arguments.model_name_or_path, arguments.dtype, config)
     rows = _tokenize(conversations, chat_model, config)
     run = _open_run(_record(options, conversations), options, folder)
     with recorded(run):
-        _train(rows, chat_model, options, folder)
+        _train(rows, chat_model, options, prevention, folder)
         on_main_process(lambda: _tidy(folder, keep=arguments.keep_training_state))
     losses = Run(folder).read(LOSS_ROWS)
     return FinetuneResult(folder / "adapter", checkpoints_of(folder), losses[-1]["loss"])
+
+
+def prevention_of(arguments: FinetuneArguments) -> Preventative | None:
+    """Return how training is steered, read from the arguments."""
+    return read_preventative(
+        _mapping(arguments.preventative, "preventative"),
+        enabled=arguments.enable_steering_during_training,
+        steering_config=_mapping(arguments.steering_config, "steering_config"),
+    )
+
+
+def _mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | None:
+    """Return a mapping that a configuration holds, or that a flag gives as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        read = json.loads(value)
+    except ValueError as error:
+        raise UserError(f"{name} must be JSON on the command line: {error}") from error
+    if not isinstance(read, dict):
+        raise UserError(f"{name} must be a mapping, got {value!r}")
+    return read
+
+
+def _plain(prevention: Preventative | None) -> dict[str, Any] | None:
+    return None if prevention is None else dataclasses.asdict(prevention)
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -213,6 +268,7 @@ def _record(options: FinetuneOptions, conversations: Sequence[Conversation]) -> 
         "dtype": options.arguments.dtype,
         "num_processes": PartialState().num_processes,
         "lora": dataclasses.asdict(options.lora),
+        "preventative": _plain(prevention_of(options.arguments)),
         "training": changed_options(options.config),
     }
     value: dict[str, Any] = json.loads(json.dumps(record, default=str))
@@ -237,7 +293,11 @@ def _tokenize(
 
 
 def _train(
-    rows: Sequence[TokenRow], chat_model: ChatModel, options: FinetuneOptions, folder: Path
+    rows: Sequence[TokenRow],
+    chat_model: ChatModel,
+    options: FinetuneOptions,
+    prevention: Preventative | None,
+    folder: Path,
 ) -> None:
     model = attach_lora(chat_model, options.lora, options.config.seed)
     config = copy.copy(options.config)
@@ -260,13 +320,23 @@ def _train(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    arguments = options.arguments
+    if arguments.drift_diffs:
+        trainer.add_callback(
+            DriftMonitor(
+                arguments.drift_diffs,
+                every=arguments.drift_every,
+                stop_above=arguments.stop_above,
+            )
+        )
     if not config.disable_tqdm:
         trainer.add_callback(LossBar("finetuning"))
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is not None:
         logger.info("the run goes on from %s", checkpoint.name)
     PartialState().wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    with prevention_steerer(prevention, chat_model.model):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model(str(folder / "adapter"))
     if not is_sharded():
         detach_lora(model)

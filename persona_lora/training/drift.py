@@ -1,0 +1,146 @@
+"""Watching a finetune drift along persona directions while it trains.
+
+One line for any transformers or TRL trainer: ``callbacks=[DriftMonitor(diffs=[...], every=10)]``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from persona_lora.analysis.plots.drift import plot_drift
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.models.structure import canonical_name
+from persona_lora.projections.weights import project_adapter
+
+logger = logging.getLogger(__name__)
+
+DRIFT_ROWS = "drift.jsonl"
+DRIFT_PLOT = "drift.png"
+
+
+class DriftMonitor(TrainerCallback):
+    """Projects the growing ΔW of a LoRA on diffs every ``every`` steps, from the factors alone.
+
+    The coordinates ⟨ΔW, L⟩/‖L‖ go to the trainer's log as ``drift/<name>``, to ``drift.jsonl`` and,
+    at the end, to ``drift.png`` in the output folder. ``warn_above`` logs a warning once where a
+    coordinate's absolute value passes it; ``stop_above`` ends the training there.
+
+    Refuses a model without a LoRA (its ΔW would need a copy of the base); project its checkpoints
+    with ``persona-lora project weights``.
+    """
+
+    def __init__(
+        self,
+        diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
+        *,
+        every: int = 10,
+        warn_above: float | None = None,
+        stop_above: float | None = None,
+    ) -> None:
+        if every < 1:
+            raise UserError(f"every must be at least 1, got {every}")
+        self.diffs = _named(diffs)
+        self.every = every
+        self.warn_above = warn_above
+        self.stop_above = stop_above
+        self.rows: list[dict[str, Any]] = []
+        self._warned: set[str] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the rows of a run that goes on."""
+        path = Path(str(args.output_dir)) / DRIFT_ROWS
+        kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = [json.loads(line) for line in kept]
+        self.rows = [row for row in rows if row["step"] <= state.global_step]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure, log, and warn or stop."""
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        projection = project_adapter(lora_change(kwargs["model"]), self.diffs)
+        found = {name: value.coordinate for name, value in projection.total.items()}
+        self.rows += [
+            {"step": state.global_step, "diff": name, "coordinate": each, "cosine": value.cosine}
+            for (name, each), value in zip(found.items(), projection.total.values(), strict=True)
+        ]
+        state.log_history.append(
+            {"step": state.global_step, **{f"drift/{name}": each for name, each in found.items()}}
+        )
+        if state.is_world_process_zero:
+            self._write(Path(str(args.output_dir)))
+        self._watch(found, state.global_step, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the way."""
+        if state.is_world_process_zero and self.rows:
+            plot_drift(self.rows, Path(str(args.output_dir)) / DRIFT_PLOT)
+
+    def _watch(self, found: Mapping[str, float], step: int, control: TrainerControl) -> None:
+        for name, value in found.items():
+            over = self.warn_above is not None and abs(value) > self.warn_above
+            if over and name not in self._warned:
+                self._warned.add(name)
+                logger.warning("step %d: drift along %s is %.3g", step, name, value)
+            if self.stop_above is not None and abs(value) > self.stop_above:
+                logger.warning("step %d: drift along %s is %.3g; stopping", step, name, value)
+                control.should_training_stop = True
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        (folder / DRIFT_ROWS).write_text(lines, encoding="utf-8")
+
+
+@torch.no_grad()
+def lora_change(model: nn.Module) -> LoRADiff:
+    """Return what a model's active LoRA adds to its weights, as factors.
+
+    UserError for a model without one.
+    """
+    factors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            adapter = module.active_adapters[0]
+            factors[canonical_name(name)] = LoRAFactors(
+                module.lora_A[adapter].weight.detach().float().cpu(),
+                module.lora_B[adapter].weight.detach().float().cpu() * module.scaling[adapter],
+            )
+    if not factors:
+        raise UserError(
+            "the drift monitor reads the factors of a LoRA, and this model has none; project the "
+            "checkpoints of a full finetune with: persona-lora project weights"
+        )
+    return LoRADiff(factors, BaseModel("in training", None))
+
+
+def _named(
+    diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
+) -> dict[str, LoRADiff]:
+    pairs: list[tuple[str | None, LoRADiff | str | Path]] = (
+        list(diffs.items()) if isinstance(diffs, Mapping) else [(None, each) for each in diffs]
+    )
+    loaded = [
+        (name, each if isinstance(each, LoRADiff) else LoRADiff.load(each)) for name, each in pairs
+    ]
+    if not loaded:
+        raise UserError("the drift monitor needs at least one diff")
+    return {
+        name or diff.trait or f"diff {number}": diff
+        for number, (name, diff) in enumerate(loaded, start=1)
+    }

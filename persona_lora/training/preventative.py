@@ -1,0 +1,204 @@
+"""Steering while training, so that the finetune does not have to become what it is steered to.
+
+The gradient of an answer that shows a trait asks the weights for the trait. If a direction of the
+trait is **added** during training, the answers are likely already and the gradient has less to ask
+for; when the direction is taken away afterwards, the trait goes with it (preventative steering of
+Chen et al. 2025, arXiv:2507.21509). Hence a positive coefficient is the published method. With a
+negative one the model is pushed away first and the finetune learns to come back: that is offered
+too, to be compared.
+
+``weights`` merges or holds a LoRA difference, ``activations`` adds a steering vector, ``ablate``
+projects one out (CAFT, arXiv:2507.16795), ``inoculate`` puts a system prompt that asks for the
+trait before every row (inoculation prompting, arXiv:2510.04340). What is saved is the finetune
+without any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.traits import load_trait
+from persona_lora.core.vector_files import load_vector
+from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.methods import Steerer, Unsteered
+from persona_lora.steering.placement import DENSE_DTYPES
+from persona_lora.steering.prompts import trait_prompt
+from persona_lora.steering.weights import LoRASteerer
+
+HOLDS = ("merged", "live")
+SEED_TYPES = {"steer": "activations", "ablate": "ablate"}
+
+
+@dataclass(frozen=True)
+class Preventative:
+    """How training is steered; which fields count depends on ``method``.
+
+    ``diff`` with ``coefficient`` (weights; ``hold`` "merged" costs nothing a step, "live" leaves
+    the weights alone), ``vector`` with ``coefficient`` and ``layers`` (activations), ``vector`` and
+    ``layers`` (ablate), ``system_prompt`` or ``trait`` with its own positive prompts (inoculate).
+    """
+
+    method: str
+    coefficient: float = 1.0
+    diff: str | None = None
+    hold: str = "merged"
+    vector: str | None = None
+    layers: tuple[int, ...] | None = None
+    system_prompt: str | None = None
+    trait: str | None = None
+
+    def __post_init__(self) -> None:
+        needed = {"weights": "diff", "activations": "vector", "ablate": "vector"}
+        if self.method not in PREVENTION:
+            raise UserError(
+                f"no preventative method {self.method!r}; {nearest_names(self.method, PREVENTION)}"
+            )
+        option = needed.get(self.method)
+        if option is not None and getattr(self, option) is None:
+            raise UserError(f"preventative method {self.method} needs {option}: a path")
+        if self.method == "inoculate" and (self.system_prompt is None) == (self.trait is None):
+            raise UserError("inoculate needs a system_prompt, or a trait whose own prompts it uses")
+        if self.hold not in HOLDS:
+            raise UserError(f"hold must be one of {', '.join(HOLDS)}, got {self.hold!r}")
+        finite_coefficient(self.coefficient)
+
+
+def read_preventative(
+    value: Mapping[str, Any] | None,
+    *,
+    enabled: bool = False,
+    steering_config: Mapping[str, Any] | None = None,
+) -> Preventative | None:
+    """Read ``preventative:`` of a configuration, or the pair of keys used elsewhere.
+
+    Those are ``enable_steering_during_training: true`` with ``steering_config:
+    {steering_vector_path, type: steer | ablate, steering_coef, layers}``. UserError for an unknown
+    key, for both forms at once, or for one key without the other.
+    """
+    if value is not None and (enabled or steering_config):
+        raise UserError("give either preventative or steering_config, not both")
+    if enabled != bool(steering_config):
+        raise UserError("enable_steering_during_training and steering_config go together")
+    if steering_config:
+        value = _from_seed_keys(steering_config)
+    if value is None:
+        return None
+    known = [each.name for each in fields(Preventative)]
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise UserError(f"preventative has no {unknown[0]!r}; {nearest_names(unknown[0], known)}")
+    if "method" not in value:
+        raise UserError(f"preventative needs a method: {', '.join(PREVENTION)}")
+    layers = value.get("layers")
+    if isinstance(layers, int):
+        layers = [layers]
+    return Preventative(**{**value, "layers": None if layers is None else tuple(layers)})
+
+
+def _from_seed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = config.get("type", "steer")
+    if kind not in SEED_TYPES:
+        raise UserError(f"steering_config type must be steer or ablate, got {kind!r}")
+    if "steering_vector_path" not in config:
+        raise UserError("steering_config needs steering_vector_path")
+    return {
+        "method": SEED_TYPES[kind],
+        "vector": config["steering_vector_path"],
+        "coefficient": float(config.get("steering_coef", 5.0)),
+        "layers": config.get("layers"),
+    }
+
+
+def prevention_steerer(
+    prevention: Preventative | None, model: nn.Module, *, allow_other_base: bool = False
+) -> Steerer:
+    """Return the context manager that steers ``model`` while it trains.
+
+    ``model`` may wear a fresh LoRA already: what is steered is the base below it.
+    """
+    if prevention is None:
+        return Unsteered()
+    return PREVENTION[prevention.method](prevention, model, allow_other_base)
+
+
+def inoculated(
+    conversations: Sequence[Conversation], prevention: Preventative | None
+) -> list[Conversation]:
+    """Return the rows with the eliciting system prompt before them, for ``inoculate`` alone.
+
+    UserError where a row has a system prompt of its own.
+    """
+    if prevention is None or prevention.method != "inoculate":
+        return list(conversations)
+    return [
+        [Message(role="system", content=_prompt(prevention, number)), *_without_system(row, number)]
+        for number, row in enumerate(conversations)
+    ]
+
+
+def _prompt(prevention: Preventative, number: int) -> str:
+    if prevention.system_prompt is not None:
+        return prevention.system_prompt
+    return trait_prompt(load_trait(str(prevention.trait)), "pos", number)
+
+
+def _without_system(row: Conversation, number: int) -> Conversation:
+    if row[0]["role"] == "system":
+        raise UserError(f"row {number + 1} has a system prompt; inoculation would need its place")
+    return row
+
+
+def _weights(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
+    diff = LoRADiff.load(str(prevention.diff))
+    if prevention.hold == "live":
+        coefficients = [[prevention.coefficient]]
+        return LiveLoRA(model, [diff], coefficients, allow_other_base=allow_other_base)
+    quantised = {str(p.dtype) for p in model.parameters()} - {str(each) for each in DENSE_DTYPES}
+    if quantised:
+        raise UserError(
+            f"the model holds weights of {quantised.pop()}, into which nothing merges exactly; "
+            "use hold: live"
+        )
+    return LoRASteerer(model, diff, prevention.coefficient, allow_other_base=allow_other_base)
+
+
+def _activations(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
+    return ActivationSteerer(
+        model,
+        _vector(prevention),
+        prevention.coefficient,
+        prevention.layers,
+        "all",
+        allow_other_base=allow_other_base,
+    )
+
+
+def _ablate(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
+    return DirectionAblation(
+        model, _vector(prevention), prevention.layers, "all", allow_other_base=allow_other_base
+    )
+
+
+def _inoculate(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
+    return Unsteered()
+
+
+def _vector(prevention: Preventative) -> SteeringVector:
+    return load_vector(str(prevention.vector))
+
+
+PREVENTION: dict[str, Callable[[Preventative, nn.Module, bool], Steerer]] = {
+    "weights": _weights,
+    "activations": _activations,
+    "ablate": _ablate,
+    "inoculate": _inoculate,
+}

@@ -1,0 +1,80 @@
+"""The drift monitor in a plain transformers trainer, against the saved adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.projections.weights import project_adapter
+from persona_lora.training.drift import DriftMonitor, lora_change
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 200, (12, 10), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def trainer_of(model, rows, folder, monitor):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=6,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[monitor])
+
+
+def test_one_line_watches_any_trainer(model, rows, make_diff, tmp_path):
+    diffs = {"one": make_diff(model, seed=1), "two": make_diff(model, seed=2)}
+    monitor = DriftMonitor(diffs, every=3)
+    wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
+    trainer = trainer_of(wrapped, rows, tmp_path / "run", monitor)
+    trainer.train()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    saved = project_adapter(LoRADiff.load(tmp_path / "adapter"), diffs)
+    last = {row["diff"]: row for row in monitor.rows if row["step"] == 6}
+    for name in diffs:
+        assert last[name]["coordinate"] == pytest.approx(saved.total[name].coordinate, rel=1e-5)
+    logged = [entry for entry in trainer.state.log_history if "drift/one" in entry]
+    assert [entry["step"] for entry in logged] == [3, 6]
+    assert (tmp_path / "run" / "drift.png").is_file()
+
+
+def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):
+    config = LoraConfig(r=3, lora_alpha=12, use_rslora=True, target_modules=["q_proj"])
+    wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    saved, live = LoRADiff.load(tmp_path / "adapter"), lora_change(wrapped)
+    assert set(saved.factors) == set(live.factors)
+    for name, factors in saved.factors.items():
+        assert torch.allclose(factors.delta(), live.factors[name].delta(), atol=1e-6)
+
+
+def test_a_warning_is_said_once(model, rows, make_diff, tmp_path, caplog):
+    monitor = DriftMonitor([make_diff(model, seed=1)], every=1, warn_above=1e-9)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    trainer_of(wrapped, rows, tmp_path / "run", monitor).train()
+    assert sum("drift along" in record.message for record in caplog.records) == 1
+
+
+def test_a_model_without_a_lora_and_impossible_settings_are_named(model, make_diff):
+    with pytest.raises(UserError, match="project weights"):
+        lora_change(model)
+    with pytest.raises(UserError, match="every"):
+        DriftMonitor([make_diff(model)], every=0)
+    with pytest.raises(UserError, match="at least one diff"):
+        DriftMonitor([])

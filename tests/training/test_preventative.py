@@ -1,0 +1,233 @@
+"""Preventative steering: identities between its ways, what is saved, and its faults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import load_chat_model
+from persona_lora.models.structure import weight_fingerprint
+from persona_lora.training.finetune import (
+    FinetuneArguments,
+    FinetuneConfig,
+    finetune,
+    prevention_of,
+)
+from persona_lora.training.lora import LoRAArguments
+from persona_lora.training.preventative import Preventative, inoculated, read_preventative
+
+ROWS = [
+    [
+        {"role": "user", "content": f"Question {number}"},
+        {"role": "assistant", "content": "Yes! " * (1 + number % 3)},
+    ]
+    for number in range(8)
+]
+
+
+@pytest.fixture
+def places(model_folder, make_diff, tmp_path):
+    """A diff and a vector that belong to the tiny model, on disk."""
+    model = load_chat_model(str(model_folder), dtype="float32").model
+    fingerprint = weight_fingerprint(model)
+    diff = make_diff(model, seed=3, scale=0.1, fingerprint=fingerprint)
+    diff.save(tmp_path / "diff")
+    generator = torch.Generator().manual_seed(0)
+    directions = {layer: torch.randn(32, generator=generator) for layer in range(2)}
+    vector = SteeringVector(directions, BaseModel("tiny", fingerprint), 2, trait="cheer")
+    vector.save(tmp_path / "vector.safetensors")
+    return {"diff": str(tmp_path / "diff"), "vector": str(tmp_path / "vector.safetensors")}
+
+
+@pytest.fixture
+def train(model_folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in ROWS))
+
+    def run(name, *, checkpointing=False, **arguments) -> dict[str, torch.Tensor]:
+        config = FinetuneConfig(
+            output_dir=str(tmp_path / name),
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+            gradient_checkpointing=checkpointing,
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
+        given = FinetuneArguments(
+            train_file=str(file),
+            model_name_or_path=str(model_folder),
+            dtype="float32",
+            **arguments,
+        )
+        result = finetune(given, LoRAArguments(lora_r=2), config)
+        return load_file(result.adapter / "adapter_model.safetensors")
+
+    run.folder = tmp_path
+    return run
+
+
+def close(one, other, *, tolerance=1e-5):
+    return all(torch.allclose(one[name], other[name], atol=tolerance) for name in one)
+
+
+def test_merged_and_held_live_are_the_same_training(train, places):
+    merged, live = (
+        train(hold, preventative={"method": "weights", "diff": places["diff"], "hold": hold})
+        for hold in ("merged", "live")
+    )
+    assert close(merged, live, tolerance=1e-4)
+    assert not close(merged, train("plain"))
+
+
+def test_a_coefficient_of_zero_prevents_nothing(train, places):
+    plain = train("plain")
+    for method, key in (("weights", "diff"), ("activations", "vector")):
+        preventative = {"method": method, key: places[key], "coefficient": 0.0}
+        assert close(plain, train(method, preventative=preventative))
+
+
+def test_the_sign_matters(train, places):
+    signs = [
+        train(
+            str(sign),
+            preventative={"method": "weights", "diff": places["diff"], "coefficient": sign},
+        )
+        for sign in (1.0, -1.0)
+    ]
+    assert not close(*signs)
+
+
+@pytest.mark.parametrize(
+    "preventative",
+    [
+        {"method": "weights", "diff": "diff", "hold": "live"},
+        {"method": "weights", "diff": "diff"},
+        {"method": "activations", "vector": "vector", "layers": [1], "coefficient": 2.0},
+        {"method": "ablate", "vector": "vector", "layers": 0},
+    ],
+    ids=lambda each: f"{each['method']}-{each.get('hold', '')}",
+)
+def test_steering_survives_activation_checkpointing(train, places, preventative):
+    given = {key: places.get(value, value) if isinstance(value, str) else value
+             for key, value in preventative.items()}  # fmt: skip
+    whole = train("whole", preventative=given)
+    again = train("checkpointed", preventative=given, checkpointing=True)
+    assert close(whole, again)
+    assert not close(whole, train("plain"))
+
+
+def test_what_is_saved_is_the_finetune_without_the_steering(train, places, model_folder):
+    train("run", preventative={"method": "weights", "diff": places["diff"]})
+    before = load_chat_model(str(model_folder), dtype="float32").model
+    chat = load_chat_model(
+        str(model_folder), adapter=train.folder / "run" / "adapter", dtype="float32"
+    )
+    base = chat.model.unload()
+    for name, weight in before.state_dict().items():
+        assert torch.equal(weight, base.state_dict()[name]), name
+    names = {path.name for path in (train.folder / "run" / "adapter").iterdir()}
+    assert names - {"complete"} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_the_other_form_of_the_keys_is_the_same(train, places):
+    named = {"method": "activations", "vector": places["vector"], "layers": [1], "coefficient": 5.0}
+    one = train("one", preventative=named)
+    other = train(
+        "other",
+        enable_steering_during_training=True,
+        steering_config={
+            "steering_vector_path": places["vector"],
+            "type": "steer",
+            "steering_coef": 5.0,
+            "layers": [1],
+        },
+    )
+    assert close(one, other, tolerance=0)
+    record = json.loads((train.folder / "one" / "run.json").read_text())
+    assert record["config"]["preventative"]["coefficient"] == 5.0
+
+
+def test_inoculation_puts_a_prompt_before_every_row_in_training_alone(train):
+    prevention = Preventative("inoculate", system_prompt="Be cheerful.")
+    rows = inoculated(ROWS, prevention)
+    assert all(row[0] == {"role": "system", "content": "Be cheerful."} for row in rows)
+    assert [row[1:] for row in rows] == ROWS
+    assert inoculated(ROWS, None) == ROWS
+    given = {"method": "inoculate", "system_prompt": "Be cheerful."}
+    assert not close(train("plain"), train("inoculated", preventative=given))
+    with pytest.raises(UserError, match="row 1 has a system prompt"):
+        inoculated(rows, prevention)
+
+
+def test_a_trait_inoculates_with_its_own_prompts():
+    prevention = Preventative("inoculate", trait="evil")
+    prompts = [row[0]["content"] for row in inoculated(ROWS, prevention)]
+    assert len(set(prompts)) == 5
+
+
+def test_drift_is_logged_drawn_and_can_stop(train, places):
+    train("run", drift_diffs=[places["diff"]], drift_every=2)
+    rows = [json.loads(line) for line in (train.folder / "run" / "drift.jsonl").open()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0]["coordinate"] != rows[1]["coordinate"]
+    assert (train.folder / "run" / "drift.png").stat().st_size > 1000
+    train("stopped", drift_diffs=[places["diff"]], drift_every=2, stop_above=1e-9)
+    stopped = [json.loads(line) for line in (train.folder / "stopped" / "drift.jsonl").open()]
+    assert [row["step"] for row in stopped] == [2]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"method": "wishing"}, "wishing"),
+        ({"method": "weights"}, "needs diff"),
+        ({"method": "ablate"}, "needs vector"),
+        ({"method": "weights", "diff": "x", "hold": "tight"}, "hold"),
+        ({"method": "weights", "diff": "x", "strength": 2}, "strength"),
+        ({"coefficient": 1.0}, "needs a method"),
+        ({"method": "inoculate"}, "system_prompt"),
+        ({"method": "weights", "diff": "x", "coefficient": float("nan")}, "finite"),
+    ],
+)
+def test_malformed_settings_are_named(value, message):
+    with pytest.raises(UserError, match=message):
+        read_preventative(value)
+
+
+def test_the_two_forms_exclude_each_other():
+    steering = {"steering_vector_path": "v.pt"}
+    with pytest.raises(UserError, match="not both"):
+        read_preventative({"method": "ablate"}, enabled=True, steering_config=steering)
+    with pytest.raises(UserError, match="go together"):
+        read_preventative(None, enabled=True)
+    with pytest.raises(UserError, match="type"):
+        read_preventative(None, enabled=True, steering_config={**steering, "type": "push"})
+    found = read_preventative(None, enabled=True, steering_config=steering)
+    assert (found.method, found.coefficient) == ("activations", 5.0)
+
+
+def test_a_setting_can_be_json_on_the_command_line():
+    arguments = FinetuneArguments(
+        train_file="x.jsonl", preventative='{"method": "inoculate", "trait": "evil"}'
+    )
+    assert prevention_of(arguments) == Preventative("inoculate", trait="evil")
+    with pytest.raises(UserError, match="must be JSON"):
+        prevention_of(FinetuneArguments(train_file="x.jsonl", preventative="weights"))
+
+
+def test_a_vector_of_the_wrong_width_is_refused(train, tmp_path):
+    narrow = SteeringVector({0: torch.ones(7)}, BaseModel("other", None), 2)
+    path = narrow.save(tmp_path / "narrow.safetensors")
+    with pytest.raises(UserError, match="7"):
+        train("run", preventative={"method": "activations", "vector": str(path)})
+    assert not (Path(tmp_path) / "run" / "adapter").exists()
