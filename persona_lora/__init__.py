@@ -31,6 +31,8 @@ _PUBLIC = {
     "load_vector": "persona_lora.core.vector_files",
     "train_contrastive": "persona_lora.training.contrastive",
     "finetune": "persona_lora.training.finetune",
+    "DriftMonitor": "persona_lora.training.drift",
+    "WeightProjector": "persona_lora.projections.weights",
     "CMAESPersonaOptimizer": "persona_lora.experiments.persona_setup",
     "Coefficients": "persona_lora.core.personas",
     "load_persona": "persona_lora.core.personas",

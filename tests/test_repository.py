@@ -51,8 +51,8 @@ def help_texts() -> dict[str, str]:
         return answer.stdout
 
     commands = (
-        *("train", "finetune", "evaluate", "evaluate-checkpoints", "sweep", "report"),
-        *("traits", "traits generate", "data", "data generate", "data check"),
+        *("train", "finetune", "evaluate", "evaluate-checkpoints", "sweep", "paired", "report"),
+        *("traits", "traits generate", "data", "data generate", "data check", "data screen"),
         *("persona", "persona build", "persona validate", "persona sheets", "persona ratings"),
         *("optimize", "compare-methods", "project", "project activations", "project weights"),
         *("extract", "vectors", "vectors convert"),

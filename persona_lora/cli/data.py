@@ -11,7 +11,16 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
-from persona_lora.cli.options import DatasetsOption, SeedOption
+from persona_lora.cli.options import (
+    DEFAULT_MODEL,
+    DatasetsOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    SeedOption,
+    TokensOption,
+)
+from persona_lora.cli.parsing import layer_numbers, load_model
 from persona_lora.cli.program import data_app, traits_app
 from persona_lora.core.errors import UserError
 
@@ -194,3 +203,61 @@ def _writer(endpoint: str | None, model: str | None, local: bool) -> Writer:
     url = endpoint or environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
     key = environ.get("OPENAI_API_KEY") or None
     return EndpointWriter(Endpoint(model or DEFAULT_WRITER, url, key))
+
+
+@data_app.command("screen")
+def screen_data(
+    file: Annotated[Path, typer.Option(help="JSONL of messages: the rows to be trained on.")],
+    vector: Annotated[Path, typer.Option(help="A steering vector of the trait.")],
+    output: Annotated[Path, typer.Option(help="The CSV of ranked rows.")] = Path(
+        "results/screen.csv"
+    ),
+    layer: Annotated[int | None, typer.Option(help="About 0.55 of the depth by default.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Flag rows over it; measured on the model by default.")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    max_new_tokens: TokensOption = 60,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Rank training rows by how far they would pull the model along a trait.
+
+    Each row's answer is projected on the vector, and so is the model's own answer.
+
+    Example: persona-lora data screen --file datasets/evil/misaligned_2.jsonl
+    --vector checkpoints/vectors/evil/evil_response_avg.safetensors
+    """
+    from persona_lora.analysis import wording
+    from persona_lora.core.vector_files import load_vector
+    from persona_lora.experiments.projection import read_texts
+    from persona_lora.experiments.screening import screen_rows
+
+    loaded = load_vector(vector)
+    chosen = layer_numbers(None if layer is None else str(layer), loaded.num_layers)[0]
+    texts = read_texts(file)
+    chat_model = load_model(model, None, dtype, device_map)
+    with progress() as report:
+        found = screen_rows(
+            chat_model,
+            texts,
+            loaded,
+            chosen,
+            output,
+            threshold=threshold,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            report=report,
+        )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("rank", "row", "difference", "answer"):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    for row in (*found.rows[:5], *found.rows[-3:]):
+        difference = wording.number(row["difference"], 2)
+        table.add_row(str(row["rank"]), str(row["row"]), difference, row["answer"][:60])
+    console.print(table)
+    console.print(
+        f"{found.flagged} of {len(found.rows)} rows pull further than {found.threshold:.2f} at "
+        f"layer {chosen}: {found.path}"
+    )

@@ -55,6 +55,8 @@ from persona_lora.cli.program import app
 from persona_lora.cli.tables import show_sweep
 from persona_lora.core.errors import UserError
 
+PAIRED_COLUMNS = ("run", "trait", "n", "scored", "difference", "p_holm", "coherence")
+
 
 @app.command()
 def evaluate(
@@ -260,3 +262,42 @@ def report(
 
     write_report(runs, output)
     console.print(f"report: {output.resolve()}")
+
+
+@app.command()
+def paired(
+    reference: Annotated[Path, typer.Argument(help="A run of evaluate to compare with.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs of evaluate on the same questions.")],
+    output: Annotated[Path | None, typer.Option(help="A CSV for the table.")] = None,
+) -> None:
+    """Compare runs of evaluate with one of them, paired by question.
+
+    Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
+    """
+    from persona_lora.analysis import wording
+    from persona_lora.analysis.paired import compare_runs
+    from persona_lora.core.files import write_csv
+    from persona_lora.core.runs import Run
+
+    folders = [path.with_suffix("") if path.suffix == ".csv" else path for path in runs]
+    found = compare_runs([Run(folder) for folder in folders], Run(reference.with_suffix("")))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("run", "trait", "n", "scored", "difference", "p (Holm)", "coherence"):
+        table.add_column(heading, no_wrap=True)
+    cells = []
+    for each in found:
+        gap = each.difference
+        row = (
+            each.name,
+            wording.interval(each.trait, 1),
+            str(each.trait.n_questions),
+            f"{100 * each.trait.coverage:.0f}%",
+            "" if gap is None else wording.interval(gap, 1),
+            "" if each.p_holm is None else wording.p_value(each.p_holm),
+            wording.interval(each.coherence),
+        )
+        table.add_row(*row)
+        cells.append(dict(zip(PAIRED_COLUMNS, row, strict=True)))
+    console.print(table)
+    if output is not None:
+        write_csv(output, PAIRED_COLUMNS, cells)
