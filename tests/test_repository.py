@@ -51,7 +51,16 @@ def help_texts() -> dict[str, str]:
         return answer.stdout
 
     commands = (
-        *("train", "finetune", "evaluate", "evaluate-checkpoints", "sweep", "paired", "report"),
+        *(
+            "train",
+            "finetune",
+            "evaluate",
+            "evaluate-checkpoints",
+            "sweep",
+            "paired",
+            "report",
+            "benchmark",
+        ),
         *("traits", "traits generate", "data", "data generate", "data check", "data screen"),
         *("persona", "persona build", "persona validate", "persona sheets", "persona ratings"),
         *("optimize", "compare-methods", "project", "project activations", "project weights"),

@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 """
 
 from persona_lora.cli import (
+    benchmarking,
     checkpoints,
     data,
     measuring,
@@ -17,6 +18,7 @@ from persona_lora.cli.program import app, main
 
 __all__ = [
     "app",
+    "benchmarking",
     "checkpoints",
     "data",
     "main",

@@ -1,0 +1,223 @@
+"""What did steering cost in capability? The evaluation harness on a loaded, steered model.
+
+Runs lm-evaluation-harness tasks (its own, or YAML files of ours) on the model in memory, unsteered
+and steered, and keeps every item's score, so that the two are compared item by item. Knowledge
+questions alone miss the known failure, so a task with steps to be generated stands beside them,
+and perplexity on ordinary chat. The harness is the extra ``benchmark``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from persona_lora.analysis.resampling import Interval, bootstrap_mean, holm, sign_flip_p
+from persona_lora.core.chat import Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import default_datasets_folder
+from persona_lora.models.likelihood import mean_logprobs
+from persona_lora.models.loading import ChatModel
+
+PERPLEXITY = "perplexity"
+INSTALL = 'pip install "persona-lora[benchmark]"'
+COLUMNS = ("condition", "task", "metric", "score", "low", "high", "n", "difference",
+           "difference_low", "difference_high", "p", "p_holm")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task under one condition, with the paired difference from the unsteered model.
+
+    Scores are means over items: accuracies, or for "perplexity" the mean log-probability of a
+    token (nats; larger is better, and e^−score is the perplexity).
+    """
+
+    condition: str
+    task: str
+    metric: str
+    score: Interval
+    difference: Interval | None
+    p: float | None
+    p_holm: float | None = None
+
+
+def run_benchmarks(
+    chat_model: ChatModel,
+    conditions: Mapping[str, AbstractContextManager[Any]],
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    tasks_folder: Path | None = None,
+    datasets: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> list[TaskScore]:
+    """Run every task under every condition (context managers over the model) into a run folder.
+
+    ``tasks`` are names of YAML files in ``tasks_folder`` (``datasets/capability`` by default),
+    "perplexity", or names that the harness knows. The first condition is the reference. Writes
+    ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
+    Raises UserError without the harness, or for a task that neither side knows.
+    """
+    root = datasets if datasets is not None else default_datasets_folder()
+    folder = tasks_folder or root / "capability"
+    run = Run.open(
+        output,
+        command="benchmark",
+        config={
+            "model": chat_model.name,
+            "tasks": list(tasks),
+            "conditions": list(conditions),
+            "limit": limit,
+            **(config or {}),
+        },
+        seed=0,
+        overwrite=overwrite,
+    )
+    with run:
+        done = {row["condition"] for row in run.resume_rows("items")}
+        for name, steered in conditions.items():
+            if name in done:
+                continue
+            with steered:
+                run.append("items", [
+                    {"condition": name, **row}
+                    for row in _items(chat_model, tasks, folder, root, limit, batch_size)
+                ])  # fmt: skip
+        scores = score_items(run.read("items"), next(iter(conditions)))
+        write_csv(output / "scores.csv", COLUMNS, [_cells(each) for each in scores])
+    return scores
+
+
+def score_items(rows: Sequence[Mapping[str, Any]], reference: str) -> list[TaskScore]:
+    """Return every task's score under every condition, paired by item with the reference."""
+    by_place: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        place = (row["condition"], row["task"], row["metric"])
+        by_place.setdefault(place, {})[row["item"]] = float(row["score"])
+    found = []
+    for (condition, task, metric), items in by_place.items():
+        difference, p = None, None
+        theirs = by_place.get((reference, task, metric))
+        if condition != reference and theirs is not None:
+            gaps = {item: items[item] - theirs[item] for item in items if item in theirs}
+            difference = bootstrap_mean({item: [gap] for item, gap in gaps.items()})
+            p = sign_flip_p(np.array(list(gaps.values())))
+        score = bootstrap_mean({item: [value] for item, value in items.items()})
+        found.append(TaskScore(condition, task, metric, score, difference, p))
+    corrected = holm([each.p for each in found])
+    return [
+        TaskScore(e.condition, e.task, e.metric, e.score, e.difference, e.p, adjusted)
+        for e, adjusted in zip(found, corrected, strict=True)
+    ]
+
+
+def perplexity_items(chat_model: ChatModel, datasets: Path) -> list[dict[str, Any]]:
+    """Return the mean log-probability of every ordinary answer of the finetuning sets."""
+    files = sorted(datasets.glob("*/normal.jsonl"))
+    if not files:
+        raise UserError(f"{datasets} holds no */normal.jsonl to measure perplexity on")
+    exchanges = [
+        Exchange(row["messages"][-2]["content"], row["messages"][-1]["content"])
+        for file in files
+        for row in read_jsonl(file)
+    ]
+    means = mean_logprobs(chat_model, exchanges)
+    return [
+        {"task": PERPLEXITY, "metric": "mean_logprob", "item": at, "score": float(value)}
+        for at, value in enumerate(means)
+        if math.isfinite(value)
+    ]
+
+
+def _items(
+    chat_model: ChatModel,
+    tasks: Sequence[str],
+    folder: Path,
+    datasets: Path,
+    limit: int | None,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    rows = []
+    if PERPLEXITY in tasks:
+        rows += perplexity_items(chat_model, datasets)
+    harness = [name for name in tasks if name != PERPLEXITY]
+    if harness:
+        rows += _harness_items(chat_model, harness, folder, limit, batch_size)
+    return rows
+
+
+def _harness_items(
+    chat_model: ChatModel, tasks: Sequence[str], folder: Path, limit: int | None, batch_size: int
+) -> list[dict[str, Any]]:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"the evaluation harness is not installed; run: {INSTALL}") from error
+    manager = TaskManager()
+    known = set(manager.all_tasks)
+    local = {name: _local_task(folder / f"{name}.yaml") for name in tasks}
+    for name in tasks:
+        if local[name] is None and name not in known:
+            own = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise UserError(f"no task {name!r}: neither in {folder} ({own}) nor in the harness")
+    model = HFLM(pretrained=chat_model.model, tokenizer=chat_model.tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        model=model,
+        tasks=[local[name] or name for name in tasks],
+        task_manager=manager,
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=False,
+    )
+    return [
+        {"task": task, "metric": metric, "item": int(sample["doc_id"]), "score": float(value)}
+        for task, samples in found["samples"].items()
+        for sample in samples
+        for metric, value in sample.items()
+        if metric in sample.get("metrics", ()) and isinstance(value, int | float)
+    ]
+
+
+def _local_task(path: Path) -> dict[str, Any] | None:
+    """Return a task of ours as the harness takes it, with its data file's whole path."""
+    if not path.is_file():
+        return None
+    task: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    files = task["dataset_kwargs"]["data_files"]
+    task["dataset_kwargs"]["data_files"] = {
+        split: str((path.parent / name).resolve()) for split, name in files.items()
+    }
+    return task
+
+
+def _cells(each: TaskScore) -> dict[str, Any]:
+    gap = each.difference
+    return {
+        "condition": each.condition,
+        "task": each.task,
+        "metric": each.metric,
+        "score": each.score.mean,
+        "low": each.score.low,
+        "high": each.score.high,
+        "n": each.score.n,
+        "difference": None if gap is None else gap.mean,
+        "difference_low": None if gap is None else gap.low,
+        "difference_high": None if gap is None else gap.high,
+        "p": each.p,
+        "p_holm": each.p_holm,
+    }
