@@ -64,7 +64,7 @@ SaveOption = Annotated[Path, typer.Option(help="Where results are written.")]
 BoundOption = Annotated[float, typer.Option(help="The largest weight; 0 for no bound.")]
 PenaltyOption = Annotated[float, typer.Option(help="λ of the penalty λ·‖x‖².")]
 CoherentOption = Annotated[
-    float | None, typer.Option(help="Mean coherence (0–100) below which the value is cut.")
+    float, typer.Option(help="Mean coherence (0–100) below which the value is cut; 0: not at all.")
 ]
 RaceOption = Annotated[
     bool, typer.Option("--race", help="Half of the prompts first; all for the better half.")
@@ -97,7 +97,7 @@ def optimize(
     target: Annotated[float | None, typer.Option(help="Stop at this training value.")] = None,
     bound: BoundOption = 4.0,
     penalty: PenaltyOption = 0.0,
-    min_coherence: CoherentOption = None,
+    min_coherence: CoherentOption = 60.0,
     race: RaceOption = False,
     save_dir: SaveOption = Path("optimization_results"),
     model: ModelOption = DEFAULT_MODEL,
@@ -202,7 +202,7 @@ def compare_methods(
     num_prompts: PromptsOption = 10,
     bound: BoundOption = 4.0,
     penalty: PenaltyOption = 0.0,
-    min_coherence: CoherentOption = None,
+    min_coherence: CoherentOption = 60.0,
     race: RaceOption = False,
     save_dir: SaveOption = Path("results/personas"),
     model: ModelOption = DEFAULT_MODEL,
@@ -302,10 +302,11 @@ def _workbench(
     )
 
 
-def _objective(penalty: float, min_coherence: float | None, race: bool, seed: int) -> Any:
+def _objective(penalty: float, min_coherence: float, race: bool, seed: int) -> Any:
     from persona_lora.experiments.persona_objective import ObjectiveOptions
 
-    return ObjectiveOptions(penalty=penalty, min_coherence=min_coherence, race=race, seed=seed)
+    least = min_coherence or None
+    return ObjectiveOptions(penalty=penalty, min_coherence=least, race=race, seed=seed)
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

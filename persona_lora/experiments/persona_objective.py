@@ -38,8 +38,9 @@ Coherence = Callable[[Sequence[Exchange]], Sequence[Verdict]]
 class ObjectiveOptions:
     """What else the value of a mix counts, and how its prompts are spent.
 
-    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10; without
-    ``min_coherence`` coherence is not measured. A candidate with a scored share of answers under
+    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10. Coherence is
+    measured on a third of the prompts, drawn anew for each generation and the same for all its
+    candidates; without ``min_coherence`` not at all. A candidate with a scored share of answers under
     ``min_coverage`` has no value. ``race``: all candidates answer half of the prompts, drawn anew
     for each generation, and only the better half of them answers the rest. ``pause``: seconds to
     wait for a judge that scores nothing at all.
@@ -119,12 +120,12 @@ class PersonaObjective:
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
         """Return a value a candidate; ``iteration`` seeds which prompts a race begins with."""
         first, rest = self._heats(iteration)
-        found = self._measure(mixes, first)
+        found = self._measure(mixes, first, self._checked_for_coherence(iteration, first))
         if not rest:
             return [self._value(mix, each) for mix, each in zip(mixes, found, strict=True)]
         order = sorted(range(len(mixes)), key=lambda at: -_mean_or(found[at].scores, -math.inf))
         kept = sorted(order[: math.ceil(len(mixes) / 2)])
-        more = self._measure([mixes[at] for at in kept], rest)
+        more = self._measure([mixes[at] for at in kept], rest, ())
         whole = dict(zip(kept, more, strict=True))
         values = [
             self._value(mix, found[at] + whole[at] if at in whole else found[at])
@@ -141,7 +142,19 @@ class PersonaObjective:
         half = math.ceil(len(everything) / 2)
         return sorted(map(int, drawn[:half])), sorted(map(int, drawn[half:]))
 
-    def _measure(self, mixes: Sequence[Coefficients], prompts: Sequence[int]) -> list[Measured]:
+    def _checked_for_coherence(self, iteration: int, prompts: Sequence[int]) -> list[int]:
+        """Return the prompts whose answers are measured for coherence in this generation."""
+        if self.options.min_coherence is None:
+            return []
+        drawn = np.random.default_rng([self.options.seed, iteration, 1]).permutation(prompts)
+        return sorted(map(int, drawn[: math.ceil(len(prompts) / 3)]))
+
+    def _measure(
+        self,
+        mixes: Sequence[Coefficients],
+        prompts: Sequence[int],
+        checked: Sequence[int],
+    ) -> list[Measured]:
         cells = [
             Cell(self.prompts[prompt], mix, stream=prompt) for mix in mixes for prompt in prompts
         ]
@@ -157,21 +170,25 @@ class PersonaObjective:
         )
         exchanges = [Exchange(cell.prompt, text) for cell, text in zip(cells, answers, strict=True)]
         processes = self.speaker.processes
-        scores, coherence = processes.from_main(lambda: self._judged(exchanges))
+        scores = processes.from_main(lambda: self._scores(exchanges))
+        places = [at for at, cell in enumerate(cells) if cell.stream in checked]
+        coherence = processes.from_main(
+            lambda: self._coherence_of([exchanges[place] for place in places])
+        )
         rows = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
+        parts = [slice(at * len(checked), (at + 1) * len(checked)) for at in range(len(mixes))]
         return [
-            Measured(list(prompts), answers[row], scores[row], coherence[row] if coherence else [])
-            for row in rows
+            Measured(list(prompts), answers[row], scores[row], coherence[part])
+            for row, part in zip(rows, parts, strict=True)
         ]
 
-    def _judged(
-        self, exchanges: Sequence[Exchange]
-    ) -> tuple[list[float | None], list[float | None]]:
-        verdicts = self._patiently(exchanges)
-        coherence: list[float | None] = []
-        if self.options.min_coherence is not None and self._coherence is not None:
-            coherence = [each.score for each in self._coherence(exchanges)]
-        return [each.score for each in verdicts], coherence
+    def _scores(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        return [each.score for each in self._patiently(exchanges)]
+
+    def _coherence_of(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        if not exchanges or self._coherence is None:
+            return []
+        return [each.score for each in self._coherence(exchanges)]
 
     def _patiently(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge; wait while the judge scores nothing, stop where its budget is spent."""
