@@ -40,10 +40,10 @@ class ObjectiveOptions:
 
     value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10. Coherence is
     measured on a third of the prompts, drawn anew for each generation and the same for all its
-    candidates; without ``min_coherence`` not at all. A candidate with a scored share of answers under
-    ``min_coverage`` has no value. ``race``: all candidates answer half of the prompts, drawn anew
-    for each generation, and only the better half of them answers the rest. ``pause``: seconds to
-    wait for a judge that scores nothing at all.
+    candidates; without ``min_coherence`` not at all. A candidate with a scored share of answers
+    under ``min_coverage`` has no value. ``race``: all candidates answer half of the prompts, drawn
+    anew for each generation, and only the better half of them answers the rest. ``pause``: seconds
+    to wait for a judge that scores nothing at all.
     """
 
     penalty: float = 0.0

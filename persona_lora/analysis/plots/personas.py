@@ -66,10 +66,10 @@ def render_search(run: Run) -> bytes:
         raise UserError(f"{run.folder} holds no finished search")
     config = run.record["config"]
     fits = fits_over_prompts(held_out, "none")
-    figure = new_figure(13.6, 4.5)
+    figure = new_figure(14.2, 4.5)
     _draw_history(add_axes(figure, (0.62, 0.95, 4.1, 2.6)), generations)
     _draw_fits(add_axes(figure, (6.6, 0.95, 2.3, 2.6)), fits)
-    _draw_weights(add_axes(figure, (11.0, 0.95, 2.2, 2.6)), held_out)
+    _draw_weights(add_axes(figure, (11.6, 0.95, 2.2, 2.6)), held_out)
     title = f"{config['persona']}: the search with {NAMES.get(config['method'], config['method'])}"
     write_line(figure, 4.1, title, size=14, bold=True)
     note = (
@@ -174,8 +174,8 @@ def _draw_weights(axes: Axes, rows: Sequence[Row]) -> None:
     colours = [TRAIT if value > 0 else COHERENCE for value in values]
     axes.barh(range(len(traits)), values, color=colours, height=0.55)
     for place, value in enumerate(values):
-        side = "left" if value >= 0 else "right"
-        axes.text(value, place, f" {number(value, 2)} ", va="center", ha=side, fontsize=8.5)
+        # Beside the bar, and on the free side of the axis where the bar goes left.
+        axes.text(max(value, 0.0), place, f" {number(value, 2)}", va="center", fontsize=8.5)
     reach = 1.5 * max([abs(value) for value in values] + [0.1])
     axes.set_xlim(-reach, reach)
     axes.axvline(0, color=MUTED, linewidth=0.8)
