@@ -127,13 +127,14 @@ def optimize(
     Example: persona-lora optimize --persona-id episode-000101_A --method lora
     --max-iterations 10 --num-prompts 10
     """
-    from persona_lora.core.personas import Coefficients
+    from persona_lora.core.personas import Coefficients, load_persona
     from persona_lora.experiments.optimization import SEARCHERS, SearchOptions
     from persona_lora.experiments.persona_search import optimise_persona
     from persona_lora.experiments.processes import current_processes
 
     if search not in SEARCHERS:
         raise UserError(f"--search must be one of {', '.join(SEARCHERS)}, got {search!r}")
+    layers = _layers(layer)
     processes = current_processes(os.environ)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     generation = generation_options(max_new_tokens, temperature, 1, seed, batch_size)
@@ -159,14 +160,15 @@ def optimize(
     )
     with _quiet_unless_first(processes):
         with console.status("judges and directions"):
-            problem = bench.problem(persona_id)
+            load_persona(persona_id, persona_dir)  # a wrong id fails before anything is measured
             chosen = bench.method(
                 method,
-                layers=_layers(layer),
+                layers=layers,
                 alpha=alpha,
                 searcher=search,
                 cache=save_dir / "scales" / f"{method}.json",
             )
+            problem = bench.problem(persona_id)
         suffix = "" if search == "cmaes" else f"_{search}"
         with _live(f"{persona_id}, {method}") as watch:
             result = optimise_persona(

@@ -1,0 +1,155 @@
+"""Persona, projection and benchmark commands: the documented way through, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from persona_lora import cli
+from persona_lora.core.chat import Verdict
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.experiments import persona_setup
+from persona_lora.models.loading import load_chat_model
+from persona_lora.models.structure import weight_fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAITS = ("formality", "intimacy")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command line as the console script does; return its status, output and error."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def assert_fails(result, *words):
+    status, _, error = result
+    assert status == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+class EvenCoherence:
+    """A model of random weights finds shuffled words as likely as text: nothing to fit to."""
+
+    def verdicts(self, exchanges, name):
+        return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
+
+
+@pytest.fixture
+def place(model_folder, make_diff, tmp_path, monkeypatch):
+    """Three of the shipped personas and two directions for the tiny model."""
+    monkeypatch.setattr(persona_setup, "fit_coherence", lambda *_, **__: EvenCoherence())
+    for name in ("episode-000101_B", "episode-000117_B", "episode-000142_B"):
+        shutil.copytree(ROOT / "personas" / name, tmp_path / "personas" / name)
+    prompts = json.loads((ROOT / "personas" / "prompts.json").read_text())
+    few = {key: prompts[key][:3] for key in ("train", "held_out")}
+    (tmp_path / "personas" / "prompts.json").write_text(json.dumps(few))
+    model = load_chat_model(str(model_folder), dtype="float32").model
+    for seed, trait in enumerate(TRAITS):
+        diff = make_diff(model, seed=seed, scale=0.1, fingerprint=weight_fingerprint(model))
+        diff.save(tmp_path / "checkpoints" / trait / "diff")
+    return (
+        *("--model", model_folder, "--dtype", "float32", "--traits", " ".join(TRAITS)),
+        *("--num-prompts", 2, "--max-iterations", 2, "--max-new-tokens", 4),
+        *("--persona-dir", "personas"),
+    )
+
+
+def test_a_search_ends_with_weights_and_a_report(run, place, tmp_path):
+    words = ("optimize", "--persona-id", "episode-000101_B", "--population-size", 4, *place)
+    status, out, error = run(*words, "--save-dir", "out")
+    assert status == 0, error
+    assert "held-out" in out
+    assert "AUC" in out
+    weights = json.loads((tmp_path / "out" / "episode-000101_B_best_weights.json").read_text())
+    assert sorted(weights) == sorted(TRAITS)
+    assert "<html" in (tmp_path / "out" / "episode-000101_B_lora" / "report.html").read_text()
+    again = run(
+        *words, "--save-dir", "again", "--min-coherence", 0, "--race",
+        "--inject", "out/episode-000101_B_best_weights.json", "--fixed", "formality=0.5",
+    )  # fmt: skip
+    assert again[0] == 0, again[2]
+    fixed = json.loads((tmp_path / "again" / "episode-000101_B_best_weights.json").read_text())
+    assert fixed["formality"] == 0.5
+
+
+def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
+    words = ("compare-methods", "--persona-id", "episode-000101_B episode-000142_B", *place)
+    status, out, error = run(*words, "--methods", "lora random prompt", "--save-dir", "out")
+    assert status == 0, error
+    assert "against random search" in out
+    assert (tmp_path / "out" / "comparison" / "comparison.png").is_file()
+    status, _, error = run(
+        "persona", "sheets", "out/comparison", "--id", "episode-000101_B",
+        "--output", "sheets", "--persona-dir", "personas", "--conditions", "none lora",
+    )  # fmt: skip
+    assert status == 0, error
+    key = json.loads((tmp_path / "sheets" / "key.json").read_text())["items"]
+    lines = [f"{item},{1 + int(item) % 5}" for item in key]
+    (tmp_path / "ann.csv").write_text("item,rating\n" + "\n".join(lines) + "\n")
+    status, out, error = run("persona", "ratings", "sheets", "ann.csv")
+    assert status == 0, error
+    assert "people and judge" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--persona-id", "episode-000101_X"), ("episode-000101_B",)),
+        (("--persona-id", "episode-000101_B", "--method", "magic"), ("'magic'", "lora")),
+        (("--persona-id", "episode-000101_B", "--search", "luck"), ("cmaes",)),
+        (("--persona-id", "episode-000101_B", "--initial", "formality"), ("formality=-1",)),
+        (("--persona-id", "episode-000101_B", "--fixed", "humour=1"), ("'humour'",)),
+        (("--persona-id", "episode-000101_B", "--num-prompts", 99), ("99",)),
+        (("--persona-id", "episode-000101_B", "--layer", "top"), ("--layer", "'top'")),
+        (("--persona-id", "episode-000101_B", "--judge", "oracle"), ("'oracle'", "embedding")),
+        (("--persona-id", "episode-000101_B", "--sigma0", 0), ("sigma0",)),
+        (("--persona-id", "episode-000101_B", "--trait-vector-dir", "none"), ("does not exist",)),
+    ],
+)
+def test_mistakes_are_one_line(run, place, more, words):
+    assert_fails(run("optimize", *place, "--save-dir", "out", *more), *words)
+
+
+def test_weights_are_projected_and_drawn(run, place, model_folder, tmp_path):
+    mixed = LoRADiff.load("checkpoints/formality/diff") * 0.5
+    mixed.save(tmp_path / "tuned")
+    status, out, error = run(
+        "project", "weights", "--original-model", model_folder,
+        "--finetuned-model", f"tuned {model_folder}", "--output", "out/p.json",
+        "--diffs", "checkpoints/formality/diff checkpoints/intimacy/diff",
+    )  # fmt: skip
+    assert status == 0, error
+    assert "100.00%" in out
+    record = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert record["finetuned"][0]["corrected"]["trait0"] == pytest.approx(0.5)
+    assert (tmp_path / "out" / "p.png").stat().st_size > 1000
+    assert_fails(
+        run("project", "weights", "--finetuned-model", "nowhere", "--diffs",
+            "checkpoints/formality/diff", "--original-model", model_folder),
+        "nowhere",
+    )  # fmt: skip
+
+
+def test_there_must_be_something_to_compare_capability_with(run, place, model_folder):
+    assert_fails(run("benchmark", "--model", model_folder), "--diff, --vector or --adapter")
