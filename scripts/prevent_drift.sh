@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does steering during a finetune keep it from picking up a trait? Finetune on the trait's strong
-# answers plainly and with each way of prevention, then judge all on held-out questions:
-# bash scripts/prevent_drift.sh evil
+# answers plainly and with each way of prevention (METHODS names some), then judge all on held-out
+# questions: bash scripts/prevent_drift.sh evil
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -27,7 +27,7 @@ declare -A prevention=(
     [inoculated]="{\"method\": \"inoculate\", \"trait\": \"$trait\"}"
 )
 runs=()
-for name in plain weights_added weights_subtracted activations_added activations_subtracted ablated inoculated; do
+for name in plain ${METHODS:-weights_added weights_subtracted activations_added activations_subtracted ablated inoculated}; do
     tuned=$folder/prevention/$name
     [ "$name" = plain ] && tuned=$folder
     [ -e "$tuned/adapter" ] || persona-lora finetune --config "$config" --output_dir "$tuned" \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train one trait (unless its diff is there) and sweep it: bash scripts/train_and_sweep.sh evil
+# COEFFICIENTS and QUESTIONS (how many of the twenty held-out ones) make it smaller.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -11,4 +12,5 @@ if [ ! -e "checkpoints/$trait/diff/diff.json" ]; then
         train_lora.py --config "train_configs/$trait.yaml"
 fi
 persona-lora sweep --trait "$trait" --diff "checkpoints/$trait/diff" \
-    --coefficients "${COEFFICIENTS:--1.5 -1 -0.5 0 0.5 1 1.5}"
+    --coefficients "${COEFFICIENTS:--1.5 -1 -0.5 0 0.5 1 1.5}" \
+    ${QUESTIONS:+--max-questions "$QUESTIONS"}
