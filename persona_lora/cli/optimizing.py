@@ -170,7 +170,7 @@ def optimize(
             )
             problem = bench.problem(persona_id)
         suffix = "" if search == "cmaes" else f"_{search}"
-        with _live(f"{persona_id}, {method}") as watch:
+        with _live(f"{persona_id}, {method}", bench) as watch:
             result = optimise_persona(
                 problem,
                 chosen,
@@ -250,7 +250,7 @@ def compare_methods(
         allow_other_base,
     )
     personas = " ".join(persona_id or list_personas(persona_dir)).split()
-    with _quiet_unless_first(processes), _live("comparison") as watch:
+    with _quiet_unless_first(processes), _live("comparison", bench) as watch:
         comparison = compare(
             bench,
             personas,
@@ -344,17 +344,17 @@ def _quiet_unless_first(processes: Processes) -> Iterator[None]:
 
 
 @contextmanager
-def _live(title: str) -> Iterator[Callable[..., None]]:
+def _live(title: str, bench: Workbench) -> Iterator[Callable[..., None]]:
     """Yield a callback that shows the state of a search after every generation."""
     with Live(console=console, refresh_per_second=2, transient=True) as live:
 
         def watch(generation: Generation, name: str = title) -> None:
-            live.update(_state(generation, name))
+            live.update(_state(generation, name, bench.cost()))
 
         yield watch
 
 
-def _state(generation: Generation, name: str) -> str:
+def _state(generation: Generation, name: str, cost: float | None) -> str:
     left = generation.max_iterations - generation.iteration
     rate = generation.size / generation.seconds if generation.seconds else None
     parts = [
@@ -364,6 +364,7 @@ def _state(generation: Generation, name: str) -> str:
         f"σ {generation.sigma:.2f}",
         f"{generation.evaluations} evaluations",
         f"{rate:.2f}/s" if rate else "from disk",
+        "" if cost is None else f"{cost:.2f} $",
         f"about {left * generation.seconds:.0f} s left" if rate else "",
     ]
     return "  ·  ".join(part for part in parts if part)

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import nn
@@ -72,7 +73,11 @@ class DiffDirections:
         return LiveLoRA(model, diffs, rows, allow_other_base=allow_other_base)
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "lora", "norms": {trait: self.diffs[trait].norm() for trait in self.traits}}
+        return {"kind": "lora", "norms": dict(self._norms)}
+
+    @cached_property
+    def _norms(self) -> dict[str, float]:
+        return {trait: self.diffs[trait].norm() for trait in self.traits}
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ language model reads the same judge prompt for both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from persona_lora.judges.openai import EndpointReader, endpoint_of
 from persona_lora.judges.prompts import Reading, weighted_score
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.profiles.comparison_judge import ComparisonJudge
+from persona_lora.profiles.comparison_judge import ComparisonJudge, Read
 from persona_lora.profiles.style_judge import StyleJudge, TextFeatures, has_words
 
 COHERENCE_PAIRS = 16
@@ -47,6 +47,27 @@ class JudgeCheck:
     n_others: int
 
 
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A language model that reads prompts as numbers; ``cost`` is what it has cost in US dollars.
+
+    One reader serves the search and the report, so that a cap on its cost holds over both.
+    """
+
+    name: str
+    read: Read
+    cost: Callable[[], float | None] = lambda: None
+
+
+def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reader]:
+    """Return the language models that ``options.judge`` names; UserError for an unknown judge."""
+    names = [name.strip() for name in options.judge.split(",") if name.strip()]
+    for name in names:
+        if name not in PERSONA_JUDGES:
+            raise UserError(f"no persona judge {name!r}; {nearest_names(name, PERSONA_JUDGES)}")
+    return {name: _reader(name, options, reference) for name in names if name != "embedding"}
+
+
 def make_persona_judge(
     persona: Persona,
     personas: Sequence[Persona],
@@ -54,22 +75,22 @@ def make_persona_judge(
     options: JudgeOptions,
     *,
     features: TextFeatures,
+    readers: Mapping[str, Reader],
     baselines: Mapping[str, str],
-    reference: ChatModel,
 ) -> Judge:
     """Build the judges that ``options.judge`` names; several are averaged."""
-    names = [name.strip() for name in options.judge.split(",") if name.strip()]
-    for name in names:
-        if name not in PERSONA_JUDGES:
-            raise UserError(f"no persona judge {name!r}; {nearest_names(name, PERSONA_JUDGES)}")
-    judges: list[Judge] = []
-    for name in names:
-        if name == "embedding":
-            judges.append(fit_style_judge(persona, personas, split, features, seed=options.seed))
-            continue
-        label, read = _reader(name, options, reference)
-        template = persona.read("final_judge_prompt.txt")
-        judges.append(ComparisonJudge(label, read, template, baselines, seed=options.seed))
+    judges: list[Judge] = [
+        ComparisonJudge(
+            reader.name,
+            reader.read,
+            persona.read("final_judge_prompt.txt"),
+            baselines,
+            seed=options.seed,
+        )
+        for reader in readers.values()
+    ]
+    if "embedding" in options.judge:
+        judges.insert(0, fit_style_judge(persona, personas, split, features, seed=options.seed))
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
 
@@ -111,7 +132,7 @@ def check_style_judge(
 
 
 def fit_coherence(
-    chat_model: ChatModel, traits: Sequence[str], *, datasets: Any = None, seed: int = 0
+    chat_model: ChatModel, traits: Sequence[str], *, datasets: Path | None = None, seed: int = 0
 ) -> CoherenceScorer:
     """Fit coherence to natural answers: some training answers of each trait."""
     share = max(1, COHERENCE_PAIRS // len(traits))
@@ -131,20 +152,20 @@ def fit_coherence(
     )
 
 
-def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> tuple[str, Any]:
+def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
     if name == "openai":
         environ = dict(options.environ)
         if options.judge_model is not None:
             environ["JUDGE_MODEL"] = options.judge_model
         if options.base_url is not None:
             environ["OPENAI_BASE_URL"] = options.base_url
-        reader = EndpointReader(
+        endpoint = EndpointReader(
             **endpoint_of(environ),
             mode=options.mode,
             limits=options.limits,
             cache=VerdictCache(options.cache) if options.cache is not None else None,
         )
-        return reader.name, reader.read
+        return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.cost)
     chosen = options.judge_model
     model = reference if chosen in (None, reference.name) else load_chat_model(str(chosen))
 
@@ -153,4 +174,4 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> tuple[str
         logprobs = next_token_logprobs(model, [(prompt, "") for prompt in distinct])
         return dict(zip(distinct, map(weighted_score, logprobs), strict=True))
 
-    return f"local:{model.name}", read
+    return Reader(f"local:{model.name}", read)

@@ -34,9 +34,11 @@ from persona_lora.experiments.evaluation import GenerationOptions
 from persona_lora.experiments.judging import JudgeOptions
 from persona_lora.experiments.optimization import Generation, SearchOptions
 from persona_lora.experiments.persona_judging import (
+    Reader,
     check_style_judge,
     fit_coherence,
     make_persona_judge,
+    make_readers,
 )
 from persona_lora.experiments.persona_objective import ObjectiveOptions
 from persona_lora.experiments.persona_search import (
@@ -149,6 +151,7 @@ class Workbench:
     _features: TextFeatures | None = None
     _coherence: CoherenceScorer | None = None
     _baselines: dict[str, str] | None = None
+    _readers: dict[str, Reader] | None = None
 
     @property
     def features(self) -> TextFeatures:
@@ -167,6 +170,18 @@ class Workbench:
         return self._coherence
 
     @property
+    def readers(self) -> dict[str, Reader]:
+        """The language models among the judges, each made once."""
+        if self._readers is None:
+            self._readers = make_readers(self.judging, self.chat_model)
+        return self._readers
+
+    def cost(self) -> float | None:
+        """Return what judging has cost in US dollars; None where nothing is billed."""
+        costs = [cost for each in self.readers.values() if (cost := each.cost()) is not None]
+        return sum(costs) if costs else None
+
+    @property
     def baselines(self) -> dict[str, str]:
         """The unsteered answer to every prompt."""
         if self._baselines is None:
@@ -181,8 +196,8 @@ class Workbench:
         personas = [
             load_persona(each, self.persona_dir) for each in list_personas(self.persona_dir)
         ]
-        needs_baselines = self.judging.judge.strip() != "embedding"
-        baselines = self.baselines if needs_baselines else {}
+        readers = self.readers
+        baselines = self.baselines if readers else {}
         splits: tuple[ConversationSplit, ...] = ("train", "test")
         judges = [
             make_persona_judge(
@@ -191,8 +206,8 @@ class Workbench:
                 split,
                 self.judging,
                 features=self.features,
+                readers=readers,
                 baselines=baselines,
-                reference=self.chat_model,
             )
             for split in splits
         ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from persona_lora.analysis.fits import fits_over_prompts
-from persona_lora.core.chat import Verdict
+from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.personas import PersonaPrompts, load_persona
@@ -208,6 +208,39 @@ def test_judges_of_search_and_report_are_fitted_on_different_conversations(workb
     assert problem.search_judge.bias != problem.report_judge.bias
     assert [check.fitted_on for check in problem.checks] == ["train", "test"]
     assert all(check.auc > 0.9 for check in problem.checks)
+
+
+def test_an_endpoint_judges_both_parts_through_one_reader(workbench, server):
+    """The scripted endpoint says 4 to everything: 4 where the steered answer is B, 2 where A."""
+    server.replies.extend(["4"] * 20)
+    workbench.judging = JudgeOptions(
+        judge="openai", judge_model="gpt-4o-mini", base_url=server.url, mode="number"
+    )
+    problem = workbench.problem("ann")
+    exchanges = [Exchange(prompt, "So great!") for prompt in PROMPTS.held_out]
+    verdicts = problem.report_judge.judge(exchanges, "persona_fit")
+    assert {verdict.score for verdict in verdicts} <= {2.0, 4.0}
+    assert len(server.bodies) == len(exchanges)
+    sent = server.bodies[0]["messages"][0]["content"]
+    assert "So great!" in sent
+    assert workbench.baselines[exchanges[0].question] in sent
+    assert workbench.cost() > 0
+    before = workbench.cost()
+    server.replies.extend(["4"] * 20)
+    problem.search_judge.judge([Exchange(PROMPTS.train[0], "Fine.")], "persona_fit")
+    assert workbench.cost() > before  # one account for the search and the report
+    assert problem.checks == ()
+
+
+def test_embedded_and_endpoint_judges_are_averaged(workbench, server):
+    server.replies.extend(["3"] * 4)
+    workbench.judging = JudgeOptions(
+        judge="embedding,openai", judge_model="x", base_url=server.url, mode="number"
+    )
+    problem = workbench.problem("ann")
+    (verdict,) = problem.search_judge.judge([Exchange("Hi there.", "Wow, great!")], "persona_fit")
+    assert verdict.judge == "multi:embedding+openai:x:number"
+    assert 3.0 < verdict.score < 4.2  # the endpoint's 3, and an embedded fit near 5
 
 
 def test_scales_are_kept_and_measured_once(workbench, tmp_path, monkeypatch):
