@@ -80,7 +80,7 @@ def compare_methods(
 ) -> Comparison:
     """Run every method for every persona into ``folder``; run again, it goes on where it stopped.
 
-    Each search is a run folder of its own; ``comparison/`` holds all held-out rows and the tables
+    Each search is a run folder of its own below the method's; ``comparison/`` holds all held-out rows and the tables
     ``comparison.csv`` and ``overall.csv``. UserError for an unknown method.
     """
     for name in methods:
@@ -101,12 +101,12 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = workbench.problem(persona)
-        rows += _plain_rows(problem, folder / f"{persona}_plain", PROMPT in methods, overwrite)
+        rows += _plain_rows(problem, folder / "plain" / persona, PROMPT in methods, overwrite)
         for name, method in loaded.items():
             result = optimise_persona(
                 problem,
                 Method(name, method.directions, method.scales, alpha, method.searcher),
-                folder / f"{persona}_{name}",
+                folder / name / f"{persona}_{name}",
                 searching=searching,
                 objective=objective,
                 overwrite=overwrite,

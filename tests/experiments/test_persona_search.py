@@ -188,7 +188,9 @@ def test_methods_share_prompts_judge_and_budget(workbench, tmp_path):
     assert len(rows) == 2 * 4 * len(PROMPTS.held_out)
     for persona in ("ann", "bob"):
         budgets = {
-            name: (folder / f"{persona}_{name}" / "generations.jsonl").read_text().count("\n")
+            name: (folder / name / f"{persona}_{name}" / "generations.jsonl")
+            .read_text()
+            .count("\n")
             for name in ("lora", "random")
         }
         assert set(budgets.values()) == {12}
