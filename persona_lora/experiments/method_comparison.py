@@ -80,8 +80,8 @@ def compare_methods(
 ) -> Comparison:
     """Run every method for every persona into ``folder``; run again, it goes on where it stopped.
 
-    Each search is a run folder of its own below the method's; ``comparison/`` holds all held-out rows and the tables
-    ``comparison.csv`` and ``overall.csv``. UserError for an unknown method.
+    Each search is a run folder of its own below the method's; ``comparison/`` holds all held-out
+    rows and the tables ``comparison.csv`` and ``overall.csv``. UserError for an unknown method.
     """
     for name in methods:
         if name not in ALL_METHODS:
