@@ -1,7 +1,8 @@
-"""The command that evaluates every checkpoint of a finetune."""
+"""Commands about finetunes: every checkpoint of one, and what predicts the drift of many."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,7 @@ from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
     from persona_lora.core.runs import Run
+    from persona_lora.core.traits import Trait
 
 
 @app.command("evaluate-checkpoints")
@@ -142,3 +144,110 @@ def _table(run: Run) -> Table:
             f"{wording.number(row['low'], 2)} … {wording.number(row['high'], 2)}",
         )
     return table
+
+
+@app.command("predict-finetuning")
+def predict_finetuning(
+    finetunes: Annotated[
+        list[str], typer.Option(help="Adapters of the same base; repeated, or in one string.")
+    ],
+    traits: Annotated[list[str], typer.Option(help='Traits to judge, as in "evil sycophancy".')],
+    diffs: Annotated[list[str] | None, typer.Option(help="Diffs to project weights on.")] = None,
+    vectors: Annotated[
+        list[str] | None, typer.Option(help="Vectors to project hidden states on.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Of the vectors; about 0.55 deep.")] = None,
+    output: Annotated[Path, typer.Option(help="The run folder.")] = Path("results/prediction"),
+    model: ModelOption = DEFAULT_MODEL,
+    questions: Annotated[
+        int | None, typer.Option(help="Only the first so many held-out questions of each trait.")
+    ] = None,
+    max_new_tokens: TokensOption = 60,
+    judge: JudgeOption = "embedding",
+    judge_model: JudgeModelOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_mode: JudgeModeOption = "logprobs",
+    max_judge_cost: JudgeCostOption = None,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceOption = None,
+    datasets_dir: DatasetsOption = None,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Do projections predict what finetuning does to character? Over many finetunes.
+
+    Every finetune is judged on every trait and projected on every direction, in weights and in
+    hidden states; the table holds correlations with intervals over finetunes.
+
+    Example: persona-lora predict-finetuning --finetunes "checkpoints/a checkpoints/b …"
+    --traits "evil sycophancy" --diffs "checkpoints/evil/diff checkpoints/sycophancy/diff"
+    """
+    from persona_lora.analysis import wording
+    from persona_lora.analysis.prediction import contrasts, predict
+    from persona_lora.core.traits import load_trait
+    from persona_lora.experiments import prediction
+    from persona_lora.experiments.weight_projection import load_diffs
+
+    names = " ".join(finetunes).split()
+    loaded = load_vectors(vectors) if vectors else {}
+    by_trait = {vector.trait or name: vector for name, vector in loaded.items()}
+    depth = next(iter(loaded.values())).num_layers if loaded else 1
+    study = prediction.DriftStudy(
+        {name: _adapter(Path(name)) for name in names},
+        [
+            _first_questions(load_trait(name, datasets_dir), questions)
+            for name in " ".join(traits).split()
+        ],
+        load_diffs(" ".join(diffs).split()) if diffs else {},
+        by_trait,
+        layer_numbers(None if layer is None else str(layer), depth)[0] if loaded else 0,
+    )
+    judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
+    base = load_model(model, None, dtype, device_map)
+    with progress() as report:
+        run = prediction.predict_finetuning(
+            base,
+            study,
+            lambda trait, chat_model: judge_factory(trait, base, judging, report),
+            output,
+            dtype=dtype,
+            options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
+            overwrite=overwrite,
+            report=report,
+        )
+    rows = run.read("judged"), run.read("predictors")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("predictor", "judged", "direction", "n", "r", "ρ", "p (Holm)", "error"):
+        table.add_column(heading, no_wrap=True)
+    for each in predict(*rows):
+        table.add_row(
+            each.kind,
+            each.judged,
+            each.direction,
+            str(each.n),
+            f"{wording.number(each.r, 2)} [{wording.number(each.r_low, 2)}, "
+            f"{wording.number(each.r_high, 2)}]",
+            wording.number(each.rho, 2),
+            wording.p_value(each.p_holm),
+            f"{each.error:.1f} / {each.plain_error:.1f}",
+        )
+    console.print(table)
+    for contrast in contrasts(*rows):
+        console.print(
+            f"pooled r, {contrast.first} minus {contrast.second}: "
+            f"{wording.number(contrast.difference, 2)} [{wording.number(contrast.low, 2)}, "
+            f"{wording.number(contrast.high, 2)}] over {contrast.n} finetunes"
+        )
+    console.print(f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}")
+
+
+def _adapter(path: Path) -> Path:
+    """Return the adapter of a finetune's folder, or the folder itself where it is one."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def _first_questions(trait: Trait, number: int | None) -> Trait:
+    if number is None:
+        return trait
+    kept = {split: texts[:number] for split, texts in trait.questions.items()}
+    return dataclasses.replace(trait, questions=kept)

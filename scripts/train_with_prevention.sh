@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does steering during a finetune keep it from picking up a trait? Finetune on the trait's strong
 # answers plainly and with each way of prevention (METHODS names some), then judge all on held-out
-# questions: bash scripts/prevent_drift.sh evil
+# questions: bash scripts/train_with_prevention.sh evil
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
