@@ -118,15 +118,20 @@ def weights_of(model: str | Path | nn.Module) -> WeightSource:
     """Return the weights of a model by name (packaged, folder, hub id), or of a loaded one."""
     if isinstance(model, nn.Module):
         return LoadedWeights(model, type(model).__name__)
-    source = Path(model_source(str(model)))
-    if not source.is_dir():
-        try:
-            source = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{model} is no folder, and the model hub could not deliver it; check the name"
-            ) from error
-    return StoredWeights(source, str(model))
+    return StoredWeights(weights_folder(str(model)), str(model))
+
+
+def weights_folder(name: str) -> Path:
+    """Return the folder with the weights of a model by name (packaged, folder, hub id)."""
+    source = Path(model_source(name))
+    if source.is_dir():
+        return source
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} is no folder, and the model hub could not deliver it; check the name"
+        ) from error
 
 
 def _is_tied(folder: Path) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient
 from persona_lora.models.structure import linear_modules, weight_of
 from persona_lora.steering.placement import (
     MERGED,
@@ -129,11 +129,22 @@ class LoRAMerger:
             return
         exact = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(exact)  # the weight itself, where that is its dtype
-        for factors, scale in terms:
-            B = factors.B.to(weight.device, exact)
-            total.addmm_(B, factors.A.to(weight.device, exact), alpha=scale)
+        _add_terms(total, terms)
         if total is not weight:
             weight.copy_(total)
+
+
+def merged_weight(weight: Tensor, terms: Sequence[tuple[LoRAFactors, float]]) -> Tensor:
+    """Return W + Σ cBA as a new tensor, summed in fp32 and rounded once: what a merge writes."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    _add_terms(total, terms)
+    return total.to(weight.dtype)
+
+
+def _add_terms(total: Tensor, terms: Sequence[tuple[LoRAFactors, float]]) -> None:
+    for factors, scale in terms:
+        B, A = (each.to(total.device, total.dtype) for each in (factors.B, factors.A))
+        total.addmm_(B, A, alpha=scale)
 
 
 class LoRASteerer:

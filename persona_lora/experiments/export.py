@@ -1,0 +1,254 @@
+"""A mix of diffs for other tools: one adapter, merged weights, or GGUF.
+
+Knows file formats of other programs; what is written is what ``mix`` and the merger say it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFWriter, Keys, get_tensor_name_map
+from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import atomic_folder, atomic_path, read_json
+from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
+from persona_lora.models.generation import Progress
+from persona_lora.models.weight_files import StoredWeights
+from persona_lora.steering.weights import merged_weight
+
+# Model types of transformers and llama.cpp's architectures; Llama's rotary layout is permuted.
+GGUF_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "phi3": "phi3",
+}
+PERMUTED = "llama"
+CONVERTER = "convert_hf_to_gguf.py"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where a mix was written; for adapters its largest rank and the share of ‖·‖² it keeps."""
+
+    path: Path
+    rank: int | None = None
+    energy: float | None = None
+
+    @property
+    def vllm_rank(self) -> int | None:
+        """The least ``max_lora_rank`` of vLLM that takes the adapter; None where none does."""
+        return next((each for each in VLLM_RANKS if each >= (self.rank or 0)), None)
+
+
+def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
+    """Read "evil=-1,sycophancy=-0.5": traits below ``folder``, or paths of diffs."""
+    terms = {}
+    for part in text.replace(",", " ").split():
+        name, found, value = part.rpartition("=")
+        try:
+            coefficient = finite_coefficient(float(value))
+        except ValueError as error:
+            raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", got {part!r}') from error
+        if not found or not name:
+            raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", got {part!r}')
+        path = Path(name)
+        terms[LoRADiff.load(path if path.exists() else folder / name / "diff")] = coefficient
+    if not terms:
+        raise UserError("the mix is empty; name at least one trait")
+    return terms
+
+
+def export_peft(
+    terms: Mapping[LoRADiff, float],
+    folder: Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Exported:
+    """Write the mix as one PEFT adapter with the coefficients baked in.
+
+    Of the summed rank, exactly; or cut to ``rank`` or to the share ``energy`` of ‖·‖².
+    """
+    mixed, share = _compressed(terms, rank, energy)
+    return Exported(mixed.save(folder), mixed.rank, share)
+
+
+def export_merged(
+    terms: Mapping[LoRADiff, float],
+    base: Path,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the base model with the mix merged, shard by shard, in the base's own types.
+
+    Every weight is what ``LoRAMerger`` would write, bit for bit; one shard is in memory at a time.
+    The folder appears whole or not at all. UserError for a diff of other modules or shapes.
+    """
+    weights = StoredWeights(base)
+    changed = _changed(terms, weights)
+    files = sorted({place.file for place in weights.tensors.values()})
+    with atomic_folder(folder) as temporary:
+        for path in base.iterdir():
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copy2(path, temporary / path.name)
+        for done, file in enumerate(files):
+            save_file(_merged_shard(file, changed), temporary / file.name, metadata=_metadata(file))
+            if progress is not None:
+                progress(done + 1, len(files))
+    return Exported(folder)
+
+
+def export_gguf_lora(
+    terms: Mapping[LoRADiff, float],
+    base: Path,
+    path: Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Exported:
+    """Write the mix as a LoRA that llama.cpp loads (``--lora``), beside a GGUF of the base.
+
+    The adapter's alpha is its rank, so that the scale is 1; smaller modules are padded with zeros.
+    UserError for an architecture whose layout is not known here.
+    """
+    mixed, share = _compressed(terms, rank, energy)
+    config = read_json(base / "config.json")
+    kind = config.get("model_type")
+    if kind not in GGUF_ARCHITECTURES:
+        raise UserError(
+            f"the GGUF layout of {kind!r} models is not known; known are "
+            f"{', '.join(GGUF_ARCHITECTURES)}. Export with --format peft and convert that"
+        )
+    name = GGUF_ARCHITECTURES[kind]
+    architecture = next(each for each in MODEL_ARCH if MODEL_ARCH_NAMES[each] == name)
+    names = get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
+    with atomic_path(path) as temporary:
+        writer = GGUFWriter(temporary, name)
+        writer.add_type("adapter")
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(mixed.rank))
+        for module, factors in mixed.factors.items():
+            target = names.get_name(module)
+            if target is None:
+                raise UserError(f"{module} has no name in llama.cpp's {name} architecture")
+            A, B = _padded(factors, mixed.rank)
+            if name == PERMUTED:
+                B = _permuted(module, B, config)
+            writer.add_tensor(f"{target}.weight.lora_a", A.numpy())
+            writer.add_tensor(f"{target}.weight.lora_b", B.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return Exported(path, mixed.rank, share)
+
+
+def export_gguf(
+    terms: Mapping[LoRADiff, float],
+    base: Path,
+    path: Path,
+    *,
+    converter: Path | None = None,
+) -> Exported:
+    """Write the merged model as GGUF with llama.cpp's own converter, where that is present.
+
+    ``converter`` is its ``convert_hf_to_gguf.py``; by default the one on PATH.
+    """
+    found = converter or (Path(which) if (which := shutil.which(CONVERTER)) else None)
+    if found is None or not found.is_file():
+        raise UserError(
+            f"{CONVERTER} of llama.cpp was not found; give its path with --converter, or export "
+            "with --format gguf-lora and load it beside a GGUF of the base model"
+        )
+    merged = path.with_suffix(".merged")
+    export_merged(terms, base, merged)
+    try:
+        answer = subprocess.run(
+            [sys.executable, str(found), str(merged), "--outfile", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+    if answer.returncode or not path.is_file():
+        raise UserError(f"{found} failed: {answer.stderr.strip().splitlines()[-1:]}")
+    return Exported(path)
+
+
+def _compressed(
+    terms: Mapping[LoRADiff, float], rank: int | None, energy: float | None
+) -> tuple[LoRADiff, float]:
+    mixed = mix(terms)
+    if rank is None and energy is None:
+        return mixed, 1.0
+    cut = mixed.compress(rank=rank, energy=energy)
+    return cut.diff, cut.energy_kept
+
+
+def _changed(
+    terms: Mapping[LoRADiff, float], weights: StoredWeights
+) -> dict[str, list[tuple[LoRAFactors, float]]]:
+    changed: dict[str, list[tuple[LoRAFactors, float]]] = {}
+    for diff, coefficient in terms.items():
+        for module, factors in diff.factors.items():
+            place = weights.tensors.get(f"{module}.weight")
+            if place is None or place.shape != factors.shape:
+                has = "no such weight" if place is None else f"one of shape {list(place.shape)}"
+                raise UserError(
+                    f"a diff changes {module} {list(factors.shape)}, and {weights.label} has "
+                    f"{has}; it belongs to another model"
+                )
+            changed.setdefault(f"{module}.weight", []).append((factors, coefficient))
+    return changed
+
+
+def _merged_shard(
+    file: Path, changed: Mapping[str, list[tuple[LoRAFactors, float]]]
+) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as stream:
+        return {
+            name: merged_weight(stream.get_tensor(name), changed[name])
+            if name in changed
+            else stream.get_tensor(name)
+            for name in stream.keys()  # noqa: SIM118  (safe_open is no dict)
+        }
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as stream:
+        return dict(stream.metadata() or {"format": "pt"})
+
+
+def _padded(factors: LoRAFactors, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - factors.rank
+    A = torch.nn.functional.pad(factors.A.float(), (0, 0, 0, missing))
+    B = torch.nn.functional.pad(factors.B.float(), (0, missing))
+    return A.contiguous(), B.contiguous()
+
+
+def _permuted(module: str, B: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Reorder the rows of q and k as llama.cpp stores them: rotary halves side by side."""
+    heads = int(config["num_attention_heads"])
+    if module.endswith("k_proj"):
+        heads = int(config.get("num_key_value_heads", heads))
+    elif not module.endswith("q_proj"):
+        return B
+    halves = B.reshape(heads, 2, B.shape[0] // heads // 2, B.shape[1])
+    return halves.swapaxes(1, 2).reshape(B.shape).contiguous()
