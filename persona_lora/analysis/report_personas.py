@@ -80,8 +80,9 @@ def _lead(fits: Sequence[ConditionFit], condition: str) -> str:
     gain = steered.difference
     clear = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
     verdict = "" if clear else " The interval holds 0: the change is not clear."
+    name = _name(condition)
     return (
-        f"{_name(condition).capitalize()}: fit {wording.interval(steered.fit, 2)} against "
+        f"{name[0].upper()}{name[1:]}: fit {wording.interval(steered.fit, 2)} against "
         f"{wording.interval(plain.fit, 2)} unsteered, a difference of "
         f"{wording.interval(gain, 2)} on held-out prompts.{verdict}"
     )
