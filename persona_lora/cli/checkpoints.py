@@ -130,9 +130,9 @@ def evaluate_checkpoints(
 def _table(run: Run) -> Table:
     from persona_lora.analysis import wording
 
-    table = Table(
-        "checkpoint", "asked on", "what", "vector", "layer", "mean", "95%", box=box.SIMPLE_HEAD
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("checkpoint", "asked on", "what", "vector", "layer", "mean", "95%"):
+        table.add_column(heading, overflow="fold")  # names that differ at their ends stay apart
     for row in run.read("checkpoints"):
         table.add_row(
             row["checkpoint"],
