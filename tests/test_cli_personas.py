@@ -12,6 +12,7 @@ import pytest
 from persona_lora import cli
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.runs import Run
 from persona_lora.experiments import persona_setup
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
@@ -149,6 +150,25 @@ def test_weights_are_projected_and_drawn(run, place, model_folder, tmp_path):
             "checkpoints/formality/diff", "--original-model", model_folder),
         "nowhere",
     )  # fmt: skip
+
+
+def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path):
+    for name, score in (("x_0.0", 10.0), ("x_1.0", 30.0)):
+        made = Run.open(tmp_path / name, command="evaluate", config={"trait": "x"}, seed=0)
+        made.write("answers", [{"row": at, "question_id": at} for at in range(4)])
+        made.write(
+            "verdicts",
+            [
+                {"row": at, "criterion": criterion, "score": score + at}
+                for at in range(4)
+                for criterion in ("x", "coherence")
+            ],
+        )
+    for words in (("x_0.0", "x_1.0"), ("x_0.0.csv", "x_1.0.csv")):
+        status, out, error = run("paired", *words, "--output", "table.csv")
+        assert status == 0, error
+        assert "20.0" in out
+    assert 'x_1.0,"31.5 [' in (tmp_path / "table.csv").read_text()
 
 
 def test_there_must_be_something_to_compare_capability_with(run, place, model_folder):

@@ -279,8 +279,10 @@ def paired(
     from persona_lora.core.files import write_csv
     from persona_lora.core.runs import Run
 
-    folders = [path.with_suffix("") if path.suffix == ".csv" else path for path in runs]
-    found = compare_runs([Run(folder) for folder in folders], Run(reference.with_suffix("")))
+    # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
+    given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]
+    first, *others = map(Run, given)
+    found = compare_runs(others, first)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("run", "trait", "n", "scored", "difference", "p (Holm)", "coherence"):
         table.add_column(heading, no_wrap=True)

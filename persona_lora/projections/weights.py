@@ -176,6 +176,8 @@ def project_adapter(adapter: LoRADiff, diffs: Mapping[str, LoRADiff]) -> WeightP
     modules = []
     gram = np.zeros((len(diffs), len(diffs)))
     touched = _modules_of(diffs)
+    if not set(adapter.factors) & set(touched):
+        raise UserError("adapter and directions share no module; they belong to different models")
     other = math.fsum(f.inner(f) for name, f in adapter.factors.items() if name not in touched)
     for name in touched:
         stack = _stack(name, diffs)
@@ -190,8 +192,6 @@ def project_adapter(adapter: LoRADiff, diffs: Mapping[str, LoRADiff]) -> WeightP
         numel = math.prod(stack.shape)
         modules.append(ModuleSums(name, layer_number(name), numel, square, inner, stack.squares))
         gram += stack.gram
-    if not any(module.delta_square for module in modules):
-        raise UserError("adapter and directions share no module; they belong to different models")
     return WeightProjection(tuple(diffs), tuple(modules), gram, other)
 
 

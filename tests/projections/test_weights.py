@@ -125,6 +125,13 @@ def test_an_adapter_needs_no_weights(model, diffs):
     assert factors.explained == pytest.approx(1.0)
 
 
+def test_an_adapter_that_has_not_moved_yet_projects_to_zero(diffs):
+    """B starts at zero, and a warm-up's first step leaves it there."""
+    found = project_adapter(diffs["one"] * 0.0, diffs)
+    assert found.delta_norm == 0
+    assert all((each.coordinate, each.p) == (0.0, None) for each in found.total.values())
+
+
 def test_the_null_is_that_of_random_directions(model, make_diff):
     """p against the empirical distribution of many low-rank directions of the same shape."""
     before, after = LoadedWeights(model, "a"), LoadedWeights(perturbed(model, seed=5), "b")

@@ -64,6 +64,16 @@ def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):
         assert torch.allclose(factors.delta(), live.factors[name].delta(), atol=1e-6)
 
 
+def test_the_first_step_of_a_warm_up_is_no_error(model, rows, make_diff, tmp_path):
+    monitor = DriftMonitor([make_diff(model, seed=1)], every=1)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    trainer = trainer_of(wrapped, rows, tmp_path / "run", monitor)
+    trainer.args.warmup_steps = 3
+    trainer.train()
+    assert monitor.rows[0]["coordinate"] == 0.0
+    assert monitor.rows[-1]["coordinate"] != 0.0
+
+
 def test_a_warning_is_said_once(model, rows, make_diff, tmp_path, caplog):
     monitor = DriftMonitor([make_diff(model, seed=1)], every=1, warn_above=1e-9)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
