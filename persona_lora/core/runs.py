@@ -6,6 +6,7 @@ Knows how a run is kept and resumed; refuses to know what its rows mean.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from persona_lora.core.files import (
 )
 
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
+ROUNDING = 1e-9
+SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,10 @@ class Run:
                 path.unlink()
         if record.is_file():
             old = read_json(record)
-            if (old["command"], old["config"], old["seed"]) != (command, dict(config), seed):
+            asked = {"command": command, "config": dict(config), "seed": seed}
+            if (found := first_difference({key: old[key] for key in asked}, asked)) is not None:
                 raise UserError(
-                    f"{folder} holds a run of another configuration; "
+                    f"{folder} holds a run of another configuration ({found}); "
                     "choose another output or pass --overwrite"
                 )
             return run
@@ -147,6 +151,31 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> str | None:
+    """Say where two JSON values first differ ("search.sigma0: 0.5, now 1.0"); None where nowhere.
+
+    Numbers within ``ROUNDING`` of each other are the same: a sum depends on the number of threads.
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
+        pairs = [(f"{name}.{key}" if name else str(key), old[key], new[key]) for key in old]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{name}[{at}]", *pair) for at, pair in enumerate(zip(old, new, strict=True))]
+    elif old == new or _both_close(old, new):
+        return None
+    elif isinstance(old, Mapping) and isinstance(new, Mapping):
+        lone = ", ".join(sorted(map(str, old.keys() ^ new.keys())))
+        return f"{name}: only one of the two has {lone}"
+    else:
+        return f"{name}: {repr(old)[:SHOWN]}, now {repr(new)[:SHOWN]}"
+    found = (first_difference(before, after, where) for where, before, after in pairs)
+    return next((each for each in found if each is not None), None)
+
+
+def _both_close(old: Any, new: Any) -> bool:
+    floats = isinstance(old, float) and isinstance(new, float)
+    return floats and math.isclose(old, new, rel_tol=ROUNDING, abs_tol=0.0)
 
 
 def _fresh_record(command: str, config: Mapping[str, Any], seed: int) -> dict[str, Any]:

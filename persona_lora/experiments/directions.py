@@ -115,6 +115,10 @@ class VectorDirections:
         return {
             "kind": "vectors",
             "methods": methods,
+            "norms": {
+                trait: list(self.vectors[trait].at(self.layers).norms().values())
+                for trait in self.traits
+            },
             "layers": list(self.layers),
             "positions": self.positions,
         }

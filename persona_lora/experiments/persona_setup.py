@@ -21,6 +21,7 @@ from persona_lora.core.personas import (
     load_persona,
     load_persona_prompts,
 )
+from persona_lora.core.runs import first_difference
 from persona_lora.core.vector_files import load_vector
 from persona_lora.experiments.directions import (
     DiffDirections,
@@ -122,7 +123,7 @@ def scales_of(
     asked = {"model": chat_model.name, **directions.record()}
     if cache is not None and cache.is_file():
         kept = read_json(cache)
-        if kept.get("of") == asked:
+        if first_difference(kept.get("of"), asked) is None:
             return {row["trait"]: row["coefficient"] for row in kept["scales"]}
     prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
     scales: list[Scale] = equal_effect_scales(
