@@ -23,7 +23,14 @@ from persona_lora.experiments.judging import Report, judge_answers, staged
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
-from persona_lora.steering.methods import METHODS, ActivationSetting, Steerer, Unsteered
+from persona_lora.steering.methods import (
+    METHODS,
+    ActivationSetting,
+    Steerer,
+    Unsteered,
+    select_batch,
+    select_prefix,
+)
 from persona_lora.steering.prompts import Sign, trait_prompt
 
 SAMPLES_PER_QUESTION = 1000
@@ -155,7 +162,11 @@ def answer_rows(
                 seed=options.seed,
                 streams=[row.question_id * SAMPLES_PER_QUESTION + row.sample for row in pending],
                 batch_size=options.batch_size,
-                prepare_batch=lambda rows: steerer.select_rows([pending[i].row for i in rows]),
+                prepare_batch=lambda rows: select_batch(steerer, [pending[i].row for i in rows]),
+                alike=[row.condition for row in pending],
+                prepare_prefix=lambda rows, length: select_prefix(
+                    steerer, [pending[i].row for i in rows], length
+                ),
                 on_batch=keep,
                 progress=staged(report, "answering"),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from persona_lora.core.chat import user_question
@@ -14,7 +15,7 @@ from persona_lora.experiments.evaluation import GenerationOptions
 from persona_lora.experiments.processes import Alone, Processes
 from persona_lora.models.generation import Generated, Progress, generate_answers
 from persona_lora.models.loading import ChatModel
-from persona_lora.steering.methods import Steerer, Unsteered
+from persona_lora.steering.methods import Steerer, Unsteered, select_batch, select_prefix
 
 
 class Cell(NamedTuple):
@@ -82,7 +83,9 @@ class Speaker:
                 seed=self.options.seed,
                 streams=[cell.stream for cell in cells],
                 batch_size=self.options.batch_size,
-                prepare_batch=steerer.select_rows,
+                prepare_batch=partial(select_batch, steerer),
+                alike=[cell.mix for cell in cells],
+                prepare_prefix=partial(select_prefix, steerer),
                 on_batch=told,
                 progress=progress,
             )

@@ -1,20 +1,21 @@
 """Batched, seeded generation of answers.
 
 Knows batching, padding and sampling; refuses to know what steers the model. A steerer that needs
-to know which rows are in the current batch passes ``prepare_batch``.
+to know which rows are in the current batch passes ``prepare_batch``. Rows that share a steering
+and the beginning of their prompts share the computation of that beginning.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
@@ -23,6 +24,7 @@ from persona_lora.models.loading import ChatModel
 logger = logging.getLogger(__name__)
 
 LARGEST_BATCH = 256
+SHORTEST_PREFIX = 8  # tokens; sharing fewer is not worth a pass of its own
 Progress = Callable[[int, int], None]
 
 
@@ -46,6 +48,8 @@ def generate_answers(
     streams: Sequence[int] | None = None,
     batch_size: int | Literal["auto"] = "auto",
     prepare_batch: Callable[[Sequence[int]], None] | None = None,
+    alike: Sequence[Hashable] | None = None,
+    prepare_prefix: Callable[[Sequence[int], int], None] | None = None,
     on_batch: Callable[[Sequence[int], Sequence[Generated]], None] | None = None,
     progress: Progress | None = None,
 ) -> list[Generated]:
@@ -60,6 +64,11 @@ def generate_answers(
     So a row's sample does not depend on its batch neighbours as far as the logits do not: a batch
     of another shape may sum in another order, and a difference in the last bits turns a token
     only when the drawn number falls between the two (rare in fp32, now and then in bf16).
+
+    ``alike`` names what each row is steered with. Where many rows of a batch are steered alike, the
+    tokens with which all its prompts begin (a chat template's system part) run once for each
+    steering instead of once for each row; ``prepare_prefix`` is called before that pass with the
+    row numbers that stand for their kind and the number of tokens. Last bits may differ for it.
 
     A batch that runs out of memory is split in half and tried again; UserError when a single row
     does not fit.
@@ -90,6 +99,8 @@ def generate_answers(
         seed,
         prepare_batch,
         progress,
+        list(alike) if alike is not None else None,
+        prepare_prefix,
     )
     answers: dict[int, Generated] = {}
     while len(answers) < len(order):
@@ -133,19 +144,17 @@ class _Job:
     seed: int
     prepare_batch: Callable[[Sequence[int]], None] | None
     progress: Progress | None
+    alike: list[Hashable] | None
+    prepare_prefix: Callable[[Sequence[int], int], None] | None
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], *, done_rows: int) -> list[Generated]:
         """Answer the rows as one batch."""
+        model = self.chat_model.model
+        prefix, cache = self._shared_prefix(rows)
         if self.prepare_batch is not None:
             self.prepare_batch(rows)
-        model, tokenizer = self.chat_model.model, self.chat_model.tokenizer
-        batch = tokenizer.pad(
-            {"input_ids": [self.tokens[row] for row in rows]},
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
+        batch = self._padded(rows, prefix)
         processors = LogitsProcessorList()
         if self.temperature > 0:
             streams = [self.streams[row] for row in rows]
@@ -156,6 +165,7 @@ class _Job:
             processors.append(_ProgressCounter(self.progress, done_rows, len(rows), self))
         output = model.generate(
             **batch,
+            past_key_values=cache,
             logits_processor=processors,
             generation_config=_generation_config(self.chat_model, self.max_new_tokens),
         )
@@ -165,6 +175,54 @@ class _Job:
             _generated(self.prompts[row], ids, ends, self.chat_model)
             for row, ids in zip(rows, new, strict=True)
         ]
+
+    def _shared_prefix(self, rows: Sequence[int]) -> tuple[list[int], DynamicCache | None]:
+        """Return what all prompts begin with and its cache, a row each; nothing if not worth it."""
+        if self.alike is None:
+            return [], None
+        first = {self.alike[row]: row for row in reversed(rows)}
+        prefix = _common_prefix([self.tokens[row] for row in rows])
+        if len(prefix) < SHORTEST_PREFIX or len(first) == len(rows):
+            return [], None
+        if self.prepare_prefix is not None:
+            self.prepare_prefix(list(first.values()), len(prefix))
+        model = self.chat_model.model
+        ids = torch.tensor([prefix] * len(first), device=model.device)
+        cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+        if type(cache) is not DynamicCache:
+            raise UserError(
+                f"{self.chat_model.name} keeps a {type(cache).__name__}, which cannot be shared"
+            )
+        places = {kind: place for place, kind in enumerate(first)}
+        chosen = torch.tensor([places[self.alike[row]] for row in rows], device=model.device)
+        cache.batch_select_indices(chosen)
+        return prefix, cache
+
+    def _padded(self, rows: Sequence[int], prefix: list[int]) -> dict[str, Tensor]:
+        """Return token ids and mask of the rows, with the padding after the shared prefix."""
+        device = self.chat_model.model.device
+        padded = self.chat_model.tokenizer.pad(
+            {"input_ids": [self.tokens[row][len(prefix) :] for row in rows]},
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(device)
+        begin = torch.tensor([prefix] * len(rows), dtype=torch.long, device=device)
+        return {
+            "input_ids": torch.cat([begin, padded["input_ids"]], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(begin), padded["attention_mask"]], dim=1),
+        }
+
+
+def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
+    """Return the tokens that all rows begin with, leaving each at least two of its own.
+
+    A pass over one token alone is a step of generation to a steerer; the prompt's rest is not.
+    """
+    low, high = min(rows), max(rows)  # in dictionary order: what these two share, all do
+    shortest = min(map(len, rows)) - 2
+    length = next((at for at in range(shortest) if low[at] != high[at]), max(shortest, 0))
+    return low[:length]
 
 
 class SeededSampler(LogitsProcessor):

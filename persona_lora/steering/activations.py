@@ -106,9 +106,10 @@ class _BlockSteerer(ABC):
     def _begin(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
-        """Note, before the first block runs, whether this pass continues a cached one."""
+        """Note, before the first block runs, whether this pass is over a prompt or its rest."""
         cache = keywords.get("past_key_values")
-        self._prefill = cache is None or cache.get_seq_length() == 0
+        states = arguments[0] if arguments else keywords["hidden_states"]
+        self._prefill = cache is None or cache.get_seq_length() == 0 or states.shape[1] > 1
 
 
 class _ChangeOutput:

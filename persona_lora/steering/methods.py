@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
@@ -61,6 +62,21 @@ class Unsteered:
 
     def select_positions(self, response: Tensor | None) -> None:
         """Do nothing: every position meets the same model."""
+
+
+def select_batch(steerer: Steerer, rows: Sequence[int]) -> None:
+    """Prepare a steerer for generating these rows."""
+    steerer.select_rows(rows)
+    steerer.select_positions(None)
+
+
+def select_prefix(steerer: Steerer, rows: Sequence[int], length: int) -> None:
+    """Prepare a steerer for the first ``length`` positions of these rows' prompts.
+
+    None of them belongs to the response, not even the last one.
+    """
+    steerer.select_rows(rows)
+    steerer.select_positions(torch.zeros(1, length, dtype=torch.bool))
 
 
 SteeringMethod = Callable[[nn.Module, Mapping[LoRADiff, float], bool], Steerer]

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from persona_lora.core.errors import UserError
-from persona_lora.models.generation import SeededSampler, generate_answers
+from persona_lora.models.generation import (
+    SHORTEST_PREFIX,
+    SeededSampler,
+    _common_prefix,
+    generate_answers,
+)
 
 QUESTIONS = ["a", "a longer question", "mid", "a very much longer question than the others", "z"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]
@@ -121,6 +126,60 @@ def test_batches_are_announced_reported_and_counted(chat_model):
     assert finished == [(rows, len(rows)) for rows in prepared]
     assert counted == sorted(counted)
     assert counted[-1][0] <= counted[-1][1] == 5 * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_alike_share_the_beginning_of_their_prompts(chat_model, temperature):
+    system = {"role": "system", "content": "Be brief and kind."}
+    asked = [[system, *conversation] for conversation in CONVERSATIONS] * 2
+    options = {"max_new_tokens": 12, "temperature": temperature}
+    plain = generate_answers(chat_model, asked, **options)
+    shapes, prefixes = [], []
+    decoder = chat_model.model.get_decoder()
+    handle = decoder.register_forward_pre_hook(
+        lambda module, arguments, keywords: shapes.append(tuple(keywords["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    shared = generate_answers(
+        chat_model,
+        asked,
+        alike=["one"] * 5 + ["two"] * 5,
+        prepare_prefix=lambda rows, length: prefixes.append((len(rows), length)),
+        **options,
+    )
+    handle.remove()
+    assert shared == plain
+    beginning = chat_model.render(asked[0]).index("a<|im_end|>")
+    assert len(prefixes) == 1
+    rows, length = prefixes[0]
+    assert rows == 2
+    assert SHORTEST_PREFIX <= length <= beginning
+    longest = len(chat_model.tokenizer(chat_model.render(asked[3]))["input_ids"])
+    assert shapes[:2] == [(2, length), (10, longest - length)]
+
+
+def test_nothing_is_shared_where_no_rows_are_alike_or_prompts_begin_differently(chat_model):
+    def refuse(rows, length):
+        raise AssertionError("a prefix was shared")
+
+    options = {"max_new_tokens": 3, "prepare_prefix": refuse}
+    answers = generate_answers(chat_model, CONVERSATIONS, alike=range(5), **options)
+    assert answers == generate_answers(chat_model, CONVERSATIONS, max_new_tokens=3)
+    unlike = [[{"role": role, "content": "x"}] for role in ("user", "assistant")]
+    generate_answers(chat_model, unlike, alike=[0, 0], **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "prefix"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], [1, 2]),
+        ([[1, 2, 3, 4]] * 3, [1, 2]),
+        ([[1, 2, 9, 9, 9], [1, 3, 9, 9, 9], [1, 2, 9, 9, 9]], [1]),
+        ([[7], [7]], []),
+    ],
+)
+def test_the_common_prefix_leaves_two_tokens_of_each_row(rows, prefix):
+    assert _common_prefix(rows) == prefix
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.structure import decoder_layers, hidden_states_index, weight_fingerprint
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
+from persona_lora.steering.methods import select_batch, select_prefix
 
 TOKENS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(0))
 COEFFICIENTS = [[0.0, 0.0], [1.0, 0.0], [-0.5, 1.5], [0.0, 2.0], [0.3, -0.7]]
@@ -162,6 +164,30 @@ def test_one_batched_generation_equals_a_loop_of_single_ones(chat_model):
             (alone,) = generate_answers(chat_model, [conversation], max_new_tokens=16)
         assert alone.text == batched[row].text
     assert len({answer.text for answer in batched}) > 1
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "all"])
+def test_a_shared_prefix_is_steered_as_the_prompt_that_it_is(chat_model, positions):
+    rows = [row for row in COEFFICIENTS for _ in range(2)]
+    asked = [[{"role": "user", "content": f"question {i}" * (i + 1)}] for i in range(len(rows))]
+    vectors = [make_vector(1), make_vector(2)]
+    lengths = []
+    with ActivationSteerer(chat_model.model, vectors, rows, positions=positions) as steerer:
+        plain = generate_answers(
+            chat_model, asked, max_new_tokens=12, prepare_batch=steerer.select_rows
+        )
+        shared = generate_answers(
+            chat_model,
+            asked,
+            max_new_tokens=12,
+            prepare_batch=partial(select_batch, steerer),
+            alike=[tuple(row) for row in rows],
+            prepare_prefix=lambda rows, length: (
+                lengths.append(length) or select_prefix(steerer, rows, length)
+            ),
+        )
+    assert shared == plain
+    assert len(lengths) == 1
 
 
 @torch.no_grad()
