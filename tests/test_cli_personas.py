@@ -94,6 +94,41 @@ def test_a_search_ends_with_weights_and_a_report(run, place, tmp_path):
     assert fixed["formality"] == 0.5
 
 
+def test_a_config_gives_the_defaults_and_flags_override_it(run, place, tmp_path):
+    (tmp_path / "search.yaml").write_text(
+        "persona-id: episode-000101_B\noptimiser:\n  population_size: 4\n  max_iterations: 9\n"
+        "directions:\n  energy: 0.9\nsave_dir: out\nfixed: [formality=0.5]\nmax_judge_cost:\n"
+    )
+    status, _, error = run("optimize", "--config", "search.yaml", *place)
+    assert status == 0, error
+    config = json.loads((tmp_path / "out/episode-000101_B_lora/run.json").read_text())["config"]
+    assert config["search"]["population_size"] == 4
+    assert config["directions"]["energy"] == 0.9
+    assert config["search"]["fixed"] == {"formality": 0.5}
+    found = json.loads((tmp_path / "out" / "episode-000101_B_optimization.json").read_text())
+    assert found["num_iterations"] == 2  # of the flag, not of the file
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ("none.yaml", "does not exist")),
+        ("[1, 2]", ("must hold options",)),
+        ("a: [", ("no YAML",)),
+        ("max_iteration: 3", ("'max_iteration'", "max_iterations")),
+        ("config: other.yaml", ("'config'",)),
+        ("alpha: 1\nsection:\n  alpha: 2", ("'alpha' twice",)),
+        ("max_iterations: soon", ("soon", "integer")),
+    ],
+)
+def test_a_config_with_a_mistake_is_one_line(run, tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "none.yaml").write_text(text)
+    status, _, error = run("optimize", "--config", "none.yaml", "--persona-id", "x")
+    assert status == 2
+    assert all(word in error for word in words), error
+
+
 def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
     words = ("compare-methods", "--persona-id", "episode-000101_B episode-000142_B", *place)
     status, out, error = run(*words, "--methods", "lora random prompt", "--save-dir", "out")

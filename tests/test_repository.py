@@ -79,8 +79,8 @@ def test_a_config_parses_and_begins_with_its_command(path):
     text = path.read_text()
     first = text.splitlines()[0]
     assert first.startswith("# ")
-    command = "persona-lora finetune" if path.name.startswith("finetune_") else "train_lora.py"
-    assert command in first
+    commands = {"finetune": "persona-lora finetune", "optimize": "persona-lora optimize"}
+    assert commands.get(path.name.split("_")[0], "train_lora.py") in first
     assert f"train_configs/{path.name}" in first
     assert isinstance(yaml.safe_load(text), dict)
 

@@ -12,7 +12,7 @@ from persona_lora.analysis.fits import (
     fits_over_personas,
     fits_over_prompts,
 )
-from persona_lora.analysis.plots.personas import NAMES, render_comparison, render_search
+from persona_lora.analysis.plots.personas import name_of, render_comparison, render_search
 from persona_lora.analysis.report_parts import Content, ReportOptions, data_uri
 from persona_lora.core.runs import Run
 
@@ -40,11 +40,11 @@ def search_content(run: Run, options: ReportOptions) -> Content:
         data_uri(render_search(run)),
         "prompts",
         tuple(_row(each) for each in fits),
-        tuple(_name(each.condition) for each in fits),
+        tuple(name_of(each.condition) for each in fits),
         _examples(rows, [each.condition for each in fits]),
         tuple(_check(row) for row in run.read("judge_checks")),
     )
-    title = f"A search for {config['persona']} with {_name(config['method'])}"
+    title = f"A search for {config['persona']} with {name_of(config['method'])}"
     return Content("report_personas.html.j2", title, _lead(fits, "mean"), body)
 
 
@@ -58,7 +58,7 @@ def comparison_content(run: Run, options: ReportOptions) -> Content:
         data_uri(render_comparison(run)),
         "personas",
         tuple(_row(each) for each in fits),
-        tuple(_name(each.condition) for each in fits),
+        tuple(name_of(each.condition) for each in fits),
         _examples(shown, [each.condition for each in fits]),
         (f"The answers are those for {personas[0]}.",),
     )
@@ -80,7 +80,7 @@ def _lead(fits: Sequence[ConditionFit], condition: str) -> str:
     gain = steered.difference
     clear = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
     verdict = "" if clear else " The interval holds 0: the change is not clear."
-    name = _name(condition)
+    name = name_of(condition)
     return (
         f"{name[0].upper()}{name[1:]}: fit {wording.interval(steered.fit, 2)} against "
         f"{wording.interval(plain.fit, 2)} unsteered, a difference of "
@@ -90,7 +90,7 @@ def _lead(fits: Sequence[ConditionFit], condition: str) -> str:
 
 def _row(each: ConditionFit) -> tuple[str, ...]:
     return (
-        _name(each.condition),
+        name_of(each.condition),
         wording.interval(each.fit, 2),
         str(each.fit.n_questions),
         f"{100 * each.fit.coverage:.0f}%",
@@ -117,7 +117,3 @@ def _check(row: Row) -> str:
         f"Judge fitted on {row['fitted_on']} conversations: AUC {row['auc']:.2f} on {row['n_own']} "
         f"unseen utterances of the person against {row['n_others']} of others."
     )
-
-
-def _name(condition: str) -> str:
-    return NAMES.get(condition, condition)

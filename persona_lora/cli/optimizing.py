@@ -17,6 +17,7 @@ from persona_lora.cli.console import console
 from persona_lora.cli.options import (
     DEFAULT_MODEL,
     BatchOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     JudgeCostOption,
@@ -65,6 +66,10 @@ BoundOption = Annotated[float, typer.Option(help="The largest weight; 0 for no b
 PenaltyOption = Annotated[float, typer.Option(help="λ of the penalty λ·‖x‖².")]
 CoherentOption = Annotated[
     float, typer.Option(help="Mean coherence (0–100) below which the value is cut; 0: not at all.")
+]
+EnergyOption = Annotated[
+    float | None,
+    typer.Option(help="Cut the rank of LoRA differences to this share of ‖·‖², as 0.99: faster."),
 ]
 RaceOption = Annotated[
     bool, typer.Option("--race", help="Half of the prompts first; all for the better half.")
@@ -117,6 +122,8 @@ def optimize(
     seed: SeedOption = 0,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
+    energy: EnergyOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Find the mix of trait directions that makes the model speak like a person.
 
@@ -134,7 +141,7 @@ def optimize(
 
     if search not in SEARCHERS:
         raise UserError(f"--search must be one of {', '.join(SEARCHERS)}, got {search!r}")
-    layers = _layers(layer)
+
     processes = current_processes(os.environ)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     generation = generation_options(max_new_tokens, temperature, 1, seed, batch_size)
@@ -157,13 +164,14 @@ def optimize(
         judging,
         processes,
         allow_other_base,
+        energy,
     )
     with _quiet_unless_first(processes):
         with console.status("judges and directions"):
             load_persona(persona_id, persona_dir)  # a wrong id fails before anything is measured
             chosen = bench.method(
                 method,
-                layers=layers,
+                layers=_layers(layer, bench),
                 alpha=alpha,
                 searcher=search,
                 cache=save_dir / "scales" / f"{method}.json",
@@ -194,8 +202,8 @@ def compare_methods(
         list[str] | None, typer.Option(help='Personas, as in "a b"; all by default.')
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="lora, svd, mean_diff, pca, random, prompt.")
-    ] = "lora random prompt svd mean_diff",
+        str, typer.Option(help="lora, svd, mean_diff, pca (or svd@20), random, equal, prompt.")
+    ] = "lora random equal prompt svd mean_diff",
     layer: LayerOption = None,
     alpha: AlphaOption = 2.0,
     max_iterations: IterationsOption = 10,
@@ -224,6 +232,8 @@ def compare_methods(
     seed: SeedOption = 0,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
+    energy: EnergyOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Compare ways of giving the model a person's voice, at equal budget, on held-out prompts.
 
@@ -248,6 +258,7 @@ def compare_methods(
         judging,
         processes,
         allow_other_base,
+        energy,
     )
     personas = " ".join(persona_id or list_personas(persona_dir)).split()
     with _quiet_unless_first(processes), _live("comparison", bench) as watch:
@@ -256,7 +267,7 @@ def compare_methods(
             personas,
             methods.replace(",", " ").split(),
             save_dir,
-            layers=_layers(layer),
+            layers=_layers(layer, bench),
             alpha=alpha,
             searching=SearchOptions(
                 max_iterations=max_iterations,
@@ -283,6 +294,7 @@ def _workbench(
     judging: Any,
     processes: Processes,
     allow_other_base: bool,
+    energy: float | None,
 ) -> Workbench:
     from persona_lora.core.personas import load_persona_prompts
     from persona_lora.experiments.persona_search import first_prompts
@@ -301,7 +313,15 @@ def _workbench(
         persona_dir,
         allow_other_base=allow_other_base,
         processes=processes,
+        energy=energy,
     )
+
+
+def _layers(text: str | None, bench: Workbench) -> tuple[int, ...] | None:
+    from persona_lora.models.structure import num_layers, read_layers
+
+    depth = num_layers(bench.chat_model.model)
+    return None if text is None else read_layers(text, depth, "--layer")
 
 
 def _objective(penalty: float, min_coherence: float, race: bool, seed: int) -> Any:
@@ -309,15 +329,6 @@ def _objective(penalty: float, min_coherence: float, race: bool, seed: int) -> A
 
     least = min_coherence or None
     return ObjectiveOptions(penalty=penalty, min_coherence=least, race=race, seed=seed)
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    words = text.replace(",", " ").split()
-    if not words or not all(word.isdigit() for word in words):
-        raise UserError(f'--layer must be like "20" or "19 20 21", got {text!r}')
-    return tuple(int(word) for word in words)
 
 
 def _weights(pairs: list[str] | None, option: str) -> dict[str, float]:

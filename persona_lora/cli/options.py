@@ -7,6 +7,17 @@ from typing import Annotated
 
 import typer
 
+from persona_lora.cli.config_file import read_defaults
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=read_defaults,
+        help="A YAML file of this command's options (max_iterations: 10); flags override it.",
+    ),
+]
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_COEFFICIENTS = "-2 -1.5 -1 -0.5 0 0.5 1 1.5 2"
 

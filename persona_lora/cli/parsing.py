@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,23 +128,11 @@ USUAL_DEPTH = 0.55  # of the layers: where published persona vectors steer best
 
 def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:
     """Return decoder layers from text such as "16", "10 20", "0-29" or "0-29:3"."""
+    from persona_lora.models.structure import read_layers
+
     if text is None:
         return (int(USUAL_DEPTH * num_layers),)
-    layers: list[int] = []
-    for word in text.replace(",", " ").split():
-        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word)
-        if found is None or found[3] == "0":
-            raise UserError(
-                f'--layers must be like "16", "10 20", "0-29" or "0-29:3", got {text!r}'
-            )
-        first = int(found[1])
-        layers += range(first, int(found[2] or first) + 1, int(found[3] or 1))
-    outside = [layer for layer in layers if layer >= num_layers]
-    if outside or not layers:
-        raise UserError(
-            f"--layers {text!r} is out of range; the model has layers 0–{num_layers - 1}"
-        )
-    return tuple(dict.fromkeys(layers))
+    return read_layers(text, num_layers, "--layers")
 
 
 def load_terms(diffs: list[Path], coefficients: list[float]) -> dict[Any, float]:

@@ -55,9 +55,10 @@ class Directions(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DiffDirections:
-    """LoRA differences, held live."""
+    """LoRA differences, held live; ``energy`` is the share of ‖·‖² that they were cut to."""
 
     diffs: Mapping[str, LoRADiff]
+    energy: float | None = None
 
     def __post_init__(self) -> None:
         _check_any(self.diffs)
@@ -73,7 +74,8 @@ class DiffDirections:
         return LiveLoRA(model, diffs, rows, allow_other_base=allow_other_base)
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "lora", "norms": dict(self._norms)}
+        cut = {} if self.energy is None else {"energy": self.energy}
+        return {"kind": "lora", "norms": dict(self._norms), **cut}
 
     @cached_property
     def _norms(self) -> dict[str, float]:

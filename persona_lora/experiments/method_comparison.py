@@ -1,7 +1,7 @@
 """Which way of giving a model a person's voice works best? One objective and one budget for all.
 
-Searches over LoRA differences and over steering vectors, random search, the persona as a system
-prompt, and nothing at all are scored on the same held-out prompts by the same judge.
+Searches over LoRA differences and over steering vectors, random search, equal weights, the persona
+as a system prompt, and nothing at all are scored on the same held-out prompts by the same judge.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from persona_lora.analysis.plots.personas import plot_comparison
 from persona_lora.analysis.report import write_report
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
+from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Run
 from persona_lora.experiments.optimization import Generation, SearchOptions
 from persona_lora.experiments.persona_answers import plain_speaker
@@ -29,11 +30,17 @@ from persona_lora.experiments.persona_search import (
     held_out_rows,
     optimise_persona,
     persona_system_prompt,
+    speaker_of,
 )
-from persona_lora.experiments.persona_setup import DIRECTION_METHODS, Workbench
+from persona_lora.experiments.persona_setup import (
+    DIRECTION_METHODS,
+    VECTOR_METHODS,
+    Workbench,
+)
+from persona_lora.models.structure import num_layers, read_layers
 
-RANDOM = "random"
-ALL_METHODS = (*DIRECTION_METHODS, RANDOM, PROMPT)
+RANDOM, EQUAL = "random", "equal"
+ALL_METHODS = (*DIRECTION_METHODS, RANDOM, EQUAL, PROMPT)
 COLUMNS = (
     "persona",
     "condition",
@@ -80,28 +87,28 @@ def compare_methods(
 ) -> Comparison:
     """Run every method for every persona into ``folder``; run again, it goes on where it stopped.
 
-    Each search is a run folder of its own below the method's; ``comparison/`` holds all held-out
-    rows and the tables ``comparison.csv`` and ``overall.csv``. UserError for an unknown method.
+    A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``layers``); several
+    of these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is
+    searched) use the LoRA differences. Each search is a run folder of its own below the
+    method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` and
+    ``overall.csv``. UserError for an unknown method.
     """
-    for name in methods:
-        if name not in ALL_METHODS:
-            raise UserError(f"no method {name!r}; {nearest_names(name, ALL_METHODS)}")
     searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
     loaded = {
-        name: workbench.method(
-            "lora" if name == RANDOM else name,
-            layers=layers,
-            alpha=alpha,
-            searcher="random" if name == RANDOM else "cmaes",
-            cache=folder / "scales" / f"{'lora' if name == RANDOM else name}.json",
-        )
-        for name in methods
-        if name != PROMPT
+        name: _load(workbench, name, layers, alpha, folder / "scales")
+        for name in map(_checked, methods)
+        if name not in (PROMPT, EQUAL)
     }
+    lora = _load(workbench, "lora", None, alpha, folder / "scales") if EQUAL in methods else None
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = workbench.problem(persona)
-        rows += _plain_rows(problem, folder / "plain" / persona, PROMPT in methods, overwrite)
+        rows += _plain_rows(problem, folder / "plain" / persona, None, overwrite)
+        if PROMPT in methods:
+            prompt = persona_system_prompt(problem.persona)
+            rows += _plain_rows(problem, folder / PROMPT / persona, prompt, overwrite)
+        if lora is not None:
+            rows += _equal_rows(problem, lora, folder / EQUAL / persona, overwrite)
         for name, method in loaded.items():
             result = optimise_persona(
                 problem,
@@ -116,6 +123,31 @@ def compare_methods(
     return workbench.processes.from_main(lambda: _written(rows, personas, folder))
 
 
+def _checked(method: str) -> str:
+    """Return a method's name; UserError unless it is one, with layers only where it has any."""
+    name, at, _ = method.partition("@")
+    if name not in ALL_METHODS:
+        raise UserError(f"no method {method!r}; {nearest_names(name, ALL_METHODS)}")
+    if at and name not in VECTOR_METHODS:
+        raise UserError(f"{method!r}: only {', '.join(VECTOR_METHODS)} act at chosen layers")
+    return method
+
+
+def _load(
+    workbench: Workbench, name: str, layers: Sequence[int] | None, alpha: float, scales: Path
+) -> Method:
+    method, at, named = name.partition("@")
+    directions = "lora" if method == RANDOM else method
+    depth = num_layers(workbench.chat_model.model)
+    return workbench.method(
+        directions,
+        layers=read_layers(named, depth, f"{name}: layers") if at else layers,
+        alpha=alpha,
+        searcher="random" if method == RANDOM else "cmaes",
+        cache=scales / f"{directions}{at}{named}.json",
+    )
+
+
 def _watching(
     watch: Watch | None, persona: str, method: str
 ) -> Callable[[Generation], None] | None:
@@ -123,28 +155,39 @@ def _watching(
 
 
 def _plain_rows(
-    problem: PersonaProblem, folder: Path, with_prompt: bool, overwrite: bool
+    problem: PersonaProblem, folder: Path, system_prompt: str | None, overwrite: bool
 ) -> list[dict[str, Any]]:
-    """Return the rows of the unsteered model, and of the persona as a system prompt."""
-    prompts = {PROMPT: persona_system_prompt(problem.persona)} if with_prompt else {}
-    run = problem.processes.from_main(
-        lambda: Run.open(
-            folder,
-            command="baselines",
-            config={
-                "persona": problem.persona.id,
-                "model": problem.chat_model.name,
-                "judge": problem.report_judge.name,
-                "held_out_prompts": list(problem.prompts.held_out),
-                "system_prompts": prompts,
-                "max_new_tokens": problem.generation.max_new_tokens,
-            },
-            seed=problem.generation.seed,
-            overwrite=overwrite,
-        )
-    )
+    """Return the rows of the unsteered model, or of the model under a system prompt."""
+    run = _open(problem, folder, {"system_prompt": system_prompt}, overwrite)
     speaker = plain_speaker(problem.chat_model, problem.generation, problem.processes)
-    return held_out_rows(problem, speaker, {UNSTEERED: None}, run, system_prompts=prompts)
+    if system_prompt is None:
+        return held_out_rows(problem, speaker, {UNSTEERED: None}, run)
+    return held_out_rows(problem, speaker, {}, run, system_prompts={PROMPT: system_prompt})
+
+
+def _equal_rows(
+    problem: PersonaProblem, lora: Method, folder: Path, overwrite: bool
+) -> list[dict[str, Any]]:
+    """Return the rows of all directions at a weight of 1: what no search is needed for."""
+    mix = Coefficients.of(dict.fromkeys(lora.directions.traits, 1.0))
+    record = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record()}
+    run = _open(problem, folder, record, overwrite)
+    return held_out_rows(problem, speaker_of(problem, lora), {EQUAL: mix}, run)
+
+
+def _open(problem: PersonaProblem, folder: Path, config: Mapping[str, Any], overwrite: bool) -> Run:
+    asked = {
+        "persona": problem.persona.id,
+        "model": problem.chat_model.name,
+        "judge": problem.report_judge.name,
+        "held_out_prompts": list(problem.prompts.held_out),
+        **config,
+        "max_new_tokens": problem.generation.max_new_tokens,
+    }
+    seed = problem.generation.seed
+    return problem.processes.from_main(
+        lambda: Run.open(folder, command="baselines", config=asked, seed=seed, overwrite=overwrite)
+    )
 
 
 def _written(

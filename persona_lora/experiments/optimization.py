@@ -144,6 +144,8 @@ class CMAES:
             settings["bounds"] = [-options.bound, options.bound]
         if fixed:
             settings["fixed_variables"] = fixed
+        if len(traits) - len(fixed) == 1:
+            settings["maxstd"] = math.inf  # pycma cannot limit the σ of a single dimension
         self._strategy = cma.CMAEvolutionStrategy(start, options.sigma0, settings)
         if options.inject:
             free = [trait for trait in traits if trait not in held]  # pycma's own dimensions

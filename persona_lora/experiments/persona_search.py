@@ -123,7 +123,7 @@ def optimise_persona(
             overwrite=overwrite,
         )
     )
-    speaker = _speaker(problem, method)
+    speaker = speaker_of(problem, method)
     goal = PersonaObjective(
         speaker,
         problem.prompts.train,
@@ -271,7 +271,8 @@ def first_prompts(prompts: PersonaPrompts, number: int | None) -> PersonaPrompts
     return dataclasses.replace(prompts, train=prompts.train[:number])
 
 
-def _speaker(problem: PersonaProblem, method: Method) -> Speaker:
+def speaker_of(problem: PersonaProblem, method: Method) -> Speaker:
+    """Return the problem's model, speaking under mixes of the method's directions."""
     return Speaker(
         problem.chat_model,
         method.directions,

@@ -7,6 +7,7 @@ A canonical module name is that of the unwrapped model (``model.layers.0.self_at
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +26,24 @@ def canonical_name(name: str) -> str:
     """Return a module name without the parts that PEFT and ``torch.compile`` put into it."""
     name = name.removeprefix("_orig_mod.").removeprefix(PEFT_WRAPPING[0])
     return name.removesuffix(PEFT_WRAPPING[1])
+
+
+def read_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
+    """Read decoder layers such as "16", "10 20", "0-29" or "0-29:3", each once, in this order.
+
+    UserError, naming ``name``, for any other text and for layers that the model has not.
+    """
+    layers: list[int] = []
+    for word in text.replace(",", " ").split():
+        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word)
+        if found is None or found[3] == "0":
+            raise UserError(f'{name} must be like "16", "10 20", "0-29" or "0-29:3", got {text!r}')
+        first = int(found[1])
+        layers += range(first, int(found[2] or first) + 1, int(found[3] or 1))
+    outside = [layer for layer in layers if layer >= num_layers]
+    if outside or not layers:
+        raise UserError(f"{name} {text!r} is out of range; the model has layers 0–{num_layers - 1}")
+    return tuple(dict.fromkeys(layers))
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -169,6 +169,15 @@ def test_fixed_weights_bounds_and_injected_points(run):
     assert found.best.coefficients == Coefficients(TRAITS, (1.0, -1.0, 0.5))
 
 
+def test_a_single_free_direction_may_widen_to_its_bound(run):
+    fixed = {"b": -2.0, "c": 0.5}
+    options = SearchOptions(max_iterations=25, bound=4.0, fixed=fixed, seed=1)
+    found = search(
+        lambda mixes, iteration: [Value(mix.values[0]) for mix in mixes], TRAITS, options, run
+    )
+    assert found.best.coefficients.as_dict()["a"] == pytest.approx(4.0, abs=0.05)
+
+
 def test_the_global_random_generator_is_left_alone(run):
     np.random.seed(3)
     expected = np.random.rand(4)

@@ -9,12 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from persona_lora.analysis.fits import fits_over_prompts
+from persona_lora.analysis.plots.personas import name_of
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
+from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.personas import PersonaPrompts, load_persona
+from persona_lora.core.runs import Run
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.experiments.directions import DiffDirections
 from persona_lora.experiments.evaluation import GenerationOptions
 from persona_lora.experiments.judging import JudgeOptions
@@ -200,9 +205,43 @@ def test_methods_share_prompts_judge_and_budget(workbench, tmp_path):
     assert len(lines) == 1 + 4
 
 
-def test_an_unknown_method_is_named(workbench, tmp_path):
-    with pytest.raises(UserError, match="'magic'"):
-        compare_methods(workbench, ["ann"], ["magic"], tmp_path)
+def test_equal_weights_need_no_search_and_vectors_name_their_layers(workbench, tmp_path):
+    for trait in TRAITS:
+        folder = workbench.trait_folder / "vectors" / trait
+        directions = {layer: torch.randn(32) for layer in (0, 1)}
+        vector = SteeringVector(directions, BaseModel("tiny", None), num_layers=2, trait=trait)
+        vector.save(folder / f"{trait}_response_avg_svd.safetensors")
+    methods = ["equal", "svd@0", "svd@0-1"]
+    comparison = compare_methods(workbench, ["ann"], methods, tmp_path / "out", searching=OPTIONS)
+    assert [each.condition for each in comparison.overall] == ["none", *methods]
+    (mix,) = {
+        tuple(sorted(row["weights"].items()))
+        for row in map(json.loads, (tmp_path / "out/equal/ann/held_out.jsonl").open())
+    }
+    assert mix == tuple((trait, 1.0) for trait in sorted(TRAITS))
+    for method, layers in (("svd@0", [0]), ("svd@0-1", [0, 1])):
+        config = Run(tmp_path / "out" / method / f"ann_{method}").record["config"]
+        assert config["directions"]["layers"] == layers
+    assert name_of("svd@0") == "SVD vectors, CMA-ES, at 0"
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("magic", "'magic'"), ("lora@3", "chosen layers"), ("svd@9", "svd@9")]
+)
+def test_a_method_that_cannot_be_is_named(workbench, tmp_path, method, words):
+    with pytest.raises(UserError, match=words):
+        compare_methods(workbench, ["ann"], [method], tmp_path)
+
+
+def test_cutting_the_rank_keeps_the_energy_and_is_recorded(workbench):
+    whole = load_directions("lora", TRAITS, workbench.trait_folder, ())
+    cut = load_directions("lora", TRAITS, workbench.trait_folder, (), energy=0.8)
+    assert cut.record()["energy"] == 0.8
+    for trait, norm in cut.record()["norms"].items():
+        assert 0.8 <= (norm / whole.record()["norms"][trait]) ** 2 < 1
+        assert cut.diffs[trait].rank < whole.diffs[trait].rank
+    with pytest.raises(UserError, match="energy"):
+        load_directions("svd", TRAITS, workbench.trait_folder, (1,), energy=0.8)
 
 
 def test_judges_of_search_and_report_are_fitted_on_different_conversations(workbench):

@@ -41,12 +41,20 @@ NAMES = {
     "incumbent": "incumbent",
     "lora": "LoRA, CMA-ES",
     "random": "LoRA, random search",
+    "equal": "LoRA, equal weights",
     "svd": "SVD vectors, CMA-ES",
     "mean_diff": "mean-difference vectors, CMA-ES",
     "pca": "PCA vectors, CMA-ES",
     "prompt": "persona as system prompt",
 }
 _ROW = 0.42  # inches
+
+
+def name_of(condition: str) -> str:
+    """Return the words for a condition; "svd@20" is the SVD vectors at layer 20."""
+    method, at, layers = condition.partition("@")
+    name = NAMES.get(method, method)
+    return f"{name}, at {layers}" if at else name
 
 
 def plot_search(run: Run, path: Path) -> bytes:
@@ -70,7 +78,7 @@ def render_search(run: Run) -> bytes:
     _draw_history(add_axes(figure, (0.62, 0.95, 4.1, 2.6)), generations)
     _draw_fits(add_axes(figure, (6.6, 0.95, 2.3, 2.6)), fits)
     _draw_weights(add_axes(figure, (11.6, 0.95, 2.2, 2.6)), held_out)
-    title = f"{config['persona']}: the search with {NAMES.get(config['method'], config['method'])}"
+    title = f"{config['persona']}: the search with {name_of(config['method'])}"
     write_line(figure, 4.1, title, size=14, bold=True)
     note = (
         f"Search: {len(config['prompts'])} training prompts, judge {config['judge']} of training "
@@ -152,7 +160,7 @@ def _draw_fits(axes: Axes, fits: Sequence[ConditionFit], rows: Sequence[Row] = (
     axes.set_xlim(1, 5)
     axes.set_xticks([1, 2, 3, 4, 5])
     axes.set_ylim(-0.6, len(fits) - 0.4)
-    axes.set_yticks(range(len(fits)), [NAMES.get(f.condition, f.condition) for f in fits])
+    axes.set_yticks(range(len(fits)), [name_of(f.condition) for f in fits])
     axes.tick_params(axis="y", labelcolor=INK, labelsize=9)
     _title(axes, "Fit on held-out prompts")
 
