@@ -109,6 +109,31 @@ def test_a_config_gives_the_defaults_and_flags_override_it(run, place, tmp_path)
     assert found["num_iterations"] == 2  # of the flag, not of the file
 
 
+def test_lamp_files_are_scored_by_overlap(run, model_folder, tmp_path):
+    row = {"id": "70", "input": "Say it again: late", "profile": [{"text": "late again"}]}
+    (tmp_path / "q.json").write_text(json.dumps([row]))
+    golds = {"task": "LaMP_7", "golds": [{"id": "70", "output": "late, again"}]}
+    (tmp_path / "o.json").write_text(json.dumps(golds))
+    words = (
+        "persona",
+        "lamp",
+        "--questions",
+        "q.json",
+        "--outputs",
+        "o.json",
+        "--dtype",
+        "float32",
+    )
+    more = ("--model", model_folder, "--max-new-tokens", 4)
+    status, out, error = run(*words, *more)
+    assert status == 0, error
+    assert "rougeL" in out
+    assert (tmp_path / "results" / "lamp7" / "scores.csv").is_file()
+    status, _, error = run(*words, *more, "--user", "72")
+    assert status == 2
+    assert "'72'" in error
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -118,7 +143,7 @@ def test_a_config_gives_the_defaults_and_flags_override_it(run, place, tmp_path)
         ("max_iteration: 3", ("'max_iteration'", "max_iterations")),
         ("config: other.yaml", ("'config'",)),
         ("alpha: 1\nsection:\n  alpha: 2", ("'alpha' twice",)),
-        ("max_iterations: soon", ("soon", "integer")),
+        ("max_iterations: soon", ("--max-iterations", "integer")),
     ],
 )
 def test_a_config_with_a_mistake_is_one_line(run, tmp_path, text, words):

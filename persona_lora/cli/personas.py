@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console
+from persona_lora.cli.options import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OverwriteOption,
+    SeedOption,
+    TokensOption,
+)
+from persona_lora.cli.parsing import generation_options, load_model
 from persona_lora.cli.program import persona_app
 from persona_lora.core.errors import UserError
 
@@ -32,12 +43,19 @@ def build_persona(
     template: Annotated[
         Path | None, typer.Option(help="A judge prompt of your own, with its placeholders.")
     ] = None,
+    writer_url: Annotated[
+        str | None, typer.Option(help="An endpoint that writes the profile; else from features.")
+    ] = None,
+    writer_model: Annotated[str | None, typer.Option(help="The endpoint's model.")] = None,
+    profile_prompt: Annotated[
+        Path | None, typer.Option(help="How to ask for the profile: {features} and {samples}.")
+    ] = None,
     persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
 ) -> None:
     """Make a persona's features, samples, profile and judge prompt from its conversations.
 
-    Read are our own forms, chat JSONL, ConvAI2 / PersonaChat, Multi-Session Chat and Conversation
-    Chronicles.
+    Read are our own forms, chat JSONL, ConvAI2 / PersonaChat, Multi-Session Chat, Conversation
+    Chronicles and LaMP.
 
     Example: persona-lora persona build --id episode-184019_A --conversations chronicles.jsonl
     --episode episode-184019 --speaker A
@@ -64,11 +82,89 @@ def build_persona(
         SentenceEmbedder().embed,
         num_samples=samples,
         template=DEFAULT_TEMPLATE if template is None else template.read_text(encoding="utf-8"),
+        write_profile=_profile_writer(writer_url, writer_model, profile_prompt),
     )
     console.print((built.folder / "persona_profile.txt").read_text(encoding="utf-8").strip())
     console.print(
         f"{built.num_train} training and {built.num_test} held-out utterances in {built.folder}"
     )
+
+
+def _profile_writer(url: str | None, model: str | None, prompt: Path | None) -> Any:
+    """Return what writes a profile by an endpoint, or None: sentences made from the features."""
+    from persona_lora.experiments.profile_writing import DEFAULT_PROMPT, profile_writer
+    from persona_lora.experiments.writers import Endpoint, EndpointWriter
+
+    if url is None and model is None:
+        if prompt is not None:
+            raise UserError("--profile-prompt needs --writer-url and --writer-model")
+        return None
+    if url is None or model is None:
+        raise UserError("--writer-url and --writer-model go together")
+    if prompt is not None and not prompt.is_file():
+        raise UserError(f"{prompt} does not exist; check --profile-prompt")
+    text = DEFAULT_PROMPT if prompt is None else prompt.read_text(encoding="utf-8")
+    key = os.environ.get("OPENAI_API_KEY")
+    return profile_writer(EndpointWriter(Endpoint(model, url, key)), text)
+
+
+@persona_app.command("lamp")
+def lamp(
+    questions: Annotated[Path, typer.Option(help="LaMP-7 questions (JSON).")],
+    outputs: Annotated[Path, typer.Option(help="Their golds (JSON).")],
+    optimization: Annotated[
+        Path | None, typer.Option(help="A {persona}_optimization.json, whose mix is scored too.")
+    ] = None,
+    user: Annotated[list[str] | None, typer.Option(help="Only these ids; may be repeated.")] = None,
+    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("results/lamp7"),
+    model: ModelOption = DEFAULT_MODEL,
+    trait_vector_dir: Annotated[
+        Path, typer.Option(help="Where directions are: {trait}/diff, and vectors/{trait}/.")
+    ] = Path("checkpoints"),
+    max_new_tokens: TokensOption = 60,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Score LaMP-7 files by ROUGE: the plain model, the author's texts as prompt, and a mix.
+
+    Example: persona-lora persona lamp --questions dev_questions.json --outputs dev_outputs.json
+    --user 70 --optimization optimization_results/70_optimization.json
+    """
+    from persona_lora.analysis import wording
+    from persona_lora.experiments import lamp as experiment
+    from persona_lora.experiments.persona_setup import load_optimization
+
+    read = experiment.load_lamp(questions, outputs)
+    unknown = sorted(set(user or []) - {each.id for each in read})
+    if unknown:
+        raise UserError(f"{questions} has no question {unknown[0]!r}")
+    chosen = [each for each in read if user is None or each.id in user]
+    chat_model = load_model(model, None, dtype, device)
+    speaker, mix = load_optimization(
+        chat_model,
+        optimization,
+        trait_vector_dir,
+        generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
+    )
+    with console.status(f"{len(chosen)} questions"):
+        scores = experiment.score_lamp(speaker, chosen, mix, output, overwrite=overwrite)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("measure", "condition", "F (0–1)", "users", "gain", "p (Holm)"):
+        table.add_column(heading, no_wrap=True)
+    for measure, fits in scores.fits.items():
+        for each in fits:
+            table.add_row(
+                measure,
+                each.condition,
+                wording.interval(each.fit, 3),
+                str(each.fit.n_questions),
+                "" if each.difference is None else wording.interval(each.difference, 3),
+                "" if each.p_holm is None else wording.p_value(each.p_holm),
+            )
+    console.print(table)
+    console.print(f"answers and scores: {scores.folder}")
 
 
 @persona_app.command("validate")

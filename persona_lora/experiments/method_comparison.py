@@ -36,6 +36,7 @@ from persona_lora.experiments.persona_setup import (
     DIRECTION_METHODS,
     VECTOR_METHODS,
     Workbench,
+    directions_of,
 )
 from persona_lora.models.structure import num_layers, read_layers
 
@@ -137,7 +138,7 @@ def _load(
     workbench: Workbench, name: str, layers: Sequence[int] | None, alpha: float, scales: Path
 ) -> Method:
     method, at, named = name.partition("@")
-    directions = "lora" if method == RANDOM else method
+    directions = directions_of(name)
     depth = num_layers(workbench.chat_model.model)
     return workbench.method(
         directions,

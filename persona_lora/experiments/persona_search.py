@@ -339,6 +339,7 @@ def _write_results(problem: PersonaProblem, method: Method, result: PersonaResul
             "persona_id": problem.persona.id,
             "method": method.name,
             "layer": method.directions.record().get("layers"),
+            "energy": method.directions.record().get("energy"),
             "alpha": method.alpha,
             "best_weights": result.weights.as_dict(),
             "best_score": best.fit.mean,

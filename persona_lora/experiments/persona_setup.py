@@ -15,6 +15,7 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.personas import (
+    Coefficients,
     ConversationSplit,
     PersonaPrompts,
     list_personas,
@@ -34,6 +35,7 @@ from persona_lora.experiments.divergence import load_ordinary_prompts
 from persona_lora.experiments.evaluation import GenerationOptions
 from persona_lora.experiments.judging import JudgeOptions
 from persona_lora.experiments.optimization import Generation, SearchOptions
+from persona_lora.experiments.persona_answers import Speaker, plain_speaker
 from persona_lora.experiments.persona_judging import (
     Reader,
     check_style_judge,
@@ -142,6 +144,40 @@ def scales_of(
         rows = [dataclasses.asdict(each) for each in scales]
         write_json(cache, {"of": asked, "scales": rows})
     return {each.trait: each.coefficient for each in scales}
+
+
+def directions_of(method: str) -> str:
+    """Return whose directions a method of a comparison uses: "svd@20" those of "svd"."""
+    name = method.partition("@")[0]
+    return "lora" if name == "random" else name
+
+
+def load_optimization(
+    chat_model: ChatModel,
+    path: Path | None,
+    trait_folder: Path,
+    generation: GenerationOptions,
+) -> tuple[Speaker, Coefficients | None]:
+    """Return a speaker and the best mix that ``{persona}_optimization.json`` holds.
+
+    Without a ``path``: the plain model, and no mix.
+    """
+    if path is None:
+        return plain_speaker(chat_model, generation), None
+    found = read_json(path)
+    lacking = [key for key in ("method", "alpha", "scales", "best_weights") if key not in found]
+    if lacking:
+        raise UserError(f"{path} is no result of optimize: it has no {lacking[0]!r}")
+    mix = Coefficients.of(found["best_weights"])
+    directions = load_directions(
+        directions_of(found["method"]),
+        mix.traits,
+        trait_folder,
+        found["layer"] or (),
+        energy=found.get("energy"),
+    )
+    scales, alpha = found["scales"], found["alpha"]
+    return Speaker(chat_model, directions, scales, alpha, generation, Alone()), mix
 
 
 @dataclass(eq=False)

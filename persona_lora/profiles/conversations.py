@@ -1,8 +1,8 @@
 """Conversations of one speaker from files of several forms.
 
 Read are: our own (``conversations.jsonl``, ``raw_conversations.json``), plain chat JSONL, and the
-file forms of ConvAI2 / PersonaChat, Multi-Session Chat and Conversation Chronicles. Whoever is
-chosen as the speaker becomes the ``user``, the other side the ``assistant``.
+file forms of ConvAI2 / PersonaChat, Multi-Session Chat, Conversation Chronicles and LaMP. Whoever
+is chosen as the speaker becomes the ``user``, the other side the ``assistant``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from persona_lora.core.personas import ConversationSplit, PersonaConversation, m
 
 Speaker = Literal["A", "B"]
 TEST_EVERY = 3  # where a file names no split, every third conversation is held out
+LAMP_SESSION = 10  # texts
 _SESSIONS = ("first", "second", "third", "fourth", "fifth")
 
 
@@ -68,7 +69,7 @@ def _read(path: Path) -> Iterator[Session]:
         if form is None:
             raise UserError(
                 f"{path}: entry {number} is of no known form; expected messages, a dialog with "
-                "previous_dialogs, utterances with history, or first_session_dialogue"
+                "previous_dialogs, utterances with history, first_session_dialogue, or a profile"
             )
         yield from form.sessions(row, f"{path}: entry {number}", number)
 
@@ -138,6 +139,19 @@ def _persona_chat(row: dict[str, Any], where: str, number: int) -> Iterator[Sess
     )
 
 
+def _lamp(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
+    """LaMP (Salemi et al. 2023, arXiv:2304.11406): a user's earlier texts, ten to a session."""
+    texts = []
+    for each in row["profile"]:
+        if not isinstance(each, dict) or not isinstance(each.get("text"), str):
+            raise UserError(f"{where}: every entry of a profile needs a text")
+        texts.append(each["text"])
+    user = str(row.get("id", number))
+    for start in range(0, len(texts), LAMP_SESSION):
+        turns = [("A", text) for text in texts[start : start + LAMP_SESSION]]
+        yield Session(f"{user}-{1 + start // LAMP_SESSION}", turns)
+
+
 def _convai2_text(path: Path) -> Iterator[Session]:
     """ConvAI2 as text: numbered lines, ``utterance⇥reply``; number 1 begins a conversation."""
     turns: list[tuple[str, str]] = []
@@ -173,6 +187,7 @@ FORMS: Sequence[Form] = (
     Form("first_session_dialogue", _chronicles),
     Form("dialog", _multi_session),
     Form("utterances", _persona_chat),
+    Form("profile", _lamp),
 )
 
 
