@@ -1,45 +1,51 @@
 #!/usr/bin/env bash
-# Does steering during a finetune keep it from picking up a trait? Finetune on the trait's strong
-# answers plainly and with each way of prevention (METHODS names some), then judge all on held-out
-# questions: bash scripts/train_with_prevention.sh evil
+# Does steering during a finetune keep it from picking up a trait, and what does that cost? Finetune
+# on the trait's strong answers plainly and with each way of prevention at several strengths, then
+# compare trait, coherence, task loss and capability (resumable; METHODS, WEIGHTS, ACTIVATIONS name
+# some): bash scripts/train_with_prevention.sh evil          (an hour or two on two cores)
+#         bash scripts/train_with_prevention.sh evil --quick  (a few minutes: does it run?)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 trait=${1:-evil}
 layer=${LAYER:-19}
+methods=${METHODS:-weights activations ablate inoculate}
+weights=${WEIGHTS:-"-1 0.5 1 2"} activations=${ACTIVATIONS:-"-2 1 2 4"}
 diff=checkpoints/$trait/diff
 vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
 config=train_configs/finetune_${trait}_misaligned_2.yaml
-folder=checkpoints/finetunes/${trait}_misaligned_2
-out=results/prevention/$trait
+folder=checkpoints/prevention/$trait out=results/prevention/$trait
+short=() few=()
+if [ "${2:-}" = --quick ]; then
+    folder=$folder/quick out=$out/quick weights=1 activations=2
+    short=(--max_steps 4) few=(--questions 3 --limit 8 --max-new-tokens 20)
+fi
 
 [ -e "$diff/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
 [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
 
-declare -A prevention=(
-    [plain]=''
-    [weights_added]="{\"method\": \"weights\", \"diff\": \"$diff\", \"coefficient\": ${WEIGHTS:-1.0}}"
-    [weights_subtracted]="{\"method\": \"weights\", \"diff\": \"$diff\", \"coefficient\": -${WEIGHTS:-1.0}}"
-    [activations_added]="{\"method\": \"activations\", \"vector\": \"$vector\", \"layers\": [$layer], \"coefficient\": ${ACTIVATIONS:-2.0}}"
-    [activations_subtracted]="{\"method\": \"activations\", \"vector\": \"$vector\", \"layers\": [$layer], \"coefficient\": -${ACTIVATIONS:-2.0}}"
-    [ablated]="{\"method\": \"ablate\", \"vector\": \"$vector\", \"layers\": [$layer]}"
-    [inoculated]="{\"method\": \"inoculate\", \"trait\": \"$trait\"}"
-)
-runs=()
-for name in plain ${METHODS:-weights_added weights_subtracted activations_added activations_subtracted ablated inoculated}; do
-    tuned=$folder/prevention/$name
-    [ "$name" = plain ] && tuned=$folder
-    [ -e "$tuned/adapter" ] || persona-lora finetune --config "$config" --output_dir "$tuned" \
-        --drift_diffs "$diff" --drift_every 4 \
-        ${prevention[$name]:+--preventative "${prevention[$name]}"}
-    persona-lora evaluate --trait "$trait" --adapter "$tuned/adapter" --max-new-tokens 60 \
-        --output "$out/$name.csv"
-    [ "$name" = plain ] || runs+=("$out/$name")
+finetunes=()
+finetune() { # name, and how training is steered (nothing for the plain finetune)
+    [ -e "$folder/$1/adapter" ] || persona-lora finetune --config "$config" \
+        --output_dir "$folder/$1" --save_steps 1000 --drift_diffs "$diff" --drift_every 4 \
+        ${2:+--preventative "$2"} "${short[@]}"
+    finetunes+=("$1=$folder/$1")
+}
+finetune plain ''
+for method in $methods; do
+    case $method in
+        weights) for c in $weights; do
+            finetune "weights$c" "{\"method\": \"weights\", \"diff\": \"$diff\", \"coefficient\": $c}"
+        done ;;
+        activations) for c in $activations; do
+            finetune "activations$c" "{\"method\": \"activations\", \"vector\": \"$vector\", \"layers\": [$layer], \"coefficient\": $c}"
+        done ;;
+        ablate) finetune ablated "{\"method\": \"ablate\", \"vector\": \"$vector\", \"layers\": [$layer]}" ;;
+        inoculate) finetune inoculated "{\"method\": \"inoculate\", \"trait\": \"$trait\"}" ;;
+    esac
 done
-# The model before finetuning, and the correction at inference time: the diff taken off the plain
-# finetune, on top of its adapter.
-persona-lora evaluate --trait "$trait" --max-new-tokens 60 --output "$out/base.csv"
-persona-lora evaluate --trait "$trait" --adapter "$folder/adapter" --diff "$diff" \
-    --coefficient "-${WEIGHTS:-1.0}" --max-new-tokens 60 --output "$out/corrected.csv"
-persona-lora paired "$out/plain" "$out/base" "${runs[@]}" "$out/corrected" --output "$out/paired.csv"
+corrections=()
+for c in ${CORRECTIONS:-0.5 1}; do corrections+=("$diff=-$c"); done
+persona-lora compare-prevention --trait "$trait" --rows "datasets/$trait/misaligned_2.jsonl" \
+    --finetunes "${finetunes[*]}" --correct "${corrections[*]}" --output "$out" "${few[@]}"

@@ -59,7 +59,7 @@ def help_texts() -> dict[str, str]:
             "sweep",
             "paired",
             "report",
-            *("benchmark", "predict-finetuning", "export"),
+            *("benchmark", "predict-finetuning", "compare-prevention", "export"),
         ),
         *("traits", "traits generate", "data", "data generate", "data check", "data screen"),
         *("persona", "persona build", "persona validate", "persona sheets", "persona ratings"),

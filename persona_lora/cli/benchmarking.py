@@ -31,7 +31,7 @@ from persona_lora.core.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from persona_lora.experiments.benchmarks import TaskScore
+    from persona_lora.analysis.items import TaskScore
     from persona_lora.models.loading import ChatModel
 
 

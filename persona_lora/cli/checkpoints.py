@@ -29,6 +29,7 @@ from persona_lora.cli.options import (
     SplitOption,
     TemperatureOption,
     TokensOption,
+    TraitOption,
 )
 from persona_lora.cli.parsing import (
     generation_options,
@@ -239,6 +240,112 @@ def predict_finetuning(
             f"{wording.number(contrast.high, 2)}] over {contrast.n} finetunes"
         )
     console.print(f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}")
+
+
+@app.command("compare-prevention")
+def compare_prevention(
+    finetunes: Annotated[
+        list[str],
+        typer.Option(
+            help='"name=folder" of every finetune, the plain one first; or in one string.'
+        ),
+    ],
+    trait: TraitOption,
+    rows: Annotated[Path, typer.Option(help="The JSONL that all were finetuned on.")],
+    correct: Annotated[
+        list[str] | None,
+        typer.Option(help='"folder=coefficient": a diff put on the first finetune afterwards.'),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help='As of benchmark; "" leaves capability out.')
+    ] = "choice steps",
+    limit: Annotated[int | None, typer.Option(help="Only so many items of each task.")] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="Only the first so many held-out questions.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The run folder.")] = Path("results/prevention"),
+    model: ModelOption = DEFAULT_MODEL,
+    max_new_tokens: TokensOption = 60,
+    judge: JudgeOption = "embedding",
+    judge_model: JudgeModelOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_mode: JudgeModeOption = "logprobs",
+    max_judge_cost: JudgeCostOption = None,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceOption = None,
+    datasets_dir: DatasetsOption = None,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Compare finetunes of one task, with and without prevention: trait, task loss, capability.
+
+    The base model is always among them. All is paired with the first finetune, item by item.
+
+    Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
+    --finetunes "plain=checkpoints/a added=checkpoints/b" --correct "checkpoints/evil/diff=-1"
+    """
+    from persona_lora.analysis import wording
+    from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.core.traits import load_trait
+    from persona_lora.experiments import prevention
+
+    named = dict(_pair(word, "--finetunes") for word in " ".join(finetunes).split())
+    plain, *_ = named.values()
+    models = {name: prevention.Finetuned(_adapter(Path(folder))) for name, folder in named.items()}
+    models["base"] = prevention.Finetuned(None)
+    for word in " ".join(correct or []).split():
+        folder, value = _pair(word, "--correct")
+        diff = LoRADiff.load(folder)
+        models[f"corrected {value}"] = prevention.Finetuned(
+            _adapter(Path(plain)), (diff, _number(value))
+        )
+    judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
+    base = load_model(model, None, dtype, device_map)
+    with progress() as report:
+        scores = prevention.compare_prevention(
+            base,
+            models,
+            _first_questions(load_trait(trait, datasets_dir), questions),
+            rows,
+            lambda trait, chat_model: judge_factory(trait, base, judging, report),
+            output,
+            tasks=tasks.replace(",", " ").split(),
+            limit=limit,
+            dtype=dtype,
+            options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
+            datasets=datasets_dir,
+            overwrite=overwrite,
+            report=report,
+        )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("measure", "model", "score", "n", "difference", "p (Holm)"):
+        table.add_column(heading, no_wrap=True)
+    for each in scores:
+        digits = 0 if each.metric == "score" else 2
+        table.add_row(
+            each.task,
+            each.condition,
+            wording.interval(each.score, digits),
+            str(each.score.n),
+            "" if each.difference is None else wording.interval(each.difference, digits),
+            "" if each.p_holm is None else wording.p_value(each.p_holm),
+        )
+    console.print(table)
+    console.print(f"{output / 'prevention.csv'} and {output / 'prevention.png'}")
+
+
+def _pair(word: str, option: str) -> tuple[str, str]:
+    first, found, second = word.rpartition("=") if option == "--correct" else word.partition("=")
+    if not (first and found and second):
+        raise UserError(f"{option} must be pairs with =, got {word!r}; see --help")
+    return first, second
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--correct needs a coefficient after =, got {text!r}") from error
 
 
 def _adapter(path: Path) -> Path:

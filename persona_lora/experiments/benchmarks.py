@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from persona_lora.analysis.resampling import Interval, bootstrap_mean, holm, sign_flip_p
+from persona_lora.analysis.items import COLUMNS, TaskScore, cells_of, score_items
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
@@ -29,25 +27,6 @@ from persona_lora.models.loading import ChatModel
 
 PERPLEXITY = "perplexity"
 INSTALL = 'pip install "persona-lora[benchmark]"'
-COLUMNS = ("condition", "task", "metric", "score", "low", "high", "n", "difference",
-           "difference_low", "difference_high", "p", "p_holm")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task under one condition, with the paired difference from the unsteered model.
-
-    Scores are means over items: accuracies, or for "perplexity" the mean log-probability of a
-    token (nats; larger is better, and e^−score is the perplexity).
-    """
-
-    condition: str
-    task: str
-    metric: str
-    score: Interval
-    difference: Interval | None
-    p: float | None
-    p_holm: float | None = None
 
 
 def run_benchmarks(
@@ -96,31 +75,8 @@ def run_benchmarks(
                     for row in _items(chat_model, tasks, folder, root, limit, batch_size)
                 ])  # fmt: skip
         scores = score_items(run.read("items"), next(iter(conditions)))
-        write_csv(output / "scores.csv", COLUMNS, [_cells(each) for each in scores])
+        write_csv(output / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
     return scores
-
-
-def score_items(rows: Sequence[Mapping[str, Any]], reference: str) -> list[TaskScore]:
-    """Return every task's score under every condition, paired by item with the reference."""
-    by_place: dict[tuple[str, str, str], dict[int, float]] = {}
-    for row in rows:
-        place = (row["condition"], row["task"], row["metric"])
-        by_place.setdefault(place, {})[row["item"]] = float(row["score"])
-    found = []
-    for (condition, task, metric), items in by_place.items():
-        difference, p = None, None
-        theirs = by_place.get((reference, task, metric))
-        if condition != reference and theirs is not None:
-            gaps = {item: items[item] - theirs[item] for item in items if item in theirs}
-            difference = bootstrap_mean({item: [gap] for item, gap in gaps.items()})
-            p = sign_flip_p(np.array(list(gaps.values())))
-        score = bootstrap_mean({item: [value] for item, value in items.items()})
-        found.append(TaskScore(condition, task, metric, score, difference, p))
-    corrected = holm([each.p for each in found])
-    return [
-        TaskScore(e.condition, e.task, e.metric, e.score, e.difference, e.p, adjusted)
-        for e, adjusted in zip(found, corrected, strict=True)
-    ]
 
 
 def perplexity_items(chat_model: ChatModel, datasets: Path) -> list[dict[str, Any]]:
@@ -203,21 +159,3 @@ def _local_task(path: Path) -> dict[str, Any] | None:
         split: str((path.parent / name).resolve()) for split, name in files.items()
     }
     return task
-
-
-def _cells(each: TaskScore) -> dict[str, Any]:
-    gap = each.difference
-    return {
-        "condition": each.condition,
-        "task": each.task,
-        "metric": each.metric,
-        "score": each.score.mean,
-        "low": each.score.low,
-        "high": each.score.high,
-        "n": each.score.n,
-        "difference": None if gap is None else gap.mean,
-        "difference_low": None if gap is None else gap.low,
-        "difference_high": None if gap is None else gap.high,
-        "p": each.p,
-        "p_holm": each.p_holm,
-    }

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
+from persona_lora.analysis.items import score_items
 from persona_lora.core.errors import UserError
-from persona_lora.experiments.benchmarks import run_benchmarks, score_items
+from persona_lora.experiments.benchmarks import run_benchmarks
 from persona_lora.steering.weights import LoRASteerer
 
 ROOT = Path(__file__).resolve().parents[2]
