@@ -1,6 +1,6 @@
-"""Finetuning a LoRA on chats: checkpoints along the way, for watching what else changes.
+"""Finetuning on chats, a LoRA or all weights: checkpoints on the way, to see what else changes.
 
-Knows one set of conversations and one adapter; refuses to know traits.
+Knows one set of conversations and one model; refuses to know traits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -43,7 +44,7 @@ from persona_lora.training.launch import (
     recorded,
     refuse_unconnected_processes,
 )
-from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
+from persona_lora.training.lora import LoRAArguments, all_weights, attach_lora, detach_lora
 from persona_lora.training.preventative import (
     Preventative,
     inoculated,
@@ -65,10 +66,13 @@ logger = logging.getLogger(__name__)
 
 PAGE = HelpPage(
     "persona-lora finetune",
-    "Finetune a LoRA on the conversations of a JSONL file, keeping checkpoints.",
+    "Finetune on the conversations of a JSONL file, keeping checkpoints.",
     "persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml",
 )
+ADAPTER, MODEL = "adapter", "model"
 KEPT = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPLETE}
+KEPT_OF_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", COMPLETE)
+TRAINING_STATE = "trainer_state.json"
 
 
 @dataclass
@@ -88,6 +92,10 @@ class FinetuneArguments:
             "help": "Type of the frozen weights; auto: bf16 where the hardware computes in it.",
             "choices": ["auto", *DTYPES],
         },
+    )
+    use_peft: bool = field(
+        default=True,
+        metadata={"help": "Train a LoRA; false trains all weights (in fp32 unless dtype says so)."},
     )
     keep_training_state: bool = field(
         default=False,
@@ -143,7 +151,7 @@ class FinetuneOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Where a finished run put its adapter and its checkpoints, and the last logged loss."""
+    """Where a finished run put its adapter (or whole model), its checkpoints, and its last loss."""
 
     adapter: Path
     checkpoints: tuple[Path, ...]
@@ -155,7 +163,7 @@ def main(arguments: Sequence[str]) -> None:
     groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
     result = finetune(*FinetuneOptions(*parse_groups(arguments, groups, PAGE)))
     if PartialState().is_main_process:
-        logger.info("loss %.3f; the adapter is in %s", result.loss, result.adapter)
+        logger.info("loss %.3f; the finetune is in %s", result.loss, result.adapter)
 
 
 def finetune(
@@ -163,25 +171,48 @@ def finetune(
 ) -> FinetuneResult:
     """Train a LoRA and write ``checkpoint-N/`` and ``adapter/`` into ``config.output_dir``.
 
-    Every checkpoint is a PEFT adapter. A run that was killed goes on from its last whole
-    checkpoint. Raises UserError for a finished run without ``arguments.overwrite``, for a run of
-    another configuration in the same folder, for rows that do not end with an answer, and when
-    the loss is no longer finite.
+    Every checkpoint is a PEFT adapter; without ``use_peft`` it is a whole model, and the last one
+    is in ``model/``. A run that was killed goes on from its last whole checkpoint. Raises UserError
+    for a finished run without ``arguments.overwrite``, for a run of another configuration in the
+    same folder, for rows that do not end with an answer, for what a full finetune cannot have, and
+    when the loss is no longer finite.
     """
     refuse_unconnected_processes()
     options = FinetuneOptions(arguments, lora, config)
     prevention = prevention_of(arguments)
+    if not arguments.use_peft:
+        _refuse_for_all_weights(arguments, prevention)
     conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
     folder = output_folder(options)
     on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
-    chat_model = load_model(arguments.model_name_or_path, arguments.dtype, config)
+    whole_type = "float32" if arguments.dtype == "auto" else arguments.dtype
+    dtype = arguments.dtype if arguments.use_peft else whole_type
+    chat_model = load_model(arguments.model_name_or_path, dtype, config)
     rows = _tokenize(conversations, chat_model, config)
     run = _open_run(_record(options, conversations), options, folder)
     with recorded(run):
         _train(rows, chat_model, options, prevention, folder)
         on_main_process(lambda: _tidy(folder, keep=arguments.keep_training_state))
     losses = Run(folder).read(LOSS_ROWS)
-    return FinetuneResult(folder / "adapter", checkpoints_of(folder), losses[-1]["loss"])
+    return FinetuneResult(folder / _saved_as(arguments), checkpoints_of(folder), losses[-1]["loss"])
+
+
+def _saved_as(arguments: FinetuneArguments) -> str:
+    return ADAPTER if arguments.use_peft else MODEL
+
+
+def _refuse_for_all_weights(arguments: FinetuneArguments, prevention: Preventative | None) -> None:
+    """UserError for what is only exact, or only possible, where the base stays frozen."""
+    if prevention is not None and prevention.method == "weights" and prevention.hold == "merged":
+        raise UserError(
+            "a full finetune would train the very weights that the diff is merged into, and taking "
+            "it out again would round them once more; use hold: live, which leaves them alone"
+        )
+    if arguments.drift_diffs:
+        raise UserError(
+            "drift_diffs reads the factors of a LoRA, which a full finetune has not; project its "
+            "checkpoints afterwards with: persona-lora project weights"
+        )
 
 
 def prevention_of(arguments: FinetuneArguments) -> Preventative | None:
@@ -248,7 +279,7 @@ def _open_run(record: dict[str, Any], options: FinetuneOptions, folder: Path) ->
     def prepare() -> None:
         ensure_writable_folder(folder)
         if overwrite:
-            for path in [folder / "adapter", *folder.glob("checkpoint-*")]:
+            for path in [folder / ADAPTER, folder / MODEL, *folder.glob("checkpoint-*")]:
                 shutil.rmtree(path, ignore_errors=True)
         fresh = overwrite or last_whole_checkpoint(folder) is None
         seed = options.config.seed
@@ -267,7 +298,7 @@ def _record(options: FinetuneOptions, conversations: Sequence[Conversation]) -> 
         "model": options.arguments.model_name_or_path,
         "dtype": options.arguments.dtype,
         "num_processes": PartialState().num_processes,
-        "lora": dataclasses.asdict(options.lora),
+        "lora": dataclasses.asdict(options.lora) if options.arguments.use_peft else None,
         "preventative": _plain(prevention_of(options.arguments)),
         "training": changed_options(options.config),
     }
@@ -299,7 +330,10 @@ def _train(
     prevention: Preventative | None,
     folder: Path,
 ) -> None:
-    model = attach_lora(chat_model, options.lora, options.config.seed)
+    seed, use_peft = options.config.seed, options.arguments.use_peft
+    model = (
+        attach_lora(chat_model, options.lora, seed) if use_peft else all_weights(chat_model, seed)
+    )
     config = copy.copy(options.config)
     config.output_dir = str(folder)
     config.length_column_name = "length"
@@ -337,8 +371,8 @@ def _train(
     PartialState().wait_for_everyone()
     with prevention_steerer(prevention, chat_model.model):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    trainer.save_model(str(folder / "adapter"))
-    if not is_sharded():
+    trainer.save_model(str(folder / _saved_as(arguments)))
+    if isinstance(model, PeftModel) and not is_sharded():
         detach_lora(model)
 
 
@@ -347,6 +381,11 @@ def _tidy(folder: Path, *, keep: bool) -> None:
     if keep:
         return
     for checkpoint in checkpoints_of(folder):
+        if (checkpoint / ADAPTER_CONFIG).is_file():
+            kept = KEPT
+        else:
+            found = {path.name for form in KEPT_OF_MODEL for path in checkpoint.glob(form)}
+            kept = found - {TRAINING_STATE}
         for path in checkpoint.iterdir():
-            if path.name not in KEPT:
+            if path.name not in kept:
                 path.unlink()

@@ -96,6 +96,12 @@ def attach_lora(chat_model: ChatModel, arguments: LoRAArguments, seed: int) -> P
     return model
 
 
+def all_weights(chat_model: ChatModel, seed: int) -> PreTrainedModel:
+    """Return the model itself with every weight to be trained, and the random numbers seeded."""
+    set_seed(seed)
+    return chat_model.model.requires_grad_(True)
+
+
 def detach_lora(model: PeftModel) -> PreTrainedModel:
     """Take the LoRA off and return the base model, whose weights were never touched."""
     base = model.unload()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -82,7 +83,10 @@ class CompletionTrainer(SFTTrainer):
     ) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            write_lora(model, Path(output_dir or self.args.output_dir), state_dict=state_dict)
+            if isinstance(model, PeftModel):
+                write_lora(model, Path(output_dir or self.args.output_dir), state_dict=state_dict)
+            else:
+                super()._save(output_dir, state_dict)
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Write none: a checkpoint is not published."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from persona_lora.core.errors import UserError
@@ -77,8 +78,9 @@ def test_every_checkpoint_is_an_adapter_and_the_loss_falls(options, tmp_path):
     assert record["config"]["num_rows"] == 16
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one_does(options, tmp_path, monkeypatch):
-    whole = finetune(*options(tmp_path / "whole"))
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_killed_run_ends_as_an_uninterrupted_one_does(options, tmp_path, monkeypatch, use_peft):
+    whole = finetune(*options(tmp_path / "whole", use_peft=use_peft))
 
     class Killed(module.CompletionTrainer):
         def training_step(self, *arguments, **keywords):
@@ -89,10 +91,11 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_does(options, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(module, "CompletionTrainer", Killed)
         with pytest.raises(KeyboardInterrupt):
-            finetune(*options(tmp_path / "cut"))
-    assert not (tmp_path / "cut" / "adapter").exists()
-    cut = finetune(*options(tmp_path / "cut"))
-    one, other = (load_file(each.adapter / "adapter_model.safetensors") for each in (whole, cut))
+            finetune(*options(tmp_path / "cut", use_peft=use_peft))
+    assert not (tmp_path / "cut" / whole.adapter.name).exists()
+    cut = finetune(*options(tmp_path / "cut", use_peft=use_peft))
+    name = "adapter_model.safetensors" if use_peft else "model.safetensors"
+    one, other = (load_file(each.adapter / name) for each in (whole, cut))
     assert all((one[name] == other[name]).all() for name in one)
     assert (tmp_path / "cut" / "loss.jsonl").read_text().count("\n") == 6
 
@@ -148,3 +151,41 @@ def test_the_command_line_parses_its_own_configuration(monkeypatch, tmp_path):
     assert parsed.arguments.train_file == "datasets/evil/misaligned_2.jsonl"
     with pytest.raises(UserError, match="train_file"):
         module.main([])
+
+
+def test_all_weights_are_trained_and_every_checkpoint_is_a_model(options, tmp_path, model_folder):
+    result = finetune(*options(tmp_path / "run", use_peft=False))
+    base = load_chat_model(str(model_folder), dtype="float32").model.state_dict()
+    for folder in (*result.checkpoints, result.adapter):
+        tuned = load_chat_model(str(folder), dtype="float32")  # with its tokenizer
+        changed = [
+            name for name, value in tuned.model.state_dict().items()
+            if not torch.equal(value, base[name])
+        ]  # fmt: skip
+        assert len(changed) == len(base)
+        names = {path.name for path in folder.iterdir()}
+        assert not {name for name in names if "optimizer" in name or "state" in name}
+    losses = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").open()]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def test_a_full_finetune_is_saved_without_the_diff_that_steered_it(
+    options, tmp_path, make_diff, model_folder
+):
+    base = load_chat_model(str(model_folder), dtype="float32")
+    make_diff(base.model, scale=0.3).save(tmp_path / "diff")
+    live = {"method": "weights", "diff": str(tmp_path / "diff"), "hold": "live"}
+    built = options(tmp_path / "steered", use_peft=False, preventative=live)
+    built.config.learning_rate = 1e-9  # nothing moves, so what is saved is the base
+    result = finetune(*built)
+    tuned = load_chat_model(str(result.adapter), dtype="float32").model.state_dict()
+    for name, value in base.model.state_dict().items():
+        torch.testing.assert_close(tuned[name], value, atol=1e-6, rtol=0)
+
+
+def test_what_a_full_finetune_cannot_have_is_refused_with_the_reason(options, tmp_path):
+    merged = {"method": "weights", "diff": "x"}
+    with pytest.raises(UserError, match="hold: live"):
+        finetune(*options(tmp_path / "run", use_peft=False, preventative=merged))
+    with pytest.raises(UserError, match="project weights"):
+        finetune(*options(tmp_path / "run", use_peft=False, drift_diffs=["x"]))
