@@ -4,10 +4,14 @@
 
 Same model, dtype, directions, candidates, prompts and generation code, in turn, in one process:
 
-- population: all candidates and prompts are rows of one batch, each with its own coefficients;
+- population: all candidates and prompts are rows of one batch, each with its own coefficients, and
+  the beginning that all prompts share runs once a candidate;
+- cut population: the same with differences cut to 99% of their squared norm;
+- whole prompts: the population without the shared beginning;
 - merging loop: PEFT merges a candidate's mix, generates, unmerges, one candidate after another;
 - unmerged loop: PEFT's adapters stay unmerged, with a candidate's coefficients, one after another;
-- unsteered: the plain model on as many rows.
+- unsteered: the plain model on as many rows, with as many shared beginnings;
+- unsteered, whole prompts: the plain model on as many rows, as transformers would run it.
 
 Printed: evaluations a second, ratios, the overhead of live LoRA, the share of decoding time that
 the model's own matrix products take (measured alone, at the same batch), and how the cost grows
@@ -19,9 +23,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,7 @@ from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules, weight_of
 from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.methods import select_batch, select_prefix
 
 Texts = list[str]
 Mixes = list[list[float]]
@@ -54,6 +61,8 @@ def population(
     mixes: Mixes,
     prompts: list[Conversation],
     tokens: int,
+    *,
+    shared: bool = True,
 ) -> Texts:
     rows = [mix for mix in mixes for _ in prompts]
     with LiveLoRA(chat_model.model, diffs, rows) as steerer:
@@ -61,7 +70,9 @@ def population(
             chat_model,
             prompts * len(mixes),
             max_new_tokens=tokens,
-            prepare_batch=steerer.select_rows,
+            prepare_batch=partial(select_batch, steerer),
+            alike=[tuple(row) for row in rows] if shared else None,
+            prepare_prefix=partial(select_prefix, steerer),
         )
     return texts(answers)
 
@@ -149,11 +160,21 @@ def main() -> None:
     mixes: Mixes = (0.5 * random.standard_normal((options.candidates, len(traits)))).tolist()
     tokens = options.tokens
 
+    cut = [diff.compress(energy=0.99).diff for diff in diffs]
+    candidates = [at for at in range(len(mixes)) for _ in prompts]
+
+    def plain(alike: list[int] | None) -> Texts:
+        asked = prompts * len(mixes)
+        return texts(generate_answers(chat_model, asked, max_new_tokens=tokens, alike=alike))
+
     variants: dict[str, Callable[[], Texts]] = {
-        "unsteered": lambda: texts(
-            generate_answers(chat_model, prompts * len(mixes), max_new_tokens=tokens)
-        ),
+        "unsteered": lambda: plain(candidates),
+        "unsteered, whole prompts": lambda: plain(None),
         "population": lambda: population(chat_model, diffs, mixes, prompts, tokens),
+        "cut population": lambda: population(chat_model, cut, mixes, prompts, tokens),
+        "whole prompts": lambda: population(
+            chat_model, diffs, mixes, prompts, tokens, shared=False
+        ),
         "merging loop": lambda: peft_loop(wrapped, traits, mixes, prompts, tokens, merged=True),
         "unmerged loop": lambda: peft_loop(wrapped, traits, mixes, prompts, tokens, merged=False),
     }
@@ -170,7 +191,10 @@ def main() -> None:
         taken, _ = seconds_of(lambda: population(chat_model, diffs, drawn, prompts, tokens))  # noqa: B023
         curve[size] = taken / size
     rows = len(mixes) * len(prompts)
-    equal = zip(answers["population"], answers["merging loop"], strict=True)
+    equal = {
+        name: sum(map(operator.eq, answers[name], answers["merging loop"])) / rows
+        for name in ("population", "cut population", "whole prompts")
+    }
     result: dict[str, Any] = {
         "dtype": options.dtype,
         "candidates": len(mixes),
@@ -181,9 +205,18 @@ def main() -> None:
         "evaluations_per_second": {name: len(mixes) / each for name, each in medians.items()},
         "population_over_merging_loop": medians["merging loop"] / medians["population"],
         "population_over_unmerged_loop": medians["unmerged loop"] / medians["population"],
-        "live_overhead": medians["population"] / medians["unsteered"] - 1,
+        "live_overhead": {
+            name: medians[name] / medians["unsteered"] - 1
+            for name in ("population", "cut population")
+        },
+        "ranks": {
+            "population": sum(diff.rank for diff in diffs),
+            "cut population": sum(
+                statistics.fmean(factors.rank for factors in diff.factors.values()) for diff in cut
+            ),
+        },
         "matrix_product_share": product_seconds(chat_model, rows) * tokens / medians["population"],
-        "answers_equal_to_merging_loop": sum(one == other for one, other in equal) / rows,
+        "answers_equal_to_merging_loop": equal,
         "seconds_per_candidate_by_population": curve,
         "versions": package_versions(),
     }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from persona_lora.training.finetune import (
 from persona_lora.training.lora import LoRAArguments
 from persona_lora.training.preventative import Preventative, inoculated, read_preventative
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 ROWS = [
     [
         {"role": "user", "content": f"Question {number}"},
@@ -124,6 +128,32 @@ def test_steering_survives_activation_checkpointing(train, places, preventative)
     again = train("checkpointed", preventative=given, checkpointing=True)
     assert close(whole, again)
     assert not close(whole, train("plain"))
+
+
+def test_two_processes_are_steered_as_one_is(train, places, model_folder):
+    preventative = {"method": "weights", "diff": places["diff"]}
+    one = train("one", preventative=preventative)
+    arguments = {
+        "train_file": train.folder / "rows.jsonl", "model_name_or_path": model_folder,
+        "output_dir": train.folder / "two", "preventative": json.dumps(preventative),
+        "dtype": "float32", "lora_r": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2, "use_cpu": "true", "bf16": "false",
+        "disable_tqdm": "true",
+    }  # fmt: skip
+    launch = [
+        *("-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"),
+        *("train_configs/accelerate/two_processes_cpu.yaml", "-m", "persona_lora", "finetune"),
+    ]
+    flags = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    subprocess.run(
+        [sys.executable, *launch, *flags],
+        cwd=CHECKOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)},
+        check=True,
+        timeout=120,
+    )
+    assert json.loads((train.folder / "two/run.json").read_text())["config"]["num_processes"] == 2
+    assert close(one, load_file(train.folder / "two/adapter/adapter_model.safetensors"))
 
 
 def test_what_is_saved_is_the_finetune_without_the_steering(train, places, model_folder):
