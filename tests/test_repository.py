@@ -64,7 +64,14 @@ def help_texts() -> dict[str, str]:
         *("traits", "traits generate", "data", "data generate", "data check", "data screen"),
         *("persona", "persona build", "persona validate", "persona sheets", "persona ratings"),
         *("persona lamp",),
-        *("optimize", "compare-methods", "project", "project activations", "project weights"),
+        *(
+            "compare",
+            "optimize",
+            "compare-methods",
+            "project",
+            "project activations",
+            "project weights",
+        ),
         *("extract", "vectors", "vectors convert"),
     )
     return {command: ask(*command.split()) for command in commands}

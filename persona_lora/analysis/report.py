@@ -19,6 +19,7 @@ from persona_lora.analysis.grid import is_grid
 from persona_lora.analysis.plots.checkpoints import render_cross_persona
 from persona_lora.analysis.plots.sweep import render_sweeps
 from persona_lora.analysis.report_checkpoints import checkpoints_content
+from persona_lora.analysis.report_comparison import comparison_section
 from persona_lora.analysis.report_grid import grid_content
 from persona_lora.analysis.report_parts import (
     EXAMPLE_COEFFICIENTS,
@@ -47,6 +48,7 @@ SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
     "evaluate-checkpoints": checkpoints_content,
     "optimize": search_content,
     "compare-methods": comparison_content,
+    "compare": comparison_section,
 }
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 from persona_lora.cli import (
     benchmarking,
     checkpoints,
+    comparing,
     data,
     exporting,
     measuring,
@@ -21,6 +22,7 @@ __all__ = [
     "app",
     "benchmarking",
     "checkpoints",
+    "comparing",
     "data",
     "exporting",
     "main",

@@ -51,7 +51,7 @@ TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 SamplesOption = Annotated[int, typer.Option(help="Answers per question (temperature above 0).")]
 SeedOption = Annotated[int, typer.Option(help="Seed of sampling and judging.")]
 BatchOption = Annotated[str, typer.Option(help="Rows per batch, or auto.")]
-SplitOption = Annotated[str, typer.Option(help="Which questions: eval or extract.")]
+SplitOption = Annotated[str, typer.Option(help="Which questions: eval, extract or ood.")]
 OtherBaseOption = Annotated[
     bool, typer.Option(help="Use a diff on a model that it was not trained on.")
 ]

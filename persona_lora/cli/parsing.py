@@ -213,8 +213,10 @@ def judge_factory(
 
 
 def question_split(split: str) -> Any:
-    if split not in ("eval", "extract"):
-        raise UserError(f"--split must be eval or extract, got {split!r}")
+    from persona_lora.core.traits import SPLITS
+
+    if split not in SPLITS:
+        raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
     return split
 
 

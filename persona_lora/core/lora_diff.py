@@ -258,6 +258,30 @@ class LoRADiff:
         return Compressed(replace(self, factors=cut), share)
 
 
+def random_diff_like(diff: LoRADiff, seed: int) -> LoRADiff:
+    """Return a diff with the singular values of ``diff`` in every module and random directions.
+
+    The control of a diff: as large, as spread over modules and ranks, and pointing nowhere. Left
+    and right singular vectors are uniform (Haar) on the orthonormal frames of their spaces.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def turned(factors: LoRAFactors) -> LoRAFactors:
+        core = torch.linalg.qr(factors.B.double()).R @ torch.linalg.qr(factors.A.double().T).R.T
+        root = torch.linalg.svdvals(core).sqrt()
+        out, width = factors.shape
+        left, right = _frame(out, len(root), generator), _frame(width, len(root), generator)
+        return LoRAFactors(A=(root[:, None] * right.T).float(), B=(left * root).float())
+
+    return replace(diff._map(turned), sources={"seed": seed, "spectrum_of": diff.trait})
+
+
+def _frame(size: int, number: int, generator: torch.Generator) -> Tensor:
+    """Return ``number`` random orthonormal columns, ``[size, number]``."""
+    q, r = torch.linalg.qr(torch.randn(size, number, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()  # without the signs the frames would not be uniform
+
+
 def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
     """Return Σ cᵢ·diffᵢ as one diff of the summed rank; all must share one base model."""
     if not terms:

@@ -14,7 +14,8 @@ from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
 
-Split = Literal["extract", "eval"]
+Split = Literal["extract", "eval", "ood"]
+SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")
 LABELS = (0, 25, 50, 75, 100)
 FINETUNING_LEVELS = ("normal", "misaligned_1", "misaligned_2")
 PUBLISHED_FOLDERS: dict[Split, str] = {
@@ -198,8 +199,10 @@ def _parse_trait(value: Any, path: Path) -> Trait:
         if key not in value:
             raise UserError(f"{path} has no {key!r}; it needs instruction, questions, eval_prompt")
     questions = value["questions"]
-    if not isinstance(questions, dict) or set(questions) != {"extract", "eval"}:
-        raise UserError(f"{path}: questions must be an object with the lists extract and eval")
+    if not isinstance(questions, dict) or set(questions) | {"ood"} != set(SPLITS):
+        raise UserError(
+            f"{path}: questions must be an object with the lists extract and eval, and may have ood"
+        )
     eval_prompt = str(value["eval_prompt"])
     if "{question}" not in eval_prompt or "{answer}" not in eval_prompt:
         raise UserError(f"{path}: eval_prompt must contain {{question}} and {{answer}}")
@@ -211,8 +214,8 @@ def _parse_trait(value: Any, path: Path) -> Trait:
             for pair in value["instruction"]
         ),
         questions={
-            split: tuple(_filled(question, path) for question in questions[split])
-            for split in ("extract", "eval")
+            split: tuple(_filled(question, path) for question in questions.get(split, ()))
+            for split in SPLITS
         },
         eval_prompt=eval_prompt,
         folder=path.parent,

@@ -77,7 +77,8 @@ def check_trait(
         *(
             embedded(f"{where} {split}", list(each.questions[split]), embedder)
             for where, each in [("trait.json", trait), *((v.label, v) for v in variants)]
-            for split in ("extract", "eval")
+            for split, questions in each.questions.items()
+            if questions
         ),
     ]
     finetuning, finetuning_problems = _finetuning(trait, train, held_out, embedder)

@@ -6,6 +6,7 @@ A steerer changes a model on entry and puts it back on exit, whatever ends the b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -62,6 +63,39 @@ class Unsteered:
 
     def select_positions(self, response: Tensor | None) -> None:
         """Do nothing: every position meets the same model."""
+
+
+class Together:
+    """Several steerers at once: each is told the same rows and positions."""
+
+    def __init__(self, steerers: Sequence[Steerer]) -> None:
+        self.steerers = list(steerers)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for steerer in self.steerers:
+                stack.enter_context(steerer)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Tell all of them which rows the next batch consists of."""
+        for steerer in self.steerers:
+            steerer.select_rows(rows)
+
+    def select_positions(self, response: Tensor | None) -> None:
+        """Tell all of them where the responses stand."""
+        for steerer in self.steerers:
+            steerer.select_positions(response)
 
 
 def select_batch(steerer: Steerer, rows: Sequence[int]) -> None:

@@ -1,0 +1,163 @@
+"""The command that compares weight steering with activation steering."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from persona_lora.cli.console import console, progress
+from persona_lora.cli.options import (
+    DEFAULT_MODEL,
+    BatchOption,
+    ConfigOption,
+    DatasetsOption,
+    DeviceOption,
+    DtypeOption,
+    JudgeCostOption,
+    JudgeModelOption,
+    JudgeModeOption,
+    JudgeOption,
+    JudgeUrlOption,
+    LayersOption,
+    ModelOption,
+    OtherBaseOption,
+    OverwriteOption,
+    PositionsOption,
+    SeedOption,
+    TokensOption,
+    TraitOption,
+)
+from persona_lora.cli.parsing import (
+    generation_options,
+    judge_factory,
+    judge_options,
+    judge_settings,
+    layer_numbers,
+    load_model,
+    numbers,
+    question_split,
+    steering_positions,
+)
+from persona_lora.cli.program import app
+from persona_lora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from persona_lora.analysis.comparison import Comparison
+
+
+@app.command("compare")
+def compare(
+    trait: TraitOption,
+    diff: Annotated[Path, typer.Option(help="A diff folder or a PEFT adapter.")],
+    activation_vector: Annotated[
+        Path, typer.Option(help="A steering vector (.safetensors or published .pt).")
+    ],
+    coefficients: Annotated[
+        str, typer.Option(help="Of the diff; the vector is brought to the same divergence.")
+    ] = "0.5 1 1.5 2",
+    layers: LayersOption = None,
+    positions: PositionsOption = "response",
+    match: Annotated[
+        str, typer.Option(help="What is made equal: mean or p95 of the divergence a token.")
+    ] = "mean",
+    splits: Annotated[str, typer.Option(help="Question sets to ask.")] = "eval ood",
+    max_questions: Annotated[
+        int | None, typer.Option(help="Only the first so many questions of each set.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="The run folder; results/compare/<trait>.")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    judge: JudgeOption = "embedding",
+    judge_model: JudgeModelOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_mode: JudgeModeOption = "logprobs",
+    max_judge_cost: JudgeCostOption = None,
+    max_new_tokens: TokensOption = 60,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = "auto",
+    dtype: DtypeOption = "auto",
+    device_map: DeviceOption = None,
+    datasets_dir: DatasetsOption = None,
+    allow_other_base: OtherBaseOption = False,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Compare weight steering with activation steering at equal divergence from the base model.
+
+    A random difference and a random vector stand beside them, and the trait's own prompts. Run
+    again, it goes on where it stopped.
+
+    Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
+    --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
+    """
+    from persona_lora.core.lora_diff import LoRADiff, random_diff_like
+    from persona_lora.core.traits import load_trait
+    from persona_lora.core.vector_files import load_vector
+    from persona_lora.experiments import comparison as experiment
+    from persona_lora.experiments.equal_divergence import Methods
+    from persona_lora.steering.extraction import random_like
+
+    if match not in ("mean", "p95"):
+        raise UserError(f"--match must be mean or p95, got {match!r}")
+    loaded = load_trait(trait, datasets_dir)
+    weights, whole = LoRADiff.load(diff), load_vector(activation_vector)
+    vector = whole.at(layer_numbers(layers, whole.num_layers))
+    methods = Methods(
+        weights,
+        vector,
+        random_diff_like(weights, seed),
+        random_like(vector, seed),
+        steering_positions(positions),
+    )
+    judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
+    chat_model = load_model(model, None, dtype, device_map)
+    output = output_dir or Path("results") / "compare" / loaded.name
+    with progress() as report:
+        found = experiment.compare(
+            chat_model,
+            loaded,
+            methods,
+            numbers(coefficients),
+            judge_factory(loaded, chat_model, judging, report),
+            output,
+            splits=[question_split(each) for each in splits.replace(",", " ").split()],
+            max_questions=max_questions,
+            statistic="mean" if match == "mean" else "p95",
+            options=generation_options(max_new_tokens, 0.0, 1, seed, batch_size),
+            config={
+                "diff": str(diff),
+                "vector_path": str(activation_vector),
+                "judge": judge_settings(judging),
+            },
+            datasets=datasets_dir,
+            allow_other_base=allow_other_base,
+            overwrite=overwrite,
+            report=report,
+        )
+    _show(found, output)
+
+
+def _show(found: Comparison, output: Path) -> None:
+    from persona_lora.analysis import wording
+    from persona_lora.analysis.report_comparison import verdict_lines
+
+    for line in verdict_lines(found):
+        console.print(line)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("questions", "method", "effect", "weights minus this", "p (Holm)"):
+        table.add_column(heading, no_wrap=True)
+    for each in found.overall:
+        table.add_row(
+            each.split,
+            each.method,
+            wording.interval(each.effect),
+            "" if each.difference is None else wording.interval(each.difference),
+            "" if each.p_holm is None else wording.p_value(each.p_holm),
+        )
+    console.print(table)
+    console.print(f"report: {output / 'report.html'}")
