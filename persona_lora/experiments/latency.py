@@ -1,0 +1,220 @@
+"""What steering costs in time: merged, live, by activations, by a prompt; against the plain model.
+
+All variants run in turn within a round, and rounds repeat, so that whatever else the machine does
+falls on all of them alike; a ratio is taken within a round. Answers have the same forced length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from persona_lora.analysis.resampling import Interval, bootstrap_mean
+from persona_lora.core.chat import user_question
+from persona_lora.core.errors import UserError
+from persona_lora.experiments.equal_divergence import Methods
+from persona_lora.models.loading import ChatModel
+from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.weights import LoRAMerger
+
+BASE, MERGED, LIVE, ACTIVATIONS, PROMPT = "base", "merged", "live", "activations", "prompt"
+FIRST_TOKEN, TOKENS = "first token", "tokens a second"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measurement: seconds to the first token, and tokens a second after it, in one round."""
+
+    variant: str
+    batch: int
+    round: int
+    first_token: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A variant's time against the base model's at one batch size: 1.2 is 20% slower.
+
+    ``ratio`` is the geometric mean over rounds with a bootstrap interval; ``median`` the variant's
+    own median, in seconds (to the first token) or tokens a second.
+    """
+
+    variant: str
+    batch: int
+    measure: str
+    ratio: Interval
+    median: float
+
+
+def measure_latency(
+    chat_model: ChatModel,
+    methods: Methods,
+    coefficients: Mapping[str, float],
+    system_prompt: str,
+    prompts: Sequence[str],
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    new_tokens: int = 32,
+    rounds: int = 5,
+    progress: Progress | None = None,
+) -> list[Timing]:
+    """Time every variant at every batch size, ``rounds`` times in turn, after one unmeasured round.
+
+    ``coefficients`` are those of "lora" and "activation". The prompts are repeated to fill a batch.
+    """
+    if not prompts or not batches or min(batches) < 1 or rounds < 2 or new_tokens < 2:
+        raise UserError("latency needs prompts, batches of at least 1, two rounds and two tokens")
+    variants = [BASE, MERGED, LIVE, ACTIVATIONS, PROMPT]
+    found = []
+    total = (rounds + 1) * len(batches) * len(variants)
+    done = 0
+    for number in range(rounds + 1):
+        for batch in batches:
+            # A new order each round: what runs after what is not always the same.
+            for variant in np.random.default_rng([number, batch]).permutation(variants).tolist():
+                asked = [prompts[at % len(prompts)] for at in range(batch)]
+                system = system_prompt if variant == PROMPT else None
+                with _steered(chat_model, methods, coefficients, variant):
+                    timing = _timed(chat_model, asked, system, new_tokens)
+                if number > 0:
+                    found.append(Timing(variant, batch, number, *timing))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    return found
+
+
+def ratios(timings: Sequence[Timing]) -> list[Ratio]:
+    """Return every variant against the base model, paired within rounds."""
+    found = []
+    for measure in (FIRST_TOKEN, TOKENS):
+        by_place: dict[tuple[str, int], dict[int, float]] = {}
+        for each in timings:
+            seconds = each.first_token if measure == FIRST_TOKEN else 1.0 / each.tokens_per_second
+            by_place.setdefault((each.variant, each.batch), {})[each.round] = seconds
+        for (variant, batch), seconds_of in by_place.items():
+            base = by_place[BASE, batch]
+            logs = {at: [float(np.log(value / base[at]))] for at, value in seconds_of.items()}
+            median = float(np.median(list(seconds_of.values())))
+            value = median if measure == FIRST_TOKEN else 1.0 / median
+            found.append(Ratio(variant, batch, measure, _exponential(bootstrap_mean(logs)), value))
+    return found
+
+
+def swap_seconds(chat_model: ChatModel, methods: Methods, *, rounds: int = 5) -> dict[str, float]:
+    """Return the median seconds of merging the diff, of swapping it for another, of restoring."""
+    times: dict[str, list[float]] = {"merge": [], "swap": [], "restore": []}
+    for _ in range(rounds):
+        merger = LoRAMerger(chat_model.model, allow_other_base=True)
+        with _timing(times["merge"]):
+            merger.merge_lora_diff(methods.diff, 1.0)
+        with _timing(times["swap"]):
+            merger.restore_original_weights()
+            merger.merge_lora_diff(methods.random_diff, 1.0)
+        with _timing(times["restore"]):
+            merger.restore_original_weights()
+    return {name: float(np.median(each)) for name, each in times.items()}
+
+
+def held_bytes(methods: Methods, chat_model: ChatModel) -> dict[str, int]:
+    """Return the bytes that each way of steering keeps beside the model while it steers.
+
+    Merged: a copy of every touched weight, to restore it; live: the factors, in the model's type;
+    activations: one vector a layer.
+    """
+    item = chat_model.model.dtype.itemsize
+    factors = methods.diff.factors.values()
+    return {
+        MERGED: item * sum(each.shape[0] * each.shape[1] for each in factors),
+        LIVE: item * sum(each.rank * sum(each.shape) for each in factors),
+        ACTIVATIONS: 4 * len(methods.vector.layers) * methods.vector.hidden_size,
+    }
+
+
+def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """Return timings as rows."""
+    return [asdict(each) for each in timings]
+
+
+@contextmanager
+def _timing(times: list[float]) -> Iterator[None]:
+    _wait()
+    start = time.perf_counter()
+    yield
+    _wait()
+    times.append(time.perf_counter() - start)
+
+
+@contextmanager
+def _steered(
+    chat_model: ChatModel, methods: Methods, coefficients: Mapping[str, float], variant: str
+) -> Iterator[None]:
+    model = chat_model.model
+    with ExitStack() as stack:
+        if variant == MERGED:
+            merger = LoRAMerger(model, allow_other_base=True)
+            stack.callback(merger.restore_original_weights)
+            merger.merge_lora_diff(methods.diff, coefficients["lora"])
+        elif variant == LIVE:
+            rows = [[coefficients["lora"]]]
+            stack.enter_context(LiveLoRA(model, [methods.diff], rows, allow_other_base=True))
+        elif variant == ACTIVATIONS:
+            stack.enter_context(
+                ActivationSteerer(
+                    model, methods.vector, coefficients["activation"], allow_other_base=True
+                )
+            )
+        yield
+
+
+@torch.inference_mode()
+def _timed(
+    chat_model: ChatModel, prompts: Sequence[str], system: str | None, new_tokens: int
+) -> tuple[float, float]:
+    """Return the seconds to the first token, and the tokens a second of those after it."""
+    texts = [chat_model.render(user_question(prompt, system)) for prompt in prompts]
+    tokenizer = chat_model.tokenizer
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    batch = tokenizer.pad(
+        {"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt"
+    ).to(chat_model.model.device)
+
+    def generate(tokens: int) -> float:
+        times: list[float] = []
+        with _timing(times):
+            chat_model.model.generate(
+                **batch,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return times[0]
+
+    first = generate(1)
+    whole = generate(new_tokens)
+    return first, len(prompts) * (new_tokens - 1) / max(whole - first, 1e-9)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _exponential(interval: Interval) -> Interval:
+    def up(value: float | None) -> float | None:
+        return None if value is None else float(np.exp(value))
+
+    return Interval(
+        up(interval.mean), up(interval.low), up(interval.high), interval.n, interval.n_questions,
+        interval.coverage, interval.reason,
+    )  # fmt: skip

@@ -1,0 +1,231 @@
+"""Do the two spaces agree? What a weight difference does to activations; how traits meet in both.
+
+For every trait a LoRA difference L and a steering vector v: does adding c·L to the weights move the
+hidden states along v? Do traits that are near in one space stand near in the other? Is the effect
+of two differences at once the sum of their effects?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff, layer_number, mix
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.hidden_states import stream_hidden_means
+from persona_lora.models.likelihood import Progress, TokenizedExchange
+from persona_lora.models.loading import ChatModel
+from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.methods import Steerer, Together
+
+RESPONSE = "response_avg"
+
+
+@dataclass(frozen=True, eq=False)
+class Spaces:
+    """The traits of a study, with a diff and a vector each, and a coefficient of equal effect.
+
+    ``scales`` are the coefficients by trait for the diffs and for the vectors (at ``layer``).
+    """
+
+    diffs: Mapping[str, LoRADiff]
+    vectors: Mapping[str, SteeringVector]
+    layer: int
+    diff_scales: Mapping[str, float]
+    vector_scales: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if set(self.diffs) != set(self.vectors) or len(self.diffs) < 2:
+            raise UserError("spaces need a diff and a vector of the same traits, two at least")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """The traits, sorted."""
+        return tuple(sorted(self.diffs))
+
+
+def shift_cosines(
+    chat_model: ChatModel, spaces: Spaces, texts: Sequence[TokenizedExchange]
+) -> list[dict[str, Any]]:
+    """Return rows of trait, other, layer, cosine: the shift under a trait's diff against a vector.
+
+    The shift is the mean change of the response's hidden states on ``texts`` when the diff is held
+    at its scale, (h₊ − h₋) / 2 over both signs, which leaves out what is even in the coefficient.
+    """
+    rows = []
+    for trait in spaces.traits:
+        scale = spaces.diff_scales[trait]
+        shift = (
+            _states(chat_model, _live(chat_model, spaces.diffs[trait], scale), texts)
+            - _states(chat_model, _live(chat_model, spaces.diffs[trait], -scale), texts)
+        ) / 2  # [layers, hidden]
+        for other, vector in spaces.vectors.items():
+            for layer in vector.layers:
+                cosine = torch.cosine_similarity(
+                    shift[layer], vector.directions[layer].double(), dim=0
+                )
+                rows.append(
+                    {"trait": trait, "other": other, "layer": layer, "cosine": float(cosine)}
+                )
+    return rows
+
+
+def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
+    """Return a row a module: layer, kind, norm, top share of ‖·‖², and effective rank.
+
+    The effective rank is exp of the entropy of the shares σᵢ² / Σσ² (Roy and Vetterli 2007).
+    """
+    rows = []
+    for name, factors in diff.factors.items():
+        core = torch.linalg.qr(factors.B.double()).R @ torch.linalg.qr(factors.A.double().T).R.T
+        squares = torch.linalg.svdvals(core).square()
+        total = float(squares.sum())
+        shares = (squares / total)[squares > 0] if total else squares
+        entropy = -float((shares * shares.log()).sum())
+        rows.append(
+            {
+                "module": name,
+                "layer": layer_number(name),
+                "kind": name.rsplit(".", 1)[-1],
+                "norm": math.sqrt(total),
+                "top_share": float(shares.max()) if total else math.nan,
+                "effective_rank": math.exp(entropy) if total else 0.0,
+                "rank": factors.rank,
+            }
+        )
+    return rows
+
+
+def trait_cosines(spaces: Spaces) -> list[dict[str, Any]]:
+    """Return a row a pair of traits: the cosine of the diffs, and of the vectors at the layer."""
+    return [
+        {
+            "trait": one,
+            "other": other,
+            "weights": spaces.diffs[one].cosine(spaces.diffs[other]),
+            "activations": spaces.vectors[one].cosine(spaces.vectors[other])[spaces.layer],
+        }
+        for one, other in combinations(spaces.traits, 2)
+    ]
+
+
+def agreement(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return Spearman's ρ between the cosines of pairs in both spaces; NaN below three pairs."""
+    if len(rows) < 3:
+        return math.nan
+    found = spearmanr([row["weights"] for row in rows], [row["activations"] for row in rows])
+    return float(found.statistic)
+
+
+def linearity(
+    chat_model: ChatModel,
+    spaces: Spaces,
+    texts: Sequence[TokenizedExchange],
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Return rows of method, trait, other: how far two at once are from the sum of the two.
+
+    With the shifts s₁, s₂ and s₁₂ of the last layer's mean hidden states, ``residual`` is
+    ‖s₁₂ − s₁ − s₂‖ / ‖s₁ + s₂‖ (0: exactly the sum). A trait with itself has twice the coefficient.
+    """
+    base = _states(chat_model, None, texts)[-1]
+    pairs = [(one, other) for at, one in enumerate(spaces.traits) for other in spaces.traits[at:]]
+    rows = []
+    for number, method in enumerate(("weights", "activations")):
+        alone = {
+            trait: _states(chat_model, _steerer(chat_model, spaces, method, (trait,)), texts)[-1]
+            - base
+            for trait in spaces.traits
+        }
+        for done, (one, other) in enumerate(pairs):
+            steerer = _steerer(chat_model, spaces, method, (one, other))
+            both = _states(chat_model, steerer, texts)[-1] - base
+            expected = alone[one] + alone[other]
+            residual = float((both - expected).norm() / expected.norm())
+            rows.append({"method": method, "trait": one, "other": other, "residual": residual})
+            if progress is not None:
+                progress(number * len(pairs) + done + 1, 2 * len(pairs))
+    return rows
+
+
+def interference(
+    chat_model: ChatModel, spaces: Spaces, texts: Sequence[TokenizedExchange]
+) -> list[dict[str, Any]]:
+    """Return rows of method, steered, read: how far steering one trait moves along another.
+
+    Read at the last layer is the shift's coordinate along the other trait's own shift, over the
+    length of that: 1 on the diagonal, and elsewhere what comes along unasked.
+    """
+    base = _states(chat_model, None, texts)[-1]
+    rows = []
+    for method in ("weights", "activations"):
+        shifts = {
+            trait: _states(chat_model, _steerer(chat_model, spaces, method, (trait,)), texts)[-1]
+            - base
+            for trait in spaces.traits
+        }
+        for steered, shift in shifts.items():
+            for read, own in shifts.items():
+                value = float(shift @ own / own.square().sum())
+                rows.append({"method": method, "steered": steered, "read": read, "value": value})
+    return rows
+
+
+def norms_by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return ‖ΔW‖ of every layer from the rows of ``spectra``."""
+    squares: dict[int, float] = {}
+    for row in rows:
+        if row["layer"] is not None:
+            squares[row["layer"]] = squares.get(row["layer"], 0.0) + row["norm"] ** 2
+    return {layer: float(np.sqrt(value)) for layer, value in sorted(squares.items())}
+
+
+def _live(chat_model: ChatModel, diff: LoRADiff, coefficient: float) -> Steerer:
+    return LiveLoRA(chat_model.model, [diff], [[coefficient]], allow_other_base=True)
+
+
+def _steerer(chat_model: ChatModel, spaces: Spaces, method: str, traits: Sequence[str]) -> Steerer:
+    model = chat_model.model
+    if method == "weights":
+        terms = {
+            trait: spaces.diff_scales[trait] * traits.count(trait)
+            for trait in dict.fromkeys(traits)
+        }
+        diff = mix({spaces.diffs[trait]: value for trait, value in terms.items()})
+        return _live(chat_model, diff, 1.0)
+    return Together(
+        [
+            ActivationSteerer(
+                model,
+                spaces.vectors[trait].at([spaces.layer]),
+                spaces.vector_scales[trait],
+                positions="all",
+                allow_other_base=True,
+            )
+            for trait in traits
+        ]
+    )
+
+
+def _states(
+    chat_model: ChatModel, steerer: Steerer | None, texts: Sequence[TokenizedExchange]
+) -> Tensor:
+    """Return the mean response states over all texts, ``[layers, hidden]``, in float64."""
+    with steerer if steerer is not None else nullcontext():
+        sums = [
+            batch.means[:, 0].double().sum(dim=0)
+            for batch in stream_hidden_means(chat_model, texts, positions=(RESPONSE,))
+        ]
+    return torch.stack(sums).sum(dim=0) / len(texts)
