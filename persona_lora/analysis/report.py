@@ -20,6 +20,7 @@ from persona_lora.analysis.plots.checkpoints import render_cross_persona
 from persona_lora.analysis.plots.sweep import render_sweeps
 from persona_lora.analysis.report_checkpoints import checkpoints_content
 from persona_lora.analysis.report_comparison import comparison_section
+from persona_lora.analysis.report_costs import latency_content, spaces_content
 from persona_lora.analysis.report_grid import grid_content
 from persona_lora.analysis.report_parts import (
     EXAMPLE_COEFFICIENTS,
@@ -49,6 +50,8 @@ SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
     "optimize": search_content,
     "compare-methods": comparison_content,
     "compare": comparison_section,
+    "latency": latency_content,
+    "spaces": spaces_content,
 }
 
 

@@ -71,6 +71,18 @@ def compare(
     output_dir: Annotated[
         Path | None, typer.Option(help="The run folder; results/compare/<trait>.")
     ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Time all ways of steering as well.")
+    ] = False,
+    batches: Annotated[str, typer.Option(help="Batch sizes of --latency.")] = "1 8 32",
+    rounds: Annotated[int, typer.Option(help="Rounds of --latency.")] = 5,
+    spaces: Annotated[
+        str | None,
+        typer.Option(help='Traits to compare both spaces over: "evil sycophancy hallucination".'),
+    ] = None,
+    trait_vector_dir: Annotated[
+        Path, typer.Option(help="Where --spaces finds {trait}/diff, and vectors/{trait}/.")
+    ] = Path("checkpoints"),
     model: ModelOption = DEFAULT_MODEL,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
@@ -95,10 +107,12 @@ def compare(
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
+    from persona_lora.analysis.report import write_report
     from persona_lora.core.lora_diff import LoRADiff, random_diff_like
     from persona_lora.core.traits import load_trait
     from persona_lora.core.vector_files import load_vector
     from persona_lora.experiments import comparison as experiment
+    from persona_lora.experiments import steering_costs as costs
     from persona_lora.experiments.equal_divergence import Methods
     from persona_lora.steering.extraction import random_like
 
@@ -114,6 +128,9 @@ def compare(
         random_like(vector, seed),
         steering_positions(positions),
     )
+    sizes = _whole(batches)
+    named = dict.fromkeys([loaded.name, *(spaces or "").replace(",", " ").split()])
+    directions = None if spaces is None else costs.trait_directions(list(named), trait_vector_dir)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     chat_model = load_model(model, None, dtype, device_map)
     output = output_dir or Path("results") / "compare" / loaded.name
@@ -139,7 +156,41 @@ def compare(
             overwrite=overwrite,
             report=report,
         )
+        parts = [output]
+        if latency:
+            parts.append(output / "latency")
+            costs.run_latency(
+                chat_model,
+                loaded,
+                methods,
+                experiment.levels_of(output),
+                parts[-1],
+                batches=sizes,
+                rounds=rounds,
+                datasets=datasets_dir,
+                overwrite=overwrite,
+                report=report,
+            )
+        if directions is not None:
+            parts.append(output / "spaces")
+            costs.run_spaces(
+                chat_model,
+                *directions,
+                vector.layers[0],
+                parts[-1],
+                datasets=datasets_dir,
+                overwrite=overwrite,
+                report=report,
+            )
+    write_report(parts, output / "report.html")
     _show(found, output)
+
+
+def _whole(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise UserError(f'--batches must be like "1 8 32", got {text!r}')
+    return [int(word) for word in words]
 
 
 def _show(found: Comparison, output: Path) -> None:

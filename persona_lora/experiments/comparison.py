@@ -81,7 +81,7 @@ def compare(
     }
     run = Run.open(output, command="compare", config=record, seed=options.seed, overwrite=overwrite)
     with run:
-        levels = [Level(**row) for row in run.resume_rows(LEVELS)]
+        levels = levels_of(output)
         if not levels:
             levels = match_divergence(
                 chat_model,
@@ -117,3 +117,8 @@ def compare(
         plot_comparison(found, output / "comparison.png")
     write_report([output], output / "report.html")
     return found
+
+
+def levels_of(output: Path) -> list[Level]:
+    """Return the levels that a comparison has calibrated."""
+    return [Level(**row) for row in Run(output).read(LEVELS)]

@@ -9,13 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from persona_lora.analysis.resampling import Interval, bootstrap_mean
+from persona_lora.analysis.latency import ACTIVATIONS, BASE, LIVE, MERGED, PROMPT, Timing
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.experiments.equal_divergence import Methods
@@ -24,35 +22,7 @@ from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRAMerger
 
-BASE, MERGED, LIVE, ACTIVATIONS, PROMPT = "base", "merged", "live", "activations", "prompt"
-FIRST_TOKEN, TOKENS = "first token", "tokens a second"
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One measurement: seconds to the first token, and tokens a second after it, in one round."""
-
-    variant: str
-    batch: int
-    round: int
-    first_token: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A variant's time against the base model's at one batch size: 1.2 is 20% slower.
-
-    ``ratio`` is the geometric mean over rounds with a bootstrap interval; ``median`` the variant's
-    own median, in seconds (to the first token) or tokens a second.
-    """
-
-    variant: str
-    batch: int
-    measure: str
-    ratio: Interval
-    median: float
 
 
 def measure_latency(
@@ -93,23 +63,6 @@ def measure_latency(
     return found
 
 
-def ratios(timings: Sequence[Timing]) -> list[Ratio]:
-    """Return every variant against the base model, paired within rounds."""
-    found = []
-    for measure in (FIRST_TOKEN, TOKENS):
-        by_place: dict[tuple[str, int], dict[int, float]] = {}
-        for each in timings:
-            seconds = each.first_token if measure == FIRST_TOKEN else 1.0 / each.tokens_per_second
-            by_place.setdefault((each.variant, each.batch), {})[each.round] = seconds
-        for (variant, batch), seconds_of in by_place.items():
-            base = by_place[BASE, batch]
-            logs = {at: [float(np.log(value / base[at]))] for at, value in seconds_of.items()}
-            median = float(np.median(list(seconds_of.values())))
-            value = median if measure == FIRST_TOKEN else 1.0 / median
-            found.append(Ratio(variant, batch, measure, _exponential(bootstrap_mean(logs)), value))
-    return found
-
-
 def swap_seconds(chat_model: ChatModel, methods: Methods, *, rounds: int = 5) -> dict[str, float]:
     """Return the median seconds of merging the diff, of swapping it for another, of restoring."""
     times: dict[str, list[float]] = {"merge": [], "swap": [], "restore": []}
@@ -138,11 +91,6 @@ def held_bytes(methods: Methods, chat_model: ChatModel) -> dict[str, int]:
         LIVE: item * sum(each.rank * sum(each.shape) for each in factors),
         ACTIVATIONS: 4 * len(methods.vector.layers) * methods.vector.hidden_size,
     }
-
-
-def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
-    """Return timings as rows."""
-    return [asdict(each) for each in timings]
 
 
 @contextmanager
@@ -208,13 +156,3 @@ def _timed(
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _exponential(interval: Interval) -> Interval:
-    def up(value: float | None) -> float | None:
-        return None if value is None else float(np.exp(value))
-
-    return Interval(
-        up(interval.mean), up(interval.low), up(interval.high), interval.n, interval.n_questions,
-        interval.coverage, interval.reason,
-    )  # fmt: skip

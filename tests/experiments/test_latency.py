@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from persona_lora.analysis.latency import Timing, ratios
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, random_diff_like
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.experiments.equal_divergence import Methods
-from persona_lora.experiments.latency import (
-    Timing,
-    held_bytes,
-    measure_latency,
-    ratios,
-    swap_seconds,
-)
+from persona_lora.experiments.latency import held_bytes, measure_latency, swap_seconds
 from persona_lora.steering.extraction import random_like
 
 VARIANTS = {"base", "merged", "live", "activations", "prompt"}

@@ -1,0 +1,165 @@
+"""The two further parts of a comparison, as runs of their own: latency, and the two spaces."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.runs import Run
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.traits import Trait
+from persona_lora.core.vector_files import load_vector
+from persona_lora.experiments import spaces as study
+from persona_lora.experiments.directions import (
+    DiffDirections,
+    VectorDirections,
+    equal_effect_scales,
+)
+from persona_lora.experiments.divergence import load_ordinary_prompts, ordinary_texts
+from persona_lora.experiments.equal_divergence import Level, Methods
+from persona_lora.experiments.judging import Report, staged
+from persona_lora.experiments.latency import held_bytes, measure_latency, swap_seconds
+from persona_lora.models.loading import ChatModel
+
+FEW_PROMPTS = 8
+
+
+def run_latency(
+    chat_model: ChatModel,
+    trait: Trait,
+    methods: Methods,
+    levels: Sequence[Level],
+    output: Path,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    new_tokens: int = 32,
+    rounds: int = 5,
+    datasets: Path | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Run:
+    """Time all ways of steering at the highest level into the run ``output``; kept if it is there.
+
+    Writes ``timings.jsonl`` and ``costs.jsonl`` (seconds of a swap, bytes beside the model).
+    """
+    highest = max(levels, key=lambda each: each.level).level
+    coefficients = {each.method: each.coefficient for each in levels if each.level == highest}
+    run = Run.open(
+        output,
+        command="latency",
+        config={
+            "trait": trait.name,
+            "model": chat_model.name,
+            "dtype": str(chat_model.model.dtype).removeprefix("torch."),
+            "batches": list(batches),
+            "new_tokens": new_tokens,
+            "rounds": rounds,
+        },
+        seed=0,
+        overwrite=overwrite,
+    )
+    with run:
+        if not run.read("timings"):
+            timings = measure_latency(
+                chat_model,
+                methods,
+                coefficients,
+                trait.instructions[0].pos,
+                load_ordinary_prompts(datasets),
+                batches=batches,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                progress=staged(report, "timing"),
+            )
+            run.write("timings", [dataclasses.asdict(each) for each in timings])
+            seconds = swap_seconds(chat_model, methods)
+            held = held_bytes(methods, chat_model)
+            rows = [{"what": name, "unit": "s", "value": value} for name, value in seconds.items()]
+            rows += [{"what": name, "unit": "bytes", "value": each} for name, each in held.items()]
+            run.write("costs", rows)
+    return run
+
+
+def run_spaces(
+    chat_model: ChatModel,
+    diffs: Mapping[str, LoRADiff],
+    vectors: Mapping[str, SteeringVector],
+    layer: int,
+    output: Path,
+    *,
+    datasets: Path | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Run:
+    """Compare the two spaces over several traits into the run ``output``; kept if it is there.
+
+    All directions are brought to equal effect first. Writes ``shifts``, ``spectra``, ``cosines``,
+    ``interference``, ``linearity`` and ``agreement``.
+    """
+    run = Run.open(
+        output,
+        command="spaces",
+        config={
+            "model": chat_model.name,
+            "traits": sorted(diffs),
+            "layer": layer,
+            "diff_norms": {trait: diff.norm() for trait, diff in diffs.items()},
+        },
+        seed=0,
+        overwrite=overwrite,
+    )
+    with run:
+        if run.read("linearity"):
+            return run
+        prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
+        texts = ordinary_texts(chat_model, prompts)
+        chosen = study.Spaces(
+            diffs,
+            vectors,
+            layer,
+            _scales(chat_model, DiffDirections(diffs), prompts),
+            _scales(chat_model, VectorDirections(vectors, (layer,)), prompts),
+        )
+        run.write("shifts", study.shift_cosines(chat_model, chosen, texts))
+        run.write(
+            "spectra",
+            [
+                {"trait": name, **row}
+                for name in chosen.traits
+                for row in study.spectra(diffs[name])
+            ],
+        )
+        cosines = study.trait_cosines(chosen)
+        run.write("cosines", cosines)
+        run.write("agreement", [{"rho": study.agreement(cosines), "n": len(cosines)}])
+        run.write("interference", study.interference(chat_model, chosen, texts))
+        progress = staged(report, "linearity")
+        run.write("linearity", study.linearity(chat_model, chosen, texts, progress=progress))
+    return run
+
+
+def _scales(
+    chat_model: ChatModel, directions: DiffDirections | VectorDirections, prompts: Sequence[str]
+) -> dict[str, float]:
+    found = equal_effect_scales(chat_model, directions, prompts, allow_other_base=True)
+    return {each.trait: each.coefficient for each in found}
+
+
+def trait_directions(
+    traits: Sequence[str], folder: Path
+) -> tuple[dict[str, LoRADiff], dict[str, SteeringVector]]:
+    """Load every trait's ``{trait}/diff`` and mean-difference vector; UserError if one is not."""
+    diffs, vectors = {}, {}
+    for trait in traits:
+        diff = folder / trait / "diff"
+        vector = folder / "vectors" / trait / f"{trait}_response_avg.safetensors"
+        for path in (diff, vector):
+            if not path.exists():
+                raise UserError(
+                    f"{path} does not exist; make it with: bash scripts/compare_steering.sh {trait}"
+                )
+        diffs[trait], vectors[trait] = LoRADiff.load(diff), load_vector(vector)
+    return diffs, vectors

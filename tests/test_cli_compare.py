@@ -1,0 +1,106 @@
+"""The comparison from the command line: one page on behaviour, latency and both spaces."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from persona_lora import cli
+from persona_lora.cli import comparing
+from persona_lora.core.chat import Verdict
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.structure import weight_fingerprint
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+TRAITS = ("evil", "sycophancy", "hallucination")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def words(model, model_folder, make_diff, tmp_path):
+    fingerprint = weight_fingerprint(model)
+    for at, trait in enumerate(TRAITS):
+        diff = make_diff(model, seed=at, scale=0.05, fingerprint=fingerprint)
+        diff.save(tmp_path / "checkpoints" / trait / "diff")
+        generator = torch.Generator().manual_seed(at)
+        directions = {layer: torch.randn(32, generator=generator) for layer in range(2)}
+        vector = SteeringVector(directions, BaseModel("tiny", fingerprint), 2, trait=trait)
+        vector.save(
+            tmp_path / "checkpoints" / "vectors" / trait / f"{trait}_response_avg.safetensors"
+        )
+    return (
+        *("compare", "--trait", "evil", "--diff", "checkpoints/evil/diff", "--activation-vector"),
+        *("checkpoints/vectors/evil/evil_response_avg.safetensors", "--layers", 1),
+        *("--model", model_folder, "--dtype", "float32", "--max-questions", 2),
+        *("--max-new-tokens", 4, "--coefficients", "1", "--datasets-dir", CHECKOUT / "datasets"),
+    )
+
+
+class LetterJudge:
+    """Scores letters: the embedded judge's coherence needs a model that knows a language."""
+
+    name = "letters"
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
+            for each in exchanges
+        ]
+
+
+def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "judge_factory", lambda *_: LetterJudge)
+    more = ("--latency", "--batches", "1 2", "--rounds", 2, "--spaces", " ".join(TRAITS[1:]))
+    status, out, error = run(*words, *more)
+    assert status == 0, error
+    assert "at equal divergence" in out
+    folder = tmp_path / "results" / "compare" / "evil"
+    page = (folder / "report.html").read_text()
+    assert "weights or activations?" in page
+    assert "cannot be told from" in page or "differs from" in page
+    assert "two spaces" in page
+    assert page.count("data:image/png") == 3
+    timings = [json.loads(line) for line in (folder / "latency" / "timings.jsonl").open()]
+    assert len(timings) == 5 * 2 * 2
+    before = (folder / "spaces" / "linearity.jsonl").stat().st_mtime_ns
+    assert run(*words, *more)[0] == 0  # goes on where it stopped: nothing is left to do
+    assert (folder / "spaces" / "linearity.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--match", "median"), ("--match", "'median'")),
+        (("--splits", "evil"), ("--split", "'evil'")),
+        (("--coefficients", "0"), ("other than 0",)),
+        (("--latency", "--batches", "many"), ("--batches", "'many'")),
+        (("--spaces", "humour"), ("humour", "does not exist")),
+        (("--layers", "7"), ("--layers", "0–1")),
+    ],
+)
+def test_mistakes_are_one_line(run, words, more, said):
+    status, _, error = run(*words, *more)
+    assert status == 2
+    assert all(word in error for word in said), error
