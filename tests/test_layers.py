@@ -36,6 +36,7 @@ FENCES = {
     "openai": {"judges", "experiments/writers.py"},
     "cma": {"experiments/optimization.py"},
     "lm_eval": {"experiments/benchmarks.py"},
+    "gradio": {"cli/playground.py"},
     "rouge_score": {"experiments/lamp.py"},
     "matplotlib": {"analysis/plots"},
     "transformers": {"models", "judges", "training"},

@@ -7,7 +7,7 @@ A row is one answer to one held-out prompt: ``persona``, ``condition``, ``prompt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ class ConditionFit:
     """The mean fit and coherence of one condition, with intervals over prompts or personas.
 
     ``difference`` is its fit minus that of the reference on the same prompts, ``p`` a two-sided
-    sign-flip test on the units' means, ``p_holm`` corrected over the conditions compared. All
-    three are None for the reference itself.
+    sign-flip test on the units' means, ``p_holm`` corrected over the conditions compared, and
+    ``effect_size`` the mean of the units' differences over their standard deviation (Cohen's d_z).
+    All four are None for the reference itself.
     """
 
     condition: str
@@ -31,6 +32,7 @@ class ConditionFit:
     coherence: Interval
     difference: Interval | None
     p: float | None
+    effect_size: float | None = None
     p_holm: float | None = None
 
 
@@ -42,6 +44,19 @@ def fits_over_prompts(rows: Sequence[Row], reference: str) -> list[ConditionFit]
 def fits_over_personas(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
     """Return the fit of every condition over personas: whole personas are drawn, not prompts."""
     return _fits(rows, reference, unit="persona")
+
+
+def strict_rows(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
+    """Return rows in which an answer of a coherence under ``least`` has the worst fit, 1.
+
+    A judge of style is fooled by broken text; what of a fit is left then is there in sentences.
+    """
+    return [
+        {**row, "score": 1.0}
+        if row["coherence"] is not None and row["coherence"] < least
+        else dict(row)
+        for row in rows
+    ]
 
 
 def _fits(rows: Sequence[Row], reference: str, *, unit: str) -> list[ConditionFit]:
@@ -58,10 +73,7 @@ def _fits(rows: Sequence[Row], reference: str, *, unit: str) -> list[ConditionFi
         for name in conditions
     ]
     corrected = holm([each.p for each in found])
-    return [
-        ConditionFit(each.condition, each.fit, each.coherence, each.difference, each.p, adjusted)
-        for each, adjusted in zip(found, corrected, strict=True)
-    ]
+    return [replace(each, p_holm=adjusted) for each, adjusted in zip(found, corrected, strict=True)]
 
 
 def _scores(rows: Sequence[Row], condition: str) -> dict[tuple[Any, Any], float]:
@@ -88,16 +100,18 @@ def _against(
     unit: str,
     units: Mapping[Any, int],
     reference: Mapping[tuple[Any, Any], float],
-) -> tuple[Interval | None, float | None]:
+) -> tuple[Interval | None, float | None, float | None]:
     if not reference:
-        return None, None
+        return None, None, None
     at = {"persona": 0, "prompt_id": 1}[unit]
     differences: dict[int, list[float | None]] = {}
     for place, score in _scores(rows, condition).items():
         if place in reference:
             differences.setdefault(units[place[at]], []).append(score - reference[place])
     if not differences:
-        return None, None
+        return None, None, None
     means = np.array([np.mean([value for value in each if value is not None])
                       for each in differences.values()])  # fmt: skip
-    return bootstrap_mean(differences), sign_flip_p(means)
+    spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
+    size = float(means.mean()) / spread if spread > 0 else None
+    return bootstrap_mean(differences), sign_flip_p(means), size

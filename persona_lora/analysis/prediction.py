@@ -19,6 +19,7 @@ from persona_lora.core.errors import UserError
 Row = Mapping[str, Any]
 
 BASE = "base"
+WEIGHTS, NULL = "weights", "random"
 POOLED = "all traits"
 RESAMPLES = 2000
 PERMUTATIONS = 5000
@@ -60,6 +61,21 @@ class Contrast:
     difference: float
     low: float
     high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Null:
+    """A trait's own r in weight space among those of random directions of the same spectrum.
+
+    ``p`` is the share of the ``n`` random directions, the own one counted among them, whose |r| is
+    at least as large; ``high`` their 95% quantile of |r|.
+    """
+
+    judged: str
+    r: float
+    high: float
+    p: float
     n: int
 
 
@@ -124,6 +140,28 @@ def contrasts(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0
     return found
 
 
+def nulls(judged: Sequence[Row], predictors: Sequence[Row]) -> list[Null]:
+    """Compare every trait's own direction with random ones, named "trait#k"."""
+    drift = changes(judged)
+    random: dict[str, dict[str, dict[str, float]]] = {}
+    for row in predictors:
+        if row["kind"] == NULL:
+            trait, _, _ = row["direction"].partition("#")
+            by_direction = random.setdefault(trait, {})
+            by_direction.setdefault(row["direction"], {})[row["finetune"]] = row["value"]
+    own = _by_place(predictors)
+    found = []
+    for trait, directions in random.items():
+        if trait not in drift or (WEIGHTS, trait) not in own:
+            continue
+        r = _r(*_aligned(own[WEIGHTS, trait], drift[trait]))
+        others = np.array([abs(_r(*_aligned(x, drift[trait]))) for x in directions.values()])
+        as_far = int(np.sum(others >= abs(r) - 1e-12))
+        p = (as_far + 1) / (len(others) + 1)
+        found.append(Null(trait, r, float(np.quantile(others, 0.95)), p, len(others)))
+    return found
+
+
 def prediction_rows(found: Sequence[Prediction]) -> list[dict[str, Any]]:
     """Return predictions as plain rows."""
     return [asdict(each) for each in found]
@@ -132,7 +170,8 @@ def prediction_rows(found: Sequence[Prediction]) -> list[dict[str, Any]]:
 def _by_place(predictors: Sequence[Row]) -> dict[tuple[str, str], dict[str, float]]:
     values: dict[tuple[str, str], dict[str, float]] = {}
     for row in predictors:
-        values.setdefault((row["kind"], row["direction"]), {})[row["finetune"]] = row["value"]
+        if row["kind"] != NULL:
+            values.setdefault((row["kind"], row["direction"]), {})[row["finetune"]] = row["value"]
     return values
 
 

@@ -95,6 +95,7 @@ def _row(each: ConditionFit) -> tuple[str, ...]:
         str(each.fit.n_questions),
         f"{100 * each.fit.coverage:.0f}%",
         wording.NONE if each.difference is None else wording.interval(each.difference, 2),
+        wording.NONE if each.effect_size is None else wording.number(each.effect_size, 2),
         wording.p_value(each.p_holm),
         wording.interval(each.coherence),
     )

@@ -184,7 +184,7 @@ def predict_finetuning(
     --traits "evil sycophancy" --diffs "checkpoints/evil/diff checkpoints/sycophancy/diff"
     """
     from persona_lora.analysis import wording
-    from persona_lora.analysis.prediction import contrasts, predict
+    from persona_lora.analysis.prediction import contrasts, nulls, predict
     from persona_lora.core.traits import load_trait
     from persona_lora.experiments import prediction
     from persona_lora.experiments.weight_projection import load_diffs
@@ -238,6 +238,12 @@ def predict_finetuning(
             f"pooled r, {contrast.first} minus {contrast.second}: "
             f"{wording.number(contrast.difference, 2)} [{wording.number(contrast.low, 2)}, "
             f"{wording.number(contrast.high, 2)}] over {contrast.n} finetunes"
+        )
+    for each in nulls(*rows):
+        console.print(
+            f"{each.judged}: r {wording.number(each.r, 2)} with its own difference; random ones of "
+            f"the same spectrum reach |r| {wording.number(each.high, 2)} in 95 of 100 (n {each.n}, "
+            f"p {wording.p_value(each.p)})"
         )
     console.print(f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}")
 

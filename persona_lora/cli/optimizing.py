@@ -244,6 +244,7 @@ def compare_methods(
     --methods "lora random prompt" --max-iterations 8
     """
     from persona_lora.core.personas import list_personas
+    from persona_lora.experiments.method_comparison import STRICT
     from persona_lora.experiments.method_comparison import compare_methods as compare
     from persona_lora.experiments.optimization import SearchOptions
     from persona_lora.experiments.processes import current_processes
@@ -281,6 +282,8 @@ def compare_methods(
             watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
         )
         console.print(_fits_table(comparison.overall, f"over {len(personas)} personas"))
+        title = f"an answer of a coherence under {STRICT:g} counts as fit 1"
+        console.print(_fits_table(comparison.strict, title))
         if comparison.against_random:
             table = _fits_table(comparison.against_random, "against random search")
             console.print(table)

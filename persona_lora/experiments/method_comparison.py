@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_lora.analysis.fits import ConditionFit, fits_over_personas, fits_over_prompts
+from persona_lora.analysis.fits import (
+    ConditionFit,
+    fits_over_personas,
+    fits_over_prompts,
+    strict_rows,
+)
 from persona_lora.analysis.plots.personas import plot_comparison
 from persona_lora.analysis.report import write_report
 from persona_lora.core.errors import UserError, nearest_names
@@ -41,6 +46,7 @@ from persona_lora.experiments.persona_setup import (
 from persona_lora.models.structure import num_layers, read_layers
 
 RANDOM, EQUAL = "random", "equal"
+STRICT = 60.0
 ALL_METHODS = (*DIRECTION_METHODS, RANDOM, EQUAL, PROMPT)
 COLUMNS = (
     "persona",
@@ -54,6 +60,7 @@ COLUMNS = (
     "gain",
     "gain_low",
     "gain_high",
+    "effect_size",
     "p",
     "p_holm",
 )
@@ -64,12 +71,15 @@ Watch = Callable[[str, str, Generation], None]
 class Comparison:
     """Held-out fits of every method: over all personas, and of each persona.
 
-    Differences are from the unsteered model.
+    Differences are from the unsteered model, in ``against_random`` from random search. The strict
+    ones count an answer of a coherence under ``STRICT`` as the worst fit.
     """
 
     overall: tuple[ConditionFit, ...]
+    strict: tuple[ConditionFit, ...]
     by_persona: Mapping[str, tuple[ConditionFit, ...]]
     against_random: tuple[ConditionFit, ...]
+    strict_against_random: tuple[ConditionFit, ...]
     folder: Path
 
 
@@ -91,8 +101,9 @@ def compare_methods(
     A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``layers``); several
     of these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is
     searched) use the LoRA differences. Each search is a run folder of its own below the
-    method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` and
-    ``overall.csv``. UserError for an unknown method.
+    method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` (by
+    persona), ``overall.csv``, ``against_random.csv``, and the strict ones of both. UserError for
+    an unknown method.
     """
     searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
     loaded = {
@@ -200,9 +211,16 @@ def _written(
         )
         for persona in personas
     }
-    overall = tuple(fits_over_personas(rows, UNSTEERED))
     names = {row["condition"] for row in rows}
-    against = tuple(fits_over_personas(rows, RANDOM)) if RANDOM in names else ()
+    strict = strict_rows(rows, STRICT)
+    tables = {
+        "overall": tuple(fits_over_personas(rows, UNSTEERED)),
+        "strict": tuple(fits_over_personas(strict, UNSTEERED)),
+        "against_random": tuple(fits_over_personas(rows, RANDOM)) if RANDOM in names else (),
+        "strict_against_random": (
+            tuple(fits_over_personas(strict, RANDOM)) if RANDOM in names else ()
+        ),
+    }
     out = folder / "comparison"
     run = Run.open(
         out,
@@ -216,9 +234,10 @@ def _written(
         cells = [_cells(persona, each) for persona, fits in by_persona.items() for each in fits]
         write_csv(out / "comparison.csv", COLUMNS, cells)
         plot_comparison(run, out / "comparison.png")
-        write_csv(out / "overall.csv", COLUMNS, [_cells("all", each) for each in overall])
+        for name, fits in tables.items():
+            write_csv(out / f"{name}.csv", COLUMNS, [_cells("all", each) for each in fits])
     write_report([out], out / "report.html")
-    return Comparison(overall, by_persona, against, out)
+    return Comparison(by_persona=by_persona, folder=out, **tables)
 
 
 def _cells(persona: str, fit: ConditionFit) -> dict[str, Any]:
@@ -235,6 +254,7 @@ def _cells(persona: str, fit: ConditionFit) -> dict[str, Any]:
         "gain": None if gain is None else gain.mean,
         "gain_low": None if gain is None else gain.low,
         "gain_high": None if gain is None else gain.high,
+        "effect_size": fit.effect_size,
         "p": fit.p,
         "p_holm": fit.p_holm,
     }

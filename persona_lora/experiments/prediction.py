@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from persona_lora.analysis.plots.prediction import plot_prediction
-from persona_lora.analysis.prediction import BASE, predict, prediction_rows
+from persona_lora.analysis.prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.lora_diff import LoRADiff, random_diff_like
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
@@ -34,6 +34,7 @@ from persona_lora.projections.hidden_states import project_hidden_states
 from persona_lora.projections.weights import project_adapter
 
 JUDGED, PREDICTORS = "judged", "predictors"
+RANDOM_DIRECTIONS = 40  # of each diff's spectrum
 JudgeOf = Callable[[Trait, ChatModel], Callable[[], Judge]]
 
 
@@ -90,6 +91,11 @@ def predict_finetuning(
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
         _judge(run, study, BASE, base, judge_of, options, report)
+        controls = {
+            f"{name}#{seed}": random_diff_like(diff, seed)
+            for name, diff in study.diffs.items()
+            for seed in range(RANDOM_DIRECTIONS)
+        }
         for done, (name, folder) in enumerate(study.finetunes.items()):
             if report is not None:
                 report("finetunes", done, len(study.finetunes))
@@ -100,7 +106,7 @@ def predict_finetuning(
             _judge(run, study, name, tuned, judge_of, options, report)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
-                run.append(PREDICTORS, _predictors(study, name, folder, shift))
+                run.append(PREDICTORS, _predictors(study, name, folder, controls, shift))
         if report is not None:
             report("finetunes", len(study.finetunes), len(study.finetunes))
         found = predict(run.read(JUDGED), run.read(PREDICTORS))
@@ -175,15 +181,23 @@ def _states(chat_model: ChatModel, study: DriftStudy, texts: list[TokenizedExcha
 
 
 def _predictors(
-    study: DriftStudy, name: str, folder: Path, shift: Tensor | None
+    study: DriftStudy,
+    name: str,
+    folder: Path,
+    controls: Mapping[str, LoRADiff],
+    shift: Tensor | None,
 ) -> list[dict[str, Any]]:
     rows = []
     if study.diffs:
-        projection = project_adapter(LoRADiff.load(folder), study.diffs)
+        adapter = LoRADiff.load(folder)
+        projection = project_adapter(adapter, study.diffs)
         for direction, value in projection.total.items():
-            rows.append(_row(name, direction, "weights", value.coordinate))
+            rows.append(_row(name, direction, WEIGHTS, value.coordinate))
             corrected = projection.corrected[direction]
             rows.append(_row(name, direction, "weights, corrected", corrected))
+        for direction, control in controls.items():
+            coordinate = adapter.inner(control) / control.norm()
+            rows.append(_row(name, direction, NULL, coordinate))
     if shift is not None:
         pairs = zip(study.vectors, shift.tolist(), strict=True)
         rows += [_row(name, direction, "activations", value) for direction, value in pairs]

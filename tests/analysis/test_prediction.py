@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from persona_lora.analysis.plots.prediction import render_prediction
-from persona_lora.analysis.prediction import BASE, POOLED, changes, contrasts, predict
+from persona_lora.analysis.prediction import BASE, POOLED, changes, contrasts, nulls, predict
 from persona_lora.core.errors import UserError
 
 NAMES = [f"f{number}" for number in range(12)]
@@ -93,3 +93,24 @@ def test_too_few_finetunes_are_refused():
 
 def test_the_picture_is_the_same_for_the_same_rows():
     assert render_prediction(*study(0.5)) == render_prediction(*study(0.5))
+
+
+def test_a_direction_is_compared_with_random_ones_of_its_own():
+    drift = {f"f{at}": float(at) for at in range(8)}
+    judged = [{"finetune": "base", "trait": "evil", "score": 0.0}]
+    judged += [{"finetune": name, "trait": "evil", "score": value} for name, value in drift.items()]
+    rng = np.random.default_rng(0)
+    predictors = [
+        {"finetune": name, "direction": "evil", "kind": "weights", "value": value}
+        for name, value in drift.items()
+    ]
+    predictors += [
+        {"finetune": name, "direction": f"evil#{k}", "kind": "random", "value": rng.normal()}
+        for k in range(19)
+        for name in drift
+    ]
+    (null,) = nulls(judged, predictors)
+    assert null.r == pytest.approx(1.0)
+    assert null.p == pytest.approx(1 / 20)
+    assert 0 < null.high < 1
+    assert {each.kind for each in predict(judged, predictors)} == {"weights"}

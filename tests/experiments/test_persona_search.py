@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lora.analysis.fits import fits_over_prompts
+from persona_lora.analysis.fits import fits_over_personas, fits_over_prompts, strict_rows
 from persona_lora.analysis.plots.personas import name_of
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
@@ -201,8 +201,23 @@ def test_methods_share_prompts_judge_and_budget(workbench, tmp_path):
         assert set(budgets.values()) == {12}
     plain = [each.fit for each in comparison.by_persona["ann"] if each.condition == "none"]
     assert plain[0].n == 3
-    lines = (comparison.folder / "overall.csv").read_text().splitlines()
-    assert len(lines) == 1 + 4
+    for name in ("overall", "strict", "against_random", "strict_against_random"):
+        lines = (comparison.folder / f"{name}.csv").read_text().splitlines()
+        assert len(lines) == 1 + 4
+    assert comparison.strict == comparison.overall  # all answers are coherent to this scorer
+
+
+def test_an_incoherent_answer_counts_as_the_worst_fit():
+    rows = [
+        {"persona": p, "condition": c, "prompt_id": 0, "score": 4.0, "coherence": coherence}
+        for p in ("ann", "bob")
+        for c, coherence in (("none", 90.0), ("lora", 59.0 if p == "ann" else 60.0))
+    ]
+    found = {each.condition: each for each in fits_over_personas(strict_rows(rows, 60), "none")}
+    assert found["lora"].fit.mean == pytest.approx((1.0 + 4.0) / 2)
+    assert found["lora"].difference.mean == pytest.approx(-1.5)
+    assert found["lora"].effect_size == pytest.approx(-1.5 / (3 / 2**0.5))  # of −3 and 0
+    assert rows[1]["score"] == 4.0
 
 
 def test_equal_weights_need_no_search_and_vectors_name_their_layers(workbench, tmp_path):

@@ -8,11 +8,16 @@ import json
 import pytest
 import torch
 
+from persona_lora.analysis.prediction import nulls
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.experiments.evaluation import GenerationOptions
-from persona_lora.experiments.prediction import DriftStudy, predict_finetuning
+from persona_lora.experiments.prediction import (
+    RANDOM_DIRECTIONS,
+    DriftStudy,
+    predict_finetuning,
+)
 from persona_lora.models.loading import load_chat_model
 from persona_lora.projections.weights import project_adapter
 
@@ -49,7 +54,12 @@ def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
     )
     judged, predictors = rows(run, "judged"), rows(run, "predictors")
     assert {row["finetune"] for row in judged} == {"base", "f0", "f1", "f2", "f3"}
-    assert len(predictors) == 4 * (2 + 2 + 1)
+    random = [row for row in predictors if row["kind"] == "random"]
+    assert len(random) == 4 * 2 * RANDOM_DIRECTIONS
+    assert len(predictors) - len(random) == 4 * (2 + 2 + 1)
+    (null,) = nulls(judged, predictors)
+    assert (null.judged, null.n) == ("cheer", RANDOM_DIRECTIONS)
+    assert 1 / (RANDOM_DIRECTIONS + 1) <= null.p <= 1
     diff = project_adapter(LoRADiff.load(study.finetunes["f2"]), study.diffs)
     mine = {
         row["direction"]: row["value"]

@@ -31,6 +31,7 @@ from persona_lora.analysis.plots.style import (
     write_line,
     written,
 )
+from persona_lora.analysis.resampling import Array
 from persona_lora.analysis.wording import interval, number, title_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
@@ -97,11 +98,24 @@ def render_comparison(run: Run) -> bytes:
     fits = fits_over_personas(rows, "none")
     fits.sort(key=lambda each: each.fit.mean if each.fit.mean is not None else -np.inf)
     personas = list(dict.fromkeys(row["persona"] for row in rows))
-    height = 1.75 + _ROW * len(fits)
+    searched = next((f.condition for f in reversed(fits) if _weights(rows, f.condition)), None)
+    weights = {} if searched is None else _weights(rows, searched)
+    traits = sorted({trait for each in weights.values() for trait in each})
+    below = _ROW * len(traits) + 0.9 if weights else 0.0
+    height = 1.75 + _ROW * len(fits) + below
     figure = new_figure(13.6, height)
-    bottom, up = 0.85, _ROW * len(fits)
+    bottom, up = 0.85 + below, _ROW * len(fits)
     _draw_fits(add_axes(figure, (2.6, bottom, 3.2, up)), fits, rows)
-    _draw_map(add_axes(figure, (7.9, bottom, 5.4, up)), rows, fits, personas)
+    gains = _gains(rows, fits, personas)
+    axes = add_axes(figure, (7.9, bottom, 5.4, up))
+    _draw_map(axes, gains, personas)
+    _title(axes, "Change from the unsteered model, by persona")
+    if searched is not None:
+        values = np.array([[weights.get(p, {}).get(t, np.nan) for p in personas] for t in traits])
+        axes = add_axes(figure, (7.9, 0.85, 5.4, below - 0.9))
+        _draw_map(axes, values, personas)
+        axes.set_yticks(range(len(traits)), [title_of(trait) for trait in traits], fontsize=8)
+        _title(axes, f"Weights of the mix: {name_of(searched)}")
     write_line(figure, height - 0.4, "What gives the model a person's voice?", size=14, bold=True)
     note = (
         "Fit 1–5 on held-out prompts by a judge of held-out conversations. "
@@ -194,9 +208,19 @@ def _draw_weights(axes: Axes, rows: Sequence[Row]) -> None:
     _title(axes, "Weights of the mean")
 
 
-def _draw_map(
-    axes: Axes, rows: Sequence[Row], fits: Sequence[ConditionFit], personas: Sequence[str]
-) -> None:
+def _weights(rows: Sequence[Row], condition: str) -> dict[str, dict[str, float]]:
+    """Return the weights of a searched mix by persona; nothing for what was not searched."""
+    if condition == "equal":
+        return {}
+    return {
+        row["persona"]: row["weights"]
+        for row in rows
+        if row["condition"] == condition and row["weights"]
+    }
+
+
+def _gains(rows: Sequence[Row], fits: Sequence[ConditionFit], personas: Sequence[str]) -> Array:
+    """Return the change from the unsteered model, ``[conditions, personas]``."""
     gains = np.full((len(fits), len(personas)), np.nan)
     for column, persona in enumerate(personas):
         own = {
@@ -207,6 +231,10 @@ def _draw_map(
             gain = own.get(each.condition)
             if gain is not None and gain.mean is not None:
                 gains[line, column] = gain.mean
+    return gains
+
+
+def _draw_map(axes: Axes, gains: Array, personas: Sequence[str]) -> None:
     reach = max(float(np.nanmax(np.abs(gains), initial=0.0)), 0.1)
     axes.imshow(gains, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", origin="lower")
     for line, column in np.ndindex(*gains.shape):
@@ -223,11 +251,10 @@ def _draw_map(
             )
     axes.set_xticks(range(len(personas)), [_tag(persona) for persona in personas], fontsize=8)
     axes.set_yticks([])
-    axes.set_ylim(-0.6, len(fits) - 0.4)
+    axes.set_ylim(-0.6, len(gains) - 0.4)
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0, labelcolor=MUTED)
-    _title(axes, "Change from the unsteered model, by persona")
 
 
 def _title(axes: Axes, text: str) -> None:

@@ -1,0 +1,144 @@
+"""A model at a mixing desk: every trait a slider, steered and unsteered answers in one batch.
+
+Knows mixes, answers and scores; refuses to know what shows them. Nothing of a visitor is kept: the
+coefficients come with every question, so that visitors never meet each other's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from persona_lora.core.chat import Conversation, Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_json
+from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+from persona_lora.core.personas import Coefficients
+from persona_lora.experiments.export import Exported, export_peft
+from persona_lora.judges.judging import Judge
+from persona_lora.models.generation import generate_answers
+from persona_lora.models.loading import ChatModel
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.methods import select_batch
+
+LARGEST = 4.0  # coefficients beyond this leave nothing that answers
+LONGEST = 400  # tokens
+
+
+class Pair(NamedTuple):
+    """The answers to one question: with the mix, and without."""
+
+    steered: str
+    unsteered: str
+
+
+@dataclass(eq=False)
+class MixingDesk:
+    """A model with a diff for every trait; answers are given one pair after another.
+
+    ``judges`` builds the judge of a trait, on its first use. The lock is what lets several
+    visitors share one model: a pair is answered as a whole, with its own coefficients.
+    """
+
+    chat_model: ChatModel
+    diffs: Mapping[str, LoRADiff]
+    judges: Mapping[str, Callable[[], Judge]] = field(default_factory=dict)
+    allow_other_base: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _built: dict[str, Judge] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.diffs:
+            raise UserError("the mixing desk needs at least one trait's diff")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """The traits, sorted: the order of the sliders."""
+        return tuple(sorted(self.diffs))
+
+    def mix(self, values: Sequence[float | None]) -> Coefficients:
+        """Return coefficients from the sliders' values; UserError for what is out of range."""
+        if len(values) != len(self.traits):
+            raise UserError(f"{len(values)} values for {len(self.traits)} traits")
+        found = {}
+        for trait, value in zip(self.traits, values, strict=True):
+            number = finite_coefficient(0.0 if value is None else float(value))
+            if abs(number) > LARGEST:
+                raise UserError(
+                    f"{trait}: {number:g} is beyond ±{LARGEST:g}; nothing answers there"
+                )
+            found[trait] = number
+        return Coefficients.of(found)
+
+    def answer(
+        self,
+        conversation: Conversation,
+        mix: Coefficients,
+        *,
+        plain: Conversation | None = None,
+        max_new_tokens: int = 80,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Pair:
+        """Answer a conversation's last message with the mix and without, as two rows of one batch.
+
+        ``plain`` is the conversation that the unsteered model has had, where it differs. UserError
+        for an empty message, and for more tokens than ``LONGEST``.
+        """
+        if not conversation or not conversation[-1]["content"].strip():
+            raise UserError("there is no question; write one first")
+        if not 1 <= max_new_tokens <= LONGEST:
+            raise UserError(f"the longest answer must be 1–{LONGEST} tokens, got {max_new_tokens}")
+        rows = [[mix.as_dict()[trait] for trait in self.traits], [0.0] * len(self.traits)]
+        diffs = [self.diffs[trait] for trait in self.traits]
+        with (
+            self._lock,
+            LiveLoRA(
+                self.chat_model.model, diffs, rows, allow_other_base=self.allow_other_base
+            ) as steerer,
+        ):
+            steered, unsteered = generate_answers(
+                self.chat_model,
+                [conversation, conversation if plain is None else plain],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                streams=[0, 0],
+                batch_size=2,
+                prepare_batch=partial(select_batch, steerer),
+            )
+        return Pair(steered.text, unsteered.text)
+
+    def scores(self, trait: str, question: str, pair: Pair) -> tuple[float | None, float | None]:
+        """Return the judge's scores of both answers on a trait, 0–100; None where unscored."""
+        if trait not in self.judges:
+            raise UserError(f"there is no judge for {trait}")
+        with self._lock:
+            if trait not in self._built:
+                self._built[trait] = self.judges[trait]()
+            verdicts = self._built[trait].judge([Exchange(question, text) for text in pair], trait)
+        return verdicts[0].score, verdicts[1].score
+
+    def save(self, mix: Coefficients, path: Path) -> Path:
+        """Write a mix as JSON: ``{"evil": -1.0, …}``."""
+        write_json(path, mix.as_dict())
+        return path
+
+    def load(self, path: Path) -> Coefficients:
+        """Read a mix; traits that it does not name are 0. UserError for one without a slider."""
+        read = Coefficients.read(path).as_dict()
+        unknown = sorted(set(read) - set(self.traits))
+        if unknown:
+            raise UserError(f"{path} mixes {unknown[0]}, for which there is no slider")
+        return self.mix([read.get(trait, 0.0) for trait in self.traits])
+
+    def export(self, mix: Coefficients, folder: Path) -> Exported:
+        """Write a mix as one PEFT adapter; UserError where all coefficients are 0."""
+        terms = {self.diffs[trait]: value for trait, value in mix.as_dict().items() if value}
+        if not terms:
+            raise UserError("all sliders stand at 0: there is nothing to export")
+        return export_peft(terms, folder)
