@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch.profiler import ProfilerActivity, profile
 
 from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.lora_diff import LoRADiff
@@ -131,6 +132,16 @@ def product_seconds(chat_model: ChatModel, rows: int, repeats: int = 20) -> floa
     return statistics.median(times)
 
 
+def shares_of_operations(variant: Callable[[], Texts], most: int = 8) -> dict[str, float]:
+    """Return what share of a variant's time torch's profiler gives to its largest operations."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        variant()
+    times = {each.key: each.self_cpu_time_total for each in profiled.key_averages()}
+    total = sum(times.values())
+    largest = sorted(times, key=lambda name: -times[name])[:most]
+    return {name: times[name] / total for name in largest}
+
+
 def seconds_of(variant: Callable[[], Texts]) -> tuple[float, Texts]:
     start = time.perf_counter()
     answers = variant()
@@ -209,6 +220,7 @@ def main() -> None:
             name: medians[name] / medians["unsteered"] - 1
             for name in ("population", "cut population")
         },
+        "shares_of_operations": shares_of_operations(variants["unsteered"]),
         "ranks": {
             "population": sum(diff.rank for diff in diffs),
             "cut population": sum(

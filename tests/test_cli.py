@@ -146,7 +146,7 @@ def test_unequal_numbers_of_diffs_and_coefficients_are_refused(run, model_folder
     [
         (("--coefficients", "a b"), "numbers"),
         (("--coefficients", "inf"), "finite"),
-        (("--split", "test"), "eval or extract"),
+        (("--split", "test"), "extract, eval, ood"),
         (("--batch-size", "many"), "whole number"),
         (("--judge-mode", "letters"), "logprobs or number"),
     ],

@@ -66,6 +66,7 @@ def help_texts() -> dict[str, str]:
         *("persona lamp",),
         *(
             "compare",
+            "playground",
             "optimize",
             "compare-methods",
             "project",

@@ -239,11 +239,11 @@ def predict_finetuning(
             f"{wording.number(contrast.difference, 2)} [{wording.number(contrast.low, 2)}, "
             f"{wording.number(contrast.high, 2)}] over {contrast.n} finetunes"
         )
-    for each in nulls(*rows):
+    for null in nulls(*rows):
         console.print(
-            f"{each.judged}: r {wording.number(each.r, 2)} with its own difference; random ones of "
-            f"the same spectrum reach |r| {wording.number(each.high, 2)} in 95 of 100 (n {each.n}, "
-            f"p {wording.p_value(each.p)})"
+            f"{null.judged}: r {wording.number(null.r, 2)} with its own difference; random ones of "
+            f"the same spectrum reach |r| {wording.number(null.high, 2)} in 95 of 100 (n {null.n}, "
+            f"p {wording.p_value(null.p)})"
         )
     console.print(f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}")
 

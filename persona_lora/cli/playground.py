@@ -172,12 +172,14 @@ def build_page(desk: MixingDesk, mixes: Path) -> Any:
 
         told = [question, steered, plain, judged, tokens, *sliders]
         shown = [steered, plain, scores, question]
-        ask.click(on_ask, told, shown, api_name="ask")
-        question.submit(on_ask, told, shown, api_name=False)
+        # A mistake covers what it is shown on; the chats are to stay readable.
+        ask.click(on_ask, told, shown, api_name="ask", show_progress_on=scores)
+        question.submit(on_ask, told, shown, api_name=False, show_progress_on=scores)
         clear.click(lambda: ([], [], "", ""), None, shown, api_name=False)
         reset.click(lambda: [0.0] * count, None, sliders, api_name=False)
-        save.click(on_save, [name, *sliders], saved, api_name="save")
-        saved.input(on_load, saved, sliders, api_name="load")
+        quiet = {"show_progress": "hidden"}
+        save.click(on_save, [name, *sliders], saved, api_name="save", **quiet)
+        saved.input(on_load, saved, sliders, api_name="load", **quiet)
         export.click(on_export, sliders, file, api_name="export")
     return page
 
