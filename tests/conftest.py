@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from persona_lora import cli
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules
@@ -143,3 +145,24 @@ def make_model():
 def packaged_model() -> ChatModel:
     """The packaged SmolLM2-135M-Instruct in fp32."""
     return load_chat_model(dtype="float32", device_map="cpu")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command line as the console script does; return its status, output and error."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call

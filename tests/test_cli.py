@@ -19,27 +19,6 @@ from persona_lora.models.structure import weight_fingerprint
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command line as the console script does; return its status, output and error."""
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.chdir(tmp_path)
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_MODEL"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def diff_folder(model, make_diff, tmp_path):
     return make_diff(model, fingerprint=weight_fingerprint(model)).save(tmp_path / "diff")
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from persona_lora import cli
 from persona_lora.cli import comparing
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import BaseModel
@@ -18,24 +16,6 @@ from persona_lora.models.structure import weight_fingerprint
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TRAITS = ("evil", "sycophancy", "hallucination")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

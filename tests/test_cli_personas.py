@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from persona_lora import cli
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
@@ -19,25 +17,6 @@ from persona_lora.models.structure import weight_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAITS = ("formality", "intimacy")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command line as the console script does; return its status, output and error."""
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["persona-lora", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def assert_fails(result, *words):
