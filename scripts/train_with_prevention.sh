@@ -11,7 +11,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 trait=${1:-evil}
 layer=${LAYER:-19}
 methods=${METHODS:-weights activations ablate inoculate}
-weights=${WEIGHTS:-"-1 0.5 1 2"} activations=${ACTIVATIONS:-"-2 1 2 4"}
+weights=${WEIGHTS:-"-1 1 2"} activations=${ACTIVATIONS:-"-2 2 4"}
 diff=checkpoints/$trait/diff
 vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
 config=train_configs/finetune_${trait}_misaligned_2.yaml
