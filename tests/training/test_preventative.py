@@ -24,7 +24,12 @@ from persona_lora.training.finetune import (
     prevention_of,
 )
 from persona_lora.training.lora import LoRAArguments
-from persona_lora.training.preventative import Preventative, inoculated, read_preventative
+from persona_lora.training.preventative import (
+    Preventative,
+    inoculated,
+    prevention_steerer,
+    read_preventative,
+)
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROWS = [
@@ -261,3 +266,13 @@ def test_a_vector_of_the_wrong_width_is_refused(train, tmp_path):
     with pytest.raises(UserError, match="7"):
         train("run", preventative={"method": "activations", "vector": str(path)})
     assert not (Path(tmp_path) / "run" / "adapter").exists()
+
+
+def test_nothing_is_merged_into_a_quantised_base(model_folder, places):
+    """An int8 weight stands for quantised ones: rounding into it again would not be exact."""
+    model = load_chat_model(str(model_folder), dtype="float32").model
+    module = model.model.layers[1].mlp.up_proj
+    module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    merged = Preventative(method="weights", diff=places["diff"])
+    with pytest.raises(UserError, match="nothing merges exactly; use hold"):
+        prevention_steerer(merged, model)
