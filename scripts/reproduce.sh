@@ -15,7 +15,8 @@ if asked 1 3 5; then
     bash scripts/eval_lora_steering.sh
     for trait in $traits; do bash scripts/generate_vec.sh "$trait"; done
     bash scripts/compare_steering.sh $traits
-    persona-lora compare --trait evil --diff checkpoints/evil/diff --layers "${LAYER:-19}" \
+    layer=${LAYER:-$(python -c 'import json; print(json.load(open("results/layers/evil/grid.json"))["best_layer"])')}
+    persona-lora compare --trait evil --diff checkpoints/evil/diff --layers "$layer" \
         --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors \
         --coefficients "${COEFFICIENTS:-0.5 1 1.5 -1}" --output-dir results/compare/evil \
         --latency --spaces "${traits#evil }"
@@ -27,6 +28,6 @@ if asked 2; then
 fi
 # 4. Can several persona LoRAs be combined?
 if asked 4; then
-    METHODS="lora random equal prompt svd pca" ITERATIONS=6 PROMPTS=6 bash scripts/compare_methods.sh
+    METHODS="lora random equal prompt svd mean_diff pca" ITERATIONS=6 PROMPTS=6 bash scripts/compare_methods.sh
 fi
 persona-lora report $(ls -d results/compare/*/ 2>/dev/null) --output results/reproduced.html
