@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 out=results/compare
-few=(--coefficients "${COEFFICIENTS:-0.5 1 1.5 -1}")
+few=(--coefficients "${COEFFICIENTS:-0.5 1 -1}" --max-new-tokens 60)
 if [ "${1:-}" = --quick ]; then
     shift
     LAYER=${LAYER:-19} out=$out/quick few=(--coefficients "0.5 1" --max-questions 3 --max-new-tokens 30)

@@ -8,6 +8,7 @@ bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 questions=" ${*:-1 2 3 4 5} "
 traits="evil sycophancy hallucination corrigibility"
+style="self_other_focus formality intimacy narrative_mode emotional_tone"
 asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done; return 1; }
 
 # 1. The same traits as activation vectors?  3. Is weight steering faster?  5. More interpretable?
@@ -15,11 +16,12 @@ if asked 1 3 5; then
     bash scripts/eval_lora_steering.sh
     for trait in $traits; do bash scripts/generate_vec.sh "$trait"; done
     bash scripts/compare_steering.sh $traits
+    bash scripts/train_style_traits.sh
     layer=${LAYER:-$(python -c 'import json; print(json.load(open("results/layers/evil/grid.json"))["best_layer"])')}
     persona-lora compare --trait evil --diff checkpoints/evil/diff --layers "$layer" \
         --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors \
-        --coefficients "${COEFFICIENTS:-0.5 1 1.5 -1}" --output-dir results/compare/evil \
-        --latency --spaces "${traits#evil }"
+        --coefficients "${COEFFICIENTS:-0.5 1 -1}" --max-new-tokens 60 --output-dir results/compare/evil \
+        --latency --spaces "${traits#evil } $style"
 fi
 # 2. Do weight projections predict what a finetune does? And can it be prevented?
 if asked 2; then
