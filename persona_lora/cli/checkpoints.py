@@ -264,7 +264,7 @@ def compare_prevention(
     ] = None,
     tasks: Annotated[
         str, typer.Option(help='As of benchmark; "" leaves capability out.')
-    ] = "choice steps",
+    ] = "choice steps perplexity",
     limit: Annotated[int | None, typer.Option(help="Only so many items of each task.")] = None,
     questions: Annotated[
         int | None, typer.Option(help="Only the first so many held-out questions.")

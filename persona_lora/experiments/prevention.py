@@ -65,7 +65,7 @@ def compare_prevention(
     judge_of: JudgeOf,
     output: Path,
     *,
-    tasks: Sequence[str] = ("choice", "steps"),
+    tasks: Sequence[str] = ("choice", "steps", "perplexity"),
     limit: int | None = None,
     dtype: str = "auto",
     options: GenerationOptions | None = None,
