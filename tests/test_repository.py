@@ -59,6 +59,7 @@ def help_texts() -> dict[str, str]:
             "sweep",
             "paired",
             "report",
+            "research-questions",
             *("benchmark", "predict-finetuning", "compare-prevention", "export"),
         ),
         *("traits", "traits generate", "data", "data generate", "data check", "data screen"),
@@ -115,7 +116,9 @@ def test_every_command_shows_an_example(help_texts):
     for command, text in help_texts.items():
         if command not in ("data", "persona", "project", "traits", "vectors"):  # groups of commands
             assert "Example" in text or "example" in text, command
-            assert f"persona-lora {command} " in page or f"persona-lora {command}\n" in page, command
+            assert f"persona-lora {command} " in page or f"persona-lora {command}\n" in page, (
+                command
+            )
 
 
 def test_help_answers_without_torch():

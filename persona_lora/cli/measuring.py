@@ -265,6 +265,27 @@ def report(
 
 
 @app.command()
+def research_questions(
+    results: Annotated[Path, typer.Option(help="Where scripts/reproduce.sh left its runs.")] = Path(
+        "results"
+    ),
+    output: Annotated[Path, typer.Option(help="The page; its pictures go to figures/.")] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Answer the five research questions on one page, from the runs that are there.
+
+    Example: persona-lora research-questions --output results/answers.md
+    """
+    from persona_lora.analysis.research_questions import write_research_questions
+
+    missing = write_research_questions(results, output)
+    if missing:
+        console.print(f"not measured yet: {', '.join(missing)}")
+    console.print(f"page: {output.resolve()}")
+
+
+@app.command()
 def paired(
     reference: Annotated[Path, typer.Argument(help="A run of evaluate to compare with.")],
     runs: Annotated[list[Path], typer.Argument(help="Runs of evaluate on the same questions.")],
