@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import persona_lora
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
@@ -70,3 +71,9 @@ def test_the_names_that_other_pages_import_exist(name):
         for each in imports:
             scope: dict[str, object] = {}
             exec(compile(ast.Module([each], []), name, "exec"), scope)
+
+
+def test_the_interface_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    missing = [name for name in persona_lora.__all__ if name not in page]
+    assert missing == ["__version__"]
