@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,11 @@ from persona_lora.analysis.summary import trait_of
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+
+COLUMNS = (
+    "run", "trait", "low", "high", "n", "coverage", "coherence", "difference", "difference_low",
+    "difference_high", "p", "p_holm",
+)  # fmt: skip
 
 Scores = dict[int, list[float | None]]
 
@@ -33,6 +39,25 @@ class PairedRun:
     difference: Interval | None
     p: float | None
     p_holm: float | None = None
+
+
+def cells_of(each: PairedRun) -> dict[str, Any]:
+    """Return a run as a row of a table of ``COLUMNS``."""
+    gap = each.difference
+    return {
+        "run": each.name,
+        "trait": each.trait.mean,
+        "low": each.trait.low,
+        "high": each.trait.high,
+        "n": each.trait.n_questions,
+        "coverage": each.trait.coverage,
+        "coherence": each.coherence.mean,
+        "difference": None if gap is None else gap.mean,
+        "difference_low": None if gap is None else gap.low,
+        "difference_high": None if gap is None else gap.high,
+        "p": each.p,
+        "p_holm": each.p_holm,
+    }
 
 
 def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:

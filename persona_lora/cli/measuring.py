@@ -55,8 +55,6 @@ from persona_lora.cli.program import app
 from persona_lora.cli.tables import show_sweep
 from persona_lora.core.errors import UserError
 
-PAIRED_COLUMNS = ("run", "trait", "n", "scored", "difference", "p_holm", "coherence")
-
 
 @app.command()
 def evaluate(
@@ -296,7 +294,7 @@ def paired(
     Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
     """
     from persona_lora.analysis import wording
-    from persona_lora.analysis.paired import compare_runs
+    from persona_lora.analysis.paired import COLUMNS, cells_of, compare_runs
     from persona_lora.core.files import write_csv
     from persona_lora.core.runs import Run
 
@@ -307,10 +305,9 @@ def paired(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("run", "trait", "n", "scored", "difference", "p (Holm)", "coherence"):
         table.add_column(heading, no_wrap=True)
-    cells = []
     for each in found:
         gap = each.difference
-        row = (
+        table.add_row(
             each.name,
             wording.interval(each.trait, 1),
             str(each.trait.n_questions),
@@ -319,8 +316,6 @@ def paired(
             "" if each.p_holm is None else wording.p_value(each.p_holm),
             wording.interval(each.coherence),
         )
-        table.add_row(*row)
-        cells.append(dict(zip(PAIRED_COLUMNS, row, strict=True)))
     console.print(table)
     if output is not None:
-        write_csv(output, PAIRED_COLUMNS, cells)
+        write_csv(output, COLUMNS, [cells_of(each) for each in found])
