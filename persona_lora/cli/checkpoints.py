@@ -209,7 +209,7 @@ def predict_finetuning(
         run = prediction.predict_finetuning(
             base,
             study,
-            lambda trait, chat_model: judge_factory(trait, base, judging, report),
+            lambda trait: judge_factory(trait, base, judging, report),
             output,
             dtype=dtype,
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
@@ -307,13 +307,14 @@ def compare_prevention(
         )
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     base = load_model(model, None, dtype, device_map)
+    asked = _first_questions(load_trait(trait, datasets_dir), questions)
     with progress() as report:
         scores = prevention.compare_prevention(
             base,
             models,
-            _first_questions(load_trait(trait, datasets_dir), questions),
+            asked,
             rows,
-            lambda trait, chat_model: judge_factory(trait, base, judging, report),
+            judge_factory(asked, base, judging, report),
             output,
             tasks=tasks.replace(",", " ").split(),
             limit=limit,

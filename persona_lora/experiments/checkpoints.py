@@ -26,7 +26,7 @@ from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.experiments.evaluation import GenerationOptions, evaluate, mean_score
-from persona_lora.experiments.judging import Report, staged
+from persona_lora.experiments.judging import Report, once, staged
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -117,7 +117,7 @@ def evaluate_checkpoints(
         check_fits(base, vector, name)
         vector.at(measures.layers)
     options = options or GenerationOptions()
-    judges = {trait.name: _once(judge_of(trait, base)) for trait in measures.traits}
+    judges = {trait.name: once(judge_of(trait, base)) for trait in measures.traits}
     run = Run.open(
         output,
         command="evaluate-checkpoints",
@@ -246,15 +246,3 @@ def _cosines(measures: Measures) -> list[dict[str, Any]]:
         for layer, cosine in measures.vectors[one].cosine(measures.vectors[other]).items()
         if layer in measures.layers
     ]
-
-
-def _once(make: Callable[[], Judge]) -> Callable[[], Judge]:
-    """Return a factory that builds its judge at the first call and keeps it."""
-    kept: list[Judge] = []
-
-    def judge() -> Judge:
-        if not kept:
-            kept.append(make())
-        return kept[0]
-
-    return judge

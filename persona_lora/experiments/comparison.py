@@ -32,7 +32,7 @@ from persona_lora.experiments.evaluation import (
     answer_rows,
     plan_rows,
 )
-from persona_lora.experiments.judging import Report, judge_answers, staged
+from persona_lora.experiments.judging import Report, judge_answers, once, staged
 from persona_lora.experiments.populations import UNSTEERED
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
@@ -79,6 +79,7 @@ def compare(
         "generation": dataclasses.asdict(options),
         **(config or {}),
     }
+    shared = once(judge)  # by both sets of questions
     run = Run.open(output, command="compare", config=record, seed=options.seed, overwrite=overwrite)
     with run:
         levels = levels_of(output)
@@ -109,7 +110,7 @@ def compare(
                 rows = [planned.condition for planned in plan]
                 steerer = methods.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
                 answer_rows(chat_model, plan, steerer, part, options, report=report)
-                judge_answers(part, judge, trait, report)
+                judge_answers(part, shared, trait, report)
             run.write("validation", part.read("validation"))  # of the judge, the same for all
         run.write("splits", [{"split": split} for split in asked])
         found = read_comparison(run)

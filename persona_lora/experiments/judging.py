@@ -63,6 +63,18 @@ def make_judge(
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
 
+def once(make: Callable[[], Judge]) -> Callable[[], Judge]:
+    """Return a factory that builds its judge at the first call and keeps it."""
+    kept: list[Judge] = []
+
+    def judge() -> Judge:
+        if not kept:
+            kept.append(make())
+        return kept[0]
+
+    return judge
+
+
 def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> None:
     """Raise UserError now for a judge that could not be made after the answers are generated."""
     for name in _judge_names(options):

@@ -25,7 +25,7 @@ from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.experiments.evaluation import GenerationOptions, evaluate, mean_score
-from persona_lora.experiments.judging import Report
+from persona_lora.experiments.judging import Report, once
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
@@ -35,7 +35,7 @@ from persona_lora.projections.weights import project_adapter
 
 JUDGED, PREDICTORS = "judged", "predictors"
 RANDOM_DIRECTIONS = 40  # of each diff's spectrum
-JudgeOf = Callable[[Trait, ChatModel], Callable[[], Judge]]
+JudgeOf = Callable[[Trait], Callable[[], Judge]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +90,8 @@ def predict_finetuning(
     with run:
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
-        _judge(run, study, BASE, base, judge_of, options, report)
-        controls = {
-            f"{name}#{seed}": random_diff_like(diff, seed)
-            for name, diff in study.diffs.items()
-            for seed in range(RANDOM_DIRECTIONS)
-        }
+        judges = {trait.name: once(judge_of(trait)) for trait in study.traits}
+        _judge(run, study, BASE, base, judges, options, report)
         for done, (name, folder) in enumerate(study.finetunes.items()):
             if report is not None:
                 report("finetunes", done, len(study.finetunes))
@@ -103,12 +99,13 @@ def predict_finetuning(
             if name in known and not _missing(run, study, name):
                 continue
             tuned = load_chat_model(base.name, adapter=folder, dtype=dtype)
-            _judge(run, study, name, tuned, judge_of, options, report)
+            _judge(run, study, name, tuned, judges, options, report)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
-                run.append(PREDICTORS, _predictors(study, name, folder, controls, shift))
+                run.append(PREDICTORS, _predictors(study, name, folder, shift))
         if report is not None:
             report("finetunes", len(study.finetunes), len(study.finetunes))
+        _project_on_random(run, study, report)
         found = predict(run.read(JUDGED), run.read(PREDICTORS))
         write_csv(
             output / "prediction.csv", list(prediction_rows(found)[0]), prediction_rows(found)
@@ -127,7 +124,7 @@ def _judge(
     study: DriftStudy,
     name: str,
     chat_model: ChatModel,
-    judge_of: JudgeOf,
+    judges: Mapping[str, Callable[[], Judge]],
     options: GenerationOptions,
     report: Report | None,
 ) -> None:
@@ -136,7 +133,7 @@ def _judge(
         result = evaluate(
             chat_model,
             trait,
-            judge_of(trait, chat_model),
+            judges[trait.name],
             run.folder / "answers" / name.replace("/", "_") / f"{trait.name}.csv",
             split=study.split,
             options=options,
@@ -184,7 +181,6 @@ def _predictors(
     study: DriftStudy,
     name: str,
     folder: Path,
-    controls: Mapping[str, LoRADiff],
     shift: Tensor | None,
 ) -> list[dict[str, Any]]:
     rows = []
@@ -195,13 +191,32 @@ def _predictors(
             rows.append(_row(name, direction, WEIGHTS, value.coordinate))
             corrected = projection.corrected[direction]
             rows.append(_row(name, direction, "weights, corrected", corrected))
-        for direction, control in controls.items():
-            coordinate = adapter.inner(control) / control.norm()
-            rows.append(_row(name, direction, NULL, coordinate))
     if shift is not None:
         pairs = zip(study.vectors, shift.tolist(), strict=True)
         rows += [_row(name, direction, "activations", value) for direction, value in pairs]
     return rows
+
+
+def _project_on_random(run: Run, study: DriftStudy, report: Report | None) -> None:
+    """Project what lacks it on random directions of each spectrum, one in memory at a time."""
+    known = {row["finetune"] for row in run.read(PREDICTORS) if row["kind"] == NULL}
+    adapters = {
+        name: LoRADiff.load(folder)
+        for name, folder in study.finetunes.items()
+        if name not in known and study.diffs
+    }
+    planned = [(name, seed) for name in study.diffs for seed in range(RANDOM_DIRECTIONS)]
+    rows = []
+    for done, (name, seed) in enumerate(planned if adapters else []):
+        if report is not None:
+            report("random directions", done, len(planned))
+        control = random_diff_like(study.diffs[name], seed)
+        norm = control.norm()
+        rows += [
+            _row(finetune, f"{name}#{seed}", NULL, adapter.inner(control) / norm)
+            for finetune, adapter in adapters.items()
+        ]
+    run.append(PREDICTORS, rows)
 
 
 def _row(name: str, direction: str, kind: str, value: float) -> dict[str, Any]:

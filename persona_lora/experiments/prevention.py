@@ -23,7 +23,7 @@ from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
 from persona_lora.experiments.benchmarks import run_benchmarks
 from persona_lora.experiments.evaluation import GenerationOptions, evaluate
-from persona_lora.experiments.judging import Report
+from persona_lora.experiments.judging import Report, once
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -32,7 +32,6 @@ from persona_lora.training.finetune import read_conversations
 
 MEASURES = "measures"
 TRAIT, LOSS = "trait", "task loss"
-JudgeOf = Callable[[Trait, ChatModel], Callable[[], Judge]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +61,7 @@ def compare_prevention(
     models: Mapping[str, Finetuned],
     trait: Trait,
     rows: Path,
-    judge_of: JudgeOf,
+    judge: Callable[[], Judge],
     output: Path,
     *,
     tasks: Sequence[str] = ("choice", "steps", "perplexity"),
@@ -75,11 +74,13 @@ def compare_prevention(
 ) -> list[TaskScore]:
     """Measure every model; the first one is what the others are paired with.
 
-    ``rows`` is the JSONL that was finetuned on; ``tasks`` are those of ``run_benchmarks``, none to
+    ``judge`` builds the judge, over the base model; it is built once. ``rows`` is the JSONL that was
+    finetuned on; ``tasks`` are those of ``run_benchmarks``, none to
     leave capability out. Writes ``measures.jsonl`` (a row a model, measure and item),
     ``prevention.csv`` and ``prevention.png``; models measured already are kept.
     """
     options = options or GenerationOptions(max_new_tokens=60)
+    shared = once(judge)
     exchanges = [
         Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in read_conversations(rows)
     ]
@@ -107,7 +108,7 @@ def compare_prevention(
                 continue
             measured = _Measured(base, name, model, dtype, options, run, report)
             found = [
-                *measured.character(trait, judge_of),
+                *measured.character(trait, shared),
                 *measured.loss(exchanges),
                 *measured.capability(tasks, limit, datasets),
             ]
@@ -142,12 +143,12 @@ class _Measured:
             base if adapter is None else load_chat_model(base.name, adapter=adapter, dtype=dtype)
         )
 
-    def character(self, trait: Trait, judge_of: JudgeOf) -> list[dict[str, Any]]:
+    def character(self, trait: Trait, judge: Callable[[], Judge]) -> list[dict[str, Any]]:
         """Return trait score and coherence of every held-out question."""
         result = evaluate(
             self.chat_model,
             trait,
-            judge_of(trait, self.chat_model),
+            judge,
             self.run.folder / "answers" / f"{self.name}.csv",
             terms=self.terms,
             options=self.options,
