@@ -74,10 +74,10 @@ def compare_prevention(
 ) -> list[TaskScore]:
     """Measure every model; the first one is what the others are paired with.
 
-    ``judge`` builds the judge, over the base model; it is built once. ``rows`` is the JSONL that was
-    finetuned on; ``tasks`` are those of ``run_benchmarks``, none to
-    leave capability out. Writes ``measures.jsonl`` (a row a model, measure and item),
-    ``prevention.csv`` and ``prevention.png``; models measured already are kept.
+    ``judge`` builds the judge over the base model, once. ``rows`` is the JSONL that was finetuned
+    on; ``tasks`` are those of ``run_benchmarks``, none to leave capability out. Writes
+    ``measures.jsonl`` (a row a model, measure and item), ``prevention.csv`` and ``prevention.png``;
+    models measured already are kept.
     """
     options = options or GenerationOptions(max_new_tokens=60)
     shared = once(judge)
