@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Does steering during a finetune keep it from picking up a trait, and what does that cost? Finetune
 # on the trait's strong answers plainly and with each way of prevention at several strengths, then
-# compare trait, coherence, task loss and capability (resumable; METHODS, WEIGHTS, ACTIVATIONS name
-# some): bash scripts/train_with_prevention.sh evil          (an hour or two on two cores)
+# compare trait, coherence, task loss and capability (resumable; METHODS, WEIGHTS, ACTIVATIONS,
+# TASKS name some): bash scripts/train_with_prevention.sh evil          (an hour or two on two cores)
 #         bash scripts/train_with_prevention.sh evil --quick  (a few minutes: does it run?)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -48,4 +48,5 @@ done
 corrections=()
 for c in ${CORRECTIONS:-0.5 1}; do corrections+=("$diff=-$c"); done
 persona-lora compare-prevention --trait "$trait" --rows "datasets/$trait/misaligned_2.jsonl" \
-    --finetunes "${finetunes[*]}" --correct "${corrections[*]}" --output "$out" "${few[@]}"
+    --finetunes "${finetunes[*]}" --correct "${corrections[*]}" --output "$out" \
+    --tasks "${TASKS:-choice steps perplexity}" "${few[@]}"
