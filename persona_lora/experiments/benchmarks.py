@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,9 @@ def _harness_items(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"the evaluation harness is not installed; run: {INSTALL}") from error
-    manager = TaskManager()
+    manager = _task_manager()
     known = set(manager.all_tasks)
     local = {name: _local_task(folder / f"{name}.yaml") for name in tasks}
     for name in tasks:
@@ -147,6 +147,14 @@ def _harness_items(
         for metric, value in sample.items()
         if metric in sample.get("metrics", ()) and isinstance(value, int | float)
     ]
+
+
+@cache
+def _task_manager() -> Any:
+    """Return the harness's index of tasks: some twenty seconds of reading, once a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _local_task(path: Path) -> dict[str, Any] | None:
