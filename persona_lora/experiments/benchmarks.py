@@ -80,8 +80,10 @@ def run_benchmarks(
     return scores
 
 
-def perplexity_items(chat_model: ChatModel, datasets: Path) -> list[dict[str, Any]]:
-    """Return the mean log-probability of every ordinary answer of the finetuning sets."""
+def perplexity_items(
+    chat_model: ChatModel, datasets: Path, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Return the mean log-probability of ordinary answers of the finetuning sets, or the first."""
     files = sorted(datasets.glob("*/normal.jsonl"))
     if not files:
         raise UserError(f"{datasets} holds no */normal.jsonl to measure perplexity on")
@@ -89,7 +91,7 @@ def perplexity_items(chat_model: ChatModel, datasets: Path) -> list[dict[str, An
         Exchange(row["messages"][-2]["content"], row["messages"][-1]["content"])
         for file in files
         for row in read_jsonl(file)
-    ]
+    ][:limit]
     means = mean_logprobs(chat_model, exchanges)
     return [
         {"task": PERPLEXITY, "metric": "mean_logprob", "item": at, "score": float(value)}
@@ -108,7 +110,7 @@ def _items(
 ) -> list[dict[str, Any]]:
     rows = []
     if PERPLEXITY in tasks:
-        rows += perplexity_items(chat_model, datasets)
+        rows += perplexity_items(chat_model, datasets, limit)
     harness = [name for name in tasks if name != PERPLEXITY]
     if harness:
         rows += _harness_items(chat_model, harness, folder, limit, batch_size)

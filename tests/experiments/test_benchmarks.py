@@ -59,7 +59,7 @@ def test_steps_are_generated_and_perplexity_is_measured(chat_model, conditions, 
     datasets = tmp_path / "datasets"
     (datasets / "cheer").mkdir(parents=True)
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes, hello."}]
-    (datasets / "cheer" / "normal.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (datasets / "cheer" / "normal.jsonl").write_text(3 * (json.dumps({"messages": turns}) + "\n"))
     scores = run_benchmarks(
         chat_model,
         conditions,
@@ -72,6 +72,7 @@ def test_steps_are_generated_and_perplexity_is_measured(chat_model, conditions, 
     found = {(each.condition, each.task): each.score for each in scores}
     assert found["plain", "steps"].mean == 0.0  # random weights add nothing up
     assert found["plain", "perplexity"].mean != found["changed", "perplexity"].mean
+    assert found["plain", "steps"].n == found["plain", "perplexity"].n == 2  # the limit
 
 
 def test_a_finished_condition_is_not_run_again(chat_model, conditions, tmp_path):
