@@ -42,6 +42,7 @@ from persona_lora.core.runs import Run
 
 EXPECTED_R = 0.7
 ACTIVATION = "activation"
+PLAIN = ("score", "nats")  # metrics that a task's name says
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Row = Mapping[str, Any]
 Part = dict[str, Any]
@@ -191,7 +192,7 @@ def _predicts(best: Prediction) -> str:
     if best.r_low > EXPECTED_R:
         return "Yes."
     if best.r_low > 0 and best.p_holm is not None and best.p_holm < CLEAR:
-        return "In part." if best.r_high > EXPECTED_R else "Weakly."
+        return "Yes; how closely is less certain." if best.r > EXPECTED_R else "In part."
     return "Not shown here."
 
 
@@ -201,9 +202,14 @@ def _by_trait(
     chance = {each.judged: each for each in nulls(judged, predictors)}
     in_weights = [each for each in found if each.kind == WEIGHTS and each.judged != POOLED]
     rows: list[Sequence[str]] = [
-        ("judged trait", "r of its own direction", "best other direction", "random: 95% of |r|",
-         "share of random as far"),
-    ]  # fmt: skip
+        (
+            "judged trait",
+            "r of its own direction",
+            "best other direction",
+            "95% of random ones are below",
+            "share of random as far",
+        ),
+    ]
     for own in (each for each in in_weights if each.own):
         others = [each for each in in_weights if each.judged == own.judged and not each.own]
         best = max(others, key=lambda each: abs(each.r), default=None)
@@ -230,13 +236,17 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
         trait, rows = run.record["config"]["trait"], run.read("measures")
         models = list(dict.fromkeys(row["condition"] for row in rows))
         scores = score_items(rows, models[0])
-        tasks = list(dict.fromkeys(each.task for each in scores))
-        cells = {(each.condition, each.task): each for each in scores}
-        on_trait = [cells[model, "trait"] for model in models if (model, "trait") in cells]
-        lower = [each.condition for each in on_trait if _clear(each.difference, each.p_holm) < 0]
-        table: list[Sequence[str]] = [("model", *tasks)]
+        measures = list(dict.fromkeys((each.task, each.metric) for each in scores))
+        cells = {(each.condition, each.task, each.metric): each for each in scores}
+        lower = [
+            each.condition
+            for each in scores
+            if each.task == "trait" and _clear(each.difference, each.p_holm) < 0
+        ]
+        names = [task if metric in PLAIN else f"{task}: {metric}" for task, metric in measures]
+        table: list[Sequence[str]] = [("model", *names)]
         table += [
-            (model, *(_task_cell(cells.get((model, task)), task) for task in tasks))
+            (model, *(_task_cell(cells.get((model, *measure))) for measure in measures))
             for model in models
         ]
         png = render_prevention(scores, trait)
@@ -253,10 +263,10 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
     return parts
 
 
-def _task_cell(each: TaskScore | None, task: str) -> str:
+def _task_cell(each: TaskScore | None) -> str:
     if each is None:
         return NONE
-    digits = 0 if task in ("trait", "coherence") else 2
+    digits = 0 if each.metric == "score" else 2
     if each.difference is None:
         return number(each.score.mean, digits)
     star = "*" if _clear(each.difference, each.p_holm) else ""

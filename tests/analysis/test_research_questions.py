@@ -105,14 +105,20 @@ def test_prediction_is_judged_by_its_interval(write, tmp_path, noise, said):
 def test_prevention_names_what_is_clearly_lower(write, tmp_path):
     rng = np.random.default_rng(0)
     rows = [
-        {"condition": model, "task": task, "metric": "m", "item": item, "score": value}
+        {"condition": model, "task": task, "metric": metric, "item": item, "score": value}
         for model, trait in (("plain", 80.0), ("weights1", 20.0), ("ablated", 80.5))
-        for task, mean in (("trait", trait), ("task loss", 3.0))
+        for task, metric, mean in (
+            ("trait", "score", trait),
+            ("task loss", "nats", 3.0),
+            ("choice", "acc", 0.6),
+            ("choice", "acc_norm", 0.7),
+        )
         for item, value in enumerate(mean + rng.normal(size=14))
     ]
     write("prevention/evil", {"trait": "evil"}, measures=rows)
     _, page = answer(tmp_path)
     assert "interval and corrected p:\nweights1." in page
+    assert "| model | trait | task loss | choice: acc | choice: acc_norm |" in page
     assert "| weights1 | 20 (" in page
 
 

@@ -106,8 +106,8 @@ def _draw_matrix(axes: Axes, kind: str, found: Sequence[Prediction]) -> None:
             fontsize=8.5,
             color="white" if abs(values[line, column]) > 0.65 else INK,
         )
-    axes.set_xticks(range(len(directions)), [short(title_of(d))[:12] for d in directions])
-    axes.set_yticks(range(len(judged)), [short(title_of(j))[:12] for j in judged])
+    axes.set_xticks(range(len(directions)), [short(title_of(d)) for d in directions])
+    axes.set_yticks(range(len(judged)), [short(title_of(j)) for j in judged])
     axes.tick_params(length=0, labelcolor=INK, labelsize=8)
     for side in axes.spines.values():
         side.set_visible(False)
