@@ -15,7 +15,8 @@ asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done
 if asked 1 3 5; then
     bash scripts/eval_lora_steering.sh
     for trait in $traits; do bash scripts/generate_vec.sh "$trait"; done
-    bash scripts/compare_steering.sh $traits
+    bash scripts/compare_steering.sh evil
+    COEFFICIENTS="1 -1" bash scripts/compare_steering.sh ${traits#evil }
     bash scripts/train_style_traits.sh
     layer=${LAYER:-$(python -c 'import json; print(json.load(open("results/layers/evil/grid.json"))["best_layer"])')}
     persona-lora compare --trait evil --diff checkpoints/evil/diff --layers "$layer" \
@@ -26,7 +27,7 @@ fi
 # 2. Do weight projections predict what a finetune does? And can it be prevented?
 if asked 2; then
     bash scripts/predict_finetuning.sh
-    bash scripts/train_with_prevention.sh evil
+    TASKS="choice" bash scripts/train_with_prevention.sh evil
 fi
 # 4. Can several persona LoRAs be combined?
 if asked 4; then
