@@ -8,7 +8,7 @@ bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 questions=" ${*:-1 2 3 4 5} "
 traits="evil sycophancy hallucination corrigibility"
-style="self_other_focus formality intimacy narrative_mode emotional_tone"
+style="formality emotional_tone"
 asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done; return 1; }
 
 # 1. The same traits as activation vectors?  3. Is weight steering faster?  5. More interpretable?
