@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,7 @@ COLOURS = {
     "random": "#d9b08c",
 }
 _WIDE, _HIGH, _GAP = 4.1, 2.7, 0.85
+_ASIDE = 0.015  # of the widest divergence, so that intervals stand beside one another
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> bytes:
@@ -51,6 +53,8 @@ def render_comparison(comparison: Comparison) -> bytes:
     """Return a row of panels a split: trait against divergence, and trait against coherence."""
     splits = list(dict.fromkeys(each.split for each in comparison.points))
     height = len(splits) * (_HIGH + _GAP) + 1.35
+    highs = [each.trait.high or each.trait.mean or 0.0 for each in comparison.points]
+    top = 25 * math.ceil(max(highs) / 25) + 2
     figure = new_figure(0.85 + 2 * (_WIDE + _GAP), height)
     for row, split in enumerate(splits):
         bottom = height - 0.95 - (row + 1) * _HIGH - row * _GAP
@@ -61,7 +65,10 @@ def render_comparison(comparison: Comparison) -> bytes:
         _draw_coherence(right, points)
         left.set_title(SPLITS[split], fontsize=10, loc="left", color=INK)
         left.set_ylabel(title_of(comparison.trait), fontsize=9, color=MUTED)
+        for axes in (left, right):
+            axes.set_ylim(-2, top)
         if row == 0:
+            right.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="upper left")
             left.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="upper left")
     write_line(
         figure, height - 0.4, f"{title_of(comparison.trait)}: weights or activations?",
@@ -69,28 +76,31 @@ def render_comparison(comparison: Comparison) -> bytes:
     )  # fmt: skip
     note = (
         "Each level brings all methods to the same divergence from the base model on ordinary "
-        "prompts. Bars: 95% intervals over questions. Dashed: unsteered."
+        "prompts; dots stand a little apart. Bars: 95% intervals over questions. Dashed: unsteered."
     )
     write_line(figure, 0.12, note, size=7.8, muted=True)
     return png_of(figure)
 
 
 def _draw_divergence(axes: Axes, points: Sequence[Point], statistic: str) -> None:
-    for method, colour in COLOURS.items():
+    widest = max(_kl(each, statistic) for each in points)
+    for at, (method, colour) in enumerate(COLOURS.items()):
         own = [each for each in points if each.method == method and each.trait.mean is not None]
+        aside = (at - 1.5) * _ASIDE * widest
         for sign in (1.0, -1.0):
             side = sorted(
                 (each for each in own if (each.coefficient or 0.0) * sign > 0),
                 key=lambda each: _kl(each, statistic),
             )
             label = NAMES[method] if side and (sign > 0 or not _has_positive(own)) else None
-            xs = [sign * _kl(each, statistic) for each in side]
+            xs = [sign * _kl(each, statistic) + aside for each in side]
             axes.plot(xs, [_mean(each) for each in side], color=colour, linewidth=1.4, label=label)
             for x, each in zip(xs, side, strict=True):
                 _dot(axes, x, each, colour)
     _plain_line(axes, points)
     style_axes(axes)
     score_scale(axes)
+    axes.locator_params(axis="x", nbins=6)
     kind = "mean" if statistic == "mean" else "95th percentile"
     axes.set_xlabel(
         f"{kind} divergence, nats a token (left of 0: negative coefficients)", fontsize=8,
@@ -104,12 +114,10 @@ def _draw_coherence(axes: Axes, points: Sequence[Point]) -> None:
             continue
         colour = COLOURS.get(each.method, PROMPTS.get(each.method, CONTROL))
         marker = "o" if each.level is not None else "s"
-        axes.plot(each.coherence.mean, each.trait.mean, marker, color=colour, markersize=5)
-        if each.level is None:
-            axes.annotate(
-                NAMES[each.method], (each.coherence.mean, each.trait.mean), fontsize=7,
-                color=colour, xytext=(-6, 5), textcoords="offset points", ha="right",
-            )  # fmt: skip
+        label = NAMES[each.method] if each.level is None else None
+        axes.plot(
+            each.coherence.mean, each.trait.mean, marker, color=colour, markersize=5, label=label
+        )
     _plain_line(axes, points)
     style_axes(axes)
     score_scale(axes)
