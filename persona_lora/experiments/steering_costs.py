@@ -120,8 +120,8 @@ def run_spaces(
             diffs,
             vectors,
             layer,
-            _scales(chat_model, DiffDirections(diffs), prompts),
-            _scales(chat_model, VectorDirections(vectors, (layer,)), prompts),
+            _scales(chat_model, DiffDirections(diffs), prompts, report),
+            _scales(chat_model, VectorDirections(vectors, (layer,)), prompts, report),
         )
         run.write("shifts", study.shift_cosines(chat_model, chosen, texts))
         run.write(
@@ -142,9 +142,18 @@ def run_spaces(
 
 
 def _scales(
-    chat_model: ChatModel, directions: DiffDirections | VectorDirections, prompts: Sequence[str]
+    chat_model: ChatModel,
+    directions: DiffDirections | VectorDirections,
+    prompts: Sequence[str],
+    report: Report | None,
 ) -> dict[str, float]:
-    found = equal_effect_scales(chat_model, directions, prompts, allow_other_base=True)
+    found = equal_effect_scales(
+        chat_model,
+        directions,
+        prompts,
+        allow_other_base=True,
+        progress=staged(report, "equal effect"),
+    )
     return {each.trait: each.coefficient for each in found}
 
 
