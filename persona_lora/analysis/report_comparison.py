@@ -13,6 +13,11 @@ from persona_lora.core.runs import Run
 
 EXAMPLES = 4
 ACTIVATION = "activation"
+PLACES = {
+    "eval": "On held-out questions",
+    "ood": "Out of distribution",
+    "extract": "On the extraction set",
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,11 @@ def verdict_lines(comparison: Comparison) -> tuple[str, ...]:
 
 def _verdict(lora: Overall, activation: Overall, split: str) -> str:
     gap = activation.difference
+    where = PLACES[split]
     if gap is None or gap.mean is None:
-        return f"On {SPLITS[split]} nothing could be paired."
-    clear = _excludes_zero(gap)
+        return f"{where} nothing could be paired."
+    p = activation.p_holm
+    clear = _excludes_zero(gap) and p is not None and p < wording.CLEAR
     winner = "weights" if gap.mean > 0 else "activations"
     said = (
         f"{winner} steered further" if clear else "neither steered clearly further than the other"
@@ -71,7 +78,7 @@ def _verdict(lora: Overall, activation: Overall, split: str) -> str:
         else (f"; coherence with weights is {wording.interval(activation.coherence)} higher")
     )
     return (
-        f"On {SPLITS[split]}, at equal divergence, {said}: weights moved the trait by "
+        f"{where}, at equal divergence, {said}: weights moved the trait by "
         f"{wording.interval(lora.effect)} points, activations by "
         f"{wording.interval(activation.effect)}, a paired difference of {wording.interval(gap)} "
         f"(p {wording.p_value(activation.p_holm)}, Holm){lost}."
