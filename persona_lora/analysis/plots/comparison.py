@@ -68,8 +68,8 @@ def render_comparison(comparison: Comparison) -> bytes:
         for axes in (left, right):
             axes.set_ylim(-2, top)
         if row == 0:
-            right.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="upper left")
-            left.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="upper left")
+            right.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="best")
+            left.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="best")
     write_line(
         figure, height - 0.4, f"{title_of(comparison.trait)}: weights or activations?",
         size=14, bold=True,
