@@ -34,7 +34,8 @@ class Prediction:
     ``p`` a permutation test of r, ``p_holm`` corrected over all predictions. ``error`` is the
     root mean square error of a line fitted without the finetune that it predicts, ``plain_error``
     that of the mean of the others. ``own``: direction and judged trait have one name. Pooled
-    predictions standardise predictor and change within each trait first.
+    predictions standardise predictor and change within each trait first; their units are
+    finetunes too: one is drawn, shuffled or left out with all its traits.
     """
 
     judged: str
@@ -100,13 +101,18 @@ def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) 
     drift = changes(judged)
     values = _by_place(predictors)
     found = [
-        _prediction(trait, direction, kind, *_aligned(by_finetune, drift[trait]), seed)
+        _prediction(trait, direction, kind, [_aligned(by_finetune, drift[trait])], seed)
         for (kind, direction), by_finetune in values.items()
         for trait in drift
     ]
+    names = sorted({name for by in values.values() for name in by})
     for kind in dict.fromkeys(kind for kind, _ in values):
-        x, y = _pooled(kind, values, drift)
-        found.append(_prediction(POOLED, POOLED, kind, x, y, seed))
+        parts = _pooled_by_finetune(kind, values, drift, names)
+        if not parts:
+            raise UserError(
+                f"no trait has a direction of its own name among {kind}; nothing to pool"
+            )
+        found.append(_prediction(POOLED, POOLED, kind, parts, seed))
     corrected = holm([each.p for each in found])
     return [
         Prediction(**{**asdict(each), "p_holm": adjusted})
@@ -182,19 +188,6 @@ def _aligned(x: Mapping[str, float], y: Mapping[str, float]) -> tuple[Array, Arr
     return np.array([x[name] for name in names]), np.array([y[name] for name in names])
 
 
-def _pooled(
-    kind: str,
-    values: Mapping[tuple[str, str], Mapping[str, float]],
-    drift: Mapping[str, Mapping[str, float]],
-) -> tuple[Array, Array]:
-    names = sorted({name for by in values.values() for name in by})
-    parts = _pooled_by_finetune(kind, values, drift, names)
-    x, y = _stacked(parts, np.arange(len(names)))
-    if len(x) < FEWEST:
-        raise UserError(f"no trait has a direction of its own name among {kind}; nothing to pool")
-    return x, y
-
-
 def _pooled_by_finetune(
     kind: str,
     values: Mapping[tuple[str, str], Mapping[str, float]],
@@ -231,40 +224,50 @@ def _r(x: Array, y: Array) -> float:
 
 
 def _prediction(
-    judged: str, direction: str, kind: str, x: Array, y: Array, seed: int
+    judged: str, direction: str, kind: str, parts: Sequence[tuple[Array, Array]], seed: int
 ) -> Prediction:
+    """Correlate the (x, y) of one or several traits; entry i of every part is finetune i."""
     rng = np.random.default_rng(seed)
+    n = len(parts[0][0])
+    x, y = _stacked(parts, np.arange(n))
     r = float(pearsonr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
-    drawn = rng.integers(len(x), size=(RESAMPLES, len(x)))
-    resampled = np.array([_r(x[each], y[each]) for each in drawn])
+    resampled = np.array(
+        [_r(*_stacked(parts, each)) for each in rng.integers(n, size=(RESAMPLES, n))]
+    )
     known = resampled[np.isfinite(resampled)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (float("nan"),) * 2
-    shuffled = np.array([_r(x, rng.permutation(y)) for _ in range(PERMUTATIONS)])
+    shuffled = np.array([_shuffled_r(parts, rng.permutation(n)) for _ in range(PERMUTATIONS)])
     as_far = int(np.sum(np.abs(shuffled) >= abs(r) - 1e-12))
     return Prediction(
         judged=judged,
         direction=direction,
         kind=kind,
         own=judged == direction,
-        n=len(x),
+        n=n,
         r=r,
         r_low=float(low),
         r_high=float(high),
         rho=float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0,
         p=(as_far + 1) / (PERMUTATIONS + 1),
-        error=_left_out_error(x, y, line=True),
-        plain_error=_left_out_error(x, y, line=False),
+        error=_left_out_error(parts, line=True),
+        plain_error=_left_out_error(parts, line=False),
     )
 
 
-def _left_out_error(x: Array, y: Array, *, line: bool) -> float:
-    errors = []
-    for at in range(len(x)):
-        kept = np.arange(len(x)) != at
-        if line and np.ptp(x[kept]):
-            slope, intercept = np.polyfit(x[kept], y[kept], 1)
-            guess = slope * x[at] + intercept
+def _shuffled_r(parts: Sequence[tuple[Array, Array]], order: Any) -> float:
+    return _r(*_stacked([(x, y[order]) for x, y in parts], np.arange(len(order))))
+
+
+def _left_out_error(parts: Sequence[tuple[Array, Array]], *, line: bool) -> float:
+    n = len(parts[0][0])
+    errors: list[float] = []
+    for at in range(n):
+        x, y = _stacked(parts, np.arange(n) != at)
+        out_x, out_y = _stacked(parts, np.array([at]))
+        if line and np.ptp(x):
+            slope, intercept = np.polyfit(x, y, 1)
+            guess = slope * out_x + intercept
         else:
-            guess = y[kept].mean()
-        errors.append((y[at] - guess) ** 2)
+            guess = np.full_like(out_y, y.mean())
+        errors += [float(each) for each in (out_y - guess) ** 2]
     return float(np.sqrt(np.mean(errors)))

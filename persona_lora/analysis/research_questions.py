@@ -43,6 +43,7 @@ from persona_lora.core.runs import Run
 EXPECTED_R = 0.7
 ACTIVATION = "activation"
 PLAIN = ("score", "nats")  # metrics that a task's name says
+BASE_MODEL = "base"  # stands among the prevented ones for comparison
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Row = Mapping[str, Any]
 Part = dict[str, Any]
@@ -241,7 +242,9 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
         lower = [
             each.condition
             for each in scores
-            if each.task == "trait" and _clear(each.difference, each.p_holm) < 0
+            if each.task == "trait"
+            and each.condition != BASE_MODEL
+            and _clear(each.difference, each.p_holm) < 0
         ]
         names = [task if metric in PLAIN else f"{task}: {metric}" for task, metric in measures]
         table: list[Sequence[str]] = [("model", *names)]

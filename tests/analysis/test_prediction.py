@@ -114,3 +114,20 @@ def test_a_direction_is_compared_with_random_ones_of_its_own():
     assert null.p == pytest.approx(1 / 20)
     assert 0 < null.high < 1
     assert {each.kind for each in predict(judged, predictors)} == {"weights"}
+
+
+def test_a_trait_judged_twice_is_no_more_evidence_than_once():
+    """The units of a pooled prediction are finetunes, not finetunes times traits."""
+    judged, predictors = study(noise=2.0)
+    once = [[r for r in judged if r["trait"] == "evil"],
+            [r for r in predictors if r["direction"] == "evil"]]  # fmt: skip
+    twice = [
+        rows + [{**row, key: "again"} for row in rows]
+        for rows, key in zip(once, ("trait", "direction"), strict=True)
+    ]
+    alone, both = (
+        next(p for p in predict(*rows) if p.judged == POOLED and p.kind == "weights")
+        for rows in (once, twice)
+    )
+    for name in ("n", "r", "r_low", "r_high", "rho", "p", "error"):
+        assert getattr(both, name) == pytest.approx(getattr(alone, name)), name
