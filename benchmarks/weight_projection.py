@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.experiments.weight_projection import load_diffs
 from persona_lora.models.weight_files import StoredWeights
 from persona_lora.projections.weights import project_adapter, project_weights
 
@@ -85,7 +86,7 @@ def write_models(folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
 
 
 def streamed(folder: Path) -> list[float]:
-    diffs = {f"d{n}": LoRADiff.load(folder / f"direction{n}") for n in range(DIRECTIONS)}
+    diffs = load_diffs([folder / f"direction{n}" for n in range(DIRECTIONS)])
     original, finetuned = (StoredWeights(folder / name) for name in ("original", "finetuned"))
     return [each.inner for each in project_weights(original, finetuned, diffs).total.values()]
 

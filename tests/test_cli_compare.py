@@ -67,6 +67,23 @@ def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monke
     before = (folder / "spaces" / "linearity.jsonl").stat().st_mtime_ns
     assert run(*words, *more)[0] == 0  # goes on where it stopped: nothing is left to do
     assert (folder / "spaces" / "linearity.jsonl").stat().st_mtime_ns == before
+    kept = (folder / "latency" / "timings.jsonl").read_text().splitlines(keepends=True)
+    (folder / "latency" / "timings.jsonl").write_text("".join(kept[:13]) + kept[13][:20])  # a kill
+    (folder / "spaces" / "linearity.jsonl").unlink()
+    assert run(*words, *more)[0] == 0
+    again = (folder / "latency" / "timings.jsonl").read_text().splitlines(keepends=True)
+    assert again[:10] == kept[:10]  # the first round is kept, the second measured again
+    assert len(again) == len(kept)
+    assert again[10:13] != kept[10:13]
+    assert (folder / "spaces" / "linearity.jsonl").is_file()
+
+
+def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "judge_factory", lambda *_: LetterJudge)
+    status, _, error = run(*words, "--spaces", "sycophancy")
+    assert status == 0, error
+    (agreed,) = (tmp_path / "results/compare/evil/spaces/agreement.jsonl").read_text().splitlines()
+    assert json.loads(agreed) == {"rho": None, "p": None, "n": 1}
 
 
 @pytest.mark.parametrize(

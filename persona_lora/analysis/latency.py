@@ -10,6 +10,7 @@ import numpy as np
 from persona_lora.analysis.resampling import Interval, bootstrap_mean
 
 BASE, MERGED, LIVE, ACTIVATIONS, PROMPT = "base", "merged", "live", "activations", "prompt"
+VARIANTS = (BASE, MERGED, LIVE, ACTIVATIONS, PROMPT)
 FIRST_TOKEN, TOKENS = "first token", "tokens a second"
 
 

@@ -101,7 +101,7 @@ def spaces_content(run: Run, options: ReportOptions) -> Content:
         f"of {wording.number(float(np.mean(own)), 2)} with the trait's own vector (mean over "
         f"{len(own)} traits), and of {wording.number(float(np.mean(others)), 2)} with the others'. "
         f"Over {agreed['n']} pairs of traits the cosines of both spaces have a Spearman's ρ of "
-        f"{wording.number(agreed['rho'], 2)}."
+        f"{wording.number(agreed['rho'], 2)} (p {wording.p_equals(agreed['p'])})."
     )
     linear = tuple(
         (row["method"], row["trait"], row["other"], wording.number(row["residual"], 3))
@@ -121,7 +121,7 @@ def spaces_content(run: Run, options: ReportOptions) -> Content:
         ),
         "All directions are at equal effect. Residual: ‖s₁₂ − s₁ − s₂‖ / ‖s₁ + s₂‖ of the last "
         "layer's mean shift; a trait with itself has twice the coefficient. Vectors act at all "
-        "positions here. Spearman's ρ over pairs of few traits has no honest interval: pairs share "
-        "traits.",
+        "positions here. Pairs share traits: the p-value of ρ permutes the traits of one space "
+        "(Mantel).",
     )
     return Content("report_tables.html.j2", "Weights and activations: two spaces", line, body)

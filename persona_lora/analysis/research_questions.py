@@ -417,6 +417,7 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
         "n": len(own),
         "pairs": agreed["n"],
         "rho": number(agreed["rho"], 2),
+        "rho_p": p_equals(agreed["p"]),
         "rows": rows,
         "picture": figures.show("spaces", png, "Weight space and activation space"),
     }

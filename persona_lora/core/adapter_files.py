@@ -11,14 +11,15 @@ import logging
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_lora.core.errors import UserError
@@ -48,15 +49,39 @@ _REFUSED = {
 class AdapterFile:
     """What a file held: scaled factors ``(A [rank, in], B [out, rank])`` by module; its origin."""
 
-    factors: dict[str, tuple[Tensor, Tensor]]
+    factors: Mapping[str, tuple[Tensor, Tensor]]
     base_model_name: str
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def read_factors(path: Path) -> AdapterFile:
-    """Read the low-rank factors at ``path``, with the LoRA scaling folded into B, in fp32."""
+@dataclass(frozen=True)
+class FactorsOnDisk(Mapping[str, tuple[Tensor, Tensor]]):
+    """The scaled factors of a PEFT adapter, read from its file each time a module is asked for."""
+
+    file: Path
+    keys_of: Mapping[str, tuple[str, str]]  # of A and B, by module
+    config: Mapping[str, Any]
+
+    def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
+        keys = self.keys_of[module]
+        with _opened(self.file) as stream:  # a mapping that stays open would count as memory
+            A, B = (stream.get_tensor(key).float() for key in keys)
+        return A, B * scaling_of(self.config, module, A.shape[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+
+def read_factors(path: Path, *, on_disk: bool = False) -> AdapterFile:
+    """Read the low-rank factors at ``path``, with the LoRA scaling folded into B, in fp32.
+
+    With ``on_disk`` those of a PEFT folder stay there until a module is asked for.
+    """
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, on_disk=on_disk)
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a PEFT adapter folder or a diff file")
     if path.suffix == ".safetensors":
@@ -121,15 +146,16 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _read_folder(folder: Path, weights: Path | None = None) -> AdapterFile:
+def _read_folder(
+    folder: Path, weights: Path | None = None, *, on_disk: bool = False
+) -> AdapterFile:
     config = adapter_config(folder)
     weights = weights or folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}; the training run did not finish")
-    pairs = _paired(_load_safetensors(weights), weights)
-    factors = {
-        module: (A, B * scaling_of(config, module, A.shape[0])) for module, (A, B) in pairs.items()
-    }
+    with _opened(weights) as stream:
+        stored = FactorsOnDisk(weights, _paired_keys(stream.keys(), weights), config)
+    factors = stored if on_disk else dict(stored)
     provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     if provenance.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise UserError(f"{folder / PROVENANCE} is of a newer format; upgrade persona_lora")
@@ -153,7 +179,11 @@ def _read_bare(tensors: Mapping[str, Tensor], path: Path) -> AdapterFile:
     """Read factors, or dense deltas, from a file without an adapter configuration."""
     if any(_FACTOR_KEY.match(key) for key in tensors):
         logger.warning("%s has no adapter_config.json: its scaling is taken as folded in", path)
-        return AdapterFile(_paired(tensors, path), "")
+        keys = _paired_keys(tensors, path)
+        pairs = {
+            module: (tensors[a].float(), tensors[b].float()) for module, (a, b) in keys.items()
+        }
+        return AdapterFile(pairs, "")
     factors = {}
     for key, delta in tensors.items():
         if delta.ndim != 2:
@@ -171,15 +201,16 @@ def _factorised(delta: Tensor) -> tuple[Tensor, Tensor]:
     return right[:rank].float(), (left[:, :rank] * values[:rank]).float()
 
 
-def _paired(tensors: Mapping[str, Tensor], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+def _paired_keys(keys: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
+    """Return the keys of A and B by canonical module name; UserError for any other key."""
+    sides: dict[str, dict[str, str]] = {}
+    for key in keys:
         if "lora_embedding_" in key or "embed_tokens" in key:
             raise UserError(f"{path}: {key} is a LoRA on embeddings; train linear modules only")
         found = _FACTOR_KEY.match(key)
         if found is None:
             raise UserError(f"{path}: {key} is not a plain LoRA factor; expected lora_A and lora_B")
-        sides.setdefault(_canonical(found["module"]), {})[found["side"]] = tensor.float()
+        sides.setdefault(_canonical(found["module"]), {})[found["side"]] = key
     for module, pair in sides.items():
         if pair.keys() != {"A", "B"}:
             raise UserError(f"{path}: {module} has only one of lora_A and lora_B; it is incomplete")
@@ -193,14 +224,21 @@ def _canonical(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as stream:
+            yield stream
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is not a readable safetensors file ({error}); it may be truncated, fetch or "
             "train it again"
         ) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    with _opened(path) as stream:
+        return {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
 
 
 def _load_torch(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from persona_lora.core.adapter_files import read_factors, write_adapter
+from persona_lora.core.adapter_files import FactorsOnDisk, read_factors, write_adapter
 from persona_lora.core.errors import UserError
 
 
@@ -134,13 +134,15 @@ class LoRADiff:
         return plus - minus
 
     @classmethod
-    def load(cls, path: str | Path) -> LoRADiff:
+    def load(cls, path: str | Path, *, on_disk: bool = False) -> LoRADiff:
         """Load a diff from a diff folder, a PEFT adapter, a ``.safetensors`` or a ``.pt`` file.
 
-        A ``.pt`` file is read with ``weights_only=True``. Raises UserError, naming the file, for
-        what is missing, truncated, not finite or not a plain low-rank change.
+        A ``.pt`` file is read with ``weights_only=True``. With ``on_disk`` the factors of a folder
+        are read a module at a time, each time they are asked for, and never held. Raises
+        UserError, naming the file, for what is missing, truncated, not finite or not a plain
+        low-rank change.
         """
-        read = read_factors(Path(path))
+        read = read_factors(Path(path), on_disk=on_disk)
         provenance = read.provenance
         try:
             return cls(
@@ -345,7 +347,25 @@ def layer_number(module: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _to_factors(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, LoRAFactors]:
+@dataclass(frozen=True)
+class _Lazy(Mapping[str, LoRAFactors]):
+    """Factors that are read from their file whenever they are asked for."""
+
+    tensors: FactorsOnDisk
+
+    def __getitem__(self, module: str) -> LoRAFactors:
+        return LoRAFactors(*self.tensors[module])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _to_factors(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, LoRAFactors]:
+    if isinstance(tensors, FactorsOnDisk):
+        return _Lazy(tensors)
     return {module: LoRAFactors(A, B) for module, (A, B) in tensors.items()}
 
 

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
-import torch
 
-from persona_lora.analysis.latency import ACTIVATIONS, BASE, LIVE, MERGED, PROMPT, Timing
-from persona_lora.core.chat import user_question
+from persona_lora.analysis.latency import ACTIVATIONS, LIVE, MERGED, PROMPT, VARIANTS, Timing
 from persona_lora.core.errors import UserError
 from persona_lora.experiments.equal_divergence import Methods
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.timing import timed_generation, wait_for_device
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRAMerger
@@ -35,32 +34,34 @@ def measure_latency(
     batches: Sequence[int] = (1, 8, 32),
     new_tokens: int = 32,
     rounds: int = 5,
+    first: int = 1,
     progress: Progress | None = None,
-) -> list[Timing]:
-    """Time every variant at every batch size, ``rounds`` times in turn, after one unmeasured round.
+) -> Iterator[list[Timing]]:
+    """Time every variant at every batch size in turn; yield each round's timings as it ends.
 
-    ``coefficients`` are those of "lora" and "activation". The prompts are repeated to fill a batch.
+    Rounds ``first`` to ``rounds`` are measured, after one that is not. ``coefficients`` are those
+    of "lora" and "activation". The prompts are repeated to fill a batch.
     """
     if not prompts or not batches or min(batches) < 1 or rounds < 2 or new_tokens < 2:
         raise UserError("latency needs prompts, batches of at least 1, two rounds and two tokens")
-    variants = [BASE, MERGED, LIVE, ACTIVATIONS, PROMPT]
-    found = []
-    total = (rounds + 1) * len(batches) * len(variants)
+    numbers = [0, *range(first, rounds + 1)]
+    total = len(numbers) * len(batches) * len(VARIANTS)
     done = 0
-    for number in range(rounds + 1):
+    for number in numbers:
+        found = []
         for batch in batches:
             # A new order each round: what runs after what is not always the same.
-            for variant in np.random.default_rng([number, batch]).permutation(variants).tolist():
+            for variant in np.random.default_rng([number, batch]).permutation(VARIANTS).tolist():
                 asked = [prompts[at % len(prompts)] for at in range(batch)]
                 system = system_prompt if variant == PROMPT else None
                 with _steered(chat_model, methods, coefficients, variant):
-                    timing = _timed(chat_model, asked, system, new_tokens)
-                if number > 0:
-                    found.append(Timing(variant, batch, number, *timing))
+                    timing = timed_generation(chat_model, asked, new_tokens, system=system)
+                found.append(Timing(variant, batch, number, *timing))
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    return found
+        if number > 0:
+            yield found
 
 
 def swap_seconds(chat_model: ChatModel, methods: Methods, *, rounds: int = 5) -> dict[str, float]:
@@ -95,10 +96,10 @@ def held_bytes(methods: Methods, chat_model: ChatModel) -> dict[str, int]:
 
 @contextmanager
 def _timing(times: list[float]) -> Iterator[None]:
-    _wait()
+    wait_for_device()
     start = time.perf_counter()
     yield
-    _wait()
+    wait_for_device()
     times.append(time.perf_counter() - start)
 
 
@@ -122,37 +123,3 @@ def _steered(
                 )
             )
         yield
-
-
-@torch.inference_mode()
-def _timed(
-    chat_model: ChatModel, prompts: Sequence[str], system: str | None, new_tokens: int
-) -> tuple[float, float]:
-    """Return the seconds to the first token, and the tokens a second of those after it."""
-    texts = [chat_model.render(user_question(prompt, system)) for prompt in prompts]
-    tokenizer = chat_model.tokenizer
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    batch = tokenizer.pad(
-        {"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt"
-    ).to(chat_model.model.device)
-
-    def generate(tokens: int) -> float:
-        times: list[float] = []
-        with _timing(times):
-            chat_model.model.generate(
-                **batch,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        return times[0]
-
-    first = generate(1)
-    whole = generate(new_tokens)
-    return first, len(prompts) * (new_tokens - 1) / max(whole - first, 1e-9)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.methods import Steerer, Together
 
 RESPONSE = "response_avg"
+EXACT_TRAITS = 7
+DRAWN_ORDERS = 5000
+TIES = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,7 @@ def shift_cosines(
 
 
 def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
-    """Return a row a module: layer, kind, norm, top share of ‖·‖², and effective rank.
+    """Return layer, kind, norm, top share of ‖·‖² and effective rank of every module changed.
 
     The effective rank is exp of the entropy of the shares σᵢ² / Σσ² (Roy and Vetterli 2007).
     """
@@ -91,16 +94,17 @@ def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
         core = torch.linalg.qr(factors.B.double()).R @ torch.linalg.qr(factors.A.double().T).R.T
         squares = torch.linalg.svdvals(core).square()
         total = float(squares.sum())
-        shares = (squares / total)[squares > 0] if total else squares
-        entropy = -float((shares * shares.log()).sum())
+        if total == 0:
+            continue
+        shares = (squares / total)[squares > 0]
         rows.append(
             {
                 "module": name,
                 "layer": layer_number(name),
                 "kind": name.rsplit(".", 1)[-1],
                 "norm": math.sqrt(total),
-                "top_share": float(shares.max()) if total else math.nan,
-                "effective_rank": math.exp(entropy) if total else 0.0,
+                "top_share": float(shares.max()),
+                "effective_rank": math.exp(-float((shares * shares.log()).sum())),
                 "rank": factors.rank,
             }
         )
@@ -120,12 +124,37 @@ def trait_cosines(spaces: Spaces) -> list[dict[str, Any]]:
     ]
 
 
-def agreement(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return Spearman's ρ between the cosines of pairs in both spaces; NaN below three pairs."""
-    if len(rows) < 3:
-        return math.nan
-    found = spearmanr([row["weights"] for row in rows], [row["activations"] for row in rows])
-    return float(found.statistic)
+def agreement(
+    rows: Sequence[Mapping[str, Any]], *, seed: int = 0
+) -> tuple[float, float] | tuple[None, None]:
+    """Return Spearman's ρ between the cosines of pairs in both spaces, and its p-value.
+
+    Pairs share traits, so that the p-value permutes the traits of one space (Mantel 1967),
+    two-sided: over all orders of up to seven traits, over 5000 random ones of more. None, None
+    below three traits.
+    """
+    traits = sorted({row[end] for row in rows for end in ("trait", "other")})
+    if len(traits) < 3:
+        return None, None
+    place = {trait: at for at, trait in enumerate(traits)}
+    matrices = np.zeros((2, len(traits), len(traits)))
+    for row in rows:
+        one, other = place[row["trait"]], place[row["other"]]
+        matrices[:, one, other] = matrices[:, other, one] = row["weights"], row["activations"]
+    upper = np.triu_indices(len(traits), 1)
+
+    def rho(order: Sequence[int]) -> float:
+        moved = matrices[1][np.ix_(order, order)]
+        return float(spearmanr(matrices[0][upper], moved[upper]).statistic)
+
+    found = rho(range(len(traits)))
+    if len(traits) <= EXACT_TRAITS:
+        orders = list(permutations(range(len(traits))))  # the true order is one of them
+        return found, float(np.mean([abs(rho(order)) >= abs(found) - TIES for order in orders]))
+    generator = np.random.default_rng(seed)
+    drawn = [generator.permutation(len(traits)).tolist() for _ in range(DRAWN_ORDERS)]
+    as_far = sum(abs(rho(order)) >= abs(found) - TIES for order in drawn)
+    return found, (1 + as_far) / (1 + len(drawn))
 
 
 def linearity(

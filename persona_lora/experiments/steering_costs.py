@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from persona_lora.analysis.latency import VARIANTS
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
@@ -41,7 +43,7 @@ def run_latency(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
-    """Time all ways of steering at the highest level into the run ``output``; kept if it is there.
+    """Time all ways of steering at the highest level into the run ``output``; it keeps its rounds.
 
     Writes ``timings.jsonl`` and ``costs.jsonl`` (seconds of a swap, bytes beside the model).
     """
@@ -62,8 +64,12 @@ def run_latency(
         overwrite=overwrite,
     )
     with run:
-        if not run.read("timings"):
-            timings = measure_latency(
+        rows = run.resume_rows("timings")
+        per_round = len(VARIANTS) * len(batches)
+        kept = len(rows) // per_round
+        run.write("timings", rows[: kept * per_round])  # without a round that a kill cut short
+        if kept < rounds:
+            for found in measure_latency(
                 chat_model,
                 methods,
                 coefficients,
@@ -72,9 +78,11 @@ def run_latency(
                 batches=batches,
                 new_tokens=new_tokens,
                 rounds=rounds,
+                first=kept + 1,
                 progress=staged(report, "timing"),
-            )
-            run.write("timings", [dataclasses.asdict(each) for each in timings])
+            ):
+                run.append("timings", [dataclasses.asdict(each) for each in found])
+        if not run.read("costs"):
             seconds = swap_seconds(chat_model, methods)
             held = held_bytes(methods, chat_model)
             rows = [{"what": name, "unit": "s", "value": value} for name, value in seconds.items()]
@@ -94,10 +102,10 @@ def run_spaces(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
-    """Compare the two spaces over several traits into the run ``output``; kept if it is there.
+    """Compare the two spaces over several traits into the run ``output``; parts there are kept.
 
-    All directions are brought to equal effect first. Writes ``shifts``, ``spectra``, ``cosines``,
-    ``interference``, ``linearity`` and ``agreement``.
+    All directions are brought to equal effect first. Writes ``scales_*``, ``shifts``, ``spectra``,
+    ``cosines``, ``agreement``, ``interference`` and ``linearity``.
     """
     run = Run.open(
         output,
@@ -111,50 +119,55 @@ def run_spaces(
         seed=0,
         overwrite=overwrite,
     )
+    prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
+
+    def kept(name: str, make: Callable[[], Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        if not run.read(name):
+            run.write(name, make())
+        return run.read(name)
+
+    def scales(directions: DiffDirections | VectorDirections) -> dict[str, float]:
+        progress = staged(report, "equal effect")
+        name = f"scales_{directions.record()['kind']}"
+        rows = kept(
+            name,
+            lambda: map(
+                dataclasses.asdict,
+                equal_effect_scales(
+                    chat_model, directions, prompts, allow_other_base=True, progress=progress
+                ),
+            ),
+        )
+        return {row["trait"]: row["coefficient"] for row in rows}
+
     with run:
-        if run.read("linearity"):
-            return run
-        prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
         texts = ordinary_texts(chat_model, prompts)
         chosen = study.Spaces(
             diffs,
             vectors,
             layer,
-            _scales(chat_model, DiffDirections(diffs), prompts, report),
-            _scales(chat_model, VectorDirections(vectors, (layer,)), prompts, report),
+            scales(DiffDirections(diffs)),
+            scales(VectorDirections(vectors, (layer,))),
         )
-        run.write("shifts", study.shift_cosines(chat_model, chosen, texts))
-        run.write(
+        kept("shifts", lambda: study.shift_cosines(chat_model, chosen, texts))
+        kept(
             "spectra",
-            [
+            lambda: (
                 {"trait": name, **row}
                 for name in chosen.traits
                 for row in study.spectra(diffs[name])
-            ],
+            ),
         )
-        cosines = study.trait_cosines(chosen)
-        run.write("cosines", cosines)
-        run.write("agreement", [{"rho": study.agreement(cosines), "n": len(cosines)}])
-        run.write("interference", study.interference(chat_model, chosen, texts))
+        cosines = kept("cosines", lambda: study.trait_cosines(chosen))
+        rho, p = study.agreement(cosines)
+        kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
+        kept("interference", lambda: study.interference(chat_model, chosen, texts))
         progress = staged(report, "linearity")
-        run.write("linearity", study.linearity(chat_model, chosen, texts, progress=progress))
+        kept(
+            "linearity",
+            lambda: study.linearity(chat_model, chosen, texts, progress=progress),
+        )
     return run
-
-
-def _scales(
-    chat_model: ChatModel,
-    directions: DiffDirections | VectorDirections,
-    prompts: Sequence[str],
-    report: Report | None,
-) -> dict[str, float]:
-    found = equal_effect_scales(
-        chat_model,
-        directions,
-        prompts,
-        allow_other_base=True,
-        progress=staged(report, "equal effect"),
-    )
-    return {each.trait: each.coefficient for each in found}
 
 
 def trait_directions(

@@ -49,8 +49,11 @@ def expand(names: Sequence[str]) -> list[Finetuned]:
 
 
 def load_diffs(paths: Sequence[Path | str]) -> dict[str, LoRADiff]:
-    """Load diffs by a name each: the trait, or the path where two are of one trait."""
-    loaded = [(str(path), LoRADiff.load(path)) for path in paths]
+    """Open diffs by a name each: the trait, or the path where two are of one trait.
+
+    Their factors stay on the disk: the memory of a projection is that of one module.
+    """
+    loaded = [(str(path), LoRADiff.load(path, on_disk=True)) for path in paths]
     traits = [diff.trait for _, diff in loaded]
     return {
         path if diff.trait is None or traits.count(diff.trait) > 1 else diff.trait: diff

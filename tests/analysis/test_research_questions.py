@@ -163,7 +163,7 @@ def test_spaces_say_whether_vectors_tell_the_traits(write, tmp_path, own, said):
             {"trait": one, "other": other, "weights": 0.1, "activations": 0.2}
             for one, other in pairs if one < other
         ],
-        agreement=[{"rho": 0.5, "n": 3}],
+        agreement=[{"rho": 0.5, "p": 0.04, "n": 3}],
         interference=[
             {"method": m, "steered": one, "read": other, "value": 1.0 if one == other else 0.25}
             for m, one, other in both

@@ -20,6 +20,7 @@ from persona_lora.core.lora_diff import (
     layer_number,
     mix,
 )
+from persona_lora.models.structure import linear_modules
 
 
 def dense(diff: LoRADiff) -> dict[str, torch.Tensor]:
@@ -242,6 +243,23 @@ def test_adapters_of_different_bases_are_refused(model, make_adapter, tmp_path):
         )
     with pytest.raises(UserError, match="same base model"):
         LoRADiff.from_adapters(*folders)
+
+
+def test_factors_left_on_the_disk_are_the_same(model, make_diff, tmp_path):
+    folder = make_diff(model, scale=0.3).save(tmp_path / "diff")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {next(iter(linear_modules(model))): 7}  # a scaling of its own
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    held, left = LoRADiff.load(folder), LoRADiff.load(folder, on_disk=True)
+    assert list(left.factors) == list(held.factors)
+    for module, factors in held.factors.items():
+        assert torch.equal(left.factors[module].A, factors.A)
+        assert torch.equal(left.factors[module].B, factors.B)
+    assert left.norm() == held.norm()
+    assert torch.equal((left * 2.0).factors[module].B, (held * 2.0).factors[module].B)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
+        left.factors[module]
 
 
 def test_missing_truncated_and_poisoned_files_are_named(model, make_diff, tmp_path):

@@ -26,10 +26,17 @@ def methods(chat_model, make_diff):
 def test_every_variant_is_timed_in_every_round_and_the_model_is_put_back(chat_model, methods):
     before = {name: value.clone() for name, value in chat_model.model.state_dict().items()}
     counted = []
-    timings = measure_latency(
+    by_round = list(measure_latency(
         chat_model, methods, {"lora": 1.0, "activation": 2.0}, "Be rude.", ["Hi.", "Why?"],
         batches=(1, 3), new_tokens=3, rounds=2, progress=lambda *each: counted.append(each),
+    ))  # fmt: skip
+    assert [len(each) for each in by_round] == [10, 10]
+    (later,) = measure_latency(
+        chat_model, methods, {"lora": 1.0, "activation": 2.0}, "Be rude.", ["Hi."],
+        batches=(1,), new_tokens=2, rounds=2, first=2,
     )  # fmt: skip
+    assert {each.round for each in later} == {2}
+    timings = [timing for each in by_round for timing in each]
     assert {(each.variant, each.batch, each.round) for each in timings} == {
         (variant, batch, number) for variant in VARIANTS for batch in (1, 3) for number in (1, 2)
     }
@@ -77,4 +84,4 @@ def test_what_is_kept_beside_the_model(chat_model, methods):
 )
 def test_senseless_measurements_are_refused(chat_model, methods, options):
     with pytest.raises(UserError, match="latency needs"):
-        measure_latency(chat_model, methods, {}, "x", ["Hi."], **options)
+        next(measure_latency(chat_model, methods, {}, "x", ["Hi."], **options))

@@ -277,9 +277,13 @@ def test_an_endpoint_judges_both_parts_through_one_reader(workbench, server):
     verdicts = problem.report_judge.judge(exchanges, "persona_fit")
     assert {verdict.score for verdict in verdicts} <= {2.0, 4.0}
     assert len(server.bodies) == len(exchanges)
-    sent = server.bodies[0]["messages"][0]["content"]
-    assert "So great!" in sent
-    assert workbench.baselines[exchanges[0].question] in sent
+    sent = [body["messages"][0]["content"] for body in server.bodies]  # in any order
+    assert all("So great!" in message for message in sent)
+    for exchange in exchanges:
+        assert any(
+            exchange.question in message and workbench.baselines[exchange.question] in message
+            for message in sent
+        )
     assert workbench.cost() > 0
     before = workbench.cost()
     server.replies.extend(["4"] * 20)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations, permutations
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
@@ -130,8 +133,43 @@ def test_pairs_of_traits_in_both_spaces(spaces):
     ]  # fmt: skip
     assert rows[0]["weights"] == spaces.diffs["calm"].cosine(spaces.diffs["loud"])
     same = [{**row, "activations": 2 * row["weights"]} for row in rows]
-    assert agreement(same) == pytest.approx(1.0)
-    assert math.isnan(agreement(rows[:2]))
+    rho, p = agreement(same)
+    assert rho == pytest.approx(1.0)
+    orders = list(permutations(("calm", "loud", "wry")))
+    as_far = [order for order in orders if abs(_reordered(same, order)) > 1 - 1e-9]
+    assert p == pytest.approx(len(as_far) / len(orders))
+    assert agreement(rows[:1]) == (None, None)  # one pair says nothing
+
+
+def _reordered(rows, order):
+    """Spearman's ρ when the second space's traits are called by other names."""
+    names = dict(zip(("calm", "loud", "wry"), order, strict=True))
+    second = {frozenset((row["trait"], row["other"])): row["activations"] for row in rows}
+    moved = [second[frozenset((names[row["trait"]], names[row["other"]]))] for row in rows]
+    return spearmanr([row["weights"] for row in rows], moved).statistic
+
+
+def test_agreement_of_many_traits_samples_the_orders():
+    def rows(noise):
+        generator = np.random.default_rng(0)
+        points = generator.normal(size=(9, 4))
+        other = points + noise * generator.normal(size=points.shape)
+        return [
+            {
+                "trait": f"t{one}",
+                "other": f"t{two}",
+                "weights": points[one] @ points[two],
+                "activations": other[one] @ other[two],
+            }
+            for one, two in combinations(range(9), 2)
+        ]
+
+    rho, p = agreement(rows(noise=0.1))
+    assert rho > 0.9
+    assert p < 0.001
+    rho, p = agreement(rows(noise=30.0))
+    assert p > 0.05
+    assert agreement(rows(noise=30.0)) == (rho, p)  # the same orders are drawn
 
 
 def test_traits_without_a_partner_are_refused(spaces):

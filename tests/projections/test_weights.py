@@ -84,6 +84,19 @@ def test_it_equals_a_dense_float64_reference(model, diffs, tmp_path, shards):
     assert found.explained == pytest.approx(share, rel=1e-6)
 
 
+def test_directions_on_the_disk_give_the_same_numbers(model, diffs, tmp_path):
+    before, after = LoadedWeights(model, "before"), LoadedWeights(perturbed(model), "after")
+    on_disk = {
+        label: LoRADiff.load(diff.save(tmp_path / label), on_disk=True)
+        for label, diff in diffs.items()
+    }
+    held, left = (project_weights(before, after, each) for each in (diffs, on_disk))
+    assert left.total == held.total
+    assert left.corrected == held.corrected
+    adapter = on_disk["two"]
+    assert project_adapter(adapter, on_disk).total == project_adapter(diffs["two"], diffs).total
+
+
 def test_a_merged_direction_is_found_with_its_coefficient(model, diffs):
     after = copy.deepcopy(model)
     merger = LoRAMerger(after, allow_other_base=True)
