@@ -68,6 +68,9 @@ class FactorsOnDisk(Mapping[str, tuple[Tensor, Tensor]]):
             A, B = (stream.get_tensor(key).float() for key in keys)
         return A, B * scaling_of(self.config, module, A.shape[0])
 
+    def __contains__(self, module: object) -> bool:  # without reading it
+        return module in self.keys_of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_of)
 

@@ -356,6 +356,9 @@ class _Lazy(Mapping[str, LoRAFactors]):
     def __getitem__(self, module: str) -> LoRAFactors:
         return LoRAFactors(*self.tensors[module])
 
+    def __contains__(self, module: object) -> bool:  # without reading it
+        return module in self.tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
