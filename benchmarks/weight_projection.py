@@ -36,6 +36,7 @@ SHAPES = {  # hidden, intermediate, layers
     "0.1B": (768, 2048, 16),
     "0.5B": (1536, 4096, 20),
     "2B": (2560, 6912, 28),
+    "70B/40": (8192, 28672, 2),  # two of eighty layers: what a block needs does not grow with them
 }
 RANK, DIRECTIONS = 32, 3
 

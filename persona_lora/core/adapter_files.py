@@ -63,10 +63,9 @@ class FactorsOnDisk(Mapping[str, tuple[Tensor, Tensor]]):
     config: Mapping[str, Any]
 
     def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
-        keys = self.keys_of[module]
         with _opened(self.file) as stream:  # a mapping that stays open would count as memory
-            A, B = (stream.get_tensor(key).float() for key in keys)
-        return A, B * scaling_of(self.config, module, A.shape[0])
+            A, B = (stream.get_tensor(key) for key in self.keys_of[module])
+        return _scaled(self.config, module, A, B)
 
     def __contains__(self, module: object) -> bool:  # without reading it
         return module in self.keys_of
@@ -157,8 +156,16 @@ def _read_folder(
     if not weights.is_file():
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}; the training run did not finish")
     with _opened(weights) as stream:
-        stored = FactorsOnDisk(weights, _paired_keys(stream.keys(), weights), config)
-    factors = stored if on_disk else dict(stored)
+        keys = _paired_keys(stream.keys(), weights)
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    if on_disk:
+        factors = FactorsOnDisk(weights, keys, config)
+    else:
+        tensors = _load_safetensors(weights)
+        factors = {
+            module: _scaled(config, module, tensors[a], tensors[b])
+            for module, (a, b) in keys.items()
+        }
     provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     if provenance.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise UserError(f"{folder / PROVENANCE} is of a newer format; upgrade persona_lora")
@@ -176,6 +183,10 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
             alpha = value
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _scaled(config: Mapping[str, Any], module: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return A.float(), B.float() * scaling_of(config, module, A.shape[0])
 
 
 def _read_bare(tensors: Mapping[str, Tensor], path: Path) -> AdapterFile:
