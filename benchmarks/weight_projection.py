@@ -168,9 +168,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.way:
-        free = psutil.virtual_memory().available
-        files = sum(file.stat().st_size for file in options.folder.rglob("*.safetensors"))
-        resource.setrlimit(resource.RLIMIT_AS, (free + files, free + files))  # files are mapped
+        free = int(0.9 * psutil.virtual_memory().available)
+        resource.setrlimit(resource.RLIMIT_DATA, (free, free))  # mapped files do not count
         start = time.perf_counter()
         numbers = WAYS[options.way](options.folder)
         seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
 """Persona fit by condition, and paired differences between conditions. Knows rows only.
 
 A row is one answer to one held-out prompt: ``persona``, ``condition``, ``prompt_id``, ``score``
-(1–5 or None) and ``coherence`` (0–100 or None).
+(1–5 or None), ``coherence`` and ``relevance`` (0–100 or None).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ConditionFit:
-    """The mean fit and coherence of one condition, with intervals over prompts or personas.
+    """The mean fit, coherence and relevance of a condition; intervals over prompts or personas.
 
     ``difference`` is its fit minus that of the reference on the same prompts, ``p`` a two-sided
     sign-flip test on the units' means, ``p_holm`` corrected over the conditions compared, and
@@ -30,6 +30,7 @@ class ConditionFit:
     condition: str
     fit: Interval
     coherence: Interval
+    relevance: Interval
     difference: Interval | None
     p: float | None
     effect_size: float | None = None
@@ -68,6 +69,7 @@ def _fits(rows: Sequence[Row], reference: str, *, unit: str) -> list[ConditionFi
             name,
             bootstrap_mean(_grouped(rows, name, unit, units, "score")),
             bootstrap_mean(_grouped(rows, name, unit, units, "coherence")),
+            bootstrap_mean(_grouped(rows, name, unit, units, "relevance")),
             *_against(rows, name, unit, units, ours if name != reference else {}),
         )
         for name in conditions

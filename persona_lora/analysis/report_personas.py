@@ -98,6 +98,7 @@ def _row(each: ConditionFit) -> tuple[str, ...]:
         wording.NONE if each.effect_size is None else wording.number(each.effect_size, 2),
         wording.p_value(each.p_holm),
         wording.interval(each.coherence),
+        wording.interval(each.relevance),
     )
 
 

@@ -67,6 +67,12 @@ PenaltyOption = Annotated[float, typer.Option(help="λ of the penalty λ·‖x�
 CoherentOption = Annotated[
     float, typer.Option(help="Mean coherence (0–100) below which the value is cut; 0: not at all.")
 ]
+RelevantOption = Annotated[
+    float,
+    typer.Option(
+        help="Mean relevance (0–100, 50 by chance) below which the value is cut; 0: not at all."
+    ),
+]
 EnergyOption = Annotated[
     float | None,
     typer.Option(help="Cut the rank of LoRA differences to this share of ‖·‖², as 0.99: faster."),
@@ -103,6 +109,7 @@ def optimize(
     bound: BoundOption = 4.0,
     penalty: PenaltyOption = 0.0,
     min_coherence: CoherentOption = 60.0,
+    min_relevance: RelevantOption = 0.0,
     race: RaceOption = False,
     save_dir: SaveOption = Path("optimization_results"),
     model: ModelOption = DEFAULT_MODEL,
@@ -184,7 +191,7 @@ def optimize(
                 chosen,
                 save_dir / f"{persona_id}_{method}{suffix}",
                 searching=searching,
-                objective=_objective(penalty, min_coherence, race, seed),
+                objective=_objective(penalty, min_coherence, min_relevance, race, seed),
                 overwrite=overwrite,
                 watch=watch,
             )
@@ -213,6 +220,7 @@ def compare_methods(
     bound: BoundOption = 4.0,
     penalty: PenaltyOption = 0.0,
     min_coherence: CoherentOption = 60.0,
+    min_relevance: RelevantOption = 0.0,
     race: RaceOption = False,
     save_dir: SaveOption = Path("results/personas"),
     model: ModelOption = DEFAULT_MODEL,
@@ -277,7 +285,7 @@ def compare_methods(
                 bound=bound or None,
                 seed=seed,
             ),
-            objective=_objective(penalty, min_coherence, race, seed),
+            objective=_objective(penalty, min_coherence, min_relevance, race, seed),
             overwrite=overwrite,
             watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
         )
@@ -327,11 +335,18 @@ def _layers(text: str | None, bench: Workbench) -> tuple[int, ...] | None:
     return None if text is None else read_layers(text, depth, "--layer")
 
 
-def _objective(penalty: float, min_coherence: float, race: bool, seed: int) -> Any:
+def _objective(
+    penalty: float, min_coherence: float, min_relevance: float, race: bool, seed: int
+) -> Any:
     from persona_lora.experiments.persona_objective import ObjectiveOptions
 
-    least = min_coherence or None
-    return ObjectiveOptions(penalty=penalty, min_coherence=least, race=race, seed=seed)
+    return ObjectiveOptions(
+        penalty=penalty,
+        min_coherence=min_coherence or None,
+        min_relevance=min_relevance or None,
+        race=race,
+        seed=seed,
+    )
 
 
 def _weights(pairs: list[str] | None, option: str) -> dict[str, float]:
@@ -405,7 +420,10 @@ def _fits_table(fits: Sequence[ConditionFit], title: str) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left"
     )
-    for heading in ("condition", "fit (1–5)", "n", "scored", "gain", "p (Holm)", "coherence"):
+    for heading in (
+        *("condition", "fit (1–5)", "n", "scored", "gain", "p (Holm)"),
+        *("coherence", "relevance"),
+    ):
         table.add_column(heading, no_wrap=True)
     for each in fits:
         table.add_row(
@@ -416,5 +434,6 @@ def _fits_table(fits: Sequence[ConditionFit], title: str) -> Table:
             "" if each.difference is None else wording.interval(each.difference, 2),
             "" if each.p_holm is None else wording.p_value(each.p_holm),
             wording.number(each.coherence.mean),
+            wording.number(each.relevance.mean),
         )
     return table

@@ -150,6 +150,7 @@ def _of(rows: Sequence[Mapping[str, Any]], measure: str) -> list[dict[str, Any]]
             "prompt_id": 0,
             "score": row[measure],
             "coherence": None,
+            "relevance": None,
         }
         for row in rows
     ]

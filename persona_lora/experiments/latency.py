@@ -39,15 +39,15 @@ def measure_latency(
 ) -> Iterator[list[Timing]]:
     """Time every variant at every batch size in turn; yield each round's timings as it ends.
 
-    Rounds ``first`` to ``rounds`` are measured, after one that is not. ``coefficients`` are those
-    of "lora" and "activation". The prompts are repeated to fill a batch.
+    Rounds ``first`` to ``rounds`` are measured. Before each measurement stands a short generation
+    that is not: memory is mapped and caches are warm for all alike. ``coefficients`` are those of
+    "lora" and "activation". The prompts are repeated to fill a batch.
     """
     if not prompts or not batches or min(batches) < 1 or rounds < 2 or new_tokens < 2:
         raise UserError("latency needs prompts, batches of at least 1, two rounds and two tokens")
-    numbers = [0, *range(first, rounds + 1)]
-    total = len(numbers) * len(batches) * len(VARIANTS)
+    total = (rounds + 1 - first) * len(batches) * len(VARIANTS)
     done = 0
-    for number in numbers:
+    for number in range(first, rounds + 1):
         found = []
         for batch in batches:
             # A new order each round: what runs after what is not always the same.
@@ -55,13 +55,13 @@ def measure_latency(
                 asked = [prompts[at % len(prompts)] for at in range(batch)]
                 system = system_prompt if variant == PROMPT else None
                 with _steered(chat_model, methods, coefficients, variant):
+                    timed_generation(chat_model, asked, 2, system=system)
                     timing = timed_generation(chat_model, asked, new_tokens, system=system)
                 found.append(Timing(variant, batch, number, *timing))
                 done += 1
                 if progress is not None:
                     progress(done, total)
-        if number > 0:
-            yield found
+        yield found
 
 
 def swap_seconds(chat_model: ChatModel, methods: Methods, *, rounds: int = 5) -> dict[str, float]:

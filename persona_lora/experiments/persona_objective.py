@@ -32,22 +32,25 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0
 Coherence = Callable[[Sequence[Exchange]], Sequence[Verdict]]
+Relevance = Callable[[Sequence[Exchange]], Sequence[float | None]]
 
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
     """What else the value of a mix counts, and how its prompts are spent.
 
-    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10. Coherence is
-    measured on a third of the prompts, drawn anew for each generation and the same for all its
-    candidates; without ``min_coherence`` not at all. A candidate with a scored share of answers
-    under ``min_coverage`` has no value. ``race``: all candidates answer half of the prompts, drawn
-    anew for each generation, and only the better half of them answers the rest. ``pause``: seconds
-    to wait for a judge that scores nothing at all.
+    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10
+    − max(0, ``min_relevance`` − relevance) / 10. Coherence is measured on a third of the prompts,
+    drawn anew for each generation and the same for all its candidates; without ``min_coherence``
+    not at all. Relevance (``judges.relevance``) is over all prompts asked. A candidate with a
+    scored share of answers under ``min_coverage`` has no value. ``race``: all candidates answer
+    half of the prompts, drawn anew for each generation, and only the better half of them answers
+    the rest. ``pause``: seconds to wait for a judge that scores nothing at all.
     """
 
     penalty: float = 0.0
     min_coherence: float | None = None
+    min_relevance: float | None = None
     min_coverage: float = 0.5
     race: bool = False
     pause: float = 600.0
@@ -104,6 +107,7 @@ class PersonaObjective:
         options: ObjectiveOptions | None = None,
         *,
         coherence: Coherence | None = None,
+        relevance: Relevance | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.options = options or ObjectiveOptions()
@@ -111,10 +115,13 @@ class PersonaObjective:
             raise UserError("a persona search needs at least one prompt")
         if self.options.min_coherence is not None and coherence is None:
             raise UserError("min_coherence needs a measure of coherence")
+        if self.options.min_relevance is not None and (relevance is None or len(prompts) < 2):
+            raise UserError("min_relevance needs a measure of relevance, and two prompts at least")
         self.speaker = speaker
         self.prompts = tuple(prompts)
         self._judge = RememberingJudge(judge)
         self._coherence = coherence
+        self._relevance = relevance
         self._progress = progress
 
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
@@ -175,10 +182,11 @@ class PersonaObjective:
         coherence = processes.from_main(
             lambda: self._coherence_of([exchanges[place] for place in places])
         )
+        relevance = processes.from_main(lambda: self._relevance_of(exchanges))
         rows = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
         parts = [slice(at * len(checked), (at + 1) * len(checked)) for at in range(len(mixes))]
         return [
-            Measured(list(prompts), answers[row], scores[row], coherence[part])
+            Measured(list(prompts), answers[row], scores[row], coherence[part], relevance[row])
             for row, part in zip(rows, parts, strict=True)
         ]
 
@@ -189,6 +197,11 @@ class PersonaObjective:
         if not exchanges or self._coherence is None:
             return []
         return [each.score for each in self._coherence(exchanges)]
+
+    def _relevance_of(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        if self._relevance is None or self.options.min_relevance is None:
+            return []
+        return list(self._relevance(exchanges))
 
     def _patiently(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge; wait while the judge scores nothing, stop where its budget is spent."""
@@ -227,6 +240,9 @@ class PersonaObjective:
         if self.options.min_coherence is not None:
             details["coherence"] = _mean_or(measured.coherence, 0.0)
             value -= max(0.0, self.options.min_coherence - details["coherence"]) / 10
+        if self.options.min_relevance is not None:
+            details["relevance"] = _mean_or(measured.relevance, 0.0)
+            value -= max(0.0, self.options.min_relevance - details["relevance"]) / 10
         return Value(value, details)
 
 
@@ -238,6 +254,7 @@ class Measured:
     answers: list[str]
     scores: list[float | None]
     coherence: list[float | None]
+    relevance: list[float | None]
 
     def __add__(self, other: Measured) -> Measured:
         return Measured(
@@ -245,6 +262,7 @@ class Measured:
             self.answers + other.answers,
             self.scores + other.scores,
             self.coherence + other.coherence,
+            self.relevance + other.relevance,
         )
 
 

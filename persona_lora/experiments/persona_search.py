@@ -32,7 +32,7 @@ from persona_lora.experiments.optimization import (
 )
 from persona_lora.experiments.persona_answers import Cell, Speaker, plain_speaker
 from persona_lora.experiments.persona_judging import JudgeCheck
-from persona_lora.experiments.persona_objective import ObjectiveOptions, PersonaObjective
+from persona_lora.experiments.persona_objective import ObjectiveOptions, PersonaObjective, Relevance
 from persona_lora.experiments.processes import Alone, Processes
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
@@ -57,6 +57,7 @@ class PersonaProblem:
     search_judge: Judge
     report_judge: Judge
     coherence: CoherenceScorer
+    relevance: Relevance
     generation: GenerationOptions
     processes: Processes = field(default_factory=Alone)
     allow_other_base: bool = False
@@ -130,6 +131,7 @@ def optimise_persona(
         problem.search_judge,
         objective,
         coherence=lambda asked: problem.coherence.verdicts(asked, "embedding"),
+        relevance=problem.relevance,
         progress=progress,
     )
     if processes.index == 0:
@@ -214,10 +216,11 @@ def held_out_rows(
                 "reason": fit.reason,
                 "judge": fit.judge,
                 "coherence": coherent.score,
+                "relevance": relevant,
                 "weights": None if cell.mix is None else cell.mix.as_dict(),
             }
-            for name, cell, answer, fit, coherent in zip(
-                names, cells, answers, fits, coherence, strict=True
+            for name, cell, answer, fit, coherent, relevant in zip(
+                names, cells, answers, fits, coherence, problem.relevance(exchanges), strict=True
             )
         ]
         run.write(HELD_OUT, rows)
@@ -380,6 +383,7 @@ def _fit_record(fit: ConditionFit) -> dict[str, Any]:
         "n": fit.fit.n,
         "coverage": fit.fit.coverage,
         "coherence": fit.coherence.mean,
+        "relevance": fit.relevance.mean,
         "difference": None if fit.difference is None else dataclasses.asdict(fit.difference),
         "p_holm": fit.p_holm,
     }

@@ -54,6 +54,7 @@ from persona_lora.experiments.persona_search import (
 )
 from persona_lora.experiments.processes import Alone, Processes
 from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.relevance import relevance
 from persona_lora.judges.sentence_embeddings import SentenceEmbedder
 from persona_lora.models.generation import Progress
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
@@ -270,6 +271,7 @@ class Workbench:
             judges[0],
             judges[1],
             self.coherence,
+            lambda exchanges: relevance(exchanges, self.features.embeddings),
             self.generation,
             self.processes,
             self.allow_other_base,

@@ -68,20 +68,19 @@ def run_latency(
         per_round = len(VARIANTS) * len(batches)
         kept = len(rows) // per_round
         run.write("timings", rows[: kept * per_round])  # without a round that a kill cut short
-        if kept < rounds:
-            for found in measure_latency(
-                chat_model,
-                methods,
-                coefficients,
-                trait.instructions[0].pos,
-                load_ordinary_prompts(datasets),
-                batches=batches,
-                new_tokens=new_tokens,
-                rounds=rounds,
-                first=kept + 1,
-                progress=staged(report, "timing"),
-            ):
-                run.append("timings", [dataclasses.asdict(each) for each in found])
+        for found in measure_latency(
+            chat_model,
+            methods,
+            coefficients,
+            trait.instructions[0].pos,
+            load_ordinary_prompts(datasets),
+            batches=batches,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            first=kept + 1,
+            progress=staged(report, "timing"),
+        ):
+            run.append("timings", [dataclasses.asdict(each) for each in found])
         if not run.read("costs"):
             seconds = swap_seconds(chat_model, methods)
             held = held_bytes(methods, chat_model)

@@ -59,15 +59,23 @@ class TextFeatures:
     def __init__(self, embedder: SentenceEmbedder) -> None:
         self._embedder = embedder
         self._rows: dict[str, NDArray[np.float64]] = {}
+        self._embedded: dict[str, NDArray[np.float64]] = {}
 
     def of(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return ``[len(texts), 1 + style + embedding]``: log words, style rates, embedding."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if missing:
-            embedded = self._embedder.embed(missing).astype(np.float64)
-            for text, row in zip(missing, embedded, strict=True):
+            for text, row in zip(missing, self.embeddings(missing), strict=True):
                 self._rows[text] = np.concatenate([_style(text), EMBEDDING_SCALE * row])
         return np.stack([self._rows[text] for text in texts])
+
+    def embeddings(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return the unit sentence embeddings of texts, ``[len(texts), dimension]``."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._embedded]
+        if missing:
+            embedded = self._embedder.embed(missing).astype(np.float64)
+            self._embedded |= dict(zip(missing, embedded, strict=True))
+        return np.stack([self._embedded[text] for text in texts])
 
 
 def _style(text: str) -> NDArray[np.float64]:

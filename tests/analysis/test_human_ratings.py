@@ -30,6 +30,7 @@ def run(tmp_path):
                 "answer": f"<b>{place}{at}</b>",
                 "score": 1.0 + place + at / 10,
                 "coherence": 80.0,
+                "relevance": 90.0,
             }
             for place, name in enumerate(CONDITIONS)
             for at in range(5)

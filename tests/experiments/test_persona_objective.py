@@ -113,6 +113,40 @@ def test_incoherent_candidates_lose_value(speaker, judge):
         PersonaObjective(speaker, PROMPTS, judge, options)
 
 
+def test_answers_that_could_be_to_anything_lose_value(speaker, judge):
+    asked = []
+
+    def relevance(exchanges):
+        asked.append([each.question for each in exchanges])
+        return [None, *[40.0] * (len(exchanges) - 1)]
+
+    plain = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
+    options = ObjectiveOptions(min_relevance=55.0)
+    cut = PersonaObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
+    assert [one.value - other.value for one, other in zip(plain, cut, strict=True)] == (
+        pytest.approx([1.5] * 3)
+    )
+    assert cut[0].details["relevance"] == 40.0  # without the answer that has none
+    assert asked == [[*PROMPTS] * 3]
+    assert "relevance" not in plain[0].details
+    for prompts, measure in ((PROMPTS, None), (PROMPTS[:1], relevance)):
+        with pytest.raises(UserError, match="min_relevance"):
+            PersonaObjective(speaker, prompts, judge, options, relevance=measure)
+
+
+def test_a_race_measures_relevance_in_both_heats(speaker, judge):
+    options = ObjectiveOptions(min_relevance=55.0, race=True)
+    heats = []
+
+    def relevance(exchanges):
+        heats.append(len(exchanges))
+        return [50.0 + 10 * len(heats)] * len(exchanges)
+
+    found = PersonaObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
+    assert heats == [3 * 2, 2 * 2]
+    assert sorted(each.details["relevance"] for each in found) == [60.0, 65.0, 65.0]
+
+
 def test_too_little_coverage_is_no_value(speaker, judge):
     class Half(CountingJudge):
         def judge(self, exchanges, criterion):

@@ -64,6 +64,10 @@ class EvenCoherence:
         return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
 
 
+def even_relevance(exchanges):
+    return [90.0] * len(exchanges)
+
+
 def talk(name, split, lines):
     turns = []
     for line in lines:
@@ -98,6 +102,7 @@ def problem(chat_model, personas):
         LetterJudge(),
         LetterJudge(),
         EvenCoherence(),
+        even_relevance,
         GenerationOptions(max_new_tokens=6),
     )
 
@@ -153,7 +158,14 @@ def test_other_settings_are_another_run(problem, method, tmp_path):
 
 def test_differences_are_paired_by_prompt():
     rows = [
-        {"persona": "ann", "condition": name, "prompt_id": at, "score": score, "coherence": 70.0}
+        {
+            "persona": "ann",
+            "condition": name,
+            "prompt_id": at,
+            "score": score,
+            "coherence": 70.0,
+            "relevance": 60.0,
+        }
         for name, scores in (("none", (1.0, 2.0, None)), ("mean", (2.0, 4.0, 5.0)))
         for at, score in enumerate(scores)
     ]
@@ -163,6 +175,7 @@ def test_differences_are_paired_by_prompt():
     assert steered.difference.mean == pytest.approx(1.5)
     assert steered.difference.n == 2
     assert steered.p == 0.5  # two pairs: the least there is
+    assert (steered.coherence.mean, steered.relevance.mean) == (70.0, 60.0)
 
 
 @pytest.fixture
@@ -209,7 +222,14 @@ def test_methods_share_prompts_judge_and_budget(workbench, tmp_path):
 
 def test_an_incoherent_answer_counts_as_the_worst_fit():
     rows = [
-        {"persona": p, "condition": c, "prompt_id": 0, "score": 4.0, "coherence": coherence}
+        {
+            "persona": p,
+            "condition": c,
+            "prompt_id": 0,
+            "score": 4.0,
+            "coherence": coherence,
+            "relevance": 60.0,
+        }
         for p in ("ann", "bob")
         for c, coherence in (("none", 90.0), ("lora", 59.0 if p == "ann" else 60.0))
     ]
@@ -371,13 +391,15 @@ from persona_lora.experiments.processes import current_processes
 from persona_lora.models.loading import load_chat_model
 from persona_lora.core.personas import load_persona
 from persona_lora.core.lora_diff import LoRADiff
-from tests.experiments.test_persona_search import EvenCoherence, LetterJudge, OPTIONS, PROMPTS
+from tests.experiments.test_persona_search import (
+    EvenCoherence, LetterJudge, OPTIONS, PROMPTS, even_relevance
+)
 
 own, personas, out, model = map(Path, sys.argv[1:])
 problem = PersonaProblem(
     load_chat_model(str(model), device_map="cpu"), load_persona("ann", personas), PROMPTS,
-    LetterJudge(), LetterJudge(), EvenCoherence(), GenerationOptions(max_new_tokens=6),
-    current_processes(os.environ), allow_other_base=True,
+    LetterJudge(), LetterJudge(), EvenCoherence(), even_relevance,
+    GenerationOptions(max_new_tokens=6), current_processes(os.environ), allow_other_base=True,
 )
 diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}
 method = Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})
