@@ -338,7 +338,7 @@ def _personas(run: Run, figures: Figures) -> Part | None:
     if lora is None or lora.difference is None:
         return None
     table: list[Sequence[str]] = [
-        ("method", "fit [95%]", "gain over unsteered", "p", "coherence"),
+        ("method", "fit [95%]", "gain over unsteered", "p", "coherence", "relevance"),
         *(_fit_row(each) for each in fits.values()),
     ]
     return {
@@ -346,6 +346,8 @@ def _personas(run: Run, figures: Figures) -> Part | None:
         "gain": interval(lora.difference, 2),
         "p": p_equals(lora.p_holm),
         "n": lora.fit.n_questions,
+        "relevance": interval(lora.relevance),
+        "plain_relevance": interval(fits["none"].relevance),
         "rows": table,
         "picture": figures.show(
             "personas", render_personas(run), "Ways of giving a person's voice"
@@ -357,7 +359,7 @@ def _fit_row(each: ConditionFit) -> tuple[str, ...]:
     return (
         name_of(each.condition), interval(each.fit, 2),
         NONE if each.difference is None else interval(each.difference, 2), p_value(each.p_holm),
-        number(each.coherence.mean),
+        number(each.coherence.mean), number(each.relevance.mean),
     )  # fmt: skip
 
 

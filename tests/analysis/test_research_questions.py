@@ -139,6 +139,24 @@ def test_merged_is_called_free_only_where_its_ratio_holds_one(write, tmp_path, m
     assert "over 3 rounds" in page
 
 
+@pytest.mark.parametrize(("gain", "said"), [(2.0, "**Yes.**"), (0.0, "**Not shown here.**")])
+def test_a_mix_that_speaks_like_the_person_also_says_what_it_pays(write, tmp_path, gain, said):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"persona": f"p{person}", "condition": condition, "prompt_id": prompt, "prompt": "Hi?",
+         "answer": "Yes.", "score": fit + rng.normal() / 4, "coherence": 90.0,
+         "relevance": relevance, "weights": {"calm": 1.0} if condition == "lora" else None}
+        for condition, fit, relevance in (("none", 2.0, 94.0), ("lora", 2.0 + gain, 66.0))
+        for person in range(12)
+        for prompt in range(3)
+    ]  # fmt: skip
+    write("personas/comparison", held_out=rows)
+    _, page = answer(tmp_path)
+    assert said in page
+    assert "It is 66 [66, 66] for the mix and\n94 [94, 94] unsteered." in page
+    assert "over\n12 personas" in page
+
+
 @pytest.mark.parametrize(("own", "said"), [(0.6, "by the vector of its"), (0.1, "not every one")])
 def test_spaces_say_whether_vectors_tell_the_traits(write, tmp_path, own, said):
     traits = ("evil", "kind", "wry")
