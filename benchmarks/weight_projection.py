@@ -1,6 +1,7 @@
 """Projecting ΔW on directions: streaming against loading both models and forming matrices.
 
     python benchmarks/weight_projection.py
+    python benchmarks/weight_projection.py --sizes 1024x4096x4 1024x4096x64   # how memory grows
 
 Generates pairs of models of growing size in bf16 (random weights in shards, and the same with
 noise) and three directions of rank 32, in a temporary folder. Each way runs in a process of its
@@ -160,7 +161,10 @@ def run_way(way: str, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument(
+        "--sizes", nargs="*", default=list(SHAPES), metavar="SIZE",
+        help=f"{', '.join(SHAPES)}, or HIDDENxINNERxLAYERS",
+    )  # fmt: skip
     parser.add_argument("--way", choices=list(WAYS))
     parser.add_argument("--folder", type=Path)
     parser.add_argument(
@@ -180,7 +184,7 @@ def main() -> None:
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
-            shapes = modules(*SHAPES[size])
+            shapes = modules(*(SHAPES.get(size) or map(int, size.split("x"))))
             write_models(folder, shapes)
             ways = {way: run_way(way, folder) for way in WAYS}
         result[size] = {
