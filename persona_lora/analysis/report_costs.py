@@ -32,7 +32,7 @@ def latency_content(run: Run, options: ReportOptions) -> Content:
     """Return the section on what steering costs in time and memory."""
     found = ratios([Timing(**row) for row in run.read("timings")])
     rows = tuple(_latency_row(each) for each in found)
-    costs = tuple((row["what"], _amount(row)) for row in run.read("costs"))
+    costs = tuple(wording.cost(**row) for row in run.read("costs"))
     body = TableBody(
         (_latency_line(found),),
         data_uri(render_latency(found)),
@@ -79,12 +79,6 @@ def _latency_row(each: Ratio) -> tuple[str, ...]:
     return (
         str(each.batch), each.variant, each.measure, median, wording.interval(each.ratio, 2),
     )  # fmt: skip
-
-
-def _amount(row: Row) -> str:
-    if row["unit"] == "bytes":
-        return f"{wording.number(row['value'] / 2**20, 2)} MiB"
-    return f"{wording.number(1000 * row['value'], 0)} ms"
 
 
 def spaces_content(run: Run, options: ReportOptions) -> Content:

@@ -35,7 +35,16 @@ from persona_lora.analysis.prediction import (
     predict,
 )
 from persona_lora.analysis.resampling import Interval
-from persona_lora.analysis.wording import CLEAR, NONE, interval, number, p_equals, p_value, title_of
+from persona_lora.analysis.wording import (
+    CLEAR,
+    NONE,
+    cost,
+    interval,
+    number,
+    p_equals,
+    p_value,
+    title_of,
+)
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
@@ -299,7 +308,7 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
     ]
     free = all(_holds_one(place[MERGED, batch, TOKENS]) for batch in batches)
     costs: list[Sequence[str]] = [("what", "cost")]
-    costs += [(row["what"], _amount(row)) for row in run.read("costs")]
+    costs += [cost(**row) for row in run.read("costs")]
     largest = batches[-1]
     return {
         "answer": (
@@ -320,12 +329,6 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
 
 def _holds_one(ratio: Interval) -> bool:
     return ratio.low is not None and ratio.high is not None and ratio.low <= 1.0 <= ratio.high
-
-
-def _amount(row: Row) -> str:
-    if row["unit"] == "bytes":
-        return f"{number(row['value'] / 2**20, 2)} MiB"
-    return f"{number(1000 * row['value'], 0)} ms"
 
 
 # -- 4. combined? ---------------------------------------------------------------------------

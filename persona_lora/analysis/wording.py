@@ -67,6 +67,14 @@ def direction_of(difference: PairedDifference) -> int:
     return 1 if low > 0 else -1 if high < 0 else 0
 
 
+def cost(what: str, unit: str, value: float) -> tuple[str, str]:
+    """Return a name and an amount: a swap's time, or the memory that a way of steering keeps."""
+    if unit != "bytes":
+        return what, f"{number(1000 * value)} ms"
+    size = f"{number(value / 2**20)} MiB" if value >= 2**20 else f"{number(value / 2**10, 1)} KiB"
+    return f"kept beside the model, {what}", size
+
+
 def p_value(p: float | None) -> str:
     """Return a p value to three digits, "< 0.001" below."""
     if p is None:

@@ -131,11 +131,17 @@ def test_merged_is_called_free_only_where_its_ratio_holds_one(write, tmp_path, m
         for variant, factor in slower.items()
         for at, noise in enumerate((1.01, 0.99, 1.0) if variant == "base" else (1.0, 1.0, 1.0))
     ]  # fmt: skip
-    costs = [{"what": "merge", "unit": "s", "value": 0.5}]
+    costs = [
+        {"what": "merge", "unit": "s", "value": 0.5},
+        {"what": "merged", "unit": "bytes", "value": 3 * 2**20},
+        {"what": "activations", "unit": "bytes", "value": 2304},
+    ]
     write("compare/evil/latency", timings=timings, costs=costs)
     _, page = answer(tmp_path)
     assert said in page
     assert "| merge | 500 ms |" in page
+    assert "| kept beside the model, merged | 3 MiB |" in page
+    assert "| kept beside the model, activations | 2.2 KiB |" in page
     assert "over 3 rounds" in page
 
 
