@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Which way of giving a model a person's voice works best? All personas (or those named), the same
 # budget for every method: bash scripts/compare_methods.sh episode-000101_B episode-000117_B
+# COHERENCE and RELEVANCE are what answers must keep (80 and 85 of 100; 0: voice alone counts).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/train_style_traits.sh
@@ -11,4 +12,5 @@ persona-lora compare-methods ${personas[@]+--persona-id "${personas[*]}"} \
     --methods "${METHODS:-lora random prompt svd mean_diff pca}" \
     --model "${MODEL:-SmolLM2-135M-Instruct}" --max-iterations "${ITERATIONS:-8}" \
     --population-size "${POPULATION:-8}" --num-prompts "${PROMPTS:-8}" \
-    --max-new-tokens "${TOKENS:-30}" --save-dir "${SAVE_DIR:-results/personas}"
+    --max-new-tokens "${TOKENS:-30}" --min-coherence "${COHERENCE:-80}" \
+    --min-relevance "${RELEVANCE:-85}" --save-dir "${SAVE_DIR:-results/personas}"

@@ -31,7 +31,7 @@ if asked 2; then
 fi
 # 4. Can several persona LoRAs be combined?
 if asked 4; then
-    METHODS="lora random equal prompt svd mean_diff pca" ITERATIONS=6 PROMPTS=6 bash scripts/compare_methods.sh
+    COHERENCE=60 RELEVANCE=0 METHODS="lora random equal prompt svd mean_diff pca" ITERATIONS=6 PROMPTS=6 bash scripts/compare_methods.sh
 fi
 persona-lora report $(ls -d results/compare/*/ 2>/dev/null) --output results/reproduced.html
 persona-lora research-questions

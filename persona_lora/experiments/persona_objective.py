@@ -64,6 +64,10 @@ class ObjectiveOptions:
             )
 
 
+# What a search keeps unless it is told otherwise: the voice is to answer, in sentences.
+SENSIBLE = ObjectiveOptions(min_coherence=80.0, min_relevance=85.0)
+
+
 class RememberingJudge:
     """A judge's scored verdicts by exchange; what was asked for ahead is waited for, not asked."""
 
@@ -115,8 +119,13 @@ class PersonaObjective:
             raise UserError("a persona search needs at least one prompt")
         if self.options.min_coherence is not None and coherence is None:
             raise UserError("min_coherence needs a measure of coherence")
-        if self.options.min_relevance is not None and (relevance is None or len(prompts) < 2):
-            raise UserError("min_relevance needs a measure of relevance, and two prompts at least")
+        if self.options.min_relevance is not None and relevance is None:
+            raise UserError("min_relevance needs a measure of relevance")
+        if self.options.min_relevance is not None and len(prompts) < 2:
+            raise UserError(
+                "relevance compares an answer with two prompts at least, and there is one; give "
+                "more, or turn it off (--min-relevance 0)"
+            )
         self.speaker = speaker
         self.prompts = tuple(prompts)
         self._judge = RememberingJudge(judge)

@@ -43,7 +43,7 @@ from persona_lora.experiments.persona_judging import (
     make_persona_judge,
     make_readers,
 )
-from persona_lora.experiments.persona_objective import ObjectiveOptions
+from persona_lora.experiments.persona_objective import SENSIBLE, ObjectiveOptions
 from persona_lora.experiments.persona_search import (
     Method,
     PersonaProblem,
@@ -374,7 +374,7 @@ class CMAESPersonaOptimizer:
         save_dir: Path | str = "optimization_results",
         *,
         searching: SearchOptions | None = None,
-        objective: ObjectiveOptions | None = None,
+        objective: ObjectiveOptions = SENSIBLE,
         overwrite: bool = False,
         watch: Callable[[Generation], None] | None = None,
         progress: Progress | None = None,

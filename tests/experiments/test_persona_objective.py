@@ -129,9 +129,10 @@ def test_answers_that_could_be_to_anything_lose_value(speaker, judge):
     assert cut[0].details["relevance"] == 40.0  # without the answer that has none
     assert asked == [[*PROMPTS] * 3]
     assert "relevance" not in plain[0].details
-    for prompts, measure in ((PROMPTS, None), (PROMPTS[:1], relevance)):
-        with pytest.raises(UserError, match="min_relevance"):
-            PersonaObjective(speaker, prompts, judge, options, relevance=measure)
+    with pytest.raises(UserError, match="needs a measure"):
+        PersonaObjective(speaker, PROMPTS, judge, options)
+    with pytest.raises(UserError, match="--min-relevance 0"):
+        PersonaObjective(speaker, PROMPTS[:1], judge, options, relevance=relevance)
 
 
 def test_a_race_measures_relevance_in_both_heats(speaker, judge):

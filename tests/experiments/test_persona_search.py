@@ -345,7 +345,7 @@ def test_the_optimiser_class_takes_weights_in_order(workbench, chat_model, perso
         trait_vector_dir=tmp_path / "own",
         persona_dir=personas,
         generation=GenerationOptions(max_new_tokens=6),
-        eval_prompts=["Hi there."],
+        eval_prompts=["Hi there.", "And how are you?"],
     )
     optimiser.workbench._coherence = EvenCoherence()
     result = optimiser.optimize(2, 0.5, [0.5, -0.5], tmp_path / "out")
