@@ -44,8 +44,8 @@ def latency_content(run: Run, options: ReportOptions) -> Content:
             ),
             ("Swaps, and what is kept beside the model", ("What", "Cost"), costs),
         ),
-        "Ratios are taken within a round; intervals are over rounds. Merging keeps a copy of the "
-        "weights that it touches, to restore them bit for bit.",
+        "Ratios are taken within a round; intervals are by Student's t over rounds. Merging keeps "
+        "a copy of the weights that it touches, to restore them bit for bit.",
     )
     return Content(
         "report_tables.html.j2", "What steering costs in time", _latency_line(found), body

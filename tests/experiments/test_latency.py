@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 
 from persona_lora.analysis.latency import Timing, ratios
 from persona_lora.core.errors import UserError
@@ -60,6 +62,22 @@ def test_a_ratio_is_taken_within_a_round():
         assert (live.mean, live.n) == (pytest.approx(1.25), 3)
         assert found["base", measure].ratio.mean == pytest.approx(1.0)
     assert found["live", "tokens a second"].median == pytest.approx(8 / 1.25)
+
+
+def test_the_interval_is_students_over_rounds():
+    factors = (1.1, 1.3, 1.2, 1.5)
+    timings = [
+        Timing(variant, 1, number, seconds, 1 / seconds)
+        for number, factor in enumerate(factors)
+        for variant, seconds in (("base", 2.0), ("live", 2.0 * factor))
+    ]
+    ratio = next(each.ratio for each in ratios(timings) if each.variant == "live")
+    wanted = ttest_1samp(np.log(factors), 0).confidence_interval()
+    assert (ratio.low, ratio.high) == (
+        pytest.approx(np.exp(wanted.low)), pytest.approx(np.exp(wanted.high))
+    )  # fmt: skip
+    alone = next(each.ratio for each in ratios(timings[:2]) if each.variant == "live")
+    assert (alone.mean, alone.low, alone.reason) == (pytest.approx(1.1), None, "one round")
 
 
 def test_swaps_are_timed_and_leave_the_weights_alone(chat_model, methods):
