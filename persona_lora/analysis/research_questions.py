@@ -312,7 +312,7 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
     largest = batches[-1]
     return {
         "answer": (
-            "Merged, it is as fast as the base model, at every batch."
+            "Merged weights cannot be told from the base model by their speed, at any batch."
             if free
             else "Merged weights could be told from the base model by their speed."
         ),
