@@ -19,7 +19,8 @@ from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 
-LORA = "lora"
+LORA, ACTIVATION = "lora", "activation"
+EFFECT = "effect"
 COLUMNS = (
     "split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched", "trait", "trait_low",
     "trait_high", "n", "coverage", "coherence", "coherence_low", "coherence_high", "difference",
@@ -70,6 +71,16 @@ class Overall:
     coherence: Interval | None
     p: float | None
     p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Weights minus activations over several traits: in ``EFFECT``, or in coherence."""
+
+    split: str
+    what: str
+    difference: Interval | None
+    p_holm: float | None
 
 
 @dataclass(frozen=True)
@@ -156,11 +167,7 @@ def _overall(
     coherences: Mapping[Place, Scores],
 ) -> list[Overall]:
     found = []
-    effects = {method: _effects(own, traits) for method, own in _by_method(levels).items()}
-    coherence = {
-        method: _mean_over([_means(coherences[method, row["coefficient"]]) for row in own])
-        for method, own in _by_method(levels).items()
-    }
+    effects, coherence = _by_question(levels, traits, coherences)
     for method, effect in effects.items():
         gap, p, lost = None, None, None
         if method != LORA:
@@ -168,6 +175,41 @@ def _overall(
             lost, _ = _tested(_minus(coherence[LORA], coherence[method]))
         found.append(Overall(split, method, _interval(effect), gap, lost, p))
     return found
+
+
+def _by_question(
+    levels: Sequence[Mapping[str, Any]],
+    traits: Mapping[Place, Scores],
+    coherences: Mapping[Place, Scores],
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
+    """Return every method's mean effect and mean coherence over the levels, by question."""
+    rows = _by_method(levels).items()
+    return {method: _effects(own, traits) for method, own in rows}, {
+        method: _mean_over([_means(coherences[method, row["coefficient"]]) for row in own])
+        for method, own in rows
+    }
+
+
+def pooled(runs: Sequence[Run]) -> list[Pooled]:
+    """Return the differences over several comparisons, of other traits, by set of questions.
+
+    The units are the questions of all traits; that the traits are drawn is not allowed for.
+    """
+    gaps: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        for row in run.read("splits"):
+            part = Run(run.folder / row["split"])
+            traits = _by_place(part, run.record["config"]["trait"])
+            measured = _by_question(run.read("levels"), traits, _by_place(part, COHERENCE))
+            for what, by_method in zip((EFFECT, COHERENCE), measured, strict=True):
+                gap = _minus(by_method[LORA], by_method[ACTIVATION])
+                gaps.setdefault((row["split"], what), []).extend(gap.values())
+    tested = {place: _tested(dict(enumerate(each))) for place, each in gaps.items()}
+    adjusted = holm([p for _, p in tested.values()])
+    return [
+        Pooled(split, what, difference, p)
+        for ((split, what), (difference, _)), p in zip(tested.items(), adjusted, strict=True)
+    ]
 
 
 def _by_method(

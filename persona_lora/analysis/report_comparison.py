@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from persona_lora.analysis import wording
-from persona_lora.analysis.comparison import Comparison, Overall, Point, read_comparison
+from persona_lora.analysis.comparison import ACTIVATION, Comparison, Overall, Point, read_comparison
 from persona_lora.analysis.plots.comparison import NAMES, SPLITS, render_comparison
 from persona_lora.analysis.report_parts import Content, ReportOptions, data_uri
 from persona_lora.analysis.resampling import Interval
 from persona_lora.core.runs import Run
 
 EXAMPLES = 4
-ACTIVATION = "activation"
 PLACES = {
     "eval": "On held-out questions",
     "ood": "Out of distribution",

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from persona_lora.analysis.comparison import LORA, Overall, read_comparison
+from persona_lora.analysis.comparison import (
+    ACTIVATION,
+    LORA,
+    Overall,
+    Pooled,
+    pooled,
+    read_comparison,
+)
 from persona_lora.analysis.fits import ConditionFit, fits_over_personas
 from persona_lora.analysis.items import TaskScore, score_items
 from persona_lora.analysis.latency import BASE, FIRST_TOKEN, MERGED, TOKENS, Timing, ratios
@@ -50,7 +57,6 @@ from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
 
 EXPECTED_R = 0.7
-ACTIVATION = "activation"
 PLAIN = ("score", "nats")  # metrics that a task's name says
 BASE_MODEL = "base"  # stands among the prevented ones for comparison
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -140,6 +146,11 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
         "levels": len(at_level),
         "unmatched": at_level.count(False),
         "rows": rows,
+        "traits": len(runs),
+        "pooled": [
+            ("questions", "what", "weights − activations", "p", ""),
+            *(_pooled_row(each) for each in pooled(runs)),
+        ],
         "pictures": pictures,
     }
 
@@ -152,6 +163,14 @@ def _effects(own: Mapping[str, Overall]) -> tuple[str, ...]:
         p_value(activation.p_holm),
         _or_none(activation.coherence),
     )
+
+
+def _pooled_row(each: Pooled) -> tuple[str, ...]:
+    told = {1: "more with weights", -1: "more with activations", 0: "undecided"}
+    return (
+        SPLITS[each.split], each.what, _or_none(each.difference), p_value(each.p_holm),
+        told[_clear(each.difference, each.p_holm)],
+    )  # fmt: skip
 
 
 def _winner(activation: Overall) -> str | None:

@@ -74,6 +74,18 @@ def test_who_steers_further_follows_the_effects(write, tmp_path):
     assert (tmp_path / "docs" / "figures" / "compare_kind.png").stat().st_size > 1000
 
 
+def test_traits_together_say_what_each_alone_cannot(write, tmp_path):
+    behaviour(write, "evil", {"lora": 31, "activation": 30, "random_lora": 0, "random": 0})
+    _, page = answer(tmp_path)
+    assert "together" not in page  # one trait has nothing to be pooled with
+    behaviour(write, "kind", {"lora": 33, "activation": 30, "random_lora": 0, "random": 0})
+    _, page = answer(tmp_path)
+    pooled = next(line for line in page.split("\n") if "| held-out questions | effect |" in line)
+    assert "| 2 [" in pooled  # (1 + 3) / 2
+    assert "more with weights" in pooled
+    assert "| held-out questions | coherence | 0 [0, 0] | 1.000 | undecided |" in page
+
+
 def test_an_effect_of_nothing_is_no_yes(write, tmp_path):
     behaviour(write, "evil", {"lora": 30, "activation": 0, "random_lora": 0, "random": 0})
     _, page = answer(tmp_path)
@@ -122,7 +134,9 @@ def test_prevention_names_what_is_clearly_lower(write, tmp_path):
     assert "| weights1 | 20 (" in page
 
 
-@pytest.mark.parametrize(("merged", "said"), [(1.0, "cannot be told from"), (1.5, "could be told from")])
+@pytest.mark.parametrize(
+    ("merged", "said"), [(1.0, "cannot be told from"), (1.5, "could be told from")]
+)
 def test_merged_is_called_free_only_where_its_ratio_holds_one(write, tmp_path, merged, said):
     slower = {"base": 1.0, "merged": merged, "live": 1.4}
     timings = [
