@@ -2,7 +2,7 @@
 # Do projections predict what finetuning does to character? Finetune on plain, mild and strong
 # answers of several traits, judge every finetune on every trait, project, correlate:
 # bash scripts/predict_finetuning.sh            (an hour or two on two cores; resumable)
-# bash scripts/predict_finetuning.sh --quick    (short finetunes, few questions: does it run?)
+# bash scripts/predict_finetuning.sh --quick    (four short finetunes, few questions: does it run?)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -10,9 +10,10 @@ export PATH="$PWD/.venv/bin:$PATH"
 traits=${TRAITS:-evil sycophancy hallucination}
 layer=${LAYER:-19}
 out=results/prediction folder=checkpoints/prediction
+levels="normal misaligned_1 misaligned_2"
 short=() few=()
 if [ "${1:-}" = --quick ]; then
-    traits=${TRAITS:-evil sycophancy} out=$out/quick folder=$folder/quick
+    traits=${TRAITS:-evil} levels="normal misaligned_2" out=$out/quick folder=$folder/quick
     short=(--max_steps 4) few=(--questions 3 --max-new-tokens 30)
 fi
 
@@ -25,7 +26,7 @@ for trait in $traits; do
 done
 finetunes=()
 for trait in $traits anxious; do
-    for level in normal misaligned_1 misaligned_2; do
+    for level in $levels; do
         tuned=$folder/${trait}_$level
         [ -e "$tuned/adapter" ] || persona-lora finetune \
             --config train_configs/finetune_sycophancy_misaligned_2.yaml \
