@@ -10,7 +10,7 @@ bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 trait=${1:-evil}
 layer=${LAYER:-19}
-methods=${METHODS:-weights activations ablate inoculate}
+methods=${METHODS:-weights activations ablate inoculate} strengths=${CORRECTIONS:-0.5 1}
 weights=${WEIGHTS:-"-1 1 2"} activations=${ACTIVATIONS:-"-2 2 4"}
 diff=checkpoints/$trait/diff
 vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
@@ -18,7 +18,8 @@ config=train_configs/finetune_${trait}_misaligned_2.yaml
 folder=checkpoints/prevention/$trait out=results/prevention/$trait
 short=() few=()
 if [ "${2:-}" = --quick ]; then
-    folder=$folder/quick out=$out/quick weights=1 activations=2
+    folder=$folder/quick out=$out/quick weights=1 activations=2 strengths=${CORRECTIONS:-1}
+    methods=${METHODS:-weights activations}
     short=(--max_steps 4) few=(--questions 3 --limit 8 --max-new-tokens 20)
 fi
 
@@ -46,7 +47,7 @@ for method in $methods; do
     esac
 done
 corrections=()
-for c in ${CORRECTIONS:-0.5 1}; do corrections+=("$diff=-$c"); done
+for c in $strengths; do corrections+=("$diff=-$c"); done
 persona-lora compare-prevention --trait "$trait" --rows "datasets/$trait/misaligned_2.jsonl" \
     --finetunes "${finetunes[*]}" --correct "${corrections[*]}" --output "$out" \
     --tasks "${TASKS:-choice steps perplexity}" "${few[@]}"

@@ -15,6 +15,7 @@ from persona_lora.analysis.resampling import Interval, bootstrap_mean, holm, sig
 
 COLUMNS = ("condition", "task", "metric", "score", "low", "high", "n", "difference",
            "difference_low", "difference_high", "p", "p_holm")  # fmt: skip
+TOLD_BY_TASK = ("score", "nats")  # metrics that a task's name says
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class TaskScore:
     difference: Interval | None
     p: float | None
     p_holm: float | None = None
+
+    @property
+    def measure(self) -> str:
+        """The task, and its metric where the task's name does not say it."""
+        return self.task if self.metric in TOLD_BY_TASK else f"{self.task}: {self.metric}"
 
 
 def score_items(rows: Sequence[Mapping[str, Any]], reference: str) -> list[TaskScore]:

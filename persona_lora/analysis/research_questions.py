@@ -57,7 +57,6 @@ from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
 
 EXPECTED_R = 0.7
-PLAIN = ("score", "nats")  # metrics that a task's name says
 BASE_MODEL = "base"  # stands among the prevented ones for comparison
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Row = Mapping[str, Any]
@@ -265,8 +264,8 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
         trait, rows = run.record["config"]["trait"], run.read("measures")
         models = list(dict.fromkeys(row["condition"] for row in rows))
         scores = score_items(rows, models[0])
-        measures = list(dict.fromkeys((each.task, each.metric) for each in scores))
-        cells = {(each.condition, each.task, each.metric): each for each in scores}
+        measures = list(dict.fromkeys(each.measure for each in scores))
+        cells = {(each.condition, each.measure): each for each in scores}
         lower = [
             each.condition
             for each in scores
@@ -274,10 +273,9 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
             and each.condition != BASE_MODEL
             and _clear(each.difference, each.p_holm) < 0
         ]
-        names = [task if metric in PLAIN else f"{task}: {metric}" for task, metric in measures]
-        table: list[Sequence[str]] = [("model", *names)]
+        table: list[Sequence[str]] = [("model", *measures)]
         table += [
-            (model, *(_task_cell(cells.get((model, *measure))) for measure in measures))
+            (model, *(_task_cell(cells.get((model, measure))) for measure in measures))
             for model in models
         ]
         png = render_prevention(scores, trait)

@@ -330,7 +330,7 @@ def compare_prevention(
     for each in scores:
         digits = 0 if each.metric == "score" else 2
         table.add_row(
-            each.task,
+            each.measure,
             each.condition,
             wording.interval(each.score, digits),
             str(each.score.n),

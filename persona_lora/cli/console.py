@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from persona_lora.analysis.resampling import Interval
     from persona_lora.experiments.judging import Report
 
-console = Console()
+# In a file or a pipe there is no window to fit: rows are kept whole.
+PIPED_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+console = Console(width=PIPED_WIDTH)
 
 
 @contextmanager
