@@ -11,6 +11,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 trait=${1:-evil}
 layer=${LAYER:-19}
 methods=${METHODS:-weights activations ablate inoculate} strengths=${CORRECTIONS:-0.5 1}
+tasks=${TASKS:-choice steps perplexity}
 weights=${WEIGHTS:-"-1 1 2"} activations=${ACTIVATIONS:-"-2 2 4"}
 diff=checkpoints/$trait/diff
 vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
@@ -19,7 +20,7 @@ folder=checkpoints/prevention/$trait out=results/prevention/$trait
 short=() few=()
 if [ "${2:-}" = --quick ]; then
     folder=$folder/quick out=$out/quick weights=1 activations=2 strengths=${CORRECTIONS:-1}
-    methods=${METHODS:-weights activations}
+    methods=${METHODS:-weights activations} tasks=${TASKS:-choice perplexity}
     short=(--max_steps 4) few=(--questions 3 --limit 8 --max-new-tokens 20)
 fi
 
@@ -50,4 +51,4 @@ corrections=()
 for c in $strengths; do corrections+=("$diff=-$c"); done
 persona-lora compare-prevention --trait "$trait" --rows "datasets/$trait/misaligned_2.jsonl" \
     --finetunes "${finetunes[*]}" --correct "${corrections[*]}" --output "$out" \
-    --tasks "${TASKS:-choice steps perplexity}" "${few[@]}"
+    --tasks "$tasks" "${few[@]}"
