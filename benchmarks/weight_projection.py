@@ -88,7 +88,7 @@ def write_models(folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
 
 
 def streamed(folder: Path) -> list[float]:
-    diffs = load_diffs([folder / f"direction{n}" for n in range(DIRECTIONS)])
+    diffs = load_diffs([folder / f"direction{n}" for n in range(DIRECTIONS)], on_disk=True)
     original, finetuned = (StoredWeights(folder / name) for name in ("original", "finetuned"))
     return [each.inner for each in project_weights(original, finetuned, diffs).total.values()]
 

@@ -221,7 +221,7 @@ def project_weights(
     from persona_lora.analysis import wording
     from persona_lora.experiments import weight_projection
 
-    loaded = weight_projection.load_diffs(" ".join(diffs).split())
+    loaded = weight_projection.load_diffs(" ".join(diffs).split(), on_disk=True)
     with progress() as report:
         found = weight_projection.project_finetunes(
             original_model, " ".join(finetuned_model).split(), loaded, output, report=report

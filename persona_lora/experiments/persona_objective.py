@@ -62,6 +62,10 @@ class ObjectiveOptions:
                 f"penalty must not be negative and min_coverage be in (0, 1], got {self.penalty} "
                 f"and {self.min_coverage}"
             )
+        for name in ("min_coherence", "min_relevance"):
+            least = getattr(self, name)
+            if least is not None and not 0 <= least <= 100:
+                raise UserError(f"{name} must lie between 0 and 100, got {least:g}")
 
 
 # What a search keeps unless it is told otherwise: the voice is to answer, in sentences.

@@ -48,12 +48,12 @@ def expand(names: Sequence[str]) -> list[Finetuned]:
     return found
 
 
-def load_diffs(paths: Sequence[Path | str]) -> dict[str, LoRADiff]:
+def load_diffs(paths: Sequence[Path | str], *, on_disk: bool = False) -> dict[str, LoRADiff]:
     """Open diffs by a name each: the trait, or the path where two are of one trait.
 
-    Their factors stay on the disk: the memory of a projection is that of one module.
+    With ``on_disk`` their factors stay there, for one pass over models that are large.
     """
-    loaded = [(str(path), LoRADiff.load(path, on_disk=True)) for path in paths]
+    loaded = [(str(path), LoRADiff.load(path, on_disk=on_disk)) for path in paths]
     traits = [diff.trait for _, diff in loaded]
     return {
         path if diff.trait is None or traits.count(diff.trait) > 1 else diff.trait: diff

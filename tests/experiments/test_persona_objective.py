@@ -148,6 +148,12 @@ def test_a_race_measures_relevance_in_both_heats(speaker, judge):
     assert sorted(each.details["relevance"] for each in found) == [60.0, 65.0, 65.0]
 
 
+@pytest.mark.parametrize("name", ["min_coherence", "min_relevance"])
+def test_a_constraint_outside_its_scale_is_named(name):
+    with pytest.raises(UserError, match=f"{name} must lie between 0 and 100, got 850"):
+        ObjectiveOptions(**{name: 850.0})
+
+
 def test_too_little_coverage_is_no_value(speaker, judge):
     class Half(CountingJudge):
         def judge(self, exchanges, criterion):
