@@ -35,6 +35,7 @@ from persona_lora.core.adapter_files import adapter_config
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
+from persona_lora.models.loaded_keys import check_adapter_whole, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def load_chat_model(
     model = _load_weights(source, name, dtype, device_map)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
+        check_adapter_whole(model, Path(adapter))
     model.requires_grad_(False)
     model.eval()
     return ChatModel(model, tokenizer, name, system_prompt)
@@ -187,9 +189,15 @@ def _load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
 def _load_weights(source: str, name: str, dtype: str, device_map: str | None) -> PreTrainedModel:
     placement = device_map or ("auto" if torch.cuda.is_available() else None)
     with _named_errors(name):
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype), device_map=placement
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=resolve_dtype(dtype),
+            device_map=placement,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_whole refuses them, by name and with shapes
         )
+    check_whole(model, info, name)
+    return model
 
 
 class _named_errors:

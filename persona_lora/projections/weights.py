@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
 from persona_lora.models.weight_files import WeightSource, weights_of
 
@@ -387,7 +387,7 @@ def _check_same(original: WeightSource, finetuned: WeightSource) -> None:
     missing, extra = sorted(set(before) - set(after)), sorted(set(after) - set(before))
     if missing or extra:
         parts = [
-            f"{label} lacks {_some(names)}"
+            f"{label} lacks {few_names(names)}"
             for label, names in ((finetuned.label, missing), (original.label, extra))
             if names
         ]
@@ -399,10 +399,6 @@ def _check_same(original: WeightSource, finetuned: WeightSource) -> None:
                 f"{list(after[name].shape)} in {finetuned.label}; a change of shape is no "
                 "difference of weights"
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _projection(modules: Iterable[ModuleSums], index: int, delta: float) -> Projection:
