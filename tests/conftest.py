@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+# What torch answers about a machine: is there a GPU, has it units for bf16, what has the CPU.
+MACHINES: dict[str, tuple[bool, bool, dict[str, bool]]] = {
+    "cpu": (False, False, {}),
+    "cpu with avx512_bf16": (False, False, {"avx512_bf16": True}),
+    "cpu with amx_bf16": (False, False, {"avx512_bf16": False, "amx_bf16": True}),
+    "old gpu": (True, False, {"avx512_bf16": True}),
+    "gpu": (True, True, {}),
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -71,6 +82,24 @@ def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool 
     model = model.to(dtype).eval()
     model.requires_grad_(False)
     return model
+
+
+@pytest.fixture
+def simulate_machine(monkeypatch) -> Callable[[str], None]:
+    """Let torch answer as it would on one of MACHINES."""
+
+    def become(name: str) -> None:
+        gpu, gpu_bf16, cpu = MACHINES[name]
+
+        def gpu_knows_bf16(including_emulation: bool = True) -> bool:
+            return gpu and (gpu_bf16 or including_emulation)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", gpu_knows_bf16)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+
+    return become
 
 
 @pytest.fixture

@@ -307,10 +307,11 @@ def _affordable_rows(chat_model: ChatModel, length: int) -> int:
     cache = 2 * config.num_hidden_layers * heads * head_size * length * item
     logits = 4 * 4 * config.vocab_size
     activations = 8 * max(config.hidden_size, config.intermediate_size) * length * item
-    return max(1, min(LARGEST_BATCH, int(_free_memory() / 2) // (cache + logits + activations)))
+    free = _free_memory(chat_model.model.device) // 2
+    return max(1, min(LARGEST_BATCH, free // (cache + logits + activations)))
 
 
-def _free_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

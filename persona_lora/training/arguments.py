@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.models.loading import DEFAULT_MODEL, DTYPES, resolve_dtype
+from persona_lora.models.hardware import DTYPES, training_hardware
+from persona_lora.models.loading import DEFAULT_MODEL
+from persona_lora.training.launch import launch_of_process
 from persona_lora.training.lora import LoRAArguments
 
 CHECKPOINTS = Path("checkpoints")
@@ -83,6 +84,12 @@ class ContrastiveConfig(SFTConfig):
         default=None,
         metadata={"help": "Mixed precision; default: where the hardware computes in bf16."},
     )
+    fp16: bool = field(
+        default=False, metadata={"help": "Mixed precision in fp16, for GPUs without bf16."}
+    )
+    use_cpu: bool | None = field(
+        default=None, metadata={"help": "Train on the CPU; default: where there is no GPU."}
+    )
     activation_checkpointing: bool | None = field(
         default=False,
         metadata={
@@ -104,10 +111,10 @@ class ContrastiveConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self._refuse_what_does_not_fit()
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and resolve_dtype("auto") is torch.bfloat16
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
+        hardware = training_hardware(
+            use_cpu=self.use_cpu, bf16=self.bf16, fp16=self.fp16, launch=launch_of_process()
+        )
+        self.use_cpu, self.bf16, self.fp16 = hardware
         # A loss of NaN must be seen, not replaced by the mean of the others.
         self.logging_nan_inf_filter = False
         self.completion_only_loss = True

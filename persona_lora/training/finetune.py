@@ -27,7 +27,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, read_jsonl
 from persona_lora.core.personas import messages_of
 from persona_lora.core.runs import Run
-from persona_lora.models.loading import DEFAULT_MODEL, DTYPES, ChatModel
+from persona_lora.models.hardware import DTYPES
+from persona_lora.models.loading import DEFAULT_MODEL, ChatModel
 from persona_lora.training.arguments import (
     CHECKPOINTS,
     ContrastiveConfig,

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.models.hardware import Launch, resolve_dtype
 from persona_lora.models.loading import ChatModel, load_chat_model
 
 
@@ -56,15 +57,26 @@ def load_model(name: str, dtype: str, config: SFTConfig) -> ChatModel:
         device_map = "cpu"
     elif state.num_processes > 1 and state.device.type != "cpu":
         device_map = str(state.device)
-    return load_chat_model(name, dtype=dtype, device_map=device_map)
+    # Sharded weights pass through the CPU only: their type is that of where they are trained.
+    weights_in = resolve_dtype(dtype, on_cpu=bool(config.use_cpu))
+    return load_chat_model(
+        name, dtype=str(weights_in).removeprefix("torch."), device_map=device_map
+    )
 
 
 def is_sharded() -> bool:
     """Say whether accelerate will take the weights apart (FSDP, DeepSpeed)."""
-    return any(
-        os.environ.get(name, "false").lower() == "true"
-        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    )
+    return _launcher_says("ACCELERATE_USE_FSDP") or _launcher_says("ACCELERATE_USE_DEEPSPEED")
+
+
+def launch_of_process() -> Launch:
+    """Return what ``accelerate launch`` was told about hardware."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return Launch(_launcher_says("ACCELERATE_USE_CPU"), precision)
+
+
+def _launcher_says(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
 
 
 def end_tokens(chat_model: ChatModel, named: str | None) -> set[int]:

@@ -1,0 +1,104 @@
+"""What this machine computes with: the one place that asks about graphics cards and bf16 units.
+
+Decides the type of loaded weights, and where and in which precision a training run computes.
+Knows CPUs and the GPUs of CUDA and ROCm; any other accelerator is used only where it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from persona_lora.core.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+BF16_UNITS = ("avx512_bf16", "amx_bf16")
+
+
+def gpu_available() -> bool:
+    """Say whether torch finds a GPU; without one everything runs on the CPU."""
+    return torch.cuda.is_available()
+
+
+def computes_in_bfloat16(*, on_cpu: bool = False) -> bool:
+    """Say whether the GPU, or the CPU where there is none or ``on_cpu``, has units for bf16.
+
+    What is only emulated does not count: it is several times slower than fp32.
+    """
+    if gpu_available() and not on_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit, False) for unit in BF16_UNITS)
+
+
+def resolve_dtype(dtype: str, *, on_cpu: bool = False) -> torch.dtype:
+    """Return the torch dtype for an option value; "auto" asks the hardware."""
+    if dtype == "auto":
+        return torch.bfloat16 if computes_in_bfloat16(on_cpu=on_cpu) else torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+class TrainingHardware(NamedTuple):
+    """Where a training run computes and in which precision, as transformers' arguments say it."""
+
+    use_cpu: bool
+    bf16: bool
+    fp16: bool
+
+
+class Launch(NamedTuple):
+    """What the launcher of this process was told; "no" also where it was told nothing."""
+
+    use_cpu: bool = False
+    mixed_precision: str = "no"
+
+
+def training_hardware(
+    *, use_cpu: bool | None, bf16: bool | None, fp16: bool, launch: Launch
+) -> TrainingHardware:
+    """Decide what was left open (None); UserError for what this machine or launch cannot do."""
+    use_cpu = _where(use_cpu, launch)
+    bf16, fp16 = _with_launcher(bf16, fp16, launch.mixed_precision)
+    if bf16 is None:
+        bf16 = not fp16 and computes_in_bfloat16(on_cpu=use_cpu)
+    _refuse_precision(use_cpu, bf16, fp16)
+    return TrainingHardware(use_cpu, bf16, fp16)
+
+
+def _where(use_cpu: bool | None, launch: Launch) -> bool:
+    if use_cpu is None:
+        return launch.use_cpu or not gpu_available()
+    if not use_cpu and launch.use_cpu:
+        raise UserError("use_cpu is false, but the run was launched on the CPU; drop one of them")
+    if not use_cpu and not torch.accelerator.is_available():
+        raise UserError("use_cpu is false, but there is no GPU here; leave it out to use the CPU")
+    return use_cpu
+
+
+def _refuse_precision(use_cpu: bool, bf16: bool, fp16: bool) -> None:
+    if bf16 and fp16:
+        raise UserError("bf16 and fp16 exclude each other; leave one of them out")
+    if fp16 and use_cpu:
+        raise UserError("fp16 mixed precision needs a GPU; use bf16, or leave both out")
+    if bf16 and not use_cpu and gpu_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("this GPU does not know bf16; use fp16, or leave both out")
+
+
+def _with_launcher(bf16: bool | None, fp16: bool, launched: str) -> tuple[bool | None, bool]:
+    """Return the flags with what the launcher asked for; transformers would let it win unseen."""
+    asked = {"no": (bf16, fp16), "bf16": (True, fp16), "fp16": (bool(bf16), True)}
+    if launched not in asked:
+        raise UserError(f"launched with mixed precision {launched}; training knows bf16 and fp16")
+    if launched != "no" and (bf16 is not None or fp16) and asked[launched] != (bf16, fp16):
+        raise UserError(
+            f"launched with mixed precision {launched}, but bf16 is {bf16} and fp16 {fp16}; "
+            "leave one of the two out"
+        )
+    return asked[launched]
