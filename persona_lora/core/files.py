@@ -5,10 +5,13 @@ Knows nothing of what the files mean.
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.json_text import parse_json
 
 
 def ensure_writable_folder(folder: Path) -> Path:
@@ -73,19 +77,49 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read one JSON value; UserError names the file, the line and the column of a mistake."""
+def existing_file(path: str | Path) -> Path:
+    """Return the path of a file that can be read without waiting; UserError for anything else.
+
+    A folder, a pipe and a device are no files here: opening a pipe waits for ever.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        mode = path.stat().st_mode
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path") from error
+    except (OSError, ValueError) as error:  # a ring of links, a name too long, no permission
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"{path} is {what}, expected a file; check the path")
+    return path
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a UTF-8 file, without the mark that some editors put first."""
+    path = existing_file(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}:{error.colno} is not valid JSON: {error.msg}; mend that line"
-        ) from error
+        raise _not_utf8(path, error) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON value; UserError names the file, and the line and column of a mistake."""
+    return parse_json(read_text(path), str(path))
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UserError(f"{str(path)[:200]!r} cannot be read: {reason}; check the path")
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
+    utf16 = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    what = "UTF-16" if utf16 else f"not UTF-8 text: {error.reason} at byte {error.start}"
+    return UserError(f"{path} is {what}; save it as UTF-8")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -106,23 +140,11 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON objects, one a line; UserError names the file and the line of a mistake."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number} is not valid JSON: {error.msg}; mend that line"
-            ) from error
+        row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number} holds a {type(row).__name__}, expected a JSON object")
         rows.append(row)
@@ -135,16 +157,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     Raises UserError for a file that is missing or no UTF-8 CSV, and names a missing column or a
     row with more or fewer cells than the header.
     """
-    path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
-            found = list(reader.fieldnames or [])
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        rows = list(reader)
+        found = list(reader.fieldnames or [])
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV: {error}; write it anew") from error
     missing = [column for column in columns if column not in found]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.files import read_json, read_jsonl, write_json
+from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
 
 ConversationSplit = Literal["train", "test"]
 
@@ -56,7 +56,7 @@ class Persona:
             raise UserError(
                 f"{path} does not exist; make it with: persona-lora persona build --id {self.id}"
             )
-        return path.read_text(encoding="utf-8") if path.suffix == ".txt" else read_json(path)
+        return read_text(path) if path.suffix == ".txt" else read_json(path)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_jsonl
+from persona_lora.core.files import read_text, write_jsonl
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import FINETUNING_LEVELS, Trait
 from persona_lora.experiments.judging import Report, staged
@@ -122,9 +122,7 @@ def generate_data(
 
 def read_questions(path: Path) -> tuple[tuple[str, str], ...]:
     """Read questions, one a line; a tab may put a domain before each."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check the path")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     split = [line.split("\t", 1) if "\t" in line else ["", line] for line in lines if line]
     if not split:
         raise UserError(f"{path} holds no question; write one a line")

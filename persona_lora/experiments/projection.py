@@ -67,8 +67,6 @@ def read_texts(path: Path) -> Texts:
     In a row of messages the last one must be the assistant's: it is the answer, and the chat
     template renders what comes before it. Raises UserError naming the file, and the row.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check the path")
     if path.suffix == ".csv":
         return _read_csv(path)
     if path.suffix == ".jsonl":
