@@ -7,8 +7,9 @@ At the output h of a chosen decoder block, and at the chosen positions,
 
 Positions are "response", "prompt" or "all". In generation, "response" is the last prompt position
 (whose state makes the first token of the answer) and every token generated after it, "prompt" is
-every position of the first pass. For whole texts ``select_positions`` says what the response is.
-Weights are never touched, and hooks come off on any exit.
+every position of the prompt's pass. ``models.passes`` tells the two apart, or refuses. For whole
+texts ``select_positions`` says what the response is. Weights are never touched, and hooks come off
+on any exit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.passes import PassCounter, Stage
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.placement import check_base_model, find_layers
 from persona_lora.steering.rows import RowCoefficients
@@ -58,7 +60,8 @@ class _BlockSteerer(ABC):
         }
         check_base_model(model, self.vectors, allow_other_base=allow_other_base)
         self._response: Tensor | None = None  # [batch or 1, seq], for whole texts
-        self._prefill = True
+        self._passes = PassCounter()
+        self._stage: Stage | None = None  # of the pass that runs; None until somebody asks
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -81,8 +84,17 @@ class _BlockSteerer(ABC):
             self._handles.pop().remove()
 
     def select_positions(self, response: Tensor | None) -> None:
-        """Take a mask ``[batch or 1, seq]`` of the response in whole texts; None: generation."""
+        """Take a mask ``[batch or 1, seq]`` of the response in whole texts; None: generation.
+
+        None also says that the next pass is over a prompt, or over the rest of one.
+        """
         self._response = response
+        if response is None:
+            self._passes.expect_prompt()
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Say which rows the next batch consists of, and that it begins with its prompts."""
+        self._passes.expect_prompt()
 
     @abstractmethod
     def change(self, layer: int, hidden: Tensor) -> Tensor:
@@ -99,17 +111,25 @@ class _BlockSteerer(ABC):
                 )
             mask = self._response.to(hidden.device, torch.bool)[..., None]
             return {"response": mask, "prompt": ~mask, "all": torch.ones_like(mask)}[self.positions]
-        if self.positions == "prompt":
-            return 0 if self._prefill else None
-        return length - 1 if self.positions == "response" and self._prefill else 0
+        if self.positions == "all":
+            return 0
+        if self._stage is None:
+            self._stage = self._passes.end(length)
+        if self.positions == "response":  # a single token is the last of its prompt, or a step
+            return length - 1 if self._stage == "prompt" else 0
+        if self._stage == "either":
+            raise UserError(
+                "the text in the cache was begun before this block, and whether its next token is "
+                'prompt or answer cannot be told; run the prompt inside the block, or steer "all"'
+            )
+        return 0 if self._stage == "prompt" else None
 
     def _begin(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
-        """Note, before the first block runs, whether this pass is over a prompt or its rest."""
-        cache = keywords.get("past_key_values")
-        states = arguments[0] if arguments else keywords["hidden_states"]
-        self._prefill = cache is None or cache.get_seq_length() == 0 or states.shape[1] > 1
+        """Note, before the first block runs, what the pass builds on."""
+        self._stage = None
+        self._passes.begin(arguments, keywords)
 
 
 class _ChangeOutput:
@@ -171,6 +191,7 @@ class ActivationSteerer(_BlockSteerer):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Say which rows of the coefficients the next batch consists of, in its order."""
+        super().select_rows(rows)
         self._rows.choose(rows)
         self._deltas.clear()
 
@@ -209,9 +230,6 @@ class DirectionAblation(_BlockSteerer):
             )
             for layer in self._blocks
         }
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Do nothing: every row loses the same directions."""
 
     def change(self, layer: int, hidden: Tensor) -> Tensor:
         """Return −Q Qᵀ h at a layer, in fp32; Q is ``[hidden, rank]``."""
