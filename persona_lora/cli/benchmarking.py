@@ -11,14 +11,11 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
-    DEFAULT_MODEL,
-    AdapterOption,
+    AdaptedModelOptions,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
     LayersOption,
-    ModelOption,
     OtherBaseOption,
     OverwriteOption,
     PositionsOption,
@@ -36,7 +33,9 @@ if TYPE_CHECKING:
 
 
 @app.command("benchmark")
+@with_groups
 def benchmark(
+    *,
     tasks: Annotated[
         str, typer.Option(help="choice, steps, perplexity, or the harness's own: mmlu, gsm8k …")
     ] = "choice steps perplexity",
@@ -49,16 +48,13 @@ def benchmark(
     ] = None,
     layers: LayersOption = None,
     positions: PositionsOption = "all",
-    model: ModelOption = DEFAULT_MODEL,
-    adapter: AdapterOption = None,
+    model: AdaptedModelOptions,
     output: Annotated[Path, typer.Option(help="The run folder.")] = Path("results/benchmark"),
     tasks_dir: Annotated[
         Path | None, typer.Option(help="YAML tasks; datasets/capability by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of the harness's batches.")] = 16,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
@@ -73,14 +69,14 @@ def benchmark(
     """
     from persona_lora.experiments.benchmarks import run_benchmarks
 
-    chat_model = load_model(model, adapter, dtype, device_map)
+    chat_model = load_model(model)
     changed = _steerer(
         chat_model, diff or [], vector or [], coefficient or [], layers, positions, allow_other_base
     )
-    if changed is None and adapter is None:
+    if changed is None and model.adapter is None:
         raise UserError("there is nothing to compare; give --diff, --vector or --adapter")
     conditions: dict[str, AbstractContextManager[Any]] = {
-        "plain": _plain(chat_model, adapter is not None)
+        "plain": _plain(chat_model, model.adapter is not None)
     }
     conditions["changed"] = changed if changed is not None else ExitStack()
     scores = run_benchmarks(
@@ -97,7 +93,7 @@ def benchmark(
             "vectors": [str(path) for path in vector or []],
             "coefficients": coefficient or [],
             "layers": layers,
-            "adapter": None if adapter is None else str(adapter),
+            "adapter": None if model.adapter is None else str(model.adapter),
         },
         overwrite=overwrite,
     )

@@ -11,18 +11,16 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
-    DEFAULT_MODEL,
     BatchOption,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
     JudgeCostOption,
     JudgeModelOption,
     JudgeModeOption,
     JudgeOption,
     JudgeUrlOption,
-    ModelOption,
+    ModelOptions,
     OverwriteOption,
     SamplesOption,
     SeedOption,
@@ -50,7 +48,9 @@ if TYPE_CHECKING:
 
 
 @app.command("evaluate-checkpoints")
+@with_groups
 def evaluate_checkpoints(
+    *,
     folder: Annotated[Path, typer.Argument(help="The folder of a finetune, with checkpoint-N.")],
     traits: Annotated[
         list[str], typer.Option(help='Traits to judge: repeated, or "evil anxious".')
@@ -70,7 +70,7 @@ def evaluate_checkpoints(
     finetuned_on: Annotated[
         str | None, typer.Option(help="The trait that the finetune was to teach.")
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
     judge_url: JudgeUrlOption = None,
@@ -82,8 +82,6 @@ def evaluate_checkpoints(
     samples: SamplesOption = 1,
     seed: SeedOption = 0,
     batch_size: BatchOption = "auto",
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -103,7 +101,7 @@ def evaluate_checkpoints(
     directions = load_vectors(vectors) if vectors else {}
     depth = next(iter(directions.values())).num_layers if directions else 0
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    base = load_model(model, None, dtype, device_map)
+    base = load_model(model)
     with progress() as report:
         run = checkpoints.evaluate_checkpoints(
             base,
@@ -118,7 +116,6 @@ def evaluate_checkpoints(
             ),
             lambda trait, reference: judge_factory(trait, reference, judging, report),
             output or Path("results") / "checkpoints" / folder.name,
-            dtype=dtype,
             options=generation_options(max_new_tokens, temperature, samples, seed, batch_size),
             config={"judge": judge_settings(judging)},
             overwrite=overwrite,
@@ -148,7 +145,9 @@ def _table(run: Run) -> Table:
 
 
 @app.command("predict-finetuning")
+@with_groups
 def predict_finetuning(
+    *,
     finetunes: Annotated[
         list[str], typer.Option(help="Adapters of the same base; repeated, or in one string.")
     ],
@@ -159,7 +158,7 @@ def predict_finetuning(
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Of the vectors; about 0.55 deep.")] = None,
     output: Annotated[Path, typer.Option(help="The run folder.")] = Path("results/prediction"),
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     questions: Annotated[
         int | None, typer.Option(help="Only the first so many held-out questions of each trait.")
     ] = None,
@@ -169,8 +168,6 @@ def predict_finetuning(
     judge_url: JudgeUrlOption = None,
     judge_mode: JudgeModeOption = "logprobs",
     max_judge_cost: JudgeCostOption = None,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
@@ -204,14 +201,13 @@ def predict_finetuning(
         layer_numbers(None if layer is None else str(layer), depth)[0] if loaded else 0,
     )
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    base = load_model(model, None, dtype, device_map)
+    base = load_model(model)
     with progress() as report:
         run = prediction.predict_finetuning(
             base,
             study,
             lambda trait: judge_factory(trait, base, judging, report),
             output,
-            dtype=dtype,
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
             overwrite=overwrite,
             report=report,
@@ -249,7 +245,9 @@ def predict_finetuning(
 
 
 @app.command("compare-prevention")
+@with_groups
 def compare_prevention(
+    *,
     finetunes: Annotated[
         list[str],
         typer.Option(
@@ -270,15 +268,13 @@ def compare_prevention(
         int | None, typer.Option(help="Only the first so many held-out questions.")
     ] = None,
     output: Annotated[Path, typer.Option(help="The run folder.")] = Path("results/prevention"),
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     max_new_tokens: TokensOption = 60,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
     judge_url: JudgeUrlOption = None,
     judge_mode: JudgeModeOption = "logprobs",
     max_judge_cost: JudgeCostOption = None,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
@@ -306,7 +302,7 @@ def compare_prevention(
             _adapter(Path(plain)), (diff, _number(value))
         )
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    base = load_model(model, None, dtype, device_map)
+    base = load_model(model)
     asked = _first_questions(load_trait(trait, datasets_dir), questions)
     with progress() as report:
         scores = prevention.compare_prevention(
@@ -318,7 +314,6 @@ def compare_prevention(
             output,
             tasks=tasks.replace(",", " ").split(),
             limit=limit,
-            dtype=dtype,
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
             datasets=datasets_dir,
             overwrite=overwrite,

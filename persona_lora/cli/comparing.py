@@ -10,20 +10,18 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
-    DEFAULT_MODEL,
     BatchOption,
     ConfigOption,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
     JudgeCostOption,
     JudgeModelOption,
     JudgeModeOption,
     JudgeOption,
     JudgeUrlOption,
     LayersOption,
-    ModelOption,
+    ModelOptions,
     OtherBaseOption,
     OverwriteOption,
     PositionsOption,
@@ -50,7 +48,9 @@ if TYPE_CHECKING:
 
 
 @app.command("compare")
+@with_groups
 def compare(
+    *,
     trait: TraitOption,
     diff: Annotated[Path, typer.Option(help="A diff folder or a PEFT adapter.")],
     activation_vector: Annotated[
@@ -83,7 +83,7 @@ def compare(
     trait_vector_dir: Annotated[
         Path, typer.Option(help="Where --spaces finds {trait}/diff, and vectors/{trait}/.")
     ] = Path("checkpoints"),
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
     judge_url: JudgeUrlOption = None,
@@ -92,8 +92,6 @@ def compare(
     max_new_tokens: TokensOption = 60,
     seed: SeedOption = 0,
     batch_size: BatchOption = "auto",
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
@@ -132,7 +130,7 @@ def compare(
     named = dict.fromkeys([loaded.name, *(spaces or "").replace(",", " ").split()])
     directions = None if spaces is None else costs.trait_directions(list(named), trait_vector_dir)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    chat_model = load_model(model, None, dtype, device_map)
+    chat_model = load_model(model)
     output = output_dir or Path("results") / "compare" / loaded.name
     with progress() as report:
         found = experiment.compare(

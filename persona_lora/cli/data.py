@@ -11,18 +11,18 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
     DEFAULT_MODEL,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
+    ModelOptions,
     SeedOption,
     TokensOption,
 )
-from persona_lora.cli.parsing import layer_numbers, load_model
+from persona_lora.cli.parsing import layer_numbers, load_model, load_other
 from persona_lora.cli.program import data_app, traits_app
 from persona_lora.core.errors import UserError
+from persona_lora.models.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.experiments.data_check import DataReport
@@ -42,13 +42,16 @@ DEFAULT_WRITER = "gpt-4o-mini"
 
 
 @traits_app.command("generate")
+@with_groups
 def generate_traits(
+    *,
     definitions: Annotated[
         Path, typer.Option(help='JSON: {"anxious": "worries aloud", …}, or a list of objects.')
     ],
     endpoint: EndpointOption = None,
     model: WriterOption = None,
     local: LocalOption = False,
+    loading: LoadOptions,
     datasets_dir: DatasetsOption = None,
     overwrite: Annotated[bool, typer.Option(help="Write traits anew that are there.")] = False,
     attempts: Annotated[int, typer.Option(help="Replies to try for a trait.")] = 4,
@@ -63,7 +66,7 @@ def generate_traits(
     from persona_lora.experiments import trait_generation
 
     wanted = trait_generation.read_definitions(definitions)
-    writer = _writer(endpoint, model, local)
+    writer = _writer(endpoint, model, local, loading)
     with progress() as report:
         results = trait_generation.generate_traits(
             wanted,
@@ -79,7 +82,9 @@ def generate_traits(
 
 
 @data_app.command("generate")
+@with_groups
 def generate_data(
+    *,
     trait: Annotated[str, typer.Option(help="A trait's name in datasets/, or its folder.")],
     questions_per_domain: Annotated[int, typer.Option(help="Questions for every domain.")] = 4,
     domains: Annotated[
@@ -94,6 +99,7 @@ def generate_data(
     endpoint: EndpointOption = None,
     model: WriterOption = None,
     local: LocalOption = False,
+    loading: LoadOptions,
     datasets_dir: DatasetsOption = None,
     temperature: Annotated[float, typer.Option(help="Of the writer.")] = 0.8,
     seed: SeedOption = 0,
@@ -116,7 +122,7 @@ def generate_data(
         temperature=temperature,
         seed=seed,
     )
-    writer = _writer(endpoint, model, local)
+    writer = _writer(endpoint, model, local, loading)
     output = output_dir or Path("results") / "data" / loaded.label
     with progress() as report:
         result = generation.generate_data(
@@ -187,18 +193,20 @@ def _check_table(reports: list[DataReport]) -> Table:
     return table
 
 
-def _writer(endpoint: str | None, model: str | None, local: bool) -> Writer:
+def _writer(endpoint: str | None, model: str | None, local: bool, loading: LoadOptions) -> Writer:
     from dotenv import dotenv_values
 
-    from persona_lora.cli.options import DEFAULT_MODEL
-    from persona_lora.cli.parsing import load_model
     from persona_lora.experiments.writers import Endpoint, EndpointWriter, LocalWriter
     from persona_lora.judges.openai import DEFAULT_BASE_URL
 
     if local:
         if endpoint is not None:
             raise UserError("--local and --endpoint exclude each other; choose one")
-        return LocalWriter(load_model(model or DEFAULT_MODEL, None, "auto", None))
+        return LocalWriter(load_other(model or DEFAULT_MODEL, loading))
+    if loading != LoadOptions():
+        raise UserError(
+            "the options of loading a model are for --local; an endpoint has its model already"
+        )
     environ = {**dotenv_values(".env"), **os.environ}
     url = endpoint or environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
     key = environ.get("OPENAI_API_KEY") or None
@@ -206,7 +214,9 @@ def _writer(endpoint: str | None, model: str | None, local: bool) -> Writer:
 
 
 @data_app.command("screen")
+@with_groups
 def screen_data(
+    *,
     file: Annotated[Path, typer.Option(help="JSONL of messages: the rows to be trained on.")],
     vector: Annotated[Path, typer.Option(help="A steering vector of the trait.")],
     output: Annotated[Path, typer.Option(help="The CSV of ranked rows.")] = Path(
@@ -216,10 +226,8 @@ def screen_data(
     threshold: Annotated[
         float | None, typer.Option(help="Flag rows over it; measured on the model by default.")
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     max_new_tokens: TokensOption = 60,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Rank training rows by how far they would pull the model along a trait.
@@ -237,7 +245,7 @@ def screen_data(
     loaded = load_vector(vector)
     chosen = layer_numbers(None if layer is None else str(layer), loaded.num_layers)[0]
     texts = read_texts(file)
-    chat_model = load_model(model, None, dtype, device_map)
+    chat_model = load_model(model)
     with progress() as report:
         found = screen_rows(
             chat_model,

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from persona_lora.cli.console import console, progress
-from persona_lora.cli.options import DEFAULT_MODEL, ModelOption
+from persona_lora.cli.option_groups import with_groups
+from persona_lora.cli.options import StoredModelOptions
 from persona_lora.cli.program import app
 from persona_lora.core.errors import UserError
 
@@ -16,7 +17,9 @@ FORMATS = ("peft", "merged", "gguf-lora", "gguf")
 
 
 @app.command("export")
+@with_groups
 def export(
+    *,
     mix: Annotated[
         str, typer.Option(help='Traits or paths with coefficients: "evil=-1,sycophancy=-0.5".')
     ],
@@ -26,7 +29,7 @@ def export(
     energy: Annotated[
         float | None, typer.Option(help="Or to this share of its squared norm, as in 0.99.")
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
+    model: StoredModelOptions,
     trait_vector_dir: Annotated[Path, typer.Option(help="Where diffs are: {trait}/diff.")] = Path(
         "checkpoints"
     ),
@@ -53,15 +56,17 @@ def export(
     if format == "peft":
         done = exporting.export_peft(terms, output, rank=rank, energy=energy)
     elif format == "gguf-lora":
-        base = weights_folder(model)
+        base = weights_folder(model.model, model.revision)
         done = exporting.export_gguf_lora(terms, base, output, rank=rank, energy=energy)
     elif format == "gguf":
-        done = exporting.export_gguf(terms, weights_folder(model), output, converter=converter)
+        done = exporting.export_gguf(
+            terms, weights_folder(model.model, model.revision), output, converter=converter
+        )
     else:
         with progress() as report:
             done = exporting.export_merged(
                 terms,
-                weights_folder(model),
+                weights_folder(model.model, model.revision),
                 output,
                 progress=lambda at, total: report("shards", at, total),
             )

@@ -10,14 +10,12 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, interval_cells, progress
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
     DEFAULT_COEFFICIENTS,
-    DEFAULT_MODEL,
-    AdapterOption,
+    AdaptedModelOptions,
     BatchOption,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
     JudgeCostOption,
     JudgeModelOption,
     JudgeModeOption,
@@ -25,7 +23,6 @@ from persona_lora.cli.options import (
     JudgeUrlOption,
     LayersOption,
     MethodOption,
-    ModelOption,
     OtherBaseOption,
     OverwriteOption,
     PositionsOption,
@@ -57,10 +54,12 @@ from persona_lora.core.errors import UserError
 
 
 @app.command()
+@with_groups
 def evaluate(
+    *,
     trait: TraitOption,
     output: Annotated[Path, typer.Option(help="The CSV; a run folder goes beside it.")],
-    model: ModelOption = DEFAULT_MODEL,
+    model: AdaptedModelOptions,
     method: MethodOption = None,
     diff: Annotated[list[Path] | None, typer.Option(help="A diff; may be repeated.")] = None,
     vector: VectorOption = None,
@@ -76,7 +75,6 @@ def evaluate(
         str | None, typer.Option(help="pos or neg (the trait's own), or a text.")
     ] = None,
     mode: Annotated[str, typer.Option(help="Diffs: live (unmerged) or merged.")] = "live",
-    adapter: AdapterOption = None,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
     judge_url: JudgeUrlOption = None,
@@ -88,8 +86,6 @@ def evaluate(
     samples: SamplesOption = 1,
     seed: SeedOption = 0,
     batch_size: BatchOption = "auto",
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
@@ -114,7 +110,7 @@ def evaluate(
     )
     options = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    chat_model = load_model(model, adapter, dtype, device_map)
+    chat_model = load_model(model)
     with progress() as report:
         result = evaluation.evaluate(
             chat_model,
@@ -131,7 +127,7 @@ def evaluate(
                 "diffs": [str(path) for path in diff or []],
                 "coefficients": list(terms.values()),
                 **activation_settings(vector or [], activation),
-                "adapter": None if adapter is None else str(adapter),
+                "adapter": None if model.adapter is None else str(model.adapter),
                 "judge": judge_settings(judging),
             },
             allow_other_base=allow_other_base,
@@ -146,7 +142,9 @@ def evaluate(
 
 
 @app.command()
+@with_groups
 def sweep(
+    *,
     trait: TraitOption,
     method: MethodOption = None,
     diff: Annotated[
@@ -177,8 +175,7 @@ def sweep(
     max_questions: Annotated[
         int | None, typer.Option(help="Only the first so many questions of the split.")
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
-    adapter: AdapterOption = None,
+    model: AdaptedModelOptions,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
     judge_url: JudgeUrlOption = None,
@@ -190,8 +187,6 @@ def sweep(
     samples: SamplesOption = 1,
     seed: SeedOption = 0,
     batch_size: BatchOption = "auto",
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
@@ -223,7 +218,7 @@ def sweep(
         costs=chosen in ("lora", "activation") and (one_layer if costs is None else costs),
         max_questions=max_questions,
     )
-    chat_model = load_model(model, adapter, dtype, device_map)
+    chat_model = load_model(model)
     suffix = "" if chosen == "lora" else f"_{chosen}"
     with progress() as report:
         result = experiment.sweep(
@@ -236,7 +231,7 @@ def sweep(
             options=options,
             config={
                 **({"diff": str(diff)} if diff else {"vector_path": str(vector)} if vector else {}),
-                "adapter": None if adapter is None else str(adapter),
+                "adapter": None if model.adapter is None else str(model.adapter),
                 "judge": judge_settings(judging),
             },
             datasets=datasets_dir,

@@ -14,18 +14,16 @@ from rich.live import Live
 from rich.table import Table
 
 from persona_lora.cli.console import console
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
-    DEFAULT_MODEL,
     BatchOption,
     ConfigOption,
-    DeviceOption,
-    DtypeOption,
     JudgeCostOption,
     JudgeModelOption,
     JudgeModeOption,
     JudgeOption,
     JudgeUrlOption,
-    ModelOption,
+    ModelOptions,
     OtherBaseOption,
     OverwriteOption,
     SeedOption,
@@ -83,7 +81,9 @@ RaceOption = Annotated[
 
 
 @app.command("optimize")
+@with_groups
 def optimize(
+    *,
     persona_id: Annotated[str, typer.Option(help="A persona's id: a folder in personas/.")],
     method: Annotated[str, typer.Option(help="lora, svd, mean_diff or pca.")] = "lora",
     search: Annotated[str, typer.Option(help="cmaes, or random for the control.")] = "cmaes",
@@ -112,7 +112,7 @@ def optimize(
     min_relevance: RelevantOption = 85.0,
     race: RaceOption = False,
     save_dir: SaveOption = Path("optimization_results"),
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     trait_vector_dir: VectorDirOption = Path("checkpoints"),
     traits: TraitsOption = None,
     persona_dir: PersonaDirOption = None,
@@ -124,8 +124,6 @@ def optimize(
     judge_url: JudgeUrlOption = None,
     judge_mode: JudgeModeOption = "logprobs",
     max_judge_cost: JudgeCostOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
     seed: SeedOption = 0,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
@@ -165,7 +163,7 @@ def optimize(
         seed=seed,
     )
     bench = _workbench(
-        load_model(model, None, dtype, device),
+        load_model(model),
         (num_prompts, persona_dir, trait_vector_dir, traits),
         generation,
         judging,
@@ -204,7 +202,9 @@ def optimize(
 
 
 @app.command("compare-methods")
+@with_groups
 def compare_methods(
+    *,
     persona_id: Annotated[
         list[str] | None, typer.Option(help='Personas, as in "a b"; all by default.')
     ] = None,
@@ -223,7 +223,7 @@ def compare_methods(
     min_relevance: RelevantOption = 85.0,
     race: RaceOption = False,
     save_dir: SaveOption = Path("results/personas"),
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     trait_vector_dir: VectorDirOption = Path("checkpoints"),
     traits: TraitsOption = None,
     persona_dir: PersonaDirOption = None,
@@ -235,8 +235,6 @@ def compare_methods(
     judge_url: JudgeUrlOption = None,
     judge_mode: JudgeModeOption = "logprobs",
     max_judge_cost: JudgeCostOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
     seed: SeedOption = 0,
     allow_other_base: OtherBaseOption = False,
     overwrite: OverwriteOption = False,
@@ -261,7 +259,7 @@ def compare_methods(
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     generation = generation_options(max_new_tokens, temperature, 1, seed, batch_size)
     bench = _workbench(
-        load_model(model, None, dtype, device),
+        load_model(model),
         (num_prompts, persona_dir, trait_vector_dir, traits),
         generation,
         judging,

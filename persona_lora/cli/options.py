@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from persona_lora.cli.config_file import read_defaults
+from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 ConfigOption = Annotated[
     Path | None,
@@ -18,20 +20,15 @@ ConfigOption = Annotated[
         help="A YAML file of this command's options (max_iterations: 10); flags override it.",
     ),
 ]
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_COEFFICIENTS = "-2 -1.5 -1 -0.5 0 0.5 1 1.5 2"
 
 ModelOption = Annotated[
     str, typer.Option(help="The packaged model, a local model folder, or a hub id.")
 ]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit of a model on the hub.")
+]
 TraitOption = Annotated[str, typer.Option(help="A trait's name in datasets/, or its folder.")]
-AdapterOption = Annotated[
-    Path | None, typer.Option(help="A PEFT adapter put on the model before anything else.")
-]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="transformers' device map: cpu, cuda, auto …")
-]
 JudgeOption = Annotated[
     str,
     typer.Option(help="embedding (no network), openai (any endpoint), local, or several: a,b."),
@@ -74,3 +71,27 @@ LayersOption = Annotated[
 PositionsOption = Annotated[
     str, typer.Option(help="Where vectors act: response, prompt or all tokens.")
 ]
+
+
+@dataclass(frozen=True)
+class StoredModelOptions:
+    """A model whose files are read as they lie: there is no type and no place to choose."""
+
+    model: ModelOption = DEFAULT_MODEL
+    revision: RevisionOption = None
+
+
+@dataclass(frozen=True)
+class ModelOptions(LoadOptions):
+    """The model that a command loads, and how."""
+
+    model: ModelOption = DEFAULT_MODEL
+
+
+@dataclass(frozen=True)
+class AdaptedModelOptions(ModelOptions):
+    """The same of a command that can put a finetune on the model first."""
+
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter put on the model before anything else.")
+    ] = None

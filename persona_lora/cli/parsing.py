@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lora.cli.console import console
+from persona_lora.cli.options import AdaptedModelOptions, ModelOptions
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,14 +15,25 @@ if TYPE_CHECKING:
 
     from persona_lora.experiments.evaluation import GenerationOptions
     from persona_lora.experiments.judging import JudgeOptions, Report
+    from persona_lora.models.load_options import LoadOptions
     from persona_lora.models.loading import ChatModel
 
 
-def load_model(name: str, adapter: Path | None, dtype: str, device_map: str | None) -> ChatModel:
+def load_model(options: ModelOptions) -> ChatModel:
+    """Load the model that a command was given, with its adapter where it has one."""
+    return load_other(
+        options.model,
+        options.alone(),
+        options.adapter if isinstance(options, AdaptedModelOptions) else None,
+    )
+
+
+def load_other(name: str, options: LoadOptions, adapter: Path | None = None) -> ChatModel:
+    """Load a model by name."""
     from persona_lora.models.loading import load_chat_model
 
     with console.status(f"loading {name}"):
-        return load_chat_model(name, adapter=adapter, dtype=dtype, device_map=device_map)
+        return load_chat_model(name, adapter=adapter, options=options)
 
 
 def steering_method(method: str | None, given: Mapping[str, Any]) -> str:

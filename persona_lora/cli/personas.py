@@ -12,11 +12,9 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
+    ModelOptions,
     OverwriteOption,
     SeedOption,
     TokensOption,
@@ -109,7 +107,9 @@ def _profile_writer(url: str | None, model: str | None, prompt: Path | None) -> 
 
 
 @persona_app.command("lamp")
+@with_groups
 def lamp(
+    *,
     questions: Annotated[Path, typer.Option(help="LaMP-7 questions (JSON).")],
     outputs: Annotated[Path, typer.Option(help="Their golds (JSON).")],
     optimization: Annotated[
@@ -117,13 +117,11 @@ def lamp(
     ] = None,
     user: Annotated[list[str] | None, typer.Option(help="Only these ids; may be repeated.")] = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("results/lamp7"),
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     trait_vector_dir: Annotated[
         Path, typer.Option(help="Where directions are: {trait}/diff, and vectors/{trait}/.")
     ] = Path("checkpoints"),
     max_new_tokens: TokensOption = 60,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -141,7 +139,7 @@ def lamp(
     if unknown:
         raise UserError(f"{questions} has no question {unknown[0]!r}")
     chosen = [each for each in read if user is None or each.id in user]
-    chat_model = load_model(model, None, dtype, device)
+    chat_model = load_model(model)
     speaker, mix = load_optimization(
         chat_model,
         optimization,

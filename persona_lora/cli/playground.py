@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lora.cli.console import console
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
-    DEFAULT_MODEL,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
+    ModelOptions,
     OtherBaseOption,
 )
 from persona_lora.cli.parsing import load_model
@@ -31,7 +29,9 @@ REACH = 2.0  # of the sliders
 
 
 @app.command("playground")
+@with_groups
 def playground(
+    *,
     traits: Annotated[
         str | None,
         typer.Option(help='Traits with a diff in --directions, as in "evil formality"; all found.'),
@@ -42,9 +42,7 @@ def playground(
     ] = Path("results/mixes"),
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The page's port.")] = 7860,
-    model: ModelOption = DEFAULT_MODEL,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
+    model: ModelOptions,
     datasets_dir: DatasetsOption = None,
     allow_other_base: OtherBaseOption = False,
 ) -> None:
@@ -67,7 +65,7 @@ def playground(
             f"{known}; train one with: bash scripts/train_and_sweep.sh evil"
         )
     diffs = {trait: LoRADiff.load(directions / trait / "diff") for trait in chosen}
-    chat_model = load_model(model, None, dtype, device_map)
+    chat_model = load_model(model)
     judges = _judges(chosen, chat_model, datasets_dir)
     desk = MixingDesk(chat_model, diffs, judges, allow_other_base)
     page = build_page(desk, mixes)

@@ -12,16 +12,15 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
     DEFAULT_MODEL,
-    AdapterOption,
+    AdaptedModelOptions,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
     OverwriteOption,
+    RevisionOption,
 )
-from persona_lora.cli.parsing import layer_numbers, load_model
+from persona_lora.cli.parsing import layer_numbers, load_model, load_other
 from persona_lora.cli.program import project_app
 from persona_lora.core.errors import UserError
 
@@ -41,7 +40,9 @@ TYPES = {
 
 
 @project_app.command("activations")
+@with_groups
 def project_activations(
+    *,
     vectors: Annotated[
         list[str], typer.Option(help='Vector files; repeated, or in one string: "v1 v2".')
     ],
@@ -59,8 +60,7 @@ def project_activations(
     type: Annotated[
         str, typer.Option(help="proj (mean over the answer), prompt_last or prompt_avg.")
     ] = "proj",
-    model: ModelOption = DEFAULT_MODEL,
-    adapter: AdapterOption = None,
+    model: AdaptedModelOptions,
     base_model: Annotated[
         str | None, typer.Option(help="For the finetuning shift; an adapter knows its own.")
     ] = None,
@@ -70,8 +70,6 @@ def project_activations(
     columns: Annotated[
         bool, typer.Option("--columns", help="Also the file with one column a projection.")
     ] = False,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -90,14 +88,14 @@ def project_activations(
     loaded = load_vectors(vectors)
     chosen = layer_numbers(layers, next(iter(loaded.values())).num_layers)
     texts = projection.read_texts(file) if file is not None else None
-    chat_model = load_model(model, adapter, dtype, device_map)
+    chat_model = load_model(model)
     settings: dict[str, Any] = {
         "positions": [TYPES[type]],
         "config": {
             "vectors": {
                 name: str(path) for name, path in zip(loaded, paths_of(vectors), strict=True)
             },
-            "adapter": None if adapter is None else str(adapter),
+            "adapter": None if model.adapter is None else str(model.adapter),
             "base_model": base_model,
         },
         "overwrite": overwrite,
@@ -111,8 +109,8 @@ def project_activations(
                 chat_model, trait, loaded, chosen, output, report=report, **settings
             )
         else:
-            wanted = base_model is not None or adapter is not None if shift is None else shift
-            base = _base(chat_model, base_model, dtype, device_map) if wanted else None
+            wanted = base_model is not None or model.adapter is not None if shift is None else shift
+            base = _base(chat_model, base_model) if wanted else None
             run = projection.project_texts(
                 chat_model, texts, loaded, chosen, output,
                 base=base, columns=columns, report=report, **settings,
@@ -147,13 +145,11 @@ def load_vectors(words: list[str]) -> dict[str, SteeringVector]:
 
 
 @contextmanager
-def _base(
-    chat_model: ChatModel, base_model: str | None, dtype: str, device_map: str | None
-) -> Iterator[ChatModel]:
+def _base(chat_model: ChatModel, base_model: str | None) -> Iterator[ChatModel]:
     from persona_lora.experiments.projection import base_of_adapter
 
     if base_model is not None:
-        yield load_model(base_model, None, dtype, device_map)
+        yield load_other(base_model, chat_model.options.elsewhere())
         return
     with base_of_adapter(chat_model) as base:
         yield base
@@ -205,6 +201,7 @@ def project_weights(
     original_model: Annotated[
         str, typer.Option(help="The model before finetuning; adapters need none.")
     ] = DEFAULT_MODEL,
+    revision: RevisionOption = None,
     output: Annotated[Path, typer.Option(help="A JSON file; a picture goes beside it.")] = Path(
         "results/weight_projection.json"
     ),
@@ -224,7 +221,12 @@ def project_weights(
     loaded = weight_projection.load_diffs(" ".join(diffs).split(), on_disk=True)
     with progress() as report:
         found = weight_projection.project_finetunes(
-            original_model, " ".join(finetuned_model).split(), loaded, output, report=report
+            original_model,
+            " ".join(finetuned_model).split(),
+            loaded,
+            output,
+            revision=revision,
+            report=report,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("finetune", "diff", "coordinate", "null sd", "cosine", "corrected", "p (Holm)"):

@@ -10,19 +10,17 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
+from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
-    DEFAULT_MODEL,
     BatchOption,
     DatasetsOption,
-    DeviceOption,
-    DtypeOption,
     JudgeCostOption,
     JudgeModelOption,
     JudgeModeOption,
     JudgeOption,
     JudgeUrlOption,
     LayersOption,
-    ModelOption,
+    ModelOptions,
     OverwriteOption,
     SamplesOption,
     SeedOption,
@@ -48,7 +46,9 @@ SOURCES = ("prompts", "answers", "files")
 
 
 @app.command()
+@with_groups
 def extract(
+    *,
     trait: TraitOption,
     output: Annotated[
         Path | None, typer.Option(help="The run folder; checkpoints/vectors/<trait> by default.")
@@ -85,7 +85,7 @@ def extract(
     ] = 50.0,
     coherence_threshold: Annotated[float, typer.Option(help="Least coherence of both.")] = 50.0,
     min_pairs: Annotated[int, typer.Option(help="Least pairs that must pass.")] = 10,
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOptions,
     judge: JudgeOption = "embedding",
     judge_model: JudgeModelOption = None,
     judge_url: JudgeUrlOption = None,
@@ -96,8 +96,6 @@ def extract(
     samples: SamplesOption = 1,
     seed: SeedOption = 0,
     batch_size: BatchOption = "auto",
-    dtype: DtypeOption = "auto",
-    device_map: DeviceOption = None,
     datasets_dir: DatasetsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -120,7 +118,7 @@ def extract(
     thresholds = Thresholds(positive_threshold, negative_threshold, coherence_threshold, min_pairs)
     generation = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    chat_model = load_model(model, None, dtype, device_map)
+    chat_model = load_model(model)
     depth = chat_model.model.config.get_text_config().num_hidden_layers
     options = extraction.ExtractionOptions(
         _words(method), _words(position), layer_numbers(layers, depth) if layers else None

@@ -56,7 +56,7 @@ def run_benchmarks(
         output,
         command="benchmark",
         config={
-            "model": chat_model.name,
+            **chat_model.record(),
             "tasks": list(tasks),
             "conditions": list(conditions),
             "limit": limit,

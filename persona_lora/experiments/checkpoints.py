@@ -99,7 +99,6 @@ def evaluate_checkpoints(
     judge_of: Callable[[Trait, ChatModel], Callable[[], Judge]],
     output: Path,
     *,
-    dtype: str = "auto",
     options: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -121,7 +120,7 @@ def evaluate_checkpoints(
     run = Run.open(
         output,
         command="evaluate-checkpoints",
-        config={"folder": str(folder), "model": base.name, **measures.record(), **(config or {})},
+        config={"folder": str(folder), **base.record(), **measures.record(), **(config or {})},
         seed=options.seed,
         overwrite=overwrite,
     )
@@ -133,7 +132,7 @@ def evaluate_checkpoints(
             missing = [t for t in measures.traits if (checkpoint.name, t.name) not in done]
             if not missing:
                 continue
-            with _loaded(base, checkpoint, dtype) as model:
+            with _loaded(base, checkpoint) as model:
                 for trait in missing:
                     rows = _measure(
                         base, model, checkpoint, trait, measures, judges[trait.name], run.folder,
@@ -149,16 +148,18 @@ def evaluate_checkpoints(
 
 
 @contextmanager
-def _loaded(base: ChatModel, checkpoint: Checkpoint, dtype: str) -> Iterator[ChatModel]:
+def _loaded(base: ChatModel, checkpoint: Checkpoint) -> Iterator[ChatModel]:
     """Yield the model of a checkpoint; an adapter goes on a fresh copy of the base."""
     if checkpoint.path is None:
         yield base
     elif (checkpoint.path / "adapter_config.json").is_file():
-        yield load_chat_model(
-            base.name, adapter=checkpoint.path, dtype=dtype, system_prompt=base.system_prompt
-        )
+        yield base.reload(adapter=checkpoint.path)
     else:
-        yield load_chat_model(str(checkpoint.path), dtype=dtype, system_prompt=base.system_prompt)
+        yield load_chat_model(
+            str(checkpoint.path),
+            options=base.options.elsewhere(),
+            system_prompt=base.system_prompt,
+        )
 
 
 def _measure(

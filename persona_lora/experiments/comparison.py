@@ -71,8 +71,7 @@ def compare(
         raise UserError(f"the trait {trait.name} has no {' or '.join(splits)} questions")
     record = {
         "trait": trait.name,
-        "model": chat_model.name,
-        "dtype": str(chat_model.model.dtype).removeprefix("torch."),
+        **chat_model.record(),
         "coefficients": list(coefficients),
         "statistic": statistic,
         **methods.record(),

@@ -214,7 +214,7 @@ def evaluate(
         command="evaluate",
         config={
             "trait": trait.name,
-            "model": chat_model.name,
+            **chat_model.record(),
             "split": split,
             "mode": mode if terms else None,
             "condition": dataclasses.asdict(condition),

@@ -357,7 +357,7 @@ def _open(
         config={
             "trait": trait.name,
             "variant": trait.variant,
-            "model": chat_model.name,
+            **chat_model.record(),
             "methods": list(options.methods),
             "positions": list(options.positions),
             "layers": list(options.layers) if options.layers else None,

@@ -127,11 +127,18 @@ def _openai_judge(
     )
 
 
+def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:
+    """Return the model that judges in this process: the one that is asked, or another by name."""
+    if name is None or name == reference.name:
+        return reference
+    return load_chat_model(name, options=reference.options.elsewhere())
+
+
 def _local_judge(
     trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
 ) -> Judge:
     name = options.judge_model
-    judge_model = reference if name in (None, reference.name) else load_chat_model(str(name))
+    judge_model = local_judge_model(name, reference)
     return LocalJudge(
         trait,
         f"local:{judge_model.name}",

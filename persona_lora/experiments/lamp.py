@@ -89,7 +89,7 @@ def score_lamp(
         folder,
         command="lamp",
         config={
-            "model": speaker.chat_model.name,
+            **speaker.chat_model.record(),
             "questions": [question.id for question in questions],
             "mix": None if mix is None else mix.as_dict(),
             "max_new_tokens": speaker.options.max_new_tokens,

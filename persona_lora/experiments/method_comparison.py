@@ -191,7 +191,7 @@ def _equal_rows(
 def _open(problem: PersonaProblem, folder: Path, config: Mapping[str, Any], overwrite: bool) -> Run:
     asked = {
         "persona": problem.persona.id,
-        "model": problem.chat_model.name,
+        **problem.chat_model.record(),
         "judge": problem.report_judge.name,
         "held_out_prompts": list(problem.prompts.held_out),
         **config,

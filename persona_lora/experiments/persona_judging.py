@@ -18,7 +18,7 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.core.traits import load_pairs, load_trait
-from persona_lora.experiments.judging import JudgeOptions
+from persona_lora.experiments.judging import JudgeOptions, local_judge_model
 from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
@@ -26,7 +26,7 @@ from persona_lora.judges.multi import MultiJudge
 from persona_lora.judges.openai import EndpointReader, endpoint_of
 from persona_lora.judges.prompts import Reading, weighted_score
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
-from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.models.loading import ChatModel
 from persona_lora.profiles.comparison_judge import ComparisonJudge, Read
 from persona_lora.profiles.style_judge import StyleJudge, TextFeatures, has_words
 
@@ -167,7 +167,7 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
         )
         return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.cost)
     chosen = options.judge_model
-    model = reference if chosen in (None, reference.name) else load_chat_model(str(chosen))
+    model = local_judge_model(chosen, reference)
 
     def read(prompts: Sequence[str]) -> dict[str, Reading]:
         distinct = list(dict.fromkeys(prompts))

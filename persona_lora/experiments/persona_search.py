@@ -296,8 +296,7 @@ def _config(
 ) -> dict[str, Any]:
     return {
         "persona": problem.persona.id,
-        "model": problem.chat_model.name,
-        "dtype": str(problem.chat_model.model.dtype).removeprefix("torch."),
+        **problem.chat_model.record(),
         "method": method.name,
         "searcher": method.searcher,
         "alpha": method.alpha,

@@ -132,7 +132,7 @@ def scales_of(
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Return the coefficient of equal effect of every direction; ``cache`` keeps them as JSON."""
-    asked = {"model": chat_model.name, **directions.record()}
+    asked = {**chat_model.record(), **directions.record()}
     if cache is not None and cache.is_file():
         kept = read_json(cache)
         if first_difference(kept.get("of"), asked) is None:

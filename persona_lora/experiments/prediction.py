@@ -29,7 +29,7 @@ from persona_lora.experiments.judging import Report, once
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
-from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.models.loading import ChatModel
 from persona_lora.projections.hidden_states import project_hidden_states
 from persona_lora.projections.weights import project_adapter
 
@@ -63,7 +63,6 @@ def predict_finetuning(
     judge_of: JudgeOf,
     output: Path,
     *,
-    dtype: str = "auto",
     options: GenerationOptions | None = None,
     overwrite: bool = False,
     report: Report | None = None,
@@ -78,7 +77,7 @@ def predict_finetuning(
         output,
         command="predict-finetuning",
         config={
-            "model": base.name,
+            **base.record(),
             "traits": [trait.name for trait in study.traits],
             "directions": sorted({*study.diffs, *study.vectors}),
             "layer": study.layer,
@@ -98,7 +97,7 @@ def predict_finetuning(
             known = {row["finetune"] for row in run.resume_rows(PREDICTORS)}
             if name in known and not _missing(run, study, name):
                 continue
-            tuned = load_chat_model(base.name, adapter=folder, dtype=dtype)
+            tuned = base.reload(adapter=folder)
             _judge(run, study, name, tuned, judges, options, report)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None

@@ -26,7 +26,7 @@ from persona_lora.experiments.evaluation import GenerationOptions, evaluate
 from persona_lora.experiments.judging import Report, once
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import mean_logprobs
-from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.models.loading import ChatModel
 from persona_lora.steering.methods import steer_live
 from persona_lora.training.finetune import read_conversations
 
@@ -66,7 +66,6 @@ def compare_prevention(
     *,
     tasks: Sequence[str] = ("choice", "steps", "perplexity"),
     limit: int | None = None,
-    dtype: str = "auto",
     options: GenerationOptions | None = None,
     datasets: Path | None = None,
     overwrite: bool = False,
@@ -88,7 +87,7 @@ def compare_prevention(
         output,
         command="compare-prevention",
         config={
-            "model": base.name,
+            **base.record(),
             "trait": trait.name,
             "questions": len(trait.questions["eval"]),
             "rows": str(rows),
@@ -106,7 +105,7 @@ def compare_prevention(
                 report("models", at, len(models))
             if name in done:
                 continue
-            measured = _Measured(base, name, model, dtype, options, run, report)
+            measured = _Measured(base, name, model, options, run, report)
             found = [
                 *measured.character(trait, shared),
                 *measured.loss(exchanges),
@@ -130,7 +129,6 @@ class _Measured:
         base: ChatModel,
         name: str,
         model: Finetuned,
-        dtype: str,
         options: GenerationOptions,
         run: Run,
         report: Report | None,
@@ -139,9 +137,7 @@ class _Measured:
         self.record = model.record()
         self.terms = {} if model.correction is None else dict([model.correction])
         adapter = model.adapter
-        self.chat_model = (
-            base if adapter is None else load_chat_model(base.name, adapter=adapter, dtype=dtype)
-        )
+        self.chat_model = base if adapter is None else base.reload(adapter=adapter)
 
     def character(self, trait: Trait, judge: Callable[[], Judge]) -> list[dict[str, Any]]:
         """Return trait score and coherence of every held-out question."""

@@ -117,7 +117,7 @@ def project_texts(
         output,
         command="project",
         config={
-            "model": chat_model.name,
+            **chat_model.record(),
             "source": texts.source,
             "layers": list(layers),
             "types": list(positions),
@@ -188,7 +188,7 @@ def separate_labelled(
         output,
         command="project",
         config={
-            "model": chat_model.name,
+            **chat_model.record(),
             "trait": trait.name,
             "source": "judge_eval.jsonl",
             "layers": list(layers),

@@ -54,8 +54,7 @@ def run_latency(
         command="latency",
         config={
             "trait": trait.name,
-            "model": chat_model.name,
-            "dtype": str(chat_model.model.dtype).removeprefix("torch."),
+            **chat_model.record(),
             "batches": list(batches),
             "new_tokens": new_tokens,
             "rounds": rounds,
@@ -110,7 +109,7 @@ def run_spaces(
         output,
         command="spaces",
         config={
-            "model": chat_model.name,
+            **chat_model.record(),
             "traits": sorted(diffs),
             "layer": layer,
             "diff_norms": {trait: diff.norm() for trait, diff in diffs.items()},

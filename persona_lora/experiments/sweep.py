@@ -105,8 +105,7 @@ def sweep(
         command="sweep",
         config={
             "trait": trait.name,
-            "model": chat_model.name,
-            "dtype": str(chat_model.model.dtype).removeprefix("torch."),
+            **chat_model.record(),
             **population.record(),
             **sweeping.record(),
             "generation": dataclasses.asdict(options),

@@ -67,12 +67,13 @@ def project_finetunes(
     diffs: Mapping[str, LoRADiff],
     output: Path,
     *,
+    revision: str | None = None,
     report: Report | None = None,
 ) -> list[tuple[Finetuned, WeightProjection]]:
     """Project every finetune on every diff; write ``output`` (JSON) and a picture beside it.
 
-    An adapter is projected from its factors alone; a full model is streamed against ``original``.
-    p values are corrected over all finetunes and diffs (Holm).
+    An adapter is projected from its factors alone; a full model is streamed against ``original``
+    (of ``revision``, on the hub). p values are corrected over all finetunes and diffs (Holm).
     """
     if output.suffix != ".json":
         raise UserError(f"output must end in .json, got {output}")
@@ -84,11 +85,12 @@ def project_finetunes(
         told = None
         if report is not None:
             told = lambda done, total, name=each.name: report(name, done, total)  # noqa: E731
-        before, after = weights_of(original), weights_of(each.name)
+        before, after = weights_of(original, revision), weights_of(each.name)
         found.append((each, project_weights(before, after, diffs, progress=told)))
     rows = projection_rows(found)
     record = {
         "original_model": original,
+        "revision": revision,
         "diffs": {name: {"norm": diff.norm(), "trait": diff.trait} for name, diff in diffs.items()},
         "finetuned": [_summary(each, projection) for each, projection in found],
         "rows": rows,

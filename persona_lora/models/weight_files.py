@@ -114,20 +114,21 @@ class LoadedWeights:
         return self.tensors[name][start:stop].cpu()
 
 
-def weights_of(model: str | Path | nn.Module) -> WeightSource:
+def weights_of(model: str | Path | nn.Module, revision: str | None = None) -> WeightSource:
     """Return the weights of a model by name (packaged, folder, hub id), or of a loaded one."""
     if isinstance(model, nn.Module):
         return LoadedWeights(model, type(model).__name__)
-    return StoredWeights(weights_folder(str(model)), str(model))
+    return StoredWeights(weights_folder(str(model), revision), str(model))
 
 
-def weights_folder(name: str) -> Path:
+def weights_folder(name: str, revision: str | None = None) -> Path:
     """Return the folder with the weights of a model by name (packaged, folder, hub id)."""
-    source = Path(model_source(name))
+    source = Path(model_source(name, revision))
     if source.is_dir():
         return source
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+        ignored = ["*.bin", "*.pth", "*.gguf"]
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} is no folder, and the model hub could not deliver it; check the name"

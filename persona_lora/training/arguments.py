@@ -19,30 +19,36 @@ import yaml
 from trl import SFTConfig, TrlParser
 
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.models.hardware import DTYPES, training_hardware
-from persona_lora.models.loading import DEFAULT_MODEL
+from persona_lora.models.hardware import training_hardware
+from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.training.launch import launch_of_process
 from persona_lora.training.lora import LoRAArguments
 
 CHECKPOINTS = Path("checkpoints")
 
 
-@dataclass
-class ContrastiveArguments:
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(LoadOptions):
+    """The model that is trained, and how it is loaded: the options of every command."""
+
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL,
+        metadata={
+            "help": "The packaged model, a local model folder, or a hub id.",
+            "aliases": ["--model"],
+        },
+    )
+
+    def model_record(self) -> dict[str, Any]:
+        """Return what a run records of its model."""
+        return {"model": self.model_name_or_path, "dtype": self.dtype, **self.alone().record()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveArguments(TrainedModel):
     """What is trained: the trait, and the model it is put into."""
 
     trait: str = field(metadata={"help": "A trait folder of datasets_dir, or the path of one."})
-    model_name_or_path: str = field(
-        default=DEFAULT_MODEL,
-        metadata={"help": "The packaged model, a local model folder, or a hub id."},
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the frozen weights; auto: bf16 where the hardware computes in it.",
-            "choices": ["auto", *DTYPES],
-        },
-    )
     system_prompt: str | None = field(
         default=None, metadata={"help": "Goes before every training conversation without one."}
     )
@@ -108,6 +114,8 @@ class ContrastiveConfig(SFTConfig):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints kept while a sign trains."}
     )
+    # An option of loading, in the group that every command has; the parser takes a name once.
+    trust_remote_code: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._refuse_what_does_not_fit()
@@ -152,6 +160,10 @@ class ContrastiveConfig(SFTConfig):
             ),
             "push_to_hub": (self.push_to_hub, "upload the finished folder yourself"),
             "eval_strategy": (str(self.eval_strategy) not in _NO, "use persona-lora sweep"),
+            "model_init_kwargs": (
+                bool(self.model_init_kwargs),
+                "dtype, revision, quantize and attn_implementation have options of their own",
+            ),
             "chat_template_path": (
                 self.chat_template_path is not None,
                 "put the template into the tokenizer's folder",
@@ -239,8 +251,12 @@ class _Parser(TrlParser):
 
 
 def _own_fields(group: type) -> list[dataclasses.Field[Any]]:
+    """Return the options of a group that are not TRL's."""
+    fields = [each for each in dataclasses.fields(group) if each.init]
+    if not issubclass(group, SFTConfig):
+        return fields
     own = inspect.get_annotations(group)
-    return [each for each in dataclasses.fields(group) if each.name in own]
+    return [each for each in fields if each.name in own]
 
 
 def _help_line(option: dataclasses.Field[Any]) -> str:

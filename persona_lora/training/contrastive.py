@@ -108,7 +108,7 @@ def train_contrastive(
     pairs, trait = _load_trait_pairs(arguments)
     folder = output_folder(options, trait)
     on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
-    chat_model = load_model(arguments.model_name_or_path, arguments.dtype, config)
+    chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
     rows = tokenize_pairs(
         _with_system_prompt(pairs, arguments.system_prompt),
         chat_model.tokenizer,
@@ -129,7 +129,7 @@ def train_contrastive(
             if (folder / sign).is_dir():
                 continue
             if sign == "neg" and is_sharded():
-                chat_model = load_model(arguments.model_name_or_path, arguments.dtype, config)
+                chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
             _train_sign(sign, rows, chat_model, options, folder)
         on_main_process(lambda: _write_diff(folder, trait, fingerprint, run))
     return _result(folder)

@@ -27,12 +27,12 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, read_jsonl
 from persona_lora.core.personas import messages_of
 from persona_lora.core.runs import Run
-from persona_lora.models.hardware import DTYPES
-from persona_lora.models.loading import DEFAULT_MODEL, ChatModel
+from persona_lora.models.loading import ChatModel
 from persona_lora.training.arguments import (
     CHECKPOINTS,
     ContrastiveConfig,
     HelpPage,
+    TrainedModel,
     parse_groups,
 )
 from persona_lora.training.drift import DriftMonitor
@@ -76,23 +76,12 @@ KEPT_OF_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", COMPLETE)
 TRAINING_STATE = "trainer_state.json"
 
 
-@dataclass
-class FinetuneArguments:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArguments(TrainedModel):
     """What is finetuned: the conversations, and the model they are put into."""
 
     train_file: str = field(
         metadata={"help": "JSONL of messages; the loss is on the last answer of each row."}
-    )
-    model_name_or_path: str = field(
-        default=DEFAULT_MODEL,
-        metadata={"help": "The packaged model, a local model folder, or a hub id."},
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the frozen weights; auto: bf16 where the hardware computes in it.",
-            "choices": ["auto", *DTYPES],
-        },
     )
     use_peft: bool = field(
         default=True,
@@ -186,9 +175,9 @@ def finetune(
     conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
     folder = output_folder(options)
     on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
-    whole_type = "float32" if arguments.dtype == "auto" else arguments.dtype
-    dtype = arguments.dtype if arguments.use_peft else whole_type
-    chat_model = load_model(arguments.model_name_or_path, dtype, config)
+    in_full = not arguments.use_peft and arguments.dtype == "auto"
+    loading = arguments.alone().changed(dtype="float32" if in_full else None)
+    chat_model = load_model(arguments.model_name_or_path, loading, config)
     rows = _tokenize(conversations, chat_model, config)
     run = _open_run(_record(options, conversations), options, folder)
     with recorded(run):
@@ -204,6 +193,10 @@ def _saved_as(arguments: FinetuneArguments) -> str:
 
 def _refuse_for_all_weights(arguments: FinetuneArguments, prevention: Preventative | None) -> None:
     """UserError for what is only exact, or only possible, where the base stays frozen."""
+    if arguments.quantize is not None:
+        raise UserError(
+            "quantised weights cannot be trained; leave --quantize out, or train a LoRA (use_peft)"
+        )
     if prevention is not None and prevention.method == "weights" and prevention.hold == "merged":
         raise UserError(
             "a full finetune would train the very weights that the diff is merged into, and taking "
@@ -296,8 +289,7 @@ def _record(options: FinetuneOptions, conversations: Sequence[Conversation]) -> 
         "train_file": options.arguments.train_file,
         "num_rows": len(conversations),
         "rows_sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "model": options.arguments.model_name_or_path,
-        "dtype": options.arguments.dtype,
+        **options.arguments.model_record(),
         "num_processes": PartialState().num_processes,
         "lora": dataclasses.asdict(options.lora) if options.arguments.use_peft else None,
         "preventative": _plain(prevention_of(options.arguments)),

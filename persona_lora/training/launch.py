@@ -13,6 +13,7 @@ from trl import SFTConfig
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.models.hardware import Launch, resolve_dtype
+from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import ChatModel, load_chat_model
 
 
@@ -49,19 +50,32 @@ def recorded(run: Run) -> Iterator[None]:
         yield
 
 
-def load_model(name: str, dtype: str, config: SFTConfig) -> ChatModel:
+def load_model(name: str, options: LoadOptions, config: SFTConfig) -> ChatModel:
     """Load the base model where this process trains it."""
-    state = PartialState()
-    device_map = None  # the accelerator, or all of them, or the CPU
-    if config.use_cpu or is_sharded():
-        device_map = "cpu"
-    elif state.num_processes > 1 and state.device.type != "cpu":
-        device_map = str(state.device)
+    device_map = _device_map(options, config)
     # Sharded weights pass through the CPU only: their type is that of where they are trained.
-    weights_in = resolve_dtype(dtype, on_cpu=bool(config.use_cpu))
+    dtype = resolve_dtype(options.dtype, on_cpu=bool(config.use_cpu))
     return load_chat_model(
-        name, dtype=str(weights_in).removeprefix("torch."), device_map=device_map
+        name, dtype=str(dtype).removeprefix("torch."), device_map=device_map, options=options
     )
+
+
+def _device_map(options: LoadOptions, config: SFTConfig) -> str | None:
+    """Return where this process holds the model; UserError where an option says otherwise."""
+    state = PartialState()
+    needed = None  # the accelerator, or all of them, or the CPU
+    if config.use_cpu or is_sharded():
+        needed = "cpu"
+    elif state.num_processes > 1 and state.device.type != "cpu":
+        needed = str(state.device)
+    wanted = options.device_map
+    if wanted is not None and needed is not None and wanted != needed:
+        raise UserError(
+            f"device_map {wanted!r} does not fit this run, which trains on {needed}; leave it out"
+        )
+    if wanted == "cpu" and state.device.type != "cpu":
+        raise UserError("device_map 'cpu' leaves training on the accelerator; pass --use_cpu true")
+    return needed
 
 
 def is_sharded() -> bool:
