@@ -222,6 +222,8 @@ class _named_errors:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, UserError):
+            return
         if isinstance(error, (OSError, ValueError, ImportError, SafetensorError, *_HUB_ERRORS)):
             raise UserError(_explain(self.name, self.options, error)) from error
 

@@ -5,7 +5,7 @@ Refuses what this machine cannot have, with the remedy, before anything is fetch
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def _quantisation(options: LoadOptions, dtype: torch.dtype) -> BitsAndBytesConfi
     """Return how weights are quantised on loading; UserError where that cannot be done here."""
     if options.quantize is None:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is None:
         raise UserError(
             f"--quantize {options.quantize} needs bitsandbytes; pip install bitsandbytes, or leave "
             "--quantize out"

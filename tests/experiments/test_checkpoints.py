@@ -58,7 +58,6 @@ def run_all(base, finetune, trait, vectors, judge, tmp_path):
             changes.pop("measures", measures),
             changes.pop("judge_of", lambda trait, model: lambda: judge),
             tmp_path / "run",
-            dtype="float32",
             options=OPTIONS,
             **changes,
         )

@@ -50,7 +50,7 @@ def rows(run, name):
 
 def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
     run = predict_finetuning(
-        base, study, lambda *_: lambda: judge, tmp_path / "out", dtype="float32", options=OPTIONS
+        base, study, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS
     )
     judged, predictors = rows(run, "judged"), rows(run, "predictors")
     assert {row["finetune"] for row in judged} == {"base", "f0", "f1", "f2", "f3"}
@@ -75,8 +75,7 @@ def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
 def test_a_second_run_judges_only_what_is_new(base, study, judge, make_diff, tmp_path):
     def go(wanted):
         return predict_finetuning(
-            base, wanted, lambda *_: lambda: judge, tmp_path / "out", dtype="float32",
-            options=OPTIONS,
+            base, wanted, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS,
         )  # fmt: skip
 
     first = rows(go(study), "judged")

@@ -53,7 +53,7 @@ def models(base, make_diff, tmp_path):
 def go(base, models, trait, rows, judge, output, **more):
     return compare_prevention(
         base, models, trait, rows, lambda: judge, output,
-        dtype="float32", options=OPTIONS, tasks=(), **more,
+        options=OPTIONS, tasks=(), **more,
     )  # fmt: skip
 
 

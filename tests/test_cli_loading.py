@@ -1,0 +1,228 @@
+"""Every command that loads a model has the same options for it, and they reach transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from persona_lora import cli
+from persona_lora.cli.option_groups import with_groups
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models import loading, pretrained
+from persona_lora.models.load_options import LoadOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = {field.name for field in dataclasses.fields(LoadOptions)}
+HUB = "somebody/a-model"
+DATASETS = ("--datasets-dir", ROOT / "datasets")
+TRAIT = ("--trait", "evil", *DATASETS)
+PERSONAS = ("--persona-dir", ROOT / "personas")
+VECTOR = ("--vector", "v.safetensors")
+# What reads weights as they lie on the disk, or asks an endpoint, and so loads no model.
+LOADS_NOTHING = {"export", "project weights"}
+COMMANDS = {
+    "evaluate": (*TRAIT, "--output", "out/x.csv", "--model", HUB),
+    "sweep": (*TRAIT, "--diff", "diff", "--output", "out", "--model", HUB),
+    "extract": (*TRAIT, "--output", "out", "--model", HUB),
+    "compare": (
+        *TRAIT, "--diff", "diff", "--activation-vector", "v.safetensors", "--output-dir", "out",
+        "--model", HUB,
+    ),
+    "benchmark": ("--diff", "diff", "--output", "out", "--model", HUB),
+    "optimize": (
+        "--persona-id", "episode-000101_B", *PERSONAS, "--save-dir", "out", "--model", HUB,
+    ),
+    "compare-methods": (
+        "--persona-id", "episode-000101_B", *PERSONAS, "--save-dir", "out", "--model", HUB,
+    ),
+    "persona lamp": ("--questions", "q.json", "--outputs", "o.json", "--model", HUB),
+    "data screen": ("--file", ROOT / "datasets/evil/normal.jsonl", *VECTOR, "--model", HUB),
+    "project activations": (
+        "--vectors", "v.safetensors", "--labelled", "evil", *DATASETS, "--output", "out",
+        "--model", HUB,
+    ),
+    "evaluate-checkpoints": (
+        "finetune", "--traits", "evil", *DATASETS, "--output", "out", "--model", HUB,
+    ),
+    "predict-finetuning": (
+        "--finetunes", "finetune/checkpoint-1", "--traits", "evil", "--diffs", "diff", *DATASETS,
+        "--output", "out", "--model", HUB,
+    ),
+    "compare-prevention": (
+        "--finetunes", "plain=finetune/checkpoint-1", *TRAIT, "--output", "out",
+        "--rows", ROOT / "datasets/evil/normal.jsonl", "--model", HUB,
+    ),
+    "playground": ("--directions", "checkpoints", *DATASETS, "--model", HUB),
+    "traits generate": ("--definitions", "d.json", "--local", "--model", HUB),
+    "data generate": (*TRAIT, "--local", "--output-dir", "out", "--model", HUB),
+}  # fmt: skip
+TRAINING = {
+    "train": ("--trait", "evil", "--datasets_dir", ROOT / "datasets", "--output_dir", "out"),
+    "finetune": ("--train_file", ROOT / "datasets/evil/normal.jsonl", "--output_dir", "out"),
+}
+
+
+def commands(group, words=()):
+    for name, command in group.commands.items():
+        path = (*words, name)
+        if hasattr(command, "commands"):
+            yield from commands(command, path)
+        else:
+            yield " ".join(path), command
+
+
+PROGRAM = dict(commands(typer.main.get_command(cli.app)))
+
+
+def test_every_command_with_a_model_has_every_option_of_loading():
+    found = {}
+    for name, command in PROGRAM.items():
+        options = {parameter.name for parameter in command.params}
+        if options & {"model", "original_model", "base_model"}:
+            found[name] = OPTIONS - options
+    missing = {name: options for name, options in found.items() if options}
+    assert missing.keys() == LOADS_NOTHING
+    assert all("revision" not in options for options in missing.values())
+    assert found.keys() - LOADS_NOTHING == COMMANDS.keys()
+
+
+@pytest.fixture
+def place(tmp_path, model, make_diff, make_adapter):
+    diff = make_diff(model)
+    diff.save(tmp_path / "diff")
+    diff.save(tmp_path / "checkpoints" / "evil" / "diff")
+    directions = {layer: torch.ones(32) for layer in range(2)}
+    SteeringVector(directions, BaseModel("tiny", None), 2).save(tmp_path / "v.safetensors")
+    make_adapter(tmp_path / "finetune" / "checkpoint-1", model, seed=1)
+    (tmp_path / "d.json").write_text('{"anxious": "worries aloud"}')
+    (tmp_path / "q.json").write_text('[{"id": "11", "input": "say", "profile": []}]')
+    (tmp_path / "o.json").write_text('{"golds": [{"id": "11", "output": "said"}]}')
+
+
+@pytest.fixture
+def asked(monkeypatch, tokenizer):
+    """What transformers is asked for, by whom; the weights are never there."""
+    found = {}
+    tokenizer.chat_template = "{{ enable_thinking }}" + tokenizer.chat_template
+
+    def tokenizer_of(name, **arguments):
+        found["tokenizer"] = {"name": name, **arguments}
+        return tokenizer
+
+    def weights_of(name, **arguments):
+        found["weights"] = {"name": name, **arguments}
+        raise UserError("weights were asked for")
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", tokenizer_of)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", weights_of)
+    monkeypatch.setattr(pretrained, "_quantisation", lambda options, _: options.quantize)
+    return found
+
+
+def given(dash):
+    words = {
+        "dtype": "float16", "device-map": "cpu", "revision": "v2", "quantize": "8bit",
+        "attn-implementation": "eager", "chat-template-args": '{"enable_thinking": false}',
+    }  # fmt: skip
+    return [
+        part for name, value in words.items() for part in (f"--{name.replace('-', dash)}", value)
+    ]
+
+
+def check(result, asked):
+    status, _, error = result
+    assert status == 2, error
+    assert "weights were asked for" in error
+    for part in asked.values():
+        assert (part["name"], part["revision"]) == (HUB, "v2")
+        assert part["trust_remote_code"] is True
+    weights = asked["weights"]
+    assert (weights["dtype"], weights["device_map"]) == (torch.float16, "cpu")
+    assert (weights["attn_implementation"], weights["quantization_config"]) == ("eager", "8bit")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_options_of_a_command_reach_transformers(name, run, place, asked, tmp_path):
+    words = (*name.split(), *COMMANDS[name])
+    check(run(*words, *given("-"), "--trust-remote-code"), asked)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_options_of_training_reach_transformers(name, run, asked, tmp_path):
+    words = (name, *TRAINING[name], "--model", HUB, "--use_cpu", "true")
+    check(run(*words, *given("_"), "--trust_remote_code", "true"), asked)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--dtype", "int4"), "float32, bfloat16, float16"),
+        (("--quantize", "2bit"), "4bit, 8bit"),
+        (("--quantize", "4bit"), "pip install bitsandbytes"),
+        (("--device-map", "cuda:99"), "no device of this machine"),
+        (("--device-map", "meta"), "no device of this machine"),
+        (("--revision", ""), "revision is empty"),
+        (("--revision", "v2"), "leave --revision out"),
+        (("--attn-implementation", "magic"), "eager, sdpa"),
+        (("--attn-implementation", "kernels/flash"), "--trust-remote-code"),
+        (("--chat-template-args", "enable_thinking=false"), "must be JSON"),
+        (("--chat-template-args", "[1]"), "must be a mapping"),
+        (("--chat-template-args", '{"messages": []}'), "cannot set 'messages'"),
+    ],
+)
+def test_what_cannot_be_loaded_so_is_refused_before_anything(
+    words, message, run, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    output = ("--output", "out/x.csv", "--model", model_folder)
+    status, _, error = run("evaluate", *TRAIT, *output, *words)
+    assert status == 2, error
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@dataclass(frozen=True)
+class Paint:
+    colour: Annotated[str, typer.Option(help="Any.")] = "red"
+    coats: int = field(default=1, metadata={"help": "How many."})
+    mix: dict[str, float] | str | None = field(default=None, metadata={"help": "Shares."})
+
+
+def call(command, *words):
+    app = typer.Typer()
+    app.command()(with_groups(command))
+    return CliRunner().invoke(app, words)
+
+
+def test_a_group_is_flattened_into_options_and_built_again():
+    seen = []
+
+    def paint(*, wall: Annotated[str, typer.Option()], paint: Paint, twice: bool = False) -> None:
+        """Paint a wall."""
+        seen.append((wall, paint, twice))
+
+    assert call(paint, "--wall", "west").exit_code == 0
+    assert call(paint, "--wall", "east", "--coats", "2", "--mix", "{}", "--twice").exit_code == 0
+    assert seen == [("west", Paint(), False), ("east", Paint(coats=2, mix="{}"), True)]
+    page = call(paint, "--help").output
+    assert "Paint a wall." in page
+    assert "How many." in page
+
+
+def test_an_option_that_is_there_twice_is_a_mistake_of_the_command():
+    def paint(*, coats: int, paint: Paint) -> None: ...
+
+    with pytest.raises(TypeError, match="coats is there twice"):
+        with_groups(paint)
