@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from persona_lora import cli
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.models.structure import linear_modules
+from persona_lora.models.structure import features, linear_modules
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -126,8 +126,8 @@ def random_diff(model, *, seed: int = 0, rank: int = 4, scale: float = 0.05, fin
     generator = torch.Generator().manual_seed(seed)
     factors = {
         name: LoRAFactors(
-            A=torch.randn(rank, module.in_features, generator=generator),
-            B=torch.randn(module.out_features, rank, generator=generator) * scale,
+            A=torch.randn(rank, features(module)[1], generator=generator),
+            B=torch.randn(features(module)[0], rank, generator=generator) * scale,
         )
         for name, module in linear_modules(model).items()
         if name != "lm_head"

@@ -40,7 +40,6 @@ _REFUSED = {
     "modules_to_save": ("modules_to_save", "train without modules_to_save"),
     "trainable_token_indices": ("trainable tokens", "train without trainable_token_indices"),
     "target_parameters": ("LoRA on bare parameters", "target linear modules instead"),
-    "fan_in_fan_out": ("transposed (Conv1D) weights", "use a model with linear layers"),
     "lora_bias": ("LoRA bias", "train with lora_bias: false"),
 }
 

@@ -101,7 +101,10 @@ def export_merged(
     The folder appears whole or not at all. UserError for a diff of other modules or shapes.
     """
     weights = StoredWeights(base)
-    changed = _changed(terms, weights)
+    changed = {
+        weights.tensors[name].stored_name: (weights.tensors[name].transposed, change)
+        for name, change in _changed(terms, weights).items()
+    }
     files = sorted({place.file for place in weights.tensors.values()})
     with atomic_folder(folder) as temporary:
         for path in base.iterdir():
@@ -220,15 +223,20 @@ def _changed(
 
 
 def _merged_shard(
-    file: Path, changed: Mapping[str, list[tuple[LoRAFactors, float]]]
+    file: Path, changed: Mapping[str, tuple[bool, list[tuple[LoRAFactors, float]]]]
 ) -> dict[str, Tensor]:
+    """Return the tensors of a shard; ``changed`` by their names there, transposed ones marked."""
+    shard = {}
     with safe_open(file, framework="pt") as stream:
-        return {
-            name: merged_weight(stream.get_tensor(name), changed[name])
-            if name in changed
-            else stream.get_tensor(name)
-            for name in stream.keys()  # noqa: SIM118  (safe_open is no dict)
-        }
+        for name in stream.keys():  # noqa: SIM118  (safe_open is no dict)
+            tensor = stream.get_tensor(name)
+            transposed, change = changed.get(name, (False, []))
+            if change and transposed:
+                tensor = merged_weight(tensor.T, change).T.contiguous()
+            elif change:
+                tensor = merged_weight(tensor, change)
+            shard[name] = tensor
+    return shard
 
 
 def _metadata(file: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from persona_lora.core.errors import UserError
 from persona_lora.models.likelihood import Progress, TokenizedExchange, batches_by_length
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import decoder_layers
+from persona_lora.models.structure import decoder_layers, text_decoder
 
 POSITIONS = ("response_avg", "prompt_avg", "prompt_last")
 
@@ -116,9 +116,15 @@ def _means_of_batch(
     for row, text in enumerate(batch):
         ids[row, : len(text.prompt) + len(text.answer)] = torch.tensor(text.prompt + text.answer)
     weights = averaging_weights(batch, positions, longest).to(model.device)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model).module
     with _Reduction(model, layers, weights) as reduction, suppress(_LastLayerDone):
         decoder(input_ids=ids.to(model.device), use_cache=False)
+    silent = [layer for index, layer in enumerate(layers) if index not in reduction.seen]
+    if silent:
+        raise UserError(
+            f"decoder layer {silent[0]} of {chat_model.name} did not run ({len(silent)} of "
+            f"{len(layers)} did not); its structure is not known here, see docs/models.md"
+        )
     return reduction.means.cpu()
 
 
@@ -163,6 +169,7 @@ class _Reduction:
         self.last = max(range(len(layers)), key=lambda index: (layers[index], index))
         self.weights = weights  # [batch, positions, seq]
         self.means = torch.empty(0)  # [batch, positions, layers, hidden], at the first output
+        self.seen: set[int] = set()  # which of the layers have run
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -187,6 +194,7 @@ class _Reduction:
                 shape = (batch, positions, len(self.blocks), hidden.shape[-1])
                 self.means = torch.empty(shape, device=self.weights.device)
             self.means[:, :, index] = torch.bmm(self.weights.to(hidden.device), hidden.float())
+            self.seen.add(index)
             if index == self.last:
                 raise _LastLayerDone
 

@@ -1,7 +1,9 @@
 """The one place for module names and layer numbers.
 
 A canonical module name is that of the unwrapped model (``model.layers.0.self_attn.q_proj``), and
-``layer`` always means the decoder block 0 … num_layers−1.
+``layer`` always means the block 0 … num_layers−1 of the text decoder; what else a model holds (a
+vision tower with ``layers`` of its own) has no layers here. Weights are ``[out, in]`` whatever way
+round a module keeps them, and read where they lie, offloaded ones included.
 """
 
 from __future__ import annotations
@@ -9,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import align_module_device
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import layer_number
 
 PEFT_WRAPPING = ("base_model.model.", ".base_layer")
 FINGERPRINT_SAMPLES = 256
@@ -46,27 +52,146 @@ def read_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(layers))
 
 
+class TextDecoder(NamedTuple):
+    """The part of a model that reads tokens and makes hidden states.
+
+    ``module`` is called with ``input_ids``; ``blocks`` are its layers in order, and their names are
+    ``blocks_name`` with the number behind it.
+    """
+
+    module: nn.Module
+    blocks: list[nn.Module]
+    blocks_name: str
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model below ``torch.compile`` and PEFT."""
+    inner = dict(model.named_children()).get("_orig_mod", model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def text_decoder(model: nn.Module) -> TextDecoder:
+    """Return the text decoder: the one list of ``num_hidden_layers`` blocks, and what holds it.
+
+    It is looked for where transformers says that the decoder is, so that the layers of a vision or
+    audio tower are never taken for it. UserError for a model without one, or with several.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise UserError(
+            f"no decoder layers found in a {type(inner).__name__}; expected a language model of "
+            "transformers"
+        )
+    number = getattr(inner.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    names = {id(module): name for name, module in inner.named_modules()}
+    found = _stacks(inner.get_decoder(), number)
+    if len(found) != 1:
+        held = "several stacks" if found else "no stack"
+        raise UserError(
+            f"a {type(inner).__name__} holds {held} of {number} decoder layers; its structure is "
+            "not known here, see docs/models.md"
+        )
+    holder, blocks = found[0]
+    return TextDecoder(holder, list(blocks), names[id(blocks)])
+
+
+def _stacks(module: nn.Module, number: int | None) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return the outermost lists of ``number`` modules, each with the module that holds it."""
+    here = [
+        (module, child)
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) == number
+    ]
+    return here or [each for child in module.children() for each in _stacks(child, number)]
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear modules of a model by canonical name, LoRA factors left out.
 
-    Linear means: a module with a ``weight`` and ``in_features``, quantised ones included.
+    Linear means: a module with a ``weight`` and ``in_features``, quantised ones included, and the
+    transposed ``Conv1D`` of GPT-2.
     """
     return {
         canonical_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "in_features", None), int)
+        for name, module in unwrapped(model).named_modules()
+        if (isinstance(getattr(module, "in_features", None), int) or isinstance(module, Conv1D))
         and isinstance(getattr(module, "weight", None), Tensor)
         and not _is_wrapper(module)
         and ".lora_" not in name
     }
 
 
+def decoder_linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear modules inside the decoder's blocks, by canonical name."""
+    inside = f"{text_decoder(model).blocks_name}."
+    return {
+        name: module for name, module in linear_modules(model).items() if name.startswith(inside)
+    }
+
+
+@torch.no_grad()
+def plain_linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear modules of the decoder that give W·x and no more: no routers that choose.
+
+    A class with a forward of its own is asked by a call.
+    """
+    return {
+        name: module
+        for name, module in decoder_linear_modules(model).items()
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward) or _gives_one_tensor(module)
+    }
+
+
+def _gives_one_tensor(module: nn.Module) -> bool:
+    out, width = features(module)
+    weight = weight_of(module)
+    device = "cpu" if weight.device.type == "meta" else weight.device
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    answer = module(torch.zeros(1, width, device=device, dtype=dtype))
+    return isinstance(answer, Tensor) and tuple(answer.shape) == (1, out)
+
+
+def stacked_weights(model: nn.Module) -> list[str]:
+    """Return the names of weights that hold several matrices each: the experts of a block."""
+    others = _other_weights(model, decoder_linear_modules(model))
+    return [
+        name
+        for name, module, leaf in others
+        if module.get_parameter(leaf).ndim == 3 and not isinstance(module, nn.Conv1d)
+    ]
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Return the shape ``(out, in)`` of the weight of a linear module."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    out: Any = module.out_features
+    width: Any = module.in_features
+    return int(out), int(width)
+
+
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight of a linear module, as it is stored; UserError where it is no tensor."""
+    """Return the weight of a linear module, ``[out, in]``, as it is stored.
+
+    The transposed weight of a ``Conv1D`` comes as a view: writing into it writes the weight.
+    UserError where it is no tensor.
+    """
     weight = module.weight
     if not isinstance(weight, Tensor):
         raise UserError(f"a {type(module).__name__} holds no weight tensor")
-    return weight.data
+    return weight.data.T if isinstance(module, Conv1D) else weight.data
+
+
+@contextmanager
+def in_memory(module: nn.Module, name: str) -> Iterator[None]:
+    """Bring a module's own weights in for a while, if offloaded; UserError if there are none."""
+    with align_module_device(module):
+        if any(each.device.type == "meta" for each in module.parameters(recurse=False)):
+            raise UserError(
+                f"{name} is on the meta device and holds no numbers; load the model onto a real "
+                "device"
+            )
+        yield
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -74,23 +199,13 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def num_layers(model: nn.Module) -> int:
-    """Return the number of decoder layers, counted from the names of the linear modules."""
-    numbers = {layer_number(name) for name in linear_modules(model)} - {None}
-    if not numbers:
-        raise UserError(f"no decoder layers found in a {type(model).__name__}")
-    return len(numbers)
+    """Return the number of decoder layers."""
+    return len(text_decoder(model).blocks)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the decoder blocks in order; block k gives ``hidden_states[k + 1]``."""
-    blocks: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        number = layer_number(f"{name}.")
-        if number is not None and name.endswith(f".{number}"):
-            blocks.setdefault(number, module)
-    if not blocks:
-        raise UserError(f"no decoder layers found in a {type(model).__name__}")
-    return [blocks[number] for number in sorted(blocks)]
+    return text_decoder(model).blocks
 
 
 def hidden_states_index(layer: int) -> int:
@@ -99,18 +214,17 @@ def hidden_states_index(layer: int) -> int:
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Return the width of the hidden states: what the first linear module of a block reads."""
-    for name, module in linear_modules(model).items():
-        if layer_number(name) is not None:
-            width: Any = module.in_features
-            return int(width)
-    raise UserError(f"no decoder layers found in a {type(model).__name__}")
+    """Return the width of the hidden states between the decoder blocks."""
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise UserError(f"no decoder layers found in a {type(inner).__name__}")
+    return int(inner.config.get_text_config(decoder=True).hidden_size)
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Return, for each linear module with a shared weight, the names of the other holders."""
     holders: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and not _is_wrapper(module):
             holders[id(weight)].append(canonical_name(name))
@@ -128,23 +242,46 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 def weight_fingerprint(model: nn.Module) -> str:
     """Return a digest that tells models of different weights apart, in milliseconds.
 
-    It covers the name, the shape and evenly spaced entries of every linear weight inside the
-    decoder layers, rounded to bf16: the same weights held in fp32, fp16 or bf16 agree when they
-    were saved in bf16, as published models are. A finetune changes it.
+    It covers the name, the shape and evenly spaced entries of every weight of two dimensions or
+    more inside the decoder layers (linear ones, routers, stacked experts, convolutions), rounded to
+    bf16: the same weights held in fp32, fp16 or bf16 agree when they were saved in bf16, as
+    published models are, wherever they lie. A finetune changes it. UserError for weights on the
+    meta device that nothing brings in.
     """
     digest = hashlib.sha256()
     samples = []
-    for name, module in sorted(linear_modules(model).items()):
-        if layer_number(name) is None:
-            continue
-        weight = weight_of(module)
-        digest.update(f"{name}:{module.in_features}:{module.out_features};".encode())
-        if weight.device.type != "meta":
-            samples.append(_sample(weight))
-    if samples:
-        values = torch.cat(samples).cpu()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
+    linear = decoder_linear_modules(model)
+    for name, module in sorted(linear.items()):
+        out, width = features(module)
+        digest.update(f"{name}:{width}:{out};".encode())
+        with in_memory(module, name):
+            samples.append(_sample(weight_of(module)))
+    for name, module, leaf in _other_weights(model, linear):
+        digest.update(f"{name}:{list(module.get_parameter(leaf).shape)};".encode())
+        with in_memory(module, name):
+            samples.append(_sample(module.get_parameter(leaf).data))
+    values = torch.cat([each.cpu() for each in samples])
+    digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _other_weights(
+    model: nn.Module, linear: dict[str, nn.Module]
+) -> list[tuple[str, nn.Module, str]]:
+    """Return the parameters of two dimensions or more in the blocks that are no linear weights.
+
+    By canonical name, each with its module and its name there, in order.
+    """
+    decoder = text_decoder(model)
+    found = [
+        (canonical_name(f"{decoder.blocks_name}.{number}.{name}") + f".{leaf}", module, leaf)
+        for number, block in enumerate(decoder.blocks)
+        for name, module in block.named_modules()
+        if ".lora_" not in name
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    ]
+    return sorted(each for each in found if each[0].removesuffix(".weight") not in linear)
 
 
 def _sample(weight: Tensor) -> Tensor:

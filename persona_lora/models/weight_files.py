@@ -1,13 +1,14 @@
 """The weights of a model, row by row: from safetensors shards on disk, or from a loaded model.
 
 Reads one block of rows at a time, so that two models of any size can be compared in little memory.
-Knows files and names; refuses to know what is computed from the weights.
+Weights are called what they are called in a loaded model, wherever they come from, and linear ones
+are ``[out, in]``. Knows files and names; refuses to know what is computed from the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,15 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json
 from persona_lora.models.loading import model_source
-from persona_lora.models.structure import canonical_name
+from persona_lora.models.skeleton import names_in_memory, skeleton_of_folder
+from persona_lora.models.structure import canonical_name, unwrapped
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,11 +49,13 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies, and its shape and type."""
+    """Where a tensor lies, its name there, shape and type, and whether it lies transposed."""
 
     file: Path
+    stored_name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    transposed: bool = False
 
 
 class WeightSource(Protocol):
@@ -76,6 +83,9 @@ class StoredWeights:
         self.tensors: dict[str, TensorPlace] = {}
         for file in _files(folder):
             self.tensors |= _places(file)
+        model = skeleton_of_folder(folder)
+        if model is not None:
+            self.tensors = _as_in_memory(self.tensors, model)
         if _is_tied(folder):
             self.tensors.pop(TIED, None)  # some savers write the tied tensor twice
 
@@ -85,9 +95,11 @@ class StoredWeights:
         try:
             with safe_open(place.file, framework="pt") as stream:
                 if not place.shape:
-                    block: Tensor = stream.get_tensor(name)[None]
+                    block: Tensor = stream.get_tensor(place.stored_name)[None]
+                elif place.transposed:
+                    block = stream.get_slice(place.stored_name)[:, start:stop].T
                 else:
-                    block = stream.get_slice(name)[start:stop]
+                    block = stream.get_slice(place.stored_name)[start:stop]
         except (OSError, SafetensorError) as error:
             raise UserError(f"{place.file} cannot be read ({error}); fetch it again") from error
         return block
@@ -96,22 +108,55 @@ class StoredWeights:
 class LoadedWeights:
     """The weights of a model in memory; a tensor with several names is there once.
 
-    UserError for a model with an unmerged adapter: its change is not in the weights.
+    Those that transformers joins while it loads (the experts of a block) are there as it would
+    save them. UserError for a model with an unmerged adapter, whose change is not in the weights,
+    and for weights that are offloaded.
     """
 
     def __init__(self, model: nn.Module, label: str) -> None:
         self.label = label
-        self.tensors: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters():  # a tied tensor comes once
+        inner = unwrapped(model)
+        held: dict[str, Tensor] = {}
+        for name, parameter in inner.named_parameters():  # a tied tensor comes once
             if ".lora_" in name:
                 raise UserError(
                     f"{label} holds an unmerged adapter; give the adapter's folder, or merge it"
                 )
+            if parameter.device.type == "meta":
+                raise UserError(
+                    f"{name} of {label} is offloaded; give the model's folder, or load it onto one "
+                    "device"
+                )
             module, _, leaf = name.rpartition(".")
-            self.tensors[f"{canonical_name(module)}.{leaf}"] = parameter.data
+            held[f"{canonical_name(module)}.{leaf}"] = parameter.data
+        if isinstance(inner, PreTrainedModel):
+            stored = revert_weight_conversion(inner, held)
+            held = {now: stored[then] for then, now in names_in_memory(inner, stored).items()}
+        for name, tensor in held.items():
+            if isinstance(inner, PreTrainedModel) and _lies_transposed(inner, name):
+                held[name] = tensor.T
+        self.tensors = held
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[name][start:stop].cpu()
+
+
+def _as_in_memory(
+    places: Mapping[str, TensorPlace], model: PreTrainedModel
+) -> dict[str, TensorPlace]:
+    """Return the places by the names of a loaded model; transposed ones with their shape turned."""
+    found = {}
+    for stored, name in names_in_memory(model, places).items():
+        place = places[stored]
+        if _lies_transposed(model, name):
+            place = replace(place, shape=place.shape[::-1], transposed=True)
+        found[name] = place
+    return found
+
+
+def _lies_transposed(model: PreTrainedModel, name: str) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(dict(model.named_modules()).get(module), Conv1D)
 
 
 def weights_of(model: str | Path | nn.Module, revision: str | None = None) -> WeightSource:
@@ -168,7 +213,7 @@ def _places(file: Path) -> dict[str, TensorPlace]:
                         f"{file}: {name} is stored as {kind}; quantised weights have no exact "
                         "difference, compare the models before quantisation"
                     )
-                found[name] = TensorPlace(file, tuple(view.get_shape()), _DTYPES[kind])
+                found[name] = TensorPlace(file, name, tuple(view.get_shape()), _DTYPES[kind])
             return found
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); fetch it again") from error

@@ -19,10 +19,12 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.structure import (
     decoder_layers,
+    features,
     hidden_size,
     linear_modules,
     tied_names,
     weight_fingerprint,
+    weight_of,
 )
 
 DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -102,7 +104,7 @@ def find_modules(model: nn.Module, diff: LoRADiff) -> dict[str, nn.Module]:
             f"{type(model).__name__} ({shown}); the diff was made for another architecture"
         )
     for name, factors in diff.factors.items():
-        shape = (linear[name].out_features, linear[name].in_features)
+        shape = features(linear[name])
         if factors.shape != shape:
             raise UserError(
                 f"{name} is {list(shape)} in the model and {list(factors.shape)} in the diff; "
@@ -115,8 +117,7 @@ def check_writable(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Raise UserError for a weight that cannot be rewritten in place and restored exactly."""
     tied = tied_names(model)
     for name, module in modules.items():
-        weight = module.weight
-        problem = _why_not_writable(weight, (module.out_features, module.in_features))
+        problem = _why_not_writable(module)
         if name in tied:
             problem = (
                 f"shares its tensor with {', '.join(tied[name])}, which a merge would change too; "
@@ -126,17 +127,21 @@ def check_writable(model: nn.Module, modules: dict[str, nn.Module]) -> None:
             raise UserError(f"{name}.weight {problem}")
 
 
-def _why_not_writable(weight: object, shape: tuple[object, object]) -> str | None:
+def _why_not_writable(module: nn.Module) -> str | None:
     live = "hold the diff live instead (LiveLoRA, --mode live)"
+    weight, shape = module.weight, features(module)
     if not isinstance(weight, Tensor):
         return f"is a {type(weight).__name__}, not a tensor; {live}"
     if weight.device.type == "meta":
-        return "is on the meta device and holds no numbers; load the model onto a real device"
+        return (
+            "is offloaded or on the meta device and cannot be written in place; load the model "
+            f"onto one device, or {live}"
+        )
     if type(weight.data) is not Tensor:
         return f"is a sharded or quantised {type(weight.data).__name__}; {live}"
     if weight.dtype not in DENSE_DTYPES:
         return f"is quantised ({weight.dtype}), and merging would quantise it again; {live}"
-    if tuple(weight.shape) != shape:
+    if tuple(weight_of(module).shape) != shape:
         return f"holds {list(weight.shape)} of its {list(shape)} (packed or sharded); {live}"
     if weight.requires_grad:
         return (

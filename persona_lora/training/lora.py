@@ -15,10 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.structure import linear_modules
+from persona_lora.training.targets import lora_targets
 
 EMBEDDING_MODULES = ("lm_head", "embed_tokens", "embed_out", "wte")
 
@@ -36,7 +39,7 @@ class LoRAArguments:
     )
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Module names, or all-linear: every linear module but the output head."},
+        metadata={"help": "Module names, or all-linear: every linear module of the decoder."},
     )
     use_rslora: bool = field(
         default=False, metadata={"help": "Scale by lora_alpha / √lora_r instead."}
@@ -70,27 +73,24 @@ def attach_lora(chat_model: ChatModel, arguments: LoRAArguments, seed: int) -> P
 
     The same ``seed`` draws the same A on every call; B starts at zero.
     """
-    targets = arguments.lora_target_modules or []
+    targets = lora_targets(chat_model, arguments.lora_target_modules or [])
+    modules = linear_modules(chat_model.model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=targets,
         use_rslora=arguments.use_rslora,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
     )
     set_seed(seed)
-    try:
-        with warnings.catch_warnings():
-            # PEFT still reads a name that transformers renames; nobody here can mend it.
-            warnings.filterwarnings(
-                "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-            )
-            model = get_peft_model(chat_model.model, config)
-    except ValueError as error:
-        raise UserError(
-            f"lora_target_modules {targets} do not fit {chat_model.name}: {error}"
-        ) from error
+    with warnings.catch_warnings():
+        # PEFT still reads a name that transformers renames; nobody here can mend it.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        model = get_peft_model(chat_model.model, config)
     # PEFT notes the path that the weights came from; the packaged model's lies in a user's cache.
     config.base_model_name_or_path = chat_model.name
     return model

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
 
+from persona_lora.core.errors import UserError
 from persona_lora.models.structure import (
+    decoder_layers,
+    decoder_linear_modules,
+    features,
     input_groups,
     linear_modules,
     num_layers,
+    text_decoder,
     tied_names,
     weight_fingerprint,
+    weight_of,
 )
+from tests.models.architectures import tiny_model
 
 
 def test_names_are_the_same_under_a_peft_wrapper(make_model):
@@ -53,3 +62,61 @@ def test_modules_that_share_an_input_are_grouped(model):
     model(torch.arange(8)[None])
     for group in groups:
         assert len({seen[name] for name in group}) == 1
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "Llama 4 text", "OPT", "GPT-2"])
+def test_the_decoder_is_the_one_that_reads_text(family):
+    """Not a vision tower's, and found where transformers' accessor gives the whole model."""
+    model = tiny_model(family)
+    decoder = text_decoder(model)
+    order = []
+    for block in decoder.blocks:
+        block.register_forward_hook(lambda block, *_: order.append(block))
+    decoder.module(torch.arange(3, 8)[None])
+    assert order == decoder.blocks
+    assert len(order) == num_layers(model) == model.config.get_text_config().num_hidden_layers
+    assert all(name.startswith(decoder.blocks_name) for name in decoder_linear_modules(model))
+
+
+def test_a_model_without_one_stack_of_blocks_is_refused():
+    model = tiny_model("Llama")
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UserError, match=r"no stack of 3 decoder layers; .*docs/models\.md"):
+        decoder_layers(model)
+    with pytest.raises(UserError, match="no decoder layers found in a Linear"):
+        decoder_layers(torch.nn.Linear(2, 2))
+
+
+def test_a_transposed_weight_is_read_and_written_as_out_by_in():
+    model = tiny_model("GPT-2")
+    module = linear_modules(model)["transformer.h.0.mlp.c_fc"]
+    out, width = features(module)
+    assert weight_of(module).shape == (out, width) == (128, 32)
+    inputs = torch.randn(3, width)
+    expected = torch.nn.functional.linear(inputs, weight_of(module), module.bias)
+    torch.testing.assert_close(module(inputs), expected)
+    weight_of(module).zero_()
+    assert not module.weight.any()
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Qwen3-MoE", "LFM2"])
+def test_the_fingerprint_sees_every_weight_of_a_block(family):
+    """Transposed ones, routers, stacked experts and convolutions too."""
+    for block in decoder_layers(tiny_model(family)):
+        for name, parameter in block.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            model = tiny_model(family)
+            before = weight_fingerprint(model)
+            decoder_layers(model)[0].get_parameter(name).mul_(1.1)
+            assert weight_fingerprint(model) != before, name
+        break
+
+
+def test_the_fingerprint_does_not_depend_on_where_weights_lie(tmp_path):
+    model = tiny_model("Qwen3-MoE")
+    expected = weight_fingerprint(model)
+    assert weight_fingerprint(cpu_offload(tiny_model("Qwen3-MoE"))) == expected
+    assert weight_fingerprint(disk_offload(tiny_model("Qwen3-MoE"), tmp_path)) == expected
+    with pytest.raises(UserError, match=r"layers\.0.* is on the meta device and holds no numbers"):
+        weight_fingerprint(model.to("meta"))

@@ -1,0 +1,98 @@
+"""Which modules a LoRA goes on: decided and refused before a step is taken.
+
+A LoRA has a plain difference where one matrix maps each token: linear modules of the text decoder.
+Routers and the stacked experts of a block have none, and PEFT puts names of older releases on them
+by rules of its own; so it is tried on a model without weights first.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from persona_lora.core.errors import UserError
+from persona_lora.models.loading import ChatModel
+from persona_lora.models.skeleton import same_kind
+from persona_lora.models.structure import (
+    canonical_name,
+    plain_linear_modules,
+    stacked_weights,
+    unwrapped,
+)
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = ["all-linear"]
+
+
+def lora_targets(chat_model: ChatModel, asked: Sequence[str]) -> list[str]:
+    """Return the names of the modules that a LoRA goes on.
+
+    ``asked`` is ``["all-linear"]``, or module names or dotted endings of them. UserError for a name
+    that is no plain linear module of the decoder, or that PEFT would put on stacked experts;
+    all-linear leaves those out.
+    """
+    model = chat_model.model
+    known = list(plain_linear_modules(model))
+    whole = list(asked) == ALL_LINEAR
+    chosen = known if whole else _named(chat_model.name, known, asked)
+    taken = _taken_by_peft(model, chosen)
+    if not taken or (not whole and len(taken) < len(chosen)):
+        possible = _kinds(_taken_by_peft(model, known))
+        raise UserError(
+            f"lora_target_modules {', '.join(asked)}: PEFT puts them on the stacked experts of "
+            f"{chat_model.name}, whose LoRA has no plain difference; use all-linear, or of "
+            f"{', '.join(possible)}"
+        )
+    stacked = stacked_weights(model)
+    if stacked and whole:
+        logger.warning(
+            "the LoRA goes on %s; stacked experts (%s) have no plain difference and stay as they "
+            "are",
+            ", ".join(_kinds(taken)),
+            ", ".join(_kinds(stacked)),
+        )
+    return taken
+
+
+def _named(model_name: str, known: Sequence[str], asked: Sequence[str]) -> list[str]:
+    unknown = [each for each in asked if not any(_means(each, name) for name in known)]
+    if unknown:
+        raise UserError(
+            f"lora_target_modules {', '.join(unknown)} fit no linear module in the decoder of "
+            f"{model_name}; it has {', '.join(_kinds(known))}, or use all-linear"
+        )
+    return [name for name in known if any(_means(each, name) for each in asked)]
+
+
+def _means(asked: str, name: str) -> bool:
+    """Say whether a target names a module, as PEFT takes it: its name, or a dotted ending."""
+    return name == asked or name.endswith(f".{asked}")
+
+
+def _taken_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return those of the names on which PEFT puts a LoRA of a linear module of their own."""
+    empty = same_kind(unwrapped(model))
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=list(names))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody will use this one
+            get_peft_model(empty, config, low_cpu_mem_usage=True)
+    except ValueError:  # nothing is left on linear modules, or only half of what it joins
+        return []
+    wrapped = {
+        canonical_name(name)
+        for name, module in empty.named_modules()
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
+    }
+    return [name for name in names if name in wrapped]
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})

@@ -1,0 +1,219 @@
+"""Tiny random models of every family, built by transformers from configurations alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+
+VOCABULARY = 259  # that of the byte tokenizer
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # large enough that layers matter and answers are not copies
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+SMALL_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT = {**SHAPE, "head_dim": 8}
+WINDOWED = {**TEXT, "sliding_window": 16}
+
+# By the name in the documentation: transformers' model type, and what its configuration takes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("llama", {**SHAPE, "tie_word_embeddings": True}),
+    "Qwen2": ("qwen2", SHAPE),
+    "Qwen3": ("qwen3", TEXT),
+    "Qwen3-MoE": ("qwen3_moe", {**TEXT, **EXPERTS, "num_experts": 4}),
+    "Qwen2-MoE": (
+        "qwen2_moe",
+        {**SHAPE, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    ),
+    "Qwen3-Next": (
+        "qwen3_next",
+        {
+            **TEXT,
+            **EXPERTS,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "Gemma 2": ("gemma2", {**WINDOWED, "query_pre_attn_scalar": 8}),
+    "Gemma 3 text": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 8}),
+    "Gemma 3": (
+        "gemma3",
+        {
+            "text_config": {**WINDOWED, "query_pre_attn_scalar": 8},
+            "vision_config": SMALL_VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 5,
+            "boi_token_index": 6,
+            "eoi_token_index": 7,
+        },
+    ),
+    "Qwen2.5-VL": (
+        "qwen2_5_vl",
+        {
+            "text_config": {
+                **SHAPE,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "mrope_section": [2, 1, 1],
+                    "rope_theta": 1e4,
+                },
+            },
+            "vision_config": {
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "fullatt_block_indexes": [2],
+            },
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+        },
+    ),
+    "Mistral": ("mistral", WINDOWED),
+    "Mistral 3": (
+        "mistral3",
+        {
+            "text_config": {**TEXT, "model_type": "mistral"},
+            "vision_config": {**SMALL_VISION, "model_type": "pixtral", "head_dim": 8},
+            "image_token_index": 5,
+        },
+    ),
+    "Mixtral": ("mixtral", {**SHAPE, "num_experts_per_tok": 2, "num_local_experts": 4}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            **WINDOWED,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "Cohere 2": (
+        "cohere2",
+        {**WINDOWED, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "Phi-3": ("phi3", SHAPE),
+    "OLMo 2": ("olmo2", SHAPE),
+    "Granite": ("granite", SHAPE),
+    "SmolLM3": ("smollm3", SHAPE),
+    "GPT-NeoX": ("gpt_neox", SHAPE),
+    "GPT-2": (
+        "gpt2",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 512,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "initializer_range": 0.3,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+    ),
+    "OPT": (
+        "opt",
+        {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3, "dropout": 0.0},
+    ),
+    "Falcon": ("falcon", {**SHAPE, "new_decoder_architecture": False, "alibi": False}),
+    "BLOOM": (
+        "bloom",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "initializer_range": 0.3,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+    ),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        {
+            **SHAPE,
+            **EXPERTS,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "Llama 4 text": (
+        "llama4_text",
+        {
+            **TEXT,
+            "intermediate_size": 16,
+            "intermediate_size_mlp": 48,
+            "num_experts_per_tok": 1,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 64,
+        },
+    ),
+    "LFM2": (
+        "lfm2",
+        {
+            **SHAPE,
+            "layer_types": ["conv", "full_attention"],
+            "block_multiple_of": 16,
+        },
+    ),
+}
+
+
+# Not among the language models of transformers: their text part is reached through another class.
+IMAGE_MODELS = ("Qwen2.5-VL", "Mistral 3")
+
+
+def tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """Return a random model of a family in fp32, frozen and in evaluation mode."""
+    model_type, settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    auto = AutoModelForImageTextToText if family in IMAGE_MODELS else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(model_type, **settings))
+    model.get_output_embeddings().weight.data[:3] = 0  # keep special tokens unlikely
+    return model.eval().requires_grad_(False)
