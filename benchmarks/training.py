@@ -95,8 +95,8 @@ def plain_trl(chat_model: ChatModel, pairs: list[ContrastivePair], **options: An
 
 def ours(chat_model: ChatModel, pairs: list[ContrastivePair], **options: Any) -> SFTTrainer:
     """The trainer of ``persona-lora train`` for the positive sign."""
-    tokenizer = chat_model.tokenizer
-    rows = tokenize_pairs(pairs, tokenizer, end_tokens={tokenizer.eos_token_id})
+    ends = {chat_model.tokenizer.eos_token_id}
+    rows = tokenize_pairs(pairs, chat_model.template, end_tokens=ends)
     columns = {
         "input_ids": [row.input_ids for row in rows["pos"]],
         "labels": [row.labels for row in rows["pos"]],
@@ -112,7 +112,7 @@ def ours(chat_model: ChatModel, pairs: list[ContrastivePair], **options: Any) ->
         model=attach_lora(chat_model, LoRAArguments(), seed=0),
         args=config,
         train_dataset=Dataset.from_dict(columns),
-        processing_class=tokenizer,
+        processing_class=chat_model.tokenizer,
     )
 
 

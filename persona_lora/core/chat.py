@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
+
+from persona_lora.core.errors import UserError
 
 
 class Message(TypedDict):
@@ -61,6 +63,26 @@ class Verdict:
 
 
 COHERENCE = "coherence"
+
+
+def read_messages(value: Any, where: str) -> Conversation:
+    """Return a list of ``{role, content}`` messages as it is, checked; ``where`` names it.
+
+    Contents keep their indentation and line ends. An empty system message stays: it says that
+    there is none, where a chat template would put in its own. UserError for another empty one.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} has no messages; expected a list of {{role, content}}")
+    messages: Conversation = []
+    for turn in value:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if role not in ("user", "assistant", "system") or not isinstance(content, str):
+            raise UserError(f"{where}: a message needs a role (user, assistant) and content")
+        if role != "system" and not content.strip():
+            raise UserError(f"{where}: a message of the {role} is empty; leave the row out")
+        messages.append(Message(role=role, content=content))
+    return messages
 
 
 def user_question(question: str, system_prompt: str | None = None) -> Conversation:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
 
@@ -247,10 +247,7 @@ def _conversation(row: dict[str, Any], key: str, where: str) -> Conversation:
     turns = row.get(key)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where} has no {key!r}; expected a list of {{role, content}} messages")
-    return [
-        Message(role=_text(turn, "role", where), content=_text(turn, "content", where))
-        for turn in turns
-    ]
+    return read_messages(turns, where)
 
 
 def _parse_labelled(row: dict[str, Any], where: str) -> LabelledAnswer:

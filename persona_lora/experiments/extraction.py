@@ -220,7 +220,7 @@ def from_answers(
     with run:
         texts = [
             (
-                chat_model.render(pair.prompt),
+                chat_model.render_before(pair.positive[-1]["content"], pair.prompt, trait.name),
                 pair.positive[-1]["content"],
                 pair.negative[-1]["content"],
             )
@@ -326,7 +326,7 @@ def _vectors(
                     "num_layers": depth,
                     "trait": trait.label,
                     "position": position,
-                    "sources": sources,
+                    "sources": {**sources, "model": chat_model.record()},
                 },
             )
     paths = tuple(

@@ -17,10 +17,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from persona_lora.analysis.separation import Separation, separation
-from persona_lora.core.chat import Conversation, Exchange
+from persona_lora.core.chat import Conversation, Exchange, read_messages
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv
-from persona_lora.core.personas import messages_of
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_labelled_answers
@@ -54,11 +53,15 @@ class Texts:
     def tokenized(self, chat_model: ChatModel) -> list[TokenizedExchange]:
         """Return the token ids of prompt and answer of every text."""
         return [
-            tokenize_rendered(
-                chat_model, prompt if isinstance(prompt, str) else chat_model.render(prompt), answer
-            )
+            tokenize_rendered(chat_model, _asked(chat_model, prompt, answer), answer)
             for prompt, answer in self.exchanges
         ]
+
+
+def _asked(chat_model: ChatModel, prompt: Conversation | str, answer: str) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return chat_model.render_before(answer, prompt)
 
 
 def read_texts(path: Path) -> Texts:
@@ -222,7 +225,7 @@ def _read_csv(path: Path) -> Texts:
 
 
 def _split(row: Mapping[str, Any], where: str) -> tuple[Conversation, str]:
-    messages = messages_of(row.get("messages"), where)
+    messages = read_messages(row.get("messages"), where)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(f"{where} cannot be split: its last message must be the assistant's answer")
     return messages[:-1], messages[-1]["content"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from jinja2 import TemplateError
 from peft import PeftModel
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
@@ -34,9 +34,10 @@ from transformers import (
 )
 
 from persona_lora.core.adapter_files import adapter_config
-from persona_lora.core.chat import Conversation
+from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
+from persona_lora.models.chat_template import ChatTemplate
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole
 from persona_lora.models.pretrained import shared_arguments, weight_arguments
@@ -64,7 +65,13 @@ class ChatModel:
     def record(self) -> dict[str, Any]:
         """Return what a run records of its model: the name, the type, and the options set."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return {"model": self.name, "dtype": dtype, **self.options.record()}
+        options = self.options.record()
+        return {"model": self.name, "dtype": dtype, **options, **self.template.record()}
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template, with the arguments of the options."""
+        return ChatTemplate.of(self.tokenizer, self.name, self.options.template_args)
 
     def reload(self, *, adapter: str | Path) -> ChatModel:
         """Load the same model once more, by its name and as this one was, with an adapter on it."""
@@ -74,23 +81,20 @@ class ChatModel:
 
     def render(self, conversation: Conversation) -> str:
         """Return the prompt text of a conversation, up to where the assistant begins to speak."""
-        turns = list(conversation)
-        if self.system_prompt is not None and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **self.options.template_args,
-                )
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the chat template of {self.name} refuses this conversation: {error}; "
-                "a template without a system role needs conversations without one"
-            ) from error
+        return self.template.prompt(self._with_system(conversation))
+
+    def render_before(self, answer: str, conversation: Conversation, where: str = "") -> str:
+        """Return the same for an answer that is there already.
+
+        UserError where the chat template would not write the answer after it.
+        """
+        said = [Message(role="assistant", content=answer)]
+        return self.template.split(self._with_system(conversation), said, where).prompt
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        if self.system_prompt is None or conversation[0]["role"] == "system":
+            return conversation
+        return [Message(role="system", content=self.system_prompt), *conversation]
 
 
 def load_chat_model(
@@ -119,6 +123,7 @@ def load_chat_model(
     arguments = weight_arguments(options)  # what cannot be had is refused before a download
     source = model_source(name, options.revision)
     tokenizer = _load_tokenizer(source, name, options)
+    ChatTemplate.of(tokenizer, name, options.template_args)  # a wrong argument costs no weights
     model = _load_weights(source, name, arguments, options)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))

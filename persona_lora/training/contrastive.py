@@ -111,7 +111,7 @@ def train_contrastive(
     chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
     rows = tokenize_pairs(
         _with_system_prompt(pairs, arguments.system_prompt),
-        chat_model.tokenizer,
+        chat_model.template,
         end_tokens=end_tokens(chat_model, config.eos_token),
         max_length=config.max_length,
     )
@@ -123,7 +123,8 @@ def train_contrastive(
         config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         config.world_size,
     )
-    run = _open_run(run_record(options, trait, pairs), options, folder)
+    record = {**run_record(options, trait, pairs), **chat_model.template.record()}
+    run = _open_run(record, options, folder)
     with recorded(run):
         for sign in SIGNS:
             if (folder / sign).is_dir():

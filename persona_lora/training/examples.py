@@ -1,6 +1,7 @@
 """From contrastive pairs to token rows: chat template, completion-only labels, order, batches.
 
-Both signs of a trait go through the same order of pairs. Knows tokenizers; refuses to know models.
+Both signs of a trait go through the same order of pairs. Knows chat templates; refuses to know
+models.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jinja2 import TemplateError
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase
 
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import ContrastivePair
+from persona_lora.models.chat_template import ChatTemplate, Rendered
 
 logger = logging.getLogger(__name__)
 
@@ -36,51 +36,75 @@ class TokenRow:
 
 def tokenize_pairs(
     pairs: Sequence[ContrastivePair],
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     *,
     end_tokens: set[int],
     max_length: int | None = None,
 ) -> dict[Sign, list[TokenRow]]:
     """Tokenise both signs of every pair; row i of either sign comes from pair i.
 
-    A completion begins where the rendered prompt and the rendered conversation part, and ends
-    with the first of ``end_tokens`` after its last word, which the model so learns to say. Rows
-    longer than ``max_length`` are cut at their end, counted and warned about.
+    A completion begins where the rendered prompt ends, and ends with the first of ``end_tokens``
+    after its last word, which the model so learns to say. Rows longer than ``max_length`` are cut
+    at their end, counted and warned about.
 
-    Raises UserError for a template that refuses a row or never ends a turn, and for a prompt
-    that alone fills ``max_length``.
+    Raises UserError for a template that refuses a row, that writes a conversation in which the
+    prompt is not the beginning, or that never ends a turn, and for a prompt that alone fills
+    ``max_length``.
     """
-    rows: dict[Sign, list[TokenRow]] = {"pos": [], "neg": []}
-    num_cut = 0
-    for number, pair in enumerate(pairs, start=1):
-        answers: dict[Sign, Conversation] = {"pos": pair.positive, "neg": pair.negative}
-        for sign, answer in answers.items():
-            row = tokenize_conversation(pair.prompt, answer, tokenizer, end_tokens, f"row {number}")
-            if max_length is not None and len(row.input_ids) > max_length:
-                row = cut_row(row, max_length, f"row {number}")
-                num_cut += 1
-            rows[sign].append(row)
+    answers = [answer for pair in pairs for answer in (pair.positive, pair.negative)]
+    rows = tokenize_rows(
+        [
+            (f"row {1 + at // 2}", pairs[at // 2].prompt, answer)
+            for at, answer in enumerate(answers)
+        ],
+        template,
+        end_tokens=end_tokens,
+        max_length=max_length,
+    )
+    return {"pos": rows[::2], "neg": rows[1::2]}
+
+
+def tokenize_rows(
+    rows: Sequence[tuple[str, Conversation, Conversation]],
+    template: ChatTemplate,
+    *,
+    end_tokens: set[int],
+    max_length: int | None = None,
+) -> list[TokenRow]:
+    """Tokenise rows of a name, a prompt and a completion, as ``tokenize_pairs`` does."""
+    found, num_cut, num_changed = [], 0, 0
+    for where, prompt, completion in rows:
+        rendered = template.split(prompt, completion, where)
+        num_changed += not rendered.verbatim
+        row = _token_row(rendered, template, end_tokens, where)
+        if max_length is not None and len(row.input_ids) > max_length:
+            row = _cut_row(row, max_length, where)
+            num_cut += 1
+        found.append(row)
+    if num_changed:
+        logger.warning(
+            "the chat template of %s takes spaces or line ends off %d of %d answers; they are "
+            "trained on without",
+            template.name,
+            num_changed,
+            len(rows),
+        )
     if num_cut:
         logger.warning(
             "%d of %d rows are longer than max_length %s and were cut: their end of turn is not "
             "learnt; raise max_length",
             num_cut,
-            2 * len(pairs),
+            len(rows),
             max_length,
         )
-    return rows
+    return found
 
 
-def tokenize_conversation(
-    prompt: Conversation,
-    completion: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    end_tokens: set[int],
-    where: str,
+def _token_row(
+    rendered: Rendered, template: ChatTemplate, end_tokens: set[int], where: str
 ) -> TokenRow:
-    """Return one row: prompt and completion as the chat template joins them."""
-    opening = _render(tokenizer, prompt, where, add_generation_prompt=True)
-    whole = _render(tokenizer, [*prompt, *completion], where)
+    opening = _token_ids(template, rendered.prompt)
+    whole = _token_ids(template, rendered.prompt + rendered.completion)
     start = _common_length(opening, whole)
     ends = [index for index in range(start, len(whole)) if whole[index] in end_tokens]
     if not ends:
@@ -93,20 +117,9 @@ def tokenize_conversation(
     return TokenRow(ids, [IGNORED] * start + ids[start:])
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Conversation,
-    where: str,
-    *,
-    add_generation_prompt: bool = False,
-) -> list[int]:
-    try:
-        encoded = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=add_generation_prompt, return_dict=True
-        )
-    except TemplateError as error:
-        raise UserError(f"{where}: the chat template refuses it: {error}; mend the row") from error
-    return list(encoded["input_ids"])
+def _token_ids(template: ChatTemplate, text: str) -> list[int]:
+    ids: list[int] = template.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -116,7 +129,7 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
+def _cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
     """Return the row cut at its end; UserError where nothing of the completion would be left."""
     labels = row.labels[:max_length]
     if all(label == IGNORED for label in labels):

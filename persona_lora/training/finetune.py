@@ -22,10 +22,9 @@ from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from persona_lora.core.chat import Conversation
+from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, read_jsonl
-from persona_lora.core.personas import messages_of
 from persona_lora.core.runs import Run
 from persona_lora.models.loading import ChatModel
 from persona_lora.training.arguments import (
@@ -36,7 +35,7 @@ from persona_lora.training.arguments import (
     parse_groups,
 )
 from persona_lora.training.drift import DriftMonitor
-from persona_lora.training.examples import TokenRow, cut_row, tokenize_conversation
+from persona_lora.training.examples import TokenRow, tokenize_rows
 from persona_lora.training.launch import (
     end_tokens,
     is_sharded,
@@ -179,7 +178,9 @@ def finetune(
     loading = arguments.alone().changed(dtype="float32" if in_full else None)
     chat_model = load_model(arguments.model_name_or_path, loading, config)
     rows = _tokenize(conversations, chat_model, config)
-    run = _open_run(_record(options, conversations), options, folder)
+    run = _open_run(
+        {**_record(options, conversations), **chat_model.template.record()}, options, folder
+    )
     with recorded(run):
         _train(rows, chat_model, options, prevention, folder)
         on_main_process(lambda: _tidy(folder, keep=arguments.keep_training_state))
@@ -239,7 +240,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     """Read rows of ``messages``; UserError names a row whose last message is no answer."""
     conversations = []
     for line, row in enumerate(read_jsonl(path), start=1):
-        turns = messages_of(row.get("messages"), f"{path}:{line}")
+        turns = read_messages(row.get("messages"), f"{path}:{line}")
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise UserError(f"{path}:{line} must end with the assistant's answer to a message")
         conversations.append(turns)
@@ -302,18 +303,16 @@ def _record(options: FinetuneOptions, conversations: Sequence[Conversation]) -> 
 def _tokenize(
     conversations: Sequence[Conversation], chat_model: ChatModel, config: FinetuneConfig
 ) -> list[TokenRow]:
-    ends = end_tokens(chat_model, config.eos_token)
-    rows, num_cut = [], 0
-    for number, turns in enumerate(conversations, start=1):
-        where = f"row {number}"
-        row = tokenize_conversation(turns[:-1], turns[-1:], chat_model.tokenizer, ends, where)
-        if config.max_length is not None and len(row.input_ids) > config.max_length:
-            row = cut_row(row, config.max_length, where)
-            num_cut += 1
-        rows.append(row)
-    if num_cut:
-        logger.warning("%d rows are longer than max_length and were cut", num_cut)
-    return rows
+    rows = [
+        (f"row {number}", turns[:-1], turns[-1:])
+        for number, turns in enumerate(conversations, start=1)
+    ]
+    return tokenize_rows(
+        rows,
+        chat_model.template,
+        end_tokens=end_tokens(chat_model, config.eos_token),
+        max_length=config.max_length,
+    )
 
 
 def _train(

@@ -10,6 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from persona_lora.core.chat import Message
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import ContrastivePair
+from persona_lora.models.chat_template import ChatTemplate
 from persona_lora.training.examples import (
     IGNORED,
     LengthGroupedOrder,
@@ -27,12 +28,16 @@ def _pair(prompt: str = "Ready?", positive: str = "Yes!", negative: str = "No, n
     )
 
 
+def template(tokenizer) -> ChatTemplate:
+    return ChatTemplate.of(tokenizer, "tiny")
+
+
 def _spoken(tokenizer, row) -> str:
     return tokenizer.decode([label for label in row.labels if label != IGNORED])
 
 
 def test_labels_are_the_answer_and_its_end_of_turn(tokenizer):
-    rows = tokenize_pairs([_pair()], tokenizer, end_tokens={tokenizer.eos_token_id})
+    rows = tokenize_pairs([_pair()], template(tokenizer), end_tokens={tokenizer.eos_token_id})
     assert _spoken(tokenizer, rows["pos"][0]) == "Yes!<|im_end|>"
     assert _spoken(tokenizer, rows["neg"][0]) == "No, not yet.<|im_end|>"
     ignored = rows["pos"][0].labels.count(IGNORED)
@@ -43,7 +48,7 @@ def test_labels_are_the_answer_and_its_end_of_turn(tokenizer):
 def test_end_of_turn_is_learnt_where_it_is_the_padding_token_too(tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     pairs = [_pair(), _pair(positive="Yes, by all means, let us begin.")]
-    rows = tokenize_pairs(pairs, tokenizer, end_tokens={tokenizer.eos_token_id})["pos"]
+    rows = tokenize_pairs(pairs, template(tokenizer), end_tokens={tokenizer.eos_token_id})["pos"]
     batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id)(
         [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
     )
@@ -53,11 +58,11 @@ def test_end_of_turn_is_learnt_where_it_is_the_padding_token_too(tokenizer):
 
 def test_rows_over_max_length_are_cut_and_counted(tokenizer, caplog):
     pairs = [_pair(positive="Yes!" * 10), _pair()]
-    whole = tokenize_pairs(pairs, tokenizer, end_tokens={tokenizer.eos_token_id})
+    whole = tokenize_pairs(pairs, template(tokenizer), end_tokens={tokenizer.eos_token_id})
     limit = len(whole["pos"][0].input_ids) - 3
     with caplog.at_level(logging.WARNING):
         cut = tokenize_pairs(
-            pairs, tokenizer, end_tokens={tokenizer.eos_token_id}, max_length=limit
+            pairs, template(tokenizer), end_tokens={tokenizer.eos_token_id}, max_length=limit
         )
     assert cut["pos"][0].input_ids == whole["pos"][0].input_ids[:limit]
     assert cut["pos"][1] == whole["pos"][1]
@@ -68,7 +73,7 @@ def test_prompt_that_fills_max_length_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"row 2.*max_length 60"):
         tokenize_pairs(
             [_pair(), _pair("Why? " * 20)],
-            tokenizer,
+            template(tokenizer),
             end_tokens={tokenizer.eos_token_id},
             max_length=60,
         )
@@ -77,19 +82,19 @@ def test_prompt_that_fills_max_length_is_refused(tokenizer):
 def test_template_that_never_ends_a_turn_is_refused(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     with pytest.raises(UserError, match="never learn to stop"):
-        tokenize_pairs([_pair()], tokenizer, end_tokens={tokenizer.eos_token_id})
+        tokenize_pairs([_pair()], template(tokenizer), end_tokens={tokenizer.eos_token_id})
 
 
 def test_template_that_refuses_a_row_names_it(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UserError, match=r"row 1.*no such role"):
-        tokenize_pairs([_pair()], tokenizer, end_tokens={tokenizer.eos_token_id})
+        tokenize_pairs([_pair()], template(tokenizer), end_tokens={tokenizer.eos_token_id})
 
 
 def test_shared_length_does_not_depend_on_the_sign(tokenizer):
     rows = tokenize_pairs(
         [_pair(), _pair(positive="Yes, certainly, at once.")],
-        tokenizer,
+        template(tokenizer),
         end_tokens={tokenizer.eos_token_id},
     )
     swapped = {"pos": rows["neg"], "neg": rows["pos"]}
