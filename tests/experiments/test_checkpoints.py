@@ -122,11 +122,11 @@ def test_the_shift_is_what_both_models_say_of_the_same_answers(run_all, base, ve
 def test_a_killed_evaluation_does_only_what_is_missing(run_all, monkeypatch):
     plain, loaded = module._loaded, []
 
-    def killed(base, checkpoint, dtype):
+    def killed(base, checkpoint):
         loaded.append(checkpoint.name)
         if loaded == ["base", "checkpoint-2"]:
             raise KeyboardInterrupt
-        return plain(base, checkpoint, dtype)
+        return plain(base, checkpoint)
 
     monkeypatch.setattr(module, "_loaded", killed)
     with pytest.raises(KeyboardInterrupt):
