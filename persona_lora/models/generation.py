@@ -2,7 +2,8 @@
 
 Knows batching, padding and sampling; refuses to know what steers the model. A steerer that needs
 to know which rows are in the current batch passes ``prepare_batch``. Rows that share a steering
-and the beginning of their prompts share the computation of that beginning.
+and the beginning of their prompts share the computation of that beginning, where the model's cache
+makes that exact.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
+from persona_lora.models.caches import (
+    KeptCache,
+    ignores_padding,
+    kept_cache,
+    planned_cache,
+    shares_prefix,
+)
+from persona_lora.models.finite import not_finite
 from persona_lora.models.loading import ChatModel
 
 logger = logging.getLogger(__name__)
@@ -55,7 +64,8 @@ def generate_answers(
 ) -> list[Generated]:
     """Answer every conversation; the result has the order of the input.
 
-    Batches are left-padded and sorted by length, longest first. ``temperature`` 0 is greedy.
+    Batches are left-padded and sorted by length, longest first; a model whose answers padding
+    might change answers rows of one length at a time. ``temperature`` 0 is greedy.
     ``prepare_batch`` is called with the row numbers of each batch before it runs, ``on_batch``
     with the row numbers and answers after it, ``progress`` with tokens done and tokens planned.
 
@@ -69,9 +79,11 @@ def generate_answers(
     tokens with which all its prompts begin (a chat template's system part) run once for each
     steering instead of once for each row; ``prepare_prefix`` is called before that pass with the
     row numbers that stand for their kind and the number of tokens. Last bits may differ for it.
+    A model with recurrent layers shares nothing, one with sliding windows only among rows of one
+    length.
 
     A batch that runs out of memory is split in half and tried again; UserError when a single row
-    does not fit.
+    does not fit, and when the logits of a row are NaN or infinite.
     """
     if not conversations:
         raise UserError("there are no conversations to answer; the list of questions is empty")
@@ -103,10 +115,16 @@ def generate_answers(
         prepare_prefix,
     )
     answers: dict[int, Generated] = {}
+    one_length = False
     while len(answers) < len(order):
         rows = order[len(answers) : len(answers) + size]
+        if one_length:
+            rows = [row for row in rows if len(tokens[row]) == len(tokens[rows[0]])]
         try:
             batch = job.run(rows, done_rows=len(answers))
+        except _PaddingMayMatter:
+            one_length = True
+            continue
         except RuntimeError as error:
             size = _smaller_batch(len(rows), error)
             continue
@@ -131,6 +149,10 @@ def _smaller_batch(size: int, error: RuntimeError) -> int:
     return size // 2
 
 
+class _PaddingMayMatter(Exception):
+    """A padded batch was answered by a model of which nobody has shown that it ignores padding."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """What all batches of one call share."""
@@ -149,13 +171,32 @@ class _Job:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], *, done_rows: int) -> list[Generated]:
-        """Answer the rows as one batch."""
+        """Answer the rows as one batch; _PaddingMayMatter where padding might change answers."""
         model = self.chat_model.model
-        prefix, cache = self._shared_prefix(rows)
+        prefix, kept = self._shared_prefix(rows)
         if self.prepare_batch is not None:
             self.prepare_batch(rows)
         batch = self._padded(rows, prefix)
-        processors = LogitsProcessorList()
+        output = model.generate(
+            **batch,
+            **({} if kept is None else {kept.name: kept.cache}),
+            logits_processor=self._processors(rows, done_rows),
+            generation_config=_generation_config(self.chat_model, self.max_new_tokens),
+        )
+        used = kept_cache(output)
+        if not self._of_one_length(rows) and (
+            used is None or not ignores_padding(used.cache, model.config)
+        ):
+            raise _PaddingMayMatter
+        new = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
+        ends = _end_tokens(self.chat_model)
+        return [
+            _generated(self.prompts[row], ids, ends, self.chat_model)
+            for row, ids in zip(rows, new, strict=True)
+        ]
+
+    def _processors(self, rows: Sequence[int], done_rows: int) -> LogitsProcessorList:
+        processors = LogitsProcessorList([_FiniteCheck(self.chat_model, rows, self.prompts)])
         if self.temperature > 0:
             streams = [self.streams[row] for row in rows]
             processors.append(
@@ -163,40 +204,34 @@ class _Job:
             )
         if self.progress is not None:
             processors.append(_ProgressCounter(self.progress, done_rows, len(rows), self))
-        output = model.generate(
-            **batch,
-            past_key_values=cache,
-            logits_processor=processors,
-            generation_config=_generation_config(self.chat_model, self.max_new_tokens),
-        )
-        new = output[:, batch["input_ids"].shape[1] :].tolist()
-        ends = _end_tokens(self.chat_model)
-        return [
-            _generated(self.prompts[row], ids, ends, self.chat_model)
-            for row, ids in zip(rows, new, strict=True)
-        ]
+        return processors
 
-    def _shared_prefix(self, rows: Sequence[int]) -> tuple[list[int], DynamicCache | None]:
+    def _of_one_length(self, rows: Sequence[int]) -> bool:
+        return len({len(self.tokens[row]) for row in rows}) == 1
+
+    def _shared_prefix(self, rows: Sequence[int]) -> tuple[list[int], KeptCache | None]:
         """Return what all prompts begin with and its cache, a row each; nothing if not worth it."""
         if self.alike is None:
             return [], None
         first = {self.alike[row]: row for row in reversed(rows)}
         prefix = _common_prefix([self.tokens[row] for row in rows])
-        if len(prefix) < SHORTEST_PREFIX or len(first) == len(rows):
+        model, padded = self.chat_model.model, not self._of_one_length(rows)
+        if (
+            len(prefix) < SHORTEST_PREFIX
+            or len(first) == len(rows)
+            or not shares_prefix(planned_cache(model.config), padded=padded)
+        ):
             return [], None
         if self.prepare_prefix is not None:
             self.prepare_prefix(list(first.values()), len(prefix))
-        model = self.chat_model.model
         ids = torch.tensor([prefix] * len(first), device=model.device)
-        cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
-        if type(cache) is not DynamicCache:
-            raise UserError(
-                f"{self.chat_model.name} keeps a {type(cache).__name__}, which cannot be shared"
-            )
+        kept = kept_cache(model.get_decoder()(input_ids=ids, use_cache=True))
+        if kept is None or not shares_prefix(kept.cache, padded=padded):
+            return [], None
         places = {kind: place for place, kind in enumerate(first)}
         chosen = torch.tensor([places[self.alike[row]] for row in rows], device=model.device)
-        cache.batch_select_indices(chosen)
-        return prefix, cache
+        kept.cache.batch_select_indices(chosen)
+        return prefix, kept
 
     def _padded(self, rows: Sequence[int], prefix: list[int]) -> dict[str, Tensor]:
         """Return token ids and mask of the rows, with the padding after the shared prefix."""
@@ -254,6 +289,22 @@ class SeededSampler(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
 
 
+class _FiniteCheck(LogitsProcessor):
+    """Refuses rows of logits that hold NaN or no largest value: no token of theirs is an answer."""
+
+    def __init__(self, chat_model: ChatModel, rows: Sequence[int], prompts: Sequence[str]) -> None:
+        self.chat_model = chat_model
+        self.rows = rows
+        self.prompts = prompts
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = scores.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
+        if not bool(finite.all()):
+            row = self.rows[int((~finite).nonzero()[0])]
+            raise not_finite(self.chat_model, f"row {row} (…{self.prompts[row][-60:]!r})")
+        return scores
+
+
 class _ProgressCounter(LogitsProcessor):
     def __init__(self, progress: Progress, done_rows: int, batch_rows: int, job: _Job) -> None:
         self.progress = progress
@@ -274,6 +325,7 @@ def _generation_config(chat_model: ChatModel, max_new_tokens: int) -> Generation
         pad_token_id=chat_model.tokenizer.pad_token_id,
         eos_token_id=sorted(_end_tokens(chat_model)),
         use_cache=True,
+        return_dict_in_generate=True,
     )
 
 

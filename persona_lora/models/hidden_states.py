@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from persona_lora.core.errors import UserError
+from persona_lora.models.finite import not_finite
 from persona_lora.models.likelihood import Progress, TokenizedExchange, batches_by_length
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, text_decoder
@@ -93,7 +94,7 @@ def _stream(
     done = 0
     for rows in batches_by_length([len(text.prompt) + len(text.answer) for text in texts]):
         means = _means_of_batch(chat_model, [texts[row] for row in rows], positions, layers)
-        _check_finite(means, [names[row] for row in rows], layers)
+        _check_finite(chat_model, means, [names[row] for row in rows], layers)
         done += len(rows)
         if progress is not None:
             progress(done, len(texts))
@@ -145,15 +146,14 @@ def averaging_weights(
     return weights
 
 
-def _check_finite(means: Tensor, names: Sequence[str], layers: Sequence[int]) -> None:
+def _check_finite(
+    chat_model: ChatModel, means: Tensor, names: Sequence[str], layers: Sequence[int]
+) -> None:
     if bool(torch.isfinite(means).all()):
         return
     broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
     row, layer = broken.nonzero()[0].tolist()
-    raise UserError(
-        f"the hidden states of {names[row]} at layer {layers[layer]} hold NaN or infinity; "
-        "the model overflows or its weights are broken: load it in float32 or bfloat16"
-    )
+    raise not_finite(chat_model, f"the hidden states of {names[row]} at layer {layers[layer]}")
 
 
 class _LastLayerDone(Exception):

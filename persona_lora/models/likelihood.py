@@ -5,14 +5,16 @@ Knows teacher forcing; refuses to know who wrote the text or what the numbers ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
+from persona_lora.models.finite import not_finite
 from persona_lora.models.loading import ChatModel
 
 Progress = Callable[[int, int], None]
@@ -76,7 +78,8 @@ def next_token_logprobs(
     ids = chat_model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     found: list[Mapping[str, float]] = [{} for _ in ids]
     for rows in batches_by_length([len(each) for each in ids]):
-        logits = _forward(chat_model, [ids[row] for row in rows], keep=1)[:, -1]
+        asked = [ids[row] for row in rows]
+        logits = _logits_at(chat_model, asked, [range(len(row) - 1, len(row)) for row in asked])
         best = torch.log_softmax(logits.float(), dim=-1).topk(min(top, logits.shape[-1]))
         for row, values, tokens in zip(
             rows, best.values.tolist(), best.indices.tolist(), strict=True
@@ -93,11 +96,16 @@ def token_divergences(
     The text runs as ``num_rows`` identical rows of one batch, and row 0 is the reference: a live
     steerer with a coefficient of 0 in row 0 makes the other rows differ from it.
     """
-    rows = [exchange.prompt + exchange.answer] * num_rows
-    length = len(exchange.answer)
-    logits = _forward(chat_model, rows, keep=length + 1)[:, :-1]
+    model, length = chat_model.model, len(exchange.answer)
+    ids = torch.tensor([exchange.prompt + exchange.answer] * num_rows, device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]
     log_p = torch.log_softmax(logits.float(), dim=-1)  # [rows, tokens, vocabulary]
-    return (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1).clamp_min(0)
+    divergences = (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1).clamp_min(0)
+    if not bool(divergences.isfinite().all()):
+        text = chat_model.tokenizer.decode(exchange.answer)
+        raise not_finite(chat_model, f"the divergence over {text[-60:]!r}")
+    return divergences
 
 
 def _by_text(
@@ -114,30 +122,55 @@ def _by_text(
 def _mean_logprobs_of_batch(
     chat_model: ChatModel, batch: Sequence[TokenizedExchange]
 ) -> list[float]:
-    longest = max(len(each.answer) for each in batch)
-    ids = [each.prompt + each.answer for each in batch]
-    logits = _forward(chat_model, ids, keep=longest + 1)[:, :-1]
-    means = []
-    for row, each in enumerate(batch):
-        length = len(each.answer)
-        targets = torch.tensor(each.answer, device=logits.device)
-        log_p = torch.log_softmax(logits[row, -length:].float(), dim=-1)
-        means.append(float(log_p.gather(1, targets[:, None]).mean()))
-    return means
+    logits = _logits_at(
+        chat_model,
+        [each.prompt + each.answer for each in batch],
+        [range(len(each.prompt) - 1, len(each.prompt) + len(each.answer) - 1) for each in batch],
+    )
+    targets = torch.tensor([token for each in batch for token in each.answer], device=logits.device)
+    log_p = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return [float(row.mean()) for row in log_p.split([len(each.answer) for each in batch])]
 
 
 @torch.inference_mode()
-def _forward(chat_model: ChatModel, ids: Sequence[list[int]], *, keep: int) -> Tensor:
-    """Return the logits of the last ``keep`` positions of left-padded rows."""
-    batch = chat_model.tokenizer.pad(
-        {"input_ids": list(ids)}, padding=True, padding_side="left", return_tensors="pt"
-    ).to(chat_model.model.device)
-    mask = batch["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    logits: Tensor = chat_model.model(
-        **batch, position_ids=positions, logits_to_keep=keep, use_cache=False
-    ).logits
+def _logits_at(
+    chat_model: ChatModel, ids: Sequence[list[int]], positions: Sequence[range]
+) -> Tensor:
+    """Return the logits of each row's positions, flat: ``[positions of all rows, vocabulary]``.
+
+    Rows are padded on the right, where no causal model looks: a row's numbers are those that it
+    gives alone, whatever keeps the model's state, and no mask is needed.
+    """
+    model = chat_model.model
+    longest = max(map(len, ids))
+    padded = torch.full((len(ids), longest), chat_model.tokenizer.pad_token_id)
+    chosen = torch.zeros(len(ids), longest, dtype=torch.bool)
+    for row, (tokens, span) in enumerate(zip(ids, positions, strict=True)):
+        padded[row, : len(tokens)] = torch.tensor(tokens)
+        chosen[row, span.start : span.stop] = True
+    with only_positions(model.get_output_embeddings(), chosen):
+        logits: Tensor = model(input_ids=padded.to(model.device), use_cache=False).logits
+    finite = logits.amax(dim=-1).isfinite()
+    if not bool(finite.all()):
+        row = int(chosen.nonzero()[int((~finite).nonzero()[0])][0])
+        raise not_finite(chat_model, f"{chat_model.tokenizer.decode(ids[row])[-60:]!r}")
     return logits
+
+
+@contextmanager
+def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Let ``head`` see the chosen positions of ``[rows, length, hidden]`` only, as a flat list.
+
+    ``head`` is the module that projects to the vocabulary; the logits become
+    ``[positions, vocabulary]``.
+    """
+    handle = head.register_forward_pre_hook(
+        lambda _, args: (args[0][positions.to(args[0].device)],)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:

@@ -6,8 +6,7 @@ Knows the training loop; refuses to know signs and traits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from trl import SFTTrainer
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.models.caches import KeptCache, kept_cache, planned_cache, shares_prefix
+from persona_lora.models.likelihood import only_positions
 from persona_lora.training.examples import IGNORED, LengthGroupedOrder
 from persona_lora.training.lora import write_lora
 
@@ -107,36 +108,33 @@ def completion_log_probs(
     ``head`` is the module of ``model`` that projects to the vocabulary; it sees the positions
     that predict a completion token, and no others. The first ``prefix_length`` tokens must be the
     same in every row, and before every completion: they run once, with gradient, and all rows
-    attend to them through the cache of keys and values.
+    attend to them through the cache of keys and values; a model whose cache cannot be shared
+    (recurrent layers) runs them with every row.
     """
     ids, labels = inputs["input_ids"], inputs["labels"]  # [rows, longest]
-    cache = None
-    if prefix_length:
-        prefix = model(input_ids=ids[:1, :prefix_length], use_cache=True, logits_to_keep=1)
-        cache = prefix.past_key_values
-        cache.batch_repeat_interleave(len(ids))
+    kept = _shared_cache(model, ids, prefix_length) if prefix_length else None
+    start = 0 if kept is None else prefix_length
     predicting = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [rows, longest]
-    with _selecting(head, predicting[:, prefix_length:]):
+    with only_positions(head, predicting[:, start:]):
         output = model(
-            input_ids=ids[:, prefix_length:],
+            input_ids=ids[:, start:],
             attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=kept is not None,
+            **({} if kept is None else {kept.name: kept.cache}),
         )
     targets = labels[labels != IGNORED].to(output.logits.device)
     return -nn.functional.cross_entropy(output.logits.float(), targets, reduction="none")
 
 
-@contextmanager
-def _selecting(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let ``head`` see the chosen positions of ``[rows, length, hidden]`` only, as a flat list."""
-    handle = head.register_forward_pre_hook(
-        lambda _, args: (args[0][positions.to(args[0].device)],)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+def _shared_cache(model: nn.Module, ids: Tensor, length: int) -> KeptCache | None:
+    """Return the cache of the rows' common beginning, a row each; None where it is not exact."""
+    if not shares_prefix(planned_cache(model.config), padded=False):
+        return None
+    kept = kept_cache(model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1))
+    if kept is None or not shares_prefix(kept.cache, padded=False):
+        return None
+    kept.cache.batch_repeat_interleave(len(ids))
+    return kept
 
 
 def shared_prefix_length(inputs: Mapping[str, Tensor]) -> int:

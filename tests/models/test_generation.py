@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from persona_lora.core.errors import UserError
+from persona_lora.models import caches
 from persona_lora.models.generation import (
     SHORTEST_PREFIX,
     SeededSampler,
@@ -182,6 +184,38 @@ def test_the_common_prefix_leaves_two_tokens_of_each_row(rows, prefix):
     assert _common_prefix(rows) == prefix
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_no_answer(chat_model, value, temperature):
+    """Greedy decoding would take the token of a NaN; sampling would take the last of all."""
+    head = chat_model.model.lm_head
+
+    def poison(module, arguments, output):
+        output[1, -1, 40] = value  # the second longest
+
+    handle = head.register_forward_hook(poison)
+    with pytest.raises(
+        UserError, match=r"tiny in float32 gives NaN or infinity for row 1 \(.*a long"
+    ):
+        generate_answers(chat_model, CONVERSATIONS, max_new_tokens=2, temperature=temperature)
+    handle.remove()
+    generate_answers(chat_model, CONVERSATIONS, max_new_tokens=2, temperature=temperature)
+
+
+def test_a_model_that_padding_may_change_answers_rows_of_one_length(chat_model, monkeypatch):
+    monkeypatch.setattr(caches, "ATTENTION", ())
+    lengths = []
+    answers = generate_answers(
+        chat_model,
+        CONVERSATIONS * 2,
+        max_new_tokens=3,
+        on_batch=lambda rows, _: lengths.append(sorted(rows)),
+    )
+    assert lengths == [[3, 8], [1, 6], [2, 7], [0, 4, 5, 9]]
+    monkeypatch.undo()
+    assert answers == generate_answers(chat_model, CONVERSATIONS * 2, max_new_tokens=3)
+
+
 @pytest.mark.parametrize(
     "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"batch_size": 0}]
 )
@@ -201,7 +235,7 @@ def test_an_answer_knows_whether_it_ended(chat_model, monkeypatch):
 
     def generate(self, input_ids, **_):
         tail = torch.tensor([[letter, ends, 0], [letter, letter, letter]])
-        return torch.cat([input_ids, tail], dim=1)
+        return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, tail], dim=1))
 
     monkeypatch.setattr(type(chat_model.model), "generate", generate)
     first, second = generate_answers(chat_model, CONVERSATIONS[:1] * 2, max_new_tokens=3)
