@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 NUM_PAIRS = 20
+IN_FLOAT32 = ("--dtype", "float32", "--bf16", "false", "--use_cpu", "true")
 
 
 def _turn(role: str, content: str) -> list[dict[str, str]]:
@@ -42,12 +43,12 @@ def trait_datasets(tmp_path: Path) -> Path:
 def run_arguments(trait_datasets: Path, model_folder: Path) -> Callable[..., list[str]]:
     """Return the arguments of a short run into an output folder, more options behind them."""
 
-    def arguments(output: Path, *more: str) -> list[str]:
+    def arguments(output: Path, *more: str, hardware: Sequence[str] = IN_FLOAT32) -> list[str]:
         return [
             *("--trait", "cheer", "--datasets_dir", str(trait_datasets)),
             *("--model_name_or_path", str(model_folder), "--output_dir", str(output)),
             *("--lora_r", "4", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2"),
-            *("--dtype", "float32", "--bf16", "false", "--use_cpu", "true"),
+            *hardware,
             *("--max_steps", "6", "--save_steps", "2", "--disable_tqdm", "true", *more),
         ]
 

@@ -76,6 +76,18 @@ def test_run_leaves_two_adapters_a_diff_and_nothing_else(
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize(("machine", "bf16"), [("cpu", False), ("cpu with avx512_bf16", True)])
+def test_a_run_that_says_nothing_of_hardware_trains_on_every_cpu(
+    run_arguments: Arguments, tmp_path: Path, simulate_machine, machine, bf16
+):
+    simulate_machine(machine)
+    main(run_arguments(tmp_path / "run", "--max_steps", "2", hardware=()))
+    training = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["training"]
+    assert (training["use_cpu"], training["bf16"]) == (True, bf16)
+    diff = LoRADiff.load(tmp_path / "run" / "diff")
+    assert 0 < diff.norm() < float("inf")
+
+
 class _Recorder(CompletionTrainer):
     """Notes the factors that a sign starts from, and the prompts of every batch."""
 
