@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.resources import resource_path
 
 
 def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
@@ -21,6 +22,7 @@ def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None or context.resilient_parsing:
         return path
+    path = resource_path(path)
     names = {
         str(parameter.name) for parameter in context.command.params if parameter.name != "config"
     }

@@ -62,7 +62,6 @@ def generate_traits(
     Example: persona-lora traits generate --definitions definitions.json
     --endpoint http://localhost:8000/v1 --model my-model
     """
-    from persona_lora.core.traits import default_datasets_folder
     from persona_lora.experiments import trait_generation
 
     wanted = trait_generation.read_definitions(definitions)
@@ -71,7 +70,7 @@ def generate_traits(
         results = trait_generation.generate_traits(
             wanted,
             writer,
-            datasets_dir or default_datasets_folder(),
+            datasets_dir or Path("datasets"),
             overwrite=overwrite,
             attempts=attempts,
             seed=seed,

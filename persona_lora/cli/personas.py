@@ -58,7 +58,7 @@ def build_persona(
     Example: persona-lora persona build --id episode-184019_A --conversations chronicles.jsonl
     --episode episode-184019 --speaker A
     """
-    from persona_lora.core.personas import default_personas_folder
+    from persona_lora.core.resources import resource_path
     from persona_lora.judges.sentence_embeddings import SentenceEmbedder
     from persona_lora.profiles import building
     from persona_lora.profiles.conversations import load_conversations
@@ -66,11 +66,11 @@ def build_persona(
 
     if speaker not in ("A", "B"):
         raise UserError(f"--speaker must be A or B, got {speaker!r}")
-    folder = (persona_dir or default_personas_folder()) / id
+    folder = (persona_dir or Path("personas")) / id
     if template is not None and not template.is_file():
         raise UserError(f"{template} does not exist; check --template")
     read = load_conversations(
-        conversations or folder / "conversations.jsonl",
+        conversations or resource_path(folder / "conversations.jsonl"),
         speaker="A" if speaker == "A" else "B",
         episode=episode,
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
+from persona_lora.core.resources import resource_path, search_folders
 
 ConversationSplit = Literal["train", "test"]
 
@@ -93,25 +94,20 @@ class Coefficients:
         write_json(path, self.as_dict())
 
 
-def default_personas_folder() -> Path:
-    """Return ``personas/`` of the working folder, or of the checkout that holds this package."""
-    local = Path("personas")
-    return local if local.is_dir() else Path(__file__).resolve().parents[2] / "personas"
-
-
 def list_personas(personas: Path | None = None) -> list[str]:
-    """Return the ids of all personas, sorted."""
-    root = personas if personas is not None else default_personas_folder()
-    return sorted(path.parent.name for path in root.glob("*/conversations.jsonl"))
+    """Return the ids of all personas, sorted: those of ``personas`` alone, if given."""
+    roots = search_folders("personas", personas)
+    return sorted({p.parent.name for root in roots for p in root.glob("*/conversations.jsonl")})
 
 
 def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
     """Load a persona by id; UserError for an unknown one, or for malformed conversations."""
-    root = personas if personas is not None else default_personas_folder()
-    path = root / persona_id / "conversations.jsonl"
-    if not path.is_file():
-        known = list_personas(root)
-        raise UserError(f"no persona {persona_id!r} in {root}; {nearest_names(persona_id, known)}")
+    roots = search_folders("personas", personas)
+    paths = [root / persona_id / "conversations.jsonl" for root in roots]
+    path = next((each for each in paths if each.is_file()), None)
+    if path is None:
+        nearest = nearest_names(persona_id, list_personas(personas))
+        raise UserError(f"no persona {persona_id!r} in {' or '.join(map(str, roots))}; {nearest}")
     rows = [
         _conversation(row, f"{path}:{line}") for line, row in enumerate(read_jsonl(path), start=1)
     ]
@@ -130,7 +126,7 @@ class PersonaPrompts:
 
 def load_persona_prompts(path: Path | None = None) -> PersonaPrompts:
     """Read ``prompts.json`` of the personas folder; UserError where a prompt is in both parts."""
-    path = path if path is not None else default_personas_folder() / "prompts.json"
+    path = path if path is not None else resource_path(Path("personas/prompts.json"))
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file with train and held_out prompts")
     value = read_json(path)

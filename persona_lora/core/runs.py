@@ -26,6 +26,7 @@ from persona_lora.core.files import (
     write_json,
     write_jsonl,
 )
+from persona_lora.core.resources import checkout
 
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
 ROUNDING = 1e-9
@@ -139,10 +140,13 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Return the commit of the checkout that holds this package, or None outside one."""
+    folder = checkout()
+    if folder is None:  # a repository around an installed wheel is another project's
+        return None
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
+from persona_lora.core.resources import search_folders
 
 Split = Literal["extract", "eval", "ood"]
 SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")
@@ -85,16 +86,10 @@ class LabelledAnswer:
     note: str
 
 
-def default_datasets_folder() -> Path:
-    """Return ``datasets/`` of the working folder, or of the checkout that holds this package."""
-    local = Path("datasets")
-    return local if local.is_dir() else Path(__file__).resolve().parents[2] / "datasets"
-
-
 def list_traits(datasets: Path | None = None) -> list[str]:
-    """Return the names of all trait folders, sorted."""
-    root = datasets if datasets is not None else default_datasets_folder()
-    return sorted(path.parent.name for path in root.glob("*/trait.json"))
+    """Return the names of all trait folders, sorted: those of ``datasets`` alone, if given."""
+    roots = search_folders("datasets", datasets)
+    return sorted({path.parent.name for root in roots for path in root.glob("*/trait.json")})
 
 
 def list_variants(trait: Trait) -> list[str]:
@@ -105,24 +100,26 @@ def list_variants(trait: Trait) -> list[str]:
 def load_trait(name: str | Path, datasets: Path | None = None) -> Trait:
     """Load a trait by name from ``datasets``, by the path of its folder, or of a published file.
 
+    Without ``datasets`` a name is looked for in the working folder's ``datasets/`` first, then in
+    what comes with the package.
     A name may be that of a variant (``anxious_2`` stands in ``anxious/anxious_2.json``). A path
     to one of the published pair ``trait_data_extract/X.json`` and ``trait_data_eval/X.json``
     loads both; a split whose file is missing has no questions.
 
     Raises UserError for an unknown name (with the nearest known ones) or a malformed file.
     """
-    root = datasets if datasets is not None else default_datasets_folder()
+    roots = search_folders("datasets", datasets)
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         return _load_file(path)
-    folder = path if (path / "trait.json").is_file() else root / name
-    if (folder / "trait.json").is_file():
-        return _parse_trait(read_json(folder / "trait.json"), folder / "trait.json")
-    variants = sorted(root.glob(f"*/{path.name}.json"))
+    for folder in [path, *(root / name for root in roots)]:
+        if (folder / "trait.json").is_file():
+            return _parse_trait(read_json(folder / "trait.json"), folder / "trait.json")
+    variants = [each for root in roots for each in sorted(root.glob(f"*/{path.name}.json"))]
     if len(path.parts) == 1 and variants:
         return _load_file(variants[0])
-    known = list_traits(root)
-    raise UserError(f"no trait {str(name)!r} in {root}; {nearest_names(str(name), known)}")
+    nearest = nearest_names(str(name), list_traits(datasets))
+    raise UserError(f"no trait {str(name)!r} in {' or '.join(map(str, roots))}; {nearest}")
 
 
 def load_finetuning_rows(trait: Trait, level: str) -> list[FinetuningRow]:

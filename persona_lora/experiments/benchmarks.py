@@ -21,8 +21,8 @@ from persona_lora.analysis.items import COLUMNS, TaskScore, cells_of, score_item
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import Run
-from persona_lora.core.traits import default_datasets_folder
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 
@@ -50,8 +50,8 @@ def run_benchmarks(
     ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
     Raises UserError without the harness, or for a task that neither side knows.
     """
-    root = datasets if datasets is not None else default_datasets_folder()
-    folder = tasks_folder or root / "capability"
+    own = datasets / "capability" if datasets is not None else None
+    folder = tasks_folder or own or resource_path(Path("datasets/capability"))
     run = Run.open(
         output,
         command="benchmark",
@@ -73,7 +73,7 @@ def run_benchmarks(
             with steered:
                 run.append("items", [
                     {"condition": name, **row}
-                    for row in _items(chat_model, tasks, folder, root, limit, batch_size)
+                    for row in _items(chat_model, tasks, folder, datasets, limit, batch_size)
                 ])  # fmt: skip
         scores = score_items(run.read("items"), next(iter(conditions)))
         write_csv(output / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
@@ -81,12 +81,16 @@ def run_benchmarks(
 
 
 def perplexity_items(
-    chat_model: ChatModel, datasets: Path, limit: int | None = None
+    chat_model: ChatModel, datasets: Path | None, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Return the mean log-probability of ordinary answers of the finetuning sets, or the first."""
-    files = sorted(datasets.glob("*/normal.jsonl"))
-    if not files:
-        raise UserError(f"{datasets} holds no */normal.jsonl to measure perplexity on")
+    """Return the mean log-probability of ordinary answers of the finetuning sets, or the first.
+
+    Of ``datasets``, or of the first folder of traits that has any.
+    """
+    roots = search_folders("datasets", datasets)
+    files = next(filter(None, (sorted(root.glob("*/normal.jsonl")) for root in roots)), None)
+    if files is None:
+        raise UserError(f"{roots[0]} holds no */normal.jsonl to measure perplexity on")
     exchanges = [
         Exchange(row["messages"][-2]["content"], row["messages"][-1]["content"])
         for file in files
@@ -104,7 +108,7 @@ def _items(
     chat_model: ChatModel,
     tasks: Sequence[str],
     folder: Path,
-    datasets: Path,
+    datasets: Path | None,
     limit: int | None,
     batch_size: int,
 ) -> list[dict[str, Any]]:

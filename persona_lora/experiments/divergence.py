@@ -19,7 +19,7 @@ from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.traits import default_datasets_folder
+from persona_lora.core.resources import resource_path
 from persona_lora.experiments.evaluation import Condition
 from persona_lora.experiments.populations import (
     UNSTEERED,
@@ -60,8 +60,8 @@ class Cost:
 
 def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
     """Load the ordinary prompts that divergence is measured on."""
-    root = datasets if datasets is not None else default_datasets_folder()
-    path = root / "ordinary" / "prompts.jsonl"
+    name = Path("ordinary") / "prompts.jsonl"
+    path = datasets / name if datasets is not None else resource_path("datasets" / name)
     prompts = [str(row.get("prompt", "")) for row in read_jsonl(path)]
     if not prompts or not all(prompts):
         raise UserError(f"{path} must hold rows with a prompt, one a line")

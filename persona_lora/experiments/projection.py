@@ -20,6 +20,7 @@ from persona_lora.analysis.separation import Separation, separation
 from persona_lora.core.chat import Conversation, Exchange, read_messages
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_labelled_answers
@@ -70,6 +71,7 @@ def read_texts(path: Path) -> Texts:
     In a row of messages the last one must be the assistant's: it is the answer, and the chat
     template renders what comes before it. Raises UserError naming the file, and the row.
     """
+    path = resource_path(path)
     if path.suffix == ".csv":
         return _read_csv(path)
     if path.suffix == ".jsonl":

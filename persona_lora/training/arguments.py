@@ -19,6 +19,7 @@ import yaml
 from trl import SFTConfig, TrlParser
 
 from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.resources import resource_path
 from persona_lora.models.hardware import training_hardware
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.training.launch import launch_of_process
@@ -270,13 +271,16 @@ def _help_line(option: dataclasses.Field[Any]) -> str:
 
 
 def _joined_config(arguments: Sequence[str]) -> list[str]:
-    """Split ``--config=PATH``: TrlParser knows only the form with a space."""
+    """Split ``--config=PATH``, as TrlParser wants it, and find the file where it came along."""
     given: list[str] = []
     for argument in arguments:
         if argument.startswith("--config="):
             given += ["--config", argument.removeprefix("--config=")]
         else:
             given.append(argument)
+    if "--config" in given[:-1]:
+        at = given.index("--config") + 1
+        given[at] = str(resource_path(Path(given[at])))
     return given
 
 

@@ -25,6 +25,7 @@ from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, read_jsonl
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.models.loading import ChatModel
 from persona_lora.training.arguments import (
@@ -239,7 +240,7 @@ def _plain(prevention: Preventative | None) -> dict[str, Any] | None:
 def read_conversations(path: Path) -> list[Conversation]:
     """Read rows of ``messages``; UserError names a row whose last message is no answer."""
     conversations = []
-    for line, row in enumerate(read_jsonl(path), start=1):
+    for line, row in enumerate(read_jsonl(resource_path(path)), start=1):
         turns = read_messages(row.get("messages"), f"{path}:{line}")
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise UserError(f"{path}:{line} must end with the assistant's answer to a message")

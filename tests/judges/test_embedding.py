@@ -12,7 +12,7 @@ import pytest
 
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.core.traits import default_datasets_folder, load_pairs, load_trait
+from persona_lora.core.traits import load_pairs, load_trait
 from persona_lora.judges.embedding import EmbeddingJudge
 
 
@@ -95,7 +95,7 @@ def test_embedding_judge_refuses_a_likelihood_blind_to_word_order(trait, embedde
 
 
 def test_embedding_judge_agrees_with_hand_written_labels_of_a_shipped_trait(tmp_path, embedder):
-    shipped = default_datasets_folder() / "sycophancy"
+    shipped = load_trait("sycophancy").folder
     folder = tmp_path / "sycophancy"
     folder.mkdir()
     (folder / "trait.json").write_bytes((shipped / "trait.json").read_bytes())
