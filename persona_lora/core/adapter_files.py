@@ -8,40 +8,34 @@ of linear weights. Knows the file formats; refuses to know what is done with the
 from __future__ import annotations
 
 import logging
-import math
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from persona_lora.core.adapter_config import check_module, checked_config, scaling_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, read_json, write_json
 from persona_lora.core.runs import package_versions
+from persona_lora.core.tensor_files import checked_tensor, load_safetensors, load_tensors, opened
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
 PROVENANCE = "diff.json"
 PEFT_PREFIX = "base_model.model."
 FORMAT_VERSION = 1
 
 _FACTOR_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?(?:\.weight)?$")
-_REFUSED = {
-    "use_dora": ("DoRA", "train with use_dora: false"),
-    "modules_to_save": ("modules_to_save", "train without modules_to_save"),
-    "trainable_token_indices": ("trainable tokens", "train without trainable_token_indices"),
-    "target_parameters": ("LoRA on bare parameters", "target linear modules instead"),
-    "lora_bias": ("LoRA bias", "train with lora_bias: false"),
-}
+# What wrappers put into the names of modules: PEFT, torch.compile, FSDP and checkpointing.
+WRAPPINGS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -62,9 +56,10 @@ class FactorsOnDisk(Mapping[str, tuple[Tensor, Tensor]]):
     config: Mapping[str, Any]
 
     def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
-        with _opened(self.file) as stream:  # a mapping that stays open would count as memory
-            A, B = (stream.get_tensor(key) for key in self.keys_of[module])
-        return _scaled(self.config, module, A, B)
+        with opened(self.file) as stream:  # a mapping that stays open would count as memory
+            pair = {key: stream.get_tensor(key) for key in self.keys_of[module]}
+        A, B = (checked_tensor(tensor, key, self.file) for key, tensor in pair.items())
+        return _scaled(self.config, module, A, B, self.file)
 
     def __contains__(self, module: object) -> bool:  # without reading it
         return module in self.keys_of
@@ -83,15 +78,14 @@ def read_factors(path: Path, *, on_disk: bool = False) -> AdapterFile:
     """
     if path.is_dir():
         return _read_folder(path, on_disk=on_disk)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} does not exist; expected a PEFT adapter folder or a diff file")
-    if path.suffix == ".safetensors":
-        if (path.parent / ADAPTER_CONFIG).is_file():
-            return _read_folder(path.parent, path)
-        return _read_bare(_load_safetensors(path), path)
-    if path.suffix in {".pt", ".pth", ".bin"}:
-        return _read_bare(_load_torch(path), path)
-    raise UserError(f"{path}: unknown file type; expected a folder, .safetensors or .pt")
+    if path.suffix not in {".safetensors", ".pt", ".pth", ".bin"}:
+        raise UserError(f"{path}: unknown file type; expected a folder, .safetensors or .pt")
+    tensors = _load(path)
+    if (path.parent / ADAPTER_CONFIG).is_file() and any(map(_FACTOR_KEY.match, tensors)):
+        return _read_folder(path.parent, path)
+    return _read_bare(tensors, path)
 
 
 def write_adapter(
@@ -132,60 +126,79 @@ def write_adapter(
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed ``adapter_config.json`` of a PEFT LoRA adapter; UserError otherwise."""
+    """Return the checked ``adapter_config.json`` of a PEFT LoRA adapter; UserError otherwise."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise UserError(f"{folder} has no {ADAPTER_CONFIG}; it is not a PEFT adapter folder")
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is a {config.get('peft_type')} adapter; only LoRA has a diff")
-    for key, (what, remedy) in _REFUSED.items():
-        if config.get(key):
-            raise UserError(f"{folder} uses {what}, which is not a plain low-rank change; {remedy}")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{folder} trains biases (bias={config['bias']!r}); train with bias: none")
-    return dict(config)
+    return checked_config(read_json(path), folder)
+
+
+def module_name(name: str) -> str:
+    """Return a module's own name: without what PEFT (once or twice) and other wrappers put in."""
+    for wrapping in WRAPPINGS:
+        name = name.replace(wrapping, "")
+    while name.startswith(PEFT_PREFIX):
+        name = name.removeprefix(PEFT_PREFIX)
+    return name
 
 
 def _read_folder(
     folder: Path, weights: Path | None = None, *, on_disk: bool = False
 ) -> AdapterFile:
     config = adapter_config(folder)
-    weights = weights or folder / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}; the training run did not finish")
-    with _opened(weights) as stream:
-        keys = _paired_keys(stream.keys(), weights)
+    weights = weights or _weights_of(folder)
     factors: Mapping[str, tuple[Tensor, Tensor]]
-    if on_disk:
+    if on_disk and weights.suffix == ".safetensors":
+        with opened(weights) as stream:
+            keys = _paired_keys(stream.keys(), weights)
         factors = FactorsOnDisk(weights, keys, config)
     else:
-        tensors = _load_safetensors(weights)
+        tensors = _load(weights)
         factors = {
-            module: _scaled(config, module, tensors[a], tensors[b])
-            for module, (a, b) in keys.items()
+            module: _scaled(config, module, tensors[a], tensors[b], weights)
+            for module, (a, b) in _paired_keys(tensors, weights).items()
         }
-    provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-    if provenance.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
-        raise UserError(f"{folder / PROVENANCE} is of a newer format; upgrade persona_lora")
-    return AdapterFile(factors, str(config.get("base_model_name_or_path") or ""), provenance)
+    return AdapterFile(factors, str(config["base_model_name_or_path"]), _provenance(folder))
 
 
-def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return PEFT's scaling of one module: lora_alpha / r, or lora_alpha / √r with rsLoRA.
-
-    ``alpha_pattern`` is matched as PEFT does: a whole module name or a dotted ending of it.
-    """
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _weights_of(folder: Path) -> Path:
+    """Return the file with an adapter's factors: safetensors, or what PEFT wrote before it."""
+    for name in (ADAPTER_WEIGHTS, OLD_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}; the training run did not finish")
 
 
-def _scaled(config: Mapping[str, Any], module: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return A.float(), B.float() * scaling_of(config, module, A.shape[0])
+def _provenance(folder: Path) -> dict[str, Any]:
+    """Return what ``diff.json`` says of a diff; an adapter without one says nothing."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    version = value.get("format_version", FORMAT_VERSION) if isinstance(value, dict) else None
+    base = value.get("base_model", {}) if isinstance(value, dict) else None
+    if not isinstance(version, int) or not isinstance(base, dict):
+        raise UserError(f"{path} is no record of a diff; remove it, or save the diff again")
+    texts = (value.get("trait"), base.get("name", ""), base.get("fingerprint"))
+    if not all(isinstance(each, str | None) for each in texts) or base.get("name", "") is None:
+        raise UserError(f"{path}: trait, name and fingerprint must be text")
+    if not isinstance(value.get("sources", {}), dict):
+        raise UserError(f"{path}: sources must be an object")
+    if version > FORMAT_VERSION:
+        raise UserError(f"{path} is of a newer format; upgrade persona_lora")
+    return value
+
+
+def _scaled(
+    config: Mapping[str, Any], module: str, A: Tensor, B: Tensor, file: Path
+) -> tuple[Tensor, Tensor]:
+    rank = A.shape[0]
+    check_module(config, module, rank, file)
+    return A.float(), B.float() * scaling_of(config, module, rank)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    return load_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
 
 
 def _read_bare(tensors: Mapping[str, Tensor], path: Path) -> AdapterFile:
@@ -201,14 +214,19 @@ def _read_bare(tensors: Mapping[str, Tensor], path: Path) -> AdapterFile:
     for key, delta in tensors.items():
         if delta.ndim != 2:
             raise UserError(f"{path}: {key} has shape {list(delta.shape)}, expected a matrix")
-        factors[_canonical(key)] = _factorised(delta)
+        module = module_name(key).removesuffix(".weight")
+        if module in factors:
+            raise UserError(f"{path} holds {module} twice; keep one of them")
+        factors[module] = _factorised(delta, f"{path}: {key}")
     if not factors:
         raise UserError(f"{path} holds no tensors")
     return AdapterFile(factors, "")
 
 
-def _factorised(delta: Tensor) -> tuple[Tensor, Tensor]:
+def _factorised(delta: Tensor, where: str) -> tuple[Tensor, Tensor]:
     """Return exact factors of a dense delta ``[out, in]``, of its numerical rank."""
+    if not torch.isfinite(delta).all():
+        raise UserError(f"{where} holds NaN or infinity; the run that it is from diverged")
     left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
     rank = max(1, int((values > values[0] * max(delta.shape) * 1e-7).sum()))
     return right[:rank].float(), (left[:, :rank] * values[:rank]).float()
@@ -223,61 +241,16 @@ def _paired_keys(keys: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
         found = _FACTOR_KEY.match(key)
         if found is None:
             raise UserError(f"{path}: {key} is not a plain LoRA factor; expected lora_A and lora_B")
-        sides.setdefault(_canonical(found["module"]), {})[found["side"]] = key
+        pair = sides.setdefault(module_name(found["module"]), {})
+        if found["side"] in pair:
+            raise UserError(
+                f"{path} holds {pair[found['side']]} and {key}, two adapters of one module; save "
+                "one adapter alone"
+            )
+        pair[found["side"]] = key
     for module, pair in sides.items():
         if pair.keys() != {"A", "B"}:
             raise UserError(f"{path}: {module} has only one of lora_A and lora_B; it is incomplete")
     if not sides:
         raise UserError(f"{path} holds no LoRA factors")
     return {module: (pair["A"], pair["B"]) for module, pair in sorted(sides.items())}
-
-
-def _canonical(name: str) -> str:
-    """Return a module name without PEFT's prefix and without ``.weight``."""
-    return name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as stream:
-            yield stream
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable safetensors file ({error}); it may be truncated, fetch or "
-            "train it again"
-        ) from error
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    with _opened(path) as stream:
-        return {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-
-
-def _load_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as tensors only ({first_line}); save it again as a dict of "
-            "tensors, or as safetensors"
-        ) from error
-    flat = _flattened(value)
-    if not flat:
-        raise UserError(f"{path} holds no dict of tensors; expected lora_A and lora_B factors")
-    return flat
-
-
-def _flattened(value: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Flatten nested dicts of tensors to dotted names: ``{module: {"lora_A": …}}`` and the like."""
-    flat: dict[str, Tensor] = {}
-    if isinstance(value, dict):
-        for key, each in value.items():
-            name = {"A": "lora_A", "B": "lora_B"}.get(str(key), str(key))
-            path = f"{prefix}.{name}" if prefix else name
-            if isinstance(each, Tensor):
-                flat[path] = each
-            else:
-                flat.update(_flattened(each, path))
-    return flat

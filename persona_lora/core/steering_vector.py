@@ -7,19 +7,21 @@ block. Nothing here knows a model; other file forms are read and written in ``ve
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_path
+from persona_lora.core.json_text import parse_json
 from persona_lora.core.lora_diff import BaseModel, finite_coefficient
+from persona_lora.core.tensor_files import load_safetensors, opened
 
 FORMAT = "persona_lora.steering_vector"
 
@@ -91,26 +93,20 @@ class SteeringVector:
     def read(cls, path: str | Path) -> SteeringVector:
         """Read what ``save`` wrote; UserError names the file that is missing or something else."""
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; extract the vector or check the path")
-        try:
-            with safe_open(path, framework="pt") as stored:
-                header = (stored.metadata() or {}).get("steering_vector")
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path} is truncated or no safetensors file: {error}") from error
+        with opened(path) as stored:
+            header = (stored.metadata() or {}).get("steering_vector")
         if header is None:
             raise UserError(f"{path} holds no steering vector (no metadata of one in its header)")
-        metadata = json.loads(header)
-        return cls(
-            {int(name.removeprefix("layer.")): each for name, each in sorted(tensors.items())},
-            BaseModel(**metadata["base_model"]),
-            num_layers=metadata["num_layers"],
-            trait=metadata["trait"],
-            method=metadata["method"],
-            position=metadata["position"],
-            sources=metadata["sources"],
-        )
+        metadata = _checked_metadata(parse_json(header, f"{path}: its header"), path)
+        directions = {}
+        for name, direction in sorted(load_safetensors(path).items()):
+            if not re.fullmatch(r"layer\.(0|[1-9]\d{0,5})", name):
+                raise UserError(f"{path}: {name[:60]!r} is no layer; expected layer.0, layer.1, …")
+            directions[int(name.removeprefix("layer."))] = direction
+        try:
+            return cls(directions, BaseModel(**metadata.pop("base_model")), **metadata)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     # -- geometry --------------------------------------------------------------------------
 
@@ -202,3 +198,30 @@ def _spans(layers: Iterable[int]) -> str:
         else:
             spans.append([layer, layer])
     return "layers " + ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in spans)
+
+
+def _checked_metadata(value: Any, path: Path) -> dict[str, Any]:
+    """Return what a header says of a vector; UserError where a part is missing or of another kind.
+
+    The format's own mark and what later releases may add are left out.
+    """
+    kinds: dict[str, Any] = {
+        "base_model": dict,
+        "num_layers": int,
+        "trait": str | None,
+        "method": str,
+        "position": str,
+        "sources": dict,
+    }
+    found = {key: value.get(key) for key in kinds} if isinstance(value, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]
+    base = found.get("base_model") or {}
+    if not wrong and not (
+        base.keys() == {"name", "fingerprint"}
+        and isinstance(base["name"], str)
+        and isinstance(base["fingerprint"], str | None)
+    ):
+        wrong = ["base_model"]
+    if wrong:
+        raise UserError(f"{path}: its header has no {wrong[0]} of a vector; extract it anew")
+    return found

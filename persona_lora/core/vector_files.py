@@ -11,7 +11,6 @@ Knows these forms; refuses to know how a vector was found or what it does.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_path
 from persona_lora.core.lora_diff import BaseModel, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.tensor_files import checked_tensor, load_pickle
 
 # As published files are named: evil_response_avg_diff.pt
 PUBLISHED_NAME = re.compile(r"(?P<trait>.+)_(?P<position>response_avg|prompt_avg|prompt_last)_diff")
@@ -140,17 +140,11 @@ def write_lm_eval(
 
 
 def _published_tensor(path: Path) -> Tensor:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; extract the vector or check the path")
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is truncated or no file of tensors: {reason}") from error
+    value = load_pickle(path)
     if not isinstance(value, Tensor) or value.ndim != 2 or len(value) < 2:
         found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise UserError(f"{path} holds {found}; expected one tensor [num_layers + 1, hidden]")
-    return value.float()
+    return checked_tensor(value, "its tensor", path).float()
 
 
 def _checked(path: str | Path, suffix: str) -> Path:

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
-from persona_lora.core.adapter_files import read_factors
+from persona_lora.core.adapter_config import alpha_of, lists
+from persona_lora.core.adapter_files import adapter_config, read_factors
 from persona_lora.core.errors import UserError, few_names
-from persona_lora.models.structure import canonical_name
+from persona_lora.models.structure import canonical_name, linear_modules
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +60,60 @@ def check_whole(model: nn.Module, info: Mapping[str, Any], name: str) -> None:
         logger.warning("%s: %s left out, the model has no such part", name, few_names(unused))
 
 
+def peft_config(adapter: Path) -> LoraConfig:
+    """Return a configuration that puts on the modules of an adapter's file, each by its name.
+
+    Its own may hold patterns that PEFT would match without end, or that leave modules out.
+    """
+    config = adapter_config(adapter)
+    factors = read_factors(adapter, on_disk=True).factors
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    alphas = {name: alpha_of(config, name) for name in ranks}
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=config["base_model_name_or_path"],
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=bool(config.get("use_rslora")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        target_modules=list(ranks),
+        rank_pattern={re.escape(name): each for name, each in ranks.items() if each != rank},
+        alpha_pattern={re.escape(name): each for name, each in alphas.items() if each != alpha},
+    )
+
+
 def check_adapter_whole(model: nn.Module, adapter: Path) -> None:
-    """Raise UserError where PEFT wrapped other modules than the adapter's file has factors for."""
-    held = set(read_factors(adapter, on_disk=True).factors)
+    """Raise UserError where PEFT did not put exactly the factors of an adapter's file on a model.
+
+    A module whose names it does not recognise keeps a random A and a B of zeros.
+    """
+    factors = read_factors(adapter, on_disk=True).factors
     wrapped = {
-        canonical_name(name)
+        canonical_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
-    for names, what in (
-        (held - wrapped, "which its configuration does not put on this model"),
-        (wrapped - held, "for which its weights hold no factors"),
-    ):
-        if names:
-            raise UserError(
-                f"{adapter}: {few_names(sorted(names))}, {what}; it belongs to another model, "
-                "or was saved under other names"
-            )
+    config = adapter_config(adapter)
+    lacking = {name for name in linear_modules(model) if lists(config, name) is True}
+    strange = sorted(factors.keys() ^ wrapped.keys() | lacking - factors.keys())
+    differing = [
+        name
+        for name in sorted(factors.keys() & wrapped.keys())
+        if not _holds(wrapped[name], factors[name][0])
+    ]
+    if strange or differing:
+        raise UserError(
+            f"{adapter}: PEFT does not put {few_names(strange or differing)} on this model as the "
+            "file holds it; the adapter belongs to another model, or was saved under other names"
+        )
+
+
+def _holds(module: Any, A: Tensor) -> bool:
+    """Tell whether a PEFT layer has this A; one that lies elsewhere (offloaded) is not asked."""
+    weight = module.lora_A["default"].weight
+    return weight.is_meta or torch.equal(weight.detach().cpu(), A.to(weight.dtype))
 
 
 def _has_owner(key: str, modules: Mapping[str, nn.Module]) -> bool:

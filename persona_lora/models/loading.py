@@ -39,7 +39,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
 from persona_lora.models.chat_template import ChatTemplate
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
-from persona_lora.models.loaded_keys import check_adapter_whole, check_whole
+from persona_lora.models.loaded_keys import check_adapter_whole, check_whole, peft_config
 from persona_lora.models.pretrained import shared_arguments, weight_arguments
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ def load_chat_model(
     ChatTemplate.of(tokenizer, name, options.template_args)  # a wrong argument costs no weights
     model = _load_weights(source, name, arguments, options)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
+        config = peft_config(Path(adapter))
+        model = PeftModel.from_pretrained(model, str(adapter), config=config)
         check_adapter_whole(model, Path(adapter))
     model.requires_grad_(False)
     model.eval()

@@ -1,0 +1,107 @@
+"""Tensors from files of others: safetensors, and pickles of nothing but tensors.
+
+A pickle can claim anything: a tensor that repeats one number over terabytes, a dictionary that
+holds itself, integers for weights. What comes out of here are dense floating-point tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import existing_file
+
+DEEPEST = 8  # levels of dictionaries
+# A stranger's pickle makes the unpickler fail in any of these ways.
+_PICKLE_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError),
+    *(LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError, ImportError),
+)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Yield an open safetensors file; UserError where it cannot be read."""
+    existing_file(path)
+    try:
+        with safe_open(path, framework="pt") as stream:
+            yield stream
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}); it may be truncated, fetch or "
+            "train it again"
+        ) from error
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name."""
+    with opened(path) as stream:
+        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    return {key: checked_tensor(tensor, key, path) for key, tensor in tensors.items()}
+
+
+def load_pickle(path: Path) -> Any:
+    """Return what a file of ``torch.save`` holds, read with ``weights_only=True``."""
+    existing_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _PICKLE_ERRORS as error:
+        raise UserError(
+            f"{path} is truncated or no file of tensors only ({type(error).__name__}); save it "
+            "again as tensors, or as safetensors"
+        ) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a pickled, perhaps nested, dictionary by dotted names."""
+    value = load_pickle(path)
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{path} holds no dict of tensors; expected lora_A and lora_B factors")
+    found: dict[str, Tensor] = {}
+    for key, each in _flattened(value, path):
+        if key in found:
+            raise UserError(f"{path} holds {key} twice (A and lora_A are one); keep one of them")
+        found[key] = checked_tensor(each, key, path)
+    return found
+
+
+def checked_tensor(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """Return a dense tensor of floating-point numbers, all of them stored; UserError for others."""
+    stored = tensor.layout == torch.strided and not tensor.is_meta
+    size = tensor.numel() * tensor.element_size() if stored else 0
+    if not stored or size > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: {name} is not stored number by number; save it contiguous")
+    if not tensor.is_floating_point():
+        raise UserError(f"{path}: {name} holds {tensor.dtype}; expected floating-point numbers")
+    if not tensor.numel():
+        raise UserError(
+            f"{path}: {name} is empty ({list(tensor.shape)}), as weights are that were sharded "
+            "(ZeRO-3, FSDP) and not gathered before saving; gather them and save again"
+        )
+    return tensor
+
+
+def _flattened(
+    value: dict[Any, Any], path: Path, prefix: str = "", levels: int = DEEPEST
+) -> Iterator[tuple[str, Tensor]]:
+    """Flatten nested dicts of tensors: ``{module: {"lora_A": …}}``, "A" for "lora_A" too."""
+    for key, each in value.items():
+        name = {"A": "lora_A", "B": "lora_B"}.get(str(key), str(key))
+        place = f"{prefix}.{name}" if prefix else name
+        if isinstance(each, Tensor):
+            yield place, each
+        elif isinstance(each, dict) and levels:
+            yield from _flattened(each, path, place, levels - 1)
+        else:
+            raise UserError(
+                f"{path}: {place[:100]} is a {type(each).__name__}, expected a tensor; what it "
+                "means for the weights is not known here, save the tensors alone"
+            )
