@@ -33,7 +33,7 @@ MAY_IMPORT = {
 # Where a third party may be imported: layers, or single modules.
 FENCES = {
     "trl": {"training"},
-    "openai": {"judges", "experiments/writers.py"},
+    "httpx": {"judges/endpoint.py"},
     "cma": {"experiments/optimization.py"},
     "lm_eval": {"experiments/benchmarks.py"},
     "gradio": {"cli/playground.py"},

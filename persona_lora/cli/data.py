@@ -196,7 +196,7 @@ def _writer(endpoint: str | None, model: str | None, local: bool, loading: LoadO
     from dotenv import dotenv_values
 
     from persona_lora.experiments.writers import Endpoint, EndpointWriter, LocalWriter
-    from persona_lora.judges.openai import DEFAULT_BASE_URL
+    from persona_lora.judges.endpoint import DEFAULT_BASE_URL
 
     if local:
         if endpoint is not None:

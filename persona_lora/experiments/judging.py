@@ -6,9 +6,11 @@ Judges do not know models and models do not know judges; here the two meet.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
+from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.completions import Mode
 from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.judging import Judge, JudgeValidation, validate_judge
 from persona_lora.judges.local import LocalJudge
 from persona_lora.judges.multi import MultiJudge
-from persona_lora.judges.openai import Limits, OpenAIJudge
+from persona_lora.judges.openai import Endpoint, Limits, OpenAIJudge, budget_of, endpoint_of
 from persona_lora.judges.sentence_embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -47,8 +50,23 @@ class JudgeOptions:
     mode: Mode = "logprobs"
     limits: Limits = dataclasses.field(default_factory=Limits)
     cache: Path | None = None
-    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     seed: int = 0
+
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        """The judge's endpoint: what is given here, then what ``environ`` names."""
+        found = endpoint_of(self.environ)
+        return {
+            "model": self.judge_model or found["model"],
+            "base_url": self.base_url or found["base_url"],
+            "api_key": found["api_key"],
+        }
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The one account of all judges that are made with these options."""
+        return budget_of(self.limits, self.endpoint["model"])
 
 
 def make_judge(
@@ -112,17 +130,13 @@ def _embedding_judge(
 def _openai_judge(
     trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
 ) -> Judge:
-    environ = dict(options.environ)
-    if options.judge_model is not None:
-        environ["JUDGE_MODEL"] = options.judge_model
-    if options.base_url is not None:
-        environ["OPENAI_BASE_URL"] = options.base_url
-    return OpenAIJudge.from_environment(
+    return OpenAIJudge(
         trait,
-        environ,
+        **options.endpoint,
         mode=options.mode,
         limits=options.limits,
-        cache=VerdictCache(options.cache) if options.cache is not None else None,
+        budget=options.budget,
+        cache=VerdictCache(options.cache),
         progress=staged(report, "judging"),
     )
 
@@ -160,7 +174,8 @@ def judge_answers(
     """Judge the answers of a run on the trait and on coherence; write verdicts and validation.
 
     What an earlier call has judged is kept; a row whose verdict is missing or unscored is judged
-    again. ``make`` builds the judge, and is called only where something is left to judge.
+    again. ``make`` builds the judge, and is called only where something is left to judge. UserError
+    where no answer at all has a score.
     """
     answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))
     kept = {
@@ -181,6 +196,7 @@ def judge_answers(
         for row, verdict in zip(missing, verdicts, strict=True):
             kept[row["row"], criterion] = _row(row["row"], verdict)
         run.write("verdicts", [kept[key] for key in sorted(kept)])
+        _refuse_nothing_scored(judge.name, criterion, list(kept.values()))
     validations = validations_of(judge, trait)
     run.write("validation", [dataclasses.asdict(each) for each in validations])
     if report is not None:
@@ -192,6 +208,18 @@ def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
     if isinstance(judge, EmbeddingJudge):
         return list(judge.validation)
     return [validate_judge(judge, trait)]
+
+
+def _refuse_nothing_scored(judge: str, criterion: str, rows: Sequence[dict[str, Any]]) -> None:
+    asked = [row for row in rows if row["criterion"] == criterion]
+    if not asked or any(row["score"] is not None for row in asked):
+        return
+    reasons = Counter(row["reason"] for row in asked)
+    common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    raise UserError(
+        f"{judge} scored none of {len(asked)} answers on {criterion}: {common}; the answers are "
+        "kept, and the same command judges them again"
+    )
 
 
 def _row(row: int, verdict: Verdict) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.multi import MultiJudge
-from persona_lora.judges.openai import EndpointReader, endpoint_of
+from persona_lora.judges.openai import EndpointReader
 from persona_lora.judges.prompts import Reading, weighted_score
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.profiles.comparison_judge import ComparisonJudge, Read
-from persona_lora.profiles.style_judge import StyleJudge, TextFeatures, has_words
+from persona_lora.profiles.style_judge import HIGHEST, StyleJudge, TextFeatures, has_words
 
 COHERENCE_PAIRS = 16
 PERSONA_JUDGES = ("embedding", "openai", "local")
@@ -154,16 +154,13 @@ def fit_coherence(
 
 def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
     if name == "openai":
-        environ = dict(options.environ)
-        if options.judge_model is not None:
-            environ["JUDGE_MODEL"] = options.judge_model
-        if options.base_url is not None:
-            environ["OPENAI_BASE_URL"] = options.base_url
         endpoint = EndpointReader(
-            **endpoint_of(environ),
+            **options.endpoint,
             mode=options.mode,
             limits=options.limits,
-            cache=VerdictCache(options.cache) if options.cache is not None else None,
+            budget=options.budget,
+            cache=VerdictCache(options.cache),
+            highest=int(HIGHEST),
         )
         return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.cost)
     chosen = options.judge_model
@@ -172,6 +169,9 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
     def read(prompts: Sequence[str]) -> dict[str, Reading]:
         distinct = list(dict.fromkeys(prompts))
         logprobs = next_token_logprobs(model, [(prompt, "") for prompt in distinct])
-        return dict(zip(distinct, map(weighted_score, logprobs), strict=True))
+        return {
+            prompt: weighted_score(each, int(HIGHEST))
+            for prompt, each in zip(distinct, logprobs, strict=True)
+        }
 
     return Reader(f"local:{model.name}", read)

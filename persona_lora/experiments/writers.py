@@ -5,28 +5,44 @@ Knows how a text is asked for; refuses to know what it is for.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
-
-from openai import APIStatusError, OpenAI, OpenAIError
+from typing import Any, Protocol
 
 from persona_lora.core.chat import Conversation
-from persona_lora.core.errors import UserError
-from persona_lora.judges.openai import checked_key, checked_url
-from persona_lora.models.generation import generate_answers
+from persona_lora.judges.completions import Reply, read_reply
+from persona_lora.judges.dialect import REASONING_ROOM, Body, Dialect
+from persona_lora.judges.endpoint import (
+    Address,
+    Client,
+    about_the_text,
+    lasting_fault,
+    persist,
+    run_to_end,
+    together,
+)
+from persona_lora.judges.retries import Fault
+from persona_lora.judges.series import Series
+from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-LASTING_STATUSES = (400, 401, 403, 404)
+OnText = Callable[[int, str], None]
+OPTIONAL = ("temperature", "seed")
+UNFINISHED = "the model was still reasoning when its reply was cut off"
+EMPTY = "the reply is empty"
 
 
 class Writer(Protocol):
-    """Writes one text for each conversation; None where it could not."""
+    """Writes one text for each conversation; None where it could not.
+
+    Text i is drawn with ``seed`` and ``streams[i]`` (its place by default), so that it does not
+    depend on what else is asked for. ``on_text`` gets i and the text as soon as it is there.
+    """
 
     name: str
 
@@ -37,6 +53,8 @@ class Writer(Protocol):
         max_tokens: int,
         temperature: float,
         seed: int,
+        streams: Sequence[int] | None = None,
+        on_text: OnText | None = None,
         progress: Progress | None = None,
     ) -> list[str | None]: ...
 
@@ -54,21 +72,19 @@ class Endpoint:
 
 
 class EndpointWriter:
-    """Asks an OpenAI-compatible endpoint; passing faults are retried by its client.
+    """Asks an OpenAI-compatible endpoint; passing faults are retried.
 
-    A fault that every request would meet (a refused key, an unknown model) is a UserError.
+    UserError, with the remedy, where going on has no sense: a fault that every request would meet
+    (a refused key, an unknown model), or several in a row (``series.Series``).
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.name = endpoint.model
-        url = checked_url(endpoint.base_url)
-        self._client = OpenAI(
-            api_key=checked_key(endpoint.api_key, url),
-            base_url=url,
-            timeout=endpoint.timeout,
-            max_retries=endpoint.max_retries,
-        )
+        self._address = Address.checked(endpoint.model, endpoint.base_url, endpoint.api_key)
+        self._dialect = Dialect(self.name, optional=OPTIONAL, room=REASONING_ROOM)
+        self._series = Series(f"{self.name} at {self._address.base_url}")
+        Client(self._address, endpoint.timeout)  # an environment that forbids it is told of now
 
     def write(
         self,
@@ -77,44 +93,71 @@ class EndpointWriter:
         max_tokens: int,
         temperature: float,
         seed: int,
+        streams: Sequence[int] | None = None,
+        on_text: OnText | None = None,
         progress: Progress | None = None,
     ) -> list[str | None]:
         """Return the replies in order; what failed after all retries is None, and logged."""
+        places = range(len(conversations)) if streams is None else streams
+        bodies = [
+            {
+                "model": self.endpoint.model,
+                "messages": conversation,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "seed": seed + place,
+            }
+            for conversation, place in zip(conversations, places, strict=True)
+        ]
+        return run_to_end(self._write(bodies, on_text, progress))
 
-        def ask(numbered: tuple[int, Conversation]) -> str | None:
-            number, conversation = numbered
-            return self._ask(conversation, max_tokens, temperature, seed + number)
+    async def _write(
+        self,
+        bodies: Sequence[dict[str, Any]],
+        on_text: OnText | None,
+        progress: Progress | None,
+    ) -> list[str | None]:
+        slots = asyncio.Semaphore(self.endpoint.concurrency)
+        done = 0
 
-        texts: list[str | None] = []
-        with ThreadPoolExecutor(max_workers=self.endpoint.concurrency) as pool:
-            for text in pool.map(ask, enumerate(conversations)):
-                texts.append(text)
-                if progress is not None:
-                    progress(len(texts), len(conversations))
-        return texts
+        async def write(client: Client, index: int) -> str | None:
+            nonlocal done
+            async with slots:
+                text = await self._ask(client, bodies[index])
+            done += 1
+            if text is not None and on_text is not None:
+                on_text(index, text)
+            if progress is not None:
+                progress(done, len(bodies))
+            return text
 
-    def _ask(
-        self, conversation: Conversation, max_tokens: int, temperature: float, seed: int
-    ) -> str | None:
+        async with Client(self._address, self.endpoint.timeout) as client:
+            return await together([write(client, index) for index in range(len(bodies))])
+
+    async def _ask(self, client: Client, body: Body) -> str | None:
+        async def send(sent: Body) -> Reply:
+            return read_reply(await client.post(sent))
+
         try:
-            response = self._client.chat.completions.create(
-                model=self.endpoint.model,
-                messages=conversation,  # type: ignore[arg-type]
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-            )
-        except OpenAIError as error:
-            status = error.status_code if isinstance(error, APIStatusError) else None
-            if status in LASTING_STATUSES:
-                raise UserError(
-                    f"the endpoint {self.endpoint.base_url} refused model {self.endpoint.model!r} "
-                    f"(HTTP {status}); check --model, the URL and OPENAI_API_KEY"
-                ) from error
-            logger.warning("a request for %s failed: %s", self.name, type(error).__name__)
+            reply = await persist(send, body, self._dialect, self.endpoint.max_retries)
+        except Fault as fault:
+            self._failed(fault)
             return None
-        text = response.choices[0].message.content if response.choices else None
-        return text.strip() if text and text.strip() else None
+        if reply.text and not reply.withheld:
+            self._series.note("good", "")
+            return reply.text
+        reason = reply.withheld or (UNFINISHED if reply.reasoned else EMPTY)
+        logger.warning("%s wrote nothing: %s", self.name, reason)
+        self._series.note("about the text" if reply.withheld else "formless", reason)
+        return None
+
+    def _failed(self, fault: Fault) -> None:
+        logger.warning("a request to %s failed: %s", self.name, fault.reason)
+        if about_the_text(fault):
+            return
+        if lasting := lasting_fault(fault, self._address):
+            self._series.stop(lasting)
+        self._series.note("fault", fault.reason)
 
 
 class LocalWriter:
@@ -131,15 +174,25 @@ class LocalWriter:
         max_tokens: int,
         temperature: float,
         seed: int,
+        streams: Sequence[int] | None = None,
+        on_text: OnText | None = None,
         progress: Progress | None = None,
     ) -> list[str | None]:
         """Return the answers in order; an empty one is None."""
+
+        def told(rows: Sequence[int], batch: Sequence[Generated]) -> None:
+            for row, generated in zip(rows, batch, strict=True):
+                if on_text is not None and generated.text:
+                    on_text(row, generated.text)
+
         answers = generate_answers(
             self.chat_model,
             conversations,
             max_new_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
+            streams=streams,
+            on_batch=told,
             progress=progress,
         )
         return [answer.text or None for answer in answers]

@@ -20,6 +20,10 @@ _BYTES_PER_TOKEN = 3
 _PROMPT_OVERHEAD_TOKENS = 16
 
 
+class CapReached(Exception):
+    """The next request would pass a cap; says which."""
+
+
 class Prices(NamedTuple):
     """US dollars for a million prompt tokens and for a million completion tokens."""
 
@@ -83,16 +87,16 @@ class Budget:
                 "per million prompt and completion tokens, or cap the requests instead"
             )
 
-    def reserve(self, prompt: str, completion_tokens: int) -> Reservation | str:
-        """Set one request aside, or return the name of the cap that forbids it."""
+    def reserve(self, prompt: str, completion_tokens: int) -> Reservation:
+        """Set one request aside; CapReached where a cap forbids it."""
         tokens = len(prompt.encode()) // _BYTES_PER_TOKEN + _PROMPT_OVERHEAD_TOKENS
         reservation = Reservation(tokens, completion_tokens)
         cost = self._price(*reservation)
         with self._lock:
             if self.max_requests is not None and self._requests >= self.max_requests:
-                return REQUEST_CAP
+                raise CapReached(REQUEST_CAP)
             if self.max_cost is not None and self._committed() + cost > self.max_cost:
-                return COST_CAP
+                raise CapReached(COST_CAP)
             self._requests += 1
             self._reserved_cost += cost
         return reservation

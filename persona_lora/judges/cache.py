@@ -22,7 +22,7 @@ from persona_lora.judges.prompts import Reading
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BUSY_SECONDS = 30.0
 _TABLE = """
 CREATE TABLE IF NOT EXISTS verdicts (
@@ -50,15 +50,17 @@ def cache_key(
 
 
 class VerdictCache:
-    """Readings by key, shared by threads (one lock) and by processes (WAL and a busy timeout).
+    """Scores by key, shared by threads (one lock) and by processes (WAL and a busy timeout).
 
-    A fault while reading or writing is logged and counts as a miss: a cache never costs a
+    Without a path it is kept in memory. What has no score is not kept: it is asked for again. A
+    fault while reading or writing is logged and counts as a miss: a cache never costs a
     verdict. Raises UserError when the file cannot be opened as a cache at all.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        ensure_writable_folder(self.path.parent)
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = ":memory:" if path is None else str(path)
+        if path is not None:
+            ensure_writable_folder(Path(path).parent)
         self._lock = threading.Lock()
         try:
             self._connection = sqlite3.connect(
@@ -85,7 +87,9 @@ class VerdictCache:
         return None if row is None else Reading(*row)
 
     def put(self, key: str, reading: Reading) -> None:
-        """Store a reading; the last one written for a key stays."""
+        """Store a reading that has a score; the last one written for a key stays."""
+        if reading.score is None:
+            return
         query = "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)"
         try:
             with self._lock:

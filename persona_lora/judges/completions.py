@@ -1,13 +1,15 @@
-"""Reading the body of a chat-completion response, without trusting a word of it.
+"""Reading the body of a chat completion, without trusting a word of it.
 
-A body may be garbage, cut off, or lack what was asked for: each is an unscored reading with a
-reason, never an exception.
+A body may be garbage, cut off, or lack what was asked for. What is no chat completion is a
+``Fault``; a completion that gives no score has a reason instead.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from persona_lora.judges.prompts import (
@@ -16,65 +18,141 @@ from persona_lora.judges.prompts import (
     number_reply,
     weighted_score,
 )
+from persona_lora.judges.retries import Fault
+from persona_lora.judges.series import Outcome
 
 Mode = Literal["logprobs", "number"]
 
+REASONS_FIRST = (
+    "the model reasons before it answers, so that its first token is no score; use --judge-mode "
+    "number, or switch its reasoning off"
+)
+NO_LOGPROBS = "the endpoint sent no top logprobs; use --judge-mode number with it"
+CUT_OFF = "the reply was cut off at its longest, and its number may be too"
+_FILTERED = "withheld by the endpoint's content filter"
+_REASONING_END = ("</think>", "</thinking>", "[/THINK]", "<|channel|>final<|message|>")
+_REASONING_START = re.compile(r"\s*(?:<think(?:ing)?>|\[THINK\]|<\|channel\|>analysis)")
+_LARGEST_LOGPROB = 1e-3  # rounding; what is larger is no logarithm of a probability
 
-class Completion(NamedTuple):
-    """One reply as read.
 
-    ``lasting``: the model itself replied, so that asking again would give the same reading; False
-    for faults of the endpoint. ``tokens``: its count of (prompt, completion) tokens, where sent.
-    ``first_tokens``: the likely tokens of the first position, where sent.
+class Reply(NamedTuple):
+    """A chat completion as sent.
+
+    ``text`` is what follows any reasoning. ``reasoned``: the model reasoned before it. ``cut``: it
+    reached its longest length. ``withheld``: why there is no answer, "" where there is one.
+    ``logprobs`` is unread; ``tokens`` counts (prompt, completion) tokens, where sent.
     """
 
+    text: str
+    reasoned: bool
+    cut: bool
+    withheld: str
+    logprobs: Any
+    tokens: tuple[int, int] | None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the reply was cut off before the answer began."""
+        return self.cut and self.reasoned and not self.text
+
+
+class Completion(NamedTuple):
+    """One reply as read; ``first_tokens`` are the likely tokens of its first position."""
+
     reading: Reading
-    lasting: bool = False
-    tokens: tuple[int, int] | None = None
+    outcome: Outcome
     first_tokens: tuple[str, ...] = ()
 
 
-def unscored(reason: str) -> Completion:
-    """Return a passing failure to score."""
-    return Completion(Reading(None, reason))
-
-
-def read_completion(body: str, mode: Mode) -> Completion:
-    """Read the JSON body of a chat completion as a score (see ``prompts``)."""
+def read_reply(body: str) -> Reply:
+    """Read the JSON body of a chat completion; Fault where it is none."""
     try:
         value = json.loads(body)
-    except ValueError:
-        return unscored("the endpoint's reply is not valid JSON")
+    except (ValueError, RecursionError) as error:
+        kind = "a web page" if body.lstrip()[:1] == "<" else "not valid JSON"
+        raise Fault(f"the endpoint's reply is {kind}; check its base URL (…/v1)") from error
     choice = _first(_get(value, "choices"))
     message = _get(choice, "message")
     if not isinstance(message, dict):
-        return unscored("the endpoint's reply has no message")
-    tokens = _token_counts(_get(value, "usage"))
-    if isinstance(message.get("refusal"), str) and message["refusal"]:
-        return Completion(Reading(None, REFUSAL_REASON), True, tokens)
-    if _get(choice, "finish_reason") == "content_filter":
-        return Completion(Reading(None, "withheld by the endpoint's content filter"), True, tokens)
+        raise Fault("the endpoint's reply has no message; check its base URL (…/v1)")
+    text, reasoned = _after_reasoning(_text(message.get("content")))
+    apart = message.get("reasoning_content") or message.get("reasoning")
+    filtered = _get(choice, "finish_reason") == "content_filter"
+    refused = isinstance(message.get("refusal"), str) and message["refusal"]
+    return Reply(
+        text=text,
+        reasoned=reasoned or bool(apart),
+        cut=_get(choice, "finish_reason") == "length",
+        withheld=REFUSAL_REASON if refused else _FILTERED if filtered else "",
+        logprobs=_get(choice, "logprobs"),
+        tokens=_token_counts(_get(value, "usage")),
+    )
+
+
+def score_reply(reply: Reply, mode: Mode, highest: int = 100) -> Completion:
+    """Read a reply as a number from 0 to ``highest`` (see ``prompts``)."""
+    if reply.withheld:
+        return Completion(Reading(None, reply.withheld), "about the text")
     if mode == "number":
-        return _read_number(message.get("content"), tokens)
-    return _read_logprobs(_get(choice, "logprobs"), tokens)
+        return _read_number(reply, highest)
+    return _read_logprobs(reply, highest)
 
 
-def _read_number(content: Any, tokens: tuple[int, int] | None) -> Completion:
-    if not isinstance(content, str):
-        return Completion(Reading(None, "the endpoint's reply has no text"), False, tokens)
-    return Completion(number_reply(content), True, tokens)
+def _read_number(reply: Reply, highest: int) -> Completion:
+    if reply.cut:
+        return Completion(Reading(None, CUT_OFF), "formless")
+    reading = number_reply(reply.text, highest)
+    return Completion(reading, _outcome(reading))
 
 
-def _read_logprobs(logprobs: Any, tokens: tuple[int, int] | None) -> Completion:
-    top = _get(_first(_get(logprobs, "content")), "top_logprobs")
-    if not isinstance(top, list) or not top:
-        reason = "the endpoint sent no top logprobs; use the number mode with it"
-        return Completion(Reading(None, reason), False, tokens)
-    pairs = [(_get(each, "token"), _get(each, "logprob")) for each in top]
-    if not all(isinstance(token, str) and _is_finite(logprob) for token, logprob in pairs):
-        return Completion(Reading(None, "the endpoint's logprobs are malformed"), False, tokens)
-    first_tokens = tuple(token for token, _ in pairs)
-    return Completion(weighted_score(pairs), True, tokens, first_tokens)
+def _read_logprobs(reply: Reply, highest: int) -> Completion:
+    if reply.reasoned:
+        return Completion(Reading(None, REASONS_FIRST), "lasting")
+    pairs = _first_position(reply.logprobs)
+    if not pairs:
+        return Completion(Reading(None, NO_LOGPROBS), "lasting")
+    # JSON has no infinity: an impossible token's logprob is sent as -Infinity or as null.
+    likely = [(token, -math.inf if value is None else value) for token, value in pairs]
+    if not all(isinstance(token, str) and _is_logprob(value) for token, value in likely):
+        return Completion(Reading(None, "the endpoint's logprobs are malformed"), "fault")
+    reading = weighted_score(likely, highest)
+    return Completion(reading, _outcome(reading), tuple(token for token, _ in likely))
+
+
+def _outcome(reading: Reading) -> Outcome:
+    if reading.score is not None:
+        return "good"
+    return "about the text" if reading.reason == REFUSAL_REASON else "formless"
+
+
+def _first_position(logprobs: Any) -> Sequence[tuple[Any, Any]]:
+    """Return tokens and logprobs at the reply's first position, in today's form or the old one."""
+    first = _first(_get(logprobs, "content"))
+    top = _get(first, "top_logprobs")
+    if not top and isinstance(_get(first, "token"), str):
+        top = [first]
+    if isinstance(top, list):
+        return [
+            (each.get("token"), each.get("logprob", math.nan)) if isinstance(each, dict) else (0, 0)
+            for each in top
+        ]
+    old = _first(_get(logprobs, "top_logprobs"))
+    return list(old.items()) if isinstance(old, dict) else []
+
+
+def _after_reasoning(text: str) -> tuple[str, bool]:
+    """Return what follows the reasoning in ``text``, and whether there is any."""
+    for end in _REASONING_END:
+        if end in text:
+            return text.rpartition(end)[2].strip(), True
+    return ("", True) if _REASONING_START.match(text) else (text.strip(), False)
+
+
+def _text(content: Any) -> str:
+    """Return a message's text, which some endpoints send in parts."""
+    if isinstance(content, list):
+        return "".join(_text(_get(part, "text")) for part in content)
+    return content if isinstance(content, str) else ""
 
 
 def _token_counts(usage: Any) -> tuple[int, int] | None:
@@ -92,5 +170,6 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else None
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_logprob(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and not math.isnan(value) and value <= _LARGEST_LOGPROB

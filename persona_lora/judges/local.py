@@ -5,15 +5,17 @@ Knows prompts and log probabilities; refuses to know the model: it is given as f
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Trait
-from persona_lora.judges.prompts import judge_prompt, splits_numbers, weighted_score
-
-logger = logging.getLogger(__name__)
+from persona_lora.judges.prompts import (
+    judge_prompt,
+    shows_whole_numbers,
+    weighted_score,
+)
 
 NextTokenLogprobs = Callable[[Sequence[str]], list[Mapping[str, float]]]
 ContinuationLogprobs = Callable[[Sequence[tuple[str, str]]], list[Mapping[str, float]]]
@@ -30,7 +32,8 @@ class LocalJudge:
     A tokenizer that writes "85" as "8", "5" (SmolLM2, Qwen) needs ``continuation_logprobs`` as
     well: it takes (user message, beginning of the reply) and returns the same for the next token.
     Then the probability of a number is the product over its digits, P(85) = P(8)·P(5 | 8), and a
-    one-digit number is one that no digit follows. Without it such a model is warned about.
+    one-digit number is one that no digit follows. Without it, numbers of one digit alone are a
+    UserError.
     """
 
     def __init__(
@@ -53,18 +56,21 @@ class LocalJudge:
         first = self._first(distinct) if distinct else []
         if self._continuation is not None:
             first = _whole_numbers(distinct, first, self._continuation)
-        elif splits_numbers(token for each in first for token in each):
-            logger.warning(
-                "%s seems to split numbers into digits: its scores are meaningless without "
-                "continuation_logprobs",
-                self.name,
-            )
-        pairs = zip(distinct, first, strict=True)
-        readings = {prompt: weighted_score(logprobs) for prompt, logprobs in pairs}
+        readings = dict(zip(distinct, map(weighted_score, first), strict=True))
+        if self._continuation is None and any(each.score is not None for each in readings.values()):
+            _refuse_digits([token for each in first for token in each], self.name)
         return [
             Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
             for prompt in prompts
         ]
+
+
+def _refuse_digits(tokens: Sequence[str], name: str) -> None:
+    if not shows_whole_numbers(tokens):
+        raise UserError(
+            f"{name} seems to split numbers into digits, which makes the scores of its first "
+            "tokens meaningless; pass continuation_logprobs"
+        )
 
 
 def _whole_numbers(

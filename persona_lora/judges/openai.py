@@ -1,7 +1,7 @@
 """A judge behind any OpenAI-compatible chat-completions endpoint.
 
-Knows the client, its faults and its limits; prompts, replies, money and the cache have modules
-of their own. The API key goes to the client and nowhere else.
+Knows what is asked, what is kept, and when to stop; HTTP, prompts, replies, money and the cache
+have modules of their own.
 """
 
 from __future__ import annotations
@@ -9,34 +9,43 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, get_args
-from urllib.parse import urlsplit
-
-from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
+from typing import TypedDict, get_args
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Trait
-from persona_lora.judges.budget import KNOWN_PRICES, Budget, Prices, Usage
+from persona_lora.judges.budget import KNOWN_PRICES, Budget, CapReached, Prices, Usage
 from persona_lora.judges.cache import VerdictCache, cache_key
-from persona_lora.judges.completions import Completion, Mode, read_completion, unscored
-from persona_lora.judges.prompts import Reading, judge_prompt, splits_numbers
-from persona_lora.judges.retries import passes, retrying
+from persona_lora.judges.completions import Completion, Mode, Reply, read_reply, score_reply
+from persona_lora.judges.dialect import REASONING_ROOM, Body, Dialect
+from persona_lora.judges.endpoint import (
+    Address,
+    Client,
+    about_the_text,
+    lasting_fault,
+    persist,
+    run_to_end,
+    together,
+)
+from persona_lora.judges.prompts import Reading, judge_prompt, shows_whole_numbers
+from persona_lora.judges.retries import Fault
+from persona_lora.judges.series import Series
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
-DEFAULT_BASE_URL = "https://api.openai.com/v1"
-NO_KEY = "no-key"
+LARGEST_DIGIT = 9
 
 # Sent with every request, and part of the cache's key.
 SAMPLING: Mapping[Mode, Mapping[str, int | bool]] = {
     "logprobs": {"n": 1, "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20},
-    "number": {"n": 1, "max_tokens": 8, "temperature": 0},
+    "number": {"n": 1, "max_tokens": 16, "temperature": 0},
 }
+# What an endpoint may refuse without harm to the reading; its first token must be the likeliest.
+OPTIONAL: Mapping[Mode, tuple[str, ...]] = {"logprobs": (), "number": ("temperature",)}
+WHOLE_NUMBER_PROMPT = "Reply with the number 100 and nothing else."
 
 Progress = Callable[[int, int], None]
 
@@ -65,15 +74,16 @@ class Limits:
 
 
 class EndpointReader:
-    """Sends prompts to a chat model and reads the number that each reply begins with.
+    """Sends prompts to a chat model and reads the number that each reply is.
 
     In mode "logprobs" the number is the probability-weighted mean of the number tokens at the
     reply's first position (``prompts.weighted_score``); in mode "number", for endpoints without
-    logprobs or with tokenizers that split numbers, the whole reply must be a number.
+    logprobs, tokenizers that split numbers, and models that reason, the whole reply must be a
+    number. Numbers go from 0 to ``highest``.
 
-    Faults, refusals and caps give readings without a score and with a reason; finished readings
-    are never lost. UserError: no key for OpenAI's own endpoint; a refused key, an unknown model or
-    a used-up quota before anything was scored.
+    Refusals and caps give readings without a score and with a reason. UserError, with the remedy,
+    where going on has no sense (``series.Series``): what was read by then is in the cache (in
+    memory where none is given), and a later call asks for the rest alone.
     """
 
     def __init__(
@@ -87,104 +97,73 @@ class EndpointReader:
         prices: Prices | None = None,
         cache: VerdictCache | None = None,
         progress: Progress | None = None,
+        budget: Budget | None = None,
+        highest: int = 100,
     ) -> None:
         if mode not in get_args(Mode):
             raise UserError(f"judge mode {mode!r} is unknown; expected 'logprobs' or 'number'")
-        self.model = model
+        self.address = Address.checked(model, base_url, api_key)
         self.mode = mode
-        self.base_url = checked_url(base_url or DEFAULT_BASE_URL)
+        self.highest = highest
         self.limits = limits if limits is not None else Limits()
-        self.cache = cache
+        self.cache = cache if cache is not None else VerdictCache()
         self.progress = progress
-        self._api_key = checked_key(api_key, self.base_url)
-        self._budget = Budget(
-            prices if prices is not None else KNOWN_PRICES.get(model),
-            self.limits.max_requests,
-            self.limits.max_cost,
+        self.dialect = Dialect(
+            self.name,
+            optional=OPTIONAL[mode],
+            room=REASONING_ROOM if mode == "number" else 0,
         )
+        self.series = Series(f"{self.name} at {self.address.base_url}")
+        # Where digits are all that is read, a first digit is the whole number.
+        self.whole_numbers = mode == "number" or highest <= LARGEST_DIGIT
+        self.budget = budget or budget_of(self.limits, model, prices)
+        Client(self.address, self.limits.timeout)  # an environment that forbids it is told of now
 
     @property
     def name(self) -> str:
         """The model, and the mode where it is not the default one."""
-        return f"openai:{self.model}" + (":number" if self.mode == "number" else "")
+        return f"openai:{self.address.model}" + (":number" if self.mode == "number" else "")
 
     @property
     def usage(self) -> Usage:
         """Requests, tokens, estimated cost and cache hits so far."""
-        return self._budget.usage()
+        return self.budget.usage()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, base_url={self.base_url!r})"
+        return f"{type(self).__name__}({self.name!r}, base_url={self.address.base_url!r})"
 
     def read(self, prompts: Sequence[str]) -> dict[str, Reading]:
         """Return a reading for every prompt; equal prompts are asked about once."""
         readings = self._cached(prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in readings]
         if missing:
-            readings |= _run(self._ask_all(missing, len(readings)))
+            readings |= run_to_end(self._ask_all(missing, len(readings)))
         return readings
 
     def _cached(self, prompts: Iterable[str]) -> dict[str, Reading]:
-        if self.cache is None:
-            return {}
         found = {}
         for prompt in dict.fromkeys(prompts):
-            reading = self.cache.get(self._key(prompt))
+            reading = self.cache.get(self.key(prompt))
             if reading is not None:
                 found[prompt] = reading
-                self._budget.count_cache_hit()
+                self.budget.count_cache_hit()
         return found
 
-    def _key(self, prompt: str) -> str:
+    def key(self, prompt: str) -> str:
+        """Return the cache's key of a prompt."""
         return cache_key(
-            base_url=self.base_url,
-            model=self.model,
+            base_url=self.address.base_url,
+            model=self.address.model,
             mode=self.mode,
             prompt=prompt,
             sampling=SAMPLING[self.mode],
         )
 
     async def _ask_all(self, prompts: Sequence[str], known: int) -> dict[str, Reading]:
-        async with AsyncOpenAI(
-            api_key=self._api_key,
-            base_url=self.base_url,
-            timeout=self.limits.timeout,
-            max_retries=0,
-        ) as client:
+        async with Client(self.address, self.limits.timeout) as client:
             call = _Call(self, client, known, known + len(prompts))
-            readings = await asyncio.gather(*(call.read(prompt) for prompt in prompts))
-        if call.stopped and all(reading.score is None for reading in readings):
-            raise UserError(call.stopped)
-        if splits_numbers(call.first_tokens):
-            logger.warning(
-                "%s seems to split numbers into digits, which makes first-token scores "
-                "meaningless; use the number mode with it",
-                self.name,
-            )
+            readings = await together([call.read(prompt) for prompt in prompts])
         return dict(zip(prompts, readings, strict=True))
-
-    async def _attempt(self, client: AsyncOpenAI, prompt: str) -> Completion:
-        """Send one request within the budget; transport faults are raised."""
-        sampling = SAMPLING[self.mode]
-        reservation = self._budget.reserve(prompt, int(sampling["max_tokens"]))
-        if isinstance(reservation, str):
-            return unscored(reservation)
-        used: tuple[int, int] = (0, 0)
-        try:
-            async with asyncio.timeout(self.limits.timeout):
-                response = await client.chat.completions.with_raw_response.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    extra_body=dict(sampling),
-                )
-            completion = read_completion(response.http_response.text, self.mode)
-            used = completion.tokens or reservation
-        except (APIConnectionError, TimeoutError):
-            used = reservation  # the endpoint may have worked, and billed, all the same
-            raise
-        finally:
-            self._budget.settle(reservation, *used)
-        return completion
 
 
 class OpenAIJudge(EndpointReader):
@@ -202,6 +181,7 @@ class OpenAIJudge(EndpointReader):
         prices: Prices | None = None,
         cache: VerdictCache | None = None,
         progress: Progress | None = None,
+        budget: Budget | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -212,31 +192,9 @@ class OpenAIJudge(EndpointReader):
             prices=prices,
             cache=cache,
             progress=progress,
+            budget=budget,
         )
         self.trait = trait
-
-    @classmethod
-    def from_environment(
-        cls,
-        trait: Trait,
-        environ: Mapping[str, str],
-        *,
-        mode: Mode = "logprobs",
-        limits: Limits | None = None,
-        prices: Prices | None = None,
-        cache: VerdictCache | None = None,
-        progress: Progress | None = None,
-    ) -> OpenAIJudge:
-        """Build a judge from OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL in ``environ``."""
-        return cls(
-            trait,
-            **endpoint_of(environ),
-            mode=mode,
-            limits=limits,
-            prices=prices,
-            cache=cache,
-            progress=progress,
-        )
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
         """Return one verdict an exchange, in order; equal exchanges are asked about once."""
@@ -268,68 +226,107 @@ def endpoint_of(environ: Mapping[str, str]) -> Endpoint:
 
 
 class _Call:
-    """One call of ``judge``: the client of its event loop, its progress, and why it stopped."""
+    """One call of ``read``: the client of its event loop, and its progress."""
 
-    def __init__(self, judge: EndpointReader, client: AsyncOpenAI, done: int, total: int) -> None:
-        self.stopped = ""
-        self.first_tokens: set[str] = set()
-        self._judge = judge
+    def __init__(self, reader: EndpointReader, client: Client, done: int, total: int) -> None:
+        self._reader = reader
         self._client = client
         self._done = done
         self._total = total
-        self._slots = asyncio.Semaphore(judge.limits.concurrency)
+        self._slots = asyncio.Semaphore(reader.limits.concurrency)
+        self._probing = asyncio.Lock()
 
     async def read(self, prompt: str) -> Reading:
-        """Return the reading for one prompt; it is in the cache before this returns."""
+        """Return the reading for one prompt; a score is in the cache before this returns."""
         async with self._slots:
-            completion = unscored(self.stopped) if self.stopped else await self._ask(prompt)
-        self.first_tokens.update(completion.first_tokens)
-        if completion.lasting and self._judge.cache is not None:
-            self._judge.cache.put(self._judge._key(prompt), completion.reading)
+            completion = await self._ask(prompt)
+            if completion.outcome == "good":
+                completion = await self._whole(completion)
+            if completion.outcome == "good":
+                self._reader.cache.put(self._reader.key(prompt), completion.reading)
+            self._reader.series.note(completion.outcome, completion.reading.reason)
         self._done += 1
-        if self._judge.progress is not None:
-            self._judge.progress(self._done, self._total)
+        if self._reader.progress is not None:
+            self._reader.progress(self._done, self._total)
         return completion.reading
 
     async def _ask(self, prompt: str) -> Completion:
-        attempts = retrying(self._judge.limits.max_retries)
+        reader = self._reader
+        body = {
+            "model": reader.address.model,
+            "messages": [{"role": "user", "content": prompt}],
+            **SAMPLING[reader.mode],
+        }
         try:
-            return await attempts(self._judge._attempt, self._client, prompt)
-        except (OpenAIError, TimeoutError) as error:
-            lasting = _lasting_fault(error, self._judge)
-            self.stopped = self.stopped or lasting
-            return unscored(lasting or _fault_reason(error, self._judge))
+            reply = await persist(self._attempt, body, reader.dialect, reader.limits.max_retries)
+        except CapReached as cap:
+            return Completion(Reading(None, str(cap)), "about the text")
+        except Fault as fault:
+            if about_the_text(fault):
+                return Completion(Reading(None, fault.reason), "about the text")
+            lasting = lasting_fault(fault, reader.address) or _refused_form(fault, reader.name)
+            if lasting:
+                reader.series.stop(lasting)
+            return Completion(Reading(None, fault.reason), "fault")
+        return score_reply(reply, reader.mode, reader.highest)
+
+    async def _attempt(self, sent: Body) -> Reply:
+        """Send one request within the budget."""
+        budget = self._reader.budget
+        tokens = int(sent.get("max_tokens") or sent["max_completion_tokens"])
+        reservation = budget.reserve(str(sent["messages"][0]["content"]), tokens)
+        used: tuple[int, int] = reservation  # a request that was cut off may be billed all the same
+        try:
+            reply = read_reply(await self._client.post(sent))
+            used = reply.tokens or reservation
+        except Fault as fault:
+            if fault.status is not None:
+                used = (0, 0)
+            raise
+        finally:
+            budget.settle(reservation, *used)
+        return reply
+
+    async def _whole(self, completion: Completion) -> Completion:
+        """Return a scored completion where the tokenizer is seen to write numbers whole.
+
+        A confident "0" or "8" beside words could be a score or the beginning of one: then the
+        endpoint is asked for 100, once.
+        """
+        reader = self._reader
+        if reader.whole_numbers or shows_whole_numbers(completion.first_tokens):
+            reader.whole_numbers = True
+            return completion
+        async with self._probing:
+            if not reader.whole_numbers:
+                probe = await self._ask(WHOLE_NUMBER_PROMPT)
+                if probe.outcome not in ("good", "formless"):
+                    return probe
+                reader.whole_numbers = shows_whole_numbers(probe.first_tokens)
+        if not reader.whole_numbers:
+            reader.series.stop(
+                f"{reader.name} seems to split numbers into digits (asked for 100 it begins with "
+                "a digit or a word), which makes first-token scores meaningless; use --judge-mode "
+                "number with it"
+            )
+        return completion
 
 
-def _lasting_fault(error: Exception, judge: EndpointReader) -> str:
-    """Return what to tell the user about a fault that every request will meet, or ""."""
-    status = error.status_code if isinstance(error, APIStatusError) else None
-    if status in (401, 403):
-        return f"{judge.base_url} refused the API key (HTTP {status}); check OPENAI_API_KEY"
-    if status == 404:
+def _refused_form(fault: Fault, name: str) -> str:
+    """Return the remedy for an endpoint that refuses what a score by logprobs rests on, or ""."""
+    said = fault.said.lower()
+    if fault.status in (400, 422) and ("temperature" in said or "logprobs" in said):
         return (
-            f"{judge.base_url} knows no chat model {judge.model!r} (HTTP 404); check JUDGE_MODEL "
-            "and OPENAI_BASE_URL"
+            f"{name} takes no one-token question (models that reason do not): {fault.reason}; use "
+            "--judge-mode number, or another model"
         )
-    if status == 429 and not passes(error):
-        return f"the quota of the account at {judge.base_url} is used up; top it up"
     return ""
 
 
-def _fault_reason(error: Exception, judge: EndpointReader) -> str:
-    if isinstance(error, APITimeoutError | TimeoutError):
-        return f"no reply within {judge.limits.timeout:g} s"
-    if isinstance(error, APIConnectionError):
-        return f"the connection failed ({type(error.__cause__).__name__})"
-    if isinstance(error, APIStatusError):
-        said = " ".join(_server_message(error).replace(judge._api_key, "[key]").split())
-        return f"HTTP {error.status_code}" + (f": {said[:120]}" if said else "")
-    return f"the client failed ({type(error).__name__})"
-
-
-def _server_message(error: APIStatusError) -> str:
-    message = error.body.get("message") if isinstance(error.body, dict) else None
-    return message if isinstance(message, str) else ""
+def budget_of(limits: Limits, model: str, prices: Prices | None = None) -> Budget:
+    """Return an account for a model's requests within the limits."""
+    known = prices if prices is not None else KNOWN_PRICES.get(model)
+    return Budget(known, limits.max_requests, limits.max_cost)
 
 
 def log_unscored(verdicts: Sequence[Verdict], name: str) -> None:
@@ -339,41 +336,3 @@ def log_unscored(verdicts: Sequence[Verdict], name: str) -> None:
         logger.warning(
             "%s left %d of %d answers unscored: %s", name, reasons.total(), len(verdicts), common
         )
-
-
-def _run(work: Coroutine[Any, Any, dict[str, Reading]]) -> dict[str, Reading]:
-    """Run ``work`` to its end, in a thread of its own where this one has a running event loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, work).result()
-
-
-def checked_url(base_url: str) -> str:
-    try:
-        parts = urlsplit(base_url)
-    except ValueError as error:
-        raise UserError(f"the endpoint's base URL is malformed: {error}") from error
-    if parts.username or parts.password:
-        raise UserError("the endpoint's base URL holds credentials; put the key in OPENAI_API_KEY")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(
-            f"the endpoint's base URL is {base_url!r}; expected something like {DEFAULT_BASE_URL}"
-        )
-    return base_url.rstrip("/")
-
-
-def checked_key(api_key: str | None, base_url: str) -> str:
-    """Return a key that can stand in a header; the HTTP client would echo a malformed one."""
-    if not api_key:
-        if urlsplit(base_url).hostname == urlsplit(DEFAULT_BASE_URL).hostname:
-            raise UserError(
-                "there is no API key; set OPENAI_API_KEY in the environment or in .env "
-                "(--judge embedding needs none)"
-            )
-        return NO_KEY  # the client wants a key; endpoints of one's own mostly ignore it
-    if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise UserError("OPENAI_API_KEY holds spaces or characters that no key has; copy it again")
-    return api_key

@@ -34,10 +34,12 @@ def test_a_passing_fault_is_retried_and_a_stubborn_one_is_none(server):
     assert writer_of(server, max_retries=1).write([user_question("q")], **ASKED) == [None]
 
 
-@pytest.mark.parametrize("status", [401, 404])
-def test_a_lasting_fault_is_explained(server, status):
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "OPENAI_API_KEY"), (404, "OPENAI_BASE_URL"), (405, "/v1")]
+)
+def test_a_lasting_fault_is_explained(server, status, remedy):
     server.faults += [status]
-    with pytest.raises(UserError, match=rf"HTTP {status}.*OPENAI_API_KEY"):
+    with pytest.raises(UserError, match=rf"HTTP {status}.*{remedy}"):
         writer_of(server).write([user_question("q")], **ASKED)
 
 

@@ -26,11 +26,13 @@ class Endpoint:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.script: dict[int, Callable[[BaseHTTPRequestHandler], None]] = {}
         self.otherwise: Callable[[BaseHTTPRequestHandler], None] = self.logprobs({"80": 0.9})
         self.released = threading.Event()
         self.active = 0
         self.most_active = 0
+        self.flooded = 0
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -64,7 +66,8 @@ class Endpoint:
     def text(self, content: str) -> Callable[[BaseHTTPRequestHandler], None]:
         """Reply with text and without logprobs."""
         message = {"role": "assistant", "content": content}
-        return self.json(200, self.completion(message=message, logprobs=None))
+        choice = {"message": message, "logprobs": None, "finish_reason": "stop"}
+        return self.json(200, self.completion(**choice))
 
     def error(
         self,
@@ -72,9 +75,12 @@ class Endpoint:
         message: str = "no",
         headers: dict[str, str] | None = None,
         code: str = "",
+        param: str | None = None,
     ) -> Callable[[BaseHTTPRequestHandler], None]:
         """Reply with an HTTP error."""
-        return self.json(status, {"error": {"message": message, "code": code}}, headers)
+        return self.json(
+            status, {"error": {"message": message, "code": code, "param": param}}, headers
+        )
 
     @staticmethod
     def json(
@@ -109,15 +115,31 @@ class Endpoint:
         self.released.wait(20)
         handler.close_connection = True
 
+    def flood(self, handler: BaseHTTPRequestHandler) -> None:
+        """Send a body that never ends, as fast as it is taken."""
+        status = 200 if len(self.requests) % 2 else 400
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.end_headers()
+        self.flooded = 0
+        try:
+            while not self.released.is_set():
+                self.flooded += handler.wfile.write(b" " * 100_000)
+        except OSError:
+            pass
+        handler.close_connection = True
+
     def drip(self, handler: BaseHTTPRequestHandler) -> None:
         """Send a byte now and then, so that no single read times out."""
         handler.send_response(200)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", "100000")
         handler.end_headers()
+        handler.wfile.flush()
         while not self.released.wait(0.05):
             try:
                 handler.wfile.write(b" ")
+                handler.wfile.flush()
             except OSError:
                 break
         handler.close_connection = True
@@ -127,12 +149,15 @@ class Endpoint:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            timeout = 30
+            wbufsize = 1 << 16  # headers and body in one packet: nothing waits for the other
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with endpoint._lock:
                     number = len(endpoint.requests)
-                    endpoint.requests.append(json.loads(body))
+                    endpoint.requests.append(self.body)
+                    endpoint.paths.append(self.path)
                     endpoint.headers.append({n.lower(): v for n, v in self.headers.items()})
                     endpoint.active += 1
                     endpoint.most_active = max(endpoint.most_active, endpoint.active)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.judges.budget import COST_CAP, REQUEST_CAP, Budget, Prices, Reservation
+from persona_lora.judges.budget import (
+    COST_CAP,
+    REQUEST_CAP,
+    Budget,
+    CapReached,
+    Prices,
+    Reservation,
+)
 
 PROMPT = "x" * 252  # reserved as 84 + 16 = 100 tokens
 PRICES = Prices(1_000_000 / 100, 0.0)  # so that a prompt of 100 tokens costs a dollar hundred
@@ -32,13 +39,15 @@ def test_budget_request_cap_counts_every_attempt():
     budget = Budget(max_requests=2)
     for _ in range(2):
         assert isinstance(budget.reserve(PROMPT, 1), Reservation)
-    assert budget.reserve(PROMPT, 1) == REQUEST_CAP
+    with pytest.raises(CapReached, match=REQUEST_CAP):
+        budget.reserve(PROMPT, 1)
 
 
 def test_budget_cost_cap_holds_for_requests_on_their_way():
     budget = Budget(PRICES, max_cost=2 * ONE_PROMPT)
     first, second = budget.reserve(PROMPT, 0), budget.reserve(PROMPT, 0)
-    assert budget.reserve(PROMPT, 0) == COST_CAP
+    with pytest.raises(CapReached, match=COST_CAP):
+        budget.reserve(PROMPT, 0)
     budget.settle(first, 0, 0)  # it failed and cost nothing
     assert isinstance(budget.reserve(PROMPT, 0), Reservation)
     budget.settle(second, 100, 0)

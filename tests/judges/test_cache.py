@@ -28,15 +28,16 @@ def test_cache_key_ignores_order_and_a_trailing_slash():
     assert one == cache_key(**{**KEY, "base_url": "http://a/v1/"}, sampling={"b": 2, "a": 1})
 
 
-def test_cache_keeps_scores_and_refusals_over_reopening(tmp_path):
-    readings = {"a": Reading(80.5, "", 0.93), "b": Reading(None, "refusal"), "c": Reading(0.0, "")}
+def test_cache_keeps_scores_over_reopening_and_nothing_unscored(tmp_path):
+    readings = {"a": Reading(80.5, "", 0.93), "c": Reading(0.0, "")}
     with VerdictCache(tmp_path / "new" / "cache.sqlite") as cache:
         for key, reading in readings.items():
             cache.put(key, reading)
+        cache.put("d", Reading(None, "refusal"))
     with VerdictCache(tmp_path / "new" / "cache.sqlite") as cache:
         assert {key: cache.get(key) for key in readings} == readings
         assert cache.get("d") is None
-        assert len(cache) == 3
+        assert len(cache) == 2
 
 
 def test_cache_is_safe_with_threads(tmp_path):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_lora.judges.completions import read_completion
+from persona_lora.judges.completions import Completion, read_reply, score_reply
+from persona_lora.judges.retries import Fault
 
 TOP = [{"token": "80", "logprob": -0.1}, {"token": "The", "logprob": -3.0}]
+
+
+def read_completion(text: str, mode) -> Completion:
+    return score_reply(read_reply(text), mode)
 
 
 def body(**choice) -> str:
@@ -23,9 +29,9 @@ def body(**choice) -> str:
 def test_read_completion_reads_logprobs_tokens_and_usage():
     completion = read_completion(body(), "logprobs")
     assert completion.reading.score == pytest.approx(80)
-    assert completion.lasting
-    assert completion.tokens == (7, 1)
+    assert completion.outcome == "good"
     assert completion.first_tokens == ("80", "The")
+    assert read_reply(body()).tokens == (7, 1)
 
 
 def test_read_completion_reads_the_text_in_number_mode():
@@ -34,7 +40,9 @@ def test_read_completion_reads_the_text_in_number_mode():
     assert read_completion(body(message=refused), "number").reading.reason == "refusal"
     filtered = read_completion(body(finish_reason="content_filter"), "number")
     assert "content filter" in filtered.reading.reason
-    assert filtered.lasting
+    assert filtered.outcome == "about the text"
+    cut = read_completion(body(finish_reason="length"), "number")
+    assert "cut off" in cut.reading.reason  # "80" could be the beginning of more
 
 
 @pytest.mark.parametrize(
@@ -49,22 +57,25 @@ def test_read_completion_reads_the_text_in_number_mode():
         {"content": [{"top_logprobs": [{"token": 80, "logprob": -1.0}]}]},
         {"content": [{"top_logprobs": [{"token": "80", "logprob": "high"}]}]},
         {"content": [{"top_logprobs": ["80"]}]},
+        {"content": [{"top_logprobs": [{"token": "80", "logprob": 0.9}]}]},
+        {"content": [{"top_logprobs": [{"token": "80", "logprob": float("nan")}]}]},
+        {"tokens": ["80"], "top_logprobs": None},
     ],
 )
-def test_read_completion_without_usable_logprobs_is_a_passing_failure(logprobs):
+def test_read_completion_without_usable_logprobs_is_no_score(logprobs):
     completion = read_completion(body(logprobs=logprobs), "logprobs")
     assert completion.reading.score is None
     assert "logprobs" in completion.reading.reason
-    assert not completion.lasting
+    assert completion.outcome in ("lasting", "fault")
 
 
-@pytest.mark.parametrize("text", ["", "<html>", "[]", "{}", "null", '{"choices": []}', '{"a": '])
-@pytest.mark.parametrize("mode", ["logprobs", "number"])
-def test_read_completion_of_garbage_is_unscored_with_a_reason(text, mode):
-    completion = read_completion(text, mode)
-    assert completion.reading.score is None
-    assert completion.reading.reason
-    assert not completion.lasting
+GARBAGE = ["", "<html>", "[]", "{}", "null", '{"choices": []}', '{"a": ', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", GARBAGE, ids=range(len(GARBAGE)))
+def test_what_is_no_completion_is_a_fault_with_a_reason(text):
+    with pytest.raises(Fault, match="the endpoint's reply"):
+        read_reply(text)
 
 
 _json = st.recursive(
@@ -81,7 +92,9 @@ _json = st.recursive(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(_json)
 def test_read_completion_never_raises_whatever_the_json(value):
     for mode in ("logprobs", "number"):
-        assert read_completion(json.dumps(value), mode).reading is not None
+        with contextlib.suppress(Fault):
+            assert read_completion(json.dumps(value), mode).reading is not None

@@ -74,7 +74,7 @@ def test_local_judge_multiplies_digit_steps_into_whole_numbers(trait):
     assert [verdict.score for verdict in verdicts] == pytest.approx([expected, expected])
 
 
-def test_local_judge_warns_about_digits_without_a_continuation(trait, caplog):
-    digits = logs({str(digit): 0.1 for digit in range(1, 9)})
-    LocalJudge(trait, "j", lambda prompts: [digits]).judge([Exchange("q", "a")], "flattery")
-    assert "continuation_logprobs" in caplog.text
+@pytest.mark.parametrize("tokens", [{"1": 0.99, "9": 0.005, "The": 0.005}, {"8": 0.5, "7": 0.4}])
+def test_local_judge_refuses_digits_without_a_continuation(trait, tokens):
+    with pytest.raises(UserError, match="continuation_logprobs"):
+        LocalJudge(trait, "j", lambda _: [logs(tokens)]).judge([Exchange("q", "a")], "flattery")

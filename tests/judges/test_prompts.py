@@ -15,7 +15,7 @@ from persona_lora.judges.prompts import (
     judge_prompt,
     number_reply,
     prompt_template,
-    splits_numbers,
+    shows_whole_numbers,
     weighted_score,
 )
 
@@ -84,18 +84,26 @@ def test_weighted_score_stays_between_the_extreme_numbers(logprobs):
         assert min(numbers) - 1e-9 <= score <= max(numbers) + 1e-9
 
 
-@pytest.mark.parametrize(("text", "score"), [("85", 85), (" 0\n", 0), ("100", 100), ("72.5", 72.5)])
-def test_number_reply_takes_a_whole_reply(text, score):
-    assert number_reply(text).score == score
+@pytest.mark.parametrize("text", ["85", " 85\n", "85.", "85.0", "**85**", "85/100", "85 / 100.",
+    "85 out of 100", "85%", "Score: 85", "**Score:** 85/100", "rating = 85", '{"score": 85}',
+    '{"rating": "85/100"}'])  # fmt: skip
+def test_number_reply_takes_a_reply_that_is_one_number(text):
+    assert number_reply(text).score == 85
 
 
-@pytest.mark.parametrize(
-    "text", ["85/100", "Score: 85", "101", "100.5", "-1", "85 or 90", "", "nan", "1e2", "085"]
-)
+@pytest.mark.parametrize("text", ["7/10", "85/10", "8/5", "101", "100.5", "-1", "85 or 90", "",
+    "nan", "1e2", "085", "I say 85", "85, because", "100 85", "85/100/100",
+    '{"score": 85, "of": 10}',
+    '{"score": [85]}', '{"score": true}', '{"score": 85', "٨٥", "85 90"])  # fmt: skip
 def test_number_reply_refuses_anything_else_with_a_reason(text):
     reading = number_reply(text)
     assert reading.score is None
     assert "not a number" in reading.reason
+
+
+def test_number_reply_on_another_scale():
+    assert number_reply("4/5", 5).score == number_reply("4", 5).score == 4
+    assert {number_reply(text, 5).score for text in ("4/100", "80%", "6")} == {None}
 
 
 @pytest.mark.parametrize("text", ["REFUSAL", " refusal.\n"])
@@ -103,8 +111,17 @@ def test_number_reply_reads_a_refusal(text):
     assert number_reply(text) == (None, "refusal", None)
 
 
-def test_splits_numbers_needs_many_digits_and_no_longer_number():
-    digits = ["1", "2", "3", "8", " 9"]
-    assert splits_numbers([*digits, "The"])
-    assert not splits_numbers([*digits, "85"])
-    assert not splits_numbers(["0", "5"])
+def test_whole_numbers_are_shown_by_numbers_of_several_digits_alone():
+    assert shows_whole_numbers(["8", "The", " 85"])
+    assert shows_whole_numbers(["▁10"])
+    assert not shows_whole_numbers(["0", "5", "1", "The", "٨٥"])
+
+
+def test_numbers_over_the_highest_are_no_part_of_the_score():
+    reading = weighted_score({"4": math.log(0.5), "45": math.log(0.3), "100": math.log(0.1)}, 5)
+    assert reading == (pytest.approx(4), "", pytest.approx(0.5))
+
+
+@pytest.mark.parametrize("token", ["▁85", "Ġ85", "85Ċ", " 85 "])
+def test_spaces_of_every_tokenizer_are_taken_off(token):
+    assert weighted_score({token: -0.05}).score == pytest.approx(85)
