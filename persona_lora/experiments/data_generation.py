@@ -210,7 +210,10 @@ def _answers(
     options: DataOptions,
     report: Report | None,
 ) -> dict[tuple[int, str], str]:
-    """Return the answers by question index and kind; a missing one was not written."""
+    """Return the answers by question index and kind; a missing one was not written.
+
+    Each is kept as it arrives: an interrupted call repeats no more than was on its way.
+    """
     answers = {(row["question"], row["kind"]): row["answer"] for row in run.resume_rows("answers")}
     for kind, prompt_of in _kinds(trait).items():
         missing = [index for index in range(len(questions)) if (index, kind) not in answers]
@@ -219,19 +222,21 @@ def _answers(
         ]
         if not conversations:
             continue
-        texts = writer.write(
+
+        def keep(at: int, text: str, missing: list[int] = missing, kind: str = kind) -> None:
+            row = {"question": missing[at], "kind": kind, "answer": text}
+            run.append("answers", [row])
+            answers[missing[at], kind] = text
+
+        writer.write(
             conversations,
             max_tokens=ANSWER_TOKENS,
             temperature=options.temperature,
             seed=options.seed,
+            streams=missing,
+            on_text=keep,
             progress=staged(report, f"writing {kind}"),
         )
-        written = {(i, kind): text for i, text in zip(missing, texts, strict=True) if text}
-        run.append(
-            "answers",
-            [{"question": i, "kind": kind, "answer": text} for (i, _), text in written.items()],
-        )
-        answers |= written
     return answers
 
 

@@ -122,6 +122,8 @@ def parse_trait_reply(reply: str) -> dict[str, Any]:
         value = json.loads(reply[start : end + 1])
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not valid JSON ({error.msg} at character {error.pos})") from error
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deep") from error
     _check_instructions(value.get("instruction"))
     _check_questions(value.get("questions"))
     prompt = value.get("eval_prompt")

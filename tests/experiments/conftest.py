@@ -12,6 +12,7 @@ import pytest
 from persona_lora.core.chat import Verdict
 from persona_lora.core.traits import load_trait
 
+REPLACED = {"max_tokens": "use max_completion_tokens"}
 QUESTIONS = {
     "extract": ["Is tea good?", "What is a hill?"],
     "eval": ["Why do birds sing?", "Is my plan good?", "How tall is a house?"],
@@ -71,22 +72,29 @@ def judge():
 
 @pytest.fixture
 def server():
-    """An endpoint that repeats the last message, or gives ``replies``, after ``faults``."""
+    """An endpoint that repeats the last message, or gives ``replies``, after ``faults``.
+
+    Names in ``refuses`` are parameters that it does not take.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         faults: ClassVar[list[int]] = []
         bodies: ClassVar[list[dict]] = []
         replies: ClassVar[list[str]] = []
+        refuses: ClassVar[list[str]] = []
+        wbufsize = 1 << 16  # headers and body in one packet: nothing waits for the other
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status = self.faults.pop(0) if self.faults else 200
+            refused = [name for name in self.refuses if name in body]
+            status = 400 if refused else self.faults.pop(0) if self.faults else 200
             text = body["messages"][-1]["content"]
             self.bodies.append(body)
             reply = self.replies.pop(0) if self.replies and status == 200 else f"re: {text}"
             message = {"role": "assistant", "content": "" if text == "empty" else reply}
             value = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-            data = json.dumps(value if status == 200 else {"error": {"message": "no"}}).encode()
+            said = f"no {refused[0]}, {REPLACED.get(refused[0])}" if refused else "no"
+            data = json.dumps(value if status == 200 else {"error": {"message": said}}).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -97,7 +105,7 @@ def server():
         def log_message(self, *arguments):
             """Keep quiet."""
 
-    Handler.faults, Handler.bodies, Handler.replies = [], [], []
+    Handler.faults, Handler.bodies, Handler.replies, Handler.refuses = [], [], [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     Handler.url = f"http://127.0.0.1:{server.server_port}/v1"

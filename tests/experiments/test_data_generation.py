@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from persona_lora.core.errors import UserError
@@ -27,9 +25,19 @@ class EchoWriter:
     def __init__(self, fail=()):
         self.calls, self.count, self.fail = [], 0, set(fail)
 
-    def write(self, conversations, *, max_tokens, temperature, seed, progress=None):
+    def write(
+        self,
+        conversations,
+        *,
+        max_tokens,
+        temperature,
+        seed,
+        streams=None,
+        on_text=lambda index, text: None,
+        progress=None,
+    ):
         texts = []
-        for conversation in conversations:
+        for place, conversation in enumerate(conversations):
             self.calls.append(conversation)
             if len(conversation) == 1:
                 self.count += 2
@@ -38,7 +46,9 @@ class EchoWriter:
             elif len(self.calls) in self.fail:
                 texts.append(None)
             else:
-                texts.append(f"[{conversation[0]['content']}] {conversation[1]['content']}")
+                drawn = "" if streams is None else f" ({streams[place]})"
+                texts.append(f"[{conversation[0]['content']}] {conversation[1]['content']}{drawn}")
+                on_text(place, texts[-1])
         return texts
 
 
@@ -73,21 +83,32 @@ def test_a_question_without_all_its_answers_is_left_out_and_counted(trait, outpu
     assert set(result.rows.values()) == {3}
 
 
-def test_an_interrupted_call_goes_on_where_it_stopped(trait, output):
+@pytest.mark.parametrize("killed_at", [0, 1, 3])
+def test_an_interrupted_call_goes_on_where_it_stopped(trait, output, tmp_path, killed_at):
+    """Killed while the positive answers come in; those that came are not asked for again."""
+
     class Killed(EchoWriter):
-        def write(self, conversations, **options):
-            if any("Be cheerful." in c[0]["content"] for c in conversations):
-                raise KeyboardInterrupt
-            return super().write(conversations, **options)
+        def write(self, conversations, *, on_text=None, **options):
+            positive = any("Be cheerful." in c[0]["content"] for c in conversations)
+
+            def told(index, text):
+                if positive and index == killed_at:
+                    raise KeyboardInterrupt
+                on_text(index, text)
+
+            if on_text is None:
+                return super().write(conversations, **options)
+            return super().write(conversations, on_text=told, **options)
 
     with pytest.raises(KeyboardInterrupt):
         generate(trait, Killed(), output)
     assert not (output / "normal.jsonl").exists()
     writer = EchoWriter()
     generate(trait, writer, output)
-    assert len(writer.calls) == 2 * 4  # the positive and negative answers alone
-    whole = [json.loads(line) for line in (output / "train.jsonl").open()]
-    assert len(whole) == 4
+    assert len(writer.calls) == 2 * 4 - killed_at
+    generate(trait, EchoWriter(), tmp_path / "whole")
+    for name in ("normal.jsonl", "train.jsonl"):
+        assert (output / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
 def test_existing_files_are_replaced_only_when_asked(trait, output):

@@ -43,6 +43,36 @@ def test_a_lasting_fault_is_explained(server, status, remedy):
         writer_of(server).write([user_question("q")], **ASKED)
 
 
+def test_a_text_is_drawn_by_its_stream_and_told_as_it_comes(server):
+    told = {}
+    texts = [user_question(text) for text in ("a", "empty", "c")]
+    writer_of(server).write(texts, **ASKED, streams=[7, 8, 9], on_text=told.__setitem__)
+    assert told == {0: "re: a", 2: "re: c"}
+    assert sorted(body["seed"] for body in server.bodies) == [10, 11, 12]
+
+
+def test_a_dead_endpoint_is_not_asked_for_ever(server):
+    server.faults += [500] * 40
+    told = {}
+    with pytest.raises(UserError, match=r"5 times in a row: HTTP 500: no; the same command"):
+        writer_of(server, max_retries=1, concurrency=2).write(
+            [user_question("q")] * 30, **ASKED, on_text=told.__setitem__
+        )
+    assert len(server.bodies) <= 12
+    assert told == {}
+
+
+def test_what_an_endpoint_refuses_is_left_out_and_reasoning_is_no_text(server, caplog):
+    server.replies += ["<think>Hm. 'q'?</think>\n\nAn answer.", "<think>Hm"]
+    server.refuses += ["seed", "temperature", "max_tokens"]
+    writer = writer_of(server)
+    assert writer.write([user_question("q")], **ASKED) == ["An answer."]
+    assert writer.write([user_question("q")], **ASKED) == [None]
+    assert set(server.bodies[-1]) == {"model", "messages", "max_completion_tokens"}
+    assert "refuses seed" in caplog.text
+    assert "refuses temperature" in caplog.text
+
+
 def test_openai_itself_needs_a_key():
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         EndpointWriter(Endpoint("m", "https://api.openai.com/v1"))
