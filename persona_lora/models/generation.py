@@ -16,7 +16,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+)
 
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
@@ -29,6 +34,7 @@ from persona_lora.models.caches import (
 )
 from persona_lora.models.finite import not_finite
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.structure import decoder_linear_modules, features, hidden_size
 
 logger = logging.getLogger(__name__)
 
@@ -350,17 +356,28 @@ def _generated(prompt: str, ids: list[int], ends: set[int], chat_model: ChatMode
 
 def _affordable_rows(chat_model: ChatModel, length: int) -> int:
     """Return how many rows of ``length`` tokens fit into half of the free memory."""
-    config = chat_model.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    item = chat_model.model.dtype.itemsize
-    cache = 2 * config.num_hidden_layers * heads * head_size * length * item
+    model = chat_model.model
+    config = model.config.get_text_config(decoder=True)
+    width = hidden_size(model)
+    item = model.dtype.itemsize
+    cache = 2 * config.num_hidden_layers * _cached_width(config, width) * length * item
     logits = 4 * 4 * config.vocab_size
-    activations = 8 * max(config.hidden_size, config.intermediate_size) * length * item
-    free = _free_memory(chat_model.model.device) // 2
+    widest = max(
+        (max(features(each)) for each in decoder_linear_modules(model).values()), default=0
+    )
+    activations = 8 * max(width, widest) * length * item
+    free = _free_memory(model.device) // 2
     return max(1, min(LARGEST_BATCH, free // (cache + logits + activations)))
+
+
+def _cached_width(config: PreTrainedConfig, width: int) -> int:
+    """Return how many numbers a layer keeps of a token's keys; a model without heads, its width."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return width
+    kept = getattr(config, "num_key_value_heads", None)
+    head_size = getattr(config, "head_dim", None) or width // heads
+    return (kept if isinstance(kept, int) else heads) * head_size
 
 
 def _free_memory(device: torch.device) -> int:

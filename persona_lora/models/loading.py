@@ -27,6 +27,7 @@ from peft import PeftModel
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -41,6 +42,8 @@ from persona_lora.models.chat_template import ChatTemplate
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole, peft_config
 from persona_lora.models.pretrained import shared_arguments, weight_arguments
+from persona_lora.models.skeleton import auto_model
+from persona_lora.models.support import PROBE, check_support
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +108,7 @@ def load_chat_model(
     device_map: str | None = None,
     system_prompt: str | None = None,
     options: LoadOptions = LoadOptions(),
+    probe: bool = True,
 ) -> ChatModel:
     """Load a model and its tokenizer, frozen and in evaluation mode.
 
@@ -115,7 +119,9 @@ def load_chat_model(
     transformers; None means the accelerator when there is one, the CPU otherwise.
 
     Raises UserError for an unknown name, no route to the hub, unreadable weights, a missing chat
-    template, an adapter that is none, and options that this model or machine cannot have.
+    template, an adapter that is none, and options that this model or machine cannot have; and,
+    after a pass over three tokens, for a model of a shape that is not known here. ``probe`` False
+    leaves that pass out, where the weights are yet to be distributed over processes.
     """
     options = options.changed(dtype=dtype, device_map=device_map)
     if adapter is not None:
@@ -131,6 +137,8 @@ def load_chat_model(
         check_adapter_whole(model, Path(adapter))
     model.requires_grad_(False)
     model.eval()
+    if probe:
+        check_support(model, tokenizer(PROBE, add_special_tokens=False)["input_ids"], name)
     return ChatModel(model, tokenizer, name, system_prompt, options)
 
 
@@ -208,7 +216,8 @@ def _load_weights(
     source: str, name: str, arguments: dict[str, Any], options: LoadOptions
 ) -> PreTrainedModel:
     with _named_errors(name, options):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, **shared_arguments(options))
+        model, info = auto_model(config).from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_whole refuses them, by name and with shapes

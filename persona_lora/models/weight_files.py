@@ -117,7 +117,10 @@ class LoadedWeights:
         self.label = label
         inner = unwrapped(model)
         held: dict[str, Tensor] = {}
-        for name, parameter in inner.named_parameters():  # a tied tensor comes once
+        state = inner.state_dict(keep_vars=True)
+        once = {id(tensor): name for name, tensor in reversed(state.items())}  # tied ones come once
+        for name in once.values():
+            parameter = state[name]
             if ".lora_" in name:
                 raise UserError(
                     f"{label} holds an unmerged adapter; give the adapter's folder, or merge it"

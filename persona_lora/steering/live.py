@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, shared_base_model
-from persona_lora.models.structure import input_groups, weight_of
+from persona_lora.models.structure import decoder_layers, input_groups, weight_of
 from persona_lora.steering.placement import check_base_model, find_modules
 from persona_lora.steering.rows import RowCoefficients
 
@@ -63,6 +63,10 @@ class LiveLoRA:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
+        first = decoder_layers(self.model)[0]
+        self._handles.append(
+            first.register_forward_pre_hook(self._selection.note_pass, with_kwargs=True)
+        )
         for members in input_groups(self._modules):
             modules = {name: self._modules[name] for name in members}
             group = _SharedInput(modules, self.diffs, self._selection)
@@ -94,19 +98,49 @@ class _Selection:
 
     def __init__(self, rows: RowCoefficients) -> None:
         self.rows = rows
-        self._expanded: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._expanded: dict[tuple[tuple[int, ...], torch.device, int], Tensor] = {}
+        self._length = 0  # tokens of a row in the pass that runs
 
     def choose(self, rows: Sequence[int]) -> None:
         self.rows.choose(rows)
         self._expanded.clear()
 
-    def scale(self, columns: tuple[int, ...], device: torch.device, batch: int) -> Tensor:
-        """Return S ``[batch or 1, 1, R]`` for a basis whose column j belongs to diff columns[j]."""
-        chosen = self.rows.of_batch(batch)
-        key = (columns, device)
+    def note_pass(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        """Note, before the first block runs, how many tokens the rows have."""
+        states: Tensor = arguments[0] if arguments else keywords["hidden_states"]
+        self._length = states.shape[1]
+
+    def scale(self, columns: tuple[int, ...], inputs: Tensor) -> Tensor:
+        """Return S for a basis whose column j belongs to diff columns[j], to multiply A·x with.
+
+        ``[R]`` where all rows have the same, else ``[batch, 1, …, R]``, or ``[batch · seq, R]``
+        for a module that sees all tokens in one list. UserError where tokens cannot be told apart.
+        """
+        layout = inputs.ndim if inputs.ndim > 2 else -self._length
+        key = (columns, inputs.device, layout)
+        if len(self.rows.chosen) > 1:
+            self._check_rows(inputs)
         if key not in self._expanded:
-            self._expanded[key] = chosen[:, list(columns)].to(device)[:, None, :]
+            chosen = self.rows.chosen[:, list(columns)].to(inputs.device)
+            if len(chosen) == 1:
+                self._expanded[key] = chosen[0]
+            elif layout > 0:
+                self._expanded[key] = chosen.view(len(chosen), *[1] * (layout - 2), -1)
+            else:
+                self._expanded[key] = chosen.repeat_interleave(self._length, dim=0)
         return self._expanded[key]
+
+    def _check_rows(self, inputs: Tensor) -> None:
+        if inputs.ndim > 2:
+            self.rows.of_batch(inputs.shape[0])
+        elif inputs.shape[0] != len(self.rows.chosen) * self._length:
+            raise UserError(
+                f"a module reads {list(inputs.shape)} for {len(self.rows.chosen)} rows of "
+                f"{self._length} tokens, and which token belongs to which row cannot be told; "
+                "merge the diff instead (LoRASteerer, --mode merged)"
+            )
 
 
 _NOTHING = torch.empty(0)
@@ -141,10 +175,11 @@ class _SharedInput:
     def product(self, name: str, inputs: Tensor) -> Tensor:
         """Return (A·x) ∘ S for one member; computed once for all members of the group."""
         if inputs is not self._input or name in self._served:
-            scale = self.selection.scale(self.columns, inputs.device, inputs.shape[0])
-            product = functional.linear(inputs.to(self.down.dtype), self.down)
+            scale = self.selection.scale(self.columns, inputs)
+            down = self.down.to(inputs.device)  # an offloaded module's weights come and go
+            product = functional.linear(inputs.to(down.dtype), down)
             if torch.is_grad_enabled():
-                product = (product * scale).to(self.down.dtype)
+                product = (product * scale).to(down.dtype)
             else:
                 product.mul_(scale)  # in fp32, rounded once
             self._input, self._product = inputs, product
@@ -166,7 +201,7 @@ class _AddDelta:
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         product = self.group.product(self.name, arguments[0])
-        up = self.group.up[self.name]
+        up = self.group.up[self.name].to(output.device)
         if torch.is_grad_enabled() or output.dtype != up.dtype or not output.is_contiguous():
             return output + (product @ up).to(output.dtype)
         # In place: the output is fresh from the module and belongs to nobody else yet.
@@ -175,7 +210,11 @@ class _AddDelta:
 
 
 def _placed(factor: Tensor, module: nn.Module) -> Tensor:
-    """Return a factor on the module's device, in its dtype where that is a plain float."""
+    """Return a factor on the module's device, in its dtype where that is a plain float.
+
+    On the CPU for an offloaded module, whose weights have no device between passes.
+    """
     weight = weight_of(module)
     dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-    return factor.to(weight.device, dtype).contiguous()
+    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+    return factor.to(device, dtype).contiguous()

@@ -56,7 +56,11 @@ def load_model(name: str, options: LoadOptions, config: SFTConfig) -> ChatModel:
     # Sharded weights pass through the CPU only: their type is that of where they are trained.
     dtype = resolve_dtype(options.dtype, on_cpu=bool(config.use_cpu))
     return load_chat_model(
-        name, dtype=str(dtype).removeprefix("torch."), device_map=device_map, options=options
+        name,
+        dtype=str(dtype).removeprefix("torch."),
+        device_map=device_map,
+        options=options,
+        probe=not is_sharded(),
     )
 
 

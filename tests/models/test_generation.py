@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from persona_lora.core.errors import UserError
 from persona_lora.models import caches
 from persona_lora.models.generation import (
+    LARGEST_BATCH,
     SHORTEST_PREFIX,
     SeededSampler,
+    _affordable_rows,
     _common_prefix,
     generate_answers,
 )
+from persona_lora.models.loading import ChatModel
 
 QUESTIONS = ["a", "a longer question", "mid", "a very much longer question than the others", "z"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]
@@ -241,3 +245,14 @@ def test_an_answer_knows_whether_it_ended(chat_model, monkeypatch):
     first, second = generate_answers(chat_model, CONVERSATIONS[:1] * 2, max_new_tokens=3)
     assert (first.text, first.num_tokens, first.finished) == ("x", 1, True)
     assert (second.text, second.num_tokens, second.finished) == ("xxx", 3, False)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "falcon", "bloom", "mpt", "opt", "mamba", "lfm2"])
+def test_the_automatic_batch_size_needs_no_configuration_of_one_kind(kind, tokenizer):
+    """Many configurations name no intermediate size, some no attention heads."""
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 259}
+    heads = {} if kind == "mamba" else {"num_attention_heads": 4}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **heads))
+    rows = [_affordable_rows(ChatModel(model, tokenizer, kind), n) for n in (64, 10**9)]
+    assert rows == [LARGEST_BATCH, 1]

@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import PeftModel
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.generation import generate_answers
+from persona_lora.models.structure import weight_fingerprint
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.methods import METHODS
 from persona_lora.steering.weights import LoRASteerer
@@ -227,3 +229,35 @@ def test_live_and_merged_answers_of_the_packaged_model_agree_token_for_token(
             alone = generate_answers(packaged_model, [question], max_new_tokens=12)
         assert answer.text == alone[0].text
     assert len({answer.text for answer in batched}) > 1
+
+
+@torch.no_grad()
+def test_tokens_in_a_list_that_is_not_the_batch_are_refused(model, diffs):
+    """A router that hands a module some of the tokens: nobody knows whose they are."""
+    module = model.model.layers[1].mlp.down_proj
+    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
+        live.select_rows(range(5))
+        model(TOKENS)
+        whole = module(torch.ones(5 * 9, module.in_features))
+        assert torch.equal(whole[0], whole[8])
+        assert not torch.equal(whole[8], whole[9])  # another row
+        with pytest.raises(UserError, match=r"reads \[4, 64\] for 5 rows of 9 .*--mode merged"):
+            module(torch.ones(4, module.in_features))
+
+
+@torch.no_grad()
+def test_offloaded_weights_answer_as_those_in_memory(make_model, make_diff, tmp_path):
+    model = make_model(tied=False)
+    fingerprint = weight_fingerprint(model)
+    diff = make_diff(model, fingerprint=fingerprint)
+    coefficients = [[0.0], [1.0], [-0.5], [2.0], [0.3]]
+    logits = []
+    for place in (lambda each: each, cpu_offload, lambda each: disk_offload(each, tmp_path)):
+        offloaded = place(copy.deepcopy(model))
+        with LiveLoRA(offloaded, [diff], coefficients) as live:
+            live.select_rows(range(5))
+            logits.append(offloaded(TOKENS).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    with pytest.raises(UserError, match=r"offloaded or on the meta device .* --mode live"):
+        LoRASteerer(offloaded, diff).__enter__()

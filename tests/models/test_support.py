@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from persona_lora.core.errors import UserError
+from persona_lora.models.loading import load_chat_model
+from persona_lora.models.structure import decoder_layers
+from persona_lora.models.support import check_support
+from tests.conftest import byte_tokenizer
+from tests.models.architectures import tiny_model
+
+TOKENS = [70, 80, 90]
+
+
+def test_a_known_shape_passes_and_keeps_no_hook():
+    model = tiny_model("Llama")
+    check_support(model, TOKENS, "tiny")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Twice(nn.Module):
+    """A block that runs another one twice."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, **keywords: object) -> Tensor:
+        return self.block(self.block(hidden, **keywords), **keywords)
+
+
+class Narrowed(nn.Module):
+    """A block whose output is no hidden state."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, **keywords: object) -> list[Tensor]:
+        return [self.block(hidden, **keywords)]
+
+
+def test_a_block_that_does_not_run_once_or_gives_no_states_is_refused():
+    model = tiny_model("Llama")
+    first, second = decoder_layers(model)
+    model.model.layers = nn.ModuleList([Twice(second), second])
+    with pytest.raises(UserError, match=r"tiny is of a shape .*: its 2 blocks ran 4 times"):
+        check_support(model, TOKENS, "tiny")
+    model.model.layers = nn.ModuleList([first, Narrowed(second)])
+    with pytest.raises(UserError, match="block 1 gives no hidden states"):
+        check_support(model, TOKENS, "tiny")
+
+
+def test_blocks_of_an_unknown_name_are_refused():
+    model = tiny_model("Llama")
+    model.model.stages = model.model.layers
+    model.model.forward = lambda *_, **__: None
+    del model.model.layers
+    with pytest.raises(UserError, match=r"its blocks are called model\.stages\.N"):
+        check_support(model, TOKENS, "tiny")
+
+
+def test_a_model_that_gives_nan_is_refused_when_it_is_loaded(tmp_path):
+    model = tiny_model("Llama")
+    decoder_layers(model)[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gives NaN or infinity for three tokens"):
+        load_chat_model(str(tmp_path))
+    assert torch.isnan(
+        load_chat_model(str(tmp_path), probe=False).model.model.layers[0].mlp.up_proj.weight
+    ).any()
