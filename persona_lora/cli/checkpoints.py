@@ -35,12 +35,14 @@ from persona_lora.cli.parsing import (
     judge_options,
     judge_settings,
     layer_numbers,
+    listed,
     load_model,
     question_split,
 )
 from persona_lora.cli.program import app
 from persona_lora.cli.projecting import TYPES, load_vectors
 from persona_lora.core.errors import UserError
+from persona_lora.core.lists import path_after_equals, path_before_equals, split_lists
 
 if TYPE_CHECKING:
     from persona_lora.core.runs import Run
@@ -97,7 +99,7 @@ def evaluate_checkpoints(
     if type not in TYPES:
         raise UserError(f"--type must be one of {', '.join(TYPES)}, got {type!r}")
     checkpoints.find_checkpoints(folder)
-    loaded = [load_trait(name, datasets_dir) for word in traits for name in word.split()]
+    loaded = [load_trait(name, datasets_dir) for name in listed(traits, "--traits")]
     directions = load_vectors(vectors) if vectors else {}
     depth = next(iter(directions.values())).num_layers if directions else 0
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
@@ -186,7 +188,7 @@ def predict_finetuning(
     from persona_lora.experiments import prediction
     from persona_lora.experiments.weight_projection import load_diffs
 
-    names = " ".join(finetunes).split()
+    names = listed(finetunes, "--finetunes")
     loaded = load_vectors(vectors) if vectors else {}
     by_trait = {vector.trait or name: vector for name, vector in loaded.items()}
     depth = next(iter(loaded.values())).num_layers if loaded else 1
@@ -194,9 +196,9 @@ def predict_finetuning(
         {name: _adapter(Path(name)) for name in names},
         [
             _first_questions(load_trait(name, datasets_dir), questions)
-            for name in " ".join(traits).split()
+            for name in listed(traits, "--traits")
         ],
-        load_diffs(" ".join(diffs).split()) if diffs else {},
+        load_diffs(listed(diffs, "--diffs")) if diffs else {},
         by_trait,
         layer_numbers(None if layer is None else str(layer), depth)[0] if loaded else 0,
     )
@@ -291,11 +293,14 @@ def compare_prevention(
     from persona_lora.core.traits import load_trait
     from persona_lora.experiments import prevention
 
-    named = dict(_pair(word, "--finetunes") for word in " ".join(finetunes).split())
+    named = dict(
+        _pair(word, "--finetunes")
+        for word in listed(finetunes, "--finetunes", whole=path_after_equals)
+    )
     plain, *_ = named.values()
     models = {name: prevention.Finetuned(_adapter(Path(folder))) for name, folder in named.items()}
     models["base"] = prevention.Finetuned(None)
-    for word in " ".join(correct or []).split():
+    for word in split_lists(correct or [], path_before_equals):
         folder, value = _pair(word, "--correct")
         diff = LoRADiff.load(folder)
         models[f"corrected {value}"] = prevention.Finetuned(

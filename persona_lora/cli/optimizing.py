@@ -33,6 +33,7 @@ from persona_lora.cli.options import (
 from persona_lora.cli.parsing import generation_options, judge_options, load_model
 from persona_lora.cli.program import app
 from persona_lora.core.errors import UserError
+from persona_lora.core.lists import split_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -267,7 +268,7 @@ def compare_methods(
         allow_other_base,
         energy,
     )
-    personas = " ".join(persona_id or list_personas(persona_dir)).split()
+    personas = split_lists(persona_id) if persona_id else list_personas(persona_dir)
     with _quiet_unless_first(processes), _live("comparison", bench) as watch:
         comparison = compare(
             bench,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from persona_lora.cli.console import console
 from persona_lora.cli.options import AdaptedModelOptions, ModelOptions
 from persona_lora.core.errors import UserError
+from persona_lora.core.lists import split_lists
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from persona_lora.experiments.evaluation import GenerationOptions
     from persona_lora.experiments.judging import JudgeOptions, Report
@@ -242,3 +243,13 @@ def numbers(text: str) -> list[float]:
         if isinstance(error, UserError):
             raise
         raise UserError(f'--coefficients must be numbers, as in "-1 0 1", got {text!r}') from error
+
+
+def listed(
+    texts: Sequence[str], option: str, *, whole: Callable[[str], bool] = os.path.exists
+) -> list[str]:
+    """Return the parts of an option that may be repeated, or hold a list; UserError for none."""
+    parts = split_lists(texts, whole)
+    if not parts:
+        raise UserError(f"{option} is empty; name at least one")
+    return parts

@@ -20,7 +20,7 @@ from persona_lora.cli.options import (
     OverwriteOption,
     RevisionOption,
 )
-from persona_lora.cli.parsing import layer_numbers, load_model, load_other
+from persona_lora.cli.parsing import layer_numbers, listed, load_model, load_other
 from persona_lora.cli.program import project_app
 from persona_lora.core.errors import UserError
 
@@ -121,12 +121,7 @@ def project_activations(
 
 def paths_of(words: list[str]) -> list[Path]:
     """Return paths from repeated options, or from lists with spaces in one string."""
-    paths = [
-        Path(each) for word in words for each in ([word] if Path(word).exists() else word.split())
-    ]
-    if not paths:
-        raise UserError("--vectors names no file")
-    return paths
+    return [Path(each) for each in listed(words, "--vectors")]
 
 
 def load_vectors(words: list[str]) -> dict[str, SteeringVector]:
@@ -218,11 +213,11 @@ def project_weights(
     from persona_lora.analysis import wording
     from persona_lora.experiments import weight_projection
 
-    loaded = weight_projection.load_diffs(" ".join(diffs).split(), on_disk=True)
+    loaded = weight_projection.load_diffs(listed(diffs, "--diffs"), on_disk=True)
     with progress() as report:
         found = weight_projection.project_finetunes(
             original_model,
-            " ".join(finetuned_model).split(),
+            listed(finetuned_model, "--finetuned-model"),
             loaded,
             output,
             revision=revision,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, atomic_path, read_json
+from persona_lora.core.lists import path_before_equals, split_list
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
 from persona_lora.models.generation import Progress
 from persona_lora.models.weight_files import StoredWeights
@@ -56,9 +57,9 @@ class Exported:
 
 
 def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
-    """Read "evil=-1,sycophancy=-0.5": traits below ``folder``, or paths of diffs."""
+    """Read "evil=-1,sycophancy=-0.5": traits below ``folder``, or paths (with spaces, too)."""
     terms = {}
-    for part in text.replace(",", " ").split():
+    for part in split_list(text, path_before_equals):
         name, found, value = part.rpartition("=")
         try:
             coefficient = finite_coefficient(float(value))

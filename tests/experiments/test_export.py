@@ -153,8 +153,14 @@ def test_a_whole_gguf_needs_llama_cpp_s_converter(base, terms, tmp_path, monkeyp
 def test_mixes_are_read_by_trait_or_path(model, make_diff, tmp_path):
     make_diff(model, seed=1).save(tmp_path / "evil" / "diff")
     make_diff(model, seed=2).save(tmp_path / "else")
-    terms = read_mix(f"evil=-1, {tmp_path / 'else'}=0.5", tmp_path)
-    assert list(terms.values()) == [-1.0, 0.5]
+    make_diff(model, seed=3).save(tmp_path / "My Drive" / "third")
+    third = tmp_path / "My Drive" / "third"
+    terms = read_mix(f"evil=-1, {tmp_path / 'else'}=0.5 {third}=2", tmp_path)
+    assert {diff.trait: value for diff, value in terms.items()} == {
+        "trait1": -1.0,
+        "trait2": 0.5,
+        "trait3": 2.0,
+    }
     for text in ("evil", "evil=much", "=1", ""):
         with pytest.raises(UserError, match="mix"):
             read_mix(text, tmp_path)
