@@ -27,6 +27,7 @@ from persona_lora.core.files import (
     write_jsonl,
 )
 from persona_lora.core.resources import checkout
+from persona_lora.core.secrets import arguments_without_secrets, without_secrets
 
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
 ROUNDING = 1e-9
@@ -121,7 +122,8 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         status = "finished" if error is None else "failed"
-        self._update(status=status, ended=_now(), error=None if error is None else repr(error))
+        told = None if error is None else without_secrets(repr(error))
+        self._update(status=status, ended=_now(), error=told)
 
     def _update(self, **changes: Any) -> None:
         write_json(self.folder / "run.json", {**self.record, **changes})
@@ -193,7 +195,7 @@ def _fresh_record(command: str, config: Mapping[str, Any], seed: int) -> dict[st
         "error": None,
         "git_commit": git_commit(),
         "versions": package_versions(),
-        "arguments": sys.argv[1:],
+        "arguments": arguments_without_secrets(sys.argv[1:]),
     }
 
 

@@ -160,6 +160,10 @@ class ContrastiveConfig(SFTConfig):
                 "running the same command again resumes",
             ),
             "push_to_hub": (self.push_to_hub, "upload the finished folder yourself"),
+            "hub_token": (
+                self.hub_token is not None,  # every checkpoint would hold it
+                "HF_TOKEN in the environment or in .env is used for what is loaded",
+            ),
             "eval_strategy": (str(self.eval_strategy) not in _NO, "use persona-lora sweep"),
             "model_init_kwargs": (
                 bool(self.model_init_kwargs),

@@ -85,6 +85,7 @@ def test_mistakes_in_the_file_are_named_on_one_line(tmp_path: Path, text, messag
         (["--resume_from_checkpoint", "x"], "running the same command again"),
         (["--eval_strategy", "steps"], "eval_strategy"),
         (["--push_to_hub", "true"], "push_to_hub"),
+        (["--hub_token", "s3cret"], "hub_token is not for LoRA training here; HF_TOKEN"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),
         (["--config"], "--config needs"),
         (["--config", "no/such.yaml"], "cannot be read"),
