@@ -22,7 +22,7 @@ from persona_lora.cli.options import (
 )
 from persona_lora.cli.parsing import layer_numbers, listed, load_model, load_other
 from persona_lora.cli.program import project_app
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, few_names
 
 if TYPE_CHECKING:
     from persona_lora.core.runs import Run
@@ -244,6 +244,9 @@ def project_weights(
             )
     console.print(table)
     for each, projection in found:
+        if projection.left_out:
+            left_out = few_names(projection.left_out)
+            console.print(f"{Path(each.name).name}: compared without {left_out}")
         share = projection.explained
         console.print(
             f"{Path(each.name).name}: ‖ΔW‖ {wording.significant(projection.delta_norm)}, of which "

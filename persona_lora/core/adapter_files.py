@@ -133,10 +133,16 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return checked_config(read_json(path), folder)
 
 
-def module_name(name: str) -> str:
-    """Return a module's own name: without what PEFT (once or twice) and other wrappers put in."""
+def without_wrappings(name: str) -> str:
+    """Return a name without what ``torch.compile``, FSDP and checkpointing put into it."""
     for wrapping in WRAPPINGS:
         name = name.replace(wrapping, "")
+    return name
+
+
+def module_name(name: str) -> str:
+    """Return a module's own name: without what PEFT (once or twice) and other wrappers put in."""
+    name = without_wrappings(name)
     while name.startswith(PEFT_PREFIX):
         name = name.removeprefix(PEFT_PREFIX)
     return name

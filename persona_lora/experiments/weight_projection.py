@@ -136,4 +136,5 @@ def _summary(each: Finetuned, projection: WeightProjection) -> dict[str, Any]:
         "outside_norm": projection.other_square**0.5,
         "corrected": projection.corrected,
         "explained": projection.explained,
+        "left_out": list(projection.left_out),
     }

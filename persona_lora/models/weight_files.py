@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from persona_lora.core.adapter_files import without_wrappings
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json
 from persona_lora.models.loading import model_source
@@ -185,13 +186,18 @@ def weights_folder(name: str, revision: str | None = None) -> Path:
 
 def _is_tied(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and bool(read_json(config).get("tie_word_embeddings", False))
+    value = read_json(config) if config.is_file() else {}
+    return isinstance(value, dict) and value.get("tie_word_embeddings") is True
 
 
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        value = read_json(index)
+        places = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+            raise UserError(f"{index} holds no weight_map of names to files; fetch it again")
+        names = sorted(set(places.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder} lacks the shard {missing[0]}, which {INDEX} names")
@@ -216,7 +222,8 @@ def _places(file: Path) -> dict[str, TensorPlace]:
                         f"{file}: {name} is stored as {kind}; quantised weights have no exact "
                         "difference, compare the models before quantisation"
                     )
-                found[name] = TensorPlace(file, name, tuple(view.get_shape()), _DTYPES[kind])
+                shape, own_name = tuple(view.get_shape()), without_wrappings(name)
+                found[own_name] = TensorPlace(file, name, shape, _DTYPES[kind])
             return found
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); fetch it again") from error

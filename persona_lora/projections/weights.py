@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from persona_lora.core.errors import UserError, few_names
+from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
 from persona_lora.models.weight_files import WeightSource, weights_of
+from persona_lora.projections.common_weights import common_weights
 
 BLOCK_NUMBERS = 4_000_000  # weights of one block, of either model
 EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -71,14 +72,15 @@ class Projection:
 class WeightProjection:
     """The projections of one finetune on K directions; see the module for what they are.
 
-    ``other_square`` is ‖ΔW‖² over weights that no diff touches.
+    ``other_square`` is ‖ΔW‖² over weights that no diff touches; ``left_out`` names what only one of
+    the models holds.
     """
 
     names: tuple[str, ...]
     modules: tuple[ModuleSums, ...]
     gram: Array  # [K, K], ⟨Lᵢ, Lⱼ⟩
     other_square: float = 0.0
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    left_out: tuple[str, ...] = field(default_factory=tuple)
 
     @property
     def delta_norm(self) -> float:
@@ -140,22 +142,25 @@ def project_weights(
 ) -> WeightProjection:
     """Project the change between two models on every diff, in one pass over their weights.
 
-    ``progress`` is told weights done and weights in all. Raises UserError when the models do not
-    hold the same tensors (the first ones that differ are named), or when a diff has a module that
-    they lack, or of another shape.
+    ``progress`` is told weights done and weights in all. Harmless differences are left out and
+    named (``common_weights``). Raises UserError when the models do not hold the same tensors (the
+    first ones that differ are named), or when a diff has a module that they lack, or of another
+    shape.
     """
-    _check_same(original, finetuned)
-    touched = _checked_modules(diffs, finetuned)
+    touched = _modules_of(diffs)
+    common = common_weights(original, finetuned, touched)
+    for source in (original, finetuned):
+        _check_modules(touched, source)
     gram = np.zeros((len(diffs), len(diffs)))
-    total = sum(math.prod(tensor.shape) for tensor in finetuned.tensors.values())
+    widths = {name: math.prod(finetuned.tensors[name].shape[1:]) for name in common.rows}
+    total = sum(rows * widths[name] for name, rows in common.rows.items())
     done = 0
     modules, other = [], []
-    for name, stored in finetuned.tensors.items():
+    for name, rows in common.rows.items():
         module = name.removesuffix(".weight")
         stack = _stack(module, diffs) if module in touched and module != name else None
         sums = _BlockSums(stack)
-        rows = stored.shape[0] if stored.shape else 1
-        width = max(1, math.prod(stored.shape[1:]))
+        width = max(1, widths[name])
         step = max(1, block_numbers // width)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -170,7 +175,7 @@ def project_weights(
         else:
             modules.append(sums.result(module, stack))
             gram += stack.gram
-    return WeightProjection(tuple(diffs), tuple(modules), gram, math.fsum(other))
+    return WeightProjection(tuple(diffs), tuple(modules), gram, math.fsum(other), common.left_out)
 
 
 def project_adapter(adapter: LoRADiff, diffs: Mapping[str, LoRADiff]) -> WeightProjection:
@@ -347,10 +352,7 @@ def _modules_of(diffs: Mapping[str, LoRADiff]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _checked_modules(
-    diffs: Mapping[str, LoRADiff], weights: WeightSource
-) -> dict[str, tuple[int, int]]:
-    shapes = _modules_of(diffs)
+def _check_modules(shapes: Mapping[str, tuple[int, int]], weights: WeightSource) -> None:
     missing = [name for name in shapes if f"{name}.weight" not in weights.tensors]
     if missing:
         raise UserError(
@@ -365,7 +367,6 @@ def _checked_modules(
                 f"{name} is {list(shape)} in a diff and {list(stored)} in {weights.label}; they "
                 "belong to different models"
             )
-    return shapes
 
 
 def _stack(name: str, diffs: Mapping[str, LoRADiff]) -> _Stack:
@@ -380,25 +381,6 @@ def _stack(name: str, diffs: Mapping[str, LoRADiff]) -> _Stack:
         torch.tensor([index for index, factors in held for _ in range(factors.rank)]),
         len(diffs),
     )
-
-
-def _check_same(original: WeightSource, finetuned: WeightSource) -> None:
-    before, after = original.tensors, finetuned.tensors
-    missing, extra = sorted(set(before) - set(after)), sorted(set(after) - set(before))
-    if missing or extra:
-        parts = [
-            f"{label} lacks {few_names(names)}"
-            for label, names in ((finetuned.label, missing), (original.label, extra))
-            if names
-        ]
-        raise UserError(f"the models do not hold the same weights: {'; '.join(parts)}")
-    for name, tensor in before.items():
-        if tuple(tensor.shape) != tuple(after[name].shape):
-            raise UserError(
-                f"{name} is {list(tensor.shape)} in {original.label} and "
-                f"{list(after[name].shape)} in {finetuned.label}; a change of shape is no "
-                "difference of weights"
-            )
 
 
 def _projection(modules: Iterable[ModuleSums], index: int, delta: float) -> Projection:
