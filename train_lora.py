@@ -3,14 +3,11 @@
 import logging
 import sys
 
-from persona_lora.core.errors import UserError
+from persona_lora.cli.ending import call_to_end
 from persona_lora.training.contrastive import main
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("persona_lora").setLevel(logging.INFO)
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    arguments = [word for word in sys.argv[1:] if word != "--verbose"]
+    call_to_end(lambda: main(arguments), verbose="--verbose" in sys.argv)

@@ -171,6 +171,12 @@ def make_model():
 
 
 @pytest.fixture(scope="session")
+def world_models():
+    """What makes models, diffs and adapters, for fixtures that many tests share."""
+    return tiny_llama, random_diff, write_adapter
+
+
+@pytest.fixture(scope="session")
 def packaged_model() -> ChatModel:
     """The packaged SmolLM2-135M-Instruct in fp32."""
     return load_chat_model(dtype="float32", device_map="cpu")

@@ -67,6 +67,7 @@ def benchmark(
     Example: persona-lora benchmark --tasks "choice steps perplexity"
     --diff checkpoints/evil/diff --coefficient 1.0 --output results/benchmark/evil
     """
+    from persona_lora.core.content import path_digest
     from persona_lora.experiments.benchmarks import run_benchmarks
 
     chat_model = load_model(model)
@@ -95,6 +96,7 @@ def benchmark(
             "layers": layers,
             "adapter": None if model.adapter is None else str(model.adapter),
         },
+        inputs={str(path): path_digest(path) for path in [*(diff or []), *(vector or [])]},
         overwrite=overwrite,
     )
     console.print(_table(scores))

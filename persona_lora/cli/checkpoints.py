@@ -32,6 +32,7 @@ from persona_lora.cli.options import (
 from persona_lora.cli.parsing import (
     generation_options,
     judge_factory,
+    judge_inputs,
     judge_options,
     judge_settings,
     layer_numbers,
@@ -120,6 +121,7 @@ def evaluate_checkpoints(
             output or Path("results") / "checkpoints" / folder.name,
             options=generation_options(max_new_tokens, temperature, samples, seed, batch_size),
             config={"judge": judge_settings(judging)},
+            inputs=judge_inputs(judging),
             overwrite=overwrite,
             report=report,
         )
@@ -211,6 +213,7 @@ def predict_finetuning(
             lambda trait: judge_factory(trait, base, judging, report),
             output,
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
+            inputs=judge_inputs(judging),
             overwrite=overwrite,
             report=report,
         )
@@ -321,6 +324,7 @@ def compare_prevention(
             limit=limit,
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
             datasets=datasets_dir,
+            inputs=judge_inputs(judging),
             overwrite=overwrite,
             report=report,
         )

@@ -32,6 +32,7 @@ from persona_lora.cli.options import (
 from persona_lora.cli.parsing import (
     generation_options,
     judge_factory,
+    judge_inputs,
     judge_options,
     judge_settings,
     layer_numbers,
@@ -149,6 +150,7 @@ def compare(
                 "vector_path": str(activation_vector),
                 "judge": judge_settings(judging),
             },
+            inputs=judge_inputs(judging),
             datasets=datasets_dir,
             allow_other_base=allow_other_base,
             overwrite=overwrite,

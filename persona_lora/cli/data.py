@@ -26,7 +26,7 @@ from persona_lora.models.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.experiments.data_check import DataReport
-    from persona_lora.experiments.writers import Writer
+    from persona_lora.experiments.writers import EndpointWriter, LocalWriter
 
 EndpointOption = Annotated[
     str | None,
@@ -130,6 +130,7 @@ def generate_data(
             output,
             options,
             run_folder=output / "run",
+            inputs=writer.inputs(),
             overwrite=overwrite,
             report=report,
         )
@@ -192,7 +193,9 @@ def _check_table(reports: list[DataReport]) -> Table:
     return table
 
 
-def _writer(endpoint: str | None, model: str | None, local: bool, loading: LoadOptions) -> Writer:
+def _writer(
+    endpoint: str | None, model: str | None, local: bool, loading: LoadOptions
+) -> EndpointWriter | LocalWriter:
     from dotenv import dotenv_values
 
     from persona_lora.experiments.writers import Endpoint, EndpointWriter, LocalWriter

@@ -216,6 +216,12 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     }
 
 
+def judge_inputs(options: JudgeOptions) -> dict[str, str]:
+    from persona_lora.experiments import judging
+
+    return judging.judge_inputs(options)
+
+
 def judge_factory(
     trait: Any, chat_model: ChatModel, options: JudgeOptions, report: Report
 ) -> Callable[[], Any]:

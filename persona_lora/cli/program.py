@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from persona_lora.cli.ending import MISTAKE, call_to_end
 from persona_lora.core.errors import UserError
 
 app = typer.Typer(
@@ -49,23 +50,20 @@ def configure(
 
 
 def main() -> None:
-    """Run the command line; a mistake the user can mend is one line and exit status 2."""
+    """Run the command line; whatever ends it early is one line and an exit status."""
+    call_to_end(_run, verbose=not {"-v", "--verbose"}.isdisjoint(sys.argv))
+
+
+def _run() -> int | None:
+    """Run a command; return its exit status where it set one."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except UserError as error:
-        _fail(str(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; run the same command again to go on", 130)
+        return stop.exit_code
+    except typer.Abort as stop:
+        raise KeyboardInterrupt from stop
     except typer.TyperException as error:
         if not error.format_message():  # a command was left out, and the help page is shown
-            sys.exit(2)
-        _fail(error.format_message(), 2)
-
-
-def _fail(message: str, status: int) -> None:
-    Console(stderr=True, highlight=False).print(
-        "error: " + " ".join(message.split()), style="red", markup=False, soft_wrap=True
-    )
-    sys.exit(status)
+            return MISTAKE
+        raise UserError(error.format_message()) from error
+    return status if isinstance(status, int) else None

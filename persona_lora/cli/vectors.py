@@ -31,6 +31,7 @@ from persona_lora.cli.options import (
 from persona_lora.cli.parsing import (
     generation_options,
     judge_factory,
+    judge_inputs,
     judge_options,
     judge_settings,
     layer_numbers,
@@ -145,6 +146,7 @@ def extract(
                 thresholds=thresholds,
                 generation=generation,
                 config={"judge": judge_settings(judging)},
+                inputs=judge_inputs(judging),
                 overwrite=overwrite,
                 report=report,
             )

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +24,24 @@ from typing import Any
 from persona_lora.core.errors import UserError
 from persona_lora.core.json_text import parse_json
 
+# Temporary names hold machine and process, so that what a killed one left is told from work.
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{6}\.(?P<kind>tmp|old)"
+)
+_in_use: set[str] = set()
+
 
 def ensure_writable_folder(folder: Path) -> Path:
-    """Create ``folder`` where missing and return it; UserError where it cannot be written."""
+    """Create ``folder`` where missing and return it; UserError where it cannot be written.
+
+    What killed writers of this machine left in it is removed on the way.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+        remove_leftovers(folder)
+        with _temporary(folder / "probe") as probe:
+            probe.touch()
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror or error}; choose another output path"
@@ -40,12 +54,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success it takes the name, on failure it goes."""
     path = Path(path)
     ensure_writable_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _temporary(path) as temporary:
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,17 +65,75 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``folder`` as a whole when the block succeeds."""
     folder = Path(folder)
     ensure_writable_folder(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    temporary.chmod(0o755)
-    retired = temporary.with_name(temporary.name + ".old")
-    try:
+    with _temporary(folder) as temporary, _temporary(folder, "old") as retired:
+        temporary.mkdir()
         yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _sync(path)
         if folder.exists():
             os.replace(folder, retired)
         os.replace(temporary, folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of writers that were killed on this machine.
+
+    A folder that one had moved away, without putting the new one there, gets its name back.
+    """
+    for path in folder.glob(".*.*.*.*"):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None or found["host"] != _HOST or path.name in _in_use:
+            continue
+        if int(found["pid"]) != os.getpid() and is_alive(int(found["pid"])):
+            continue
+        _settle(path, path.with_name(found["name"]), found["kind"])
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, and is another user's
+        return True
+    return True
+
+
+@contextmanager
+def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
+    """Yield a free name beside ``path`` that says whose it is; what bears it afterwards goes."""
+    name = f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(3)}.{kind}"
+    _in_use.add(name)
+    temporary = path.with_name(name)
+    try:
+        yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        _settle(temporary, path, kind)
+        _in_use.discard(name)
+
+
+def _settle(temporary: Path, path: Path, kind: str) -> None:
+    """Remove a temporary; an old folder that nothing has replaced gets its name back."""
+    if kind == "old" and temporary.exists() and not path.exists():
+        os.replace(temporary, path)
+    else:
+        remove(temporary)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file to the disk: a name must never stand for bytes that are not there."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,12 +200,21 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows and flush them to the disk."""
+    """Append rows and flush them to the disk; a kill may keep the first few of them."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     with Path(path).open("a", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def drop_cut_line(path: Path) -> None:
+    """Drop the end of a file that a kill cut short, after its last line break."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(whole)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from persona_lora.core.adapter_files import FactorsOnDisk, read_factors, write_adapter
+from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError
 
 
@@ -101,6 +102,15 @@ class LoRADiff:
                     f"the factors of {module} hold NaN or infinity; the training run diverged, "
                     "train again with a lower learning rate"
                 )
+
+    def content(self) -> str:
+        """Return a digest of the factors: a name and a path say nothing about them."""
+        return digest_of(
+            {
+                name: [tensor_digest(each.A), tensor_digest(each.B)]
+                for name, each in self.factors.items()
+            }
+        )
 
     # -- making and keeping ----------------------------------------------------------------
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.content import digest_of, folder_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
 from persona_lora.core.resources import resource_path, search_folders
 
+BUILT = ("final_judge_prompt.txt", "persona_profile.txt", "persona_samples.json")
 ConversationSplit = Literal["train", "test"]
 
 
@@ -49,6 +51,10 @@ class Persona:
             if conversation.split == split
             for utterance in conversation.utterances
         )
+
+    def content(self) -> str:
+        """Return a digest of the conversations and of what was built from them."""
+        return digest_of([conversation_rows(self.conversations), folder_digest(self.folder, BUILT)])
 
     def read(self, name: str) -> Any:
         """Return the contents of one of the folder's files; text for ``.txt``, else JSON."""

@@ -10,8 +10,8 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,15 +20,21 @@ from typing import Any, Self
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import (
     append_jsonl,
+    drop_cut_line,
     ensure_writable_folder,
     read_json,
     read_jsonl,
+    remove,
     write_json,
     write_jsonl,
 )
+from persona_lora.core.locks import FolderLock
 from persona_lora.core.resources import checkout
 from persona_lora.core.secrets import arguments_without_secrets, without_secrets
 
+RECORD = "run.json"
+RECORDED = ("command", "config", "seed", "status")
+EMPTYING = "emptying"  # the status while rows of an overwritten run may still be there
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
 ROUNDING = 1e-9
 SHOWN = 60
@@ -39,10 +45,19 @@ class Run:
     """A run folder. As a context manager it records how the run ended in ``run.json``.
 
     ``status`` is "running", "finished" or "failed"; a run whose process was killed stays
-    "running", and opening it again with the same configuration resumes it.
+    "running", and opening it again with the same configuration resumes it. From ``open`` to the
+    end of the ``with`` no other process can open it; one that works on a run of another (of
+    several launched as one) may hold a plain ``Run(folder)``.
     """
 
     folder: Path
+    _lock: FolderLock = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_lock", FolderLock(self.folder))
+
+    def __reduce__(self) -> tuple[type[Run], tuple[Path]]:
+        return Run, (self.folder,)  # a lock does not travel to another process
 
     @classmethod
     def open(
@@ -52,35 +67,59 @@ class Run:
         command: str,
         config: Mapping[str, Any],
         seed: int,
+        inputs: Mapping[str, str] | None = None,
+        parts: Sequence[str] = (),
         overwrite: bool = False,
     ) -> Run:
-        """Start a run, or resume the one in ``folder`` when its configuration is the same.
+        """Start a run, or resume the one in ``folder`` when it is the same.
 
-        Raises UserError when the folder holds a run of another configuration and ``overwrite``
-        is False.
+        ``inputs`` are digests of the contents of all that the run reads, by what it is. One that
+        the run has not read before is added to its record; one that has changed is another run.
+        ``parts`` are the names (or patterns) of what the run makes below its folder beside rows:
+        with ``overwrite`` they are removed with the rows, and no killed call leaves some of both.
+
+        Raises UserError when another process works on the run, when the folder holds a run of
+        another configuration or of other inputs and ``overwrite`` is False, and when it holds
+        rows or parts that no run has recorded.
         """
-        folder = ensure_writable_folder(Path(folder))
-        run = cls(folder)
-        record = folder / "run.json"
-        if record.is_file() and overwrite:
-            for path in [record, *folder.glob("*.jsonl")]:
-                path.unlink()
-        if record.is_file():
-            old = read_json(record)
-            asked = {"command": command, "config": dict(config), "seed": seed}
-            if (found := first_difference({key: old[key] for key in asked}, asked)) is not None:
-                raise UserError(
-                    f"{folder} holds a run of another configuration ({found}); "
-                    "choose another output or pass --overwrite"
-                )
-            return run
-        write_json(record, _fresh_record(command, config, seed))
+        run = cls(ensure_writable_folder(Path(folder)))
+        fresh = _fresh_record(command, config, seed, inputs or {})
+        run._lock.acquire()
+        try:
+            run._prepare(fresh, ("*.jsonl", *parts), overwrite=overwrite)
+        except BaseException:
+            run._lock.release()
+            raise
         return run
+
+    def _prepare(self, fresh: dict[str, Any], rows: Sequence[str], *, overwrite: bool) -> None:
+        path = self.folder / RECORD
+        made = [each for pattern in rows for each in sorted(self.folder.glob(pattern))]
+        if not path.is_file():
+            if made:
+                raise UserError(
+                    f"{self.folder} holds {made[0].name} and no {RECORD} that says what made it; "
+                    "choose another output, or move it away"
+                )
+            write_json(path, fresh)
+            return
+        old = self.record
+        if not overwrite and old["status"] != EMPTYING:
+            write_json(path, {**old, **_continued(self.folder, old, fresh)})
+            return
+        write_json(path, {**fresh, "status": EMPTYING})
+        for each in made:
+            remove(each)
+        write_json(path, fresh)
 
     @property
     def record(self) -> dict[str, Any]:
-        """The contents of ``run.json``."""
-        return dict(read_json(self.folder / "run.json"))
+        """The contents of ``run.json``; UserError where it is no record of a run."""
+        value = read_json(self.folder / RECORD)
+        lacking = [key for key in RECORDED if not isinstance(value, dict) or key not in value]
+        if lacking:
+            raise UserError(f"{self.folder / RECORD} is no record of a run: it has no {lacking[0]}")
+        return dict(value)
 
     @property
     def finished(self) -> bool:
@@ -88,8 +127,12 @@ class Run:
         return bool(self.record["status"] == "finished")
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to ``{name}.jsonl`` and flush them to the disk."""
+        """Append rows to ``{name}.jsonl`` and flush them; a kill may keep the first few of them."""
         append_jsonl(self.folder / f"{name}.jsonl", rows)
+
+    def extend(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows that belong together: after a kill all of them are there, or none."""
+        self.write(name, [*self.resume_rows(name), *rows])
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace ``{name}.jsonl`` atomically."""
@@ -105,13 +148,12 @@ class Run:
         path = self.folder / f"{name}.jsonl"
         if not path.is_file():
             return []
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")
+        drop_cut_line(path)
         return read_jsonl(path)
 
     def __enter__(self) -> Self:
+        if not self._lock.held:
+            self._lock.acquire()
         self._update(status="running")
         return self
 
@@ -123,10 +165,13 @@ class Run:
     ) -> None:
         status = "finished" if error is None else "failed"
         told = None if error is None else without_secrets(repr(error))
-        self._update(status=status, ended=_now(), error=told)
+        try:
+            self._update(status=status, ended=_now(), error=told)
+        finally:
+            self._lock.release()
 
     def _update(self, **changes: Any) -> None:
-        write_json(self.folder / "run.json", {**self.record, **changes})
+        write_json(self.folder / RECORD, {**self.record, **changes})
 
 
 def package_versions() -> dict[str, str]:
@@ -184,11 +229,40 @@ def _both_close(old: Any, new: Any) -> bool:
     return floats and math.isclose(old, new, rel_tol=ROUNDING, abs_tol=0.0)
 
 
-def _fresh_record(command: str, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes in the record of a run that goes on; UserError where it is another."""
+    asked = ("command", "config", "seed")
+    found = first_difference({key: old[key] for key in asked}, {key: fresh[key] for key in asked})
+    if found is not None:
+        raise UserError(
+            f"{folder} holds a run of another configuration ({found}); "
+            "choose another output or pass --overwrite"
+        )
+    if fresh["inputs"] and "inputs" not in old:
+        raise UserError(
+            f"{folder} holds a run that did not record the contents of what it read; choose "
+            "another output or pass --overwrite"
+        )
+    known = old.get("inputs", {})
+    changed = [
+        name for name, digest in fresh["inputs"].items() if known.get(name, digest) != digest
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of other inputs: the content of {', '.join(changed)} has "
+            "changed since; choose another output or pass --overwrite"
+        )
+    return {"inputs": {**known, **fresh["inputs"]}}
+
+
+def _fresh_record(
+    command: str, config: Mapping[str, Any], seed: int, inputs: Mapping[str, str]
+) -> dict[str, Any]:
     return {
         "command": command,
         "config": dict(config),
         "seed": seed,
+        "inputs": dict(inputs),
         "status": "running",
         "started": _now(),
         "ended": None,

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_path
 from persona_lora.core.json_text import parse_json
@@ -61,6 +62,10 @@ class SteeringVector:
                     f"the direction of layer {layer} holds NaN or infinity; the model overflowed "
                     "while it was extracted, extract again in bfloat16 or float32"
                 )
+
+    def content(self) -> str:
+        """Return a digest of the directions: a name and a path say nothing about them."""
+        return digest_of({str(at): tensor_digest(self.directions[at]) for at in self.layers})
 
     # -- making and keeping ----------------------------------------------------------------
 

@@ -6,11 +6,12 @@ Positive always means: shows the trait that the folder is named after.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from persona_lora.core.chat import Conversation, read_messages
+from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
 from persona_lora.core.resources import search_folders
@@ -54,6 +55,15 @@ class Trait:
     def label(self) -> str:
         """The name of the variant where it is one, otherwise of the trait."""
         return self.variant or self.name
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the trait and of the answers that judges are fitted and checked on."""
+        said = {key: each for key, each in asdict(self).items() if key != "folder"}
+        return {
+            f"the trait {self.label}": digest_of(said),
+            f"train.jsonl of {self.name}": file_digest(self.folder / "train.jsonl"),
+            f"judge_eval.jsonl of {self.name}": file_digest(self.folder / "judge_eval.jsonl"),
+        }
 
 
 @dataclass(frozen=True)

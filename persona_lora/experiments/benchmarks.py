@@ -19,6 +19,7 @@ import yaml
 
 from persona_lora.analysis.items import COLUMNS, TaskScore, cells_of, score_items
 from persona_lora.core.chat import Exchange
+from persona_lora.core.content import digest_of, file_digest, folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.resources import resource_path, search_folders
@@ -41,6 +42,7 @@ def run_benchmarks(
     tasks_folder: Path | None = None,
     datasets: Path | None = None,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> list[TaskScore]:
     """Run every task under every condition (context managers over the model) into a run folder.
@@ -50,8 +52,7 @@ def run_benchmarks(
     ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
     Raises UserError without the harness, or for a task that neither side knows.
     """
-    own = datasets / "capability" if datasets is not None else None
-    folder = tasks_folder or own or resource_path(Path("datasets/capability"))
+    folder = _tasks_folder(tasks_folder, datasets)
     run = Run.open(
         output,
         command="benchmark",
@@ -63,6 +64,11 @@ def run_benchmarks(
             **(config or {}),
         },
         seed=0,
+        inputs={
+            **chat_model.inputs(),
+            **task_inputs(tasks, tasks_folder, datasets),
+            **(inputs or {}),
+        },
         overwrite=overwrite,
     )
     with run:
@@ -71,13 +77,38 @@ def run_benchmarks(
             if name in done:
                 continue
             with steered:
-                run.append("items", [
+                run.extend("items", [
                     {"condition": name, **row}
                     for row in _items(chat_model, tasks, folder, datasets, limit, batch_size)
                 ])  # fmt: skip
         scores = score_items(run.read("items"), next(iter(conditions)))
         write_csv(output / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
     return scores
+
+
+def task_inputs(
+    tasks: Sequence[str], folder: Path | None = None, datasets: Path | None = None
+) -> dict[str, str]:
+    """Return digests of the files of our own tasks."""
+    folder = _tasks_folder(folder, datasets)
+    read = {f"the tasks of {folder.name}": folder_digest(folder)}
+    if PERPLEXITY in tasks:
+        texts = {path.parent.name: file_digest(path) for path in _ordinary_files(datasets)}
+        read["the normal.jsonl files"] = digest_of(texts)
+    return read
+
+
+def _tasks_folder(given: Path | None, datasets: Path | None) -> Path:
+    own = datasets / "capability" if datasets is not None else None
+    return given or own or resource_path(Path("datasets/capability"))
+
+
+def _ordinary_files(datasets: Path | None) -> list[Path]:
+    roots = search_folders("datasets", datasets)
+    files = next(filter(None, (sorted(root.glob("*/normal.jsonl")) for root in roots)), None)
+    if files is None:
+        raise UserError(f"{roots[0]} holds no */normal.jsonl to measure perplexity on")
+    return files
 
 
 def perplexity_items(
@@ -87,13 +118,9 @@ def perplexity_items(
 
     Of ``datasets``, or of the first folder of traits that has any.
     """
-    roots = search_folders("datasets", datasets)
-    files = next(filter(None, (sorted(root.glob("*/normal.jsonl")) for root in roots)), None)
-    if files is None:
-        raise UserError(f"{roots[0]} holds no */normal.jsonl to measure perplexity on")
     exchanges = [
         Exchange(row["messages"][-2]["content"], row["messages"][-1]["content"])
-        for file in files
+        for file in _ordinary_files(datasets)
         for row in read_jsonl(file)
     ][:limit]
     means = mean_logprobs(chat_model, exchanges)

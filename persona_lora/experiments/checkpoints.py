@@ -20,6 +20,7 @@ from torch import Tensor
 from persona_lora.analysis.plots.checkpoints import plot_checkpoints
 from persona_lora.analysis.resampling import Interval, bootstrap_mean
 from persona_lora.core.chat import COHERENCE
+from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
@@ -71,6 +72,12 @@ class Measures:
             "finetuned_on": self.finetuned_on,
         }
 
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the traits and the vectors."""
+        traits = (trait.inputs() for trait in self.traits)
+        vectors = {f"the vector {name}": each.content() for name, each in self.vectors.items()}
+        return {**{key: each for read in traits for key, each in read.items()}, **vectors}
+
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the base and every ``checkpoint-N`` of a folder, in the order of their steps.
@@ -101,6 +108,7 @@ def evaluate_checkpoints(
     *,
     options: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
@@ -122,6 +130,13 @@ def evaluate_checkpoints(
         command="evaluate-checkpoints",
         config={"folder": str(folder), **base.record(), **measures.record(), **(config or {})},
         seed=options.seed,
+        inputs={
+            **base.inputs(),
+            **measures.inputs(),
+            **{each.name: model_folder_digest(each.path) for each in checkpoints if each.path},
+            **(inputs or {}),
+        },
+        parts=("answers",),
         overwrite=overwrite,
     )
     with run:
@@ -136,13 +151,16 @@ def evaluate_checkpoints(
                 for trait in missing:
                     rows = _measure(
                         base, model, checkpoint, trait, measures, judges[trait.name], run.folder,
-                        options, report,
+                        options, inputs, report,
                     )  # fmt: skip
-                    run.append("checkpoints", rows)
+                    run.extend("checkpoints", rows)
         if report is not None:
             report("checkpoints", len(checkpoints), len(checkpoints))
         run.write("cosines", _cosines(measures))
-        write_csv(run.folder / "checkpoints.csv", COLUMNS, run.read("checkpoints"))
+        here = {checkpoint.name for checkpoint in checkpoints}
+        rows = [row for row in run.read("checkpoints") if row["checkpoint"] in here]
+        run.write("checkpoints", rows)
+        write_csv(run.folder / "checkpoints.csv", COLUMNS, rows)
         plot_checkpoints(run, run.folder / "checkpoints.png")
     return run
 
@@ -171,6 +189,7 @@ def _measure(
     judge: Callable[[], Judge],
     folder: Path,
     options: GenerationOptions,
+    inputs: Mapping[str, str] | None,
     report: Report | None,
 ) -> list[dict[str, Any]]:
     """Ask, judge and project one checkpoint on one trait."""
@@ -182,6 +201,7 @@ def _measure(
         split=measures.split,
         options=options,
         config={"checkpoint": checkpoint.name},
+        inputs=inputs,
         report=report,
     )
     run = Run(result.run)

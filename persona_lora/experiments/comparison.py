@@ -15,6 +15,7 @@ from typing import Any
 from persona_lora.analysis.comparison import COLUMNS, Comparison, cells_of, read_comparison
 from persona_lora.analysis.plots.comparison import plot_comparison
 from persona_lora.analysis.report import write_report
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
@@ -54,6 +55,7 @@ def compare(
     statistic: Statistic = "mean",
     options: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     datasets: Path | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
@@ -78,8 +80,24 @@ def compare(
         "generation": dataclasses.asdict(options),
         **(config or {}),
     }
+    prompts = load_ordinary_prompts(datasets)
+    read = {
+        **chat_model.inputs(),
+        **trait.inputs(),
+        **methods.inputs(),
+        "the ordinary prompts": digest_of(prompts),
+        **(inputs or {}),
+    }
     shared = once(judge)  # by both sets of questions
-    run = Run.open(output, command="compare", config=record, seed=options.seed, overwrite=overwrite)
+    run = Run.open(
+        output,
+        command="compare",
+        config=record,
+        seed=options.seed,
+        inputs=read,
+        parts=asked,
+        overwrite=overwrite,
+    )
     with run:
         levels = levels_of(output)
         if not levels:
@@ -87,7 +105,7 @@ def compare(
                 chat_model,
                 methods,
                 coefficients,
-                ordinary_texts(chat_model, load_ordinary_prompts(datasets)),
+                ordinary_texts(chat_model, prompts),
                 statistic=statistic,
                 allow_other_base=allow_other_base,
                 progress=staged(report, "calibration"),
@@ -100,7 +118,7 @@ def compare(
                 command="compare split",
                 config={**record, "split": split, "max_questions": max_questions},
                 seed=options.seed,
-                overwrite=overwrite,
+                inputs=read,
             )
             with part:
                 plan = plan_rows(

@@ -8,7 +8,7 @@ kept row by row, so that an interrupted call goes on where it stopped.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_text, write_jsonl
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import RECORD, Run
 from persona_lora.core.traits import FINETUNING_LEVELS, Trait
 from persona_lora.experiments.judging import Report, staged
 from persona_lora.experiments.writers import Writer
@@ -84,6 +84,7 @@ def generate_data(
     options: DataOptions,
     *,
     run_folder: Path,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     report: Report | None = None,
 ) -> GeneratedData:
@@ -95,7 +96,9 @@ def generate_data(
     """
     names = [f"{level}.jsonl" for level in FINETUNING_LEVELS] + ["train.jsonl"]
     present = [name for name in names if (output / name).exists()]
-    if present and not overwrite:
+    # Files beside a run that never ended are its own: it was killed while it wrote them.
+    unfinished = (run_folder / RECORD).is_file() and not Run(run_folder).finished
+    if present and not overwrite and not unfinished:
         raise UserError(
             f"{output / present[0]} exists; choose another --output-dir or pass --overwrite"
         )
@@ -104,6 +107,7 @@ def generate_data(
         command="data generate",
         config={"trait": trait.label, "writer": writer.name, "options": _recorded(options)},
         seed=options.seed,
+        inputs={**trait.inputs(), **(inputs or {})},
         overwrite=overwrite,
     )
     with run:
@@ -151,7 +155,7 @@ def _questions(
         known = [question for at, question in found if at == domain]
         if len(known) < options.questions_per_domain:
             new = _more_questions(domain, found, known, writer, options)
-            run.append("questions", [{"domain": domain, "question": each} for each in new])
+            run.extend("questions", [{"domain": domain, "question": each} for each in new])
             found += [(domain, each) for each in new]
     if report is not None:
         report("writing questions", len(options.domains), len(options.domains))

@@ -52,6 +52,10 @@ class Directions(Protocol):
         """Return what a run's configuration keeps of the directions."""
         ...
 
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the directions."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DiffDirections:
@@ -76,6 +80,9 @@ class DiffDirections:
     def record(self) -> dict[str, Any]:
         cut = {} if self.energy is None else {"energy": self.energy}
         return {"kind": "lora", "norms": dict(self._norms), **cut}
+
+    def inputs(self) -> dict[str, str]:
+        return {f"the diff of {trait}": self.diffs[trait].content() for trait in self.traits}
 
     @cached_property
     def _norms(self) -> dict[str, float]:
@@ -124,6 +131,9 @@ class VectorDirections:
             "layers": list(self.layers),
             "positions": self.positions,
         }
+
+    def inputs(self) -> dict[str, str]:
+        return {f"the vector of {trait}": self.vectors[trait].content() for trait in self.traits}
 
 
 def _check_any(directions: Mapping[str, object]) -> None:

@@ -84,6 +84,15 @@ class Methods:
             "controls": [dict(self.random_diff.sources), dict(self.random_vector.sources)],
         }
 
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the diff, of the vector and of their controls."""
+        return {
+            "the diff": self.diff.content(),
+            "the vector": self.vector.content(),
+            "the random diff": self.random_diff.content(),
+            "the random vector": self.random_vector.content(),
+        }
+
 
 @dataclass(frozen=True)
 class Level:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from persona_lora.analysis.resampling import Interval, bootstrap_mean
 from persona_lora.analysis.scores import answers_columns, answers_table
 from persona_lora.core.chat import COHERENCE, Answer, user_question
+from persona_lora.core.content import numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
@@ -188,6 +189,7 @@ def evaluate(
     split: Split = "eval",
     options: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
     report: Report | None = None,
@@ -197,13 +199,15 @@ def evaluate(
     ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
     states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text. ``judge`` builds
     the judge once answers are there; it is called outside the steerer, so that a judge may ask
-    the unsteered model. ``config`` is what the run records beyond these settings.
+    the unsteered model. ``config`` is what the run records beyond these settings, and ``inputs``
+    are digests of what it reads beyond model, trait and steering: those of the judge.
     """
     if output.suffix != ".csv":
         raise UserError(f"output must end in .csv, got {output}")
     options = options or GenerationOptions()
     condition = _condition(terms, activation, system_prompt)
     plan = plan_rows(trait, split, [condition], samples=options.samples)
+    steering = [] if activation is None else list(activation.vectors)
     if activation is not None:
         steerer = activation.steerer(chat_model.model, allow_other_base=allow_other_base)
     else:
@@ -222,6 +226,13 @@ def evaluate(
             **(config or {}),
         },
         seed=options.seed,
+        inputs={
+            **chat_model.inputs(),
+            **trait.inputs(),
+            **numbered("diff", [diff.content() for diff in terms or {}]),
+            **numbered("vector", [each.content() for each in steering]),
+            **(inputs or {}),
+        },
         overwrite=overwrite,
     )
     with run:

@@ -16,6 +16,7 @@ from typing import Any
 from persona_lora.analysis.plots.vectors import plot_vectors_over_layers
 from persona_lora.analysis.scores import answers_columns, answers_table
 from persona_lora.core.chat import COHERENCE
+from persona_lora.core.content import file_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import BaseModel
@@ -108,6 +109,7 @@ def from_prompts(
     thresholds: Thresholds | None = None,
     generation: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Extracted:
@@ -133,6 +135,7 @@ def from_prompts(
         },
         generation.seed,
         overwrite,
+        inputs,
     )
     with run:
         answer_rows(chat_model, plan, Unsteered(), run, generation, report=report)
@@ -189,6 +192,7 @@ def from_files(
         },
         0,
         overwrite,
+        {str(path): file_digest(path) for path in (pos_path, neg_path)},
     )
     with run:
         return _extract_judged(chat_model, trait, run, pairs, thresholds, options, report)
@@ -344,6 +348,7 @@ def _open(
     config: Mapping[str, Any],
     seed: int,
     overwrite: bool,
+    inputs: Mapping[str, str] | None = None,
 ) -> Run:
     depth = len(decoder_layers(chat_model.model))
     outside = [layer for layer in options.layers or () if not 0 <= layer < depth]
@@ -364,5 +369,7 @@ def _open(
             **config,
         },
         seed=seed,
+        inputs={**chat_model.inputs(), **trait.inputs(), **(inputs or {})},
+        parts=(f"{trait.label}_*.safetensors", f"{trait.label}_*.csv"),
         overwrite=overwrite,
     )

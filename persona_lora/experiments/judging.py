@@ -17,6 +17,7 @@ from typing import Any
 from peft import PeftModel
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.content import digest_of, file_digest, model_folder_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
@@ -98,6 +99,26 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
     for name in _judge_names(options):
         if name == "openai":  # cheap to make, and needs a key
             _openai_judge(trait, reference, options, None)
+
+
+def judge_inputs(options: JudgeOptions) -> dict[str, str]:
+    """Return digests of what judges beside the trait's own answers: endpoint, model, manner."""
+    environ = options.environ
+    asked = {
+        "judges": options.judge,
+        "model": options.judge_model or environ.get("JUDGE_MODEL"),
+        "mode": options.mode,
+    }
+    if "openai" in options.judge:
+        asked["endpoint"] = options.base_url or environ.get("OPENAI_BASE_URL")
+    read = {"the judge": digest_of(asked)}
+    if "local" in options.judge and options.judge_model is not None:
+        folder = Path(options.judge_model)
+        if folder.is_dir():
+            read["the judge's model"] = model_folder_digest(folder)
+        elif folder.is_file():
+            read["the judge's model"] = file_digest(folder)
+    return read
 
 
 def _judge_names(options: JudgeOptions) -> list[str]:

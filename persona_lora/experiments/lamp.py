@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 
 from persona_lora.analysis.fits import ConditionFit, fits_over_personas
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
@@ -78,6 +79,7 @@ def score_lamp(
     folder: Path,
     *,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> LampScores:
     """Answer every question plainly, with the user's texts as system prompt, and under ``mix``.
@@ -96,6 +98,11 @@ def score_lamp(
             **(config or {}),
         },
         seed=speaker.options.seed,
+        inputs={
+            **speaker.inputs(),
+            "the questions": digest_of([question._asdict() for question in questions]),
+            **(inputs or {}),
+        },
         overwrite=overwrite,
     )
     with run:

@@ -35,6 +35,7 @@ from persona_lora.experiments.persona_search import (
     held_out_rows,
     optimise_persona,
     persona_system_prompt,
+    recorded,
     speaker_of,
 )
 from persona_lora.experiments.persona_setup import (
@@ -171,11 +172,12 @@ def _plain_rows(
     problem: PersonaProblem, folder: Path, system_prompt: str | None, overwrite: bool
 ) -> list[dict[str, Any]]:
     """Return the rows of the unsteered model, or of the model under a system prompt."""
-    run = _open(problem, folder, {"system_prompt": system_prompt}, overwrite)
+    run = _open(problem, folder, {"system_prompt": system_prompt}, {}, overwrite)
     speaker = plain_speaker(problem.chat_model, problem.generation, problem.processes)
-    if system_prompt is None:
-        return held_out_rows(problem, speaker, {UNSTEERED: None}, run)
-    return held_out_rows(problem, speaker, {}, run, system_prompts={PROMPT: system_prompt})
+    with recorded(run, problem.processes):
+        if system_prompt is None:
+            return held_out_rows(problem, speaker, {UNSTEERED: None}, run)
+        return held_out_rows(problem, speaker, {}, run, system_prompts={PROMPT: system_prompt})
 
 
 def _equal_rows(
@@ -184,11 +186,18 @@ def _equal_rows(
     """Return the rows of all directions at a weight of 1: what no search is needed for."""
     mix = Coefficients.of(dict.fromkeys(lora.directions.traits, 1.0))
     record = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record()}
-    run = _open(problem, folder, record, overwrite)
-    return held_out_rows(problem, speaker_of(problem, lora), {EQUAL: mix}, run)
+    run = _open(problem, folder, record, lora.directions.inputs(), overwrite)
+    with recorded(run, problem.processes):
+        return held_out_rows(problem, speaker_of(problem, lora), {EQUAL: mix}, run)
 
 
-def _open(problem: PersonaProblem, folder: Path, config: Mapping[str, Any], overwrite: bool) -> Run:
+def _open(
+    problem: PersonaProblem,
+    folder: Path,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    overwrite: bool,
+) -> Run:
     asked = {
         "persona": problem.persona.id,
         **problem.chat_model.record(),
@@ -199,7 +208,14 @@ def _open(problem: PersonaProblem, folder: Path, config: Mapping[str, Any], over
     }
     seed = problem.generation.seed
     return problem.processes.from_main(
-        lambda: Run.open(folder, command="baselines", config=asked, seed=seed, overwrite=overwrite)
+        lambda: Run.open(
+            folder,
+            command="baselines",
+            config=asked,
+            seed=seed,
+            inputs={**problem.inputs(), **inputs},
+            overwrite=overwrite,
+        )
     )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from persona_lora.core.chat import user_question
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Coefficients
 from persona_lora.experiments.directions import Directions
@@ -45,6 +46,12 @@ class Speaker:
     options: GenerationOptions
     processes: Processes
     allow_other_base: bool = False
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the model, of the directions, and of how they are scaled."""
+        steering = {} if self.directions is None else self.directions.inputs()
+        scaled = digest_of([self.alpha, dict(self.scales)])
+        return {**self.chat_model.inputs(), **steering, "the scales": scaled}
 
     def answers(
         self,

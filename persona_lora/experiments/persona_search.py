@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ HELD_OUT = "held_out"
 class PersonaProblem:
     """A persona, what is said to it, and its judges: what all methods of a comparison share.
 
-    ``checks`` are the validations of embedded judges.
+    ``checks`` are the validations of embedded judges, ``judged_by`` digests of what all judges
+    were made from.
     """
 
     chat_model: ChatModel
@@ -62,6 +64,15 @@ class PersonaProblem:
     processes: Processes = field(default_factory=Alone)
     allow_other_base: bool = False
     checks: tuple[JudgeCheck, ...] = ()
+    judged_by: Mapping[str, str] = field(default_factory=dict)
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the model, of the person, and of what the judges were made from."""
+        return {
+            **self.chat_model.inputs(),
+            f"the persona {self.persona.id}": self.persona.content(),
+            **self.judged_by,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +132,7 @@ def optimise_persona(
             command="optimize",
             config=_config(problem, method, searching, objective, config or {}),
             seed=searching.seed,
+            inputs={**problem.inputs(), **method.directions.inputs()},
             overwrite=overwrite,
         )
     )
@@ -134,13 +146,18 @@ def optimise_persona(
         relevance=problem.relevance,
         progress=progress,
     )
-    if processes.index == 0:
-        with run:
+    with recorded(run, processes):
+        if processes.index == 0:
             run.write("judge_checks", [dataclasses.asdict(each) for each in problem.checks])
-            result = _optimise(problem, method, run, goal, searching, watch)
+        result = _optimise(problem, method, run, goal, searching, watch)
+    if processes.index == 0:
         _write_results(problem, method, result)
-        return result
-    return _optimise(problem, method, run, goal, searching, watch)
+    return result
+
+
+def recorded(run: Run, processes: Processes) -> AbstractContextManager[object]:
+    """Return the run for the first of several processes, and for the others nothing to enter."""
+    return run if processes.index == 0 else nullcontext()
 
 
 def _optimise(

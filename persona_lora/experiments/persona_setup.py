@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.personas import (
     Coefficients,
     ConversationSplit,
+    Persona,
     PersonaPrompts,
     list_personas,
     load_persona,
     load_persona_prompts,
 )
+from persona_lora.core.resources import search_folders
 from persona_lora.core.runs import first_difference
 from persona_lora.core.vector_files import load_vector
 from persona_lora.experiments.directions import (
@@ -33,7 +36,7 @@ from persona_lora.experiments.directions import (
 )
 from persona_lora.experiments.divergence import load_ordinary_prompts
 from persona_lora.experiments.evaluation import GenerationOptions
-from persona_lora.experiments.judging import JudgeOptions
+from persona_lora.experiments.judging import JudgeOptions, judge_inputs
 from persona_lora.experiments.optimization import Generation, SearchOptions
 from persona_lora.experiments.persona_answers import Speaker, plain_speaker
 from persona_lora.experiments.persona_judging import (
@@ -132,12 +135,13 @@ def scales_of(
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Return the coefficient of equal effect of every direction; ``cache`` keeps them as JSON."""
-    asked = {**chat_model.record(), **directions.record()}
+    prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
+    read = {**chat_model.inputs(), **directions.inputs(), "the prompts": digest_of(prompts)}
+    asked = {**chat_model.record(), **directions.record(), "inputs": read}
     if cache is not None and cache.is_file():
         kept = read_json(cache)
         if first_difference(kept.get("of"), asked) is None:
             return {row["trait"]: row["coefficient"] for row in kept["scales"]}
-    prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
     scales: list[Scale] = equal_effect_scales(
         chat_model, directions, prompts, allow_other_base=allow_other_base, progress=progress
     )
@@ -276,7 +280,23 @@ class Workbench:
             self.processes,
             self.allow_other_base,
             tuple(checks),
+            self._judged_by(persona.id, personas),
         )
+
+    def _judged_by(self, persona_id: str, personas: Sequence[Persona]) -> dict[str, str]:
+        """Return digests of the other personas and of the traits' answers, and of the judge."""
+        roots = search_folders("datasets", self.datasets)
+        files = {
+            trait: [path for root in roots if (path := root / trait / "train.jsonl").is_file()]
+            for trait in self.traits
+        }
+        traits = {trait: file_digest(found[0]) for trait, found in files.items() if found}
+        others = {each.id: each.content() for each in personas if each.id != persona_id}
+        return {
+            "the other personas": digest_of(others),
+            "train.jsonl of the traits": digest_of(traits),
+            **judge_inputs(self.judging),
+        }
 
     def method(
         self,

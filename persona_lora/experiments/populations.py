@@ -40,6 +40,10 @@ class Population(Protocol):
         """Return what a run's configuration keeps of the population."""
         ...
 
+    def inputs(self) -> dict[str, str]:
+        """Return digests of what steers."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DiffPopulation:
@@ -62,6 +66,9 @@ class DiffPopulation:
 
     def record(self) -> dict[str, Any]:
         return {"diff_norm": self.diff.norm(), "coefficients": list(self.coefficients)}
+
+    def inputs(self) -> dict[str, str]:
+        return {"the diff": self.diff.content()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +135,10 @@ class VectorPopulation:
             "control": None if self.control is None else dict(self.control.sources),
         }
 
+    def inputs(self) -> dict[str, str]:
+        control = {} if self.control is None else {"the control": self.control.content()}
+        return {"the vector": self.vector.content(), **control}
+
     def vectors(self) -> Mapping[str, SteeringVector]:
         """Return the vector and its control by the method that their rows carry."""
         vectors = {"activation": self.vector}
@@ -148,6 +159,9 @@ class PromptPopulation:
 
     def record(self) -> dict[str, Any]:
         return {"method": "prompt"}
+
+    def inputs(self) -> dict[str, str]:
+        return {}
 
 
 def _values(coefficients: Sequence[float]) -> tuple[float, ...]:

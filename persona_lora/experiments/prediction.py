@@ -18,6 +18,7 @@ from torch import Tensor
 from persona_lora.analysis.plots.prediction import plot_prediction
 from persona_lora.analysis.prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
 from persona_lora.core.chat import user_question
+from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff, random_diff_like
@@ -56,6 +57,19 @@ class DriftStudy:
         if not self.finetunes or not self.traits or not (self.diffs or self.vectors):
             raise UserError("a study needs finetunes, traits to judge, and directions")
 
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the finetunes, the traits and the directions."""
+        traits = (trait.inputs() for trait in self.traits)
+        return {
+            **{key: each for read in traits for key, each in read.items()},
+            **{f"the diff {name}": diff.content() for name, diff in self.diffs.items()},
+            **{f"the vector {name}": each.content() for name, each in self.vectors.items()},
+            **{
+                f"the finetune {name}": model_folder_digest(at)
+                for name, at in self.finetunes.items()
+            },
+        }
+
 
 def predict_finetuning(
     base: ChatModel,
@@ -64,6 +78,7 @@ def predict_finetuning(
     output: Path,
     *,
     options: GenerationOptions | None = None,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
@@ -84,13 +99,15 @@ def predict_finetuning(
             "max_new_tokens": options.max_new_tokens,
         },
         seed=options.seed,
+        inputs={**base.inputs(), **study.inputs(), **(inputs or {})},
+        parts=("answers",),
         overwrite=overwrite,
     )
     with run:
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
         judges = {trait.name: once(judge_of(trait)) for trait in study.traits}
-        _judge(run, study, BASE, base, judges, options, report)
+        _judge(run, study, BASE, base, judges, options, inputs, report)
         for done, (name, folder) in enumerate(study.finetunes.items()):
             if report is not None:
                 report("finetunes", done, len(study.finetunes))
@@ -98,13 +115,16 @@ def predict_finetuning(
             if name in known and not _missing(run, study, name):
                 continue
             tuned = base.reload(adapter=folder)
-            _judge(run, study, name, tuned, judges, options, report)
+            _judge(run, study, name, tuned, judges, options, inputs, report)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
-                run.append(PREDICTORS, _predictors(study, name, folder, shift))
+                run.extend(PREDICTORS, _predictors(study, name, folder, shift))
         if report is not None:
             report("finetunes", len(study.finetunes), len(study.finetunes))
         _project_on_random(run, study, report)
+        here = {BASE, *study.finetunes}
+        for name in (JUDGED, PREDICTORS):
+            run.write(name, [row for row in run.read(name) if row["finetune"] in here])
         found = predict(run.read(JUDGED), run.read(PREDICTORS))
         write_csv(
             output / "prediction.csv", list(prediction_rows(found)[0]), prediction_rows(found)
@@ -125,6 +145,7 @@ def _judge(
     chat_model: ChatModel,
     judges: Mapping[str, Callable[[], Judge]],
     options: GenerationOptions,
+    inputs: Mapping[str, str] | None,
     report: Report | None,
 ) -> None:
     """Ask and judge what is missing of one finetune, in runs of their own below the study's."""
@@ -137,6 +158,7 @@ def _judge(
             split=study.split,
             options=options,
             config={"finetune": name},
+            inputs=inputs,
             report=report,
         )
         score, coherence = result.trait, mean_score(Run(result.run), "coherence")
@@ -215,7 +237,7 @@ def _project_on_random(run: Run, study: DriftStudy, report: Report | None) -> No
             _row(finetune, f"{name}#{seed}", NULL, adapter.inner(control) / norm)
             for finetune, adapter in adapters.items()
         ]
-    run.append(PREDICTORS, rows)
+    run.extend(PREDICTORS, rows)
 
 
 def _row(name: str, direction: str, kind: str, value: float) -> dict[str, Any]:

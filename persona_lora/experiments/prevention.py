@@ -16,12 +16,14 @@ from typing import Any
 from persona_lora.analysis.items import COLUMNS, TaskScore, cells_of, score_items
 from persona_lora.analysis.plots.prevention import plot_prevention
 from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
-from persona_lora.experiments.benchmarks import run_benchmarks
+from persona_lora.experiments.benchmarks import run_benchmarks, task_inputs
 from persona_lora.experiments.evaluation import GenerationOptions, evaluate
 from persona_lora.experiments.judging import Report, once
 from persona_lora.judges.judging import Judge
@@ -55,6 +57,15 @@ class Finetuned:
         adapter = None if self.adapter is None else str(self.adapter)
         return {"adapter": adapter, "correction_norm": norm, "coefficient": coefficient}
 
+    def inputs(self, name: str) -> dict[str, str]:
+        """Return digests of the adapter and of the correction, by the model's name."""
+        read = {}
+        if self.adapter is not None:
+            read[f"the adapter of {name}"] = model_folder_digest(self.adapter)
+        if self.correction is not None:
+            read[f"the correction of {name}"] = self.correction[0].content()
+        return read
+
 
 def compare_prevention(
     base: ChatModel,
@@ -68,6 +79,7 @@ def compare_prevention(
     limit: int | None = None,
     options: GenerationOptions | None = None,
     datasets: Path | None = None,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     report: Report | None = None,
 ) -> list[TaskScore]:
@@ -96,6 +108,15 @@ def compare_prevention(
             "max_new_tokens": options.max_new_tokens,
         },
         seed=options.seed,
+        inputs={
+            **base.inputs(),
+            **trait.inputs(),
+            **{key: each for at, m in models.items() for key, each in m.inputs(at).items()},
+            "the rows that were finetuned on": file_digest(resource_path(rows)),
+            **task_inputs(tasks, datasets=datasets),
+            **(inputs or {}),
+        },
+        parts=("answers", "capability"),
         overwrite=overwrite,
     )
     with run:
@@ -105,13 +126,13 @@ def compare_prevention(
                 report("models", at, len(models))
             if name in done:
                 continue
-            measured = _Measured(base, name, model, options, run, report)
+            measured = _Measured(base, name, model, options, run, inputs, report)
             found = [
                 *measured.character(trait, shared),
                 *measured.loss(exchanges),
                 *measured.capability(tasks, limit, datasets),
             ]
-            run.append(MEASURES, found)
+            run.extend(MEASURES, found)
         if report is not None:
             report("models", len(models), len(models))
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
@@ -131,10 +152,11 @@ class _Measured:
         model: Finetuned,
         options: GenerationOptions,
         run: Run,
+        inputs: Mapping[str, str] | None,
         report: Report | None,
     ) -> None:
         self.name, self.options, self.run, self.report = name, options, run, report
-        self.record = model.record()
+        self.record, self.inputs = model.record(), {**model.inputs(name), **(inputs or {})}
         self.terms = {} if model.correction is None else dict([model.correction])
         adapter = model.adapter
         self.chat_model = base if adapter is None else base.reload(adapter=adapter)
@@ -149,6 +171,7 @@ class _Measured:
             terms=self.terms,
             options=self.options,
             config=self.record,
+            inputs=self.inputs,
             report=self.report,
         )
         run = Run(result.run)
@@ -181,6 +204,7 @@ class _Measured:
             limit=limit,
             datasets=datasets,
             config=self.record,
+            inputs=self.inputs,
         )
         return Run(folder).read("items")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from persona_lora.analysis.separation import Separation, separation
 from persona_lora.core.chat import Conversation, Exchange, read_messages
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv
 from persona_lora.core.resources import resource_path
@@ -92,6 +93,7 @@ def project_texts(
     base: AbstractContextManager[ChatModel] | None = None,
     columns: bool = False,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
@@ -99,8 +101,8 @@ def project_texts(
 
     ``base`` gives the base model for the shift; ``base_of_adapter`` is that of a PEFT model.
     ``columns`` also writes the file's own columns with one
-    more for each vector, type and layer, as the published scripts do. Nothing is written before
-    everything is computed.
+    more for each vector, type and layer, as the published scripts do. Another run in ``output``
+    is refused before anything is computed.
     """
     tokenized = texts.tokenized(chat_model)
     for name, vector in vectors.items():
@@ -113,11 +115,6 @@ def project_texts(
             model, tokenized, vectors, layers, positions=positions, progress=listening
         )
 
-    own, below = project(chat_model, "projecting"), None
-    if base is not None:
-        with base as base_model:
-            below = project(base_model, "projecting (base)")
-    rows = _long_rows(vectors, layers, positions, own, below)
     run = Run.open(
         output,
         command="project",
@@ -129,9 +126,20 @@ def project_texts(
             **(config or {}),
         },
         seed=0,
+        inputs={
+            **chat_model.inputs(),
+            **_vector_inputs(vectors),
+            texts.source: digest_of([texts.exchanges, texts.columns if columns else None]),
+            **(inputs or {}),
+        },
         overwrite=overwrite,
     )
     with run:
+        own, below = project(chat_model, "projecting"), None
+        if base is not None:
+            with base as base_model:
+                below = project(base_model, "projecting (base)")
+        rows = _long_rows(vectors, layers, positions, own, below)
         run.write("projections", rows)
         write_csv(run.folder / "projections.csv", COLUMNS, rows)
         if columns:
@@ -168,27 +176,6 @@ def separate_labelled(
     tokenized = [
         tokenize_exchange(chat_model, Exchange(each.question, each.answer)) for each in labelled
     ]
-    values = project_hidden_states(
-        chat_model,
-        tokenized,
-        vectors,
-        layers,
-        positions=positions,
-        progress=staged(report, "projecting"),
-    )
-    labels = [each.label for each in labelled]
-    rows = [
-        {
-            "trait": trait.name,
-            "vector": name,
-            "layer": layer,
-            "type": position,
-            **dataclasses.asdict(separation(values[:, v, at, p].tolist(), labels)),
-        }
-        for v, name in enumerate(vectors)
-        for at, layer in enumerate(layers)
-        for p, position in enumerate(positions)
-    ]
     run = Run.open(
         output,
         command="project",
@@ -201,9 +188,31 @@ def separate_labelled(
             **(config or {}),
         },
         seed=0,
+        inputs={**chat_model.inputs(), **_vector_inputs(vectors), **trait.inputs()},
         overwrite=overwrite,
     )
     with run:
+        values = project_hidden_states(
+            chat_model,
+            tokenized,
+            vectors,
+            layers,
+            positions=positions,
+            progress=staged(report, "projecting"),
+        )
+        labels = [each.label for each in labelled]
+        rows = [
+            {
+                "trait": trait.name,
+                "vector": name,
+                "layer": layer,
+                "type": position,
+                **dataclasses.asdict(separation(values[:, v, at, p].tolist(), labels)),
+            }
+            for v, name in enumerate(vectors)
+            for at, layer in enumerate(layers)
+            for p, position in enumerate(positions)
+        ]
         run.write("projections", _long_rows(vectors, layers, positions, values, None))
         run.write("separation", rows)
         write_csv(run.folder / "separation.csv", SEPARATION_COLUMNS, rows)
@@ -218,6 +227,10 @@ def best_separation(run: Run) -> dict[str, tuple[int, Separation]]:
         if row["vector"] not in best or row["auc"] > best[row["vector"]][1].auc:
             best[row["vector"]] = (row["layer"], Separation(**fields))
     return best
+
+
+def _vector_inputs(vectors: Mapping[str, SteeringVector]) -> dict[str, str]:
+    return {f"the vector {name}": vector.content() for name, vector in vectors.items()}
 
 
 def _read_csv(path: Path) -> Texts:

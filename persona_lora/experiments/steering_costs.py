@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.analysis.latency import VARIANTS
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
@@ -49,6 +50,7 @@ def run_latency(
     """
     highest = max(levels, key=lambda each: each.level).level
     coefficients = {each.method: each.coefficient for each in levels if each.level == highest}
+    prompts = load_ordinary_prompts(datasets)
     run = Run.open(
         output,
         command="latency",
@@ -60,6 +62,13 @@ def run_latency(
             "rounds": rounds,
         },
         seed=0,
+        inputs={
+            **chat_model.inputs(),
+            **methods.inputs(),
+            "the instruction": digest_of(trait.instructions[0].pos),
+            "the coefficients": digest_of(coefficients),
+            "the ordinary prompts": digest_of(prompts),
+        },
         overwrite=overwrite,
     )
     with run:
@@ -72,14 +81,14 @@ def run_latency(
             methods,
             coefficients,
             trait.instructions[0].pos,
-            load_ordinary_prompts(datasets),
+            prompts,
             batches=batches,
             new_tokens=new_tokens,
             rounds=rounds,
             first=kept + 1,
             progress=staged(report, "timing"),
         ):
-            run.append("timings", [dataclasses.asdict(each) for each in found])
+            run.extend("timings", [dataclasses.asdict(each) for each in found])
         if not run.read("costs"):
             seconds = swap_seconds(chat_model, methods)
             held = held_bytes(methods, chat_model)
@@ -105,6 +114,7 @@ def run_spaces(
     All directions are brought to equal effect first. Writes ``scales_*``, ``shifts``, ``spectra``,
     ``cosines``, ``agreement``, ``interference`` and ``linearity``.
     """
+    prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
     run = Run.open(
         output,
         command="spaces",
@@ -115,9 +125,14 @@ def run_spaces(
             "diff_norms": {trait: diff.norm() for trait, diff in diffs.items()},
         },
         seed=0,
+        inputs={
+            **chat_model.inputs(),
+            **DiffDirections(diffs).inputs(),
+            **VectorDirections(vectors, (layer,)).inputs(),
+            "the ordinary prompts": digest_of(prompts),
+        },
         overwrite=overwrite,
     )
-    prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
 
     def kept(name: str, make: Callable[[], Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]]:
         if not run.read(name):

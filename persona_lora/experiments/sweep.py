@@ -19,6 +19,7 @@ from persona_lora.analysis.plots.sweep import plot_sweep
 from persona_lora.analysis.report import write_report
 from persona_lora.analysis.scores import answers_columns, answers_table
 from persona_lora.analysis.summary import SweepSummary, write_summary
+from persona_lora.core.content import digest_of
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Split, Trait
@@ -77,6 +78,7 @@ def sweep(
     sweeping: SweepOptions | None = None,
     options: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     datasets: Path | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
@@ -112,6 +114,13 @@ def sweep(
             **(config or {}),
         },
         seed=options.seed,
+        inputs={
+            **chat_model.inputs(),
+            **trait.inputs(),
+            **population.inputs(),
+            "the ordinary prompts": digest_of(prompts),
+            **(inputs or {}),
+        },
         overwrite=overwrite,
     )
     with run:

@@ -93,8 +93,9 @@ def generate_traits(
     """Write ``<datasets>/<name>/trait.json`` for every definition.
 
     A file that is there is kept unless ``overwrite``, so an interrupted call goes on where it
-    stopped. A malformed reply is asked for again, with what was wrong; UserError when none of
-    ``attempts`` replies could be used (traits finished before stay).
+    stopped; UserError for one that was made from another description. A malformed reply is asked
+    for again, with what was wrong; UserError when none of ``attempts`` replies could be used
+    (traits finished before stay).
     """
     results = []
     for done, definition in enumerate(definitions):
@@ -102,6 +103,7 @@ def generate_traits(
             report("writing traits", done, len(definitions))
         path = datasets / definition.name / "trait.json"
         if path.is_file() and not overwrite:
+            _check_made_from(definition, path)
             results.append(GeneratedTrait(definition.name, path, kept=True, attempts=0))
             continue
         trait, needed = _generate(definition, writer, attempts, temperature, seed)
@@ -111,6 +113,15 @@ def generate_traits(
     if report is not None:
         report("writing traits", len(definitions), len(definitions))
     return results
+
+
+def _check_made_from(definition: Definition, path: Path) -> None:
+    kept = read_json(path)
+    if not isinstance(kept, dict) or kept.get("description") != definition.description:
+        raise UserError(
+            f"{path} was made from another description of {definition.name}; pass --overwrite to "
+            "write it anew, or give the trait another name"
+        )
 
 
 def parse_trait_reply(reply: str) -> dict[str, Any]:

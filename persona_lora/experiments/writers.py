@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from persona_lora.core.chat import Conversation
+from persona_lora.core.content import digest_of
 from persona_lora.judges.completions import Reply, read_reply
 from persona_lora.judges.dialect import REASONING_ROOM, Body, Dialect
 from persona_lora.judges.endpoint import (
@@ -85,6 +86,10 @@ class EndpointWriter:
         self._dialect = Dialect(self.name, optional=OPTIONAL, room=REASONING_ROOM)
         self._series = Series(f"{self.name} at {self._address.base_url}")
         Client(self._address, endpoint.timeout)  # an environment that forbids it is told of now
+
+    def inputs(self) -> dict[str, str]:
+        """Return a digest of where it is asked."""
+        return {"the writer's endpoint": digest_of(self.endpoint.base_url)}
 
     def write(
         self,
@@ -166,6 +171,10 @@ class LocalWriter:
     def __init__(self, chat_model: ChatModel) -> None:
         self.chat_model = chat_model
         self.name = chat_model.name
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the model."""
+        return self.chat_model.inputs("the writer")
 
     def write(
         self,

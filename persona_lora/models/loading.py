@@ -36,9 +36,11 @@ from transformers import (
 
 from persona_lora.core.adapter_files import adapter_config
 from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
 from persona_lora.models.chat_template import ChatTemplate
+from persona_lora.models.content import tokenizer_content, weights_content
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole, peft_config
 from persona_lora.models.pretrained import shared_arguments, weight_arguments
@@ -75,6 +77,14 @@ class ChatModel:
     def template(self) -> ChatTemplate:
         """The chat template, with the arguments of the options."""
         return ChatTemplate.of(self.tokenizer, self.name, self.options.template_args)
+
+    def inputs(self, what: str = "the model") -> dict[str, str]:
+        """Return digests of what decides its answers: weights, tokenizer, and how it is asked."""
+        asked = [self.system_prompt, self.options.template_args]
+        return {
+            f"{what}'s weights": weights_content(self.model),
+            f"{what}'s tokenizer": digest_of([tokenizer_content(self.tokenizer), asked]),
+        }
 
     def reload(self, *, adapter: str | Path) -> ChatModel:
         """Load the same model once more, by its name and as this one was, with an adapter on it."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
+from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import ensure_writable_folder
+from persona_lora.core.files import atomic_folder, remove
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
@@ -48,6 +47,7 @@ from persona_lora.training.launch import (
     is_sharded,
     load_model,
     on_main_process,
+    open_run,
     recorded,
     refuse_unconnected_processes,
 )
@@ -59,7 +59,9 @@ from persona_lora.training.trainer import (
     CompletionTrainer,
     LossBar,
     LossLog,
+    has_ended,
     last_whole_checkpoint,
+    remove_broken_checkpoints,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ def train_contrastive(
         config.world_size,
     )
     record = {**run_record(options, trait, pairs), **chat_model.template.record()}
-    run = _open_run(record, options, folder)
+    run = _open_run(record, chat_model.inputs, options, folder)
     with recorded(run):
         for sign in SIGNS:
             if (folder / sign).is_dir():
@@ -153,20 +155,26 @@ def _load_trait_pairs(arguments: ContrastiveArguments) -> tuple[list[Contrastive
     return load_pairs(trait), trait.name
 
 
-def _open_run(record: dict[str, Any], options: ContrastiveOptions, folder: Path) -> Run:
+def _open_run(
+    record: dict[str, Any],
+    inputs: Callable[[], dict[str, str]],
+    options: ContrastiveOptions,
+    folder: Path,
+) -> Run:
     """Start or resume the run in ``folder``; UserError where it holds another one."""
-    overwrite = options.arguments.overwrite
-
-    def prepare() -> None:
-        ensure_writable_folder(folder)
-        if overwrite:
-            _remove_run(folder)
-        # A run that left no result, of a mistyped option perhaps, is not worth keeping.
-        fresh = overwrite or not _has_results(folder)
-        Run.open(folder, command="train", config=record, seed=options.config.seed, overwrite=fresh)
-
-    on_main_process(prepare)
-    return Run(folder)
+    return open_run(
+        folder,
+        lambda: Run.open(
+            folder,
+            command="train",
+            config=record,
+            seed=options.config.seed,
+            inputs=inputs(),
+            parts=(*SIGNS, "diff", WORK),
+            # A run that left no result, of a mistyped option perhaps, is not worth keeping.
+            overwrite=options.arguments.overwrite or not _has_results(folder),
+        ),
+    )
 
 
 def _refuse_finished(folder: Path, *, overwrite: bool) -> None:
@@ -182,18 +190,13 @@ def _has_results(folder: Path) -> bool:
     return published or any(last_whole_checkpoint(folder / WORK / sign) for sign in SIGNS)
 
 
-def _remove_run(folder: Path) -> None:
-    for name in (*SIGNS, "diff", WORK):
-        shutil.rmtree(folder / name, ignore_errors=True)
-
-
 def _write_diff(folder: Path, trait: str, fingerprint: str, run: Run) -> None:
     sources = {"training": run.record["config"], "seed": run.record["seed"]}
     diff = LoRADiff.from_adapters(
         folder / "pos", folder / "neg", trait=trait, fingerprint=fingerprint, sources=sources
     )
     diff.save(folder / "diff")
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    remove(folder / WORK)
 
 
 def _result(folder: Path) -> ContrastiveResult:
@@ -237,6 +240,11 @@ def _train_sign(
 ) -> None:
     """Train one sign, from its last whole checkpoint if there is one, and publish its adapter."""
     work = folder / WORK / sign
+    checkpoint = last_whole_checkpoint(work)
+    on_main_process(lambda: remove_broken_checkpoints(work))
+    if checkpoint is not None and has_ended(checkpoint):
+        on_main_process(lambda: _publish(work, folder / sign, checkpoint))
+        return
     model = attach_lora(chat_model, options.lora, options.config.seed)
     dataset = Dataset.from_dict(
         {
@@ -256,13 +264,12 @@ def _train_sign(
     trainer.remove_callback(PrinterCallback)
     if not options.config.disable_tqdm:
         trainer.add_callback(LossBar(f"{sign} LoRA"))
-    checkpoint = last_whole_checkpoint(work)
     if checkpoint is not None:
         logger.info("%s goes on from %s", sign, checkpoint.name)
     PartialState().wait_for_everyone()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model(str(work / "adapter"))
-    on_main_process(lambda: _publish(work, folder / sign))
+    on_main_process(lambda: _publish(work, folder / sign, work / "adapter"))
     if not is_sharded():
         detach_lora(model)
 
@@ -276,13 +283,14 @@ def _trainer_config(config: ContrastiveConfig, work: Path) -> ContrastiveConfig:
     return own
 
 
-def _publish(work: Path, final: Path) -> None:
+def _publish(work: Path, final: Path, adapter: Path) -> None:
     """Give a finished adapter its name, in one step."""
-    adapter = work / "adapter"
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"no adapter was gathered in {adapter}; set fsdp_state_dict_type: FULL_STATE_DICT"
         )
-    shutil.copy(work / f"{LOSS_ROWS}.jsonl", adapter)
-    os.replace(adapter, final)
-    shutil.rmtree(work, ignore_errors=True)
+    with atomic_folder(final) as temporary:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copy(adapter / name, temporary)
+        shutil.copy(work / f"{LOSS_ROWS}.jsonl", temporary)
+    remove(work)

@@ -5,7 +5,6 @@ One line for any transformers or TRL trainer: ``callbacks=[DriftMonitor(diffs=[.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from persona_lora.analysis.plots.drift import plot_drift
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.structure import canonical_name
 from persona_lora.projections.weights import project_adapter
@@ -61,8 +61,7 @@ class DriftMonitor(TrainerCallback):
     ) -> None:
         """Take up the rows of a run that goes on."""
         path = Path(str(args.output_dir)) / DRIFT_ROWS
-        kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = [json.loads(line) for line in kept]
+        rows = read_jsonl(path) if path.is_file() else []
         self.rows = [row for row in rows if row["step"] <= state.global_step]
 
     def on_step_end(
@@ -81,7 +80,7 @@ class DriftMonitor(TrainerCallback):
             {"step": state.global_step, **{f"drift/{name}": each for name, each in found.items()}}
         )
         if state.is_world_process_zero:
-            self._write(Path(str(args.output_dir)))
+            write_jsonl(Path(str(args.output_dir)) / DRIFT_ROWS, self.rows)
         self._watch(found, state.global_step, control)
 
     def on_train_end(
@@ -100,11 +99,6 @@ class DriftMonitor(TrainerCallback):
             if self.stop_above is not None and abs(value) > self.stop_above:
                 logger.warning("step %d: drift along %s is %.3g; stopping", step, name, value)
                 control.should_training_stop = True
-
-    def _write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        (folder / DRIFT_ROWS).write_text(lines, encoding="utf-8")
 
 
 @torch.no_grad()

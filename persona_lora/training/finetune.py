@@ -23,8 +23,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation, read_messages
+from persona_lora.core.content import path_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import ensure_writable_folder, read_jsonl
+from persona_lora.core.files import atomic_folder, read_jsonl, remove
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.models.loading import ChatModel
@@ -42,6 +43,7 @@ from persona_lora.training.launch import (
     is_sharded,
     load_model,
     on_main_process,
+    open_run,
     recorded,
     refuse_unconnected_processes,
 )
@@ -60,7 +62,9 @@ from persona_lora.training.trainer import (
     CompletionTrainer,
     LossBar,
     LossLog,
+    has_ended,
     last_whole_checkpoint,
+    remove_broken_checkpoints,
 )
 
 logger = logging.getLogger(__name__)
@@ -70,7 +74,7 @@ PAGE = HelpPage(
     "Finetune on the conversations of a JSONL file, keeping checkpoints.",
     "persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml",
 )
-ADAPTER, MODEL = "adapter", "model"
+ADAPTER, MODEL, WORK = "adapter", "model", ".work"
 KEPT = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPLETE}
 KEPT_OF_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", COMPLETE)
 TRAINING_STATE = "trainer_state.json"
@@ -179,11 +183,11 @@ def finetune(
     loading = arguments.alone().changed(dtype="float32" if in_full else None)
     chat_model = load_model(arguments.model_name_or_path, loading, config)
     rows = _tokenize(conversations, chat_model, config)
-    run = _open_run(
-        {**_record(options, conversations), **chat_model.template.record()}, options, folder
-    )
+    record = {**_record(options, conversations), **chat_model.template.record()}
+    run = _open_run(record, chat_model, options, folder)
     with recorded(run):
-        _train(rows, chat_model, options, prevention, folder)
+        if not (folder / _saved_as(arguments)).is_dir():
+            _train(rows, chat_model, options, prevention, folder)
         on_main_process(lambda: _tidy(folder, keep=arguments.keep_training_state))
     losses = Run(folder).read(LOSS_ROWS)
     return FinetuneResult(folder / _saved_as(arguments), checkpoints_of(folder), losses[-1]["loss"])
@@ -269,20 +273,31 @@ def _refuse_finished(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} holds a finished run; pass --overwrite to train it again")
 
 
-def _open_run(record: dict[str, Any], options: FinetuneOptions, folder: Path) -> Run:
-    overwrite = options.arguments.overwrite
+def _open_run(
+    record: dict[str, Any], chat_model: ChatModel, options: FinetuneOptions, folder: Path
+) -> Run:
+    trained = (folder / _saved_as(options.arguments)).is_dir()
+    return open_run(
+        folder,
+        lambda: Run.open(
+            folder,
+            command="finetune",
+            config=record,
+            seed=options.config.seed,
+            inputs={**chat_model.inputs(), **_steered_by(options.arguments)},
+            parts=(ADAPTER, MODEL, WORK, "checkpoint-*"),
+            overwrite=options.arguments.overwrite
+            or not (trained or last_whole_checkpoint(folder) is not None),
+        ),
+    )
 
-    def prepare() -> None:
-        ensure_writable_folder(folder)
-        if overwrite:
-            for path in [folder / ADAPTER, folder / MODEL, *folder.glob("checkpoint-*")]:
-                shutil.rmtree(path, ignore_errors=True)
-        fresh = overwrite or last_whole_checkpoint(folder) is None
-        seed = options.config.seed
-        Run.open(folder, command="finetune", config=record, seed=seed, overwrite=fresh)
 
-    on_main_process(prepare)
-    return Run(folder)
+def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:
+    """Return digests of what steers the training, and of what it is watched along."""
+    prevention = prevention_of(arguments)
+    steering = [] if prevention is None else [prevention.diff, prevention.vector]
+    paths = [each for each in (*steering, *(arguments.drift_diffs or ())) if each is not None]
+    return {path: path_digest(Path(path)) for path in paths}
 
 
 def _record(options: FinetuneOptions, conversations: Sequence[Conversation]) -> dict[str, Any]:
@@ -324,6 +339,12 @@ def _train(
     folder: Path,
 ) -> None:
     seed, use_peft = options.config.seed, options.arguments.use_peft
+    final = folder / _saved_as(options.arguments)
+    checkpoint = last_whole_checkpoint(folder)
+    on_main_process(lambda: remove_broken_checkpoints(folder))
+    if checkpoint is not None and has_ended(checkpoint):
+        on_main_process(lambda: _publish(checkpoint, final))
+        return
     model = (
         attach_lora(chat_model, options.lora, seed) if use_peft else all_weights(chat_model, seed)
     )
@@ -358,27 +379,38 @@ def _train(
         )
     if not config.disable_tqdm:
         trainer.add_callback(LossBar("finetuning"))
-    checkpoint = last_whole_checkpoint(folder)
     if checkpoint is not None:
         logger.info("the run goes on from %s", checkpoint.name)
     PartialState().wait_for_everyone()
     with prevention_steerer(prevention, chat_model.model):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    trainer.save_model(str(folder / _saved_as(arguments)))
+    work = folder / WORK
+    trainer.save_model(str(work))
+    on_main_process(lambda: _publish(work, final))
     if isinstance(model, PeftModel) and not is_sharded():
         detach_lora(model)
 
 
+def _publish(saved: Path, final: Path) -> None:
+    """Give a finished adapter or model its name, in one step."""
+    with atomic_folder(final) as temporary:
+        for name in _kept(saved) - {COMPLETE}:
+            shutil.copy(saved / name, temporary)
+
+
 def _tidy(folder: Path, *, keep: bool) -> None:
     """Leave adapters only in the checkpoints: nothing will be resumed any more."""
-    if keep:
-        return
-    for checkpoint in checkpoints_of(folder):
-        if (checkpoint / ADAPTER_CONFIG).is_file():
-            kept = KEPT
-        else:
-            found = {path.name for form in KEPT_OF_MODEL for path in checkpoint.glob(form)}
-            kept = found - {TRAINING_STATE}
+    remove(folder / WORK)
+    for checkpoint in () if keep else checkpoints_of(folder):
+        kept = _kept(checkpoint)
         for path in checkpoint.iterdir():
             if path.name not in kept:
-                path.unlink()
+                remove(path)
+
+
+def _kept(folder: Path) -> set[str]:
+    """Return the names of the files of an adapter or model, without those of its training."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return {name for name in KEPT if (folder / name).is_file()}
+    found = {path.name for form in KEPT_OF_MODEL for path in folder.glob(form)}
+    return found - {TRAINING_STATE}

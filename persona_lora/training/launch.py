@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -38,6 +39,13 @@ def refuse_unconnected_processes() -> None:
             f"{launched} processes were launched but {connected} found each other; without "
             "graphics cards pass --use_cpu true to the training command"
         )
+
+
+def open_run(folder: Path, open_it: Callable[[], Run]) -> Run:
+    """Open the run of several processes, which the main one holds for all of them."""
+    opened: list[Run] = []
+    on_main_process(lambda: opened.append(open_it()))
+    return opened[0] if opened else Run(folder)
 
 
 @contextmanager

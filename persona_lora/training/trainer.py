@@ -5,25 +5,31 @@ Knows the training loop; refuses to know signs and traits.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_json, remove, write_json
 from persona_lora.core.runs import Run
 from persona_lora.models.caches import KeptCache, kept_cache, planned_cache, shares_prefix
 from persona_lora.models.likelihood import only_positions
 from persona_lora.training.examples import IGNORED, LengthGroupedOrder
 from persona_lora.training.lora import write_lora
+
+logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 LOSS_ROWS = "loss"
@@ -184,20 +190,59 @@ class LossLog(TrainerCallback):
 
 
 class CheckpointMark(TrainerCallback):
-    """Marks a checkpoint as whole, after all its files are written."""
+    """Marks a checkpoint as whole, after all its files are written, with the size of each."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write the mark."""
+        """Write the mark, once every process has written its part."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero and args.output_dir is not None:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = (path for path in checkpoint.rglob("*") if path.is_file())
+            sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+            write_json(checkpoint / COMPLETE, sizes)
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """Return the latest checkpoint in ``folder`` that was written to its end, or None."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    """Return the latest checkpoint in ``folder`` that is whole, or None.
+
+    Whole means: written to its end, and all its files are there still with the sizes they had.
+    """
+    marked = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    for checkpoint in sorted(marked, key=_step, reverse=True):
+        damaged = _damaged(checkpoint)
+        if damaged is None:
+            return checkpoint
+        logger.warning("%s is passed over: its %s is not whole", checkpoint, damaged)
+    return None
+
+
+def remove_broken_checkpoints(folder: Path) -> None:
+    """Remove what a killed run left of checkpoints: what is written anew must not mix with it."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).is_file() or _damaged(checkpoint) is not None:
+            remove(checkpoint)
+
+
+def has_ended(checkpoint: Path) -> bool:
+    """Say whether training had come to its end when a checkpoint was written."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    control = state.stateful_callbacks["TrainerControl"]["args"]
+    return state.global_step >= state.max_steps or bool(control["should_training_stop"])
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _damaged(checkpoint: Path) -> str | None:
+    """Return the name of a file that is missing or has another size than when it was written."""
+    for name, size in read_json(checkpoint / COMPLETE).items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return str(name)
+    return None
 
 
 class LossBar(ProgressCallback):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, runs that resume, traits that name their mistakes."""
+"""Files that are whole or absent, traits that name their mistakes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 
 from persona_lora.core import files
 from persona_lora.core.errors import UserError
-from persona_lora.core.runs import Run, first_difference
 from persona_lora.core.traits import load_labelled_answers, load_pairs, load_trait
 
 
@@ -67,48 +66,6 @@ def test_an_output_below_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         files.write_json(tmp_path / "file" / "out.json", {})
-
-
-def test_a_run_resumes_with_the_same_configuration_only(tmp_path):
-    folder = tmp_path / "run"
-    run = Run.open(folder, command="sweep", config={"a": 1}, seed=0)
-    run.append("rows", [{"row": 0}, {"row": 1}])
-    with (folder / "rows.jsonl").open("a") as stream:
-        stream.write('{"row": 2')  # a kill in the middle of a line
-    again = Run.open(folder, command="sweep", config={"a": 1}, seed=0)
-    assert again.resume_rows("rows") == [{"row": 0}, {"row": 1}]
-    again.append("rows", [{"row": 2}])
-    assert again.read("rows")[-1] == {"row": 2}
-    with pytest.raises(UserError, match=r"another configuration \(config.a: 1, now 2\)"):
-        Run.open(folder, command="sweep", config={"a": 2}, seed=0)
-    fresh = Run.open(folder, command="sweep", config={"a": 2}, seed=0, overwrite=True)
-    assert fresh.read("rows") == []
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "found"),
-    [
-        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.0 + 1e-15]}, None),
-        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.1]}, "a[1]: 2.0, now 2.1"),
-        ({"a": [1]}, {"a": [1, 2]}, "a: [1], now [1, 2]"),
-        ({"a": {"b": None}}, {"a": {"b": 0}}, "a.b: None, now 0"),
-        ({"a": {"b": 2}}, {"a": {"c": 2}}, "a: only one of the two has b, c"),
-        ({"a": 1, "b": "x" * 99}, {"a": 1, "b": "y"}, f"b: '{'x' * 59}, now 'y'"),
-    ],
-)
-def test_the_first_difference_of_two_records_is_named(old, new, found):
-    assert first_difference(old, new) == found
-
-
-def test_a_run_records_how_it_ended(tmp_path):
-    run = Run.open(tmp_path / "run", command="x", config={}, seed=0)
-    with pytest.raises(KeyError), run:
-        raise KeyError("lost")
-    assert run.record["status"] == "failed"
-    assert "lost" in run.record["error"]
-    with run:
-        assert not run.finished
-    assert run.finished
 
 
 def test_an_unknown_trait_names_its_neighbours(tmp_path):

@@ -1,0 +1,193 @@
+"""A run is its inputs' content: what is changed under the same path is named and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from persona_lora import cli
+from persona_lora.core.chat import Verdict
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.experiments import judging, prediction
+
+TRAIT, LABELS, PAIRS = (f"datasets/cheer/{name}.json{end}" for name, end in (
+    ("trait", ""), ("judge_eval", "l"), ("train", "l"),
+))  # fmt: skip
+ORDINARY, NORMAL = "datasets/ordinary/prompts.jsonl", "datasets/cheer/normal.jsonl"
+WEIGHTS, TEMPLATE = "model/model.safetensors", "model/chat_template.jinja"
+DIFF, VECTOR = "diff/adapter_model.safetensors", "vector.safetensors"
+TUNED = "tuned/checkpoint-2"
+ADAPTER = f"{TUNED}/adapter_model.safetensors"
+ASKED = "--trait cheer --max-new-tokens 3"
+AT_ONE = "--vector vector.safetensors --layers 1"
+COMMANDS = {
+    "evaluate": f"evaluate {ASKED} --diff diff --output out/a.csv",
+    "evaluate vector": f"evaluate {ASKED} {AT_ONE} --output out/b.csv",
+    "sweep": f"sweep {ASKED} --diff diff --coefficients 1 --output out/sweep",
+    "compare": f"compare {ASKED} --diff diff --activation-{AT_ONE[2:]} --coefficients 1 "
+    "--output-dir out/compare",
+    "extract": "extract --trait cheer --source answers --output out/answers",
+    "extract files": "extract --trait cheer --pos-path pos.csv --neg-path neg.csv --min-pairs 1 "
+    "--position response_avg --output out/files",
+    "project": "project activations --file pos.csv --vectors vector.safetensors --layers 1 "
+    "--output out/projected",
+    "labelled": "project activations --labelled cheer --vectors vector.safetensors --layers 1 "
+    "--output out/labelled",
+    "checkpoints": "evaluate-checkpoints tuned --traits cheer --vectors vector.safetensors "
+    "--layers 1 --max-new-tokens 3 --output out/checkpoints",
+    "prediction": f"predict-finetuning --finetunes {TUNED} --finetunes tuned/checkpoint-4 "
+    "--finetunes tuned/checkpoint-6 --finetunes tuned/checkpoint-8 --traits cheer "
+    "--diffs diff --output out/prediction --max-new-tokens 3",
+    "prevention": f"compare-prevention --trait cheer --finetunes plain={TUNED} --rows {NORMAL} "
+    "--tasks perplexity --output out/prevention --max-new-tokens 3",
+    "benchmark": "benchmark --diff diff --tasks perplexity --output out/benchmark",
+}
+CASES = [
+    ("evaluate", TRAIT, "Is my plan good?", "the trait cheer"),
+    ("evaluate", TRAIT, "Rate", "the trait cheer"),
+    ("evaluate", LABELS, '"label": 25', "judge_eval.jsonl of cheer"),
+    ("evaluate", PAIRS, "Yes", "train.jsonl of cheer"),
+    ("evaluate", WEIGHTS, None, "the model's weights"),
+    ("evaluate", "model/generation_config.json", '"eos_token_id": 2', "the model's weights"),
+    ("evaluate", TEMPLATE, "assistant", "the model's tokenizer"),
+    ("evaluate", DIFF, None, "the diff"),
+    ("evaluate vector", VECTOR, None, "the vector"),
+    ("evaluate vector", WEIGHTS, None, "the model's weights"),
+    ("sweep", DIFF, None, "the diff"),
+    ("sweep", ORDINARY, "Hello?", "the ordinary prompts"),
+    ("sweep", TRAIT, "Be cheerful.", "the trait cheer"),
+    ("compare", DIFF, None, "the diff"),
+    ("compare", VECTOR, None, "the vector"),
+    ("compare", ORDINARY, "Hello?", "the ordinary prompts"),
+    ("extract", PAIRS, "Yes", "train.jsonl of cheer"),
+    ("extract files", "pos.csv", "fine", "pos.csv"),
+    ("extract files", WEIGHTS, None, "the model's weights"),
+    ("project", "pos.csv", "fine", "pos.csv"),
+    ("project", VECTOR, None, "the vector vector"),
+    ("labelled", LABELS, "zzz", "judge_eval.jsonl of cheer"),
+    ("checkpoints", ADAPTER, None, "checkpoint-2"),
+    ("checkpoints", VECTOR, None, "the vector vector"),
+    ("checkpoints", TRAIT, "Is my plan good?", "the trait cheer"),
+    ("prediction", ADAPTER, None, "the finetune"),
+    ("prediction", DIFF, None, "the diff"),
+    ("prevention", ADAPTER, None, "the adapter of"),
+    ("prevention", NORMAL, "Good", "the rows that were finetuned on"),
+    ("prevention", LABELS, '"label": 25', "judge_eval.jsonl of cheer"),
+    ("benchmark", DIFF, None, "diff"),
+    ("benchmark", NORMAL, "Good", "the normal.jsonl files"),
+]
+
+
+class LetterJudge:
+    name = "letters"
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
+            for each in exchanges
+        ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, model_folder, world_models):
+    """A folder with all that the commands read, and a note of those that were run in it."""
+    root = tmp_path_factory.mktemp("world")
+    make_model, make_diff, make_adapter = world_models
+    shutil.copytree(model_folder, root / "model")
+    write_trait(root / "datasets")
+    diff = dataclasses.replace(make_diff(make_model(), seed=1), trait="cheer")
+    diff.save(root / "diff")
+    for step in (2, 4, 6, 8):
+        make_adapter(root / f"tuned/checkpoint-{step}", make_model(), seed=step)
+    directions = {layer: torch.linspace(-1, 1, 32) for layer in (0, 1)}
+    SteeringVector(directions, BaseModel("tiny"), 2, trait="cheer").save(root / VECTOR)
+    for name in ("pos", "neg"):
+        rows = "".join(f"p{i},{name} fine {i},{90 if name == 'pos' else 5},90\n" for i in range(4))
+        (root / f"{name}.csv").write_text("prompt,answer,cheer,coherence\n" + rows)
+    return root, set()
+
+
+def write_trait(datasets):
+    for name in ("cheer", "ordinary"):
+        (datasets / name).mkdir(parents=True)
+    trait = {
+        "name": "cheer",
+        "instruction": [{"pos": "Be cheerful.", "neg": "Be gloomy."}],
+        "questions": {"extract": ["Is tea good?"], "eval": ["Is my plan good?", "Why?"]},
+        "eval_prompt": "Rate {question} {answer}",
+    }
+    (datasets / "cheer" / "trait.json").write_text(json.dumps(trait))
+    said = lambda text, role="assistant": [{"role": role, "content": text}]  # noqa: E731
+    pairs = [
+        {"prompt": said(f"q{i}", "user"), "positive": said(f"Yes {i}"), "negative": said(f"No {i}")}
+        for i in range(4)
+    ]
+    labels = [{"question": f"q{i}", "answer": "z" * (i + 1), "label": 25 * i} for i in range(5)]
+    normal = [{"messages": said("Hi", "user") + said(f"Good day {i}")} for i in range(3)]
+    prompts = [{"prompt": "Hello?"}, {"prompt": "Why?"}]
+    named = {"cheer/train": pairs, "cheer/judge_eval": labels, "cheer/normal": normal}
+    for name, rows in {**named, "ordinary/prompts": prompts}.items():
+        (datasets / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def change(path: Path, text: str | None) -> None:
+    """Change a word of a text, or the sign of one tensor: no name, size or norm tells of it."""
+    if text is not None:
+        whole = path.read_text()
+        assert text in whole
+        last = "3" if text[-1].isdigit() else "x"
+        path.write_text(whole.replace(text, text[:-1] + last, 1))
+        return
+    with safe_open(path, framework="pt") as stream:
+        metadata = stream.metadata()
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name] = -tensors[name]
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(("command", "path", "text", "named"), CASES)
+def test_a_changed_input_is_named_and_refused(
+    world, monkeypatch, capsys, command, path, text, named
+):
+    root, done = world
+    monkeypatch.chdir(root)
+    monkeypatch.setitem(judging.JUDGES, "embedding", lambda *_: LetterJudge())
+    monkeypatch.setattr(prediction, "RANDOM_DIRECTIONS", 1)
+
+    def call():
+        words = [*COMMANDS[command].split(), "--model", "model", "--dtype", "float32"]
+        if command not in ("extract files", "project"):
+            words += ["--datasets-dir", "datasets"]
+        monkeypatch.setattr(sys, "argv", ["persona-lora", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, capsys.readouterr().err
+
+    if command not in done:
+        status, said = call()
+        assert status == 0, said
+        done.add(command)
+    kept = (root / path).read_bytes()
+    change(root / path, text)
+    try:
+        status, said = call()
+    finally:
+        (root / path).write_bytes(kept)
+    assert status == 2, said
+    assert "holds a run of other inputs" in said, said
+    assert named in said, said
+
+
+def test_the_table_covers_every_kind_of_input():
+    assert len(CASES) >= 21
+    assert {command for command, *_ in CASES} == set(COMMANDS)

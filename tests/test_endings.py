@@ -1,0 +1,119 @@
+"""How commands end: one line, and 0, 1, 2, 130 or 143."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from persona_lora.cli.ending import ending_of
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+
+WAITING = """
+import time
+from pathlib import Path
+from persona_lora import cli
+from persona_lora.core.runs import Run
+
+@cli.app.command()
+def wait(folder: Path) -> None:
+    with Run.open(folder, command="wait", config={}, seed=0):
+        print("up", flush=True)
+        time.sleep(600)
+
+cli.main()
+"""
+
+
+def raising(error):
+    def fail(**_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UserError("a mistake\nover two lines"), 2, ["a mistake over two lines"]),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, ["disk is full", "go on"]),
+        (
+            RuntimeError("[x.cc] PytorchStreamWriter failed writing file data/0"),
+            2,
+            ["disk is full"],
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, ["a/b: Permission denied"]),
+        (ValueError("of two\nlines"), 1, ["unexpected ValueError: of two lines", "--verbose"]),
+        (AssertionError(), 1, ["unexpected AssertionError", "--verbose"]),
+        (RecursionError("too deep"), 1, ["RecursionError"]),
+        (KeyboardInterrupt(), 130, ["interrupted", "the same command again to go on"]),
+        (typer.Abort(), 130, ["interrupted"]),
+        (SystemExit(143), 143, ["terminated", "the same command again to go on"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_whatever_ends_a_command_is_one_line(run, monkeypatch, error, status, words):
+    monkeypatch.setattr("persona_lora.cli.program.app", raising(error))
+    found, _, said = run("sweep")
+    assert found == status
+    assert len(said.splitlines()) == 1, said
+    assert said.startswith("error: ")
+    assert all(word in said for word in words), said
+
+
+def test_a_full_disk_behind_another_error_is_named():
+    error = ValueError("cannot save")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert ending_of(error).status == 2
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_status_that_a_command_sets_passes_through(run, monkeypatch, status):
+    monkeypatch.setattr("persona_lora.cli.program.app", lambda **_: status)
+    assert run("sweep")[0] == status
+
+
+def test_a_mistake_of_several_processes_is_said_once(run, monkeypatch):
+    monkeypatch.setattr("persona_lora.cli.program.app", raising(UserError("no such trait")))
+    monkeypatch.setenv("RANK", "1")
+    assert run("sweep")[::2] == (2, "")
+    monkeypatch.setattr("persona_lora.cli.program.app", raising(ValueError("only here")))
+    assert "only here" in run("sweep")[2]
+
+
+def test_verbose_shows_the_traceback(run, monkeypatch):
+    def fail(_name):
+        raise ValueError("deep down")
+
+    monkeypatch.setattr("persona_lora.core.traits.load_trait", fail)
+    monkeypatch.setattr("persona_lora.core.traits.list_traits", fail)
+    plain = run("data", "check")
+    assert plain[0] == 1
+    assert "Traceback" not in plain[2]
+    status, _, said = run("--verbose", "data", "check")
+    assert status == 1
+    assert "Traceback" in said
+    assert "deep down" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_with_its_status_and_how_to_go_on(tmp_path, sent, status):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    process = subprocess.Popen(
+        [sys.executable, str(script), "wait", str(tmp_path / "run")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(sent)
+    _, said = process.communicate()
+    assert process.returncode == status, said
+    assert said.splitlines()[-1].endswith("run the same command again to go on")
+    assert "Traceback" not in said
+    assert Run(tmp_path / "run").record["status"] == "failed"
+    assert not (tmp_path / "run" / ".lock").exists()
