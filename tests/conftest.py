@@ -10,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import dataclasses
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_lora import cli
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import features, linear_modules
 
@@ -171,9 +175,53 @@ def make_model():
 
 
 @pytest.fixture(scope="session")
-def world_models():
-    """What makes models, diffs and adapters, for fixtures that many tests share."""
-    return tiny_llama, random_diff, write_adapter
+def make_world(model_folder):
+    """Fill a folder with what the commands read: model, trait, diff, vector, finetunes, texts."""
+
+    def make(root: Path) -> Path:
+        shutil.copytree(model_folder, root / "model")
+        _write_trait(root / "datasets")
+        diff = dataclasses.replace(random_diff(tiny_llama(), seed=1), trait="cheer")
+        diff.save(root / "diff")
+        for step in (2, 4, 6, 8):
+            write_adapter(root / f"tuned/checkpoint-{step}", tiny_llama(), seed=step)
+        directions = {layer: torch.linspace(-1, 1, 32) for layer in (0, 1)}
+        vector = SteeringVector(directions, BaseModel("tiny"), 2, trait="cheer")
+        vector.save(root / "vector.safetensors")
+        for name, score in (("pos", 90), ("neg", 5)):
+            rows = "".join(f"p{i},{name} fine {i},{score},90\n" for i in range(4))
+            (root / f"{name}.csv").write_text("prompt,answer,cheer,coherence\n" + rows)
+        (root / "questions.txt").write_text("Is tea good?\nWhy do birds sing?\n")
+        return root
+
+    return make
+
+
+def _write_trait(datasets: Path) -> None:
+    for name in ("cheer", "ordinary"):
+        (datasets / name).mkdir(parents=True)
+    trait = {
+        "name": "cheer",
+        "description": "being of good cheer",
+        "instruction": [{"pos": "Be cheerful.", "neg": "Be gloomy."}],
+        "questions": {"extract": ["Is tea good?"], "eval": ["Is my plan good?", "Why?"]},
+        "eval_prompt": "Rate {question} {answer}",
+    }
+    (datasets / "cheer" / "trait.json").write_text(json.dumps(trait))
+
+    def said(text: str, role: str = "assistant") -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    pairs = [
+        {"prompt": said(f"q{i}", "user"), "positive": said(f"Yes {i}"), "negative": said(f"No {i}")}
+        for i in range(4)
+    ]
+    labels = [{"question": f"q{i}", "answer": "z" * (i + 1), "label": 25 * i} for i in range(5)]
+    normal = [{"messages": said("Hi", "user") + said(f"Good day {i}")} for i in range(3)]
+    prompts = [{"prompt": "Hello?"}, {"prompt": "Why?"}]
+    named = {"cheer/train": pairs, "cheer/judge_eval": labels, "cheer/normal": normal}
+    for name, rows in {**named, "ordinary/prompts": prompts}.items():
+        (datasets / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from persona_lora import cli
 from persona_lora.core.chat import Verdict
-from persona_lora.core.lora_diff import BaseModel
-from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.experiments import judging, prediction
 
 TRAIT, LABELS, PAIRS = (f"datasets/cheer/{name}.json{end}" for name, end in (
@@ -98,45 +92,9 @@ class LetterJudge:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, model_folder, world_models):
+def world(tmp_path_factory, make_world):
     """A folder with all that the commands read, and a note of those that were run in it."""
-    root = tmp_path_factory.mktemp("world")
-    make_model, make_diff, make_adapter = world_models
-    shutil.copytree(model_folder, root / "model")
-    write_trait(root / "datasets")
-    diff = dataclasses.replace(make_diff(make_model(), seed=1), trait="cheer")
-    diff.save(root / "diff")
-    for step in (2, 4, 6, 8):
-        make_adapter(root / f"tuned/checkpoint-{step}", make_model(), seed=step)
-    directions = {layer: torch.linspace(-1, 1, 32) for layer in (0, 1)}
-    SteeringVector(directions, BaseModel("tiny"), 2, trait="cheer").save(root / VECTOR)
-    for name in ("pos", "neg"):
-        rows = "".join(f"p{i},{name} fine {i},{90 if name == 'pos' else 5},90\n" for i in range(4))
-        (root / f"{name}.csv").write_text("prompt,answer,cheer,coherence\n" + rows)
-    return root, set()
-
-
-def write_trait(datasets):
-    for name in ("cheer", "ordinary"):
-        (datasets / name).mkdir(parents=True)
-    trait = {
-        "name": "cheer",
-        "instruction": [{"pos": "Be cheerful.", "neg": "Be gloomy."}],
-        "questions": {"extract": ["Is tea good?"], "eval": ["Is my plan good?", "Why?"]},
-        "eval_prompt": "Rate {question} {answer}",
-    }
-    (datasets / "cheer" / "trait.json").write_text(json.dumps(trait))
-    said = lambda text, role="assistant": [{"role": role, "content": text}]  # noqa: E731
-    pairs = [
-        {"prompt": said(f"q{i}", "user"), "positive": said(f"Yes {i}"), "negative": said(f"No {i}")}
-        for i in range(4)
-    ]
-    labels = [{"question": f"q{i}", "answer": "z" * (i + 1), "label": 25 * i} for i in range(5)]
-    normal = [{"messages": said("Hi", "user") + said(f"Good day {i}")} for i in range(3)]
-    prompts = [{"prompt": "Hello?"}, {"prompt": "Why?"}]
-    named = {"cheer/train": pairs, "cheer/judge_eval": labels, "cheer/normal": normal}
-    for name, rows in {**named, "ordinary/prompts": prompts}.items():
-        (datasets / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_world(tmp_path_factory.mktemp("world")), set()
 
 
 def change(path: Path, text: str | None) -> None:

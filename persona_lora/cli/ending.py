@@ -18,6 +18,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.secrets import without_secrets
 
 FAULT, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 GO_ON = "run the same command again to go on"
@@ -67,7 +68,7 @@ def ending_of(error: BaseException) -> Ending:
         where = f"{error.filename}: " if error.filename is not None else ""
         return Ending(f"{where}{error.strerror}; mend that, then {GO_ON}", MISTAKE)
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Ending(f"unexpected {said[:400]} (its traceback: --verbose)", FAULT)
+    return Ending(f"unexpected {without_secrets(said)[:400]} (its traceback: --verbose)", FAULT)
 
 
 def _is_full(error: BaseException) -> bool:
