@@ -44,7 +44,10 @@ def train_file(tmp_path) -> Path:
 def options(train_file, model_folder):
     def build(output, **changes) -> FinetuneOptions:
         arguments = FinetuneArguments(
-            train_file=str(train_file), model_name_or_path=str(model_folder), dtype="float32"
+            train_file=str(train_file),
+            model_name_or_path=str(model_folder),
+            dtype="float32",
+            **changes,
         )
         config = FinetuneConfig(
             output_dir=str(output),
@@ -56,8 +59,6 @@ def options(train_file, model_folder):
             bf16=False,
             disable_tqdm=True,
         )
-        for name, value in changes.items():
-            setattr(arguments, name, value)
         return FinetuneOptions(arguments, LoRAArguments(lora_r=4), config)
 
     return build
