@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-
 SEPARATOR = r"[\s,]"
 
 

