@@ -72,18 +72,19 @@ def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path):
 
 
 KILLED = """
-import sys, time
+import os, signal, sys
 from pathlib import Path
 import numpy as np
 from persona_lora.core.runs import Run
 from persona_lora.experiments.optimization import SearchOptions, Value, search
 
-def slow(mixes, iteration):
-    time.sleep(float(sys.argv[2]))
+def killed_in_the_third(mixes, iteration):
+    if iteration == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
     return [Value(-float(np.sum((np.array(mix.values) - 1.0) ** 2))) for mix in mixes]
 
 run = Run.open(Path(sys.argv[1]), command="optimize", config={}, seed=0)
-search(slow, ("a", "b", "c"), SearchOptions(max_iterations=8, population_size=5), run)
+search(killed_in_the_third, ("a", "b", "c"), SearchOptions(max_iterations=8, population_size=5), run)
 """
 
 
@@ -91,19 +92,15 @@ def test_a_killed_process_loses_at_most_the_running_generation(tmp_path):
     script = tmp_path / "search.py"
     script.write_text(KILLED)
 
-    def start(folder, pause):
-        return subprocess.Popen([sys.executable, script, tmp_path / folder, str(pause)])
+    def run(folder, killed_in):
+        return subprocess.run([sys.executable, script, tmp_path / folder, killed_in]).returncode
 
-    assert start("whole", 0).wait() == 0
-    process = start("killed", 0.4)
+    assert run("whole", "-1") == 0
     rows = tmp_path / "killed" / f"{GENERATIONS}.jsonl"
-    while not rows.is_file() or rows.read_text().count("\n") < 10:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert run("killed", "3") == -signal.SIGKILL
     before = rows.read_text()
-    assert start("killed", 0).wait() == 0
+    assert before.count("\n") == 10
+    assert run("killed", "-1") == 0
     assert rows.read_text().startswith(before)
     assert rows.read_text() == (tmp_path / "whole" / rows.name).read_text()
 

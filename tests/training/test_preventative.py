@@ -155,7 +155,6 @@ def test_two_processes_are_steered_as_one_is(train, places, model_folder):
         cwd=CHECKOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)},
         check=True,
-        timeout=120,
     )
     assert json.loads((train.folder / "two/run.json").read_text())["config"]["num_processes"] == 2
     assert close(one, load_file(train.folder / "two/adapter/adapter_model.safetensors"))
