@@ -8,8 +8,7 @@ trait=${1:?name a trait, as in: bash scripts/train_and_sweep.sh evil}
 
 persona-lora data check "$trait"
 if [ ! -e "checkpoints/$trait/diff/diff.json" ]; then
-    accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 \
-        train_lora.py --config "train_configs/$trait.yaml"
+    persona-lora train --config "train_configs/$trait.yaml"
 fi
 persona-lora sweep --trait "$trait" --diff "checkpoints/$trait/diff" \
     --coefficients "${COEFFICIENTS:--1.5 -1 -0.5 0 0.5 1 1.5}" \

@@ -8,8 +8,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 for trait in ${TRAITS:-self_other_focus formality intimacy narrative_mode emotional_tone}; do
     if [ ! -e "checkpoints/$trait/diff/diff.json" ]; then
-        accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no \
-            --num_machines 1 train_lora.py --config "train_configs/$trait.yaml"
+        persona-lora train --config "train_configs/$trait.yaml"
     fi
     [ -e "checkpoints/vectors/$trait/${trait}_response_avg.safetensors" ] ||
         bash scripts/generate_vec.sh "$trait"

@@ -6,10 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_FOLDERS = ("datasets", "personas", "train_configs", "checkpoints")
@@ -147,6 +150,29 @@ def test_no_paths_of_a_machine_and_no_secrets():
 def test_the_gate_is_the_test_command():
     assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
     assert "bash scripts/test.sh" in (ROOT / "README.md").read_text()
+
+
+def test_the_lock_holds_every_requirement_in_its_range_and_by_hash():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = (ROOT / "requirements.lock").read_text().replace(" \\\n", " ").splitlines()
+    locked: dict[str, list[str]] = {}
+    for row in (row for row in rows if not row.startswith("#")):
+        name, version = re.match(r"([\w.-]+)==(\S+)", row).groups()
+        locked.setdefault(canonicalize_name(name), []).append(version)
+        assert "--hash=sha256:" in row, row
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    for requirement in map(Requirement, wanted):
+        versions = locked.get(canonicalize_name(requirement.name), [])
+        if requirement.name == "torch":
+            versions = re.findall(r"torch==([\d.]+)", (ROOT / "scripts" / "setup.sh").read_text())
+        assert versions, f"{requirement} is not locked: bash scripts/lock.sh"
+        assert all(version in requirement.specifier for version in versions), requirement
+    assert not {name for name in locked if name.startswith(("torch", "nvidia-", "triton"))}
+
+
+def test_no_script_launches_through_what_adds_a_traceback_to_a_mistake():
+    for script in (ROOT / "scripts").glob("*.sh"):
+        assert "accelerate launch" not in script.read_text(), script.name
 
 
 def test_public_names_resolve():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import typer
 
 from persona_lora.cli.program import app
@@ -20,6 +22,7 @@ def train(context: typer.Context) -> None:
     """
     from persona_lora.training.contrastive import main as train_main
 
+    _say_what_happens()
     train_main(context.args)
 
 
@@ -36,4 +39,10 @@ def finetune(context: typer.Context) -> None:
     """
     from persona_lora.training.finetune import main as finetune_main
 
+    _say_what_happens()
     finetune_main(context.args)
+
+
+def _say_what_happens() -> None:
+    """Show our own log: a run takes long, and its last line says where the result is."""
+    logging.getLogger("persona_lora").setLevel(logging.INFO)
