@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -84,7 +82,8 @@ def killed_in_the_third(mixes, iteration):
     return [Value(-float(np.sum((np.array(mix.values) - 1.0) ** 2))) for mix in mixes]
 
 run = Run.open(Path(sys.argv[1]), command="optimize", config={}, seed=0)
-search(killed_in_the_third, ("a", "b", "c"), SearchOptions(max_iterations=8, population_size=5), run)
+options = SearchOptions(max_iterations=8, population_size=5)
+search(killed_in_the_third, ("a", "b", "c"), options, run)
 """
 
 
