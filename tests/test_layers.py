@@ -36,7 +36,7 @@ FENCES = {
     "httpx": {"judges/endpoint.py"},
     "cma": {"experiments/optimization.py"},
     "lm_eval": {"experiments/benchmarks.py"},
-    "gradio": {"cli/playground.py"},
+    "gradio": {"cli/mixing_page.py"},
     "rouge_score": {"experiments/lamp.py"},
     "matplotlib": {"analysis/plots"},
     "transformers": {"models", "judges", "training"},

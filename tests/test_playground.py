@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 import socket
 import zipfile
+from pathlib import Path
 
+import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from persona_lora.cli.playground import build_page
+from persona_lora.cli.mixing_page import KEPT_EXPORTS, Exports, build_page, serve
+from persona_lora.cli.playground import _check_address
 from persona_lora.core.chat import Verdict
+from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.experiments.mixing_desk import MixingDesk
 
@@ -42,9 +46,7 @@ def page(chat_model, make_diff, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     blocks = build_page(desk, tmp_path / "mixes")
-    blocks.queue(default_concurrency_limit=1)
-    _, url, _ = blocks.launch(server_port=port, prevent_thread_lock=True, quiet=True)
-    yield url
+    yield serve(blocks, "127.0.0.1", port, wait=False)
     blocks.close()
 
 
@@ -88,6 +90,20 @@ def test_a_mistake_is_a_message(page):
         client.predict(0.0, 0.0, api_name="/export")
     with pytest.raises(AppError, match="name first"):
         client.predict("  ", 0.0, 0.0, api_name="/save")
+    with pytest.raises(AppError, match="too long"):
+        client.predict("x" * 61, 0.0, 0.0, api_name="/save")
+    with pytest.raises(AppError, match="4001 characters long"):
+        ask(client, "x" * 4001, 0.0, 0.0)
+    with pytest.raises(AppError, match="no saved mix"):
+        client.predict("../../etc/passwd", api_name="/load")
+
+
+def test_nothing_large_is_taken_in(page, tmp_path):
+    upload = tmp_path / "large.bin"
+    upload.write_bytes(bytes(2000))
+    with upload.open("rb") as stream:
+        reply = httpx.post(f"{page}gradio_api/upload", files={"files": stream})
+    assert reply.status_code == 413
 
 
 def test_a_mix_is_saved_loaded_and_exported(page, tmp_path):
@@ -98,6 +114,59 @@ def test_a_mix_is_saved_loaded_and_exported(page, tmp_path):
     with zipfile.ZipFile(archive) as packed:
         packed.extractall(tmp_path / "adapter")
     assert LoRADiff.load(tmp_path / "adapter").norm() > 0
+    client.predict("my kind", 1.0, -0.5, api_name="/save")  # the same once more
+    with pytest.raises(AppError, match="another name"):
+        client.predict("my kind", 1.0, 0.5, api_name="/save")
+
+
+def test_a_mix_that_appears_is_loaded_without_a_restart(page, tmp_path):
+    """Saved by somebody else, or by a search, after the page was built."""
+    (tmp_path / "mixes").mkdir()
+    (tmp_path / "mixes" / "ann_best_weights.json").write_text('{"calm": 0.5}')
+    assert list(Client(page, verbose=False).predict("ann_best_weights", api_name="/load")) == [
+        *(0.5, 0.0)
+    ]
+
+
+def test_only_the_last_exports_are_kept(tmp_path):
+    exports = Exports()
+
+    def write(folder):
+        folder.mkdir()
+        (folder / "x").write_text("x")
+
+    archives = [Path(exports.add(write)) for _ in range(KEPT_EXPORTS + 3)]
+    assert [each.exists() for each in archives] == [False] * 3 + [True] * KEPT_EXPORTS
+    with pytest.raises(UserError):
+        exports.add(lambda folder: (_ for _ in ()).throw(UserError("no")))
+    assert len(list(archives[-1].parents[1].iterdir())) == KEPT_EXPORTS
+
+
+@pytest.mark.parametrize(
+    ("environment", "remedy"),
+    [({}, "--port"), ({"http_proxy": "http://127.0.0.1:9"}, "NO_PROXY=127.0.0.1"),
+     ({"all_proxy": "socks5://127.0.0.1:9"}, "NO_PROXY=127.0.0.1"),
+     ({"http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}, None)],
+)  # fmt: skip
+def test_an_address_that_cannot_be_served_is_told_before_a_model_is_loaded(
+    monkeypatch, environment, remedy
+):
+    for name in ("http_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        if environment:
+            taken.close()
+        if remedy is None:
+            _check_address("127.0.0.1", port)
+            return
+        with pytest.raises(UserError, match=remedy):
+            _check_address("127.0.0.1", port)
 
 
 @pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver needed")

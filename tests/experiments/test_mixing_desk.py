@@ -74,7 +74,8 @@ def test_scores_are_the_judges_of_both_answers(desk):
 
 def test_mixes_are_kept_and_exported(desk, tmp_path):
     mix = desk.mix([1.0, -0.5])
-    assert desk.load(desk.save(mix, tmp_path / "kind.json")) == mix
+    assert desk.load(desk.save(mix, tmp_path, " kind! ")) == mix
+    assert desk.save(mix, tmp_path, "kind!") == tmp_path / "kind_.json"
     (tmp_path / "part.json").write_text('{"loud": 2}')
     assert desk.load(tmp_path / "part.json").as_dict() == {"calm": 0.0, "loud": 2.0}
     (tmp_path / "other.json").write_text('{"humour": 1}')
@@ -105,3 +106,32 @@ def test_a_question_is_needed(desk):
         desk.answer(ASKED, mix, max_new_tokens=0)
     with pytest.raises(UserError, match="at least one"):
         MixingDesk(desk.chat_model, {})
+
+
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [
+        ([{"role": "user", "content": "x" * 4001}], "4001 characters long"),
+        ([{"role": "user", "content": "x" * 3000}] * 6, "start a new one"),
+        ([{"role": "system", "content": "x"}, *ASKED], "start a new one"),
+    ],
+)
+def test_a_chat_that_is_too_long_or_none_is_refused(desk, chat, words):
+    mix = desk.mix([0.0, 0.0])
+    for both in ({"plain": None}, {"plain": ASKED}):
+        with pytest.raises(UserError, match=words):
+            desk.answer(chat, mix, **both)
+    with pytest.raises(UserError, match=words):
+        desk.answer(ASKED, mix, plain=chat)
+
+
+def test_a_mix_is_never_written_over_another_nor_without_end(desk, tmp_path, monkeypatch):
+    desk.save(desk.mix([1.0, 0.0]), tmp_path, "mine")
+    with pytest.raises(UserError, match="another name"):
+        desk.save(desk.mix([0.5, 0.0]), tmp_path, "mine")
+    for name, words in (("", "name first"), ("ü" * 31, "too long")):
+        with pytest.raises(UserError, match=words):
+            desk.save(desk.mix([0.5, 0.0]), tmp_path, name)
+    monkeypatch.setattr("persona_lora.experiments.mixing_desk.MOST_MIXES", 1)
+    with pytest.raises(UserError, match="holds 1 mixes"):
+        desk.save(desk.mix([0.5, 0.0]), tmp_path, "yours")
