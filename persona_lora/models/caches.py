@@ -64,6 +64,15 @@ def planned_cache(config: PreTrainedConfig) -> DynamicCache:
     return DynamicCache(config=config.get_text_config(decoder=True))
 
 
+def plans_sharing(config: PreTrainedConfig, *, padded: bool) -> bool:
+    """Say whether rows may share a prefix by the cache that is planned for a configuration.
+
+    Not in models that read images too: they keep positions of their own beside the cache.
+    """
+    text_alone = config.get_text_config(decoder=True) is config
+    return text_alone and shares_prefix(planned_cache(config), padded=padded)
+
+
 def shares_prefix(cache: Cache, *, padded: bool) -> bool:
     """Say whether rows may go on behind one cached prefix and give what they give alone.
 

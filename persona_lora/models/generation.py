@@ -29,12 +29,17 @@ from persona_lora.models.caches import (
     KeptCache,
     ignores_padding,
     kept_cache,
-    planned_cache,
+    plans_sharing,
     shares_prefix,
 )
 from persona_lora.models.finite import not_finite
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import decoder_linear_modules, features, hidden_size
+from persona_lora.models.structure import (
+    decoder_linear_modules,
+    features,
+    hidden_size,
+    text_decoder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -225,13 +230,13 @@ class _Job:
         if (
             len(prefix) < SHORTEST_PREFIX
             or len(first) == len(rows)
-            or not shares_prefix(planned_cache(model.config), padded=padded)
+            or not plans_sharing(model.config, padded=padded)
         ):
             return [], None
         if self.prepare_prefix is not None:
             self.prepare_prefix(list(first.values()), len(prefix))
         ids = torch.tensor([prefix] * len(first), device=model.device)
-        kept = kept_cache(model.get_decoder()(input_ids=ids, use_cache=True))
+        kept = kept_cache(text_decoder(model).module(input_ids=ids, use_cache=True))
         if kept is None or not shares_prefix(kept.cache, padded=padded):
             return [], None
         places = {kind: place for place, kind in enumerate(first)}

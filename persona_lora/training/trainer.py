@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, remove, write_json
 from persona_lora.core.runs import Run
-from persona_lora.models.caches import KeptCache, kept_cache, planned_cache, shares_prefix
+from persona_lora.models.caches import KeptCache, kept_cache, plans_sharing, shares_prefix
 from persona_lora.models.likelihood import only_positions
 from persona_lora.training.examples import IGNORED, LengthGroupedOrder
 from persona_lora.training.lora import write_lora
@@ -134,7 +134,7 @@ def completion_log_probs(
 
 def _shared_cache(model: nn.Module, ids: Tensor, length: int) -> KeptCache | None:
     """Return the cache of the rows' common beginning, a row each; None where it is not exact."""
-    if not shares_prefix(planned_cache(model.config), padded=False):
+    if not plans_sharing(model.config, padded=False):
         return None
     kept = kept_cache(model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1))
     if kept is None or not shares_prefix(kept.cache, padded=False):
