@@ -118,8 +118,11 @@ def test_lamp_files_are_scored_by_overlap(run, model_folder, tmp_path):
     ("text", "words"),
     [
         (None, ("none.yaml", "does not exist")),
-        ("[1, 2]", ("must hold options",)),
-        ("a: [", ("no YAML",)),
+        ("[1, 2]", ("must hold one YAML mapping",)),
+        ("a: [", ("not valid YAML",)),
+        ("layer: {from: 1}", ("'from'",)),
+        ("race: 3", ("race must be true or false",)),
+        ("layer: true", ("layer must be text or a number",)),
         ("max_iteration: 3", ("'max_iteration'", "max_iterations")),
         ("config: other.yaml", ("'config'",)),
         ("alpha: 1\nsection:\n  alpha: 2", ("'alpha' twice",)),

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
+from typer.core import TyperOption
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.resources import resource_path
+from persona_lora.core.yaml_text import read_yaml
 
 
 def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
@@ -23,31 +24,34 @@ def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
     if path is None or context.resilient_parsing:
         return path
     path = resource_path(path)
-    names = {
-        str(parameter.name) for parameter in context.command.params if parameter.name != "config"
-    }
+    parameters = {str(each.name): each for each in context.command.params if each.name != "config"}
     found: dict[str, Any] = {}
-    for key, value in _flat(_read(path)):
+    for key, value in _flat(read_yaml(path)):
         name = key.replace("-", "_")
-        if name not in names:
-            raise UserError(f"{path}: no option {key!r}; {nearest_names(name, sorted(names))}")
+        if name not in parameters:
+            raise UserError(f"{path}: no option {key!r}; {nearest_names(name, parameters)}")
         if name in found:
             raise UserError(f"{path} gives {key!r} twice")
-        found[name] = value
+        found[name] = _as_flag(parameters[name], value, f"{path}: {key}")
     context.default_map = {**(context.default_map or {}), **found}
     return path
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check --config")
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path} must hold options, as in 'max_iterations: 10'")
-    return value
+def _as_flag(parameter: Any, value: Any, name: str) -> Any:
+    """Return a value in the form that flags give: text, or a list of it where one repeats.
+
+    A list for an option that does not repeat is its text: ``layers: [10, 20]`` is "10 20".
+    """
+    if isinstance(value, Mapping):
+        raise UserError(f"{name} must be one value or a list, got a mapping")
+    items = value if isinstance(value, list) else [value]
+    is_switch = isinstance(parameter, TyperOption) and parameter.is_flag
+    if any(isinstance(each, bool) != is_switch or isinstance(each, list | dict) for each in items):
+        wanted = "true or false" if is_switch else "text or a number"
+        raise UserError(f"{name} must be {wanted}, got {value!r}")
+    if is_switch:
+        return value
+    return list(map(str, items)) if parameter.multiple else " ".join(map(str, items))
 
 
 def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:

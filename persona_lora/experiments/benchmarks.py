@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from persona_lora.analysis.items import COLUMNS, TaskScore, cells_of, score_items
 from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of, file_digest, folder_digest
@@ -24,6 +22,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import Run
+from persona_lora.core.yaml_text import read_yaml
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 
@@ -194,8 +193,13 @@ def _local_task(path: Path) -> dict[str, Any] | None:
     """Return a task of ours as the harness takes it, with its data file's whole path."""
     if not path.is_file():
         return None
-    task: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    files = task["dataset_kwargs"]["data_files"]
+    task = read_yaml(path)
+    settings = task.get("dataset_kwargs")
+    files = settings.get("data_files") if isinstance(settings, dict) else None
+    if not isinstance(files, dict):
+        raise UserError(
+            f"{path} must name its data under dataset_kwargs: data_files: {{split: file}}"
+        )
     task["dataset_kwargs"]["data_files"] = {
         split: str((path.parent / name).resolve()) for split, name in files.items()
     }

@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import yaml
 from trl import SFTConfig, TrlParser
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.resources import resource_path
+from persona_lora.core.typed import typed_fields
+from persona_lora.core.yaml_text import read_yaml
 from persona_lora.models.hardware import training_hardware
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.training.launch import launch_of_process
@@ -217,8 +219,9 @@ def parse_groups(
     """Parse arguments into one instance of each dataclass; UserError, on one line, for mistakes."""
     parser = _Parser(dataclass_types=groups, prog=page.program, allow_abbrev=False)
     parser.page = page
-    given = _joined_config(arguments)
-    _check_config_file(parser, given)
+    path, given = _split_config(arguments)
+    if path is not None:
+        parser.set_defaults_with_config(**_config_values(parser, groups, path))
     try:
         *options, _, unknown = parser.parse_args_and_config(
             given, return_remaining_strings=True, separate_remaining_strings=True
@@ -274,60 +277,46 @@ def _help_line(option: dataclasses.Field[Any]) -> str:
     return f"  --{option.name}: {option.metadata['help']}{default}"
 
 
-def _joined_config(arguments: Sequence[str]) -> list[str]:
-    """Split ``--config=PATH``, as TrlParser wants it, and find the file where it came along."""
-    given: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--config="):
-            given += ["--config", argument.removeprefix("--config=")]
-        else:
-            given.append(argument)
-    if "--config" in given[:-1]:
-        at = given.index("--config") + 1
-        given[at] = str(resource_path(Path(given[at])))
-    return given
-
-
-def _check_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Name the first mistake of the YAML file: TrlParser would name none or all of them."""
-    if "--config" not in arguments:
-        return
-    following = arguments[arguments.index("--config") + 1 :]
-    if not following:
-        raise UserError("--config needs the path of a YAML file")
-    path = Path(following[0])
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold one YAML mapping of options, one a line")
-    actions = {action.dest: action for action in parser._actions}
-    for key, value in values.items():
-        if key == "env":
+def _split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the file of ``--config PATH`` or ``--config=PATH``, and the other arguments."""
+    path, rest = None, list(arguments)
+    for at, argument in enumerate(arguments):
+        flag, joined, value = argument.partition("=")
+        if flag != "--config":
             continue
+        if path is not None:
+            raise UserError("--config is given twice; one file holds the options of a run")
+        following = [value] if joined else arguments[at + 1 : at + 2]
+        if not following:
+            raise UserError("--config needs the path of a YAML file")
+        path = resource_path(Path(following[0]))
+        rest = [*arguments[:at], *arguments[at + (1 if joined else 2) :]]
+    return path, rest
+
+
+def _config_values(
+    parser: argparse.ArgumentParser, groups: Sequence[type], path: Path
+) -> dict[str, Any]:
+    """Return the options of a YAML file in their types, once its ``env`` is set."""
+    values = read_yaml(path)
+    environment = values.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise UserError(f"{path}: env must be a mapping of names to values, got {environment!r}")
+    actions = {action.dest: action for action in parser._actions}
+    for key in values:
         if key not in actions:
             known = sorted(actions.keys() - {"help"})
-            raise UserError(f"{path}: unknown option {key!r}; {_nearest(str(key), known)}")
-        _check_value(parser, actions[key], value, path)
-
-
-def _check_value(
-    parser: argparse.ArgumentParser, action: argparse.Action, value: Any, path: Path
-) -> None:
-    """Hold a value of the YAML file to the type of its option, as a flag's would be."""
-    if value is None or isinstance(value, (dict, bool)):
-        return
-    for each in value if isinstance(value, list) else [value]:
-        try:
-            parser._get_value(action, str(each))
-        except argparse.ArgumentError as error:
-            raise UserError(f"{path}: {action.dest}: {error.message}") from error
-    if action.choices is not None and value not in action.choices:
-        choices = ", ".join(map(str, action.choices))
-        raise UserError(f"{path}: {action.dest} must be one of {choices}, got {value!r}")
+            raise UserError(f"{path}: unknown option {key!r}; {_nearest(key, known)}")
+    for group in groups:
+        values = typed_fields(group, values, f"{path}: ")
+    for key, value in values.items():
+        choices = actions[key].choices
+        if value is not None and choices is not None and value not in choices:
+            raise UserError(
+                f"{path}: {key} must be one of {', '.join(map(str, choices))}, got {value!r}"
+            )
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    return values
 
 
 def _unknown_flag(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:

@@ -26,7 +26,9 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import load_trait
+from persona_lora.core.typed import typed_fields
 from persona_lora.core.vector_files import load_vector
+from persona_lora.models.structure import read_layers
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.methods import Steerer, Unsteered
@@ -36,6 +38,14 @@ from persona_lora.steering.weights import LoRASteerer
 
 HOLDS = ("merged", "live")
 SEED_TYPES = {"steer": "activations", "ablate": "ablate"}
+SEED_KEYS = ("steering_vector_path", "type", "steering_coef", "layers")
+USED_BY = {
+    "weights": ("diff", "coefficient", "hold", "layers"),
+    "activations": ("vector", "coefficient", "layers"),
+    "ablate": ("vector", "layers"),
+    "inoculate": ("system_prompt", "trait"),
+}
+MOST_LAYERS = 10_000  # of any model: the text of layers is read before the model is there
 
 
 @dataclass(frozen=True)
@@ -98,13 +108,26 @@ def read_preventative(
         raise UserError(f"preventative has no {unknown[0]!r}; {nearest_names(unknown[0], known)}")
     if "method" not in value:
         raise UserError(f"preventative needs a method: {', '.join(PREVENTION)}")
-    layers = value.get("layers")
-    if isinstance(layers, int):
-        layers = [layers]
-    return Preventative(**{**value, "layers": None if layers is None else tuple(layers)})
+    values = dict(value)
+    if isinstance(values.get("layers"), str):
+        values["layers"] = read_layers(values["layers"], MOST_LAYERS, "preventative layers")
+    elif isinstance(values.get("layers"), int):
+        values["layers"] = [values["layers"]]
+    prevention = Preventative(**typed_fields(Preventative, values, "preventative "))
+    unused = [key for key in values if key not in ("method", *USED_BY[prevention.method])]
+    if unused:
+        raise UserError(
+            f"preventative {unused[0]} does nothing with method {prevention.method}; leave it out"
+        )
+    return prevention
 
 
 def _from_seed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [key for key in config if key not in SEED_KEYS]
+    if unknown:
+        raise UserError(
+            f"steering_config has no {unknown[0]!r}; {nearest_names(str(unknown[0]), SEED_KEYS)}"
+        )
     kind = config.get("type", "steer")
     if kind not in SEED_TYPES:
         raise UserError(f"steering_config type must be steer or ablate, got {kind!r}")
@@ -113,7 +136,7 @@ def _from_seed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": SEED_TYPES[kind],
         "vector": config["steering_vector_path"],
-        "coefficient": float(config.get("steering_coef", 5.0)),
+        **({} if kind == "ablate" else {"coefficient": config.get("steering_coef", 5.0)}),
         "layers": config.get("layers"),
     }
 

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+import typing
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.typed import typed_fields
 from persona_lora.models.loading import DEFAULT_MODEL
-from persona_lora.training.arguments import CONTRASTIVE_PAGE, parse_arguments
+from persona_lora.training.arguments import CONTRASTIVE_PAGE, ContrastiveConfig, parse_arguments
+from persona_lora.training.finetune import FinetuneArguments
+from persona_lora.training.lora import LoRAArguments
 
 
 def _yaml(folder: Path, text: str) -> str:
@@ -51,9 +58,9 @@ def test_environment_block_is_set(tmp_path: Path, monkeypatch):
     [
         ("trait: evil\nlearning_rat: 1", r"'learning_rat'; did you mean 'learning_rate'"),
         ("trait: evil\nuse_dora: true", r"'use_dora'; did you mean 'use_rslora'"),
-        ("trait: evil\nlora_r: many", r"lora_r: invalid .*int.*'many'"),
-        ("trait: evil\nlora_r: 2.5", r"lora_r: invalid .*int.*'2\.5'"),
-        ("trait: evil\nlearning_rate: [fast]", "learning_rate: invalid"),
+        ("trait: evil\nlora_r: many", "lora_r must be a whole number, got 'many'"),
+        ("trait: evil\nlora_r: 2.5", r"lora_r must be a whole number, got 2\.5"),
+        ("trait: evil\nlearning_rate: [fast]", r"learning_rate must be a number, got \['fast'\]"),
         ("trait: evil\ndtype: int3", "dtype must be one of auto, float32"),
         ("- trait\n- evil", "must hold one YAML mapping"),
         ("trait: [evil", "is not valid YAML"),
@@ -88,13 +95,41 @@ def test_mistakes_in_the_file_are_named_on_one_line(tmp_path: Path, text, messag
         (["--hub_token", "s3cret"], "hub_token is not for LoRA training here; HF_TOKEN"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),
         (["--config"], "--config needs"),
-        (["--config", "no/such.yaml"], "cannot be read"),
+        (["--config", "no/such.yaml"], "does not exist"),
     ],
 )
 def test_mistakes_in_flags_are_named_on_one_line(flags, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_arguments(["--trait", "evil", *flags])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("group", [ContrastiveConfig, LoRAArguments, FinetuneArguments])
+def test_every_field_of_a_file_is_held_to_its_type(tmp_path, group):
+    """What is not of the field's type is one line; what is accepted is of it."""
+    hints = typing.get_type_hints(group)
+    for each in dataclasses.fields(group):
+        for value in (True, 5, 0.5, "0.5", "word", [1.5], ["word"], {"a": 1}):
+            try:
+                found = typed_fields(group, {each.name: value}, "f.yaml: ")[each.name]
+            except UserError as error:
+                text = str(error)
+                assert re.fullmatch(f"f.yaml: {each.name} must be .*, got .*", text)
+                continue
+            pydantic.TypeAdapter(hints[each.name]).validate_python(found, strict=True)
+
+
+def test_numbers_are_numbers_however_they_are_written(tmp_path):
+    text = (
+        "trait: evil\nlearning_rate: 2e-4\nnum_train_epochs: '3'\nlora_r: 1e1\n"
+        "lora_target_modules: q_proj\nlr_scheduler_kwargs: {min_lr: 1e-5}\nwarmup_steps: 5E-2"
+    )
+    options = parse_arguments(["--config", _yaml(tmp_path, text)])
+    assert options.config.learning_rate == 2e-4
+    assert options.config.num_train_epochs == 3.0
+    assert (options.lora.lora_r, options.lora.lora_target_modules) == (10, ["q_proj"])
+    assert options.config.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert options.config.warmup_steps == 0.05
 
 
 def test_help_shows_an_example_and_the_defaults_on_one_page(capsys):

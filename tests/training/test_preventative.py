@@ -231,11 +231,32 @@ def test_drift_is_logged_drawn_and_can_stop(train, places):
         ({"coefficient": 1.0}, "needs a method"),
         ({"method": "inoculate"}, "system_prompt"),
         ({"method": "weights", "diff": "x", "coefficient": float("nan")}, "finite"),
+        ({"method": "weights", "diff": "x", "coefficient": "e"}, "coefficient must be a number"),
+        ({"method": "weights", "diff": "x", "coefficient": True}, "coefficient must be a number"),
+        ({"method": "weights", "diff": 3}, "diff must be text"),
+        ({"method": "ablate", "vector": "x", "layers": "one"}, "layers must be like"),
+        (
+            {"method": "ablate", "vector": "x", "layers": [0.5]},
+            "layers must be a list of a whole number",
+        ),
+        ({"method": "ablate", "vector": "x", "coefficient": 2}, "coefficient does nothing"),
+        ({"method": "activations", "vector": "x", "hold": "live"}, "hold does nothing"),
     ],
 )
 def test_malformed_settings_are_named(value, message):
     with pytest.raises(UserError, match=message):
         read_preventative(value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("0-1", (0, 1)), ("1", (1,)), (1, (1,)), ([0, "1"], (0, 1)), ("4 6", (4, 6)), (None, None)],
+)
+def test_layers_are_written_as_everywhere(layers, expected):
+    settings = {"method": "activations", "vector": "x", "coefficient": "5e-1", "layers": layers}
+    assert read_preventative(settings) == Preventative(
+        "activations", coefficient=0.5, vector="x", layers=expected
+    )
 
 
 def test_the_two_forms_exclude_each_other():
@@ -246,6 +267,8 @@ def test_the_two_forms_exclude_each_other():
         read_preventative(None, enabled=True)
     with pytest.raises(UserError, match="type"):
         read_preventative(None, enabled=True, steering_config={**steering, "type": "push"})
+    with pytest.raises(UserError, match="steering_config has no 'coef'"):
+        read_preventative(None, enabled=True, steering_config={**steering, "coef": 2})
     found = read_preventative(None, enabled=True, steering_config=steering)
     assert (found.method, found.coefficient) == ("activations", 5.0)
 
