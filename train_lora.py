@@ -4,10 +4,16 @@ import logging
 import sys
 
 from persona_lora.cli.ending import call_to_end
+from persona_lora.cli.environment import export_hub_token
 from persona_lora.training.contrastive import main
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("persona_lora").setLevel(logging.INFO)
     arguments = [word for word in sys.argv[1:] if word != "--verbose"]
-    call_to_end(lambda: main(arguments), verbose="--verbose" in sys.argv)
+
+    def train() -> None:
+        export_hub_token()
+        main(arguments)
+
+    call_to_end(train, verbose="--verbose" in sys.argv)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import huggingface_hub
 import pytest
 import torch
 import typer
@@ -122,6 +123,13 @@ def asked(monkeypatch, tokenizer):
         found["weights"] = {"name": name, **arguments}
         raise UserError("weights were asked for")
 
+    template_of = loading.ChatTemplate.of
+
+    def template_noted(tokenizer, name, args):
+        found["template"] = dict(args)
+        return template_of(tokenizer, name, args)
+
+    monkeypatch.setattr(loading.ChatTemplate, "of", template_noted)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", tokenizer_of)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", weights_of)
     monkeypatch.setattr(pretrained, "_quantisation", lambda options, _: options.quantize)
@@ -142,7 +150,8 @@ def check(result, asked):
     status, _, error = result
     assert status == 2, error
     assert "weights were asked for" in error
-    for part in asked.values():
+    assert asked["template"] == {"enable_thinking": False}
+    for part in (asked["tokenizer"], asked["weights"]):
         assert (part["name"], part["revision"]) == (HUB, "v2")
         assert part["trust_remote_code"] is True
     weights = asked["weights"]
@@ -163,6 +172,28 @@ def test_the_options_of_training_reach_transformers(name, run, asked, tmp_path):
     words = (name, *TRAINING[name], "--model", HUB, "--use_cpu", "true")
     check(run(*words, *given("_"), "--trust_remote_code", "true"), asked)
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("in_environment", "expected"), [("", "from_file"), ("from_environment", "from_environment")]
+)
+@pytest.mark.parametrize("name", ["evaluate", "train"])
+def test_the_token_of_the_env_file_is_used_by_everything_that_loads(
+    name, in_environment, expected, run, asked, place, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", in_environment)
+    tokens = []
+    tokenizer_of = loading.AutoTokenizer.from_pretrained
+
+    def noted(*words, **more):
+        tokens.append(huggingface_hub.get_token())
+        return tokenizer_of(*words, **more)
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", noted)
+    (tmp_path / ".env").write_text("OPENAI_API_KEY=\nHF_TOKEN=from_file\n")
+    words = {**COMMANDS, "train": (*TRAINING["train"], "--model", HUB, "--use_cpu", "true")}[name]
+    _, _, error = run(name, *words)
+    assert tokens == [expected], error
 
 
 @pytest.mark.parametrize(

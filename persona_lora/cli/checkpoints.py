@@ -104,7 +104,7 @@ def evaluate_checkpoints(
     directions = load_vectors(vectors) if vectors else {}
     depth = next(iter(directions.values())).num_layers if directions else 0
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    base = load_model(model)
+    base = load_model(model, directions.values())
     with progress() as report:
         run = checkpoints.evaluate_checkpoints(
             base,
@@ -205,7 +205,7 @@ def predict_finetuning(
         layer_numbers(None if layer is None else str(layer), depth)[0] if loaded else 0,
     )
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    base = load_model(model)
+    base = load_model(model, loaded.values())
     with progress() as report:
         run = prediction.predict_finetuning(
             base,

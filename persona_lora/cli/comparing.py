@@ -131,7 +131,7 @@ def compare(
     named = dict.fromkeys([loaded.name, *(spaces or "").replace(",", " ").split()])
     directions = None if spaces is None else costs.trait_directions(list(named), trait_vector_dir)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    chat_model = load_model(model)
+    chat_model = load_model(model, [weights, whole])
     output = output_dir or Path("results") / "compare" / loaded.name
     with progress() as report:
         found = experiment.compare(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console, progress
+from persona_lora.cli.environment import environment
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
     DEFAULT_MODEL,
@@ -196,8 +196,6 @@ def _check_table(reports: list[DataReport]) -> Table:
 def _writer(
     endpoint: str | None, model: str | None, local: bool, loading: LoadOptions
 ) -> EndpointWriter | LocalWriter:
-    from dotenv import dotenv_values
-
     from persona_lora.experiments.writers import Endpoint, EndpointWriter, LocalWriter
     from persona_lora.judges.endpoint import DEFAULT_BASE_URL
 
@@ -209,7 +207,7 @@ def _writer(
         raise UserError(
             "the options of loading a model are for --local; an endpoint has its model already"
         )
-    environ = {**dotenv_values(".env"), **os.environ}
+    environ = environment()
     url = endpoint or environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
     key = environ.get("OPENAI_API_KEY") or None
     return EndpointWriter(Endpoint(model or DEFAULT_WRITER, url, key))
@@ -247,7 +245,7 @@ def screen_data(
     loaded = load_vector(vector)
     chosen = layer_numbers(None if layer is None else str(layer), loaded.num_layers)[0]
     texts = read_texts(file)
-    chat_model = load_model(model)
+    chat_model = load_model(model, [loaded])
     with progress() as report:
         found = screen_rows(
             chat_model,

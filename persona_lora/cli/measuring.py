@@ -111,7 +111,7 @@ def evaluate(
     )
     options = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    chat_model = load_model(model)
+    chat_model = load_model(model, [*terms, *(activation.vectors if activation else ())])
     with progress() as report:
         result = evaluation.evaluate(
             chat_model,
@@ -220,7 +220,7 @@ def sweep(
         costs=chosen in ("lora", "activation") and (one_layer if costs is None else costs),
         max_questions=max_questions,
     )
-    chat_model = load_model(model)
+    chat_model = load_model(model, population.directions())
     suffix = "" if chosen == "lora" else f"_{chosen}"
     with progress() as report:
         result = experiment.sweep(

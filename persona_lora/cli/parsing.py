@@ -7,26 +7,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lora.cli.console import console
+from persona_lora.cli.environment import environment
 from persona_lora.cli.options import AdaptedModelOptions, ModelOptions
 from persona_lora.core.errors import UserError
 from persona_lora.core.lists import split_lists
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.experiments.evaluation import GenerationOptions
     from persona_lora.experiments.judging import JudgeOptions, Report
     from persona_lora.models.load_options import LoadOptions
     from persona_lora.models.loading import ChatModel
 
 
-def load_model(options: ModelOptions) -> ChatModel:
-    """Load the model that a command was given, with its adapter where it has one."""
-    return load_other(
-        options.model,
-        options.alone(),
-        options.adapter if isinstance(options, AdaptedModelOptions) else None,
-    )
+def load_model(
+    options: ModelOptions, directions: Iterable[LoRADiff | SteeringVector] = ()
+) -> ChatModel:
+    """Load the model that a command was given, with its adapter where it has one.
+
+    A direction that was made with the chat template rendered otherwise is named in a warning.
+    """
+    from persona_lora.steering.templates import warn_of_other_template
+
+    adapter = options.adapter if isinstance(options, AdaptedModelOptions) else None
+    loaded = load_other(options.model, options.alone(), adapter)
+    warn_of_other_template(loaded, directions)
+    return loaded
 
 
 def load_other(name: str, options: LoadOptions, adapter: Path | None = None) -> ChatModel:
@@ -186,7 +195,6 @@ def judge_options(
     max_judge_cost: float | None,
     seed: int,
 ) -> JudgeOptions:
-    from dotenv import dotenv_values
     from platformdirs import user_cache_path
 
     from persona_lora.experiments.judging import JudgeOptions
@@ -194,7 +202,6 @@ def judge_options(
 
     if judge_mode not in ("logprobs", "number"):
         raise UserError(f"--judge-mode must be logprobs or number, got {judge_mode!r}")
-    from_file = {name: value for name, value in dotenv_values(".env").items() if value}
     return JudgeOptions(
         judge=judge,
         judge_model=judge_model,
@@ -202,7 +209,7 @@ def judge_options(
         mode="number" if judge_mode == "number" else "logprobs",
         limits=Limits(max_cost=max_judge_cost),
         cache=user_cache_path("persona_lora") / "verdicts.sqlite",
-        environ={**from_file, **os.environ},
+        environ=environment(),
         seed=seed,
     )
 

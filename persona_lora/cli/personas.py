@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from persona_lora.cli.console import console
+from persona_lora.cli.environment import environment
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import (
     ModelOptions,
@@ -102,7 +102,7 @@ def _profile_writer(url: str | None, model: str | None, prompt: Path | None) -> 
     if prompt is not None and not prompt.is_file():
         raise UserError(f"{prompt} does not exist; check --profile-prompt")
     text = DEFAULT_PROMPT if prompt is None else prompt.read_text(encoding="utf-8")
-    key = os.environ.get("OPENAI_API_KEY")
+    key = environment().get("OPENAI_API_KEY")
     return profile_writer(EndpointWriter(Endpoint(model, url, key)), text)
 
 

@@ -65,7 +65,7 @@ def playground(
     except ImportError as error:
         raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
     diffs = {trait: LoRADiff.load(directions / trait / "diff") for trait in chosen}
-    chat_model = load_model(model)
+    chat_model = load_model(model, diffs.values())
     judges = _judges(chosen, chat_model, datasets_dir)
     desk = MixingDesk(chat_model, diffs, judges, allow_other_base)
     console.print(f"open http://{host}:{port} (Ctrl+C ends it)")

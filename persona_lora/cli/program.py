@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from persona_lora.cli.ending import MISTAKE, call_to_end
+from persona_lora.cli.environment import export_hub_token
 from persona_lora.core.errors import UserError
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ def configure(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    export_hub_token()
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def project_activations(
     loaded = load_vectors(vectors)
     chosen = layer_numbers(layers, next(iter(loaded.values())).num_layers)
     texts = projection.read_texts(file) if file is not None else None
-    chat_model = load_model(model)
+    chat_model = load_model(model, loaded.values())
     settings: dict[str, Any] = {
         "positions": [TYPES[type]],
         "config": {

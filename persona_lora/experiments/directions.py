@@ -42,6 +42,10 @@ class Directions(Protocol):
         """The traits, sorted: the order of every row of coefficients."""
         ...
 
+    def made(self) -> Sequence[LoRADiff | SteeringVector]:
+        """Return the directions themselves."""
+        ...
+
     def steerer(
         self, model: nn.Module, rows: Sequence[Sequence[float]], *, allow_other_base: bool
     ) -> Steerer:
@@ -70,6 +74,9 @@ class DiffDirections:
     @property
     def traits(self) -> tuple[str, ...]:
         return tuple(sorted(self.diffs))
+
+    def made(self) -> Sequence[LoRADiff | SteeringVector]:
+        return [*self.diffs.values()]
 
     def steerer(
         self, model: nn.Module, rows: Sequence[Sequence[float]], *, allow_other_base: bool
@@ -107,6 +114,9 @@ class VectorDirections:
     @property
     def traits(self) -> tuple[str, ...]:
         return tuple(sorted(self.vectors))
+
+    def made(self) -> Sequence[LoRADiff | SteeringVector]:
+        return [*self.vectors.values()]
 
     def steerer(
         self, model: nn.Module, rows: Sequence[Sequence[float]], *, allow_other_base: bool

@@ -63,6 +63,7 @@ from persona_lora.models.generation import Progress
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.structure import num_layers
 from persona_lora.profiles.style_judge import StyleJudge, TextFeatures
+from persona_lora.steering.templates import warn_of_other_template
 
 # R1 … R5, in the order that initial weights are given in.
 STYLE_TRAITS = (
@@ -181,6 +182,7 @@ def load_optimization(
         found["layer"] or (),
         energy=found.get("energy"),
     )
+    warn_of_other_template(chat_model, directions.made())
     scales, alpha = found["scales"], found["alpha"]
     return Speaker(chat_model, directions, scales, alpha, generation, Alone()), mix
 
@@ -312,6 +314,7 @@ class Workbench:
         chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
         energy = self.energy if name == "lora" else None
         directions = load_directions(name, self.traits, self.trait_folder, chosen, energy=energy)
+        warn_of_other_template(self.chat_model, directions.made())
         scales = self.processes.from_main(
             lambda: scales_of(
                 self.chat_model,

@@ -44,6 +44,10 @@ class Population(Protocol):
         """Return digests of what steers."""
         ...
 
+    def directions(self) -> Sequence[LoRADiff | SteeringVector]:
+        """Return the directions that were made beforehand."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DiffPopulation:
@@ -69,6 +73,9 @@ class DiffPopulation:
 
     def inputs(self) -> dict[str, str]:
         return {"the diff": self.diff.content()}
+
+    def directions(self) -> Sequence[LoRADiff | SteeringVector]:
+        return [self.diff]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +146,9 @@ class VectorPopulation:
         control = {} if self.control is None else {"the control": self.control.content()}
         return {"the vector": self.vector.content(), **control}
 
+    def directions(self) -> Sequence[LoRADiff | SteeringVector]:
+        return [self.vector]
+
     def vectors(self) -> Mapping[str, SteeringVector]:
         """Return the vector and its control by the method that their rows carry."""
         vectors = {"activation": self.vector}
@@ -162,6 +172,9 @@ class PromptPopulation:
 
     def inputs(self) -> dict[str, str]:
         return {}
+
+    def directions(self) -> Sequence[LoRADiff | SteeringVector]:
+        return []
 
 
 def _values(coefficients: Sequence[float]) -> tuple[float, ...]:
