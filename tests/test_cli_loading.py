@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import typer
+from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from persona_lora import cli
@@ -131,7 +132,8 @@ def asked(monkeypatch, tokenizer):
 
     monkeypatch.setattr(loading.ChatTemplate, "of", template_noted)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", tokenizer_of)
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", weights_of)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: LlamaConfig())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", weights_of)
     monkeypatch.setattr(pretrained, "_quantisation", lambda options, _: options.quantize)
     return found
 
@@ -222,6 +224,27 @@ def test_what_cannot_be_loaded_so_is_refused_before_anything(
     assert status == 2, error
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_file_holds_the_arguments_of_a_template_as_a_mapping(
+    run, asked, place, tmp_path
+):
+    words = {"model": HUB, "trait": "evil", "diff": "diff", "activation-vector": "v.safetensors"}
+    lines = [f"{key}: {value}" for key, value in words.items()]
+    lines += ["loading:", "  dtype: float16", "  chat_template_args: {enable_thinking: false}"]
+    (tmp_path / "nested.yaml").write_text("\n".join(lines))
+    lines[-1] = "chat_template_args: {enable_thinking: false}"
+    (tmp_path / "flat.yaml").write_text("\n".join(lines))
+    for name in ("nested.yaml", "flat.yaml"):
+        asked.clear()
+        _, _, error = run("compare", "--config", name, *DATASETS)
+        assert asked["template"] == {"enable_thinking": False}, error
+        assert asked["weights"]["dtype"] == torch.float16
+    rest = (*TRAINING["train"][2:], "--model", HUB, "--use_cpu", "true")
+    (tmp_path / "train.yaml").write_text("trait: evil\n" + lines[-1])
+    asked.clear()
+    _, _, error = run("train", "--config", "train.yaml", *rest)
+    assert asked["template"] == {"enable_thinking": False}, error
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperOption
 
+from persona_lora.cli.option_groups import MAPPING
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.resources import resource_path
 from persona_lora.core.yaml_text import read_yaml
@@ -25,13 +27,16 @@ def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
         return path
     path = resource_path(path)
     parameters = {str(each.name): each for each in context.command.params if each.name != "config"}
+    taken_whole = {name for name, each in parameters.items() if each.metavar == MAPPING}
     found: dict[str, Any] = {}
-    for key, value in _flat(read_yaml(path)):
+    for key, value in _flat(read_yaml(path), taken_whole):
         name = key.replace("-", "_")
         if name not in parameters:
             raise UserError(f"{path}: no option {key!r}; {nearest_names(name, parameters)}")
         if name in found:
             raise UserError(f"{path} gives {key!r} twice")
+        if name in taken_whole and isinstance(value, Mapping):
+            value = json.dumps(dict(value))
         found[name] = _as_flag(parameters[name], value, f"{path}: {key}")
     context.default_map = {**(context.default_map or {}), **found}
     return path
@@ -54,10 +59,14 @@ def _as_flag(parameter: Any, value: Any, name: str) -> Any:
     return list(map(str, items)) if parameter.multiple else " ".join(map(str, items))
 
 
-def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the pairs of a file, those of its sections in place of these; without empty ones."""
+def _flat(values: Mapping[str, Any], taken_whole: Container[str]) -> list[tuple[str, Any]]:
+    """Return the pairs of a file, those of its sections in place of these; without empty ones.
+
+    A mapping under one of ``taken_whole`` is no section.
+    """
     pairs: list[tuple[str, Any]] = []
     for key, value in values.items():
-        inner = value.items() if isinstance(value, Mapping) else [(key, value)]
+        whole = str(key).replace("-", "_") in taken_whole or not isinstance(value, Mapping)
+        inner = [(key, value)] if whole else value.items()
         pairs += [(str(name), each) for name, each in inner if each is not None]
     return pairs

@@ -21,6 +21,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 EMPTY = inspect.Parameter.empty
+MAPPING = "JSON"  # how --help calls the value of a mapping
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,6 +86,7 @@ def _annotated(hint: Any, field: dataclasses.Field[Any]) -> Any:
     """Return a field's type with its option; a mapping, which typer does not know, is text."""
     if get_origin(hint) is Annotated:
         return hint
+    help_text = field.metadata["help"]
     if any(get_origin(each) is dict for each in get_args(hint)):
-        hint = str | None
-    return Annotated[hint, typer.Option(help=field.metadata["help"])]
+        return Annotated[str | None, typer.Option(help=help_text, metavar=MAPPING)]
+    return Annotated[hint, typer.Option(help=help_text)]

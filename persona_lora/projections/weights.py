@@ -223,8 +223,13 @@ class WeightProjector:
             if isinstance(lora_diff_path, LoRADiff)
             else LoRADiff.load(lora_diff_path)
         )
-        before = original if original is not None else diff.base_model.name
-        found = project_weights(weights_of(before), weights_of(model), {"diff": diff}).by_layer()
+        before, revision = original, None
+        if before is None:
+            training = diff.sources.get("training", {})
+            before, revision = diff.base_model.name, training.get("revision")
+        found = project_weights(
+            weights_of(before, revision), weights_of(model), {"diff": diff}
+        ).by_layer()
         outside = [layer for layer in found if num_layers is not None and layer >= num_layers]
         if outside:
             raise UserError(

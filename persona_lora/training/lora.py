@@ -93,6 +93,7 @@ def attach_lora(chat_model: ChatModel, arguments: LoRAArguments, seed: int) -> P
         model = get_peft_model(chat_model.model, config)
     # PEFT notes the path that the weights came from; the packaged model's lies in a user's cache.
     config.base_model_name_or_path = chat_model.name
+    config.revision = chat_model.options.revision
     return model
 
 
