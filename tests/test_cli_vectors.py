@@ -214,5 +214,5 @@ def test_personas_name_their_mistakes(run, tmp_path):
     (tmp_path / "few.jsonl").write_text(
         json.dumps({"messages": [{"role": "user", "content": "Hello there"}]}) + "\n"
     )
-    assert_fails(run(*words, "--conversations", "few.jsonl"), "1 utterances", "at least 10")
+    assert_fails(run(*words, "--conversations", "few.jsonl"), "1 utterances", "at least 5")
     assert not (tmp_path / "ann").exists()

@@ -112,8 +112,7 @@ def write_sheets(
     )
     about = load_persona(persona, personas)
     profile = str(about.read("persona_profile.txt"))
-    samples = [str(each) for each in about.read("persona_samples.json")]
-    write_text(folder / PAGE, _page(items, profile, samples))
+    write_text(folder / PAGE, _page(items, profile, about.samples()))
     return Sheets(len(items), folder / SHEET, folder / PAGE, folder / KEY)
 
 

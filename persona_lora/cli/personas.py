@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -23,15 +23,25 @@ from persona_lora.cli.parsing import generation_options, load_model
 from persona_lora.cli.program import persona_app
 from persona_lora.core.errors import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from persona_lora.core.personas import Persona
+
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
 @persona_app.command("build")
 def build_persona(
-    id: Annotated[str, typer.Option(help="The persona's id: the name of its folder.")],
+    id: Annotated[
+        str | None, typer.Option(help="The persona's id: the name of its folder.")
+    ] = None,
+    all: Annotated[
+        bool, typer.Option("--all", help="Every folder of --persona-dir, one after the other.")
+    ] = False,
     conversations: Annotated[
         Path | None,
-        typer.Option(help="The file; the persona's own conversations.jsonl by default."),
+        typer.Option(help="A file, or a folder of files; the persona's own folder by default."),
     ] = None,
     speaker: Annotated[str, typer.Option(help="A speaks first (or is the user), or B.")] = "A",
     episode: Annotated[
@@ -49,15 +59,21 @@ def build_persona(
         Path | None, typer.Option(help="How to ask for the profile: {features} and {samples}.")
     ] = None,
     persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make files anew that are there already.")
+    ] = False,
 ) -> None:
     """Make a persona's features, samples, profile and judge prompt from its conversations.
 
     Read are our own forms, chat JSONL, ConvAI2 / PersonaChat, Multi-Session Chat, Conversation
-    Chronicles and LaMP.
+    Chronicles, LaMP and the files of published personas. With --all a folder that cannot be built
+    is named, and the others are.
 
     Example: persona-lora persona build --id episode-184019_A --conversations chronicles.jsonl
     --episode episode-184019 --speaker A
     """
+    from persona_lora.core.files import read_text
+    from persona_lora.core.names import checked_name
     from persona_lora.core.resources import resource_path
     from persona_lora.judges.sentence_embeddings import SentenceEmbedder
     from persona_lora.profiles import building
@@ -66,30 +82,77 @@ def build_persona(
 
     if speaker not in ("A", "B"):
         raise UserError(f"--speaker must be A or B, got {speaker!r}")
-    folder = (persona_dir or Path("personas")) / id
-    if template is not None and not template.is_file():
-        raise UserError(f"{template} does not exist; check --template")
-    read = load_conversations(
-        conversations or resource_path(folder / "conversations.jsonl"),
-        speaker="A" if speaker == "A" else "B",
-        episode=episode,
-    )
-    built = building.build_persona(
-        folder,
-        read,
-        SentenceEmbedder().embed,
-        num_samples=samples,
-        template=DEFAULT_TEMPLATE if template is None else template.read_text(encoding="utf-8"),
-        write_profile=_profile_writer(writer_url, writer_model, profile_prompt),
-    )
-    console.print((built.folder / "persona_profile.txt").read_text(encoding="utf-8").strip())
-    console.print(
-        f"{built.num_train} training and {built.num_test} held-out utterances in {built.folder}"
-    )
+    root = persona_dir or Path("personas")
+    names = _persona_names(id, conversations, root, all)
+    text = DEFAULT_TEMPLATE if template is None else read_text(template)
+    write_profile = _profile_writer(writer_url, writer_model, profile_prompt)
+    embedder = SentenceEmbedder()
+
+    def build(name: str) -> None:
+        folder = root / checked_name(name, "--id")
+        built = building.build_persona(
+            folder,
+            load_conversations(
+                conversations or resource_path(folder),
+                speaker="A" if speaker == "A" else "B",
+                episode=episode,
+            ),
+            embedder.embed,
+            num_samples=samples,
+            template=text,
+            write_profile=write_profile,
+            overwrite=overwrite,
+        )
+        console.print(read_text(built.folder / building.PROFILE).strip())
+        console.print(
+            f"{built.num_train} training and {built.num_test} held-out utterances in {built.folder}"
+        )
+        if built.kept:
+            kept = ", ".join(built.kept)
+            console.print(f"left as they were: {kept} (--overwrite makes them anew)")
+
+    if not all:
+        build(names[0])
+        return
+    _raise_for(_failures(names, build), len(names))
+
+
+def _persona_names(id: str | None, conversations: Path | None, root: Path, all: bool) -> list[str]:
+    """Return the personas that --id or --all asks for."""
+    if (id is None) != all:
+        raise UserError("give --id, or --all for every folder of --persona-dir")
+    if id is not None:
+        return [id]
+    if conversations is not None:
+        raise UserError("--conversations is of one persona; with --all each has its own folder")
+    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if not names:
+        raise UserError(f"{root} holds no persona's folder; give --persona-dir")
+    return names
+
+
+def _failures(names: Sequence[str], work: Callable[[str], None]) -> list[str]:
+    """Do the work for every persona; return those that failed, each named with its reason."""
+    failed = []
+    for name in names:
+        try:
+            work(name)
+        except UserError as error:
+            failed.append(name)
+            console.print(f"{name}: {error}", style="red", markup=False, soft_wrap=True)
+    return failed
+
+
+def _raise_for(failed: Sequence[str], number: int) -> None:
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {number} personas cannot be used (see above): {', '.join(failed)}"
+        )
 
 
 def _profile_writer(url: str | None, model: str | None, prompt: Path | None) -> Any:
     """Return what writes a profile by an endpoint, or None: sentences made from the features."""
+    from persona_lora.core.files import read_text
     from persona_lora.experiments.profile_writing import DEFAULT_PROMPT, profile_writer
     from persona_lora.experiments.writers import Endpoint, EndpointWriter
 
@@ -99,9 +162,7 @@ def _profile_writer(url: str | None, model: str | None, prompt: Path | None) -> 
         return None
     if url is None or model is None:
         raise UserError("--writer-url and --writer-model go together")
-    if prompt is not None and not prompt.is_file():
-        raise UserError(f"{prompt} does not exist; check --profile-prompt")
-    text = DEFAULT_PROMPT if prompt is None else prompt.read_text(encoding="utf-8")
+    text = DEFAULT_PROMPT if prompt is None else read_text(prompt)
     key = environment().get("OPENAI_API_KEY")
     return profile_writer(EndpointWriter(Endpoint(model, url, key)), text)
 
@@ -183,7 +244,9 @@ def validate_personas(
     from persona_lora.judges.sentence_embeddings import SentenceEmbedder
     from persona_lora.profiles.style_judge import TextFeatures, fit_judges, validate_judges
 
-    personas = [load_persona(each, persona_dir) for each in list_personas(persona_dir)]
+    personas: list[Persona] = []
+    names = list_personas(persona_dir)
+    bad = _failures(names, lambda name: personas.append(load_persona(name, persona_dir)))
     with console.status("embedding utterances"):
         features = TextFeatures(SentenceEmbedder())
         validations = [
@@ -208,6 +271,7 @@ def validate_personas(
         )
     if output is not None:
         write_json(output, [dataclasses.asdict(each) for each in validations])
+    _raise_for(bad, len(names))
 
 
 @persona_app.command("sheets")

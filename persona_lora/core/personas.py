@@ -15,6 +15,7 @@ from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.content import digest_of, folder_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
+from persona_lora.core.names import checked_name
 from persona_lora.core.resources import resource_path, search_folders
 
 BUILT = ("final_judge_prompt.txt", "persona_profile.txt", "persona_samples.json")
@@ -55,6 +56,20 @@ class Persona:
     def content(self) -> str:
         """Return a digest of the conversations and of what was built from them."""
         return digest_of([conversation_rows(self.conversations), folder_digest(self.folder, BUILT)])
+
+    def samples(self) -> list[str]:
+        """Return what ``persona_samples.json`` shows of the persona: of ours, or as published."""
+        value = self.read("persona_samples.json")
+        listed = value.get("samples") if isinstance(value, dict) else value
+        rows = listed if isinstance(listed, list) else []
+        texts = [each.get("text") if isinstance(each, dict) else each for each in rows]
+        lines = [line.strip() for each in texts for line in str(each).split("\n")]
+        if not texts or not all(isinstance(each, str) for each in texts):
+            raise UserError(
+                f"{self.folder / 'persona_samples.json'} must hold a list of utterances, or "
+                "samples with a text"
+            )
+        return [line for line in lines if line]
 
     def read(self, name: str) -> Any:
         """Return the contents of one of the folder's files; text for ``.txt``, else JSON."""
@@ -108,18 +123,29 @@ def list_personas(personas: Path | None = None) -> list[str]:
 
 def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
     """Load a persona by id; UserError for an unknown one, or for malformed conversations."""
+    checked_name(persona_id, "a persona's id")
     roots = search_folders("personas", personas)
     paths = [root / persona_id / "conversations.jsonl" for root in roots]
     path = next((each for each in paths if each.is_file()), None)
     if path is None:
+        if any((root / persona_id).is_dir() for root in roots):
+            raise UserError(
+                f"the persona {persona_id} has no conversations.jsonl yet; make it with: "
+                f"persona-lora persona build --id {persona_id}"
+            )
         nearest = nearest_names(persona_id, list_personas(personas))
         raise UserError(f"no persona {persona_id!r} in {' or '.join(map(str, roots))}; {nearest}")
-    rows = [
-        _conversation(row, f"{path}:{line}") for line, row in enumerate(read_jsonl(path), start=1)
-    ]
+    rows = read_conversations(path)
     if not any(row.utterances for row in rows):
         raise UserError(f"{path} holds no utterance of the persona (messages of the role user)")
-    return Persona(persona_id, path.parent, tuple(rows))
+    return Persona(persona_id, path.parent, rows)
+
+
+def read_conversations(path: Path) -> tuple[PersonaConversation, ...]:
+    """Read a ``conversations.jsonl``; UserError names a malformed row."""
+    return tuple(
+        _conversation(row, f"{path}:{line}") for line, row in enumerate(read_jsonl(path), start=1)
+    )
 
 
 @dataclass(frozen=True)

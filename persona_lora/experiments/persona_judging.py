@@ -28,6 +28,7 @@ from persona_lora.judges.prompts import Reading, weighted_score
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.profiles.comparison_judge import ComparisonJudge, Read
+from persona_lora.profiles.judge_prompt import checked_judge_prompt
 from persona_lora.profiles.style_judge import HIGHEST, StyleJudge, TextFeatures, has_words
 
 COHERENCE_PAIRS = 16
@@ -68,6 +69,12 @@ def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reade
     return {name: _reader(name, options, reference) for name in names if name != "embedding"}
 
 
+def judge_prompt_of(persona: Persona) -> str:
+    """Return a persona's prompt for a language model as judge; UserError for one with a mistake."""
+    name = "final_judge_prompt.txt"
+    return checked_judge_prompt(persona.read(name), persona.folder / name)
+
+
 def make_persona_judge(
     persona: Persona,
     personas: Sequence[Persona],
@@ -83,7 +90,7 @@ def make_persona_judge(
         ComparisonJudge(
             reader.name,
             reader.read,
-            persona.read("final_judge_prompt.txt"),
+            judge_prompt_of(persona),
             baselines,
             seed=options.seed,
         )

@@ -276,8 +276,7 @@ def baseline_answers(
 def persona_system_prompt(persona: Persona) -> str:
     """Return the prompt baseline: the profile and the samples as instructions to the model."""
     profile = str(persona.read("persona_profile.txt")).strip()
-    samples = persona.read("persona_samples.json")
-    listed = "\n".join(f"- {sample}" for sample in samples)
+    listed = "\n".join(f"- {sample}" for sample in persona.samples())
     return (
         "You are not an assistant but this person, and you answer as they would.\n\n"
         f"{profile}\n\nThings you have said:\n{listed}"

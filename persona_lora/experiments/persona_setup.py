@@ -43,6 +43,7 @@ from persona_lora.experiments.persona_judging import (
     Reader,
     check_style_judge,
     fit_coherence,
+    judge_prompt_of,
     make_persona_judge,
     make_readers,
 )
@@ -251,6 +252,8 @@ class Workbench:
             load_persona(each, self.persona_dir) for each in list_personas(self.persona_dir)
         ]
         readers = self.readers
+        if readers:
+            judge_prompt_of(persona)  # a mistake in it shows before anything is generated
         baselines = self.baselines if readers else {}
         splits: tuple[ConversationSplit, ...] = ("train", "test")
         judges = [

@@ -65,7 +65,7 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_too_few_utterances_write_nothing(tmp_path):
-    with pytest.raises(UserError, match="3 utterances of the persona; at least 10"):
+    with pytest.raises(UserError, match="3 utterances of the persona; at least 5"):
         build_persona(tmp_path / "ann", [talk("one", "train", PLACES[:3])], embed)
     assert not (tmp_path / "ann").exists()
 
