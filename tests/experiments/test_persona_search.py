@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -154,6 +155,31 @@ def test_other_settings_are_another_run(problem, method, tmp_path):
     with pytest.raises(UserError, match="--overwrite"):
         optimise_persona(problem, method, tmp_path / "run", searching=other)
     optimise_persona(problem, method, tmp_path / "run", searching=other, overwrite=True)
+
+
+def test_what_was_read_is_another_run_when_it_has_changed(problem, method, tmp_path, make_diff):
+    folder = tmp_path / "ann_lora"
+    optimise_persona(problem, method, folder, searching=OPTIONS)
+    told = problem.persona.conversations[0]
+    longer = dataclasses.replace(told, messages=[*told.messages, *told.messages])
+    diffs = {name: diff * -1.0 for name, diff in method.directions.diffs.items()}
+    changed = dataclasses.replace(problem.persona, conversations=(longer,))
+    changes = {
+        "the persona ann": {"persona": changed},
+        "the other personas": {"judged_by": {"the other personas": "changed"}},
+        "the diff of calm": {},
+    }
+    known = dataclasses.replace(problem, judged_by={"the other personas": "as they were"})
+    optimise_persona(known, method, folder, searching=OPTIONS)
+    for named, change in changes.items():
+        other = method if change else dataclasses.replace(method, directions=DiffDirections(diffs))
+        with pytest.raises(UserError, match=f"the content of .*{named}.* has changed"):
+            optimise_persona(
+                dataclasses.replace(known, **change),
+                other,
+                tmp_path / "ann_lora",
+                searching=OPTIONS,
+            )
 
 
 def test_differences_are_paired_by_prompt():
@@ -335,6 +361,9 @@ def test_scales_are_kept_and_measured_once(workbench, tmp_path, monkeypatch):
         lambda *_, **__: pytest.fail("measured again"),
     )
     assert workbench.method("lora", cache=cache).scales == first.scales
+    prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Who?"}\n')
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        workbench.method("lora", cache=cache)
 
 
 def test_the_optimiser_class_takes_weights_in_order(workbench, chat_model, personas, tmp_path):

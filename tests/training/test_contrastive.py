@@ -179,6 +179,24 @@ def test_interrupted_second_sign_resumes_and_the_first_is_kept(
     _assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_killed_before_publishing_takes_no_step_too_many(
+    run_arguments: Arguments, tmp_path: Path, monkeypatch
+):
+    main(run_arguments(tmp_path / "whole"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # the second one has nothing left to train
+        with monkeypatch.context() as patch:
+            patch.setattr(contrastive, "_publish", killed)
+            with pytest.raises(KeyboardInterrupt):
+                main(run_arguments(tmp_path / "cut"))
+    main(run_arguments(tmp_path / "cut"))
+    assert _steps(tmp_path / "cut" / "pos") == [1, 2, 3, 4, 5, 6]
+    _assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_changed_pairs_are_refused_on_resume(
     run_arguments: Arguments, trait_datasets: Path, tmp_path: Path, monkeypatch
 ):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import remove
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import load_chat_model
 from persona_lora.training import finetune as module
@@ -99,6 +102,73 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_does(options, tmp_path, monke
     one, other = (load_file(each.adapter / name) for each in (whole, cut))
     assert all((one[name] == other[name]).all() for name in one)
     assert (tmp_path / "cut" / "loss.jsonl").read_text().count("\n") == 6
+
+
+def test_a_run_killed_at_its_end_takes_no_step_too_many(options, tmp_path, monkeypatch, caplog):
+    """Before publishing, with the last checkpoint damaged too, then while tidying."""
+    whole = finetune(*options(tmp_path / "whole"))
+    cut, steps, removed = tmp_path / "cut", [], []
+
+    class Counted(module.CompletionTrainer):
+        def training_step(self, *arguments, **keywords):
+            steps.append(self.state.global_step)
+            return super().training_step(*arguments, **keywords)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def removing(path):
+        removed.append(path)
+        if len(removed) == 4:
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(module, "CompletionTrainer", Counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_publish", killed)
+        for expected in (list(range(6)), []):
+            steps.clear()
+            with pytest.raises(KeyboardInterrupt):
+                finetune(*options(cut))
+            assert steps == expected
+        optimizer = cut / "checkpoint-6" / "optimizer.pt"
+        optimizer.write_bytes(optimizer.read_bytes()[:-100])
+        with pytest.raises(KeyboardInterrupt):
+            finetune(*options(cut))
+        assert steps == [4, 5]
+        assert "its optimizer.pt is not whole" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "remove", removing)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(*options(cut))
+    result = finetune(*options(cut))
+    assert steps == [4, 5]
+    names = sorted(str(path.relative_to(cut)) for path in cut.rglob("*"))
+    assert names == sorted(str(p.relative_to(whole.adapter.parent)) for p in
+                           whole.adapter.parent.rglob("*"))  # fmt: skip
+    one, other = (load_file(each / "adapter_model.safetensors") for each in
+                  (whole.adapter, result.adapter))  # fmt: skip
+    assert all((one[name] == other[name]).all() for name in one)
+    assert (cut / "loss.jsonl").read_text() == (tmp_path / "whole" / "loss.jsonl").read_text()
+
+
+def test_changed_base_weights_are_refused_on_resume(options, tmp_path, monkeypatch, model_folder):
+    shutil.copytree(model_folder, tmp_path / "model")
+    arguments, *others = options(tmp_path / "run")
+    own = dataclasses.replace(arguments, model_name_or_path=str(tmp_path / "model"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(own, *others)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"] *= -1
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="the content of the model's weights has changed"):
+        finetune(own, *others)
 
 
 def test_a_finished_run_is_kept_unless_told_otherwise(options, tmp_path):
