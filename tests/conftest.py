@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -172,6 +173,12 @@ def make_adapter():
 @pytest.fixture
 def make_model():
     return tiny_llama
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Let pictures be written empty: drawing them takes longer than all that a tiny model does."""
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda _, buffer, **__: buffer.write(b"png"))
 
 
 @pytest.fixture(scope="session")

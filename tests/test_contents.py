@@ -115,7 +115,7 @@ def change(path: Path, text: str | None) -> None:
 
 @pytest.mark.parametrize(("command", "path", "text", "named"), CASES)
 def test_a_changed_input_is_named_and_refused(
-    world, monkeypatch, capsys, command, path, text, named
+    world, no_drawing, monkeypatch, capsys, command, path, text, named
 ):
     root, done = world
     monkeypatch.chdir(root)

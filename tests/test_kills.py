@@ -39,8 +39,7 @@ READ = "--model model --dtype float32 --datasets-dir datasets"
 COMMANDS = {
     "evaluate": f"evaluate --trait cheer {ANSWER} --diff diff --output out/a.csv",
     "sweep": f"sweep --trait cheer {ANSWER} --diff diff --coefficients 1 --output out/sweep",
-    "overwrite": f"sweep --trait cheer {ANSWER} --diff diff --coefficients 1 --output out/sweep "
-    "--overwrite",
+    "overwrite": f"evaluate --trait cheer {ANSWER} --diff diff --output out/a.csv --overwrite",
     "compare": f"compare --trait cheer {ANSWER} --diff diff --activation-vector vector.safetensors "
     "--layers 1 --coefficients 1 --output-dir out/compare",
     "extract": f"extract --trait cheer --source answers {READ} --output out/answers",
@@ -66,7 +65,7 @@ COMMANDS = {
     "finetune": f"finetune --train_file datasets/cheer/normal.jsonl --output_dir out/tuned {TRAIN}",
 }
 # The quick ones, for every run of the tests; all of them, at more places: pytest -m slow.
-FEW = {"evaluate": 4, "overwrite": 3, "benchmark": 3, "export": 2}
+FEW = {"evaluate": 3, "overwrite": 3, "benchmark": 2, "export": 1}
 MANY = 18
 
 
@@ -182,7 +181,7 @@ class Scene:
         self.before = root / "before"
         if name == "overwrite":
             self._fresh()
-            older = COMMANDS["sweep"].replace("--coefficients 1", "--coefficients 2")
+            older = COMMANDS["evaluate"].replace("--max-new-tokens 3", "--max-new-tokens 2")
             assert forked(command(older), self.out).status == 0, self.said()
             shutil.copytree(self.out, self.before)
         self._fresh()
@@ -217,7 +216,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path, make_world, monkeypatch):
+def scene(tmp_path, make_world, no_drawing, monkeypatch):
     root = make_world(tmp_path)
     monkeypatch.chdir(root)
     monkeypatch.setitem(judging.JUDGES, "embedding", lambda *_: LetterJudge())
