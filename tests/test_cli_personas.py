@@ -74,6 +74,13 @@ def test_a_search_ends_with_weights_and_a_report(run, place, tmp_path):
     assert fixed["formality"] == 0.5
 
 
+def test_a_search_runs_on_a_cpu_with_bf16_units(run, place, tmp_path, simulate_machine):
+    simulate_machine("cpu with avx512_bf16")
+    words = ("optimize", "--persona-id", "episode-000101_B", "--population-size", 4, *place)
+    status, _, error = run(*words, "--dtype", "auto", "--max-iterations", 1, "--save-dir", "out")
+    assert status == 0, error
+
+
 def test_a_config_gives_the_defaults_and_flags_override_it(run, place, tmp_path):
     (tmp_path / "search.yaml").write_text(
         "persona-id: episode-000101_B\noptimiser:\n  population_size: 4\n  max_iterations: 9\n"
