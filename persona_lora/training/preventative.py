@@ -182,6 +182,8 @@ def _without_system(row: Conversation, number: int) -> Conversation:
 
 def _weights(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
     diff = LoRADiff.load(str(prevention.diff))
+    if prevention.layers is not None:
+        diff = diff.at(prevention.layers)
     if prevention.hold == "live":
         coefficients = [[prevention.coefficient]]
         return LiveLoRA(model, [diff], coefficients, allow_other_base=allow_other_base)

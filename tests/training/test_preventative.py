@@ -105,6 +105,20 @@ def test_a_coefficient_of_zero_prevents_nothing(train, places):
         assert close(plain, train(method, preventative=preventative))
 
 
+@pytest.mark.parametrize("hold", ["merged", "live"])
+def test_weights_are_steered_at_the_named_layers_alone(places, model_folder, hold):
+    model = load_chat_model(str(model_folder), dtype="float32").model
+    tokens = torch.arange(3, 12)[None]
+    plain = model(tokens, output_hidden_states=True).hidden_states
+    value = {"method": "weights", "diff": places["diff"], "hold": hold, "layers": 1}
+    with prevention_steerer(read_preventative(value), model):
+        steered = model(tokens, output_hidden_states=True).hidden_states
+    assert torch.equal(steered[1], plain[1])
+    assert not torch.equal(steered[2], plain[2])
+    with pytest.raises(UserError, match="changes nothing in layer 7"):
+        prevention_steerer(read_preventative({**value, "layers": [1, 7]}), model)
+
+
 def test_the_sign_matters(train, places):
     signs = [
         train(
