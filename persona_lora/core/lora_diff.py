@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,6 +210,20 @@ class LoRADiff:
         return replace(
             self, factors={module: change(each) for module, each in self.factors.items()}
         )
+
+    def at(self, layers: int | Iterable[int]) -> LoRADiff:
+        """Return the diff restricted to some decoder layers; UserError for one it has not."""
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        by_layer = {module: layer_number(module) for module in self.factors}
+        held = {layer for layer in by_layer.values() if layer is not None}
+        if not wanted or wanted - held:
+            named = sorted(wanted - held)
+            raise UserError(
+                f"the diff changes nothing in layer {named[0] if named else '(none was named)'}; "
+                f"it has layers {', '.join(map(str, sorted(held)))}"
+            )
+        kept = [module for module, layer in by_layer.items() if layer in wanted]
+        return replace(self, factors={module: self.factors[module] for module in kept})
 
     # -- geometry --------------------------------------------------------------------------
 

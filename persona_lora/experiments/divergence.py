@@ -6,9 +6,9 @@ Raw coefficients do not travel between models, methods and training recipes; the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from persona_lora.experiments.populations import (
     VectorPopulation,
 )
 from persona_lora.models.generation import Progress, generate_answers
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
@@ -84,7 +85,7 @@ def measure_costs(
         for start in range(0, len(conditions), ROWS_PER_PASS)
     ]
     costs: list[Cost] = []
-    with _state_norms(chat_model.model) as norms:
+    with _StateNorms(chat_model.model) as norms:
         for done, chunk in enumerate(chunks):
             steerer = population.steerer(
                 chat_model.model, [UNSTEERED, *chunk], allow_other_base=allow_other_base
@@ -187,41 +188,30 @@ def _norms_of(
     }
 
 
-class _StateNorms:
-    """Running means of ‖h‖ over the answer tokens of the unsteered row, by layer."""
+class _StateNorms(Hooked):
+    """Context manager: running means of ‖h‖ over the answer of the unsteered row, by layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.answer = 0
+        self._blocks = decoder_layers(model)
         self._sums: dict[int, tuple[float, int]] = {}
 
-    def note(self, layer: int, hidden: Tensor) -> None:
+    def hooks(self) -> list[Hook]:
+        """Return a hook on every block."""
+        return [
+            Hook(block, partial(self._note, layer), f"block {layer}")
+            for layer, block in enumerate(self._blocks)
+        ]
+
+    def _note(self, layer: int, module: nn.Module, arguments: object, output: Any) -> None:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
         lengths = hidden[0, -self.answer :].float().norm(dim=-1)
         total, count = self._sums.get(layer, (0.0, 0))
         self._sums[layer] = total + float(lengths.sum()), count + len(lengths)
 
     def means(self) -> dict[int, float]:
         return {layer: total / count for layer, (total, count) in self._sums.items()}
-
-
-@contextmanager
-def _state_norms(model: nn.Module) -> Iterator[_StateNorms]:
-    norms = _StateNorms()
-
-    def hook_of(layer: int) -> Any:
-        def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            norms.note(layer, output[0] if isinstance(output, tuple) else output)
-
-        return note
-
-    handles = [
-        block.register_forward_hook(hook_of(layer))
-        for layer, block in enumerate(decoder_layers(model))
-    ]
-    try:
-        yield norms
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

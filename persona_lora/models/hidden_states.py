@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from persona_lora.core.errors import UserError
 from persona_lora.models.finite import not_finite
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import Progress, TokenizedExchange, batches_by_length
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, text_decoder
@@ -160,42 +160,32 @@ class _LastLayerDone(Exception):
     """Raised behind the last wanted layer: what comes after it is not needed."""
 
 
-class _Reduction:
+class _Reduction(Hooked):
     """Context manager: hooks on blocks that average their outputs with weights, at once."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int], weights: Tensor) -> None:
+        super().__init__()
         blocks = decoder_layers(model)
         self.blocks = [blocks[layer] for layer in layers]
         self.last = max(range(len(layers)), key=lambda index: (layers[index], index))
         self.weights = weights  # [batch, positions, seq]
         self.means = torch.empty(0)  # [batch, positions, layers, hidden], at the first output
         self.seen: set[int] = set()  # which of the layers have run
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
-        for index, block in enumerate(self.blocks):
-            self._handles.append(block.register_forward_hook(self._reducer(index)))
-        return self
+    def hooks(self) -> list[Hook]:
+        """Return a hook on every block of the layers."""
+        return [
+            Hook(block, partial(self._reduce, index), f"block {index}")
+            for index, block in enumerate(self.blocks)
+        ]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _reducer(self, index: int) -> Any:
-        def reduce(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            hidden: Tensor = output[0] if isinstance(output, tuple) else output
-            if not self.means.numel():
-                batch, positions, _ = self.weights.shape
-                shape = (batch, positions, len(self.blocks), hidden.shape[-1])
-                self.means = torch.empty(shape, device=self.weights.device)
-            self.means[:, :, index] = torch.bmm(self.weights.to(hidden.device), hidden.float())
-            self.seen.add(index)
-            if index == self.last:
-                raise _LastLayerDone
-
-        return reduce
+    def _reduce(self, index: int, module: nn.Module, arguments: object, output: Any) -> None:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        if not self.means.numel():
+            batch, positions, _ = self.weights.shape
+            shape = (batch, positions, len(self.blocks), hidden.shape[-1])
+            self.means = torch.empty(shape, device=self.weights.device)
+        self.means[:, :, index] = torch.bmm(self.weights.to(hidden.device), hidden.float())
+        self.seen.add(index)
+        if index == self.last:
+            raise _LastLayerDone

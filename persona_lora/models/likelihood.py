@@ -5,9 +5,8 @@ Knows teacher forcing; refuses to know who wrote the text or what the numbers ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models.finite import not_finite
+from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.loading import ChatModel
 
 Progress = Callable[[int, int], None]
@@ -157,20 +157,17 @@ def _logits_at(
     return logits
 
 
-@contextmanager
-def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
+def only_positions(head: nn.Module, positions: Tensor) -> Hooks:
     """Let ``head`` see the chosen positions of ``[rows, length, hidden]`` only, as a flat list.
 
     ``head`` is the module that projects to the vocabulary; the logits become
-    ``[positions, vocabulary]``.
+    ``[positions, vocabulary]``. Holds inside the block that is entered.
     """
-    handle = head.register_forward_pre_hook(
-        lambda _, args: (args[0][positions.to(args[0].device)],)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+
+    def choose(module: nn.Module, arguments: tuple[Tensor], keywords: dict[str, Any]) -> Any:
+        return (arguments[0][positions.to(arguments[0].device)],), keywords
+
+    return Hooks([Hook(head, choose, "the output head", before=True)])
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:

@@ -10,11 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from weakref import ReferenceType, ref
 
+from torch import Tensor
 from transformers import Cache
 
 from persona_lora.core.errors import UserError
 
 Stage = Literal["prompt", "step", "either"]
+
+
+def states_read(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Tensor:
+    """Return the hidden states ``[batch, seq, hidden]`` among a block's arguments."""
+    for each in (*arguments, *keywords.values()):
+        if isinstance(each, Tensor) and each.ndim == 3 and each.is_floating_point():
+            return each
+    raise UserError("a decoder block was called without hidden states [batch, seq, hidden]")
 
 
 class PassCounter:

@@ -222,20 +222,44 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """Return, for each linear module with a shared weight, the names of the other holders."""
-    holders: dict[int, list[str]] = defaultdict(list)
-    for name, module in unwrapped(model).named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and not _is_wrapper(module):
-            holders[id(weight)].append(canonical_name(name))
+    """Return, for each linear module with a shared weight, the names of the other holders.
+
+    Shared means: the same memory, whether by one tensor or by several that look into one storage.
+    """
     linear = linear_modules(model)
-    return {
-        name: [other for other in names if other != name]
-        for names in holders.values()
-        if len(names) > 1
-        for name in names
-        if name in linear
-    }
+    tied: dict[str, list[str]] = defaultdict(list)
+    open_spans: list[_Span] = []
+    for span in sorted(_spans(model)):
+        open_spans = [each for each in open_spans if span.begins_in(each)]
+        for other in open_spans:
+            tied[other.name].append(span.name)
+            tied[span.name].append(other.name)
+        open_spans.append(span)
+    return {name: others for name, others in tied.items() if name in linear}
+
+
+class _Span(NamedTuple):
+    """The bytes of a parameter, and the canonical name of its module, or its own."""
+
+    device: str
+    first: int
+    end: int
+    name: str
+
+    def begins_in(self, other: _Span) -> bool:
+        return self.device == other.device and self.first < other.end
+
+
+def _spans(model: nn.Module) -> Iterator[_Span]:
+    for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False):
+        data = parameter.data
+        if type(data) is Tensor and data.device.type != "meta" and data.numel():
+            reach = 1 + sum(
+                (size - 1) * step for size, step in zip(data.shape, data.stride(), strict=True)
+            )
+            first = data.data_ptr()
+            end = first + reach * data.itemsize
+            yield _Span(str(data.device), first, end, canonical_name(name.removesuffix(".weight")))
 
 
 @torch.no_grad()

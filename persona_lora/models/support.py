@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import layer_number
+from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.structure import hidden_size, text_decoder
 
 PROBE = "a b c"
@@ -41,19 +42,16 @@ def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
             raise _unknown(name, f"block {number} gives no hidden states of shape {expected}")
         seen.append(number)
 
-    handles = [
-        block.register_forward_hook(partial(note, number))
+    hooks = [
+        Hook(block, partial(note, number), f"block {number}")
         for number, block in enumerate(decoder.blocks)
     ]
-    try:
+    with Hooks(hooks):
         device = model.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: accelerate brings the weights in, and the tokens
             device = torch.device("cpu")
         ids = torch.tensor([tokens] * ROWS, device=device)
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     if seen != list(range(len(decoder.blocks))):
         raise _unknown(name, f"its {len(decoder.blocks)} blocks ran {len(seen)} times")
     if not bool(torch.isfinite(logits).all()):

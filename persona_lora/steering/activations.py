@@ -14,29 +14,29 @@ on any exit.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.passes import PassCounter, Stage
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.placement import check_base_model, find_layers
 from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.turns import Turn
 
 Positions = Literal["response", "prompt", "all"]
 POSITIONS: tuple[Positions, ...] = ("response", "prompt", "all")
 Coefficients = float | Sequence[float] | Sequence[Sequence[float]]
 
 
-class _BlockSteerer(ABC):
+class _BlockSteerer(Hooked):
     """Context manager: adds a change to the output of decoder blocks at the chosen positions."""
 
     def __init__(
@@ -50,6 +50,7 @@ class _BlockSteerer(ABC):
             raise UserError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
         if not vectors:
             raise UserError("activation steering needs at least one steering vector")
+        super().__init__(model, every=True)
         self.model = model
         self.vectors = list(vectors)
         self.positions = positions
@@ -60,28 +61,29 @@ class _BlockSteerer(ABC):
         }
         check_base_model(model, self.vectors, allow_other_base=allow_other_base)
         self._response: Tensor | None = None  # [batch or 1, seq], for whole texts
+        self._turn = Turn(model)
         self._passes = PassCounter()
         self._stage: Stage | None = None  # of the pass that runs; None until somebody asks
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
-        first = decoder_layers(self.model)[0]
-        self._handles.append(first.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for layer, block in self._blocks.items():
-            # First in line: transformers leaves hooks of its own on blocks to capture their
-            # outputs, and they are to see the steered ones.
-            hook = _ChangeOutput(self, layer)
-            self._handles.append(block.register_forward_hook(hook, prepend=True))
-        return self
+    def apply(self) -> None:
+        """Put the hooks, when no other thread steers the model."""
+        self._turn.take()
+        super().apply()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def undo(self) -> None:
+        """Take the hooks off."""
+        super().undo()
+        self._turn.leave()
+
+    def hooks(self) -> list[Hook]:
+        """Return a hook on every steered block, and one that counts passes."""
+        count = Hook(decoder_layers(self.model)[0], self._begin, "block 0", before=True)
+        # First in line: transformers leaves hooks of its own on blocks to capture their outputs,
+        # and they are to see the steered ones.
+        return [count] + [
+            Hook(block, _ChangeOutput(self, layer), f"block {layer}", first=True)
+            for layer, block in self._blocks.items()
+        ]
 
     def select_positions(self, response: Tensor | None) -> None:
         """Take a mask ``[batch or 1, seq]`` of the response in whole texts; None: generation.

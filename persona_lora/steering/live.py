@@ -15,22 +15,23 @@ Modules that read the same input (q, k, v; gate, up) share one product A·x.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, shared_base_model
+from persona_lora.models.hooks import Hook, Hooked
+from persona_lora.models.passes import states_read
 from persona_lora.models.structure import decoder_layers, input_groups, weight_of
 from persona_lora.steering.placement import check_base_model, find_modules
 from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.turns import Turn
 
 
-class LiveLoRA:
+class LiveLoRA(Hooked):
     """Context manager: adds diffs to the outputs of linear modules, with coefficients per row.
 
     ``coefficients`` is ``[rows, K]``: one vector over the K ``diffs`` for every row that will be
@@ -49,6 +50,7 @@ class LiveLoRA:
     ) -> None:
         if not diffs:
             raise UserError("live LoRA needs at least one diff")
+        super().__init__(model)
         self.model = model
         self.diffs = list(diffs)
         rows = RowCoefficients(coefficients, len(self.diffs))
@@ -60,30 +62,27 @@ class LiveLoRA:
             for name, module in find_modules(model, diff).items()
         }
         self._selection = _Selection(rows)
-        self._handles: list[RemovableHandle] = []
+        self._turn = Turn(model)
 
-    def __enter__(self) -> Self:
+    def apply(self) -> None:
+        """Put the hooks, when no other thread steers the model."""
+        self._turn.take()
+        super().apply()
+
+    def undo(self) -> None:
+        """Take the hooks off."""
+        super().undo()
+        self._turn.leave()
+
+    def hooks(self) -> list[Hook]:
+        """Return a hook on every module of the diffs; the factors go where the modules are."""
         first = decoder_layers(self.model)[0]
-        self._handles.append(
-            first.register_forward_pre_hook(self._selection.note_pass, with_kwargs=True)
-        )
+        hooks = [Hook(first, self._selection.note_pass, "block 0", before=True)]
         for members in input_groups(self._modules):
             modules = {name: self._modules[name] for name in members}
             group = _SharedInput(modules, self.diffs, self._selection)
-            self._handles += [
-                module.register_forward_hook(_AddDelta(group, name))
-                for name, module in modules.items()
-            ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+            hooks += [Hook(modules[name], _AddDelta(group, name), name) for name in members]
+        return hooks
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Say which rows of ``coefficients`` the next batch consists of, in its order."""
@@ -109,8 +108,7 @@ class _Selection:
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
         """Note, before the first block runs, how many tokens the rows have."""
-        states: Tensor = arguments[0] if arguments else keywords["hidden_states"]
-        self._length = states.shape[1]
+        self._length = states_read(arguments, keywords).shape[1]
 
     def scale(self, columns: tuple[int, ...], inputs: Tensor) -> Tensor:
         """Return S for a basis whose column j belongs to diff columns[j], to multiply A·x with.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.reversible import Reversible
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation, Positions
 from persona_lora.steering.live import LiveLoRA
@@ -65,27 +66,22 @@ class Unsteered:
         """Do nothing: every position meets the same model."""
 
 
-class Together:
+class Together(Reversible):
     """Several steerers at once: each is told the same rows and positions."""
 
     def __init__(self, steerers: Sequence[Steerer]) -> None:
+        super().__init__()
         self.steerers = list(steerers)
         self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for steerer in self.steerers:
-                stack.enter_context(steerer)
-            self._stack = stack.pop_all()
-        return self
+    def apply(self) -> None:
+        """Enter all of them, in order."""
+        for steerer in self.steerers:
+            self._stack.enter_context(steerer)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def undo(self) -> None:
+        """Leave all of them, the last first."""
+        self._stack.close()
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Tell all of them which rows the next batch consists of."""

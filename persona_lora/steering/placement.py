@@ -7,9 +7,7 @@ diff must find its weight, or nothing is touched.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +24,9 @@ from persona_lora.models.structure import (
     weight_fingerprint,
     weight_of,
 )
+from persona_lora.steering.ledger import LOCK, MERGED
 
 DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class MergedState:
-    """What is remembered of a model while diffs are merged into it."""
-
-    fingerprint: str
-    mergers: list[int] = field(default_factory=list)
-
-
-# The unmerged fingerprint has to outlive the merge: a diff that goes on top of another belongs to
-# the model as it was before both.
-MERGED: WeakKeyDictionary[nn.Module, MergedState] = WeakKeyDictionary()
 
 
 def as_diff(lora_diff: LoRADiff | str | Path) -> LoRADiff:
@@ -49,9 +35,17 @@ def as_diff(lora_diff: LoRADiff | str | Path) -> LoRADiff:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Return the fingerprint of a model's weights as they are without any merged diff."""
-    state = MERGED.get(model)
-    return state.fingerprint if state is not None else weight_fingerprint(model)
+    """Return the fingerprint of a model's weights as they are without any merged diff.
+
+    A diff that goes on top of another belongs to the model as it was before both.
+    """
+    with LOCK:
+        if len(MERGED):
+            for module in linear_modules(model).values():
+                merged = MERGED.get(module.weight)
+                if merged is not None:
+                    return str(merged.fingerprint)
+        return weight_fingerprint(model)
 
 
 def check_base_model(
@@ -61,9 +55,12 @@ def check_base_model(
     allow_other_base: bool,
 ) -> None:
     """Raise UserError when a diff or a steering vector was made for a model of other weights."""
-    if allow_other_base:
-        return
-    fingerprint = base_fingerprint(model)
+    if not allow_other_base:
+        check_fingerprint(base_fingerprint(model), directions)
+
+
+def check_fingerprint(fingerprint: str, directions: Iterable[LoRADiff | SteeringVector]) -> None:
+    """Raise UserError for a diff or a steering vector of weights with another fingerprint."""
     for each in directions:
         expected = each.base_model.fingerprint
         if expected is not None and expected != fingerprint:
@@ -120,7 +117,7 @@ def check_writable(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         problem = _why_not_writable(module)
         if name in tied:
             problem = (
-                f"shares its tensor with {', '.join(tied[name])}, which a merge would change too; "
+                f"shares its memory with {', '.join(tied[name])}, which a merge would change too; "
                 "train the diff without this module"
             )
         if problem is not None:
@@ -143,9 +140,4 @@ def _why_not_writable(module: nn.Module) -> str | None:
         return f"is quantised ({weight.dtype}), and merging would quantise it again; {live}"
     if tuple(weight_of(module).shape) != shape:
         return f"holds {list(weight.shape)} of its {list(shape)} (packed or sharded); {live}"
-    if weight.requires_grad:
-        return (
-            "is trainable, and an optimiser step would be lost on restore; call "
-            "model.requires_grad_(False) first, or load with load_chat_model"
-        )
     return None

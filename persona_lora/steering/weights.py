@@ -1,34 +1,31 @@
 """Merging diffs into weights and restoring the weights bit for bit.
 
-Undoing a merge by subtraction is not undoing it: in bf16 W + Δ − Δ differs from W. So the weights
-that a merge touches are kept, every merge recomputes W = W₀ + Σ cᵢBᵢAᵢ in fp32 from them and
-rounds once, and restoring copies them back.
+``ledger`` keeps the bits of what is merged; here is who merges, and what may be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient
-from persona_lora.models.structure import linear_modules, weight_of
+from persona_lora.core.reversible import Reversible
+from persona_lora.models.structure import linear_modules
+from persona_lora.steering.ledger import Backup, Merges, Term, add_terms, take_out_dropped
 from persona_lora.steering.placement import (
-    MERGED,
-    MergedState,
     as_diff,
     base_fingerprint,
-    check_base_model,
+    check_fingerprint,
     check_writable,
     find_modules,
 )
-
-Backup = Literal["cpu", "device"]
+from persona_lora.steering.turns import Turn
 
 
 class MergeReport(NamedTuple):
@@ -45,7 +42,8 @@ class LoRAMerger:
     in main memory) or "device" (beside the model: faster to restore, as much device memory again
     as the touched weights take). Nothing is kept before the first merge or after a restore.
 
-    Nested mergers on one model are restored in reverse order.
+    Several mergers on one model may be restored in any order. One that is dropped takes its diffs
+    with it.
     """
 
     def __init__(
@@ -54,103 +52,76 @@ class LoRAMerger:
         if backup not in ("cpu", "device"):
             raise UserError(f"backup must be 'cpu' or 'device', got {backup!r}")
         self.model = model
-        self.backup = backup
         self.allow_other_base = allow_other_base
-        self._terms: list[tuple[LoRADiff, float]] = []
-        self._modules: dict[str, nn.Module] = {}
-        self._originals: dict[str, Tensor] = {}
+        self._merges = Merges(backup)
+        weakref.finalize(self, take_out_dropped, self._merges).atexit = False
 
-    @torch.no_grad()
     def merge_lora_diff(
-        self, lora_diff: LoRADiff | str | Path, coefficient: float = 1.0
+        self,
+        lora_diff: LoRADiff | str | Path,
+        coefficient: float = 1.0,
+        *,
+        layers: int | Iterable[int] | None = None,
     ) -> MergeReport:
         """Add ``coefficient`` · diff to the weights, on top of what is merged already.
 
+        ``layers`` are the decoder layers that it acts on; all of the diff's modules by default.
+        Weights may be trainable, but no optimiser may step while a diff is merged into them.
+
         Raises UserError, before anything is touched, for a diff of another base model, a module
-        without a weight, or a weight that cannot be restored exactly. Whatever goes wrong in the
-        middle, an interrupt included, leaves the weights as they were before the call.
+        without a weight, a layer that the diff has not, or a weight that cannot be restored
+        exactly. Whatever goes wrong in the middle, an interrupt included, leaves the weights as
+        they were before the call.
         """
         diff, scale = as_diff(lora_diff), finite_coefficient(coefficient)
-        check_base_model(self.model, [diff], allow_other_base=self.allow_other_base)
+        if layers is not None:
+            diff = diff.at(layers)
+        fingerprint = base_fingerprint(self.model)
+        if not self.allow_other_base:
+            check_fingerprint(fingerprint, [diff])
         modules = find_modules(self.model, diff)
         check_writable(self.model, modules)
-        self._announce()
-        before = list(self._terms)
-        self._modules.update(modules)
-        try:
-            self._terms.append((diff, scale))
-            for name in modules:
-                self._write(name)
-        except BaseException:
-            self._terms = before
-            for name in modules:
-                if name in self._originals:
-                    self._write(name)
-            raise
+        self._merges.add(Term(diff, scale), modules, fingerprint)
         return MergeReport(len(modules), len(linear_modules(self.model)))
 
-    @torch.no_grad()
     def restore_original_weights(self) -> None:
-        """Put back the weights as they were before the first merge, bit for bit.
+        """Put back the weights as they were without this merger's diffs, bit for bit.
 
-        Safe to call at any time, also twice, also after an interrupted merge or restore.
+        Safe to call at any time, also twice, also after an interrupted merge or restore. UserError,
+        with all weights put back that there still are, where others wrote into merged weights or
+        put new ones into their place.
         """
-        state = MERGED.get(self.model)
-        if state is not None and id(self) in state.mergers and state.mergers[-1] != id(self):
+        moved = self._merges.not_in(linear_modules(self.model))
+        replaced, changed = self._merges.take_out()
+        if replaced := replaced + moved:
             raise UserError(
-                "another LoRAMerger changed this model later and must be restored before this one"
+                f"{_those(replaced)} replaced while a diff was merged, and the new ones may hold "
+                "it; load the model anew"
             )
-        for name, original in self._originals.items():
-            weight_of(self._modules[name]).copy_(original)
-        self._terms.clear()
-        self._originals.clear()
-        self._modules.clear()
-        if state is not None and id(self) in state.mergers:
-            state.mergers.remove(id(self))
-            if not state.mergers:
-                del MERGED[self.model]
+        if changed:
+            raise UserError(
+                f"{_those(changed)} changed by others while a diff was merged; the change is lost, "
+                "the weights are as they were before the merge"
+            )
 
-    def _announce(self) -> None:
-        fingerprint = base_fingerprint(self.model)
-        state = MERGED.setdefault(self.model, MergedState(fingerprint))
-        if id(self) not in state.mergers:
-            state.mergers.append(id(self))
 
-    def _write(self, name: str) -> None:
-        """Set one weight to W₀ + Σ cBA: summed in fp32, rounded once, in place."""
-        weight = weight_of(self._modules[name])
-        if name not in self._originals:
-            keep_on = torch.device("cpu") if self.backup == "cpu" else weight.device
-            self._originals[name] = weight.to(keep_on, copy=True)
-        else:
-            weight.copy_(self._originals[name])
-        terms = [(diff.factors[name], scale) for diff, scale in self._terms if name in diff.factors]
-        if not terms:
-            return
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(exact)  # the weight itself, where that is its dtype
-        _add_terms(total, terms)
-        if total is not weight:
-            weight.copy_(total)
+def _those(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more were" if len(names) > 1 else " was"
+    return f"{names[0]}.weight{more}"
 
 
 def merged_weight(weight: Tensor, terms: Sequence[tuple[LoRAFactors, float]]) -> Tensor:
     """Return W + Σ cBA as a new tensor, summed in fp32 and rounded once: what a merge writes."""
     total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    _add_terms(total, terms)
+    add_terms(total, terms)
     return total.to(weight.dtype)
 
 
-def _add_terms(total: Tensor, terms: Sequence[tuple[LoRAFactors, float]]) -> None:
-    for factors, scale in terms:
-        B, A = (each.to(total.device, total.dtype) for each in (factors.B, factors.A))
-        total.addmm_(B, A, alpha=scale)
-
-
-class LoRASteerer:
+class LoRASteerer(Reversible):
     """Context manager: merges one or several diffs on entry, restores the weights on any exit.
 
-    ``LoRASteerer(model, path, 1.5)`` or ``LoRASteerer(model, {evil: 1.5, sycophancy: -0.5})``.
+    ``LoRASteerer(model, path, 1.5)`` or ``LoRASteerer(model, {evil: 1.5, sycophancy: -0.5})``;
+    ``layers`` as for ``LoRAMerger.merge_lora_diff``.
     """
 
     def __init__(
@@ -159,32 +130,30 @@ class LoRASteerer:
         lora_diff_path: LoRADiff | str | Path | Mapping[LoRADiff, float],
         coefficient: float = 1.0,
         *,
+        layers: int | Iterable[int] | None = None,
         backup: Backup = "cpu",
         allow_other_base: bool = False,
     ) -> None:
+        super().__init__()
         self.terms: Mapping[LoRADiff, float] = (
             lora_diff_path
             if isinstance(lora_diff_path, Mapping)
             else {as_diff(lora_diff_path): finite_coefficient(coefficient)}
         )
+        self.layers = layers
         self.merger = LoRAMerger(model, backup=backup, allow_other_base=allow_other_base)
+        self._turn = Turn(model)
 
-    def __enter__(self) -> Self:
-        try:
-            for diff, coefficient in self.terms.items():
-                self.merger.merge_lora_diff(diff, coefficient)
-        except BaseException:
-            self.merger.restore_original_weights()
-            raise
-        return self
+    def apply(self) -> None:
+        """Merge the diffs."""
+        self._turn.take()
+        for diff, coefficient in self.terms.items():
+            self.merger.merge_lora_diff(diff, coefficient, layers=self.layers)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def undo(self) -> None:
+        """Restore the weights."""
         self.merger.restore_original_weights()
+        self._turn.leave()
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Do nothing: a merged model is the same for every row."""

@@ -1,0 +1,119 @@
+"""The owner of forward hooks: puts them on modules, and takes them off on any exit.
+
+Knows that a hook may be left behind or never run; refuses to know what a hook does.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.reversible import Reversible
+
+
+class Hook(NamedTuple):
+    """What to call at a module: after its forward pass, or before it with all its arguments.
+
+    As in torch, what it returns takes the place of the output, or of the arguments; None does not.
+    ``first`` puts it before the hooks that the module has. ``name`` is what errors call the module.
+    """
+
+    module: nn.Module
+    call: Callable[..., Any]
+    name: str
+    before: bool = False
+    first: bool = False
+
+
+class Hooked(Reversible):
+    """Context manager: its hooks are on their modules inside the block, and nowhere after it.
+
+    With ``model`` a whole pass of it in which no hook ran, or with ``every`` not all of them, is a
+    UserError: steering that touches nothing looks like steering that does nothing.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *, every: bool = False) -> None:
+        super().__init__()
+        self._watched = [] if model is None else _outermost(model)
+        self._every = every
+        self._guards: list[_Guard] = []
+        self._handles: list[RemovableHandle] = []
+
+    @abstractmethod
+    def hooks(self) -> Sequence[Hook]:
+        """Return the hooks to put, at each entry."""
+
+    def apply(self) -> None:
+        """Put the hooks."""
+        self._guards = [_Guard(hook) for hook in self.hooks()]
+        watch = [_Guard(Hook(each, self._after_pass, "the model")) for each in self._watched]
+        # In one call: nothing can come between a hook and the note of how it comes off again.
+        both = (*self._guards, *watch)
+        self._handles.extend(map(operator.call, map(_Guard.registration, both)))
+
+    def undo(self) -> None:
+        """Take the hooks off."""
+        for guard in self._guards:
+            guard.open = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._guards.clear()
+
+    def _after_pass(self, module: nn.Module, arguments: object, output: object) -> None:
+        steering = [guard for guard in self._guards if not guard.hook.before]
+        missing = [guard.hook.name for guard in steering if not guard.fired]
+        if missing and (self._every or len(missing) == len(steering)):
+            raise UserError(
+                f"{len(missing)} of the {len(steering)} modules to steer did not run in a whole"
+                f" pass of this {type(module).__name__} ({', '.join(missing[:3])}); steering them "
+                "would change nothing: choose layers or modules that take part"
+            )
+
+
+class Hooks(Hooked):
+    """Context manager: the given hooks."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        super().__init__()
+        self._given = hooks
+
+    def hooks(self) -> Sequence[Hook]:
+        """Return them."""
+        return self._given
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """Return the model and, where it is wrapped, the transformer inside: calls pass by either."""
+    inner = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)
+    return [model] if inner is model else [model, inner]
+
+
+class _Guard:
+    """A hook that notes that it ran, and does nothing once its block is left."""
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+        self.open = True
+        self.fired = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.open:
+            return None
+        self.fired = True
+        return self.hook.call(*arguments)
+
+    def registration(self) -> Callable[[], RemovableHandle]:
+        """Return the call that puts the hook."""
+        module, first = self.hook.module, self.hook.first
+        if self.hook.before:
+            return partial(module.register_forward_pre_hook, self, prepend=first, with_kwargs=True)
+        return partial(module.register_forward_hook, self, prepend=first)
