@@ -19,16 +19,16 @@ from persona_lora.models.loading import ChatModel, load_chat_model
 
 
 def on_main_process(action: Callable[[], object]) -> None:
-    """Do ``action`` in the main process while the others wait; its UserError is raised in all."""
-    mistake: list[str | None] = [None]
+    """Do ``action`` in the main process while the others wait; what it raises is raised in all."""
+    failed: list[Exception | None] = [None]
     if PartialState().is_main_process:
         try:
             action()
-        except UserError as error:
-            mistake[0] = str(error)
-    broadcast_object_list(mistake)
-    if mistake[0] is not None:
-        raise UserError(mistake[0])
+        except Exception as error:  # noqa: BLE001  (it is raised below: the others must not wait)
+            failed[0] = error
+    broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
 
 
 def refuse_unconnected_processes() -> None:
