@@ -231,15 +231,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the rows of a CSV that has at least ``columns``, every cell as text.
+    """Read the rows of a CSV that has at least ``columns``, every cell as ``write_csv`` got it.
 
     Raises UserError for a file that is missing or no UTF-8 CSV, and names a missing column or a
     row with more or fewer cells than the header.
     """
     try:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        rows = list(reader)
-        found = list(reader.fieldnames or [])
+        rows = [
+            {_as_written(name): _as_written(cell) for name, cell in row.items()} for row in reader
+        ]
+        found = [_as_written(name) for name in reader.fieldnames or []]
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV: {error}; write it anew") from error
     missing = [column for column in columns if column not in found]
@@ -256,11 +258,29 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows under ``columns``, atomically; a missing or None value is an empty cell."""
+    """Write rows under ``columns``, atomically; a missing or None value is an empty cell.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe, which ``read_csv`` takes
+    off again; numbers stay numbers.
+    """
     with (
         atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as stream,
     ):
-        writer = csv.DictWriter(stream, fieldnames=list(columns), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(stream)
+        writer.writerow([_harmless(column) for column in columns])
+        writer.writerows([_harmless(row.get(column)) for column in columns] for row in rows)
+
+
+# Apostrophes before are taken along, so that reading gives back what was written, whatever it was.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def _harmless(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def _as_written(cell: Any) -> Any:
+    """Undo ``_harmless``; None stands for a cell that is not there, a list for those too many."""
+    armed = isinstance(cell, str) and cell.startswith("'") and _FORMULA.match(cell)
+    return cell[1:] if armed else cell

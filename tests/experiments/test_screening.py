@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
 
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_csv
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.experiments.projection import Texts
@@ -52,8 +51,8 @@ def test_differences_equal_a_naive_loop_and_are_ranked(chat_model, texts, vector
     differences = [row["difference"] for row in found.rows]
     assert differences == sorted(differences, reverse=True)
     assert [row["rank"] for row in found.rows] == [1, 2, 3, 4]
-    with (tmp_path / "s.csv").open(encoding="utf-8", newline="") as file:
-        assert [row["answer"] for row in csv.DictReader(file)] == [r["answer"] for r in found.rows]
+    read = read_csv(tmp_path / "s.csv", ("answer",))
+    assert [row["answer"] for row in read] == [row["answer"] for row in found.rows]
 
 
 def test_the_threshold_flags(chat_model, texts, vector, tmp_path):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
@@ -196,11 +196,13 @@ def test_openai_judge_without_a_server_is_unscored(trait):
 
 
 def test_openai_judge_respects_its_concurrency_limit(judge_of, endpoint):
-    def slow(handler):
-        time.sleep(0.05)  # long enough for others to come in
+    three = threading.Barrier(3)  # passes only where three requests are there at once
+
+    def together(handler):
+        three.wait()
         endpoint.logprobs({"80": 0.9})(handler)
 
-    endpoint.otherwise = slow
+    endpoint.otherwise = together
     judge_of(limits=Limits(concurrency=3)).judge(exchanges(12), "flattery")
     assert endpoint.most_active == 3
 
@@ -273,7 +275,6 @@ def test_openai_judge_shares_its_cache_with_another_process(judge_of, endpoint, 
     subprocess.run(
         [sys.executable, "-c", code, str(trait.folder), endpoint.base_url, str(path)],
         check=True,
-        timeout=120,
     )
     with VerdictCache(path) as cache:
         judge = judge_of(cache=cache)
