@@ -6,16 +6,19 @@ rows that run alone is allowed (tests/models/test_caches.py); any other model ru
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+
+from persona_lora.models.structure import text_decoder
 
 # transformers 5.24 renamed the second to the first; models that bring their own code may not have.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -64,13 +67,20 @@ def planned_cache(config: PreTrainedConfig) -> DynamicCache:
     return DynamicCache(config=config.get_text_config(decoder=True))
 
 
-def plans_sharing(config: PreTrainedConfig, *, padded: bool) -> bool:
-    """Say whether rows may share a prefix by the cache that is planned for a configuration.
+def plans_sharing(model: PreTrainedModel, *, padded: bool) -> bool:
+    """Say whether rows may share a prefix by the cache that is planned for a model.
 
-    Not in models that read images too: they keep positions of their own beside the cache.
+    Not in models that read images too: they keep positions of their own beside the cache. And with
+    padding behind the prefix only where positions are given: one that counts places (MPT's
+    distances) would count the padding.
     """
-    text_alone = config.get_text_config(decoder=True) is config
-    return text_alone and shares_prefix(planned_cache(config), padded=padded)
+    config = model.config
+    if config.get_text_config(decoder=True) is not config:
+        return False
+    takes = inspect.signature(text_decoder(model).module.forward).parameters
+    if padded and "position_ids" not in takes:
+        return False
+    return shares_prefix(planned_cache(config), padded=padded)
 
 
 def shares_prefix(cache: Cache, *, padded: bool) -> bool:

@@ -230,7 +230,7 @@ class _Job:
         if (
             len(prefix) < SHORTEST_PREFIX
             or len(first) == len(rows)
-            or not plans_sharing(model.config, padded=padded)
+            or not plans_sharing(model, padded=padded)
         ):
             return [], None
         if self.prepare_prefix is not None:

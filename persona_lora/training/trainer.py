@@ -134,7 +134,7 @@ def completion_log_probs(
 
 def _shared_cache(model: nn.Module, ids: Tensor, length: int) -> KeptCache | None:
     """Return the cache of the rows' common beginning, a row each; None where it is not exact."""
-    if not plans_sharing(model.config, padded=False):
+    if not plans_sharing(model, padded=False):
         return None
     kept = kept_cache(model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1))
     if kept is None or not shares_prefix(kept.cache, padded=False):

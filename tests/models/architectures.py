@@ -164,6 +164,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
+    "MPT": (
+        "mpt",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_seq_len": 512,
+            "initializer_range": 0.3,
+        },
+    ),
     "DeepSeek-V3": (
         "deepseek_v3",
         {

@@ -203,7 +203,7 @@ def check_steering(subject: Subject) -> None:
 def check_steered_generation(subject: Subject, vector: SteeringVector, positions: str) -> None:
     """Generation one token at a time, against a hook that counts its own passes."""
     steps = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
-    steps["return_dict_in_generate"] = True
+    steps |= {"return_dict_in_generate": True, "use_cache": True}
     passes = []
 
     def add(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -342,7 +342,7 @@ def row_of(family: str, folder: Path) -> str:
     kinds = {name.rpartition(".")[2] for name in subject.diff.factors}
     if stacked_weights(subject.model):
         kinds.add("(experts stay)")
-    shared = "shared" if plans_sharing(subject.model.config, padded=True) else "apart"
+    shared = "shared" if plans_sharing(subject.model, padded=True) else "apart"
     cells = [family, f"`{FAMILIES[family][0]}`", " ".join(sorted(kinds)), shared]
     return line_of([*cells, *["right"] * len(CHECKS)])
 
