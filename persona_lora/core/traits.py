@@ -14,11 +14,13 @@ from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
+from persona_lora.core.names import checked_name
 from persona_lora.core.resources import search_folders
 
 Split = Literal["extract", "eval", "ood"]
 SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")
 LABELS = (0, 25, 50, 75, 100)
+LABELLED = "judge_eval.jsonl"
 FINETUNING_LEVELS = ("normal", "misaligned_1", "misaligned_2")
 PUBLISHED_FOLDERS: dict[Split, str] = {
     "extract": "trait_data_extract",
@@ -160,7 +162,7 @@ def load_pairs(trait: Trait) -> list[ContrastivePair]:
 
 def load_labelled_answers(trait: Trait) -> list[LabelledAnswer]:
     """Load the hand-labelled answers of a trait from its ``judge_eval.jsonl``."""
-    path = trait.folder / "judge_eval.jsonl"
+    path = trait.folder / LABELLED
     rows = read_jsonl(path)
     if not rows:
         raise UserError(f"{path} is empty; it needs rows with question, answer and label")
@@ -174,7 +176,8 @@ def _load_file(path: Path) -> Trait:
         if not (path.parent / "trait.json").is_file():
             return _parse_trait(value, path)
         parent = _parse_trait(read_json(path.parent / "trait.json"), path.parent / "trait.json")
-        return replace(_parse_trait(value, path), name=parent.name, variant=path.stem)
+        variant = checked_name(path.stem, f"{path}: its name")
+        return replace(_parse_trait(value, path), name=parent.name, variant=variant)
     return _load_published(path)
 
 
@@ -199,6 +202,11 @@ def _load_published(path: Path) -> Trait:
     return _parse_trait({"name": path.stem, **read_json(path), "questions": questions}, path)
 
 
+def has_labels(trait: Trait) -> bool:
+    """Tell whether a trait has hand-labelled answers; published and generated ones have none."""
+    return (trait.folder / LABELLED).is_file()
+
+
 def _parse_trait(value: Any, path: Path) -> Trait:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
@@ -210,11 +218,15 @@ def _parse_trait(value: Any, path: Path) -> Trait:
         raise UserError(
             f"{path}: questions must be an object with the lists extract and eval, and may have ood"
         )
-    eval_prompt = str(value["eval_prompt"])
+    lists = {"instruction": value["instruction"], **questions}
+    for key, listed in lists.items():
+        if not isinstance(listed, list):
+            raise UserError(f"{path}: {key} must be a list, got {ascii(listed)[:60]}")
+    eval_prompt = _text(value, "eval_prompt", path)
     if "{question}" not in eval_prompt or "{answer}" not in eval_prompt:
         raise UserError(f"{path}: eval_prompt must contain {{question}} and {{answer}}")
     return Trait(
-        name=str(value.get("name", path.parent.name)),
+        name=checked_name(value.get("name", path.resolve().parent.name), f"{path}: name"),
         description=str(value.get("description", "")),
         instructions=tuple(
             InstructionPair(_text(pair, "pos", path), _text(pair, "neg", path))

@@ -20,7 +20,7 @@ from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.content import digest_of, file_digest, model_folder_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.runs import Run
-from persona_lora.core.traits import Trait
+from persona_lora.core.traits import Trait, has_labels, load_labelled_answers, load_pairs
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.completions import Mode
@@ -96,7 +96,11 @@ def once(make: Callable[[], Judge]) -> Callable[[], Judge]:
 
 def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> None:
     """Raise UserError now for a judge that could not be made after the answers are generated."""
+    if has_labels(trait):
+        load_labelled_answers(trait)
     for name in _judge_names(options):
+        if name == "embedding":
+            load_pairs(trait)
         if name == "openai":  # cheap to make, and needs a key
             _openai_judge(trait, reference, options, None)
 

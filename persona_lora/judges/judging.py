@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from persona_lora.core.chat import Exchange, Verdict
-from persona_lora.core.traits import Trait, load_labelled_answers
+from persona_lora.core.traits import Trait, has_labels, load_labelled_answers
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,16 @@ def agreement(verdicts: Sequence[Verdict], labels: Sequence[float]) -> JudgeVali
 def validate_judge(judge: Judge, trait: Trait) -> JudgeValidation:
     """Judge the trait's hand-labelled answers (``judge_eval.jsonl``) and compare with the labels.
 
-    Logs a warning when the AUC is under 0.8 or undefined: such scores should not be trusted.
+    Logs a warning when the AUC is under 0.8 or undefined, and when a trait has no labelled answers:
+    such scores should not be trusted.
     """
+    if not has_labels(trait):
+        logger.warning(
+            "JUDGE NOT VALIDATED: the trait %s has no judge_eval.jsonl of labelled answers; how "
+            "far its scores can be trusted is not known",
+            trait.name,
+        )
+        return JudgeValidation(judge.name, trait.name, auc=None, spearman=None, n=0, coverage=0.0)
     labelled = load_labelled_answers(trait)
     exchanges = [Exchange(each.question, each.answer) for each in labelled]
     validation = agreement(judge.judge(exchanges, trait.name), [each.label for each in labelled])

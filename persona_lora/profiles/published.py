@@ -48,10 +48,13 @@ def sessions(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
     """
     each: dict[str, Any]
     found = [_table(each, where) for each in row["sessions"]]
-    splits = {each.get("split") for each in found}
+    splits = [each.get("split") for each in found]
+    both = all(split in splits for split in ("train", "test"))
     for place, each in enumerate(found, start=1):
         text = _text(each, "session_text", where)
-        split = each.get("split") if splits == {"train", "test"} else None
+        split = each.get("split") if both else None
+        if split not in ("train", "test", None):
+            raise UserError(f"{where}: split must be train or test, got {ascii(split)[:60]}")
         name = f"{row.get('persona_id', number)}-{each.get('session_idx', place)}"
         yield Session(name, _said(text.split("\n")), split)
 
