@@ -11,9 +11,11 @@ import logging
 import warnings
 from collections.abc import Iterable, Sequence
 
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.errors import UserError
@@ -21,8 +23,10 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.skeleton import same_kind
 from persona_lora.models.structure import (
     canonical_name,
+    linear_modules,
     plain_linear_modules,
     stacked_weights,
+    text_decoder,
     unwrapped,
 )
 
@@ -39,7 +43,7 @@ def lora_targets(chat_model: ChatModel, asked: Sequence[str]) -> list[str]:
     all-linear leaves those out.
     """
     model = chat_model.model
-    known = list(plain_linear_modules(model))
+    known = _called(model, list(plain_linear_modules(model)))
     whole = list(asked) == ALL_LINEAR
     chosen = known if whole else _named(chat_model.name, known, asked)
     taken = _taken_by_peft(model, chosen)
@@ -47,8 +51,8 @@ def lora_targets(chat_model: ChatModel, asked: Sequence[str]) -> list[str]:
         possible = _kinds(_taken_by_peft(model, known))
         raise UserError(
             f"lora_target_modules {', '.join(asked)}: PEFT puts them on the stacked experts of "
-            f"{chat_model.name}, whose LoRA has no plain difference; use all-linear, or of "
-            f"{', '.join(possible)}"
+            f"{chat_model.name}, whose LoRA has no plain difference, or nowhere; use all-linear, or "
+            f"of {', '.join(possible) or 'another model: it takes none of this one'}"
         )
     stacked = stacked_weights(model)
     if stacked and whole:
@@ -59,6 +63,33 @@ def lora_targets(chat_model: ChatModel, asked: Sequence[str]) -> list[str]:
             ", ".join(_kinds(stacked)),
         )
     return taken
+
+
+@torch.no_grad()
+def _called(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Return the names without the kinds of modules that a pass reads the weight of, uncalled.
+
+    What is not called (a projection of Jamba's) passes any LoRA by. An expert that a pass leaves
+    out is known by another one of its kind.
+    """
+    if any(not parameter.numel() for parameter in model.parameters()):
+        return list(names)  # taken apart already, and not to be run yet
+    modules = linear_modules(model)
+    called: set[str] = set()
+    handles = [
+        modules[name].register_forward_hook(
+            lambda module, arguments, output, kind=_kind(name): called.add(kind)
+        )
+        for name in names
+    ]
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(3, device="cpu" if device.type == "meta" else device)[None]
+    try:
+        text_decoder(model).module(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in names if _kind(name) in called]
 
 
 def _named(model_name: str, known: Sequence[str], asked: Sequence[str]) -> list[str]:
@@ -94,5 +125,9 @@ def _taken_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in wrapped]
 
 
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _kinds(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
+    return sorted({_kind(name) for name in names})

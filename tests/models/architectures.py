@@ -205,6 +205,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_chunk_size": 64,
         },
     ),
+    "Jamba": (
+        "jamba",
+        {
+            **SHAPE,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
     "LFM2": (
         "lfm2",
         {
