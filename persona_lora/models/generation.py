@@ -261,12 +261,9 @@ class _Job:
 
 
 def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
-    """Return the tokens that all rows begin with, leaving each at least two of its own.
-
-    A pass over one token alone is a step of generation to a steerer; the prompt's rest is not.
-    """
+    """Return the tokens that all rows begin with, leaving each at least one of its own."""
     low, high = min(rows), max(rows)  # in dictionary order: what these two share, all do
-    shortest = min(map(len, rows)) - 2
+    shortest = min(map(len, rows)) - 1
     length = next((at for at in range(shortest) if low[at] != high[at]), max(shortest, 0))
     return low[:length]
 

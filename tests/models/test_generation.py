@@ -178,13 +178,13 @@ def test_nothing_is_shared_where_no_rows_are_alike_or_prompts_begin_differently(
 @pytest.mark.parametrize(
     ("rows", "prefix"),
     [
-        ([[1, 2, 3, 4], [1, 2, 3, 5]], [1, 2]),
-        ([[1, 2, 3, 4]] * 3, [1, 2]),
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], [1, 2, 3]),
+        ([[1, 2, 3, 4]] * 3, [1, 2, 3]),
         ([[1, 2, 9, 9, 9], [1, 3, 9, 9, 9], [1, 2, 9, 9, 9]], [1]),
         ([[7], [7]], []),
     ],
 )
-def test_the_common_prefix_leaves_two_tokens_of_each_row(rows, prefix):
+def test_the_common_prefix_leaves_a_token_of_each_row(rows, prefix):
     assert _common_prefix(rows) == prefix
 
 
