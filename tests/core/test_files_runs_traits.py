@@ -82,8 +82,8 @@ def test_an_unknown_trait_names_its_neighbours(tmp_path):
     ("row", "message"),
     [
         ({"prompt": []}, "no 'prompt'"),
-        ({"prompt": [{"role": "user"}]}, "no 'content'"),
-        ({"prompt": [{"role": "user", "content": "  "}]}, "non-empty"),
+        ({"prompt": [{"role": "user"}]}, "needs a role"),
+        ({"prompt": [{"role": "user", "content": "  "}]}, "is empty"),
     ],
 )
 def test_a_malformed_pair_is_named_by_file_and_line(tmp_path, row, message):
