@@ -51,8 +51,8 @@ def lora_targets(chat_model: ChatModel, asked: Sequence[str]) -> list[str]:
         possible = _kinds(_taken_by_peft(model, known))
         raise UserError(
             f"lora_target_modules {', '.join(asked)}: PEFT puts them on the stacked experts of "
-            f"{chat_model.name}, whose LoRA has no plain difference, or nowhere; use all-linear, or "
-            f"of {', '.join(possible) or 'another model: it takes none of this one'}"
+            f"{chat_model.name}, whose LoRA has no plain difference, or nowhere; use all-linear, "
+            f"or of {', '.join(possible) or 'another model: it takes none of this one'}"
         )
     stacked = stacked_weights(model)
     if stacked and whole:
