@@ -23,6 +23,7 @@ from persona_lora.cli.options import (
 )
 from persona_lora.cli.parsing import load_activation, load_model, load_terms
 from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @app.command("benchmark")
 @with_groups
 def benchmark(
+    context: typer.Context,
     *,
     tasks: Annotated[
         str, typer.Option(help="choice, steps, perplexity, or the harness's own: mmlu, gsm8k …")
@@ -70,6 +72,10 @@ def benchmark(
     from persona_lora.core.content import path_digest
     from persona_lora.experiments.benchmarks import run_benchmarks
 
+    if not vector:
+        refuse_useless(context, "layers positions", "without --vector")
+    if not diff and not vector:
+        refuse_useless(context, "coefficient", "without --diff or --vector")
     chat_model = load_model(model)
     changed = _steerer(
         chat_model, diff or [], vector or [], coefficient or [], layers, positions, allow_other_base

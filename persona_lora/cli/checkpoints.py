@@ -42,6 +42,7 @@ from persona_lora.cli.parsing import (
 )
 from persona_lora.cli.program import app
 from persona_lora.cli.projecting import TYPES, load_vectors
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 from persona_lora.core.lists import path_after_equals, path_before_equals, split_lists
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 @app.command("evaluate-checkpoints")
 @with_groups
 def evaluate_checkpoints(
+    context: typer.Context,
     *,
     folder: Annotated[Path, typer.Argument(help="The folder of a finetune, with checkpoint-N.")],
     traits: Annotated[
@@ -99,6 +101,8 @@ def evaluate_checkpoints(
 
     if type not in TYPES:
         raise UserError(f"--type must be one of {', '.join(TYPES)}, got {type!r}")
+    if not vectors:
+        refuse_useless(context, "layers type", "without --vectors")
     checkpoints.find_checkpoints(folder)
     loaded = [load_trait(name, datasets_dir) for name in listed(traits, "--traits")]
     directions = load_vectors(vectors) if vectors else {}
@@ -151,6 +155,7 @@ def _table(run: Run) -> Table:
 @app.command("predict-finetuning")
 @with_groups
 def predict_finetuning(
+    context: typer.Context,
     *,
     finetunes: Annotated[
         list[str], typer.Option(help="Adapters of the same base; repeated, or in one string.")
@@ -190,6 +195,8 @@ def predict_finetuning(
     from persona_lora.experiments import prediction
     from persona_lora.experiments.weight_projection import load_diffs
 
+    if not vectors:
+        refuse_useless(context, "layer", "without --vectors")
     names = listed(finetunes, "--finetunes")
     loaded = load_vectors(vectors) if vectors else {}
     by_trait = {vector.trait or name: vector for name, vector in loaded.items()}
@@ -252,6 +259,7 @@ def predict_finetuning(
 @app.command("compare-prevention")
 @with_groups
 def compare_prevention(
+    context: typer.Context,
     *,
     finetunes: Annotated[
         list[str],
@@ -296,6 +304,8 @@ def compare_prevention(
     from persona_lora.core.traits import load_trait
     from persona_lora.experiments import prevention
 
+    if not tasks.split():
+        refuse_useless(context, "limit", "without --tasks")
     named = dict(
         _pair(word, "--finetunes")
         for word in listed(finetunes, "--finetunes", whole=path_after_equals)

@@ -42,6 +42,7 @@ from persona_lora.cli.parsing import (
     steering_positions,
 )
 from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @app.command("compare")
 @with_groups
 def compare(
+    context: typer.Context,
     *,
     trait: TraitOption,
     diff: Annotated[Path, typer.Option(help="A diff folder or a PEFT adapter.")],
@@ -117,6 +119,10 @@ def compare(
 
     if match not in ("mean", "p95"):
         raise UserError(f"--match must be mean or p95, got {match!r}")
+    if not latency:
+        refuse_useless(context, "batches rounds", "without --latency")
+    if spaces is None:
+        refuse_useless(context, "trait_vector_dir", "without --spaces")
     loaded = load_trait(trait, datasets_dir)
     weights, whole = LoRADiff.load(diff), load_vector(activation_vector)
     vector = whole.at(layer_numbers(layers, whole.num_layers))
@@ -127,6 +133,8 @@ def compare(
         random_like(vector, seed),
         steering_positions(positions),
     )
+    if spaces is not None and len(vector.layers) > 1:
+        raise UserError(f"--spaces compares at one layer; --layers {layers!r} names several")
     sizes = _whole(batches)
     named = dict.fromkeys([loaded.name, *(spaces or "").replace(",", " ").split()])
     directions = None if spaces is None else costs.trait_directions(list(named), trait_vector_dir)

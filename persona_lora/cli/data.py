@@ -21,6 +21,7 @@ from persona_lora.cli.options import (
 )
 from persona_lora.cli.parsing import layer_numbers, load_model, load_other
 from persona_lora.cli.program import data_app, traits_app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 from persona_lora.models.load_options import LoadOptions
 
@@ -83,6 +84,7 @@ def generate_traits(
 @data_app.command("generate")
 @with_groups
 def generate_data(
+    context: typer.Context,
     *,
     trait: Annotated[str, typer.Option(help="A trait's name in datasets/, or its folder.")],
     questions_per_domain: Annotated[int, typer.Option(help="Questions for every domain.")] = 4,
@@ -112,6 +114,8 @@ def generate_data(
     from persona_lora.core.traits import load_trait
     from persona_lora.experiments import data_generation as generation
 
+    if questions is not None:
+        refuse_useless(context, "domains questions_per_domain", "with --questions")
     loaded = load_trait(trait, datasets_dir)
     chosen = tuple(each.strip() for each in (domains or "").split(",") if each.strip())
     options = generation.DataOptions(

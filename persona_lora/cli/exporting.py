@@ -11,6 +11,7 @@ from persona_lora.cli.console import console, progress
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.options import StoredModelOptions
 from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 FORMATS = ("peft", "merged", "gguf-lora", "gguf")
@@ -19,6 +20,7 @@ FORMATS = ("peft", "merged", "gguf-lora", "gguf")
 @app.command("export")
 @with_groups
 def export(
+    context: typer.Context,
     *,
     mix: Annotated[
         str, typer.Option(help='Traits or paths with coefficients: "evil=-1,sycophancy=-0.5".')
@@ -52,6 +54,10 @@ def export(
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format in ("merged", "gguf") and (rank is not None or energy is not None):
         raise UserError("--rank and --energy cut adapters; a merged model has no rank")
+    if format == "peft":
+        refuse_useless(context, "model revision", "with --format peft: the diffs know their base")
+    if format != "gguf":
+        refuse_useless(context, "converter", f"with --format {format}")
     terms = exporting.read_mix(mix, trait_vector_dir)
     if format == "peft":
         done = exporting.export_peft(terms, output, rank=rank, energy=energy)

@@ -50,6 +50,7 @@ from persona_lora.cli.parsing import (
     steering_method,
 )
 from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.tables import show_sweep
 from persona_lora.core.errors import UserError
 
@@ -57,6 +58,7 @@ from persona_lora.core.errors import UserError
 @app.command()
 @with_groups
 def evaluate(
+    context: typer.Context,
     *,
     trait: TraitOption,
     output: Annotated[Path, typer.Option(help="The CSV; a run folder goes beside it.")],
@@ -101,6 +103,9 @@ def evaluate(
 
     loaded = load_trait(trait, datasets_dir)
     chosen = steering_method(method, {"lora": diff, "activation": vector, "prompt": system_prompt})
+    _refuse_of_other_methods(context, chosen)
+    if ablate:
+        refuse_useless(context, "coefficient", "with --ablate, which takes directions out whole")
     if chosen == "prompt" and system_prompt is None:
         system_prompt = "pos"
     terms = load_terms(diff or [], coefficient or []) if chosen != "activation" else {}
@@ -143,9 +148,24 @@ def evaluate(
     console.print(f"answers: {result.answers}\nrun:     {result.run}")
 
 
+# What only some ways of steering use, in evaluate and in sweep.
+USED_BY = {
+    "lora": "mode coefficient coefficients costs",
+    "activation": "layers positions ablate control coefficient coefficients costs",
+}
+
+
+def _refuse_of_other_methods(context: typer.Context, method: str) -> None:
+    """UserError for an option that another way of steering uses, and this one does not."""
+    own = USED_BY.get(method, "").split()
+    others = [name for names in USED_BY.values() for name in names.split() if name not in own]
+    refuse_useless(context, " ".join(others), f"with --method {method}")
+
+
 @app.command()
 @with_groups
 def sweep(
+    context: typer.Context,
     *,
     trait: TraitOption,
     method: MethodOption = None,
@@ -210,6 +230,9 @@ def sweep(
     chosen = steering_method(method, {"lora": diff, "activation": vector, "prompt": None})
     if method is None and chosen == "none":
         raise UserError("a sweep needs --diff or --vector, or --method prompt or none")
+    _refuse_of_other_methods(context, chosen)
+    if chosen == "none":
+        refuse_useless(context, "references", "with --method none, which asks the plain model")
     population = load_population(
         chosen, diff, vector, numbers(coefficients), layers, positions, control, seed
     )

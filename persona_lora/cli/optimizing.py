@@ -32,6 +32,7 @@ from persona_lora.cli.options import (
 )
 from persona_lora.cli.parsing import generation_options, judge_options, load_model
 from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 from persona_lora.core.lists import split_lists
 
@@ -84,6 +85,7 @@ RaceOption = Annotated[
 @app.command("optimize")
 @with_groups
 def optimize(
+    context: typer.Context,
     *,
     persona_id: Annotated[str, typer.Option(help="A persona's id: a folder in personas/.")],
     method: Annotated[str, typer.Option(help="lora, svd, mean_diff or pca.")] = "lora",
@@ -147,6 +149,12 @@ def optimize(
 
     if search not in SEARCHERS:
         raise UserError(f"--search must be one of {', '.join(SEARCHERS)}, got {search!r}")
+    if method == "lora":
+        refuse_useless(context, "layer", "with --method lora, which acts in all layers of its diff")
+    else:
+        refuse_useless(context, "energy", f"with --method {method}, whose vectors have no rank")
+    if search == "random":
+        refuse_useless(context, "inject", "with --search random, which draws every candidate")
 
     processes = current_processes(os.environ)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
@@ -205,6 +213,7 @@ def optimize(
 @app.command("compare-methods")
 @with_groups
 def compare_methods(
+    context: typer.Context,
     *,
     persona_id: Annotated[
         list[str] | None, typer.Option(help='Personas, as in "a b"; all by default.')
@@ -256,6 +265,8 @@ def compare_methods(
     from persona_lora.experiments.optimization import SearchOptions
     from persona_lora.experiments.processes import current_processes
 
+    names = methods.replace(",", " ").split()
+    _refuse_of_other_methods(context, names)
     processes = current_processes(os.environ)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     generation = generation_options(max_new_tokens, temperature, 1, seed, batch_size)
@@ -273,7 +284,7 @@ def compare_methods(
         comparison = compare(
             bench,
             personas,
-            methods.replace(",", " ").split(),
+            names,
             save_dir,
             layers=_layers(layer, bench),
             alpha=alpha,
@@ -295,6 +306,20 @@ def compare_methods(
             table = _fits_table(comparison.against_random, "against random search")
             console.print(table)
         console.print(f"report: {comparison.folder / 'report.html'}")
+
+
+def _refuse_of_other_methods(context: typer.Context, methods: Sequence[str]) -> None:
+    """UserError for an option that none of the compared methods uses."""
+    among = f"with --methods {' '.join(methods)!r}"
+    if not {"svd", "mean_diff", "pca"} & set(methods):
+        refuse_useless(context, "layer", f"{among}: no vectors without layers of their own")
+    if not {"lora", "random", "equal"} & set(methods):
+        refuse_useless(context, "energy", f"{among}: no LoRA differences")
+    if not set(methods) - {"prompt"}:
+        refuse_useless(context, "alpha", f"{among}: no directions")
+    if not set(methods) - {"prompt", "equal"}:
+        searching = "max_iterations population_size sigma0 bound penalty race"
+        refuse_useless(context, f"{searching} min_coherence min_relevance", f"{among}: no search")
 
 
 def _workbench(

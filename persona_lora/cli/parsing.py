@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lora.cli.console import console
 from persona_lora.cli.environment import environment
 from persona_lora.cli.options import AdaptedModelOptions, ModelOptions
+from persona_lora.cli.refusals import does_nothing
 from persona_lora.core.errors import UserError
 from persona_lora.core.lists import split_lists
 
@@ -202,6 +203,15 @@ def judge_options(
 
     if judge_mode not in ("logprobs", "number"):
         raise UserError(f"--judge-mode must be logprobs or number, got {judge_mode!r}")
+    idle = {
+        "judge_url": ("openai" not in judge and judge_url is not None),
+        "judge_mode": ("openai" not in judge and judge_mode != "logprobs"),
+        "max_judge_cost": ("openai" not in judge and max_judge_cost is not None),
+        "judge_model": (judge.strip() == "embedding" and judge_model is not None),
+    }
+    for name, is_idle in idle.items():
+        if is_idle:
+            raise does_nothing(name, f"with --judge {judge}")
     return JudgeOptions(
         judge=judge,
         judge_model=judge_model,

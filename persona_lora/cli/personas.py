@@ -21,6 +21,7 @@ from persona_lora.cli.options import (
 )
 from persona_lora.cli.parsing import generation_options, load_model
 from persona_lora.cli.program import persona_app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def _profile_writer(url: str | None, model: str | None, prompt: Path | None) -> 
 @persona_app.command("lamp")
 @with_groups
 def lamp(
+    context: typer.Context,
     *,
     questions: Annotated[Path, typer.Option(help="LaMP-7 questions (JSON).")],
     outputs: Annotated[Path, typer.Option(help="Their golds (JSON).")],
@@ -195,6 +197,8 @@ def lamp(
     from persona_lora.experiments import lamp as experiment
     from persona_lora.experiments.persona_setup import load_optimization
 
+    if optimization is None:
+        refuse_useless(context, "trait_vector_dir", "without --optimization")
     read = experiment.load_lamp(questions, outputs)
     unknown = sorted(set(user or []) - {each.id for each in read})
     if unknown:

@@ -22,6 +22,7 @@ from persona_lora.cli.options import (
 )
 from persona_lora.cli.parsing import layer_numbers, listed, load_model, load_other
 from persona_lora.cli.program import project_app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError, few_names
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ TYPES = {
 @project_app.command("activations")
 @with_groups
 def project_activations(
+    context: typer.Context,
     *,
     vectors: Annotated[
         list[str], typer.Option(help='Vector files; repeated, or in one string: "v1 v2".')
@@ -85,6 +87,12 @@ def project_activations(
         raise UserError(f"--type must be one of {', '.join(TYPES)}, got {type!r}")
     if (file is None) == (labelled is None):
         raise UserError("project either a --file or the answers of a trait with --labelled")
+    if labelled is None:
+        refuse_useless(context, "datasets_dir", "without --labelled")
+    else:
+        refuse_useless(context, "base_model shift columns", "with --labelled")
+    if shift is False:
+        refuse_useless(context, "base_model", "with --no-shift")
     loaded = load_vectors(vectors)
     chosen = layer_numbers(layers, next(iter(loaded.values())).num_layers)
     texts = projection.read_texts(file) if file is not None else None

@@ -38,17 +38,26 @@ from persona_lora.cli.parsing import (
     load_model,
 )
 from persona_lora.cli.program import app, vectors_app
+from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
     from persona_lora.experiments.extraction import Extracted
 
 SOURCES = ("prompts", "answers", "files")
+USED_BY = (
+    (("files",), "pos_path neg_path"),
+    (("prompts", "files"), "positive_threshold negative_threshold coherence_threshold min_pairs"),
+    (("prompts",), "assistant_name negative_assistant_name"),
+    (("prompts",), "max_new_tokens temperature samples seed batch_size"),
+    (("prompts",), "judge judge_model judge_url judge_mode max_judge_cost"),
+)
 
 
 @app.command()
 @with_groups
 def extract(
+    context: typer.Context,
     *,
     trait: TraitOption,
     output: Annotated[
@@ -115,6 +124,8 @@ def extract(
         raise UserError(f"--source must be one of {', '.join(SOURCES)}, got {chosen!r}")
     if chosen == "files" and (pos_path is None or neg_path is None):
         raise UserError("--source files needs both --pos-path and --neg-path")
+    others = " ".join(name for source, name in USED_BY if chosen not in source)
+    refuse_useless(context, others, f"with --source {chosen}")
     loaded = load_trait(trait, datasets_dir)
     thresholds = Thresholds(positive_threshold, negative_threshold, coherence_threshold, min_pairs)
     generation = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
@@ -155,6 +166,7 @@ def extract(
 
 @vectors_app.command("convert")
 def convert_vector(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="A .safetensors of ours, or a published .pt.")],
     target: Annotated[Path, typer.Argument(help="The file to write.")],
     form: Annotated[
@@ -172,6 +184,10 @@ def convert_vector(
     """
     from persona_lora.core import vector_files as files
 
+    if form != "lm-eval":
+        refuse_useless(context, "coefficient", f"with --form {form}")
+    if form != "gguf":
+        refuse_useless(context, "model_hint", f"with --form {form}")
     vector = files.load_vector(source)
     if layers is not None:
         vector = vector.at(layer_numbers(layers, vector.num_layers))

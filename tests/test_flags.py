@@ -1,0 +1,750 @@
+"""Every flag of every command reaches what it sets, or is refused.
+
+Each command is run twice up to its library calls, without a flag and with it. What these calls
+received must differ by the value that was given: a flag that is dropped on the way is found, and a
+flag that has no entry here fails, so that a new one must be added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import typer
+
+from persona_lora import cli
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import ChatModel
+from tests.conftest import byte_tokenizer, random_diff, tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ("--datasets-dir", str(ROOT / "datasets"))
+EVIL = ("--trait", "evil", *DATA)
+PERSON = "episode-000101_B"
+PEOPLE = ("--persona-dir", "people")
+
+
+class Stop(Exception):
+    """The last library call of a command was reached."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a validation of judges over no personas would say."""
+
+    fitted_on: str = "train"
+    top1: float = 0.0
+    top1_conversations: float = 0.0
+    n_utterances: int = 0
+    n_conversations: int = 0
+    chance: float = 0.0
+    mean_auc: float = 0.0
+
+
+class Flag(NamedTuple):
+    """A flag's value, what must arrive of it, the words it needs, and those it replaces.
+
+    ``seen`` is the value's own text where it is "", and anything new where it is None. True and
+    False are switches; ``instead`` stands in place of the command's usual words.
+    """
+
+    value: object
+    seen: object = ""
+    beside: str = ""
+    instead: tuple[str, ...] | None = None
+
+
+flag = Flag
+LOADING = {
+    "dtype": flag("float16"),
+    "device_map": flag("cpu"),
+    "revision": flag("v7"),
+    "quantize": flag("4bit"),
+    "attn_implementation": flag("eager"),
+    "trust_remote_code": flag(True, None),
+    "chat_template_args": flag('{"a": 1}'),
+    "model": flag("somebody/else"),
+}
+OPENAI = "--judge openai --judge-model m"
+JUDGING = {
+    "judge": flag("local"),
+    "judge_model": flag("wise", beside="--judge local"),
+    "judge_url": flag("http://x/v1", beside=OPENAI),
+    "judge_mode": flag("number", beside=OPENAI),
+    "max_judge_cost": flag(0.37, beside=OPENAI),
+}
+ASKING = {
+    "max_new_tokens": flag(37),
+    "temperature": flag(0.37),
+    "samples": flag(7, beside="--temperature 1"),
+    "seed": flag(37),
+    "batch_size": flag(37),
+}
+COMMON = {
+    **LOADING,
+    **JUDGING,
+    **ASKING,
+    "adapter": flag("adapter"),
+    "split": flag("extract"),
+    "overwrite": flag(True, None),
+    "allow_other_base": flag(True, None),
+    "output": flag("elsewhere.x"),
+    "datasets_dir": flag("data2"),
+}
+VECTOR = "--vector v.safetensors"
+BOTH = {
+    "layers": flag("0", None, VECTOR),
+    "positions": flag("prompt", beside=VECTOR),
+    "limit": flag(37),
+}
+PERSONA = {
+    "alpha": flag(3.7),
+    "max_iterations": flag(37),
+    "population_size": flag(37),
+    "sigma0": flag(0.37),
+    "num_prompts": flag(3, None),
+    "bound": flag(3.7),
+    "penalty": flag(0.37),
+    "min_coherence": flag(37.0),
+    "min_relevance": flag(37.0),
+    "race": flag(True, None),
+    "save_dir": flag("saved"),
+    "trait_vector_dir": flag("vectors"),
+    "traits": flag("evil"),
+    "persona_dir": flag("people"),
+    "energy": flag(0.37),
+}
+WRITING = {
+    "endpoint": flag("http://x/v1"),
+    "model": flag("somebody/else"),
+    "local": flag(True, None),
+    "attempts": flag(37),
+}
+LOCAL = {name: each._replace(beside="--local") for name, each in LOADING.items()}
+LABELLED = ("--vectors", "v.safetensors", "--output", "o", "--labelled", "evil", *DATA)
+
+
+@dataclass(frozen=True)
+class Command:
+    """Words that reach the library, the calls that end there, what others answer, and flags."""
+
+    words: tuple[str, ...]
+    stops: tuple[str, ...]
+    flags: Mapping[str, Any]
+    answers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+X = "persona_lora.experiments."
+BENCH = {
+    f"{X}persona_setup:Workbench.method": "method",
+    f"{X}persona_setup:Workbench.problem": "problem",
+}
+COMMANDS = {
+    "evaluate": Command(
+        (*EVIL, "--output", "o.csv"),
+        (f"{X}evaluation:evaluate",),
+        {
+            **BOTH,
+            "trait": flag("sycophancy"),
+            "method": flag("prompt", "pos"),
+            "diff": flag("diff", None),
+            "vector": flag("v.safetensors", None),
+            "coefficient": flag(3.7, beside="--diff diff"),
+            "ablate": flag(True, None, VECTOR),
+            "system_prompt": flag("Be odd."),
+            "mode": flag("merged", beside="--diff diff"),
+        },
+    ),
+    "sweep": Command(
+        (*EVIL, "--diff", "diff"),
+        (f"{X}sweep:sweep",),
+        {
+            "layers": flag("0", None, VECTOR, EVIL),
+            "positions": flag("prompt", "", VECTOR, EVIL),
+            "trait": flag("sycophancy"),
+            "method": flag("prompt", None, "--method none", EVIL),
+            "diff": flag("diff2", None),
+            "vector": flag("w.safetensors", None, VECTOR, EVIL),
+            "coefficients": flag("3.7"),
+            "control": flag(False, None, VECTOR, EVIL),
+            "references": flag(False, None),
+            "costs": flag(False, None),
+            "max_questions": flag(7),
+        },
+    ),
+    "compare": Command(
+        (*EVIL, "--diff", "diff", "--activation-vector", "v.safetensors"),
+        ("persona_lora.analysis.report:write_report",),
+        {
+            "trait": flag("sycophancy"),
+            "diff": flag("diff2", None),
+            "activation_vector": flag("w.safetensors", None),
+            "coefficients": flag("3.7"),
+            "layers": flag("0", None),
+            "positions": flag("prompt"),
+            "match": flag("p95"),
+            "splits": flag("extract"),
+            "max_questions": flag(7),
+            "output_dir": flag("elsewhere"),
+            "latency": flag(True, None),
+            "batches": flag("37", beside="--latency"),
+            "rounds": flag(37, beside="--latency"),
+            "spaces": flag("sycophancy", "sycophancy"),
+            "trait_vector_dir": flag("vectors", beside="--spaces sycophancy"),
+            "config": flag("compare.yaml", "3.7"),
+        },
+        {
+            f"{X}comparison:compare": None,
+            f"{X}comparison:levels_of": {},
+            f"{X}steering_costs:trait_directions": ({}, {}),
+            f"{X}steering_costs:run_latency": None,
+            f"{X}steering_costs:run_spaces": None,
+        },
+    ),
+    "benchmark": Command(
+        ("--adapter", "adapter2"),
+        (f"{X}benchmarks:run_benchmarks",),
+        {
+            **BOTH,
+            "tasks": flag("gsm8k"),
+            "diff": flag("diff", None),
+            "vector": flag("v.safetensors", None),
+            "coefficient": flag(3.7, beside="--diff diff"),
+            "tasks_dir": flag("tasks"),
+            "allow_other_base": flag(True, None, "--diff diff"),
+        },
+        {
+            "persona_lora.steering.methods:steer_merged": "steerer",
+            "persona_lora.steering.methods:ActivationSetting.steerer": "steerer",
+        },
+    ),
+    "optimize": Command(
+        ("--persona-id", PERSON),
+        (f"{X}persona_search:optimise_persona",),
+        {
+            **PERSONA,
+            "persona_id": flag("somebody"),
+            "method": flag("svd"),
+            "search": flag("random"),
+            "layer": flag("0", None, "--method svd"),
+            "max_evaluations": flag(37),
+            "initial": flag("formality=3.7", 3.7),
+            "fixed": flag("formality=3.7", 3.7),
+            "inject": flag("weights.json", 3.7),
+            "target": flag(3.7),
+            "config": flag("optimize.yaml", "37"),
+        },
+        BENCH | {"persona_lora.core.personas:load_persona": None},
+    ),
+    "compare-methods": Command(
+        ("--persona-id", PERSON),
+        (f"{X}method_comparison:compare_methods",),
+        {
+            **PERSONA,
+            "persona_id": flag("somebody"),
+            "methods": flag("svd"),
+            "layer": flag("0", None),
+            "config": flag("optimize.yaml", "37"),
+        },
+    ),
+    "extract": Command(
+        EVIL,
+        tuple(f"{X}extraction:from_{source}" for source in ("prompts", "answers", "files")),
+        {
+            "trait": flag("sycophancy"),
+            "source": flag("answers", None),
+            "pos_path": flag("p.csv", beside="--source files --neg-path n.csv --pos-path o.csv"),
+            "neg_path": flag("p.csv", beside="--source files --pos-path n.csv --neg-path o.csv"),
+            "method": flag("svd"),
+            "position": flag("prompt_avg", None),
+            "layers": flag("1", None),
+            "assistant_name": flag("odd"),
+            "negative_assistant_name": flag("odd"),
+            "positive_threshold": flag(37.0),
+            "negative_threshold": flag(37.0),
+            "coherence_threshold": flag(37.0),
+            "min_pairs": flag(37),
+        },
+    ),
+    "vectors convert": Command(
+        ("v.safetensors", "t.x", "--form", "lm-eval", "--layers", "0"),
+        (
+            "persona_lora.core.steering_vector:SteeringVector.save",
+            "persona_lora.core.vector_files:write_published",
+            "persona_lora.core.vector_files:write_gguf",
+            "persona_lora.core.vector_files:write_lm_eval",
+        ),
+        {
+            "source": None,
+            "target": None,
+            "form": flag("published", "persona_lora.core.vector_files:write_published"),
+            "layers": flag("1", None),
+            "coefficient": flag(3.7),
+            "model_hint": flag("qwen2", beside="--form gguf"),
+        },
+    ),
+    "project activations": Command(
+        ("--vectors", "v.safetensors", "--output", "o", "--file", "texts.jsonl"),
+        (f"{X}projection:separate_labelled", f"{X}projection:project_texts"),
+        {
+            "vectors": flag("w.safetensors", None),
+            "file": flag("more.jsonl", None),
+            "labelled": flag("sycophancy", instead=LABELLED),
+            "layers": flag("0", None),
+            "type": flag("prompt_last"),
+            "base_model": flag("somebody/base"),
+            "shift": flag(True, None, "--adapter adapter --no-shift"),
+            "columns": flag(True, None),
+            "datasets_dir": flag("data2", instead=LABELLED),
+        },
+    ),
+    "project weights": Command(
+        ("--finetuned-model", "tuned", "--diffs", "diff"),
+        (f"{X}weight_projection:project_finetunes",),
+        {
+            "finetuned_model": flag("other"),
+            "diffs": flag("diff2"),
+            "original_model": flag("somebody/base"),
+        },
+        {f"{X}weight_projection:load_diffs": {}},
+    ),
+    "evaluate-checkpoints": Command(
+        ("run", "--traits", "evil", *DATA),
+        (f"{X}checkpoints:evaluate_checkpoints",),
+        {
+            "folder": None,
+            "traits": flag("sycophancy"),
+            "vectors": flag("v.safetensors", None),
+            "layers": flag("0", None, "--vectors v.safetensors"),
+            "type": flag("prompt_last", beside="--vectors v.safetensors"),
+            "finetuned_on": flag("odd"),
+        },
+        {f"{X}checkpoints:find_checkpoints": []},
+    ),
+    "predict-finetuning": Command(
+        ("--finetunes", "adapter", "--traits", "evil", "--diffs", "diff", *DATA),
+        (f"{X}prediction:predict_finetuning",),
+        {
+            "finetunes": flag("adapter2"),
+            "traits": flag("sycophancy"),
+            "diffs": flag("diff2"),
+            "vectors": flag("v.safetensors", None),
+            "layer": flag("0", None, "--vectors v.safetensors"),
+            "questions": flag(3, None),
+        },
+        {f"{X}weight_projection:load_diffs": {"d": None}},
+    ),
+    "compare-prevention": Command(
+        ("--finetunes", "plain=adapter", *EVIL, "--rows", "texts.jsonl"),
+        (f"{X}prevention:compare_prevention",),
+        {
+            "finetunes": flag("plain=adapter2", "adapter2"),
+            "trait": flag("sycophancy"),
+            "rows": flag("more.jsonl"),
+            "correct": flag("diff=3.7", 3.7),
+            "tasks": flag("gsm8k"),
+            "limit": flag(37),
+            "questions": flag(3, None),
+        },
+    ),
+    "export": Command(
+        ("--mix", "diff=1", "--output", "o"),
+        tuple(f"{X}export:export_{form}" for form in ("peft", "merged", "gguf_lora", "gguf")),
+        {
+            "mix": flag("diff2=2"),
+            "format": flag("merged", f"{X}export:export_merged"),
+            "rank": flag(7),
+            "energy": flag(0.37),
+            "model": flag("somebody/base", beside="--format merged"),
+            "revision": flag("v7", beside="--format merged"),
+            "trait_vector_dir": flag("vectors"),
+            "converter": flag("c.py", beside="--format gguf"),
+        },
+        {f"{X}export:read_mix": {}, "persona_lora.models.weight_files:weights_folder": Path("m")},
+    ),
+    "playground": Command(
+        ("--directions", "diffs"),
+        ("persona_lora.cli.mixing_page:serve",),
+        {
+            "traits": flag("sycophancy", None),
+            "directions": flag("more", None),
+            "mixes": flag("mixes"),
+            "host": flag("localhost"),
+            "port": flag(7999),
+        },
+        {"persona_lora.cli.mixing_page:build_page": "page"},
+    ),
+    "persona build": Command(
+        ("--id", "anna"),
+        ("persona_lora.profiles.building:build_persona",),
+        {
+            "id": flag("bert"),
+            "all": None,  # instead of --id: tested below
+            "conversations": flag("c.jsonl"),
+            "speaker": flag("B"),
+            "episode": flag("e7"),
+            "samples": flag(37),
+            "template": flag("t.txt", "judge {x}"),
+            "writer_url": flag("http://y/v1", beside="--writer-model m --writer-url http://x/v1"),
+            "writer_model": flag("m7", beside="--writer-url http://x/v1 --writer-model m"),
+            "profile_prompt": flag(
+                "t.txt", "judge {x}", "--writer-url http://x/v1 --writer-model m"
+            ),
+            "persona_dir": flag("people"),
+        },
+        {
+            "persona_lora.profiles.conversations:load_conversations": None,
+            f"{X}profile_writing:profile_writer": None,
+            "persona_lora.judges.sentence_embeddings:SentenceEmbedder": types.SimpleNamespace(
+                embed=None
+            ),
+        },
+    ),
+    "persona lamp": Command(
+        ("--questions", "q.json", "--outputs", "a.json"),
+        (f"{X}lamp:score_lamp",),
+        {
+            "questions": flag("q2.json"),
+            "outputs": flag("a2.json"),
+            "optimization": flag("opt.json"),
+            "user": flag("70", None),
+            "trait_vector_dir": flag("vectors", beside="--optimization opt.json"),
+        },
+        {
+            f"{X}lamp:load_lamp": [types.SimpleNamespace(id="70"), types.SimpleNamespace(id="71")],
+            f"{X}persona_setup:load_optimization": (None, None),
+        },
+    ),
+    "persona validate": Command(
+        ("--output", "o.json"),
+        ("persona_lora.core.files:write_json",),
+        {"persona_dir": flag("people"), "output": flag("p.json"), "seed": flag(37)},
+        {
+            "persona_lora.core.personas:list_personas": [],
+            "persona_lora.judges.sentence_embeddings:SentenceEmbedder": None,
+            "persona_lora.profiles.style_judge:TextFeatures": None,
+            "persona_lora.profiles.style_judge:fit_judges": {},
+            "persona_lora.profiles.style_judge:validate_judges": Checked(),
+        },
+    ),
+    "persona sheets": Command(
+        ("run", "--id", "anna", "--output", "o"),
+        ("persona_lora.analysis.human_ratings:write_sheets",),
+        {
+            "run": None,
+            "id": flag("bert"),
+            "conditions": flag("none"),
+            "prompts": flag(37),
+            "persona_dir": flag("people"),
+        },
+    ),
+    "traits generate": Command(
+        ("--definitions", "d.json"),
+        (f"{X}trait_generation:generate_traits",),
+        {**LOCAL, **WRITING, "definitions": flag("d2.json")},
+        {f"{X}trait_generation:read_definitions": []},
+    ),
+    "data generate": Command(
+        EVIL,
+        (f"{X}data_generation:generate_data",),
+        {
+            **LOCAL,
+            **WRITING,
+            "trait": flag("sycophancy"),
+            "questions_per_domain": flag(37),
+            "domains": flag("odd"),
+            "questions": flag("questions.txt", "Why?"),
+            "output_dir": flag("elsewhere"),
+        },
+    ),
+    "data check": Command(
+        ("evil", *DATA),
+        (f"{X}data_check:check_trait",),
+        {"traits": None},
+        {"persona_lora.judges.sentence_embeddings:SentenceEmbedder": None},
+    ),
+    "data screen": Command(
+        ("--file", "texts.jsonl", "--vector", "v.safetensors"),
+        (f"{X}screening:screen_rows",),
+        {
+            "file": flag("more.jsonl", None),
+            "vector": flag("w.safetensors", None),
+            "layer": flag("0", None),
+            "threshold": flag(0.37),
+        },
+    ),
+    "report": Command(("run",), ("persona_lora.analysis.report:write_report",), {"runs": None}),
+    "research-questions": Command(
+        (),
+        ("persona_lora.analysis.research_questions:write_research_questions",),
+        {"results": flag("found")},
+    ),
+    "paired": Command(
+        ("a", "b", "--output", "o.csv"),
+        ("persona_lora.core.files:write_csv",),
+        {"reference": None, "runs": None},
+        {"persona_lora.analysis.paired:compare_runs": []},
+    ),
+    "persona ratings": Command(
+        ("folder", "a.csv"),
+        ("persona_lora.analysis.human_ratings:read_ratings",),
+        {"folder": None, "files": None},
+    ),
+}
+# What their options mean is tests/training/test_arguments.py: they are fields, not flags.
+OWN_PARSERS = {"train", "finetune"}
+
+
+def walk(command: Any, name: tuple[str, ...] = ()) -> Any:
+    for word, each in getattr(command, "commands", {}).items():
+        yield from walk(each, (*name, word))
+    if not getattr(command, "commands", {}):
+        yield " ".join(name), command
+
+
+TOP = typer.main.get_command(cli.app)
+ALL = dict(walk(TOP))
+
+
+def entry(command: str, name: str) -> Flag | None:
+    """Return the entry of a flag; None for an argument, and for what is tested apart."""
+    own = COMMANDS[command].flags
+    if name not in own and name not in COMMON:
+        pytest.fail(f"{command} --{name.replace('_', '-')} has no entry in tests/test_flags.py")
+    return own[name] if name in own else COMMON[name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with what the commands read before they call the library."""
+    folder = tmp_path_factory.mktemp("flags")
+    model = tiny_llama()
+    for number, path in enumerate(("diff", "diff2", "diffs/evil/diff", "diffs/sycophancy/diff")):
+        random_diff(model, seed=number, rank=1).save(folder / path)
+    random_diff(model, seed=9, rank=1).save(folder / "more/evil/diff")
+    for number, name in enumerate(("v", "w")):
+        directions = {0: torch.full((32,), 1.0 + number), 1: torch.ones(32)}
+        SteeringVector(directions, BaseModel("tiny", None), num_layers=2).save(
+            folder / f"{name}.safetensors"
+        )
+    for name in ("texts", "more"):
+        turns = [{"role": "user", "content": name}, {"role": "assistant", "content": "Yes."}]
+        (folder / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (folder / "t.txt").write_text("judge {x}")
+    (folder / "questions.txt").write_text("Why?\n")
+    (folder / "weights.json").write_text('{"formality": 3.7}')
+    (folder / "compare.yaml").write_text("coefficients: 3.7")
+    (folder / "optimize.yaml").write_text("population_size: 37")
+    (folder / "data2").symlink_to(ROOT / "datasets")
+    for name in ("adapter", "adapter2"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text("{}")
+    (folder / "people/somebody").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def calls(folder, monkeypatch):
+    """Return a function that runs a command and returns the leaves of all that the library got."""
+    monkeypatch.chdir(folder)
+    for name in ("OPENAI_BASE_URL", "JUDGE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    chat_model = ChatModel(tiny_llama(), byte_tokenizer(), "tiny")
+
+    def run(command: str, words: tuple[str, ...]) -> set[str]:
+        made = COMMANDS[command]
+        seen: set[str] = set()
+
+        def spy(name: str, answer: Any, stops: bool) -> Any:
+            def called(*arguments: Any, **keywords: Any) -> Any:
+                seen.update(leaves((name, arguments, keywords)))
+                if stops:
+                    raise Stop
+                return answer
+
+            return called
+
+        with monkeypatch.context() as patch:
+            answers = {
+                "persona_lora.models.loading:load_chat_model": chat_model,
+                f"{X}judging:check_judge": None,
+                **made.answers,
+            }
+            for name in (*answers, *made.stops):
+                module, _, path = name.partition(":")
+                *owners, last = path.split(".")
+                owner = functools.reduce(getattr, owners, importlib.import_module(module))
+                patch.setattr(owner, last, spy(name, answers.get(name), name in made.stops))
+            with contextlib.suppress(Stop):
+                TOP.main([*command.split(), *words], standalone_mode=False)
+        return seen
+
+    return run
+
+
+def leaves(value: Any, place: str = "", depth: int = 0) -> set[str]:
+    """Return the plain values inside arguments, each with its place: "evaluate.1.seed=37"."""
+    if depth > 12 or isinstance(value, torch.nn.Module):
+        return {f"{place}={type(value).__name__}"}
+    inner: list[tuple[Any, Any]] | None = None
+    if isinstance(value, torch.Tensor):
+        return {f"{place}={float(value.float().sum())}"}
+    if isinstance(value, Mapping):
+        inner = [pair for key, each in value.items() for pair in ((f"key {key}", key), (key, each))]
+    elif isinstance(value, tuple | list | set | frozenset):
+        inner = list(enumerate(value))
+    elif isinstance(value, functools.partial):
+        inner = [("args", value.args), ("keywords", value.keywords), ("func", value.func)]
+    elif isinstance(value, contextlib._GeneratorContextManager):
+        inner = [("args", value.args), ("keywords", value.kwds)]
+    elif isinstance(value, types.FunctionType):
+        inner = [(at, cell.cell_contents) for at, cell in enumerate(value.__closure__ or ())]
+    elif isinstance(value, types.SimpleNamespace):
+        inner = list(vars(value).items())
+    elif isinstance(value, ChatModel):
+        inner = [("name", value.name)]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
+    elif type(value).__module__.startswith("persona_lora") and hasattr(value, "__dict__"):
+        inner = list(vars(value).items())
+    if inner is None:  # an object's own text may hold its address
+        plain = isinstance(value, str | int | float | Path | torch.dtype | None)
+        return {f"{place}={value if plain else type(value).__name__}"}
+    return {leaf for key, each in inner for leaf in leaves(each, f"{place}.{key}", depth + 1)}
+
+
+def flag_words(parameter: Any, value: object) -> tuple[str, ...]:
+    if value is False:
+        return (parameter.secondary_opts[0],)
+    option = max(parameter.opts, key=len)
+    return (option,) if value is True else (option, str(value))
+
+
+def test_every_command_has_an_entry():
+    assert set(ALL) - OWN_PARSERS == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_reaches_what_it_sets(calls, command):
+    found: dict[tuple[str, ...], set[str]] = {}
+    usual = COMMANDS[command].words
+    idle = []
+    for parameter in ALL[command].params:
+        wanted = entry(command, parameter.name)
+        if wanted is None:
+            continue
+        base = (*(usual if wanted.instead is None else wanted.instead), *wanted.beside.split())
+        if base not in found:
+            found[base] = calls(command, base)
+        with_it = calls(command, (*base, *flag_words(parameter, wanted.value)))
+        new = with_it - found[base]
+        seen = str(wanted.value if wanted.seen == "" else wanted.seen)
+        arrived = any(seen in leaf for leaf in new) or wanted.seen is None
+        if with_it == found[base] or not arrived:
+            idle.append((parameter.name, seen, sorted(new)[:5]))
+    assert not idle
+
+
+USELESS = {
+    "evaluate": (
+        "--layers 0",
+        "--positions all",
+        "--ablate",
+        "--mode merged",
+        "--coefficient 1",
+        "--diff diff --layers 0",
+        "--diff diff --ablate",
+        "--vector v.safetensors --mode live",
+        "--vector v.safetensors --ablate --coefficient 2",
+        "--system-prompt pos --coefficient 1",
+        "--judge-url http://x",
+        "--judge-mode number",
+        "--judge-model m",
+        "--max-judge-cost 1",
+        "--judge local --judge-url http://x",
+    ),
+    "sweep": (
+        "--layers 0",
+        "--positions all",
+        "--no-control",
+        "--control",
+        "--method none --coefficients 1",
+        "--method none --no-references",
+        "--method prompt --costs",
+    ),
+    "compare": ("--batches 1", "--rounds 2", "--trait-vector-dir x"),
+    "benchmark": ("--layers 0", "--positions all", "--coefficient 1", "--diff diff --layers 0"),
+    "optimize": (
+        "--layer 0",
+        "--method svd --energy 0.9",
+        "--search random --inject weights.json",
+    ),
+    "compare-methods": (
+        "--methods lora --layer 0",
+        "--methods svd@1 --layer 0",
+        "--methods svd --energy 0.9",
+        "--methods prompt --alpha 1",
+        "--methods equal --race",
+        "--methods prompt --sigma0 1",
+    ),
+    "extract": (
+        "--source answers --judge openai",
+        "--source answers --temperature 1",
+        "--source answers --min-pairs 3",
+        "--source answers --assistant-name x",
+        "--source prompts --pos-path p.csv",
+        "--source files --pos-path p.csv --neg-path n.csv --samples 2",
+    ),
+    "vectors convert": ("--model-hint qwen2", "--form gguf --coefficient 2"),
+    "project activations": ("--datasets-dir x", "--no-shift --base-model m"),
+    "evaluate-checkpoints": ("--layers 0", "--type prompt_last"),
+    "predict-finetuning": ("--layer 0",),
+    "compare-prevention": ("--tasks= --limit 3",),
+    "export": ("--model m", "--revision v", "--converter c.py", "--format merged --converter c.py"),
+    "persona lamp": ("--trait-vector-dir x",),
+    "data generate": (
+        "--questions questions.txt --domains a",
+        "--questions questions.txt --questions-per-domain 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [(name, words) for name, each in USELESS.items() for words in each]
+)
+def test_what_would_do_nothing_is_refused(calls, command, words):
+    usual = COMMANDS[command].words
+    if "--method" in words:  # a method of its own does without the diff
+        usual = usual[: usual.index("--diff")] if "--diff" in usual else usual
+    with pytest.raises(UserError, match=r"--[a-z0-9-]+ does nothing .*; leave it out"):
+        calls(command, (*usual, *words.split()))
+
+
+def test_all_personas_are_built_in_place_of_one(calls):
+    assert any("people/somebody" in leaf for leaf in calls("persona build", ("--all", *PEOPLE)))
+    with pytest.raises(UserError, match="give --id, or --all"):
+        calls("persona build", ("--all", "--id", "somebody", *PEOPLE))
+
+
+def test_one_layer_is_compared_over_both_spaces(calls):
+    words = (*COMMANDS["compare"].words, "--layers", "0 1", "--spaces", "sycophancy")
+    with pytest.raises(UserError, match="--spaces compares at one layer; --layers '0 1'"):
+        calls("compare", words)
+
+
+def test_several_samples_of_a_greedy_answer_are_refused(calls):
+    with pytest.raises(UserError, match="temperature above 0"):
+        calls("evaluate", (*COMMANDS["evaluate"].words, "--samples", "3"))
