@@ -10,7 +10,7 @@ venv=${VENV:-.venv-$which}
 case $which in floor | newest) ;; *) echo "error: say floor or newest, got $which" >&2 && exit 2 ;; esac
 
 "${PYTHON:-python3}" -m venv --clear "$venv"
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@"; }
 [ "$which" = newest ] || sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml |
     grep -o '"[^"]*>=[0-9.]*' | sed 's/"\([^[]*\)\(\[.*\]\)\?>=/\1==/' | sort -u >"$venv/constraints"
 touch "$venv/constraints"
