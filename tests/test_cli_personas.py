@@ -172,7 +172,10 @@ def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
         (("--persona-id", "episode-000101_B", "--initial", "formality"), ("formality=-1",)),
         (("--persona-id", "episode-000101_B", "--fixed", "humour=1"), ("'humour'",)),
         (("--persona-id", "episode-000101_B", "--num-prompts", 99), ("99",)),
-        (("--persona-id", "episode-000101_B", "--layer", "top"), ("--layer", "'top'")),
+        (
+            ("--persona-id", "episode-000101_B", "--method", "svd", "--layer", "top"),
+            ("--layer", "'top'"),
+        ),
         (("--persona-id", "episode-000101_B", "--judge", "oracle"), ("'oracle'", "embedding")),
         (("--persona-id", "episode-000101_B", "--sigma0", 0), ("sigma0",)),
         (("--persona-id", "episode-000101_B", "--trait-vector-dir", "none"), ("does not exist",)),
