@@ -209,7 +209,7 @@ def test_generation_names_its_mistakes(run, tmp_path):
 
 def test_personas_name_their_mistakes(run, tmp_path):
     words = ("persona", "build", "--id", "ann", "--persona-dir", tmp_path)
-    assert_fails(run(*words), "conversations.jsonl", "does not exist")
+    assert_fails(run(*words), "ann", "does not exist")
     assert_fails(run(*words, "--speaker", "C"), "'C'")
     (tmp_path / "few.jsonl").write_text(
         json.dumps({"messages": [{"role": "user", "content": "Hello there"}]}) + "\n"

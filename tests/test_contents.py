@@ -102,8 +102,8 @@ def change(path: Path, text: str | None) -> None:
     if text is not None:
         whole = path.read_text()
         assert text in whole
-        last = "3" if text[-1].isdigit() else "x"
-        path.write_text(whole.replace(text, text[:-1] + last, 1))
+        other = text[:-2] + "50" if text[-1].isdigit() else text[:-1] + "x"
+        path.write_text(whole.replace(text, other, 1))
         return
     with safe_open(path, framework="pt") as stream:
         metadata = stream.metadata()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,15 +147,15 @@ def load_vectors(words: list[str]) -> dict[str, SteeringVector]:
     return {name: load_vector(path) for name, path in zip(names, paths, strict=True)}
 
 
-@contextmanager
-def _base(chat_model: ChatModel, base_model: str | None) -> Iterator[ChatModel]:
+def _base(chat_model: ChatModel, base_model: str | None) -> AbstractContextManager[ChatModel]:
     from persona_lora.experiments.projection import base_of_adapter
 
-    if base_model is not None:
-        yield load_other(base_model, chat_model.options.elsewhere())
-        return
-    with base_of_adapter(chat_model) as base:
-        yield base
+    return base_of_adapter(chat_model) if base_model is None else _other(chat_model, base_model)
+
+
+@contextmanager
+def _other(chat_model: ChatModel, base_model: str) -> Iterator[ChatModel]:
+    yield load_other(base_model, chat_model.options.elsewhere())  # after the first has been read
 
 
 def _projection_table(run: Run) -> Table:

@@ -147,12 +147,16 @@ def project_texts(
     return run
 
 
-@contextmanager
-def base_of_adapter(chat_model: ChatModel) -> Iterator[ChatModel]:
-    """Yield the model under a PEFT adapter; UserError for a model that has none."""
+def base_of_adapter(chat_model: ChatModel) -> AbstractContextManager[ChatModel]:
+    """Return the model under a PEFT adapter; UserError at once for a model that has none."""
     if not isinstance(chat_model.model, PeftModel):
         raise UserError(f"{chat_model.name} has no adapter; name its base with --base-model")
-    with chat_model.model.disable_adapter():
+    return _adapter_off(chat_model, chat_model.model)
+
+
+@contextmanager
+def _adapter_off(chat_model: ChatModel, adapted: PeftModel) -> Iterator[ChatModel]:
+    with adapted.disable_adapter():
         yield chat_model
 
 
