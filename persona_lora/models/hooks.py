@@ -36,8 +36,9 @@ class Hook(NamedTuple):
 class Hooked(Reversible):
     """Context manager: its hooks are on their modules inside the block, and nowhere after it.
 
-    With ``model`` a whole pass of it in which no hook ran, or with ``every`` not all of them, is a
-    UserError: steering that touches nothing looks like steering that does nothing.
+    With ``model`` a whole pass of it in which no hook of a kind ran (modules of one last name, as
+    experts are; with ``every``: in which one did not) is a UserError: steering that touches nothing
+    looks like steering that does nothing.
     """
 
     def __init__(self, model: nn.Module | None = None, *, every: bool = False) -> None:
@@ -70,12 +71,17 @@ class Hooked(Reversible):
 
     def _after_pass(self, module: nn.Module, arguments: object, output: object) -> None:
         steering = [guard for guard in self._guards if not guard.hook.before]
-        missing = [guard.hook.name for guard in steering if not guard.fired]
-        if missing and (self._every or len(missing) == len(steering)):
+        ran = {_kind(guard) for guard in steering if guard.fired}
+        missing = [
+            guard.hook.name
+            for guard in steering
+            if not guard.fired and (self._every or _kind(guard) not in ran)
+        ]
+        if missing:
             raise UserError(
                 f"{len(missing)} of the {len(steering)} modules to steer did not run in a whole"
                 f" pass of this {type(module).__name__} ({', '.join(missing[:3])}); steering them "
-                "would change nothing: choose layers or modules that take part"
+                "would change nothing: choose what takes part, or merge the diff (--mode merged)"
             )
 
 
@@ -89,6 +95,10 @@ class Hooks(Hooked):
     def hooks(self) -> Sequence[Hook]:
         """Return them."""
         return self._given
+
+
+def _kind(guard: _Guard) -> str:
+    return guard.hook.name.rpartition(".")[2]
 
 
 def _outermost(model: nn.Module) -> list[nn.Module]:

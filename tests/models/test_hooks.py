@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
@@ -41,6 +42,22 @@ def test_experts_that_nobody_chose_are_no_error(model, make_diff):
     """Of the modules of a diff some may rest; all of them may not."""
     with LiveLoRA(model, [make_diff(model)], [[1.0]]):
         model.config.num_hidden_layers = 1
+        model(TOKENS)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_read_without_a_call_is_an_error(model, make_diff, monkeypatch):
+    """As in a projection of Jamba's: a merge changes it, a live LoRA would pass it by."""
+
+    def read(mlp, states):
+        gated = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
+        return functional.linear(gated, mlp.down_proj.weight)
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", read)
+    with (
+        LiveLoRA(model, [make_diff(model)], [[1.0]]),
+        pytest.raises(UserError, match=r"2 of the 14 modules .*down_proj"),
+    ):
         model(TOKENS)
 
 
