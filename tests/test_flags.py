@@ -297,7 +297,10 @@ COMMANDS = {
     ),
     "project activations": Command(
         ("--vectors", "v.safetensors", "--output", "o", "--file", "texts.jsonl"),
-        (f"{X}projection:separate_labelled", f"{X}projection:project_texts"),
+        tuple(
+            f"{X}projection:{name}"
+            for name in ("separate_labelled", "project_texts", "base_of_adapter")
+        ),
         {
             "vectors": flag("w.safetensors", None),
             "file": flag("more.jsonl", None),

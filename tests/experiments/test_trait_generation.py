@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from persona_lora import cli
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import load_trait
 from persona_lora.experiments.trait_generation import (
@@ -120,7 +119,7 @@ def test_malformed_definitions_are_named(tmp_path, value, message):
         read_definitions(path)
 
 
-def test_the_command_makes_a_trait_through_a_real_endpoint(server, tmp_path, monkeypatch, capsys):
+def test_the_command_makes_a_trait_through_a_real_endpoint(server, tmp_path, run):
     server.faults += [500]
     server.replies += ["not yet", json.dumps(GOOD)]
     (tmp_path / "definitions.json").write_text(json.dumps({"anxious": "worries aloud"}))
@@ -128,11 +127,9 @@ def test_the_command_makes_a_trait_through_a_real_endpoint(server, tmp_path, mon
         *("traits", "generate", "--definitions", tmp_path / "definitions.json"),
         *("--endpoint", server.url, "--model", "m", "--datasets-dir", tmp_path / "made"),
     )
-    monkeypatch.setattr("sys.argv", ["persona-lora", *map(str, words)])
-    cli.main()
-    assert "anxious: written" in capsys.readouterr().out
+    status, out, error = run(*words)
+    assert (status, "anxious: written" in out) == (0, True), error
     assert load_trait("anxious", tmp_path / "made").eval_prompt == GOOD["eval_prompt"]
     assert len(server.bodies) == 3  # a fault that passed, a reply to be mended, the good one
-    cli.main()
-    assert "anxious: kept" in capsys.readouterr().out
+    assert "anxious: kept" in run(*words)[1]
     assert len(server.bodies) == 3

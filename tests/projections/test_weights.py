@@ -128,7 +128,8 @@ def test_layers_and_kinds_add_up(model, diffs):
 def test_an_adapter_needs_no_weights(model, diffs):
     adapter = diffs["two"] * 0.4
     after = copy.deepcopy(model)
-    LoRAMerger(after, allow_other_base=True).merge_lora_diff(adapter, 1.0)
+    merger = LoRAMerger(after, allow_other_base=True)
+    merger.merge_lora_diff(adapter, 1.0)
     dense = project_weights(LoadedWeights(model, "a"), LoadedWeights(after, "b"), diffs)
     factors = project_adapter(adapter, diffs)
     for label in diffs:
