@@ -90,9 +90,12 @@ def test_a_finetune_is_drawn_whatever_is_missing(finetune, tmp_path, steps):
     assert plot_checkpoints(finetune(steps=steps), tmp_path / "c.png").startswith(PNG)
 
 
-def test_cross_persona_is_drawn_and_says_when_there_is_nothing(finetune, tmp_path):
+def test_cross_persona_is_drawn(finetune, tmp_path):
     runs = [finetune("evil"), finetune("sycophancy")]
     assert plot_cross_persona(runs, tmp_path / "x.png").startswith(PNG)
+
+
+def test_cross_persona_says_when_there_is_nothing(finetune, tmp_path):
     with pytest.raises(UserError, match="no finetune was judged on another trait"):
         plot_cross_persona([finetune("evil", traits=("evil",))], tmp_path / "y.png")
 
