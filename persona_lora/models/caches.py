@@ -20,8 +20,9 @@ from transformers.cache_utils import (
 
 from persona_lora.models.structure import text_decoder
 
-# transformers 5.24 renamed the second to the first; models that bring their own code may not have.
-CACHE_NAMES = ("cache", "past_key_values")
+# transformers 5.24 renamed the others to the first, the last being that of Mamba's models; models
+# that bring their own code may not have.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 # Layers that keep keys and values: what stands left of a row is masked by position.
 ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -41,6 +41,7 @@ from persona_lora.models.content import tokenizer_content, weights_content
 from persona_lora.models.gguf_models import SUFFIX, convert_gguf, gguf_folder, models_cache
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole, peft_config
+from persona_lora.models.peft_calls import quiet_peft
 from persona_lora.models.pretrained import shared_arguments, weight_arguments
 from persona_lora.models.skeleton import auto_model
 from persona_lora.models.support import PROBE, check_support
@@ -141,7 +142,8 @@ def load_chat_model(
     model = _load_weights(source, name, arguments, options)
     if adapter is not None:
         config = peft_config(Path(adapter))
-        model = PeftModel.from_pretrained(model, str(adapter), config=config)
+        with quiet_peft():
+            model = PeftModel.from_pretrained(model, str(adapter), config=config)
         check_adapter_whole(model, Path(adapter))
     model.requires_grad_(False)
     model.eval()

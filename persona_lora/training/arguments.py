@@ -99,6 +99,9 @@ class ContrastiveConfig(SFTConfig):
     use_cpu: bool | None = field(
         default=None, metadata={"help": "Train on the CPU; default: where there is no GPU."}
     )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "The older name of activation_checkpointing."}
+    )
     activation_checkpointing: bool | None = field(
         default=False,
         metadata={
@@ -126,6 +129,11 @@ class ContrastiveConfig(SFTConfig):
             use_cpu=self.use_cpu, bf16=self.bf16, fp16=self.fp16, launch=launch_of_process()
         )
         self.use_cpu, self.bf16, self.fp16 = hardware
+        # transformers before 5.24 knows the older name only, later ones prefer the newer.
+        self.activation_checkpointing = bool(
+            self.activation_checkpointing or self.gradient_checkpointing
+        )
+        self.gradient_checkpointing = self.activation_checkpointing
         # A loss of NaN must be seen, not replaced by the mean of the others.
         self.logging_nan_inf_filter = False
         self.completion_only_loss = True

@@ -6,7 +6,6 @@ Knows PEFT's configuration and file format; refuses to know what the LoRA is tra
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.peft_calls import quiet_peft
 from persona_lora.models.structure import linear_modules
 from persona_lora.training.targets import lora_targets
 
@@ -85,11 +85,7 @@ def attach_lora(chat_model: ChatModel, arguments: LoRAArguments, seed: int) -> P
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
     )
     set_seed(seed)
-    with warnings.catch_warnings():
-        # PEFT still reads a name that transformers renames; nobody here can mend it.
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
+    with quiet_peft():
         model = get_peft_model(chat_model.model, config)
     # PEFT notes the path that the weights came from; the packaged model's lies in a user's cache.
     config.base_model_name_or_path = chat_model.name

@@ -72,7 +72,7 @@ class CompletionTrainer(SFTTrainer):
         return (
             self.accelerator.device.type == "cpu"
             and self.accelerator.num_processes == 1
-            and not self.args.activation_checkpointing
+            and not self.args.gradient_checkpointing  # every release mirrors it in this name
         )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:

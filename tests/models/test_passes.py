@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.caches import kept_cache
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.passes import PassCounter
 from persona_lora.models.structure import decoder_layers
@@ -146,13 +147,12 @@ def test_what_cannot_be_told_is_refused(model, positions, kind, settings, messag
 
 @torch.no_grad()
 def test_a_prompt_that_ran_before_the_block_is_no_prompt_of_it(model):
-    cache = DynamicCache(config=model.config)
-    model(TOKENS[:, :5], past_key_values=cache, use_cache=True)
+    name, cache = kept_cache(model(TOKENS[:, :5], use_cache=True))
     with (
         ActivationSteerer(model, VECTOR, positions="prompt"),
         pytest.raises(UserError, match="was begun before this block"),
     ):
-        model(TOKENS[:, 5:], past_key_values=cache, use_cache=True)
+        model(TOKENS[:, 5:], **{name: cache}, use_cache=True)
 
 
 def test_texts_without_a_cache_are_prompts_each():

@@ -12,6 +12,7 @@ from peft import PeftModel
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.caches import kept_cache
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.structure import decoder_layers, hidden_states_index, weight_fingerprint
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
@@ -54,10 +55,10 @@ class Recorder:
 def decode(model, tokens, split):
     """Run tokens up to ``split`` as one pass, then the others one by one with the cache."""
     recorder = Recorder(model)
-    cache = model(tokens[:, :split], use_cache=True).past_key_values
+    kept = kept_cache(model(tokens[:, :split], use_cache=True))
     for position in range(split, tokens.shape[1]):
         step = tokens[:, position : position + 1]
-        cache = model(step, past_key_values=cache, use_cache=True).past_key_values
+        kept = kept_cache(model(step, **{kept.name: kept.cache}, use_cache=True))
     recorder.close()
     return recorder.passes
 

@@ -31,6 +31,10 @@ def test_defaults_are_those_of_the_packaged_model():
     assert config.completion_only_loss
     assert not config.activation_checkpointing
     assert not config.gradient_checkpointing
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        config = parse_arguments(["--trait", "evil", f"--{name}", "true"]).config
+        assert config.activation_checkpointing
+        assert config.gradient_checkpointing
     assert not config.logging_nan_inf_filter
     assert config.report_to == []
 

@@ -113,7 +113,7 @@ def test_loss_and_gradients_equal_those_of_trl(
             loss_type=loss_type,
             bf16=False,
             use_cpu=True,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             train_sampling_strategy="sequential",
         ),
         train_dataset=Dataset.from_dict(rows),
