@@ -15,6 +15,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 
 WAITING = """
+import signal
 import time
 from pathlib import Path
 from persona_lora import cli
@@ -26,6 +27,8 @@ def wait(folder: Path) -> None:
         print("up", flush=True)
         time.sleep(600)
 
+# A shell starts what it puts into the background deaf to Ctrl-C, and all below it are so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.main()
 """
 
