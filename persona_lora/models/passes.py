@@ -12,6 +12,7 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from persona_lora.core.errors import UserError
 
@@ -37,7 +38,7 @@ class PassCounter:
         self._told = False  # the next pass is over a prompt
         self._counts = False  # somebody tells: without a visible cache, single tokens are steps
         self._cache: ReferenceType[Cache] | None = None
-        self._before: int | None = None  # positions in the cache before the pass; None: no cache
+        self._empty: bool | None = None  # the cache before the pass; None: there is no cache
         self._continued = False
         self._length: int | None = None  # of the last pass
 
@@ -51,7 +52,7 @@ class PassCounter:
         cache = next((each for each in given if isinstance(each, Cache)), None)
         self._continued = cache is not None and self._cache is not None and self._cache() is cache
         self._cache = None if cache is None else ref(cache)
-        self._before = None if cache is None else int(cache.get_seq_length())
+        self._empty = None if cache is None else _is_empty(cache)
 
     def end(self, length: int) -> Stage:
         """Return the stage of this pass over ``length`` positions; "either" where both look alike.
@@ -60,9 +61,9 @@ class PassCounter:
         """
         told, self._told = self._told, False
         last, self._length = self._length, length
-        if told or self._before == 0 or (self._before is None and last is None):
+        if told or self._empty or (self._empty is None and last is None):
             return "prompt"
-        if self._before is None:
+        if self._empty is None:
             return self._without_cache(length, int(last or 0))
         if length == 1:
             return "step" if self._continued else "either"
@@ -83,6 +84,13 @@ class PassCounter:
                 f"answer going on; generate with use_cache=True, or {_REMEDY}"
             )
         return "prompt"
+
+
+def _is_empty(cache: Cache) -> bool:
+    """Say whether a cache holds nothing yet; one of states alone (Mamba's) counts no positions."""
+    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return not cache.has_previous_state()
+    return int(cache.get_seq_length()) == 0
 
 
 _REMEDY = 'call select_positions(None) on the steerer before each prompt, or steer positions="all"'

@@ -44,25 +44,53 @@ def lora_targets(chat_model: ChatModel, asked: Sequence[str]) -> list[str]:
     """
     model = chat_model.model
     known = _called(model, list(plain_linear_modules(model)))
-    whole = list(asked) == ALL_LINEAR
-    chosen = known if whole else _named(chat_model.name, known, asked)
+    if list(asked) == ALL_LINEAR:
+        taken = _all_taken(model, known)
+        if not taken:
+            raise UserError(
+                f"PEFT puts a LoRA on no linear module of {chat_model.name}; train another model"
+            )
+        _say_what_stays(model, known, taken)
+        return taken
+    chosen = _named(chat_model.name, known, asked)
     taken = _taken_by_peft(model, chosen)
-    if not taken or (not whole and len(taken) < len(chosen)):
-        possible = _kinds(_taken_by_peft(model, known))
+    if len(taken) < len(chosen):
+        possible = _kinds(_all_taken(model, known))
         raise UserError(
             f"lora_target_modules {', '.join(asked)}: PEFT puts them on the stacked experts of "
-            f"{chat_model.name}, whose LoRA has no plain difference, or nowhere; use all-linear, "
-            f"or of {', '.join(possible) or 'another model: it takes none of this one'}"
+            f"{chat_model.name}, whose LoRA has no plain difference, or refuses them; use "
+            f"all-linear, or of {', '.join(possible) or 'another model: it takes none of this one'}"
         )
+    return taken
+
+
+def _all_taken(model: nn.Module, known: Sequence[str]) -> list[str]:
+    """Return the modules that PEFT takes, without the kinds that it refuses by themselves.
+
+    One that it refuses (the output of Mamba's mixers) makes it refuse all that stand beside it.
+    """
+    whole = _taken_by_peft(model, known)
+    if whole:
+        return whole
+    fit = [kind for kind in _kinds(known) if _taken_by_peft(model, _of_kind(known, kind))]
+    return _taken_by_peft(model, [name for name in known if _kind(name) in fit])
+
+
+def _say_what_stays(model: nn.Module, known: Sequence[str], taken: Sequence[str]) -> None:
     stacked = stacked_weights(model)
-    if stacked and whole:
+    if stacked:
         logger.warning(
             "the LoRA goes on %s; stacked experts (%s) have no plain difference and stay as they "
             "are",
             ", ".join(_kinds(taken)),
             ", ".join(_kinds(stacked)),
         )
-    return taken
+    elif len(taken) < len(known):
+        logger.warning(
+            "the LoRA goes on %s; PEFT puts none on %s of this model, which stay as they are",
+            ", ".join(_kinds(taken)),
+            ", ".join(sorted(set(_kinds(known)) - set(_kinds(taken)))),
+        )
 
 
 @torch.no_grad()
@@ -70,7 +98,8 @@ def _called(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     """Return the names without the kinds of modules that a pass reads the weight of, uncalled.
 
     What is not called (a projection of Jamba's) passes any LoRA by. An expert that a pass leaves
-    out is known by another one of its kind.
+    out is known by another one of its kind. The pass is one of training, where fused kernels read
+    more weights than in evaluation.
     """
     if any(not parameter.numel() for parameter in model.parameters()):
         return list(names)  # taken apart already, and not to be run yet
@@ -85,8 +114,10 @@ def _called(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(3, device="cpu" if device.type == "meta" else device)[None]
     try:
+        model.train()
         text_decoder(model).module(input_ids=ids, use_cache=False)
     finally:
+        model.eval()
         for handle in handles:
             handle.remove()
     return [name for name in names if _kind(name) in called]
@@ -123,6 +154,10 @@ def _taken_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
     }
     return [name for name in names if name in wrapped]
+
+
+def _of_kind(names: Iterable[str], kind: str) -> list[str]:
+    return [name for name in names if _kind(name) == kind]
 
 
 def _kind(name: str) -> str:

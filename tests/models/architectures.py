@@ -40,6 +40,16 @@ SMALL_VISION: dict[str, Any] = {
 }
 TEXT = {**SHAPE, "head_dim": 8}
 WINDOWED = {**TEXT, "sliding_window": 16}
+STATE_SPACE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "state_size": 8,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 # By the name in the documentation: transformers' model type, and what its configuration takes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -216,6 +226,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
+    "Mamba": ("mamba", STATE_SPACE),
+    "Mamba 2": ("mamba2", {**STATE_SPACE, "num_heads": 8, "head_dim": 8, "n_groups": 2}),
+    "Falcon Mamba": ("falcon_mamba", STATE_SPACE),
     "LFM2": (
         "lfm2",
         {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -39,6 +40,30 @@ def test_stacked_experts_are_left_out_and_named(caplog):
     assert "stacked experts (down_proj, gate_up_proj) have no plain difference" in caplog.text
 
 
+def test_what_peft_refuses_is_left_out_and_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        targets = lora_targets(chat_model("Mamba"), ["all-linear"])
+    assert {name.rpartition(".")[2] for name in targets} == {"in_proj", "x_proj"}
+    assert "PEFT puts none on out_proj of this model" in caplog.text
+
+
+def test_what_a_training_pass_reads_without_a_call_is_no_target():
+    """As fused kernels do, in training alone."""
+    chat = chat_model("Llama")
+
+    def fused(module, hidden):
+        weight = module.down_proj.weight
+        inner = module.act_fn(module.gate_proj(hidden)) * module.up_proj(hidden)
+        return inner @ weight.T if module.training else module.down_proj(inner)
+
+    for block in text_decoder(chat.model).module.layers:
+        block.mlp.forward = functools.partial(fused, block.mlp)
+    assert "down_proj" not in {
+        name.rpartition(".")[2] for name in lora_targets(chat, ["all-linear"])
+    }
+    assert not any(each.training for each in chat.model.modules())
+
+
 @pytest.mark.parametrize(
     ("family", "asked", "message"),
     [
@@ -47,6 +72,11 @@ def test_stacked_experts_are_left_out_and_named(caplog):
         ("DeepSeek-V3", ["o_proj", "down_proj"], r"use all-linear, or of kv_a_proj_with_mqa, "),
         ("Mixtral", ["w1", "w2", "w3"], "w1, w2, w3 fit no linear module .* k_proj, o_proj"),
         ("Gemma 3", ["q_proj", "fc1"], "lora_target_modules fc1 fit no linear module in the"),
+        (
+            "Mamba",
+            ["in_proj", "out_proj"],
+            "refuses them; use all-linear, or of in_proj, x_",
+        ),
         ("Llama", ["c_attn"], "c_attn fit no linear module .* it has down_proj, gate_proj, k_proj"),
     ],
 )
