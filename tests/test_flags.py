@@ -165,6 +165,7 @@ COMMANDS = {
             "ablate": flag(True, None, VECTOR),
             "system_prompt": flag("Be odd."),
             "mode": flag("merged", beside="--diff diff"),
+            "allow_other_base": flag(True, None, "--diff diff"),
         },
     ),
     "sweep": Command(
@@ -673,6 +674,7 @@ USELESS = {
         "--vector v.safetensors --mode live",
         "--vector v.safetensors --ablate --coefficient 2",
         "--system-prompt pos --coefficient 1",
+        "--allow-other-base",
         "--judge-url http://x",
         "--judge-mode number",
         "--judge-model m",
@@ -687,13 +689,21 @@ USELESS = {
         "--method none --coefficients 1",
         "--method none --no-references",
         "--method prompt --costs",
+        "--method none --allow-other-base",
     ),
     "compare": ("--batches 1", "--rounds 2", "--trait-vector-dir x"),
-    "benchmark": ("--layers 0", "--positions all", "--coefficient 1", "--diff diff --layers 0"),
+    "benchmark": (
+        "--layers 0",
+        "--positions all",
+        "--coefficient 1",
+        "--diff diff --layers 0",
+        "--allow-other-base",
+    ),
     "optimize": (
         "--layer 0",
         "--method svd --energy 0.9",
         "--search random --inject weights.json",
+        "--num-prompts 1 --race",
     ),
     "compare-methods": (
         "--methods lora --layer 0",
@@ -701,6 +711,8 @@ USELESS = {
         "--methods svd --energy 0.9",
         "--methods prompt --alpha 1",
         "--methods equal --race",
+        "--methods lora --num-prompts 1 --race",
+        "--methods prompt --allow-other-base",
         "--methods prompt --sigma0 1",
     ),
     "extract": (

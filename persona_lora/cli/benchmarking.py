@@ -75,7 +75,7 @@ def benchmark(
     if not vector:
         refuse_useless(context, "layers positions", "without --vector")
     if not diff and not vector:
-        refuse_useless(context, "coefficient", "without --diff or --vector")
+        refuse_useless(context, "coefficient allow_other_base", "without --diff or --vector")
     chat_model = load_model(model)
     changed = _steerer(
         chat_model, diff or [], vector or [], coefficient or [], layers, positions, allow_other_base

@@ -150,8 +150,8 @@ def evaluate(
 
 # What only some ways of steering use, in evaluate and in sweep.
 USED_BY = {
-    "lora": "mode coefficient coefficients costs",
-    "activation": "layers positions ablate control coefficient coefficients costs",
+    "lora": "mode coefficient coefficients costs allow_other_base",
+    "activation": "layers positions ablate control coefficient coefficients costs allow_other_base",
 }
 
 

@@ -155,6 +155,7 @@ def optimize(
         refuse_useless(context, "energy", f"with --method {method}, whose vectors have no rank")
     if search == "random":
         refuse_useless(context, "inject", "with --search random, which draws every candidate")
+    _refuse_race_of_one(context, num_prompts)
 
     processes = current_processes(os.environ)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
@@ -267,6 +268,7 @@ def compare_methods(
 
     names = methods.replace(",", " ").split()
     _refuse_of_other_methods(context, names)
+    _refuse_race_of_one(context, num_prompts)
     processes = current_processes(os.environ)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     generation = generation_options(max_new_tokens, temperature, 1, seed, batch_size)
@@ -316,10 +318,15 @@ def _refuse_of_other_methods(context: typer.Context, methods: Sequence[str]) -> 
     if not {"lora", "random", "equal"} & set(methods):
         refuse_useless(context, "energy", f"{among}: no LoRA differences")
     if not set(methods) - {"prompt"}:
-        refuse_useless(context, "alpha", f"{among}: no directions")
+        refuse_useless(context, "alpha allow_other_base", f"{among}: no directions")
     if not set(methods) - {"prompt", "equal"}:
         searching = "max_iterations population_size sigma0 bound penalty race"
         refuse_useless(context, f"{searching} min_coherence min_relevance", f"{among}: no search")
+
+
+def _refuse_race_of_one(context: typer.Context, num_prompts: int) -> None:
+    if num_prompts < 2:
+        refuse_useless(context, "race", "with one prompt, which has no half")
 
 
 def _workbench(

@@ -130,6 +130,8 @@ class PersonaObjective:
                 "relevance compares an answer with two prompts at least, and there is one; give "
                 "more, or turn it off (--min-relevance 0)"
             )
+        if self.options.race and len(prompts) < 2:
+            raise UserError("a race is over two prompts at least, and there is one; leave it out")
         self.speaker = speaker
         self.prompts = tuple(prompts)
         self._judge = RememberingJudge(judge)
@@ -156,7 +158,7 @@ class PersonaObjective:
     def _heats(self, iteration: int) -> tuple[list[int], list[int]]:
         """Return the prompts that all candidates answer, and those that only the better half do."""
         everything = list(range(len(self.prompts)))
-        if not self.options.race or len(everything) < 2:
+        if not self.options.race:
             return everything, []
         drawn = np.random.default_rng([self.options.seed, iteration]).permutation(everything)
         half = math.ceil(len(everything) / 2)

@@ -148,6 +148,11 @@ def test_a_race_measures_relevance_in_both_heats(speaker, judge):
     assert sorted(each.details["relevance"] for each in found) == [60.0, 65.0, 65.0]
 
 
+def test_a_race_over_one_prompt_is_refused(speaker, judge):
+    with pytest.raises(UserError, match="a race is over two prompts at least"):
+        PersonaObjective(speaker, PROMPTS[:1], judge, ObjectiveOptions(race=True))
+
+
 @pytest.mark.parametrize("name", ["min_coherence", "min_relevance"])
 def test_a_constraint_outside_its_scale_is_named(name):
     with pytest.raises(UserError, match=f"{name} must lie between 0 and 100, got 850"):
