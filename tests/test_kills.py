@@ -28,7 +28,7 @@ from persona_lora.experiments import judging, prediction
 KILLED = 137
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-VOLATILE = ("started", "ended", "error", "arguments")
+VOLATILE = ("started", "ended", "error", "arguments", "git_commit")  # one may commit meanwhile
 AT_ONE = "--vectors vector.safetensors --layers 1"
 TRAIN = (
     "--model_name_or_path model --lora_r 2 --per_device_train_batch_size 2 --dtype float32 "

@@ -6,6 +6,7 @@ Here options become a ``PersonaProblem`` and a ``Method``; the search itself kno
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,8 @@ from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_mode
 from persona_lora.models.structure import num_layers
 from persona_lora.profiles.style_judge import StyleJudge, TextFeatures
 from persona_lora.steering.templates import warn_of_other_template
+
+logger = logging.getLogger(__name__)
 
 # R1 … R5, in the order that initial weights are given in.
 STYLE_TRAITS = (
@@ -248,9 +251,7 @@ class Workbench:
     def problem(self, persona_id: str) -> PersonaProblem:
         """Return the problem of one persona, with its judges."""
         persona = load_persona(persona_id, self.persona_dir)
-        personas = [
-            load_persona(each, self.persona_dir) for each in list_personas(self.persona_dir)
-        ]
+        personas = self._all_with(persona)
         readers = self.readers
         if readers:
             judge_prompt_of(persona)  # a mistake in it shows before anything is generated
@@ -287,6 +288,17 @@ class Workbench:
             tuple(checks),
             self._judged_by(persona.id, personas),
         )
+
+    def _all_with(self, persona: Persona) -> list[Persona]:
+        """Return a persona and all others; one that cannot be read is named and left out."""
+        found = []
+        for each in list_personas(self.persona_dir):
+            try:
+                other = each != persona.id
+                found.append(load_persona(each, self.persona_dir) if other else persona)
+            except UserError as error:
+                logger.warning("%s; it is not among those that the judge tells apart", error)
+        return found
 
     def _judged_by(self, persona_id: str, personas: Sequence[Persona]) -> dict[str, str]:
         """Return digests of the other personas and of the traits' answers, and of the judge."""

@@ -464,3 +464,16 @@ def test_two_processes_find_what_one_finds(workbench, personas, model_folder, tm
     )
     assert one == two
     assert one["generations.jsonl"]
+
+
+def test_another_persona_that_cannot_be_read_is_named_and_left_out(workbench, personas, caplog):
+    whole = workbench.problem("ann")
+    broken = personas / "zoe" / "conversations.jsonl"
+    broken.parent.mkdir()
+    broken.write_text('{"id": 1\n')
+    problem = workbench.problem("ann")
+    assert f"{broken}:1 is not valid JSON" in caplog.text
+    assert "it is not among those that the judge tells apart" in caplog.text
+    assert problem.judged_by == whole.judged_by
+    with pytest.raises(UserError, match="jsonl:1 is not valid JSON"):
+        workbench.problem("zoe")
