@@ -88,7 +88,7 @@ def test_the_merged_folder_loads_like_any_model(model_folder, terms, tmp_path):
     export_merged(terms, model_folder, tmp_path / "merged")
     chat = load_chat_model(str(tmp_path / "merged"), dtype="float32")
     with torch.no_grad():
-        logits = chat.model(IDS).logits
+        logits = chat.model(IDS.to(chat.model.device)).logits.cpu()
     assert torch.allclose(logits, merged_logits(tiny_llama(), terms), atol=1e-5)
 
 

@@ -94,7 +94,8 @@ class Subject:
             model = copy.deepcopy(self.model)
             for name, factors in self.diff.factors.items():
                 module = model.get_submodule(name)
-                module.weight.data += coefficient * as_stored(factors.delta(), module)
+                delta = as_stored(factors.delta(), module).to(module.weight.device)
+                module.weight.data += coefficient * delta
             copies[coefficient] = model
         return copies
 
@@ -103,7 +104,8 @@ def as_stored(delta: Tensor, module: nn.Module) -> Tensor:
     return delta.T if isinstance(module, Conv1D) else delta
 
 
-def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+def logits(model: PreTrainedModel | PeftModel, tokens: Tensor = TOKENS) -> Tensor:
+    tokens = tokens.to(model.device)
     with torch.no_grad():
         return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
 
@@ -185,7 +187,7 @@ def check_steering(subject: Subject) -> None:
         with ActivationSteerer(subject.model, vector, 2.0, layers=layer) as steerer:
             steerer.select_positions(mask)
             found = logits(subject.model)
-        addition = 2.0 * mask[..., None] * vector.directions[layer]
+        addition = (2.0 * mask[..., None] * vector.directions[layer]).to(subject.model.device)
 
         def add(module: nn.Module, arguments: Any, output: Any, addition: Tensor = addition) -> Any:
             if isinstance(output, tuple):
@@ -205,19 +207,20 @@ def check_steered_generation(subject: Subject, vector: SteeringVector, positions
     steps = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
     steps |= {"return_dict_in_generate": True, "use_cache": True}
     passes = []
+    tokens = TOKENS.to(subject.model.device)
 
     def add(module: nn.Module, arguments: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         start = {"response": hidden.shape[1] - 1, "all": 0, "prompt": 0 if not passes else None}
         passes.append(hidden.shape[1])
         if start[positions] is not None:
-            hidden[:, start[positions] :] += 2.0 * vector.directions[0]
+            hidden[:, start[positions] :] += 2.0 * vector.directions[0].to(hidden.device)
         return output
 
     with ActivationSteerer(subject.model, vector, 2.0, layers=0, positions=positions):
-        found = subject.model.generate(input_ids=TOKENS, **steps)
+        found = subject.model.generate(input_ids=tokens, **steps)
     handle = decoder_layers(subject.model)[0].register_forward_hook(add)
-    expected = subject.model.generate(input_ids=TOKENS, **steps)
+    expected = subject.model.generate(input_ids=tokens, **steps)
     handle.remove()
     assert passes == [TOKENS.shape[1], 1, 1, 1]
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
@@ -228,7 +231,7 @@ def states_by_hook(model: PreTrainedModel, ids: list[int]) -> list[Tensor]:
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output)[0].clone())
+        seen.append((output[0] if isinstance(output, tuple) else output)[0].cpu())
 
     handles = [block.register_forward_hook(keep) for block in decoder_layers(model)]
     logits(model, torch.tensor([ids]))
@@ -251,7 +254,7 @@ def check_hidden_states(subject: Subject) -> None:
             assert len(states) == found.shape[1]
             for layer, each in enumerate(states):
                 expected = torch.stack([each[len(prompt) :].mean(0), each[len(prompt) - 1]])
-                torch.testing.assert_close(found[:, layer], expected, **CLOSE)
+                torch.testing.assert_close(found[:, layer].cpu(), expected, **CLOSE)
 
 
 def check_likelihood(subject: Subject) -> None:
@@ -260,7 +263,7 @@ def check_likelihood(subject: Subject) -> None:
     found = mean_logprobs(subject.chat, exchanges)
     for mean, exchange in zip(found, exchanges, strict=True):
         prompt, answer = tokenize_exchange(subject.chat, exchange)
-        log_p = logits(subject.model, torch.tensor([prompt + answer])).log_softmax(-1)[0]
+        log_p = logits(subject.model, torch.tensor([prompt + answer])).cpu().log_softmax(-1)[0]
         expected = log_p[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).mean()
         assert mean == pytest.approx(float(expected), abs=2e-4)
 
@@ -276,7 +279,7 @@ def check_projection(subject: Subject) -> None:
     inner = square = 0.0
     for name, factors in subject.diff.factors.items():
         change = now[name].weight.double() - before[name].weight.double()
-        delta = as_stored(factors.delta().double(), now[name])
+        delta = as_stored(factors.delta().double(), now[name]).to(change.device)
         inner += float((change * delta).sum())
         square += float(delta.square().sum())
     for found in (files, memory, mixed):
@@ -298,9 +301,10 @@ def check_export(subject: Subject) -> None:
 
 def check_loss(subject: Subject) -> None:
     """The loss as the trainer takes it, and its gradient, against cross-entropy over whole rows."""
-    labels = TOKENS.clone()
+    tokens = TOKENS.to(subject.model.device)
+    labels = tokens.clone()
     labels[0, :5] = labels[1, :6] = IGNORED
-    inputs = {"input_ids": TOKENS, "labels": labels, "attention_mask": torch.ones_like(TOKENS)}
+    inputs = {"input_ids": tokens, "labels": labels, "attention_mask": torch.ones_like(tokens)}
     wrapped = attach_lora(subject.chat, LoRAArguments(lora_r=2), seed=0).train()
     factors = [each for name, each in wrapped.named_parameters() if "lora_B" in name]
     try:
@@ -308,7 +312,7 @@ def check_loss(subject: Subject) -> None:
         assert prefix_length > 0
         head = subject.model.get_output_embeddings()
         found = -completion_log_probs(wrapped, head, inputs, prefix_length=prefix_length).mean()
-        output = wrapped(input_ids=TOKENS, attention_mask=inputs["attention_mask"]).logits
+        output = wrapped(input_ids=tokens, attention_mask=inputs["attention_mask"]).logits
         expected = nn.functional.cross_entropy(
             output[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )

@@ -31,8 +31,9 @@ def test_the_system_prompt_of_a_chat_model_goes_first(model_folder):
 
 def test_an_adapter_goes_on_top(model_folder, model, make_adapter, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", model, seed=1)
-    tokens = torch.arange(10)[None]
-    plain = load_chat_model(str(model_folder), dtype="float32").model(tokens).logits
+    model = load_chat_model(str(model_folder), dtype="float32").model
+    tokens = torch.arange(10, device=model.device)[None]
+    plain = model(tokens).logits
     steered = load_chat_model(str(model_folder), dtype="float32", adapter=adapter)
     assert not torch.allclose(steered.model(tokens).logits, plain)
     with pytest.raises(UserError, match=r"adapter_config\.json"):

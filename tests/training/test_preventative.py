@@ -108,7 +108,7 @@ def test_a_coefficient_of_zero_prevents_nothing(train, places):
 @pytest.mark.parametrize("hold", ["merged", "live"])
 def test_weights_are_steered_at_the_named_layers_alone(places, model_folder, hold):
     model = load_chat_model(str(model_folder), dtype="float32").model
-    tokens = torch.arange(3, 12)[None]
+    tokens = torch.arange(3, 12, device=model.device)[None]
     plain = model(tokens, output_hidden_states=True).hidden_states
     value = {"method": "weights", "diff": places["diff"], "hold": hold, "layers": 1}
     with prevention_steerer(read_preventative(value), model):
