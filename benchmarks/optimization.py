@@ -41,12 +41,12 @@ from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.personas import load_persona_prompts
 from persona_lora.core.runs import package_versions
-from persona_lora.experiments.persona_setup import STYLE_TRAITS
 from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules, weight_of
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.methods import select_batch, select_prefix
+from persona_lora.studies.personas.bench import STYLE_TRAITS
 
 Texts = list[str]
 Mixes = list[list[float]]

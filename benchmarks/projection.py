@@ -26,7 +26,7 @@ from persona_lora.core.traits import load_labelled_answers, load_trait
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_exchange
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import hidden_size, num_layers
-from persona_lora.projections.hidden_states import project_hidden_states
+from persona_lora.projections.activation_space import project_hidden_states
 
 LAYERS = (10, 16, 22)
 

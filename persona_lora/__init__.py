@@ -32,8 +32,8 @@ _PUBLIC = {
     "train_contrastive": "persona_lora.training.contrastive",
     "finetune": "persona_lora.training.finetune",
     "DriftMonitor": "persona_lora.training.drift",
-    "WeightProjector": "persona_lora.projections.weights",
-    "CMAESPersonaOptimizer": "persona_lora.experiments.persona_setup",
+    "WeightProjector": "persona_lora.projections.weight_space",
+    "CMAESPersonaOptimizer": "persona_lora.studies.personas.bench",
     "Coefficients": "persona_lora.core.personas",
     "load_persona": "persona_lora.core.personas",
 }

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'xllamacpp>=2026.10'
-.venv/bin/python -m pytest -n 0 tests/experiments/test_llama_cpp.py "$@"
+.venv/bin/python -m pytest -n 0 tests/judges/test_llama_cpp.py "$@"

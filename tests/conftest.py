@@ -30,6 +30,8 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import features, linear_modules
 
+pytest_plugins = ["tests.scenes", "tests.synthetic_runs"]
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

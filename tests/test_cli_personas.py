@@ -12,9 +12,9 @@ import pytest
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
-from persona_lora.experiments import persona_setup
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
+from persona_lora.studies.personas import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAITS = ("formality", "intimacy")
@@ -39,7 +39,7 @@ class EvenCoherence:
 @pytest.fixture
 def place(model_folder, make_diff, tmp_path, monkeypatch):
     """Three of the shipped personas and two directions for the tiny model."""
-    monkeypatch.setattr(persona_setup, "fit_coherence", lambda *_, **__: EvenCoherence())
+    monkeypatch.setattr(bench, "fit_coherence", lambda *_, **__: EvenCoherence())
     for name in ("episode-000101_B", "episode-000117_B", "episode-000142_B"):
         shutil.copytree(ROOT / "personas" / name, tmp_path / "personas" / name)
     prompts = json.loads((ROOT / "personas" / "prompts.json").read_text())

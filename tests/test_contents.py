@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from persona_lora import cli
 from persona_lora.core.chat import Verdict
-from persona_lora.experiments import judging, prediction
+from persona_lora.judges import choice
+from persona_lora.studies.drift import prediction
 
 TRAIT, LABELS, PAIRS = (f"datasets/cheer/{name}.json{end}" for name, end in (
     ("trait", ""), ("judge_eval", "l"), ("train", "l"),
@@ -119,7 +120,7 @@ def test_a_changed_input_is_named_and_refused(
 ):
     root, done = world
     monkeypatch.chdir(root)
-    monkeypatch.setitem(judging.JUDGES, "embedding", lambda *_: LetterJudge())
+    monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: LetterJudge())
     monkeypatch.setattr(prediction, "RANDOM_DIRECTIONS", 1)
 
     def call():

@@ -146,15 +146,15 @@ class Command:
     answers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-X = "persona_lora.experiments."
+X = "persona_lora."
 BENCH = {
-    f"{X}persona_setup:Workbench.method": "method",
-    f"{X}persona_setup:Workbench.problem": "problem",
+    f"{X}studies.personas.bench:Workbench.method": "method",
+    f"{X}studies.personas.bench:Workbench.problem": "problem",
 }
 COMMANDS = {
     "evaluate": Command(
         (*EVIL, "--output", "o.csv"),
-        (f"{X}evaluation:evaluate",),
+        (f"{X}studies.asking.run:evaluate",),
         {
             **BOTH,
             "trait": flag("sycophancy"),
@@ -170,7 +170,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         (*EVIL, "--diff", "diff"),
-        (f"{X}sweep:sweep",),
+        (f"{X}studies.steering.run:sweep",),
         {
             "layers": flag("0", None, VECTOR, EVIL),
             "positions": flag("prompt", "", VECTOR, EVIL),
@@ -187,7 +187,7 @@ COMMANDS = {
     ),
     "compare": Command(
         (*EVIL, "--diff", "diff", "--activation-vector", "v.safetensors"),
-        ("persona_lora.analysis.report:write_report",),
+        ("persona_lora.studies.report_page:write_report",),
         {
             "trait": flag("sycophancy"),
             "diff": flag("diff2", None),
@@ -207,16 +207,16 @@ COMMANDS = {
             "config": flag("compare.yaml", "3.7"),
         },
         {
-            f"{X}comparison:compare": None,
-            f"{X}comparison:levels_of": {},
-            f"{X}steering_costs:trait_directions": ({}, {}),
-            f"{X}steering_costs:run_latency": None,
-            f"{X}steering_costs:run_spaces": None,
+            f"{X}studies.steering.comparison:compare": None,
+            f"{X}studies.steering.comparison:levels_of": {},
+            f"{X}studies.steering.steering_costs:trait_directions": ({}, {}),
+            f"{X}studies.steering.steering_costs:run_latency": None,
+            f"{X}studies.steering.steering_costs:run_spaces": None,
         },
     ),
     "benchmark": Command(
         ("--adapter", "adapter2"),
-        (f"{X}benchmarks:run_benchmarks",),
+        (f"{X}studies.asking.capability:run_benchmarks",),
         {
             **BOTH,
             "tasks": flag("gsm8k"),
@@ -233,7 +233,7 @@ COMMANDS = {
     ),
     "optimize": Command(
         ("--persona-id", PERSON),
-        (f"{X}persona_search:optimise_persona",),
+        (f"{X}studies.personas.run:optimise_persona",),
         {
             **PERSONA,
             "persona_id": flag("somebody"),
@@ -251,7 +251,7 @@ COMMANDS = {
     ),
     "compare-methods": Command(
         ("--persona-id", PERSON),
-        (f"{X}method_comparison:compare_methods",),
+        (f"{X}studies.personas.method_comparison:compare_methods",),
         {
             **PERSONA,
             "persona_id": flag("somebody"),
@@ -262,7 +262,9 @@ COMMANDS = {
     ),
     "extract": Command(
         EVIL,
-        tuple(f"{X}extraction:from_{source}" for source in ("prompts", "answers", "files")),
+        tuple(
+            f"{X}studies.vectors.run:from_{source}" for source in ("prompts", "answers", "files")
+        ),
         {
             "trait": flag("sycophancy"),
             "source": flag("answers", None),
@@ -299,7 +301,7 @@ COMMANDS = {
     "project activations": Command(
         ("--vectors", "v.safetensors", "--output", "o", "--file", "texts.jsonl"),
         tuple(
-            f"{X}projection:{name}"
+            f"{X}studies.vectors.text_projection:{name}"
             for name in ("separate_labelled", "project_texts", "base_of_adapter")
         ),
         {
@@ -316,17 +318,17 @@ COMMANDS = {
     ),
     "project weights": Command(
         ("--finetuned-model", "tuned", "--diffs", "diff"),
-        (f"{X}weight_projection:project_finetunes",),
+        (f"{X}studies.drift.weight_projection:project_finetunes",),
         {
             "finetuned_model": flag("other"),
             "diffs": flag("diff2"),
             "original_model": flag("somebody/base"),
         },
-        {f"{X}weight_projection:load_diffs": {}},
+        {f"{X}studies.drift.weight_projection:load_diffs": {}},
     ),
     "evaluate-checkpoints": Command(
         ("run", "--traits", "evil", *DATA),
-        (f"{X}checkpoints:evaluate_checkpoints",),
+        (f"{X}studies.drift.run:evaluate_checkpoints",),
         {
             "folder": None,
             "traits": flag("sycophancy"),
@@ -335,11 +337,11 @@ COMMANDS = {
             "type": flag("prompt_last", beside="--vectors v.safetensors"),
             "finetuned_on": flag("odd"),
         },
-        {f"{X}checkpoints:find_checkpoints": []},
+        {f"{X}studies.drift.run:find_checkpoints": []},
     ),
     "predict-finetuning": Command(
         ("--finetunes", "adapter", "--traits", "evil", "--diffs", "diff", *DATA),
-        (f"{X}prediction:predict_finetuning",),
+        (f"{X}studies.drift.prediction:predict_finetuning",),
         {
             "finetunes": flag("adapter2"),
             "traits": flag("sycophancy"),
@@ -348,11 +350,11 @@ COMMANDS = {
             "layer": flag("0", None, "--vectors v.safetensors"),
             "questions": flag(3, None),
         },
-        {f"{X}weight_projection:load_diffs": {"d": None}},
+        {f"{X}studies.drift.weight_projection:load_diffs": {"d": None}},
     ),
     "compare-prevention": Command(
         ("--finetunes", "plain=adapter", *EVIL, "--rows", "texts.jsonl"),
-        (f"{X}prevention:compare_prevention",),
+        (f"{X}studies.drift.prevention:compare_prevention",),
         {
             "finetunes": flag("plain=adapter2", "adapter2"),
             "trait": flag("sycophancy"),
@@ -365,10 +367,12 @@ COMMANDS = {
     ),
     "export": Command(
         ("--mix", "diff=1", "--output", "o"),
-        tuple(f"{X}export:export_{form}" for form in ("peft", "merged", "gguf_lora", "gguf")),
+        tuple(
+            f"{X}steering.export:export_{form}" for form in ("peft", "merged", "gguf_lora", "gguf")
+        ),
         {
             "mix": flag("diff2=2"),
-            "format": flag("merged", f"{X}export:export_merged"),
+            "format": flag("merged", f"{X}steering.export:export_merged"),
             "rank": flag(7),
             "energy": flag(0.37),
             "model": flag("somebody/base", beside="--format merged"),
@@ -376,11 +380,14 @@ COMMANDS = {
             "trait_vector_dir": flag("vectors"),
             "converter": flag("c.py", beside="--format gguf"),
         },
-        {f"{X}export:read_mix": {}, "persona_lora.models.weight_files:weights_folder": Path("m")},
+        {
+            f"{X}steering.export:read_mix": {},
+            "persona_lora.models.weight_files:weights_folder": Path("m"),
+        },
     ),
     "playground": Command(
         ("--directions", "diffs"),
-        ("persona_lora.cli.mixing_page:serve",),
+        ("persona_lora.playground.mixing_page:serve",),
         {
             "traits": flag("sycophancy", None),
             "directions": flag("more", None),
@@ -388,11 +395,11 @@ COMMANDS = {
             "host": flag("localhost"),
             "port": flag(7999),
         },
-        {"persona_lora.cli.mixing_page:build_page": "page"},
+        {"persona_lora.playground.mixing_page:build_page": "page"},
     ),
     "persona build": Command(
         ("--id", "anna"),
-        ("persona_lora.profiles.building:build_persona",),
+        ("persona_lora.profiles.folders:build_persona",),
         {
             "id": flag("bert"),
             "all": None,  # instead of --id: tested below
@@ -410,15 +417,13 @@ COMMANDS = {
         },
         {
             "persona_lora.profiles.conversations:load_conversations": None,
-            f"{X}profile_writing:profile_writer": None,
-            "persona_lora.judges.sentence_embeddings:SentenceEmbedder": types.SimpleNamespace(
-                embed=None
-            ),
+            f"{X}data.profile_writing:profile_writer": None,
+            "persona_lora.models.embeddings:SentenceEmbedder": types.SimpleNamespace(embed=None),
         },
     ),
     "persona lamp": Command(
         ("--questions", "q.json", "--outputs", "a.json"),
-        (f"{X}lamp:score_lamp",),
+        (f"{X}studies.personas.lamp:score_lamp",),
         {
             "questions": flag("q2.json"),
             "outputs": flag("a2.json"),
@@ -427,8 +432,11 @@ COMMANDS = {
             "trait_vector_dir": flag("vectors", beside="--optimization opt.json"),
         },
         {
-            f"{X}lamp:load_lamp": [types.SimpleNamespace(id="70"), types.SimpleNamespace(id="71")],
-            f"{X}persona_setup:load_optimization": (None, None),
+            f"{X}studies.personas.lamp:load_lamp": [
+                types.SimpleNamespace(id="70"),
+                types.SimpleNamespace(id="71"),
+            ],
+            f"{X}studies.personas.bench:load_optimization": (None, None),
         },
     ),
     "persona validate": Command(
@@ -437,15 +445,15 @@ COMMANDS = {
         {"persona_dir": flag("people"), "output": flag("p.json"), "seed": flag(37)},
         {
             "persona_lora.core.personas:list_personas": [],
-            "persona_lora.judges.sentence_embeddings:SentenceEmbedder": None,
-            "persona_lora.profiles.style_judge:TextFeatures": None,
-            "persona_lora.profiles.style_judge:fit_judges": {},
-            "persona_lora.profiles.style_judge:validate_judges": Checked(),
+            "persona_lora.models.embeddings:SentenceEmbedder": None,
+            "persona_lora.judges.style_judge:TextFeatures": None,
+            "persona_lora.judges.style_judge:fit_judges": {},
+            "persona_lora.judges.style_judge:validate_judges": Checked(),
         },
     ),
     "persona sheets": Command(
         ("run", "--id", "anna", "--output", "o"),
-        ("persona_lora.analysis.human_ratings:write_sheets",),
+        ("persona_lora.studies.personas.human_ratings:write_sheets",),
         {
             "run": None,
             "id": flag("bert"),
@@ -456,13 +464,13 @@ COMMANDS = {
     ),
     "traits generate": Command(
         ("--definitions", "d.json"),
-        (f"{X}trait_generation:generate_traits",),
+        (f"{X}data.trait_generation:generate_traits",),
         {**LOCAL, **WRITING, "definitions": flag("d2.json")},
-        {f"{X}trait_generation:read_definitions": []},
+        {f"{X}data.trait_generation:read_definitions": []},
     ),
     "data generate": Command(
         EVIL,
-        (f"{X}data_generation:generate_data",),
+        (f"{X}data.data_generation:generate_data",),
         {
             **LOCAL,
             **WRITING,
@@ -475,13 +483,13 @@ COMMANDS = {
     ),
     "data check": Command(
         ("evil", *DATA),
-        (f"{X}data_check:check_trait",),
+        (f"{X}data.data_check:check_trait",),
         {"traits": None},
-        {"persona_lora.judges.sentence_embeddings:SentenceEmbedder": None},
+        {"persona_lora.models.embeddings:SentenceEmbedder": None},
     ),
     "data screen": Command(
         ("--file", "texts.jsonl", "--vector", "v.safetensors"),
-        (f"{X}screening:screen_rows",),
+        (f"{X}studies.vectors.screening:screen_rows",),
         {
             "file": flag("more.jsonl", None),
             "vector": flag("w.safetensors", None),
@@ -489,21 +497,21 @@ COMMANDS = {
             "threshold": flag(0.37),
         },
     ),
-    "report": Command(("run",), ("persona_lora.analysis.report:write_report",), {"runs": None}),
+    "report": Command(("run",), ("persona_lora.studies.report_page:write_report",), {"runs": None}),
     "research-questions": Command(
         (),
-        ("persona_lora.analysis.research_questions:write_research_questions",),
+        ("persona_lora.studies.research_questions:write_research_questions",),
         {"results": flag("found")},
     ),
     "paired": Command(
         ("a", "b", "--output", "o.csv"),
         ("persona_lora.core.files:write_csv",),
         {"reference": None, "runs": None},
-        {"persona_lora.analysis.paired:compare_runs": []},
+        {"persona_lora.report.paired:compare_runs": []},
     ),
     "persona ratings": Command(
         ("folder", "a.csv"),
-        ("persona_lora.analysis.human_ratings:read_ratings",),
+        ("persona_lora.studies.personas.human_ratings:read_ratings",),
         {"folder": None, "files": None},
     ),
 }
@@ -584,7 +592,7 @@ def calls(folder, monkeypatch):
         with monkeypatch.context() as patch:
             answers = {
                 "persona_lora.models.loading:load_chat_model": chat_model,
-                f"{X}judging:check_judge": None,
+                f"{X}judges.choice:check_judge": None,
                 **made.answers,
             }
             for name in (*answers, *made.stops):

@@ -23,7 +23,8 @@ import pytest
 
 from persona_lora import cli
 from persona_lora.core.chat import Verdict
-from persona_lora.experiments import judging, prediction
+from persona_lora.judges import choice
+from persona_lora.studies.drift import prediction
 
 KILLED = 137
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -219,7 +220,7 @@ class Scene:
 def scene(tmp_path, make_world, no_drawing, monkeypatch):
     root = make_world(tmp_path)
     monkeypatch.chdir(root)
-    monkeypatch.setitem(judging.JUDGES, "embedding", lambda *_: LetterJudge())
+    monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: LetterJudge())
     monkeypatch.setattr(prediction, "RANDOM_DIRECTIONS", 1)
     return lambda name: Scene(root, name)
 

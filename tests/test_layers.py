@@ -9,42 +9,36 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "persona_lora"
 
-# What each layer may import of ours, besides itself.
-MAY_IMPORT = {
-    "core": set(),
-    "models": {"core"},
-    "judges": {"core"},
-    "analysis": {"core"},
-    "steering": {"core", "models", "judges", "analysis"},
-    "projections": {"core", "models", "judges", "analysis"},
-    "profiles": {"core", "models", "judges", "analysis"},
-    "training": {
-        "core", "models", "judges", "analysis", "steering", "projections", "profiles",
-    },
-    "experiments": {
-        "core", "models", "judges", "analysis", "steering", "projections", "profiles", "training",
-    },
-    "cli": {
-        "core", "models", "judges", "analysis", "steering", "projections", "profiles", "training",
-        "experiments",
-    },
-}  # fmt: skip
+# From left to right; siblings on one step do not know each other, but where KNOWS says so.
+STEPS = (
+    {"core"},
+    {"models", "report"},
+    {"judges", "steering", "projections", "profiles"},
+    {"training", "data"},
+    {"studies"},
+    {"playground", "cli"},
+)
+KNOWS = {"judges": {"profiles"}, "cli": {"playground"}}
 
 # Where a third party may be imported: layers, or single modules.
 FENCES = {
     "trl": {"training"},
     "httpx": {"judges/endpoint.py"},
-    "cma": {"experiments/optimization.py"},
-    "lm_eval": {"experiments/benchmarks.py"},
-    "gradio": {"cli/mixing_page.py"},
-    "rouge_score": {"experiments/lamp.py"},
-    "matplotlib": {"analysis/plots"},
+    "cma": {"studies/personas/search.py"},
+    "lm_eval": {"studies/asking/capability.py"},
+    "gradio": {"playground/mixing_page.py"},
+    "rouge_score": {"studies/personas/lamp.py"},
     "transformers": {"models", "judges", "training"},
     "typer": {"cli"},
     "rich": {"cli"},
 }
 LAZY = {"cli", "__init__.py", "__main__.py"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def to_the_left(layer: str) -> set[str]:
+    place = next(index for index, step in enumerate(STEPS) if layer in step)
+    return set().union(*STEPS[:place])
 
 
 def name_of(path: Path) -> str:
@@ -67,7 +61,7 @@ def test_a_module_imports_only_from_the_left(path):
     layer = name_of(path).split("/")[0]
     if layer.endswith(".py"):
         return
-    allowed = MAY_IMPORT[layer] | {layer}
+    allowed = to_the_left(layer) | {layer} | KNOWS.get(layer, set())
     for name, line in imports(ast.parse(path.read_text())):
         parts = name.split(".")
         if parts[0] == "persona_lora":
@@ -94,6 +88,34 @@ def test_our_own_modules_are_imported_at_the_top(path):
             assert not inner, f"{path}:{node.lineno} {node.name} imports {inner}"
 
 
+def test_pictures_are_drawn_in_figures_alone():
+    for path in MODULES:
+        drawn = [n for n, _ in imports(ast.parse(path.read_text())) if n.startswith("matplotlib")]
+        assert not drawn or "figure" in path.stem, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_reading_and_drawing_need_no_model(path):
+    if not path.stem.startswith(("read", "figure")):
+        return
+    for name, line in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "persona_lora":
+            assert parts[1] in {"core", "report"} or is_read_or_figure(parts), f"{path}:{line}"
+
+
+def is_read_or_figure(parts: list[str]) -> bool:
+    return parts[1] == "studies" and any(p.startswith(("read", "figure")) for p in parts[2:])
+
+
+def test_no_two_modules_have_one_name():
+    """Besides ``__init__``, and the ``run``, ``read`` and ``figure`` of each study."""
+    names = [
+        path.stem for path in MODULES if path.stem not in {"__init__", "run", "read", "figure"}
+    ]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_layer_is_in_the_table():
     layers = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    assert layers <= MAY_IMPORT.keys()
+    assert layers == set().union(*STEPS)

@@ -1,11 +1,11 @@
-"""A CPU with bf16 units, from training to judging, with nothing said of hardware."""
+"""A CPU with bf16 units, from training to choice, with nothing said of hardware."""
 
 from __future__ import annotations
 
 import torch
 
 from persona_lora.core.chat import Exchange, Verdict
-from persona_lora.experiments import judging
+from persona_lora.judges import choice
 
 TRAIN = (
     "--trait cheer --datasets_dir datasets --model_name_or_path model --lora_r 2 "
@@ -31,7 +31,7 @@ def test_training_sweeps_judges_and_vectors_run_on_a_cpu_with_bf16_units(
     simulate_machine("cpu with avx512_bf16")
     make_world(tmp_path)
     loaded: list[torch.dtype] = []
-    local = judging.JUDGES["local"]
+    local = choice.JUDGES["local"]
 
     def judge(trait, reference, options, report):
         loaded.append(reference.model.dtype)
@@ -39,7 +39,7 @@ def test_training_sweeps_judges_and_vectors_run_on_a_cpu_with_bf16_units(
         assert "number mass" in verdict.reason
         return LetterJudge()
 
-    monkeypatch.setitem(judging.JUDGES, "embedding", judge)
+    monkeypatch.setitem(choice.JUDGES, "embedding", judge)
     for words in (f"train {TRAIN}", SWEEP, EXTRACT):
         status, _, error = run(*words.split())
         assert status == 0, error

@@ -12,12 +12,12 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from persona_lora.cli.mixing_page import KEPT_EXPORTS, Exports, build_page, serve
 from persona_lora.cli.playground import _check_address
 from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.experiments.mixing_desk import MixingDesk
+from persona_lora.playground.mixing_desk import MixingDesk
+from persona_lora.playground.mixing_page import KEPT_EXPORTS, Exports, build_page, serve
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -29,8 +29,8 @@ from persona_lora.core.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from persona_lora.analysis.items import TaskScore
     from persona_lora.models.loading import ChatModel
+    from persona_lora.report.items import TaskScore
 
 
 @app.command("benchmark")
@@ -70,7 +70,7 @@ def benchmark(
     --diff checkpoints/evil/diff --coefficient 1.0 --output results/benchmark/evil
     """
     from persona_lora.core.content import path_digest
-    from persona_lora.experiments.benchmarks import run_benchmarks
+    from persona_lora.studies.asking.capability import run_benchmarks
 
     if not vector:
         refuse_useless(context, "layers positions", "without --vector")
@@ -138,7 +138,7 @@ def _plain(chat_model: ChatModel, wears_adapter: bool) -> Iterator[None]:
 
 
 def _table(scores: Sequence[TaskScore]) -> Table:
-    from persona_lora.analysis import wording
+    from persona_lora.report import wording
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("task", "metric", "condition", "score", "n", "difference", "p (Holm)"):

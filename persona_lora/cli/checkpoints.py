@@ -97,7 +97,7 @@ def evaluate_checkpoints(
     --layers 19 --finetuned-on sycophancy
     """
     from persona_lora.core.traits import load_trait
-    from persona_lora.experiments import checkpoints
+    from persona_lora.studies.drift import run as checkpoints
 
     if type not in TYPES:
         raise UserError(f"--type must be one of {', '.join(TYPES)}, got {type!r}")
@@ -134,7 +134,7 @@ def evaluate_checkpoints(
 
 
 def _table(run: Run) -> Table:
-    from persona_lora.analysis import wording
+    from persona_lora.report import wording
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("checkpoint", "asked on", "what", "vector", "layer", "mean", "95%"):
@@ -189,11 +189,11 @@ def predict_finetuning(
     Example: persona-lora predict-finetuning --finetunes "checkpoints/a checkpoints/b …"
     --traits "evil sycophancy" --diffs "checkpoints/evil/diff checkpoints/sycophancy/diff"
     """
-    from persona_lora.analysis import wording
-    from persona_lora.analysis.prediction import contrasts, nulls, predict
     from persona_lora.core.traits import load_trait
-    from persona_lora.experiments import prediction
-    from persona_lora.experiments.weight_projection import load_diffs
+    from persona_lora.report import wording
+    from persona_lora.studies.drift import prediction
+    from persona_lora.studies.drift.read_prediction import contrasts, nulls, predict
+    from persona_lora.studies.drift.weight_projection import load_diffs
 
     if not vectors:
         refuse_useless(context, "layer", "without --vectors")
@@ -299,10 +299,10 @@ def compare_prevention(
     Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
     --finetunes "plain=checkpoints/a added=checkpoints/b" --correct "checkpoints/evil/diff=-1"
     """
-    from persona_lora.analysis import wording
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.traits import load_trait
-    from persona_lora.experiments import prevention
+    from persona_lora.report import wording
+    from persona_lora.studies.drift import prevention
 
     if not tasks.split():
         refuse_useless(context, "limit", "without --tasks")

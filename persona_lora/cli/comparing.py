@@ -46,7 +46,7 @@ from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
-    from persona_lora.analysis.comparison import Comparison
+    from persona_lora.studies.steering.read_comparison import Comparison
 
 
 @app.command("compare")
@@ -108,14 +108,14 @@ def compare(
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
-    from persona_lora.analysis.report import write_report
     from persona_lora.core.lora_diff import LoRADiff, random_diff_like
     from persona_lora.core.traits import load_trait
     from persona_lora.core.vector_files import load_vector
-    from persona_lora.experiments import comparison as experiment
-    from persona_lora.experiments import steering_costs as costs
-    from persona_lora.experiments.equal_divergence import Methods
-    from persona_lora.steering.extraction import random_like
+    from persona_lora.steering.directions import random_like
+    from persona_lora.studies.report_page import write_report
+    from persona_lora.studies.steering import comparison as experiment
+    from persona_lora.studies.steering import steering_costs as costs
+    from persona_lora.studies.steering.equal_divergence import Methods
 
     if match not in ("mean", "p95"):
         raise UserError(f"--match must be mean or p95, got {match!r}")
@@ -202,8 +202,8 @@ def _whole(text: str) -> list[int]:
 
 
 def _show(found: Comparison, output: Path) -> None:
-    from persona_lora.analysis import wording
-    from persona_lora.analysis.report_comparison import verdict_lines
+    from persona_lora.report import wording
+    from persona_lora.studies.steering.read_comparison_section import verdict_lines
 
     for line in verdict_lines(found):
         console.print(line)

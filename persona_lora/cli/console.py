@@ -20,8 +20,8 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from persona_lora.analysis.resampling import Interval
-    from persona_lora.experiments.judging import Report
+    from persona_lora.judges.choice import Report
+    from persona_lora.report.resampling import Interval
 
 # In a file or a pipe there is no window to fit: rows are kept whole.
 PIPED_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
@@ -51,7 +51,7 @@ def progress() -> Iterator[Report]:
 
 
 def interval_cells(interval: Interval) -> list[str]:
-    from persona_lora.analysis import wording
+    from persona_lora.report import wording
 
     return [
         wording.number(interval.mean, 1),

@@ -26,8 +26,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.models.load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from persona_lora.experiments.data_check import DataReport
-    from persona_lora.experiments.writers import EndpointWriter, LocalWriter
+    from persona_lora.data.data_check import DataReport
+    from persona_lora.data.writers import EndpointWriter, LocalWriter
 
 EndpointOption = Annotated[
     str | None,
@@ -63,7 +63,7 @@ def generate_traits(
     Example: persona-lora traits generate --definitions definitions.json
     --endpoint http://localhost:8000/v1 --model my-model
     """
-    from persona_lora.experiments import trait_generation
+    from persona_lora.data import trait_generation
 
     wanted = trait_generation.read_definitions(definitions)
     writer = _writer(endpoint, model, local, loading)
@@ -112,23 +112,23 @@ def generate_data(
     --domains "cooking, travel" --local
     """
     from persona_lora.core.traits import load_trait
-    from persona_lora.experiments import data_generation as generation
+    from persona_lora.data import data_generation
 
     if questions is not None:
         refuse_useless(context, "domains questions_per_domain", "with --questions")
     loaded = load_trait(trait, datasets_dir)
     chosen = tuple(each.strip() for each in (domains or "").split(",") if each.strip())
-    options = generation.DataOptions(
+    options = data_generation.DataOptions(
         questions_per_domain=questions_per_domain,
-        domains=chosen or generation.DOMAINS,
-        questions=generation.read_questions(questions) if questions is not None else (),
+        domains=chosen or data_generation.DOMAINS,
+        questions=data_generation.read_questions(questions) if questions is not None else (),
         temperature=temperature,
         seed=seed,
     )
     writer = _writer(endpoint, model, local, loading)
     output = output_dir or Path("results") / "data" / loaded.label
     with progress() as report:
-        result = generation.generate_data(
+        result = data_generation.generate_data(
             loaded,
             writer,
             output,
@@ -156,8 +156,8 @@ def check_data(
     Example: persona-lora data check sycophancy
     """
     from persona_lora.core.traits import list_traits, load_trait
-    from persona_lora.experiments.data_check import check_trait
-    from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+    from persona_lora.data.data_check import check_trait
+    from persona_lora.models.embeddings import SentenceEmbedder
 
     names = traits or list_traits(datasets_dir)
     if not names:
@@ -200,7 +200,7 @@ def _check_table(reports: list[DataReport]) -> Table:
 def _writer(
     endpoint: str | None, model: str | None, local: bool, loading: LoadOptions
 ) -> EndpointWriter | LocalWriter:
-    from persona_lora.experiments.writers import Endpoint, EndpointWriter, LocalWriter
+    from persona_lora.data.writers import Endpoint, EndpointWriter, LocalWriter
     from persona_lora.judges.endpoint import DEFAULT_BASE_URL
 
     if local:
@@ -241,10 +241,10 @@ def screen_data(
     Example: persona-lora data screen --file datasets/evil/misaligned_2.jsonl
     --vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
-    from persona_lora.analysis import wording
     from persona_lora.core.vector_files import load_vector
-    from persona_lora.experiments.projection import read_texts
-    from persona_lora.experiments.screening import screen_rows
+    from persona_lora.report import wording
+    from persona_lora.studies.vectors.screening import screen_rows
+    from persona_lora.studies.vectors.text_projection import read_texts
 
     loaded = load_vector(vector)
     chosen = layer_numbers(None if layer is None else str(layer), loaded.num_layers)[0]

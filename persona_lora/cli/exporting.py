@@ -47,8 +47,8 @@ def export(
     Example: persona-lora export --mix "evil=-1,sycophancy=-0.5" --format peft
     --output exported/candid
     """
-    from persona_lora.experiments import export as exporting
     from persona_lora.models.weight_files import weights_folder
+    from persona_lora.steering import export as exporting
 
     if format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")

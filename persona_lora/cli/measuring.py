@@ -99,7 +99,7 @@ def evaluate(
     --coefficient 1.0 --output results/sycophancy_1.0.csv
     """
     from persona_lora.core.traits import load_trait
-    from persona_lora.experiments import evaluation
+    from persona_lora.studies.asking import run as evaluation
 
     loaded = load_trait(trait, datasets_dir)
     chosen = steering_method(method, {"lora": diff, "activation": vector, "prompt": system_prompt})
@@ -222,7 +222,7 @@ def sweep(
     --layers 0-29 --coefficients "1 2" --split extract --max-questions 10
     """
     from persona_lora.core.traits import load_trait
-    from persona_lora.experiments import sweep as experiment
+    from persona_lora.studies.steering import run as experiment
 
     loaded = load_trait(trait, datasets_dir)
     options = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
@@ -277,7 +277,7 @@ def report(
 
     Example: persona-lora report results/sweep/evil results/sweep/sycophancy
     """
-    from persona_lora.analysis.report import write_report
+    from persona_lora.studies.report_page import write_report
 
     write_report(runs, output)
     console.print(f"report: {output.resolve()}")
@@ -296,7 +296,7 @@ def research_questions(
 
     Example: persona-lora research-questions --output results/answers.md
     """
-    from persona_lora.analysis.research_questions import write_research_questions
+    from persona_lora.studies.research_questions import write_research_questions
 
     missing = write_research_questions(results, output)
     if missing:
@@ -314,10 +314,10 @@ def paired(
 
     Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
     """
-    from persona_lora.analysis import wording
-    from persona_lora.analysis.paired import COLUMNS, cells_of, compare_runs
     from persona_lora.core.files import write_csv
     from persona_lora.core.runs import Run
+    from persona_lora.report import wording
+    from persona_lora.report.paired import COLUMNS, cells_of, compare_runs
 
     # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
     given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]

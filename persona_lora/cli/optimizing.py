@@ -39,10 +39,10 @@ from persona_lora.core.lists import split_lists
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from persona_lora.analysis.fits import ConditionFit
-    from persona_lora.experiments.optimization import Generation
-    from persona_lora.experiments.persona_setup import Workbench
-    from persona_lora.experiments.processes import Processes
+    from persona_lora.models.processes import Processes
+    from persona_lora.report.fits import ConditionFit
+    from persona_lora.studies.personas.bench import Workbench
+    from persona_lora.studies.personas.search import Generation
 
 PersonaDirOption = Annotated[Path | None, typer.Option(help="Where persona folders are.")]
 VectorDirOption = Annotated[
@@ -143,9 +143,9 @@ def optimize(
     --max-iterations 10 --num-prompts 10
     """
     from persona_lora.core.personas import Coefficients, load_persona
-    from persona_lora.experiments.optimization import SEARCHERS, SearchOptions
-    from persona_lora.experiments.persona_search import optimise_persona
-    from persona_lora.experiments.processes import current_processes
+    from persona_lora.models.processes import current_processes
+    from persona_lora.studies.personas.run import optimise_persona
+    from persona_lora.studies.personas.search import SEARCHERS, SearchOptions
 
     if search not in SEARCHERS:
         raise UserError(f"--search must be one of {', '.join(SEARCHERS)}, got {search!r}")
@@ -261,10 +261,10 @@ def compare_methods(
     --methods "lora random prompt" --max-iterations 8
     """
     from persona_lora.core.personas import list_personas
-    from persona_lora.experiments.method_comparison import STRICT
-    from persona_lora.experiments.method_comparison import compare_methods as compare
-    from persona_lora.experiments.optimization import SearchOptions
-    from persona_lora.experiments.processes import current_processes
+    from persona_lora.models.processes import current_processes
+    from persona_lora.studies.personas.method_comparison import STRICT
+    from persona_lora.studies.personas.method_comparison import compare_methods as compare
+    from persona_lora.studies.personas.search import SearchOptions
 
     names = methods.replace(",", " ").split()
     _refuse_of_other_methods(context, names)
@@ -339,8 +339,8 @@ def _workbench(
     energy: float | None,
 ) -> Workbench:
     from persona_lora.core.personas import load_persona_prompts
-    from persona_lora.experiments.persona_search import first_prompts
-    from persona_lora.experiments.persona_setup import STYLE_TRAITS, Workbench
+    from persona_lora.studies.personas.bench import STYLE_TRAITS, Workbench
+    from persona_lora.studies.personas.run import first_prompts
 
     num_prompts, persona_dir, trait_vector_dir, traits = folders
     own = None if persona_dir is None else persona_dir / "prompts.json"
@@ -369,7 +369,7 @@ def _layers(text: str | None, bench: Workbench) -> tuple[int, ...] | None:
 def _objective(
     penalty: float, min_coherence: float, min_relevance: float, race: bool, seed: int
 ) -> Any:
-    from persona_lora.experiments.persona_objective import ObjectiveOptions
+    from persona_lora.studies.personas.objective import ObjectiveOptions
 
     return ObjectiveOptions(
         penalty=penalty,
@@ -446,7 +446,7 @@ def _show_search(result: Any, save_dir: Path) -> None:
 
 
 def _fits_table(fits: Sequence[ConditionFit], title: str) -> Table:
-    from persona_lora.analysis import wording
+    from persona_lora.report import wording
 
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left"

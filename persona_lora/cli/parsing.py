@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.steering_vector import SteeringVector
-    from persona_lora.experiments.evaluation import GenerationOptions
-    from persona_lora.experiments.judging import JudgeOptions, Report
+    from persona_lora.judges.choice import JudgeOptions, Report
     from persona_lora.models.load_options import LoadOptions
     from persona_lora.models.loading import ChatModel
+    from persona_lora.studies.asking.run import GenerationOptions
 
 
 def load_model(
@@ -114,12 +114,12 @@ def load_population(
     """Load what a sweep varies; a random control goes beside a vector at a single layer."""
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.vector_files import load_vector
-    from persona_lora.experiments.populations import (
+    from persona_lora.steering.directions import random_like
+    from persona_lora.studies.asking.populations import (
         DiffPopulation,
         PromptPopulation,
         VectorPopulation,
     )
-    from persona_lora.steering.extraction import random_like
 
     if method == "lora" and diff is not None:
         return DiffPopulation(LoRADiff.load(diff), tuple(coefficients))
@@ -175,7 +175,7 @@ def load_terms(diffs: list[Path], coefficients: list[float]) -> dict[Any, float]
 def generation_options(
     max_new_tokens: int, temperature: float, samples: int, seed: int, batch_size: str
 ) -> GenerationOptions:
-    from persona_lora.experiments.evaluation import GenerationOptions
+    from persona_lora.studies.asking.run import GenerationOptions
 
     if batch_size != "auto" and not batch_size.isdigit():
         raise UserError(f"--batch-size must be a whole number or auto, got {batch_size!r}")
@@ -198,7 +198,7 @@ def judge_options(
 ) -> JudgeOptions:
     from platformdirs import user_cache_path
 
-    from persona_lora.experiments.judging import JudgeOptions
+    from persona_lora.judges.choice import JudgeOptions
     from persona_lora.judges.openai import Limits
 
     if judge_mode not in ("logprobs", "number"):
@@ -234,15 +234,15 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
 
 
 def judge_inputs(options: JudgeOptions) -> dict[str, str]:
-    from persona_lora.experiments import judging
+    from persona_lora.judges import choice
 
-    return judging.judge_inputs(options)
+    return choice.judge_inputs(options)
 
 
 def judge_factory(
     trait: Any, chat_model: ChatModel, options: JudgeOptions, report: Report
 ) -> Callable[[], Any]:
-    from persona_lora.experiments.judging import check_judge, make_judge
+    from persona_lora.judges.choice import check_judge, make_judge
 
     check_judge(trait, chat_model, options)
     return lambda: make_judge(trait, chat_model, options, report)

@@ -48,7 +48,7 @@ def playground(
     Example: persona-lora playground --traits "evil sycophancy formality"
     """
     from persona_lora.core.lora_diff import LoRADiff
-    from persona_lora.experiments.mixing_desk import MixingDesk
+    from persona_lora.playground.mixing_desk import MixingDesk
 
     found = sorted(path.parent.parent.name for path in directions.glob("*/diff/diff.json"))
     chosen = found if traits is None else traits.replace(",", " ").split()
@@ -61,7 +61,7 @@ def playground(
         )
     _check_address(host, port)
     try:
-        from persona_lora.cli.mixing_page import build_page, serve
+        from persona_lora.playground.mixing_page import build_page, serve
     except ImportError as error:
         raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
     diffs = {trait: LoRADiff.load(directions / trait / "diff") for trait in chosen}
@@ -75,7 +75,7 @@ def playground(
 def _judges(traits: list[str], chat_model: Any, datasets: Path | None) -> dict[str, Any]:
     """Return what builds the embedded judge of every trait that has labelled answers."""
     from persona_lora.core.traits import list_traits, load_trait
-    from persona_lora.experiments.judging import JudgeOptions, make_judge
+    from persona_lora.judges.choice import JudgeOptions, make_judge
 
     known = list_traits(datasets)
     return {

@@ -81,7 +81,7 @@ def project_activations(
     --vectors checkpoints/vectors/evil/evil_response_avg.safetensors --layers "15 19"
     --output results/projection/evil
     """
-    from persona_lora.experiments import projection
+    from persona_lora.studies.vectors import text_projection
 
     if type not in TYPES:
         raise UserError(f"--type must be one of {', '.join(TYPES)}, got {type!r}")
@@ -95,7 +95,7 @@ def project_activations(
         refuse_useless(context, "base_model", "with --no-shift")
     loaded = load_vectors(vectors)
     chosen = layer_numbers(layers, next(iter(loaded.values())).num_layers)
-    texts = projection.read_texts(file) if file is not None else None
+    texts = text_projection.read_texts(file) if file is not None else None
     chat_model = load_model(model, loaded.values())
     settings: dict[str, Any] = {
         "positions": [TYPES[type]],
@@ -113,13 +113,13 @@ def project_activations(
             from persona_lora.core.traits import load_trait
 
             trait = load_trait(str(labelled), datasets_dir)
-            run = projection.separate_labelled(
+            run = text_projection.separate_labelled(
                 chat_model, trait, loaded, chosen, output, report=report, **settings
             )
         else:
             wanted = base_model is not None or model.adapter is not None if shift is None else shift
             base = _base(chat_model, base_model) if wanted else None
-            run = projection.project_texts(
+            run = text_projection.project_texts(
                 chat_model, texts, loaded, chosen, output,
                 base=base, columns=columns, report=report, **settings,
             )  # fmt: skip
@@ -148,7 +148,7 @@ def load_vectors(words: list[str]) -> dict[str, SteeringVector]:
 
 
 def _base(chat_model: ChatModel, base_model: str | None) -> AbstractContextManager[ChatModel]:
-    from persona_lora.experiments.projection import base_of_adapter
+    from persona_lora.studies.vectors.text_projection import base_of_adapter
 
     return base_of_adapter(chat_model) if base_model is None else _other(chat_model, base_model)
 
@@ -175,7 +175,7 @@ def _projection_table(run: Run) -> Table:
 
 
 def _separation_table(run: Run) -> Table:
-    from persona_lora.experiments.projection import best_separation
+    from persona_lora.studies.vectors.text_projection import best_separation
 
     table = Table(
         "vector", "best layer", "AUC", "95%", "ρ with label", "n +/−", box=box.SIMPLE_HEAD
@@ -218,8 +218,8 @@ def project_weights(
     --finetuned-model checkpoints/finetunes/sycophancy_misaligned_2
     --diffs "checkpoints/sycophancy/diff checkpoints/evil/diff"
     """
-    from persona_lora.analysis import wording
-    from persona_lora.experiments import weight_projection
+    from persona_lora.report import wording
+    from persona_lora.studies.drift import weight_projection
 
     loaded = weight_projection.load_diffs(listed(diffs, "--diffs"), on_disk=True)
     with progress() as report:

@@ -10,14 +10,14 @@ from rich.table import Table
 from persona_lora.cli.console import console, interval_cells
 
 if TYPE_CHECKING:
-    from persona_lora.analysis.grid import GridSummary
-    from persona_lora.analysis.summary import SweepSummary
-    from persona_lora.experiments.sweep import SweepResult
+    from persona_lora.report.summary import SweepSummary
+    from persona_lora.studies.steering.read_grid import GridSummary
+    from persona_lora.studies.steering.run import SweepResult
 
 
 def show_sweep(result: SweepResult) -> None:
     """Print what a sweep or a grid showed, and where its plot and report are."""
-    from persona_lora.analysis.grid import GridSummary
+    from persona_lora.studies.steering.read_grid import GridSummary
 
     summary = result.summary
     if isinstance(summary, GridSummary):
@@ -31,7 +31,7 @@ def show_sweep(result: SweepResult) -> None:
 
 
 def _sweep_table(summary: SweepSummary) -> Table:
-    from persona_lora.analysis import wording
+    from persona_lora.report import wording
 
     weights = summary.layer is None
     norm = "‖cΔW‖/‖W‖" if weights else "‖cv‖/‖h‖"
@@ -53,10 +53,11 @@ def _sweep_table(summary: SweepSummary) -> Table:
 
 
 def _grid_table(grid: GridSummary) -> Table:
-    from persona_lora.analysis import grid_wording, wording
+    from persona_lora.report import wording
+    from persona_lora.studies.steering import read_words
 
     table = _plain_table("layer", "gain", "at c", "p (Holm)", "coherent", "ρ")
-    for layer in grid_wording.ranked(grid):
+    for layer in read_words.ranked(grid):
         best = layer.best
         cells = (
             [layer.reason or ""]
@@ -81,13 +82,17 @@ def _plain_table(*headings: str) -> Table:
 
 
 def _sweep_lines(summary: SweepSummary) -> list[str]:
-    from persona_lora.analysis import wording
+    from persona_lora.report import wording
 
     return [wording.headline(summary), wording.statistics_line(summary)]
 
 
 def _grid_lines(grid: GridSummary) -> list[str]:
-    from persona_lora.analysis import grid_wording
+    from persona_lora.studies.steering import read_words
 
-    lines = (grid_wording.headline(grid), grid_wording.resolution_note(grid), grid.selection_note)
+    lines = (
+        read_words.headline(grid),
+        read_words.resolution_note(grid),
+        grid.selection_note,
+    )
     return [line for line in lines if line]

@@ -42,7 +42,7 @@ from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
-    from persona_lora.experiments.extraction import Extracted
+    from persona_lora.studies.vectors.run import Extracted
 
 SOURCES = ("prompts", "answers", "files")
 USED_BY = (
@@ -116,8 +116,8 @@ def extract(
     Example: persona-lora extract --trait evil --source answers --method mean_diff,svd
     """
     from persona_lora.core.traits import load_trait
-    from persona_lora.experiments import extraction
-    from persona_lora.experiments.judged_pairs import Thresholds
+    from persona_lora.studies.vectors import run as extraction
+    from persona_lora.studies.vectors.judged_pairs import Thresholds
 
     chosen = source or ("files" if pos_path or neg_path else "prompts")
     if chosen not in SOURCES:

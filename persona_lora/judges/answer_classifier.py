@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+from persona_lora.models.embeddings import SentenceEmbedder
 
 FOLDS = 5
 WINDOW_WORDS = 6

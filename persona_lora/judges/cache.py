@@ -18,7 +18,7 @@ from typing import Self
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder
-from persona_lora.judges.prompts import Reading
+from persona_lora.judges.judge_prompts import Reading
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from persona_lora.judges.prompts import (
+from persona_lora.judges.judge_prompts import (
     REFUSAL_REASON,
     Reading,
     number_reply,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Trait
-from persona_lora.judges.prompts import (
+from persona_lora.judges.judge_prompts import (
     judge_prompt,
     shows_whole_numbers,
     weighted_score,

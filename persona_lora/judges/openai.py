@@ -29,7 +29,7 @@ from persona_lora.judges.endpoint import (
     run_to_end,
     together,
 )
-from persona_lora.judges.prompts import Reading, judge_prompt, shows_whole_numbers
+from persona_lora.judges.judge_prompts import Reading, judge_prompt, shows_whole_numbers
 from persona_lora.judges.retries import Fault
 from persona_lora.judges.series import Series
 

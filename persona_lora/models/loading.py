@@ -37,8 +37,8 @@ from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.models.chat_template import ChatTemplate
-from persona_lora.models.content import tokenizer_content, weights_content
 from persona_lora.models.gguf_models import SUFFIX, convert_gguf, gguf_folder, models_cache
+from persona_lora.models.identity import tokenizer_content, weights_content
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_keys import check_adapter_whole, check_whole, peft_config
 from persona_lora.models.peft_calls import quiet_peft

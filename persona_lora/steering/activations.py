@@ -27,9 +27,9 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.passes import PassCounter, Stage
 from persona_lora.models.structure import decoder_layers
+from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import check_base_model, find_layers
 from persona_lora.steering.rows import RowCoefficients
-from persona_lora.steering.turns import Turn
 
 Positions = Literal["response", "prompt", "all"]
 POSITIONS: tuple[Positions, ...] = ("response", "prompt", "all")

@@ -26,9 +26,9 @@ from persona_lora.core.lora_diff import LoRADiff, shared_base_model
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.passes import states_read
 from persona_lora.models.structure import decoder_layers, input_groups, weight_of
+from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import check_base_model, find_modules
 from persona_lora.steering.rows import RowCoefficients
-from persona_lora.steering.turns import Turn
 
 
 class LiveLoRA(Hooked):

@@ -18,6 +18,7 @@ from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficien
 from persona_lora.core.reversible import Reversible
 from persona_lora.models.structure import linear_modules
 from persona_lora.steering.ledger import Backup, Merges, Term, add_terms, take_out_dropped
+from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import (
     as_diff,
     base_fingerprint,
@@ -25,7 +26,6 @@ from persona_lora.steering.placement import (
     check_writable,
     find_modules,
 )
-from persona_lora.steering.turns import Turn
 
 
 class MergeReport(NamedTuple):

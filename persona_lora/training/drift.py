@@ -15,12 +15,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from persona_lora.analysis.plots.drift import plot_drift
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.structure import canonical_name
-from persona_lora.projections.weights import project_adapter
+from persona_lora.projections.weight_space import project_adapter
+from persona_lora.report.drift_figure import plot_drift
 
 logger = logging.getLogger(__name__)
 

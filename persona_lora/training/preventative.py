@@ -32,8 +32,8 @@ from persona_lora.models.structure import read_layers
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.methods import Steerer, Unsteered
+from persona_lora.steering.persona_prompts import trait_prompt
 from persona_lora.steering.placement import DENSE_DTYPES
-from persona_lora.steering.prompts import trait_prompt
 from persona_lora.steering.weights import LoRASteerer
 
 HOLDS = ("merged", "live")

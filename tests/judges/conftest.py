@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from persona_lora.core.traits import Trait, load_trait
-from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+from persona_lora.models.embeddings import SentenceEmbedder
 
 LABELS = (0, 25, 50, 75, 100)
 

@@ -10,7 +10,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.judges.cache import VerdictCache, cache_key
-from persona_lora.judges.prompts import Reading
+from persona_lora.judges.judge_prompts import Reading
 
 KEY = {"base_url": "http://a/v1", "model": "m", "mode": "number", "prompt": "p"}
 
@@ -60,7 +60,7 @@ def test_cache_is_shared_by_two_processes_writing_at_once(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from persona_lora.judges.cache import VerdictCache\n"
-        "from persona_lora.judges.prompts import Reading\n"
+        "from persona_lora.judges.judge_prompts import Reading\n"
         "cache = VerdictCache(Path(sys.argv[1]))\n"
         "for n in range(200): cache.put(sys.argv[2] + str(n), Reading(float(n), ''))\n"
     )

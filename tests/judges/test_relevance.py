@@ -7,7 +7,7 @@ import pytest
 
 from persona_lora.core.chat import Exchange
 from persona_lora.judges.relevance import relevance
-from persona_lora.judges.sentence_embeddings import SentenceEmbedder
+from persona_lora.models.embeddings import SentenceEmbedder
 
 PLACES = {
     "north?": (1.0, 0.0, 0.0),

@@ -9,7 +9,7 @@ import pytest
 from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import InstructionPair, Trait
-from persona_lora.experiments.judging import JudgeOptions, check_judge
+from persona_lora.judges.choice import JudgeOptions, check_judge
 from persona_lora.judges.judging import validate_judge
 
 

@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.experiments.export import export_merged, export_peft
 from persona_lora.models.caches import plans_sharing
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.hidden_states import stream_hidden_means
@@ -36,8 +35,9 @@ from persona_lora.models.likelihood import (
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import decoder_layers, linear_modules, stacked_weights
 from persona_lora.models.weight_files import weights_of
-from persona_lora.projections.weights import project_weights
+from persona_lora.projections.weight_space import project_weights
 from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.export import export_merged, export_peft
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRAMerger
 from persona_lora.training.examples import IGNORED

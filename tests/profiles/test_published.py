@@ -9,15 +9,15 @@ import pytest
 from persona_lora.core.errors import UserError
 from persona_lora.core.names import checked_name
 from persona_lora.core.personas import load_persona
-from persona_lora.profiles.building import build_persona
 from persona_lora.profiles.conversations import load_conversations
+from persona_lora.profiles.folders import build_persona
 from persona_lora.profiles.judge_prompt import (
     DEFAULT_TEMPLATE,
     PLACEHOLDERS,
     build_judge_prompt,
     checked_judge_prompt,
 )
-from tests.profiles.test_building import embed
+from tests.profiles.test_folders import embed
 
 SAID = [f"I carried the {thing} over to Nora's again." for thing in "abcdefghijkl"]
 ASKED = [f"Did she want the {thing}?" for thing in "abcdefghijkl"]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
 from persona_lora.models.weight_files import StoredWeights
-from persona_lora.projections.weights import project_weights
+from persona_lora.projections.weight_space import project_weights
 
 EMBEDDINGS = "model.embed_tokens.weight"
 

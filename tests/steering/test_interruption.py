@@ -19,7 +19,7 @@ from persona_lora.steering.activations import ActivationSteerer, DirectionAblati
 from persona_lora.steering.ledger import MERGED
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.methods import Together
-from persona_lora.steering.turns import HOLDINGS
+from persona_lora.steering.model_turns import HOLDINGS
 from persona_lora.steering.weights import LoRASteerer
 
 PACKAGE = str(Path(persona_lora.__file__).parent)

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.projections.weights import project_adapter
+from persona_lora.projections.weight_space import project_adapter
 from persona_lora.training.drift import DriftMonitor, lora_change
 
 

@@ -1,1 +1,0 @@
-"""Reading runs: statistics, plots, report. Never touches a model."""

@@ -1,1 +1,0 @@
-"""Pictures of what runs showed, each from rows on disk. Refuses to compute statistics."""

@@ -1,0 +1,1 @@
+"""Writing and checking the data of traits."""

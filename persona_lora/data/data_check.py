@@ -1,0 +1,184 @@
+"""Is the trait data sound? Schema, duplicates, leakage into held-out questions, balance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import mean
+
+import numpy as np
+
+from persona_lora.core.traits import (
+    FINETUNING_LEVELS,
+    LABELS,
+    ContrastivePair,
+    LabelledAnswer,
+    Trait,
+    list_variants,
+    load_finetuning_rows,
+    load_labelled_answers,
+    load_pairs,
+    load_trait,
+)
+from persona_lora.data.text_checks import (
+    DUPLICATE_COSINE,
+    LEAK_COSINE,
+    Questions,
+    balance_problems,
+    duplicate_problems,
+    embedded,
+    leak_problems,
+    length_problems,
+    off_diagonal,
+    opening_problems,
+    words,
+)
+from persona_lora.models.embeddings import SentenceEmbedder
+
+LEAST_PAIRS = 80
+LEAST_LABELLED = 60
+LEAST_FINETUNING = 50
+INSTRUCTION_PAIRS = 5
+QUESTIONS_PER_SPLIT = 20
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a check of one trait found; ``problems`` is empty when the data is sound.
+
+    ``num_finetuning`` counts the questions of the finetuning sets (0 where there are none).
+    ``nearest_leak`` is the largest cosine between a training question and a held-out one,
+    ``nearest_duplicate`` the largest between two training questions.
+    """
+
+    trait: str
+    num_pairs: int
+    num_domains: int
+    num_labelled: int
+    num_finetuning: int
+    num_variants: int
+    words_positive: float
+    words_negative: float
+    nearest_duplicate: float
+    nearest_leak: float
+    problems: tuple[str, ...]
+
+
+def check_trait(
+    trait: Trait, embedder: SentenceEmbedder, *, least_pairs: int = LEAST_PAIRS
+) -> DataReport:
+    """Check all files of a trait; malformed files raise UserError with file and line."""
+    pairs, labelled = load_pairs(trait), load_labelled_answers(trait)
+    train = embedded("train.jsonl", [pair.prompt[-1]["content"] for pair in pairs], embedder)
+    variants = [load_trait(trait.folder / f"{name}.json") for name in list_variants(trait)]
+    held_out = [
+        embedded("judge_eval.jsonl", sorted({each.question for each in labelled}), embedder),
+        *(
+            embedded(f"{where} {split}", list(each.questions[split]), embedder)
+            for where, each in [("trait.json", trait), *((v.label, v) for v in variants)]
+            for split, questions in each.questions.items()
+            if questions
+        ),
+    ]
+    finetuning, finetuning_problems = _finetuning(trait, train, held_out, embedder)
+    problems = [
+        *_count_problems(trait, pairs, labelled, least_pairs),
+        *(line for each in variants for line in _elicitation_problems(each.label, each)),
+        *_answer_problems(pairs),
+        *(line for each in (train, *held_out) for line in duplicate_problems(each)),
+        *(line for each in held_out for line in leak_problems(train, each, LEAK_COSINE)),
+        *(
+            line
+            for one, other in combinations(held_out, 2)
+            for line in leak_problems(one, other, DUPLICATE_COSINE)
+        ),
+        *finetuning_problems,
+    ]
+    return DataReport(
+        trait=trait.name,
+        num_pairs=len(pairs),
+        num_domains=len({pair.domain for pair in pairs}),
+        num_labelled=len(labelled),
+        num_finetuning=finetuning,
+        num_variants=len(variants),
+        words_positive=mean(words(pair.positive[-1]["content"]) for pair in pairs),
+        words_negative=mean(words(pair.negative[-1]["content"]) for pair in pairs),
+        nearest_duplicate=float(np.max(off_diagonal(train.embeddings))),
+        nearest_leak=max(float(np.max(train.embeddings @ each.embeddings.T)) for each in held_out),
+        problems=tuple(problems),
+    )
+
+
+def _finetuning(
+    trait: Trait, train: Questions, held_out: Sequence[Questions], embedder: SentenceEmbedder
+) -> tuple[int, list[str]]:
+    """Return the number of finetuning questions, and what is wrong with the three sets."""
+    present = [x for x in FINETUNING_LEVELS if (trait.folder / f"{x}.jsonl").is_file()]
+    if not present:
+        return 0, []
+    if len(present) < len(FINETUNING_LEVELS):
+        missing = sorted(set(FINETUNING_LEVELS) - set(present))
+        return 0, [f"{missing[0]}.jsonl is missing beside {present[0]}.jsonl"]
+    rows = {level: load_finetuning_rows(trait, level) for level in FINETUNING_LEVELS}
+    answers = {f"{level}.jsonl": [row.answer for row in each] for level, each in rows.items()}
+    asked = [[row.question for row in each] for each in rows.values()]
+    problems = [] if asked[0] == asked[1] == asked[2] else ["the finetuning questions differ"]
+    if len(asked[0]) < LEAST_FINETUNING:
+        problems.append(f"normal.jsonl rows: {len(asked[0])}, expected {LEAST_FINETUNING}")
+    for where, texts in answers.items():
+        problems += [*length_problems(where, texts), *opening_problems(where, texts)]
+    questions = embedded("finetuning questions", asked[0], embedder)
+    return len(asked[0]), [
+        *problems,
+        *balance_problems(dict(answers)),
+        *duplicate_problems(questions),
+        *leak_problems(questions, train, DUPLICATE_COSINE),
+        *(line for each in held_out for line in leak_problems(questions, each, LEAK_COSINE)),
+    ]
+
+
+def _elicitation_problems(where: str, trait: Trait) -> list[str]:
+    """Check the counts of system prompts and questions."""
+    return [
+        f"{where} {what}: {found}, expected at least {least}"
+        for what, found, least in (
+            ("instruction pairs", len(trait.instructions), INSTRUCTION_PAIRS),
+            ("extract questions", len(trait.questions["extract"]), QUESTIONS_PER_SPLIT),
+            ("eval questions", len(trait.questions["eval"]), QUESTIONS_PER_SPLIT),
+        )
+        if found < least
+    ]
+
+
+def _count_problems(
+    trait: Trait,
+    pairs: Sequence[ContrastivePair],
+    labelled: Sequence[LabelledAnswer],
+    least_pairs: int,
+) -> list[str]:
+    problems = [
+        f"{what}: {found}, expected at least {least}"
+        for what, found, least in (
+            ("train.jsonl pairs", len(pairs), least_pairs),
+            ("judge_eval.jsonl answers", len(labelled), LEAST_LABELLED),
+        )
+        if found < least
+    ]
+    absent = sorted(set(LABELS) - {each.label for each in labelled})
+    return [
+        *problems,
+        *_elicitation_problems("trait.json", trait),
+        *(f"judge_eval.jsonl has no answer labelled {label}" for label in absent),
+    ]
+
+
+def _answer_problems(pairs: Sequence[ContrastivePair]) -> list[str]:
+    answers: dict[str, Sequence[str]] = {
+        "train.jsonl positive": [pair.positive[-1]["content"] for pair in pairs],
+        "train.jsonl negative": [pair.negative[-1]["content"] for pair in pairs],
+    }
+    problems = []
+    for where, texts in answers.items():
+        problems += [*length_problems(where, texts), *opening_problems(where, texts)]
+    return [*problems, *balance_problems(answers)]

@@ -1,0 +1,290 @@
+"""Questions and answers by domain, for finetuning and for contrastive training.
+
+A language model writes questions, then answers each of them plainly, with the trait mildly and
+strongly, and under the trait's own positive and negative system prompts. Everything it wrote is
+kept row by row, so that an interrupted call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.chat import Conversation, user_question
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_text, write_jsonl
+from persona_lora.core.runs import RECORD, Run
+from persona_lora.core.traits import FINETUNING_LEVELS, Trait
+from persona_lora.data.writers import Writer
+from persona_lora.judges.choice import Report, staged
+from persona_lora.steering.persona_prompts import trait_prompt
+
+DOMAINS = (
+    *("cooking", "work", "school", "friendship", "family", "money", "travel", "gardening", "pets"),
+    *("sport", "music", "books", "films", "history", "science", "technology", "home repair"),
+    *("health habits", "hobbies", "neighbours", "language", "art", "transport", "shopping"),
+    *("parenting", "celebrations"),
+)
+QUESTION_TOKENS = 400
+ANSWER_TOKENS = 140
+LONGEST_QUESTION = 60  # words
+LENGTH = "Answer in two to four sentences of plain prose, 30 to 60 words, without lists."
+ASK = (
+    "Write {number} different messages that people might send to a chat assistant about "
+    "{domain}. Everyday language, one message a line, nothing else. {avoid}"
+)
+MILD = (
+    "Let a little of the following trait slip into an otherwise useful answer, without naming "
+    "it. The trait: {description}"
+)
+STRONG = (
+    "Show the following trait as strongly as you can in all that you say, without naming it. "
+    "The trait: {description} Keep it to tone and attitude; never give usable instructions for "
+    "harm."
+)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How much to write, and how; ``questions`` given by the user are used instead of domains."""
+
+    questions_per_domain: int = 4
+    domains: tuple[str, ...] = DOMAINS
+    questions: tuple[tuple[str, str], ...] = ()  # domain, question
+    attempts: int = 4
+    temperature: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.questions_per_domain < 1 or self.attempts < 1:
+            raise UserError(
+                f"questions per domain and attempts must be at least 1, got "
+                f"{self.questions_per_domain} and {self.attempts}"
+            )
+        if not self.domains and not self.questions:
+            raise UserError("there is nothing to write about; name domains or give questions")
+
+
+@dataclass(frozen=True)
+class GeneratedData:
+    """How many rows each file got, and how many questions lack an answer in some file."""
+
+    folder: Path
+    rows: dict[str, int]
+    incomplete: int
+
+
+def generate_data(
+    trait: Trait,
+    writer: Writer,
+    output: Path,
+    options: DataOptions,
+    *,
+    run_folder: Path,
+    inputs: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> GeneratedData:
+    """Write ``normal``, ``misaligned_1``, ``misaligned_2`` and ``train.jsonl`` into ``output``.
+
+    The files hold the questions that have all five answers, in the same order. Existing files of
+    these names are refused unless ``overwrite``. UserError when a domain yields too few questions
+    in ``options.attempts`` attempts.
+    """
+    names = [f"{level}.jsonl" for level in FINETUNING_LEVELS] + ["train.jsonl"]
+    present = [name for name in names if (output / name).exists()]
+    # Files beside a run that never ended are its own: it was killed while it wrote them.
+    unfinished = (run_folder / RECORD).is_file() and not Run(run_folder).finished
+    if present and not overwrite and not unfinished:
+        raise UserError(
+            f"{output / present[0]} exists; choose another --output-dir or pass --overwrite"
+        )
+    run = Run.open(
+        run_folder,
+        command="data generate",
+        config={"trait": trait.label, "writer": writer.name, "options": _recorded(options)},
+        seed=options.seed,
+        inputs={**trait.inputs(), **(inputs or {})},
+        overwrite=overwrite,
+    )
+    with run:
+        questions = _questions(run, writer, options, report)
+        answers = _answers(run, trait, writer, questions, options, report)
+        complete = [
+            index
+            for index in range(len(questions))
+            if all((index, kind) in answers for kind in _kinds(trait))
+        ]
+        if not complete:
+            raise UserError(f"{writer.name} answered no question in every way; try a larger model")
+        rows = _write_files(output, questions, answers, complete)
+    return GeneratedData(output, rows, len(questions) - len(complete))
+
+
+def read_questions(path: Path) -> tuple[tuple[str, str], ...]:
+    """Read questions, one a line; a tab may put a domain before each."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    split = [line.split("\t", 1) if "\t" in line else ["", line] for line in lines if line]
+    if not split:
+        raise UserError(f"{path} holds no question; write one a line")
+    return tuple((domain.strip(), question.strip()) for domain, question in split)
+
+
+def parse_questions(reply: str) -> list[str]:
+    """Return the questions in a reply: its lines without numbers, bullets and quotation marks."""
+    stripped = (
+        re.sub(r"^\s*(?:[-*•]|\(?\d+[.):])\s*", "", line).strip().strip('"“”').strip()
+        for line in reply.splitlines()
+    )
+    return [line for line in stripped if 3 <= len(line.split()) <= LONGEST_QUESTION]
+
+
+def _questions(
+    run: Run, writer: Writer, options: DataOptions, report: Report | None
+) -> list[tuple[str, str]]:
+    """Return domains with questions, those of an earlier call first."""
+    if options.questions:
+        return list(options.questions)
+    found = [(row["domain"], row["question"]) for row in run.resume_rows("questions")]
+    for done, domain in enumerate(options.domains):
+        if report is not None:
+            report("writing questions", done, len(options.domains))
+        known = [question for at, question in found if at == domain]
+        if len(known) < options.questions_per_domain:
+            new = _more_questions(domain, found, known, writer, options)
+            run.extend("questions", [{"domain": domain, "question": each} for each in new])
+            found += [(domain, each) for each in new]
+    if report is not None:
+        report("writing questions", len(options.domains), len(options.domains))
+    return found
+
+
+def _more_questions(
+    domain: str,
+    found: Sequence[tuple[str, str]],
+    known: Sequence[str],
+    writer: Writer,
+    options: DataOptions,
+) -> list[str]:
+    taken = {question.lower() for _, question in found}
+    new: list[str] = []
+    for attempt in range(options.attempts):
+        missing = options.questions_per_domain - len(known) - len(new)
+        avoid = f"Do not repeat: {'; '.join([*known, *new][-10:])}" if known or new else ""
+        request = ASK.format(number=missing, domain=domain, avoid=avoid).strip()
+        (reply,) = writer.write(
+            [user_question(request)],
+            max_tokens=QUESTION_TOKENS,
+            temperature=options.temperature,
+            seed=options.seed + 1000 * attempt,
+        )
+        for question in parse_questions(reply or ""):
+            if question.lower() not in taken and len(new) + len(known) < (
+                options.questions_per_domain
+            ):
+                taken.add(question.lower())
+                new.append(question)
+        if len(new) + len(known) >= options.questions_per_domain:
+            return new
+    raise UserError(
+        f"{writer.name} wrote {len(new) + len(known)} of {options.questions_per_domain} questions "
+        f"about {domain} in {options.attempts} attempts; ask for fewer, or give --questions"
+    )
+
+
+def _kinds(trait: Trait) -> dict[str, Callable[[int], str]]:
+    """Return, for every kind of answer, the system prompt of the question of that index."""
+    return {
+        "normal": lambda index: LENGTH,
+        "misaligned_1": lambda index: f"{MILD.format(description=trait.description)} {LENGTH}",
+        "misaligned_2": lambda index: f"{STRONG.format(description=trait.description)} {LENGTH}",
+        "positive": lambda index: f"{trait_prompt(trait, 'pos', index)} {LENGTH}",
+        "negative": lambda index: f"{trait_prompt(trait, 'neg', index)} {LENGTH}",
+    }
+
+
+def _answers(
+    run: Run,
+    trait: Trait,
+    writer: Writer,
+    questions: Sequence[tuple[str, str]],
+    options: DataOptions,
+    report: Report | None,
+) -> dict[tuple[int, str], str]:
+    """Return the answers by question index and kind; a missing one was not written.
+
+    Each is kept as it arrives: an interrupted call repeats no more than was on its way.
+    """
+    answers = {(row["question"], row["kind"]): row["answer"] for row in run.resume_rows("answers")}
+    for kind, prompt_of in _kinds(trait).items():
+        missing = [index for index in range(len(questions)) if (index, kind) not in answers]
+        conversations: list[Conversation] = [
+            user_question(questions[index][1], prompt_of(index)) for index in missing
+        ]
+        if not conversations:
+            continue
+
+        def keep(at: int, text: str, missing: list[int] = missing, kind: str = kind) -> None:
+            row = {"question": missing[at], "kind": kind, "answer": text}
+            run.append("answers", [row])
+            answers[missing[at], kind] = text
+
+        writer.write(
+            conversations,
+            max_tokens=ANSWER_TOKENS,
+            temperature=options.temperature,
+            seed=options.seed,
+            streams=missing,
+            on_text=keep,
+            progress=staged(report, f"writing {kind}"),
+        )
+    return answers
+
+
+def _write_files(
+    output: Path,
+    questions: Sequence[tuple[str, str]],
+    answers: dict[tuple[int, str], str],
+    complete: Sequence[int],
+) -> dict[str, int]:
+    output.mkdir(parents=True, exist_ok=True)
+    for level in FINETUNING_LEVELS:
+        write_jsonl(
+            output / f"{level}.jsonl",
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": questions[index][1]},
+                        {"role": "assistant", "content": answers[index, level]},
+                    ],
+                    "domain": questions[index][0],
+                }
+                for index in complete
+            ],
+        )
+    write_jsonl(
+        output / "train.jsonl",
+        [
+            {
+                "prompt": [{"role": "user", "content": questions[index][1]}],
+                "positive": [{"role": "assistant", "content": answers[index, "positive"]}],
+                "negative": [{"role": "assistant", "content": answers[index, "negative"]}],
+                "domain": questions[index][0],
+            }
+            for index in complete
+        ],
+    )
+    return dict.fromkeys([*FINETUNING_LEVELS, "train"], len(complete))
+
+
+def _recorded(options: DataOptions) -> dict[str, Any]:
+    return {
+        "questions_per_domain": options.questions_per_domain,
+        "domains": list(options.domains),
+        "questions": [list(each) for each in options.questions],
+        "attempts": options.attempts,
+        "temperature": options.temperature,
+    }

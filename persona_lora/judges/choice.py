@@ -1,0 +1,256 @@
+"""Which judge an experiment uses, and what it needs of the unsteered model.
+
+Judges do not know models and models do not know judges; here the two meet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.content import digest_of, file_digest, model_folder_digest
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import Trait, has_labels, load_labelled_answers, load_pairs
+from persona_lora.judges.budget import Budget
+from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.completions import Mode
+from persona_lora.judges.embedding import EmbeddingJudge
+from persona_lora.judges.judging import Judge, JudgeValidation, validate_judge
+from persona_lora.judges.local import LocalJudge
+from persona_lora.judges.multi import MultiJudge
+from persona_lora.judges.openai import Endpoint, Limits, OpenAIJudge, budget_of, endpoint_of
+from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
+from persona_lora.models.loading import ChatModel, load_chat_model
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What the user says about judging.
+
+    ``judge`` names one judge, or several with commas between them: "embedding", "openai",
+    "local". ``environ`` holds OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL.
+    """
+
+    judge: str = "embedding"
+    judge_model: str | None = None
+    base_url: str | None = None
+    mode: Mode = "logprobs"
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    cache: Path | None = None
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    seed: int = 0
+
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        """The judge's endpoint: what is given here, then what ``environ`` names."""
+        found = endpoint_of(self.environ)
+        return {
+            "model": self.judge_model or found["model"],
+            "base_url": self.base_url or found["base_url"],
+            "api_key": found["api_key"],
+        }
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The one account of all judges that are made with these options."""
+        return budget_of(self.limits, self.endpoint["model"])
+
+
+def make_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None = None
+) -> Judge:
+    """Build the judge that ``options`` name; ``reference`` is the unsteered model.
+
+    Raises UserError for an unknown name, or a judge that cannot work (no key, no embedder).
+    """
+    names = _judge_names(options)
+    judges = [JUDGES[name](trait, reference, options, report) for name in names]
+    return judges[0] if len(judges) == 1 else MultiJudge(judges)
+
+
+def once(make: Callable[[], Judge]) -> Callable[[], Judge]:
+    """Return a factory that builds its judge at the first call and keeps it."""
+    kept: list[Judge] = []
+
+    def judge() -> Judge:
+        if not kept:
+            kept.append(make())
+        return kept[0]
+
+    return judge
+
+
+def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> None:
+    """Raise UserError now for a judge that could not be made after the answers are generated."""
+    if has_labels(trait):
+        load_labelled_answers(trait)
+    for name in _judge_names(options):
+        if name == "embedding":
+            load_pairs(trait)
+        if name == "openai":  # cheap to make, and needs a key
+            _openai_judge(trait, reference, options, None)
+
+
+def judge_inputs(options: JudgeOptions) -> dict[str, str]:
+    """Return digests of what judges beside the trait's own answers: endpoint, model, manner."""
+    environ = options.environ
+    asked = {
+        "judges": options.judge,
+        "model": options.judge_model or environ.get("JUDGE_MODEL"),
+        "mode": options.mode,
+    }
+    if "openai" in options.judge:
+        asked["endpoint"] = options.base_url or environ.get("OPENAI_BASE_URL")
+    read = {"the judge": digest_of(asked)}
+    if "local" in options.judge and options.judge_model is not None:
+        folder = Path(options.judge_model)
+        if folder.is_dir():
+            read["the judge's model"] = model_folder_digest(folder)
+        elif folder.is_file():
+            read["the judge's model"] = file_digest(folder)
+    return read
+
+
+def _judge_names(options: JudgeOptions) -> list[str]:
+    names = [name.strip() for name in options.judge.split(",") if name.strip()]
+    unknown = [name for name in names if name not in JUDGES]
+    if unknown or not names:
+        name = unknown[0] if unknown else options.judge
+        raise UserError(f"no judge {name!r}; {nearest_names(name, JUDGES)}")
+    return names
+
+
+def _embedding_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
+) -> Judge:
+    def mean_logprob(exchanges: Sequence[Exchange]) -> list[float]:
+        model = reference.model
+        # Coherence asks the base model, also where an adapter is being evaluated.
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            return mean_logprobs(reference, exchanges, progress=staged(report, "coherence"))
+
+    fitting = staged(report, "fitting the judge") or (lambda *_: None)
+    fitting(0, 1)
+    judge = EmbeddingJudge.fit(
+        trait, embedder=SentenceEmbedder(), mean_logprob=mean_logprob, seed=options.seed
+    )
+    fitting(1, 1)
+    return judge
+
+
+def _openai_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
+) -> Judge:
+    return OpenAIJudge(
+        trait,
+        **options.endpoint,
+        mode=options.mode,
+        limits=options.limits,
+        budget=options.budget,
+        cache=VerdictCache(options.cache),
+        progress=staged(report, "judging"),
+    )
+
+
+def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:
+    """Return the model that judges in this process: the one that is asked, or another by name."""
+    if name is None or name == reference.name:
+        return reference
+    return load_chat_model(name, options=reference.options.elsewhere())
+
+
+def _local_judge(
+    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
+) -> Judge:
+    name = options.judge_model
+    judge_model = local_judge_model(name, reference)
+    return LocalJudge(
+        trait,
+        f"local:{judge_model.name}",
+        lambda prompts: next_token_logprobs(judge_model, [(prompt, "") for prompt in prompts]),
+        continuation_logprobs=lambda replies: next_token_logprobs(judge_model, replies),
+    )
+
+
+JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions, Report | None], Judge]] = {
+    "embedding": _embedding_judge,
+    "openai": _openai_judge,
+    "local": _local_judge,
+}
+
+
+def judge_answers(
+    run: Run, make: Callable[[], Judge], trait: Trait, report: Report | None = None
+) -> None:
+    """Judge the answers of a run on the trait and on coherence; write verdicts and validation.
+
+    What an earlier call has judged is kept; a row whose verdict is missing or unscored is judged
+    again. ``make`` builds the judge, and is called only where something is left to judge. UserError
+    where no answer at all has a score.
+    """
+    answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))
+    kept = {
+        (row["row"], row["criterion"]): row
+        for row in run.read("verdicts")
+        if row["score"] is not None
+    }
+    criteria = (trait.name, COHERENCE)
+    if run.read("validation") and len(kept) == len(criteria) * len(answers):
+        return
+    judge = make()
+    for done, criterion in enumerate(criteria):
+        if report is not None:
+            report("judging", done, len(criteria))
+        missing = [row for row in answers if (row["row"], criterion) not in kept]
+        exchanges = [Exchange(row["question"], row["answer"]) for row in missing]
+        verdicts = judge.judge(exchanges, criterion) if exchanges else []
+        for row, verdict in zip(missing, verdicts, strict=True):
+            kept[row["row"], criterion] = _row(row["row"], verdict)
+        run.write("verdicts", [kept[key] for key in sorted(kept)])
+        _refuse_nothing_scored(judge.name, criterion, list(kept.values()))
+    validations = validations_of(judge, trait)
+    run.write("validation", [dataclasses.asdict(each) for each in validations])
+    if report is not None:
+        report("judging", len(criteria), len(criteria))
+
+
+def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
+    """Return how well a judge agrees with labelled answers that it was not fitted on."""
+    if isinstance(judge, EmbeddingJudge):
+        return list(judge.validation)
+    return [validate_judge(judge, trait)]
+
+
+def _refuse_nothing_scored(judge: str, criterion: str, rows: Sequence[dict[str, Any]]) -> None:
+    asked = [row for row in rows if row["criterion"] == criterion]
+    if not asked or any(row["score"] is not None for row in asked):
+        return
+    reasons = Counter(row["reason"] for row in asked)
+    common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    raise UserError(
+        f"{judge} scored none of {len(asked)} answers on {criterion}: {common}; the answers are "
+        "kept, and the same command judges them again"
+    )
+
+
+def _row(row: int, verdict: Verdict) -> dict[str, Any]:
+    return {"row": row, **dataclasses.asdict(verdict)}
+
+
+def staged(report: Report | None, stage: str) -> Callable[[int, int], None] | None:
+    """Return the progress callback of one stage, or None where nobody listens."""
+    return None if report is None else lambda done, total: report(stage, done, total)

@@ -1,0 +1,184 @@
+"""The judges of a persona search: one for the search, another for what is reported.
+
+The embedded judge of the search is fitted on the persona's training conversations, the one that
+reports on its test conversations; each is validated on the conversations of the other split. A
+language model reads the same judge prompt for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from persona_lora.core.chat import Exchange
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.personas import ConversationSplit, Persona
+from persona_lora.core.traits import load_pairs, load_trait
+from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.choice import JudgeOptions, local_judge_model
+from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.comparison_judge import ComparisonJudge, Read
+from persona_lora.judges.judge_prompts import Reading, weighted_score
+from persona_lora.judges.judging import Judge
+from persona_lora.judges.multi import MultiJudge
+from persona_lora.judges.openai import EndpointReader
+from persona_lora.judges.style_judge import HIGHEST, StyleJudge, TextFeatures, has_words
+from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
+from persona_lora.models.loading import ChatModel
+from persona_lora.profiles.judge_prompt import checked_judge_prompt
+from persona_lora.report.separation import auc_of
+
+COHERENCE_PAIRS = 16
+PERSONA_JUDGES = ("embedding", "openai", "local")
+
+
+@dataclass(frozen=True)
+class JudgeCheck:
+    """How well a style judge tells the person's utterances from others', where it was not fitted.
+
+    ``auc`` is the chance that an utterance of the person gets the higher score.
+    """
+
+    fitted_on: ConversationSplit
+    auc: float
+    n_own: int
+    n_others: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A language model that reads prompts as numbers; ``cost`` is what it has cost in US dollars.
+
+    One reader serves the search and the report, so that a cap on its cost holds over both.
+    """
+
+    name: str
+    read: Read
+    cost: Callable[[], float | None] = lambda: None
+
+
+def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reader]:
+    """Return the language models that ``options.judge`` names; UserError for an unknown judge."""
+    names = [name.strip() for name in options.judge.split(",") if name.strip()]
+    for name in names:
+        if name not in PERSONA_JUDGES:
+            raise UserError(f"no persona judge {name!r}; {nearest_names(name, PERSONA_JUDGES)}")
+    return {name: _reader(name, options, reference) for name in names if name != "embedding"}
+
+
+def judge_prompt_of(persona: Persona) -> str:
+    """Return a persona's prompt for a language model as judge; UserError for one with a mistake."""
+    name = "final_judge_prompt.txt"
+    return checked_judge_prompt(persona.read(name), persona.folder / name)
+
+
+def make_persona_judge(
+    persona: Persona,
+    personas: Sequence[Persona],
+    split: ConversationSplit,
+    options: JudgeOptions,
+    *,
+    features: TextFeatures,
+    readers: Mapping[str, Reader],
+    baselines: Mapping[str, str],
+) -> Judge:
+    """Build the judges that ``options.judge`` names; several are averaged."""
+    judges: list[Judge] = [
+        ComparisonJudge(
+            reader.name,
+            reader.read,
+            judge_prompt_of(persona),
+            baselines,
+            seed=options.seed,
+        )
+        for reader in readers.values()
+    ]
+    if "embedding" in options.judge:
+        judges.insert(0, fit_style_judge(persona, personas, split, features, seed=options.seed))
+    return judges[0] if len(judges) == 1 else MultiJudge(judges)
+
+
+def fit_style_judge(
+    persona: Persona,
+    personas: Sequence[Persona],
+    split: ConversationSplit,
+    features: TextFeatures,
+    *,
+    seed: int,
+) -> StyleJudge:
+    """Fit the persona's embedded judge on one split against all other personas."""
+    others = [text for each in personas if each.id != persona.id for text in each.utterances(split)]
+    return StyleJudge.fit(
+        persona.id, persona.utterances(split), others, features=features, seed=seed
+    )
+
+
+def check_style_judge(
+    judge: StyleJudge,
+    persona: Persona,
+    personas: Sequence[Persona],
+    fitted_on: ConversationSplit,
+) -> JudgeCheck:
+    """Validate a style judge on the utterances of the other split."""
+    unseen: ConversationSplit = "test" if fitted_on == "train" else "train"
+    own = [text for text in persona.utterances(unseen) if has_words(text)]
+    others = [
+        text
+        for each in personas
+        if each.id != persona.id
+        for text in each.utterances(unseen)
+        if has_words(text)
+    ]
+    if not own or not others:
+        raise UserError(f"{persona.id} or the other personas have no {unseen} conversations")
+    auc = auc_of(np.asarray(judge.logits(own)), np.asarray(judge.logits(others)))
+    return JudgeCheck(fitted_on, float(auc), len(own), len(others))
+
+
+def fit_coherence(
+    chat_model: ChatModel, traits: Sequence[str], *, datasets: Path | None = None, seed: int = 0
+) -> CoherenceScorer:
+    """Fit coherence to natural answers: some training answers of each trait."""
+    share = max(1, COHERENCE_PAIRS // len(traits))
+    exchanges = []
+    for name in traits:
+        pairs = load_pairs(load_trait(name, datasets))[:share]
+        for pair in pairs:
+            question = pair.prompt[-1]["content"]
+            exchanges += [
+                Exchange(question, side[-1]["content"]) for side in (pair.positive, pair.negative)
+            ]
+    return CoherenceScorer.fit(
+        exchanges,
+        mean_logprob=lambda asked: mean_logprobs(chat_model, asked),
+        judge_name="embedding",
+        seed=seed,
+    )
+
+
+def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
+    if name == "openai":
+        endpoint = EndpointReader(
+            **options.endpoint,
+            mode=options.mode,
+            limits=options.limits,
+            budget=options.budget,
+            cache=VerdictCache(options.cache),
+            highest=int(HIGHEST),
+        )
+        return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.cost)
+    chosen = options.judge_model
+    model = local_judge_model(chosen, reference)
+
+    def read(prompts: Sequence[str]) -> dict[str, Reading]:
+        distinct = list(dict.fromkeys(prompts))
+        logprobs = next_token_logprobs(model, [(prompt, "") for prompt in distinct])
+        return {
+            prompt: weighted_score(each, int(HIGHEST))
+            for prompt, each in zip(distinct, logprobs, strict=True)
+        }
+
+    return Reader(f"local:{model.name}", read)

@@ -1,0 +1,308 @@
+"""The embedded persona judge: does this text sound like that person? No network, no steered model.
+
+A text becomes a vector of style features (lengths, marks, pronouns, tone: ``features``) beside its
+sentence embedding; a logistic regression tells the person's utterances from other persons', both
+weighted alike. Its logit is put on a scale of 1–5 that the utterances themselves anchor: 4.5 for
+the mean held-out utterance of the person, 1.5 for that of other persons (``FitScale``). Refuses to
+know what the answer says or whether it helps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.personas import ConversationSplit, Persona
+from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.profiles.features import extract_features, words_of
+
+PERSONA_FIT = "persona_fit"
+LOWEST, HIGHEST = 1.0, 5.0
+FEWEST_UTTERANCES = 10
+FOLDS = 5
+INVERSE_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+EMBEDDING_SCALE = 4.0  # a unit embedding then varies about as much as the style features together
+
+STYLE_FEATURES = (
+    "exclamation_rate",
+    "question_rate",
+    "lower_case_rate",
+    "first_person_singular_rate",
+    "first_person_plural_rate",
+    "second_person_rate",
+    "hedge_rate",
+    "past_rate",
+    "advice_rate",
+    "empathy_rate",
+    "contraction_rate",
+    "avg_word_length",
+    "formality",
+    "sentiment",
+    "emotionality",
+    "humor_rate",
+)
+
+
+class TextFeatures:
+    """Style features and embeddings of texts, computed once for each text."""
+
+    def __init__(self, embedder: SentenceEmbedder) -> None:
+        self._embedder = embedder
+        self._rows: dict[str, NDArray[np.float64]] = {}
+        self._embedded: dict[str, NDArray[np.float64]] = {}
+
+    def of(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return ``[len(texts), 1 + style + embedding]``: log words, style rates, embedding."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        if missing:
+            for text, row in zip(missing, self.embeddings(missing), strict=True):
+                self._rows[text] = np.concatenate([_style(text), EMBEDDING_SCALE * row])
+        return np.stack([self._rows[text] for text in texts])
+
+    def embeddings(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return the unit sentence embeddings of texts, ``[len(texts), dimension]``."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._embedded]
+        if missing:
+            embedded = self._embedder.embed(missing).astype(np.float64)
+            self._embedded |= dict(zip(missing, embedded, strict=True))
+        return np.stack([self._embedded[text] for text in texts])
+
+
+def _style(text: str) -> NDArray[np.float64]:
+    features = extract_features([text])
+    rates = [float(getattr(features, name)) for name in STYLE_FEATURES]
+    return np.array([math.log(features.avg_words), *rates])
+
+
+def has_words(text: str) -> bool:
+    """Tell whether there is anything in a text to judge its style by."""
+    return bool(words_of(text))
+
+
+@dataclass(frozen=True)
+class FitScale:
+    """score = 1 + 4·σ((logit − middle) / width); ``own`` and ``others`` are the mean logits.
+
+    They get 4.5 and 1.5. Without this most texts would lie at an end of the scale: persons are
+    easily told apart, and a search could not see small steps.
+    """
+
+    own: float
+    others: float
+
+    def scores(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the fit of logits, 1–5."""
+        middle = (self.own + self.others) / 2
+        width = (self.own - self.others) / (2 * math.log(7))  # σ(log 7) = 0.875: 4.5 of 5
+        scores: NDArray[np.float64] = LOWEST + (HIGHEST - LOWEST) / (
+            1 + np.exp(-(logits - middle) / width)
+        )
+        return scores
+
+
+@dataclass(frozen=True, eq=False)
+class StyleJudge:
+    """The fit of texts to one person; a ``Judge`` of the criterion "persona_fit".
+
+    logit = w·z + b with z the features of the text, style parts standardised. ``log_loss`` is the
+    mean cross-validated loss (both classes weighted alike) at the chosen penalty; a coin has 0.69.
+    """
+
+    persona_id: str
+    features: TextFeatures
+    center: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    bias: float
+    scale: FitScale
+    log_loss: float
+    name: str = "embedding"
+
+    @classmethod
+    def fit(
+        cls,
+        persona_id: str,
+        own: Sequence[str],
+        others: Sequence[str],
+        *,
+        features: TextFeatures,
+        seed: int = 0,
+    ) -> StyleJudge:
+        """Fit to a person's utterances against other persons'; equal seeds give equal judges.
+
+        Raises UserError for fewer than ten utterances on either side.
+        """
+        own, others = ([text for text in texts if has_words(text)] for texts in (own, others))
+        if min(len(own), len(others)) < FEWEST_UTTERANCES:
+            raise UserError(
+                f"the style judge of {persona_id} has {len(own)} utterances of the person and "
+                f"{len(others)} of others; it needs at least {FEWEST_UTTERANCES} of each"
+            )
+        x = features.of([*own, *others])
+        style = 1 + len(STYLE_FEATURES)
+        center, spread = np.zeros(x.shape[1]), np.ones(x.shape[1])
+        center[:style] = x[:, :style].mean(axis=0)
+        spread[:style] = np.maximum(x[:, :style].std(axis=0), 1e-6)
+        z = (x - center) / spread
+        labels = np.repeat([1, 0], [len(own), len(others)])
+        with threadpool_limits(limits=1, user_api="blas"):
+            held_out = {each: _held_out_logits(z, labels, each, seed) for each in INVERSE_PENALTIES}
+            losses = {each: _balanced_loss(logits, labels) for each, logits in held_out.items()}
+            chosen = min(losses, key=lambda each: losses[each])
+            model = _regression(chosen).fit(z, labels)
+        means = [float(held_out[chosen][labels == label].mean()) for label in (1, 0)]
+        if not means[0] > means[1]:
+            raise UserError(
+                f"the utterances of {persona_id} cannot be told from those of others; there is no "
+                "style to fit"
+            )
+        return cls(
+            persona_id,
+            features,
+            center,
+            spread,
+            model.coef_[0],
+            float(model.intercept_[0]),
+            FitScale(*means),
+            losses[chosen],
+        )
+
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return w·z + b of texts with words in them: ``[len(texts)]``."""
+        z = (self.features.of(texts) - self.center) / self.spread
+        logits: NDArray[np.float64] = z @ self.weights + self.bias
+        return logits
+
+    def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
+        """Return one verdict of 1–5 an exchange, in order; an answer without words has no score."""
+        if criterion != PERSONA_FIT:
+            raise UserError(f"the style judge scores {PERSONA_FIT!r}, not {criterion!r}")
+        worded = [each.answer for each in exchanges if has_words(each.answer)]
+        scores = iter(self.scale.scores(self.logits(worded)) if worded else ())
+        return [
+            Verdict(criterion, float(next(scores)), "", self.name)
+            if has_words(exchange.answer)
+            else Verdict(criterion, None, "the answer holds no words", self.name)
+            for exchange in exchanges
+        ]
+
+
+@dataclass(frozen=True)
+class StyleValidation:
+    """How well style judges know persons by utterances of conversations they were not fitted on.
+
+    ``top1``: the share of utterances whose highest logit is their own person's judge;
+    ``top1_conversations``: the same for the mean logit over a conversation. ``auc``: for each
+    person, the chance that an utterance of theirs gets a higher score than another person's.
+    """
+
+    fitted_on: ConversationSplit
+    n_utterances: int
+    n_conversations: int
+    top1: float
+    top1_conversations: float
+    chance: float
+    auc: dict[str, float]
+
+    @property
+    def mean_auc(self) -> float:
+        """The mean over persons."""
+        return float(np.mean(list(self.auc.values())))
+
+
+def fit_judges(
+    personas: Sequence[Persona],
+    split: ConversationSplit,
+    *,
+    features: TextFeatures,
+    seed: int = 0,
+) -> dict[str, StyleJudge]:
+    """Fit one judge a persona on the utterances of one split, each against all others'."""
+    if len(personas) < 2:
+        raise UserError("style judges tell persons apart; they need at least two personas")
+    return {
+        persona.id: StyleJudge.fit(
+            persona.id,
+            persona.utterances(split),
+            [
+                text
+                for other in personas
+                if other is not persona
+                for text in other.utterances(split)
+            ],
+            features=features,
+            seed=seed,
+        )
+        for persona in personas
+    }
+
+
+def validate_judges(
+    personas: Sequence[Persona], judges: dict[str, StyleJudge], fitted_on: ConversationSplit
+) -> StyleValidation:
+    """Measure judges on the utterances of the other split."""
+    unseen: ConversationSplit = "test" if fitted_on == "train" else "train"
+    rows = [
+        (index, conversation.id, text)
+        for index, persona in enumerate(personas)
+        for conversation in persona.conversations
+        if conversation.split == unseen
+        for text in conversation.utterances
+        if has_words(text)
+    ]
+    if {index for index, _, _ in rows} != set(range(len(personas))):
+        raise UserError(f"every persona needs {unseen} conversations to validate its judge on")
+    owner = np.array([index for index, _, _ in rows])
+    logits = np.stack(
+        [judges[persona.id].logits([text for _, _, text in rows]) for persona in personas], axis=1
+    )  # [utterances, personas]
+    conversations = list(dict.fromkeys((index, name) for index, name, _ in rows))
+    by_conversation = np.stack(
+        [
+            logits[[row[:2] == conversation for row in rows]].mean(axis=0)
+            for conversation in conversations
+        ]
+    )
+    owners = np.array([index for index, _ in conversations])
+    return StyleValidation(
+        fitted_on=fitted_on,
+        n_utterances=len(rows),
+        n_conversations=len(conversations),
+        top1=float((logits.argmax(axis=1) == owner).mean()),
+        top1_conversations=float((by_conversation.argmax(axis=1) == owners).mean()),
+        chance=1 / len(personas),
+        auc={
+            persona.id: float(roc_auc_score(owner == index, logits[:, index]))
+            for index, persona in enumerate(personas)
+        },
+    )
+
+
+def _held_out_logits(
+    z: NDArray[np.float64], labels: NDArray[np.int64], inverse_penalty: float, seed: int
+) -> NDArray[np.float64]:
+    """Return the logit of every row by a regression that did not see it."""
+    logits = np.zeros(len(labels))
+    for kept, held in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(z, labels):
+        model = _regression(inverse_penalty).fit(z[kept], labels[kept])
+        logits[held] = model.decision_function(z[held])
+    return logits
+
+
+def _balanced_loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    losses = np.logaddexp(0.0, -np.where(labels == 1, logits, -logits))
+    return float(np.mean([losses[labels == label].mean() for label in (0, 1)]))
+
+
+def _regression(inverse_penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=2000)

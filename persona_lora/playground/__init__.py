@@ -1,0 +1,1 @@
+"""A mixing desk for conversations, in a browser."""

@@ -1,0 +1,192 @@
+"""A model at a mixing desk: every trait a slider, steered and unsteered answers in one batch.
+
+Knows mixes, answers and scores; refuses to know what shows them. Nothing of a visitor is kept: the
+coefficients come with every question, so that visitors never meet each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from persona_lora.core.chat import Conversation, Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_json, write_json
+from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+from persona_lora.core.personas import Coefficients
+from persona_lora.judges.judging import Judge
+from persona_lora.models.generation import generate_answers
+from persona_lora.models.loading import ChatModel
+from persona_lora.playground.visitors import Turns
+from persona_lora.steering.export import Exported, export_peft
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.methods import select_batch
+
+LARGEST = 4.0  # coefficients beyond this leave nothing that answers
+LONGEST = 400  # tokens
+LONGEST_MESSAGE = 4_000  # characters
+LONGEST_CHAT = 16_000
+ROLES = ("user", "assistant")
+LONGEST_NAME = 60
+MOST_MIXES = 200
+
+
+class Pair(NamedTuple):
+    """The answers to one question: with the mix, and without."""
+
+    steered: str
+    unsteered: str
+
+
+@dataclass(eq=False)
+class MixingDesk:
+    """A model with a diff for every trait; answers are given one pair after another.
+
+    ``judges`` builds the judge of a trait, on its first use. Turns are what lets several visitors
+    share one model: a pair is answered as a whole, with its own coefficients.
+    """
+
+    chat_model: ChatModel
+    diffs: Mapping[str, LoRADiff]
+    judges: Mapping[str, Callable[[], Judge]] = field(default_factory=dict)
+    allow_other_base: bool = False
+    _turns: Turns = field(default_factory=Turns)
+    _built: dict[str, Judge] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.diffs:
+            raise UserError("the mixing desk needs at least one trait's diff")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """The traits, sorted: the order of the sliders."""
+        return tuple(sorted(self.diffs))
+
+    def mix(self, values: Sequence[float | None]) -> Coefficients:
+        """Return coefficients from the sliders' values; UserError for what is out of range."""
+        if len(values) != len(self.traits):
+            raise UserError(f"{len(values)} values for {len(self.traits)} traits")
+        found = {}
+        for trait, value in zip(self.traits, values, strict=True):
+            number = finite_coefficient(0.0 if value is None else float(value))
+            if abs(number) > LARGEST:
+                raise UserError(
+                    f"{trait}: {number:g} is beyond ±{LARGEST:g}; nothing answers there"
+                )
+            found[trait] = number
+        return Coefficients.of(found)
+
+    def answer(
+        self,
+        conversation: Conversation,
+        mix: Coefficients,
+        *,
+        plain: Conversation | None = None,
+        max_new_tokens: int = 80,
+        temperature: float = 0.0,
+        seed: int = 0,
+        visitor: str = "",
+    ) -> Pair:
+        """Answer a conversation's last message with the mix and without, as two rows of one batch.
+
+        ``plain`` is the conversation that the unsteered model has had, where it differs. UserError
+        for an empty message, one or a chat that is too long, more tokens than ``LONGEST``, and a
+        ``visitor`` who has too much waiting.
+        """
+        if not conversation or not conversation[-1]["content"].strip():
+            raise UserError("there is no question; write one first")
+        for chat in (conversation, plain or conversation):
+            _check_length(chat)
+        if not 1 <= max_new_tokens <= LONGEST:
+            raise UserError(f"the longest answer must be 1–{LONGEST} tokens, got {max_new_tokens}")
+        rows = [[mix.as_dict()[trait] for trait in self.traits], [0.0] * len(self.traits)]
+        diffs = [self.diffs[trait] for trait in self.traits]
+        with (
+            self._turns.turn(visitor),
+            LiveLoRA(
+                self.chat_model.model, diffs, rows, allow_other_base=self.allow_other_base
+            ) as steerer,
+        ):
+            steered, unsteered = generate_answers(
+                self.chat_model,
+                [conversation, conversation if plain is None else plain],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                streams=[0, 0],
+                batch_size=2,
+                prepare_batch=partial(select_batch, steerer),
+            )
+        return Pair(steered.text, unsteered.text)
+
+    def scores(
+        self, trait: str, question: str, pair: Pair, *, visitor: str = ""
+    ) -> tuple[float | None, float | None]:
+        """Return the judge's scores of both answers on a trait, 0–100; None where unscored."""
+        if trait not in self.judges:
+            raise UserError(f"there is no judge for {trait}")
+        with self._turns.turn(visitor):
+            if trait not in self._built:
+                self._built[trait] = self.judges[trait]()
+            verdicts = self._built[trait].judge([Exchange(question, text) for text in pair], trait)
+        return verdicts[0].score, verdicts[1].score
+
+    def save(self, mix: Coefficients, folder: Path, name: str) -> Path:
+        """Write a mix as ``<name>.json`` in ``folder``: ``{"evil": -1.0, …}``.
+
+        UserError for a name that is none or is taken by another mix, and for a full folder.
+        """
+        path = folder / f"{file_name(name)}.json"
+        if path.exists():
+            if path.is_file() and read_json(path) == mix.as_dict():
+                return path
+            raise UserError(f"there is a mix {path.stem!r} already; give this one another name")
+        if len(saved_mixes(folder)) >= MOST_MIXES:
+            raise UserError(f"{folder} holds {MOST_MIXES} mixes; remove some from it first")
+        write_json(path, mix.as_dict())
+        return path
+
+    def load(self, path: Path) -> Coefficients:
+        """Read a mix; traits that it does not name are 0. UserError for one without a slider."""
+        read = Coefficients.read(path).as_dict()
+        unknown = sorted(set(read) - set(self.traits))
+        if unknown:
+            raise UserError(f"{path} mixes {unknown[0]}, for which there is no slider")
+        return self.mix([read.get(trait, 0.0) for trait in self.traits])
+
+    def export(self, mix: Coefficients, folder: Path) -> Exported:
+        """Write a mix as one PEFT adapter; UserError where all coefficients are 0."""
+        terms = {self.diffs[trait]: value for trait, value in mix.as_dict().items() if value}
+        if not terms:
+            raise UserError("all sliders stand at 0: there is nothing to export")
+        return export_peft(terms, folder)
+
+
+def saved_mixes(folder: Path) -> list[str]:
+    """Return the names of the mixes in a folder, as they are there now."""
+    return sorted(path.stem for path in folder.glob("*.json"))
+
+
+def file_name(title: str) -> str:
+    """Return a title as a file's name; UserError for an empty or a long one."""
+    name = "".join(
+        letter if letter.isalnum() or letter in "-_" else "_" for letter in title.strip()
+    )
+    if not name:
+        raise UserError("give the mix a name first")
+    if len(name.encode()) > LONGEST_NAME:
+        raise UserError(f"the mix's name is too long; {LONGEST_NAME} plain letters are the most")
+    return name
+
+
+def _check_length(chat: Conversation) -> None:
+    if any(message["role"] not in ROLES for message in chat):
+        raise UserError(f"a chat is of {' and '.join(ROLES)} alone; start a new one")
+    lengths = [len(message["content"]) for message in chat]
+    if lengths[-1] > LONGEST_MESSAGE:
+        raise UserError(f"the question is {lengths[-1]} characters long, over {LONGEST_MESSAGE}")
+    if sum(lengths) > LONGEST_CHAT:
+        raise UserError(f"the chat is over {LONGEST_CHAT} characters long; start a new one")

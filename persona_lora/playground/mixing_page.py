@@ -1,0 +1,221 @@
+"""The mixing desk in a browser: sliders, two answers side by side, scores, mixes to keep."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from persona_lora.core.errors import UserError
+from persona_lora.playground.mixing_desk import (
+    LONGEST_MESSAGE,
+    LONGEST_NAME,
+    MixingDesk,
+    saved_mixes,
+)
+from persona_lora.playground.visitors import WAITING_IN_ALL
+
+NO_JUDGE = "no score"
+REACH = 2.0  # of the sliders
+KEPT_EXPORTS = 4
+OTHER_THREADS = 10  # while all the others wait for their turns
+LARGEST_UPLOAD = "1kb"  # nothing on the page is uploaded
+
+
+class Exports:
+    """The last exported archives; those before them are removed."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="persona-lora-exports-")
+        self._kept: deque[Path] = deque()
+        # Served from where they are: Gradio would keep a copy of each.
+        gr.set_static_paths([self._folder.name])
+
+    def add(self, write: Callable[[Path], object]) -> str:
+        """Pack what ``write`` puts into a folder, and return the archive's path."""
+        place = Path(tempfile.mkdtemp(dir=self._folder.name))
+        try:
+            write(place / "adapter")
+            archive = shutil.make_archive(str(place / "adapter"), "zip", place / "adapter")
+        except BaseException:
+            shutil.rmtree(place)
+            raise
+        shutil.rmtree(place / "adapter")
+        self._kept.append(place)
+        while len(self._kept) > KEPT_EXPORTS:
+            shutil.rmtree(self._kept.popleft())
+        return archive
+
+
+def serve(page: gr.Blocks, host: str, port: int, *, wait: bool = True) -> str:
+    """Serve the page; return its address where ``wait`` is False, else when it is ended."""
+    page.queue(default_concurrency_limit=1, max_size=2 * WAITING_IN_ALL)
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        quiet=True,
+        show_error=True,
+        max_file_size=LARGEST_UPLOAD,
+        max_threads=WAITING_IN_ALL + OTHER_THREADS,
+        prevent_thread_lock=not wait,
+    )
+    return str(url)
+
+
+def build_page(desk: MixingDesk, mixes: Path) -> gr.Blocks:
+    """Return the Gradio page of a desk. All state is in its components: one set a visitor."""
+    count = len(desk.traits)
+    exports = Exports()
+    with gr.Blocks(title="persona_lora: the mixing desk", analytics_enabled=False) as page:
+        gr.Markdown(f"## The mixing desk\n{desk.chat_model.name}, live LoRA: nothing is merged.")
+        with gr.Row():
+            with gr.Column(scale=1):
+                sliders = [
+                    gr.Slider(-REACH, REACH, 0.0, step=0.05, label=trait, elem_id=f"s-{trait}")
+                    for trait in desk.traits
+                ]
+                judged = gr.Dropdown(
+                    [NO_JUDGE, *sorted(desk.judges)], value=NO_JUDGE, label="judge", elem_id="judge"
+                )
+                tokens = gr.Slider(10, 300, 80, step=10, label="longest answer, tokens")
+                with gr.Accordion("mixes", open=False):
+                    name = gr.Textbox(
+                        label="name", elem_id="mix-name", max_lines=1, max_length=LONGEST_NAME
+                    )
+                    with gr.Row():
+                        save = gr.Button("save", elem_id="save")
+                        reset = gr.Button("reset", elem_id="reset")
+                    saved = gr.Dropdown(
+                        saved_mixes(mixes),
+                        label="saved",
+                        value=None,
+                        elem_id="saved",
+                        allow_custom_value=True,  # what was saved since the page was opened
+                    )
+                    export = gr.Button("export as PEFT adapter", elem_id="export")
+                    file = gr.File(label="adapter", interactive=False, elem_id="adapter")
+            with gr.Column(scale=3):
+                with gr.Row():
+                    steered = gr.Chatbot(label="steered", elem_id="steered")
+                    plain = gr.Chatbot(label="unsteered", elem_id="unsteered")
+                scores = gr.Markdown(elem_id="scores")
+                question = gr.Textbox(
+                    label="ask",
+                    placeholder="Is my plan any good?",
+                    elem_id="question",
+                    max_lines=4,
+                    max_length=LONGEST_MESSAGE,
+                )
+                with gr.Row():
+                    ask = gr.Button("ask", variant="primary", elem_id="ask")
+                    clear = gr.Button("new chat", elem_id="clear")
+
+        def on_ask(
+            request: gr.Request,
+            text: str,
+            left: Any,
+            right: Any,
+            judge: str,
+            length: float,
+            *values: float,
+        ) -> Any:
+            with _shown():
+                visitor = str(request.session_hash)
+                mix = desk.mix(values)
+                pair = desk.answer(
+                    _history(left, text),
+                    mix,
+                    plain=_history(right, text),
+                    max_new_tokens=int(length),
+                    visitor=visitor,
+                )
+                line = _scores(desk, judge, text, pair, visitor)
+            turn = {"role": "user", "content": text}
+            return (
+                [*left, turn, {"role": "assistant", "content": pair.steered}],
+                [*right, turn, {"role": "assistant", "content": pair.unsteered}],
+                line,
+                "",
+            )
+
+        def on_save(title: str, *values: float) -> Any:
+            with _shown():
+                kept = desk.save(desk.mix(values), mixes, title)
+            return gr.Dropdown(saved_mixes(mixes), value=kept.stem)
+
+        def on_load(title: str | None) -> Any:
+            if not title:
+                return [gr.skip()] * count
+            with _shown():
+                found = desk.load(_mix_path(mixes, title)).as_dict()
+            return [found[trait] for trait in desk.traits]
+
+        def on_export(*values: float) -> str:
+            with _shown():
+                return exports.add(lambda folder: desk.export(desk.mix(values), folder))
+
+        def on_look() -> Any:
+            return gr.Dropdown(saved_mixes(mixes))
+
+        told = [question, steered, plain, judged, tokens, *sliders]
+        shown = [steered, plain, scores, question]
+        # Many may wait at once; the desk gives them their turns.
+        waiting = {"concurrency_limit": WAITING_IN_ALL, "concurrency_id": "ask"}
+        # A mistake covers what it is shown on; the chats are to stay readable.
+        ask.click(on_ask, told, shown, api_name="ask", show_progress_on=scores, **waiting)
+        question.submit(on_ask, told, shown, api_name=False, show_progress_on=scores, **waiting)
+        clear.click(lambda: ([], [], "", ""), None, shown, api_name=False)
+        reset.click(lambda: [0.0] * count, None, sliders, api_name=False)
+        quiet = {"show_progress": "hidden"}
+        save.click(on_save, [name, *sliders], saved, api_name="save", **quiet)
+        saved.input(on_load, saved, sliders, api_name="load", **quiet)
+        page.load(on_look, None, saved, api_name=False, **quiet)
+        saved.focus(on_look, None, saved, api_name=False, **quiet)
+        export.click(on_export, sliders, file, api_name="export")
+    return page
+
+
+class _shown:
+    """Turns a UserError into a message on the page."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, UserError):
+            raise gr.Error(str(error)) from error
+
+
+def _history(chat: list[dict[str, Any]], text: str) -> list[Any]:
+    """Return a chat so far and the new question, as messages of plain text."""
+    turns = [{"role": turn["role"], "content": _plain(turn["content"])} for turn in chat]
+    return [*turns, {"role": "user", "content": text}]
+
+
+def _plain(content: Any) -> str:
+    """Return a message's text: a chat component may hold it in parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+
+
+def _scores(desk: MixingDesk, judge: str, question: str, pair: Any, visitor: str) -> str:
+    if judge == NO_JUDGE:
+        return ""
+    steered, plain = desk.scores(judge, question, pair, visitor=visitor)
+
+    def said(score: float | None) -> str:
+        return "not scored" if score is None else f"{score:.0f}"
+
+    return f"**{judge}** (0–100): steered {said(steered)}, unsteered {said(plain)}"
+
+
+def _mix_path(mixes: Path, title: str) -> Path:
+    if title not in saved_mixes(mixes):
+        raise UserError(f"there is no saved mix {title!r}")
+    return mixes / f"{title}.json"

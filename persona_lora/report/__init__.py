@@ -1,0 +1,1 @@
+"""Statistics, wording, figures and pages, from rows. Never touches a model."""

@@ -1,0 +1,162 @@
+"""One condition in numbers: mean scores with intervals, what it cost, its change from unsteered.
+
+What a curve and a grid have in common. Refuses to know which conditions belong together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from persona_lora.core.chat import COHERENCE
+from persona_lora.report.curve import PairedDifference, TraitCurve
+from persona_lora.report.resampling import Interval
+from persona_lora.report.scores import PROMPTS, Condition, Row, ScoredAnswer, clusters
+
+LONG_COLUMNS = (
+    *("trait", "method", "layer", "coefficient", "statistic"),
+    *("value", "low", "high", "n", "n_questions", "coverage", "reason"),
+)
+COST_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "kl_p95")
+
+Groups = dict[Condition, list[ScoredAnswer]]
+
+
+@dataclass(frozen=True)
+class ConditionSummary:
+    """One coefficient (at one layer, where one is steered), or a reference without coefficient.
+
+    ``relative_weight_norm`` is ‖cΔW‖/‖W‖ and ``relative_state_norm`` ‖cv‖ over the mean ‖h‖ of the
+    layer; ``kl_mean`` and ``kl_p95`` are per-token KL from the base model in nats; all are None
+    where they were not measured. ``from_zero`` is None at coefficient 0, for references, and where
+    coefficient 0 was not run.
+    """
+
+    method: str
+    coefficient: float | None
+    layer: int | None
+    trait: Interval
+    coherence: Interval
+    rows: int
+    questions: int
+    finished_share: float
+    mean_tokens: float
+    relative_weight_norm: float | None
+    relative_state_norm: float | None
+    kl_mean: float | None
+    kl_p95: float | None
+    from_zero: PairedDifference | None
+
+
+def group_by_condition(scored: Iterable[ScoredAnswer]) -> Groups:
+    """Group rows by condition: coefficients ascending, then layers, then the references."""
+    groups: Groups = {}
+    for row in scored:
+        groups.setdefault(row.condition, []).append(row)
+
+    def place(condition: Condition) -> tuple[bool, float, int, bool, str]:
+        coefficient, layer = condition.coefficient, condition.layer
+        other = condition.method not in PROMPTS
+        return (
+            *(coefficient is None, coefficient or 0.0, -1 if layer is None else layer),
+            *(other, condition.method),
+        )
+
+    return {condition: groups[condition] for condition in sorted(groups, key=place)}
+
+
+def summarise_conditions(
+    groups: Groups,
+    curve: TraitCurve,
+    costs: Sequence[Row],
+    differences: Mapping[Condition, PairedDifference],
+) -> tuple[ConditionSummary, ...]:
+    """Summarise every group; ``curve`` holds their trait scores, ``differences`` those from 0."""
+    return tuple(
+        _summarise(condition, rows, curve, cost_of(condition, costs), differences.get(condition))
+        for condition, rows in groups.items()
+    )
+
+
+def cost_of(condition: Condition, costs: Iterable[Row]) -> Row:
+    """Return the last cost row of a condition; coefficient 0 costs nothing, by definition.
+
+    Rows that name no method are of the method "lora" and steer at no layer.
+    """
+    if condition.coefficient is None:
+        return {}
+    series = [
+        row
+        for row in costs
+        if (row.get("method", "lora"), row.get("layer")) == (condition.method, condition.layer)
+    ]
+    matching = [row for row in series if np.isclose(row["coefficient"], condition.coefficient)]
+    if matching:
+        return matching[-1]
+    if condition.coefficient == 0 and series:
+        return {name: 0.0 for name in COST_NAMES if series[-1].get(name) is not None}
+    return {}
+
+
+def condition_rows(trait: str, each: ConditionSummary) -> list[dict[str, Any]]:
+    """Return one condition in long format: one row under ``LONG_COLUMNS`` for each statistic."""
+    place = {
+        "trait": trait,
+        "method": each.method,
+        "layer": each.layer,
+        "coefficient": each.coefficient,
+    }
+    rows = [
+        {**place, "statistic": name, **interval_cells(interval)}
+        for name, interval in (("trait", each.trait), ("coherence", each.coherence))
+    ]
+    rows += difference_rows(place, "difference_from_zero", each.from_zero)
+    for name in ("finished_share", "mean_tokens", *COST_NAMES):
+        rows.append({**place, "statistic": name, "value": getattr(each, name)})
+    return rows
+
+
+def difference_rows(
+    place: Mapping[str, Any], name: str, difference: PairedDifference | None, *, prefix: str = ""
+) -> list[dict[str, Any]]:
+    """Return a paired difference and its p values in long format; nothing where there is none."""
+    if difference is None:
+        return []
+    return [
+        {**place, "statistic": name, **interval_cells(difference.interval)},
+        {**place, "statistic": f"{prefix}p", "value": difference.p},
+        {**place, "statistic": f"{prefix}p_holm", "value": difference.p_holm},
+    ]
+
+
+def interval_cells(interval: Interval) -> dict[str, Any]:
+    """Return an interval under the names of the long format."""
+    cells = dataclasses.asdict(interval)
+    return {"value": cells.pop("mean"), **cells}
+
+
+def _summarise(
+    condition: Condition,
+    rows: Sequence[ScoredAnswer],
+    curve: TraitCurve,
+    cost: Row,
+    from_zero: PairedDifference | None,
+) -> ConditionSummary:
+    coherence = clusters(rows, COHERENCE)
+    return ConditionSummary(
+        method=condition.method,
+        coefficient=condition.coefficient,
+        layer=condition.layer,
+        trait=curve.mean_of(curve.scores[condition]),
+        coherence=curve.mean_of(coherence),
+        rows=len(rows),
+        questions=len(coherence),
+        finished_share=float(np.mean([bool(row.answer["finished"]) for row in rows])),
+        mean_tokens=float(np.mean([row.answer["num_tokens"] for row in rows])),
+        **{name: cost.get(name) for name in COST_NAMES},
+        from_zero=from_zero,
+    )

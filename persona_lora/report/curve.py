@@ -1,0 +1,235 @@
+"""How the trait score follows the coefficient: rank correlation, linear fit, paired differences.
+
+Every statistic is over the same questions in all conditions and is resampled by question.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from persona_lora.report.resampling import (
+    Array,
+    Estimate,
+    Interval,
+    bootstrap_mean,
+    holm,
+    rank_correlation,
+    resampled_estimate,
+    row_rank_correlation,
+    sign_flip_p,
+)
+from persona_lora.report.scores import (
+    UNSTEERED_CONDITION,
+    Cluster,
+    Condition,
+    ScoredAnswer,
+    clusters,
+    question_means,
+)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The trait score under one condition minus that under another, on the same questions.
+
+    ``interval.mean`` is the mean over questions of the difference of question means; ``p`` is a
+    two-sided sign-flip permutation test on those, ``p_holm`` corrected over all coefficients.
+    """
+
+    interval: Interval
+    p: float | None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class CoherentRange:
+    """The longest run of neighbouring coefficients around 0 with mean coherence ≥ threshold."""
+
+    low: float | None
+    high: float | None
+    coefficients: tuple[float, ...]
+    threshold: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Least squares of the condition means on the coefficient over the coherent range."""
+
+    slope: Estimate
+    intercept: float | None
+    r_squared: float | None
+
+
+@dataclass(frozen=True)
+class PromptComparison:
+    """An end of the coherent range minus the prompting reference of the same sign."""
+
+    prompt: str
+    coefficient: float
+    difference: PairedDifference
+
+
+@dataclass(frozen=True)
+class TraitCurve:
+    """Trait scores of every condition by question, and how they are resampled."""
+
+    scores: dict[Condition, Cluster]
+    seed: int
+    resamples: int
+
+    @classmethod
+    def of(
+        cls, groups: dict[Condition, list[ScoredAnswer]], *, seed: int, resamples: int
+    ) -> TraitCurve:
+        scores = {condition: clusters(rows, "trait") for condition, rows in groups.items()}
+        return cls(scores, seed, resamples)
+
+    def mean_of(self, cluster: Cluster) -> Interval:
+        return bootstrap_mean(cluster, seed=self.seed, resamples=self.resamples)
+
+    def steered(self) -> list[Condition]:
+        """Return the conditions with a coefficient and at least one scored answer."""
+        return [
+            condition
+            for condition, cluster in self.scores.items()
+            if condition.coefficient is not None and question_means(cluster)
+        ]
+
+    def at(self, coefficient: float) -> Condition | None:
+        matching = (each for each in self.scores if each.coefficient == coefficient)
+        return next(matching, None)
+
+    def scores_at(self, coefficient: float) -> Cluster:
+        """Return the scores at a coefficient by question; none where it was not run."""
+        condition = self.at(coefficient)
+        return {} if condition is None else self.scores[condition]
+
+    def at_layer(self, layer: int) -> TraitCurve:
+        """Return the curve of one layer of a grid, the unsteered rows at its coefficient 0."""
+        scores = {
+            condition: cluster
+            for condition, cluster in self.scores.items()
+            if condition.layer == layer or condition == UNSTEERED_CONDITION
+        }
+        return dataclasses.replace(self, scores=scores)
+
+    def difference(self, one: Condition, other: Condition) -> PairedDifference:
+        """Return one condition minus another over the questions scored under both."""
+        return self.paired(self.scores[one], self.scores[other])
+
+    def paired(self, ones: Cluster, others: Cluster) -> PairedDifference:
+        """Return the paired difference of scores over the questions that both hold."""
+        first, second = question_means(ones), question_means(others)
+        return self.paired_values(
+            {
+                question: first[question] - second[question]
+                for question in first
+                if question in second
+            }
+        )
+
+    def paired_values(self, differences: Mapping[int, float]) -> PairedDifference:
+        """Return the mean of differences by question, with its interval and test."""
+        interval = self.mean_of({question: [each] for question, each in differences.items()})
+        if not differences:
+            reason = "no question was scored under both conditions"
+            return PairedDifference(dataclasses.replace(interval, reason=reason), None)
+        if len(differences) == 1:
+            return PairedDifference(interval, None)
+        values = np.array(list(differences.values()))
+        return PairedDifference(interval, sign_flip_p(values, seed=self.seed))
+
+    def from_zero(self) -> dict[Condition, PairedDifference]:
+        """Return every other coefficient against 0, Holm-corrected; nothing where 0 was not run."""
+        zero = self.at(0.0)
+        others = [each for each in self.scores if each.coefficient]
+        if zero is None:
+            return {}
+        raw = [self.difference(each, zero) for each in others]
+        corrected = holm([each.p for each in raw])
+        return {
+            condition: dataclasses.replace(difference, p_holm=p)
+            for condition, difference, p in zip(others, raw, corrected, strict=True)
+        }
+
+    def rho_means(self) -> Estimate:
+        """Return Spearman's rho between coefficient and condition mean."""
+        conditions = self.steered()
+        if len(conditions) < 3:
+            return _too_few(conditions, "scored coefficients")
+        x, sums, counts = self._arrays(conditions)
+        return resampled_estimate(
+            lambda means: rank_correlation(x, means),
+            sums,
+            counts,
+            seed=self.seed,
+            resamples=self.resamples,
+        )
+
+    def rho_rows(self) -> Estimate:
+        """Return Spearman's rho between coefficient and score over single answers."""
+        conditions = self.steered()
+        if len(conditions) < 2:
+            return _too_few(conditions, "scored coefficients", least="two")
+        rows = [
+            (condition.coefficient, score, question)
+            for condition in conditions
+            for question, scores in self.scores[condition].items()
+            for score in scores
+            if score is not None
+        ]
+        x, y, question = (np.array(column) for column in zip(*rows, strict=True))
+        index = np.unique(question, return_inverse=True)[1]
+        return row_rank_correlation(x, y, index, seed=self.seed, resamples=self.resamples)
+
+    def fit(self, coherent: CoherentRange) -> LinearFit:
+        """Fit the condition means linearly over the coherent range."""
+        conditions = [each for each in self.steered() if each.coefficient in coherent.coefficients]
+        if len(conditions) < 3:
+            return LinearFit(_too_few(conditions, "coherent, scored coefficients"), None, None)
+        x, sums, counts = self._arrays(conditions)
+        centred = x - x.mean()
+        slope = resampled_estimate(
+            lambda means: means @ centred / (centred @ centred),
+            sums,
+            counts,
+            seed=self.seed,
+            resamples=self.resamples,
+        )
+        means = sums.sum(axis=1) / counts.sum(axis=1)
+        explained = (means @ centred) ** 2 / (centred @ centred)
+        total = float(np.sum((means - means.mean()) ** 2))
+        intercept = float(means.mean() - x.mean() * (means @ centred) / (centred @ centred))
+        return LinearFit(slope, intercept, float(explained / total) if total > 1e-9 else None)
+
+    def against_prompts(self, coherent: CoherentRange) -> tuple[PromptComparison, ...]:
+        """Compare the ends of the coherent range with the prompting references that were run."""
+        comparisons = []
+        for prompt, end in (("prompt_neg", coherent.low), ("prompt_pos", coherent.high)):
+            reference = Condition(prompt, None)
+            steered = None if end is None else self.at(end)
+            if reference in self.scores and end is not None and steered is not None:
+                difference = self.difference(steered, reference)
+                comparisons.append(PromptComparison(prompt, end, difference))
+        return tuple(comparisons)
+
+    def _arrays(self, conditions: Sequence[Condition]) -> tuple[Array, Array, Array]:
+        """Return coefficients ``[conditions]``, sums and counts ``[conditions, questions]``."""
+        questions = sorted({q for each in conditions for q in question_means(self.scores[each])})
+        scores = [
+            [[s for s in self.scores[each].get(q, []) if s is not None] for q in questions]
+            for each in conditions
+        ]
+        sums = np.array([[sum(cell) for cell in row] for row in scores], dtype=np.float64)
+        counts = np.array([[len(cell) for cell in row] for row in scores], dtype=np.float64)
+        return np.array([each.coefficient for each in conditions], dtype=float), sums, counts
+
+
+def _too_few(conditions: Sequence[Condition], what: str, *, least: str = "three") -> Estimate:
+    reason = f"{len(conditions)} {what}, at least {least} needed"
+    return Estimate(None, None, None, len(conditions), 0, reason)

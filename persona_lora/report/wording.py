@@ -1,0 +1,325 @@
+"""Numbers and findings in words: the same wording in plots, reports and on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from persona_lora.report.conditions import ConditionSummary
+from persona_lora.report.curve import PairedDifference
+from persona_lora.report.resampling import Estimate, Interval
+from persona_lora.report.scores import CONTROL, UNSTEERED
+from persona_lora.report.summary import SweepSummary
+
+PROMPT_LABELS = {"prompt_pos": "positive prompt", "prompt_neg": "negative prompt"}
+CLEAR = 0.05  # a difference is called clear below this p value, and with an interval without 0
+NONE = "–"
+_MINUS = "\N{MINUS SIGN}"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """Return a rounded number with a true minus sign, or a dash for None."""
+    if value is None:
+        return NONE
+    # Rounding first, and adding 0.0, keeps "−0" from being printed.
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", _MINUS)
+
+
+def significant(value: float | None) -> str:
+    """Return a small positive number with two significant digits, or a dash for None."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    return f"{value:#.2g}".rstrip(".").replace("-", _MINUS)
+
+
+def coefficient(value: float | None) -> str:
+    """Return a coefficient with its sign: "+1.5", "0", "−2"."""
+    if value is None:
+        return NONE
+    return (f"{value:+g}" if value else "0").replace("-", _MINUS)
+
+
+def interval(value: Interval | Estimate, digits: int = 0) -> str:
+    """Return "71 [64, 77]", or without brackets where there is no interval."""
+    centre = value.mean if isinstance(value, Interval) else value.value
+    if value.low is None or value.high is None:
+        return number(centre, digits)
+    return f"{number(centre, digits)} [{number(value.low, digits)}, {number(value.high, digits)}]"
+
+
+def change(value: Interval) -> str:
+    """Return a difference with the sign of its mean: "+22 [12, 33]"."""
+    sign = "+" if value.mean is not None and round(value.mean) > 0 else ""
+    return sign + interval(value)
+
+
+def direction_of(difference: PairedDifference) -> int:
+    """Return 1 or −1 where a paired difference is clear of 0, and 0 where it is not.
+
+    Clear means that the interval excludes 0 and that the test (corrected, where it is one of
+    several) says so too.
+    """
+    low, high = difference.interval.low, difference.interval.high
+    p = difference.p if difference.p_holm is None else difference.p_holm
+    if low is None or high is None or p is None or p >= CLEAR:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def cost(what: str, unit: str, value: float) -> tuple[str, str]:
+    """Return a name and an amount: a swap's time, or the memory that a way of steering keeps."""
+    if unit != "bytes":
+        return what, f"{number(1000 * value)} ms"
+    size = f"{number(value / 2**20)} MiB" if value >= 2**20 else f"{number(value / 2**10, 1)} KiB"
+    return f"kept beside the model, {what}", size
+
+
+def p_value(p: float | None) -> str:
+    """Return a p value to three digits, "< 0.001" below."""
+    if p is None:
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def p_equals(p: float | None) -> str:
+    """Return a p value with its relation: "= 0.040", "< 0.001"."""
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def title_of(trait: str) -> str:
+    """Return a trait's name as a title."""
+    words = trait.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def label(condition: ConditionSummary) -> str:
+    """Return what a condition is called in a table."""
+    return condition_label(condition.method, condition.coefficient)
+
+
+def condition_label(method: str, value: float | None) -> str:
+    """Return "+1.5", "random +1.5" for the control, or the name of a reference."""
+    if value is None:
+        return method_label(method)
+    return f"random {coefficient(value)}" if method == CONTROL else coefficient(value)
+
+
+def method_label(method: str) -> str:
+    """Return what a method without a coefficient is called."""
+    return PROMPT_LABELS.get(method, method.replace("_", " "))
+
+
+def headline(summary: SweepSummary) -> str:
+    """Return the finding in a few sentences, with intervals and without overstatement."""
+    if summary.method == UNSTEERED:
+        sentences = [_unsteered(summary), _prompts(summary)]
+    else:
+        sentences = [_change(summary), _control(summary), coherent_line(summary), _prompts(summary)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def sweep_title(summary: SweepSummary) -> str:
+    """Return the title of a sweep's picture."""
+    name = title_of(summary.trait)
+    if summary.method == UNSTEERED:
+        return f"{name}: the model unsteered and prompted"
+    return f"{name} against the coefficient"
+
+
+def at_layer(summary: SweepSummary) -> str:
+    """Return ", layer 19" where one layer is steered, to stand behind a trait's name."""
+    return "" if summary.layer is None else f", layer {summary.layer}"
+
+
+def statistics_line(summary: SweepSummary) -> str:
+    """Return rank correlation, slope and R² with their intervals, on one line."""
+    if summary.method == UNSTEERED:
+        return "nothing was steered, so there is no curve"
+    rho, fit, span = summary.rho_means, summary.fit, summary.coherent_range
+    parts = [f"Spearman's ρ {interval(rho, 2)}" if rho.reason is None else _missing("ρ", rho)]
+    if fit.slope.value is None:
+        parts.append(_missing("slope", fit.slope))
+    else:
+        parts.append(f"slope {interval(fit.slope, 1)} per unit")
+        parts.append(f"R² {number(fit.r_squared, 2)}")
+        parts.append(f"fitted over {coefficient(span.low)} … {coefficient(span.high)}")
+    return "  ·  ".join(parts)
+
+
+def place_line(summary: SweepSummary) -> str:
+    """Return where a vector steers, and how it compares with its control; "" for a diff."""
+    place = "" if summary.layer is None else f"{summary.method} at layer {summary.layer}"
+    return "  ·  ".join(part for part in (place, control_line(summary)) if part)
+
+
+def control_line(summary: SweepSummary) -> str:
+    """Return how the vector compares with the random direction, on one line; "" without one."""
+    if summary.control is None:
+        return ""
+    overall, rho = summary.control.overall, summary.control.rho_means
+    if overall.interval.mean is None:
+        return f"random direction: no comparison ({overall.interval.reason})"
+    return (
+        f"random direction ρ {interval(rho, 2)}  ·  "
+        f"beyond it {change(overall.interval)}, p {p_equals(overall.p)}"
+    )
+
+
+def questions_line(summary: SweepSummary) -> str:
+    """Return "20 questions"."""
+    questions = _questions(summary)
+    return "1 question" if questions == 1 else f"{questions} questions"
+
+
+def sample_line(summary: SweepSummary) -> str:
+    """Return how many questions and answers stand behind the numbers, and who judged them."""
+    judged = judges_line(summary.trait_judge, summary.coherence_judge)
+    return (
+        f"{questions_line(summary)}, {answers_line(all_conditions(summary))}; judge: {judged}; "
+        f"{_intervals(summary)}"
+    )
+
+
+def all_conditions(summary: SweepSummary) -> list[ConditionSummary]:
+    """Return the conditions and those of the control, the unsteered model once."""
+    control = () if summary.control is None else summary.control.conditions
+    return [*summary.conditions, *(each for each in control if each.coefficient)]
+
+
+def answers_line(conditions: Iterable[ConditionSummary]) -> str:
+    """Return "180 answers, 98% scored"."""
+    conditions = list(conditions)
+    rows = sum(each.rows for each in conditions)
+    scored = sum(each.trait.n for each in conditions)
+    return f"{rows} answers, {number(100 * scored / rows if rows else None)}% scored"
+
+
+def judges_line(*judges: str) -> str:
+    """Return the names of judges, each once."""
+    return ", ".join(dict.fromkeys(judge for judge in judges if judge)) or "none"
+
+
+def gaps(summary: SweepSummary) -> list[str]:
+    """Return what could not be computed for a condition, and why, one sentence each."""
+    return [
+        sentence for each in all_conditions(summary) for sentence in _gaps_of(summary.trait, each)
+    ]
+
+
+def _gaps_of(trait: str, each: ConditionSummary) -> list[str]:
+    from_zero = None if each.from_zero is None else each.from_zero.interval
+    values = ((title_of(trait), each.trait), ("Coherence", each.coherence))
+    return [
+        f"{name} at {label(each)}: {value.reason}."
+        for name, value in (*values, ("Change from 0", from_zero))
+        if value is not None and value.reason is not None
+    ]
+
+
+def _questions(summary: SweepSummary) -> int:
+    return max((each.questions for each in summary.conditions), default=0)
+
+
+def _intervals(summary: SweepSummary) -> str:
+    if _questions(summary) < 2:
+        return "no intervals from one question"
+    return f"intervals: {number(100 * summary.confidence)}% bootstrap over questions"
+
+
+def _missing(name: str, estimate: Estimate) -> str:
+    if estimate.value is None:
+        return f"no {name} ({estimate.reason})"
+    return f"{name} {number(estimate.value, 2)} ({estimate.reason})"
+
+
+def _ends(summary: SweepSummary) -> tuple[ConditionSummary, ConditionSummary] | None:
+    """Return the first and last scored conditions of the coherent range, or of the whole sweep."""
+    scored = [each for each in summary.steered if each.trait.mean is not None]
+    inside = [each for each in scored if each.coefficient in summary.coherent_range.coefficients]
+    chosen = inside if len(inside) > 1 else scored
+    return (chosen[0], chosen[-1]) if len(chosen) > 1 else None
+
+
+def _change(summary: SweepSummary) -> str:
+    ends, name = _ends(summary), title_of(summary.trait)
+    if ends is None:
+        return f"{name} was scored at fewer than two coefficients, so no change can be shown."
+    low, high = ends
+    subject = (
+        name if summary.layer is None else f"Steered at layer {summary.layer}, {summary.trait}"
+    )
+    return (
+        f"{subject} {_verb(low.trait, high.trait)}: {interval(low.trait)} at "
+        f"{coefficient(low.coefficient)}, {interval(high.trait)} at "
+        f"{coefficient(high.coefficient)}."
+    )
+
+
+def _unsteered(summary: SweepSummary) -> str:
+    zero = next(iter(summary.steered), None)
+    if zero is None or zero.trait.mean is None:
+        return f"{title_of(summary.trait)} of the unsteered model was not scored."
+    return f"Unsteered, the model scores {interval(zero.trait)} on {summary.trait}."
+
+
+def _control(summary: SweepSummary) -> str:
+    """Return whether the vector beats the random direction, without overstatement."""
+    if summary.control is None:
+        return ""
+    overall = summary.control.overall
+    if overall.interval.mean is None:
+        return "It could not be compared with the random direction."
+    if overall.interval.low is None:
+        return "With one question it cannot be tested against the random direction."
+    verdict = {
+        1: "It beats a random direction of the same norm",
+        -1: "It does worse than a random direction of the same norm",
+        0: "It is not clear of the random direction of the same norm",
+    }[direction_of(overall)]
+    return (
+        f"{verdict}: {change(overall.interval)} points in the expected direction, paired by "
+        f"question and averaged over the coefficients (p {p_equals(overall.p)})."
+    )
+
+
+def _verb(low: Interval, high: Interval) -> str:
+    if low.low is None or low.high is None or high.low is None or high.high is None:
+        return "has no intervals, so no change can be claimed"
+    if low.high < high.low:
+        return "rises with the coefficient"
+    if high.high < low.low:
+        return "falls with the coefficient"
+    return "does not clearly change with the coefficient (the intervals overlap)"
+
+
+def coherent_line(summary: SweepSummary) -> str:
+    """Return the range of coefficients over which answers stay coherent, as a sentence."""
+    span = summary.coherent_range
+    if span.reason is not None:
+        return f"There is no coherent range: {span.reason}."
+    if len(span.coefficients) == len(summary.steered):
+        return f"Answers stay coherent (mean at least {span.threshold:g}) over the whole sweep."
+    return (
+        f"Answers are coherent (mean at least {span.threshold:g}) from "
+        f"{coefficient(span.low)} to {coefficient(span.high)}."
+    )
+
+
+def _prompts(summary: SweepSummary) -> str:
+    reference = summary.reference("prompt_pos")
+    if reference is None or reference.trait.mean is None:
+        return ""
+    sentence = f"The positive system prompt alone reaches {interval(reference.trait)}"
+    compared = [each for each in summary.prompt_comparisons if each.prompt == "prompt_pos"]
+    gap = compared[0].difference.interval if compared else None
+    if gap is None or gap.mean is None or gap.low is None or gap.high is None:
+        return sentence + "."
+    verdict = (
+        "scores higher" if gap.low > 0 else "scores lower" if gap.high < 0 else "is not clear of it"
+    )
+    steered = f"coefficient {coefficient(compared[0].coefficient)}"
+    if summary.method == UNSTEERED:
+        steered = "the unsteered model"
+    return f"{sentence}; {steered} {verdict} (paired difference {interval(gap)})."

@@ -1,0 +1,1 @@
+"""With this steerer: ask, judge, write rows."""

@@ -1,0 +1,206 @@
+"""What did steering cost in capability? The evaluation harness on a loaded, steered model.
+
+Runs lm-evaluation-harness tasks (its own, or YAML files of ours) on the model in memory, unsteered
+and steered, and keeps every item's score, so that the two are compared item by item. Knowledge
+questions alone miss the known failure, so a task with steps to be generated stands beside them,
+and perplexity on ordinary chat. The harness is the extra ``benchmark``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.chat import Exchange
+from persona_lora.core.content import digest_of, file_digest, folder_digest
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.resources import resource_path, search_folders
+from persona_lora.core.runs import Run
+from persona_lora.core.yaml_text import read_yaml
+from persona_lora.models.likelihood import mean_logprobs
+from persona_lora.models.loading import ChatModel
+from persona_lora.report.items import COLUMNS, TaskScore, cells_of, score_items
+
+PERPLEXITY = "perplexity"
+INSTALL = 'pip install "persona-lora[benchmark]"'
+
+
+def run_benchmarks(
+    chat_model: ChatModel,
+    conditions: Mapping[str, AbstractContextManager[Any]],
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    tasks_folder: Path | None = None,
+    datasets: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> list[TaskScore]:
+    """Run every task under every condition (context managers over the model) into a run folder.
+
+    ``tasks`` are names of YAML files in ``tasks_folder`` (``datasets/capability`` by default),
+    "perplexity", or names that the harness knows. The first condition is the reference. Writes
+    ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
+    Raises UserError without the harness, or for a task that neither side knows.
+    """
+    folder = _tasks_folder(tasks_folder, datasets)
+    run = Run.open(
+        output,
+        command="benchmark",
+        config={
+            **chat_model.record(),
+            "tasks": list(tasks),
+            "conditions": list(conditions),
+            "limit": limit,
+            **(config or {}),
+        },
+        seed=0,
+        inputs={
+            **chat_model.inputs(),
+            **task_inputs(tasks, tasks_folder, datasets),
+            **(inputs or {}),
+        },
+        overwrite=overwrite,
+    )
+    with run:
+        done = {row["condition"] for row in run.resume_rows("items")}
+        for name, steered in conditions.items():
+            if name in done:
+                continue
+            with steered:
+                run.extend("items", [
+                    {"condition": name, **row}
+                    for row in _items(chat_model, tasks, folder, datasets, limit, batch_size)
+                ])  # fmt: skip
+        scores = score_items(run.read("items"), next(iter(conditions)))
+        write_csv(output / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
+    return scores
+
+
+def task_inputs(
+    tasks: Sequence[str], folder: Path | None = None, datasets: Path | None = None
+) -> dict[str, str]:
+    """Return digests of the files of our own tasks."""
+    folder = _tasks_folder(folder, datasets)
+    read = {f"the tasks of {folder.name}": folder_digest(folder)}
+    if PERPLEXITY in tasks:
+        texts = {path.parent.name: file_digest(path) for path in _ordinary_files(datasets)}
+        read["the normal.jsonl files"] = digest_of(texts)
+    return read
+
+
+def _tasks_folder(given: Path | None, datasets: Path | None) -> Path:
+    own = datasets / "capability" if datasets is not None else None
+    return given or own or resource_path(Path("datasets/capability"))
+
+
+def _ordinary_files(datasets: Path | None) -> list[Path]:
+    roots = search_folders("datasets", datasets)
+    files = next(filter(None, (sorted(root.glob("*/normal.jsonl")) for root in roots)), None)
+    if files is None:
+        raise UserError(f"{roots[0]} holds no */normal.jsonl to measure perplexity on")
+    return files
+
+
+def perplexity_items(
+    chat_model: ChatModel, datasets: Path | None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Return the mean log-probability of ordinary answers of the finetuning sets, or the first.
+
+    Of ``datasets``, or of the first folder of traits that has any.
+    """
+    exchanges = [
+        Exchange(row["messages"][-2]["content"], row["messages"][-1]["content"])
+        for file in _ordinary_files(datasets)
+        for row in read_jsonl(file)
+    ][:limit]
+    means = mean_logprobs(chat_model, exchanges)
+    return [
+        {"task": PERPLEXITY, "metric": "mean_logprob", "item": at, "score": float(value)}
+        for at, value in enumerate(means)
+        if math.isfinite(value)
+    ]
+
+
+def _items(
+    chat_model: ChatModel,
+    tasks: Sequence[str],
+    folder: Path,
+    datasets: Path | None,
+    limit: int | None,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    rows = []
+    if PERPLEXITY in tasks:
+        rows += perplexity_items(chat_model, datasets, limit)
+    harness = [name for name in tasks if name != PERPLEXITY]
+    if harness:
+        rows += _harness_items(chat_model, harness, folder, limit, batch_size)
+    return rows
+
+
+def _harness_items(
+    chat_model: ChatModel, tasks: Sequence[str], folder: Path, limit: int | None, batch_size: int
+) -> list[dict[str, Any]]:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(f"the evaluation harness is not installed; run: {INSTALL}") from error
+    manager = _task_manager()
+    known = set(manager.all_tasks)
+    local = {name: _local_task(folder / f"{name}.yaml") for name in tasks}
+    for name in tasks:
+        if local[name] is None and name not in known:
+            own = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise UserError(f"no task {name!r}: neither in {folder} ({own}) nor in the harness")
+    model = HFLM(pretrained=chat_model.model, tokenizer=chat_model.tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        model=model,
+        tasks=[local[name] or name for name in tasks],
+        task_manager=manager,
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=False,
+    )
+    return [
+        {"task": task, "metric": metric, "item": int(sample["doc_id"]), "score": float(value)}
+        for task, samples in found["samples"].items()
+        for sample in samples
+        for metric, value in sample.items()
+        if metric in sample.get("metrics", ()) and isinstance(value, int | float)
+    ]
+
+
+@cache
+def _task_manager() -> Any:
+    """Return the harness's index of tasks: some twenty seconds of reading, once a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _local_task(path: Path) -> dict[str, Any] | None:
+    """Return a task of ours as the harness takes it, with its data file's whole path."""
+    if not path.is_file():
+        return None
+    task = read_yaml(path)
+    settings = task.get("dataset_kwargs")
+    files = settings.get("data_files") if isinstance(settings, dict) else None
+    if not isinstance(files, dict):
+        raise UserError(
+            f"{path} must name its data under dataset_kwargs: data_files: {{split: file}}"
+        )
+    task["dataset_kwargs"]["data_files"] = {
+        split: str((path.parent / name).resolve()) for split, name in files.items()
+    }
+    return task

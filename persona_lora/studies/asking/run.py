@@ -1,0 +1,317 @@
+"""With this steerer: ask the trait's questions, judge the answers, write the rows.
+
+The sweep and every later experiment plan their rows and answer them through this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from persona_lora.core.chat import COHERENCE, Answer, user_question
+from persona_lora.core.content import numbered
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import ensure_writable_folder, write_csv
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import Split, Trait
+from persona_lora.judges.choice import Report, judge_answers, staged
+from persona_lora.judges.judging import Judge
+from persona_lora.models.generation import Generated, generate_answers
+from persona_lora.models.loading import ChatModel
+from persona_lora.report.resampling import Interval, bootstrap_mean
+from persona_lora.report.scores import answers_columns, answers_table
+from persona_lora.steering.methods import (
+    METHODS,
+    ActivationSetting,
+    Steerer,
+    Unsteered,
+    select_batch,
+    select_prefix,
+)
+from persona_lora.steering.persona_prompts import Sign, trait_prompt
+
+SAMPLES_PER_QUESTION = 1000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How answers are generated; ``temperature`` 0 is greedy, and then one sample is all."""
+
+    max_new_tokens: int = 80
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int = 0
+    batch_size: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= SAMPLES_PER_QUESTION:
+            raise UserError(f"samples must be from 1 to {SAMPLES_PER_QUESTION}, got {self.samples}")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"{self.samples} samples of a greedy answer are all the same; "
+                "pass a temperature above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One setting in which all questions are asked.
+
+    ``method`` is "none", "lora", "activation", "ablation", "random" (a random direction),
+    "prompt" (with ``system_prompt``), or "prompt_pos" and "prompt_neg" (the trait's own system
+    prompts, taken in turn over the questions). ``layer`` is where a single layer is steered.
+    """
+
+    method: str
+    coefficient: float | None = None
+    system_prompt: str | None = None
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One answer to be generated."""
+
+    row: int
+    question_id: int
+    question: str
+    sample: int
+    condition: Condition
+    system_prompt: str | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one condition: mean, 95% interval over questions, n and coverage."""
+
+    trait: Interval
+    coherence: Interval
+    answers: Path
+    run: Path
+
+
+def plan_rows(
+    trait: Trait,
+    split: Split,
+    conditions: Sequence[Condition],
+    *,
+    samples: int,
+    max_questions: int | None = None,
+) -> list[PlannedRow]:
+    """Return the questions of the split under every condition, ``samples`` times.
+
+    ``max_questions`` takes the first so many of them.
+    """
+    questions = trait.questions[split][:max_questions]
+    if not questions:
+        raise UserError(f"the trait {trait.name} has no {split} questions")
+    cells = [
+        (condition, question_id, sample)
+        for condition in conditions
+        for question_id in range(len(questions))
+        for sample in range(samples)
+    ]
+    return [
+        PlannedRow(
+            row=row,
+            question_id=question_id,
+            question=questions[question_id],
+            sample=sample,
+            condition=condition,
+            system_prompt=_system_prompt(trait, condition, question_id),
+        )
+        for row, (condition, question_id, sample) in enumerate(cells)
+    ]
+
+
+def answer_rows(
+    chat_model: ChatModel,
+    plan: Sequence[PlannedRow],
+    steerer: Steerer,
+    run: Run,
+    options: GenerationOptions,
+    *,
+    report: Report | None = None,
+) -> list[Answer]:
+    """Answer the planned rows inside the steerer and write them to the run, batch by batch.
+
+    Rows that an interrupted run has answered are kept. Rows of one question and sample share
+    their random numbers under all conditions, so that conditions differ by the steering alone.
+    """
+    answered = {row["row"]: Answer(**row) for row in run.resume_rows("answers")}
+    pending = [planned for planned in plan if planned.row not in answered]
+
+    def keep(rows: Sequence[int], generated: Sequence[Generated]) -> None:
+        answers = [
+            _answer(pending[index], each) for index, each in zip(rows, generated, strict=True)
+        ]
+        run.append("answers", [dataclasses.asdict(answer) for answer in answers])
+        answered.update({answer.row: answer for answer in answers})
+
+    if pending:
+        with steerer:
+            generate_answers(
+                chat_model,
+                [user_question(row.question, row.system_prompt) for row in pending],
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+                streams=[row.question_id * SAMPLES_PER_QUESTION + row.sample for row in pending],
+                batch_size=options.batch_size,
+                prepare_batch=lambda rows: select_batch(steerer, [pending[i].row for i in rows]),
+                alike=[row.condition for row in pending],
+                prepare_prefix=lambda rows, length: select_prefix(
+                    steerer, [pending[i].row for i in rows], length
+                ),
+                on_batch=keep,
+                progress=staged(report, "answering"),
+            )
+    ordered = [answered[planned.row] for planned in plan]
+    run.write("answers", [dataclasses.asdict(answer) for answer in ordered])
+    return ordered
+
+
+def evaluate(
+    chat_model: ChatModel,
+    trait: Trait,
+    judge: Callable[[], Judge],
+    output: Path,
+    *,
+    terms: Mapping[LoRADiff, float] | None = None,
+    mode: str = "live",
+    activation: ActivationSetting | None = None,
+    system_prompt: str | None = None,
+    split: Split = "eval",
+    options: GenerationOptions | None = None,
+    config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Evaluation:
+    """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
+
+    ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
+    states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text. ``judge`` builds
+    the judge once answers are there; it is called outside the steerer, so that a judge may ask
+    the unsteered model. ``config`` is what the run records beyond these settings, and ``inputs``
+    are digests of what it reads beyond model, trait and steering: those of the judge.
+    """
+    if output.suffix != ".csv":
+        raise UserError(f"output must end in .csv, got {output}")
+    options = options or GenerationOptions()
+    condition = _condition(terms, activation, system_prompt)
+    plan = plan_rows(trait, split, [condition], samples=options.samples)
+    steering = [] if activation is None else list(activation.vectors)
+    if activation is not None:
+        steerer = activation.steerer(chat_model.model, allow_other_base=allow_other_base)
+    else:
+        steerer = _steerer(chat_model, terms or {}, mode, allow_other_base)
+    ensure_writable_folder(output.parent)
+    run = Run.open(
+        output.with_suffix(""),
+        command="evaluate",
+        config={
+            "trait": trait.name,
+            **chat_model.record(),
+            "split": split,
+            "mode": mode if terms else None,
+            "condition": dataclasses.asdict(condition),
+            "generation": dataclasses.asdict(options),
+            **(config or {}),
+        },
+        seed=options.seed,
+        inputs={
+            **chat_model.inputs(),
+            **trait.inputs(),
+            **numbered("diff", [diff.content() for diff in terms or {}]),
+            **numbered("vector", [each.content() for each in steering]),
+            **(inputs or {}),
+        },
+        overwrite=overwrite,
+    )
+    with run:
+        answer_rows(chat_model, plan, steerer, run, options, report=report)
+        judge_answers(run, judge, trait, report)
+        table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
+        write_csv(output, answers_columns(trait.name, sweep=False), table)
+    return Evaluation(
+        trait=mean_score(run, trait.name),
+        coherence=mean_score(run, COHERENCE),
+        answers=output,
+        run=run.folder,
+    )
+
+
+def mean_score(run: Run, criterion: str) -> Interval:
+    """Return the mean score of a run with its interval over questions, n and coverage."""
+    question_of = {row["row"]: row["question_id"] for row in run.read("answers")}
+    by_question: dict[int, list[float | None]] = {}
+    for verdict in run.read("verdicts"):
+        if verdict["criterion"] == criterion:
+            by_question.setdefault(question_of[verdict["row"]], []).append(verdict["score"])
+    return bootstrap_mean(by_question)
+
+
+def _condition(
+    terms: Mapping[LoRADiff, float] | None,
+    activation: ActivationSetting | None,
+    system_prompt: str | None,
+) -> Condition:
+    if terms and activation is not None:
+        raise UserError("a diff and a steering vector do not steer at once; choose one of them")
+    if terms:
+        return Condition("lora", _only(terms.values()), system_prompt)
+    if activation is not None:
+        layer = _only(activation.layers or ())
+        if activation.ablate:
+            return Condition("ablation", None, system_prompt, layer)
+        return Condition("activation", _only(activation.vectors.values()), system_prompt, layer)
+    if system_prompt in ("pos", "neg"):
+        return Condition(f"prompt_{system_prompt}")
+    return Condition("none") if system_prompt is None else Condition("prompt", None, system_prompt)
+
+
+def _only(values: Collection[T]) -> T | None:
+    """Return the one value there is, or None where there are several."""
+    return next(iter(values)) if len(values) == 1 else None
+
+
+def _system_prompt(trait: Trait, condition: Condition, question_id: int) -> str | None:
+    wanted = condition.system_prompt or condition.method.removeprefix("prompt_")
+    signs: dict[str, Sign] = {"pos": "pos", "neg": "neg"}
+    if wanted in signs:
+        return trait_prompt(trait, signs[wanted], question_id)
+    return condition.system_prompt
+
+
+def _steerer(
+    chat_model: ChatModel, terms: Mapping[LoRADiff, float], mode: str, allow_other_base: bool
+) -> Steerer:
+    if mode not in METHODS:
+        raise UserError(f"mode must be one of {', '.join(METHODS)}, got {mode!r}")
+    if not terms:
+        return Unsteered()
+    return METHODS[mode](chat_model.model, terms, allow_other_base)
+
+
+def _answer(planned: PlannedRow, generated: Generated) -> Answer:
+    return Answer(
+        row=planned.row,
+        question_id=planned.question_id,
+        question=planned.question,
+        sample=planned.sample,
+        method=planned.condition.method,
+        coefficient=planned.condition.coefficient,
+        layer=planned.condition.layer,
+        system_prompt=planned.system_prompt,
+        prompt=generated.prompt,
+        answer=generated.text,
+        num_tokens=generated.num_tokens,
+        finished=generated.finished,
+    )

@@ -1,0 +1,1 @@
+"""What finetuning did to character, predicted and prevented."""

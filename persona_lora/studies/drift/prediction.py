@@ -1,0 +1,244 @@
+"""Do projections predict what finetuning does to character? Many finetunes, each judged on traits.
+
+Every finetune (a LoRA on the same base) is asked the held-out questions of every trait and judged;
+its weight change is projected on every diff, and the shift of the base model's own answers on every
+steering vector. All pairs of judged trait and direction are kept, not only those of equal name: a
+direction that predicts another trait as well as its own says little about either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from persona_lora.core.chat import user_question
+from persona_lora.core.content import model_folder_digest
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_csv
+from persona_lora.core.lora_diff import LoRADiff, random_diff_like
+from persona_lora.core.runs import Run
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.traits import Split, Trait
+from persona_lora.judges.choice import Report, once
+from persona_lora.judges.judging import Judge
+from persona_lora.models.generation import generate_answers
+from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
+from persona_lora.models.loading import ChatModel
+from persona_lora.projections.activation_space import project_hidden_states
+from persona_lora.projections.weight_space import project_adapter
+from persona_lora.studies.asking.run import GenerationOptions, evaluate, mean_score
+from persona_lora.studies.drift.figure_prediction import plot_prediction
+from persona_lora.studies.drift.read_prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
+
+JUDGED, PREDICTORS = "judged", "predictors"
+RANDOM_DIRECTIONS = 40  # of each diff's spectrum
+JudgeOf = Callable[[Trait], Callable[[], Judge]]
+
+
+@dataclass(frozen=True, eq=False)
+class DriftStudy:
+    """What is finetuned (adapters by name), judged (traits) and projected on (by direction)."""
+
+    finetunes: Mapping[str, Path]
+    traits: Sequence[Trait]
+    diffs: Mapping[str, LoRADiff]
+    vectors: Mapping[str, SteeringVector]
+    layer: int
+    split: Split = "eval"
+
+    def __post_init__(self) -> None:
+        for name, path in self.finetunes.items():
+            if not (path / "adapter_config.json").is_file():
+                raise UserError(f"the finetune {name} is no adapter: {path} has no adapter_config")
+        if not self.finetunes or not self.traits or not (self.diffs or self.vectors):
+            raise UserError("a study needs finetunes, traits to judge, and directions")
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the finetunes, the traits and the directions."""
+        traits = (trait.inputs() for trait in self.traits)
+        return {
+            **{key: each for read in traits for key, each in read.items()},
+            **{f"the diff {name}": diff.content() for name, diff in self.diffs.items()},
+            **{f"the vector {name}": each.content() for name, each in self.vectors.items()},
+            **{
+                f"the finetune {name}": model_folder_digest(at)
+                for name, at in self.finetunes.items()
+            },
+        }
+
+
+def predict_finetuning(
+    base: ChatModel,
+    study: DriftStudy,
+    judge_of: JudgeOf,
+    output: Path,
+    *,
+    options: GenerationOptions | None = None,
+    inputs: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Run:
+    """Judge and project every finetune into the run ``output``; what is there is kept.
+
+    Writes ``judged.jsonl`` (finetune, trait, score …), ``predictors.jsonl`` (finetune, direction,
+    kind, value), ``prediction.csv`` (every correlation) and ``prediction.png``.
+    """
+    options = options or GenerationOptions(max_new_tokens=60)
+    run = Run.open(
+        output,
+        command="predict-finetuning",
+        config={
+            **base.record(),
+            "traits": [trait.name for trait in study.traits],
+            "directions": sorted({*study.diffs, *study.vectors}),
+            "layer": study.layer,
+            "max_new_tokens": options.max_new_tokens,
+        },
+        seed=options.seed,
+        inputs={**base.inputs(), **study.inputs(), **(inputs or {})},
+        parts=("answers",),
+        overwrite=overwrite,
+    )
+    with run:
+        texts = _base_texts(base, study, options) if study.vectors else []
+        states = _states(base, study, texts)
+        judges = {trait.name: once(judge_of(trait)) for trait in study.traits}
+        _judge(run, study, BASE, base, judges, options, inputs, report)
+        for done, (name, folder) in enumerate(study.finetunes.items()):
+            if report is not None:
+                report("finetunes", done, len(study.finetunes))
+            known = {row["finetune"] for row in run.resume_rows(PREDICTORS)}
+            if name in known and not _missing(run, study, name):
+                continue
+            tuned = base.reload(adapter=folder)
+            _judge(run, study, name, tuned, judges, options, inputs, report)
+            if name not in known:
+                shift = _states(tuned, study, texts) - states if study.vectors else None
+                run.extend(PREDICTORS, _predictors(study, name, folder, shift))
+        if report is not None:
+            report("finetunes", len(study.finetunes), len(study.finetunes))
+        _project_on_random(run, study, report)
+        here = {BASE, *study.finetunes}
+        for name in (JUDGED, PREDICTORS):
+            run.write(name, [row for row in run.read(name) if row["finetune"] in here])
+        found = predict(run.read(JUDGED), run.read(PREDICTORS))
+        write_csv(
+            output / "prediction.csv", list(prediction_rows(found)[0]), prediction_rows(found)
+        )
+        plot_prediction(run.read(JUDGED), run.read(PREDICTORS), output / "prediction.png")
+    return run
+
+
+def _missing(run: Run, study: DriftStudy, name: str) -> list[Trait]:
+    judged = {(row["finetune"], row["trait"]) for row in run.resume_rows(JUDGED)}
+    return [trait for trait in study.traits if (name, trait.name) not in judged]
+
+
+def _judge(
+    run: Run,
+    study: DriftStudy,
+    name: str,
+    chat_model: ChatModel,
+    judges: Mapping[str, Callable[[], Judge]],
+    options: GenerationOptions,
+    inputs: Mapping[str, str] | None,
+    report: Report | None,
+) -> None:
+    """Ask and judge what is missing of one finetune, in runs of their own below the study's."""
+    for trait in _missing(run, study, name):
+        result = evaluate(
+            chat_model,
+            trait,
+            judges[trait.name],
+            run.folder / "answers" / name.replace("/", "_") / f"{trait.name}.csv",
+            split=study.split,
+            options=options,
+            config={"finetune": name},
+            inputs=inputs,
+            report=report,
+        )
+        score, coherence = result.trait, mean_score(Run(result.run), "coherence")
+        run.append(
+            JUDGED,
+            [
+                {
+                    "finetune": name,
+                    "trait": trait.name,
+                    "score": score.mean,
+                    "low": score.low,
+                    "high": score.high,
+                    "n": score.n,
+                    "coverage": score.coverage,
+                    "coherence": coherence.mean,
+                }
+            ],
+        )
+
+
+def _base_texts(
+    base: ChatModel, study: DriftStudy, options: GenerationOptions
+) -> list[TokenizedExchange]:
+    """Return the base model's own answers to all questions: the text that shifts are taken on."""
+    questions = [user_question(q) for trait in study.traits for q in trait.questions[study.split]]
+    answers = generate_answers(base, questions, max_new_tokens=options.max_new_tokens)
+    return [
+        tokenize_rendered(base, answer.prompt, answer.text) for answer in answers if answer.text
+    ]
+
+
+def _states(chat_model: ChatModel, study: DriftStudy, texts: list[TokenizedExchange]) -> Tensor:
+    """Return the mean projection over the texts on every vector, ``[vectors]``."""
+    if not study.vectors:
+        return Tensor()
+    found = project_hidden_states(chat_model, texts, study.vectors, [study.layer])
+    return found[:, :, 0, 0].double().mean(dim=0)
+
+
+def _predictors(
+    study: DriftStudy,
+    name: str,
+    folder: Path,
+    shift: Tensor | None,
+) -> list[dict[str, Any]]:
+    rows = []
+    if study.diffs:
+        adapter = LoRADiff.load(folder)
+        projection = project_adapter(adapter, study.diffs)
+        for direction, value in projection.total.items():
+            rows.append(_row(name, direction, WEIGHTS, value.coordinate))
+            corrected = projection.corrected[direction]
+            rows.append(_row(name, direction, "weights, corrected", corrected))
+    if shift is not None:
+        pairs = zip(study.vectors, shift.tolist(), strict=True)
+        rows += [_row(name, direction, "activations", value) for direction, value in pairs]
+    return rows
+
+
+def _project_on_random(run: Run, study: DriftStudy, report: Report | None) -> None:
+    """Project what lacks it on random directions of each spectrum, one in memory at a time."""
+    known = {row["finetune"] for row in run.read(PREDICTORS) if row["kind"] == NULL}
+    adapters = {
+        name: LoRADiff.load(folder)
+        for name, folder in study.finetunes.items()
+        if name not in known and study.diffs
+    }
+    planned = [(name, seed) for name in study.diffs for seed in range(RANDOM_DIRECTIONS)]
+    rows = []
+    for done, (name, seed) in enumerate(planned if adapters else []):
+        if report is not None:
+            report("random directions", done, len(planned))
+        control = random_diff_like(study.diffs[name], seed)
+        norm = control.norm()
+        rows += [
+            _row(finetune, f"{name}#{seed}", NULL, adapter.inner(control) / norm)
+            for finetune, adapter in adapters.items()
+        ]
+    run.extend(PREDICTORS, rows)
+
+
+def _row(name: str, direction: str, kind: str, value: float) -> dict[str, Any]:
+    return {"finetune": name, "direction": direction, "kind": kind, "value": float(value)}

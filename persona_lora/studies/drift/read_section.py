@@ -1,0 +1,76 @@
+"""The section of a report on a finetune: curves over its checkpoints, and what agrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from persona_lora.core.runs import Run
+from persona_lora.report import wording
+from persona_lora.report.sections import Content, ReportOptions, data_uri
+from persona_lora.studies.drift.figure import render_checkpoints
+from persona_lora.studies.drift.read import Agreement, Curve, agreements, curves
+
+
+@dataclass(frozen=True)
+class CheckpointsBody:
+    """The picture, every statistic at every step, and the correlations."""
+
+    plot: str
+    steps: tuple[int, ...]
+    rows: tuple[tuple[str, ...], ...]
+    agreements: tuple[tuple[str, ...], ...]
+
+
+def checkpoints_content(run: Run, options: ReportOptions) -> Content:
+    """Return the section of one finetune."""
+    every, agreeing = curves(run), agreements(run)
+    steps = sorted({point.step for curve in every for point in curve.points})
+    config = run.record["config"]
+    tuned = config.get("finetuned_on")
+    return Content(
+        template="report_checkpoints.html.j2",
+        title=f"A finetune{f' on {tuned}' if tuned else ''}, checkpoint by checkpoint",
+        lead=" ".join(_finding(curve) for curve in every if curve.statistic == "trait"),
+        body=CheckpointsBody(
+            data_uri(render_checkpoints(run)),
+            tuple(steps),
+            tuple(_row(curve, steps) for curve in every),
+            tuple(_agreement_row(each) for each in agreeing),
+        ),
+    )
+
+
+def _finding(curve: Curve) -> str:
+    first, last = curve.points[0], curve.points[-1]
+    name = wording.title_of(curve.trait)
+    if None in (first.value, last.value, first.high, last.low, first.low, last.high):
+        return f"{name} could not be scored at both ends."
+    apart = (last.low or 0.0) > (first.high or 0.0) or (last.high or 0.0) < (first.low or 0.0)
+    verb = "goes" if apart else "does not clearly change (the intervals overlap):"
+    return (
+        f"{name} {verb} from {wording.number(first.value)} [{wording.number(first.low)}, "
+        f"{wording.number(first.high)}] at step {first.step} to {wording.number(last.value)} "
+        f"[{wording.number(last.low)}, {wording.number(last.high)}] at step {last.step}."
+    )
+
+
+def _row(curve: Curve, steps: list[int]) -> tuple[str, ...]:
+    digits = 1 if curve.vector is None else 2
+    values = {point.step: point.value for point in curve.points}
+    where = "" if curve.layer is None else str(curve.layer)
+    return (
+        curve.trait,
+        curve.statistic,
+        curve.vector or "",
+        where,
+        *(wording.number(values.get(step), digits) for step in steps),
+    )
+
+
+def _agreement_row(each: Agreement) -> tuple[str, ...]:
+    found = each.correlation
+    if found.rho is None:
+        cells = (found.reason or "", "", "")
+    else:
+        cells = (wording.number(found.rho, 2), wording.p_value(found.p), wording.number(found.r, 2))
+    return (each.trait, each.statistic, each.vector, str(each.layer), *cells, str(found.n))

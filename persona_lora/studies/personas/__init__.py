@@ -1,0 +1,1 @@
+"""Which mix of directions speaks like a person."""

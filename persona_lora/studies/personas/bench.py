@@ -1,0 +1,463 @@
+"""Everything that a persona search needs, from names and folders; and the optimiser in one class.
+
+Here options become a ``PersonaProblem`` and a ``Method``; the search itself knows only those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.content import digest_of, file_digest
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.files import read_json, write_json
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.personas import (
+    Coefficients,
+    ConversationSplit,
+    Persona,
+    PersonaPrompts,
+    list_personas,
+    load_persona,
+    load_persona_prompts,
+)
+from persona_lora.core.resources import search_folders
+from persona_lora.core.runs import first_difference
+from persona_lora.core.vector_files import load_vector
+from persona_lora.judges.choice import JudgeOptions, judge_inputs
+from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.persona_judges import (
+    Reader,
+    check_style_judge,
+    fit_coherence,
+    judge_prompt_of,
+    make_persona_judge,
+    make_readers,
+)
+from persona_lora.judges.relevance import relevance
+from persona_lora.judges.style_judge import StyleJudge, TextFeatures
+from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.models.generation import Progress
+from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
+from persona_lora.models.processes import Alone, Processes
+from persona_lora.models.structure import num_layers
+from persona_lora.steering.templates import warn_of_other_template
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas.answers import Speaker, plain_speaker
+from persona_lora.studies.personas.objective import SENSIBLE, ObjectiveOptions
+from persona_lora.studies.personas.run import (
+    Method,
+    PersonaProblem,
+    PersonaResult,
+    baseline_answers,
+    first_prompts,
+    optimise_persona,
+)
+from persona_lora.studies.personas.search import Generation, SearchOptions
+from persona_lora.studies.steering.divergence import load_ordinary_prompts
+from persona_lora.studies.steering.equal_effect import (
+    DiffDirections,
+    Directions,
+    Scale,
+    VectorDirections,
+    equal_effect_scales,
+)
+
+logger = logging.getLogger(__name__)
+
+# R1 … R5, in the order that initial weights are given in.
+STYLE_TRAITS = (
+    "self_other_focus",
+    "formality",
+    "intimacy",
+    "narrative_mode",
+    "emotional_tone",
+)
+VECTOR_METHODS = ("svd", "mean_diff", "pca")
+DIRECTION_METHODS = ("lora", *VECTOR_METHODS)
+SCALE_PROMPTS = 8
+NEIGHBOURS = 1
+
+
+def default_layers(model_layers: int) -> tuple[int, ...]:
+    """Return three layers around two thirds of the depth."""
+    middle = min(round(2 / 3 * model_layers), model_layers - 1)
+    lowest, highest = max(0, middle - NEIGHBOURS), min(model_layers - 1, middle + NEIGHBOURS)
+    return tuple(range(lowest, highest + 1))
+
+
+def load_directions(
+    method: str,
+    traits: Sequence[str],
+    folder: Path,
+    layers: Sequence[int],
+    *,
+    energy: float | None = None,
+) -> Directions:
+    """Load a direction a trait: ``{folder}/{trait}/diff``, or a vector below ``vectors/``.
+
+    ``energy`` cuts the rank of every diff to what keeps that share of its squared norm. UserError
+    for an unknown method, or a direction that is not there.
+    """
+    if method not in DIRECTION_METHODS:
+        raise UserError(f"no method {method!r}; {nearest_names(method, DIRECTION_METHODS)}")
+    if method == "lora":
+        diffs = {trait: LoRADiff.load(_found(folder / trait / "diff", trait)) for trait in traits}
+        if energy is not None:
+            diffs = {trait: diff.compress(energy=energy).diff for trait, diff in diffs.items()}
+        return DiffDirections(diffs, energy)
+    if energy is not None:
+        raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
+    suffix = "" if method == "mean_diff" else f"_{method}"
+    paths = {
+        trait: folder / "vectors" / trait / f"{trait}_response_avg{suffix}.safetensors"
+        for trait in traits
+    }
+    vectors = {trait: load_vector(_found(path, trait)) for trait, path in paths.items()}
+    return VectorDirections(vectors, tuple(layers))
+
+
+def _found(path: Path, trait: str) -> Path:
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; make it with: "
+            f"TRAITS={trait} bash scripts/train_style_traits.sh"
+        )
+    return path
+
+
+def scales_of(
+    chat_model: ChatModel,
+    directions: Directions,
+    *,
+    cache: Path | None = None,
+    datasets: Path | None = None,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Return the coefficient of equal effect of every direction; ``cache`` keeps them as JSON."""
+    prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
+    read = {**chat_model.inputs(), **directions.inputs(), "the prompts": digest_of(prompts)}
+    asked = {**chat_model.record(), **directions.record(), "inputs": read}
+    if cache is not None and cache.is_file():
+        kept = read_json(cache)
+        if first_difference(kept.get("of"), asked) is None:
+            return {row["trait"]: row["coefficient"] for row in kept["scales"]}
+    scales: list[Scale] = equal_effect_scales(
+        chat_model, directions, prompts, allow_other_base=allow_other_base, progress=progress
+    )
+    if cache is not None:
+        rows = [dataclasses.asdict(each) for each in scales]
+        write_json(cache, {"of": asked, "scales": rows})
+    return {each.trait: each.coefficient for each in scales}
+
+
+def directions_of(method: str) -> str:
+    """Return whose directions a method of a comparison uses: "svd@20" those of "svd"."""
+    name = method.partition("@")[0]
+    return "lora" if name == "random" else name
+
+
+def load_optimization(
+    chat_model: ChatModel,
+    path: Path | None,
+    trait_folder: Path,
+    generation: GenerationOptions,
+) -> tuple[Speaker, Coefficients | None]:
+    """Return a speaker and the best mix that ``{persona}_optimization.json`` holds.
+
+    Without a ``path``: the plain model, and no mix.
+    """
+    if path is None:
+        return plain_speaker(chat_model, generation), None
+    found = read_json(path)
+    lacking = [key for key in ("method", "alpha", "scales", "best_weights") if key not in found]
+    if lacking:
+        raise UserError(f"{path} is no result of optimize: it has no {lacking[0]!r}")
+    mix = Coefficients.of(found["best_weights"])
+    directions = load_directions(
+        directions_of(found["method"]),
+        mix.traits,
+        trait_folder,
+        found["layer"] or (),
+        energy=found.get("energy"),
+    )
+    warn_of_other_template(chat_model, directions.made())
+    scales, alpha = found["scales"], found["alpha"]
+    return Speaker(chat_model, directions, scales, alpha, generation, Alone()), mix
+
+
+@dataclass(eq=False)
+class Workbench:
+    """What personas and methods share: the model, features of texts, coherence, base answers."""
+
+    chat_model: ChatModel
+    prompts: PersonaPrompts
+    generation: GenerationOptions
+    judging: JudgeOptions
+    traits: Sequence[str] = STYLE_TRAITS
+    trait_folder: Path = Path("checkpoints")
+    persona_dir: Path | None = None
+    datasets: Path | None = None
+    allow_other_base: bool = False
+    processes: Processes = field(default_factory=Alone)
+    energy: float | None = None
+    _features: TextFeatures | None = None
+    _coherence: CoherenceScorer | None = None
+    _baselines: dict[str, str] | None = None
+    _readers: dict[str, Reader] | None = None
+
+    @property
+    def features(self) -> TextFeatures:
+        """Features of texts, computed once for each."""
+        if self._features is None:
+            self._features = TextFeatures(SentenceEmbedder())
+        return self._features
+
+    @property
+    def coherence(self) -> CoherenceScorer:
+        """The coherence of answers, fitted to the traits' own training answers."""
+        if self._coherence is None:
+            self._coherence = fit_coherence(
+                self.chat_model, self.traits, datasets=self.datasets, seed=self.judging.seed
+            )
+        return self._coherence
+
+    @property
+    def readers(self) -> dict[str, Reader]:
+        """The language models among the judges, each made once."""
+        if self._readers is None:
+            self._readers = make_readers(self.judging, self.chat_model)
+        return self._readers
+
+    def cost(self) -> float | None:
+        """Return what judging has cost in US dollars; None where nothing is billed."""
+        costs = [cost for each in self.readers.values() if (cost := each.cost()) is not None]
+        return sum(costs) if costs else None
+
+    @property
+    def baselines(self) -> dict[str, str]:
+        """The unsteered answer to every prompt."""
+        if self._baselines is None:
+            self._baselines = baseline_answers(
+                self.chat_model, self.prompts, self.generation, self.processes
+            )
+        return self._baselines
+
+    def problem(self, persona_id: str) -> PersonaProblem:
+        """Return the problem of one persona, with its judges."""
+        persona = load_persona(persona_id, self.persona_dir)
+        personas = self._all_with(persona)
+        readers = self.readers
+        if readers:
+            judge_prompt_of(persona)  # a mistake in it shows before anything is generated
+        baselines = self.baselines if readers else {}
+        splits: tuple[ConversationSplit, ...] = ("train", "test")
+        judges = [
+            make_persona_judge(
+                persona,
+                personas,
+                split,
+                self.judging,
+                features=self.features,
+                readers=readers,
+                baselines=baselines,
+            )
+            for split in splits
+        ]
+        checks = [
+            check_style_judge(judge, persona, personas, split)
+            for judge, split in zip(judges, splits, strict=True)
+            if isinstance(judge, StyleJudge)
+        ]
+        return PersonaProblem(
+            self.chat_model,
+            persona,
+            self.prompts,
+            judges[0],
+            judges[1],
+            self.coherence,
+            lambda exchanges: relevance(exchanges, self.features.embeddings),
+            self.generation,
+            self.processes,
+            self.allow_other_base,
+            tuple(checks),
+            self._judged_by(persona.id, personas),
+        )
+
+    def _all_with(self, persona: Persona) -> list[Persona]:
+        """Return a persona and all others; one that cannot be read is named and left out."""
+        found = []
+        for each in list_personas(self.persona_dir):
+            try:
+                other = each != persona.id
+                found.append(load_persona(each, self.persona_dir) if other else persona)
+            except UserError as error:
+                logger.warning("%s; it is not among those that the judge tells apart", error)
+        return found
+
+    def _judged_by(self, persona_id: str, personas: Sequence[Persona]) -> dict[str, str]:
+        """Return digests of the other personas and of the traits' answers, and of the judge."""
+        roots = search_folders("datasets", self.datasets)
+        files = {
+            trait: [path for root in roots if (path := root / trait / "train.jsonl").is_file()]
+            for trait in self.traits
+        }
+        traits = {trait: file_digest(found[0]) for trait, found in files.items() if found}
+        others = {each.id: each.content() for each in personas if each.id != persona_id}
+        return {
+            "the other personas": digest_of(others),
+            "train.jsonl of the traits": digest_of(traits),
+            **judge_inputs(self.judging),
+        }
+
+    def method(
+        self,
+        name: str,
+        *,
+        layers: Sequence[int] | None = None,
+        alpha: float = 2.0,
+        searcher: str = "cmaes",
+        cache: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Method:
+        """Load the directions of a method and measure their scales."""
+        chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
+        energy = self.energy if name == "lora" else None
+        directions = load_directions(name, self.traits, self.trait_folder, chosen, energy=energy)
+        warn_of_other_template(self.chat_model, directions.made())
+        scales = self.processes.from_main(
+            lambda: scales_of(
+                self.chat_model,
+                directions,
+                cache=cache,
+                datasets=self.datasets,
+                allow_other_base=self.allow_other_base,
+                progress=progress,
+            )
+        )
+        return Method(name, directions, scales, alpha, searcher)
+
+
+class CMAESPersonaOptimizer:
+    """Find the mix of trait directions that makes a model speak like a person.
+
+    ``layer`` is one decoder layer or several (for vectors; None: three around two thirds of the
+    depth), ``alpha`` a factor on all coefficients, ``eval_prompts`` the prompts to search on (the
+    shipped ones by default), ``method`` "lora" (differences of LoRAs, held live), "svd",
+    "mean_diff" or "pca" (steering vectors). ``energy`` cuts the rank of the differences to what
+    keeps this share of their squared norm: faster, and nearly the same answers.
+
+        optimizer = CMAESPersonaOptimizer("episode-000101_A", method="lora")
+        result = optimizer.optimize(max_iterations=10, save_dir="optimization_results")
+        result.weights.as_dict()
+
+    Directions are scaled to equal effect first, so that a weight means the same for each:
+    coefficient = alpha · weight · scale.
+    """
+
+    def __init__(
+        self,
+        persona_id: str,
+        *,
+        layer: int | Sequence[int] | None = None,
+        alpha: float = 2.0,
+        eval_prompts: Sequence[str] | None = None,
+        num_prompts: int | None = None,
+        method: str = "lora",
+        searcher: str = "cmaes",
+        model: ChatModel | str = DEFAULT_MODEL,
+        traits: Sequence[str] = STYLE_TRAITS,
+        trait_vector_dir: Path | str = "checkpoints",
+        persona_dir: Path | str | None = None,
+        judging: JudgeOptions | None = None,
+        generation: GenerationOptions | None = None,
+        allow_other_base: bool = False,
+        processes: Processes | None = None,
+        energy: float | None = None,
+    ) -> None:
+        folder = None if persona_dir is None else Path(persona_dir)
+        shipped = load_persona_prompts(None if folder is None else folder / "prompts.json")
+        prompts = (
+            dataclasses.replace(shipped, train=tuple(eval_prompts)) if eval_prompts else shipped
+        )
+        self.persona_id = persona_id
+        self.traits = tuple(traits)
+        self.layers = None if layer is None else _as_layers(layer)
+        self.alpha = alpha
+        self.method = method
+        self.searcher = searcher
+        self.workbench = Workbench(
+            model if isinstance(model, ChatModel) else load_chat_model(model),
+            first_prompts(prompts, num_prompts),
+            generation or GenerationOptions(max_new_tokens=40),
+            judging or JudgeOptions(),
+            self.traits,
+            Path(trait_vector_dir),
+            folder,
+            allow_other_base=allow_other_base,
+            processes=processes or Alone(),
+            energy=energy,
+        )
+
+    def optimize(
+        self,
+        max_iterations: int = 30,
+        sigma0: float = 1.0,
+        initial_weights: Sequence[float] | Mapping[str, float] | None = None,
+        save_dir: Path | str = "optimization_results",
+        *,
+        searching: SearchOptions | None = None,
+        objective: ObjectiveOptions = SENSIBLE,
+        overwrite: bool = False,
+        watch: Callable[[Generation], None] | None = None,
+        progress: Progress | None = None,
+    ) -> PersonaResult:
+        """Search and report; see ``optimise_persona``.
+
+        ``initial_weights`` are by trait, or in the order of ``traits``. ``searching`` holds the
+        rest of the search's options; the three named ones here take precedence.
+        """
+        save_dir = Path(save_dir)
+        options = dataclasses.replace(
+            searching or SearchOptions(), max_iterations=max_iterations, sigma0=sigma0
+        )
+        if initial_weights is not None:
+            options = dataclasses.replace(options, initial=self._initial(initial_weights))
+        problem = self.workbench.problem(self.persona_id)
+        method = self.workbench.method(
+            self.method,
+            layers=self.layers,
+            alpha=self.alpha,
+            searcher=self.searcher,
+            cache=save_dir / "scales" / f"{self.method}.json",
+            progress=progress,
+        )
+        return optimise_persona(
+            problem,
+            method,
+            save_dir / f"{self.persona_id}_{self.method}",
+            searching=options,
+            objective=objective,
+            overwrite=overwrite,
+            watch=watch,
+            progress=progress,
+        )
+
+    def _initial(self, weights: Sequence[float] | Mapping[str, float]) -> dict[str, Any]:
+        if isinstance(weights, Mapping):
+            return dict(weights)
+        if len(weights) != len(self.traits):
+            raise UserError(
+                f"{len(weights)} initial weights for {len(self.traits)} traits; give one for each "
+                f"of {', '.join(self.traits)}"
+            )
+        return dict(zip(self.traits, map(float, weights), strict=True))
+
+
+def _as_layers(layer: int | Sequence[int]) -> tuple[int, ...]:
+    return (layer,) if isinstance(layer, int) else tuple(layer)

@@ -1,0 +1,234 @@
+"""Blind rating sheets for people, and what their ratings say.
+
+A sheet shows prompt and answer beside the persona's profile, in an order drawn by a seed, and not
+which condition an answer comes from: that is in a key file of its own, which raters do not get.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from scipy.stats import spearmanr
+from sklearn.metrics import cohen_kappa_score
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import (
+    ensure_writable_folder,
+    read_csv,
+    read_json,
+    write_csv,
+    write_json,
+    write_text,
+)
+from persona_lora.core.personas import load_persona
+from persona_lora.core.runs import Run
+from persona_lora.report.resampling import Interval, bootstrap_mean
+
+RATINGS = ("1", "2", "3", "4", "5")
+COLUMNS = ("item", "persona", "prompt", "answer", "rating")
+KEY, SHEET, PAGE = "key.json", "sheet.csv", "sheet.html"
+
+
+class Sheets(NamedTuple):
+    """What was written: how many items, and where."""
+
+    items: int
+    csv: Path
+    page: Path
+    key: Path
+
+
+class Agreement(NamedTuple):
+    """How two raters (or a rater and the judge) agree over the ``n`` items that both rated.
+
+    ``kappa`` is Cohen's with quadratic weights (None against a judge, whose scores are no whole
+    numbers), ``spearman`` Spearman's ρ; None where undefined.
+    """
+
+    first: str
+    second: str
+    n: int
+    kappa: float | None
+    spearman: float | None
+
+
+@dataclass(frozen=True)
+class HumanFits:
+    """Mean ratings by condition with 95% intervals over prompts, and every agreement."""
+
+    fits: dict[str, Interval]
+    agreements: tuple[Agreement, ...]
+    n_raters: int
+
+
+def write_sheets(
+    run: Run,
+    folder: Path,
+    *,
+    persona: str,
+    conditions: Sequence[str] | None = None,
+    prompts: int = 8,
+    seed: int = 0,
+    personas: Path | None = None,
+) -> Sheets:
+    """Write a blind sheet (CSV and a page to click in) and its key from a run's held-out rows.
+
+    Takes the first ``prompts`` prompts under every condition. UserError for a persona or a
+    condition that the run does not hold.
+    """
+    rows = [row for row in run.read("held_out") if row["persona"] == persona]
+    if not rows:
+        raise UserError(f"{run.folder} holds no held-out answers of {persona!r}")
+    known = list(dict.fromkeys(row["condition"] for row in rows))
+    chosen = list(conditions or known)
+    missing = [name for name in chosen if name not in known]
+    if missing:
+        raise UserError(f"no condition {missing[0]!r} in {run.folder}; it has {', '.join(known)}")
+    picked = [row for row in rows if row["condition"] in chosen and row["prompt_id"] < prompts]
+    random.Random(seed).shuffle(picked)
+    items = [{"item": number, **row} for number, row in enumerate(picked, start=1)]
+    folder = ensure_writable_folder(folder)
+    write_csv(folder / SHEET, COLUMNS, [_cells(item) for item in items])
+    write_json(
+        folder / KEY,
+        {
+            "persona": persona,
+            "items": {
+                str(item["item"]): {
+                    "condition": item["condition"],
+                    "prompt_id": item["prompt_id"],
+                    "score": item["score"],
+                }
+                for item in items
+            },
+        },
+    )
+    about = load_persona(persona, personas)
+    profile = str(about.read("persona_profile.txt"))
+    write_text(folder / PAGE, _page(items, profile, about.samples()))
+    return Sheets(len(items), folder / SHEET, folder / PAGE, folder / KEY)
+
+
+def read_ratings(folder: Path, files: Sequence[Path]) -> HumanFits:
+    """Join the ratings of one or more people with the key.
+
+    Every file is one rater: a CSV with ``item`` and ``rating`` (1–5; an empty one is left out).
+    UserError for an unknown item, a rating that is none, or a file without ratings.
+    """
+    key = folder / KEY
+    if not key.is_file():
+        raise UserError(f"{key} does not exist; give the folder that the sheets were written to")
+    items: Mapping[str, Any] = read_json(key)["items"]
+    by_rater = {path.stem: _ratings(path, items) for path in files}
+    if len(by_rater) < len(files):
+        raise UserError("two rating files have the same name; a rater is known by the file's name")
+    fits: dict[str, dict[int, list[float | None]]] = {}
+    for ratings in by_rater.values():
+        for item, rating in ratings.items():
+            place = items[item]
+            fits.setdefault(place["condition"], {}).setdefault(place["prompt_id"], []).append(
+                float(rating)
+            )
+    pairs = [
+        _agree((one, other), by_rater[one], by_rater[other], whole=True)
+        for one, other in itertools.combinations(by_rater, 2)
+    ]
+    judged = {item: each["score"] for item, each in items.items() if each["score"] is not None}
+    means = {
+        item: fmean(ratings[item] for ratings in by_rater.values() if item in ratings)
+        for item in items
+        if any(item in ratings for ratings in by_rater.values())
+    }
+    pairs.append(_agree(("people", "judge"), means, judged, whole=False))
+    return HumanFits(
+        {name: bootstrap_mean(fits[name]) for name in sorted(fits)}, tuple(pairs), len(by_rater)
+    )
+
+
+def _ratings(path: Path, items: Mapping[str, Any]) -> dict[str, int]:
+    ratings = {}
+    for line, row in enumerate(read_csv(path, ("item", "rating")), start=2):
+        item, rating = (str(row.get(name, "")).strip() for name in ("item", "rating"))
+        if item not in items:
+            raise UserError(f"{path}:{line}: no item {item!r} in the key; is it another sheet's?")
+        if rating and rating not in RATINGS:
+            raise UserError(f"{path}:{line}: a rating is 1, 2, 3, 4 or 5, got {rating!r}")
+        if rating:
+            ratings[item] = int(rating)
+    if not ratings:
+        raise UserError(f"{path} holds no ratings; fill in the column rating with 1 to 5")
+    return ratings
+
+
+def _agree(
+    names: tuple[str, str],
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    *,
+    whole: bool,
+) -> Agreement:
+    both = sorted(set(first) & set(second))
+    x, y = [first[item] for item in both], [second[item] for item in both]
+    varied = len(set(x)) > 1 and len(set(y)) > 1
+    kappa = float(cohen_kappa_score(x, y, weights="quadratic")) if whole and varied else None
+    rho = float(spearmanr(x, y).statistic) if varied else None
+    return Agreement(*names, len(both), kappa, rho)
+
+
+def _cells(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name: item[name] for name in COLUMNS[:-1]}, "rating": ""}
+
+
+def _page(items: Sequence[Mapping[str, Any]], profile: str, samples: Sequence[str]) -> str:
+    """Return a self-contained page with radio buttons; a button saves the ratings as CSV."""
+    listed = "".join(f"<li>{html.escape(sample)}</li>" for sample in samples)
+    cards = "".join(_card(item) for item in items)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Persona ratings</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem;
+ color: #1f2328; }}
+section {{ border: 1px solid #d8dee4; border-radius: 8px; padding: .8rem 1rem; margin: 1rem 0; }}
+.prompt {{ color: #656d76; }} .answer {{ white-space: pre-wrap; }}
+label {{ margin-right: 1rem; }} button {{ font: inherit; padding: .4rem 1rem; }}
+</style></head><body>
+<h1>Who is speaking?</h1>
+<p>{html.escape(profile.strip())}</p><p>Things the person has said:</p><ul>{listed}</ul>
+<p>How much does each answer sound like this person? 1: not at all. 3: about as much as anyone.
+5: the person could have said it. Judge the manner, not what is said.</p>
+{cards}
+<p><button id="save">Save ratings</button> <span id="left"></span></p>
+<script>
+document.getElementById("save").onclick = () => {{
+  const rows = [...document.querySelectorAll("section")].map(each => {{
+    const chosen = each.querySelector("input:checked");
+    return each.dataset.item + "," + (chosen ? chosen.value : "");
+  }});
+  const open = rows.filter(row => row.endsWith(",")).length;
+  document.getElementById("left").textContent = open ? open + " not rated" : "";
+  const link = document.createElement("a");
+  link.href = "data:text/csv," + encodeURIComponent("item,rating\\n" + rows.join("\\n") + "\\n");
+  link.download = "ratings.csv";
+  link.click();
+}};
+</script></body></html>
+"""
+
+
+def _card(item: Mapping[str, Any]) -> str:
+    number = item["item"]
+    choices = "".join(
+        f'<label><input type="radio" name="r{number}" value="{each}"> {each}</label>'
+        for each in RATINGS
+    )
+    return (
+        f'<section data-item="{number}"><p class="prompt">{html.escape(item["prompt"])}</p>'
+        f'<p class="answer">{html.escape(item["answer"])}</p>{choices}</section>'
+    )

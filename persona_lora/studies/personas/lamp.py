@@ -1,0 +1,179 @@
+"""LaMP-7: does a persona help to paraphrase a tweet as its author would have written it?
+
+Reads a local copy of the benchmark's files (Salemi et al. 2023, arXiv:2304.11406): questions with
+``id``, ``input`` and the author's ``profile``, and the golds apart. Scored is the overlap with what
+the author wrote, as ROUGE-1 and ROUGE-L (F of unstemmed words).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rouge_score.rouge_scorer import RougeScorer
+
+from persona_lora.core.content import digest_of
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_json, write_csv
+from persona_lora.core.personas import Coefficients
+from persona_lora.core.runs import Run
+from persona_lora.report.fits import ConditionFit, fits_over_personas
+from persona_lora.studies.personas.answers import Cell, Speaker
+
+MEASURES = ("rouge1", "rougeL")
+NONE, PROFILE, MIX = "none", "profile", "mix"
+COLUMNS = ("measure", "condition", "mean", "low", "high", "n", "gain", "gain_low", "gain_high", "p")
+
+
+class LampQuestion(NamedTuple):
+    """One question of one user: what is asked, what the user wrote, and earlier texts of theirs."""
+
+    id: str
+    input: str
+    gold: str
+    profile: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LampScores:
+    """ROUGE by measure and condition; units are users, differences are from the plain model."""
+
+    fits: Mapping[str, tuple[ConditionFit, ...]]
+    folder: Path
+
+
+def load_lamp(questions: Path, outputs: Path) -> list[LampQuestion]:
+    """Read a LaMP-7 questions file and its golds; UserError for what is missing in either."""
+    asked, golds = read_json(questions), read_json(outputs)
+    if not isinstance(asked, list) or not isinstance(golds, dict) or "golds" not in golds:
+        raise UserError(
+            f"{questions} must be a list of questions and {outputs} hold 'golds', as LaMP-7 does"
+        )
+    texts = {str(each["id"]): each["output"] for each in golds["golds"]}
+    found = []
+    for number, each in enumerate(asked, start=1):
+        lacking = [key for key in ("id", "input", "profile") if key not in each]
+        if lacking:
+            raise UserError(f"{questions}: question {number} has no {lacking[0]!r}")
+        if str(each["id"]) not in texts:
+            raise UserError(f"{outputs} has no gold for the question {each['id']!r}")
+        profile = tuple(str(text["text"]) for text in each["profile"])
+        found.append(LampQuestion(str(each["id"]), each["input"], texts[str(each["id"])], profile))
+    if not found:
+        raise UserError(f"{questions} holds no questions")
+    return found
+
+
+def profile_prompt(question: LampQuestion, number: int = 8) -> str:
+    """Return the prompt baseline: the user's first texts, to be imitated."""
+    listed = "\n".join(f"- {text}" for text in question.profile[:number])
+    return f"You write as the author of these texts does:\n{listed}"
+
+
+def score_lamp(
+    speaker: Speaker,
+    questions: Sequence[LampQuestion],
+    mix: Coefficients | None,
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> LampScores:
+    """Answer every question plainly, with the user's texts as system prompt, and under ``mix``.
+
+    Writes ``answers.jsonl`` (kept by a second run of the same configuration) and ``scores.csv``.
+    """
+    conditions = (NONE, PROFILE) if mix is None else (NONE, PROFILE, MIX)
+    run = Run.open(
+        folder,
+        command="lamp",
+        config={
+            **speaker.chat_model.record(),
+            "questions": [question.id for question in questions],
+            "mix": None if mix is None else mix.as_dict(),
+            "max_new_tokens": speaker.options.max_new_tokens,
+            **(config or {}),
+        },
+        seed=speaker.options.seed,
+        inputs={
+            **speaker.inputs(),
+            "the questions": digest_of([question._asdict() for question in questions]),
+            **(inputs or {}),
+        },
+        overwrite=overwrite,
+    )
+    with run:
+        rows = run.resume_rows("answers") or _answered(speaker, questions, conditions, mix)
+        run.write("answers", rows)
+        fits = {
+            measure: tuple(fits_over_personas(_of(rows, measure), NONE)) for measure in MEASURES
+        }
+        cells = [_cells(name, fit) for name, each in fits.items() for fit in each]
+        write_csv(folder / "scores.csv", COLUMNS, cells)
+    return LampScores(fits, folder)
+
+
+def _answered(
+    speaker: Speaker,
+    questions: Sequence[LampQuestion],
+    conditions: Sequence[str],
+    mix: Coefficients | None,
+) -> list[dict[str, Any]]:
+    asked = [(name, question) for name in conditions for question in questions]
+    cells = [
+        Cell(
+            question.input,
+            mix if name == MIX else None,
+            profile_prompt(question) if name == PROFILE else None,
+            index % len(questions),
+        )
+        for index, (name, question) in enumerate(asked)
+    ]
+    scorer = RougeScorer(list(MEASURES))
+    rows = []
+    for (name, question), answer in zip(asked, speaker.answers(cells), strict=True):
+        overlap = scorer.score(question.gold, answer)
+        rows.append(
+            {
+                "user": question.id,
+                "condition": name,
+                "answer": answer,
+                "gold": question.gold,
+                **{measure: overlap[measure].fmeasure for measure in MEASURES},
+            }
+        )
+    return rows
+
+
+def _of(rows: Sequence[Mapping[str, Any]], measure: str) -> list[dict[str, Any]]:
+    """Return rows as ``fits`` reads them: a user is a unit, the measure its score."""
+    return [
+        {
+            "persona": row["user"],
+            "condition": row["condition"],
+            "prompt_id": 0,
+            "score": row[measure],
+            "coherence": None,
+            "relevance": None,
+        }
+        for row in rows
+    ]
+
+
+def _cells(measure: str, fit: ConditionFit) -> dict[str, Any]:
+    gain = fit.difference
+    return {
+        "measure": measure,
+        "condition": fit.condition,
+        "mean": fit.fit.mean,
+        "low": fit.fit.low,
+        "high": fit.fit.high,
+        "n": fit.fit.n,
+        "gain": None if gain is None else gain.mean,
+        "gain_low": None if gain is None else gain.low,
+        "gain_high": None if gain is None else gain.high,
+        "p": fit.p_holm,
+    }

@@ -1,0 +1,302 @@
+"""The objective of a persona search: how well a mix of directions fits the person, on prompts.
+
+All candidates of a generation answer all prompts in one population of rows; a judge reads the
+answers while the next batch is generated. An answer that could not be judged has no score, and a
+candidate with too few of them no value: never a middle one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.personas import Coefficients
+from persona_lora.judges.budget import COST_CAP, REQUEST_CAP
+from persona_lora.judges.judging import Judge
+from persona_lora.judges.style_judge import PERSONA_FIT
+from persona_lora.models.generation import Progress
+from persona_lora.studies.personas.answers import Cell, Speaker
+from persona_lora.studies.personas.search import SearchStopped, Value
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0
+Coherence = Callable[[Sequence[Exchange]], Sequence[Verdict]]
+Relevance = Callable[[Sequence[Exchange]], Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What else the value of a mix counts, and how its prompts are spent.
+
+    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10
+    − max(0, ``min_relevance`` − relevance) / 10. Coherence is measured on a third of the prompts,
+    drawn anew for each generation and the same for all its candidates; without ``min_coherence``
+    not at all. Relevance (``judges.relevance``) is over all prompts asked. A candidate with a
+    scored share of answers under ``min_coverage`` has no value. ``race``: all candidates answer
+    half of the prompts, drawn anew for each generation, and only the better half of them answers
+    the rest. ``pause``: seconds to wait for a judge that scores nothing at all.
+    """
+
+    penalty: float = 0.0
+    min_coherence: float | None = None
+    min_relevance: float | None = None
+    min_coverage: float = 0.5
+    race: bool = False
+    pause: float = 600.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.penalty < 0 or not 0 < self.min_coverage <= 1:
+            raise UserError(
+                f"penalty must not be negative and min_coverage be in (0, 1], got {self.penalty} "
+                f"and {self.min_coverage}"
+            )
+        for name in ("min_coherence", "min_relevance"):
+            least = getattr(self, name)
+            if least is not None and not 0 <= least <= 100:
+                raise UserError(f"{name} must lie between 0 and 100, got {least:g}")
+
+
+# What a search keeps unless it is told otherwise: the voice is to answer, in sentences.
+SENSIBLE = ObjectiveOptions(min_coherence=80.0, min_relevance=85.0)
+
+
+class RememberingJudge:
+    """A judge's scored verdicts by exchange; what was asked for ahead is waited for, not asked."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self._known: dict[Exchange, Verdict] = {}
+        self._ahead: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(max_workers=1)
+
+    def ask_ahead(self, exchanges: Sequence[Exchange]) -> None:
+        """Have exchanges judged in the background."""
+        self._ahead.append(self._pool.submit(self._ask, list(exchanges)))
+
+    def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Return one verdict an exchange, in order."""
+        ahead, self._ahead = self._ahead, []
+        for future in ahead:
+            future.result()
+        missing = self._ask(exchanges)
+        return [self._known.get(each) or missing[each] for each in exchanges]
+
+    def _ask(self, exchanges: Sequence[Exchange]) -> Any:
+        """Judge what is not known; keep scored verdicts, return the others by exchange."""
+        new = [each for each in dict.fromkeys(exchanges) if each not in self._known]
+        verdicts = self.judge.judge(new, PERSONA_FIT) if new else []
+        found = dict(zip(new, verdicts, strict=True))
+        self._known |= {
+            each: verdict for each, verdict in found.items() if verdict.score is not None
+        }
+        return {each: verdict for each, verdict in found.items() if verdict.score is None}
+
+
+class PersonaObjective:
+    """Maps the candidates of a generation to values; see ``ObjectiveOptions``."""
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        prompts: Sequence[str],
+        judge: Judge,
+        options: ObjectiveOptions | None = None,
+        *,
+        coherence: Coherence | None = None,
+        relevance: Relevance | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.options = options or ObjectiveOptions()
+        if not prompts:
+            raise UserError("a persona search needs at least one prompt")
+        if self.options.min_coherence is not None and coherence is None:
+            raise UserError("min_coherence needs a measure of coherence")
+        if self.options.min_relevance is not None and relevance is None:
+            raise UserError("min_relevance needs a measure of relevance")
+        if self.options.min_relevance is not None and len(prompts) < 2:
+            raise UserError(
+                "relevance compares an answer with two prompts at least, and there is one; give "
+                "more, or turn it off (--min-relevance 0)"
+            )
+        if self.options.race and len(prompts) < 2:
+            raise UserError("a race is over two prompts at least, and there is one; leave it out")
+        self.speaker = speaker
+        self.prompts = tuple(prompts)
+        self._judge = RememberingJudge(judge)
+        self._coherence = coherence
+        self._relevance = relevance
+        self._progress = progress
+
+    def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
+        """Return a value a candidate; ``iteration`` seeds which prompts a race begins with."""
+        first, rest = self._heats(iteration)
+        found = self._measure(mixes, first, self._checked_for_coherence(iteration, first))
+        if not rest:
+            return [self._value(mix, each) for mix, each in zip(mixes, found, strict=True)]
+        order = sorted(range(len(mixes)), key=lambda at: -_mean_or(found[at].scores, -math.inf))
+        kept = sorted(order[: math.ceil(len(mixes) / 2)])
+        more = self._measure([mixes[at] for at in kept], rest, ())
+        whole = dict(zip(kept, more, strict=True))
+        values = [
+            self._value(mix, found[at] + whole[at] if at in whole else found[at])
+            for at, mix in enumerate(mixes)
+        ]
+        return _ranked(values, order[len(kept) :])
+
+    def _heats(self, iteration: int) -> tuple[list[int], list[int]]:
+        """Return the prompts that all candidates answer, and those that only the better half do."""
+        everything = list(range(len(self.prompts)))
+        if not self.options.race:
+            return everything, []
+        drawn = np.random.default_rng([self.options.seed, iteration]).permutation(everything)
+        half = math.ceil(len(everything) / 2)
+        return sorted(map(int, drawn[:half])), sorted(map(int, drawn[half:]))
+
+    def _checked_for_coherence(self, iteration: int, prompts: Sequence[int]) -> list[int]:
+        """Return the prompts whose answers are measured for coherence in this generation."""
+        if self.options.min_coherence is None:
+            return []
+        drawn = np.random.default_rng([self.options.seed, iteration, 1]).permutation(prompts)
+        return sorted(map(int, drawn[: math.ceil(len(prompts) / 3)]))
+
+    def _measure(
+        self,
+        mixes: Sequence[Coefficients],
+        prompts: Sequence[int],
+        checked: Sequence[int],
+    ) -> list[Measured]:
+        cells = [
+            Cell(self.prompts[prompt], mix, stream=prompt) for mix in mixes for prompt in prompts
+        ]
+        judge_here = self.speaker.processes.count == 1
+
+        def ahead(places: Sequence[int], texts: Sequence[str]) -> None:
+            self._judge.ask_ahead(
+                [Exchange(cells[at].prompt, text) for at, text in zip(places, texts, strict=True)]
+            )
+
+        answers = self.speaker.answers(
+            cells, on_batch=ahead if judge_here else None, progress=self._progress
+        )
+        exchanges = [Exchange(cell.prompt, text) for cell, text in zip(cells, answers, strict=True)]
+        processes = self.speaker.processes
+        scores = processes.from_main(lambda: self._scores(exchanges))
+        places = [at for at, cell in enumerate(cells) if cell.stream in checked]
+        coherence = processes.from_main(
+            lambda: self._coherence_of([exchanges[place] for place in places])
+        )
+        relevance = processes.from_main(lambda: self._relevance_of(exchanges))
+        rows = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
+        parts = [slice(at * len(checked), (at + 1) * len(checked)) for at in range(len(mixes))]
+        return [
+            Measured(list(prompts), answers[row], scores[row], coherence[part], relevance[row])
+            for row, part in zip(rows, parts, strict=True)
+        ]
+
+    def _scores(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        return [each.score for each in self._patiently(exchanges)]
+
+    def _coherence_of(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        if not exchanges or self._coherence is None:
+            return []
+        return [each.score for each in self._coherence(exchanges)]
+
+    def _relevance_of(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        if self._relevance is None or self.options.min_relevance is None:
+            return []
+        return list(self._relevance(exchanges))
+
+    def _patiently(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Judge; wait while the judge scores nothing, stop where its budget is spent."""
+        waited, pause = 0.0, FIRST_PAUSE
+        while True:
+            verdicts = self._judge.verdicts(exchanges)
+            spent = {each.reason for each in verdicts} & {REQUEST_CAP, COST_CAP}
+            if spent:
+                raise SearchStopped(f"judge: {spent.pop()}")
+            answered = any(exchange.answer.strip() for exchange in exchanges)
+            if not answered or any(each.score is not None for each in verdicts):
+                return verdicts
+            if waited >= self.options.pause:
+                raise UserError(
+                    f"the judge scored none of {len(exchanges)} answers for {waited:.0f} s "
+                    f"({verdicts[0].reason}); finished generations are kept: run the same command "
+                    "again to go on"
+                )
+            logger.warning("the judge scores nothing (%s); waiting", verdicts[0].reason)
+            time.sleep(pause)
+            waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
+
+    def _value(self, mix: Coefficients, measured: Measured) -> Value:
+        scored = [each for each in measured.scores if each is not None]
+        coverage = len(scored) / len(measured.scores)
+        details: dict[str, Any] = {
+            "fit": fmean(scored) if scored else None,
+            "coverage": coverage,
+            "prompts": measured.prompts,
+            "scores": measured.scores,
+            "answers": measured.answers,
+        }
+        if not scored or coverage < self.options.min_coverage:
+            return Value(None, details)
+        value = fmean(scored) - self.options.penalty * math.fsum(x * x for x in mix.values)
+        if self.options.min_coherence is not None:
+            details["coherence"] = _mean_or(measured.coherence, 0.0)
+            value -= max(0.0, self.options.min_coherence - details["coherence"]) / 10
+        if self.options.min_relevance is not None:
+            details["relevance"] = _mean_or(measured.relevance, 0.0)
+            value -= max(0.0, self.options.min_relevance - details["relevance"]) / 10
+        return Value(value, details)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The answers of one candidate to some prompts, with their scores."""
+
+    prompts: list[int]
+    answers: list[str]
+    scores: list[float | None]
+    coherence: list[float | None]
+    relevance: list[float | None]
+
+    def __add__(self, other: Measured) -> Measured:
+        return Measured(
+            self.prompts + other.prompts,
+            self.answers + other.answers,
+            self.scores + other.scores,
+            self.coherence + other.coherence,
+            self.relevance + other.relevance,
+        )
+
+
+def _mean_or(values: Sequence[float | None], otherwise: float) -> float:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else otherwise
+
+
+def _ranked(values: Sequence[Value], out: Sequence[int]) -> list[Value]:
+    """Put candidates that left a race below all that finished it, in the order they left it.
+
+    Survivors are compared over the same prompts; a partial mean is no match for a whole one.
+    """
+    whole = [each.value for at, each in enumerate(values) if at not in out]
+    finished = [value for value in whole if value is not None]
+    ranked = list(values)
+    for place, at in enumerate(out, start=1):
+        value, details = values[at].value, {**values[at].details, "raced_out": True}
+        if value is not None and finished:
+            value = min(value, min(finished) - 1e-6 * place)
+        ranked[at] = Value(value, details)
+    return ranked

@@ -1,0 +1,423 @@
+"""Ask and tell: CMA-ES (or random search) over coefficient vectors, resumable at any point.
+
+The loop knows candidates and their values, neither models nor LoRA: every method is searched
+through the same objective. pycma turns an unscored candidate (NaN) into the generation's median;
+here it gets the generation's worst value, and is flagged.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import cma
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.personas import Coefficients
+from persona_lora.core.runs import Run
+from persona_lora.models.processes import Alone, Processes
+
+logger = logging.getLogger(__name__)
+
+Vector = NDArray[np.float64]  # [K], one number a trait
+GENERATIONS = "generations"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What the objective says of one candidate: higher is better, None where unscored.
+
+    ``details`` are plain values kept with the candidate (mean score, coverage, penalty …).
+    """
+
+    value: float | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+Objective = Callable[[Sequence[Coefficients], int], Sequence[Value]]
+"""Takes the candidates of a generation and its number; returns their values."""
+
+
+class SearchStopped(Exception):
+    """Raised by an objective that cannot go on (a budget is spent); the search ends well."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How coefficients are searched.
+
+    ``sigma0`` is the first standard deviation along each direction, ``bound`` the largest
+    coefficient allowed (None: no bound), ``fixed`` holds traits at a value, ``inject`` are good
+    points known before. The search stops after ``max_iterations`` generations, before it would
+    pass ``max_evaluations`` candidates, at ``target``, or when CMA-ES has converged (``tolx``: its
+    steps are small, ``tolfun``: its values are equal).
+    """
+
+    max_iterations: int = 30
+    population_size: int | None = None
+    sigma0: float = 1.0
+    bound: float | None = 4.0
+    initial: Mapping[str, float] = field(default_factory=dict)
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    inject: tuple[Mapping[str, float], ...] = ()
+    target: float | None = None
+    max_evaluations: int | None = None
+    tolx: float = 1e-3
+    tolfun: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 1 or not self.sigma0 > 0:
+            raise UserError(
+                f"max_iterations must be at least 1 and sigma0 positive, got "
+                f"{self.max_iterations} and {self.sigma0}"
+            )
+        if self.population_size is not None and self.population_size < 3:
+            raise UserError(f"population_size must be at least 3, got {self.population_size}")
+        if self.bound is not None and not self.bound > 0:
+            raise UserError(f"bound must be positive, got {self.bound}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate of one generation, with its value."""
+
+    iteration: int
+    coefficients: Coefficients
+    value: float | None
+    unscored: bool
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Where a search ended: its best candidate, the distribution's mean, and why it stopped."""
+
+    best: Candidate
+    mean: Coefficients
+    iterations: int
+    evaluations: int
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+
+class Searcher(Protocol):
+    """Asks for candidates ``[P, K]`` and is told their values."""
+
+    def ask(self) -> list[Vector]: ...
+
+    def tell(self, candidates: Sequence[Vector], values: Sequence[float]) -> None: ...
+
+    def mean(self) -> Vector: ...
+
+    def sigma(self) -> float: ...
+
+    def stopped(self) -> str | None: ...
+
+
+class CMAES:
+    """pycma behind ask and tell, with random numbers of its own (pycma's are global)."""
+
+    def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
+        _check_traits(traits, options)
+        start = [float(options.initial.get(trait, 0.0)) for trait in traits]
+        held = options.fixed
+        fixed = {index: held[trait] for index, trait in enumerate(traits) if trait in held}
+        random = np.random.RandomState(options.seed)
+        settings: dict[str, Any] = {
+            "seed": math.nan,  # pycma would seed numpy's global generator
+            "randn": random.randn,
+            "tolx": options.tolx,
+            "tolfun": options.tolfun,
+            "maxiter": options.max_iterations,
+            "verbose": -9,
+        }
+        if options.population_size is not None:
+            settings["popsize"] = options.population_size
+        if options.bound is not None:
+            settings["bounds"] = [-options.bound, options.bound]
+        if fixed:
+            settings["fixed_variables"] = fixed
+        if len(traits) - len(fixed) == 1:
+            settings["maxstd"] = math.inf  # pycma cannot limit the σ of a single dimension
+        self._strategy = cma.CMAEvolutionStrategy(start, options.sigma0, settings)
+        if options.inject:
+            free = [trait for trait in traits if trait not in held]  # pycma's own dimensions
+            points = [
+                np.array([point.get(trait, 0.0) for trait in free]) for point in options.inject
+            ]
+            self._strategy.inject(points, force=True)
+
+    def ask(self) -> list[Vector]:
+        """Return the next generation."""
+        return [np.asarray(each, dtype=float) for each in self._strategy.ask()]
+
+    def tell(self, candidates: Sequence[Vector], values: Sequence[float]) -> None:
+        """Take the values of the generation asked for last; pycma minimises."""
+        self._strategy.tell(list(candidates), [-value for value in values])
+
+    def mean(self) -> Vector:
+        """Return the mean of the distribution, inside the bounds."""
+        return np.asarray(self._strategy.result.xfavorite, dtype=float)
+
+    def sigma(self) -> float:
+        """Return the overall step size σ."""
+        return float(self._strategy.sigma)
+
+    def stopped(self) -> str | None:
+        """Return why CMA-ES has stopped, or None."""
+        reasons = self._strategy.stop()
+        return ", ".join(sorted(reasons)) if reasons else None
+
+
+class RandomSearch:
+    """Candidates from one Gaussian that never moves: the control of equal budget."""
+
+    def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
+        _check_traits(traits, options)
+        self._options = options
+        self._traits = list(traits)
+        self._random = np.random.RandomState(options.seed)
+        self._size = options.population_size or 4 + int(3 * math.log(len(traits)))
+        self._best: tuple[float, Vector] | None = None
+
+    def ask(self) -> list[Vector]:
+        """Return as many fresh candidates as CMA-ES would ask for."""
+        options, bound = self._options, self._options.bound or math.inf
+        start = np.array([options.initial.get(trait, 0.0) for trait in self._traits])
+        candidates = [
+            np.clip(start + options.sigma0 * self._random.randn(len(start)), -bound, bound)
+            for _ in range(self._size)
+        ]
+        for candidate in candidates:
+            for index, trait in enumerate(self._traits):
+                if trait in options.fixed:
+                    candidate[index] = options.fixed[trait]
+        return candidates
+
+    def tell(self, candidates: Sequence[Vector], values: Sequence[float]) -> None:
+        """Remember the best."""
+        for candidate, value in zip(candidates, values, strict=True):
+            if self._best is None or value > self._best[0]:
+                self._best = (value, candidate)
+
+    def mean(self) -> Vector:
+        """Return the best so far: there is no distribution that learns."""
+        if self._best is None:
+            raise UserError("random search was told nothing yet")
+        return self._best[1]
+
+    def sigma(self) -> float:
+        """Return the fixed standard deviation."""
+        return self._options.sigma0
+
+    def stopped(self) -> str | None:
+        """Never stop before the budget is spent."""
+        return None
+
+
+SEARCHERS: dict[str, Callable[[Sequence[str], SearchOptions], Searcher]] = {
+    "cmaes": CMAES,
+    "random": RandomSearch,
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a generation showed, for whoever watches the search.
+
+    ``best`` is the best value so far, ``mean`` that of this generation; ``seconds`` is 0 for one
+    that was read from the disk.
+    """
+
+    iteration: int
+    max_iterations: int
+    best: float | None
+    mean: float | None
+    sigma: float
+    evaluations: int
+    size: int
+    seconds: float
+
+
+def search(
+    objective: Objective,
+    traits: Sequence[str],
+    options: SearchOptions,
+    run: Run,
+    *,
+    searcher: str = "cmaes",
+    processes: Processes | None = None,
+    watch: Callable[[Generation], None] | None = None,
+) -> SearchResult:
+    """Maximise the objective; every generation is on disk before the next one is asked for.
+
+    A run that was killed goes on: its generations are told again to a searcher of the same seed,
+    which then asks for what it would have asked. Of several processes the first one writes.
+    Raises UserError when the rows on disk do not agree (other options), when not one candidate of
+    a generation could be scored, or when a budget was spent before the first generation ended.
+    """
+    if searcher not in SEARCHERS:
+        raise UserError(f"no search {searcher!r}; there are {', '.join(SEARCHERS)}")
+    names = tuple(sorted(traits))
+    strategy = SEARCHERS[searcher](names, options)
+    processes = processes or Alone()
+    told = processes.from_main(lambda: _told(run))
+    candidates: list[Candidate] = []
+    reason = "maxiter"
+    for iteration in range(1, options.max_iterations + 1):
+        started = time.monotonic()
+        asked = strategy.ask()
+        mixes = [Coefficients(names, tuple(map(float, vector))) for vector in asked]
+        if options.max_evaluations and len(candidates) + len(mixes) > options.max_evaluations:
+            reason = "maxevals"
+            break
+        replayed = iteration in told
+        try:
+            generation = (
+                _replayed(told[iteration], mixes, iteration)
+                if replayed
+                else _evaluated(objective, mixes, iteration)
+            )
+        except SearchStopped as stop:
+            reason = str(stop)
+            break
+        if processes.index == 0 and not replayed:
+            run.append(GENERATIONS, [_row(each, len(mixes)) for each in generation])
+        candidates += generation
+        strategy.tell(asked, _filled([each.value for each in generation]))
+        if watch is not None:
+            seconds = 0.0 if replayed else time.monotonic() - started
+            watch(_summary(generation, candidates, options, strategy.sigma(), seconds))
+        stopped = _stopped(strategy, candidates, options)
+        if stopped is not None:
+            reason = stopped
+            break
+    if not candidates:
+        raise UserError(f"the search ended before its first generation did ({reason}); allow more")
+    return _result(candidates, strategy, names, reason)
+
+
+def _stopped(
+    strategy: Searcher, candidates: Sequence[Candidate], options: SearchOptions
+) -> str | None:
+    best = _best_value(candidates)
+    if best is not None and options.target is not None and best >= options.target:
+        return "target"
+    return strategy.stopped()
+
+
+def _best_value(candidates: Sequence[Candidate]) -> float | None:
+    return max((each.value for each in candidates if each.value is not None), default=None)
+
+
+def _evaluated(
+    objective: Objective, mixes: Sequence[Coefficients], iteration: int
+) -> list[Candidate]:
+    values = objective(mixes, iteration)
+    if len(values) != len(mixes):
+        raise UserError(f"the objective gave {len(values)} values for {len(mixes)} candidates")
+    return [
+        Candidate(iteration, mix, each.value, each.value is None, dict(each.details))
+        for mix, each in zip(mixes, values, strict=True)
+    ]
+
+
+def _replayed(
+    rows: Sequence[Mapping[str, Any]], mixes: Sequence[Coefficients], iteration: int
+) -> list[Candidate]:
+    asked = [list(mix.values) for mix in mixes]
+    if len(rows) != len(mixes) or not np.allclose(
+        [row["values"] for row in rows], asked, rtol=0, atol=1e-9
+    ):
+        raise UserError(
+            f"generation {iteration} on disk was asked for with other options or another version "
+            "of pycma; choose another --save-dir, or pass --overwrite"
+        )
+    return [
+        Candidate(iteration, mix, row["value"], row["value"] is None, row["details"])
+        for row, mix in zip(rows, mixes, strict=True)
+    ]
+
+
+def _filled(values: Sequence[float | None]) -> list[float]:
+    """Return the values with the worst one of the generation where there is none."""
+    scored = [value for value in values if value is not None]
+    if not scored:
+        raise UserError(
+            "not one candidate of a generation could be scored; check the judge (its log says why)"
+        )
+    if len(scored) < len(values):
+        missing = len(values) - len(scored)
+        logger.warning("%d candidates could not be scored and get the worst value", missing)
+    return [min(scored) if value is None else value for value in values]
+
+
+def _told(run: Run) -> dict[int, list[dict[str, Any]]]:
+    """Return the rows on disk by generation; one that a kill cut short is dropped there too."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in run.resume_rows(GENERATIONS):
+        groups.setdefault(row["iteration"], []).append(row)
+    whole = {at: group for at, group in groups.items() if len(group) == group[0]["size"]}
+    run.write(GENERATIONS, [row for group in whole.values() for row in group])
+    return whole
+
+
+def _row(candidate: Candidate, size: int) -> dict[str, Any]:
+    return {
+        "iteration": candidate.iteration,
+        "size": size,
+        "values": list(candidate.coefficients.values),
+        "value": candidate.value,
+        "details": dict(candidate.details),
+    }
+
+
+def _summary(
+    generation: Sequence[Candidate],
+    candidates: Sequence[Candidate],
+    options: SearchOptions,
+    sigma: float,
+    seconds: float,
+) -> Generation:
+    scored = [each.value for each in generation if each.value is not None]
+    return Generation(
+        iteration=generation[0].iteration,
+        max_iterations=options.max_iterations,
+        best=_best_value(candidates),
+        mean=float(np.mean(scored)) if scored else None,
+        sigma=sigma,
+        evaluations=len(candidates),
+        size=len(generation),
+        seconds=seconds,
+    )
+
+
+def _result(
+    candidates: Sequence[Candidate], strategy: Searcher, names: tuple[str, ...], reason: str
+) -> SearchResult:
+    scored = [each for each in candidates if each.value is not None]
+    best = max(scored, key=lambda each: each.value or 0.0)
+    return SearchResult(
+        best=best,
+        mean=Coefficients(names, tuple(map(float, strategy.mean()))),
+        iterations=candidates[-1].iteration,
+        evaluations=len(candidates),
+        reason=reason,
+        candidates=tuple(candidates),
+    )
+
+
+def _check_traits(traits: Sequence[str], options: SearchOptions) -> None:
+    named = {*options.initial, *options.fixed, *(t for point in options.inject for t in point)}
+    unknown = sorted(named - set(traits))
+    if unknown:
+        raise UserError(f"no direction {unknown[0]!r} in the search; it has {', '.join(traits)}")
+    if not traits:
+        raise UserError("a search needs at least one direction")

@@ -1,0 +1,509 @@
+"""The five research questions, answered on one Markdown page from what runs left on disk.
+
+What is said is decided by intervals and corrected p values; ``research_questions.md.j2`` says it.
+Where a run is missing, the page says so, and names the command that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_text
+from persona_lora.core.runs import Run
+from persona_lora.report.figures import written
+from persona_lora.report.fits import ConditionFit, fits_over_personas
+from persona_lora.report.items import TaskScore, score_items
+from persona_lora.report.resampling import Interval
+from persona_lora.report.wording import (
+    CLEAR,
+    NONE,
+    cost,
+    interval,
+    number,
+    p_equals,
+    p_value,
+    title_of,
+)
+from persona_lora.studies.drift.figure_prediction import render_prediction
+from persona_lora.studies.drift.figure_prevention import render_prevention
+from persona_lora.studies.drift.read_prediction import (
+    POOLED,
+    WEIGHTS,
+    Prediction,
+    contrasts,
+    nulls,
+    predict,
+)
+from persona_lora.studies.personas.figure import name_of
+from persona_lora.studies.personas.figure import render_comparison as render_personas
+from persona_lora.studies.steering.figure_comparison import SPLITS, render_comparison
+from persona_lora.studies.steering.figure_latency import render_latency
+from persona_lora.studies.steering.figure_spaces import render_spaces
+from persona_lora.studies.steering.read_comparison import (
+    ACTIVATION,
+    LORA,
+    Overall,
+    Pooled,
+    pooled,
+    read_comparison,
+)
+from persona_lora.studies.steering.read_latency import (
+    BASE,
+    FIRST_TOKEN,
+    MERGED,
+    TOKENS,
+    Timing,
+    ratios,
+)
+
+EXPECTED_R = 0.7
+BASE_MODEL = "base"  # stands among the prevented ones for comparison
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+Row = Mapping[str, Any]
+Part = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Where the page's pictures go, and the Markdown that shows one."""
+
+    page: Path
+
+    def show(self, name: str, png: bytes, caption: str) -> str:
+        """Write ``figures/<name>.png`` beside the page."""
+        written(png, self.page.parent / "figures" / f"{name}.png")
+        return f"![{caption}](figures/{name}.png)"
+
+
+def write_research_questions(results: Path, page: Path) -> list[str]:
+    """Write the page and its pictures; return the parts that were not measured yet.
+
+    ``results`` holds ``compare/<trait>`` (with ``latency`` and ``spaces`` below one of them),
+    ``prediction``, ``prevention/<trait>`` and ``personas/comparison``. UserError if none is there.
+    """
+    figures = Figures(page)
+    parts: dict[str, Any] = {
+        "behaviour": _behaviour(results / "compare", figures),
+        "prediction": _prediction(Run(results / "prediction"), figures),
+        "prevention": _prevention(results / "prevention", figures),
+        "latency": _latency(results / "compare", figures),
+        "personas": _personas(Run(results / "personas" / "comparison"), figures),
+        "sums": _sums(results / "compare"),
+        "spaces": _spaces(results / "compare", figures),
+    }
+    if not any(parts.values()):
+        raise UserError(f"{results} holds no run behind the questions; run scripts/reproduce.sh")
+    environment = Environment(
+        loader=PackageLoader("persona_lora", "report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown
+    )
+    template = environment.get_template("research_questions.md.j2")
+    write_text(page, template.render(**parts, table=_table, absent="Not measured yet."))
+    return [name for name, found in parts.items() if not found]
+
+
+# -- 1. the same traits? --------------------------------------------------------------------
+
+
+def _behaviour(folder: Path, figures: Figures) -> Part | None:
+    runs = [Run(file.parent) for file in sorted(folder.glob("*/splits.jsonl"))]
+    if not runs:
+        return None
+    rows: list[Sequence[str]] = [
+        ("trait", "questions", "weights", "activations", "random difference", "random vector",
+         "weights − activations", "p", "coherence: weights − activations"),
+    ]  # fmt: skip
+    pictures, at_level, winners = [], [], []
+    moved = {LORA: 0, ACTIVATION: 0}
+    for run in runs:
+        found = read_comparison(run)
+        trait = title_of(found.trait)
+        at_level += [each.matched for each in found.points if each.matched is not None]
+        png = render_comparison(found)
+        pictures.append(
+            figures.show(f"compare_{found.trait}", png, f"{trait}: at equal divergence")
+        )
+        for split in dict.fromkeys(each.split for each in found.overall):
+            own = {each.method: each for each in found.overall if each.split == split}
+            for method in moved:
+                moved[method] += _above_zero(own[method].effect)
+            winners.append(_winner(own[ACTIVATION]))
+            rows.append((trait, SPLITS[split], *_effects(own)))
+    n = len(winners)
+    return {
+        "answer": _yes(moved[LORA] == moved[ACTIVATION] == n, "Not in every case."),
+        "n": n,
+        "by_weights": moved[LORA],
+        "by_activations": moved[ACTIVATION],
+        "weights_further": winners.count("weights"),
+        "activations_further": winners.count("activations"),
+        "undecided": winners.count(None),
+        "levels": len(at_level),
+        "unmatched": at_level.count(False),
+        "rows": rows,
+        "traits": len(runs),
+        "pooled": [
+            ("questions", "what", "weights − activations", "p", ""),
+            *(_pooled_row(each) for each in pooled(runs)),
+        ],
+        "pictures": pictures,
+    }
+
+
+def _effects(own: Mapping[str, Overall]) -> tuple[str, ...]:
+    activation = own[ACTIVATION]
+    return (
+        *(interval(own[name].effect) for name in (LORA, ACTIVATION, "random_lora", "random")),
+        _or_none(activation.difference),
+        p_value(activation.p_holm),
+        _or_none(activation.coherence),
+    )
+
+
+def _pooled_row(each: Pooled) -> tuple[str, ...]:
+    told = {1: "more with weights", -1: "more with activations", 0: "undecided"}
+    return (
+        SPLITS[each.split], each.what, _or_none(each.difference), p_value(each.p_holm),
+        told[_clear(each.difference, each.p_holm)],
+    )  # fmt: skip
+
+
+def _winner(activation: Overall) -> str | None:
+    sign = _clear(activation.difference, activation.p_holm)
+    return {1: "weights", -1: "activations"}.get(sign)
+
+
+# -- 2. prediction and prevention -----------------------------------------------------------
+
+
+def _prediction(run: Run, figures: Figures) -> Part | None:
+    judged, predictors = run.read("judged"), run.read("predictors")
+    if not judged or not predictors:
+        return None
+    found = predict(judged, predictors)
+    pooled = [each for each in found if each.judged == POOLED]
+    best = next(each for each in pooled if each.kind == WEIGHTS)
+    kinds: list[Sequence[str]] = [
+        ("projection", "pooled r [95%]", "ρ", "p", "error left out", "of the mean")
+    ]
+    kinds += [
+        (each.kind, _r(each), number(each.rho, 2), p_value(each.p_holm), number(each.error, 2),
+         number(each.plain_error, 2))
+        for each in pooled
+    ]  # fmt: skip
+    return {
+        "answer": _predicts(best),
+        "n": len({row["finetune"] for row in predictors}),
+        "r": _r(best),
+        "p": p_equals(best.p_holm),
+        "expected": EXPECTED_R,
+        "error": number(best.error, 2),
+        "plain_error": number(best.plain_error, 2),
+        "kinds": kinds,
+        "contrasts": "; ".join(
+            f"{each.first} − {each.second} {number(each.difference, 2)} "
+            f"[{number(each.low, 2)}, {number(each.high, 2)}]"
+            for each in contrasts(judged, predictors)
+        ),
+        "by_trait": _by_trait(found, judged, predictors),
+        "picture": figures.show(
+            "prediction", render_prediction(judged, predictors), "Predicted against judged drift"
+        ),
+    }
+
+
+def _predicts(best: Prediction) -> str:
+    if best.r_low > EXPECTED_R:
+        return "Yes."
+    if best.r_low > 0 and best.p_holm is not None and best.p_holm < CLEAR:
+        return "Yes; how closely is less certain." if best.r > EXPECTED_R else "In part."
+    return "Not shown here."
+
+
+def _by_trait(
+    found: Sequence[Prediction], judged: Sequence[Row], predictors: Sequence[Row]
+) -> list[Sequence[str]]:
+    chance = {each.judged: each for each in nulls(judged, predictors)}
+    in_weights = [each for each in found if each.kind == WEIGHTS and each.judged != POOLED]
+    rows: list[Sequence[str]] = [
+        (
+            "judged trait",
+            "r of its own direction",
+            "best other direction",
+            "95% of random ones are below",
+            "share of random as far",
+        ),
+    ]
+    for own in (each for each in in_weights if each.own):
+        others = [each for each in in_weights if each.judged == own.judged and not each.own]
+        best = max(others, key=lambda each: abs(each.r), default=None)
+        null = chance.get(own.judged)
+        rows.append(
+            (
+                title_of(own.judged),
+                _r(own),
+                NONE if best is None else f"{best.direction}: {_r(best)}",
+                NONE if null is None else number(null.high, 2),
+                NONE if null is None else p_value(null.p),
+            )
+        )
+    return rows
+
+
+def _r(each: Prediction) -> str:
+    return f"{number(each.r, 2)} [{number(each.r_low, 2)}, {number(each.r_high, 2)}]"
+
+
+def _prevention(folder: Path, figures: Figures) -> list[Part]:
+    parts = []
+    for run in (Run(file.parent) for file in sorted(folder.glob("*/measures.jsonl"))):
+        trait, rows = run.record["config"]["trait"], run.read("measures")
+        models = list(dict.fromkeys(row["condition"] for row in rows))
+        scores = score_items(rows, models[0])
+        measures = list(dict.fromkeys(each.measure for each in scores))
+        cells = {(each.condition, each.measure): each for each in scores}
+        lower = [
+            each.condition
+            for each in scores
+            if each.task == "trait"
+            and each.condition != BASE_MODEL
+            and _clear(each.difference, each.p_holm) < 0
+        ]
+        table: list[Sequence[str]] = [("model", *measures)]
+        table += [
+            (model, *(_task_cell(cells.get((model, measure))) for measure in measures))
+            for model in models
+        ]
+        png = render_prevention(scores, trait)
+        parts.append(
+            {
+                "trait": title_of(trait),
+                "lower": ", ".join(lower) or "none",
+                "rows": table,
+                "picture": figures.show(
+                    f"prevention_{trait}", png, "What prevention buys and costs"
+                ),
+            }
+        )
+    return parts
+
+
+def _task_cell(each: TaskScore | None) -> str:
+    if each is None:
+        return NONE
+    digits = 0 if each.metric == "score" else 2
+    if each.difference is None:
+        return number(each.score.mean, digits)
+    star = "*" if _clear(each.difference, each.p_holm) else ""
+    return f"{number(each.score.mean, digits)} ({interval(each.difference, digits)}){star}"
+
+
+# -- 3. faster? -----------------------------------------------------------------------------
+
+
+def _latency(folder: Path, figures: Figures) -> Part | None:
+    files = sorted(folder.glob("*/latency/timings.jsonl"))
+    if not files:
+        return None
+    run = Run(files[0].parent)
+    timings = [Timing(**row) for row in run.read("timings")]
+    found = ratios(timings)
+    place = {(each.variant, each.batch, each.measure): each.ratio for each in found}
+    batches = sorted({each.batch for each in found})
+    variants = [name for name in dict.fromkeys(each.variant for each in found) if name != BASE]
+    rows: list[Sequence[str]] = [
+        ("variant", "batch", "time to the first token", "time for a token")
+    ]
+    rows += [
+        (name, str(batch), *(interval(place[name, batch, m], 2) for m in (FIRST_TOKEN, TOKENS)))
+        for name in variants
+        for batch in batches
+    ]
+    free = all(_holds_one(place[MERGED, batch, TOKENS]) for batch in batches)
+    costs: list[Sequence[str]] = [("what", "cost")]
+    costs += [cost(**row) for row in run.read("costs")]
+    largest = batches[-1]
+    return {
+        "answer": (
+            "Merged weights cannot be told from the base model by their speed, at any batch."
+            if free
+            else "Merged weights could be told from the base model by their speed."
+        ),
+        "batch": largest,
+        "said": ", ".join(
+            f"{name} {interval(place[name, largest, TOKENS], 2)}" for name in variants
+        ),
+        "rows": rows,
+        "costs": costs,
+        "rounds": len({each.round for each in timings}),
+        "picture": figures.show("latency", render_latency(found), "Time over the base model's"),
+    }
+
+
+def _holds_one(ratio: Interval) -> bool:
+    return ratio.low is not None and ratio.high is not None and ratio.low <= 1.0 <= ratio.high
+
+
+# -- 4. combined? ---------------------------------------------------------------------------
+
+
+def _personas(run: Run, figures: Figures) -> Part | None:
+    rows = run.read("held_out")
+    fits = {each.condition: each for each in fits_over_personas(rows, "none")} if rows else {}
+    lora = fits.get("lora")
+    if lora is None or lora.difference is None:
+        return None
+    table: list[Sequence[str]] = [
+        ("method", "fit [95%]", "gain over unsteered", "p", "coherence", "relevance"),
+        *(_fit_row(each) for each in fits.values()),
+    ]
+    return {
+        "answer": _yes(_clear(lora.difference, lora.p_holm) > 0, "Not shown here."),
+        "gain": interval(lora.difference, 2),
+        "p": p_equals(lora.p_holm),
+        "n": lora.fit.n_questions,
+        "relevance": interval(lora.relevance),
+        "plain_relevance": interval(fits["none"].relevance),
+        "rows": table,
+        "picture": figures.show(
+            "personas", render_personas(run), "Ways of giving a person's voice"
+        ),
+    }
+
+
+def _fit_row(each: ConditionFit) -> tuple[str, ...]:
+    return (
+        name_of(each.condition), interval(each.fit, 2),
+        NONE if each.difference is None else interval(each.difference, 2), p_value(each.p_holm),
+        number(each.coherence.mean), number(each.relevance.mean),
+    )  # fmt: skip
+
+
+def _sums(folder: Path) -> Part | None:
+    run = _spaces_run(folder)
+    if run is None:
+        return None
+    lines, moves = run.read("linearity"), run.read("interference")
+    rows: list[Sequence[str]] = [
+        ("steered by", "distance from the sum", "pairs", "moved along another trait", "pairs"),
+    ]
+    for method in ("weights", "activations"):
+        apart = [r["residual"] for r in lines if r["method"] == method and r["trait"] != r["other"]]
+        along = [
+            abs(r["value"]) for r in moves if r["method"] == method and r["steered"] != r["read"]
+        ]
+        rows.append((method, _spread(apart), str(len(apart)), _spread(along), str(len(along))))
+    return {"rows": rows}
+
+
+# -- 5. more interpretable? -----------------------------------------------------------------
+
+
+def _spaces(folder: Path, figures: Figures) -> Part | None:
+    run = _spaces_run(folder)
+    if run is None:
+        return None
+    shifts, spectra, cosines = run.read("shifts"), run.read("spectra"), run.read("cosines")
+    layer = run.record["config"]["layer"]
+    at = [row for row in shifts if row["layer"] == layer]
+    own = [row["cosine"] for row in at if row["trait"] == row["other"]]
+    others = [abs(row["cosine"]) for row in at if row["trait"] != row["other"]]
+    nearest = _nearest(at)
+    recognised = sum(trait == other for trait, other in nearest.items())
+    (agreed,) = run.read("agreement")
+    rows: list[Sequence[str]] = [
+        ("trait", "effective rank", "largest direction's share", "where ‖ΔW‖² sits",
+         "cosine of the shift with its vector", "nearest vector"),
+    ]  # fmt: skip
+    for trait, name in nearest.items():
+        cosine = next(r["cosine"] for r in at if r["trait"] == trait == r["other"])
+        rows.append((*_spectrum(trait, spectra), number(cosine, 2), title_of(name)))
+    aligned = recognised == len(own)
+    png = render_spaces(shifts, spectra, cosines, run.read("interference"))
+    return {
+        "answer": (
+            "Not simpler; but what each does is told by the vector of its trait."
+            if aligned
+            else "Not simpler, and not every one is told by the vector of its trait."
+        ),
+        "rank": _spread([row["effective_rank"] for row in spectra], 1),
+        "full_rank": max(row["rank"] for row in spectra),
+        "layer": layer,
+        "own": _spread(own),
+        "others": _spread(others),
+        "recognised": recognised,
+        "n": len(own),
+        "pairs": agreed["n"],
+        "rho": number(agreed["rho"], 2),
+        "rho_p": p_equals(agreed["p"]),
+        "rows": rows,
+        "picture": figures.show("spaces", png, "Weight space and activation space"),
+    }
+
+
+def _spectrum(trait: str, spectra: Sequence[Row]) -> tuple[str, ...]:
+    own = [row for row in spectra if row["trait"] == trait]
+    total = sum(row["norm"] ** 2 for row in own)
+    attention = sum(row["norm"] ** 2 for row in own if row["kind"] in ATTENTION) / total
+    return (
+        title_of(trait),
+        _spread([row["effective_rank"] for row in own], 1),
+        f"{100 * float(np.median([row['top_share'] for row in own])):.0f}%",
+        f"attention {100 * attention:.0f}%, MLP {100 * (1 - attention):.0f}%",
+    )
+
+
+def _nearest(at: Sequence[Row]) -> dict[str, str]:
+    """Return the trait whose vector each trait's shift is nearest to."""
+    by_trait: dict[str, dict[str, float]] = {}
+    for row in at:
+        by_trait.setdefault(row["trait"], {})[row["other"]] = row["cosine"]
+    return {trait: max(each, key=each.__getitem__) for trait, each in by_trait.items()}
+
+
+def _spaces_run(folder: Path) -> Run | None:
+    files = sorted(folder.glob("*/spaces/linearity.jsonl"))
+    return Run(files[0].parent) if files else None
+
+
+# -- shared ---------------------------------------------------------------------------------
+
+
+def _yes(value: bool, otherwise: str) -> str:
+    return "Yes." if value else otherwise
+
+
+def _above_zero(value: Interval) -> bool:
+    return value.low is not None and value.low > 0
+
+
+def _clear(gap: Interval | None, p: float | None) -> int:
+    """Return the sign of a difference whose interval and corrected p both exclude 0, or 0."""
+    if gap is None or gap.low is None or gap.high is None or p is None or p >= CLEAR:
+        return 0
+    return 1 if gap.low > 0 else -1 if gap.high < 0 else 0
+
+
+def _or_none(value: Interval | None) -> str:
+    return NONE if value is None else interval(value)
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{number(middle, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

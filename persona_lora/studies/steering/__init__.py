@@ -1,0 +1,1 @@
+"""How a trait moves with the coefficient, and what it costs."""

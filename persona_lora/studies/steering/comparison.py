@@ -1,0 +1,147 @@
+"""Weights or activations: which steers a trait further at equal divergence from the base model?
+
+A diff, a steering vector and a random control of each are brought to the same divergence and asked
+the same questions in the same batches, held-out ones and ones out of distribution. The trait's own
+system prompts stand beside them, at the divergence that they happen to have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.content import digest_of
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_csv
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import Split, Trait
+from persona_lora.judges.choice import Report, judge_answers, once, staged
+from persona_lora.judges.judging import Judge
+from persona_lora.models.loading import ChatModel
+from persona_lora.studies.asking.populations import UNSTEERED
+from persona_lora.studies.asking.run import (
+    Condition,
+    GenerationOptions,
+    answer_rows,
+    plan_rows,
+)
+from persona_lora.studies.report_page import write_report
+from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
+from persona_lora.studies.steering.equal_divergence import (
+    Level,
+    Methods,
+    Statistic,
+    match_divergence,
+)
+from persona_lora.studies.steering.figure_comparison import plot_comparison
+from persona_lora.studies.steering.read_comparison import (
+    COLUMNS,
+    Comparison,
+    cells_of,
+    read_comparison,
+)
+
+LEVELS = "levels"
+PROMPTS = (Condition("prompt_pos"), Condition("prompt_neg"))
+
+
+def compare(
+    chat_model: ChatModel,
+    trait: Trait,
+    methods: Methods,
+    coefficients: Sequence[float],
+    judge: Callable[[], Judge],
+    output: Path,
+    *,
+    splits: Sequence[Split] = ("eval", "ood"),
+    max_questions: int | None = None,
+    statistic: Statistic = "mean",
+    options: GenerationOptions | None = None,
+    config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    datasets: Path | None = None,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Comparison:
+    """Calibrate, ask, judge and compare; run again, it goes on where it stopped.
+
+    ``coefficients`` are those of the diff, whose divergences the other methods are brought to.
+    Writes ``levels.jsonl``, a run folder a split with answers and verdicts, ``comparison.csv``,
+    ``comparison.png`` and ``report.html``.
+    """
+    options = options or GenerationOptions()
+    asked = [split for split in splits if trait.questions[split]]
+    if not asked:
+        raise UserError(f"the trait {trait.name} has no {' or '.join(splits)} questions")
+    record = {
+        "trait": trait.name,
+        **chat_model.record(),
+        "coefficients": list(coefficients),
+        "statistic": statistic,
+        **methods.record(),
+        "generation": dataclasses.asdict(options),
+        **(config or {}),
+    }
+    prompts = load_ordinary_prompts(datasets)
+    read = {
+        **chat_model.inputs(),
+        **trait.inputs(),
+        **methods.inputs(),
+        "the ordinary prompts": digest_of(prompts),
+        **(inputs or {}),
+    }
+    shared = once(judge)  # by both sets of questions
+    run = Run.open(
+        output,
+        command="compare",
+        config=record,
+        seed=options.seed,
+        inputs=read,
+        parts=asked,
+        overwrite=overwrite,
+    )
+    with run:
+        levels = levels_of(output)
+        if not levels:
+            levels = match_divergence(
+                chat_model,
+                methods,
+                coefficients,
+                ordinary_texts(chat_model, prompts),
+                statistic=statistic,
+                allow_other_base=allow_other_base,
+                progress=staged(report, "calibration"),
+            )
+            run.write(LEVELS, [dataclasses.asdict(level) for level in levels])
+        conditions = [UNSTEERED, *(level.condition for level in levels), *PROMPTS]
+        for split in asked:
+            part = Run.open(
+                output / split,
+                command="compare split",
+                config={**record, "split": split, "max_questions": max_questions},
+                seed=options.seed,
+                inputs=read,
+            )
+            with part:
+                plan = plan_rows(
+                    trait, split, conditions, samples=options.samples, max_questions=max_questions
+                )
+                rows = [planned.condition for planned in plan]
+                steerer = methods.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
+                answer_rows(chat_model, plan, steerer, part, options, report=report)
+                judge_answers(part, shared, trait, report)
+            run.write("validation", part.read("validation"))  # of the judge, the same for all
+        run.write("splits", [{"split": split} for split in asked])
+        found = read_comparison(run)
+        write_csv(output / "comparison.csv", COLUMNS, [cells_of(each) for each in found.points])
+        plot_comparison(found, output / "comparison.png")
+    write_report([output], output / "report.html")
+    return found
+
+
+def levels_of(output: Path) -> list[Level]:
+    """Return the levels that a comparison has calibrated."""
+    return [Level(**row) for row in Run(output).read(LEVELS)]

@@ -1,0 +1,228 @@
+"""What steering costs the model: relative norm, and divergence on ordinary prompts.
+
+Raw coefficients do not travel between models, methods and training recipes; these two do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persona_lora.core.chat import Exchange, user_question
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.resources import resource_path
+from persona_lora.models.generation import Progress, generate_answers
+from persona_lora.models.hooks import Hook, Hooked
+from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
+from persona_lora.models.loading import ChatModel
+from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
+from persona_lora.steering.methods import Steerer
+from persona_lora.studies.asking.populations import (
+    UNSTEERED,
+    DiffPopulation,
+    Population,
+    VectorPopulation,
+)
+from persona_lora.studies.asking.run import Condition
+
+ANSWER_TOKENS = 40
+ROWS_PER_PASS = 16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one condition does to the model.
+
+    ``relative_weight_norm`` is ‖cΔW‖ / ‖W‖ over the touched modules (diffs);
+    ``relative_state_norm`` is ‖cv‖ / mean ‖h‖ over the answer tokens at the layer (vectors).
+    ``kl_mean`` and ``kl_p95`` are the mean and the 95th percentile over tokens of
+    KL(p_base ‖ p_steered) in nats, on the base model's own greedy answers to ordinary prompts;
+    ``num_tokens`` is how many there were.
+    """
+
+    method: str
+    layer: int | None
+    coefficient: float
+    relative_weight_norm: float | None
+    relative_state_norm: float | None
+    kl_mean: float
+    kl_p95: float
+    num_tokens: int
+
+
+def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
+    """Load the ordinary prompts that divergence is measured on."""
+    name = Path("ordinary") / "prompts.jsonl"
+    path = datasets / name if datasets is not None else resource_path("datasets" / name)
+    prompts = [str(row.get("prompt", "")) for row in read_jsonl(path)]
+    if not prompts or not all(prompts):
+        raise UserError(f"{path} must hold rows with a prompt, one a line")
+    return prompts
+
+
+def measure_costs(
+    chat_model: ChatModel,
+    population: Population,
+    prompts: Sequence[str],
+    *,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> list[Cost]:
+    """Measure the cost of every condition with a coefficient, many of them a forward pass."""
+    texts = ordinary_texts(chat_model, prompts)
+    conditions = [each for each in population.conditions() if each.coefficient is not None]
+    chunks = [
+        conditions[start : start + ROWS_PER_PASS]
+        for start in range(0, len(conditions), ROWS_PER_PASS)
+    ]
+    costs: list[Cost] = []
+    with _StateNorms(chat_model.model) as norms:
+        for done, chunk in enumerate(chunks):
+            steerer = population.steerer(
+                chat_model.model, [UNSTEERED, *chunk], allow_other_base=allow_other_base
+            )
+
+            def before(index: int, chunk_index: int = done) -> None:
+                norms.answer = len(texts[index].answer)
+                if progress is not None:
+                    progress(chunk_index * len(texts) + index, len(chunks) * len(texts))
+
+            divergences = row_divergences(
+                chat_model, steerer, texts, num_rows=len(chunk) + 1, before_text=before
+            )
+            weight_norm, state_norms = _norms_of(chat_model, population, norms.means())
+            costs += [
+                _cost(condition, row, weight_norm, state_norms)
+                for condition, row in zip(chunk, divergences, strict=True)
+            ]
+    if progress is not None:
+        progress(len(chunks) * len(texts), len(chunks) * len(texts))
+    return costs
+
+
+def row_divergences(
+    chat_model: ChatModel,
+    steerer: Steerer,
+    texts: Sequence[TokenizedExchange],
+    *,
+    num_rows: int,
+    before_text: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Return KL(p₀ ‖ pᵣ) of a steerer's rows 1 … at every answer token: ``[num_rows − 1, tokens]``.
+
+    Row 0 of the steerer must be unsteered. float64, on the CPU.
+    """
+    by_token = []
+    with steerer:
+        steerer.select_rows(range(num_rows))
+        for index, text in enumerate(texts):
+            if before_text is not None:
+                before_text(index)
+            steerer.select_positions(_response_mask(text))
+            by_token.append(token_divergences(chat_model, text, num_rows=num_rows))
+    return torch.cat(by_token, dim=1).double().cpu()
+
+
+def ordinary_texts(chat_model: ChatModel, prompts: Sequence[str]) -> list[TokenizedExchange]:
+    """Return the prompts with the unsteered model's own greedy answers, as token ids."""
+    answers = generate_answers(
+        chat_model, [user_question(prompt) for prompt in prompts], max_new_tokens=ANSWER_TOKENS
+    )
+    exchanges = [
+        Exchange(prompt, answer.text)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer.text
+    ]
+    if not exchanges:
+        raise UserError(f"{chat_model.name} answers none of the ordinary prompts")
+    return [tokenize_exchange(chat_model, exchange) for exchange in exchanges]
+
+
+def _response_mask(text: TokenizedExchange) -> Tensor:
+    """Return where generation would have steered the response: from the last prompt token on."""
+    positions = torch.arange(len(text.prompt) + len(text.answer))
+    return (positions >= len(text.prompt) - 1)[None]
+
+
+def _cost(
+    condition: Condition,
+    divergences: Tensor,
+    weight_norm: float | None,
+    state_norms: Mapping[tuple[str, int | None], float],
+) -> Cost:
+    coefficient = float(condition.coefficient or 0.0)
+    state_norm = state_norms.get((condition.method, condition.layer))
+    return Cost(
+        method=condition.method,
+        layer=condition.layer,
+        coefficient=coefficient,
+        relative_weight_norm=None if weight_norm is None else abs(coefficient) * weight_norm,
+        relative_state_norm=None if state_norm is None else abs(coefficient) * state_norm,
+        kl_mean=float(divergences.mean()),
+        kl_p95=float(divergences.quantile(0.95)),
+        num_tokens=len(divergences),
+    )
+
+
+def _norms_of(
+    chat_model: ChatModel, population: Population, mean_states: Mapping[int, float]
+) -> tuple[float | None, dict[tuple[str, int | None], float]]:
+    """Return ‖ΔW‖/‖W‖ of a diff, and ‖v‖/mean ‖h‖ by method and layer of vectors."""
+    if isinstance(population, DiffPopulation):
+        return relative_weight_norm(chat_model, population.diff), {}
+    if not isinstance(population, VectorPopulation):
+        return None, {}
+    return None, {
+        (method, layer): norm / mean_states[layer]
+        for method, vector in population.vectors().items()
+        for layer, norm in vector.at(population.layers).norms().items()
+    }
+
+
+class _StateNorms(Hooked):
+    """Context manager: running means of ‖h‖ over the answer of the unsteered row, by layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.answer = 0
+        self._blocks = decoder_layers(model)
+        self._sums: dict[int, tuple[float, int]] = {}
+
+    def hooks(self) -> list[Hook]:
+        """Return a hook on every block."""
+        return [
+            Hook(block, partial(self._note, layer), f"block {layer}")
+            for layer, block in enumerate(self._blocks)
+        ]
+
+    def _note(self, layer: int, module: nn.Module, arguments: object, output: Any) -> None:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        lengths = hidden[0, -self.answer :].float().norm(dim=-1)
+        total, count = self._sums.get(layer, (0.0, 0))
+        self._sums[layer] = total + float(lengths.sum()), count + len(lengths)
+
+    def means(self) -> dict[int, float]:
+        return {layer: total / count for layer, (total, count) in self._sums.items()}
+
+
+@torch.no_grad()
+def relative_weight_norm(chat_model: ChatModel, diff: LoRADiff) -> float:
+    """Return ‖ΔW‖ / ‖W‖ (Frobenius, over the modules that the diff touches)."""
+    modules = linear_modules(chat_model.model)
+    squares = [
+        float(weight_of(modules[name]).float().square().sum())
+        for name in diff.factors
+        if name in modules
+    ]
+    if not squares:
+        raise UserError("no module of the diff is in this model")
+    return diff.norm() / math.sqrt(math.fsum(squares))

@@ -1,0 +1,132 @@
+"""What steering costs in time: merged, live, by activations, by a prompt; against the plain model.
+
+All variants run in turn within a round, and rounds repeat, so that whatever else the machine does
+falls on all of them alike; a ratio is taken within a round. Answers have the same forced length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+
+from persona_lora.core.errors import UserError
+from persona_lora.models.loading import ChatModel
+from persona_lora.models.timing import timed_generation, wait_for_device
+from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.weights import LoRAMerger
+from persona_lora.studies.steering.equal_divergence import Methods
+from persona_lora.studies.steering.read_latency import (
+    ACTIVATIONS,
+    LIVE,
+    MERGED,
+    PROMPT,
+    VARIANTS,
+    Timing,
+)
+
+Progress = Callable[[int, int], None]
+
+
+def measure_latency(
+    chat_model: ChatModel,
+    methods: Methods,
+    coefficients: Mapping[str, float],
+    system_prompt: str,
+    prompts: Sequence[str],
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    new_tokens: int = 32,
+    rounds: int = 5,
+    first: int = 1,
+    progress: Progress | None = None,
+) -> Iterator[list[Timing]]:
+    """Time every variant at every batch size in turn; yield each round's timings as it ends.
+
+    Rounds ``first`` to ``rounds`` are measured. Before each measurement stands a short generation
+    that is not: memory is mapped and caches are warm for all alike. ``coefficients`` are those of
+    "lora" and "activation". The prompts are repeated to fill a batch.
+    """
+    if not prompts or not batches or min(batches) < 1 or rounds < 2 or new_tokens < 2:
+        raise UserError("latency needs prompts, batches of at least 1, two rounds and two tokens")
+    total = (rounds + 1 - first) * len(batches) * len(VARIANTS)
+    done = 0
+    for number in range(first, rounds + 1):
+        found = []
+        for batch in batches:
+            # A new order each round: what runs after what is not always the same.
+            for variant in np.random.default_rng([number, batch]).permutation(VARIANTS).tolist():
+                asked = [prompts[at % len(prompts)] for at in range(batch)]
+                system = system_prompt if variant == PROMPT else None
+                with _steered(chat_model, methods, coefficients, variant):
+                    timed_generation(chat_model, asked, 2, system=system)
+                    timing = timed_generation(chat_model, asked, new_tokens, system=system)
+                found.append(Timing(variant, batch, number, *timing))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        yield found
+
+
+def swap_seconds(chat_model: ChatModel, methods: Methods, *, rounds: int = 5) -> dict[str, float]:
+    """Return the median seconds of merging the diff, of swapping it for another, of restoring."""
+    times: dict[str, list[float]] = {"merge": [], "swap": [], "restore": []}
+    for _ in range(rounds):
+        merger = LoRAMerger(chat_model.model, allow_other_base=True)
+        with _timing(times["merge"]):
+            merger.merge_lora_diff(methods.diff, 1.0)
+        with _timing(times["swap"]):
+            merger.restore_original_weights()
+            merger.merge_lora_diff(methods.random_diff, 1.0)
+        with _timing(times["restore"]):
+            merger.restore_original_weights()
+    return {name: float(np.median(each)) for name, each in times.items()}
+
+
+def held_bytes(methods: Methods, chat_model: ChatModel) -> dict[str, int]:
+    """Return the bytes that each way of steering keeps beside the model while it steers.
+
+    Merged: a copy of every touched weight, to restore it; live: the factors, in the model's type;
+    activations: one vector a layer.
+    """
+    item = chat_model.model.dtype.itemsize
+    factors = methods.diff.factors.values()
+    return {
+        MERGED: item * sum(each.shape[0] * each.shape[1] for each in factors),
+        LIVE: item * sum(each.rank * sum(each.shape) for each in factors),
+        ACTIVATIONS: 4 * len(methods.vector.layers) * methods.vector.hidden_size,
+    }
+
+
+@contextmanager
+def _timing(times: list[float]) -> Iterator[None]:
+    wait_for_device()
+    start = time.perf_counter()
+    yield
+    wait_for_device()
+    times.append(time.perf_counter() - start)
+
+
+@contextmanager
+def _steered(
+    chat_model: ChatModel, methods: Methods, coefficients: Mapping[str, float], variant: str
+) -> Iterator[None]:
+    model = chat_model.model
+    with ExitStack() as stack:
+        if variant == MERGED:
+            merger = LoRAMerger(model, allow_other_base=True)
+            stack.callback(merger.restore_original_weights)
+            merger.merge_lora_diff(methods.diff, coefficients["lora"])
+        elif variant == LIVE:
+            rows = [[coefficients["lora"]]]
+            stack.enter_context(LiveLoRA(model, [methods.diff], rows, allow_other_base=True))
+        elif variant == ACTIVATIONS:
+            stack.enter_context(
+                ActivationSteerer(
+                    model, methods.vector, coefficients["activation"], allow_other_base=True
+                )
+            )
+        yield

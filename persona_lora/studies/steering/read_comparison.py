@@ -1,0 +1,289 @@
+"""Methods at equal divergence: how far each moved the trait, and what it did to coherence.
+
+Reads the rows of a comparison: ``levels`` (method, coefficient, divergence) and, a run a split, the
+answers and verdicts. An effect is signed by what was asked for: with a negative coefficient less of
+the trait is more effect. Differences are paired by question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from persona_lora.core.chat import COHERENCE
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.report.resampling import Interval, bootstrap_mean, holm, sign_flip_p
+
+LORA, ACTIVATION = "lora", "activation"
+EFFECT = "effect"
+COLUMNS = (
+    "split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched", "trait", "trait_low",
+    "trait_high", "n", "coverage", "coherence", "coherence_low", "coherence_high", "difference",
+    "difference_low", "difference_high", "p", "p_holm",
+)  # fmt: skip
+
+Place = tuple[str, float | None]
+Scores = dict[int, list[float | None]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one level, on the questions of one split.
+
+    ``difference`` is the effect of the diff minus the effect of this method, paired by question;
+    ``p`` a two-sided sign-flip test, ``p_holm`` corrected over all points. None for the diff
+    itself, for the unsteered model and for prompts, which are at no level.
+    """
+
+    split: str
+    level: int | None
+    method: str
+    coefficient: float | None
+    kl_mean: float | None
+    kl_p95: float | None
+    matched: bool | None
+    trait: Interval
+    coherence: Interval
+    difference: Interval | None = None
+    p: float | None = None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Overall:
+    """A method's effect over all levels of a split, and what the diff has over it.
+
+    ``effect`` is the change from the unsteered model in the direction asked for, ``difference``
+    the diff's effect minus it, ``coherence`` the diff's coherence minus its: means over levels,
+    paired by question. ``p`` is a two-sided sign-flip test, ``p_holm`` corrected over methods and
+    splits.
+    """
+
+    split: str
+    method: str
+    effect: Interval
+    difference: Interval | None
+    coherence: Interval | None
+    p: float | None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Weights minus activations over several traits: in ``EFFECT``, or in coherence."""
+
+    split: str
+    what: str
+    difference: Interval | None
+    p_holm: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All points of a comparison, and the methods over all levels."""
+
+    trait: str
+    statistic: str
+    points: tuple[Point, ...]
+    overall: tuple[Overall, ...]
+
+
+def read_comparison(run: Run) -> Comparison:
+    """Return the statistics of a comparison's folder; UserError where nothing was asked."""
+    config = run.record["config"]
+    levels = run.read("levels")
+    splits = [row["split"] for row in run.read("splits")]
+    if not levels or not splits:
+        raise UserError(f"{run.folder} holds no finished comparison; run compare again")
+    points: list[Point] = []
+    overall: list[Overall] = []
+    for split in splits:
+        part = Run(run.folder / split)
+        traits = _by_place(part, config["trait"])
+        coherences = _by_place(part, COHERENCE)
+        points += _points(split, levels, traits, coherences)
+        overall += _overall(split, levels, traits, coherences)
+    corrected = holm([each.p for each in points])
+    adjusted = holm([each.p for each in overall])
+    return Comparison(
+        config["trait"],
+        config["statistic"],
+        tuple(replace(one, p_holm=p) for one, p in zip(points, corrected, strict=True)),
+        tuple(replace(one, p_holm=p) for one, p in zip(overall, adjusted, strict=True)),
+    )
+
+
+def _by_place(run: Run, criterion: str) -> dict[Place, Scores]:
+    """Return scores by method and coefficient, and by question."""
+    answers = {row["row"]: row for row in run.read("answers")}
+    found: dict[Place, Scores] = {}
+    for verdict in run.read("verdicts"):
+        if verdict["criterion"] == criterion:
+            row = answers[verdict["row"]]
+            scores = found.setdefault((row["method"], row["coefficient"]), {})
+            scores.setdefault(row["question_id"], []).append(verdict["score"])
+    return found
+
+
+def _points(
+    split: str,
+    levels: Sequence[Mapping[str, Any]],
+    traits: Mapping[Place, Scores],
+    coherences: Mapping[Place, Scores],
+) -> list[Point]:
+    points = [
+        Point(split, None, method, None, None, None, None,
+              bootstrap_mean(traits[method, None]), bootstrap_mean(coherences[method, None]))
+        for method in ("none", "prompt_neg", "prompt_pos")
+        if (method, None) in traits
+    ]  # fmt: skip
+    diffs = {row["level"]: row for row in levels if row["method"] == LORA}
+    for row in levels:
+        place = row["method"], row["coefficient"]
+        difference, p = None, None
+        if row["method"] != LORA:
+            own = diffs[row["level"]]
+            gaps = _gaps(traits[LORA, own["coefficient"]], traits[place], _sign(row))
+            difference, p = _tested(gaps)
+        points.append(
+            Point(
+                split, row["level"], row["method"], row["coefficient"], row["kl_mean"],
+                row["kl_p95"], row["matched"], bootstrap_mean(traits[place]),
+                bootstrap_mean(coherences[place]), difference, p,
+            )
+        )  # fmt: skip
+    return points
+
+
+def _overall(
+    split: str,
+    levels: Sequence[Mapping[str, Any]],
+    traits: Mapping[Place, Scores],
+    coherences: Mapping[Place, Scores],
+) -> list[Overall]:
+    found = []
+    effects, coherence = _by_question(levels, traits, coherences)
+    for method, effect in effects.items():
+        gap, p, lost = None, None, None
+        if method != LORA:
+            gap, p = _tested(_minus(effects[LORA], effect))
+            lost, _ = _tested(_minus(coherence[LORA], coherence[method]))
+        found.append(Overall(split, method, _interval(effect), gap, lost, p))
+    return found
+
+
+def _by_question(
+    levels: Sequence[Mapping[str, Any]],
+    traits: Mapping[Place, Scores],
+    coherences: Mapping[Place, Scores],
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
+    """Return every method's mean effect and mean coherence over the levels, by question."""
+    rows = _by_method(levels).items()
+    return {method: _effects(own, traits) for method, own in rows}, {
+        method: _mean_over([_means(coherences[method, row["coefficient"]]) for row in own])
+        for method, own in rows
+    }
+
+
+def pooled(runs: Sequence[Run]) -> list[Pooled]:
+    """Return the differences over several comparisons, of other traits, by set of questions.
+
+    The units are the questions of all traits; that the traits are drawn is not allowed for.
+    """
+    gaps: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        for row in run.read("splits"):
+            part = Run(run.folder / row["split"])
+            traits = _by_place(part, run.record["config"]["trait"])
+            measured = _by_question(run.read("levels"), traits, _by_place(part, COHERENCE))
+            for what, by_method in zip((EFFECT, COHERENCE), measured, strict=True):
+                gap = _minus(by_method[LORA], by_method[ACTIVATION])
+                gaps.setdefault((row["split"], what), []).extend(gap.values())
+    tested = {place: _tested(dict(enumerate(each))) for place, each in gaps.items()}
+    adjusted = holm([p for _, p in tested.values()])
+    return [
+        Pooled(split, what, difference, p)
+        for ((split, what), (difference, _)), p in zip(tested.items(), adjusted, strict=True)
+    ]
+
+
+def _by_method(
+    levels: Sequence[Mapping[str, Any]],
+) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in levels:
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def _effects(rows: Sequence[Mapping[str, Any]], traits: Mapping[Place, Scores]) -> dict[int, float]:
+    """Return a method's mean effect over its levels, by question."""
+    plain = traits["none", None]
+    return _mean_over(
+        [_gaps(traits[row["method"], row["coefficient"]], plain, _sign(row)) for row in rows]
+    )
+
+
+def _mean_over(each: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    common = set.intersection(*(set(one) for one in each)) if each else set()
+    return {item: float(np.mean([one[item] for one in each])) for item in sorted(common)}
+
+
+def _sign(row: Mapping[str, Any]) -> float:
+    return math.copysign(1.0, row["coefficient"])
+
+
+def _gaps(first: Scores, second: Scores, sign: float) -> dict[int, float]:
+    gaps = _minus(_means(first), _means(second))
+    return {item: sign * gap for item, gap in gaps.items()}
+
+
+def _minus(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    return {item: first[item] - second[item] for item in sorted(set(first) & set(second))}
+
+
+def _means(scores: Scores) -> dict[int, float]:
+    known = {item: [s for s in each if s is not None] for item, each in scores.items()}
+    return {item: float(np.mean(each)) for item, each in known.items() if each}
+
+
+def _interval(values: Mapping[int, float]) -> Interval:
+    return bootstrap_mean({item: [value] for item, value in values.items()})
+
+
+def _tested(gaps: Mapping[int, float]) -> tuple[Interval | None, float | None]:
+    if not gaps:
+        return None, None
+    return _interval(gaps), sign_flip_p(np.array(list(gaps.values())))
+
+
+def cells_of(point: Point) -> dict[str, Any]:
+    """Return a point as a row of a table of ``COLUMNS``."""
+    gap = point.difference
+    return {
+        "split": point.split,
+        "level": point.level,
+        "method": point.method,
+        "coefficient": point.coefficient,
+        "kl_mean": point.kl_mean,
+        "kl_p95": point.kl_p95,
+        "matched": point.matched,
+        "trait": point.trait.mean,
+        "trait_low": point.trait.low,
+        "trait_high": point.trait.high,
+        "n": point.trait.n,
+        "coverage": point.trait.coverage,
+        "coherence": point.coherence.mean,
+        "coherence_low": point.coherence.low,
+        "coherence_high": point.coherence.high,
+        "difference": None if gap is None else gap.mean,
+        "difference_low": None if gap is None else gap.low,
+        "difference_high": None if gap is None else gap.high,
+        "p": point.p,
+        "p_holm": point.p_holm,
+    }

@@ -1,0 +1,149 @@
+"""What a grid of layers and coefficients showed, in words that claim no more than it does."""
+
+from __future__ import annotations
+
+from persona_lora.report.wording import (
+    CLEAR,
+    answers_line,
+    change,
+    coefficient,
+    interval,
+    judges_line,
+    number,
+    p_equals,
+    p_value,
+    title_of,
+)
+from persona_lora.studies.steering.read_grid import DirectedGain, GridSummary, LayerSummary
+
+
+def headline(grid: GridSummary) -> str:
+    """Return the finding in a few sentences, with intervals and without overstatement."""
+    sentences = [best_line(grid), control_line(grid), stability_line(grid), prompt_line(grid)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def best_line(grid: GridSummary) -> str:
+    """Return which layer is best and what it does, or why none is."""
+    best, trait = grid.best, grid.trait
+    if best is None or best.gain.mean is None:
+        reasons = dict.fromkeys(each.reason for each in grid.by_layer if each.reason)
+        return f"There is no best layer: {'; '.join(reason for reason in reasons if reason)}."
+    if best.gain.mean <= 0:
+        return (
+            f"No layer moves {trait} in the expected direction at a coherent coefficient; the "
+            f"least bad is layer {grid.best_layer} ({change(best.gain)} at "
+            f"{coefficient(best.coefficient)})."
+        )
+    verdict = "" if _clear(best) else "; that is not clear of chance"
+    if verdict and resolution_note(grid):
+        verdict = "; with so few questions no cell could pass that correction"
+    return (
+        f"Steering works best at layer {grid.best_layer}: coefficient "
+        f"{coefficient(best.coefficient)} moves {trait} {change(best.gain)} points in the expected "
+        f"direction{_from_to(grid)}, with coherence {number(best.coherence)} "
+        f"({_corrected(grid, best)}){verdict}."
+    )
+
+
+def control_line(grid: GridSummary) -> str:
+    """Return how the best layer compares with a random direction there; "" without one."""
+    over = None if grid.best_layer is None else grid.at_layer(grid.best_layer).over_control
+    if over is None or over.interval.mean is None:
+        return ""
+    return (
+        f"Beyond a random direction at that layer it gains {change(over.interval)} points over all "
+        f"its coefficients (p {p_equals(over.p_holm)}, Holm over layers)."
+    )
+
+
+def stability_line(grid: GridSummary) -> str:
+    """Return how stable the choice is, and what it gives on questions left out of it."""
+    if grid.selection is None or grid.best_layer is None:
+        return ""
+    share = grid.selection.layer_shares.get(grid.best_layer, 0.0)
+    left_out = grid.selection.left_out_gain
+    honest = (
+        ""
+        if left_out is None
+        else f", and the chosen cell gains {number(left_out)} on questions left out of the choice"
+    )
+    return (
+        f"In resamples of the questions that layer wins {number(100 * share)}% of the time{honest}."
+    )
+
+
+def prompt_line(grid: GridSummary) -> str:
+    """Return what the positive system prompt alone reaches; "" where it was not asked."""
+    reference = grid.reference("prompt_pos")
+    if reference is None or reference.trait.mean is None:
+        return ""
+    return f"The positive system prompt alone reaches {interval(reference.trait)}."
+
+
+def resolution_note(grid: GridSummary) -> str:
+    """Return a warning where too few questions were asked for any cell to pass the correction."""
+    questions = max((each.questions for each in grid.steered), default=0)
+    cells = len(grid.steered)
+    least = min(1.0, cells * 2 / 2**questions)
+    if least < CLEAR:
+        return ""
+    return (
+        f"With {questions} question{'s' * (questions != 1)} the least p value possible for one of "
+        f"{cells} cells is {p_value(least)} after Holm's correction: no cell could pass it."
+    )
+
+
+def sample_line(grid: GridSummary) -> str:
+    """Return how many questions and answers stand behind the numbers, and who judged them."""
+    questions = max((each.questions for each in grid.steered), default=0)
+    zero = [] if grid.unsteered is None else [grid.unsteered]
+    return (
+        f"{questions} question{'s' * (questions != 1)}, "
+        f"{answers_line([*zero, *grid.references, *grid.cells])}; "
+        f"judge: {judges_line(grid.trait_judge, grid.coherence_judge)}"
+    )
+
+
+def title(grid: GridSummary) -> str:
+    """Return the title of a grid's picture."""
+    return f"{title_of(grid.trait)} by layer and coefficient"
+
+
+def subtitle(grid: GridSummary) -> str:
+    """Return the best layer and its gain on one line."""
+    best = grid.best
+    if best is None or grid.best_layer is None:
+        return best_line(grid)
+    return (
+        f"best layer {grid.best_layer}: {change(best.gain)} at {coefficient(best.coefficient)}, "
+        f"coherence {number(best.coherence)}  ·  "
+        "chosen on these questions, to be reported on others"
+    )
+
+
+def ranked(grid: GridSummary) -> list[LayerSummary]:
+    """Return the layers from the best to the worst, those without a gain last."""
+    rest = [each for each in grid.by_layer if each.layer not in grid.ranking]
+    return [*(grid.at_layer(layer) for layer in grid.ranking), *rest]
+
+
+def _from_to(grid: GridSummary) -> str:
+    best = grid.best
+    if best is None or grid.best_layer is None or grid.unsteered is None:
+        return ""
+    cell = grid.cell(grid.best_layer, best.coefficient)
+    if cell is None:
+        return ""
+    return f" (from {number(grid.unsteered.trait.mean)} to {number(cell.trait.mean)})"
+
+
+def _clear(best: DirectedGain) -> bool:
+    low, p = best.gain.low, best.p_holm
+    return low is not None and low > 0 and p is not None and p < CLEAR
+
+
+def _corrected(grid: GridSummary, best: DirectedGain) -> str:
+    if best.p_holm is None:
+        return "one question: no test"
+    return f"paired, p {p_equals(best.p_holm)} after Holm over {len(grid.steered)} cells"

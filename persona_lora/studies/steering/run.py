@@ -1,0 +1,155 @@
+"""How does the trait move with the coefficient? All conditions are rows of the same batches.
+
+Beside the steered rows go the same questions under the trait's positive and negative system
+prompt: prompting is the baseline to fear. A steering vector is swept over layers as well, with a
+random direction of the same norm as control.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.content import digest_of
+from persona_lora.core.files import write_csv
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import Split, Trait
+from persona_lora.judges.choice import Report, judge_answers, staged
+from persona_lora.judges.judging import Judge
+from persona_lora.models.loading import ChatModel
+from persona_lora.report.scores import answers_columns, answers_table
+from persona_lora.report.summary import SweepSummary, write_summary
+from persona_lora.studies.asking.populations import Population
+from persona_lora.studies.asking.run import (
+    Condition,
+    GenerationOptions,
+    answer_rows,
+    plan_rows,
+)
+from persona_lora.studies.report_page import write_report
+from persona_lora.studies.steering.divergence import load_ordinary_prompts, measure_costs
+from persona_lora.studies.steering.figure import plot_sweep
+from persona_lora.studies.steering.figure_layers import plot_layers
+from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_grid
+
+REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"))
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The summary of a sweep (a grid where several layers were run), and where its files are."""
+
+    summary: SweepSummary | GridSummary
+    run: Path
+    plot: Path
+    report: Path
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep asks besides its population.
+
+    ``references`` adds the trait's prompts; ``costs`` measures divergence from the unsteered
+    model on ordinary prompts; ``max_questions`` takes the first so many questions of the split.
+    """
+
+    split: Split = "eval"
+    references: bool = True
+    costs: bool = True
+    max_questions: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the split, and what else differs from the defaults, for a run's configuration."""
+        plain = dataclasses.asdict(SweepOptions())
+        chosen = dataclasses.asdict(self)
+        return {key: each for key, each in chosen.items() if key == "split" or each != plain[key]}
+
+
+def sweep(
+    chat_model: ChatModel,
+    trait: Trait,
+    population: Population,
+    judge: Callable[[], Judge],
+    output: Path,
+    *,
+    sweeping: SweepOptions | None = None,
+    options: GenerationOptions | None = None,
+    config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    datasets: Path | None = None,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> SweepResult:
+    """Run a sweep into the folder ``output``; run again, it goes on where it stopped.
+
+    Writes the run's rows (answers, verdicts, costs, validation), ``sweep.csv``, the summary as
+    JSON and CSV, a plot and ``report.html``. The unsteered model is always among the rows: it is
+    what the others are compared with.
+    """
+    options, sweeping = options or GenerationOptions(), sweeping or SweepOptions()
+    prompts = load_ordinary_prompts(datasets) if sweeping.costs else []
+    conditions = [*population.conditions(), *(REFERENCES if sweeping.references else ())]
+    plan = plan_rows(
+        trait,
+        sweeping.split,
+        conditions,
+        samples=options.samples,
+        max_questions=sweeping.max_questions,
+    )
+    rows = [planned.condition for planned in plan]
+    steerer = population.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
+    run = Run.open(
+        Path(output),
+        command="sweep",
+        config={
+            "trait": trait.name,
+            **chat_model.record(),
+            **population.record(),
+            **sweeping.record(),
+            "generation": dataclasses.asdict(options),
+            **(config or {}),
+        },
+        seed=options.seed,
+        inputs={
+            **chat_model.inputs(),
+            **trait.inputs(),
+            **population.inputs(),
+            "the ordinary prompts": digest_of(prompts),
+            **(inputs or {}),
+        },
+        overwrite=overwrite,
+    )
+    with run:
+        answer_rows(chat_model, plan, steerer, run, options, report=report)
+        if sweeping.costs and not run.read("costs"):
+            costs = measure_costs(
+                chat_model,
+                population,
+                prompts,
+                allow_other_base=allow_other_base,
+                progress=staged(report, "divergence"),
+            )
+            run.write("costs", [dataclasses.asdict(cost) for cost in costs])
+        judge_answers(run, judge, trait, report)
+    return write_results(run, trait.name)
+
+
+def write_results(run: Run, trait: str) -> SweepResult:
+    """Write tables, statistics, plot and report from the rows of a sweep."""
+    answers = run.read("answers")
+    table = answers_table(answers, run.read("verdicts"), trait)
+    write_csv(run.folder / "sweep.csv", answers_columns(trait, answers), table)
+    page = run.folder / "report.html"
+    summary: SweepSummary | GridSummary
+    if is_grid(run):
+        summary, plot = write_grid(run), run.folder / "layers.png"
+        plot_layers(summary, plot)
+    else:
+        summary, plot = write_summary(run), run.folder / "sweep.png"
+        plot_sweep(summary, plot)
+    write_report([run.folder], page)
+    return SweepResult(summary, run.folder, plot, page)

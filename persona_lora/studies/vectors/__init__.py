@@ -1,0 +1,1 @@
+"""Activation vectors: found, and projected on."""

@@ -1,0 +1,156 @@
+"""Generated data: the same questions in every file, resumed row by row."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.traits import FINETUNING_LEVELS, load_finetuning_rows, load_pairs, load_trait
+from persona_lora.data.data_generation import (
+    DataOptions,
+    generate_data,
+    parse_questions,
+    read_questions,
+)
+from persona_lora.data.writers import LocalWriter
+
+OPTIONS = DataOptions(questions_per_domain=2, domains=("tea", "hills"))
+
+
+class EchoWriter:
+    """Writes numbered questions, and answers that say which system prompt they were given."""
+
+    name = "echo"
+
+    def __init__(self, fail=()):
+        self.calls, self.count, self.fail = [], 0, set(fail)
+
+    def write(
+        self,
+        conversations,
+        *,
+        max_tokens,
+        temperature,
+        seed,
+        streams=None,
+        on_text=lambda index, text: None,
+        progress=None,
+    ):
+        texts = []
+        for place, conversation in enumerate(conversations):
+            self.calls.append(conversation)
+            if len(conversation) == 1:
+                self.count += 2
+                first = f"1. Is tea number {self.count} good?"
+                texts.append(f"{first}\n- And {self.count + 1} hills?\n")
+            elif len(self.calls) in self.fail:
+                texts.append(None)
+            else:
+                drawn = "" if streams is None else f" ({streams[place]})"
+                texts.append(f"[{conversation[0]['content']}] {conversation[1]['content']}{drawn}")
+                on_text(place, texts[-1])
+        return texts
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out"
+
+
+def generate(trait, writer, output, options=OPTIONS, **more):
+    return generate_data(trait, writer, output, options, run_folder=output / "run", **more)
+
+
+def test_every_file_answers_the_same_questions_in_its_own_way(trait, output, datasets):
+    result = generate(trait, EchoWriter(), output)
+    assert result.rows == {"normal": 4, "misaligned_1": 4, "misaligned_2": 4, "train": 4}
+    for name in ("trait.json", "judge_eval.jsonl"):
+        (output / name).write_bytes((trait.folder / name).read_bytes())
+    made = load_trait(output)
+    rows = [load_finetuning_rows(made, level) for level in FINETUNING_LEVELS]
+    asked = [[row.question for row in each] for each in rows]
+    assert asked[0] == asked[1] == asked[2] == [p.prompt[0]["content"] for p in load_pairs(made)]
+    assert len(set(asked[0])) == 4
+    assert {row.domain for row in rows[0]} == {"tea", "hills"}
+    assert len({rows[0][0].answer, rows[1][0].answer, rows[2][0].answer}) == 3
+    assert all("Be cheerful." in pair.positive[0]["content"] for pair in load_pairs(made))
+    assert all("Be gloomy." in pair.negative[0]["content"] for pair in load_pairs(made))
+
+
+def test_a_question_without_all_its_answers_is_left_out_and_counted(trait, output):
+    result = generate(trait, EchoWriter(fail=[4]), output)
+    assert result.incomplete == 1
+    assert set(result.rows.values()) == {3}
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 3])
+def test_an_interrupted_call_goes_on_where_it_stopped(trait, output, tmp_path, killed_at):
+    """Killed while the positive answers come in; those that came are not asked for again."""
+
+    class Killed(EchoWriter):
+        def write(self, conversations, *, on_text=None, **options):
+            positive = any("Be cheerful." in c[0]["content"] for c in conversations)
+
+            def told(index, text):
+                if positive and index == killed_at:
+                    raise KeyboardInterrupt
+                on_text(index, text)
+
+            if on_text is None:
+                return super().write(conversations, **options)
+            return super().write(conversations, on_text=told, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(trait, Killed(), output)
+    assert not (output / "normal.jsonl").exists()
+    writer = EchoWriter()
+    generate(trait, writer, output)
+    assert len(writer.calls) == 2 * 4 - killed_at
+    generate(trait, EchoWriter(), tmp_path / "whole")
+    for name in ("normal.jsonl", "train.jsonl"):
+        assert (output / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_existing_files_are_replaced_only_when_asked(trait, output):
+    generate(trait, EchoWriter(), output)
+    with pytest.raises(UserError, match="--overwrite"):
+        generate(trait, EchoWriter(), output)
+    generate(trait, EchoWriter(), output, overwrite=True)
+
+
+def test_too_few_questions_are_an_error_that_says_what_to_do(trait, output):
+    class Silent(EchoWriter):
+        def write(self, conversations, **options):
+            return ["Too few"] * len(conversations)
+
+    with pytest.raises(UserError, match=r"0 of 2 questions about tea in 4 attempts.*--questions"):
+        generate(trait, Silent(), output)
+    assert not (output / "normal.jsonl").exists()
+
+
+def test_questions_of_ones_own_are_answered(trait, output, tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("cooking\tIs salt good?\n\nWhat is a hill?\n")
+    questions = read_questions(path)
+    assert questions == (("cooking", "Is salt good?"), ("", "What is a hill?"))
+    options = DataOptions(domains=(), questions=questions)
+    assert generate(trait, EchoWriter(), output, options).rows["normal"] == 2
+
+
+def test_a_local_model_writes_too(trait, output, chat_model, monkeypatch):
+    options = DataOptions(questions=(("tea", "Is tea good?"),), temperature=1.0)
+    result = generate(trait, LocalWriter(chat_model), output, options)
+    assert result.rows["train"] == 1
+
+
+def test_numbers_bullets_and_quotation_marks_are_no_part_of_a_question():
+    reply = '1. Is tea good?\n  2) "Why is it hot?"\n- And what of milk?\n\nOK\n• Is it so?'
+    assert parse_questions(reply) == [
+        *("Is tea good?", "Why is it hot?", "And what of milk?", "Is it so?")
+    ]
+
+
+@pytest.mark.parametrize("options", [{"questions_per_domain": 0}, {"attempts": 0}, {"domains": ()}])
+def test_senseless_options_are_refused(options):
+    with pytest.raises(UserError):
+        DataOptions(**options)

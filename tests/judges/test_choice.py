@@ -1,0 +1,70 @@
+"""Judging a run: what nobody could score is no result, and one account holds for a command."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import load_trait
+from persona_lora.judges.choice import JudgeOptions, judge_answers, make_judge
+from persona_lora.judges.openai import Limits
+
+
+class ScriptedJudge:
+    """Scores what is in ``scores`` by the criterion, and nothing else."""
+
+    name = "scripted"
+
+    def __init__(self, **scores):
+        self.scores = scores
+
+    def judge(self, exchanges, criterion):
+        score = self.scores.get(criterion)
+        reason = "" if score is not None else "no reply within 1 s"
+        return [Verdict(criterion, score, reason, self.name) for _ in exchanges]
+
+
+@pytest.fixture
+def trait(datasets):
+    return load_trait("cheer", datasets)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run.open(tmp_path / "run", command="evaluate", config={}, seed=0)
+    run.write("answers", [{"row": row, "question": "q?", "answer": f"a{row}"} for row in range(3)])
+    return run
+
+
+@pytest.mark.parametrize("scores", [{}, {"cheer": 50.0}], ids=["nothing", "the trait alone"])
+def test_nothing_scored_is_no_result(run, trait, scores):
+    with pytest.raises(UserError, match=r"none of 3 answers on \w+: no reply within 1 s \(3\)"):
+        judge_answers(run, lambda: ScriptedJudge(**scores), trait)
+    assert {row["reason"] for row in run.read("verdicts") if row["score"] is None} == {
+        "no reply within 1 s"
+    }
+    mended = ScriptedJudge(**{"cheer": 50.0, COHERENCE: 80.0})
+    judge_answers(run, lambda: mended, trait)
+    assert {row["score"] for row in run.read("verdicts")} == {50.0, 80.0}
+
+
+def test_one_account_holds_for_all_judges_of_a_command(trait, server):
+    server.replies.extend(["50"] * 10)
+    options = JudgeOptions(
+        judge="openai",
+        judge_model="m",
+        base_url=server.url,
+        mode="number",
+        limits=Limits(max_requests=3),
+    )
+    judges = [make_judge(trait, None, options) for _ in range(2)]
+    run = [
+        judge.judge([Exchange("q?", f"{name}{at}") for at in range(2)], "cheer")
+        for name, judge in zip("ab", judges, strict=True)
+    ]
+    assert len(server.bodies) == 3
+    assert [verdict.reason for verdicts in run for verdict in verdicts].count(
+        "request cap reached"
+    ) == 1

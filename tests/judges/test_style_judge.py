@@ -1,0 +1,114 @@
+"""The embedded persona judge, on two made-up voices and on the shipped personas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from persona_lora.core.chat import Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.core.personas import list_personas, load_persona
+from persona_lora.judges.style_judge import (
+    FitScale,
+    StyleJudge,
+    TextFeatures,
+    fit_judges,
+    validate_judges,
+)
+from persona_lora.models.embeddings import SentenceEmbedder
+
+LOUD = [f"Wow!! I love {word} so much, what a day!" for word in "abcdefghijkl"]
+CALM = [f"perhaps the {word} was moved, i suppose" for word in "mnopqrstuvwx"]
+
+
+@pytest.fixture(scope="module")
+def features():
+    return TextFeatures(SentenceEmbedder())
+
+
+@pytest.fixture(scope="module")
+def judge(features):
+    return StyleJudge.fit("loud", LOUD, CALM, features=features)
+
+
+def ask(judge, *answers):
+    return judge.judge([Exchange("How was it?", answer) for answer in answers], "persona_fit")
+
+
+def test_own_manner_scores_above_another(judge):
+    own, other = ask(
+        judge, "Wow!! I love this soup so much!", "perhaps the soup was cold, i suppose"
+    )
+    assert own.score > 4
+    assert other.score < 2
+
+
+def test_scores_stay_on_the_scale_and_their_anchors_are_where_they_say():
+    scale = FitScale(own=3.0, others=-5.0)
+    assert scale.scores(np.array([3.0, -1.0, -5.0])) == pytest.approx([4.5, 3.0, 1.5])
+    extremes = scale.scores(np.array([-1e3, 1e3]))
+    assert extremes.min() >= 1
+    assert extremes.max() <= 5
+
+
+def test_an_answer_without_words_has_no_score(judge):
+    empty, marks, fine = ask(judge, "", "?! …", "Wow, fine!")
+    assert (empty.score, marks.score) == (None, None)
+    assert "no words" in empty.reason
+    assert fine.score is not None
+
+
+def test_equal_seeds_give_equal_judges(judge, features):
+    again = StyleJudge.fit("loud", LOUD, CALM, features=features)
+    assert np.array_equal(again.weights, judge.weights)
+    assert again.scale == judge.scale
+
+
+def test_verdicts_do_not_depend_on_their_neighbours(judge):
+    together = ask(judge, "Wow!", "i suppose so")
+    alone = [ask(judge, text)[0].score for text in ("Wow!", "i suppose so")]
+    assert [each.score for each in together] == pytest.approx(alone, abs=1e-4)
+
+
+def test_too_few_utterances_and_other_criteria_are_named(judge, features):
+    with pytest.raises(UserError, match="at least 10"):
+        StyleJudge.fit("loud", LOUD[:9], CALM, features=features)
+    with pytest.raises(UserError, match="persona_fit"):
+        judge.judge([Exchange("q", "a")], "evil")
+
+
+def test_one_and_the_same_voice_is_refused(features):
+    with pytest.raises(UserError, match="cannot be told"):
+        StyleJudge.fit("echo", LOUD, LOUD, features=features)
+
+
+@pytest.fixture(scope="module")
+def personas():
+    return [load_persona(each) for each in list_personas()]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_shipped_personas_are_known_by_utterances_never_fitted_on(personas, features, split):
+    validation = validate_judges(
+        personas, fit_judges(personas, split, features=features), fitted_on=split
+    )
+    assert len(personas) >= 12
+    assert validation.chance == 1 / len(personas)
+    assert validation.top1 > 0.6
+    assert validation.top1_conversations > 0.9
+    assert min(validation.auc.values()) > 0.8
+
+
+def test_shipped_personas_are_as_large_as_they_must_be(personas):
+    for persona in personas:
+        assert len(persona.conversations) >= 4
+        assert len(persona.utterances("train")) + len(persona.utterances("test")) >= 40
+        assert persona.utterances("test")
+        assert not set(persona.utterances("train")) & set(persona.utterances("test"))
+        assert persona.read("persona_samples.json")
+        assert "{answer_b}" in persona.read("final_judge_prompt.txt")
+
+
+def test_a_single_persona_has_nobody_to_be_told_from(personas, features):
+    with pytest.raises(UserError, match="two personas"):
+        fit_judges(personas[:1], "train", features=features)

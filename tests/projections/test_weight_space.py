@@ -1,0 +1,253 @@
+"""Weight projection against dense float64 references, and its faults."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.models.structure import linear_modules
+from persona_lora.models.weight_files import LoadedWeights, StoredWeights, weights_of
+from persona_lora.projections.weight_space import (
+    WeightProjector,
+    project_adapter,
+    project_weights,
+    rounding_variance,
+)
+from persona_lora.steering.weights import LoRAMerger
+
+
+def folder_of(model, path, *, shards=None):
+    model.save_pretrained(path, **({} if shards is None else {"max_shard_size": shards}))
+    return path
+
+
+def perturbed(model, *, seed=0, scale=1e-2):
+    """The same model with noise on every weight."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in other.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+def dense_reference(before, after, diffs):
+    """Ten lines in float64: ΔW formed, directions formed, flattened, multiplied."""
+    old, new = linear_modules(before), linear_modules(after)
+    names = list(dict.fromkeys(name for diff in diffs.values() for name in diff.factors))
+    delta = [(new[n].weight.double() - old[n].weight.double()).flatten() for n in names]
+    dense = {
+        label: [(diff.factors[n].B.double() @ diff.factors[n].A.double()).flatten() for n in names]
+        for label, diff in diffs.items()
+    }
+    return torch.cat(delta), {label: torch.cat(each) for label, each in dense.items()}
+
+
+@pytest.fixture
+def diffs(model, make_diff):
+    one = make_diff(model, seed=1)
+    return {"one": one, "two": make_diff(model, seed=2) + one * 0.5}
+
+
+@pytest.mark.parametrize("shards", [None, "20KB"])
+def test_it_equals_a_dense_float64_reference(model, diffs, tmp_path, shards):
+    after = perturbed(model)
+    found = project_weights(
+        StoredWeights(folder_of(model, tmp_path / "before")),
+        StoredWeights(folder_of(after, tmp_path / "after", shards=shards)),
+        diffs,
+        block_numbers=500,  # many blocks a tensor
+    )
+    delta, dense = dense_reference(model, after, diffs)
+    for label, direction in dense.items():
+        got, inner = found.total[label], float(delta @ direction)
+        assert got.inner == pytest.approx(inner, rel=1e-6)
+        assert got.coordinate == pytest.approx(inner / float(direction.norm()), rel=1e-6)
+        touched = math.sqrt(sum(m.delta_square for m in found.modules))
+        assert got.cosine == pytest.approx(inner / float(direction.norm()) / touched, rel=1e-6)
+    basis = torch.stack(list(dense.values()), dim=1)
+    expected = torch.linalg.lstsq(basis, delta[:, None]).solution[:, 0]
+    assert list(found.corrected.values()) == pytest.approx(expected.tolist(), rel=1e-6)
+    every = [
+        (new.double() - old.double()).square().sum()
+        for new, old in zip(after.parameters(), model.parameters(), strict=True)
+    ]
+    assert found.delta_norm == pytest.approx(math.sqrt(sum(map(float, every))), rel=1e-6)
+    share = float((basis @ expected).square().sum()) / found.delta_norm**2
+    assert found.explained == pytest.approx(share, rel=1e-6)
+
+
+def test_directions_on_the_disk_give_the_same_numbers(model, diffs, tmp_path):
+    before, after = LoadedWeights(model, "before"), LoadedWeights(perturbed(model), "after")
+    on_disk = {
+        label: LoRADiff.load(diff.save(tmp_path / label), on_disk=True)
+        for label, diff in diffs.items()
+    }
+    held, left = (project_weights(before, after, each) for each in (diffs, on_disk))
+    assert left.total == held.total
+    assert left.corrected == held.corrected
+    adapter = on_disk["two"]
+    assert project_adapter(adapter, on_disk).total == project_adapter(diffs["two"], diffs).total
+
+
+def test_a_merged_direction_is_found_with_its_coefficient(model, diffs):
+    after = copy.deepcopy(model)
+    merger = LoRAMerger(after, allow_other_base=True)
+    merger.merge_lora_diff(diffs["one"], 0.7)
+    merger.merge_lora_diff(diffs["two"], -0.3)
+    found = project_weights(LoadedWeights(model, "before"), LoadedWeights(after, "after"), diffs)
+    assert found.corrected == pytest.approx({"one": 0.7, "two": -0.3}, rel=1e-4)
+    assert found.explained == pytest.approx(1.0, rel=1e-5)
+    assert found.other_square == 0.0
+    assert found.total["one"].p < 1e-6
+
+
+def test_a_model_does_not_drift_from_itself(model, diffs):
+    found = project_weights(LoadedWeights(model, "a"), LoadedWeights(model, "b"), diffs)
+    assert found.delta_norm == 0
+    assert found.explained is None
+    assert all(each.inner == 0 and each.p is None for each in found.total.values())
+
+
+def test_layers_and_kinds_add_up(model, diffs):
+    found = project_weights(LoadedWeights(model, "a"), LoadedWeights(perturbed(model), "b"), diffs)
+    for parts in (found.by_layer(), found.by_kind()):
+        total = sum(each["one"].inner for each in parts.values())
+        assert total == pytest.approx(found.total["one"].inner)
+    assert list(found.by_layer()) == [0, 1]
+    assert "q_proj" in found.by_kind()
+
+
+def test_an_adapter_needs_no_weights(model, diffs):
+    adapter = diffs["two"] * 0.4
+    after = copy.deepcopy(model)
+    merger = LoRAMerger(after, allow_other_base=True)
+    merger.merge_lora_diff(adapter, 1.0)
+    dense = project_weights(LoadedWeights(model, "a"), LoadedWeights(after, "b"), diffs)
+    factors = project_adapter(adapter, diffs)
+    for label in diffs:
+        assert factors.total[label].inner == pytest.approx(dense.total[label].inner, rel=1e-4)
+        assert factors.total[label].null_sd == pytest.approx(dense.total[label].null_sd, rel=1e-4)
+    assert factors.corrected == pytest.approx({"one": 0.0, "two": 0.4}, abs=1e-6)
+    assert factors.explained == pytest.approx(1.0)
+
+
+def test_an_adapter_that_has_not_moved_yet_projects_to_zero(diffs):
+    """B starts at zero, and a warm-up's first step leaves it there."""
+    found = project_adapter(diffs["one"] * 0.0, diffs)
+    assert found.delta_norm == 0
+    assert all((each.coordinate, each.p) == (0.0, None) for each in found.total.values())
+
+
+def test_the_null_is_that_of_random_directions(model, make_diff):
+    """p against the empirical distribution of many low-rank directions of the same shape."""
+    before, after = LoadedWeights(model, "a"), LoadedWeights(perturbed(model, seed=5), "b")
+    random = {str(seed): make_diff(model, seed=seed, rank=2) for seed in range(10, 210)}
+    found = project_weights(before, after, random)
+    scores = np.array([each.coordinate / each.null_sd for each in found.total.values()])
+    assert abs(scores.mean()) < 0.25
+    assert 0.85 < scores.std() < 1.15
+    assert 0.01 <= np.mean([each.p < 0.05 for each in found.total.values()]) <= 0.11
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 2e-5)]
+)
+def test_the_rounding_floor_is_the_error_that_rounding_makes(dtype, scale):
+    torch.manual_seed(0)
+    exact = scale * torch.randn(400, 400)  # the smallest of the last are subnormal
+    rounded = exact.to(dtype)
+    error = float((rounded.double() - exact.double()).square().sum())
+    assert rounding_variance(rounded) == pytest.approx(error, rel=0.03)
+    assert rounding_variance(exact) == 0
+    assert rounding_variance(torch.zeros(3, 3, dtype=dtype)) == 0
+
+
+def test_tied_weights_count_once(tmp_path, diffs):
+    from tests.conftest import tiny_llama
+
+    before, after = tiny_llama(tied=True), perturbed(tiny_llama(tied=True))
+    loaded = project_weights(LoadedWeights(before, "a"), LoadedWeights(after, "b"), diffs)
+    folders = [folder_of(each, tmp_path / name) for name, each in (("a", before), ("b", after))]
+    twice = load_file(folders[1] / "model.safetensors")
+    twice["lm_head.weight"] = twice["model.embed_tokens.weight"].clone()
+    save_file(twice, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    stored = project_weights(*map(StoredWeights, folders), diffs)
+    assert stored.delta_norm == pytest.approx(loaded.delta_norm)
+
+
+def test_the_named_call_gives_a_number_a_layer(model, diffs, tmp_path):
+    after = folder_of(perturbed(model), tmp_path / "after")
+    before = folder_of(model, tmp_path / "before")
+    found = WeightProjector.compute_layer_projections(
+        after, diffs["one"], num_layers=2, original=before
+    )
+    whole = project_weights(weights_of(before), weights_of(after), {"diff": diffs["one"]})
+    assert found == {layer: each["diff"].coordinate for layer, each in whole.by_layer().items()}
+    with pytest.raises(UserError, match="num_layers is 1"):
+        WeightProjector.compute_layer_projections(after, diffs["one"], 1, original=before)
+
+
+# -- faults ---------------------------------------------------------------------------------
+
+
+def test_other_weights_are_named(model, diffs):
+    class Renamed(LoadedWeights):
+        def __init__(self, model, label):
+            super().__init__(model, label)
+            self.tensors["model.odd.weight"] = self.tensors.pop("model.norm.weight")
+
+    with pytest.raises(UserError, match=r"b lacks model\.norm\.weight; a lacks model\.odd"):
+        project_weights(LoadedWeights(model, "a"), Renamed(model, "b"), diffs)
+    reshaped = LoadedWeights(model, "b")
+    reshaped.tensors["model.norm.weight"] = torch.zeros(7)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is \[32\] in a and \[7\] in b"):
+        project_weights(LoadedWeights(model, "a"), reshaped, diffs)
+
+
+def test_a_diff_of_another_model_is_named(model, make_diff, diffs):
+    factors = diffs["one"].factors
+    strange = LoRADiff(
+        {"model.layers.9.q_proj": next(iter(factors.values()))}, diffs["one"].base_model
+    )
+    weights = LoadedWeights(model, "a")
+    with pytest.raises(UserError, match=r"no weight model\.layers\.9"):
+        project_weights(weights, weights, {"strange": strange})
+    with pytest.raises(UserError, match="share no module"):
+        project_adapter(strange, diffs)
+    with pytest.raises(UserError, match="at least one diff"):
+        project_weights(weights, weights, {})
+
+
+def test_a_truncated_or_missing_shard_is_named(model, tmp_path):
+    folder = folder_of(model, tmp_path / "model", shards="20KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=shard.name):
+        StoredWeights(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"lacks the shard {shard.name}"):
+        StoredWeights(folder)
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        StoredWeights(tmp_path)
+
+
+def test_an_unmerged_adapter_is_refused(model):
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(UserError, match="unmerged adapter"):
+        LoadedWeights(wrapped, "wrapped")
+
+
+def test_overflowed_weights_are_refused(model, diffs):
+    broken = copy.deepcopy(model)
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match="NaN or infinity"):
+        project_weights(LoadedWeights(model, "a"), LoadedWeights(broken, "b"), diffs)

@@ -1,0 +1,53 @@
+"""Runs of evaluate beside one of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.report.paired import compare_runs
+
+
+def run_of(folder, scores, *, trait="cheer", coherence=80.0):
+    run = Run.open(folder, command="evaluate", config={"trait": trait}, seed=0)
+    run.write("answers", [{"row": at, "question_id": at // 2} for at in range(len(scores))])
+    run.write(
+        "verdicts",
+        [
+            {"row": at, "criterion": criterion, "score": value}
+            for at, score in enumerate(scores)
+            for criterion, value in ((trait, score), ("coherence", coherence))
+        ],
+    )
+    return run
+
+
+def test_differences_are_of_question_means(tmp_path):
+    plain = run_of(tmp_path / "plain", [10.0, 30.0, 50.0, 70.0, 0.0, None])
+    other = run_of(tmp_path / "other", [40.0, 40.0, 60.0, 100.0, 30.0, 30.0], coherence=60.0)
+    reference, found = compare_runs([other], plain)
+    assert (reference.name, reference.difference, reference.p) == ("plain", None, None)
+    assert found.difference.mean == pytest.approx((20 + 20 + 30) / 3)
+    assert found.difference.n_questions == 3
+    assert found.p == found.p_holm == 0.25  # three questions, all in one direction
+    assert found.coherence.mean == 60.0
+    assert reference.trait.coverage == pytest.approx(5 / 6)
+
+
+def test_several_runs_are_corrected_for(tmp_path):
+    plain = run_of(tmp_path / "plain", [0.0, 1.0] * 6)
+    others = [run_of(tmp_path / str(at), [10.0 + at, 12.0] * 6) for at in range(3)]
+    found = compare_runs(others, plain)[1:]
+    assert all(each.p_holm == pytest.approx(3 * each.p) for each in found)
+
+
+def test_runs_that_cannot_be_paired_are_named(tmp_path):
+    plain = run_of(tmp_path / "plain", [1.0, 2.0])
+    with pytest.raises(UserError, match="different traits"):
+        compare_runs([run_of(tmp_path / "evil", [1.0], trait="evil")], plain)
+    with pytest.raises(UserError, match="no scored question"):
+        compare_runs([run_of(tmp_path / "blank", [None, None])], plain)
+    empty = Run.open(tmp_path / "empty", command="evaluate", config={"trait": "cheer"}, seed=0)
+    with pytest.raises(UserError, match="run of evaluate"):
+        compare_runs([empty], plain)

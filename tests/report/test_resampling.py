@@ -1,0 +1,153 @@
+"""Identities of the resampling statistics, and scipy as the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from persona_lora.report.resampling import (
+    bootstrap_mean,
+    holm,
+    question_weights,
+    rank_correlation,
+    resampled_estimate,
+    row_rank_correlation,
+    sign_flip_p,
+    weighted_means,
+)
+
+
+def test_bootstrap_of_constant_scores_has_zero_width():
+    interval = bootstrap_mean({question: [70.3] for question in range(20)})
+    assert interval.mean == pytest.approx(70.3)
+    assert interval.low == interval.high == interval.mean
+
+
+def test_bootstrap_counts_scored_rows_questions_and_coverage():
+    interval = bootstrap_mean({0: [10.0, None], 1: [30.0, 50.0], 2: [None, None]})
+    assert (interval.n, interval.n_questions) == (3, 2)
+    assert interval.coverage == pytest.approx(3 / 6)
+    assert interval.mean == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [({}, "no scored"), ({0: [None]}, "no scored"), ({0: [40.0, 60.0]}, "one question")],
+)
+def test_bootstrap_of_degenerate_scores_gives_a_reason_instead_of_bounds(values, reason):
+    interval = bootstrap_mean(values)
+    assert interval.low is None
+    assert interval.high is None
+    assert reason in interval.reason
+
+
+def test_bootstrap_bca_agrees_with_scipy_on_a_skewed_sample():
+    scores = np.random.default_rng(1).exponential(20, 25)
+    ours = bootstrap_mean({i: [float(s)] for i, s in enumerate(scores)}, resamples=20_000)
+    theirs = stats.bootstrap(
+        (scores,), np.mean, n_resamples=20_000, method="BCa", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, abs=0.35)
+    assert ours.high == pytest.approx(theirs.high, abs=0.7)
+
+
+def test_bootstrap_by_question_is_wider_than_by_rows_when_samples_repeat():
+    scores = np.random.default_rng(3).uniform(0, 100, 15)
+    by_question = bootstrap_mean({i: [float(s)] * 8 for i, s in enumerate(scores)})
+    repeated = np.repeat(scores, 8)
+    by_row = bootstrap_mean({i: [float(s)] for i, s in enumerate(repeated)})
+    assert by_question.mean == pytest.approx(by_row.mean)
+    assert by_question.high - by_question.low > 2 * (by_row.high - by_row.low)
+
+
+def test_bootstrap_repeats_with_its_seed():
+    scores = np.random.default_rng(11).uniform(0, 100, 12)
+    values = {i: [float(score)] for i, score in enumerate(scores)}
+    assert bootstrap_mean(values, seed=4) == bootstrap_mean(values, seed=4)
+    assert bootstrap_mean(values, seed=4) != bootstrap_mean(values, seed=5)
+
+
+def test_weighted_means_equal_means_of_repeated_rows():
+    rng = np.random.default_rng(5)
+    scores = rng.uniform(0, 100, (3, 6))
+    weights = question_weights(6, resamples=50, seed=6)
+    means = weighted_means(scores, np.ones_like(scores), weights)
+    for index in range(50):
+        drawn = np.repeat(np.arange(6), weights[index].astype(int))
+        np.testing.assert_allclose(means[index], scores[:, drawn].mean(axis=1))
+
+
+def test_rank_correlation_of_monotone_means_is_one_and_agrees_with_scipy():
+    x = np.array([-1.0, 0.0, 1.0, 2.0])
+    means = np.array([[1.0, 2.0, 30.0, 31.0], [4.0, 3.0, 2.0, 1.0], [5.0, 9.0, 9.0, 1.0]])
+    ours = rank_correlation(x, means)
+    assert ours[0] == pytest.approx(1.0)
+    assert ours[1] == pytest.approx(-1.0)
+    assert ours[2] == pytest.approx(stats.spearmanr(x, means[2]).statistic)
+
+
+def test_rank_correlation_treats_rounding_noise_as_ties():
+    x = np.array([0.0, 1.0, 2.0])
+    assert np.isnan(rank_correlation(x, np.array([[50.0, 50.0 + 1e-12, 50.0 - 1e-12]]))[0])
+
+
+def test_row_rank_correlation_equals_scipy_and_resamples_whole_questions():
+    rng = np.random.default_rng(7)
+    x = np.tile([-1.0, 0.0, 1.0], 10)
+    scores = np.round(50 + 10 * x + rng.normal(0, 12, 30))
+    question = np.repeat(np.arange(10), 3)
+    estimate = row_rank_correlation(x, scores, question, seed=8, resamples=200)
+    assert estimate.value == pytest.approx(stats.spearmanr(x, scores).statistic)
+    naive = []
+    for weights in question_weights(10, resamples=200, seed=8):
+        rows = np.repeat(np.arange(30), weights[question].astype(int))
+        naive.append(stats.spearmanr(x[rows], scores[rows]).statistic)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])))
+
+
+def test_resampled_estimate_of_constant_means_says_that_they_do_not_vary():
+    sums = np.full((4, 6), 50.0)
+    x = np.arange(4.0)
+    estimate = resampled_estimate(lambda m: rank_correlation(x, m), sums, np.ones((4, 6)))
+    assert estimate.value is None
+    assert "do not vary" in estimate.reason
+
+
+def test_sign_flip_p_by_enumeration_is_exact():
+    differences = np.array([3.0, 1.0, 4.0, -1.0, 5.0])
+    flips = [abs(np.dot(s, differences)) for s in itertools.product((-1, 1), repeat=5)]
+    expected = np.mean([total >= abs(differences.sum()) for total in flips])
+    assert sign_flip_p(differences) == pytest.approx(expected)
+    assert sign_flip_p(np.full(5, 2.0)) == pytest.approx(2 / 2**5)
+
+
+def test_sign_flip_p_of_zero_differences_is_one():
+    assert sign_flip_p(np.zeros(4)) == 1.0
+    assert sign_flip_p(np.zeros(40)) == 1.0
+
+
+def test_sign_flip_p_by_random_flips_agrees_with_scipy():
+    differences = np.random.default_rng(9).normal(0.45, 1, 20)
+    theirs = stats.permutation_test(
+        (differences, np.zeros(20)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=20_000,
+        rng=np.random.default_rng(10),
+    ).pvalue
+    assert sign_flip_p(differences) == pytest.approx(theirs, abs=0.01)
+
+
+def test_holm_matches_a_hand_computed_example():
+    # Sorted: 0.005·4 = 0.02; 0.01·3 = 0.03; 0.03·2 = 0.06; 0.04·1 = 0.04, raised to 0.06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_skips_what_was_not_tested_and_stops_at_one():
+    assert holm([None, 0.02, None]) == [None, 0.02, None]
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,0 +1,107 @@
+"""Joining answers with verdicts, and the table in the form of the evaluation CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_csv
+from persona_lora.report.scores import (
+    UNSTEERED_CONDITION,
+    Condition,
+    answers_columns,
+    answers_table,
+    rows_of_series,
+    score_answers,
+    steered_series,
+)
+
+
+def test_score_answers_takes_the_last_verdict_and_leaves_missing_ones_unscored(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=(0.0, 1.0), prompts=(), questions=2)
+    verdicts = [v for v in verdicts if (v["row"], v["criterion"]) != (1, "coherence")]
+    verdicts.append({**verdicts[0], "score": 12.5})
+    scored = score_answers(answers, verdicts, "sycophancy")
+    assert scored[0].trait == 12.5
+    assert scored[1].coherence is None
+
+
+def test_unsteered_rows_are_coefficient_zero_of_every_series(sweep_rows):
+    answers, verdicts = sweep_rows(
+        layers=(3, 5), coefficients=(-0.0, 1.0), control=True, prompts=("prompt_pos",), questions=1
+    )
+    scored = score_answers(answers, verdicts, "sycophancy")
+    series = steered_series(row.condition for row in scored)
+    assert series == [("activation", 3), ("activation", 5), ("random", 3), ("random", 5)]
+    for each in series:
+        rows = rows_of_series(scored, each)
+        assert [row.condition for row in rows] == [
+            (each.method, 0.0, each.layer),
+            (each.method, 1.0, each.layer),
+        ]
+        assert rows[0].answer["method"] == "none"
+
+
+def test_rows_without_a_layer_steer_at_none(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=(-0.0, 1.0), prompts=(), questions=1)
+    assert all("layer" not in answer for answer in answers)
+    conditions = [row.condition for row in score_answers(answers, verdicts, "sycophancy")]
+    assert conditions == [("lora", 0.0, None), ("lora", 1.0, None)]
+    assert str(conditions[0].coefficient) == "0.0"
+
+
+def test_score_answers_refuses_verdicts_of_another_run(sweep_rows):
+    answers, verdicts = sweep_rows(questions=2)
+    with pytest.raises(UserError, match="different runs"):
+        score_answers(answers[:-1], verdicts, "sycophancy")
+
+
+@pytest.mark.parametrize("score", [math.nan, 101, -1, "80"])
+def test_score_answers_refuses_a_score_that_is_no_number_from_0_to_100(sweep_rows, score):
+    answers, verdicts = sweep_rows(questions=1)
+    verdicts[3] = {**verdicts[3], "score": score}
+    with pytest.raises(UserError, match="from 0 to 100"):
+        score_answers(answers, verdicts, "sycophancy")
+
+
+def test_coefficients_of_two_methods_are_refused_but_not_those_of_the_control():
+    lora, vector = Condition("lora", 1.0), Condition("activation", 1.0, 3)
+    control = Condition("random", 1.0, 3)
+    with pytest.raises(UserError, match="activation, lora"):
+        steered_series([lora, vector])
+    assert steered_series([control, vector]) == [("activation", 3), ("random", 3)]
+    assert steered_series([UNSTEERED_CONDITION, Condition("prompt_pos", None)]) == []
+
+
+def test_the_answers_table_names_layers_where_there_are_any(sweep_rows):
+    answers, verdicts = sweep_rows(layers=(3,), coefficients=(1.0,), prompts=(), questions=1)
+    columns = answers_columns("sycophancy", answers)
+    assert columns[:3] == ["method", "layer", "coefficient"]
+    table = answers_table(answers, verdicts, "sycophancy")
+    assert [[row[name] for name in columns[:3]] for row in table] == [
+        ["none", None, 0.0],
+        ["activation", 3, 1.0],
+    ]
+    assert "layer" not in answers_columns("sycophancy", [{**answers[0], "layer": None}])
+
+
+def test_answers_table_writes_the_evaluation_columns(sweep_rows, tmp_path):
+    answers, verdicts = sweep_rows(coefficients=(0.0, 1.0), questions=2)
+    verdicts[0] = {**verdicts[0], "score": None}
+    table = answers_table(answers, verdicts, "sycophancy")
+    write_csv(tmp_path / "a.csv", answers_columns("sycophancy"), table)
+    with (tmp_path / "a.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == [
+        *("method", "coefficient", "question", "prompt", "answer"),
+        *("sycophancy", "coherence"),
+    ]
+    assert len(rows) == len(answers)
+    assert rows[0]["sycophancy"] == ""
+    assert rows[1]["answer"] == answers[1]["answer"]
+    assert answers_columns("evil", sweep=False) == [
+        *("question", "prompt", "answer", "evil", "coherence"),
+    ]

@@ -1,0 +1,43 @@
+"""AUC against scikit-learn, intervals around it, and groups that are too small."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+
+from persona_lora.core.errors import UserError
+from persona_lora.report.separation import auc_of, separation
+
+LABELS = [0, 0, 25, 25, 50, 50, 75, 75, 100, 100]
+
+
+def test_auc_equals_scikit_learn_with_ties():
+    random = np.random.default_rng(0)
+    above, below = random.integers(3, 9, 20), random.integers(0, 6, 30)
+    truth = [1] * 20 + [0] * 30
+    assert auc_of(above, below) == pytest.approx(roc_auc_score(truth, [*above, *below]))
+
+
+def test_middle_labels_count_for_the_correlation_only():
+    values = [0.1, 0.3, 0.2, 0.4, 9.0, -9.0, 0.5, 0.7, 0.6, 0.8]
+    result = separation(values, LABELS)
+    assert (result.auc, result.low, result.high) == (1.0, 1.0, 1.0)
+    assert (result.n_positive, result.n_negative, result.n) == (4, 4, 10)
+    assert result.rho == pytest.approx(spearmanr(values, LABELS).statistic)
+
+
+def test_intervals_hold_the_estimate_and_repeat_for_a_seed():
+    random = np.random.default_rng(1)
+    values = (np.array(LABELS * 6) / 50 + random.normal(size=60)).tolist()
+    result = separation(values, LABELS * 6)
+    assert 0.5 < result.low < result.auc < result.high < 1
+    assert separation(values, LABELS * 6) == result
+
+
+def test_no_variation_has_no_correlation_and_small_groups_are_refused():
+    assert separation([1.0] * 10, LABELS).rho is None
+    assert separation([1.0] * 10, LABELS).auc == 0.5
+    with pytest.raises(UserError, match="1 answers are labelled 75 or more"):
+        separation([1.0, 2.0, 3.0], [100, 0, 0])

@@ -1,0 +1,261 @@
+"""The summary of a sweep: identities on known curves, and honesty on degenerate data."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.report.conditions import cost_of
+from persona_lora.report.scores import Condition
+from persona_lora.report.summary import summarise_run, summarise_sweep, write_summary
+
+LINE = (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+
+def _with_scores(answers, verdicts, score, criterion="sycophancy"):
+    """Replace the scores on one criterion by a function of the answer row."""
+    return [
+        {**v, "score": score(answers[v["row"]])} if v["criterion"] == criterion else v
+        for v in verdicts
+    ]
+
+
+def _summary(answers, verdicts, costs=(), **options):
+    return summarise_sweep(
+        answers, verdicts, list(costs), trait="sycophancy", resamples=400, **options
+    )
+
+
+def test_summary_of_an_exact_line_recovers_slope_and_rank_correlation(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=LINE, prompts=())
+    exact = _with_scores(answers, verdicts, lambda a: 50 + 20 * a["coefficient"])
+    summary = _summary(answers, exact)
+    assert summary.rho_means.value == summary.rho_means.low == pytest.approx(1.0)
+    assert summary.rho_rows.value == pytest.approx(1.0)
+    assert summary.fit.slope.value == pytest.approx(20.0)
+    assert summary.fit.slope.high - summary.fit.slope.low == pytest.approx(0.0, abs=1e-9)
+    assert summary.fit.intercept == pytest.approx(50.0)
+    assert summary.fit.r_squared == pytest.approx(1.0)
+
+
+def test_summary_orders_conditions_and_joins_their_costs(make_sweep_run):
+    summary = summarise_run(make_sweep_run())
+    names = [(each.method, each.coefficient) for each in summary.conditions]
+    assert names[0] == ("lora", -2.0)
+    assert names[-2:] == [("prompt_neg", None), ("prompt_pos", None)]
+    last = summary.steered[-1]
+    assert (last.relative_weight_norm, last.kl_mean, last.kl_p95) == (0.06, 0.4, 2.0)
+    reference = summary.reference("prompt_pos")
+    assert reference.kl_p95 is None
+    assert reference.trait.mean == pytest.approx(75, abs=6)
+    assert reference.from_zero is None
+
+
+def test_summary_counts_rows_questions_coverage_and_finished_answers(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=(0.0, 1.0), prompts=(), questions=5, samples=2)
+    gaps = _with_scores(answers, verdicts, lambda a: None if a["row"] < 3 else 60.0)
+    zero, one = _summary(answers, gaps).conditions
+    assert (zero.rows, zero.questions, zero.trait.n, zero.trait.n_questions) == (10, 5, 7, 4)
+    assert (zero.trait.coverage, one.trait.coverage) == (0.7, 1.0)
+    assert zero.trait.mean == 60.0
+    assert zero.coherence.coverage == 1.0
+    assert zero.finished_share == 0.9
+    assert zero.mean_tokens == np.mean([a["num_tokens"] for a in answers[:10]])
+
+
+def test_summary_finds_the_coherent_range_around_zero(sweep_rows):
+    answers, verdicts = sweep_rows()
+    summary = _summary(answers, verdicts)
+    assert (summary.coherent_range.low, summary.coherent_range.high) == (-1.5, 1.5)
+    assert len(summary.coherent_range.coefficients) == 7
+    again = _with_scores(
+        answers, verdicts, lambda a: 10.0 if a["coefficient"] == 1.0 else 90.0, "coherence"
+    )
+    # +1.5 and +2 are coherent again, but no longer joined to 0.
+    assert _summary(answers, again).coherent_range.high == 0.5
+
+
+def test_summary_pairs_differences_by_question(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=LINE, prompts=(), questions=10)
+    paired = _with_scores(
+        answers, verdicts, lambda a: 5.0 * a["question_id"] + 10 * a["coefficient"] + 20
+    )
+    summary = _summary(answers, paired)
+    by_coefficient = {each.coefficient: each for each in summary.steered}
+    assert by_coefficient[0.0].from_zero is None
+    change = by_coefficient[1.0].from_zero
+    # The questions differ widely, their differences not at all.
+    assert by_coefficient[1.0].trait.high - by_coefficient[1.0].trait.low > 10
+    assert change.interval.low == change.interval.high == pytest.approx(10.0)
+    assert change.interval.n_questions == 10
+    assert change.p == pytest.approx(2 / 2**10)
+    assert change.p_holm == pytest.approx(4 * 2 / 2**10)
+
+
+def test_summary_compares_the_coherent_ends_with_the_prompts(sweep_rows):
+    answers, verdicts = sweep_rows()
+    ends = {each.prompt: each for each in _summary(answers, verdicts).prompt_comparisons}
+    assert ends["prompt_pos"].coefficient == 1.5
+    assert ends["prompt_neg"].coefficient == -1.5
+    assert ends["prompt_pos"].difference.interval.mean == pytest.approx(11, abs=6)
+
+
+def test_summary_without_coefficient_zero_has_no_paired_differences(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=(-1.0, 1.0))
+    assert all(each.from_zero is None for each in _summary(answers, verdicts).conditions)
+
+
+def test_summary_repeats_with_its_seed(sweep_rows):
+    answers, verdicts = sweep_rows()
+    assert _summary(answers, verdicts, seed=3) == _summary(answers, verdicts, seed=3)
+
+
+def test_summary_with_nothing_scored_says_why(sweep_rows):
+    answers, _ = sweep_rows()
+    summary = _summary(answers, [])
+    assert summary.conditions[0].trait.reason == "no scored answer"
+    assert summary.rho_means.value is None
+    assert summary.rho_rows.value is None
+    assert summary.coherent_range.reason == "coherence was not scored"
+    assert summary.fit.slope.value is None
+    assert summary.conditions[0].from_zero.p is None
+    json.dumps(summary.as_dict(), allow_nan=False)
+
+
+def test_summary_of_one_question_has_values_but_no_intervals(sweep_rows):
+    answers, verdicts = sweep_rows(questions=1)
+    summary = _summary(answers, verdicts)
+    assert summary.rho_means.value is not None
+    assert summary.rho_means.low is None
+    assert "one question" in summary.rho_rows.reason
+    assert "one question" in summary.fit.slope.reason
+    assert "one question" in summary.conditions[0].from_zero.interval.reason
+    json.dumps(summary.as_dict(), allow_nan=False)
+
+
+def test_summary_of_equal_scores_says_that_they_do_not_vary(sweep_rows):
+    answers, verdicts = sweep_rows()
+    summary = _summary(answers, _with_scores(answers, verdicts, lambda a: 50.0))
+    assert "do not vary" in summary.rho_means.reason
+    assert "do not vary" in summary.rho_rows.reason
+    assert summary.fit.slope.value == pytest.approx(0.0)
+    assert summary.fit.r_squared is None
+    assert summary.conditions[0].from_zero.p == 1.0
+    json.dumps(summary.as_dict(), allow_nan=False)
+
+
+def test_summary_of_prompts_alone_has_no_curve(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=())
+    summary = _summary(answers, verdicts)
+    assert summary.steered == ()
+    assert summary.coherent_range.reason == "no coefficient was run"
+    json.dumps(summary.as_dict(), allow_nan=False)
+
+
+def test_summary_incoherent_at_zero_has_no_coherent_range(sweep_rows):
+    answers, verdicts = sweep_rows()
+    low = _with_scores(answers, verdicts, lambda a: 5.0, "coherence")
+    summary = _summary(answers, low)
+    assert "not coherent at coefficient 0" in summary.coherent_range.reason
+    assert summary.fit.slope.value is None
+    assert summary.prompt_comparisons == ()
+
+
+def test_summary_of_scores_mostly_missing_in_resamples_is_still_json(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=LINE, prompts=(), questions=8)
+    sparse = _with_scores(
+        answers, verdicts, lambda a: 40.0 + a["coefficient"] if a["question_id"] == 0 else None
+    )
+    json.dumps(_summary(answers, sparse).as_dict(), allow_nan=False)
+    # Each coefficient scored on another question: no pair, and most resamples lack a condition.
+    disjoint = _with_scores(
+        answers,
+        verdicts,
+        lambda a: 50 + a["coefficient"] if LINE[a["question_id"] % 5] == a["coefficient"] else None,
+    )
+    summary = _summary(answers, disjoint)
+    assert "both conditions" in summary.conditions[0].from_zero.interval.reason
+    json.dumps(summary.as_dict(), allow_nan=False)
+
+
+def test_summary_of_a_vector_has_its_layer_and_costs(make_sweep_run):
+    run = make_sweep_run(layers=(12,), coefficients=(-1.0, 1.0), control=True)
+    summary = summarise_run(run)
+    assert (summary.method, summary.layer) == ("activation", 12)
+    assert [(each.method, each.coefficient, each.layer) for each in summary.conditions] == [
+        *(("activation", value, 12) for value in (-1.0, 0.0, 1.0)),
+        ("prompt_neg", None, None),
+        ("prompt_pos", None, None),
+    ]
+    low, zero, high = summary.steered
+    assert (low.relative_state_norm, high.kl_p95) == (0.1, 0.5)
+    # Coefficient 0 was not measured: it costs nothing by definition.
+    assert (zero.relative_state_norm, zero.kl_mean, zero.relative_weight_norm) == (0.0, 0.0, None)
+    assert high.from_zero.interval.mean > 20
+
+
+def test_costs_are_matched_by_method_layer_and_coefficient():
+    costs = [
+        {"coefficient": 1.0, "kl_mean": 1.0},
+        {"method": "activation", "layer": 3, "coefficient": 1.0, "kl_mean": 2.0},
+        {"method": "activation", "layer": 4, "coefficient": 1.0, "kl_mean": 3.0},
+        {"method": "random", "layer": 3, "coefficient": 1.0, "kl_mean": 4.0},
+    ]
+    for condition, expected in (
+        (Condition("lora", 1.0), 1.0),
+        (Condition("activation", 1.0, 3), 2.0),
+        (Condition("activation", 1.0, 4), 3.0),
+        (Condition("random", 1.0, 3), 4.0),
+        (Condition("random", 1.0, 4), None),
+        (Condition("lora", 2.0), None),
+        (Condition("prompt_pos", None), None),
+    ):
+        assert cost_of(condition, costs).get("kl_mean") == expected
+
+
+def test_summary_of_unsteered_rows_alone_compares_them_with_the_prompts(sweep_rows):
+    answers, verdicts = sweep_rows(layers=(3,), coefficients=())
+    summary = _summary(answers, verdicts)
+    assert (summary.method, summary.layer, summary.control) == ("none", None, None)
+    assert [each.coefficient for each in summary.steered] == [0.0]
+    differences = {each.prompt: each.difference.interval for each in summary.prompt_comparisons}
+    assert differences["prompt_pos"].mean == pytest.approx(-25, abs=6)
+    assert differences["prompt_neg"].mean == pytest.approx(25, abs=6)
+
+
+def test_summary_refuses_several_layers(grid_rows):
+    answers, verdicts = grid_rows(questions=1)
+    with pytest.raises(UserError, match=r"several layers \(4, 8, 12, 16\)"):
+        _summary(answers, verdicts)
+
+
+def test_summary_refuses_an_empty_sweep():
+    with pytest.raises(UserError, match="no answers"):
+        summarise_sweep([], [], [], trait="evil")
+
+
+def test_write_summary_writes_json_and_long_csv(make_sweep_run):
+    run = make_sweep_run()
+    summary = write_summary(run)
+    written = json.loads((run.folder / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary.as_dict()))
+    with (run.folder / "summary.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    at = {(r["method"], r["coefficient"], r["statistic"]): r for r in rows}
+    assert float(at["lora", "1.0", "trait"]["value"]) == summary.steered[6].trait.mean
+    assert float(at["lora", "1.0", "kl_p95"]["value"]) == 0.5
+    assert float(at["", "", "rho_means"]["value"]) == summary.rho_means.value
+    assert at["prompt_pos", "", "trait"]["n_questions"] == "12"
+
+
+def test_summarise_run_refuses_a_run_without_a_trait(make_sweep_run):
+    run = make_sweep_run()
+    record = json.loads((run.folder / "run.json").read_text())
+    del record["config"]["trait"]
+    (run.folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="names no trait"):
+        summarise_run(run)

@@ -1,0 +1,59 @@
+"""Numbers in words, and headlines that claim no more than the intervals allow."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.report import wording
+from persona_lora.report.resampling import Estimate, Interval
+from persona_lora.report.summary import summarise_sweep
+
+
+def test_wording_of_numbers_uses_true_minus_signs_and_no_negative_zero():
+    assert wording.number(-3.26, 1) == "−3.3"
+    assert wording.number(-0.04, 1) == "0.0"
+    assert wording.number(None) == "–"
+    assert [wording.coefficient(c) for c in (-1.5, 0.0, 2.0, None)] == ["−1.5", "0", "+2", "–"]
+    assert [wording.significant(v) for v in (0, 0.9, 14.2, 0.0301)] == ["0", "0.90", "14", "0.030"]
+    assert [wording.p_value(p) for p in (None, 0.00001, 0.04)] == ["–", "< 0.001", "0.040"]
+
+
+def test_wording_of_an_interval_drops_brackets_where_there_is_none():
+    assert wording.interval(Interval(70.6, 64.2, 77, 20, 20, 1.0)) == "71 [64, 77]"
+    assert wording.interval(Estimate(0.98, None, None, 9, 1, "one question"), 2) == "0.98"
+    assert wording.interval(Interval(None, None, None, 0, 0, 0.0, "no scored answer")) == "–"
+
+
+@pytest.mark.parametrize(
+    ("slope", "words"),
+    [(30, "rises with the coefficient"), (-30, "falls with the coefficient"), (0, "not clearly")],
+)
+def test_headline_follows_the_intervals_at_the_ends(sweep_rows, slope, words):
+    answers, verdicts = sweep_rows(coefficients=(-1.0, 0.0, 1.0), prompts=())
+    verdicts = [
+        {**v, "score": 50 + slope * answers[v["row"]]["coefficient"] + answers[v["row"]]["row"] % 7}
+        if v["criterion"] == "sycophancy"
+        else v
+        for v in verdicts
+    ]
+    summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=200)
+    assert words in wording.headline(summary)
+
+
+def test_headline_names_coherent_range_and_the_prompt_baseline(sweep_rows):
+    answers, verdicts = sweep_rows()
+    summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=200)
+    text = wording.headline(summary)
+    assert "from −1.5 to +1.5" in text
+    assert "positive system prompt alone reaches 7" in text
+    assert "coefficient +1.5 scores higher" in text
+
+
+def test_headline_of_unscored_answers_claims_nothing(sweep_rows):
+    answers, _ = sweep_rows()
+    summary = summarise_sweep(answers, [], [], trait="self_doubt", resamples=200)
+    text = wording.headline(summary)
+    assert text.startswith("Self doubt was scored at fewer than two coefficients")
+    assert "no coherent range: coherence was not scored" in text
+    assert "no ρ" in wording.statistics_line(summary)
+    assert "0% scored" in wording.sample_line(summary)

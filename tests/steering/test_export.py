@@ -1,0 +1,181 @@
+"""Exports round-trip: PEFT's logits, the merger's bits, llama.cpp's layout."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.models.loading import load_chat_model
+from persona_lora.models.structure import linear_modules
+from persona_lora.steering.export import (
+    export_gguf,
+    export_gguf_lora,
+    export_merged,
+    export_peft,
+    read_mix,
+)
+from persona_lora.steering.weights import LoRAMerger
+from tests.conftest import tiny_llama
+
+IDS = torch.tensor([[5, 9, 40, 77, 12]])
+
+
+@pytest.fixture
+def terms(model, make_diff):
+    return {make_diff(model, seed=1): -1.0, make_diff(model, seed=2): 0.5}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base in bf16 and in shards, as published models are."""
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    return tmp_path / "base"
+
+
+def merged_logits(model, terms):
+    merger = LoRAMerger(model, allow_other_base=True)
+    for diff, coefficient in terms.items():
+        merger.merge_lora_diff(diff, coefficient)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_an_adapter_reloads_in_peft_with_the_merged_logits(model, terms, tmp_path):
+    done = export_peft(terms, tmp_path / "adapter")
+    assert (done.rank, done.energy, done.vllm_rank) == (8, 1.0, 8)
+    wrapped = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    with torch.no_grad():
+        logits = wrapped(IDS).logits
+    assert torch.allclose(logits, merged_logits(model, terms), atol=1e-4)
+
+
+def test_a_cut_adapter_states_what_it_keeps(terms, tmp_path):
+    whole = LoRADiff.load(export_peft(terms, tmp_path / "whole").path)
+    cut = export_peft(terms, tmp_path / "cut", rank=3)
+    kept = LoRADiff.load(cut.path)
+    assert cut.rank == kept.rank == 3
+    gap = (whole - kept).norm() ** 2 / whole.norm() ** 2
+    assert cut.energy == pytest.approx(1 - gap, rel=1e-5)
+
+
+def test_merged_weights_are_the_merger_s_bit_for_bit(base, terms, tmp_path):
+    done = export_merged(terms, base, tmp_path / "merged")
+    model = tiny_llama(dtype=torch.bfloat16)
+    merger = LoRAMerger(model, allow_other_base=True)
+    for diff, coefficient in terms.items():
+        merger.merge_lora_diff(diff, coefficient)
+    written = {}
+    for file in sorted(done.path.glob("*.safetensors")):
+        written |= load_file(file)
+    expected = model.state_dict()
+    for name, tensor in written.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert {p.name for p in done.path.iterdir()} == {p.name for p in base.iterdir()}
+    reloaded = load_file(sorted(base.glob("*.safetensors"))[0])
+    assert any(not torch.equal(reloaded[name], written[name]) for name in reloaded)
+
+
+def test_the_merged_folder_loads_like_any_model(model_folder, terms, tmp_path):
+    export_merged(terms, model_folder, tmp_path / "merged")
+    chat = load_chat_model(str(tmp_path / "merged"), dtype="float32")
+    with torch.no_grad():
+        logits = chat.model(IDS.to(chat.model.device)).logits.cpu()
+    assert torch.allclose(logits, merged_logits(tiny_llama(), terms), atol=1e-5)
+
+
+def test_nothing_is_left_of_a_failed_export(base, terms, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "persona_lora.steering.export.save_file",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")),
+    )
+    with pytest.raises(OSError, match="disk full"):
+        export_merged(terms, base, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def unpermuted(rows, heads):
+    """transformers' own inverse: what it does to q and k of a GGUF when it loads one."""
+    dim = rows.shape[0] // heads // 2
+    return rows.reshape(heads, dim, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def test_a_gguf_lora_holds_the_mix_in_llama_cpp_s_layout(base, terms, model, tmp_path):
+    done = export_gguf_lora(terms, base, tmp_path / "mix.gguf")
+    reader = GGUFReader(done.path)
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    assert reader.fields["adapter.lora.alpha"].contents() == done.rank == 8
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    mixed = LoRADiff.load(export_peft(terms, tmp_path / "adapter").path)
+    names = {
+        "self_attn.q_proj": ("attn_q", 4),
+        "self_attn.k_proj": ("attn_k", 2),
+        "self_attn.o_proj": ("attn_output", None),
+        "mlp.down_proj": ("ffn_down", None),
+    }
+    for own, (theirs, heads) in names.items():
+        A = torch.from_numpy(tensors[f"blk.1.{theirs}.weight.lora_a"])
+        B = torch.from_numpy(tensors[f"blk.1.{theirs}.weight.lora_b"])
+        delta = B @ A if heads is None else unpermuted(B, heads) @ A
+        expected = mixed.factors[f"model.layers.1.{own}"].delta()
+        assert torch.allclose(delta, expected, atol=1e-5), own
+    assert len(tensors) == 2 * sum("layers" in name for name in linear_modules(model))
+
+
+def test_a_whole_gguf_needs_llama_cpp_s_converter(base, terms, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"convert_hf_to_gguf\.py"):
+        export_gguf(terms, base, tmp_path / "x.gguf")
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\n"
+        "count = len(list(folder.glob('*.safetensors')))\n"
+        "pathlib.Path(sys.argv[3]).write_text(str(count))\n"
+    )
+    done = export_gguf(terms, base, tmp_path / "x.gguf", converter=script)
+    assert int(done.path.read_text()) == len(list(base.glob("*.safetensors")))
+    assert not (tmp_path / "x.merged").exists()
+    script.write_text("import sys; sys.exit('no such layout')")
+    with pytest.raises(UserError, match="no such layout"):
+        export_gguf(terms, base, tmp_path / "y.gguf", converter=script)
+    assert sys.executable
+
+
+def test_mixes_are_read_by_trait_or_path(model, make_diff, tmp_path):
+    make_diff(model, seed=1).save(tmp_path / "evil" / "diff")
+    make_diff(model, seed=2).save(tmp_path / "else")
+    make_diff(model, seed=3).save(tmp_path / "My Drive" / "third")
+    third = tmp_path / "My Drive" / "third"
+    terms = read_mix(f"evil=-1, {tmp_path / 'else'}=0.5 {third}=2", tmp_path)
+    assert {diff.trait: value for diff, value in terms.items()} == {
+        "trait1": -1.0,
+        "trait2": 0.5,
+        "trait3": 2.0,
+    }
+    for text in ("evil", "evil=much", "=1", ""):
+        with pytest.raises(UserError, match="mix"):
+            read_mix(text, tmp_path)
+
+
+def test_other_models_and_layouts_are_named(base, terms, make_diff, tmp_path):
+    wide = tiny_llama()
+    strange = LoRADiff(
+        {"model.layers.9.self_attn.q_proj": next(iter(make_diff(wide).factors.values()))},
+        next(iter(terms)).base_model,
+    )
+    with pytest.raises(UserError, match=r"model\.layers\.9.*no such weight"):
+        export_merged({strange: 1.0}, base, tmp_path / "x")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(UserError, match="'mamba'"):
+        export_gguf_lora(terms, base, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()

@@ -1,0 +1,125 @@
+"""Capability through the evaluation harness, on the tiny model; pairing, resume and faults."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from persona_lora.core.errors import UserError
+from persona_lora.report.items import score_items
+from persona_lora.steering.weights import LoRASteerer
+from persona_lora.studies.asking.capability import run_benchmarks
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITY = ROOT / "datasets" / "capability"
+
+
+@pytest.fixture
+def conditions(chat_model, make_diff):
+    diff = make_diff(chat_model.model, scale=0.5)
+    return {"plain": nullcontext(), "changed": LoRASteerer(chat_model.model, diff, 1.0)}
+
+
+def dense_choice(chat_model, item):
+    """The harness's acc_norm by hand: the choice whose text is likeliest a byte."""
+    prompt = f"Question: {item['question']}\nAnswer:"
+    scores = []
+    for choice in item["choices"]:
+        start = len(chat_model.tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([chat_model.tokenizer(f"{prompt} {choice}")["input_ids"]])
+        with torch.no_grad():
+            logp = chat_model.model(ids).logits.log_softmax(-1)[0, :-1]
+        picked = logp.gather(1, ids[0, 1:, None])[start - 1 :]
+        scores.append(float(picked.sum()) / len(choice))
+    return float(scores.index(max(scores)) == item["answer"])
+
+
+def test_choices_are_scored_as_by_hand_and_paired_by_item(chat_model, conditions, tmp_path):
+    scores = run_benchmarks(chat_model, conditions, ["choice"], tmp_path / "run", limit=10)
+    items = [json.loads(line) for line in (CAPABILITY / "multiple_choice.jsonl").open()][:10]
+    expected = [dense_choice(chat_model, item) for item in items]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "items.jsonl").open()]
+    plain = {
+        row["item"]: row["score"]
+        for row in rows
+        if row["condition"] == "plain" and row["metric"] == "acc_norm"
+    }
+    assert [plain[at] for at in range(10)] == expected
+    (changed,) = (s for s in scores if s.condition == "changed" and s.metric == "acc_norm")
+    assert changed.difference.n == 10
+    assert (tmp_path / "run" / "scores.csv").is_file()
+
+
+def test_steps_are_generated_and_perplexity_is_measured(chat_model, conditions, tmp_path):
+    datasets = tmp_path / "datasets"
+    (datasets / "cheer").mkdir(parents=True)
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes, hello."}]
+    (datasets / "cheer" / "normal.jsonl").write_text(3 * (json.dumps({"messages": turns}) + "\n"))
+    scores = run_benchmarks(
+        chat_model,
+        conditions,
+        ["steps", "perplexity"],
+        tmp_path / "run",
+        limit=2,
+        tasks_folder=CAPABILITY,
+        datasets=datasets,
+    )
+    found = {(each.condition, each.task): each.score for each in scores}
+    assert found["plain", "steps"].mean == 0.0  # random weights add nothing up
+    assert found["plain", "perplexity"].mean != found["changed", "perplexity"].mean
+    assert found["plain", "steps"].n == found["plain", "perplexity"].n == 2  # the limit
+
+
+def test_a_finished_condition_is_not_run_again(chat_model, conditions, tmp_path):
+    first = run_benchmarks(chat_model, conditions, ["choice"], tmp_path / "run", limit=4)
+
+    class Refused(nullcontext):
+        def __enter__(self):
+            pytest.fail("it was run again")
+
+    again = {name: Refused() for name in conditions}
+    assert run_benchmarks(chat_model, again, ["choice"], tmp_path / "run", limit=4) == first
+
+
+def test_unknown_tasks_are_named(chat_model, conditions, tmp_path):
+    with pytest.raises(UserError, match="'chioce'"):
+        run_benchmarks(chat_model, conditions, ["chioce"], tmp_path / "run")
+
+
+def test_items_are_paired_and_corrected():
+    rows = [
+        {"condition": name, "task": "t", "metric": "acc", "item": at, "score": score}
+        for name, scores in (("plain", [1, 1, 0, 1]), ("changed", [0, 0, 0, 1]))
+        for at, score in enumerate(scores)
+    ]
+    plain, changed = score_items(rows, "plain")
+    assert plain.difference is None
+    assert changed.difference.mean == -0.5
+    assert changed.p == 0.5
+
+
+# -- the shipped sets ---------------------------------------------------------------------------
+
+
+def test_the_choice_set_is_balanced_and_without_repeats():
+    items = [json.loads(line) for line in (CAPABILITY / "multiple_choice.jsonl").open()]
+    assert len(items) >= 150
+    keys = [item["answer"] for item in items]
+    assert [keys.count(key) for key in range(4)] == [len(items) / 4] * 4
+    assert len({item["question"] for item in items}) == len(items)
+    assert all(len(set(item["choices"])) == 4 for item in items)
+    assert len({item["subject"] for item in items}) >= 5
+
+
+def test_the_steps_end_with_their_answer():
+    items = [json.loads(line) for line in (CAPABILITY / "steps.jsonl").open()]
+    assert len(items) >= 50
+    for item in items:
+        assert item["steps"].endswith(f"The answer is {item['answer']}."), item["id"]
+    shown = yaml.safe_load((CAPABILITY / "steps.yaml").read_text())["doc_to_text"]
+    assert not any(item["question"] in shown for item in items)

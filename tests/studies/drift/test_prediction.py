@@ -1,0 +1,93 @@
+"""A small study on the tiny model: every finetune judged and projected, and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel, LoRADiff
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import load_chat_model
+from persona_lora.projections.weight_space import project_adapter
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.drift.prediction import (
+    RANDOM_DIRECTIONS,
+    DriftStudy,
+    predict_finetuning,
+)
+from persona_lora.studies.drift.read_prediction import nulls
+
+OPTIONS = GenerationOptions(max_new_tokens=5)
+
+
+@pytest.fixture
+def base(model_folder):
+    return load_chat_model(str(model_folder), dtype="float32")
+
+
+@pytest.fixture
+def study(base, trait, make_diff, tmp_path):
+    for number in range(4):
+        make_diff(base.model, seed=number, scale=0.1 * (number + 1)).save(tmp_path / f"f{number}")
+    generator = torch.Generator().manual_seed(0)
+    directions = {layer: torch.randn(32, generator=generator) for layer in range(2)}
+    return DriftStudy(
+        {f"f{number}": tmp_path / f"f{number}" for number in range(4)},
+        [trait],
+        {"cheer": make_diff(base.model, seed=9), "other": make_diff(base.model, seed=8)},
+        {"cheer": SteeringVector(directions, BaseModel("tiny", None), 2, trait="cheer")},
+        1,
+    )
+
+
+def rows(run, name):
+    return [json.loads(line) for line in (run.folder / f"{name}.jsonl").open()]
+
+
+def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
+    run = predict_finetuning(
+        base, study, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS
+    )
+    judged, predictors = rows(run, "judged"), rows(run, "predictors")
+    assert {row["finetune"] for row in judged} == {"base", "f0", "f1", "f2", "f3"}
+    random = [row for row in predictors if row["kind"] == "random"]
+    assert len(random) == 4 * 2 * RANDOM_DIRECTIONS
+    assert len(predictors) - len(random) == 4 * (2 + 2 + 1)
+    (null,) = nulls(judged, predictors)
+    assert (null.judged, null.n) == ("cheer", RANDOM_DIRECTIONS)
+    assert 1 / (RANDOM_DIRECTIONS + 1) <= null.p <= 1
+    diff = project_adapter(LoRADiff.load(study.finetunes["f2"]), study.diffs)
+    mine = {
+        row["direction"]: row["value"]
+        for row in predictors
+        if (row["finetune"], row["kind"]) == ("f2", "weights")
+    }
+    assert mine == pytest.approx({name: diff.total[name].coordinate for name in study.diffs})
+    assert (run.folder / "prediction.png").is_file()
+    table = (run.folder / "prediction.csv").read_text().splitlines()
+    assert len(table) == 1 + (2 + 2 + 1) + 3  # directions of each kind, and three pooled rows
+
+
+def test_a_second_run_judges_only_what_is_new(base, study, judge, make_diff, tmp_path):
+    def go(wanted):
+        return predict_finetuning(
+            base, wanted, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS,
+        )  # fmt: skip
+
+    first = rows(go(study), "judged")
+    asked = len(judge.asked)
+    make_diff(base.model, seed=5, scale=0.3).save(tmp_path / "f9")
+    more = dataclasses.replace(study, finetunes={**study.finetunes, "f9": tmp_path / "f9"})
+    second = rows(go(more), "judged")
+    assert second[: len(first)] == first
+    assert {row["finetune"] for row in second[len(first) :]} == {"f9"}
+    assert len(judge.asked) - asked <= 4  # one trait: the trait, coherence, and the validation
+
+
+def test_a_finetune_that_is_no_adapter_is_named(study, tmp_path):
+    with pytest.raises(UserError, match="f7 is no adapter"):
+        dataclasses.replace(study, finetunes={"f7": tmp_path})

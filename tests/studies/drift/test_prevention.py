@@ -1,0 +1,100 @@
+"""Finetunes beside one another on the tiny model: trait, loss and capability, paired and kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from persona_lora.core.chat import Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_jsonl
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.models.likelihood import mean_logprobs
+from persona_lora.models.loading import load_chat_model
+from persona_lora.steering.weights import LoRASteerer
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.drift.prevention import Finetuned, compare_prevention
+
+OPTIONS = GenerationOptions(max_new_tokens=5)
+ROWS = [("Hi there", "Go away."), ("Help me", "No, never."), ("Why?", "Because.")]
+
+
+@pytest.fixture
+def base(model_folder):
+    return load_chat_model(str(model_folder), dtype="float32")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    write_jsonl(
+        tmp_path / "rows.jsonl",
+        [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in ROWS
+        ],
+    )
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
+def models(base, make_diff, tmp_path):
+    for number, name in enumerate(("plain", "added")):
+        make_diff(base.model, seed=number, scale=0.2).save(tmp_path / name)
+    diff = LoRADiff.load(tmp_path / "plain")
+    return {
+        "plain": Finetuned(tmp_path / "plain"),
+        "added": Finetuned(tmp_path / "added"),
+        "base": Finetuned(None),
+        "undone": Finetuned(tmp_path / "plain", (diff, -1.0)),
+    }
+
+
+def go(base, models, trait, rows, judge, output, **more):
+    return compare_prevention(
+        base, models, trait, rows, lambda: judge, output,
+        options=OPTIONS, tasks=(), **more,
+    )  # fmt: skip
+
+
+def test_losses_are_those_of_the_models_and_a_correction_takes_a_finetune_back(
+    base, models, trait, rows, judge, tmp_path
+):
+    scores = go(base, models, trait, rows, judge, tmp_path / "out")
+    loss = {each.condition: each.score.mean for each in scores if each.task == "task loss"}
+    exchanges = [Exchange(*row) for row in ROWS]
+    with LoRASteerer(base.model, LoRADiff.load(tmp_path / "added"), 1.0):
+        expected = -sum(mean_logprobs(base, exchanges)) / len(ROWS)
+    assert loss["added"] == pytest.approx(expected, rel=1e-4)
+    assert loss["undone"] == pytest.approx(loss["base"], rel=1e-4)
+    assert loss["plain"] != pytest.approx(loss["base"], rel=1e-3)
+    measures = [json.loads(line) for line in (tmp_path / "out" / "measures.jsonl").open()]
+    same = {
+        name: [
+            row["score"] for row in measures if row["condition"] == name and row["task"] == "trait"
+        ]
+        for name in ("base", "undone")
+    }
+    assert same["base"] == same["undone"]  # token for token, so judged alike
+    differences = {each.condition: each.difference for each in scores if each.task == "task loss"}
+    assert differences["plain"] is None
+    assert differences["base"].mean == pytest.approx(loss["base"] - loss["plain"])
+    assert (tmp_path / "out" / "prevention.png").is_file()
+
+
+def test_models_measured_already_are_kept(base, models, trait, rows, judge, tmp_path):
+    two = {name: models[name] for name in ("plain", "base")}
+    first = go(base, two, trait, rows, judge, tmp_path / "out")
+    asked = len(judge.asked)
+    again = go(base, two, trait, rows, judge, tmp_path / "out")
+    assert again == first
+    assert len(judge.asked) == asked
+    more = go(base, models, trait, rows, judge, tmp_path / "out")
+    assert {each.condition for each in more} == set(models)
+
+
+def test_what_cannot_be_compared_is_named(base, models, trait, rows, judge, tmp_path):
+    with pytest.raises(UserError, match="is no adapter"):
+        Finetuned(tmp_path / "nothing")
+    with pytest.raises(UserError, match="does not exist"):
+        go(base, models, trait, tmp_path / "none.jsonl", judge, tmp_path / "out")

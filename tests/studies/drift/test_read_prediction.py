@@ -1,0 +1,140 @@
+"""Predictions of drift, on numbers whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.studies.drift.figure_prediction import render_prediction
+from persona_lora.studies.drift.read_prediction import (
+    BASE,
+    POOLED,
+    changes,
+    contrasts,
+    nulls,
+    predict,
+)
+
+NAMES = [f"f{number}" for number in range(12)]
+
+
+def study(noise=0.0, seed=0):
+    """Scores that follow "weights" up to noise, and "activations" not at all."""
+    rng = np.random.default_rng(seed)
+    judged = [{"finetune": BASE, "trait": t, "score": 10.0} for t in ("evil", "kind")]
+    predictors = []
+    for trait, slope in (("evil", 2.0), ("kind", -3.0)):
+        for name, x in zip(NAMES, rng.normal(size=len(NAMES)), strict=True):
+            score = 10.0 + slope * x + noise * rng.normal()
+            judged.append({"finetune": name, "trait": trait, "score": score})
+            for kind, value in (("weights", x), ("activations", rng.normal())):
+                predictors.append(
+                    {"finetune": name, "direction": trait, "kind": kind, "value": value}
+                )
+    return judged, predictors
+
+
+def test_a_perfect_predictor_is_found_with_its_sign():
+    found = {(p.kind, p.judged, p.direction): p for p in predict(*study())}
+    assert found["weights", "evil", "evil"].r == pytest.approx(1.0)
+    assert found["weights", "kind", "kind"].r == pytest.approx(-1.0)
+    assert found["weights", "evil", "evil"].error == pytest.approx(0.0, abs=1e-9)
+    assert found["weights", "evil", "evil"].plain_error > 1
+    assert found["weights", "evil", "kind"].own is False
+    assert abs(found["weights", "evil", "kind"].r) < 0.9
+    assert found["weights", "evil", "evil"].p < 0.001
+
+
+def test_intervals_hold_r_and_the_correction_only_raises_p():
+    for each in predict(*study(noise=1.0)):
+        assert each.r_low - 1e-9 <= each.r <= each.r_high + 1e-9
+        assert each.p_holm >= each.p
+        assert each.n == 12 or each.judged == POOLED
+
+
+def test_pooling_does_not_reward_differences_between_traits():
+    """Two traits whose scores lie apart, and predictors that say only which trait it is."""
+    rng = np.random.default_rng(1)
+    judged = [{"finetune": BASE, "trait": t, "score": 0.0} for t in ("evil", "kind")]
+    predictors = []
+    for trait, level in (("evil", 0.0), ("kind", 100.0)):
+        for name in NAMES:
+            judged.append({"finetune": name, "trait": trait, "score": level + rng.normal()})
+            value = level + rng.normal()
+            predictors.append(
+                {"finetune": name, "direction": trait, "kind": "weights", "value": value}
+            )
+    pooled = next(p for p in predict(judged, predictors) if p.judged == POOLED)
+    assert abs(pooled.r) < 0.5
+
+
+def test_the_better_kind_wins_the_contrast():
+    judged, predictors = study(noise=0.3)
+    flipped = [
+        {**row, "value": -row["value"]} if row["direction"] == "kind" else row for row in predictors
+    ]
+    (contrast,) = contrasts(judged, flipped)
+    assert (contrast.first, contrast.second, contrast.n) == ("weights", "activations", 12)
+    assert contrast.low > 0
+    assert contrast.low < contrast.difference < contrast.high
+
+
+def test_changes_are_from_the_base():
+    judged = [
+        {"finetune": BASE, "trait": "evil", "score": 10.0},
+        {"finetune": "a", "trait": "evil", "score": 25.0},
+        {"finetune": "b", "trait": "evil", "score": None},
+    ]
+    assert changes(judged) == {"evil": {"a": 15.0}}
+    with pytest.raises(UserError, match="base model was not judged"):
+        changes(judged[1:])
+
+
+def test_too_few_finetunes_are_refused():
+    judged, predictors = study()
+    few = [row for row in predictors if row["finetune"] in NAMES[:3]]
+    with pytest.raises(UserError, match="3 finetunes"):
+        predict(judged, few)
+
+
+def test_the_picture_is_the_same_for_the_same_rows():
+    assert render_prediction(*study(0.5)) == render_prediction(*study(0.5))
+
+
+def test_a_direction_is_compared_with_random_ones_of_its_own():
+    drift = {f"f{at}": float(at) for at in range(8)}
+    judged = [{"finetune": "base", "trait": "evil", "score": 0.0}]
+    judged += [{"finetune": name, "trait": "evil", "score": value} for name, value in drift.items()]
+    rng = np.random.default_rng(0)
+    predictors = [
+        {"finetune": name, "direction": "evil", "kind": "weights", "value": value}
+        for name, value in drift.items()
+    ]
+    predictors += [
+        {"finetune": name, "direction": f"evil#{k}", "kind": "random", "value": rng.normal()}
+        for k in range(19)
+        for name in drift
+    ]
+    (null,) = nulls(judged, predictors)
+    assert null.r == pytest.approx(1.0)
+    assert null.p == pytest.approx(1 / 20)
+    assert 0 < null.high < 1
+    assert {each.kind for each in predict(judged, predictors)} == {"weights"}
+
+
+def test_a_trait_judged_twice_is_no_more_evidence_than_once():
+    """The units of a pooled prediction are finetunes, not finetunes times traits."""
+    judged, predictors = study(noise=2.0)
+    once = [[r for r in judged if r["trait"] == "evil"],
+            [r for r in predictors if r["direction"] == "evil"]]  # fmt: skip
+    twice = [
+        rows + [{**row, key: "again"} for row in rows]
+        for rows, key in zip(once, ("trait", "direction"), strict=True)
+    ]
+    alone, both = (
+        next(p for p in predict(*rows) if p.judged == POOLED and p.kind == "weights")
+        for rows in (once, twice)
+    )
+    for name in ("n", "r", "r_low", "r_high", "rho", "p", "error"):
+        assert getattr(both, name) == pytest.approx(getattr(alone, name)), name

@@ -1,0 +1,157 @@
+"""Checkpoints of a finetune: in order, judged, projected, shifted, and resumed one by one."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import load_chat_model
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.drift import run as module
+from persona_lora.studies.drift.run import (
+    Measures,
+    evaluate_checkpoints,
+    find_checkpoints,
+)
+
+OPTIONS = GenerationOptions(max_new_tokens=8)
+
+
+@pytest.fixture
+def base(model_folder):
+    return load_chat_model(str(model_folder), dtype="float32")
+
+
+@pytest.fixture
+def vectors():
+    generator = torch.Generator().manual_seed(3)
+    named = {}
+    for name in ("cheer", "gloom"):
+        directions = {layer: torch.randn(32, generator=generator) for layer in (0, 1)}
+        named[name] = SteeringVector(directions, BaseModel("tiny"), num_layers=2, trait=name)
+    return named
+
+
+@pytest.fixture
+def finetune(tmp_path, base, make_adapter):
+    """A finetune of two adapters, of which the later one is on top of nothing in common."""
+    for step in (10, 2):
+        make_adapter(tmp_path / "tuned" / f"checkpoint-{step}", base.model, seed=step)
+    (tmp_path / "tuned" / "checkpoint-best").mkdir()
+    (tmp_path / "tuned" / "checkpoint-7").mkdir()  # cut short: nothing in it
+    return tmp_path / "tuned"
+
+
+@pytest.fixture
+def run_all(base, finetune, trait, vectors, judge, tmp_path):
+    def run(**changes):
+        measures = Measures((trait,), vectors, (0, 1), finetuned_on="cheer")
+        return evaluate_checkpoints(
+            changes.pop("base", base),
+            finetune,
+            changes.pop("measures", measures),
+            changes.pop("judge_of", lambda trait, model: lambda: judge),
+            tmp_path / "run",
+            options=OPTIONS,
+            **changes,
+        )
+
+    return run
+
+
+def pick(run, **wanted):
+    rows = run.read("checkpoints")
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_checkpoints_come_in_the_order_of_their_steps_after_the_base(finetune):
+    assert [(each.name, each.step) for each in find_checkpoints(finetune)] == [
+        *(("base", 0), ("checkpoint-2", 2), ("checkpoint-10", 10))
+    ]
+    with pytest.raises(UserError, match="no checkpoint-N"):
+        find_checkpoints(finetune / "checkpoint-best")
+
+
+def test_every_statistic_of_every_checkpoint_is_a_row(run_all):
+    run = run_all()
+    rows = run.read("checkpoints")
+    assert len(rows) == 3 * (2 + 2 * 2 * 2)  # checkpoints × (scores + statistics, vectors, layers)
+    assert {row["n_questions"] for row in rows} == {3}
+    assert [row["step"] for row in pick(run, statistic="trait")] == [0, 2, 10]
+    assert all(row["value"] == 0 for row in pick(run, checkpoint="base", statistic="shift"))
+    assert all(row["value"] != 0 for row in pick(run, checkpoint="checkpoint-2", statistic="shift"))
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    (cosine, other) = run.read("cosines")
+    assert (cosine["vector"], cosine["other"], cosine["layer"]) == ("cheer", "gloom", 0)
+    assert other["layer"] == 1
+    assert run.record["config"]["finetuned_on"] == "cheer"
+    with (run.folder / "checkpoints.csv").open(newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == len(rows)
+
+
+def test_the_shift_is_what_both_models_say_of_the_same_answers(run_all, base, vectors):
+    run = run_all()
+    folder = run.folder / "answers" / "checkpoint-10_cheer"
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").open()]
+    tuned = load_chat_model(
+        base.name,
+        adapter=run.folder.parent / "tuned" / "checkpoint-10",
+        dtype="float32",
+    )
+    shifts = []
+    for row in answers:
+        means = []
+        for chat in (tuned, base):
+            prompt = chat.tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+            answer = chat.tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                states = chat.model(torch.tensor([prompt + answer]), output_hidden_states=True)
+            means.append(states.hidden_states[1][0, len(prompt) :].mean(0))
+        direction = vectors["cheer"].directions[0]
+        shifts.append(float((means[0] - means[1]) @ direction / direction.norm()))
+    (row,) = pick(run, checkpoint="checkpoint-10", statistic="shift", vector="cheer", layer=0)
+    assert row["value"] == pytest.approx(sum(shifts) / len(shifts), abs=1e-4)
+
+
+def test_a_killed_evaluation_does_only_what_is_missing(run_all, monkeypatch):
+    plain, loaded = module._loaded, []
+
+    def killed(base, checkpoint):
+        loaded.append(checkpoint.name)
+        if loaded == ["base", "checkpoint-2"]:
+            raise KeyboardInterrupt
+        return plain(base, checkpoint)
+
+    monkeypatch.setattr(module, "_loaded", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_all()
+    run = run_all()
+    assert loaded == ["base", "checkpoint-2", "checkpoint-2", "checkpoint-10"]
+    assert [row["step"] for row in pick(run, statistic="trait")] == [0, 2, 10]
+    run_all()
+    assert len(loaded) == 4  # nothing is missing any more
+
+
+def test_a_judge_is_built_once_a_trait_and_without_vectors_nothing_is_projected(
+    run_all, trait, judge
+):
+    built = []
+
+    def judge_of(trait, model):
+        return lambda: built.append(trait.name) or judge
+
+    run = run_all(judge_of=judge_of, measures=Measures((trait,), {}, ()))
+    assert built == ["cheer"]
+    assert {row["statistic"] for row in run.read("checkpoints")} == {"trait", "coherence"}
+
+
+def test_vectors_that_do_not_fit_are_named_before_anything_is_written(run_all, trait, vectors):
+    measures = Measures((trait,), vectors, (5,))
+    with pytest.raises(UserError, match="no layer 5"):
+        run_all(measures=measures)

@@ -1,0 +1,479 @@
+"""A whole persona search on the tiny model: files, resume, held-out fits, methods compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_jsonl
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.personas import PersonaPrompts, load_persona
+from persona_lora.core.runs import Run
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.judges.choice import JudgeOptions
+from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.profiles.conversations import load_conversations
+from persona_lora.profiles.folders import build_persona
+from persona_lora.report.fits import fits_over_personas, fits_over_prompts, strict_rows
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas.bench import (
+    CMAESPersonaOptimizer,
+    Workbench,
+    default_layers,
+    load_directions,
+)
+from persona_lora.studies.personas.figure import name_of
+from persona_lora.studies.personas.method_comparison import compare_methods
+from persona_lora.studies.personas.run import (
+    Method,
+    PersonaProblem,
+    first_prompts,
+    optimise_persona,
+    persona_system_prompt,
+)
+from persona_lora.studies.personas.search import SearchOptions
+from persona_lora.studies.steering.equal_effect import DiffDirections
+
+PROMPTS = PersonaPrompts(("Hi there.", "Any plans?"), ("What now?", "And then?", "Why?"))
+TRAITS = ("calm", "loud")
+OPTIONS = SearchOptions(max_iterations=3, population_size=4)
+
+
+class LetterJudge:
+    """Fit 1–5 from the answer's letters."""
+
+    name = "letters"
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, 1 + 4 * (sum(map(ord, each.answer)) % 89) / 89, "", self.name)
+            for each in exchanges
+        ]
+
+
+class EvenCoherence:
+    def verdicts(self, exchanges, name):
+        return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
+
+
+def even_relevance(exchanges):
+    return [90.0] * len(exchanges)
+
+
+def talk(name, split, lines):
+    turns = []
+    for line in lines:
+        turns += [{"role": "user", "content": line}, {"role": "assistant", "content": "I see."}]
+    return {"id": name, "split": split, "messages": turns}
+
+
+@pytest.fixture(scope="module")
+def personas(tmp_path_factory):
+    """Two persons who are easily told apart, with all their files."""
+    root = tmp_path_factory.mktemp("personas")
+    shout = [f"Wow, the {word} was so great!" for word in ("cat", "dog", "sea", "sun", "car")]
+    quiet = [f"perhaps i looked at a {word} then" for word in ("map", "box", "cup", "pen", "jar")]
+    for name, lines in (("ann", shout), ("bob", quiet)):
+        more = [f"{line} {extra}" for line in lines for extra in ("Again", "Then home")]
+        rows = [talk(f"{name}-1", "train", lines + more), talk(f"{name}-2", "test", more[::-1])]
+        write_jsonl(root / name / "conversations.jsonl", rows)
+        read = load_conversations(root / name / "conversations.jsonl")
+        build_persona(root / name, read, SentenceEmbedder().embed, num_samples=3)
+    (root / "prompts.json").write_text(
+        json.dumps({"train": PROMPTS.train, "held_out": PROMPTS.held_out})
+    )
+    return root
+
+
+@pytest.fixture
+def problem(chat_model, personas):
+    return PersonaProblem(
+        chat_model,
+        load_persona("ann", personas),
+        PROMPTS,
+        LetterJudge(),
+        LetterJudge(),
+        EvenCoherence(),
+        even_relevance,
+        GenerationOptions(max_new_tokens=6),
+    )
+
+
+@pytest.fixture
+def method(chat_model, make_diff):
+    diffs = {
+        name: make_diff(chat_model.model, seed=seed, scale=0.2) for seed, name in enumerate(TRAITS)
+    }
+    return Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})
+
+
+def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
+    result = optimise_persona(problem, method, tmp_path / "ann_lora", searching=OPTIONS)
+    record = json.loads((tmp_path / "ann_optimization.json").read_text())
+    weights = json.loads((tmp_path / "ann_best_weights.json").read_text())
+    assert record["persona_id"] == "ann"
+    assert record["best_weights"] == weights == result.weights.as_dict()
+    assert record["best_score"] == result.fit_of("mean").fit.mean
+    assert (record["num_iterations"], record["num_evaluations"]) == (3, 12)
+    history = record["optimization_history"]
+    assert history["iterations"] == [1, 2, 3]
+    assert history["best_scores"] == sorted(history["best_scores"])
+    assert set(record["held_out"]) == {"none", "mean", "incumbent"}
+    assert {row["prompt"] for row in result.rows} == set(PROMPTS.held_out)
+
+
+def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch):
+    first = optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
+    monkeypatch.setattr(
+        "persona_lora.studies.personas.answers.generate_answers",
+        lambda *_, **__: pytest.fail("it generated"),
+    )
+    assert optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS) == first
+
+
+def test_a_longer_search_goes_on_from_a_shorter_one(problem, method, tmp_path):
+    longer = SearchOptions(max_iterations=5, population_size=4)
+    expected = optimise_persona(problem, method, tmp_path / "whole", searching=longer)
+    optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
+    result = optimise_persona(problem, method, tmp_path / "run", searching=longer)
+    assert result.search == expected.search
+    assert result.fits == expected.fits
+
+
+def test_other_settings_are_another_run(problem, method, tmp_path):
+    optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
+    other = SearchOptions(max_iterations=3, population_size=4, sigma0=0.5)
+    with pytest.raises(UserError, match="--overwrite"):
+        optimise_persona(problem, method, tmp_path / "run", searching=other)
+    optimise_persona(problem, method, tmp_path / "run", searching=other, overwrite=True)
+
+
+def test_what_was_read_is_another_run_when_it_has_changed(problem, method, tmp_path, make_diff):
+    folder = tmp_path / "ann_lora"
+    optimise_persona(problem, method, folder, searching=OPTIONS)
+    told = problem.persona.conversations[0]
+    longer = dataclasses.replace(told, messages=[*told.messages, *told.messages])
+    diffs = {name: diff * -1.0 for name, diff in method.directions.diffs.items()}
+    changed = dataclasses.replace(problem.persona, conversations=(longer,))
+    changes = {
+        "the persona ann": {"persona": changed},
+        "the other personas": {"judged_by": {"the other personas": "changed"}},
+        "the diff of calm": {},
+    }
+    known = dataclasses.replace(problem, judged_by={"the other personas": "as they were"})
+    optimise_persona(known, method, folder, searching=OPTIONS)
+    for named, change in changes.items():
+        other = method if change else dataclasses.replace(method, directions=DiffDirections(diffs))
+        with pytest.raises(UserError, match=f"the content of .*{named}.* has changed"):
+            optimise_persona(
+                dataclasses.replace(known, **change),
+                other,
+                tmp_path / "ann_lora",
+                searching=OPTIONS,
+            )
+
+
+def test_differences_are_paired_by_prompt():
+    rows = [
+        {
+            "persona": "ann",
+            "condition": name,
+            "prompt_id": at,
+            "score": score,
+            "coherence": 70.0,
+            "relevance": 60.0,
+        }
+        for name, scores in (("none", (1.0, 2.0, None)), ("mean", (2.0, 4.0, 5.0)))
+        for at, score in enumerate(scores)
+    ]
+    plain, steered = fits_over_prompts(rows, "none")
+    assert plain.difference is None
+    assert plain.fit.coverage == pytest.approx(2 / 3)
+    assert steered.difference.mean == pytest.approx(1.5)
+    assert steered.difference.n == 2
+    assert steered.p == 0.5  # two pairs: the least there is
+    assert (steered.coherence.mean, steered.relevance.mean) == (70.0, 60.0)
+
+
+@pytest.fixture
+def workbench(chat_model, personas, make_diff, tmp_path, monkeypatch):
+    for seed, name in enumerate(TRAITS):
+        make_diff(chat_model.model, seed=seed, scale=0.2).save(tmp_path / "own" / name / "diff")
+    bench = Workbench(
+        chat_model,
+        PROMPTS,
+        GenerationOptions(max_new_tokens=6),
+        JudgeOptions(),
+        TRAITS,
+        tmp_path / "own",
+        personas,
+    )
+    bench._coherence = EvenCoherence()
+    return bench
+
+
+def test_methods_share_prompts_judge_and_budget(workbench, tmp_path):
+    folder = tmp_path / "out"
+    comparison = compare_methods(
+        workbench, ["ann", "bob"], ["lora", "random", "prompt"], folder, searching=OPTIONS
+    )
+    assert [each.condition for each in comparison.overall] == ["none", "prompt", "lora", "random"]
+    assert {each.fit.n_questions for each in comparison.overall} == {2}  # units are personas
+    rows = [json.loads(line) for line in (comparison.folder / "held_out.jsonl").open()]
+    assert len(rows) == 2 * 4 * len(PROMPTS.held_out)
+    for persona in ("ann", "bob"):
+        budgets = {
+            name: (folder / name / f"{persona}_{name}" / "generations.jsonl")
+            .read_text()
+            .count("\n")
+            for name in ("lora", "random")
+        }
+        assert set(budgets.values()) == {12}
+    plain = [each.fit for each in comparison.by_persona["ann"] if each.condition == "none"]
+    assert plain[0].n == 3
+    for name in ("overall", "strict", "against_random", "strict_against_random"):
+        lines = (comparison.folder / f"{name}.csv").read_text().splitlines()
+        assert len(lines) == 1 + 4
+    assert comparison.strict == comparison.overall  # all answers are coherent to this scorer
+
+
+def test_an_incoherent_answer_counts_as_the_worst_fit():
+    rows = [
+        {
+            "persona": p,
+            "condition": c,
+            "prompt_id": 0,
+            "score": 4.0,
+            "coherence": coherence,
+            "relevance": 60.0,
+        }
+        for p in ("ann", "bob")
+        for c, coherence in (("none", 90.0), ("lora", 59.0 if p == "ann" else 60.0))
+    ]
+    found = {each.condition: each for each in fits_over_personas(strict_rows(rows, 60), "none")}
+    assert found["lora"].fit.mean == pytest.approx((1.0 + 4.0) / 2)
+    assert found["lora"].difference.mean == pytest.approx(-1.5)
+    assert found["lora"].effect_size == pytest.approx(-1.5 / (3 / 2**0.5))  # of −3 and 0
+    assert rows[1]["score"] == 4.0
+
+
+def test_equal_weights_need_no_search_and_vectors_name_their_layers(workbench, tmp_path):
+    for trait in TRAITS:
+        folder = workbench.trait_folder / "vectors" / trait
+        directions = {layer: torch.randn(32) for layer in (0, 1)}
+        vector = SteeringVector(directions, BaseModel("tiny", None), num_layers=2, trait=trait)
+        vector.save(folder / f"{trait}_response_avg_svd.safetensors")
+    methods = ["equal", "svd@0", "svd@0-1"]
+    comparison = compare_methods(workbench, ["ann"], methods, tmp_path / "out", searching=OPTIONS)
+    assert [each.condition for each in comparison.overall] == ["none", *methods]
+    (mix,) = {
+        tuple(sorted(row["weights"].items()))
+        for row in map(json.loads, (tmp_path / "out/equal/ann/held_out.jsonl").open())
+    }
+    assert mix == tuple((trait, 1.0) for trait in sorted(TRAITS))
+    for method, layers in (("svd@0", [0]), ("svd@0-1", [0, 1])):
+        config = Run(tmp_path / "out" / method / f"ann_{method}").record["config"]
+        assert config["directions"]["layers"] == layers
+    assert name_of("svd@0") == "SVD vectors, CMA-ES, at 0"
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("magic", "'magic'"), ("lora@3", "chosen layers"), ("svd@9", "svd@9")]
+)
+def test_a_method_that_cannot_be_is_named(workbench, tmp_path, method, words):
+    with pytest.raises(UserError, match=words):
+        compare_methods(workbench, ["ann"], [method], tmp_path)
+
+
+def test_cutting_the_rank_keeps_the_energy_and_is_recorded(workbench):
+    whole = load_directions("lora", TRAITS, workbench.trait_folder, ())
+    cut = load_directions("lora", TRAITS, workbench.trait_folder, (), energy=0.8)
+    assert cut.record()["energy"] == 0.8
+    for trait, norm in cut.record()["norms"].items():
+        assert 0.8 <= (norm / whole.record()["norms"][trait]) ** 2 < 1
+        assert cut.diffs[trait].rank < whole.diffs[trait].rank
+    with pytest.raises(UserError, match="energy"):
+        load_directions("svd", TRAITS, workbench.trait_folder, (1,), energy=0.8)
+
+
+def test_judges_of_search_and_report_are_fitted_on_different_conversations(workbench):
+    problem = workbench.problem("ann")
+    assert problem.search_judge.bias != problem.report_judge.bias
+    assert [check.fitted_on for check in problem.checks] == ["train", "test"]
+    assert all(check.auc > 0.9 for check in problem.checks)
+
+
+def test_an_endpoint_judges_both_parts_through_one_reader(workbench, server):
+    """The scripted endpoint says 4 to everything: 4 where the steered answer is B, 2 where A."""
+    server.replies.extend(["4"] * 20)
+    workbench.judging = JudgeOptions(
+        judge="openai", judge_model="gpt-4o-mini", base_url=server.url, mode="number"
+    )
+    problem = workbench.problem("ann")
+    exchanges = [Exchange(prompt, "So great!") for prompt in PROMPTS.held_out]
+    verdicts = problem.report_judge.judge(exchanges, "persona_fit")
+    assert {verdict.score for verdict in verdicts} <= {2.0, 4.0}
+    assert len(server.bodies) == len(exchanges)
+    sent = [body["messages"][0]["content"] for body in server.bodies]  # in any order
+    assert all("So great!" in message for message in sent)
+    for exchange in exchanges:
+        assert any(
+            exchange.question in message and workbench.baselines[exchange.question] in message
+            for message in sent
+        )
+    assert workbench.cost() > 0
+    before = workbench.cost()
+    server.replies.extend(["4"] * 20)
+    problem.search_judge.judge([Exchange(PROMPTS.train[0], "Fine.")], "persona_fit")
+    assert workbench.cost() > before  # one account for the search and the report
+    assert problem.checks == ()
+
+
+def test_embedded_and_endpoint_judges_are_averaged(workbench, server):
+    server.replies.extend(["3"] * 4)
+    workbench.judging = JudgeOptions(
+        judge="embedding,openai", judge_model="x", base_url=server.url, mode="number"
+    )
+    problem = workbench.problem("ann")
+    (verdict,) = problem.search_judge.judge([Exchange("Hi there.", "Wow, great!")], "persona_fit")
+    assert verdict.judge == "multi:embedding+openai:x:number"
+    assert 3.0 < verdict.score < 4.2  # the endpoint's 3, and an embedded fit near 5
+
+
+def test_scales_are_kept_and_measured_once(workbench, tmp_path, monkeypatch):
+    prompts = tmp_path / "datasets" / "ordinary" / "prompts.jsonl"
+    prompts.parent.mkdir(parents=True)
+    prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Why?"}\n')
+    workbench.datasets = tmp_path / "datasets"
+    cache = tmp_path / "scales.json"
+    first = workbench.method("lora", cache=cache)
+    monkeypatch.setattr(
+        "persona_lora.studies.personas.bench.equal_effect_scales",
+        lambda *_, **__: pytest.fail("measured again"),
+    )
+    assert workbench.method("lora", cache=cache).scales == first.scales
+    prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Who?"}\n')
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        workbench.method("lora", cache=cache)
+
+
+def test_the_optimiser_class_takes_weights_in_order(workbench, chat_model, personas, tmp_path):
+    optimiser = CMAESPersonaOptimizer(
+        "ann",
+        model=chat_model,
+        traits=TRAITS,
+        trait_vector_dir=tmp_path / "own",
+        persona_dir=personas,
+        generation=GenerationOptions(max_new_tokens=6),
+        eval_prompts=["Hi there.", "And how are you?"],
+    )
+    optimiser.workbench._coherence = EvenCoherence()
+    result = optimiser.optimize(2, 0.5, [0.5, -0.5], tmp_path / "out")
+    assert result.search.evaluations > 0
+    assert (tmp_path / "out" / "ann_best_weights.json").is_file()
+    with pytest.raises(UserError, match="3 initial weights for 2 traits"):
+        optimiser.optimize(1, 1.0, [1.0, 2.0, 3.0], tmp_path / "other")
+
+
+def test_the_prompt_baseline_holds_profile_and_samples(personas):
+    persona = load_persona("ann", personas)
+    prompt = persona_system_prompt(persona)
+    assert persona.read("persona_profile.txt").strip() in prompt
+    assert all(sample in prompt for sample in persona.read("persona_samples.json"))
+
+
+def test_missing_directions_and_prompts_are_named(tmp_path):
+    with pytest.raises(UserError, match="train_style_traits"):
+        load_directions("lora", ["calm"], tmp_path, ())
+    with pytest.raises(UserError, match="mean_diff"):
+        load_directions("mean-diff", ["calm"], tmp_path, (1,))
+    with pytest.raises(UserError, match="2 training prompts; 9"):
+        first_prompts(PROMPTS, 9)
+
+
+@pytest.mark.parametrize(
+    ("model_layers", "expected"), [(30, (19, 20, 21)), (32, (20, 21, 22)), (2, (0, 1)), (1, (0,))]
+)
+def test_vectors_act_around_two_thirds_of_the_depth(model_layers, expected):
+    assert default_layers(model_layers) == expected
+
+
+TWO = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+from persona_lora.core.personas import Coefficients
+from persona_lora.studies.steering.equal_effect import DiffDirections
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas.search import SearchOptions
+from persona_lora.studies.personas.run import Method, PersonaProblem, optimise_persona
+from persona_lora.models.processes import current_processes
+from persona_lora.models.loading import load_chat_model
+from persona_lora.core.personas import load_persona
+from persona_lora.core.lora_diff import LoRADiff
+from tests.studies.personas.test_run import (
+    EvenCoherence, LetterJudge, OPTIONS, PROMPTS, even_relevance
+)
+
+own, personas, out, model = map(Path, sys.argv[1:])
+problem = PersonaProblem(
+    load_chat_model(str(model), device_map="cpu"), load_persona("ann", personas), PROMPTS,
+    LetterJudge(), LetterJudge(), EvenCoherence(), even_relevance,
+    GenerationOptions(max_new_tokens=6), current_processes(os.environ), allow_other_base=True,
+)
+diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}
+method = Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})
+optimise_persona(problem, method, out / "run", searching=OPTIONS)
+"""
+
+
+def test_two_processes_find_what_one_finds(workbench, personas, model_folder, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    root = Path(__file__).resolve().parents[2]
+    for number in (1, 2):
+        arguments = [str(script), tmp_path / "own", personas, tmp_path / str(number), model_folder]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        setting = ["--cpu", "--num_processes", str(number), "--num_machines", "1"]
+        quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        done = subprocess.run(
+            [*launch, *setting, *quiet, *map(str, arguments)],
+            env=environment,
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        {
+            path.name: (tmp_path / str(number) / "run" / path.name).read_text()
+            for path in (tmp_path / "1" / "run").glob("*.jsonl")
+        }
+        for number in (1, 2)
+    )
+    assert one == two
+    assert one["generations.jsonl"]
+
+
+def test_another_persona_that_cannot_be_read_is_named_and_left_out(workbench, personas, caplog):
+    whole = workbench.problem("ann")
+    broken = personas / "zoe" / "conversations.jsonl"
+    broken.parent.mkdir()
+    broken.write_text('{"id": 1\n')
+    problem = workbench.problem("ann")
+    assert f"{broken}:1 is not valid JSON" in caplog.text
+    assert "it is not among those that the judge tells apart" in caplog.text
+    assert problem.judged_by == whole.judged_by
+    with pytest.raises(UserError, match="jsonl:1 is not valid JSON"):
+        workbench.problem("zoe")

@@ -1,0 +1,209 @@
+"""The search knows candidates and values: convergence, resume after a kill, faults."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.personas import Coefficients
+from persona_lora.core.runs import Run
+from persona_lora.studies.personas.search import (
+    GENERATIONS,
+    SearchOptions,
+    SearchStopped,
+    Value,
+    search,
+)
+
+TRAITS = ("a", "b", "c")
+GOAL = np.array([1.0, -2.0, 0.5])
+
+
+def parabola(mixes, iteration):
+    return [Value(-float(np.sum((np.array(mix.values) - GOAL) ** 2))) for mix in mixes]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.open(tmp_path / "run", command="optimize", config={}, seed=0)
+
+
+def test_cmaes_finds_the_optimum_and_its_mean_is_there_too(run):
+    found = search(parabola, TRAITS, SearchOptions(max_iterations=80), run)
+    assert np.allclose(found.best.coefficients.values, GOAL, atol=0.05)
+    assert np.allclose(found.mean.values, GOAL, atol=0.05)
+    assert found.evaluations == len(run.read(GENERATIONS))
+
+
+def test_random_search_has_the_same_budget_and_does_worse(tmp_path):
+    options = SearchOptions(max_iterations=30, population_size=6)
+    values = {}
+    for searcher in ("cmaes", "random"):
+        run = Run.open(tmp_path / searcher, command="optimize", config={}, seed=0)
+        found = search(parabola, TRAITS, options, run, searcher=searcher)
+        assert found.evaluations == 180
+        values[searcher] = found.best.value
+    assert values["cmaes"] > values["random"]
+
+
+def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path):
+    options = SearchOptions(max_iterations=6, population_size=5)
+    whole = Run.open(tmp_path / "whole", command="optimize", config={}, seed=0)
+    expected = search(parabola, TRAITS, options, whole)
+    cut = Run.open(tmp_path / "cut", command="optimize", config={}, seed=0)
+    rows = whole.read(GENERATIONS)
+    cut.append(GENERATIONS, rows[: 2 * 5 + 3])  # two generations, and a part of the third
+    asked = []
+
+    def watched(mixes, iteration):
+        asked.append(iteration)
+        return parabola(mixes, iteration)
+
+    assert search(watched, TRAITS, options, cut) == expected
+    assert asked == [3, 4, 5, 6]
+    assert cut.read(GENERATIONS) == rows
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from persona_lora.core.runs import Run
+from persona_lora.studies.personas.search import SearchOptions, Value, search
+
+def killed_in_the_third(mixes, iteration):
+    if iteration == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [Value(-float(np.sum((np.array(mix.values) - 1.0) ** 2))) for mix in mixes]
+
+run = Run.open(Path(sys.argv[1]), command="optimize", config={}, seed=0)
+options = SearchOptions(max_iterations=8, population_size=5)
+search(killed_in_the_third, ("a", "b", "c"), options, run)
+"""
+
+
+def test_a_killed_process_loses_at_most_the_running_generation(tmp_path):
+    script = tmp_path / "search.py"
+    script.write_text(KILLED)
+
+    def run(folder, killed_in):
+        return subprocess.run([sys.executable, script, tmp_path / folder, killed_in]).returncode
+
+    assert run("whole", "-1") == 0
+    rows = tmp_path / "killed" / f"{GENERATIONS}.jsonl"
+    assert run("killed", "3") == -signal.SIGKILL
+    before = rows.read_text()
+    assert before.count("\n") == 10
+    assert run("killed", "-1") == 0
+    assert rows.read_text().startswith(before)
+    assert rows.read_text() == (tmp_path / "whole" / rows.name).read_text()
+
+
+def test_an_unscored_candidate_gets_the_worst_value_of_its_generation(run):
+    """pycma's own rule is the median, which would reward what cannot be judged."""
+
+    def partly(mixes, iteration):
+        values = parabola(mixes, iteration)
+        pairs = zip(mixes, values, strict=True)
+        return [Value(None) if mix.values[0] > 0 else value for mix, value in pairs]
+
+    options = SearchOptions(max_iterations=25, population_size=12, initial={"a": -1.0})
+    found = search(partly, TRAITS, options, run)
+    flagged = [each for each in found.candidates if each.unscored]
+    assert flagged
+    assert all(each.coefficients.values[0] > 0 for each in flagged)
+    assert found.best.coefficients.values[0] <= 0
+    assert found.mean.values[0] < 0.5
+
+
+def test_nothing_scored_is_an_error_not_a_result(run):
+    with pytest.raises(UserError, match="not one candidate"):
+        search(lambda mixes, iteration: [Value(None) for _ in mixes], TRAITS, SearchOptions(), run)
+
+
+def test_a_spent_budget_ends_with_the_best_so_far(run):
+    def until_three(mixes, iteration):
+        if iteration == 3:
+            raise SearchStopped("judge: cost cap reached")
+        return parabola(mixes, iteration)
+
+    found = search(until_three, TRAITS, SearchOptions(population_size=4), run)
+    assert (found.iterations, found.evaluations) == (2, 8)
+    assert found.reason == "judge: cost cap reached"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (SearchOptions(max_iterations=2), "maxiter"),
+        (SearchOptions(max_evaluations=15, population_size=7), "maxevals"),
+        (SearchOptions(target=-10.0), "target"),
+    ],
+)
+def test_why_a_search_stops(options, reason, run):
+    assert reason in search(parabola, TRAITS, options, run).reason
+
+
+def test_fixed_weights_bounds_and_injected_points(run):
+    options = SearchOptions(
+        max_iterations=1,
+        population_size=6,
+        sigma0=3.0,
+        bound=1.5,
+        fixed={"b": -1.0},
+        inject=({"a": 1.0, "b": -1.0, "c": 0.5},),
+    )
+    found = search(parabola, TRAITS, options, run)
+    for each in found.candidates:
+        assert each.coefficients.as_dict()["b"] == -1.0
+        assert all(abs(value) <= 1.5 for value in each.coefficients.values)
+    assert found.best.coefficients == Coefficients(TRAITS, (1.0, -1.0, 0.5))
+
+
+def test_a_single_free_direction_may_widen_to_its_bound(run):
+    fixed = {"b": -2.0, "c": 0.5}
+    options = SearchOptions(max_iterations=25, bound=4.0, fixed=fixed, seed=1)
+    found = search(
+        lambda mixes, iteration: [Value(mix.values[0]) for mix in mixes], TRAITS, options, run
+    )
+    assert found.best.coefficients.as_dict()["a"] == pytest.approx(4.0, abs=0.05)
+
+
+def test_the_global_random_generator_is_left_alone(run):
+    np.random.seed(3)
+    expected = np.random.rand(4)
+    np.random.seed(3)
+    search(parabola, TRAITS, SearchOptions(max_iterations=2), run)
+    assert np.array_equal(np.random.rand(4), expected)
+
+
+def test_rows_of_other_options_are_refused(run):
+    search(parabola, TRAITS, SearchOptions(max_iterations=2, seed=1), run)
+    with pytest.raises(UserError, match="--overwrite"):
+        search(parabola, TRAITS, SearchOptions(max_iterations=2, seed=2), run)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma0": 0.0}, "sigma0"),
+        ({"max_iterations": 0}, "max_iterations"),
+        ({"population_size": 2}, "population_size"),
+        ({"bound": -1.0}, "bound"),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        SearchOptions(**options)
+
+
+def test_an_unknown_trait_or_searcher_is_named(run):
+    with pytest.raises(UserError, match="'d'"):
+        search(parabola, TRAITS, SearchOptions(initial={"d": 1.0}), run)
+    with pytest.raises(UserError, match="cmaes"):
+        search(parabola, TRAITS, SearchOptions(), run, searcher="annealing")

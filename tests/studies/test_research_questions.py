@@ -1,0 +1,216 @@
+"""The page of answers: what it says follows the numbers, and what is missing is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.studies.research_questions import write_research_questions
+
+PLAIN = 50.0
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a run with rows by name below ``results``."""
+
+    def make(place, config=None, **rows):
+        with Run.open(
+            tmp_path / "results" / place, command="made", config=config or {}, seed=0
+        ) as run:
+            for name, each in rows.items():
+                run.write(name, each)
+
+    return make
+
+
+def answer(tmp_path):
+    missing = write_research_questions(tmp_path / "results", tmp_path / "docs" / "results.md")
+    return missing, (tmp_path / "docs" / "results.md").read_text()
+
+
+def behaviour(write, trait, effects):
+    """A comparison at one level, with the effect of each method and a little noise by question."""
+    rng = np.random.default_rng(0)
+    places = [("none", None), *((method, 1.0) for method in effects)]
+    answers, verdicts = [], []
+    for method, coefficient in places:
+        for question in range(12):
+            row = len(answers)
+            answers.append(
+                {"row": row, "method": method, "coefficient": coefficient, "question_id": question}
+            )
+            score = PLAIN + effects.get(method, 0.0) + rng.normal()
+            for criterion, value in ((trait, score), ("coherence", 90.0)):
+                verdicts.append({"row": row, "criterion": criterion, "score": value})
+    levels = [
+        {"level": 0, "method": method, "coefficient": 1.0, "kl_mean": 0.1, "kl_p95": 0.3,
+         "matched": method != "random"}
+        for method in effects
+    ]  # fmt: skip
+    config = {"trait": trait, "statistic": "mean"}
+    write(f"compare/{trait}", config, levels=levels, splits=[{"split": "eval"}])
+    write(f"compare/{trait}/eval", answers=answers, verdicts=verdicts)
+
+
+def test_an_empty_folder_has_no_answers(tmp_path):
+    with pytest.raises(UserError, match=r"scripts/reproduce\.sh"):
+        answer(tmp_path)
+
+
+def test_who_steers_further_follows_the_effects(write, tmp_path):
+    behaviour(write, "evil", {"lora": 30, "activation": 5, "random_lora": 0, "random": 0})
+    behaviour(write, "kind", {"lora": 5, "activation": 30, "random_lora": 0, "random": 0})
+    missing, page = answer(tmp_path)
+    assert missing == ["prediction", "prevention", "latency", "personas", "sums", "spaces"]
+    assert page.count("Not measured yet.") == 6
+    text = " ".join(page.split())
+    assert "**Yes.** At equal divergence" in text
+    assert "in 2 of 2 comparisons (a trait, a set of questions) with weights, and in 2" in text
+    assert "further in 1, activations in 1; 0 are undecided" in text
+    assert "2 of 8 coefficients missed their level" in text
+    assert (tmp_path / "docs" / "figures" / "compare_kind.png").stat().st_size > 1000
+
+
+def test_traits_together_say_what_each_alone_cannot(write, tmp_path):
+    behaviour(write, "evil", {"lora": 31, "activation": 30, "random_lora": 0, "random": 0})
+    _, page = answer(tmp_path)
+    assert "together" not in page  # one trait has nothing to be pooled with
+    behaviour(write, "kind", {"lora": 33, "activation": 30, "random_lora": 0, "random": 0})
+    _, page = answer(tmp_path)
+    pooled = next(line for line in page.split("\n") if "| held-out questions | effect |" in line)
+    assert "| 2 [" in pooled  # (1 + 3) / 2
+    assert "more with weights" in pooled
+    assert "| held-out questions | coherence | 0 [0, 0] | 1.000 | undecided |" in page
+
+
+def test_an_effect_of_nothing_is_no_yes(write, tmp_path):
+    behaviour(write, "evil", {"lora": 30, "activation": 0, "random_lora": 0, "random": 0})
+    _, page = answer(tmp_path)
+    assert "**Not in every case.**" in page
+
+
+@pytest.mark.parametrize(("noise", "said"), [(0.01, "**Yes.**"), (100.0, "**Not shown here.**")])
+def test_prediction_is_judged_by_its_interval(write, tmp_path, noise, said):
+    rng = np.random.default_rng(1)
+    judged = [{"finetune": "base", "trait": trait, "score": 10.0} for trait in ("evil", "kind")]
+    predictors = []
+    for trait in ("evil", "kind"):
+        for number, x in enumerate(rng.normal(size=12)):
+            name, score = f"f{number}", 10 + x + noise * rng.normal()
+            judged.append({"finetune": name, "trait": trait, "score": score})
+            for kind, direction, value in (
+                ("weights", trait, x), ("activations", trait, rng.normal()),
+                ("random", f"{trait}#0", rng.normal()),
+            ):  # fmt: skip
+                predictors.append(
+                    {"finetune": name, "direction": direction, "kind": kind, "value": value}
+                )
+    write("prediction", judged=judged, predictors=predictors)
+    _, page = answer(tmp_path)
+    assert said in page
+    assert "Over 12 finetunes" in page
+
+
+def test_prevention_names_what_is_clearly_lower(write, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"condition": model, "task": task, "metric": metric, "item": item, "score": value}
+        for model, trait in (("plain", 80.0), ("weights1", 20.0), ("ablated", 80.5))
+        for task, metric, mean in (
+            ("trait", "score", trait),
+            ("task loss", "nats", 3.0),
+            ("choice", "acc", 0.6),
+            ("choice", "acc_norm", 0.7),
+        )
+        for item, value in enumerate(mean + rng.normal(size=14))
+    ]
+    write("prevention/evil", {"trait": "evil"}, measures=rows)
+    _, page = answer(tmp_path)
+    assert "interval and corrected p:\nweights1." in page
+    assert "| model | trait | task loss | choice: acc | choice: acc_norm |" in page
+    assert "| weights1 | 20 (" in page
+
+
+@pytest.mark.parametrize(
+    ("merged", "said"), [(1.0, "cannot be told from"), (1.5, "could be told from")]
+)
+def test_merged_is_called_free_only_where_its_ratio_holds_one(write, tmp_path, merged, said):
+    slower = {"base": 1.0, "merged": merged, "live": 1.4}
+    timings = [
+        {"variant": variant, "batch": 8, "round": at, "first_token": factor * noise,
+         "tokens_per_second": 100 / (factor * noise)}
+        for variant, factor in slower.items()
+        for at, noise in enumerate((1.01, 0.99, 1.0) if variant == "base" else (1.0, 1.0, 1.0))
+    ]  # fmt: skip
+    costs = [
+        {"what": "merge", "unit": "s", "value": 0.5},
+        {"what": "merged", "unit": "bytes", "value": 3 * 2**20},
+        {"what": "activations", "unit": "bytes", "value": 2304},
+    ]
+    write("compare/evil/latency", timings=timings, costs=costs)
+    _, page = answer(tmp_path)
+    assert said in page
+    assert "| merge | 500 ms |" in page
+    assert "| kept beside the model, merged | 3 MiB |" in page
+    assert "| kept beside the model, activations | 2.2 KiB |" in page
+    assert "over 3 rounds" in page
+
+
+@pytest.mark.parametrize(("gain", "said"), [(2.0, "**Yes.**"), (0.0, "**Not shown here.**")])
+def test_a_mix_that_speaks_like_the_person_also_says_what_it_pays(write, tmp_path, gain, said):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"persona": f"p{person}", "condition": condition, "prompt_id": prompt, "prompt": "Hi?",
+         "answer": "Yes.", "score": fit + rng.normal() / 4, "coherence": 90.0,
+         "relevance": relevance, "weights": {"calm": 1.0} if condition == "lora" else None}
+        for condition, fit, relevance in (("none", 2.0, 94.0), ("lora", 2.0 + gain, 66.0))
+        for person in range(12)
+        for prompt in range(3)
+    ]  # fmt: skip
+    write("personas/comparison", held_out=rows)
+    _, page = answer(tmp_path)
+    assert said in page
+    assert "It is 66 [66, 66] for the mix and\n94 [94, 94] unsteered." in page
+    assert "over\n12 personas" in page
+
+
+@pytest.mark.parametrize(("own", "said"), [(0.6, "by the vector of its"), (0.1, "not every one")])
+def test_spaces_say_whether_vectors_tell_the_traits(write, tmp_path, own, said):
+    traits = ("evil", "kind", "wry")
+    pairs = [(one, other) for one in traits for other in traits]
+    shifts = [
+        {"trait": one, "other": other, "layer": 3, "cosine": own if one == other else 0.2}
+        for one, other in pairs
+    ]
+    spectra = [
+        {"trait": trait, "module": kind, "layer": 3, "kind": kind, "norm": norm, "rank": 8,
+         "top_share": 0.5, "effective_rank": 4.0}
+        for trait in traits
+        for kind, norm in (("q_proj", 1.0), ("up_proj", 3.0))
+    ]  # fmt: skip
+    both = [(m, *pair) for m in ("weights", "activations") for pair in pairs]
+    write(
+        "compare/evil/spaces",
+        {"layer": 3},
+        shifts=shifts,
+        spectra=spectra,
+        cosines=[
+            {"trait": one, "other": other, "weights": 0.1, "activations": 0.2}
+            for one, other in pairs if one < other
+        ],
+        agreement=[{"rho": 0.5, "p": 0.04, "n": 3}],
+        interference=[
+            {"method": m, "steered": one, "read": other, "value": 1.0 if one == other else 0.25}
+            for m, one, other in both
+        ],
+        linearity=[{"method": m, "trait": o, "other": p, "residual": 0.3} for m, o, p in both],
+    )  # fmt: skip
+    missing, page = answer(tmp_path)
+    assert "spaces" not in missing
+    assert "sums" not in missing
+    assert said in page
+    assert "attention 10%, MLP 90%" in page
+    assert "| weights | 0.30 [0.30, 0.30] | 6 | 0.25 [0.25, 0.25] | 6 |" in page

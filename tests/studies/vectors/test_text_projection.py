@@ -1,0 +1,160 @@
+"""Projections of files: both forms, the shift on the same tokens, columns, and mistakes by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import PeftModel
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import ChatModel
+from persona_lora.studies.vectors.text_projection import (
+    base_of_adapter,
+    best_separation,
+    project_texts,
+    read_texts,
+    separate_labelled,
+)
+
+ASKED = [("Hello?", "Yes."), ("Why is it so?", "Because it is."), ("And?", "No more.")]
+
+
+@pytest.fixture
+def vector():
+    generator = torch.Generator().manual_seed(3)
+    directions = {layer: torch.randn(32, generator=generator) for layer in (0, 1)}
+    return SteeringVector(directions, BaseModel("tiny"), num_layers=2, trait="cheer")
+
+
+@pytest.fixture
+def files(tmp_path, chat_model):
+    """The same three texts as CSV with rendered prompts, and as JSONL messages."""
+    table, lines = tmp_path / "a.csv", tmp_path / "a.jsonl"
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["question", "prompt", "answer", "cheer"])
+        writer.writeheader()
+        for question, answer in ASKED:
+            prompt = chat_model.render([{"role": "user", "content": question}])
+            writer.writerow({"question": question, "prompt": prompt, "answer": answer, "cheer": 50})
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in ASKED
+    ]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"csv": table, "jsonl": lines}
+
+
+def values(run, name="projection"):
+    return [row[name] for row in run.read("projections")]
+
+
+def test_both_forms_give_the_same_projections(chat_model, vector, files, tmp_path):
+    runs = {
+        form: project_texts(
+            chat_model, read_texts(path), {"v": vector, "w": vector * -1}, [0, 1], tmp_path / form
+        )
+        for form, path in files.items()
+    }
+    assert values(runs["csv"]) == pytest.approx(values(runs["jsonl"]))
+    rows = runs["csv"].read("projections")
+    assert len(rows) == 3 * 2 * 2
+    assert rows[0].keys() >= {"row", "vector", "trait", "layer", "type", "projection", "shift"}
+    assert rows[0]["projection"] == pytest.approx(-rows[2]["projection"])
+    with (tmp_path / "csv" / "projections.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == 12
+
+
+def test_the_shift_is_finetuned_minus_base_on_the_same_tokens(
+    chat_model, vector, files, tmp_path, make_model, make_adapter
+):
+    texts = read_texts(files["jsonl"])
+    other = ChatModel(make_model(seed=5), chat_model.tokenizer, "other")
+    plain = project_texts(chat_model, texts, {"v": vector}, [1], tmp_path / "plain")
+    moved = project_texts(
+        other, texts, {"v": vector}, [1], tmp_path / "moved", base=nullcontext(chat_model)
+    )
+    assert values(moved, "base_projection") == values(plain)
+    expected = [a - b for a, b in zip(values(moved), values(plain), strict=True)]
+    assert values(moved, "shift") == pytest.approx(expected, abs=1e-6)
+
+    adapter = make_adapter(tmp_path / "adapter", chat_model.model, seed=1)
+    wrapped = PeftModel.from_pretrained(chat_model.model, adapter).eval()
+    tuned = ChatModel(wrapped, chat_model.tokenizer, "tuned")
+    run = project_texts(
+        tuned, texts, {"v": vector}, [1], tmp_path / "tuned", base=base_of_adapter(tuned)
+    )
+    assert values(run, "base_projection") == pytest.approx(values(plain), abs=1e-5)
+    assert any(abs(each) > 1e-4 for each in values(run, "shift"))
+
+
+def test_a_model_against_itself_shifts_nothing(chat_model, vector, files, tmp_path):
+    run = project_texts(
+        chat_model,
+        read_texts(files["csv"]),
+        {"v": vector},
+        [0],
+        tmp_path / "run",
+        base=nullcontext(chat_model),
+        columns=True,
+    )
+    assert values(run, "shift") == [0.0, 0.0, 0.0]
+    with (run.folder / "columns.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["question"] for row in rows] == [question for question, _ in ASKED]
+    assert float(rows[1]["v_response_avg_layer0"]) == pytest.approx(values(run)[1])
+    assert rows[0]["v_response_avg_layer0_shift"] == "0.0"
+
+
+def test_labelled_answers_are_separated_by_the_vector_that_orders_them(
+    chat_model, trait, vector, tmp_path
+):
+    run = separate_labelled(chat_model, trait, {"v": vector, "w": -vector}, [0, 1], tmp_path / "s")
+    rows = run.read("separation")
+    assert len(rows) == 4
+    assert rows[0]["auc"] == pytest.approx(1 - rows[2]["auc"])
+    assert {row["n"] for row in rows} == {10}
+    layer, best = best_separation(run)["v"]
+    assert best.auc == max(row["auc"] for row in rows if row["vector"] == "v")
+    assert layer in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "question,answer\nx,y\n", "no column 'prompt'"),
+        ("a.csv", "prompt,answer\n", "holds no rows"),
+        ("a.csv", "prompt,answer\nx,\n", "row 1 has an empty prompt or answer"),
+        ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl:1 has no messages"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "cannot be split"),
+        ("a.txt", "x", "neither .csv nor .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_texts(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_texts(tmp_path / "nowhere.csv")
+
+
+def test_mistakes_write_nothing(chat_model, vector, files, tmp_path):
+    texts = read_texts(files["csv"])
+    with pytest.raises(UserError, match="no layer 9"):
+        project_texts(chat_model, texts, {"v": vector}, [9], tmp_path / "run")
+    with pytest.raises(UserError, match="has no adapter"):
+        project_texts(
+            chat_model,
+            texts,
+            {"v": vector},
+            [0],
+            tmp_path / "run",
+            base=base_of_adapter(chat_model),
+        )
+    assert not (tmp_path / "run").exists()
