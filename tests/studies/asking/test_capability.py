@@ -15,7 +15,7 @@ from persona_lora.report.items import score_items
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.capability import run_benchmarks
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CAPABILITY = ROOT / "datasets" / "capability"
 
 

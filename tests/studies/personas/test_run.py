@@ -440,7 +440,7 @@ def test_two_processes_find_what_one_finds(workbench, personas, model_folder, tm
     script = tmp_path / "two.py"
     script.write_text(TWO)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     for number in (1, 2):
         arguments = [str(script), tmp_path / "own", personas, tmp_path / str(number), model_folder]
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
