@@ -148,8 +148,8 @@ class Command:
 
 X = "persona_lora."
 BENCH = {
-    f"{X}studies.personas.bench:Workbench.method": "method",
-    f"{X}studies.personas.bench:Workbench.problem": "problem",
+    f"{X}studies.personas.bench:PersonaBench.method": "method",
+    f"{X}studies.personas.bench:PersonaBench.problem": "problem",
 }
 COMMANDS = {
     "evaluate": Command(

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from persona_lora.models.processes import Processes
     from persona_lora.report.fits import ConditionFit
-    from persona_lora.studies.personas.bench import Workbench
+    from persona_lora.studies.personas.bench import PersonaBench
     from persona_lora.studies.personas.search import Generation
 
 PersonaDirOption = Annotated[Path | None, typer.Option(help="Where persona folders are.")]
@@ -172,7 +172,7 @@ def optimize(
         max_evaluations=max_evaluations,
         seed=seed,
     )
-    bench = _workbench(
+    bench = _persona_bench(
         load_model(model),
         (num_prompts, persona_dir, trait_vector_dir, traits),
         generation,
@@ -272,7 +272,7 @@ def compare_methods(
     processes = current_processes(os.environ)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     generation = generation_options(max_new_tokens, temperature, 1, seed, batch_size)
-    bench = _workbench(
+    bench = _persona_bench(
         load_model(model),
         (num_prompts, persona_dir, trait_vector_dir, traits),
         generation,
@@ -329,7 +329,7 @@ def _refuse_race_of_one(context: typer.Context, num_prompts: int) -> None:
         refuse_useless(context, "race", "with one prompt, which has no half")
 
 
-def _workbench(
+def _persona_bench(
     chat_model: Any,
     folders: tuple[int, Path | None, Path, str | None],
     generation: Any,
@@ -337,15 +337,15 @@ def _workbench(
     processes: Processes,
     allow_other_base: bool,
     energy: float | None,
-) -> Workbench:
+) -> PersonaBench:
     from persona_lora.core.personas import load_persona_prompts
-    from persona_lora.studies.personas.bench import STYLE_TRAITS, Workbench
+    from persona_lora.studies.personas.bench import STYLE_TRAITS, PersonaBench
     from persona_lora.studies.personas.run import first_prompts
 
     num_prompts, persona_dir, trait_vector_dir, traits = folders
     own = None if persona_dir is None else persona_dir / "prompts.json"
     path = own if own is not None and own.is_file() else None
-    return Workbench(
+    return PersonaBench(
         chat_model,
         first_prompts(load_persona_prompts(path), num_prompts),
         generation,
@@ -359,7 +359,7 @@ def _workbench(
     )
 
 
-def _layers(text: str | None, bench: Workbench) -> tuple[int, ...] | None:
+def _layers(text: str | None, bench: PersonaBench) -> tuple[int, ...] | None:
     from persona_lora.models.structure import num_layers, read_layers
 
     depth = num_layers(bench.chat_model.model)
@@ -404,17 +404,17 @@ def _quiet_unless_first(processes: Processes) -> Iterator[None]:
 
 
 @contextmanager
-def _live(title: str, bench: Workbench) -> Iterator[Callable[..., None]]:
+def _live(title: str, bench: PersonaBench) -> Iterator[Callable[..., None]]:
     """Yield a callback that shows the state of a search after every generation."""
     with Live(console=console, refresh_per_second=2, transient=True) as live:
 
         def watch(generation: Generation, name: str = title) -> None:
-            live.update(_state(generation, name, bench.cost()))
+            live.update(_state(generation, name, bench.dollars()))
 
         yield watch
 
 
-def _state(generation: Generation, name: str, cost: float | None) -> str:
+def _state(generation: Generation, name: str, dollars: float | None) -> str:
     left = generation.max_iterations - generation.iteration
     rate = generation.size / generation.seconds if generation.seconds else None
     parts = [
@@ -424,7 +424,7 @@ def _state(generation: Generation, name: str, cost: float | None) -> str:
         f"σ {generation.sigma:.2f}",
         f"{generation.evaluations} evaluations",
         f"{rate:.2f}/s" if rate else "from disk",
-        "" if cost is None else f"{cost:.2f} $",
+        "" if dollars is None else f"{dollars:.2f} $",
         f"about {left * generation.seconds:.0f} s left" if rate else "",
     ]
     return "  ·  ".join(part for part in parts if part)

@@ -183,7 +183,7 @@ def conversation_rows(conversations: Sequence[PersonaConversation]) -> list[dict
     ]
 
 
-def messages_of(value: Any, where: str) -> Conversation:
+def parse_messages(value: Any, where: str) -> Conversation:
     """Return a list of ``{role, content}`` messages, checked; ``where`` names it in an error."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} has no messages; expected a list of {{role, content}}")
@@ -203,5 +203,7 @@ def _conversation(row: dict[str, Any], where: str) -> PersonaConversation:
     if split not in ("train", "test"):
         raise UserError(f"{where}: split must be train or test, got {split!r}")
     return PersonaConversation(
-        str(row.get("id", where.rpartition("/")[2])), split, messages_of(row.get("messages"), where)
+        str(row.get("id", where.rpartition("/")[2])),
+        split,
+        parse_messages(row.get("messages"), where),
     )

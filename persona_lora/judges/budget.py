@@ -42,12 +42,12 @@ KNOWN_PRICES = {
 
 
 class Usage(NamedTuple):
-    """What a judge has used so far. ``cost`` is an estimate in US dollars, None without prices."""
+    """What a judge has used so far. ``dollars`` is an estimate, None without prices."""
 
     requests: int
     prompt_tokens: int
     completion_tokens: int
-    cost: float | None
+    dollars: float | None
     cache_hits: int
 
 
@@ -62,7 +62,7 @@ class Reservation(NamedTuple):
 class Budget:
     """A thread-safe running account with optional caps on requests and on US dollars.
 
-    Every attempt, a retry too, is a request. What requests on their way may cost is set aside
+    Every attempt, a retry too, is a request. What requests on their way may use is set aside
     first, so that concurrent requests cannot pass a cap together. Tokens are the endpoint's own
     count where it sends one, otherwise the estimate (bytes of UTF-8 / 3).
     """
@@ -73,7 +73,7 @@ class Budget:
     _requests: int = 0
     _prompt_tokens: int = 0
     _completion_tokens: int = 0
-    _reserved_cost: float = 0.0
+    _reserved: float = 0.0
     _cache_hits: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -91,42 +91,42 @@ class Budget:
         """Set one request aside; CapReached where a cap forbids it."""
         tokens = len(prompt.encode()) // _BYTES_PER_TOKEN + _PROMPT_OVERHEAD_TOKENS
         reservation = Reservation(tokens, completion_tokens)
-        cost = self._price(*reservation)
+        dollars = self._price(*reservation)
         with self._lock:
             if self.max_requests is not None and self._requests >= self.max_requests:
                 raise CapReached(REQUEST_CAP)
-            if self.max_cost is not None and self._committed() + cost > self.max_cost:
+            if self.max_cost is not None and self._committed() + dollars > self.max_cost:
                 raise CapReached(COST_CAP)
             self._requests += 1
-            self._reserved_cost += cost
+            self._reserved += dollars
         return reservation
 
     def settle(self, reservation: Reservation, prompt_tokens: int, completion_tokens: int) -> None:
         """Replace what was set aside by what was used."""
         with self._lock:
-            self._reserved_cost -= self._price(*reservation)
+            self._reserved -= self._price(*reservation)
             self._prompt_tokens += prompt_tokens
             self._completion_tokens += completion_tokens
 
     def count_cache_hit(self) -> None:
-        """Count one verdict that cost nothing."""
+        """Count one verdict that was not paid for."""
         with self._lock:
             self._cache_hits += 1
 
     def usage(self) -> Usage:
         """Return the account as it stands."""
         with self._lock:
-            cost = self._price(self._prompt_tokens, self._completion_tokens)
+            spent = self._price(self._prompt_tokens, self._completion_tokens)
             return Usage(
                 self._requests,
                 self._prompt_tokens,
                 self._completion_tokens,
-                None if self.prices is None else cost,
+                None if self.prices is None else spent,
                 self._cache_hits,
             )
 
     def _committed(self) -> float:
-        return self._price(self._prompt_tokens, self._completion_tokens) + self._reserved_cost
+        return self._price(self._prompt_tokens, self._completion_tokens) + self._reserved
 
     def _price(self, prompt_tokens: int, completion_tokens: int) -> float:
         if self.prices is None:

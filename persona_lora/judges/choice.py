@@ -82,7 +82,7 @@ def make_judge(
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
 
-def once(make: Callable[[], Judge]) -> Callable[[], Judge]:
+def lazily(make: Callable[[], Judge]) -> Callable[[], Judge]:
     """Return a factory that builds its judge at the first call and keeps it."""
     kept: list[Judge] = []
 

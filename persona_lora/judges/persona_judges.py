@@ -50,14 +50,14 @@ class JudgeCheck:
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A language model that reads prompts as numbers; ``cost`` is what it has cost in US dollars.
+    """A language model that reads prompts as numbers; ``dollars`` is what was spent on it.
 
-    One reader serves the search and the report, so that a cap on its cost holds over both.
+    One reader serves the search and the report, so that a cap on the dollars holds over both.
     """
 
     name: str
     read: Read
-    cost: Callable[[], float | None] = lambda: None
+    dollars: Callable[[], float | None] = lambda: None
 
 
 def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reader]:
@@ -169,7 +169,7 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
             cache=VerdictCache(options.cache),
             highest=int(HIGHEST),
         )
-        return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.cost)
+        return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.dollars)
     chosen = options.judge_model
     model = local_judge_model(chosen, reference)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import existing_file, read_json, read_jsonl, read_text
-from persona_lora.core.personas import ConversationSplit, PersonaConversation, messages_of
+from persona_lora.core.personas import ConversationSplit, PersonaConversation, parse_messages
 from persona_lora.profiles import published
 from persona_lora.profiles.published import files_of
 from persona_lora.profiles.session import Session
@@ -99,7 +99,7 @@ def _messages(row: dict[str, Any], where: str, number: int) -> Iterator[Session]
     names = {"user": "A", "assistant": "B"}
     turns = [
         (names[turn["role"]], turn["content"])
-        for turn in messages_of(row["messages"], where)
+        for turn in parse_messages(row["messages"], where)
         if turn["role"] in names
     ]
     split = row.get("split")

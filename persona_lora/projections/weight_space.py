@@ -34,7 +34,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class ModuleSums:
+class ModuleProjection:
     """The sums of one module that the diffs touch.
 
     ``inner`` and ``diff_square`` are ⟨ΔW, Lₖ⟩ and ‖Lₖ‖² (K numbers), ``delta_square`` is ‖ΔW‖²,
@@ -77,7 +77,7 @@ class WeightProjection:
     """
 
     names: tuple[str, ...]
-    modules: tuple[ModuleSums, ...]
+    modules: tuple[ModuleProjection, ...]
     gram: Array  # [K, K], ⟨Lᵢ, Lⱼ⟩
     other_square: float = 0.0
     left_out: tuple[str, ...] = field(default_factory=tuple)
@@ -127,7 +127,7 @@ class WeightProjection:
         inner = math.fsum(self.corrected[name] * self.total[name].inner for name in self.names)
         return inner / self.delta_norm**2
 
-    def _projections(self, modules: Sequence[ModuleSums]) -> dict[str, Projection]:
+    def _projections(self, modules: Sequence[ModuleProjection]) -> dict[str, Projection]:
         delta = math.sqrt(math.fsum(m.delta_square for m in modules))
         return {name: _projection(modules, index, delta) for index, name in enumerate(self.names)}
 
@@ -197,7 +197,9 @@ def project_adapter(adapter: LoRADiff, diffs: Mapping[str, LoRADiff]) -> WeightP
         inner = (0.0,) * len(diffs) if factors is None else stack.inner(factors)
         square = 0.0 if factors is None else factors.inner(factors)
         numel = math.prod(stack.shape)
-        modules.append(ModuleSums(name, layer_number(name), numel, square, inner, stack.squares))
+        modules.append(
+            ModuleProjection(name, layer_number(name), numel, square, inner, stack.squares)
+        )
         gram += stack.gram
     return WeightProjection(tuple(diffs), tuple(modules), gram, other)
 
@@ -304,8 +306,8 @@ class _BlockSums:
             self._inner += (seen * self._stack.A).sum(dim=1)
             self._rounding += rounding_variance(after)
 
-    def result(self, module: str, stack: _Stack) -> ModuleSums:
-        return ModuleSums(
+    def result(self, module: str, stack: _Stack) -> ModuleProjection:
+        return ModuleProjection(
             module,
             layer_number(module),
             self._numel,
@@ -388,7 +390,7 @@ def _stack(name: str, diffs: Mapping[str, LoRADiff]) -> _Stack:
     )
 
 
-def _projection(modules: Iterable[ModuleSums], index: int, delta: float) -> Projection:
+def _projection(modules: Iterable[ModuleProjection], index: int, delta: float) -> Projection:
     modules = list(modules)
     inner = math.fsum(m.inner[index] for m in modules)
     length = math.sqrt(math.fsum(m.diff_square[index] for m in modules))

@@ -67,33 +67,33 @@ class PairSums:
 
 
 @dataclass(frozen=True)
-class Found:
+class Direction:
     """A direction ``[hidden]``, and the share of the (centred) sum of squares along it."""
 
     direction: Tensor
     explained: float | None
 
 
-def mean_diff(sums: PairSums, at: int) -> Found:
+def mean_diff(sums: PairSums, at: int) -> Direction:
     """Return the mean difference; the share is that of Σ ‖d‖² along it, over the pairs."""
     mean = sums.difference[at] / sums.count
     total = float(sums.square[at])
     explained = None if total == 0 else sums.count * float(mean.square().sum()) / total
-    return Found(mean, explained)
+    return Direction(mean, explained)
 
 
-def svd(sums: PairSums, at: int) -> Found:
+def svd(sums: PairSums, at: int) -> Direction:
     """Return the top right singular vector of the differences, as long as their mean."""
     return _principal(sums, at, _moments(sums, at))
 
 
-def pca(sums: PairSums, at: int) -> Found:
+def pca(sums: PairSums, at: int) -> Direction:
     """Return the top principal component of the differences, as long as their mean."""
     total = sums.difference[at]
     return _principal(sums, at, _moments(sums, at) - torch.outer(total, total) / sums.count)
 
 
-EXTRACTORS: dict[str, Callable[[PairSums, int], Found]] = {
+EXTRACTORS: dict[str, Callable[[PairSums, int], Direction]] = {
     "mean_diff": mean_diff,
     "svd": svd,
     "pca": pca,
@@ -190,7 +190,7 @@ def _moments(sums: PairSums, at: int) -> Tensor:
     return sums.moments[at]
 
 
-def _principal(sums: PairSums, at: int, matrix: Tensor) -> Found:
+def _principal(sums: PairSums, at: int, matrix: Tensor) -> Direction:
     """Return the top eigenvector, towards the mean difference and as long as it."""
     mean = sums.difference[at] / sums.count
     total = float(matrix.trace())
@@ -200,4 +200,4 @@ def _principal(sums: PairSums, at: int, matrix: Tensor) -> Found:
     values, vectors = eigsh(matrix.numpy(), k=1, which="LA", v0=start)
     direction = torch.from_numpy(vectors[:, 0].copy())
     sign = 1.0 if float(direction @ mean) >= 0 else -1.0
-    return Found(sign * direction * mean.norm(), float(values[0]) / total)
+    return Direction(sign * direction * mean.norm(), float(values[0]) / total)

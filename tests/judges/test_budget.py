@@ -26,7 +26,7 @@ def test_budget_without_caps_counts_requests_and_tokens():
     budget.settle(reservation, 500_000, 250_000)
     usage = budget.usage()
     assert usage[:3] == (1, 500_000, 250_000)
-    assert usage.cost == pytest.approx(1.0 + 2.0)
+    assert usage.dollars == pytest.approx(1.0 + 2.0)
 
 
 def test_budget_without_prices_has_no_cost():
@@ -51,7 +51,7 @@ def test_budget_cost_cap_holds_for_requests_on_their_way():
     budget.settle(first, 0, 0)  # it failed and cost nothing
     assert isinstance(budget.reserve(PROMPT, 0), Reservation)
     budget.settle(second, 100, 0)
-    assert budget.usage().cost == pytest.approx(ONE_PROMPT)
+    assert budget.usage().dollars == pytest.approx(ONE_PROMPT)
 
 
 def test_budget_refuses_a_cost_cap_without_prices_and_caps_that_are_no_numbers():

@@ -231,14 +231,14 @@ def test_openai_judge_cost_cap_stops_before_it_is_passed(judge_of, endpoint):
     verdicts = judge.judge(items, "flattery")
     assert "cost cap reached" in {verdict.reason for verdict in verdicts}
     assert any(verdict.score is not None for verdict in verdicts)
-    assert 0 < judge.usage.cost <= 0.035
+    assert 0 < judge.usage.dollars <= 0.035
 
 
 def test_openai_judge_estimates_its_cost_from_the_endpoints_token_counts(judge_of):
     judge = judge_of(prices=Prices(0.4, 1.6))
     judge.judge(exchanges(10), "flattery")
     assert judge.usage[:3] == (10, 1000, 10)
-    assert judge.usage.cost == pytest.approx((1000 * 0.4 + 10 * 1.6) / 1e6)
+    assert judge.usage.dollars == pytest.approx((1000 * 0.4 + 10 * 1.6) / 1e6)
 
 
 def test_openai_judge_reports_progress(judge_of):

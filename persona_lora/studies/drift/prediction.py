@@ -23,7 +23,7 @@ from persona_lora.core.lora_diff import LoRADiff, random_diff_like
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import Report, once
+from persona_lora.judges.choice import Report, lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
@@ -106,7 +106,7 @@ def predict_finetuning(
     with run:
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
-        judges = {trait.name: once(judge_of(trait)) for trait in study.traits}
+        judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
         _judge(run, study, BASE, base, judges, options, inputs, report)
         for done, (name, folder) in enumerate(study.finetunes.items()):
             if report is not None:

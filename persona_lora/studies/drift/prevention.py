@@ -21,7 +21,7 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
-from persona_lora.judges.choice import Report, once
+from persona_lora.judges.choice import Report, lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
@@ -91,7 +91,7 @@ def compare_prevention(
     models measured already are kept.
     """
     options = options or GenerationOptions(max_new_tokens=60)
-    shared = once(judge)
+    shared = lazily(judge)
     exchanges = [
         Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in read_conversations(rows)
     ]

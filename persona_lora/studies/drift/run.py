@@ -24,7 +24,7 @@ from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import Report, once, staged
+from persona_lora.judges.choice import Report, lazily, staged
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -124,7 +124,7 @@ def evaluate_checkpoints(
         check_fits(base, vector, name)
         vector.at(measures.layers)
     options = options or GenerationOptions()
-    judges = {trait.name: once(judge_of(trait, base)) for trait in measures.traits}
+    judges = {trait.name: lazily(judge_of(trait, base)) for trait in measures.traits}
     run = Run.open(
         output,
         command="evaluate-checkpoints",

@@ -192,7 +192,7 @@ def load_optimization(
 
 
 @dataclass(eq=False)
-class Workbench:
+class PersonaBench:
     """What personas and methods share: the model, features of texts, coherence, base answers."""
 
     chat_model: ChatModel
@@ -234,10 +234,11 @@ class Workbench:
             self._readers = make_readers(self.judging, self.chat_model)
         return self._readers
 
-    def cost(self) -> float | None:
-        """Return what judging has cost in US dollars; None where nothing is billed."""
-        costs = [cost for each in self.readers.values() if (cost := each.cost()) is not None]
-        return sum(costs) if costs else None
+    def dollars(self) -> float | None:
+        """Return the US dollars spent on judging; None where nothing is billed."""
+        spent = [each.dollars() for each in self.readers.values()]
+        billed = [dollars for dollars in spent if dollars is not None]
+        return sum(billed) if billed else None
 
     @property
     def baselines(self) -> dict[str, str]:
@@ -391,7 +392,7 @@ class CMAESPersonaOptimizer:
         self.alpha = alpha
         self.method = method
         self.searcher = searcher
-        self.workbench = Workbench(
+        self.bench = PersonaBench(
             model if isinstance(model, ChatModel) else load_chat_model(model),
             first_prompts(prompts, num_prompts),
             generation or GenerationOptions(max_new_tokens=40),
@@ -428,8 +429,8 @@ class CMAESPersonaOptimizer:
         )
         if initial_weights is not None:
             options = dataclasses.replace(options, initial=self._initial(initial_weights))
-        problem = self.workbench.problem(self.persona_id)
-        method = self.workbench.method(
+        problem = self.bench.problem(self.persona_id)
+        method = self.bench.method(
             self.method,
             layers=self.layers,
             alpha=self.alpha,

@@ -26,7 +26,7 @@ from persona_lora.studies.personas.answers import plain_speaker
 from persona_lora.studies.personas.bench import (
     DIRECTION_METHODS,
     VECTOR_METHODS,
-    Workbench,
+    PersonaBench,
     directions_of,
 )
 from persona_lora.studies.personas.figure import plot_comparison
@@ -86,7 +86,7 @@ class Comparison:
 
 
 def compare_methods(
-    workbench: Workbench,
+    bench: PersonaBench,
     personas: Sequence[str],
     methods: Sequence[str],
     folder: Path,
@@ -109,14 +109,14 @@ def compare_methods(
     """
     searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
     loaded = {
-        name: _load(workbench, name, layers, alpha, folder / "scales")
+        name: _load(bench, name, layers, alpha, folder / "scales")
         for name in map(_checked, methods)
         if name not in (PROMPT, EQUAL)
     }
-    lora = _load(workbench, "lora", None, alpha, folder / "scales") if EQUAL in methods else None
+    lora = _load(bench, "lora", None, alpha, folder / "scales") if EQUAL in methods else None
     rows: list[dict[str, Any]] = []
     for persona in personas:
-        problem = workbench.problem(persona)
+        problem = bench.problem(persona)
         rows += _plain_rows(problem, folder / "plain" / persona, None, overwrite)
         if PROMPT in methods:
             prompt = persona_system_prompt(problem.persona)
@@ -134,7 +134,7 @@ def compare_methods(
                 watch=_watching(watch, persona, name),
             )
             rows += [{**row, "condition": name} for row in result.rows if row["condition"] == MEAN]
-    return workbench.processes.from_main(lambda: _written(rows, personas, folder))
+    return bench.processes.from_main(lambda: _written(rows, personas, folder))
 
 
 def _checked(method: str) -> str:
@@ -148,12 +148,12 @@ def _checked(method: str) -> str:
 
 
 def _load(
-    workbench: Workbench, name: str, layers: Sequence[int] | None, alpha: float, scales: Path
+    bench: PersonaBench, name: str, layers: Sequence[int] | None, alpha: float, scales: Path
 ) -> Method:
     method, at, named = name.partition("@")
     directions = directions_of(name)
-    depth = num_layers(workbench.chat_model.model)
-    return workbench.method(
+    depth = num_layers(bench.chat_model.model)
+    return bench.method(
         directions,
         layers=read_layers(named, depth, f"{name}: layers") if at else layers,
         alpha=alpha,

@@ -17,7 +17,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import Report, judge_answers, once, staged
+from persona_lora.judges.choice import Report, judge_answers, lazily, staged
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
 from persona_lora.studies.asking.populations import UNSTEERED
@@ -93,7 +93,7 @@ def compare(
         "the ordinary prompts": digest_of(prompts),
         **(inputs or {}),
     }
-    shared = once(judge)  # by both sets of questions
+    shared = lazily(judge)  # by both sets of questions
     run = Run.open(
         output,
         command="compare",

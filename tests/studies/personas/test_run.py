@@ -27,7 +27,7 @@ from persona_lora.report.fits import fits_over_personas, fits_over_prompts, stri
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
-    Workbench,
+    PersonaBench,
     default_layers,
     load_directions,
 )
@@ -205,10 +205,10 @@ def test_differences_are_paired_by_prompt():
 
 
 @pytest.fixture
-def workbench(chat_model, personas, make_diff, tmp_path, monkeypatch):
+def bench(chat_model, personas, make_diff, tmp_path, monkeypatch):
     for seed, name in enumerate(TRAITS):
         make_diff(chat_model.model, seed=seed, scale=0.2).save(tmp_path / "own" / name / "diff")
-    bench = Workbench(
+    bench = PersonaBench(
         chat_model,
         PROMPTS,
         GenerationOptions(max_new_tokens=6),
@@ -221,10 +221,10 @@ def workbench(chat_model, personas, make_diff, tmp_path, monkeypatch):
     return bench
 
 
-def test_methods_share_prompts_judge_and_budget(workbench, tmp_path):
+def test_methods_share_prompts_judge_and_budget(bench, tmp_path):
     folder = tmp_path / "out"
     comparison = compare_methods(
-        workbench, ["ann", "bob"], ["lora", "random", "prompt"], folder, searching=OPTIONS
+        bench, ["ann", "bob"], ["lora", "random", "prompt"], folder, searching=OPTIONS
     )
     assert [each.condition for each in comparison.overall] == ["none", "prompt", "lora", "random"]
     assert {each.fit.n_questions for each in comparison.overall} == {2}  # units are personas
@@ -266,14 +266,14 @@ def test_an_incoherent_answer_counts_as_the_worst_fit():
     assert rows[1]["score"] == 4.0
 
 
-def test_equal_weights_need_no_search_and_vectors_name_their_layers(workbench, tmp_path):
+def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_path):
     for trait in TRAITS:
-        folder = workbench.trait_folder / "vectors" / trait
+        folder = bench.trait_folder / "vectors" / trait
         directions = {layer: torch.randn(32) for layer in (0, 1)}
         vector = SteeringVector(directions, BaseModel("tiny", None), num_layers=2, trait=trait)
         vector.save(folder / f"{trait}_response_avg_svd.safetensors")
     methods = ["equal", "svd@0", "svd@0-1"]
-    comparison = compare_methods(workbench, ["ann"], methods, tmp_path / "out", searching=OPTIONS)
+    comparison = compare_methods(bench, ["ann"], methods, tmp_path / "out", searching=OPTIONS)
     assert [each.condition for each in comparison.overall] == ["none", *methods]
     (mix,) = {
         tuple(sorted(row["weights"].items()))
@@ -289,36 +289,36 @@ def test_equal_weights_need_no_search_and_vectors_name_their_layers(workbench, t
 @pytest.mark.parametrize(
     ("method", "words"), [("magic", "'magic'"), ("lora@3", "chosen layers"), ("svd@9", "svd@9")]
 )
-def test_a_method_that_cannot_be_is_named(workbench, tmp_path, method, words):
+def test_a_method_that_cannot_be_is_named(bench, tmp_path, method, words):
     with pytest.raises(UserError, match=words):
-        compare_methods(workbench, ["ann"], [method], tmp_path)
+        compare_methods(bench, ["ann"], [method], tmp_path)
 
 
-def test_cutting_the_rank_keeps_the_energy_and_is_recorded(workbench):
-    whole = load_directions("lora", TRAITS, workbench.trait_folder, ())
-    cut = load_directions("lora", TRAITS, workbench.trait_folder, (), energy=0.8)
+def test_cutting_the_rank_keeps_the_energy_and_is_recorded(bench):
+    whole = load_directions("lora", TRAITS, bench.trait_folder, ())
+    cut = load_directions("lora", TRAITS, bench.trait_folder, (), energy=0.8)
     assert cut.record()["energy"] == 0.8
     for trait, norm in cut.record()["norms"].items():
         assert 0.8 <= (norm / whole.record()["norms"][trait]) ** 2 < 1
         assert cut.diffs[trait].rank < whole.diffs[trait].rank
     with pytest.raises(UserError, match="energy"):
-        load_directions("svd", TRAITS, workbench.trait_folder, (1,), energy=0.8)
+        load_directions("svd", TRAITS, bench.trait_folder, (1,), energy=0.8)
 
 
-def test_judges_of_search_and_report_are_fitted_on_different_conversations(workbench):
-    problem = workbench.problem("ann")
+def test_judges_of_search_and_report_are_fitted_on_different_conversations(bench):
+    problem = bench.problem("ann")
     assert problem.search_judge.bias != problem.report_judge.bias
     assert [check.fitted_on for check in problem.checks] == ["train", "test"]
     assert all(check.auc > 0.9 for check in problem.checks)
 
 
-def test_an_endpoint_judges_both_parts_through_one_reader(workbench, server):
+def test_an_endpoint_judges_both_parts_through_one_reader(bench, server):
     """The scripted endpoint says 4 to everything: 4 where the steered answer is B, 2 where A."""
     server.replies.extend(["4"] * 20)
-    workbench.judging = JudgeOptions(
+    bench.judging = JudgeOptions(
         judge="openai", judge_model="gpt-4o-mini", base_url=server.url, mode="number"
     )
-    problem = workbench.problem("ann")
+    problem = bench.problem("ann")
     exchanges = [Exchange(prompt, "So great!") for prompt in PROMPTS.held_out]
     verdicts = problem.report_judge.judge(exchanges, "persona_fit")
     assert {verdict.score for verdict in verdicts} <= {2.0, 4.0}
@@ -327,46 +327,46 @@ def test_an_endpoint_judges_both_parts_through_one_reader(workbench, server):
     assert all("So great!" in message for message in sent)
     for exchange in exchanges:
         assert any(
-            exchange.question in message and workbench.baselines[exchange.question] in message
+            exchange.question in message and bench.baselines[exchange.question] in message
             for message in sent
         )
-    assert workbench.cost() > 0
-    before = workbench.cost()
+    assert bench.dollars() > 0
+    before = bench.dollars()
     server.replies.extend(["4"] * 20)
     problem.search_judge.judge([Exchange(PROMPTS.train[0], "Fine.")], "persona_fit")
-    assert workbench.cost() > before  # one account for the search and the report
+    assert bench.dollars() > before  # one account for the search and the report
     assert problem.checks == ()
 
 
-def test_embedded_and_endpoint_judges_are_averaged(workbench, server):
+def test_embedded_and_endpoint_judges_are_averaged(bench, server):
     server.replies.extend(["3"] * 4)
-    workbench.judging = JudgeOptions(
+    bench.judging = JudgeOptions(
         judge="embedding,openai", judge_model="x", base_url=server.url, mode="number"
     )
-    problem = workbench.problem("ann")
+    problem = bench.problem("ann")
     (verdict,) = problem.search_judge.judge([Exchange("Hi there.", "Wow, great!")], "persona_fit")
     assert verdict.judge == "multi:embedding+openai:x:number"
     assert 3.0 < verdict.score < 4.2  # the endpoint's 3, and an embedded fit near 5
 
 
-def test_scales_are_kept_and_measured_once(workbench, tmp_path, monkeypatch):
+def test_scales_are_kept_and_measured_once(bench, tmp_path, monkeypatch):
     prompts = tmp_path / "datasets" / "ordinary" / "prompts.jsonl"
     prompts.parent.mkdir(parents=True)
     prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Why?"}\n')
-    workbench.datasets = tmp_path / "datasets"
+    bench.datasets = tmp_path / "datasets"
     cache = tmp_path / "scales.json"
-    first = workbench.method("lora", cache=cache)
+    first = bench.method("lora", cache=cache)
     monkeypatch.setattr(
         "persona_lora.studies.personas.bench.equal_effect_scales",
         lambda *_, **__: pytest.fail("measured again"),
     )
-    assert workbench.method("lora", cache=cache).scales == first.scales
+    assert bench.method("lora", cache=cache).scales == first.scales
     prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Who?"}\n')
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        workbench.method("lora", cache=cache)
+        bench.method("lora", cache=cache)
 
 
-def test_the_optimiser_class_takes_weights_in_order(workbench, chat_model, personas, tmp_path):
+def test_the_optimiser_class_takes_weights_in_order(bench, chat_model, personas, tmp_path):
     optimiser = CMAESPersonaOptimizer(
         "ann",
         model=chat_model,
@@ -376,7 +376,7 @@ def test_the_optimiser_class_takes_weights_in_order(workbench, chat_model, perso
         generation=GenerationOptions(max_new_tokens=6),
         eval_prompts=["Hi there.", "And how are you?"],
     )
-    optimiser.workbench._coherence = EvenCoherence()
+    optimiser.bench._coherence = EvenCoherence()
     result = optimiser.optimize(2, 0.5, [0.5, -0.5], tmp_path / "out")
     assert result.search.evaluations > 0
     assert (tmp_path / "out" / "ann_best_weights.json").is_file()
@@ -436,7 +436,7 @@ optimise_persona(problem, method, out / "run", searching=OPTIONS)
 """
 
 
-def test_two_processes_find_what_one_finds(workbench, personas, model_folder, tmp_path):
+def test_two_processes_find_what_one_finds(bench, personas, model_folder, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -466,14 +466,14 @@ def test_two_processes_find_what_one_finds(workbench, personas, model_folder, tm
     assert one["generations.jsonl"]
 
 
-def test_another_persona_that_cannot_be_read_is_named_and_left_out(workbench, personas, caplog):
-    whole = workbench.problem("ann")
+def test_another_persona_that_cannot_be_read_is_named_and_left_out(bench, personas, caplog):
+    whole = bench.problem("ann")
     broken = personas / "zoe" / "conversations.jsonl"
     broken.parent.mkdir()
     broken.write_text('{"id": 1\n')
-    problem = workbench.problem("ann")
+    problem = bench.problem("ann")
     assert f"{broken}:1 is not valid JSON" in caplog.text
     assert "it is not among those that the judge tells apart" in caplog.text
     assert problem.judged_by == whole.judged_by
     with pytest.raises(UserError, match="jsonl:1 is not valid JSON"):
-        workbench.problem("zoe")
+        bench.problem("zoe")
