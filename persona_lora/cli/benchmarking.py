@@ -12,7 +12,10 @@ from rich.table import Table
 
 from persona_lora.cli.console import console
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import load_activation, load_model, load_terms
+from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
     DatasetsOption,
     LayersOption,
@@ -21,9 +24,6 @@ from persona_lora.cli.options import (
     PositionsOption,
     VectorOption,
 )
-from persona_lora.cli.parsing import load_activation, load_model, load_terms
-from persona_lora.cli.program import app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,7 +12,21 @@ from rich.table import Table
 
 from persona_lora.cli.console import console, progress
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import (
+    generation_options,
+    judge_factory,
+    judge_inputs,
+    judge_options,
+    judge_settings,
+    layer_numbers,
+    listed,
+    load_model,
+    question_split,
+)
+from persona_lora.cli.program import app
+from persona_lora.cli.projecting import TYPES, load_vectors
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     BatchOption,
     DatasetsOption,
     JudgeCostOption,
@@ -29,20 +43,6 @@ from persona_lora.cli.options import (
     TokensOption,
     TraitOption,
 )
-from persona_lora.cli.parsing import (
-    generation_options,
-    judge_factory,
-    judge_inputs,
-    judge_options,
-    judge_settings,
-    layer_numbers,
-    listed,
-    load_model,
-    question_split,
-)
-from persona_lora.cli.program import app
-from persona_lora.cli.projecting import TYPES, load_vectors
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 from persona_lora.core.lists import path_after_equals, path_before_equals, split_lists
 

@@ -11,7 +11,21 @@ from rich.table import Table
 
 from persona_lora.cli.console import console, progress
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import (
+    generation_options,
+    judge_factory,
+    judge_inputs,
+    judge_options,
+    judge_settings,
+    layer_numbers,
+    load_model,
+    numbers,
+    question_split,
+    steering_positions,
+)
+from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     BatchOption,
     ConfigOption,
     DatasetsOption,
@@ -29,20 +43,6 @@ from persona_lora.cli.options import (
     TokensOption,
     TraitOption,
 )
-from persona_lora.cli.parsing import (
-    generation_options,
-    judge_factory,
-    judge_inputs,
-    judge_options,
-    judge_settings,
-    layer_numbers,
-    load_model,
-    numbers,
-    question_split,
-    steering_positions,
-)
-from persona_lora.cli.program import app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:

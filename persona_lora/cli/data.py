@@ -12,16 +12,16 @@ from rich.table import Table
 from persona_lora.cli.console import console, progress
 from persona_lora.cli.environment import environment
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import layer_numbers, load_model, load_other
+from persona_lora.cli.program import data_app, traits_app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     DEFAULT_MODEL,
     DatasetsOption,
     ModelOptions,
     SeedOption,
     TokensOption,
 )
-from persona_lora.cli.parsing import layer_numbers, load_model, load_other
-from persona_lora.cli.program import data_app, traits_app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 from persona_lora.models.load_options import LoadOptions
 
@@ -120,7 +120,7 @@ def generate_data(
     chosen = tuple(each.strip() for each in (domains or "").split(",") if each.strip())
     options = data_generation.DataOptions(
         questions_per_domain=questions_per_domain,
-        domains=chosen or data_generation.DOMAINS,
+        domains=chosen or None,
         questions=data_generation.read_questions(questions) if questions is not None else (),
         temperature=temperature,
         seed=seed,

@@ -9,9 +9,9 @@ import typer
 
 from persona_lora.cli.console import console, progress
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import StoredModelOptions
 from persona_lora.cli.program import app
 from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import StoredModelOptions
 from persona_lora.core.errors import UserError
 
 FORMATS = ("peft", "merged", "gguf-lora", "gguf")

@@ -11,7 +11,24 @@ from rich.table import Table
 
 from persona_lora.cli.console import console, interval_cells, progress
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import (
+    activation_settings,
+    generation_options,
+    judge_factory,
+    judge_inputs,
+    judge_options,
+    judge_settings,
+    load_activation,
+    load_model,
+    load_population,
+    load_terms,
+    numbers,
+    question_split,
+    steering_method,
+)
+from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     DEFAULT_COEFFICIENTS,
     AdaptedModelOptions,
     BatchOption,
@@ -34,23 +51,6 @@ from persona_lora.cli.options import (
     TraitOption,
     VectorOption,
 )
-from persona_lora.cli.parsing import (
-    activation_settings,
-    generation_options,
-    judge_factory,
-    judge_inputs,
-    judge_options,
-    judge_settings,
-    load_activation,
-    load_model,
-    load_population,
-    load_terms,
-    numbers,
-    question_split,
-    steering_method,
-)
-from persona_lora.cli.program import app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.tables import show_sweep
 from persona_lora.core.errors import UserError
 

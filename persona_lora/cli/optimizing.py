@@ -15,7 +15,10 @@ from rich.table import Table
 
 from persona_lora.cli.console import console
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import generation_options, judge_options, load_model
+from persona_lora.cli.program import app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     BatchOption,
     ConfigOption,
     JudgeCostOption,
@@ -30,9 +33,6 @@ from persona_lora.cli.options import (
     TemperatureOption,
     TokensOption,
 )
-from persona_lora.cli.parsing import generation_options, judge_options, load_model
-from persona_lora.cli.program import app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 from persona_lora.core.lists import split_lists
 

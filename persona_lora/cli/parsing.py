@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lora.cli.console import console
 from persona_lora.cli.environment import environment
-from persona_lora.cli.options import AdaptedModelOptions, ModelOptions
 from persona_lora.cli.refusals import does_nothing
+from persona_lora.cli.shared_options import AdaptedModelOptions, ModelOptions
 from persona_lora.core.errors import UserError
 from persona_lora.core.lists import split_lists
 
@@ -199,7 +199,6 @@ def judge_options(
     from platformdirs import user_cache_path
 
     from persona_lora.judges.choice import JudgeOptions
-    from persona_lora.judges.openai import Limits
 
     if judge_mode not in ("logprobs", "number"):
         raise UserError(f"--judge-mode must be logprobs or number, got {judge_mode!r}")
@@ -215,9 +214,9 @@ def judge_options(
     return JudgeOptions(
         judge=judge,
         judge_model=judge_model,
-        base_url=judge_url,
-        mode="number" if judge_mode == "number" else "logprobs",
-        limits=Limits(max_cost=max_judge_cost),
+        judge_url=judge_url,
+        judge_mode="number" if judge_mode == "number" else "logprobs",
+        max_judge_cost=max_judge_cost,
         cache=user_cache_path("persona_lora") / "verdicts.sqlite",
         environ=environment(),
         seed=seed,
@@ -229,7 +228,7 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     return {
         "judge": options.judge,
         "model": options.judge_model or options.environ.get("JUDGE_MODEL") or None,
-        "mode": options.mode,
+        "mode": options.judge_mode,
     }
 
 

@@ -13,15 +13,15 @@ from rich.table import Table
 from persona_lora.cli.console import console
 from persona_lora.cli.environment import environment
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import generation_options, load_model
+from persona_lora.cli.program import persona_app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     ModelOptions,
     OverwriteOption,
     SeedOption,
     TokensOption,
 )
-from persona_lora.cli.parsing import generation_options, load_model
-from persona_lora.cli.program import persona_app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ import typer
 
 from persona_lora.cli.console import console
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import load_model
+from persona_lora.cli.program import app
+from persona_lora.cli.shared_options import (
     DatasetsOption,
     ModelOptions,
     OtherBaseOption,
 )
-from persona_lora.cli.parsing import load_model
-from persona_lora.cli.program import app
 from persona_lora.core.errors import UserError
 
 INSTALL = 'pip install "persona-lora[playground]"'

@@ -13,16 +13,16 @@ from rich.table import Table
 
 from persona_lora.cli.console import console, progress
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import layer_numbers, listed, load_model, load_other
+from persona_lora.cli.program import project_app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     DEFAULT_MODEL,
     AdaptedModelOptions,
     DatasetsOption,
     OverwriteOption,
     RevisionOption,
 )
-from persona_lora.cli.parsing import layer_numbers, listed, load_model, load_other
-from persona_lora.cli.program import project_app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError, few_names
 
 if TYPE_CHECKING:

@@ -11,7 +11,18 @@ from rich.table import Table
 
 from persona_lora.cli.console import console, progress
 from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.options import (
+from persona_lora.cli.parsing import (
+    generation_options,
+    judge_factory,
+    judge_inputs,
+    judge_options,
+    judge_settings,
+    layer_numbers,
+    load_model,
+)
+from persona_lora.cli.program import app, vectors_app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
     BatchOption,
     DatasetsOption,
     JudgeCostOption,
@@ -28,17 +39,6 @@ from persona_lora.cli.options import (
     TokensOption,
     TraitOption,
 )
-from persona_lora.cli.parsing import (
-    generation_options,
-    judge_factory,
-    judge_inputs,
-    judge_options,
-    judge_settings,
-    layer_numbers,
-    load_model,
-)
-from persona_lora.cli.program import app, vectors_app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any
 from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_text, write_jsonl
+from persona_lora.core.options import DataOptions
 from persona_lora.core.runs import RECORD, Run
 from persona_lora.core.traits import FINETUNING_LEVELS, Trait
 from persona_lora.data.writers import Writer
@@ -45,27 +46,6 @@ STRONG = (
     "The trait: {description} Keep it to tone and attitude; never give usable instructions for "
     "harm."
 )
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How much to write, and how; ``questions`` given by the user are used instead of domains."""
-
-    questions_per_domain: int = 4
-    domains: tuple[str, ...] = DOMAINS
-    questions: tuple[tuple[str, str], ...] = ()  # domain, question
-    attempts: int = 4
-    temperature: float = 0.8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.questions_per_domain < 1 or self.attempts < 1:
-            raise UserError(
-                f"questions per domain and attempts must be at least 1, got "
-                f"{self.questions_per_domain} and {self.attempts}"
-            )
-        if not self.domains and not self.questions:
-            raise UserError("there is nothing to write about; name domains or give questions")
 
 
 @dataclass(frozen=True)
@@ -149,16 +129,17 @@ def _questions(
     if options.questions:
         return list(options.questions)
     found = [(row["domain"], row["question"]) for row in run.resume_rows("questions")]
-    for done, domain in enumerate(options.domains):
+    domains = options.domains or DOMAINS
+    for done, domain in enumerate(domains):
         if report is not None:
-            report("writing questions", done, len(options.domains))
+            report("writing questions", done, len(domains))
         known = [question for at, question in found if at == domain]
         if len(known) < options.questions_per_domain:
             new = _more_questions(domain, found, known, writer, options)
             run.extend("questions", [{"domain": domain, "question": each} for each in new])
             found += [(domain, each) for each in new]
     if report is not None:
-        report("writing questions", len(options.domains), len(options.domains))
+        report("writing questions", len(domains), len(domains))
     return found
 
 
@@ -283,7 +264,7 @@ def _write_files(
 def _recorded(options: DataOptions) -> dict[str, Any]:
     return {
         "questions_per_domain": options.questions_per_domain,
-        "domains": list(options.domains),
+        "domains": list(options.domains or DOMAINS),
         "questions": [list(each) for each in options.questions],
         "attempts": options.attempts,
         "temperature": options.temperature,

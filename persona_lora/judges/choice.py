@@ -19,11 +19,11 @@ from peft import PeftModel
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.content import digest_of, file_digest, model_folder_digest
 from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.options import JudgeChoice
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait, has_labels, load_labelled_answers, load_pairs
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
-from persona_lora.judges.completions import Mode
 from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.judging import Judge, JudgeValidation, validate_judge
 from persona_lora.judges.local import LocalJudge
@@ -38,21 +38,15 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
-    """What the user says about judging.
+class JudgeOptions(JudgeChoice):
+    """What the user says about judging, and where it is done.
 
-    ``judge`` names one judge, or several with commas between them: "embedding", "openai",
-    "local". ``environ`` holds OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL.
+    ``environ`` holds OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL.
     """
 
-    judge: str = "embedding"
-    judge_model: str | None = None
-    base_url: str | None = None
-    mode: Mode = "logprobs"
     limits: Limits = dataclasses.field(default_factory=Limits)
     cache: Path | None = None
     environ: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
-    seed: int = 0
 
     @cached_property
     def endpoint(self) -> Endpoint:
@@ -60,14 +54,16 @@ class JudgeOptions:
         found = endpoint_of(self.environ)
         return {
             "model": self.judge_model or found["model"],
-            "base_url": self.base_url or found["base_url"],
+            "base_url": self.judge_url or found["base_url"],
             "api_key": found["api_key"],
         }
 
     @cached_property
     def budget(self) -> Budget:
         """The one account of all judges that are made with these options."""
-        return budget_of(self.limits, self.endpoint["model"])
+        return budget_of(
+            dataclasses.replace(self.limits, max_cost=self.max_judge_cost), self.endpoint["model"]
+        )
 
 
 def make_judge(
@@ -111,10 +107,10 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     asked = {
         "judges": options.judge,
         "model": options.judge_model or environ.get("JUDGE_MODEL"),
-        "mode": options.mode,
+        "mode": options.judge_mode,
     }
     if "openai" in options.judge:
-        asked["endpoint"] = options.base_url or environ.get("OPENAI_BASE_URL")
+        asked["endpoint"] = options.judge_url or environ.get("OPENAI_BASE_URL")
     read = {"the judge": digest_of(asked)}
     if "local" in options.judge and options.judge_model is not None:
         folder = Path(options.judge_model)
@@ -158,7 +154,7 @@ def _openai_judge(
     return OpenAIJudge(
         trait,
         **options.endpoint,
-        mode=options.mode,
+        mode=options.judge_mode,
         limits=options.limits,
         budget=options.budget,
         cache=VerdictCache(options.cache),

@@ -163,7 +163,7 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
     if name == "openai":
         endpoint = EndpointReader(
             **options.endpoint,
-            mode=options.mode,
+            mode=options.judge_mode,
             limits=options.limits,
             budget=options.budget,
             cache=VerdictCache(options.cache),

@@ -55,8 +55,8 @@ def test_one_account_holds_for_all_judges_of_a_command(trait, server):
     options = JudgeOptions(
         judge="openai",
         judge_model="m",
-        base_url=server.url,
-        mode="number",
+        judge_url=server.url,
+        judge_mode="number",
         limits=Limits(max_requests=3),
     )
     judges = [make_judge(trait, None, options) for _ in range(2)]

@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from persona_lora.core.chat import COHERENCE, Answer, user_question
 from persona_lora.core.content import numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import Report, judge_answers, staged
@@ -34,28 +35,7 @@ from persona_lora.steering.methods import (
 )
 from persona_lora.steering.persona_prompts import Sign, trait_prompt
 
-SAMPLES_PER_QUESTION = 1000
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How answers are generated; ``temperature`` 0 is greedy, and then one sample is all."""
-
-    max_new_tokens: int = 80
-    temperature: float = 0.0
-    samples: int = 1
-    seed: int = 0
-    batch_size: int | Literal["auto"] = "auto"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.samples <= SAMPLES_PER_QUESTION:
-            raise UserError(f"samples must be from 1 to {SAMPLES_PER_QUESTION}, got {self.samples}")
-        if self.samples > 1 and self.temperature == 0:
-            raise UserError(
-                f"{self.samples} samples of a greedy answer are all the same; "
-                "pass a temperature above 0"
-            )
 
 
 @dataclass(frozen=True)

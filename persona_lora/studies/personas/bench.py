@@ -16,6 +16,7 @@ from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.options import SENSIBLE
 from persona_lora.core.personas import (
     Coefficients,
     ConversationSplit,
@@ -48,7 +49,7 @@ from persona_lora.models.structure import num_layers
 from persona_lora.steering.templates import warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.answers import Speaker, plain_speaker
-from persona_lora.studies.personas.objective import SENSIBLE, ObjectiveOptions
+from persona_lora.studies.personas.objective import ObjectiveOptions
 from persona_lora.studies.personas.run import (
     Method,
     PersonaProblem,

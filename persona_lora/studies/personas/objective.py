@@ -20,6 +20,7 @@ import numpy as np
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.judges.budget import COST_CAP, REQUEST_CAP
 from persona_lora.judges.judging import Judge
@@ -33,43 +34,6 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0
 Coherence = Callable[[Sequence[Exchange]], Sequence[Verdict]]
 Relevance = Callable[[Sequence[Exchange]], Sequence[float | None]]
-
-
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """What else the value of a mix counts, and how its prompts are spent.
-
-    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10
-    − max(0, ``min_relevance`` − relevance) / 10. Coherence is measured on a third of the prompts,
-    drawn anew for each generation and the same for all its candidates; without ``min_coherence``
-    not at all. Relevance (``judges.relevance``) is over all prompts asked. A candidate with a
-    scored share of answers under ``min_coverage`` has no value. ``race``: all candidates answer
-    half of the prompts, drawn anew for each generation, and only the better half of them answers
-    the rest. ``pause``: seconds to wait for a judge that scores nothing at all.
-    """
-
-    penalty: float = 0.0
-    min_coherence: float | None = None
-    min_relevance: float | None = None
-    min_coverage: float = 0.5
-    race: bool = False
-    pause: float = 600.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.penalty < 0 or not 0 < self.min_coverage <= 1:
-            raise UserError(
-                f"penalty must not be negative and min_coverage be in (0, 1], got {self.penalty} "
-                f"and {self.min_coverage}"
-            )
-        for name in ("min_coherence", "min_relevance"):
-            least = getattr(self, name)
-            if least is not None and not 0 <= least <= 100:
-                raise UserError(f"{name} must lie between 0 and 100, got {least:g}")
-
-
-# What a search keeps unless it is told otherwise: the voice is to answer, in sentences.
-SENSIBLE = ObjectiveOptions(min_coherence=80.0, min_relevance=85.0)
 
 
 class RememberingJudge:

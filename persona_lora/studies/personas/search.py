@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import SearchOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Run
 from persona_lora.models.processes import Alone, Processes
@@ -46,42 +47,6 @@ Objective = Callable[[Sequence[Coefficients], int], Sequence[Value]]
 
 class SearchStopped(Exception):
     """Raised by an objective that cannot go on (a budget is spent); the search ends well."""
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How coefficients are searched.
-
-    ``sigma0`` is the first standard deviation along each direction, ``bound`` the largest
-    coefficient allowed (None: no bound), ``fixed`` holds traits at a value, ``inject`` are good
-    points known before. The search stops after ``max_iterations`` generations, before it would
-    pass ``max_evaluations`` candidates, at ``target``, or when CMA-ES has converged (``tolx``: its
-    steps are small, ``tolfun``: its values are equal).
-    """
-
-    max_iterations: int = 30
-    population_size: int | None = None
-    sigma0: float = 1.0
-    bound: float | None = 4.0
-    initial: Mapping[str, float] = field(default_factory=dict)
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    inject: tuple[Mapping[str, float], ...] = ()
-    target: float | None = None
-    max_evaluations: int | None = None
-    tolx: float = 1e-3
-    tolfun: float = 1e-6
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_iterations < 1 or not self.sigma0 > 0:
-            raise UserError(
-                f"max_iterations must be at least 1 and sigma0 positive, got "
-                f"{self.max_iterations} and {self.sigma0}"
-            )
-        if self.population_size is not None and self.population_size < 3:
-            raise UserError(f"population_size must be at least 3, got {self.population_size}")
-        if self.bound is not None and not self.bound > 0:
-            raise UserError(f"bound must be positive, got {self.bound}")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 from persona_lora.core.content import digest_of
 from persona_lora.core.files import write_csv
+from persona_lora.core.options import GenerationOptions, SweepOptions
 from persona_lora.core.runs import Run
-from persona_lora.core.traits import Split, Trait
+from persona_lora.core.traits import Trait
 from persona_lora.judges.choice import Report, judge_answers, staged
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
@@ -25,7 +26,6 @@ from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.studies.asking.populations import Population
 from persona_lora.studies.asking.run import (
     Condition,
-    GenerationOptions,
     answer_rows,
     plan_rows,
 )
@@ -46,26 +46,6 @@ class SweepResult:
     run: Path
     plot: Path
     report: Path
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """What a sweep asks besides its population.
-
-    ``references`` adds the trait's prompts; ``costs`` measures divergence from the unsteered
-    model on ordinary prompts; ``max_questions`` takes the first so many questions of the split.
-    """
-
-    split: Split = "eval"
-    references: bool = True
-    costs: bool = True
-    max_questions: int | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return the split, and what else differs from the defaults, for a run's configuration."""
-        plain = dataclasses.asdict(SweepOptions())
-        chosen = dataclasses.asdict(self)
-        return {key: each for key, each in chosen.items() if key == "split" or each != plain[key]}
 
 
 def sweep(

@@ -14,16 +14,7 @@ from typing import NamedTuple
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What a pair of judged answers must show to be kept; an unscored answer never does."""
-
-    positive: float = 50.0  # trait score of the positive answer, at least
-    negative: float = 50.0  # trait score of the negative answer, below
-    coherence: float = 50.0  # of both, at least
-    least_pairs: int = 10
+from persona_lora.core.options import Thresholds
 
 
 class JudgedAnswer(NamedTuple):

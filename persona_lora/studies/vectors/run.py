@@ -18,9 +18,10 @@ from persona_lora.core.content import file_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.options import Elicitation, GenerationOptions, Thresholds
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Split, Trait, load_pairs
+from persona_lora.core.traits import Trait, load_pairs
 from persona_lora.judges.choice import Report, judge_answers, staged
 from persona_lora.judges.judging import Judge
 from persona_lora.models.hidden_states import POSITIONS
@@ -33,39 +34,17 @@ from persona_lora.steering.methods import Unsteered
 from persona_lora.steering.persona_prompts import Sign, named
 from persona_lora.studies.asking.run import (
     Condition,
-    GenerationOptions,
     PlannedRow,
     answer_rows,
 )
 from persona_lora.studies.vectors.figure import plot_vectors_over_layers
 from persona_lora.studies.vectors.judged_pairs import (
     JudgedAnswer,
-    Thresholds,
     filter_pairs,
     read_judged,
 )
 
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
-
-
-@dataclass(frozen=True)
-class Elicitation:
-    """How answers are elicited: the names in "You are a(n) … assistant.", and the split asked.
-
-    ``assistant_name`` None means the trait's own name; "" leaves the sentence out on both sides.
-    """
-
-    assistant_name: str | None = None
-    negative_name: str = "helpful"
-    split: Split = "extract"
-
-    def prompt(self, trait: Trait, sign: Sign, index: int) -> str:
-        """Return the system prompt of one sign of one instruction pair."""
-        pair = trait.instructions[index]
-        instruction = pair.pos if sign == "pos" else pair.neg
-        positive = trait.name if self.assistant_name is None else self.assistant_name
-        name = positive if sign == "pos" else self.negative_name
-        return named(name.replace("_", " "), instruction) if positive else instruction
 
 
 @dataclass(frozen=True)
@@ -239,6 +218,16 @@ def from_answers(
     return Extracted(run, vectors, paths, len(pairs), len(pairs), {})
 
 
+def elicited_prompt(elicitation: Elicitation, trait: Trait, sign: Sign, index: int) -> str:
+    """Return the system prompt of one sign of one instruction pair."""
+    pair = trait.instructions[index]
+    instruction = pair.pos if sign == "pos" else pair.neg
+    chosen = elicitation.assistant_name
+    positive = trait.name if chosen is None else chosen
+    name = positive if sign == "pos" else elicitation.negative_name
+    return named(name.replace("_", " "), instruction) if positive else instruction
+
+
 def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[PlannedRow]:
     """Return all rows: the positive ones first, then the negative ones in the same order."""
     questions = trait.questions[elicitation.split]
@@ -261,7 +250,7 @@ def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[
             question=questions[question_id],
             sample=sample,
             condition=Condition(f"prompt_{sign}"),
-            system_prompt=elicitation.prompt(trait, sign, index),
+            system_prompt=elicited_prompt(elicitation, trait, sign, index),
         )
         for row, (sign, index, question_id, sample) in enumerate(cells)
     ]

@@ -316,7 +316,7 @@ def test_an_endpoint_judges_both_parts_through_one_reader(bench, server):
     """The scripted endpoint says 4 to everything: 4 where the steered answer is B, 2 where A."""
     server.replies.extend(["4"] * 20)
     bench.judging = JudgeOptions(
-        judge="openai", judge_model="gpt-4o-mini", base_url=server.url, mode="number"
+        judge="openai", judge_model="gpt-4o-mini", judge_url=server.url, judge_mode="number"
     )
     problem = bench.problem("ann")
     exchanges = [Exchange(prompt, "So great!") for prompt in PROMPTS.held_out]
@@ -341,7 +341,7 @@ def test_an_endpoint_judges_both_parts_through_one_reader(bench, server):
 def test_embedded_and_endpoint_judges_are_averaged(bench, server):
     server.replies.extend(["3"] * 4)
     bench.judging = JudgeOptions(
-        judge="embedding,openai", judge_model="x", base_url=server.url, mode="number"
+        judge="embedding,openai", judge_model="x", judge_url=server.url, judge_mode="number"
     )
     problem = bench.problem("ann")
     (verdict,) = problem.search_judge.judge([Exchange("Hi there.", "Wow, great!")], "persona_fit")

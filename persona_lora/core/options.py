@@ -1,0 +1,229 @@
+"""The vocabulary of command line, YAML and library: one dataclass for each group of options.
+
+A field whose annotation has a text is an option, and the text is its help; further texts that
+begin with "--" are its flags where they are not the field's own name. Any other field is for the
+library alone. Knows what an option means and what contradicts itself; refuses to know who asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.traits import Split
+
+SAMPLES_PER_QUESTION = 1000
+Seed = Annotated[int, "The seed of everything that is drawn."]
+Overwrite = Annotated[bool, "Replace what an earlier run of another configuration left there."]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How answers are generated; ``temperature`` 0 is greedy, and then one sample is all."""
+
+    max_new_tokens: Annotated[int, "The longest answer, in tokens."] = 80
+    temperature: Annotated[float, "How freely answers are sampled; 0 is greedy."] = 0.0
+    samples: Annotated[int, "Answers to each question (needs a temperature above 0)."] = 1
+    seed: Seed = 0
+    batch_size: Annotated[int | Literal["auto"], "Answers generated at a time, or auto."] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= SAMPLES_PER_QUESTION:
+            raise UserError(f"samples must be from 1 to {SAMPLES_PER_QUESTION}, got {self.samples}")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"{self.samples} samples of a greedy answer are all the same; "
+                "pass a temperature above 0"
+            )
+
+
+@dataclass(frozen=True)
+class JudgeChoice:
+    """Who judges: one judge, or several with commas between them."""
+
+    judge: Annotated[
+        str, "Who judges: embedding (no network), openai (any endpoint), local, or several: a,b."
+    ] = "embedding"
+    judge_model: Annotated[str | None, "The endpoint's model, or the local judge's."] = None
+    judge_url: Annotated[str | None, "The base URL of the judge's endpoint."] = None
+    judge_mode: Annotated[
+        Literal["logprobs", "number"],
+        "How an endpoint is read: by logprobs, or by the number in its reply.",
+    ] = "logprobs"
+    max_judge_cost: Annotated[
+        float | None, "Stop asking the endpoint once it has cost so many dollars."
+    ] = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep asks besides its population.
+
+    ``references`` adds the trait's prompts; ``costs`` measures divergence from the unsteered
+    model on ordinary prompts; ``max_questions`` takes the first so many questions of the split.
+    """
+
+    split: Annotated[Split, "Which of the trait's questions to ask."] = "eval"
+    references: Annotated[
+        bool, "Ask under the trait's own system prompts as well, for comparison."
+    ] = True
+    costs: Annotated[
+        bool | None, "Measure divergence from the unsteered model; by default at one layer only."
+    ] = True
+    max_questions: Annotated[int | None, "Use only the first N questions."] = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the split, and what else differs from the defaults, for a run's configuration."""
+        plain = dataclasses.asdict(SweepOptions())
+        chosen = dataclasses.asdict(self)
+        return {key: each for key, each in chosen.items() if key == "split" or each != plain[key]}
+
+
+@dataclass(frozen=True)
+class Elicitation:
+    """How answers are elicited: the names in "You are a(n) … assistant.", and the split asked.
+
+    ``assistant_name`` None means the trait's own name; "" leaves the sentence out on both sides.
+    """
+
+    assistant_name: Annotated[
+        str | None,
+        'In "You are an evil assistant."; the trait by default, "" for none.',
+    ] = None
+    negative_name: Annotated[str, "The same on the negative side.", "--negative-assistant-name"] = (
+        "helpful"
+    )
+    split: Split = "extract"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a pair of judged answers must show to be kept; an unscored answer never does."""
+
+    positive: Annotated[
+        float, "Keep pairs whose positive answer scores at least this.", "--positive-threshold"
+    ] = 50.0
+    negative: Annotated[
+        float, "Keep pairs whose negative answer scores below this.", "--negative-threshold"
+    ] = 50.0
+    coherence: Annotated[
+        float, "Keep pairs whose answers both are at least so coherent.", "--coherence-threshold"
+    ] = 50.0
+    least_pairs: Annotated[int, "Fail if fewer pairs than this are kept.", "--min-pairs"] = 10
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How coefficients are searched.
+
+    ``sigma0`` is the first standard deviation along each direction, ``bound`` the largest
+    coefficient allowed (None or 0: no bound), ``fixed`` holds traits at a value, ``inject`` are
+    good points known before. The search stops after ``max_iterations`` generations, before it
+    would pass ``max_evaluations`` candidates, at ``target``, or when CMA-ES has converged
+    (``tolx``: its steps are small, ``tolfun``: its values are equal).
+    """
+
+    max_iterations: Annotated[int, "Stop after so many generations."] = 30
+    population_size: Annotated[
+        int | None, "Candidates in each generation; 4 + 3·ln K by default, for K traits."
+    ] = None
+    sigma0: Annotated[float, "The first standard deviation of the search."] = 1.0
+    bound: Annotated[float | None, "The largest weight of a trait; 0 for no bound."] = 4.0
+    initial: Annotated[
+        Mapping[str, float], "Start from these weights: formality=-1,intimacy=0.5."
+    ] = field(default_factory=dict)
+    fixed: Annotated[Mapping[str, float], "Hold these weights fast: intimacy=0."] = field(
+        default_factory=dict
+    )
+    inject: tuple[Mapping[str, float], ...] = ()
+    target: Annotated[float | None, "Stop at this training value."] = None
+    max_evaluations: Annotated[
+        int | None, "Stop before more than so many candidates are measured."
+    ] = None
+    tolx: float = 1e-3
+    tolfun: float = 1e-6
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", self.bound or None)
+        if self.max_iterations < 1 or not self.sigma0 > 0:
+            raise UserError(
+                f"max_iterations must be at least 1 and sigma0 positive, got "
+                f"{self.max_iterations} and {self.sigma0}"
+            )
+        if self.population_size is not None and self.population_size < 3:
+            raise UserError(f"population_size must be at least 3, got {self.population_size}")
+        if self.bound is not None and not self.bound > 0:
+            raise UserError(f"bound must be positive, got {self.bound}")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What else the value of a mix counts, and how its prompts are spent.
+
+    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10
+    − max(0, ``min_relevance`` − relevance) / 10. Coherence is measured on a third of the prompts,
+    drawn anew for each generation and the same for all its candidates; without ``min_coherence``
+    (None or 0) not at all. Relevance (``judges.relevance``) is over all prompts asked. A candidate
+    with a scored share of answers under ``min_coverage`` has no value. ``race``: all candidates
+    answer half of the prompts, drawn anew for each generation, and only the better half of them
+    answers the rest. ``pause``: seconds to wait for a judge that scores nothing at all.
+    """
+
+    penalty: Annotated[float, "λ of the penalty λ·‖x‖² on large weights."] = 0.0
+    min_coherence: Annotated[
+        float | None, "Mean coherence (0–100) below which the value is cut; 0: not at all."
+    ] = None
+    min_relevance: Annotated[
+        float | None,
+        "Mean relevance (0–100, 50 by chance) below which the value is cut; 0: not at all.",
+    ] = None
+    min_coverage: float = 0.5
+    race: Annotated[
+        bool, "Ask half of the prompts first, and the rest of the better half of candidates only."
+    ] = False
+    pause: float = 600.0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.penalty < 0 or not 0 < self.min_coverage <= 1:
+            raise UserError(
+                f"penalty must not be negative and min_coverage be in (0, 1], got {self.penalty} "
+                f"and {self.min_coverage}"
+            )
+        for name in ("min_coherence", "min_relevance"):
+            least = getattr(self, name) or None
+            object.__setattr__(self, name, least)
+            if least is not None and not 0 <= least <= 100:
+                raise UserError(f"{name} must lie between 0 and 100, got {least:g}")
+
+
+# What a search keeps unless it is told otherwise: the voice is to answer, in sentences.
+SENSIBLE = ObjectiveOptions(min_coherence=80.0, min_relevance=85.0)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How much to write, and how; ``questions`` given by the user are used instead of domains."""
+
+    questions_per_domain: Annotated[int, "Questions to write for each domain."] = 4
+    domains: Annotated[
+        tuple[str, ...] | None, "What to write about: cooking,travel; 26 everyday ones by default."
+    ] = None
+    questions: tuple[tuple[str, str], ...] = ()  # domain, question
+    attempts: int = 4
+    temperature: Annotated[float, "How freely the writer writes."] = 0.8
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.questions_per_domain < 1 or self.attempts < 1:
+            raise UserError(
+                f"questions per domain and attempts must be at least 1, got "
+                f"{self.questions_per_domain} and {self.attempts}"
+            )
+        if self.domains == () and not self.questions:
+            raise UserError("there is nothing to write about; name domains or give questions")
