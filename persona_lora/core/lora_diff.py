@@ -253,15 +253,6 @@ class LoRADiff:
             raise UserError("the cosine with a diff of norm 0 is undefined")
         return self.inner(other) / norms
 
-    def layer_norms(self) -> dict[int, float]:
-        """Return the Frobenius norm of the diff in each decoder layer, by layer number."""
-        squares: dict[int, list[float]] = defaultdict(list)
-        for module, factors in self.factors.items():
-            number = layer_number(module)
-            if number is not None:
-                squares[number].append(max(factors.inner(factors), 0.0))
-        return {number: math.sqrt(math.fsum(squares[number])) for number in sorted(squares)}
-
     def compress(self, *, rank: int | None = None, energy: float | None = None) -> Compressed:
         """Cut the rank of every module to ``rank``, or to what keeps the share ``energy`` of ‖·‖².
 

@@ -208,11 +208,6 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return text_decoder(model).blocks
 
 
-def hidden_states_index(layer: int) -> int:
-    """Return where the output of a decoder block stands in ``hidden_states``: 0 is embeddings."""
-    return layer + 1
-
-
 def hidden_size(model: nn.Module) -> int:
     """Return the width of the hidden states between the decoder blocks."""
     inner = unwrapped(model)

@@ -15,7 +15,6 @@ from persona_lora.core.vector_files import (
     write_lm_eval,
     write_published,
 )
-from persona_lora.models.structure import hidden_states_index
 from persona_lora.steering.activations import ActivationSteerer
 
 TOKENS = torch.tensor([[5, 9, 17, 30]])
@@ -50,7 +49,7 @@ def test_the_published_form_comes_back_layer_by_layer(tmp_path, layers):
     assert stored.shape == (5, 32)
     assert not stored[0].any()
     for layer in layers:
-        assert torch.equal(stored[hidden_states_index(layer)], vector.directions[layer])
+        assert torch.equal(stored[layer + 1], vector.directions[layer])
     read = load_vector(path)
     assert_same_directions(read, vector)
     assert (read.trait, read.position) == ("kind", "prompt_last")

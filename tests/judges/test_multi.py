@@ -1,4 +1,4 @@
-"""Means and disagreement of several judges."""
+"""The mean of several judges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.judges.multi import MultiJudge, disagreements
+from persona_lora.judges.multi import MultiJudge
 
 ITEMS = [Exchange("q", str(number)) for number in range(4)]
 
@@ -44,21 +44,3 @@ def test_multi_judge_needs_judges_of_different_names():
         MultiJudge([FIRST, FIRST])
     with pytest.raises(UserError):
         MultiJudge([])
-
-
-def test_disagreements_compare_pairs_over_what_both_scored():
-    third = FixedJudge("c", 1.0, 3.0, 2.0, 0.0)
-    fourth = FixedJudge("d", 5.0, 5.0, 6.0, 4.0)
-    by_judge = MultiJudge([FIRST, third, fourth]).judge_each(ITEMS, "evil")
-    pairs = {(each.first, each.second): each for each in disagreements(by_judge)}
-    assert set(pairs) == {("a", "c"), ("a", "d"), ("c", "d")}
-    assert pairs["a", "c"].n == 2
-    assert pairs["a", "c"].mean_absolute_difference == pytest.approx((9 + 17) / 2)
-    assert pairs["a", "c"].spearman is None
-    assert pairs["c", "d"].mean_absolute_difference == pytest.approx((4 + 2 + 4 + 4) / 4)
-    assert pairs["c", "d"].spearman == pytest.approx(0.6324555)
-
-
-def test_disagreements_of_judges_without_common_scores_are_undefined():
-    (only,) = disagreements([FIRST.judge(ITEMS, "evil")[2:], SECOND.judge(ITEMS, "evil")[2:]])
-    assert (only.mean_absolute_difference, only.spearman, only.n) == (None, None, 0)

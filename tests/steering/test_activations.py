@@ -14,7 +14,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import kept_cache
 from persona_lora.models.generation import generate_answers
-from persona_lora.models.structure import decoder_layers, hidden_states_index, weight_fingerprint
+from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.methods import select_batch, select_prefix
 
@@ -89,7 +89,7 @@ def test_a_layer_is_the_row_of_hidden_states_that_structure_names(model):
     with ActivationSteerer(model, vector, 2.0, layers=0, positions="all"):
         steered = model(TOKENS, output_hidden_states=True).hidden_states
     assert torch.equal(steered[0], plain[0])
-    moved = steered[hidden_states_index(0)] - plain[hidden_states_index(0)]
+    moved = steered[1] - plain[1]
     wanted = (2.0 * vector.directions[0]).expand_as(moved)
     torch.testing.assert_close(moved, wanted, atol=1e-5, rtol=1e-5)
 
@@ -102,7 +102,7 @@ def test_hidden_states_asked_of_the_model_are_the_steered_ones(model):
     with ActivationSteerer(model, vector, 2.0, layers=0) as steerer:
         steerer.select_positions(torch.ones(1, 9))
         steered = model(TOKENS, output_hidden_states=True).hidden_states
-    moved = steered[hidden_states_index(0)] - plain[hidden_states_index(0)]
+    moved = steered[1] - plain[1]
     wanted = (2.0 * vector.directions[0]).expand_as(moved)
     torch.testing.assert_close(moved, wanted, atol=1e-5, rtol=1e-5)
 

@@ -212,15 +212,6 @@ def interference(
     return rows
 
 
-def norms_by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Return ‖ΔW‖ of every layer from the rows of ``spectra``."""
-    squares: dict[int, float] = {}
-    for row in rows:
-        if row["layer"] is not None:
-            squares[row["layer"]] = squares.get(row["layer"], 0.0) + row["norm"] ** 2
-    return {layer: float(np.sqrt(value)) for layer, value in sorted(squares.items())}
-
-
 def _live(chat_model: ChatModel, diff: LoRADiff, coefficient: float) -> Steerer:
     return LiveLoRA(chat_model.model, [diff], [[coefficient]], allow_other_base=True)
 
