@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_lora import cli
+from persona_lora.core import progress
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -107,6 +108,14 @@ def simulate_machine(monkeypatch) -> Callable[[str], None]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
 
     return become
+
+
+@pytest.fixture
+def told():
+    """What is reported while the test runs: the stage, how much is done, and of how much."""
+    seen: list[tuple[str, int, int]] = []
+    with progress.shown(lambda *at: seen.append(at)):
+        yield seen
 
 
 @pytest.fixture

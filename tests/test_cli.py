@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -210,3 +211,10 @@ def test_user_errors_are_one_line(run, monkeypatch):
 
     monkeypatch.setattr("persona_lora.cli.program.app", fail)
     assert_fails(run("sweep"), "a mistake over two lines")
+
+
+def test_an_export_shows_a_bar(run, model_folder, diff_folder):
+    words = ("--mix", f"{diff_folder}=1", "--format", "merged", "--model", model_folder)
+    status, _, error = run("export", *words, "--output", "merged")
+    assert status == 0, error
+    assert re.findall(r"(\w+) +━+ (\d+/\d+)", error) == [("shards", "1/1")]

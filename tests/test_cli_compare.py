@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monke
     status, out, error = run(*words, *more)
     assert status == 0, error
     assert "at equal divergence" in out
+    bars = re.findall(r"^\s*(\w+(?: \w+)?) +━+ +\d+/\d+", error, re.MULTILINE)
+    assert bars == [*("calibration", "answering", "judging", "timing", "equal effect", "linearity")]
     folder = tmp_path / "results" / "compare" / "evil"
     page = (folder / "report.html").read_text()
     assert "weights or activations?" in page

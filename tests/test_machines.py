@@ -33,9 +33,9 @@ def test_training_sweeps_judges_and_vectors_run_on_a_cpu_with_bf16_units(
     loaded: list[torch.dtype] = []
     local = choice.JUDGES["local"]
 
-    def judge(trait, reference, options, report):
+    def judge(trait, reference, options):
         loaded.append(reference.model.dtype)
-        (verdict,) = local(trait, reference, options, report).judge([Exchange("?", "Yes")], "cheer")
+        (verdict,) = local(trait, reference, options).judge([Exchange("?", "Yes")], "cheer")
         assert "number mass" in verdict.reason
         return LetterJudge()
 

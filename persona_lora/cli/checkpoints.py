@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from persona_lora.cli.console import console, progress
+from persona_lora.cli.console import console, progress_bars
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import (
     generation_options,
@@ -109,7 +109,7 @@ def evaluate_checkpoints(
     depth = next(iter(directions.values())).num_layers if directions else 0
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     base = load_model(model, directions.values())
-    with progress() as report:
+    with progress_bars():
         run = checkpoints.evaluate_checkpoints(
             base,
             folder,
@@ -121,13 +121,12 @@ def evaluate_checkpoints(
                 question_split(split),
                 finetuned_on,
             ),
-            lambda trait, reference: judge_factory(trait, reference, judging, report),
+            lambda trait, reference: judge_factory(trait, reference, judging),
             output or Path("results") / "checkpoints" / folder.name,
             options=generation_options(max_new_tokens, temperature, samples, seed, batch_size),
             config={"judge": judge_settings(judging)},
             inputs=judge_inputs(judging),
             overwrite=overwrite,
-            report=report,
         )
     console.print(_table(run))
     console.print(f"run: {run.folder}")
@@ -213,16 +212,15 @@ def predict_finetuning(
     )
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     base = load_model(model, loaded.values())
-    with progress() as report:
+    with progress_bars():
         run = prediction.predict_finetuning(
             base,
             study,
-            lambda trait: judge_factory(trait, base, judging, report),
+            lambda trait: judge_factory(trait, base, judging),
             output,
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
             inputs=judge_inputs(judging),
             overwrite=overwrite,
-            report=report,
         )
     rows = run.read("judged"), run.read("predictors")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -322,13 +320,13 @@ def compare_prevention(
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     base = load_model(model)
     asked = _first_questions(load_trait(trait, datasets_dir), questions)
-    with progress() as report:
+    with progress_bars():
         scores = prevention.compare_prevention(
             base,
             models,
             asked,
             rows,
-            judge_factory(asked, base, judging, report),
+            judge_factory(asked, base, judging),
             output,
             tasks=tasks.replace(",", " ").split(),
             limit=limit,
@@ -336,7 +334,6 @@ def compare_prevention(
             datasets=datasets_dir,
             inputs=judge_inputs(judging),
             overwrite=overwrite,
-            report=report,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("measure", "model", "score", "n", "difference", "p (Holm)"):

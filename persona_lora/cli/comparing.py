@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from persona_lora.cli.console import console, progress
+from persona_lora.cli.console import console, progress_bars
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import (
     generation_options,
@@ -141,13 +141,13 @@ def compare(
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     chat_model = load_model(model, [weights, whole])
     output = output_dir or Path("results") / "compare" / loaded.name
-    with progress() as report:
+    with progress_bars():
         found = experiment.compare(
             chat_model,
             loaded,
             methods,
             numbers(coefficients),
-            judge_factory(loaded, chat_model, judging, report),
+            judge_factory(loaded, chat_model, judging),
             output,
             splits=[question_split(each) for each in splits.replace(",", " ").split()],
             max_questions=max_questions,
@@ -162,7 +162,6 @@ def compare(
             datasets=datasets_dir,
             allow_other_base=allow_other_base,
             overwrite=overwrite,
-            report=report,
         )
         parts = [output]
         if latency:
@@ -177,7 +176,6 @@ def compare(
                 rounds=rounds,
                 datasets=datasets_dir,
                 overwrite=overwrite,
-                report=report,
             )
         if directions is not None:
             parts.append(output / "spaces")
@@ -188,7 +186,6 @@ def compare(
                 parts[-1],
                 datasets=datasets_dir,
                 overwrite=overwrite,
-                report=report,
             )
     write_report(parts, output / "report.html")
     _show(found, output)

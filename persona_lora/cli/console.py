@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -14,13 +15,15 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+from persona_lora.core import progress
+
 if TYPE_CHECKING:
-    from persona_lora.judges.choice import Report
     from persona_lora.report.resampling import Interval
 
 # In a file or a pipe there is no window to fit: rows are kept whole.
@@ -29,8 +32,8 @@ console = Console(width=PIPED_WIDTH)
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """Yield a callback that shows one bar for every stage of the work."""
+def progress_bars() -> Iterator[None]:
+    """Show one bar for every stage of the work inside."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -40,14 +43,17 @@ def progress() -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
+        adding = threading.Lock()
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
+        def show(stage: str, done: int, total: int) -> None:
+            with adding:  # judges report from threads of their own
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
-        yield report
+        with progress.shown(show):
+            yield
 
 
 def interval_cells(interval: Interval) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from persona_lora.cli.console import console, progress
+from persona_lora.cli.console import console, progress_bars
 from persona_lora.cli.environment import environment
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import layer_numbers, load_model, load_other
@@ -22,6 +22,7 @@ from persona_lora.cli.shared_options import (
     SeedOption,
     TokensOption,
 )
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.models.load_options import LoadOptions
 
@@ -67,7 +68,7 @@ def generate_traits(
 
     wanted = trait_generation.read_definitions(definitions)
     writer = _writer(endpoint, model, local, loading)
-    with progress() as report:
+    with progress_bars():
         results = trait_generation.generate_traits(
             wanted,
             writer,
@@ -75,7 +76,6 @@ def generate_traits(
             overwrite=overwrite,
             attempts=attempts,
             seed=seed,
-            report=report,
         )
     for each in results:
         console.print(f"{each.name}: {'kept' if each.kept else 'written'}  {each.path}")
@@ -127,7 +127,7 @@ def generate_data(
     )
     writer = _writer(endpoint, model, local, loading)
     output = output_dir or Path("results") / "data" / loaded.label
-    with progress() as report:
+    with progress_bars():
         result = data_generation.generate_data(
             loaded,
             writer,
@@ -136,7 +136,6 @@ def generate_data(
             run_folder=output / "run",
             inputs=writer.inputs(),
             overwrite=overwrite,
-            report=report,
         )
     for name, rows in result.rows.items():
         console.print(f"{result.folder / name}.jsonl: {rows} rows")
@@ -163,12 +162,11 @@ def check_data(
     if not names:
         raise UserError("there are no trait folders to check; pass --datasets-dir")
     embedder = SentenceEmbedder()
-    with progress() as report:
-        reports = []
-        for done, name in enumerate(names):
-            report("checking", done, len(names))
-            reports.append(check_trait(load_trait(name, datasets_dir), embedder))
-        report("checking", len(names), len(names))
+    with progress_bars():
+        reports = [
+            check_trait(load_trait(name, datasets_dir), embedder)
+            for name in progress.over("checking", names)
+        ]
     console.print(_check_table(reports))
     problems = [f"{each.trait}: {problem}" for each in reports for problem in each.problems]
     for problem in problems:
@@ -250,7 +248,7 @@ def screen_data(
     chosen = layer_numbers(None if layer is None else str(layer), loaded.num_layers)[0]
     texts = read_texts(file)
     chat_model = load_model(model, [loaded])
-    with progress() as report:
+    with progress_bars():
         found = screen_rows(
             chat_model,
             texts,
@@ -260,7 +258,6 @@ def screen_data(
             threshold=threshold,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            report=report,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("rank", "row", "difference", "answer"):

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from persona_lora.cli.console import console, progress
+from persona_lora.cli.console import console, progress_bars
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.program import app
 from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.shared_options import StoredModelOptions
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 
 FORMATS = ("peft", "merged", "gguf-lora", "gguf")
@@ -69,12 +70,9 @@ def export(
             terms, weights_folder(model.model, model.revision), output, converter=converter
         )
     else:
-        with progress() as report:
+        with progress_bars(), progress.stage("shards"):
             done = exporting.export_merged(
-                terms,
-                weights_folder(model.model, model.revision),
-                output,
-                progress=lambda at, total: report("shards", at, total),
+                terms, weights_folder(model.model, model.revision), output
             )
     console.print(f"{done.path}")
     if done.rank is not None and done.energy is not None:

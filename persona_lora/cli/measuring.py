@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from persona_lora.cli.console import console, interval_cells, progress
+from persona_lora.cli.console import console, interval_cells, progress_bars
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import (
     activation_settings,
@@ -117,11 +117,11 @@ def evaluate(
     options = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     chat_model = load_model(model, [*terms, *(activation.vectors if activation else ())])
-    with progress() as report:
+    with progress_bars():
         result = evaluation.evaluate(
             chat_model,
             loaded,
-            judge_factory(loaded, chat_model, judging, report),
+            judge_factory(loaded, chat_model, judging),
             output,
             terms=terms,
             mode=mode,
@@ -139,7 +139,6 @@ def evaluate(
             inputs=judge_inputs(judging),
             allow_other_base=allow_other_base,
             overwrite=overwrite,
-            report=report,
         )
     table = Table("criterion", "mean", "95% interval", "questions", "scored", box=box.SIMPLE_HEAD)
     for criterion, interval in ((trait, result.trait), ("coherence", result.coherence)):
@@ -245,12 +244,12 @@ def sweep(
     )
     chat_model = load_model(model, population.directions())
     suffix = "" if chosen == "lora" else f"_{chosen}"
-    with progress() as report:
+    with progress_bars():
         result = experiment.sweep(
             chat_model,
             loaded,
             population,
-            judge_factory(loaded, chat_model, judging, report),
+            judge_factory(loaded, chat_model, judging),
             output or Path("results") / "sweep" / f"{loaded.name}{suffix}",
             sweeping=sweeping,
             options=options,
@@ -263,7 +262,6 @@ def sweep(
             datasets=datasets_dir,
             allow_other_base=allow_other_base,
             overwrite=overwrite,
-            report=report,
         )
     show_sweep(result)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.steering_vector import SteeringVector
-    from persona_lora.judges.choice import JudgeOptions, Report
+    from persona_lora.judges.choice import JudgeOptions
     from persona_lora.models.load_options import LoadOptions
     from persona_lora.models.loading import ChatModel
     from persona_lora.studies.asking.run import GenerationOptions
@@ -238,13 +238,11 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     return choice.judge_inputs(options)
 
 
-def judge_factory(
-    trait: Any, chat_model: ChatModel, options: JudgeOptions, report: Report
-) -> Callable[[], Any]:
+def judge_factory(trait: Any, chat_model: ChatModel, options: JudgeOptions) -> Callable[[], Any]:
     from persona_lora.judges.choice import check_judge, make_judge
 
     check_judge(trait, chat_model, options)
-    return lambda: make_judge(trait, chat_model, options, report)
+    return lambda: make_judge(trait, chat_model, options)
 
 
 def question_split(split: str) -> Any:

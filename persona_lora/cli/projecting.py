@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from persona_lora.cli.console import console, progress
+from persona_lora.cli.console import console, progress_bars
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import layer_numbers, listed, load_model, load_other
 from persona_lora.cli.program import project_app
@@ -108,20 +108,20 @@ def project_activations(
         },
         "overwrite": overwrite,
     }
-    with progress() as report:
+    with progress_bars():
         if texts is None:
             from persona_lora.core.traits import load_trait
 
             trait = load_trait(str(labelled), datasets_dir)
             run = text_projection.separate_labelled(
-                chat_model, trait, loaded, chosen, output, report=report, **settings
+                chat_model, trait, loaded, chosen, output, **settings
             )
         else:
             wanted = base_model is not None or model.adapter is not None if shift is None else shift
             base = _base(chat_model, base_model) if wanted else None
             run = text_projection.project_texts(
                 chat_model, texts, loaded, chosen, output,
-                base=base, columns=columns, report=report, **settings,
+                base=base, columns=columns, **settings,
             )  # fmt: skip
     console.print(_separation_table(run) if texts is None else _projection_table(run))
     console.print(f"run: {run.folder}")
@@ -222,14 +222,13 @@ def project_weights(
     from persona_lora.studies.drift import weight_projection
 
     loaded = weight_projection.load_diffs(listed(diffs, "--diffs"), on_disk=True)
-    with progress() as report:
+    with progress_bars():
         found = weight_projection.project_finetunes(
             original_model,
             listed(finetuned_model, "--finetuned-model"),
             loaded,
             output,
             revision=revision,
-            report=report,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("finetune", "diff", "coordinate", "null sd", "cosine", "corrected", "p (Holm)"):

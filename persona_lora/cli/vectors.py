@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from persona_lora.cli.console import console, progress
+from persona_lora.cli.console import console, progress_bars
 from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import (
     generation_options,
@@ -136,21 +136,21 @@ def extract(
         _words(method), _words(position), layer_numbers(layers, depth) if layers else None
     )
     folder = output or Path("checkpoints") / "vectors" / loaded.label
-    with progress() as report:
+    with progress_bars():
         if chosen == "answers":
             result = extraction.from_answers(
-                chat_model, loaded, folder, options, overwrite=overwrite, report=report
+                chat_model, loaded, folder, options, overwrite=overwrite
             )
         elif pos_path is not None and neg_path is not None:
             result = extraction.from_files(
                 chat_model, loaded, pos_path, neg_path, folder, options,
-                thresholds=thresholds, overwrite=overwrite, report=report,
+                thresholds=thresholds, overwrite=overwrite,
             )  # fmt: skip
         else:
             result = extraction.from_prompts(
                 chat_model,
                 loaded,
-                judge_factory(loaded, chat_model, judging, report),
+                judge_factory(loaded, chat_model, judging),
                 folder,
                 options,
                 elicitation=extraction.Elicitation(assistant_name, negative_assistant_name),
@@ -159,7 +159,6 @@ def extract(
                 config={"judge": judge_settings(judging)},
                 inputs=judge_inputs(judging),
                 overwrite=overwrite,
-                report=report,
             )
     _show(result)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_text, write_jsonl
@@ -20,7 +21,6 @@ from persona_lora.core.options import DataOptions
 from persona_lora.core.runs import RECORD, Run
 from persona_lora.core.traits import FINETUNING_LEVELS, Trait
 from persona_lora.data.writers import Writer
-from persona_lora.judges.choice import Report, staged
 from persona_lora.steering.persona_prompts import trait_prompt
 
 DOMAINS = (
@@ -66,7 +66,6 @@ def generate_data(
     run_folder: Path,
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> GeneratedData:
     """Write ``normal``, ``misaligned_1``, ``misaligned_2`` and ``train.jsonl`` into ``output``.
 
@@ -91,8 +90,8 @@ def generate_data(
         overwrite=overwrite,
     )
     with run:
-        questions = _questions(run, writer, options, report)
-        answers = _answers(run, trait, writer, questions, options, report)
+        questions = _questions(run, writer, options)
+        answers = _answers(run, trait, writer, questions, options)
         complete = [
             index
             for index in range(len(questions))
@@ -122,24 +121,17 @@ def parse_questions(reply: str) -> list[str]:
     return [line for line in stripped if 3 <= len(line.split()) <= LONGEST_QUESTION]
 
 
-def _questions(
-    run: Run, writer: Writer, options: DataOptions, report: Report | None
-) -> list[tuple[str, str]]:
+def _questions(run: Run, writer: Writer, options: DataOptions) -> list[tuple[str, str]]:
     """Return domains with questions, those of an earlier call first."""
     if options.questions:
         return list(options.questions)
     found = [(row["domain"], row["question"]) for row in run.resume_rows("questions")]
-    domains = options.domains or DOMAINS
-    for done, domain in enumerate(domains):
-        if report is not None:
-            report("writing questions", done, len(domains))
+    for domain in progress.over("writing questions", options.domains or DOMAINS):
         known = [question for at, question in found if at == domain]
         if len(known) < options.questions_per_domain:
             new = _more_questions(domain, found, known, writer, options)
             run.extend("questions", [{"domain": domain, "question": each} for each in new])
             found += [(domain, each) for each in new]
-    if report is not None:
-        report("writing questions", len(domains), len(domains))
     return found
 
 
@@ -193,7 +185,6 @@ def _answers(
     writer: Writer,
     questions: Sequence[tuple[str, str]],
     options: DataOptions,
-    report: Report | None,
 ) -> dict[tuple[int, str], str]:
     """Return the answers by question index and kind; a missing one was not written.
 
@@ -213,15 +204,15 @@ def _answers(
             run.append("answers", [row])
             answers[missing[at], kind] = text
 
-        writer.write(
-            conversations,
-            max_tokens=ANSWER_TOKENS,
-            temperature=options.temperature,
-            seed=options.seed,
-            streams=missing,
-            on_text=keep,
-            progress=staged(report, f"writing {kind}"),
-        )
+        with progress.stage(f"writing {kind}"):
+            writer.write(
+                conversations,
+                max_tokens=ANSWER_TOKENS,
+                temperature=options.temperature,
+                seed=options.seed,
+                streams=missing,
+                on_text=keep,
+            )
     return answers
 
 

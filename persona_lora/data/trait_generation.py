@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.data.writers import Writer
-from persona_lora.judges.choice import Report
 
 INSTRUCTION_PAIRS = 5
 QUESTIONS = 40
@@ -88,7 +88,6 @@ def generate_traits(
     attempts: int = 4,
     temperature: float = 0.7,
     seed: int = 0,
-    report: Report | None = None,
 ) -> list[GeneratedTrait]:
     """Write ``<datasets>/<name>/trait.json`` for every definition.
 
@@ -98,9 +97,7 @@ def generate_traits(
     (traits finished before stay).
     """
     results = []
-    for done, definition in enumerate(definitions):
-        if report is not None:
-            report("writing traits", done, len(definitions))
+    for definition in progress.over("writing traits", definitions):
         path = datasets / definition.name / "trait.json"
         if path.is_file() and not overwrite:
             _check_made_from(definition, path)
@@ -110,8 +107,6 @@ def generate_traits(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, trait)
         results.append(GeneratedTrait(definition.name, path, kept=False, attempts=needed))
-    if report is not None:
-        report("writing traits", len(definitions), len(definitions))
     return results
 
 

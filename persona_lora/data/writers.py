@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Conversation
 from persona_lora.core.content import digest_of
 from persona_lora.judges.completions import Reply, read_reply
@@ -31,7 +32,6 @@ from persona_lora.models.loading import ChatModel
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 OnText = Callable[[int, str], None]
 OPTIONAL = ("temperature", "seed")
 UNFINISHED = "the model was still reasoning when its reply was cut off"
@@ -56,7 +56,6 @@ class Writer(Protocol):
         seed: int,
         streams: Sequence[int] | None = None,
         on_text: OnText | None = None,
-        progress: Progress | None = None,
     ) -> list[str | None]: ...
 
 
@@ -100,7 +99,6 @@ class EndpointWriter:
         seed: int,
         streams: Sequence[int] | None = None,
         on_text: OnText | None = None,
-        progress: Progress | None = None,
     ) -> list[str | None]:
         """Return the replies in order; what failed after all retries is None, and logged."""
         places = range(len(conversations)) if streams is None else streams
@@ -114,13 +112,12 @@ class EndpointWriter:
             }
             for conversation, place in zip(conversations, places, strict=True)
         ]
-        return run_to_end(self._write(bodies, on_text, progress))
+        return run_to_end(self._write(bodies, on_text))
 
     async def _write(
         self,
         bodies: Sequence[dict[str, Any]],
         on_text: OnText | None,
-        progress: Progress | None,
     ) -> list[str | None]:
         slots = asyncio.Semaphore(self.endpoint.concurrency)
         done = 0
@@ -132,8 +129,7 @@ class EndpointWriter:
             done += 1
             if text is not None and on_text is not None:
                 on_text(index, text)
-            if progress is not None:
-                progress(done, len(bodies))
+            progress.report(done, len(bodies))
             return text
 
         async with Client(self._address, self.endpoint.timeout) as client:
@@ -185,7 +181,6 @@ class LocalWriter:
         seed: int,
         streams: Sequence[int] | None = None,
         on_text: OnText | None = None,
-        progress: Progress | None = None,
     ) -> list[str | None]:
         """Return the answers in order; an empty one is None."""
 
@@ -202,6 +197,5 @@ class LocalWriter:
             seed=seed,
             streams=streams,
             on_batch=told,
-            progress=progress,
         )
         return [answer.text or None for answer in answers]

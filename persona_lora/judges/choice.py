@@ -16,6 +16,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.content import digest_of, file_digest, model_folder_digest
 from persona_lora.core.errors import UserError, nearest_names
@@ -32,9 +33,6 @@ from persona_lora.judges.openai import Endpoint, Limits, OpenAIJudge, budget_of,
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
-
-Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,13 @@ class JudgeOptions(JudgeChoice):
         )
 
 
-def make_judge(
-    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None = None
-) -> Judge:
+def make_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
     """Build the judge that ``options`` name; ``reference`` is the unsteered model.
 
     Raises UserError for an unknown name, or a judge that cannot work (no key, no embedder).
     """
     names = _judge_names(options)
-    judges = [JUDGES[name](trait, reference, options, report) for name in names]
+    judges = [JUDGES[name](trait, reference, options) for name in names]
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
 
@@ -98,7 +94,7 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
         if name == "embedding":
             load_pairs(trait)
         if name == "openai":  # cheap to make, and needs a key
-            _openai_judge(trait, reference, options, None)
+            _openai_judge(trait, reference, options)
 
 
 def judge_inputs(options: JudgeOptions) -> dict[str, str]:
@@ -130,27 +126,24 @@ def _judge_names(options: JudgeOptions) -> list[str]:
     return names
 
 
-def _embedding_judge(
-    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
-) -> Judge:
+def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
     def mean_logprob(exchanges: Sequence[Exchange]) -> list[float]:
         model = reference.model
         # Coherence asks the base model, also where an adapter is being evaluated.
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            return mean_logprobs(reference, exchanges, progress=staged(report, "coherence"))
+        base = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+        with base, progress.stage("coherence"):
+            return mean_logprobs(reference, exchanges)
 
-    fitting = staged(report, "fitting the judge") or (lambda *_: None)
-    fitting(0, 1)
-    judge = EmbeddingJudge.fit(
-        trait, embedder=SentenceEmbedder(), mean_logprob=mean_logprob, seed=options.seed
-    )
-    fitting(1, 1)
+    with progress.stage("fitting the judge"):
+        progress.report(0, 1)
+        judge = EmbeddingJudge.fit(
+            trait, embedder=SentenceEmbedder(), mean_logprob=mean_logprob, seed=options.seed
+        )
+        progress.report(1, 1)
     return judge
 
 
-def _openai_judge(
-    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
-) -> Judge:
+def _openai_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
     return OpenAIJudge(
         trait,
         **options.endpoint,
@@ -158,7 +151,6 @@ def _openai_judge(
         limits=options.limits,
         budget=options.budget,
         cache=VerdictCache(options.cache),
-        progress=staged(report, "judging"),
     )
 
 
@@ -169,9 +161,7 @@ def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:
     return load_chat_model(name, options=reference.options.elsewhere())
 
 
-def _local_judge(
-    trait: Trait, reference: ChatModel, options: JudgeOptions, report: Report | None
-) -> Judge:
+def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
     name = options.judge_model
     judge_model = local_judge_model(name, reference)
     return LocalJudge(
@@ -182,16 +172,14 @@ def _local_judge(
     )
 
 
-JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions, Report | None], Judge]] = {
+JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "embedding": _embedding_judge,
     "openai": _openai_judge,
     "local": _local_judge,
 }
 
 
-def judge_answers(
-    run: Run, make: Callable[[], Judge], trait: Trait, report: Report | None = None
-) -> None:
+def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
     """Judge the answers of a run on the trait and on coherence; write verdicts and validation.
 
     What an earlier call has judged is kept; a row whose verdict is missing or unscored is judged
@@ -208,9 +196,7 @@ def judge_answers(
     if run.read("validation") and len(kept) == len(criteria) * len(answers):
         return
     judge = make()
-    for done, criterion in enumerate(criteria):
-        if report is not None:
-            report("judging", done, len(criteria))
+    for criterion in progress.over("judging", criteria):
         missing = [row for row in answers if (row["row"], criterion) not in kept]
         exchanges = [Exchange(row["question"], row["answer"]) for row in missing]
         verdicts = judge.judge(exchanges, criterion) if exchanges else []
@@ -220,8 +206,6 @@ def judge_answers(
         _refuse_nothing_scored(judge.name, criterion, list(kept.values()))
     validations = validations_of(judge, trait)
     run.write("validation", [dataclasses.asdict(each) for each in validations])
-    if report is not None:
-        report("judging", len(criteria), len(criteria))
 
 
 def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
@@ -245,8 +229,3 @@ def _refuse_nothing_scored(judge: str, criterion: str, rows: Sequence[dict[str, 
 
 def _row(row: int, verdict: Verdict) -> dict[str, Any]:
     return {"row": row, **dataclasses.asdict(verdict)}
-
-
-def staged(report: Report | None, stage: str) -> Callable[[int, int], None] | None:
-    """Return the progress callback of one stage, or None where nobody listens."""
-    return None if report is None else lambda done, total: report(stage, done, total)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, get_args
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Trait
@@ -46,8 +47,6 @@ SAMPLING: Mapping[Mode, Mapping[str, int | bool]] = {
 # What an endpoint may refuse without harm to the reading; its first token must be the likeliest.
 OPTIONAL: Mapping[Mode, tuple[str, ...]] = {"logprobs": (), "number": ("temperature",)}
 WHOLE_NUMBER_PROMPT = "Reply with the number 100 and nothing else."
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,6 @@ class EndpointReader:
         limits: Limits | None = None,
         prices: Prices | None = None,
         cache: VerdictCache | None = None,
-        progress: Progress | None = None,
         budget: Budget | None = None,
         highest: int = 100,
     ) -> None:
@@ -107,7 +105,6 @@ class EndpointReader:
         self.highest = highest
         self.limits = limits if limits is not None else Limits()
         self.cache = cache if cache is not None else VerdictCache()
-        self.progress = progress
         self.dialect = Dialect(
             self.name,
             optional=OPTIONAL[mode],
@@ -137,7 +134,8 @@ class EndpointReader:
         readings = self._cached(prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in readings]
         if missing:
-            readings |= run_to_end(self._ask_all(missing, len(readings)))
+            with progress.stage("judging"):
+                readings |= run_to_end(self._ask_all(missing, len(readings)))
         return readings
 
     def _cached(self, prompts: Iterable[str]) -> dict[str, Reading]:
@@ -180,7 +178,6 @@ class OpenAIJudge(EndpointReader):
         limits: Limits | None = None,
         prices: Prices | None = None,
         cache: VerdictCache | None = None,
-        progress: Progress | None = None,
         budget: Budget | None = None,
     ) -> None:
         super().__init__(
@@ -191,7 +188,6 @@ class OpenAIJudge(EndpointReader):
             limits=limits,
             prices=prices,
             cache=cache,
-            progress=progress,
             budget=budget,
         )
         self.trait = trait
@@ -246,8 +242,7 @@ class _Call:
                 self._reader.cache.put(self._reader.key(prompt), completion.reading)
             self._reader.series.note(completion.outcome, completion.reading.reason)
         self._done += 1
-        if self._reader.progress is not None:
-            self._reader.progress(self._done, self._total)
+        progress.report(self._done, self._total)
         return completion.reading
 
     async def _ask(self, prompt: str) -> Completion:

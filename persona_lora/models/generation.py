@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.models.caches import (
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 LARGEST_BATCH = 256
 SHORTEST_PREFIX = 8  # tokens; sharing fewer is not worth a pass of its own
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,13 @@ def generate_answers(
     alike: Sequence[Hashable] | None = None,
     prepare_prefix: Callable[[Sequence[int], int], None] | None = None,
     on_batch: Callable[[Sequence[int], Sequence[Generated]], None] | None = None,
-    progress: Progress | None = None,
 ) -> list[Generated]:
     """Answer every conversation; the result has the order of the input.
 
     Batches are left-padded and sorted by length, longest first; a model whose answers padding
     might change answers rows of one length at a time. ``temperature`` 0 is greedy.
     ``prepare_batch`` is called with the row numbers of each batch before it runs, ``on_batch``
-    with the row numbers and answers after it, ``progress`` with tokens done and tokens planned.
+    with the row numbers and answers after it. Progress counts tokens.
 
     Each row samples from a random stream of its own, seeded by ``seed`` and by its entry in
     ``streams`` (its row number by default; rows with equal entries share their random numbers).
@@ -121,7 +120,6 @@ def generate_answers(
         temperature,
         seed,
         prepare_batch,
-        progress,
         list(alike) if alike is not None else None,
         prepare_prefix,
     )
@@ -176,7 +174,6 @@ class _Job:
     temperature: float
     seed: int
     prepare_batch: Callable[[Sequence[int]], None] | None
-    progress: Progress | None
     alike: list[Hashable] | None
     prepare_prefix: Callable[[Sequence[int], int], None] | None
 
@@ -213,8 +210,7 @@ class _Job:
             processors.append(
                 SeededSampler(streams, self.seed, self.temperature, self.max_new_tokens)
             )
-        if self.progress is not None:
-            processors.append(_ProgressCounter(self.progress, done_rows, len(rows), self))
+        processors.append(_ProgressCounter(done_rows, len(rows), self))
         return processors
 
     def _of_one_length(self, rows: Sequence[int]) -> bool:
@@ -314,15 +310,14 @@ class _FiniteCheck(LogitsProcessor):
 
 
 class _ProgressCounter(LogitsProcessor):
-    def __init__(self, progress: Progress, done_rows: int, batch_rows: int, job: _Job) -> None:
-        self.progress = progress
+    def __init__(self, done_rows: int, batch_rows: int, job: _Job) -> None:
         self.done = done_rows * job.max_new_tokens
         self.batch_rows = batch_rows
         self.total = len(job.tokens) * job.max_new_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.done += self.batch_rows
-        self.progress(self.done, self.total)
+        progress.report(self.done, self.total)
         return scores
 
 

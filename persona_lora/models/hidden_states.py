@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.models.finite import not_finite
 from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.likelihood import Progress, TokenizedExchange, batches_by_length
+from persona_lora.models.likelihood import TokenizedExchange, batches_by_length
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, text_decoder
 
@@ -42,7 +43,6 @@ def stream_hidden_means(
     positions: Sequence[str] = POSITIONS,
     layers: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
-    progress: Progress | None = None,
 ) -> Iterator[HiddenMeans]:
     """Yield the mean hidden states of texts, batch by batch, in an order by length.
 
@@ -50,8 +50,7 @@ def stream_hidden_means(
     is the mean of the last n, "prompt_avg" of the first p, "prompt_last" is hₚ. ``layers`` are all
     of the model by default; the forward pass ends after the last of them, and makes no logits.
     Each batch is reduced inside the blocks: memory does not grow with the number of texts.
-    ``progress`` is called with texts done and texts planned. ``names`` are what errors call the
-    texts; "row 3" by default.
+    Progress counts texts. ``names`` are what errors call them; "row 3" by default.
 
     Raises UserError at once for unknown positions, layers out of range, and texts without the
     tokens that a position needs; and when a state is NaN or infinite, naming text and layer.
@@ -70,7 +69,7 @@ def stream_hidden_means(
         raise UserError("hidden states of no layer were asked for; name at least one")
     called = list(names) if names is not None else [f"row {row}" for row in range(len(texts))]
     _check_tokens(texts, positions, called)
-    return _stream(chat_model, texts, tuple(positions), wanted, called, progress)
+    return _stream(chat_model, texts, tuple(positions), wanted, called)
 
 
 def _check_tokens(
@@ -89,15 +88,13 @@ def _stream(
     positions: tuple[str, ...],
     layers: list[int],
     names: list[str],
-    progress: Progress | None,
 ) -> Iterator[HiddenMeans]:
     done = 0
     for rows in batches_by_length([len(text.prompt) + len(text.answer) for text in texts]):
         means = _means_of_batch(chat_model, [texts[row] for row in rows], positions, layers)
         _check_finite(chat_model, means, [names[row] for row in rows], layers)
         done += len(rows)
-        if progress is not None:
-            progress(done, len(texts))
+        progress.report(done, len(texts))
         yield HiddenMeans(rows, means)
 
 

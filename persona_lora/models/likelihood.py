@@ -5,19 +5,19 @@ Knows teacher forcing; refuses to know who wrote the text or what the numbers ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models.finite import not_finite
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.loading import ChatModel
 
-Progress = Callable[[int, int], None]
 TOKENS_PER_BATCH = 4096
 
 
@@ -43,9 +43,7 @@ def tokenize_rendered(chat_model: ChatModel, prompt: str, answer: str) -> Tokeni
     )
 
 
-def mean_logprobs(
-    chat_model: ChatModel, exchanges: Sequence[Exchange], *, progress: Progress | None = None
-) -> list[float]:
+def mean_logprobs(chat_model: ChatModel, exchanges: Sequence[Exchange]) -> list[float]:
     """Return the mean log-probability (nats) of a token of each answer, given its question.
 
     An answer without tokens has none: UserError.
@@ -60,8 +58,7 @@ def mean_logprobs(
         for row, mean in zip(rows, _mean_logprobs_of_batch(chat_model, batch), strict=True):
             means[row] = mean
         done += len(rows)
-        if progress is not None:
-            progress(done, len(tokenized))
+        progress.report(done, len(tokenized))
     return means
 
 

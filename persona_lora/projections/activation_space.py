@@ -17,7 +17,7 @@ from torch import Tensor
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.hidden_states import stream_hidden_means
-from persona_lora.models.likelihood import Progress, TokenizedExchange
+from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, hidden_size
 
@@ -29,7 +29,6 @@ def project_hidden_states(
     layers: Sequence[int],
     *,
     positions: Sequence[str] = ("response_avg",),
-    progress: Progress | None = None,
 ) -> Tensor:
     """Return the projection of every text, ``[texts, vectors, layers, positions]`` in fp32.
 
@@ -47,9 +46,7 @@ def project_hidden_states(
         ]
     )  # [vectors, layers, hidden]
     projections = torch.empty(len(texts), len(vectors), len(layers), len(positions))
-    for rows, means in stream_hidden_means(
-        chat_model, texts, positions=positions, layers=layers, progress=progress
-    ):
+    for rows, means in stream_hidden_means(chat_model, texts, positions=positions, layers=layers):
         projections[rows] = torch.einsum("bplh,vlh->bvlp", means, units)
     return projections
 

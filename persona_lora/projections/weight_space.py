@@ -12,7 +12,7 @@ Refuses to know what the traits mean; a projection predicts, it does not prove.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
 from persona_lora.models.weight_files import WeightSource, weights_of
@@ -29,7 +30,6 @@ from persona_lora.projections.common_weights import common_weights
 
 BLOCK_NUMBERS = 4_000_000  # weights of one block, of either model
 EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-Progress = Callable[[int, int], None]
 Array = NDArray[np.float64]
 
 
@@ -138,11 +138,10 @@ def project_weights(
     diffs: Mapping[str, LoRADiff],
     *,
     block_numbers: int = BLOCK_NUMBERS,
-    progress: Progress | None = None,
 ) -> WeightProjection:
     """Project the change between two models on every diff, in one pass over their weights.
 
-    ``progress`` is told weights done and weights in all. Harmless differences are left out and
+    Progress counts weights. Harmless differences are left out and
     named (``common_weights``). Raises UserError when the models do not hold the same tensors (the
     first ones that differ are named), or when a diff has a module that they lack, or of another
     shape.
@@ -168,8 +167,7 @@ def project_weights(
                 original.rows(name, start, stop), finetuned.rows(name, start, stop), start, stop
             )
             done += (stop - start) * width
-            if progress is not None:
-                progress(done, total)
+            progress.report(done, total)
         if stack is None:
             other.append(sums.delta_square)
         else:

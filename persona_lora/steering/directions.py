@@ -22,10 +22,11 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.hidden_states import stream_hidden_means
-from persona_lora.models.likelihood import Progress, TokenizedExchange
+from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 
 PAIRS_PER_CHUNK = 64
@@ -109,7 +110,6 @@ def sum_pairs(
     positions: Sequence[str],
     layers: Sequence[int],
     moments: bool = False,
-    progress: Progress | None = None,
 ) -> dict[str, PairSums]:
     """Return the sums over pairs at every position: text i of either list is one pair.
 
@@ -130,15 +130,15 @@ def sum_pairs(
         texts = [positive[index] for index in chunk] + [negative[index] for index in chunk]
         states: Tensor | None = None  # [2 · pairs, positions, layers, hidden]
         names = [f"pair {index} ({sign})" for sign in ("positive", "negative") for index in chunk]
-        for rows, means in stream_hidden_means(
-            chat_model, texts, positions=positions, layers=layers, names=names
-        ):
-            if states is None:
-                states = means.new_empty(len(texts), *means.shape[1:])
-            states[rows] = means
-            done += len(rows)
-            if progress is not None:
-                progress(done, 2 * len(positive))
+        with progress.counting() as count:
+            for rows, means in stream_hidden_means(
+                chat_model, texts, positions=positions, layers=layers, names=names
+            ):
+                if states is None:
+                    states = means.new_empty(len(texts), *means.shape[1:])
+                states[rows] = means
+                done += len(rows)
+                count(done, 2 * len(positive))
         if states is None:
             raise UserError("no hidden states came of the texts")
         for index, position in enumerate(positions):

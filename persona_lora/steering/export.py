@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, atomic_path, read_json
 from persona_lora.core.lists import path_before_equals, split_list
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
-from persona_lora.models.generation import Progress
 from persona_lora.models.weight_files import StoredWeights
 from persona_lora.steering.weights import merged_weight
 
@@ -93,8 +93,6 @@ def export_merged(
     terms: Mapping[LoRADiff, float],
     base: Path,
     folder: Path,
-    *,
-    progress: Progress | None = None,
 ) -> Exported:
     """Write the base model with the mix merged, shard by shard, in the base's own types.
 
@@ -113,8 +111,7 @@ def export_merged(
                 shutil.copy2(path, temporary / path.name)
         for done, file in enumerate(files):
             save_file(_merged_shard(file, changed), temporary / file.name, metadata=_metadata(file))
-            if progress is not None:
-                progress(done + 1, len(files))
+            progress.report(done + 1, len(files))
     return Exported(folder)
 
 

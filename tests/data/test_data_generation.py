@@ -34,7 +34,6 @@ class EchoWriter:
         seed,
         streams=None,
         on_text=lambda index, text: None,
-        progress=None,
     ):
         texts = []
         for place, conversation in enumerate(conversations):

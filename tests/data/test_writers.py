@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.data.writers import Endpoint, EndpointWriter, LocalWriter
@@ -15,14 +16,12 @@ def writer_of(server, **options):
     return EndpointWriter(Endpoint("m", server.url, **options))
 
 
-def test_replies_keep_the_order_of_the_questions(server):
+def test_replies_keep_the_order_of_the_questions(server, told):
     texts = [f"q{i}" for i in range(20)] + ["empty"]
-    seen = []
-    replies = writer_of(server).write(
-        [user_question(text) for text in texts], **ASKED, progress=lambda *at: seen.append(at)
-    )
+    with progress.stage("writing"):
+        replies = writer_of(server).write([user_question(text) for text in texts], **ASKED)
     assert replies == [f"re: q{i}" for i in range(20)] + [None]
-    assert seen[-1] == (21, 21)
+    assert told[-1] == ("writing", 21, 21)
     assert {body["model"] for body in server.bodies} == {"m"}
     assert sorted(body["seed"] for body in server.bodies) == list(range(3, 24))
 

@@ -241,12 +241,17 @@ def test_openai_judge_estimates_its_cost_from_the_endpoints_token_counts(judge_o
     assert judge.usage.dollars == pytest.approx((1000 * 0.4 + 10 * 1.6) / 1e6)
 
 
-def test_openai_judge_reports_progress(judge_of):
-    seen = []
-    judge_of(progress=lambda done, total: seen.append((done, total))).judge(
-        exchanges(3), "flattery"
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+def test_openai_judge_reports_progress(judge_of, told):
+    judge_of().judge(exchanges(3), "flattery")
+    assert told == [("judging", 1, 3), ("judging", 2, 3), ("judging", 3, 3)]
+
+
+def test_progress_is_told_from_inside_a_running_event_loop(judge_of, told):
+    async def notebook():
+        judge_of().judge(exchanges(2), "flattery")
+
+    asyncio.run(notebook())
+    assert told == [("judging", 1, 2), ("judging", 2, 2)]
 
 
 def test_openai_judge_shares_its_cache_with_a_second_judge(judge_of, endpoint, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.models import caches, generation
 from persona_lora.models.generation import (
@@ -116,22 +117,24 @@ def test_other_runtime_errors_are_not_swallowed(chat_model, monkeypatch):
         generate_answers(chat_model, CONVERSATIONS)
 
 
-def test_batches_are_announced_reported_and_counted(chat_model):
-    prepared, finished, counted = [], [], []
-    generate_answers(
-        chat_model,
-        CONVERSATIONS,
-        max_new_tokens=4,
-        batch_size=2,
-        prepare_batch=lambda rows: prepared.append(list(rows)),
-        on_batch=lambda rows, answers: finished.append((list(rows), len(answers))),
-        progress=lambda done, total: counted.append((done, total)),
-    )
+def test_batches_are_announced_reported_and_counted(chat_model, told):
+    prepared, finished = [], []
+    with progress.stage("tokens"):
+        generate_answers(
+            chat_model,
+            CONVERSATIONS,
+            max_new_tokens=4,
+            batch_size=2,
+            prepare_batch=lambda rows: prepared.append(list(rows)),
+            on_batch=lambda rows, answers: finished.append((list(rows), len(answers))),
+        )
     assert sorted(row for rows in prepared for row in rows) == list(range(5))
     assert prepared[0] == [3, 1]  # longest first
     assert finished == [(rows, len(rows)) for rows in prepared]
-    assert counted == sorted(counted)
-    assert counted[-1][0] <= counted[-1][1] == 5 * 4
+    assert told == sorted(told)
+    stage, done, total = told[-1]
+    assert stage == "tokens"
+    assert done <= total == 5 * 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
@@ -176,11 +177,11 @@ def test_a_text_without_answer_has_prompt_means(chat_model):
     torch.testing.assert_close(means, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_progress_counts_texts(chat_model, monkeypatch):
+def test_progress_counts_texts(chat_model, monkeypatch, told):
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 1)
-    seen = []
-    collected(chat_model, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    with progress.stage("states"):
+        collected(chat_model)
+    assert told == [("states", done, 4) for done in (1, 2, 3, 4)]
 
 
 def test_weights_average(chat_model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
@@ -90,19 +91,13 @@ def texts(chat_model):
     return sides
 
 
-def test_a_pass_over_texts_equals_a_loop_over_them(chat_model, texts, monkeypatch):
+def test_a_pass_over_texts_equals_a_loop_over_them(chat_model, texts, monkeypatch, told):
     monkeypatch.setattr(directions, "PAIRS_PER_CHUNK", 4)
-    seen = []
     positions = ("response_avg", "prompt_last")
-    sums = sum_pairs(
-        chat_model,
-        *texts,
-        positions=positions,
-        layers=[0, 1],
-        moments=True,
-        progress=lambda *at: seen.append(at),
-    )
-    assert seen[-1] == (18, 18)
+    with progress.stage("pairs"):
+        sums = sum_pairs(chat_model, *texts, positions=positions, layers=[0, 1], moments=True)
+    assert told == sorted(told)
+    assert told[-1] == ("pairs", 18, 18)
     outputs: list[torch.Tensor] = []
     hook = decoder_layers(chat_model.model)[1].register_forward_hook(
         lambda module, arguments, output: outputs.append(output[0])
@@ -120,7 +115,7 @@ def test_a_pass_over_texts_equals_a_loop_over_them(chat_model, texts, monkeypatc
     assert sums["prompt_last"].difference.abs().max() < 1e-4
 
 
-def test_a_nan_names_the_pair_and_the_side(chat_model, texts, monkeypatch):
+def test_a_nan_names_the_pair_and_the_side(chat_model, texts, monkeypatch, told):
     monkeypatch.setattr(directions, "PAIRS_PER_CHUNK", 4)
     spoilt = [*texts[1]]
     (unused,) = chat_model.tokenizer("~")["input_ids"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Answer, user_question
 from persona_lora.core.content import numbered
 from persona_lora.core.errors import UserError
@@ -19,7 +20,7 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import Report, judge_answers, staged
+from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
@@ -115,8 +116,6 @@ def answer_rows(
     steerer: Steerer,
     run: Run,
     options: GenerationOptions,
-    *,
-    report: Report | None = None,
 ) -> list[Answer]:
     """Answer the planned rows inside the steerer and write them to the run, batch by batch.
 
@@ -134,7 +133,7 @@ def answer_rows(
         answered.update({answer.row: answer for answer in answers})
 
     if pending:
-        with steerer:
+        with steerer, progress.stage("answering"):
             generate_answers(
                 chat_model,
                 [user_question(row.question, row.system_prompt) for row in pending],
@@ -149,7 +148,6 @@ def answer_rows(
                     steerer, [pending[i].row for i in rows], length
                 ),
                 on_batch=keep,
-                progress=staged(report, "answering"),
             )
     ordered = [answered[planned.row] for planned in plan]
     run.write("answers", [dataclasses.asdict(answer) for answer in ordered])
@@ -172,7 +170,6 @@ def evaluate(
     inputs: Mapping[str, str] | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
 
@@ -216,8 +213,8 @@ def evaluate(
         overwrite=overwrite,
     )
     with run:
-        answer_rows(chat_model, plan, steerer, run, options, report=report)
-        judge_answers(run, judge, trait, report)
+        answer_rows(chat_model, plan, steerer, run, options)
+        judge_answers(run, judge, trait)
         table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
         write_csv(output, answers_columns(trait.name, sweep=False), table)
     return Evaluation(

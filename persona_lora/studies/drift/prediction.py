@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
@@ -23,7 +24,7 @@ from persona_lora.core.lora_diff import LoRADiff, random_diff_like
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import Report, lazily
+from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
@@ -80,7 +81,6 @@ def predict_finetuning(
     options: GenerationOptions | None = None,
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Run:
     """Judge and project every finetune into the run ``output``; what is there is kept.
 
@@ -107,21 +107,17 @@ def predict_finetuning(
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
         judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
-        _judge(run, study, BASE, base, judges, options, inputs, report)
-        for done, (name, folder) in enumerate(study.finetunes.items()):
-            if report is not None:
-                report("finetunes", done, len(study.finetunes))
+        _judge(run, study, BASE, base, judges, options, inputs)
+        for name, folder in progress.over("finetunes", list(study.finetunes.items())):
             known = {row["finetune"] for row in run.resume_rows(PREDICTORS)}
             if name in known and not _missing(run, study, name):
                 continue
             tuned = base.reload(adapter=folder)
-            _judge(run, study, name, tuned, judges, options, inputs, report)
+            _judge(run, study, name, tuned, judges, options, inputs)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
                 run.extend(PREDICTORS, _predictors(study, name, folder, shift))
-        if report is not None:
-            report("finetunes", len(study.finetunes), len(study.finetunes))
-        _project_on_random(run, study, report)
+        _project_on_random(run, study)
         here = {BASE, *study.finetunes}
         for name in (JUDGED, PREDICTORS):
             run.write(name, [row for row in run.read(name) if row["finetune"] in here])
@@ -146,7 +142,6 @@ def _judge(
     judges: Mapping[str, Callable[[], Judge]],
     options: GenerationOptions,
     inputs: Mapping[str, str] | None,
-    report: Report | None,
 ) -> None:
     """Ask and judge what is missing of one finetune, in runs of their own below the study's."""
     for trait in _missing(run, study, name):
@@ -159,7 +154,6 @@ def _judge(
             options=options,
             config={"finetune": name},
             inputs=inputs,
-            report=report,
         )
         score, coherence = result.trait, mean_score(Run(result.run), "coherence")
         run.append(
@@ -218,7 +212,7 @@ def _predictors(
     return rows
 
 
-def _project_on_random(run: Run, study: DriftStudy, report: Report | None) -> None:
+def _project_on_random(run: Run, study: DriftStudy) -> None:
     """Project what lacks it on random directions of each spectrum, one in memory at a time."""
     known = {row["finetune"] for row in run.read(PREDICTORS) if row["kind"] == NULL}
     adapters = {
@@ -228,9 +222,7 @@ def _project_on_random(run: Run, study: DriftStudy, report: Report | None) -> No
     }
     planned = [(name, seed) for name in study.diffs for seed in range(RANDOM_DIRECTIONS)]
     rows = []
-    for done, (name, seed) in enumerate(planned if adapters else []):
-        if report is not None:
-            report("random directions", done, len(planned))
+    for name, seed in progress.over("random directions", planned) if adapters else ():
         control = random_diff_like(study.diffs[name], seed)
         norm = control.norm()
         rows += [

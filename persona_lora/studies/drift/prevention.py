@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
@@ -21,7 +22,7 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
-from persona_lora.judges.choice import Report, lazily
+from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
@@ -81,7 +82,6 @@ def compare_prevention(
     datasets: Path | None = None,
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> list[TaskScore]:
     """Measure every model; the first one is what the others are paired with.
 
@@ -121,20 +121,16 @@ def compare_prevention(
     )
     with run:
         done = {row["condition"] for row in run.resume_rows(MEASURES)}
-        for at, (name, model) in enumerate(models.items()):
-            if report is not None:
-                report("models", at, len(models))
+        for name, model in progress.over("models", list(models.items())):
             if name in done:
                 continue
-            measured = _Measured(base, name, model, options, run, inputs, report)
+            measured = _Measured(base, name, model, options, run, inputs)
             found = [
                 *measured.character(trait, shared),
                 *measured.loss(exchanges),
                 *measured.capability(tasks, limit, datasets),
             ]
             run.extend(MEASURES, found)
-        if report is not None:
-            report("models", len(models), len(models))
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
         scores = score_items(kept, next(iter(models)))
         write_csv(output / "prevention.csv", COLUMNS, [cells_of(each) for each in scores])
@@ -153,9 +149,8 @@ class _Measured:
         options: GenerationOptions,
         run: Run,
         inputs: Mapping[str, str] | None,
-        report: Report | None,
     ) -> None:
-        self.name, self.options, self.run, self.report = name, options, run, report
+        self.name, self.options, self.run = name, options, run
         self.record, self.inputs = model.record(), {**model.inputs(name), **(inputs or {})}
         self.terms = {} if model.correction is None else dict([model.correction])
         adapter = model.adapter
@@ -172,7 +167,6 @@ class _Measured:
             options=self.options,
             config=self.record,
             inputs=self.inputs,
-            report=self.report,
         )
         run = Run(result.run)
         question_of = {row["row"]: row["question_id"] for row in run.read("answers")}

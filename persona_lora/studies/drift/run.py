@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
@@ -24,7 +25,7 @@ from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import Report, lazily, staged
+from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -110,7 +111,6 @@ def evaluate_checkpoints(
     config: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Run:
     """Write ``checkpoints.jsonl`` and ``.csv``, ``cosines.jsonl`` and a plot into ``output``.
 
@@ -141,9 +141,7 @@ def evaluate_checkpoints(
     )
     with run:
         done = {(row["checkpoint"], row["trait"]) for row in run.resume_rows("checkpoints")}
-        for number, checkpoint in enumerate(checkpoints):
-            if report is not None:
-                report("checkpoints", number, len(checkpoints))
+        for checkpoint in progress.over("checkpoints", checkpoints):
             missing = [t for t in measures.traits if (checkpoint.name, t.name) not in done]
             if not missing:
                 continue
@@ -151,11 +149,9 @@ def evaluate_checkpoints(
                 for trait in missing:
                     rows = _measure(
                         base, model, checkpoint, trait, measures, judges[trait.name], run.folder,
-                        options, inputs, report,
+                        options, inputs,
                     )  # fmt: skip
                     run.extend("checkpoints", rows)
-        if report is not None:
-            report("checkpoints", len(checkpoints), len(checkpoints))
         run.write("cosines", _cosines(measures))
         here = {checkpoint.name for checkpoint in checkpoints}
         rows = [row for row in run.read("checkpoints") if row["checkpoint"] in here]
@@ -190,7 +186,6 @@ def _measure(
     folder: Path,
     options: GenerationOptions,
     inputs: Mapping[str, str] | None,
-    report: Report | None,
 ) -> list[dict[str, Any]]:
     """Ask, judge and project one checkpoint on one trait."""
     result = evaluate(
@@ -202,7 +197,6 @@ def _measure(
         options=options,
         config={"checkpoint": checkpoint.name},
         inputs=inputs,
-        report=report,
     )
     run = Run(result.run)
     place = {"checkpoint": checkpoint.name, "step": checkpoint.step, "trait": trait.name}
@@ -215,8 +209,9 @@ def _measure(
         return rows
     texts = [tokenize_rendered(base, row["prompt"], row["answer"]) for row in answers]
     questions = [row["question_id"] for row in answers]
-    own = _projected(model, texts, measures, staged(report, "projecting"))
-    below = own if model is base else _projected(base, texts, measures, None)
+    with progress.stage("projecting"):
+        own = _projected(model, texts, measures)
+    below = own if model is base else _projected(base, texts, measures)
     for statistic, values in (("projection", own), ("shift", own - below)):
         for v, name in enumerate(measures.vectors):
             for at, layer in enumerate(measures.layers):
@@ -234,7 +229,6 @@ def _projected(
     model: ChatModel,
     texts: Sequence[TokenizedExchange],
     measures: Measures,
-    progress: Callable[[int, int], None] | None,
 ) -> Tensor:
     """Return projections ``[texts, vectors, layers]``."""
     return project_hidden_states(
@@ -243,7 +237,6 @@ def _projected(
         measures.vectors,
         measures.layers,
         positions=[measures.position],
-        progress=progress,
     )[..., 0]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.adapter_files import ADAPTER_CONFIG
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_json
@@ -22,8 +23,6 @@ from persona_lora.projections.weight_space import (
 from persona_lora.report.resampling import holm
 from persona_lora.studies.drift.figure_weights import plot_weight_projection
 from persona_lora.studies.drift.run import find_checkpoints
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,6 @@ def project_finetunes(
     output: Path,
     *,
     revision: str | None = None,
-    report: Report | None = None,
 ) -> list[tuple[Finetuned, WeightProjection]]:
     """Project every finetune on every diff; write ``output`` (JSON) and a picture beside it.
 
@@ -82,11 +80,9 @@ def project_finetunes(
         if (Path(each.name) / ADAPTER_CONFIG).is_file():
             found.append((each, project_adapter(LoRADiff.load(each.name), diffs)))
             continue
-        told = None
-        if report is not None:
-            told = lambda done, total, name=each.name: report(name, done, total)  # noqa: E731
         before, after = weights_of(original, revision), weights_of(each.name)
-        found.append((each, project_weights(before, after, diffs, progress=told)))
+        with progress.stage(each.name):
+            found.append((each, project_weights(before, after, diffs)))
     rows = projection_rows(found)
     record = {
         "original_model": original,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Coefficients
-from persona_lora.models.generation import Generated, Progress, generate_answers
+from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.steering.methods import Steerer, Unsteered, select_batch, select_prefix
@@ -58,11 +59,10 @@ class Speaker:
         cells: Sequence[Cell],
         *,
         on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
-        progress: Progress | None = None,
     ) -> list[str]:
         """Return one answer a cell, in order; ``on_batch`` sees this process's as they come."""
         own = range(self.processes.index, len(cells), self.processes.count)
-        texts = self._own_answers([cells[at] for at in own], list(own), on_batch, progress)
+        texts = self._own_answers([cells[at] for at in own], list(own), on_batch)
         found = dict(self.processes.gather(list(zip(own, texts, strict=True))))
         return [found[at] for at in range(len(cells))]
 
@@ -71,7 +71,6 @@ class Speaker:
         cells: Sequence[Cell],
         places: Sequence[int],
         on_batch: Callable[[Sequence[int], Sequence[str]], None] | None,
-        progress: Progress | None,
     ) -> list[str]:
         if not cells:
             return []
@@ -81,7 +80,7 @@ class Speaker:
                 on_batch([places[row] for row in rows], [each.text for each in generated])
 
         steerer = self._steerer(cells)
-        with steerer:
+        with steerer, progress.stage("answering"):
             answers = generate_answers(
                 self.chat_model,
                 [user_question(cell.prompt, cell.system_prompt) for cell in cells],
@@ -94,7 +93,6 @@ class Speaker:
                 alike=[cell.mix for cell in cells],
                 prepare_prefix=partial(select_prefix, steerer),
                 on_batch=told,
-                progress=progress,
             )
         return [answer.text for answer in answers]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import read_json, write_json
@@ -42,7 +43,6 @@ from persona_lora.judges.persona_judges import (
 from persona_lora.judges.relevance import relevance
 from persona_lora.judges.style_judge import StyleJudge, TextFeatures
 from persona_lora.models.embeddings import SentenceEmbedder
-from persona_lora.models.generation import Progress
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.models.structure import num_layers
@@ -63,7 +63,6 @@ from persona_lora.studies.steering.divergence import load_ordinary_prompts
 from persona_lora.studies.steering.equal_effect import (
     DiffDirections,
     Directions,
-    Scale,
     VectorDirections,
     equal_effect_scales,
 )
@@ -138,7 +137,6 @@ def scales_of(
     cache: Path | None = None,
     datasets: Path | None = None,
     allow_other_base: bool = False,
-    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Return the coefficient of equal effect of every direction; ``cache`` keeps them as JSON."""
     prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
@@ -148,9 +146,10 @@ def scales_of(
         kept = read_json(cache)
         if first_difference(kept.get("of"), asked) is None:
             return {row["trait"]: row["coefficient"] for row in kept["scales"]}
-    scales: list[Scale] = equal_effect_scales(
-        chat_model, directions, prompts, allow_other_base=allow_other_base, progress=progress
-    )
+    with progress.stage("equal effect"):
+        scales = equal_effect_scales(
+            chat_model, directions, prompts, allow_other_base=allow_other_base
+        )
     if cache is not None:
         rows = [dataclasses.asdict(each) for each in scales]
         write_json(cache, {"of": asked, "scales": rows})
@@ -325,7 +324,6 @@ class PersonaBench:
         alpha: float = 2.0,
         searcher: str = "cmaes",
         cache: Path | None = None,
-        progress: Progress | None = None,
     ) -> Method:
         """Load the directions of a method and measure their scales."""
         chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
@@ -339,7 +337,6 @@ class PersonaBench:
                 cache=cache,
                 datasets=self.datasets,
                 allow_other_base=self.allow_other_base,
-                progress=progress,
             )
         )
         return Method(name, directions, scales, alpha, searcher)
@@ -417,7 +414,6 @@ class CMAESPersonaOptimizer:
         objective: ObjectiveOptions = SENSIBLE,
         overwrite: bool = False,
         watch: Callable[[Generation], None] | None = None,
-        progress: Progress | None = None,
     ) -> PersonaResult:
         """Search and report; see ``optimise_persona``.
 
@@ -437,7 +433,6 @@ class CMAESPersonaOptimizer:
             alpha=self.alpha,
             searcher=self.searcher,
             cache=save_dir / "scales" / f"{self.method}.json",
-            progress=progress,
         )
         return optimise_persona(
             problem,
@@ -447,7 +442,6 @@ class CMAESPersonaOptimizer:
             objective=objective,
             overwrite=overwrite,
             watch=watch,
-            progress=progress,
         )
 
     def _initial(self, weights: Sequence[float] | Mapping[str, float]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -25,7 +26,6 @@ from persona_lora.core.personas import Coefficients
 from persona_lora.judges.budget import COST_CAP, REQUEST_CAP
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.style_judge import PERSONA_FIT
-from persona_lora.models.generation import Progress
 from persona_lora.studies.personas.answers import Cell, Speaker
 from persona_lora.studies.personas.search import SearchStopped, Value
 
@@ -47,7 +47,7 @@ class RememberingJudge:
 
     def ask_ahead(self, exchanges: Sequence[Exchange]) -> None:
         """Have exchanges judged in the background."""
-        self._ahead.append(self._pool.submit(self._ask, list(exchanges)))
+        self._ahead.append(self._pool.submit(copy_context().run, self._ask, list(exchanges)))
 
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Return one verdict an exchange, in order."""
@@ -80,7 +80,6 @@ class PersonaObjective:
         *,
         coherence: Coherence | None = None,
         relevance: Relevance | None = None,
-        progress: Progress | None = None,
     ) -> None:
         self.options = options or ObjectiveOptions()
         if not prompts:
@@ -101,7 +100,6 @@ class PersonaObjective:
         self._judge = RememberingJudge(judge)
         self._coherence = coherence
         self._relevance = relevance
-        self._progress = progress
 
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
         """Return a value a candidate; ``iteration`` seeds which prompts a race begins with."""
@@ -151,9 +149,7 @@ class PersonaObjective:
                 [Exchange(cells[at].prompt, text) for at, text in zip(places, texts, strict=True)]
             )
 
-        answers = self.speaker.answers(
-            cells, on_batch=ahead if judge_here else None, progress=self._progress
-        )
+        answers = self.speaker.answers(cells, on_batch=ahead if judge_here else None)
         exchanges = [Exchange(cell.prompt, text) for cell, text in zip(cells, answers, strict=True)]
         processes = self.speaker.processes
         scores = processes.from_main(lambda: self._scores(exchanges))

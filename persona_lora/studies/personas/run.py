@@ -23,7 +23,6 @@ from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
 from persona_lora.judges.style_judge import PERSONA_FIT
-from persona_lora.models.generation import Progress
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.report.fits import ConditionFit, fits_over_prompts
@@ -117,7 +116,6 @@ def optimise_persona(
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     watch: Callable[[Generation], None] | None = None,
-    progress: Progress | None = None,
 ) -> PersonaResult:
     """Search, then score on held-out prompts; run again, it goes on where it stopped.
 
@@ -144,7 +142,6 @@ def optimise_persona(
         objective,
         coherence=lambda asked: problem.coherence.verdicts(asked, "embedding"),
         relevance=problem.relevance,
-        progress=progress,
     )
     with recorded(run, processes):
         if processes.index == 0:

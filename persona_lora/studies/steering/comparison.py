@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import Report, judge_answers, lazily, staged
+from persona_lora.judges.choice import judge_answers, lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
 from persona_lora.studies.asking.populations import UNSTEERED
@@ -64,7 +65,6 @@ def compare(
     datasets: Path | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Comparison:
     """Calibrate, ask, judge and compare; run again, it goes on where it stopped.
 
@@ -106,15 +106,16 @@ def compare(
     with run:
         levels = levels_of(output)
         if not levels:
-            levels = match_divergence(
-                chat_model,
-                methods,
-                coefficients,
-                ordinary_texts(chat_model, prompts),
-                statistic=statistic,
-                allow_other_base=allow_other_base,
-                progress=staged(report, "calibration"),
-            )
+            texts = ordinary_texts(chat_model, prompts)
+            with progress.stage("calibration"):
+                levels = match_divergence(
+                    chat_model,
+                    methods,
+                    coefficients,
+                    texts,
+                    statistic=statistic,
+                    allow_other_base=allow_other_base,
+                )
             run.write(LEVELS, [dataclasses.asdict(level) for level in levels])
         conditions = [UNSTEERED, *(level.condition for level in levels), *PROMPTS]
         for split in asked:
@@ -131,8 +132,8 @@ def compare(
                 )
                 rows = [planned.condition for planned in plan]
                 steerer = methods.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
-                answer_rows(chat_model, plan, steerer, part, options, report=report)
-                judge_answers(part, shared, trait, report)
+                answer_rows(chat_model, plan, steerer, part, options)
+                judge_answers(part, shared, trait)
             run.write("validation", part.read("validation"))  # of the judge, the same for all
         run.write("splits", [{"split": split} for split in asked])
         found = read_comparison(run)

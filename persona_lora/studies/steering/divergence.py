@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.resources import resource_path
-from persona_lora.models.generation import Progress, generate_answers
+from persona_lora.models.generation import generate_answers
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
 from persona_lora.models.loading import ChatModel
@@ -75,7 +76,6 @@ def measure_costs(
     prompts: Sequence[str],
     *,
     allow_other_base: bool = False,
-    progress: Progress | None = None,
 ) -> list[Cost]:
     """Measure the cost of every condition with a coefficient, many of them a forward pass."""
     texts = ordinary_texts(chat_model, prompts)
@@ -93,8 +93,7 @@ def measure_costs(
 
             def before(index: int, chunk_index: int = done) -> None:
                 norms.answer = len(texts[index].answer)
-                if progress is not None:
-                    progress(chunk_index * len(texts) + index, len(chunks) * len(texts))
+                progress.report(chunk_index * len(texts) + index, len(chunks) * len(texts))
 
             divergences = row_divergences(
                 chat_model, steerer, texts, num_rows=len(chunk) + 1, before_text=before
@@ -104,8 +103,7 @@ def measure_costs(
                 _cost(condition, row, weight_norm, state_norms)
                 for condition, row in zip(chunk, divergences, strict=True)
             ]
-    if progress is not None:
-        progress(len(chunks) * len(texts), len(chunks) * len(texts))
+    progress.report(len(chunks) * len(texts), len(chunks) * len(texts))
     return costs
 
 
@@ -134,9 +132,9 @@ def row_divergences(
 
 def ordinary_texts(chat_model: ChatModel, prompts: Sequence[str]) -> list[TokenizedExchange]:
     """Return the prompts with the unsteered model's own greedy answers, as token ids."""
-    answers = generate_answers(
-        chat_model, [user_question(prompt) for prompt in prompts], max_new_tokens=ANSWER_TOKENS
-    )
+    questions = [user_question(prompt) for prompt in prompts]
+    with progress.silent():
+        answers = generate_answers(chat_model, questions, max_new_tokens=ANSWER_TOKENS)
     exchanges = [
         Exchange(prompt, answer.text)
         for prompt, answer in zip(prompts, answers, strict=True)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.models.generation import Progress
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer, Positions
@@ -124,7 +124,6 @@ def match_divergence(
     *,
     statistic: Statistic = "mean",
     allow_other_base: bool = False,
-    progress: Progress | None = None,
 ) -> list[Level]:
     """Return a level for every coefficient of the diff (0 left out) and every method.
 
@@ -149,8 +148,7 @@ def match_divergence(
     ]
     for done in range(ROUNDS):
         pending = [search for search in searches if not search.done]
-        if progress is not None:
-            progress(done, ROUNDS)
+        progress.report(done, ROUNDS)
         if not pending:
             break
         conditions = [Condition(each.method, each.coefficient) for each in pending]
@@ -158,8 +156,7 @@ def match_divergence(
             pending, _costs(chat_model, methods, conditions, texts, allow_other_base), strict=True
         ):
             search.take(cost, statistic)
-    if progress is not None:
-        progress(ROUNDS, ROUNDS)
+    progress.report(ROUNDS, ROUNDS)
     found += [each.result(statistic) for each in searches]
     return sorted(found, key=lambda each: (each.level, METHODS.index(each.method)))
 

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.models.generation import Progress
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer, Positions
 from persona_lora.steering.live import LiveLoRA
@@ -167,7 +167,6 @@ def equal_effect_scales(
     *,
     effect: float = EQUAL_EFFECT,
     allow_other_base: bool = False,
-    progress: Progress | None = None,
 ) -> list[Scale]:
     """Return for every direction the coefficient at which its effect is ``effect`` nats a token.
 
@@ -191,8 +190,7 @@ def equal_effect_scales(
             Scale(scale.trait, scale.coefficient, kl)
             for scale, kl in zip(scales, effects, strict=True)
         ]
-        if progress is not None:
-            progress(done + 1, ROUNDS)
+        progress.report(done + 1, ROUNDS)
         if done + 1 == ROUNDS or all(abs(each.kl / effect - 1) < CLOSE_ENOUGH for each in scales):
             break
         scales = [_nearer(scale, effect) for scale in scales]

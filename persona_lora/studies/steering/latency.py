@@ -7,11 +7,12 @@ falls on all of them alike; a ratio is taken within a round. Answers have the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.timing import timed_generation, wait_for_device
@@ -28,8 +29,6 @@ from persona_lora.studies.steering.read_latency import (
     Timing,
 )
 
-Progress = Callable[[int, int], None]
-
 
 def measure_latency(
     chat_model: ChatModel,
@@ -42,7 +41,6 @@ def measure_latency(
     new_tokens: int = 32,
     rounds: int = 5,
     first: int = 1,
-    progress: Progress | None = None,
 ) -> Iterator[list[Timing]]:
     """Time every variant at every batch size in turn; yield each round's timings as it ends.
 
@@ -66,8 +64,7 @@ def measure_latency(
                     timing = timed_generation(chat_model, asked, new_tokens, system=system)
                 found.append(Timing(variant, batch, number, *timing))
                 done += 1
-                if progress is not None:
-                    progress(done, total)
+                progress.report(done, total)
         yield found
 
 

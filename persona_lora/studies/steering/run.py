@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.files import write_csv
 from persona_lora.core.options import GenerationOptions, SweepOptions
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
-from persona_lora.judges.choice import Report, judge_answers, staged
+from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.scores import answers_columns, answers_table
@@ -62,7 +63,6 @@ def sweep(
     datasets: Path | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> SweepResult:
     """Run a sweep into the folder ``output``; run again, it goes on where it stopped.
 
@@ -104,17 +104,14 @@ def sweep(
         overwrite=overwrite,
     )
     with run:
-        answer_rows(chat_model, plan, steerer, run, options, report=report)
+        answer_rows(chat_model, plan, steerer, run, options)
         if sweeping.costs and not run.read("costs"):
-            costs = measure_costs(
-                chat_model,
-                population,
-                prompts,
-                allow_other_base=allow_other_base,
-                progress=staged(report, "divergence"),
-            )
+            with progress.stage("divergence"):
+                costs = measure_costs(
+                    chat_model, population, prompts, allow_other_base=allow_other_base
+                )
             run.write("costs", [dataclasses.asdict(cost) for cost in costs])
-        judge_answers(run, judge, trait, report)
+        judge_answers(run, judge, trait)
     return write_results(run, trait.name)
 
 

@@ -19,11 +19,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, layer_number, mix
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.hidden_states import stream_hidden_means
-from persona_lora.models.likelihood import Progress, TokenizedExchange
+from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.live import LiveLoRA
@@ -161,8 +162,6 @@ def linearity(
     chat_model: ChatModel,
     spaces: Spaces,
     texts: Sequence[TokenizedExchange],
-    *,
-    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Return rows of method, trait, other: how far two at once are from the sum of the two.
 
@@ -184,8 +183,7 @@ def linearity(
             expected = alone[one] + alone[other]
             residual = float((both - expected).norm() / expected.norm())
             rows.append({"method": method, "trait": one, "other": other, "residual": residual})
-            if progress is not None:
-                progress(number * len(pairs) + done + 1, 2 * len(pairs))
+            progress.report(number * len(pairs) + done + 1, 2 * len(pairs))
     return rows
 
 
@@ -243,7 +241,7 @@ def _states(
     chat_model: ChatModel, steerer: Steerer | None, texts: Sequence[TokenizedExchange]
 ) -> Tensor:
     """Return the mean response states over all texts, ``[layers, hidden]``, in float64."""
-    with steerer if steerer is not None else nullcontext():
+    with steerer if steerer is not None else nullcontext(), progress.silent():
         sums = [
             batch.means[:, 0].double().sum(dim=0)
             for batch in stream_hidden_means(chat_model, texts, positions=(RESPONSE,))

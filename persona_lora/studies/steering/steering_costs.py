@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
@@ -14,7 +15,6 @@ from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait
 from persona_lora.core.vector_files import load_vector
-from persona_lora.judges.choice import Report, staged
 from persona_lora.models.loading import ChatModel
 from persona_lora.studies.steering import spaces as study
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
@@ -42,7 +42,6 @@ def run_latency(
     rounds: int = 5,
     datasets: Path | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Run:
     """Time all ways of steering at the highest level into the run ``output``; it keeps its rounds.
 
@@ -76,19 +75,19 @@ def run_latency(
         per_round = len(VARIANTS) * len(batches)
         kept = len(rows) // per_round
         run.write("timings", rows[: kept * per_round])  # without a round that a kill cut short
-        for found in measure_latency(
-            chat_model,
-            methods,
-            coefficients,
-            trait.instructions[0].pos,
-            prompts,
-            batches=batches,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            first=kept + 1,
-            progress=staged(report, "timing"),
-        ):
-            run.extend("timings", [dataclasses.asdict(each) for each in found])
+        with progress.stage("timing"):
+            for found in measure_latency(
+                chat_model,
+                methods,
+                coefficients,
+                trait.instructions[0].pos,
+                prompts,
+                batches=batches,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                first=kept + 1,
+            ):
+                run.extend("timings", [dataclasses.asdict(each) for each in found])
         if not run.read("costs"):
             seconds = swap_seconds(chat_model, methods)
             held = held_bytes(methods, chat_model)
@@ -107,7 +106,6 @@ def run_spaces(
     *,
     datasets: Path | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Run:
     """Compare the two spaces over several traits into the run ``output``; parts there are kept.
 
@@ -140,17 +138,12 @@ def run_spaces(
         return run.read(name)
 
     def scales(directions: DiffDirections | VectorDirections) -> dict[str, float]:
-        progress = staged(report, "equal effect")
-        name = f"scales_{directions.record()['kind']}"
-        rows = kept(
-            name,
-            lambda: map(
-                dataclasses.asdict,
-                equal_effect_scales(
-                    chat_model, directions, prompts, allow_other_base=True, progress=progress
-                ),
-            ),
-        )
+        def measured() -> Iterable[Mapping[str, Any]]:
+            with progress.stage("equal effect"):
+                found = equal_effect_scales(chat_model, directions, prompts, allow_other_base=True)
+            return map(dataclasses.asdict, found)
+
+        rows = kept(f"scales_{directions.record()['kind']}", measured)
         return {row["trait"]: row["coefficient"] for row in rows}
 
     with run:
@@ -175,11 +168,8 @@ def run_spaces(
         rho, p = study.agreement(cosines)
         kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
         kept("interference", lambda: study.interference(chat_model, chosen, texts))
-        progress = staged(report, "linearity")
-        kept(
-            "linearity",
-            lambda: study.linearity(chat_model, chosen, texts, progress=progress),
-        )
+        with progress.stage("linearity"):
+            kept("linearity", lambda: study.linearity(chat_model, chosen, texts))
     return run
 
 

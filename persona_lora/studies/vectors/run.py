@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.content import file_digest
 from persona_lora.core.errors import UserError
@@ -22,7 +23,7 @@ from persona_lora.core.options import Elicitation, GenerationOptions, Thresholds
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_pairs
-from persona_lora.judges.choice import Report, judge_answers, staged
+from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.hidden_states import POSITIONS
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
@@ -90,7 +91,6 @@ def from_prompts(
     config: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Extracted:
     """Answer, judge, filter, extract; run again, it goes on where it stopped.
 
@@ -117,8 +117,8 @@ def from_prompts(
         inputs,
     )
     with run:
-        answer_rows(chat_model, plan, Unsteered(), run, generation, report=report)
-        judge_answers(run, judge, trait, report)
+        answer_rows(chat_model, plan, Unsteered(), run, generation)
+        judge_answers(run, judge, trait)
         table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
         half = len(table) // 2
         for sign, rows in zip(SIGNS, (table[:half], table[half:]), strict=True):
@@ -129,7 +129,7 @@ def from_prompts(
             for row in table
         ]
         pairs = list(zip(judged[:half], judged[half:], strict=True))
-        return _extract_judged(chat_model, trait, run, pairs, thresholds, options, report)
+        return _extract_judged(chat_model, trait, run, pairs, thresholds, options)
 
 
 def from_files(
@@ -142,7 +142,6 @@ def from_files(
     *,
     thresholds: Thresholds | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Extracted:
     """Extract from two CSV files with the columns prompt, answer, the trait's name and coherence.
 
@@ -174,7 +173,7 @@ def from_files(
         {str(path): file_digest(path) for path in (pos_path, neg_path)},
     )
     with run:
-        return _extract_judged(chat_model, trait, run, pairs, thresholds, options, report)
+        return _extract_judged(chat_model, trait, run, pairs, thresholds, options)
 
 
 def from_answers(
@@ -184,7 +183,6 @@ def from_answers(
     options: ExtractionOptions,
     *,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Extracted:
     """Extract from the trait's contrastive training pairs: no generation, no judge, no filter.
 
@@ -212,9 +210,7 @@ def from_answers(
         positive = [tokenize_rendered(chat_model, prompt, yes) for prompt, yes, _ in texts]
         negative = [tokenize_rendered(chat_model, prompt, no) for prompt, _, no in texts]
         sources = {"source": "answers", "file": str(trait.folder / "train.jsonl")}
-        vectors, paths = _vectors(
-            chat_model, trait, run, positive, negative, options, sources, report
-        )
+        vectors, paths = _vectors(chat_model, trait, run, positive, negative, options, sources)
     return Extracted(run, vectors, paths, len(pairs), len(pairs), {})
 
 
@@ -263,7 +259,6 @@ def _extract_judged(
     pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]],
     thresholds: Thresholds,
     options: ExtractionOptions,
-    report: Report | None,
 ) -> Extracted:
     filtered = filter_pairs(pairs, thresholds)
     kept = set(filtered.kept)
@@ -281,7 +276,7 @@ def _extract_judged(
         "failed": dict(filtered.failed),
         "thresholds": dataclasses.asdict(thresholds),
     }
-    vectors, paths = _vectors(chat_model, trait, run, positive, negative, options, sources, report)
+    vectors, paths = _vectors(chat_model, trait, run, positive, negative, options, sources)
     return Extracted(run, vectors, paths, len(filtered.kept), filtered.total, filtered.failed)
 
 
@@ -293,19 +288,18 @@ def _vectors(
     negative: Sequence[TokenizedExchange],
     options: ExtractionOptions,
     sources: Mapping[str, Any],
-    report: Report | None,
 ) -> tuple[dict[str, SteeringVector], tuple[Path, ...]]:
     """Make every vector, then write them all, and a picture of them."""
     depth = len(decoder_layers(chat_model.model))
-    sums = sum_pairs(
-        chat_model,
-        positive,
-        negative,
-        positions=options.positions,
-        layers=options.layers or tuple(range(depth)),
-        moments=any(method in WITH_MOMENTS for method in options.methods),
-        progress=staged(report, "hidden states"),
-    )
+    with progress.stage("hidden states"):
+        sums = sum_pairs(
+            chat_model,
+            positive,
+            negative,
+            positions=options.positions,
+            layers=options.layers or tuple(range(depth)),
+            moments=any(method in WITH_MOMENTS for method in options.methods),
+        )
     base_model = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
     vectors = {}
     for position in options.positions:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.judges.choice import Report, staged
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel
@@ -58,7 +58,6 @@ def screen_rows(
     threshold: float | None = None,
     max_new_tokens: int = 60,
     seed: int = 0,
-    report: Report | None = None,
 ) -> Screening:
     """Rank the rows of a chat JSONL by how far they pull along a vector; write a CSV.
 
@@ -68,13 +67,13 @@ def screen_rows(
     if len(conversations) < len(texts.exchanges):
         raise UserError(f"{texts.source} holds rendered prompts; screening needs messages (.jsonl)")
     answers = [answer for _, answer in texts.exchanges]
-    own = _answers(chat_model, conversations, 0.0, max_new_tokens, seed, report, "own answers")
-    projected = _project(chat_model, conversations, answers, vector, layer, report, "rows")
-    own_projected = _project(chat_model, conversations, own, vector, layer, report, "own answers")
+    own = _answers(chat_model, conversations, 0.0, max_new_tokens, seed, "own answers")
+    projected = _project(chat_model, conversations, answers, vector, layer, "rows")
+    own_projected = _project(chat_model, conversations, own, vector, layer, "own answers")
     differences = projected - own_projected
     if threshold is None:
-        other = _answers(chat_model, conversations, 1.0, max_new_tokens, seed, report, "sampling")
-        spread = _project(chat_model, conversations, other, vector, layer, report, "samples")
+        other = _answers(chat_model, conversations, 1.0, max_new_tokens, seed, "sampling")
+        spread = _project(chat_model, conversations, other, vector, layer, "samples")
         threshold = float(np.quantile(spread - own_projected, QUANTILE))
     order = np.argsort(-differences, kind="stable")
     rows = tuple(
@@ -101,17 +100,16 @@ def _answers(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-    report: Report | None,
     stage: str,
 ) -> list[str]:
-    generated = generate_answers(
-        chat_model,
-        conversations,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        progress=staged(report, stage),
-    )
+    with progress.stage(stage):
+        generated = generate_answers(
+            chat_model,
+            conversations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
     return [each.text for each in generated]
 
 
@@ -121,7 +119,6 @@ def _project(
     answers: Sequence[str],
     vector: SteeringVector,
     layer: int,
-    report: Report | None,
     stage: str,
 ) -> np.ndarray:
     texts = [
@@ -129,11 +126,6 @@ def _project(
         tokenize_rendered(chat_model, chat_model.render(conversation), answer or " ")
         for conversation, answer in zip(conversations, answers, strict=True)
     ]
-    found = project_hidden_states(
-        chat_model,
-        texts,
-        {"vector": vector},
-        [layer],
-        progress=staged(report, f"projecting {stage}"),
-    )
+    with progress.stage(f"projecting {stage}"):
+        found = project_hidden_states(chat_model, texts, {"vector": vector}, [layer])
     return np.asarray(found[:, 0, 0, 0].double())

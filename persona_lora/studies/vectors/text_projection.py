@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Conversation, Exchange, read_messages
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
@@ -24,7 +25,6 @@ from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_labelled_answers
-from persona_lora.judges.choice import Report, staged
 from persona_lora.models.likelihood import (
     TokenizedExchange,
     tokenize_exchange,
@@ -95,7 +95,6 @@ def project_texts(
     config: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Run:
     """Project and write a run: ``projections.jsonl`` and ``.csv`` in long format.
 
@@ -110,10 +109,8 @@ def project_texts(
         vector.at(layers)
 
     def project(model: ChatModel, stage: str) -> Tensor:
-        listening = staged(report, stage)
-        return project_hidden_states(
-            model, tokenized, vectors, layers, positions=positions, progress=listening
-        )
+        with progress.stage(stage):
+            return project_hidden_states(model, tokenized, vectors, layers, positions=positions)
 
     run = Run.open(
         output,
@@ -170,7 +167,6 @@ def separate_labelled(
     positions: Sequence[str] = ("response_avg",),
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
 ) -> Run:
     """Project a trait's hand-labelled answers and write how well each projection tells them apart.
 
@@ -196,14 +192,10 @@ def separate_labelled(
         overwrite=overwrite,
     )
     with run:
-        values = project_hidden_states(
-            chat_model,
-            tokenized,
-            vectors,
-            layers,
-            positions=positions,
-            progress=staged(report, "projecting"),
-        )
+        with progress.stage("projecting"):
+            values = project_hidden_states(
+                chat_model, tokenized, vectors, layers, positions=positions
+            )
         labels = [each.label for each in labelled]
         rows = [
             {

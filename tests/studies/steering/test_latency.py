@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, random_diff_like
 from persona_lora.core.steering_vector import SteeringVector
@@ -25,13 +26,13 @@ def methods(chat_model, make_diff):
     return Methods(diff, vector, random_diff_like(diff, 0), random_like(vector, 1))
 
 
-def test_every_variant_is_timed_in_every_round_and_the_model_is_put_back(chat_model, methods):
+def test_every_variant_is_timed_in_every_round_and_the_model_is_put_back(chat_model, methods, told):
     before = {name: value.clone() for name, value in chat_model.model.state_dict().items()}
-    counted = []
-    by_round = list(measure_latency(
-        chat_model, methods, {"lora": 1.0, "activation": 2.0}, "Be rude.", ["Hi.", "Why?"],
-        batches=(1, 3), new_tokens=3, rounds=2, progress=lambda *each: counted.append(each),
-    ))  # fmt: skip
+    with progress.stage("timing"):
+        by_round = list(measure_latency(
+            chat_model, methods, {"lora": 1.0, "activation": 2.0}, "Be rude.", ["Hi.", "Why?"],
+            batches=(1, 3), new_tokens=3, rounds=2,
+        ))  # fmt: skip
     assert [len(each) for each in by_round] == [10, 10]
     (later,) = measure_latency(
         chat_model, methods, {"lora": 1.0, "activation": 2.0}, "Be rude.", ["Hi."],
@@ -43,7 +44,7 @@ def test_every_variant_is_timed_in_every_round_and_the_model_is_put_back(chat_mo
         (variant, batch, number) for variant in VARIANTS for batch in (1, 3) for number in (1, 2)
     }
     assert all(each.first_token > 0 and each.tokens_per_second > 0 for each in timings)
-    assert counted[-1] == (20, 20)
+    assert told == [("timing", done, 20) for done in range(1, 21)]
     after = chat_model.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(module._forward_hooks for module in chat_model.model.modules())
