@@ -593,6 +593,7 @@ def calls(folder, monkeypatch):
             answers = {
                 "persona_lora.models.loading:load_chat_model": chat_model,
                 f"{X}judges.choice:check_judge": None,
+                f"{X}judges.choice:named_content": "digest",
                 **made.answers,
             }
             for name in (*answers, *made.stops):

@@ -289,6 +289,7 @@ def rating_sheets(
     prompts: Annotated[int, typer.Option(help="Held-out prompts to show.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
     persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write blind rating sheets for people: a CSV, a page to click in, and the key apart.
 
@@ -306,6 +307,7 @@ def rating_sheets(
         prompts=prompts,
         seed=seed,
         personas=persona_dir,
+        overwrite=overwrite,
     )
     console.print(f"{sheets.items} answers: {sheets.csv} and {sheets.page}; key: {sheets.key}")
 

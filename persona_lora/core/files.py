@@ -62,7 +62,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces ``folder`` as a whole when the block succeeds."""
+    """Yield a temporary folder that replaces ``folder`` as a whole when the block succeeds.
+
+    UserError, and the old folder as it was, where it holds what the new one does not.
+    """
     folder = Path(folder)
     ensure_writable_folder(folder.parent)
     with _temporary(folder) as temporary, _temporary(folder, "old") as retired:
@@ -72,8 +75,29 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 _sync(path)
         if folder.exists():
+            _refuse_to_lose(folder, temporary)
             os.replace(folder, retired)
         os.replace(temporary, folder)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside ``path`` that goes in the end; a killed call's goes with the next."""
+    ensure_writable_folder(path.parent)
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+def _refuse_to_lose(folder: Path, new: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder; choose another output path")
+    lost = sorted(set(os.listdir(folder)) - set(os.listdir(new)))
+    if lost:
+        raise UserError(
+            f"{folder} holds {lost[0]}, which would be lost; choose another output path, or move "
+            "it away"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:

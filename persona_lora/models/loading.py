@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -34,7 +35,7 @@ from transformers import (
 
 from persona_lora.core.adapter_files import adapter_config
 from persona_lora.core.chat import Conversation, Message
-from persona_lora.core.content import digest_of
+from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.models.chat_template import ChatTemplate
 from persona_lora.models.gguf_models import SUFFIX, convert_gguf, gguf_folder, models_cache
@@ -174,6 +175,19 @@ def model_source(name: str, revision: str | None = None) -> str:
             raise UserError(f"{folder} holds no config.json; it is not a model folder{hint}")
         return str(folder)
     return name
+
+
+def named_content(name: str) -> str:
+    """Return what a name stands for without loading it: a digest of its files, or its commit.
+
+    The commit is that which the hub, or what was downloaded of it, gives now. UserError for a name
+    of nothing.
+    """
+    path = packaged_model_folder() if name == DEFAULT_MODEL else Path(name)
+    if path.exists():
+        return path_digest(path)
+    with _named_errors(name, LoadOptions()):
+        return Path(hf_hub_download(name, "config.json")).parent.name
 
 
 def packaged_model_folder(cache: Path | None = None) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_folder, atomic_path, read_json
+from persona_lora.core.files import atomic_folder, atomic_path, read_json, scratch_folder
 from persona_lora.core.lists import path_before_equals, split_list
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
 from persona_lora.models.weight_files import StoredWeights
@@ -169,6 +169,7 @@ def export_gguf(
 ) -> Exported:
     """Write the merged model as GGUF with llama.cpp's own converter, where that is present.
 
+    The file appears whole or not at all, and the merged model beside it goes.
     ``converter`` is its ``convert_hf_to_gguf.py``; by default the one on PATH.
     """
     found = converter or (Path(which) if (which := shutil.which(CONVERTER)) else None)
@@ -177,19 +178,18 @@ def export_gguf(
             f"{CONVERTER} of llama.cpp was not found; give its path with --converter, or export "
             "with --format gguf-lora and load it beside a GGUF of the base model"
         )
-    merged = path.with_suffix(".merged")
-    export_merged(terms, base, merged)
-    try:
+    with scratch_folder(path) as scratch, atomic_path(path) as temporary:
+        merged = export_merged(terms, base, scratch / "merged").path
+        written = scratch / path.name
         answer = subprocess.run(
-            [sys.executable, str(found), str(merged), "--outfile", str(path)],
+            [sys.executable, str(found), str(merged), "--outfile", str(written)],
             capture_output=True,
             text=True,
             check=False,
         )
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
-    if answer.returncode or not path.is_file():
-        raise UserError(f"{found} failed: {answer.stderr.strip().splitlines()[-1:]}")
+        if answer.returncode or not written.is_file():
+            raise UserError(f"{found} failed: {answer.stderr.strip().splitlines()[-1:]}")
+        written.replace(temporary)
     return Exported(path)
 
 

@@ -8,8 +8,10 @@ from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import load_trait
+from persona_lora.judges import choice
 from persona_lora.judges.choice import JudgeOptions, judge_answers, make_judge
 from persona_lora.judges.openai import Limits
+from persona_lora.models import embeddings, loading
 
 
 class ScriptedJudge:
@@ -68,3 +70,32 @@ def test_one_account_holds_for_all_judges_of_a_command(trait, server):
     assert [verdict.reason for verdicts in run for verdict in verdicts].count(
         "request cap reached"
     ) == 1
+
+
+def test_a_run_is_of_its_embedder_and_of_its_judge_s_commit(tmp_path, monkeypatch):
+    def embedded() -> str:
+        embeddings.embedder_content.cache_clear()
+        return choice.judge_inputs(JudgeOptions("embedding"))["the sentence embedder"]
+
+    def judged(name: str) -> dict[str, str]:
+        return choice.judge_inputs(JudgeOptions("local", judge_model=name))
+
+    ours = embedded()
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, "packaged_embedder_folder", lambda: tmp_path)
+        assert embedded() != ours
+    assert embedded() == ours
+    assert "the sentence embedder" not in judged(str(tmp_path))
+    before = judged(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"trained on")
+    assert judged(str(tmp_path)) != before
+    for commit in ("abc", "def"):
+        place = tmp_path / "snapshots" / commit / "config.json"
+        monkeypatch.setattr(loading, "hf_hub_download", lambda *_, place=place: str(place))
+        assert judged("somebody/judge")["the judge's model"] == commit
+
+
+def test_a_local_judge_that_there_is_not_is_refused_before_anything_is_asked():
+    with pytest.raises(UserError, match="'nobody/nothing' is not a local folder and the model hub"):
+        choice.judge_inputs(JudgeOptions("local", judge_model="nobody/nothing"))

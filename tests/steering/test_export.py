@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -143,11 +144,28 @@ def test_a_whole_gguf_needs_llama_cpp_s_converter(base, terms, tmp_path, monkeyp
     )
     done = export_gguf(terms, base, tmp_path / "x.gguf", converter=script)
     assert int(done.path.read_text()) == len(list(base.glob("*.safetensors")))
-    assert not (tmp_path / "x.merged").exists()
-    script.write_text("import sys; sys.exit('no such layout')")
+    before = sorted(os.listdir(tmp_path))
+    half = "import pathlib, sys\npathlib.Path(sys.argv[3]).write_text('half')\n"
+    script.write_text(f"{half}sys.exit('no such layout')")
     with pytest.raises(UserError, match="no such layout"):
-        export_gguf(terms, base, tmp_path / "y.gguf", converter=script)
-    assert sys.executable
+        export_gguf(terms, base, tmp_path / "x.gguf", converter=script)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert done.path.read_text() != "half"
+
+
+def test_an_export_takes_no_folder_of_something_else(base, terms, tmp_path):
+    kept = tmp_path / "out" / "thesis.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for export in (export_peft, partial(export_merged, base=base)):
+        with pytest.raises(UserError, match=r"out holds thesis\.txt, which would be lost; choose"):
+            export(terms, folder=kept.parent)
+        with pytest.raises(UserError, match=r"thesis\.txt is a file, expected a folder"):
+            export(terms, folder=kept)
+    assert os.listdir(kept.parent) == ["thesis.txt"]
+    assert kept.read_text() == "mine"
+    export_peft(terms, tmp_path / "adapter")
+    export_peft(terms, tmp_path / "adapter")  # its own is replaced
 
 
 def test_mixes_are_read_by_trait_or_path(model, make_diff, tmp_path):

@@ -42,7 +42,7 @@ from persona_lora.judges.persona_judges import (
 )
 from persona_lora.judges.relevance import relevance
 from persona_lora.judges.style_judge import StyleJudge, TextFeatures
-from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.models.structure import num_layers
@@ -313,6 +313,7 @@ class PersonaBench:
         return {
             "the other personas": digest_of(others),
             "train.jsonl of the traits": digest_of(traits),
+            "the sentence embedder": embedder_content(),  # of relevance, whoever judges
             **judge_inputs(self.judging),
         }
 

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import (
     ensure_writable_folder,
     read_csv,
     read_json,
+    remove,
     write_csv,
     write_json,
     write_text,
@@ -77,12 +79,20 @@ def write_sheets(
     prompts: int = 8,
     seed: int = 0,
     personas: Path | None = None,
+    overwrite: bool = False,
 ) -> Sheets:
     """Write a blind sheet (CSV and a page to click in) and its key from a run's held-out rows.
 
-    Takes the first ``prompts`` prompts under every condition. UserError for a persona or a
-    condition that the run does not hold.
+    Takes the first ``prompts`` prompts under every condition. Items bear a mark of all that is
+    asked, so that ratings of another sheet are not taken for this one's. UserError for a persona
+    or a condition that the run does not hold, and, without ``overwrite``, for a folder that holds
+    sheets: people may have filled them in.
     """
+    if (folder / KEY).is_file() and not overwrite:
+        raise UserError(
+            f"{folder} holds sheets, with ratings perhaps; choose another --output or pass "
+            "--overwrite"
+        )
     rows = [row for row in run.read("held_out") if row["persona"] == persona]
     if not rows:
         raise UserError(f"{run.folder} holds no held-out answers of {persona!r}")
@@ -93,15 +103,20 @@ def write_sheets(
         raise UserError(f"no condition {missing[0]!r} in {run.folder}; it has {', '.join(known)}")
     picked = [row for row in rows if row["condition"] in chosen and row["prompt_id"] < prompts]
     random.Random(seed).shuffle(picked)
-    items = [{"item": number, **row} for number, row in enumerate(picked, start=1)]
-    folder = ensure_writable_folder(folder)
+    sheet = f"s{digest_of(picked)[:4]}"  # a letter first: spreadsheets make dates of numbers
+    items = [{"item": f"{sheet}-{number}", **row} for number, row in enumerate(picked, start=1)]
+    about = load_persona(persona, personas)
+    profile = str(about.read("persona_profile.txt"))
+    ensure_writable_folder(folder)
+    remove(folder / KEY)  # the key comes last: what lacks it is no set of sheets
     write_csv(folder / SHEET, COLUMNS, [_cells(item) for item in items])
+    write_text(folder / PAGE, _page(items, profile, about.samples()))
     write_json(
         folder / KEY,
         {
             "persona": persona,
             "items": {
-                str(item["item"]): {
+                item["item"]: {
                     "condition": item["condition"],
                     "prompt_id": item["prompt_id"],
                     "score": item["score"],
@@ -110,9 +125,6 @@ def write_sheets(
             },
         },
     )
-    about = load_persona(persona, personas)
-    profile = str(about.read("persona_profile.txt"))
-    write_text(folder / PAGE, _page(items, profile, about.samples()))
     return Sheets(len(items), folder / SHEET, folder / PAGE, folder / KEY)
 
 

@@ -11,6 +11,7 @@ import pytest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_json, write_jsonl, write_text
 from persona_lora.core.runs import Run
+from persona_lora.studies.personas import human_ratings
 from persona_lora.studies.personas.human_ratings import read_ratings, write_sheets
 
 CONDITIONS = ("none", "lora", "prompt")
@@ -117,16 +118,40 @@ def test_unrated_items_are_left_out(sheets, tmp_path):
     ("text", "message"),
     [
         ("item,rating\n99,3\n", "99"),
-        ("item,rating\n1,7\n", "'7'"),
-        ("item,rating\n1,\n", "no ratings"),
-        ("item,mark\n1,3\n", "rating"),
+        ("item,rating\nFIRST,7\n", "'7'"),
+        ("item,rating\nFIRST,\n", "no ratings"),
+        ("item,mark\nFIRST,3\n", "rating"),
     ],
 )
 def test_malformed_ratings_are_named(sheets, tmp_path, text, message):
     file = tmp_path / "bad.csv"
-    file.write_text(text)
+    file.write_text(text.replace("FIRST", read(sheets.csv)[0]["item"]))
     with pytest.raises(UserError, match=message):
         read_ratings(tmp_path / "sheets", [file])
+
+
+def test_sheets_that_people_may_have_filled_in_stay(run, personas, sheets, tmp_path):
+    rated = rate(sheets, tmp_path / "one.csv", lambda _: 3)
+    before = sheets.csv.read_bytes()
+    asked = {"persona": "ann", "personas": personas}
+    with pytest.raises(UserError, match=r"holds sheets, with ratings perhaps; .* --overwrite"):
+        write_sheets(run, tmp_path / "sheets", prompts=3, **asked)
+    assert sheets.csv.read_bytes() == before
+    write_sheets(run, tmp_path / "sheets", prompts=4, seed=1, overwrite=True, **asked)
+    with pytest.raises(UserError, match=r"no item .* in the key; is it another sheet's"):
+        read_ratings(tmp_path / "sheets", [rated])
+
+
+def test_sheets_cut_short_are_written_anew(run, personas, tmp_path, monkeypatch):
+    asked = {"persona": "ann", "personas": personas, "overwrite": True}
+    write_sheets(run, tmp_path / "sheets", **asked)
+    monkeypatch.setattr(human_ratings, "write_text", None)  # a kill between sheet and page
+    with pytest.raises(TypeError):
+        write_sheets(run, tmp_path / "sheets", seed=1, **asked)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"key\.json does not exist"):
+        read_ratings(tmp_path / "sheets", [])
+    write_sheets(run, tmp_path / "sheets", seed=1, **{**asked, "overwrite": False})
 
 
 def test_unknown_personas_conditions_and_folders_are_named(run, personas, sheets, tmp_path):
