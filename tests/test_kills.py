@@ -207,7 +207,8 @@ class Scene:
         for number, (at, torn) in enumerate(kills):
             ended = forked(self.action, self.out, at, torn)
             assert ended.status == KILLED or number > 0, "the kill came after the end"
-        ended = forked(self.action, self.out)
+        if ended.status == KILLED:  # what went on may have ended before its own kill
+            ended = forked(self.action, self.out)
         where = f"{self.name} killed at {kills} of {self.changes}"
         assert ended.status == 0, f"{where}: {self.said()}"
         found = snapshot(self.out)

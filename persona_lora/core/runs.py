@@ -70,6 +70,7 @@ class Run:
         inputs: Mapping[str, str] | None = None,
         parts: Sequence[str] = (),
         overwrite: bool = False,
+        once: bool = False,
     ) -> Run:
         """Start a run, or resume the one in ``folder`` when it is the same.
 
@@ -77,22 +78,25 @@ class Run:
         the run has not read before is added to its record; one that has changed is another run.
         ``parts`` are the names (or patterns) of what the run makes below its folder beside rows:
         with ``overwrite`` they are removed with the rows, and no killed call leaves some of both.
+        ``once``: a run that has ended well is not opened again.
 
         Raises UserError when another process works on the run, when the folder holds a run of
-        another configuration or of other inputs and ``overwrite`` is False, and when it holds
-        rows or parts that no run has recorded.
+        another configuration or of other inputs (or, with ``once``, a finished one) and
+        ``overwrite`` is False, and when it holds rows or parts that no run has recorded.
         """
         run = cls(ensure_writable_folder(Path(folder)))
         fresh = _fresh_record(command, config, seed, inputs or {})
         run._lock.acquire()
         try:
-            run._prepare(fresh, ("*.jsonl", *parts), overwrite=overwrite)
+            run._prepare(fresh, ("*.jsonl", *parts), overwrite=overwrite, once=once)
         except BaseException:
             run._lock.release()
             raise
         return run
 
-    def _prepare(self, fresh: dict[str, Any], rows: Sequence[str], *, overwrite: bool) -> None:
+    def _prepare(
+        self, fresh: dict[str, Any], rows: Sequence[str], *, overwrite: bool, once: bool
+    ) -> None:
         path = self.folder / RECORD
         made = [each for pattern in rows for each in sorted(self.folder.glob(pattern))]
         if not path.is_file():
@@ -105,7 +109,13 @@ class Run:
             return
         old = self.record
         if not overwrite and old["status"] != EMPTYING:
-            write_json(path, {**old, **_continued(self.folder, old, fresh)})
+            known = _continued(self.folder, old, fresh)
+            if once and self.finished:
+                raise UserError(
+                    f"{self.folder} holds a finished run of the same; pass --overwrite to train it "
+                    "again"
+                )
+            write_json(path, {**old, **known})
             return
         write_json(path, {**fresh, "status": EMPTYING})
         for each in made:

@@ -109,7 +109,6 @@ def train_contrastive(
     options = ContrastiveOptions(arguments, lora, config)
     pairs, trait = _load_trait_pairs(arguments)
     folder = output_folder(options, trait)
-    on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
     chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
     rows = tokenize_pairs(
         _with_system_prompt(pairs, arguments.system_prompt),
@@ -173,16 +172,9 @@ def _open_run(
             parts=(*SIGNS, "diff", WORK),
             # A run that left no result, of a mistyped option perhaps, is not worth keeping.
             overwrite=options.arguments.overwrite or not _has_results(folder),
+            once=True,
         ),
     )
-
-
-def _refuse_finished(folder: Path, *, overwrite: bool) -> None:
-    known = (folder / "run.json").is_file()
-    if _has_results(folder) and not known:
-        raise UserError(f"{folder} holds adapters but no run.json; choose another output_dir")
-    if known and not overwrite and Run(folder).finished:
-        raise UserError(f"{folder} holds a finished run; pass --overwrite to train it again")
 
 
 def _has_results(folder: Path) -> bool:

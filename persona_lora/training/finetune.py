@@ -178,7 +178,6 @@ def finetune(
         _refuse_for_all_weights(arguments, prevention)
     conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
     folder = output_folder(options)
-    on_main_process(lambda: _refuse_finished(folder, overwrite=arguments.overwrite))
     in_full = not arguments.use_peft and arguments.dtype == "auto"
     loading = arguments.alone().changed(dtype="float32" if in_full else None)
     chat_model = load_model(arguments.model_name_or_path, loading, config)
@@ -268,11 +267,6 @@ def checkpoints_of(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1])))
 
 
-def _refuse_finished(folder: Path, *, overwrite: bool) -> None:
-    if (folder / "run.json").is_file() and not overwrite and Run(folder).finished:
-        raise UserError(f"{folder} holds a finished run; pass --overwrite to train it again")
-
-
 def _open_run(
     record: dict[str, Any], chat_model: ChatModel, options: FinetuneOptions, folder: Path
 ) -> Run:
@@ -288,6 +282,7 @@ def _open_run(
             parts=(ADAPTER, MODEL, WORK, "checkpoint-*"),
             overwrite=options.arguments.overwrite
             or not (trained or last_whole_checkpoint(folder) is not None),
+            once=True,
         ),
     )
 

@@ -135,8 +135,10 @@ def test_finished_run_is_refused_then_trained_again_with_overwrite(
     folder = tmp_path / "run"
     main(run_arguments(folder))
     before = _tensors(folder / "diff")
-    with pytest.raises(UserError, match=r"finished run; pass --overwrite"):
+    with pytest.raises(UserError, match=r"finished run of the same; pass --overwrite"):
         main(run_arguments(folder))
+    with pytest.raises(UserError, match=r"another configuration \(.* has seed\)"):
+        main(run_arguments(folder, "--seed", "1"))
     main(run_arguments(folder, "--overwrite", "--seed", "1"))
     after = _tensors(folder / "diff")
     assert any(not torch.equal(before[name], after[name]) for name in before)

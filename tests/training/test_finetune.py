@@ -171,10 +171,15 @@ def test_changed_base_weights_are_refused_on_resume(options, tmp_path, monkeypat
         finetune(own, *others)
 
 
-def test_a_finished_run_is_kept_unless_told_otherwise(options, tmp_path):
+def test_a_finished_run_is_kept_unless_told_otherwise(options, tmp_path, train_file):
     finetune(*options(tmp_path / "run"))
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match=r"a finished run of the same; pass --overwrite"):
         finetune(*options(tmp_path / "run"))
+    rows = train_file.read_text()
+    train_file.write_text(rows + rows.splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=r"another configuration \(config\.num_rows: \d+, now \d+"):
+        finetune(*options(tmp_path / "run"))
+    train_file.write_text(rows)
     result = finetune(*options(tmp_path / "run", overwrite=True, keep_training_state=True))
     assert (result.checkpoints[0] / "optimizer.pt").is_file()
 
