@@ -50,6 +50,7 @@ from persona_lora.training.launch import (
     open_run,
     recorded,
     refuse_unconnected_processes,
+    wait_for_all,
 )
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
 from persona_lora.training.record import run_record
@@ -258,7 +259,7 @@ def _train_sign(
         trainer.add_callback(LossBar(f"{sign} LoRA"))
     if checkpoint is not None:
         logger.info("%s goes on from %s", sign, checkpoint.name)
-    PartialState().wait_for_everyone()
+    wait_for_all()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model(str(work / "adapter"))
     on_main_process(lambda: _publish(work, folder / sign, work / "adapter"))

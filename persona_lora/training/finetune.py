@@ -46,6 +46,7 @@ from persona_lora.training.launch import (
     open_run,
     recorded,
     refuse_unconnected_processes,
+    wait_for_all,
 )
 from persona_lora.training.lora import LoRAArguments, all_weights, attach_lora, detach_lora
 from persona_lora.training.preventative import (
@@ -376,7 +377,7 @@ def _train(
         trainer.add_callback(LossBar("finetuning"))
     if checkpoint is not None:
         logger.info("the run goes on from %s", checkpoint.name)
-    PartialState().wait_for_everyone()
+    wait_for_all()
     with prevention_steerer(prevention, chat_model.model):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     work = folder / WORK

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl import SFTConfig
@@ -29,6 +30,17 @@ def on_main_process(action: Callable[[], object]) -> None:
     broadcast_object_list(failed)
     if failed[0] is not None:
         raise failed[0]
+
+
+def wait_for_all() -> None:
+    """Let the processes of a run meet here, wherever they train.
+
+    accelerate's own waits on the GPU of a process's number, also where all train on the CPU.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        on_gpu = state.device.type != "cpu"
+        torch.distributed.barrier(device_ids=[state.local_process_index] if on_gpu else None)
 
 
 def refuse_unconnected_processes() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -27,6 +26,7 @@ from persona_lora.core.runs import Run
 from persona_lora.models.caches import KeptCache, kept_cache, plans_sharing, shares_prefix
 from persona_lora.models.likelihood import only_positions
 from persona_lora.training.examples import IGNORED, LengthGroupedOrder
+from persona_lora.training.launch import wait_for_all
 from persona_lora.training.lora import write_lora
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class CheckpointMark(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the mark, once every process has written its part."""
-        PartialState().wait_for_everyone()
+        wait_for_all()
         if state.is_world_process_zero and args.output_dir is not None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             files = (path for path in checkpoint.rglob("*") if path.is_file())

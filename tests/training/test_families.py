@@ -28,7 +28,7 @@ def test_a_trained_difference_fits_the_model_that_it_was_trained_on(
     arguments += ["--max_steps", "2", "--save_strategy", "no"]
     result = train_contrastive(*parse_arguments(arguments))
     model = load_chat_model(str(base), dtype="float32").model
-    tokens = torch.arange(40, 50)[None]
+    tokens = torch.arange(40, 50, device=model.device)[None]
     plain = model(tokens).logits
     diff = LoRADiff.load(result.diff_path)
     assert all(factors.B.any() for factors in diff.factors.values())  # each of them was trained

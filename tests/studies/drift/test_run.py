@@ -111,8 +111,9 @@ def test_the_shift_is_what_both_models_say_of_the_same_answers(run_all, base, ve
             prompt = chat.tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
             answer = chat.tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
             with torch.no_grad():
-                states = chat.model(torch.tensor([prompt + answer]), output_hidden_states=True)
-            means.append(states.hidden_states[1][0, len(prompt) :].mean(0))
+                tokens = torch.tensor([prompt + answer], device=chat.model.device)
+                states = chat.model(tokens, output_hidden_states=True)
+            means.append(states.hidden_states[1][0, len(prompt) :].mean(0).cpu())
         direction = vectors["cheer"].directions[0]
         shifts.append(float((means[0] - means[1]) @ direction / direction.norm()))
     (row,) = pick(run, checkpoint="checkpoint-10", statistic="shift", vector="cheer", layer=0)
