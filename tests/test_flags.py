@@ -628,7 +628,7 @@ def leaves(value: Any, place: str = "", depth: int = 0) -> set[str]:
     elif isinstance(value, types.SimpleNamespace):
         inner = list(vars(value).items())
     elif isinstance(value, ChatModel):
-        inner = [("name", value.name)]
+        inner = [("name", value.name), ("allow_other_base", value.allow_other_base)]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         inner = [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
     elif type(value).__module__.startswith("persona_lora") and hasattr(value, "__dict__"):

@@ -76,10 +76,8 @@ def benchmark(
         refuse_useless(context, "layers positions", "without --vector")
     if not diff and not vector:
         refuse_useless(context, "coefficient allow_other_base", "without --diff or --vector")
-    chat_model = load_model(model)
-    changed = _steerer(
-        chat_model, diff or [], vector or [], coefficient or [], layers, positions, allow_other_base
-    )
+    chat_model = load_model(model, allow_other_base=allow_other_base)
+    changed = _steerer(chat_model, diff or [], vector or [], coefficient or [], layers, positions)
     if changed is None and model.adapter is None:
         raise UserError("there is nothing to compare; give --diff, --vector or --adapter")
     conditions: dict[str, AbstractContextManager[Any]] = {
@@ -116,7 +114,6 @@ def _steerer(
     coefficients: list[float],
     layers: str | None,
     positions: str,
-    allow_other_base: bool,
 ) -> Any:
     from persona_lora.steering.methods import steer_merged
 
@@ -124,9 +121,9 @@ def _steerer(
         raise UserError("a diff and a steering vector do not steer at once; choose one of them")
     if vectors:
         setting = load_activation(vectors, coefficients, layers, positions, ablate=False)
-        return setting.steerer(chat_model.model, allow_other_base=allow_other_base)
+        return setting.steerer(chat_model)
     if diffs:
-        return steer_merged(chat_model.model, load_terms(diffs, coefficients), allow_other_base)
+        return steer_merged(chat_model, load_terms(diffs, coefficients))
     return None
 
 

@@ -139,7 +139,7 @@ def compare(
     named = dict.fromkeys([loaded.name, *(spaces or "").replace(",", " ").split()])
     directions = None if spaces is None else costs.trait_directions(list(named), trait_vector_dir)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    chat_model = load_model(model, [weights, whole])
+    chat_model = load_model(model, [weights, whole], allow_other_base=allow_other_base)
     output = output_dir or Path("results") / "compare" / loaded.name
     with progress_bars():
         found = experiment.compare(
@@ -160,7 +160,6 @@ def compare(
             },
             inputs=judge_inputs(judging),
             datasets=datasets_dir,
-            allow_other_base=allow_other_base,
             overwrite=overwrite,
         )
         parts = [output]

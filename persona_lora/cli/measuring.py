@@ -116,7 +116,8 @@ def evaluate(
     )
     options = generation_options(max_new_tokens, temperature, samples, seed, batch_size)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
-    chat_model = load_model(model, [*terms, *(activation.vectors if activation else ())])
+    steering = [*terms, *(activation.vectors if activation else ())]
+    chat_model = load_model(model, steering, allow_other_base=allow_other_base)
     with progress_bars():
         result = evaluation.evaluate(
             chat_model,
@@ -137,7 +138,6 @@ def evaluate(
                 "judge": judge_settings(judging),
             },
             inputs=judge_inputs(judging),
-            allow_other_base=allow_other_base,
             overwrite=overwrite,
         )
     table = Table("criterion", "mean", "95% interval", "questions", "scored", box=box.SIMPLE_HEAD)
@@ -242,7 +242,7 @@ def sweep(
         costs=chosen in ("lora", "activation") and (one_layer if costs is None else costs),
         max_questions=max_questions,
     )
-    chat_model = load_model(model, population.directions())
+    chat_model = load_model(model, population.directions(), allow_other_base=allow_other_base)
     suffix = "" if chosen == "lora" else f"_{chosen}"
     with progress_bars():
         result = experiment.sweep(
@@ -260,7 +260,6 @@ def sweep(
             },
             inputs=judge_inputs(judging),
             datasets=datasets_dir,
-            allow_other_base=allow_other_base,
             overwrite=overwrite,
         )
     show_sweep(result)

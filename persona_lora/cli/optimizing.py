@@ -173,12 +173,11 @@ def optimize(
         seed=seed,
     )
     bench = _persona_bench(
-        load_model(model),
+        load_model(model, allow_other_base=allow_other_base),
         (num_prompts, persona_dir, trait_vector_dir, traits),
         generation,
         judging,
         processes,
-        allow_other_base,
         energy,
     )
     with _quiet_unless_first(processes):
@@ -273,12 +272,11 @@ def compare_methods(
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     generation = generation_options(max_new_tokens, temperature, 1, seed, batch_size)
     bench = _persona_bench(
-        load_model(model),
+        load_model(model, allow_other_base=allow_other_base),
         (num_prompts, persona_dir, trait_vector_dir, traits),
         generation,
         judging,
         processes,
-        allow_other_base,
         energy,
     )
     personas = split_lists(persona_id) if persona_id else list_personas(persona_dir)
@@ -335,7 +333,6 @@ def _persona_bench(
     generation: Any,
     judging: Any,
     processes: Processes,
-    allow_other_base: bool,
     energy: float | None,
 ) -> PersonaBench:
     from persona_lora.core.personas import load_persona_prompts
@@ -353,7 +350,6 @@ def _persona_bench(
         STYLE_TRAITS if traits is None else tuple(traits.replace(",", " ").split()),
         trait_vector_dir,
         persona_dir,
-        allow_other_base=allow_other_base,
         processes=processes,
         energy=energy,
     )

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    options: ModelOptions, directions: Iterable[LoRADiff | SteeringVector] = ()
+    options: ModelOptions,
+    directions: Iterable[LoRADiff | SteeringVector] = (),
+    *,
+    allow_other_base: bool = False,
 ) -> ChatModel:
     """Load the model that a command was given, with its adapter where it has one.
 
@@ -34,17 +37,25 @@ def load_model(
     from persona_lora.steering.templates import warn_of_other_template
 
     adapter = options.adapter if isinstance(options, AdaptedModelOptions) else None
-    loaded = load_other(options.model, options.alone(), adapter)
+    loaded = load_other(options.model, options.alone(), adapter, allow_other_base=allow_other_base)
     warn_of_other_template(loaded, directions)
     return loaded
 
 
-def load_other(name: str, options: LoadOptions, adapter: Path | None = None) -> ChatModel:
+def load_other(
+    name: str,
+    options: LoadOptions,
+    adapter: Path | None = None,
+    *,
+    allow_other_base: bool = False,
+) -> ChatModel:
     """Load a model by name."""
     from persona_lora.models.loading import load_chat_model
 
     with console.status(f"loading {name}"):
-        return load_chat_model(name, adapter=adapter, options=options)
+        return load_chat_model(
+            name, adapter=adapter, options=options, allow_other_base=allow_other_base
+        )
 
 
 def steering_method(method: str | None, given: Mapping[str, Any]) -> str:

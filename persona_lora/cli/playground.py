@@ -65,9 +65,9 @@ def playground(
     except ImportError as error:
         raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
     diffs = {trait: LoRADiff.load(directions / trait / "diff") for trait in chosen}
-    chat_model = load_model(model, diffs.values())
+    chat_model = load_model(model, diffs.values(), allow_other_base=allow_other_base)
     judges = _judges(chosen, chat_model, datasets_dir)
-    desk = MixingDesk(chat_model, diffs, judges, allow_other_base)
+    desk = MixingDesk(chat_model, diffs, judges)
     console.print(f"open http://{host}:{port} (Ctrl+C ends it)")
     serve(build_page(desk, mixes), host, port)
 

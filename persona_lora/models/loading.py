@@ -58,7 +58,8 @@ class ChatModel:
     """A frozen language model, its tokenizer, and the name it was asked for by.
 
     ``system_prompt`` goes before every conversation that brings none of its own; ``options`` are
-    those that it was loaded with, and its chat template is rendered with.
+    those that it was loaded with, and its chat template is rendered with. Diffs and steering
+    vectors of a model of other weights are refused on it, unless ``allow_other_base``.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class ChatModel:
     name: str
     system_prompt: str | None = None
     options: LoadOptions = field(default_factory=LoadOptions)
+    allow_other_base: bool = False
 
     def record(self) -> dict[str, Any]:
         """Return what a run records of its model: the name, the type, and the options set."""
@@ -89,7 +91,11 @@ class ChatModel:
     def reload(self, *, adapter: str | Path) -> ChatModel:
         """Load the same model once more, by its name and as this one was, with an adapter on it."""
         return load_chat_model(
-            self.name, adapter=adapter, options=self.options, system_prompt=self.system_prompt
+            self.name,
+            adapter=adapter,
+            options=self.options,
+            system_prompt=self.system_prompt,
+            allow_other_base=self.allow_other_base,
         )
 
     def render(self, conversation: Conversation) -> str:
@@ -119,6 +125,7 @@ def load_chat_model(
     system_prompt: str | None = None,
     options: LoadOptions = LoadOptions(),
     probe: bool = True,
+    allow_other_base: bool = False,
 ) -> ChatModel:
     """Load a model and its tokenizer, frozen and in evaluation mode.
 
@@ -150,7 +157,7 @@ def load_chat_model(
     model.eval()
     if probe:
         check_support(model, tokenizer(PROBE, add_special_tokens=False)["input_ids"], name)
-    return ChatModel(model, tokenizer, name, system_prompt, options)
+    return ChatModel(model, tokenizer, name, system_prompt, options, allow_other_base)
 
 
 def model_source(name: str, revision: str | None = None) -> str:

@@ -52,7 +52,6 @@ class MixingDesk:
     chat_model: ChatModel
     diffs: Mapping[str, LoRADiff]
     judges: Mapping[str, Callable[[], Judge]] = field(default_factory=dict)
-    allow_other_base: bool = False
     _turns: Turns = field(default_factory=Turns)
     _built: dict[str, Judge] = field(default_factory=dict)
 
@@ -107,7 +106,10 @@ class MixingDesk:
         with (
             self._turns.turn(visitor),
             LiveLoRA(
-                self.chat_model.model, diffs, rows, allow_other_base=self.allow_other_base
+                self.chat_model.model,
+                diffs,
+                rows,
+                allow_other_base=self.chat_model.allow_other_base,
             ) as steerer,
         ):
             steered, unsteered = generate_answers(

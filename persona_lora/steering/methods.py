@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.reversible import Reversible
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation, Positions
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRASteerer
@@ -109,22 +110,22 @@ def select_prefix(steerer: Steerer, rows: Sequence[int], length: int) -> None:
     steerer.select_positions(torch.zeros(1, length, dtype=torch.bool))
 
 
-SteeringMethod = Callable[[nn.Module, Mapping[LoRADiff, float], bool], Steerer]
+SteeringMethod = Callable[[ChatModel, Mapping[LoRADiff, float]], Steerer]
 
 
-def steer_live(
-    model: nn.Module, terms: Mapping[LoRADiff, float], allow_other_base: bool
-) -> Steerer:
+def steer_live(chat_model: ChatModel, terms: Mapping[LoRADiff, float]) -> Steerer:
     """Hold Σ cᵢ·diffᵢ beside the weights, the same for every row."""
-    coefficients = [list(terms.values())]
-    return LiveLoRA(model, list(terms), coefficients, allow_other_base=allow_other_base)
+    return LiveLoRA(
+        chat_model.model,
+        list(terms),
+        [list(terms.values())],
+        allow_other_base=chat_model.allow_other_base,
+    )
 
 
-def steer_merged(
-    model: nn.Module, terms: Mapping[LoRADiff, float], allow_other_base: bool
-) -> Steerer:
+def steer_merged(chat_model: ChatModel, terms: Mapping[LoRADiff, float]) -> Steerer:
     """Merge Σ cᵢ·diffᵢ into the weights, and restore them bit for bit."""
-    return LoRASteerer(model, terms, allow_other_base=allow_other_base)
+    return LoRASteerer(chat_model.model, terms, allow_other_base=chat_model.allow_other_base)
 
 
 METHODS: dict[str, SteeringMethod] = {"live": steer_live, "merged": steer_merged}
@@ -143,14 +144,15 @@ class ActivationSetting:
     positions: Positions = "response"
     ablate: bool = False
 
-    def steerer(self, model: nn.Module, *, allow_other_base: bool = False) -> Steerer:
-        """Return the context manager that steers ``model`` so."""
+    def steerer(self, chat_model: ChatModel) -> Steerer:
+        """Return the context manager that steers the model so."""
         if not self.vectors:
             raise UserError("activation steering needs at least one steering vector")
         vectors, coefficients = list(self.vectors), list(self.vectors.values())
+        model, allowed = chat_model.model, chat_model.allow_other_base
         if self.ablate:
             return DirectionAblation(
-                model, vectors, self.layers, self.positions, allow_other_base=allow_other_base
+                model, vectors, self.layers, self.positions, allow_other_base=allowed
             )
         return ActivationSteerer(
             model,
@@ -158,5 +160,5 @@ class ActivationSetting:
             coefficients,
             self.layers,
             self.positions,
-            allow_other_base=allow_other_base,
+            allow_other_base=allowed,
         )

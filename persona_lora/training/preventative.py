@@ -141,16 +141,14 @@ def _from_seed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def prevention_steerer(
-    prevention: Preventative | None, model: nn.Module, *, allow_other_base: bool = False
-) -> Steerer:
+def prevention_steerer(prevention: Preventative | None, model: nn.Module) -> Steerer:
     """Return the context manager that steers ``model`` while it trains.
 
     ``model`` may wear a fresh LoRA already: what is steered is the base below it.
     """
     if prevention is None:
         return Unsteered()
-    return PREVENTION[prevention.method](prevention, model, allow_other_base)
+    return PREVENTION[prevention.method](prevention, model)
 
 
 def inoculated(
@@ -180,40 +178,32 @@ def _without_system(row: Conversation, number: int) -> Conversation:
     return row
 
 
-def _weights(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
+def _weights(prevention: Preventative, model: nn.Module) -> Steerer:
     diff = LoRADiff.load(str(prevention.diff))
     if prevention.layers is not None:
         diff = diff.at(prevention.layers)
     if prevention.hold == "live":
-        coefficients = [[prevention.coefficient]]
-        return LiveLoRA(model, [diff], coefficients, allow_other_base=allow_other_base)
+        return LiveLoRA(model, [diff], [[prevention.coefficient]])
     quantised = {str(p.dtype) for p in model.parameters()} - {str(each) for each in DENSE_DTYPES}
     if quantised:
         raise UserError(
             f"the model holds weights of {quantised.pop()}, into which nothing merges exactly; "
             "use hold: live"
         )
-    return LoRASteerer(model, diff, prevention.coefficient, allow_other_base=allow_other_base)
+    return LoRASteerer(model, diff, prevention.coefficient)
 
 
-def _activations(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
+def _activations(prevention: Preventative, model: nn.Module) -> Steerer:
     return ActivationSteerer(
-        model,
-        _vector(prevention),
-        prevention.coefficient,
-        prevention.layers,
-        "all",
-        allow_other_base=allow_other_base,
+        model, _vector(prevention), prevention.coefficient, prevention.layers, "all"
     )
 
 
-def _ablate(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
-    return DirectionAblation(
-        model, _vector(prevention), prevention.layers, "all", allow_other_base=allow_other_base
-    )
+def _ablate(prevention: Preventative, model: nn.Module) -> Steerer:
+    return DirectionAblation(model, _vector(prevention), prevention.layers, "all")
 
 
-def _inoculate(prevention: Preventative, model: nn.Module, allow_other_base: bool) -> Steerer:
+def _inoculate(prevention: Preventative, model: nn.Module) -> Steerer:
     return Unsteered()
 
 
@@ -221,7 +211,7 @@ def _vector(prevention: Preventative) -> SteeringVector:
     return load_vector(str(prevention.vector))
 
 
-PREVENTION: dict[str, Callable[[Preventative, nn.Module, bool], Steerer]] = {
+PREVENTION: dict[str, Callable[[Preventative, nn.Module], Steerer]] = {
     "weights": _weights,
     "activations": _activations,
     "ablate": _ablate,

@@ -10,6 +10,7 @@ import torch
 from persona_lora.core.errors import UserError
 from persona_lora.models import loading
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model, packaged_model_folder
+from persona_lora.steering.methods import METHODS
 
 
 def test_a_local_folder_loads_frozen_with_a_padding_token(model_folder):
@@ -121,3 +122,18 @@ def test_the_packaged_model_speaks(packaged_model):
     tokens = packaged_model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     output = packaged_model.model.generate(**tokens, max_new_tokens=12, do_sample=False)
     assert "Paris" in packaged_model.tokenizer.decode(output[0])
+
+
+def test_what_belongs_to_another_base_is_refused_until_the_model_is_loaded_to_allow_it(
+    model_folder, model, make_diff, make_adapter, tmp_path
+):
+    terms = {make_diff(model, fingerprint="0" * 32): 1.0}
+    strict = load_chat_model(str(model_folder), dtype="float32")
+    lax = load_chat_model(str(model_folder), dtype="float32", allow_other_base=True)
+    again = lax.reload(adapter=make_adapter(tmp_path / "adapter", model, seed=1))
+    for steer in METHODS.values():
+        with pytest.raises(UserError, match="--allow-other-base"), steer(strict, terms):
+            pass
+        for allowed in (lax, again):
+            with steer(allowed, terms):
+                pass

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
-
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer, Positions
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.methods import Steerer, Unsteered
@@ -30,9 +29,7 @@ class Population(Protocol):
         """Return every condition, the unsteered one (or coefficient 0) among them."""
         ...
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Condition], *, allow_other_base: bool
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Condition]) -> Steerer:
         """Return a steerer whose row i is steered as ``rows[i]`` says; others are unsteered."""
         ...
 
@@ -62,11 +59,14 @@ class DiffPopulation:
     def conditions(self) -> list[Condition]:
         return [Condition("lora", value) for value in self.coefficients]
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Condition], *, allow_other_base: bool
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Condition]) -> Steerer:
         coefficients = [[row.coefficient or 0.0] for row in rows]
-        return LiveLoRA(model, [self.diff], coefficients, allow_other_base=allow_other_base)
+        return LiveLoRA(
+            chat_model.model,
+            [self.diff],
+            coefficients,
+            allow_other_base=chat_model.allow_other_base,
+        )
 
     def record(self) -> dict[str, Any]:
         return {"diff_norm": self.diff.norm(), "coefficients": list(self.coefficients)}
@@ -110,9 +110,7 @@ class VectorPopulation:
             ),
         ]
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Condition], *, allow_other_base: bool
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Condition]) -> Steerer:
         vectors = self.vectors()
         terms = [(method, layer) for method in vectors for layer in self.layers]
         coefficients = [
@@ -120,11 +118,11 @@ class VectorPopulation:
             for row in rows
         ]
         return ActivationSteerer(
-            model,
+            chat_model.model,
             [vectors[method].at([layer]) for method, layer in terms],
             coefficients,
             positions=self.positions,
-            allow_other_base=allow_other_base,
+            allow_other_base=chat_model.allow_other_base,
         )
 
     def record(self) -> dict[str, Any]:
@@ -162,9 +160,7 @@ class PromptPopulation:
     def conditions(self) -> list[Condition]:
         return [UNSTEERED]
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Condition], *, allow_other_base: bool
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Condition]) -> Steerer:
         return Unsteered()
 
     def record(self) -> dict[str, Any]:

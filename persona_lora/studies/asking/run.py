@@ -168,7 +168,6 @@ def evaluate(
     options: GenerationOptions | None = None,
     config: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
-    allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
@@ -186,9 +185,9 @@ def evaluate(
     plan = plan_rows(trait, split, [condition], samples=options.samples)
     steering = [] if activation is None else list(activation.vectors)
     if activation is not None:
-        steerer = activation.steerer(chat_model.model, allow_other_base=allow_other_base)
+        steerer = activation.steerer(chat_model)
     else:
-        steerer = _steerer(chat_model, terms or {}, mode, allow_other_base)
+        steerer = _steerer(chat_model, terms or {}, mode)
     ensure_writable_folder(output.parent)
     run = Run.open(
         output.with_suffix(""),
@@ -267,14 +266,12 @@ def _system_prompt(trait: Trait, condition: Condition, question_id: int) -> str 
     return condition.system_prompt
 
 
-def _steerer(
-    chat_model: ChatModel, terms: Mapping[LoRADiff, float], mode: str, allow_other_base: bool
-) -> Steerer:
+def _steerer(chat_model: ChatModel, terms: Mapping[LoRADiff, float], mode: str) -> Steerer:
     if mode not in METHODS:
         raise UserError(f"mode must be one of {', '.join(METHODS)}, got {mode!r}")
     if not terms:
         return Unsteered()
-    return METHODS[mode](chat_model.model, terms, allow_other_base)
+    return METHODS[mode](chat_model, terms)
 
 
 def _answer(planned: PlannedRow, generated: Generated) -> Answer:

@@ -203,7 +203,7 @@ class _Measured:
         return Run(folder).read("items")
 
     def _corrected(self) -> Any:
-        return steer_live(self.chat_model.model, self.terms, False) if self.terms else ExitStack()
+        return steer_live(self.chat_model, self.terms) if self.terms else ExitStack()
 
     def _row(self, task: str, metric: str, item: int, score: float) -> dict[str, Any]:
         return {

@@ -46,7 +46,6 @@ class Speaker:
     alpha: float
     options: GenerationOptions
     processes: Processes
-    allow_other_base: bool = False
 
     def inputs(self) -> dict[str, str]:
         """Return digests of the model, of the directions, and of how they are scaled."""
@@ -103,9 +102,7 @@ class Speaker:
                 raise UserError("a mix of directions was asked for, and there are none")
             return Unsteered()
         rows = [self.coefficients(cell.mix) for cell in cells]
-        return self.directions.steerer(
-            self.chat_model.model, rows, allow_other_base=self.allow_other_base
-        )
+        return self.directions.steerer(self.chat_model, rows)
 
     def coefficients(self, mix: Coefficients | None) -> list[float]:
         """Return what each direction is multiplied with, ``[K]``; zeros for the unsteered model."""

@@ -136,7 +136,6 @@ def scales_of(
     *,
     cache: Path | None = None,
     datasets: Path | None = None,
-    allow_other_base: bool = False,
 ) -> dict[str, float]:
     """Return the coefficient of equal effect of every direction; ``cache`` keeps them as JSON."""
     prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
@@ -147,9 +146,7 @@ def scales_of(
         if first_difference(kept.get("of"), asked) is None:
             return {row["trait"]: row["coefficient"] for row in kept["scales"]}
     with progress.stage("equal effect"):
-        scales = equal_effect_scales(
-            chat_model, directions, prompts, allow_other_base=allow_other_base
-        )
+        scales = equal_effect_scales(chat_model, directions, prompts)
     if cache is not None:
         rows = [dataclasses.asdict(each) for each in scales]
         write_json(cache, {"of": asked, "scales": rows})
@@ -203,7 +200,6 @@ class PersonaBench:
     trait_folder: Path = Path("checkpoints")
     persona_dir: Path | None = None
     datasets: Path | None = None
-    allow_other_base: bool = False
     processes: Processes = field(default_factory=Alone)
     energy: float | None = None
     _features: TextFeatures | None = None
@@ -285,7 +281,6 @@ class PersonaBench:
             lambda exchanges: relevance(exchanges, self.features.embeddings),
             self.generation,
             self.processes,
-            self.allow_other_base,
             tuple(checks),
             self._judged_by(persona.id, personas),
         )
@@ -337,7 +332,6 @@ class PersonaBench:
                 directions,
                 cache=cache,
                 datasets=self.datasets,
-                allow_other_base=self.allow_other_base,
             )
         )
         return Method(name, directions, scales, alpha, searcher)
@@ -376,7 +370,6 @@ class CMAESPersonaOptimizer:
         persona_dir: Path | str | None = None,
         judging: JudgeOptions | None = None,
         generation: GenerationOptions | None = None,
-        allow_other_base: bool = False,
         processes: Processes | None = None,
         energy: float | None = None,
     ) -> None:
@@ -399,7 +392,6 @@ class CMAESPersonaOptimizer:
             self.traits,
             Path(trait_vector_dir),
             folder,
-            allow_other_base=allow_other_base,
             processes=processes or Alone(),
             energy=energy,
         )

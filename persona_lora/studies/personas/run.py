@@ -61,7 +61,6 @@ class PersonaProblem:
     relevance: Relevance
     generation: GenerationOptions
     processes: Processes = field(default_factory=Alone)
-    allow_other_base: bool = False
     checks: tuple[JudgeCheck, ...] = ()
     judged_by: Mapping[str, str] = field(default_factory=dict)
 
@@ -296,7 +295,6 @@ def speaker_of(problem: PersonaProblem, method: Method) -> Speaker:
         method.alpha,
         problem.generation,
         problem.processes,
-        problem.allow_other_base,
     )
 
 

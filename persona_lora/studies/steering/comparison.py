@@ -63,7 +63,6 @@ def compare(
     config: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
     datasets: Path | None = None,
-    allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> Comparison:
     """Calibrate, ask, judge and compare; run again, it goes on where it stopped.
@@ -114,7 +113,6 @@ def compare(
                     coefficients,
                     texts,
                     statistic=statistic,
-                    allow_other_base=allow_other_base,
                 )
             run.write(LEVELS, [dataclasses.asdict(level) for level in levels])
         conditions = [UNSTEERED, *(level.condition for level in levels), *PROMPTS]
@@ -131,7 +129,7 @@ def compare(
                     trait, split, conditions, samples=options.samples, max_questions=max_questions
                 )
                 rows = [planned.condition for planned in plan]
-                steerer = methods.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
+                steerer = methods.steerer(chat_model, rows)
                 answer_rows(chat_model, plan, steerer, part, options)
                 judge_answers(part, shared, trait)
             run.write("validation", part.read("validation"))  # of the judge, the same for all

@@ -74,8 +74,6 @@ def measure_costs(
     chat_model: ChatModel,
     population: Population,
     prompts: Sequence[str],
-    *,
-    allow_other_base: bool = False,
 ) -> list[Cost]:
     """Measure the cost of every condition with a coefficient, many of them a forward pass."""
     texts = ordinary_texts(chat_model, prompts)
@@ -87,9 +85,7 @@ def measure_costs(
     costs: list[Cost] = []
     with _StateNorms(chat_model.model) as norms:
         for done, chunk in enumerate(chunks):
-            steerer = population.steerer(
-                chat_model.model, [UNSTEERED, *chunk], allow_other_base=allow_other_base
-            )
+            steerer = population.steerer(chat_model, [UNSTEERED, *chunk])
 
             def before(index: int, chunk_index: int = done) -> None:
                 norms.answer = len(texts[index].answer)

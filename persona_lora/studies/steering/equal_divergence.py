@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
-
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
@@ -45,9 +43,7 @@ class Methods:
     random_vector: SteeringVector
     positions: Positions = "response"
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Condition], *, allow_other_base: bool = False
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Condition]) -> Steerer:
         """Return a steerer whose row i is steered by the method and coefficient of ``rows[i]``."""
 
         def terms(first: str, second: str) -> list[list[float]]:
@@ -60,17 +56,17 @@ class Methods:
             ]
 
         weights = LiveLoRA(
-            model,
+            chat_model.model,
             [self.diff, self.random_diff],
             terms(LORA, RANDOM_LORA),
-            allow_other_base=allow_other_base,
+            allow_other_base=chat_model.allow_other_base,
         )
         activations = ActivationSteerer(
-            model,
+            chat_model.model,
             [self.vector, self.random_vector],
             terms(ACTIVATION, RANDOM),
             positions=self.positions,
-            allow_other_base=allow_other_base,
+            allow_other_base=chat_model.allow_other_base,
         )
         return Together([weights, activations])
 
@@ -123,7 +119,6 @@ def match_divergence(
     texts: Sequence[TokenizedExchange],
     *,
     statistic: Statistic = "mean",
-    allow_other_base: bool = False,
 ) -> list[Level]:
     """Return a level for every coefficient of the diff (0 left out) and every method.
 
@@ -135,7 +130,7 @@ def match_divergence(
     if not asked:
         raise UserError("a comparison needs at least one coefficient other than 0")
     conditions = [Condition(LORA, value) for value in asked]
-    costs = _costs(chat_model, methods, conditions, texts, allow_other_base)
+    costs = _costs(chat_model, methods, conditions, texts)
     targets = [cost[statistic] for cost in costs]
     found = [
         _level(number, LORA, value, target, cost, statistic)
@@ -153,7 +148,7 @@ def match_divergence(
             break
         conditions = [Condition(each.method, each.coefficient) for each in pending]
         for search, cost in zip(
-            pending, _costs(chat_model, methods, conditions, texts, allow_other_base), strict=True
+            pending, _costs(chat_model, methods, conditions, texts), strict=True
         ):
             search.take(cost, statistic)
     progress.report(ROUNDS, ROUNDS)
@@ -225,9 +220,8 @@ def _costs(
     methods: Methods,
     conditions: Sequence[Condition],
     texts: Sequence[TokenizedExchange],
-    allow_other_base: bool,
 ) -> list[dict[str, float]]:
     rows = [UNSTEERED, *conditions]
-    steerer = methods.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
+    steerer = methods.steerer(chat_model, rows)
     divergences = row_divergences(chat_model, steerer, texts, num_rows=len(rows))
     return [{"mean": float(row.mean()), "p95": float(row.quantile(0.95))} for row in divergences]

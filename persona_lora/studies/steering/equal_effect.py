@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from torch import nn
-
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
@@ -46,9 +44,7 @@ class Directions(Protocol):
         """Return the directions themselves."""
         ...
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Sequence[float]], *, allow_other_base: bool
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Sequence[float]]) -> Steerer:
         """Return a steerer whose row i is the mix ``rows[i]``, ``[K]``."""
         ...
 
@@ -78,11 +74,9 @@ class DiffDirections:
     def made(self) -> Sequence[LoRADiff | SteeringVector]:
         return [*self.diffs.values()]
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Sequence[float]], *, allow_other_base: bool
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Sequence[float]]) -> Steerer:
         diffs = [self.diffs[trait] for trait in self.traits]
-        return LiveLoRA(model, diffs, rows, allow_other_base=allow_other_base)
+        return LiveLoRA(chat_model.model, diffs, rows, allow_other_base=chat_model.allow_other_base)
 
     def record(self) -> dict[str, Any]:
         cut = {} if self.energy is None else {"energy": self.energy}
@@ -118,15 +112,13 @@ class VectorDirections:
     def made(self) -> Sequence[LoRADiff | SteeringVector]:
         return [*self.vectors.values()]
 
-    def steerer(
-        self, model: nn.Module, rows: Sequence[Sequence[float]], *, allow_other_base: bool
-    ) -> Steerer:
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Sequence[float]]) -> Steerer:
         return ActivationSteerer(
-            model,
+            chat_model.model,
             [self.vectors[trait].at(self.layers) for trait in self.traits],
             [list(row) for row in rows],
             positions=self.positions,
-            allow_other_base=allow_other_base,
+            allow_other_base=chat_model.allow_other_base,
         )
 
     def record(self) -> dict[str, Any]:
@@ -166,7 +158,6 @@ def equal_effect_scales(
     prompts: Sequence[str],
     *,
     effect: float = EQUAL_EFFECT,
-    allow_other_base: bool = False,
 ) -> list[Scale]:
     """Return for every direction the coefficient at which its effect is ``effect`` nats a token.
 
@@ -183,7 +174,7 @@ def equal_effect_scales(
             for sign in (1.0, -1.0):
                 rows.append([0.0] * len(traits))
                 rows[-1][index] = sign * scale.coefficient
-        steerer = directions.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
+        steerer = directions.steerer(chat_model, rows)
         means = row_divergences(chat_model, steerer, texts, num_rows=len(rows)).mean(dim=1)
         effects = means.view(len(traits), 2).mean(dim=1).tolist()
         scales = [

@@ -61,7 +61,6 @@ def sweep(
     config: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
     datasets: Path | None = None,
-    allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> SweepResult:
     """Run a sweep into the folder ``output``; run again, it goes on where it stopped.
@@ -81,7 +80,7 @@ def sweep(
         max_questions=sweeping.max_questions,
     )
     rows = [planned.condition for planned in plan]
-    steerer = population.steerer(chat_model.model, rows, allow_other_base=allow_other_base)
+    steerer = population.steerer(chat_model, rows)
     run = Run.open(
         Path(output),
         command="sweep",
@@ -107,9 +106,7 @@ def sweep(
         answer_rows(chat_model, plan, steerer, run, options)
         if sweeping.costs and not run.read("costs"):
             with progress.stage("divergence"):
-                costs = measure_costs(
-                    chat_model, population, prompts, allow_other_base=allow_other_base
-                )
+                costs = measure_costs(chat_model, population, prompts)
             run.write("costs", [dataclasses.asdict(cost) for cost in costs])
         judge_answers(run, judge, trait)
     return write_results(run, trait.name)

@@ -113,6 +113,7 @@ def run_spaces(
     ``cosines``, ``agreement``, ``interference`` and ``linearity``.
     """
     prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
+    anyway = dataclasses.replace(chat_model, allow_other_base=True)
     run = Run.open(
         output,
         command="spaces",
@@ -140,7 +141,7 @@ def run_spaces(
     def scales(directions: DiffDirections | VectorDirections) -> dict[str, float]:
         def measured() -> Iterable[Mapping[str, Any]]:
             with progress.stage("equal effect"):
-                found = equal_effect_scales(chat_model, directions, prompts, allow_other_base=True)
+                found = equal_effect_scales(anyway, directions, prompts)
             return map(dataclasses.asdict, found)
 
         rows = kept(f"scales_{directions.record()['kind']}", measured)

@@ -426,9 +426,10 @@ from tests.studies.personas.test_run import (
 
 own, personas, out, model = map(Path, sys.argv[1:])
 problem = PersonaProblem(
-    load_chat_model(str(model), device_map="cpu"), load_persona("ann", personas), PROMPTS,
+    load_chat_model(str(model), device_map="cpu", allow_other_base=True),
+    load_persona("ann", personas), PROMPTS,
     LetterJudge(), LetterJudge(), EvenCoherence(), even_relevance,
-    GenerationOptions(max_new_tokens=6), current_processes(os.environ), allow_other_base=True,
+    GenerationOptions(max_new_tokens=6), current_processes(os.environ),
 )
 diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}
 method = Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})

@@ -59,7 +59,7 @@ def test_every_method_is_brought_to_the_divergence_of_the_diff(chat_model, metho
     alone = ActivationSteerer(chat_model.model, methods.vector, rows)
     kl = row_divergences(chat_model, alone, texts, num_rows=2).mean()
     assert float(kl) == pytest.approx(activation.kl_mean, rel=1e-4)
-    together = methods.steerer(chat_model.model, [UNSTEERED, lora.condition])
+    together = methods.steerer(chat_model, [UNSTEERED, lora.condition])
     tokens = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     with together, torch.no_grad():
         together.select_rows([0, 1])
@@ -148,7 +148,7 @@ def test_several_steerers_leave_nothing_behind(chat_model, methods):
     with torch.no_grad():
         plain = chat_model.model(tokens).logits
     rows = [Condition("lora", 1.0), Condition("activation", 1.0)]
-    with pytest.raises(KeyError), methods.steerer(chat_model.model, rows):
+    with pytest.raises(KeyError), methods.steerer(chat_model, rows):
         raise KeyError
     with torch.no_grad():
         assert torch.equal(chat_model.model(tokens).logits, plain)

@@ -42,7 +42,7 @@ def test_every_direction_gets_the_same_effect(directions, chat_model):
     for index, scale in enumerate(scales):
         rows = [[0.0, 0.0] for _ in range(3)]
         rows[1][index], rows[2][index] = scale.coefficient, -scale.coefficient
-        steerer = directions.steerer(chat_model.model, rows, allow_other_base=True)
+        steerer = directions.steerer(chat_model, rows)
         effect = row_divergences(chat_model, steerer, texts, num_rows=3).mean()
         assert float(effect) == pytest.approx(0.02, rel=0.15)
         assert float(effect) == pytest.approx(scale.kl)
