@@ -19,7 +19,7 @@ from persona_lora.cli.option_groups import with_groups
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.models import loading, pretrained
+from persona_lora.models import hardware, loading
 from persona_lora.models.load_options import LoadOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +134,7 @@ def asked(monkeypatch, tokenizer):
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", tokenizer_of)
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: LlamaConfig())
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", weights_of)
-    monkeypatch.setattr(pretrained, "_quantisation", lambda options, _: options.quantize)
+    monkeypatch.setattr(hardware, "_quantisation", lambda options, _: options.quantize)
     return found
 
 
@@ -218,7 +218,7 @@ def test_the_token_of_the_env_file_is_used_by_everything_that_loads(
 def test_what_cannot_be_loaded_so_is_refused_before_anything(
     words, message, run, model_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
     output = ("--output", "out/x.csv", "--model", model_folder)
     status, _, error = run("evaluate", *TRAIT, *output, *words)
     assert status == 2, error

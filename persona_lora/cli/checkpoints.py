@@ -44,7 +44,7 @@ from persona_lora.cli.shared_options import (
     TraitOption,
 )
 from persona_lora.core.errors import UserError
-from persona_lora.core.lists import path_after_equals, path_before_equals, split_lists
+from persona_lora.core.settings import path_after_equals, path_before_equals, split_lists
 
 if TYPE_CHECKING:
     from persona_lora.core.runs import Run

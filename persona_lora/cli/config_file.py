@@ -13,7 +13,7 @@ from typer.core import TyperOption
 from persona_lora.cli.option_groups import MAPPING
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.resources import resource_path
-from persona_lora.core.yaml_text import read_yaml
+from persona_lora.core.settings import read_yaml
 
 
 def read_defaults(context: typer.Context, path: Path | None) -> Path | None:

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from persona_lora.core.errors import UserError
-from persona_lora.core.secrets import without_secrets
+from persona_lora.core.errors import UserError, without_secrets
 
 FAULT, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 GO_ON = "run the same command again to go on"

@@ -34,7 +34,7 @@ from persona_lora.cli.shared_options import (
     TokensOption,
 )
 from persona_lora.core.errors import UserError
-from persona_lora.core.lists import split_lists
+from persona_lora.core.settings import split_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

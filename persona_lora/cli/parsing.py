@@ -11,7 +11,7 @@ from persona_lora.cli.environment import environment
 from persona_lora.cli.refusals import does_nothing
 from persona_lora.cli.shared_options import AdaptedModelOptions, ModelOptions
 from persona_lora.core.errors import UserError
-from persona_lora.core.lists import split_lists
+from persona_lora.core.settings import split_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

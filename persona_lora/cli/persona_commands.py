@@ -73,8 +73,8 @@ def build_persona(
     Example: persona-lora persona build --id episode-184019_A --conversations chronicles.jsonl
     --episode episode-184019 --speaker A
     """
+    from persona_lora.core.errors import checked_name
     from persona_lora.core.files import read_text
-    from persona_lora.core.names import checked_name
     from persona_lora.core.resources import resource_path
     from persona_lora.models.embeddings import SentenceEmbedder
     from persona_lora.profiles import folders

@@ -1,9 +1,14 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and what may stand in its words.
+
+Names from files of others that become part of a path are checked here; tokens, keys and URLs that
+carry them are taken out of whatever is written down."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UserError(ValueError):
@@ -25,3 +30,54 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 def few_names(names: Sequence[str]) -> str:
     """Return the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+LONGEST_NAME = 100
+_NAME = re.compile(r"[^\W_][\w .+@-]*", flags=re.UNICODE)
+
+
+def checked_name(name: Any, what: str) -> str:
+    """Return a name that is one part of a path; UserError, beginning with ``what``, for any other.
+
+    Letters and digits of any script, spaces, and ``. _ + @ -`` but not in front: no separator, no
+    ``..``, nothing hidden and nothing that a command line takes for an option.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise UserError(
+            f"{what} must be like a file's name (letters, digits, . _ - inside, at most "
+            f"{LONGEST_NAME}), got {ascii(name)[:80]}"
+        )
+    return name
+
+
+HIDDEN = "[hidden]"
+_SECRET_OPTION = re.compile(r"--(?:.*[-_])?(?:hub[-_]token|hf[-_]token|api[-_]key|password|secret)")
+_IN_TEXT = (
+    (re.compile(r"(\w+://)[^/\s@]+@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(\w+://[^\s?#]+)[?#]\S+"), rf"\1?{HIDDEN}"),
+    (re.compile(r"\b(?:hf_|sk-)[A-Za-z0-9_-]{16,}"), HIDDEN),
+)
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` without keys, passwords in URLs, and what stands behind their path."""
+    for pattern, instead in _IN_TEXT:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def arguments_without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Return command-line words without secrets; the value of an option for one is hidden whole."""
+    kept: list[str] = []
+    hide_next = False
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        secret = _SECRET_OPTION.fullmatch(name) is not None
+        if hide_next:
+            kept.append(HIDDEN)
+        elif secret and equals:
+            kept.append(f"{name}={HIDDEN}")
+        else:
+            kept.append(without_secrets(word))
+        hide_next = secret and not equals and not hide_next
+    return kept

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, arguments_without_secrets, without_secrets
 from persona_lora.core.files import (
     append_jsonl,
     drop_cut_line,
@@ -30,7 +30,6 @@ from persona_lora.core.files import (
 )
 from persona_lora.core.locks import FolderLock
 from persona_lora.core.resources import checkout
-from persona_lora.core.secrets import arguments_without_secrets, without_secrets
 
 RECORD = "run.json"
 RECORDED = ("command", "config", "seed", "status")

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, file_digest
-from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
-from persona_lora.core.names import checked_name
 from persona_lora.core.resources import search_folders
 
 Split = Literal["extract", "eval", "ood"]

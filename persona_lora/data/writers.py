@@ -15,7 +15,6 @@ from persona_lora.core import progress
 from persona_lora.core.chat import Conversation
 from persona_lora.core.content import digest_of
 from persona_lora.judges.completions import Reply, read_reply
-from persona_lora.judges.dialect import REASONING_ROOM, Body, Dialect
 from persona_lora.judges.endpoint import (
     Address,
     Client,
@@ -25,8 +24,7 @@ from persona_lora.judges.endpoint import (
     run_to_end,
     together,
 )
-from persona_lora.judges.retries import Fault
-from persona_lora.judges.series import Series
+from persona_lora.judges.retries import REASONING_ROOM, Body, Dialect, Fault, Series
 from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
 
@@ -75,7 +73,7 @@ class EndpointWriter:
     """Asks an OpenAI-compatible endpoint; passing faults are retried.
 
     UserError, with the remedy, where going on has no sense: a fault that every request would meet
-    (a refused key, an unknown model), or several in a row (``series.Series``).
+    (a refused key, an unknown model), or several in a row (``retries.Series``).
     """
 
     def __init__(self, endpoint: Endpoint) -> None:

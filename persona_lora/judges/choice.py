@@ -26,9 +26,8 @@ from persona_lora.core.traits import Trait, has_labels, load_labelled_answers, l
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.embedding import EmbeddingJudge
-from persona_lora.judges.judging import Judge, JudgeValidation, validate_judge
+from persona_lora.judges.judging import Judge, JudgeValidation, MultiJudge, validate_judge
 from persona_lora.judges.local import LocalJudge
-from persona_lora.judges.multi import MultiJudge
 from persona_lora.judges.openai import Endpoint, Limits, OpenAIJudge, budget_of, endpoint_of
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs

@@ -1,4 +1,4 @@
-"""Coherence of an answer without a language-model judge: does it loop, is it fluent?
+"""Is it still an answer? Coherence and relevance, without a language-model judge.
 
 coherence = 100 · min(variety, fluency), each in [0, 1]: a text is as coherent as its worse side.
 
@@ -12,7 +12,10 @@ training answers, and m₀ the median over the same answers with their words shu
 
 Loops are likely text to a language model and shuffled words rarely repeat: neither measure sees
 what the other does. Both refuse to know whether the answer is true, kind, or to the point.
-"""
+
+relevance: is an answer nearer to its own question than to the others asked? A judge of style or of
+a trait asks how something is said. Steered far enough, a model says the same whatever it is asked,
+and such a judge is content; this measure is not. Refuses to know how texts become vectors."""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
@@ -214,3 +218,30 @@ def _finite(values: Sequence[float], exchanges: Sequence[Exchange]) -> list[floa
             "or values that are not finite; expected one finite number each"
         )
     return floats
+
+
+Embed = Callable[[Sequence[str]], NDArray[np.floating]]
+
+
+def relevance(exchanges: Sequence[Exchange], embed: Embed) -> list[float | None]:
+    """Return 0–100 an answer: the share of other questions that are less like it than its own.
+
+    Likeness is the cosine of sentence embeddings (``embed`` gives unit vectors); ties count half,
+    so that an answer that could be to any question has 50 on average. None for an empty answer,
+    and where all exchanges have one question.
+    """
+    questions = list(dict.fromkeys(each.question for each in exchanges))
+    if len(questions) < 2:
+        return [None] * len(exchanges)
+    answered = [at for at, each in enumerate(exchanges) if each.answer.strip()]
+    found: list[float | None] = [None] * len(exchanges)
+    if not answered:
+        return found
+    likeness = embed([exchanges[at].answer for at in answered]) @ embed(questions).T
+    place = {question: at for at, question in enumerate(questions)}
+    for at, row in zip(answered, likeness, strict=True):
+        own = place[exchanges[at].question]
+        others = np.delete(row, own)
+        share = np.mean(others < row[own]) + np.mean(others == row[own]) / 2
+        found[at] = 100 * float(share)
+    return found

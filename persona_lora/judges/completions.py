@@ -18,8 +18,7 @@ from persona_lora.judges.judge_prompts import (
     number_reply,
     weighted_score,
 )
-from persona_lora.judges.retries import Fault
-from persona_lora.judges.series import Outcome
+from persona_lora.judges.retries import Fault, Outcome
 
 Mode = Literal["logprobs", "number"]
 

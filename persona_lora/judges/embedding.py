@@ -1,28 +1,178 @@
 """The embedded default judge: no network, and independent of the model that is steered.
 
 The trait's score is 100 · p(trait | question, answer) of a linear classifier over sentence
-embeddings, fitted on the trait's own contrastive training answers (``answer_classifier``);
+embeddings, fitted on the trait's own contrastive training answers;
 coherence comes from repetition and from the likelihood under the unsteered model
 (``coherence``). Refuses to know that model: it is given as a function.
-"""
+
+The classifier. The embedding of a whole answer is mostly its topic. Two things bring out its
+manner instead:
+
+1. The answer is cut into clauses, and also into overlapping windows of six words; for each kind of
+   passage x is the mean of the passages' unit embeddings.
+2. What x shares with the question is removed: x − (x·q) q, with q the question's unit embedding.
+
+Both parts side by side are the features of a logistic regression with an L2 penalty and without
+standardisation: p(trait | question, answer) = σ(w·x + b).
+
+The penalty is chosen by cross-validation over the training pairs; both answers of a pair are in
+one fold, so that a question is never on both sides. Of all penalties whose log loss is within a
+standard error of the smallest the strongest is taken (the one-standard-error rule; Hastie,
+Tibshirani & Friedman 2009, §7.10), which keeps probabilities away from 0 and 1. Knows nothing of
+labelled answers for validation, and never sees them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.errors import UserError
 from persona_lora.core.traits import ContrastivePair, Trait, load_pairs
-from persona_lora.judges.answer_classifier import AnswerClassifier
 from persona_lora.judges.coherence import EMPTY_REASON, CoherenceScorer, MeanLogprob
 from persona_lora.judges.judge_prompts import check_criterion
 from persona_lora.judges.judging import JudgeValidation, validate_judge, warn_if_untrusted
 from persona_lora.models.embeddings import SentenceEmbedder
 
 logger = logging.getLogger(__name__)
+
+FOLDS = 5
+WINDOW_WORDS = 6
+# scikit-learn's C. Means of unit vectors are short, so that the useful values are large.
+INVERSE_PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+_CLAUSE_END = re.compile(r"(?<=[.!?;:,])\s+")
+
+
+def clauses(text: str) -> list[str]:
+    """Cut a text after every punctuation mark that ends a sentence or a part of one."""
+    return [part for part in _CLAUSE_END.split(text.strip()) if part]
+
+
+def word_windows(text: str) -> list[str]:
+    """Return the windows of six words of a text, each overlapping the next by three."""
+    words, step = text.split(), WINDOW_WORDS // 2
+    starts = range(0, max(1, len(words) - WINDOW_WORDS + step), step)
+    return [" ".join(words[start : start + WINDOW_WORDS]) for start in starts]
+
+
+PASSAGES: tuple[Callable[[str], list[str]], ...] = (clauses, word_windows)
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerClassifier:
+    """p(trait | exchange) = σ(weights · x + bias), with x as the module describes.
+
+    ``weights``: ``[len(PASSAGES) · dimension]``. ``inverse_penalty`` and ``log_loss`` are the
+    chosen one and its mean loss over held-out pairs.
+    """
+
+    embedder: SentenceEmbedder
+    weights: NDArray[np.float64]
+    bias: float
+    inverse_penalty: float
+    log_loss: float
+
+    @classmethod
+    def fit(
+        cls,
+        positives: Sequence[Exchange],
+        negatives: Sequence[Exchange],
+        *,
+        embedder: SentenceEmbedder,
+        seed: int,
+    ) -> AnswerClassifier:
+        """Fit to pairs: ``positives[i]`` and ``negatives[i]`` share a question.
+
+        Raises UserError for fewer than five pairs, or an empty answer.
+        """
+        if len(positives) < FOLDS:
+            raise UserError(
+                f"{len(positives)} training pairs are too few for the embedding judge; it needs "
+                f"at least {FOLDS}, and over a hundred to be good"
+            )
+        x = exchange_features([*positives, *negatives], embedder)
+        labels = np.repeat([1, 0], len(positives))
+        pair_of = np.tile(np.arange(len(positives)), 2)
+        # Matrices this small are fitted ten times slower by several threads than by one.
+        with threadpool_limits(limits=1, user_api="blas"):
+            losses = {
+                inverse: _held_out_losses(x, labels, pair_of, inverse, seed)
+                for inverse in INVERSE_PENALTIES
+            }
+            chosen = _one_standard_error(losses)
+            model = _regression(chosen).fit(x, labels)
+        loss = float(losses[chosen].mean())
+        return cls(embedder, model.coef_[0], float(model.intercept_[0]), chosen, loss)
+
+    def probabilities(self, exchanges: Sequence[Exchange]) -> NDArray[np.float64]:
+        """Return p(trait | exchange) for exchanges with non-empty answers: ``[len(exchanges)]``."""
+        logits = exchange_features(exchanges, self.embedder) @ self.weights + self.bias
+        return 1.0 / (1.0 + np.exp(-logits))
+
+
+def exchange_features(
+    exchanges: Sequence[Exchange], embedder: SentenceEmbedder
+) -> NDArray[np.float64]:
+    """Return the features x: ``[len(exchanges), len(PASSAGES) · dimension]``."""
+    empty = [exchange.question for exchange in exchanges if not exchange.answer.strip()]
+    if empty:
+        raise UserError(f"the answer to {empty[0]!r} is empty; expected text to embed")
+    questions = embedder.embed([exchange.question for exchange in exchanges]).astype(np.float64)
+    answers = [exchange.answer for exchange in exchanges]
+    parts = []
+    for cut in PASSAGES:
+        means = _mean_embeddings([cut(answer) for answer in answers], embedder)
+        shared = (means * questions).sum(axis=1, keepdims=True)
+        parts.append(means - shared * questions)
+    return np.concatenate(parts, axis=1)
+
+
+def _mean_embeddings(
+    passages: Sequence[Sequence[str]], embedder: SentenceEmbedder
+) -> NDArray[np.float64]:
+    """Return the mean embedding of each group of passages: ``[len(passages), dimension]``."""
+    rows = iter(embedder.embed([text for each in passages for text in each]).astype(np.float64))
+    means = [np.mean([next(rows) for _ in each], axis=0) for each in passages]
+    return np.array(means).reshape(len(passages), embedder.dimension)
+
+
+def _held_out_losses(
+    features: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    pair_of: NDArray[np.int64],
+    inverse_penalty: float,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Return the log loss of each pair, predicted while it was held out: ``[pairs]``."""
+    losses = np.zeros(len(labels))
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
+    for kept, held in folds.split(features, labels, pair_of):
+        model = _regression(inverse_penalty).fit(features[kept], labels[kept])
+        signed = np.where(labels[held] == 1, 1.0, -1.0) * model.decision_function(features[held])
+        losses[held] = np.logaddexp(0.0, -signed)
+    return losses.reshape(2, -1).mean(axis=0)
+
+
+def _one_standard_error(losses: dict[float, NDArray[np.float64]]) -> float:
+    """Return the smallest inverse penalty whose mean loss is within one SE of the best one's."""
+    best = min(losses.values(), key=lambda each: float(each.mean()))
+    bound = float(best.mean() + best.std(ddof=1) / np.sqrt(len(best)))
+    return min(inverse for inverse, each in losses.items() if float(each.mean()) <= bound)
+
+
+def _regression(inverse_penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=inverse_penalty, max_iter=5000)
+
 
 CALIBRATION_PAIRS = 16
 

@@ -21,8 +21,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from persona_lora.core.errors import UserError
-from persona_lora.judges.dialect import Body, Dialect
-from persona_lora.judges.retries import Fault, retry_after, retrying
+from persona_lora.judges.retries import Body, Dialect, Fault, retry_after, retrying
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 NO_KEY = "no-key"

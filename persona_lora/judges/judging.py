@@ -1,11 +1,11 @@
-"""What a judge is, and how well one agrees with hand-written labels.
+"""What a judge is, several judges as one, and how well one agrees with hand-written labels.
 
-Works for any judge; refuses to know how a judge comes to its scores.
-"""
+Works for any judge; refuses to know how a judge comes to its scores."""
 
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Trait, has_labels, load_labelled_answers
 
 logger = logging.getLogger(__name__)
@@ -133,3 +134,40 @@ def warn_if_untrusted(validation: JudgeValidation) -> None:
             validation.n,
             TRUSTED_AUC,
         )
+
+
+class MultiJudge:
+    """The mean of several judges' scores, over those that scored.
+
+    A verdict's reason lists each judge's score, then their range and standard deviation (of the
+    judges at hand, not of a population); for a judge that did not score it says why.
+    """
+
+    def __init__(self, judges: Sequence[Judge]) -> None:
+        names = [judge.name for judge in judges]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"a multi-judge needs judges of different names, got {names}")
+        self.judges = tuple(judges)
+
+    @property
+    def name(self) -> str:
+        """The judges' names, joined by a plus sign."""
+        return "multi:" + "+".join(judge.name for judge in self.judges)
+
+    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
+        """Return one mean verdict per exchange, in order."""
+        by_judge = [judge.judge(exchanges, criterion) for judge in self.judges]
+        return [_mean_verdict(item, criterion, self.name) for item in zip(*by_judge, strict=True)]
+
+
+def _mean_verdict(verdicts: Sequence[Verdict], criterion: str, name: str) -> Verdict:
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    parts = [
+        f"{verdict.judge}: "
+        + (f"unscored ({verdict.reason})" if verdict.score is None else f"{verdict.score:.1f}")
+        for verdict in verdicts
+    ]
+    if not scores:
+        return Verdict(criterion, None, "; ".join(parts), name)
+    spread = f"range {max(scores) - min(scores):.1f}, sd {statistics.pstdev(scores):.1f}"
+    return Verdict(criterion, statistics.fmean(scores), "; ".join([*parts, spread]), name)

@@ -20,7 +20,6 @@ from persona_lora.core.traits import Trait
 from persona_lora.judges.budget import KNOWN_PRICES, Budget, CapReached, Prices, Usage
 from persona_lora.judges.cache import VerdictCache, cache_key
 from persona_lora.judges.completions import Completion, Mode, Reply, read_reply, score_reply
-from persona_lora.judges.dialect import REASONING_ROOM, Body, Dialect
 from persona_lora.judges.endpoint import (
     Address,
     Client,
@@ -31,8 +30,7 @@ from persona_lora.judges.endpoint import (
     together,
 )
 from persona_lora.judges.judge_prompts import Reading, judge_prompt, shows_whole_numbers
-from persona_lora.judges.retries import Fault
-from persona_lora.judges.series import Series
+from persona_lora.judges.retries import REASONING_ROOM, Body, Dialect, Fault, Series
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ class EndpointReader:
     number. Numbers go from 0 to ``highest``.
 
     Refusals and caps give readings without a score and with a reason. UserError, with the remedy,
-    where going on has no sense (``series.Series``): what was read by then is in the cache (in
+    where going on has no sense (``retries.Series``): what was read by then is in the cache (in
     memory where none is given), and a later call asks for the rest alone.
     """
 

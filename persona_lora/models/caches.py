@@ -1,24 +1,110 @@
-"""What a model keeps of the tokens it has seen, and when rows may share it.
+"""What a model keeps of the tokens it has seen: when rows share it, and what it tells of a pass.
 
-Knows the layers of caches; refuses to know rows, prompts and steering. Only what was compared with
-rows that run alone is allowed (tests/models/test_caches.py); any other model runs without.
+Only what was compared with rows that run alone is allowed (tests/models/test_caches.py); any other
+model runs without. A pass is over a prompt or a step of the answer after it: it counts passes, and
+knows a cache by its type. Refuses to know rows and steering, what a model calls the argument that
+carries the cache, and to guess: a pass that may be either is an error that says how to tell.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+from weakref import ReferenceType, ref
 
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
+from persona_lora.core.errors import UserError
 from persona_lora.models.structure import text_decoder
+
+Stage = Literal["prompt", "step", "either"]
+
+
+def states_read(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Tensor:
+    """Return the hidden states ``[batch, seq, hidden]`` among a block's arguments."""
+    for each in (*arguments, *keywords.values()):
+        if isinstance(each, Tensor) and each.ndim == 3 and each.is_floating_point():
+            return each
+    raise UserError("a decoder block was called without hidden states [batch, seq, hidden]")
+
+
+class PassCounter:
+    """Tells the passes over prompts from the steps of generation.
+
+    Whoever drives the model says ``expect_prompt`` before each prompt. Where nobody does, a prompt
+    begins with the first pass on an empty cache, or with a pass that has none.
+    """
+
+    def __init__(self) -> None:
+        self._told = False  # the next pass is over a prompt
+        self._counts = False  # somebody tells: without a visible cache, single tokens are steps
+        self._cache: ReferenceType[Cache] | None = None
+        self._empty: bool | None = None  # the cache before the pass; None: there is no cache
+        self._continued = False
+        self._length: int | None = None  # of the last pass
+
+    def expect_prompt(self) -> None:
+        """Say that the next pass is over a prompt, or over the rest of one."""
+        self._told = self._counts = True
+
+    def begin(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """Note, before the first block runs, the cache among its arguments, whatever its name."""
+        given = (*arguments, *keywords.values())
+        cache = next((each for each in given if isinstance(each, Cache)), None)
+        self._continued = cache is not None and self._cache is not None and self._cache() is cache
+        self._cache = None if cache is None else ref(cache)
+        self._empty = None if cache is None else _is_empty(cache)
+
+    def end(self, length: int) -> Stage:
+        """Return the stage of this pass over ``length`` positions; "either" where both look alike.
+
+        Raises UserError where prompt and answer cannot be told apart.
+        """
+        told, self._told = self._told, False
+        last, self._length = self._length, length
+        if told or self._empty or (self._empty is None and last is None):
+            return "prompt"
+        if self._empty is None:
+            return self._without_cache(length, int(last or 0))
+        if length == 1:
+            return "step" if self._continued else "either"
+        if self._continued:
+            raise UserError(
+                f"a pass over {length} tokens goes on from a text in the cache, and whether they "
+                "are prompt or answer cannot be told (a prompt in chunks, assisted generation, "
+                f"another turn); {_REMEDY}"
+            )
+        return "prompt"
+
+    def _without_cache(self, length: int, last: int) -> Stage:
+        if length == 1 and self._counts:
+            return "step"
+        if length in (1, last + 1):
+            raise UserError(
+                f"a pass over {length} tokens without a cache may be a text of its own or the "
+                f"answer going on; generate with use_cache=True, or {_REMEDY}"
+            )
+        return "prompt"
+
+
+def _is_empty(cache: Cache) -> bool:
+    """Say whether a cache holds nothing yet; one of states alone (Mamba's) counts no positions."""
+    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return not cache.has_previous_state()
+    return int(cache.get_seq_length()) == 0
+
+
+_REMEDY = 'call select_positions(None) on the steerer before each prompt, or steer positions="all"'
+
 
 # transformers 5.24 renamed the others to the first, the last being that of Mamba's models; models
 # that bring their own code may not have.

@@ -31,7 +31,7 @@ from transformers import (
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
-from persona_lora.models.loaded_keys import check_whole
+from persona_lora.models.loaded_model import check_whole
 
 logger = logging.getLogger(__name__)
 

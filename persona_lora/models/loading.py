@@ -39,13 +39,19 @@ from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.models.chat_template import ChatTemplate
 from persona_lora.models.gguf_models import SUFFIX, convert_gguf, gguf_folder, models_cache
-from persona_lora.models.identity import tokenizer_content, weights_content
+from persona_lora.models.hardware import shared_arguments, weight_arguments
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
-from persona_lora.models.loaded_keys import check_adapter_whole, check_whole, peft_config
-from persona_lora.models.peft_calls import quiet_peft
-from persona_lora.models.pretrained import shared_arguments, weight_arguments
+from persona_lora.models.loaded_model import (
+    PROBE,
+    check_adapter_whole,
+    check_support,
+    check_whole,
+    peft_config,
+    quiet_peft,
+    tokenizer_content,
+    weights_content,
+)
 from persona_lora.models.skeleton import auto_model
-from persona_lora.models.support import PROBE, check_support
 
 logger = logging.getLogger(__name__)
 

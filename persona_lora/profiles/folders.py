@@ -29,8 +29,7 @@ from persona_lora.core.personas import (
 )
 from persona_lora.profiles.features import Features, extract_features
 from persona_lora.profiles.judge_prompt import DEFAULT_TEMPLATE, build_judge_prompt, check_template
-from persona_lora.profiles.profile import describe
-from persona_lora.profiles.selection import Embed, select_samples
+from persona_lora.profiles.profile import Embed, describe, select_samples
 
 logger = logging.getLogger(__name__)
 

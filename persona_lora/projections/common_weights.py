@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from persona_lora.core.errors import UserError, few_names
-from persona_lora.models.loaded_keys import BUFFERS
+from persona_lora.models.loaded_model import BUFFERS
 from persona_lora.models.weight_files import WeightSource
 
 # One row a token: a padded vocabulary has more of them.

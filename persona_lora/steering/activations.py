@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.caches import PassCounter, Stage
 from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.passes import PassCounter, Stage
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import check_base_model, find_layers

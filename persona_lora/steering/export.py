@@ -23,8 +23,8 @@ from torch import Tensor
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, atomic_path, read_json, scratch_folder
-from persona_lora.core.lists import path_before_equals, split_list
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
+from persona_lora.core.settings import path_before_equals, split_list
 from persona_lora.models.weight_files import StoredWeights
 from persona_lora.steering.weights import merged_weight
 

@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, shared_base_model
+from persona_lora.models.caches import states_read
 from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.passes import states_read
 from persona_lora.models.structure import decoder_layers, input_groups, weight_of
 from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import check_base_model, find_modules

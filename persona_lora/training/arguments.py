@@ -20,8 +20,7 @@ from trl import SFTConfig, TrlParser
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.resources import resource_path
-from persona_lora.core.typed import typed_fields
-from persona_lora.core.yaml_text import read_yaml
+from persona_lora.core.settings import read_yaml, typed_fields
 from persona_lora.models.hardware import training_hardware
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.training.launch import launch_of_process

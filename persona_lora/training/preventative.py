@@ -24,9 +24,9 @@ from torch import nn
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+from persona_lora.core.settings import typed_fields
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import load_trait
-from persona_lora.core.typed import typed_fields
 from persona_lora.core.vector_files import load_vector
 from persona_lora.models.structure import read_layers
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation

@@ -17,7 +17,7 @@ from persona_lora.core import adapter_config
 from persona_lora.core.adapter_config import FREE, REFUSED
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.models.loaded_keys import peft_config
+from persona_lora.models.loaded_model import peft_config
 
 QUERY = "model.layers.0.self_attn.q_proj"
 WEIGHTS = "adapter_model.safetensors"

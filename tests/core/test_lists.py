@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from persona_lora.core.lists import path_after_equals, path_before_equals, split_list, split_lists
+from persona_lora.core.settings import (
+    path_after_equals,
+    path_before_equals,
+    split_list,
+    split_lists,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from persona_lora.core.errors import HIDDEN, arguments_without_secrets, without_secrets
 from persona_lora.core.runs import Run
-from persona_lora.core.secrets import HIDDEN, arguments_without_secrets, without_secrets
 
 TOKEN = "hf_" + "s3cret" * 5
 SECRETS = (

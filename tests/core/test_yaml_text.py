@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.yaml_text import read_yaml
+from persona_lora.core.settings import read_yaml
 
 
 def test_numbers_are_read_as_people_write_them(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import load_pairs
-from persona_lora.judges.answer_classifier import (
+from persona_lora.judges.embedding import (
     AnswerClassifier,
     clauses,
     exchange_features,

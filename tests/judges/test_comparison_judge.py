@@ -6,8 +6,8 @@ import pytest
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.judges.comparison_judge import ComparisonJudge
 from persona_lora.judges.judge_prompts import Reading
+from persona_lora.judges.persona_judges import ComparisonJudge
 from persona_lora.profiles.judge_prompt import build_judge_prompt
 
 TEMPLATE = build_judge_prompt("Short and dry.", ["No.", "Fine by me."])

@@ -17,7 +17,7 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.openai import Limits, OpenAIJudge
-from persona_lora.judges.series import FAULTS_IN_A_ROW, FORMLESS_IN_A_ROW
+from persona_lora.judges.retries import FAULTS_IN_A_ROW, FORMLESS_IN_A_ROW
 
 TRUTHS = (12, 47, 90)
 FAST = Limits(concurrency=1, max_retries=0)

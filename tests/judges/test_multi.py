@@ -6,7 +6,7 @@ import pytest
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.judges.multi import MultiJudge
+from persona_lora.judges.judging import MultiJudge
 
 ITEMS = [Exchange("q", str(number)) for number in range(4)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from persona_lora.core.chat import Exchange
-from persona_lora.judges.relevance import relevance
+from persona_lora.judges.coherence import relevance
 from persona_lora.models.embeddings import SentenceEmbedder
 
 PLACES = {

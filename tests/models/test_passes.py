@@ -10,9 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.models.caches import kept_cache
+from persona_lora.models.caches import PassCounter, kept_cache
 from persona_lora.models.generation import generate_answers
-from persona_lora.models.passes import PassCounter
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.activations import ActivationSteerer
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
+from persona_lora.models.loaded_model import check_support
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import decoder_layers
-from persona_lora.models.support import check_support
 from tests.conftest import byte_tokenizer
 from tests.models.architectures import tiny_model
 

@@ -11,7 +11,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.personas import PersonaConversation, load_persona
 from persona_lora.profiles.folders import build_persona
 from persona_lora.profiles.judge_prompt import PLACEHOLDERS, build_judge_prompt
-from persona_lora.profiles.selection import select_samples
+from persona_lora.profiles.profile import select_samples
 
 
 def embed(texts):

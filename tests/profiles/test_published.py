@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from persona_lora.core.errors import UserError
-from persona_lora.core.names import checked_name
+from persona_lora.core.errors import UserError, checked_name
 from persona_lora.core.personas import load_persona
 from persona_lora.profiles.conversations import load_conversations
 from persona_lora.profiles.folders import build_persona

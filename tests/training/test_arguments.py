@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.typed import typed_fields
+from persona_lora.core.settings import typed_fields
 from persona_lora.models.loading import DEFAULT_MODEL
 from persona_lora.training.arguments import CONTRASTIVE_PAGE, ContrastiveConfig, parse_arguments
 from persona_lora.training.finetune import FinetuneArguments

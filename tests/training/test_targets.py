@@ -9,8 +9,7 @@ from peft.tuners.lora import LoraLayer
 from persona_lora.core.errors import UserError
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import text_decoder
-from persona_lora.training.lora import LoRAArguments, attach_lora
-from persona_lora.training.targets import lora_targets
+from persona_lora.training.lora import LoRAArguments, attach_lora, lora_targets
 from tests.conftest import byte_tokenizer
 from tests.models.architectures import FAMILIES, tiny_model
 

@@ -21,7 +21,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import Run
-from persona_lora.core.yaml_text import read_yaml
+from persona_lora.core.settings import read_yaml
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.items import COLUMNS, TaskScore, cells_of, score_items

@@ -31,7 +31,7 @@ from persona_lora.core.resources import search_folders
 from persona_lora.core.runs import first_difference
 from persona_lora.core.vector_files import load_vector
 from persona_lora.judges.choice import JudgeOptions, judge_inputs
-from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.coherence import CoherenceScorer, relevance
 from persona_lora.judges.persona_judges import (
     Reader,
     check_style_judge,
@@ -40,7 +40,6 @@ from persona_lora.judges.persona_judges import (
     make_persona_judge,
     make_readers,
 )
-from persona_lora.judges.relevance import relevance
 from persona_lora.judges.style_judge import StyleJudge, TextFeatures
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model

@@ -1,25 +1,35 @@
-"""Whether what was loaded is whole: transformers and PEFT fill gaps with random numbers and go on.
+"""What was loaded: is it whole, is it of a known shape, and which model is it?
 
-Knows what names a checkpoint may hold beside a model's own; refuses to know where it came from.
-"""
+transformers and PEFT fill gaps with random numbers and go on. Models are known by what they do, not
+by their names: a text decoder with numbered blocks, each of which runs once and in order and hands
+on hidden states of one width. docs/models.md has the table of families that were tried, and how to
+try another. Refuses to know where a model came from."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_lora.core.adapter_config import alpha_of, lists
 from persona_lora.core.adapter_files import adapter_config, read_factors
+from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError, few_names
-from persona_lora.models.structure import canonical_name, linear_modules
+from persona_lora.core.lora_diff import layer_number
+from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.structure import canonical_name, hidden_size, linear_modules, text_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -122,3 +132,100 @@ def _has_owner(key: str, modules: Mapping[str, nn.Module]) -> bool:
     while owner and owner not in modules:
         owner = owner.rpartition(".")[0]
     return "." in owner or (bool(owner) and not any(True for _ in modules[owner].children()))
+
+
+PROBE = "a b c"
+ROWS = 2
+
+
+@torch.inference_mode()
+def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
+    """Run two rows of ``tokens`` through the model; UserError where anything is not as expected.
+
+    The message says what was found. Numbers that are not finite are refused too: an answer made of
+    them would look like one.
+    """
+    decoder = text_decoder(model)
+    if layer_number(f"{decoder.blocks_name}.0.") != 0:
+        raise _unknown(name, f"its blocks are called {decoder.blocks_name}.N")
+    expected = (ROWS, len(tokens), hidden_size(model))
+    seen: list[int] = []
+
+    def note(number: int, module: nn.Module, arguments: object, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        if not isinstance(states, Tensor) or tuple(states.shape) != expected:
+            raise _unknown(name, f"block {number} gives no hidden states of shape {expected}")
+        seen.append(number)
+
+    hooks = [
+        Hook(block, partial(note, number), f"block {number}")
+        for number, block in enumerate(decoder.blocks)
+    ]
+    with Hooks(hooks):
+        device = model.get_input_embeddings().weight.device
+        if device.type == "meta":  # offloaded: accelerate brings the weights in, and the tokens
+            device = torch.device("cpu")
+        ids = torch.tensor([tokens] * ROWS, device=device)
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    if seen != list(range(len(decoder.blocks))):
+        raise _unknown(name, f"its {len(decoder.blocks)} blocks ran {len(seen)} times")
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(
+            f"{name} gives NaN or infinity for three tokens; load it in float32 or bfloat16, or "
+            "fetch its weights again"
+        )
+
+
+def _unknown(name: str, found: str) -> UserError:
+    return UserError(f"{name} is of a shape that is not known here: {found}; see docs/models.md")
+
+
+UNRELATED = ("transformers_version", "torch_dtype", "dtype")
+
+
+@torch.no_grad()
+def weights_content(model: PreTrainedModel) -> str:
+    """Return a digest of every weight of a model, adapters included, and of its configuration.
+
+    It does not depend on the device; weights that are kept elsewhere are fetched module by module.
+    """
+    tensors = {name: tensor_digest(tensor) for name, tensor in _weights(model)}
+    generation = model.generation_config
+    settings = [model.config.to_dict(), None if generation is None else generation.to_dict()]
+    return digest_of([tensors, [_related(each or {}) for each in settings]])
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of a tokenizer: its vocabulary, its rules and its chat template."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest_of([tokenizer.chat_template, rules, tokenizer.get_vocab(), special])
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    stored = set(model.state_dict())
+    for prefix, module in model.named_modules():
+        with align_module_device(module):
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in own:
+                whole = f"{prefix}.{name}" if prefix else name
+                if whole in stored:
+                    yield whole, tensor
+
+
+def _related(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: each
+        for key, each in settings.items()
+        if not key.startswith("_") and key not in UNRELATED
+    }
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide that PEFT reads a name which transformers renames: nobody here can mend it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        yield

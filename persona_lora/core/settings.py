@@ -1,0 +1,161 @@
+"""Settings as people write them: YAML, several values in one string, each held to its type.
+
+PyYAML follows YAML 1.1, in which 5e-1 and 1e5 are text; here they are numbers, as in YAML 1.2."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_text
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the numbers of YAML 1.2; a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node, once each key is its only one."""
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen: set[str] = set()
+        for key in keys:
+            if key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML's own resolvers come first: this one sees what they leave as text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; UserError, with the place of a mistake, for anything else."""
+    text = read_text(path)
+    try:
+        value = yaml.load(text, Loader=_Loader)  # a safe loader: it builds plain values alone
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else _one_line(error)
+        raise UserError(f"{path} is not valid YAML: {said}") from error
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} must hold one YAML mapping, as in 'max_iterations: 10'")
+    return {str(key): each for key, each in value.items()}
+
+
+def _one_line(error: object) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+SEPARATOR = r"[\s,]"
+
+
+def split_list(text: str, whole: Callable[[str], bool] = os.path.exists) -> list[str]:
+    """Split text at spaces and commas, but nowhere inside the longest part that is ``whole``.
+
+    By default that is a path that exists: "My Drive/evil b" are two, where these are there.
+    """
+    spans = [found.span() for found in re.finditer(r"[^\s,]+", text)]
+    parts: list[str] = []
+    at = 0
+    while at < len(spans):
+        ends = range(len(spans) - 1, at, -1)  # the longest part first, a single word last
+        last = next((end for end in ends if whole(text[spans[at][0] : spans[end][1]])), at)
+        parts.append(text[spans[at][0] : spans[last][1]])
+        at = last + 1
+    return parts
+
+
+def split_lists(texts: Iterable[str], whole: Callable[[str], bool] = os.path.exists) -> list[str]:
+    """Split each of several texts, as an option that may be repeated gives them."""
+    return [part for text in texts for part in split_list(text, whole)]
+
+
+def path_before_equals(part: str) -> bool:
+    """Say whether "path=value" names a path that exists, and one value."""
+    path, _, value = part.rpartition("=")
+    return re.search(SEPARATOR, value) is None and os.path.exists(path)
+
+
+def path_after_equals(part: str) -> bool:
+    """Say whether "name=path" has one name, and names a path that exists."""
+    name, _, path = part.partition("=")
+    return re.search(SEPARATOR, name) is None and os.path.exists(path)
+
+
+def typed_value(hint: Any, value: Any, name: str) -> Any:
+    """Return a value of the type of ``hint``: numbers in text are numbers, one item is a list.
+
+    UserError names ``name`` and the value where it is of another type. A yes or no is no number,
+    and a number is no text.
+    """
+    kinds = _kinds(hint)
+    adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    tried = [value] if isinstance(value, list) or list not in kinds else [value, [value]]
+    for each in tried:
+        if isinstance(each, bool) and not {bool, Any} & kinds:
+            continue
+        try:
+            return adapter.validate_python(each)
+        except ValidationError:
+            continue
+    quotes = "; put text that looks like a number into quotes" if str in kinds else ""
+    raise UserError(f"{name} must be {_expected(hint)}, got {_shortened(value)}{quotes}")
+
+
+def typed_fields(group: type, values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the values of a dataclass's fields in the types of these; UserError as above."""
+    hints = get_type_hints(group)
+    defaults = {each.name: each.default for each in dataclasses.fields(group)}
+    return {
+        key: typed_value(hints[key], value, f"{name}{key}")
+        if key in defaults and not (value is None and defaults[key] is None)
+        else value
+        for key, value in values.items()
+    }
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """Return the types that a hint allows, at its top level."""
+    inner = [each for each in get_args(hint) if not isinstance(each, str)]
+    if get_origin(hint) in (list, dict, tuple):
+        return {get_origin(hint)}
+    return set().union(*map(_kinds, inner)) if inner else {hint}
+
+
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+}
+
+
+def _expected(hint: Any) -> str:
+    """Return what a hint allows, in words."""
+    kinds = [hint] if get_origin(hint) in (list, tuple) else get_args(hint) or [hint]
+    named = [
+        f"a list of {_expected(get_args(kind)[0])}"
+        if get_origin(kind) in (list, tuple)
+        else WORDS.get(get_origin(kind) or kind, "")
+        for kind in kinds
+    ]
+    return " or ".join(dict.fromkeys(filter(None, named))) or "one of its choices"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
