@@ -14,6 +14,7 @@ from typing import Any
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.figures import Picture
 from persona_lora.report.scores import CONTROL, Condition, ScoredAnswer
 
 EXAMPLE_COEFFICIENTS = (-1.5, 0.0, 1.5)
@@ -174,9 +175,9 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def data_uri(png: bytes) -> str:
+def data_uri(picture: Picture) -> str:
     """Return a picture as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(picture.png()).decode("ascii")
 
 
 def _example(

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
-from persona_lora.report.figures import written
+from persona_lora.report.figures import Picture
 from persona_lora.report.fits import ConditionFit, fits_over_personas
 from persona_lora.report.items import TaskScore, score_items
 from persona_lora.report.resampling import Interval
@@ -31,8 +31,7 @@ from persona_lora.report.wording import (
     p_value,
     title_of,
 )
-from persona_lora.studies.drift.figure_prediction import render_prediction
-from persona_lora.studies.drift.figure_prevention import render_prevention
+from persona_lora.studies.drift.figure import render_prediction, render_prevention
 from persona_lora.studies.drift.read_prediction import (
     POOLED,
     WEIGHTS,
@@ -43,9 +42,12 @@ from persona_lora.studies.drift.read_prediction import (
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.figure import render_comparison as render_personas
-from persona_lora.studies.steering.figure_comparison import SPLITS, render_comparison
-from persona_lora.studies.steering.figure_latency import render_latency
-from persona_lora.studies.steering.figure_spaces import render_spaces
+from persona_lora.studies.steering.figure import (
+    SPLITS,
+    render_comparison,
+    render_latency,
+    render_spaces,
+)
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     LORA,
@@ -76,9 +78,9 @@ class Figures:
 
     page: Path
 
-    def show(self, name: str, png: bytes, caption: str) -> str:
+    def show(self, name: str, picture: Picture, caption: str) -> str:
         """Write ``figures/<name>.png`` beside the page."""
-        written(png, self.page.parent / "figures" / f"{name}.png")
+        picture.save(self.page.parent / "figures" / f"{name}.png")
         return f"![{caption}](figures/{name}.png)"
 
 
@@ -130,9 +132,9 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
         found = read_comparison(run)
         trait = title_of(found.trait)
         at_level += [each.matched for each in found.points if each.matched is not None]
-        png = render_comparison(found)
+        picture = render_comparison(found)
         pictures.append(
-            figures.show(f"compare_{found.trait}", png, f"{trait}: at equal divergence")
+            figures.show(f"compare_{found.trait}", picture, f"{trait}: at equal divergence")
         )
         for split in dict.fromkeys(each.split for each in found.overall):
             own = {each.method: each for each in found.overall if each.split == split}
@@ -285,14 +287,14 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
             (model, *(_task_cell(cells.get((model, measure))) for measure in measures))
             for model in models
         ]
-        png = render_prevention(scores, trait)
+        picture = render_prevention(scores, trait)
         parts.append(
             {
                 "trait": title_of(trait),
                 "lower": ", ".join(lower) or "none",
                 "rows": table,
                 "picture": figures.show(
-                    f"prevention_{trait}", png, "What prevention buys and costs"
+                    f"prevention_{trait}", picture, "What prevention buys and costs"
                 ),
             }
         )
@@ -430,7 +432,7 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
         cosine = next(r["cosine"] for r in at if r["trait"] == trait == r["other"])
         rows.append((*_spectrum(trait, spectra), number(cosine, 2), title_of(name)))
     aligned = recognised == len(own)
-    png = render_spaces(shifts, spectra, cosines, run.read("interference"))
+    picture = render_spaces(shifts, spectra, cosines, run.read("interference"))
     return {
         "answer": (
             "Not simpler; but what each does is told by the vector of its trait."
@@ -448,7 +450,7 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
         "rho": number(agreed["rho"], 2),
         "rho_p": p_equals(agreed["p"]),
         "rows": rows,
-        "picture": figures.show("spaces", png, "Weight space and activation space"),
+        "picture": figures.show("spaces", picture, "Weight space and activation space"),
     }
 
 

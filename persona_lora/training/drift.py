@@ -20,7 +20,7 @@ from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.structure import canonical_name
 from persona_lora.projections.weight_space import project_adapter
-from persona_lora.report.drift_figure import plot_drift
+from persona_lora.report.drift_figure import render_drift
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class DriftMonitor(TrainerCallback):
     ) -> None:
         """Draw the way."""
         if state.is_world_process_zero and self.rows:
-            plot_drift(self.rows, Path(str(args.output_dir)) / DRIFT_PLOT)
+            render_drift(self.rows).save(Path(str(args.output_dir)) / DRIFT_PLOT)
 
     def _watch(self, found: Mapping[str, float], step: int, control: TrainerControl) -> None:
         for name, value in found.items():

@@ -9,12 +9,12 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.studies.drift.figure import plot_checkpoints, plot_cross_persona
+from persona_lora.studies.drift.figure import render_checkpoints, render_cross_persona
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.vectors.figure import (
-    plot_cosines,
-    plot_vectors_over_layers,
+    render_cosines,
     render_separation,
+    render_vectors_over_layers,
 )
 
 PNG = b"\x89PNG"
@@ -66,38 +66,37 @@ def finetune(tmp_path):
 
 
 def test_vectors_are_drawn(vectors, tmp_path):
-    drawn = plot_cosines(vectors, 2, tmp_path / "cosines.png")
+    drawn = render_cosines(vectors, 2).save(tmp_path / "cosines.png")
     assert drawn.startswith(PNG)
     assert (tmp_path / "cosines.png").read_bytes() == drawn
-    assert plot_cosines(vectors, 2, tmp_path / "again.png") == drawn
-    assert plot_cosines(vectors, 1, tmp_path / "other.png") != drawn
-    assert plot_vectors_over_layers(vectors, tmp_path / "layers.png").startswith(PNG)
+    assert render_cosines(vectors, 2).png() == drawn
+    assert render_cosines(vectors, 1).png() != drawn
+    assert render_vectors_over_layers(vectors).png().startswith(PNG)
 
 
-def test_one_vector_has_no_cosines_and_a_layer_must_be_there(vectors, tmp_path):
+def test_one_vector_has_no_cosines_and_a_layer_must_be_there(vectors):
     with pytest.raises(UserError, match="at least two"):
-        plot_cosines({"evil": vectors["evil"]}, 2, tmp_path / "x.png")
+        render_cosines({"evil": vectors["evil"]}, 2)
     with pytest.raises(UserError, match="no layer 9"):
-        plot_cosines(vectors, 9, tmp_path / "x.png")
+        render_cosines(vectors, 9)
     with pytest.raises(UserError, match="no vector"):
-        plot_vectors_over_layers({}, tmp_path / "x.png")
-    assert plot_vectors_over_layers({"e": vectors["evil"]}, tmp_path / "y.png").startswith(PNG)
-    assert not (tmp_path / "x.png").exists()
+        render_vectors_over_layers({})
+    assert render_vectors_over_layers({"e": vectors["evil"]}).png().startswith(PNG)
 
 
 @pytest.mark.parametrize("steps", [(0, 5, 10, 15), (0,)])
-def test_a_finetune_is_drawn_whatever_is_missing(finetune, tmp_path, steps):
-    assert plot_checkpoints(finetune(steps=steps), tmp_path / "c.png").startswith(PNG)
+def test_a_finetune_is_drawn_whatever_is_missing(finetune, steps):
+    assert render_checkpoints(finetune(steps=steps)).png().startswith(PNG)
 
 
-def test_cross_persona_is_drawn(finetune, tmp_path):
+def test_cross_persona_is_drawn(finetune):
     runs = [finetune("evil"), finetune("sycophancy")]
-    assert plot_cross_persona(runs, tmp_path / "x.png").startswith(PNG)
+    assert render_cross_persona(runs).png().startswith(PNG)
 
 
-def test_cross_persona_says_when_there_is_nothing(finetune, tmp_path):
+def test_cross_persona_says_when_there_is_nothing(finetune):
     with pytest.raises(UserError, match="no finetune was judged on another trait"):
-        plot_cross_persona([finetune("evil", traits=("evil",))], tmp_path / "y.png")
+        render_cross_persona([finetune("evil", traits=("evil",))])
 
 
 def separation(layer, auc=0.7):
@@ -107,7 +106,7 @@ def separation(layer, auc=0.7):
 
 
 def test_separation_is_drawn_over_layers():
-    assert render_separation([separation(0), separation(1, 0.9)]).startswith(PNG)
+    assert render_separation([separation(0), separation(1, 0.9)]).png().startswith(PNG)
     with pytest.raises(UserError, match="no rows"):
         render_separation([])
 

@@ -32,7 +32,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import project_hidden_states
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.studies.asking.run import GenerationOptions, evaluate, mean_score
-from persona_lora.studies.drift.figure_prediction import plot_prediction
+from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
 
 JUDGED, PREDICTORS = "judged", "predictors"
@@ -125,7 +125,7 @@ def predict_finetuning(
         write_csv(
             output / "prediction.csv", list(prediction_rows(found)[0]), prediction_rows(found)
         )
-        plot_prediction(run.read(JUDGED), run.read(PREDICTORS), output / "prediction.png")
+        render_prediction(run.read(JUDGED), run.read(PREDICTORS)).save(output / "prediction.png")
     return run
 
 

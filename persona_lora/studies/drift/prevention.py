@@ -30,7 +30,7 @@ from persona_lora.report.items import COLUMNS, TaskScore, cells_of, score_items
 from persona_lora.steering.methods import steer_live
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
 from persona_lora.studies.asking.run import GenerationOptions, evaluate
-from persona_lora.studies.drift.figure_prevention import plot_prevention
+from persona_lora.studies.drift.figure import render_prevention
 from persona_lora.training.finetune import read_conversations
 
 MEASURES = "measures"
@@ -134,7 +134,7 @@ def compare_prevention(
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
         scores = score_items(kept, next(iter(models)))
         write_csv(output / "prevention.csv", COLUMNS, [cells_of(each) for each in scores])
-        plot_prevention(scores, trait.name, output / "prevention.png")
+        render_prevention(scores, trait.name).save(output / "prevention.png")
     return scores
 
 

@@ -32,7 +32,7 @@ from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.projections.activation_space import check_fits, project_hidden_states
 from persona_lora.report.resampling import Interval, bootstrap_mean
 from persona_lora.studies.asking.run import GenerationOptions, evaluate, mean_score
-from persona_lora.studies.drift.figure import plot_checkpoints
+from persona_lora.studies.drift.figure import render_checkpoints
 
 BASE = "base"
 MODEL_FILES = ("adapter_config.json", "config.json")
@@ -157,7 +157,7 @@ def evaluate_checkpoints(
         rows = [row for row in run.read("checkpoints") if row["checkpoint"] in here]
         run.write("checkpoints", rows)
         write_csv(run.folder / "checkpoints.csv", COLUMNS, rows)
-        plot_checkpoints(run, run.folder / "checkpoints.png")
+        render_checkpoints(run).save(run.folder / "checkpoints.png")
     return run
 
 

@@ -21,7 +21,7 @@ from persona_lora.projections.weight_space import (
     project_weights,
 )
 from persona_lora.report.resampling import holm
-from persona_lora.studies.drift.figure_weights import plot_weight_projection
+from persona_lora.studies.drift.figure import render_weight_projection
 from persona_lora.studies.drift.run import find_checkpoints
 
 
@@ -92,7 +92,7 @@ def project_finetunes(
         "rows": rows,
     }
     write_json(output, record)
-    plot_weight_projection(record, output.with_suffix(".png"))
+    render_weight_projection(record).save(output.with_suffix(".png"))
     return found
 
 

@@ -29,7 +29,7 @@ from persona_lora.studies.personas.bench import (
     PersonaBench,
     directions_of,
 )
-from persona_lora.studies.personas.figure import plot_comparison
+from persona_lora.studies.personas.figure import render_comparison
 from persona_lora.studies.personas.objective import ObjectiveOptions
 from persona_lora.studies.personas.run import (
     MEAN,
@@ -250,7 +250,7 @@ def _written(
         run.write("held_out", rows)
         cells = [_cells(persona, each) for persona, fits in by_persona.items() for each in fits]
         write_csv(out / "comparison.csv", COLUMNS, cells)
-        plot_comparison(run, out / "comparison.png")
+        render_comparison(run).save(out / "comparison.png")
         for name, fits in tables.items():
             write_csv(out / f"{name}.csv", COLUMNS, [_cells("all", each) for each in fits])
     write_report([out], out / "report.html")

@@ -28,7 +28,7 @@ from persona_lora.models.processes import Alone, Processes
 from persona_lora.report.fits import ConditionFit, fits_over_prompts
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.answers import Cell, Speaker, plain_speaker
-from persona_lora.studies.personas.figure import plot_search
+from persona_lora.studies.personas.figure import render_search
 from persona_lora.studies.personas.objective import ObjectiveOptions, PersonaObjective, Relevance
 from persona_lora.studies.personas.search import (
     Candidate,
@@ -340,7 +340,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 def _write_results(problem: PersonaProblem, method: Method, result: PersonaResult) -> None:
     """Write picture and report, and the two files that the search is known by."""
-    plot_search(Run(result.folder), result.folder / "search.png")
+    render_search(Run(result.folder)).save(result.folder / "search.png")
     write_report([result.folder], result.folder / "report.html")
     folder = ensure_writable_folder(result.folder.parent)
     best = result.fit_of(MEAN)

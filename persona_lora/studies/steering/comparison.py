@@ -36,7 +36,7 @@ from persona_lora.studies.steering.equal_divergence import (
     Statistic,
     match_divergence,
 )
-from persona_lora.studies.steering.figure_comparison import plot_comparison
+from persona_lora.studies.steering.figure import render_comparison
 from persona_lora.studies.steering.read_comparison import (
     COLUMNS,
     Comparison,
@@ -136,7 +136,7 @@ def compare(
         run.write("splits", [{"split": split} for split in asked])
         found = read_comparison(run)
         write_csv(output / "comparison.csv", COLUMNS, [cells_of(each) for each in found.points])
-        plot_comparison(found, output / "comparison.png")
+        render_comparison(found).save(output / "comparison.png")
     write_report([output], output / "report.html")
     return found
 

@@ -8,7 +8,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.resampling import Interval
 from persona_lora.report.sections import Content, ReportOptions, data_uri
-from persona_lora.studies.steering.figure_comparison import NAMES, SPLITS, render_comparison
+from persona_lora.studies.steering.figure import NAMES, SPLITS, render_comparison
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     Comparison,

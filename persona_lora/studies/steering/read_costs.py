@@ -11,8 +11,7 @@ import numpy as np
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.sections import Content, ReportOptions, data_uri
-from persona_lora.studies.steering.figure_latency import render_latency
-from persona_lora.studies.steering.figure_spaces import render_spaces
+from persona_lora.studies.steering.figure import render_latency, render_spaces
 from persona_lora.studies.steering.read_latency import BASE, MERGED, TOKENS, Ratio, Timing, ratios
 
 Row = Mapping[str, Any]

@@ -24,7 +24,7 @@ from persona_lora.report.sections import (
     listing,
 )
 from persona_lora.studies.steering import read_words
-from persona_lora.studies.steering.figure_layers import render_layers
+from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_grid import GridSummary, grid_of
 
 

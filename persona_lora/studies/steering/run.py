@@ -32,8 +32,8 @@ from persona_lora.studies.asking.run import (
 )
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, measure_costs
-from persona_lora.studies.steering.figure import plot_sweep
-from persona_lora.studies.steering.figure_layers import plot_layers
+from persona_lora.studies.steering.figure import render_sweep
+from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_grid
 
 REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"))
@@ -121,9 +121,9 @@ def write_results(run: Run, trait: str) -> SweepResult:
     summary: SweepSummary | GridSummary
     if is_grid(run):
         summary, plot = write_grid(run), run.folder / "layers.png"
-        plot_layers(summary, plot)
+        render_layers(summary).save(plot)
     else:
         summary, plot = write_summary(run), run.folder / "sweep.png"
-        plot_sweep(summary, plot)
+        render_sweep(summary).save(plot)
     write_report([run.folder], page)
     return SweepResult(summary, run.folder, plot, page)

@@ -7,49 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.report.figures import (
-    INK,
-    MUTED,
-    Label,
+    DOTTED,
+    PALETTE,
+    ZERO,
+    Cells,
+    Look,
+    Panel,
+    Picture,
+    Series,
     add_axes,
+    finish,
+    heat_map,
+    lines,
     new_figure,
-    place_labels,
-    png_of,
     short,
-    style_axes,
-    write_line,
-    written,
 )
 from persona_lora.report.wording import number
 
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#3b3f45")
-_MOST_LINES = 7
 _CELL = 0.62  # inches
 Vectors = Mapping[str, SteeringVector]
 
 
-def plot_cosines(vectors: Vectors, layer: int, path: Path) -> bytes:
-    """Draw the cosine matrix at a layer, write the PNG to ``path`` and return its bytes."""
-    return written(render_cosines(vectors, layer), path)
-
-
-def plot_vectors_over_layers(vectors: Vectors, path: Path) -> bytes:
-    """Draw norms and cosines over layers, write the PNG to ``path`` and return its bytes."""
-    return written(render_vectors_over_layers(vectors), path)
-
-
-def render_cosines(vectors: Vectors, layer: int) -> bytes:
-    """Return the matrix of cosines between vectors at one layer, as PNG."""
-    names = list(vectors)
+def render_cosines(vectors: Vectors, layer: int) -> Picture:
+    """Return the matrix of cosines between vectors at one layer."""
+    names = tuple(vectors)
     if len(names) < 2:
         raise UserError("a cosine matrix needs at least two vectors")
     for vector in vectors.values():
@@ -62,76 +51,66 @@ def render_cosines(vectors: Vectors, layer: int) -> bytes:
     below = 0.75 * margin
     figure = new_figure(max(margin + side + 0.5, 4.2), side + below + 0.75)
     axes = add_axes(figure, (margin, below, side, side))
-    axes.imshow(matrix, cmap=colormaps["RdBu_r"], vmin=-1, vmax=1)
-    for row, column in np.ndindex(matrix.shape):
-        value = float(matrix[row, column])
-        axes.text(
-            column, row, number(value, 2), ha="center", va="center", fontsize=8.5,
-            color="white" if abs(value) > 0.6 else INK,
-        )  # fmt: skip
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8.5)
-    axes.set_yticks(range(len(names)), names, fontsize=8.5)
-    axes.tick_params(length=0, labelcolor=INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    write_line(figure, side + below + 0.35, f"Cosines at layer {layer}", size=13, bold=True)
-    return png_of(figure)
+    drawn = heat_map(axes, Cells(matrix, names, names, colours=colormaps["RdBu_r"]), slanted=True)
+    title = f"Cosines at layer {layer}"
+    return finish(figure, [Panel(title, drawn)], title=title)
 
 
-def render_vectors_over_layers(vectors: Vectors) -> bytes:
-    """Return the norm of each vector, and the cosine of each pair, over layers, as PNG."""
+def render_vectors_over_layers(vectors: Vectors) -> Picture:
+    """Return the norm of each vector, and the cosine of each pair, over layers."""
     if not vectors:
         raise UserError("there is no vector to plot")
-    figure = new_figure(12.4, 4.1)
-    norms, cosines = (add_axes(figure, (left, 0.62, 3.4, 2.5)) for left in (0.6, 6.1))
-    _lines(norms, {name: vector.norms() for name, vector in vectors.items()}, digits=1)
-    norms.set_title("Length ‖v‖", loc="left", fontsize=10.5, color=INK)
     pairs = {
         f"{one} · {other}": vectors[one].cosine(vectors[other])
         for one, other in combinations(vectors, 2)
     }
-    _lines(cosines, dict(list(pairs.items())[:_MOST_LINES]), digits=2)
-    cosines.set_ylim(-1.05, 1.05)
-    left_out = max(0, len(pairs) - _MOST_LINES)
+    shown = dict(list(pairs.items())[: len(PALETTE)])
+    left_out = len(pairs) - len(shown)
     note = f", {left_out} pairs left out" if left_out else ""
-    cosines.set_title(f"Cosine of each pair{note}", loc="left", fontsize=10.5, color=INK)
-    write_line(figure, 3.62, "Steering vectors over layers", size=13, bold=True)
-    return png_of(figure)
+    figure = new_figure(12.4, 4.1)
+    panels = []
+    for left, title, curves, digits in (
+        (0.6, "Length ‖v‖", {name: vector.norms() for name, vector in vectors.items()}, 1),
+        (6.1, f"Cosine of each pair{note}", shown, 2),
+    ):
+        axes = add_axes(figure, (left, 0.62, 3.4, 2.5), title=title, x="layer")
+        if curves is shown:
+            axes.set_ylim(-1.05, 1.05)
+        drawn = [
+            _over_layers(at, name, values, digits)
+            for at, (name, values) in enumerate(curves.items())
+        ]
+        panels.append(Panel(title, lines(axes, drawn, labels=8.0)))
+    return finish(figure, panels, title="Steering vectors over layers")
 
 
-def render_separation(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def render_separation(rows: Sequence[Mapping[str, Any]]) -> Picture:
     """Return the AUC of every vector over layers, from the rows of ``separation.jsonl``."""
     if not rows:
         raise UserError("there are no rows of separation to plot")
     figure = new_figure(7.6, 3.9)
-    axes = add_axes(figure, (0.6, 0.62, 4.6, 2.4))
-    curves: dict[str, dict[int, float]] = {}
-    for row in rows:
-        curves.setdefault(str(row["vector"]), {})[int(row["layer"])] = float(row["auc"])
-    for index, name in enumerate(curves):
-        own = sorted((r for r in rows if r["vector"] == name), key=lambda r: r["layer"])
-        axes.fill_between(
-            [r["layer"] for r in own], [r["low"] for r in own], [r["high"] for r in own],
-            color=_LINES[index % len(_LINES)], alpha=0.13, linewidth=0,
-        )  # fmt: skip
-    axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-    _lines(axes, curves, digits=2)
+    axes = add_axes(figure, (0.6, 0.62, 4.6, 2.4), x="layer")
+    axes.axhline(0.5, **{**ZERO, "linestyle": DOTTED})
     axes.set_ylim(0.3, 1.03)
+    drawn = []
+    for at, name in enumerate(dict.fromkeys(str(row["vector"]) for row in rows)):
+        own = sorted((r for r in rows if r["vector"] == name), key=lambda row: row["layer"])
+        bounds = [tuple(float(row[side]) for row in own) for side in ("low", "high")]
+        values = {int(row["layer"]): float(row["auc"]) for row in own}
+        drawn.append(_over_layers(at, name, values, 2, *bounds))
     title = "Do projections tell labelled answers apart? (AUC)"
-    write_line(figure, 3.42, title, size=13, bold=True)
-    return png_of(figure)
+    return finish(figure, [Panel(title, lines(axes, drawn, labels=8.0))], title=title)
 
 
-def _lines(axes: Axes, curves: Mapping[str, Mapping[int, float]], *, digits: int) -> None:
-    """Draw each curve over layers, with its name and last value at its end."""
-    labels = []
-    for index, (name, values) in enumerate(curves.items()):
-        colour = _LINES[index % len(_LINES)]
-        layers = sorted(values)
-        axes.plot(layers, [values[layer] for layer in layers], color=colour, linewidth=1.7)
-        last = values[layers[-1]]
-        labels.append(Label(last, f"{short(name)} {number(last, digits)}", colour))
-    style_axes(axes)
-    axes.set_xlabel("layer", fontsize=9, color=MUTED)
-    axes.autoscale_view()
-    place_labels(axes, labels, size=8.0)
+def _over_layers(
+    at: int,
+    name: str,
+    values: Mapping[int, float],
+    digits: int,
+    low: tuple[float, ...] = (),
+    high: tuple[float, ...] = (),
+) -> Series:
+    layers = sorted(values)
+    y = tuple(float(values[layer]) for layer in layers)
+    look = Look(PALETTE[at % len(PALETTE)], width=1.7)
+    return Series(name, tuple(layers), y, low, high, look, f"{short(name)} {number(y[-1], digits)}")

@@ -38,7 +38,7 @@ from persona_lora.studies.asking.run import (
     PlannedRow,
     answer_rows,
 )
-from persona_lora.studies.vectors.figure import plot_vectors_over_layers
+from persona_lora.studies.vectors.figure import render_vectors_over_layers
 from persona_lora.studies.vectors.judged_pairs import (
     JudgedAnswer,
     filter_pairs,
@@ -319,7 +319,7 @@ def _vectors(
     paths = tuple(
         vector.save(run.folder / f"{name}.safetensors") for name, vector in vectors.items()
     )
-    plot_vectors_over_layers(vectors, run.folder / "vectors.png")
+    render_vectors_over_layers(vectors).save(run.folder / "vectors.png")
     return vectors, paths
 
 

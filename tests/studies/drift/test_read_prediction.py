@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.studies.drift.figure_prediction import render_prediction
+from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
     BASE,
     POOLED,
@@ -99,7 +99,7 @@ def test_too_few_finetunes_are_refused():
 
 
 def test_the_picture_is_the_same_for_the_same_rows():
-    assert render_prediction(*study(0.5)) == render_prediction(*study(0.5))
+    assert render_prediction(*study(0.5)).png() == render_prediction(*study(0.5)).png()
 
 
 def test_a_direction_is_compared_with_random_ones_of_its_own():

@@ -8,17 +8,17 @@ from matplotlib import image
 
 from persona_lora.core.errors import UserError
 from persona_lora.report.summary import summarise_run, summarise_sweep
-from persona_lora.studies.steering.figure import plot_sweep, plot_sweeps
+from persona_lora.studies.steering.figure import render_sweep, render_sweeps
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def test_plot_sweep_writes_the_bytes_it_returns_and_repeats_them(make_sweep_run, tmp_path):
+def test_sweep_writes_the_bytes_it_returns_and_repeats_them(make_sweep_run, tmp_path):
     summary = summarise_run(make_sweep_run())
-    png = plot_sweep(summary, tmp_path / "plots" / "sweep.png")
+    png = render_sweep(summary).save(tmp_path / "plots" / "sweep.png")
     assert png.startswith(PNG_SIGNATURE)
     assert (tmp_path / "plots" / "sweep.png").read_bytes() == png
-    assert plot_sweep(summary, tmp_path / "again.png") == png
+    assert render_sweep(summary).save(tmp_path / "again.png") == png
     pixels = image.imread(tmp_path / "again.png")
     assert pixels.shape[1] > 1200
     # Nothing runs into the right edge, where the labels stand.
@@ -36,20 +36,20 @@ def test_plot_sweep_writes_the_bytes_it_returns_and_repeats_them(make_sweep_run,
         {"layers": (12,), "coefficients": ()},
     ],
 )
-def test_plot_sweep_draws_degenerate_and_crowded_sweeps(sweep_rows, tmp_path, rows):
+def test_sweep_draws_degenerate_and_crowded_sweeps(sweep_rows, tmp_path, rows):
     answers, verdicts = sweep_rows(**rows)
     for kept in (verdicts, []):
         summary = summarise_sweep(answers, kept, [], trait="sycophancy", resamples=50)
-        assert plot_sweep(summary, tmp_path / "sweep.png").startswith(PNG_SIGNATURE)
+        assert render_sweep(summary).save(tmp_path / "sweep.png").startswith(PNG_SIGNATURE)
 
 
-def test_plot_sweep_with_a_control_draws_its_curve(sweep_rows, tmp_path):
+def test_sweep_with_a_control_draws_its_curve(sweep_rows, tmp_path):
     options = {"layers": (12,), "coefficients": (-2.0, 2.0), "seed": 5}
     pictures = {}
     for control in (False, True):
         answers, verdicts = sweep_rows(**options, control=control)
         summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=50)
-        plot_sweep(summary, tmp_path / "sweep.png")
+        render_sweep(summary).save(tmp_path / "sweep.png")
         pictures[control] = image.imread(tmp_path / "sweep.png")[:, :, :3]
     grey = np.array([0x77, 0x80, 0x8A]) / 255
     drawn = {
@@ -59,16 +59,16 @@ def test_plot_sweep_with_a_control_draws_its_curve(sweep_rows, tmp_path):
     assert drawn[True] > drawn[False] + 200
 
 
-def test_plot_sweeps_draws_a_panel_per_trait(make_sweep_run, tmp_path):
+def test_sweeps_draws_a_panel_per_trait(make_sweep_run, tmp_path):
     traits = ("evil", "sycophancy", "a_trait_whose_name_is_far_too_long_to_fit")
     summaries = [summarise_run(make_sweep_run(trait, trait=trait)) for trait in traits]
     heights = []
     for count in (1, 2, 3):
-        plot_sweeps(summaries[:count], tmp_path / "all.png")
+        render_sweeps(summaries[:count]).save(tmp_path / "all.png")
         heights.append(image.imread(tmp_path / "all.png").shape[0])
     assert heights[0] == heights[1] < heights[2]
 
 
-def test_plot_sweeps_refuses_nothing_to_plot(tmp_path):
+def test_sweeps_refuses_nothing_to_plot():
     with pytest.raises(UserError, match="no sweep to plot"):
-        plot_sweeps([], tmp_path / "all.png")
+        render_sweeps([])

@@ -1,0 +1,278 @@
+"""A grid as a picture: trait and coherence by layer and coefficient, as maps and as lines.
+
+The maps show where steering works, the lines by how much. Draws summaries; refuses to compute
+statistics.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from persona_lora.report.conditions import ConditionSummary
+from persona_lora.report.figures import (
+    CHANGE,
+    DOTTED,
+    INK,
+    MUTED,
+    PROMPTS,
+    Cells,
+    Look,
+    Panel,
+    Picture,
+    Series,
+    add_axes,
+    finish,
+    heat_map,
+    inches_of,
+    lines,
+    new_figure,
+    score_scale,
+    series,
+    spread_ticks,
+    write_line,
+)
+from persona_lora.report.resampling import Interval
+from persona_lora.report.wording import NONE, coefficient, method_label, number, title_of
+from persona_lora.studies.steering import read_words
+from persona_lora.studies.steering.read_grid import GridSummary
+
+# White where answers are coherent: ink marks the damage.
+_DAMAGE = LinearSegmentedColormap.from_list("damage", ["#7f2704", "#d55e00", "#fdc08c", "#fffaf5"])
+_LEFT, _PANEL, _GUTTER, _RIGHT = 0.78, 4.2, 1.95, 1.4  # inches, left to right
+_BOTTOM, _LINES, _SPACE, _ABOVE = 1.0, 2.55, 0.62, 1.2  # inches, upwards
+_MAP_ROW, _LEAST_MAP, _LARGEST_MAP = 0.34, 0.5, 2.5
+_LEAST_SPREAD = 10.0  # the colours of a trait span at least so many points on either side
+_CELL_TEXT = 0.27  # cells at least so wide hold their number
+_FEW = 3  # so many lines may have bands
+
+
+@dataclass(frozen=True)
+class _Criterion:
+    """One of the two columns: what it shows, in which colours."""
+
+    name: str
+    score: Callable[[ConditionSummary], Interval]
+    colours: Colormap
+    low: float
+    high: float
+    unsteered: float | None
+
+
+def render_layers(grid: GridSummary) -> Picture:
+    """Return a grid: maps above lines, the trait on the left, coherence on the right."""
+    map_height = min(max(len(grid.coefficients) * _MAP_ROW, _LEAST_MAP), _LARGEST_MAP)
+    upper = _BOTTOM + _LINES + _SPACE
+    height = upper + map_height + _ABOVE
+    figure = new_figure(_LEFT + 2 * _PANEL + _GUTTER + _RIGHT, height)
+    panels = []
+    for column, criterion in enumerate((_trait(grid), _coherence(grid))):
+        left = _LEFT + column * (_PANEL + _GUTTER)
+        above = add_axes(figure, (left, upper, _PANEL, map_height), y="coefficient")
+        below = add_axes(figure, (left, _BOTTOM, _PANEL, _LINES), x="layer")
+        cells = _cells(grid, criterion)
+        panels += [
+            Panel(f"{criterion.name}, map", _map(above, grid, criterion, cells)),
+            Panel(f"{criterion.name}, lines", _lines(below, grid, criterion, cells)),
+        ]
+        _draw_key(figure, above, criterion)
+    subtitle = _wrapped(read_words.subtitle(grid))
+    write_line(figure, height - 0.47, subtitle, size=9, muted=True, anchor="top")
+    return finish(figure, panels, title=read_words.title(grid), note=_wrapped(_caption(grid)))
+
+
+def _trait(grid: GridSummary) -> _Criterion:
+    """Colour the trait by its distance from the unsteered model, alike on both sides."""
+    scores = [each.trait.mean for each in grid.steered if each.trait.mean is not None]
+    zero = None if grid.unsteered is None else grid.unsteered.trait.mean
+    centre = 50.0 if zero is None else zero
+    half = max([abs(score - centre) for score in scores] + [_LEAST_SPREAD])
+    name = title_of(grid.trait)
+    return _Criterion(name, lambda each: each.trait, CHANGE, centre - half, centre + half, zero)
+
+
+def _coherence(grid: GridSummary) -> _Criterion:
+    zero = None if grid.unsteered is None else grid.unsteered.coherence.mean
+    return _Criterion("Coherence", lambda each: each.coherence, _DAMAGE, 0, 100, zero)
+
+
+def _cells(grid: GridSummary, criterion: _Criterion) -> Cells:
+    """Return the means ``[coefficients, layers]``, those of incoherent cells hatched."""
+    found = [[grid.cell(layer, value) for layer in grid.layers] for value in grid.coefficients]
+    means = [[_mean(criterion, each) for each in row] for row in found]
+    return Cells(
+        np.array(means),
+        tuple(map(coefficient, grid.coefficients)),
+        tuple(map(str, grid.layers)),
+        at=tuple(map(float, grid.layers)),
+        low=criterion.low,
+        high=criterion.high,
+        colours=criterion.colours,
+        missing=NONE,
+        hatched=np.array([[_is_incoherent(each, grid) for each in row] for row in found]),
+    )
+
+
+def _mean(criterion: _Criterion, cell: ConditionSummary | None) -> float:
+    mean = None if cell is None else criterion.score(cell).mean
+    return float("nan") if mean is None else mean
+
+
+def _is_incoherent(cell: ConditionSummary | None, grid: GridSummary) -> bool:
+    mean = None if cell is None else cell.coherence.mean
+    return mean is not None and mean < grid.coherent_threshold
+
+
+def _map(axes: Axes, grid: GridSummary, criterion: _Criterion, cells: Cells) -> tuple[Series, ...]:
+    """Draw one heat map: layers across (to scale), coefficients upwards (one row each)."""
+    across = cells.places[-1] - cells.places[0] + 2 * cells.half
+    roomy = 2 * cells.half / across * inches_of(axes, "width") >= _CELL_TEXT
+
+    def say(row: int, column: int, value: float) -> str:
+        return number(value) if roomy else ""
+
+    drawn = heat_map(axes, cells, say=say, size=7, upwards=True)
+    _layer_ticks(axes, cells)
+    axes.tick_params(axis="x", length=2, labelsize=8, color=MUTED, labelcolor=MUTED)
+    axes.set_title(criterion.name, loc="left", fontsize=11, fontweight="bold", color=INK, pad=17)
+    if grid.best_layer is not None and grid.best_coefficient is not None:
+        _mark_best(axes, cells, grid.best_layer, grid.coefficients.index(grid.best_coefficient))
+    return drawn
+
+
+def _layer_ticks(axes: Axes, cells: Cells) -> None:
+    low, high = cells.places[0] - cells.half, cells.places[-1] + cells.half
+    axes.set_xlim(low, high)
+    ticks = spread_ticks(cells.places, gap=0.26 * (high - low) / inches_of(axes, "width"))
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def _mark_best(axes: Axes, cells: Cells, layer: int, row: int) -> None:
+    """Frame the best cell, and name the best layer above the map."""
+    corner = (layer - cells.half, row - 0.5)
+    style: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.8, "zorder": 4}
+    axes.add_patch(Rectangle(corner, 2 * cells.half, 1, clip_on=False, **style))
+    low, high = axes.get_xlim()
+    axes.annotate(
+        f"best layer {layer}",
+        (layer, len(cells.rows) - 0.5),
+        (0, 9),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 0.9, "shrinkB": 0},
+        fontsize=8,
+        color=INK,
+        # Beside the axes' name, which stands at the right.
+        ha="right" if (layer - low) / (high - low) > 0.8 else "center",
+        va="bottom",
+        annotation_clip=False,
+    )
+
+
+def _draw_key(figure: Figure, axes: Axes, criterion: _Criterion) -> None:
+    """Draw the colour key right of a map, with a mark at the unsteered level."""
+    width, height = figure.get_size_inches()
+    box = axes.get_position()
+    key = figure.add_axes((box.x1 + 0.14 / width, box.y0, 0.11 / width, box.height))
+    scale = Normalize(criterion.low, criterion.high)
+    bar = figure.colorbar(ScalarMappable(scale, criterion.colours), cax=key)
+    bar.outline.set_visible(False)
+    low, high = max(criterion.low, 0.0), min(criterion.high, 100.0)
+    key.set_ylim(low, high)
+    key.tick_params(length=2, labelsize=7.5, color=MUTED, labelcolor=MUTED)
+    ticks = [float(each) for each in np.linspace(low, high, 3 if box.height * height < 1.2 else 5)]
+    unsteered = criterion.unsteered
+    if unsteered is not None:
+        # No tick under the name of the unsteered level, which says its score.
+        room = 0.16 / (box.height * height) * (high - low)
+        ticks = [each for each in ticks if abs(each - unsteered) > room]
+        key.axhline(unsteered, color=INK, linewidth=1.2)
+        key.annotate(
+            f"unsteered {number(unsteered)}",
+            (1, unsteered),
+            (5, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+            va="center",
+            annotation_clip=False,
+        )
+    bar.set_ticks(ticks, labels=[number(tick) for tick in ticks])
+
+
+def _lines(
+    axes: Axes, grid: GridSummary, criterion: _Criterion, cells: Cells
+) -> tuple[Series, ...]:
+    """Draw one line over the layers for each coefficient, beside the unsteered level."""
+    score_scale(axes)
+    _layer_ticks(axes, cells)
+    if grid.best_layer is not None:
+        axes.axvline(grid.best_layer, color=INK, linewidth=0.9, alpha=0.6, zorder=1)
+    drawn = _levels(grid, criterion)
+    for value, colour in _line_colours(grid.coefficients).items():
+        found = [grid.cell(layer, value) for layer in grid.layers]
+        best = value == grid.best_coefficient
+        look = Look(
+            colour,
+            width=2.4 if best else 1.4,
+            size=5.0 if best else 3.6,
+            band=0.15 if best or len(grid.coefficients) <= _FEW else 0.0,
+            bold=best,
+            order=3 if best else 2,
+        )
+        scores = [None if each is None else criterion.score(each) for each in found]
+        hollow = tuple(_is_incoherent(each, grid) for each in found)
+        name = coefficient(value)
+        drawn.append(series(name, cells.places, scores, look, label=name, hollow=hollow))
+    return lines(axes, drawn, labels=8)
+
+
+def _levels(grid: GridSummary, criterion: _Criterion) -> list[Series]:
+    """Return the unsteered level and, for the trait, what the prompts reach."""
+    levels = [("unsteered", grid.unsteered, Look(MUTED, 1.1, dashes=(0, (4, 2)), band=0, order=1))]
+    if criterion.name != "Coherence":
+        levels += [
+            (method_label(name), grid.reference(name), Look(c, 1.1, dashes=DOTTED, band=0, order=1))
+            for name, c in PROMPTS.items()
+        ]
+    return [
+        Series(name, (), (mean,), look=look, label=f"{name} {number(mean)}")
+        for name, level, look in levels
+        if np.isfinite(mean := _mean(criterion, level))
+    ]
+
+
+def _line_colours(coefficients: Sequence[float]) -> dict[float, str]:
+    """Return a colour for each coefficient: reds below 0, blues above, darker further out."""
+    colours = {}
+    for sign, start, end in ((-1, 0.21, 0.0), (1, 0.79, 1.0)):
+        side = sorted((each for each in coefficients if each * sign > 0), key=abs)
+        for index, value in enumerate(side):
+            share = index / (len(side) - 1) if len(side) > 1 else 0.6
+            colours[value] = to_hex(CHANGE(start + share * (end - start)))
+    return {value: colours[value] for value in coefficients}
+
+
+def _caption(grid: GridSummary) -> str:
+    shown = "bands" if len(grid.coefficients) <= _FEW else "band of the best coefficient"
+    bands = f"{shown}: 95% bootstrap over questions"
+    if all(each.trait.low is None for each in grid.steered):
+        bands = "no intervals"
+    return (
+        f"Mean scores 0–100. {read_words.sample_line(grid)}; {bands}. Hatched and hollow: mean "
+        f"coherence below {grid.coherent_threshold:g}. Colours of the left map are centred on the "
+        "unsteered model; a dash was not scored."
+    )
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 180))
