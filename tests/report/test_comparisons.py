@@ -1,0 +1,157 @@
+"""Paired comparisons: every number is the one that was recorded when each had code of its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from persona_lora.core.runs import Run
+from persona_lora.report.fits import fits_over_personas, fits_over_prompts, strict_rows
+from persona_lora.report.items import score_items
+from persona_lora.report.paired import compare_runs
+from persona_lora.studies.steering.read_comparison import pooled, read_comparison
+
+RECORDED = Path(__file__).with_name("recorded_comparisons.json")
+
+
+def numbers(value):
+    """Return nested plain values of results."""
+    if is_dataclass(value):
+        return numbers(asdict(value))
+    if isinstance(value, dict):
+        return {name: numbers(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(each) for each in value]
+    return value
+
+
+def flat(value, place=""):
+    """Return every leaf with the path to it."""
+    if isinstance(value, dict):
+        return [leaf for name in value for leaf in flat(value[name], f"{place}/{name}")]
+    if isinstance(value, list):
+        return [leaf for at, each in enumerate(value) for leaf in flat(each, f"{place}/{at}")]
+    return [(place, value)]
+
+
+def scores(rng, level, holes):
+    value = float(np.clip(level + 6 * rng.normal(), 0, 100))
+    return None if rng.random() < holes else value
+
+
+def evaluated(folder, name, level, seed):
+    """A run of evaluate: questions in no order, some asked twice, some answers not scored."""
+    rng = np.random.default_rng(seed)
+    run = Run.open(folder / name, command="evaluate", config={"trait": "evil"}, seed=0)
+    asked = [int(each) for each in rng.permutation(np.repeat(np.arange(9), 2))]
+    run.write("answers", [{"row": row, "question_id": each} for row, each in enumerate(asked)])
+    run.write(
+        "verdicts",
+        [
+            {"row": row, "criterion": criterion, "score": scores(rng, middle, 0.2)}
+            for row in range(len(asked))
+            for criterion, middle in (("evil", level), ("coherence", 85.0))
+        ],
+    )
+    return run
+
+
+def items():
+    rng = np.random.default_rng(1)
+    return [
+        {"condition": model, "task": task, "metric": metric, "item": item, "score": level + noise}
+        for model, shift in (("plain", 0.0), ("added", -3.0), ("short", 1.0))
+        for task, metric, middle in (("trait", "score", 50.0), ("choice", "acc", 0.5))
+        for item in rng.permutation(9 if model == "short" else 16).tolist()
+        for level, noise in [(middle + shift, float(rng.normal()))]
+    ]
+
+
+def held_out():
+    rng = np.random.default_rng(2)
+    return [
+        {"persona": f"p{person}", "condition": condition, "prompt_id": prompt,
+         "score": score and 1 + score / 25, "coherence": scores(rng, 85.0, 0.05),
+         "relevance": scores(rng, 60.0, 0.0)}
+        for condition, level in (("lora", 60.0), ("none", 40.0), ("prompt", 70.0))
+        for person in rng.permutation(6).tolist()
+        for prompt in rng.permutation(5).tolist()
+        for score in [scores(rng, level, 0.1)]
+    ]  # fmt: skip
+
+
+def compared(folder, trait, seed):
+    """A run of compare, of two sets of questions and two levels of either sign."""
+    rng = np.random.default_rng(seed)
+    effects = {"lora": 25, "activation": 15, "random_lora": 3, "random": -2}
+    coefficients = (-1.0, 0.5)
+    steered = [(method, c) for c in coefficients for method in effects]
+    with Run.open(
+        folder / trait, command="compare", config={"trait": trait, "statistic": "mean"}, seed=0
+    ) as run:
+        run.write("splits", [{"split": "eval"}, {"split": "ood"}])
+        run.write(
+            "levels",
+            [
+                {"level": at // 4, "method": method, "coefficient": c, "kl_mean": abs(c) / 10,
+                 "kl_p95": abs(c) / 3, "matched": True}
+                for at, (method, c) in enumerate(steered)
+            ],
+        )  # fmt: skip
+    for split, count in (("eval", 7), ("ood", 5)):
+        asked = [
+            (method, c, question)
+            for method, c in [("none", None), ("prompt_pos", None), *steered]
+            for question in rng.permutation(np.repeat(np.arange(count), 2)).tolist()
+        ]
+        part = Run.open(folder / trait / split, command="evaluate", config={}, seed=0)
+        part.write(
+            "answers",
+            [
+                {"row": row, "method": method, "coefficient": c, "question_id": question}
+                for row, (method, c, question) in enumerate(asked)
+            ],
+        )
+        part.write(
+            "verdicts",
+            [
+                {"row": row, "criterion": criterion, "score": scores(rng, middle, 0.1)}
+                for row, (method, c, _) in enumerate(asked)
+                for criterion, middle in (
+                    (trait, 50 + effects.get(method, 0) * (c or 0)),
+                    ("coherence", 88.0),
+                )
+            ],
+        )
+    return run
+
+
+def everything(folder):
+    runs = [evaluated(folder, name, level, at) for at, (name, level) in enumerate(
+        (("plain", 40.0), ("one", 55.0), ("two", 42.0)))]  # fmt: skip
+    comparisons = [compared(folder, trait, at) for at, trait in enumerate(("evil", "kind"))]
+    rows = held_out()
+    return numbers(
+        {
+            "runs": compare_runs(runs[1:], runs[0]),
+            "items": score_items(items(), "plain"),
+            "over prompts": fits_over_prompts(rows, "none"),
+            "over personas": fits_over_personas(rows, "none"),
+            "strict": fits_over_personas(strict_rows(rows, 82), "lora"),
+            "comparison": read_comparison(comparisons[0]),
+            "pooled": pooled(comparisons),
+        }
+    )
+
+
+def test_numbers_are_those_that_were_recorded(tmp_path):
+    found, recorded = flat(everything(tmp_path)), flat(json.loads(RECORDED.read_text()))
+    assert [place for place, _ in found] == [place for place, _ in recorded]
+    for (place, value), (_, wanted) in zip(found, recorded, strict=True):
+        # Within what another machine's linear algebra rounds differently.
+        exact = not isinstance(wanted, float)
+        assert value == (wanted if exact else pytest.approx(wanted, rel=1e-12, abs=1e-12)), place

@@ -1,0 +1,129 @@
+"""What is said of a comparison follows its numbers: case by case, never the other way."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.report import wording
+from persona_lora.report.curve import PairedDifference
+from persona_lora.report.fits import ConditionFit
+from persona_lora.report.resampling import Interval
+from persona_lora.studies import research_questions
+from persona_lora.studies.drift.read import Curve, Point
+from persona_lora.studies.drift.read_prediction import Prediction
+from persona_lora.studies.drift.read_section import _finding
+from persona_lora.studies.personas.read import _lead
+from persona_lora.studies.steering.read_comparison import Comparison, Overall
+from persona_lora.studies.steering.read_comparison_section import verdict_lines
+from persona_lora.studies.steering.read_costs import _latency_line
+from persona_lora.studies.steering.read_latency import TOKENS, Ratio
+
+
+def interval(mean, low, high):
+    return Interval(mean, low, high, 8, 8, 1.0)
+
+
+# weights minus activations (mean, low, high), p after Holm, and who is said to steer further
+WHO = [
+    ((10.0, 5.0, 15.0), 0.01, "weights"),
+    ((-10.0, -15.0, -5.0), 0.01, "activations"),
+    ((10.0, -1.0, 21.0), 0.01, None),
+    ((-10.0, -21.0, 1.0), 0.01, None),
+    ((10.0, 5.0, 15.0), 0.2, None),
+    ((-10.0, -15.0, -5.0), 0.2, None),
+    ((10.0, 5.0, 15.0), None, None),
+    ((10.0, None, None), 0.01, None),
+]
+
+
+@pytest.mark.parametrize(("gap", "p", "winner"), WHO)
+def test_who_steered_further_is_the_one_with_the_larger_effect(gap, p, winner):
+    lora = Overall("eval", "lora", interval(30.0, 25.0, 35.0), None, None, None)
+    other = Overall(
+        "eval", "activation", interval(20.0, 15.0, 25.0), interval(*gap), None, p, p_holm=p
+    )
+    line, _ = verdict_lines(Comparison("evil", "mean", (), (lora, other)))
+    said = {
+        "weights": "weights steered further:",
+        "activations": "activations steered further:",
+        None: "neither steered clearly further than the other:",
+    }
+    assert [name for name, text in said.items() if f", {text}" in line] == [winner]
+    assert "weights moved the trait by 30 [25, 35] points, activations by 20 [15, 25]" in line
+    assert research_questions._winner(other) == winner
+
+
+@pytest.mark.parametrize(("gap", "p", "winner"), WHO)
+def test_a_pooled_row_names_the_same_winner(gap, p, winner):
+    row = research_questions._pooled_row(
+        research_questions.Pooled("eval", "effect", interval(*gap), p)
+    )
+    told = {"weights": "more with weights", "activations": "more with activations"}
+    assert row[-1] == told.get(winner, "undecided")
+
+
+@pytest.mark.parametrize(("gap", "p", "winner"), WHO)
+def test_a_direction_is_clear_by_interval_and_test(gap, p, winner):
+    sign = {"weights": 1, "activations": -1, None: 0}[winner]
+    assert wording.direction_of(PairedDifference(interval(*gap), p)) == sign
+    assert wording.direction_of(PairedDifference(interval(*gap), 0.001, p_holm=p or 1.0)) == sign
+
+
+@pytest.mark.parametrize(
+    ("gain", "clear"),
+    [((1.0, 0.5, 1.5), True), ((1.0, -0.1, 2.1), False), ((-1.0, -1.5, -0.5), True)],
+)
+def test_a_gain_is_called_unclear_where_its_interval_holds_zero(gain, clear):
+    fits = [
+        ConditionFit(name, interval(fit, fit, fit), *[interval(90, 90, 90)] * 2, difference, None)
+        for name, fit, difference in (("none", 2.0, None), ("lora", 3.0, interval(*gain)))
+    ]
+    said = _lead(fits, "lora")
+    assert ("not clear" not in said) == clear
+    assert "LoRA, CMA-ES: fit 3.00 [3.00, 3.00] against 2.00 [2.00, 2.00] unsteered" in said
+    assert wording.interval(fits[1].difference, 2) in said
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        ((10, 5, 15), (40, 35, 45), "Evil goes from 10 [5, 15] at step 0 to 40 [35, 45] at step 9"),
+        ((40, 35, 45), (10, 5, 15), "Evil goes from 40 [35, 45] at step 0 to 10 [5, 15] at step 9"),
+        ((10, 5, 15), (14, 9, 19), "Evil does not clearly change"),
+        ((10, None, None), (40, 35, 45), "Evil could not be scored at both ends"),
+    ],
+)
+def test_a_finetune_changes_a_trait_only_where_intervals_are_apart(first, last, said):
+    points = tuple(Point(step, *each) for step, each in ((0, first), (9, last)))
+    assert _finding(Curve("evil", "trait", None, None, points)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.97, 1.04, "cannot be told from"), (1.02, 1.1, "differs from"), (0.8, 0.9, "differs from")],
+)
+def test_merged_costs_nothing_only_where_its_ratio_holds_one(low, high, said):
+    ratios = [
+        Ratio("merged", 8, TOKENS, interval((low + high) / 2, low, high), 9.0),
+        Ratio("live", 8, TOKENS, interval(1.4, 1.3, 1.5), 9.0),
+    ]
+    line = _latency_line(ratios)
+    assert f"Merged {said} the base." in line
+    assert "live 1.40 [1.30, 1.50]" in line
+    assert research_questions._holds_one(ratios[0].ratio) == (said == "cannot be told from")
+
+
+@pytest.mark.parametrize(
+    ("r", "low", "p", "said"),
+    [
+        (0.9, 0.75, 0.01, "Yes."),
+        (0.8, 0.2, 0.01, "Yes; how closely is less certain."),
+        (0.5, 0.2, 0.01, "In part."),
+        (0.5, 0.2, 0.2, "Not shown here."),
+        (0.8, -0.1, 0.01, "Not shown here."),
+        (-0.9, -0.99, 0.01, "Not shown here."),
+    ],
+)
+def test_prediction_is_answered_by_r_and_its_interval(r, low, p, said):
+    found = Prediction("all", "all", "weights", True, 12, r, low, 0.99, r, p, 0.5, 1.0, p)
+    assert research_questions._predicts(found) == said
