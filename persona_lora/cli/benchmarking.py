@@ -25,6 +25,7 @@ from persona_lora.cli.shared_options import (
     VectorOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,24 +85,23 @@ def benchmark(
         "plain": _plain(chat_model, model.adapter is not None)
     }
     conditions["changed"] = changed if changed is not None else ExitStack()
+    record = {
+        "diffs": [str(path) for path in diff or []],
+        "vectors": [str(path) for path in vector or []],
+        "coefficients": coefficient or [],
+        "layers": layers,
+        "adapter": None if model.adapter is None else str(model.adapter),
+    }
+    inputs = {str(path): path_digest(path) for path in [*(diff or []), *(vector or [])]}
     scores = run_benchmarks(
         chat_model,
         conditions,
         tasks.replace(",", " ").split(),
-        output,
+        Output(output, overwrite, record, inputs),
         limit=limit,
         batch_size=batch_size,
         tasks_folder=tasks_dir,
         datasets=datasets_dir,
-        config={
-            "diffs": [str(path) for path in diff or []],
-            "vectors": [str(path) for path in vector or []],
-            "coefficients": coefficient or [],
-            "layers": layers,
-            "adapter": None if model.adapter is None else str(model.adapter),
-        },
-        inputs={str(path): path_digest(path) for path in [*(diff or []), *(vector or [])]},
-        overwrite=overwrite,
     )
     console.print(_table(scores))
     console.print(f"{output / 'scores.csv'}")

@@ -17,7 +17,7 @@ from persona_lora.cli.parsing import (
     judge_factory,
     judge_inputs,
     judge_options,
-    judge_settings,
+    judged_output,
     layer_numbers,
     listed,
     load_model,
@@ -44,6 +44,7 @@ from persona_lora.cli.shared_options import (
     TraitOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 from persona_lora.core.settings import path_after_equals, path_before_equals, split_lists
 
 if TYPE_CHECKING:
@@ -122,11 +123,10 @@ def evaluate_checkpoints(
                 finetuned_on,
             ),
             lambda trait, reference: judge_factory(trait, reference, judging),
-            output or Path("results") / "checkpoints" / folder.name,
+            judged_output(
+                output or Path("results") / "checkpoints" / folder.name, overwrite, judging
+            ),
             options=generation_options(max_new_tokens, temperature, samples, seed, batch_size),
-            config={"judge": judge_settings(judging)},
-            inputs=judge_inputs(judging),
-            overwrite=overwrite,
         )
     console.print(_table(run))
     console.print(f"run: {run.folder}")
@@ -217,10 +217,8 @@ def predict_finetuning(
             base,
             study,
             lambda trait: judge_factory(trait, base, judging),
-            output,
+            Output(output, overwrite, inputs=judge_inputs(judging)),
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
-            inputs=judge_inputs(judging),
-            overwrite=overwrite,
         )
     rows = run.read("judged"), run.read("predictors")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -327,13 +325,11 @@ def compare_prevention(
             asked,
             rows,
             judge_factory(asked, base, judging),
-            output,
+            Output(output, overwrite, inputs=judge_inputs(judging)),
             tasks=tasks.replace(",", " ").split(),
             limit=limit,
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
             datasets=datasets_dir,
-            inputs=judge_inputs(judging),
-            overwrite=overwrite,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("measure", "model", "score", "n", "difference", "p (Holm)"):

@@ -14,9 +14,8 @@ from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import (
     generation_options,
     judge_factory,
-    judge_inputs,
     judge_options,
-    judge_settings,
+    judged_output,
     layer_numbers,
     load_model,
     numbers,
@@ -44,6 +43,7 @@ from persona_lora.cli.shared_options import (
     TraitOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
     from persona_lora.studies.steering.read_comparison import Comparison
@@ -148,19 +148,17 @@ def compare(
             methods,
             numbers(coefficients),
             judge_factory(loaded, chat_model, judging),
-            output,
+            judged_output(
+                output,
+                overwrite,
+                judging,
+                {"diff": str(diff), "vector_path": str(activation_vector)},
+            ),
             splits=[question_split(each) for each in splits.replace(",", " ").split()],
             max_questions=max_questions,
             statistic="mean" if match == "mean" else "p95",
             options=generation_options(max_new_tokens, 0.0, 1, seed, batch_size),
-            config={
-                "diff": str(diff),
-                "vector_path": str(activation_vector),
-                "judge": judge_settings(judging),
-            },
-            inputs=judge_inputs(judging),
             datasets=datasets_dir,
-            overwrite=overwrite,
         )
         parts = [output]
         if latency:
@@ -170,11 +168,10 @@ def compare(
                 loaded,
                 methods,
                 experiment.levels_of(output),
-                parts[-1],
+                Output(parts[-1], overwrite),
                 batches=sizes,
                 rounds=rounds,
                 datasets=datasets_dir,
-                overwrite=overwrite,
             )
         if directions is not None:
             parts.append(output / "spaces")
@@ -182,9 +179,8 @@ def compare(
                 chat_model,
                 *directions,
                 vector.layers[0],
-                parts[-1],
+                Output(parts[-1], overwrite),
                 datasets=datasets_dir,
-                overwrite=overwrite,
             )
     write_report(parts, output / "report.html")
     _show(found, output)

@@ -24,6 +24,7 @@ from persona_lora.cli.shared_options import (
 )
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 from persona_lora.models.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -131,11 +132,8 @@ def generate_data(
         result = data_generation.generate_data(
             loaded,
             writer,
-            output,
+            Output(output, overwrite, inputs=writer.inputs()),
             options,
-            run_folder=output / "run",
-            inputs=writer.inputs(),
-            overwrite=overwrite,
         )
     for name, rows in result.rows.items():
         console.print(f"{result.folder / name}.jsonl: {rows} rows")

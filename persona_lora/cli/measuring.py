@@ -15,9 +15,8 @@ from persona_lora.cli.parsing import (
     activation_settings,
     generation_options,
     judge_factory,
-    judge_inputs,
     judge_options,
-    judge_settings,
+    judged_output,
     load_activation,
     load_model,
     load_population,
@@ -118,27 +117,24 @@ def evaluate(
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     steering = [*terms, *(activation.vectors if activation else ())]
     chat_model = load_model(model, steering, allow_other_base=allow_other_base)
+    record = {
+        "diffs": [str(path) for path in diff or []],
+        "coefficients": list(terms.values()),
+        **activation_settings(vector or [], activation),
+        "adapter": None if model.adapter is None else str(model.adapter),
+    }
     with progress_bars():
         result = evaluation.evaluate(
             chat_model,
             loaded,
             judge_factory(loaded, chat_model, judging),
-            output,
+            judged_output(output, overwrite, judging, record),
             terms=terms,
             mode=mode,
             activation=activation,
             system_prompt=system_prompt,
             split=question_split(split),
             options=options,
-            config={
-                "diffs": [str(path) for path in diff or []],
-                "coefficients": list(terms.values()),
-                **activation_settings(vector or [], activation),
-                "adapter": None if model.adapter is None else str(model.adapter),
-                "judge": judge_settings(judging),
-            },
-            inputs=judge_inputs(judging),
-            overwrite=overwrite,
         )
     table = Table("criterion", "mean", "95% interval", "questions", "scored", box=box.SIMPLE_HEAD)
     for criterion, interval in ((trait, result.trait), ("coherence", result.coherence)):
@@ -244,23 +240,25 @@ def sweep(
     )
     chat_model = load_model(model, population.directions(), allow_other_base=allow_other_base)
     suffix = "" if chosen == "lora" else f"_{chosen}"
+    record = {
+        **({"diff": str(diff)} if diff else {"vector_path": str(vector)} if vector else {}),
+        "adapter": None if model.adapter is None else str(model.adapter),
+    }
     with progress_bars():
         result = experiment.sweep(
             chat_model,
             loaded,
             population,
             judge_factory(loaded, chat_model, judging),
-            output or Path("results") / "sweep" / f"{loaded.name}{suffix}",
+            judged_output(
+                output or Path("results") / "sweep" / f"{loaded.name}{suffix}",
+                overwrite,
+                judging,
+                record,
+            ),
             sweeping=sweeping,
             options=options,
-            config={
-                **({"diff": str(diff)} if diff else {"vector_path": str(vector)} if vector else {}),
-                "adapter": None if model.adapter is None else str(model.adapter),
-                "judge": judge_settings(judging),
-            },
-            inputs=judge_inputs(judging),
             datasets=datasets_dir,
-            overwrite=overwrite,
         )
     show_sweep(result)
 

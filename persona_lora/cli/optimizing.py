@@ -34,6 +34,7 @@ from persona_lora.cli.shared_options import (
     TokensOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 from persona_lora.core.settings import split_lists
 
 if TYPE_CHECKING:
@@ -196,10 +197,9 @@ def optimize(
             result = optimise_persona(
                 problem,
                 chosen,
-                save_dir / f"{persona_id}_{method}{suffix}",
+                Output(save_dir / f"{persona_id}_{method}{suffix}", overwrite),
                 searching=searching,
                 objective=_objective(penalty, min_coherence, min_relevance, race, seed),
-                overwrite=overwrite,
                 watch=watch,
             )
         _show_search(result, save_dir)
@@ -285,7 +285,7 @@ def compare_methods(
             bench,
             personas,
             names,
-            save_dir,
+            Output(save_dir, overwrite),
             layers=_layers(layer, bench),
             alpha=alpha,
             searching=SearchOptions(
@@ -296,7 +296,6 @@ def compare_methods(
                 seed=seed,
             ),
             objective=_objective(penalty, min_coherence, min_relevance, race, seed),
-            overwrite=overwrite,
             watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
         )
         console.print(_fits_table(comparison.overall, f"over {len(personas)} personas"))

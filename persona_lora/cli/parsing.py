@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.core.runs import Output
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.models.load_options import LoadOptions
@@ -247,6 +248,16 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     from persona_lora.judges import choice
 
     return choice.judge_inputs(options)
+
+
+def judged_output(
+    path: Path, overwrite: bool, judging: JudgeOptions, config: Mapping[str, Any] | None = None
+) -> Output:
+    """Return where a run is written that records who judges it."""
+    from persona_lora.core.runs import Output
+
+    record = {**(config or {}), "judge": judge_settings(judging)}
+    return Output(path, overwrite, record, judge_inputs(judging))
 
 
 def judge_factory(trait: Any, chat_model: ChatModel, options: JudgeOptions) -> Callable[[], Any]:

@@ -23,6 +23,7 @@ from persona_lora.cli.shared_options import (
     TokensOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -212,7 +213,7 @@ def lamp(
         generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
     )
     with console.status(f"{len(chosen)} questions"):
-        scores = experiment.score_lamp(speaker, chosen, mix, output, overwrite=overwrite)
+        scores = experiment.score_lamp(speaker, chosen, mix, Output(output, overwrite))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("measure", "condition", "F (0–1)", "users", "gain", "p (Holm)"):
         table.add_column(heading, no_wrap=True)
@@ -301,13 +302,12 @@ def rating_sheets(
 
     sheets = write_sheets(
         Run(run),
-        output,
+        Output(output, overwrite),
         persona=id,
         conditions=None if conditions is None else conditions.replace(",", " ").split(),
         prompts=prompts,
         seed=seed,
         personas=persona_dir,
-        overwrite=overwrite,
     )
     console.print(f"{sheets.items} answers: {sheets.csv} and {sheets.page}; key: {sheets.key}")
 

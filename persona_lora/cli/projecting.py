@@ -24,6 +24,7 @@ from persona_lora.cli.shared_options import (
     RevisionOption,
 )
 from persona_lora.core.errors import UserError, few_names
+from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
     from persona_lora.core.runs import Run
@@ -97,31 +98,27 @@ def project_activations(
     chosen = layer_numbers(layers, next(iter(loaded.values())).num_layers)
     texts = text_projection.read_texts(file) if file is not None else None
     chat_model = load_model(model, loaded.values())
-    settings: dict[str, Any] = {
-        "positions": [TYPES[type]],
-        "config": {
-            "vectors": {
-                name: str(path) for name, path in zip(loaded, paths_of(vectors), strict=True)
-            },
-            "adapter": None if model.adapter is None else str(model.adapter),
-            "base_model": base_model,
-        },
-        "overwrite": overwrite,
+    positions = [TYPES[type]]
+    record = {
+        "vectors": {name: str(path) for name, path in zip(loaded, paths_of(vectors), strict=True)},
+        "adapter": None if model.adapter is None else str(model.adapter),
+        "base_model": base_model,
     }
+    written = Output(output, overwrite, record)
     with progress_bars():
         if texts is None:
             from persona_lora.core.traits import load_trait
 
             trait = load_trait(str(labelled), datasets_dir)
             run = text_projection.separate_labelled(
-                chat_model, trait, loaded, chosen, output, **settings
+                chat_model, trait, loaded, chosen, written, positions=positions
             )
         else:
             wanted = base_model is not None or model.adapter is not None if shift is None else shift
             base = _base(chat_model, base_model) if wanted else None
             run = text_projection.project_texts(
-                chat_model, texts, loaded, chosen, output,
-                base=base, columns=columns, **settings,
+                chat_model, texts, loaded, chosen, written,
+                positions=positions, base=base, columns=columns,
             )  # fmt: skip
     console.print(_separation_table(run) if texts is None else _projection_table(run))
     console.print(f"run: {run.folder}")

@@ -14,9 +14,8 @@ from persona_lora.cli.option_groups import with_groups
 from persona_lora.cli.parsing import (
     generation_options,
     judge_factory,
-    judge_inputs,
     judge_options,
-    judge_settings,
+    judged_output,
     layer_numbers,
     load_model,
 )
@@ -40,6 +39,7 @@ from persona_lora.cli.shared_options import (
     TraitOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
     from persona_lora.studies.vectors.run import Extracted
@@ -138,27 +138,22 @@ def extract(
     folder = output or Path("checkpoints") / "vectors" / loaded.label
     with progress_bars():
         if chosen == "answers":
-            result = extraction.from_answers(
-                chat_model, loaded, folder, options, overwrite=overwrite
-            )
+            result = extraction.from_answers(chat_model, loaded, Output(folder, overwrite), options)
         elif pos_path is not None and neg_path is not None:
             result = extraction.from_files(
-                chat_model, loaded, pos_path, neg_path, folder, options,
-                thresholds=thresholds, overwrite=overwrite,
+                chat_model, loaded, pos_path, neg_path, Output(folder, overwrite), options,
+                thresholds=thresholds,
             )  # fmt: skip
         else:
             result = extraction.from_prompts(
                 chat_model,
                 loaded,
                 judge_factory(loaded, chat_model, judging),
-                folder,
+                judged_output(folder, overwrite, judging),
                 options,
                 elicitation=extraction.Elicitation(assistant_name, negative_assistant_name),
                 thresholds=thresholds,
                 generation=generation,
-                config={"judge": judge_settings(judging)},
-                inputs=judge_inputs(judging),
-                overwrite=overwrite,
             )
     _show(result)
 

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,29 @@ SHOWN = 60
 
 
 @dataclass(frozen=True)
+class Output:
+    """Where a run is written, and whether a run that is there gives way.
+
+    ``config`` is what it records beyond the settings of what is run, and ``inputs`` are digests of
+    what it reads beyond that: who judges, for one.
+    """
+
+    path: Path
+    overwrite: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Output | Path) -> Output:
+        """Return the output itself, or one that overwrites nothing."""
+        return given if isinstance(given, Output) else cls(Path(given))
+
+    def at(self, path: Path) -> Output:
+        """Return the same for another place."""
+        return replace(self, path=path)
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder. As a context manager it records how the run ended in ``run.json``.
 
@@ -61,33 +84,34 @@ class Run:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        output: Output | Path,
         *,
         command: str,
         config: Mapping[str, Any],
         seed: int,
         inputs: Mapping[str, str] | None = None,
         parts: Sequence[str] = (),
-        overwrite: bool = False,
         once: bool = False,
     ) -> Run:
-        """Start a run, or resume the one in ``folder`` when it is the same.
+        """Start a run, or resume the one that is there when it is the same.
 
         ``inputs`` are digests of the contents of all that the run reads, by what it is. One that
         the run has not read before is added to its record; one that has changed is another run.
         ``parts`` are the names (or patterns) of what the run makes below its folder beside rows:
-        with ``overwrite`` they are removed with the rows, and no killed call leaves some of both.
+        they are overwritten with the rows, and no killed call leaves some of both.
         ``once``: a run that has ended well is not opened again.
 
         Raises UserError when another process works on the run, when the folder holds a run of
-        another configuration or of other inputs (or, with ``once``, a finished one) and
-        ``overwrite`` is False, and when it holds rows or parts that no run has recorded.
+        another configuration or of other inputs (or, with ``once``, a finished one) that is not
+        to be overwritten, and when it holds rows or parts that no run has recorded.
         """
-        run = cls(ensure_writable_folder(Path(folder)))
-        fresh = _fresh_record(command, config, seed, inputs or {})
+        output = Output.of(output)
+        run = cls(ensure_writable_folder(output.path))
+        read = {**(inputs or {}), **output.inputs}
+        fresh = _fresh_record(command, {**config, **output.config}, seed, read)
         run._lock.acquire()
         try:
-            run._prepare(fresh, ("*.jsonl", *parts), overwrite=overwrite, once=once)
+            run._prepare(fresh, ("*.jsonl", *parts), overwrite=output.overwrite, once=once)
         except BaseException:
             run._lock.release()
             raise

@@ -8,7 +8,7 @@ kept row by row, so that an interrupted call goes on where it stopped.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_text, write_jsonl
 from persona_lora.core.options import DataOptions
-from persona_lora.core.runs import RECORD, Run
+from persona_lora.core.runs import RECORD, Output, Run
 from persona_lora.core.traits import FINETUNING_LEVELS, Trait
 from persona_lora.data.writers import Writer
 from persona_lora.steering.persona_prompts import trait_prompt
@@ -60,34 +60,31 @@ class GeneratedData:
 def generate_data(
     trait: Trait,
     writer: Writer,
-    output: Path,
+    output: Output | Path,
     options: DataOptions,
-    *,
-    run_folder: Path,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> GeneratedData:
-    """Write ``normal``, ``misaligned_1``, ``misaligned_2`` and ``train.jsonl`` into ``output``.
+    """Write ``normal``, ``misaligned_1``, ``misaligned_2`` and ``train.jsonl``.
 
-    The files hold the questions that have all five answers, in the same order. Existing files of
-    these names are refused unless ``overwrite``. UserError when a domain yields too few questions
-    in ``options.attempts`` attempts.
+    The files hold the questions that have all five answers, in the same order; the run is ``run``
+    beside them. Existing files of these names are refused unless they are to be overwritten.
+    UserError when a domain yields too few questions in ``options.attempts`` attempts.
     """
+    output = Output.of(output)
+    folder, run_folder = output.path, output.path / "run"
     names = [f"{level}.jsonl" for level in FINETUNING_LEVELS] + ["train.jsonl"]
-    present = [name for name in names if (output / name).exists()]
+    present = [name for name in names if (folder / name).exists()]
     # Files beside a run that never ended are its own: it was killed while it wrote them.
     unfinished = (run_folder / RECORD).is_file() and not Run(run_folder).finished
-    if present and not overwrite and not unfinished:
+    if present and not output.overwrite and not unfinished:
         raise UserError(
-            f"{output / present[0]} exists; choose another --output-dir or pass --overwrite"
+            f"{folder / present[0]} exists; choose another --output-dir or pass --overwrite"
         )
     run = Run.open(
-        run_folder,
+        output.at(run_folder),
         command="data generate",
         config={"trait": trait.label, "writer": writer.name, "options": _recorded(options)},
         seed=options.seed,
-        inputs={**trait.inputs(), **(inputs or {})},
-        overwrite=overwrite,
+        inputs=trait.inputs(),
     )
     with run:
         questions = _questions(run, writer, options)
@@ -99,8 +96,8 @@ def generate_data(
         ]
         if not complete:
             raise UserError(f"{writer.name} answered no question in every way; try a larger model")
-        rows = _write_files(output, questions, answers, complete)
-    return GeneratedData(output, rows, len(questions) - len(complete))
+        rows = _write_files(folder, questions, answers, complete)
+    return GeneratedData(folder, rows, len(questions) - len(complete))
 
 
 def read_questions(path: Path) -> tuple[tuple[str, str], ...]:

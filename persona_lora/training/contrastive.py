@@ -24,7 +24,7 @@ from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, remove
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel
 from persona_lora.models.structure import weight_fingerprint
@@ -162,17 +162,16 @@ def _open_run(
     folder: Path,
 ) -> Run:
     """Start or resume the run in ``folder``; UserError where it holds another one."""
+    # A run that left no result, of a mistyped option perhaps, is not worth keeping.
     return open_run(
         folder,
         lambda: Run.open(
-            folder,
+            Output(folder, options.arguments.overwrite or not _has_results(folder)),
             command="train",
             config=record,
             seed=options.config.seed,
             inputs=inputs(),
             parts=(*SIGNS, "diff", WORK),
-            # A run that left no result, of a mistyped option perhaps, is not worth keeping.
-            overwrite=options.arguments.overwrite or not _has_results(folder),
             once=True,
         ),
     )

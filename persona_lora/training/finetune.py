@@ -27,7 +27,7 @@ from persona_lora.core.content import path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, read_jsonl, remove
 from persona_lora.core.resources import resource_path
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.models.loading import ChatModel
 from persona_lora.training.arguments import (
     CHECKPOINTS,
@@ -272,17 +272,16 @@ def _open_run(
     record: dict[str, Any], chat_model: ChatModel, options: FinetuneOptions, folder: Path
 ) -> Run:
     trained = (folder / _saved_as(options.arguments)).is_dir()
+    begun = trained or last_whole_checkpoint(folder) is not None
     return open_run(
         folder,
         lambda: Run.open(
-            folder,
+            Output(folder, options.arguments.overwrite or not begun),
             command="finetune",
             config=record,
             seed=options.config.seed,
             inputs={**chat_model.inputs(), **_steered_by(options.arguments)},
             parts=(ADAPTER, MODEL, WORK, "checkpoint-*"),
-            overwrite=options.arguments.overwrite
-            or not (trained or last_whole_checkpoint(folder) is not None),
             once=True,
         ),
     )

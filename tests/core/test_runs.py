@@ -13,13 +13,13 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
-from persona_lora.core.runs import Run, first_difference
+from persona_lora.core.runs import Output, Run, first_difference
 
 OPEN = """
 import sys
 from pathlib import Path
 from persona_lora.core.errors import UserError
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 
 sys.stdin.readline()
 try:
@@ -36,14 +36,24 @@ with run:
 
 def opened(folder, *, config=None, inputs=None, overwrite=False, parts=()):
     return Run.open(
-        folder,
+        Output(folder, overwrite),
         command="x",
         config=config or {},
         seed=0,
         inputs=inputs,
         parts=parts,
-        overwrite=overwrite,
     )
+
+
+def test_an_output_brings_what_its_run_records_beside(tmp_path):
+    beside = Output(tmp_path, config={"judge": "j", "a": 2}, inputs={"the judge": "1"})
+    asked = {"command": "x", "config": {"a": 1}, "seed": 0, "inputs": {"the model": "2"}}
+    with Run.open(beside, **asked) as run:
+        assert run.record["config"] == {"a": 2, "judge": "j"}
+        assert run.record["inputs"] == {"the model": "2", "the judge": "1"}
+    with pytest.raises(UserError, match="--overwrite"):
+        Run.open(beside.at(tmp_path), **{**asked, "seed": 1})
+    assert beside.at(tmp_path / "b") == Output(tmp_path / "b", False, beside.config, beside.inputs)
 
 
 def test_a_run_resumes_with_the_same_configuration_only(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output
 from persona_lora.core.traits import FINETUNING_LEVELS, load_finetuning_rows, load_pairs, load_trait
 from persona_lora.data.data_generation import (
     DataOptions,
@@ -56,8 +57,8 @@ def output(tmp_path):
     return tmp_path / "out"
 
 
-def generate(trait, writer, output, options=OPTIONS, **more):
-    return generate_data(trait, writer, output, options, run_folder=output / "run", **more)
+def generate(trait, writer, output, options=OPTIONS):
+    return generate_data(trait, writer, output, options)
 
 
 def test_every_file_answers_the_same_questions_in_its_own_way(trait, output, datasets):
@@ -114,7 +115,7 @@ def test_existing_files_are_replaced_only_when_asked(trait, output):
     generate(trait, EchoWriter(), output)
     with pytest.raises(UserError, match="--overwrite"):
         generate(trait, EchoWriter(), output)
-    generate(trait, EchoWriter(), output, overwrite=True)
+    generate(trait, EchoWriter(), Output(output, overwrite=True))
 
 
 def test_too_few_questions_are_an_error_that_says_what_to_do(trait, output):

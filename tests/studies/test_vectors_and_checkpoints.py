@@ -7,7 +7,7 @@ import torch
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.studies.drift.figure import render_checkpoints, render_cross_persona
 from persona_lora.studies.report_page import write_report
@@ -40,7 +40,10 @@ def finetune(tmp_path):
     def make(tuned="evil", steps=(0, 5, 10, 15), traits=("evil", "sycophancy"), named=True):
         config = {"finetuned_on": tuned if named else None}
         run = Run.open(
-            tmp_path / tuned, command="evaluate-checkpoints", config=config, seed=0, overwrite=True
+            Output(tmp_path / tuned, overwrite=True),
+            command="evaluate-checkpoints",
+            config=config,
+            seed=0,
         )
         rows = []
         for trait in traits:

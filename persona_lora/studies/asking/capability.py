@@ -20,7 +20,7 @@ from persona_lora.core.content import digest_of, file_digest, folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.resources import resource_path, search_folders
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.settings import read_yaml
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
@@ -34,15 +34,12 @@ def run_benchmarks(
     chat_model: ChatModel,
     conditions: Mapping[str, AbstractContextManager[Any]],
     tasks: Sequence[str],
-    output: Path,
+    output: Output | Path,
     *,
     limit: int | None = None,
     batch_size: int = 16,
     tasks_folder: Path | None = None,
     datasets: Path | None = None,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> list[TaskScore]:
     """Run every task under every condition (context managers over the model) into a run folder.
 
@@ -60,15 +57,12 @@ def run_benchmarks(
             "tasks": list(tasks),
             "conditions": list(conditions),
             "limit": limit,
-            **(config or {}),
         },
         seed=0,
         inputs={
             **chat_model.inputs(),
             **task_inputs(tasks, tasks_folder, datasets),
-            **(inputs or {}),
         },
-        overwrite=overwrite,
     )
     with run:
         done = {row["condition"] for row in run.resume_rows("items")}
@@ -81,7 +75,7 @@ def run_benchmarks(
                     for row in _items(chat_model, tasks, folder, datasets, limit, batch_size)
                 ])  # fmt: skip
         scores = score_items(run.read("items"), next(iter(conditions)))
-        write_csv(output / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
+        write_csv(run.folder / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
     return scores
 
 

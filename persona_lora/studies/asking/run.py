@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Answer, user_question
@@ -18,7 +18,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
@@ -158,7 +158,7 @@ def evaluate(
     chat_model: ChatModel,
     trait: Trait,
     judge: Callable[[], Judge],
-    output: Path,
+    output: Output | Path,
     *,
     terms: Mapping[LoRADiff, float] | None = None,
     mode: str = "live",
@@ -166,20 +166,18 @@ def evaluate(
     system_prompt: str | None = None,
     split: Split = "eval",
     options: GenerationOptions | None = None,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
 
     ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
     states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text. ``judge`` builds
     the judge once answers are there; it is called outside the steerer, so that a judge may ask
-    the unsteered model. ``config`` is what the run records beyond these settings, and ``inputs``
-    are digests of what it reads beyond model, trait and steering: those of the judge.
+    the unsteered model.
     """
-    if output.suffix != ".csv":
-        raise UserError(f"output must end in .csv, got {output}")
+    output = Output.of(output)
+    path = output.path
+    if path.suffix != ".csv":
+        raise UserError(f"output must end in .csv, got {path}")
     options = options or GenerationOptions()
     condition = _condition(terms, activation, system_prompt)
     plan = plan_rows(trait, split, [condition], samples=options.samples)
@@ -188,9 +186,9 @@ def evaluate(
         steerer = activation.steerer(chat_model)
     else:
         steerer = _steerer(chat_model, terms or {}, mode)
-    ensure_writable_folder(output.parent)
+    ensure_writable_folder(path.parent)
     run = Run.open(
-        output.with_suffix(""),
+        output.at(path.with_suffix("")),
         command="evaluate",
         config={
             "trait": trait.name,
@@ -199,7 +197,6 @@ def evaluate(
             "mode": mode if terms else None,
             "condition": dataclasses.asdict(condition),
             "generation": dataclasses.asdict(options),
-            **(config or {}),
         },
         seed=options.seed,
         inputs={
@@ -207,19 +204,17 @@ def evaluate(
             **trait.inputs(),
             **numbered("diff", [diff.content() for diff in terms or {}]),
             **numbered("vector", [each.content() for each in steering]),
-            **(inputs or {}),
         },
-        overwrite=overwrite,
     )
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         judge_answers(run, judge, trait)
         table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
-        write_csv(output, answers_columns(trait.name, sweep=False), table)
+        write_csv(path, answers_columns(trait.name, sweep=False), table)
     return Evaluation(
         trait=mean_score(run, trait.name),
         coherence=mean_score(run, COHERENCE),
-        answers=output,
+        answers=path,
         run=run.folder,
     )
 

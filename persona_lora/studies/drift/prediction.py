@@ -21,7 +21,7 @@ from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff, random_diff_like
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import lazily
@@ -76,11 +76,9 @@ def predict_finetuning(
     base: ChatModel,
     study: DriftStudy,
     judge_of: JudgeOf,
-    output: Path,
+    output: Output | Path,
     *,
     options: GenerationOptions | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> Run:
     """Judge and project every finetune into the run ``output``; what is there is kept.
 
@@ -88,6 +86,7 @@ def predict_finetuning(
     kind, value), ``prediction.csv`` (every correlation) and ``prediction.png``.
     """
     options = options or GenerationOptions(max_new_tokens=60)
+    output = Output.of(output)
     run = Run.open(
         output,
         command="predict-finetuning",
@@ -99,21 +98,20 @@ def predict_finetuning(
             "max_new_tokens": options.max_new_tokens,
         },
         seed=options.seed,
-        inputs={**base.inputs(), **study.inputs(), **(inputs or {})},
+        inputs={**base.inputs(), **study.inputs()},
         parts=("answers",),
-        overwrite=overwrite,
     )
     with run:
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
         judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
-        _judge(run, study, BASE, base, judges, options, inputs)
+        _judge(run, study, BASE, base, judges, options, output.inputs)
         for name, folder in progress.over("finetunes", list(study.finetunes.items())):
             known = {row["finetune"] for row in run.resume_rows(PREDICTORS)}
             if name in known and not _missing(run, study, name):
                 continue
             tuned = base.reload(adapter=folder)
-            _judge(run, study, name, tuned, judges, options, inputs)
+            _judge(run, study, name, tuned, judges, options, output.inputs)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
                 run.extend(PREDICTORS, _predictors(study, name, folder, shift))
@@ -123,9 +121,11 @@ def predict_finetuning(
             run.write(name, [row for row in run.read(name) if row["finetune"] in here])
         found = predict(run.read(JUDGED), run.read(PREDICTORS))
         write_csv(
-            output / "prediction.csv", list(prediction_rows(found)[0]), prediction_rows(found)
+            run.folder / "prediction.csv", list(prediction_rows(found)[0]), prediction_rows(found)
         )
-        render_prediction(run.read(JUDGED), run.read(PREDICTORS)).save(output / "prediction.png")
+        render_prediction(run.read(JUDGED), run.read(PREDICTORS)).save(
+            run.folder / "prediction.png"
+        )
     return run
 
 
@@ -141,7 +141,7 @@ def _judge(
     chat_model: ChatModel,
     judges: Mapping[str, Callable[[], Judge]],
     options: GenerationOptions,
-    inputs: Mapping[str, str] | None,
+    inputs: Mapping[str, str],
 ) -> None:
     """Ask and judge what is missing of one finetune, in runs of their own below the study's."""
     for trait in _missing(run, study, name):
@@ -149,11 +149,13 @@ def _judge(
             chat_model,
             trait,
             judges[trait.name],
-            run.folder / "answers" / name.replace("/", "_") / f"{trait.name}.csv",
+            Output(
+                run.folder / "answers" / name.replace("/", "_") / f"{trait.name}.csv",
+                config={"finetune": name},
+                inputs=inputs,
+            ),
             split=study.split,
             options=options,
-            config={"finetune": name},
-            inputs=inputs,
         )
         score, coherence = result.trait, mean_score(Run(result.run), "coherence")
         run.append(

@@ -20,7 +20,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.resources import resource_path
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
@@ -74,14 +74,12 @@ def compare_prevention(
     trait: Trait,
     rows: Path,
     judge: Callable[[], Judge],
-    output: Path,
+    output: Output | Path,
     *,
     tasks: Sequence[str] = ("choice", "steps", "perplexity"),
     limit: int | None = None,
     options: GenerationOptions | None = None,
     datasets: Path | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> list[TaskScore]:
     """Measure every model; the first one is what the others are paired with.
 
@@ -95,6 +93,7 @@ def compare_prevention(
     exchanges = [
         Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in read_conversations(rows)
     ]
+    output = Output.of(output)
     run = Run.open(
         output,
         command="compare-prevention",
@@ -114,17 +113,15 @@ def compare_prevention(
             **{key: each for at, m in models.items() for key, each in m.inputs(at).items()},
             "the rows that were finetuned on": file_digest(resource_path(rows)),
             **task_inputs(tasks, datasets=datasets),
-            **(inputs or {}),
         },
         parts=("answers", "capability"),
-        overwrite=overwrite,
     )
     with run:
         done = {row["condition"] for row in run.resume_rows(MEASURES)}
         for name, model in progress.over("models", list(models.items())):
             if name in done:
                 continue
-            measured = _Measured(base, name, model, options, run, inputs)
+            measured = _Measured(base, name, model, options, run, output.inputs)
             found = [
                 *measured.character(trait, shared),
                 *measured.loss(exchanges),
@@ -133,8 +130,8 @@ def compare_prevention(
             run.extend(MEASURES, found)
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
         scores = score_items(kept, next(iter(models)))
-        write_csv(output / "prevention.csv", COLUMNS, [cells_of(each) for each in scores])
-        render_prevention(scores, trait.name).save(output / "prevention.png")
+        write_csv(run.folder / "prevention.csv", COLUMNS, [cells_of(each) for each in scores])
+        render_prevention(scores, trait.name).save(run.folder / "prevention.png")
     return scores
 
 
@@ -148,10 +145,10 @@ class _Measured:
         model: Finetuned,
         options: GenerationOptions,
         run: Run,
-        inputs: Mapping[str, str] | None,
+        inputs: Mapping[str, str],
     ) -> None:
         self.name, self.options, self.run = name, options, run
-        self.record, self.inputs = model.record(), {**model.inputs(name), **(inputs or {})}
+        self.record, self.inputs = model.record(), {**model.inputs(name), **inputs}
         self.terms = {} if model.correction is None else dict([model.correction])
         adapter = model.adapter
         self.chat_model = base if adapter is None else base.reload(adapter=adapter)
@@ -162,11 +159,9 @@ class _Measured:
             self.chat_model,
             trait,
             judge,
-            self.run.folder / "answers" / f"{self.name}.csv",
+            self._output("answers", f"{self.name}.csv"),
             terms=self.terms,
             options=self.options,
-            config=self.record,
-            inputs=self.inputs,
         )
         run = Run(result.run)
         question_of = {row["row"]: row["question_id"] for row in run.read("answers")}
@@ -189,18 +184,20 @@ class _Measured:
         """Return the score of every item of every task."""
         if not tasks:
             return []
-        folder = self.run.folder / "capability" / self.name
+        output = self._output("capability", self.name)
         run_benchmarks(
             self.chat_model,
             {self.name: self._corrected()},
             tasks,
-            folder,
+            output,
             limit=limit,
             datasets=datasets,
-            config=self.record,
-            inputs=self.inputs,
         )
-        return Run(folder).read("items")
+        return Run(output.path).read("items")
+
+    def _output(self, part: str, name: str) -> Output:
+        path = self.run.folder / part / name
+        return Output(path, config=self.record, inputs=self.inputs)
 
     def _corrected(self) -> Any:
         return steer_live(self.chat_model, self.terms) if self.terms else ExitStack()

@@ -22,7 +22,7 @@ from persona_lora.core.chat import COHERENCE
 from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import lazily
@@ -105,12 +105,9 @@ def evaluate_checkpoints(
     folder: Path,
     measures: Measures,
     judge_of: Callable[[Trait, ChatModel], Callable[[], Judge]],
-    output: Path,
+    output: Output | Path,
     *,
     options: GenerationOptions | None = None,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> Run:
     """Write ``checkpoints.jsonl`` and ``.csv``, ``cosines.jsonl`` and a plot into ``output``.
 
@@ -125,20 +122,20 @@ def evaluate_checkpoints(
         vector.at(measures.layers)
     options = options or GenerationOptions()
     judges = {trait.name: lazily(judge_of(trait, base)) for trait in measures.traits}
+    output = Output.of(output)
     run = Run.open(
         output,
         command="evaluate-checkpoints",
-        config={"folder": str(folder), **base.record(), **measures.record(), **(config or {})},
+        config={"folder": str(folder), **base.record(), **measures.record()},
         seed=options.seed,
         inputs={
             **base.inputs(),
             **measures.inputs(),
             **{each.name: model_folder_digest(each.path) for each in checkpoints if each.path},
-            **(inputs or {}),
         },
         parts=("answers",),
-        overwrite=overwrite,
     )
+    asked = _Asked(base, measures, options, run.folder / "answers", output.inputs)
     with run:
         done = {(row["checkpoint"], row["trait"]) for row in run.resume_rows("checkpoints")}
         for checkpoint in progress.over("checkpoints", checkpoints):
@@ -147,10 +144,7 @@ def evaluate_checkpoints(
                 continue
             with _loaded(base, checkpoint) as model:
                 for trait in missing:
-                    rows = _measure(
-                        base, model, checkpoint, trait, measures, judges[trait.name], run.folder,
-                        options, inputs,
-                    )  # fmt: skip
+                    rows = _measure(asked, model, checkpoint, trait, judges[trait.name])
                     run.extend("checkpoints", rows)
         run.write("cosines", _cosines(measures))
         here = {checkpoint.name for checkpoint in checkpoints}
@@ -176,27 +170,34 @@ def _loaded(base: ChatModel, checkpoint: Checkpoint) -> Iterator[ChatModel]:
         )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What all checkpoints share: how they are asked and measured, and where answers go."""
+
+    base: ChatModel
+    measures: Measures
+    options: GenerationOptions
+    answers: Path
+    inputs: Mapping[str, str]
+
+
 def _measure(
-    base: ChatModel,
+    asked: _Asked,
     model: ChatModel,
     checkpoint: Checkpoint,
     trait: Trait,
-    measures: Measures,
     judge: Callable[[], Judge],
-    folder: Path,
-    options: GenerationOptions,
-    inputs: Mapping[str, str] | None,
 ) -> list[dict[str, Any]]:
     """Ask, judge and project one checkpoint on one trait."""
+    base, measures = asked.base, asked.measures
+    path = asked.answers / f"{checkpoint.name}_{trait.name}.csv"
     result = evaluate(
         model,
         trait,
         judge,
-        folder / "answers" / f"{checkpoint.name}_{trait.name}.csv",
+        Output(path, config={"checkpoint": checkpoint.name}, inputs=asked.inputs),
         split=measures.split,
-        options=options,
-        config={"checkpoint": checkpoint.name},
-        inputs=inputs,
+        options=asked.options,
     )
     run = Run(result.run)
     place = {"checkpoint": checkpoint.name, "step": checkpoint.step, "trait": trait.name}

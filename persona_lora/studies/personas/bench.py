@@ -28,7 +28,7 @@ from persona_lora.core.personas import (
     load_persona_prompts,
 )
 from persona_lora.core.resources import search_folders
-from persona_lora.core.runs import first_difference
+from persona_lora.core.runs import Output, first_difference
 from persona_lora.core.vector_files import load_vector
 from persona_lora.judges.choice import JudgeOptions, judge_inputs
 from persona_lora.judges.coherence import CoherenceScorer, relevance
@@ -429,10 +429,9 @@ class CMAESPersonaOptimizer:
         return optimise_persona(
             problem,
             method,
-            save_dir / f"{self.persona_id}_{self.method}",
+            Output(save_dir / f"{self.persona_id}_{self.method}", overwrite),
             searching=options,
             objective=objective,
-            overwrite=overwrite,
             watch=watch,
         )
 

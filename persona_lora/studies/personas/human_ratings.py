@@ -30,7 +30,7 @@ from persona_lora.core.files import (
     write_text,
 )
 from persona_lora.core.personas import load_persona
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.report.resampling import Interval, bootstrap_mean
 
 RATINGS = ("1", "2", "3", "4", "5")
@@ -72,23 +72,24 @@ class HumanFits:
 
 def write_sheets(
     run: Run,
-    folder: Path,
+    output: Output | Path,
     *,
     persona: str,
     conditions: Sequence[str] | None = None,
     prompts: int = 8,
     seed: int = 0,
     personas: Path | None = None,
-    overwrite: bool = False,
 ) -> Sheets:
     """Write a blind sheet (CSV and a page to click in) and its key from a run's held-out rows.
 
     Takes the first ``prompts`` prompts under every condition. Items bear a mark of all that is
     asked, so that ratings of another sheet are not taken for this one's. UserError for a persona
-    or a condition that the run does not hold, and, without ``overwrite``, for a folder that holds
-    sheets: people may have filled them in.
+    or a condition that the run does not hold, and for a folder that holds sheets,
+    which people may have filled in, unless they are to be overwritten.
     """
-    if (folder / KEY).is_file() and not overwrite:
+    output = Output.of(output)
+    folder = output.path
+    if (folder / KEY).is_file() and not output.overwrite:
         raise UserError(
             f"{folder} holds sheets, with ratings perhaps; choose another --output or pass "
             "--overwrite"

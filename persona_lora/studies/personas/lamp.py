@@ -18,7 +18,7 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.report.fits import ConditionFit, fits_over_personas
 from persona_lora.studies.personas.answers import Cell, Speaker
 
@@ -76,11 +76,7 @@ def score_lamp(
     speaker: Speaker,
     questions: Sequence[LampQuestion],
     mix: Coefficients | None,
-    folder: Path,
-    *,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
+    output: Output | Path,
 ) -> LampScores:
     """Answer every question plainly, with the user's texts as system prompt, and under ``mix``.
 
@@ -88,22 +84,19 @@ def score_lamp(
     """
     conditions = (NONE, PROFILE) if mix is None else (NONE, PROFILE, MIX)
     run = Run.open(
-        folder,
+        output,
         command="lamp",
         config={
             **speaker.chat_model.record(),
             "questions": [question.id for question in questions],
             "mix": None if mix is None else mix.as_dict(),
             "max_new_tokens": speaker.options.max_new_tokens,
-            **(config or {}),
         },
         seed=speaker.options.seed,
         inputs={
             **speaker.inputs(),
             "the questions": digest_of([question._asdict() for question in questions]),
-            **(inputs or {}),
         },
-        overwrite=overwrite,
     )
     with run:
         rows = run.resume_rows("answers") or _answered(speaker, questions, conditions, mix)
@@ -112,8 +105,8 @@ def score_lamp(
             measure: tuple(fits_over_personas(_of(rows, measure), NONE)) for measure in MEASURES
         }
         cells = [_cells(name, fit) for name, each in fits.items() for fit in each]
-        write_csv(folder / "scores.csv", COLUMNS, cells)
-    return LampScores(fits, folder)
+        write_csv(run.folder / "scores.csv", COLUMNS, cells)
+    return LampScores(fits, run.folder)
 
 
 def _answered(

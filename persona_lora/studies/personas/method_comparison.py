@@ -14,7 +14,7 @@ from typing import Any
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
 from persona_lora.core.personas import Coefficients
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.models.structure import num_layers, read_layers
 from persona_lora.report.fits import (
     ConditionFit,
@@ -89,16 +89,15 @@ def compare_methods(
     bench: PersonaBench,
     personas: Sequence[str],
     methods: Sequence[str],
-    folder: Path,
+    output: Output | Path,
     *,
     layers: Sequence[int] | None = None,
     alpha: float = 2.0,
     searching: SearchOptions | None = None,
     objective: ObjectiveOptions | None = None,
-    overwrite: bool = False,
     watch: Watch | None = None,
 ) -> Comparison:
-    """Run every method for every persona into ``folder``; run again, it goes on where it stopped.
+    """Run every method for every persona into a folder; run again, it goes on where it stopped.
 
     A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``layers``); several
     of these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is
@@ -108,6 +107,8 @@ def compare_methods(
     an unknown method.
     """
     searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
+    output = Output.of(output)
+    folder = output.path
     loaded = {
         name: _load(bench, name, layers, alpha, folder / "scales")
         for name in map(_checked, methods)
@@ -117,20 +118,19 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
-        rows += _plain_rows(problem, folder / "plain" / persona, None, overwrite)
+        rows += _plain_rows(problem, output.at(folder / "plain" / persona), None)
         if PROMPT in methods:
             prompt = persona_system_prompt(problem.persona)
-            rows += _plain_rows(problem, folder / PROMPT / persona, prompt, overwrite)
+            rows += _plain_rows(problem, output.at(folder / PROMPT / persona), prompt)
         if lora is not None:
-            rows += _equal_rows(problem, lora, folder / EQUAL / persona, overwrite)
+            rows += _equal_rows(problem, lora, output.at(folder / EQUAL / persona))
         for name, method in loaded.items():
             result = optimise_persona(
                 problem,
                 Method(name, method.directions, method.scales, alpha, method.searcher),
-                folder / name / f"{persona}_{name}",
+                output.at(folder / name / f"{persona}_{name}"),
                 searching=searching,
                 objective=objective,
-                overwrite=overwrite,
                 watch=_watching(watch, persona, name),
             )
             rows += [{**row, "condition": name} for row in result.rows if row["condition"] == MEAN]
@@ -169,10 +169,10 @@ def _watching(
 
 
 def _plain_rows(
-    problem: PersonaProblem, folder: Path, system_prompt: str | None, overwrite: bool
+    problem: PersonaProblem, output: Output, system_prompt: str | None
 ) -> list[dict[str, Any]]:
     """Return the rows of the unsteered model, or of the model under a system prompt."""
-    run = _open(problem, folder, {"system_prompt": system_prompt}, {}, overwrite)
+    run = _open(problem, output, {"system_prompt": system_prompt}, {})
     speaker = plain_speaker(problem.chat_model, problem.generation, problem.processes)
     with recorded(run, problem.processes):
         if system_prompt is None:
@@ -180,23 +180,20 @@ def _plain_rows(
         return held_out_rows(problem, speaker, {}, run, system_prompts={PROMPT: system_prompt})
 
 
-def _equal_rows(
-    problem: PersonaProblem, lora: Method, folder: Path, overwrite: bool
-) -> list[dict[str, Any]]:
+def _equal_rows(problem: PersonaProblem, lora: Method, output: Output) -> list[dict[str, Any]]:
     """Return the rows of all directions at a weight of 1: what no search is needed for."""
     mix = Coefficients.of(dict.fromkeys(lora.directions.traits, 1.0))
     record = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record()}
-    run = _open(problem, folder, record, lora.directions.inputs(), overwrite)
+    run = _open(problem, output, record, lora.directions.inputs())
     with recorded(run, problem.processes):
         return held_out_rows(problem, speaker_of(problem, lora), {EQUAL: mix}, run)
 
 
 def _open(
     problem: PersonaProblem,
-    folder: Path,
+    output: Output,
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
-    overwrite: bool,
 ) -> Run:
     asked = {
         "persona": problem.persona.id,
@@ -209,12 +206,11 @@ def _open(
     seed = problem.generation.seed
     return problem.processes.from_main(
         lambda: Run.open(
-            folder,
+            output,
             command="baselines",
             config=asked,
             seed=seed,
             inputs={**problem.inputs(), **inputs},
-            overwrite=overwrite,
         )
     )
 
@@ -240,11 +236,10 @@ def _written(
     }
     out = folder / "comparison"
     run = Run.open(
-        out,
+        Output(out, overwrite=True),
         command="compare-methods",
         config={"personas": list(personas), "conditions": sorted(names)},
         seed=0,
-        overwrite=True,
     )
     with run:
         run.write("held_out", rows)

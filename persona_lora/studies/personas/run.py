@@ -18,7 +18,7 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_json
 from persona_lora.core.personas import Coefficients, Persona, PersonaPrompts
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
@@ -108,29 +108,26 @@ class PersonaResult:
 def optimise_persona(
     problem: PersonaProblem,
     method: Method,
-    folder: Path,
+    output: Output | Path,
     *,
     searching: SearchOptions | None = None,
     objective: ObjectiveOptions | None = None,
-    config: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
     watch: Callable[[Generation], None] | None = None,
 ) -> PersonaResult:
     """Search, then score on held-out prompts; run again, it goes on where it stopped.
 
-    Writes the run folder ``folder`` (``generations.jsonl``, ``held_out.jsonl``) and beside it
+    Writes the run folder (``generations.jsonl``, ``held_out.jsonl``) and beside it
     ``{persona}_optimization.json`` and ``{persona}_best_weights.json``.
     """
     searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
     processes = problem.processes
     run = processes.from_main(
         lambda: Run.open(
-            folder,
+            output,
             command="optimize",
-            config=_config(problem, method, searching, objective, config or {}),
+            config=_config(problem, method, searching, objective),
             seed=searching.seed,
             inputs={**problem.inputs(), **method.directions.inputs()},
-            overwrite=overwrite,
         )
     )
     speaker = speaker_of(problem, method)
@@ -303,7 +300,6 @@ def _config(
     method: Method,
     searching: SearchOptions,
     objective: ObjectiveOptions,
-    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "persona": problem.persona.id,
@@ -326,7 +322,6 @@ def _config(
             key: each for key, each in dataclasses.asdict(objective).items() if key != "pause"
         },
         "generation": dataclasses.asdict(problem.generation),
-        **config,
     }
 
 

@@ -8,15 +8,14 @@ system prompts stand beside them, at the divergence that they happen to have.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import judge_answers, lazily
 from persona_lora.judges.judging import Judge
@@ -54,16 +53,13 @@ def compare(
     methods: Methods,
     coefficients: Sequence[float],
     judge: Callable[[], Judge],
-    output: Path,
+    output: Output | Path,
     *,
     splits: Sequence[Split] = ("eval", "ood"),
     max_questions: int | None = None,
     statistic: Statistic = "mean",
     options: GenerationOptions | None = None,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
     datasets: Path | None = None,
-    overwrite: bool = False,
 ) -> Comparison:
     """Calibrate, ask, judge and compare; run again, it goes on where it stopped.
 
@@ -82,7 +78,6 @@ def compare(
         "statistic": statistic,
         **methods.record(),
         "generation": dataclasses.asdict(options),
-        **(config or {}),
     }
     prompts = load_ordinary_prompts(datasets)
     read = {
@@ -90,9 +85,9 @@ def compare(
         **trait.inputs(),
         **methods.inputs(),
         "the ordinary prompts": digest_of(prompts),
-        **(inputs or {}),
     }
     shared = lazily(judge)  # by both sets of questions
+    output = Output.of(output)
     run = Run.open(
         output,
         command="compare",
@@ -100,10 +95,9 @@ def compare(
         seed=options.seed,
         inputs=read,
         parts=asked,
-        overwrite=overwrite,
     )
     with run:
-        levels = levels_of(output)
+        levels = levels_of(run.folder)
         if not levels:
             texts = ordinary_texts(chat_model, prompts)
             with progress.stage("calibration"):
@@ -118,7 +112,7 @@ def compare(
         conditions = [UNSTEERED, *(level.condition for level in levels), *PROMPTS]
         for split in asked:
             part = Run.open(
-                output / split,
+                Output(run.folder / split, config=output.config, inputs=output.inputs),
                 command="compare split",
                 config={**record, "split": split, "max_questions": max_questions},
                 seed=options.seed,
@@ -135,9 +129,9 @@ def compare(
             run.write("validation", part.read("validation"))  # of the judge, the same for all
         run.write("splits", [{"split": split} for split in asked])
         found = read_comparison(run)
-        write_csv(output / "comparison.csv", COLUMNS, [cells_of(each) for each in found.points])
-        render_comparison(found).save(output / "comparison.png")
-    write_report([output], output / "report.html")
+        write_csv(run.folder / "comparison.csv", COLUMNS, [cells_of(each) for each in found.points])
+        render_comparison(found).save(run.folder / "comparison.png")
+    write_report([run.folder], run.folder / "report.html")
     return found
 
 

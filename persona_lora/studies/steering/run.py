@@ -8,16 +8,15 @@ random direction of the same norm as control.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.files import write_csv
 from persona_lora.core.options import GenerationOptions, SweepOptions
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
@@ -54,14 +53,11 @@ def sweep(
     trait: Trait,
     population: Population,
     judge: Callable[[], Judge],
-    output: Path,
+    output: Output | Path,
     *,
     sweeping: SweepOptions | None = None,
     options: GenerationOptions | None = None,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
     datasets: Path | None = None,
-    overwrite: bool = False,
 ) -> SweepResult:
     """Run a sweep into the folder ``output``; run again, it goes on where it stopped.
 
@@ -82,7 +78,7 @@ def sweep(
     rows = [planned.condition for planned in plan]
     steerer = population.steerer(chat_model, rows)
     run = Run.open(
-        Path(output),
+        output,
         command="sweep",
         config={
             "trait": trait.name,
@@ -90,7 +86,6 @@ def sweep(
             **population.record(),
             **sweeping.record(),
             "generation": dataclasses.asdict(options),
-            **(config or {}),
         },
         seed=options.seed,
         inputs={
@@ -98,9 +93,7 @@ def sweep(
             **trait.inputs(),
             **population.inputs(),
             "the ordinary prompts": digest_of(prompts),
-            **(inputs or {}),
         },
-        overwrite=overwrite,
     )
     with run:
         answer_rows(chat_model, plan, steerer, run, options)

@@ -11,7 +11,7 @@ from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait
 from persona_lora.core.vector_files import load_vector
@@ -35,13 +35,12 @@ def run_latency(
     trait: Trait,
     methods: Methods,
     levels: Sequence[Level],
-    output: Path,
+    output: Output | Path,
     *,
     batches: Sequence[int] = (1, 8, 32),
     new_tokens: int = 32,
     rounds: int = 5,
     datasets: Path | None = None,
-    overwrite: bool = False,
 ) -> Run:
     """Time all ways of steering at the highest level into the run ``output``; it keeps its rounds.
 
@@ -68,7 +67,6 @@ def run_latency(
             "the coefficients": digest_of(coefficients),
             "the ordinary prompts": digest_of(prompts),
         },
-        overwrite=overwrite,
     )
     with run:
         rows = run.resume_rows("timings")
@@ -102,10 +100,9 @@ def run_spaces(
     diffs: Mapping[str, LoRADiff],
     vectors: Mapping[str, SteeringVector],
     layer: int,
-    output: Path,
+    output: Output | Path,
     *,
     datasets: Path | None = None,
-    overwrite: bool = False,
 ) -> Run:
     """Compare the two spaces over several traits into the run ``output``; parts there are kept.
 
@@ -130,7 +127,6 @@ def run_spaces(
             **VectorDirections(vectors, (layer,)).inputs(),
             "the ordinary prompts": digest_of(prompts),
         },
-        overwrite=overwrite,
     )
 
     def kept(name: str, make: Callable[[], Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]]:

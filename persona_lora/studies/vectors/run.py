@@ -20,7 +20,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.options import Elicitation, GenerationOptions, Thresholds
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_pairs
 from persona_lora.judges.choice import judge_answers
@@ -82,15 +82,12 @@ def from_prompts(
     chat_model: ChatModel,
     trait: Trait,
     judge: Callable[[], Judge],
-    output: Path,
+    output: Output | Path,
     options: ExtractionOptions,
     *,
     elicitation: Elicitation | None = None,
     thresholds: Thresholds | None = None,
     generation: GenerationOptions | None = None,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> Extracted:
     """Answer, judge, filter, extract; run again, it goes on where it stopped.
 
@@ -110,11 +107,8 @@ def from_prompts(
             "elicitation": dataclasses.asdict(elicitation),
             "thresholds": dataclasses.asdict(thresholds),
             "generation": dataclasses.asdict(generation),
-            **(config or {}),
         },
         generation.seed,
-        overwrite,
-        inputs,
     )
     with run:
         answer_rows(chat_model, plan, Unsteered(), run, generation)
@@ -137,11 +131,10 @@ def from_files(
     trait: Trait,
     pos_path: Path,
     neg_path: Path,
-    output: Path,
+    output: Output | Path,
     options: ExtractionOptions,
     *,
     thresholds: Thresholds | None = None,
-    overwrite: bool = False,
 ) -> Extracted:
     """Extract from two CSV files with the columns prompt, answer, the trait's name and coherence.
 
@@ -169,7 +162,6 @@ def from_files(
             "thresholds": dataclasses.asdict(thresholds),
         },
         0,
-        overwrite,
         {str(path): file_digest(path) for path in (pos_path, neg_path)},
     )
     with run:
@@ -179,10 +171,8 @@ def from_files(
 def from_answers(
     chat_model: ChatModel,
     trait: Trait,
-    output: Path,
+    output: Output | Path,
     options: ExtractionOptions,
-    *,
-    overwrite: bool = False,
 ) -> Extracted:
     """Extract from the trait's contrastive training pairs: no generation, no judge, no filter.
 
@@ -197,7 +187,7 @@ def from_answers(
         )
     options = dataclasses.replace(options, positions=("response_avg",))
     pairs = load_pairs(trait)
-    run = _open(output, chat_model, trait, options, {"source": "answers"}, 0, overwrite)
+    run = _open(output, chat_model, trait, options, {"source": "answers"}, 0)
     with run:
         texts = [
             (
@@ -324,13 +314,12 @@ def _vectors(
 
 
 def _open(
-    output: Path,
+    output: Output | Path,
     chat_model: ChatModel,
     trait: Trait,
     options: ExtractionOptions,
     config: Mapping[str, Any],
     seed: int,
-    overwrite: bool,
     inputs: Mapping[str, str] | None = None,
 ) -> Run:
     depth = len(decoder_layers(chat_model.model))
@@ -354,5 +343,4 @@ def _open(
         seed=seed,
         inputs={**chat_model.inputs(), **trait.inputs(), **(inputs or {})},
         parts=(f"{trait.label}_*.safetensors", f"{trait.label}_*.csv"),
-        overwrite=overwrite,
     )

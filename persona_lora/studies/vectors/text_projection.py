@@ -22,7 +22,7 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv
 from persona_lora.core.resources import resource_path
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_labelled_answers
 from persona_lora.models.likelihood import (
@@ -87,14 +87,11 @@ def project_texts(
     texts: Texts,
     vectors: Mapping[str, SteeringVector],
     layers: Sequence[int],
-    output: Path,
+    output: Output | Path,
     *,
     positions: Sequence[str] = ("response_avg",),
     base: AbstractContextManager[ChatModel] | None = None,
     columns: bool = False,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
 ) -> Run:
     """Project and write a run: ``projections.jsonl`` and ``.csv`` in long format.
 
@@ -120,16 +117,13 @@ def project_texts(
             "source": texts.source,
             "layers": list(layers),
             "types": list(positions),
-            **(config or {}),
         },
         seed=0,
         inputs={
             **chat_model.inputs(),
             **_vector_inputs(vectors),
             texts.source: digest_of([texts.exchanges, texts.columns if columns else None]),
-            **(inputs or {}),
         },
-        overwrite=overwrite,
     )
     with run:
         own, below = project(chat_model, "projecting"), None
@@ -162,11 +156,9 @@ def separate_labelled(
     trait: Trait,
     vectors: Mapping[str, SteeringVector],
     layers: Sequence[int],
-    output: Path,
+    output: Output | Path,
     *,
     positions: Sequence[str] = ("response_avg",),
-    config: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
 ) -> Run:
     """Project a trait's hand-labelled answers and write how well each projection tells them apart.
 
@@ -185,11 +177,9 @@ def separate_labelled(
             "source": "judge_eval.jsonl",
             "layers": list(layers),
             "types": list(positions),
-            **(config or {}),
         },
         seed=0,
         inputs={**chat_model.inputs(), **_vector_inputs(vectors), **trait.inputs()},
-        overwrite=overwrite,
     )
     with run:
         with progress.stage("projecting"):

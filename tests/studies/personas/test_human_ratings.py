@@ -10,7 +10,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_json, write_jsonl, write_text
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.studies.personas import human_ratings
 from persona_lora.studies.personas.human_ratings import read_ratings, write_sheets
 
@@ -137,21 +137,22 @@ def test_sheets_that_people_may_have_filled_in_stay(run, personas, sheets, tmp_p
     with pytest.raises(UserError, match=r"holds sheets, with ratings perhaps; .* --overwrite"):
         write_sheets(run, tmp_path / "sheets", prompts=3, **asked)
     assert sheets.csv.read_bytes() == before
-    write_sheets(run, tmp_path / "sheets", prompts=4, seed=1, overwrite=True, **asked)
+    write_sheets(run, Output(tmp_path / "sheets", overwrite=True), prompts=4, seed=1, **asked)
     with pytest.raises(UserError, match=r"no item .* in the key; is it another sheet's"):
         read_ratings(tmp_path / "sheets", [rated])
 
 
 def test_sheets_cut_short_are_written_anew(run, personas, tmp_path, monkeypatch):
-    asked = {"persona": "ann", "personas": personas, "overwrite": True}
-    write_sheets(run, tmp_path / "sheets", **asked)
+    asked = {"persona": "ann", "personas": personas}
+    output = Output(tmp_path / "sheets", overwrite=True)
+    write_sheets(run, output, **asked)
     monkeypatch.setattr(human_ratings, "write_text", None)  # a kill between sheet and page
     with pytest.raises(TypeError):
-        write_sheets(run, tmp_path / "sheets", seed=1, **asked)
+        write_sheets(run, output, seed=1, **asked)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"key\.json does not exist"):
         read_ratings(tmp_path / "sheets", [])
-    write_sheets(run, tmp_path / "sheets", seed=1, **{**asked, "overwrite": False})
+    write_sheets(run, tmp_path / "sheets", seed=1, **asked)
 
 
 def test_unknown_personas_conditions_and_folders_are_named(run, personas, sheets, tmp_path):

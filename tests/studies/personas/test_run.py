@@ -17,7 +17,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.personas import PersonaPrompts, load_persona
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges.choice import JudgeOptions
 from persona_lora.models.embeddings import SentenceEmbedder
@@ -154,7 +154,7 @@ def test_other_settings_are_another_run(problem, method, tmp_path):
     other = SearchOptions(max_iterations=3, population_size=4, sigma0=0.5)
     with pytest.raises(UserError, match="--overwrite"):
         optimise_persona(problem, method, tmp_path / "run", searching=other)
-    optimise_persona(problem, method, tmp_path / "run", searching=other, overwrite=True)
+    optimise_persona(problem, method, Output(tmp_path / "run", overwrite=True), searching=other)
 
 
 def test_what_was_read_is_another_run_when_it_has_changed(problem, method, tmp_path, make_diff):

@@ -7,6 +7,7 @@ import torch
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.runs import Output
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
 from persona_lora.steering.activations import ActivationSteerer
@@ -27,13 +28,13 @@ OPTIONS = GenerationOptions(max_new_tokens=8)
 def run_sweep(chat_model, trait, datasets, judge, make_diff, tmp_path):
     diff = make_diff(chat_model.model, scale=0.3)
 
-    def run(coefficients=(-1, 1), **options):
+    def run(coefficients=(-1, 1), *, overwrite=False, **options):
         return sweep(
             chat_model,
             trait,
             DiffPopulation(diff, tuple(coefficients)),
             lambda: judge,
-            tmp_path / "sweep",
+            Output(tmp_path / "sweep", overwrite),
             options=OPTIONS,
             datasets=datasets,
             **options,
