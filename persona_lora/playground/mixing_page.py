@@ -7,7 +7,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -67,117 +67,167 @@ def serve(page: gr.Blocks, host: str, port: int, *, wait: bool = True) -> str:
     return str(url)
 
 
+class _Controls(NamedTuple):
+    """What stands at the side of the page."""
+
+    sliders: list[gr.Slider]
+    judge: gr.Dropdown
+    tokens: gr.Slider
+    name: gr.Textbox
+    save: gr.Button
+    reset: gr.Button
+    saved: gr.Dropdown
+    export: gr.Button
+    file: gr.File
+
+
+class _Chats(NamedTuple):
+    """Two answers side by side, their scores, and the line to ask in."""
+
+    steered: gr.Chatbot
+    plain: gr.Chatbot
+    scores: gr.Markdown
+    question: gr.Textbox
+    ask: gr.Button
+    clear: gr.Button
+
+
 def build_page(desk: MixingDesk, mixes: Path) -> gr.Blocks:
     """Return the Gradio page of a desk. All state is in its components: one set a visitor."""
-    count = len(desk.traits)
-    exports = Exports()
     with gr.Blocks(title="persona_lora: the mixing desk", analytics_enabled=False) as page:
         gr.Markdown(f"## The mixing desk\n{desk.chat_model.name}, live LoRA: nothing is merged.")
         with gr.Row():
             with gr.Column(scale=1):
-                sliders = [
-                    gr.Slider(-REACH, REACH, 0.0, step=0.05, label=trait, elem_id=f"s-{trait}")
-                    for trait in desk.traits
-                ]
-                judged = gr.Dropdown(
-                    [NO_JUDGE, *sorted(desk.judges)], value=NO_JUDGE, label="judge", elem_id="judge"
-                )
-                tokens = gr.Slider(10, 300, 80, step=10, label="longest answer, tokens")
-                with gr.Accordion("mixes", open=False):
-                    name = gr.Textbox(
-                        label="name", elem_id="mix-name", max_lines=1, max_length=LONGEST_NAME
-                    )
-                    with gr.Row():
-                        save = gr.Button("save", elem_id="save")
-                        reset = gr.Button("reset", elem_id="reset")
-                    saved = gr.Dropdown(
-                        saved_mixes(mixes),
-                        label="saved",
-                        value=None,
-                        elem_id="saved",
-                        allow_custom_value=True,  # what was saved since the page was opened
-                    )
-                    export = gr.Button("export as PEFT adapter", elem_id="export")
-                    file = gr.File(label="adapter", interactive=False, elem_id="adapter")
+                controls = _controls(desk, mixes)
             with gr.Column(scale=3):
-                with gr.Row():
-                    steered = gr.Chatbot(label="steered", elem_id="steered")
-                    plain = gr.Chatbot(label="unsteered", elem_id="unsteered")
-                scores = gr.Markdown(elem_id="scores")
-                question = gr.Textbox(
-                    label="ask",
-                    placeholder="Is my plan any good?",
-                    elem_id="question",
-                    max_lines=4,
-                    max_length=LONGEST_MESSAGE,
-                )
-                with gr.Row():
-                    ask = gr.Button("ask", variant="primary", elem_id="ask")
-                    clear = gr.Button("new chat", elem_id="clear")
-
-        def on_ask(
-            request: gr.Request,
-            text: str,
-            left: Any,
-            right: Any,
-            judge: str,
-            length: float,
-            *values: float,
-        ) -> Any:
-            with _shown():
-                visitor = str(request.session_hash)
-                mix = desk.mix(values)
-                pair = desk.answer(
-                    _history(left, text),
-                    mix,
-                    plain=_history(right, text),
-                    max_new_tokens=int(length),
-                    visitor=visitor,
-                )
-                line = _scores(desk, judge, text, pair, visitor)
-            turn = {"role": "user", "content": text}
-            return (
-                [*left, turn, {"role": "assistant", "content": pair.steered}],
-                [*right, turn, {"role": "assistant", "content": pair.unsteered}],
-                line,
-                "",
-            )
-
-        def on_save(title: str, *values: float) -> Any:
-            with _shown():
-                kept = desk.save(desk.mix(values), mixes, title)
-            return gr.Dropdown(saved_mixes(mixes), value=kept.stem)
-
-        def on_load(title: str | None) -> Any:
-            if not title:
-                return [gr.skip()] * count
-            with _shown():
-                found = desk.load(_mix_path(mixes, title)).as_dict()
-            return [found[trait] for trait in desk.traits]
-
-        def on_export(*values: float) -> str:
-            with _shown():
-                return exports.add(lambda folder: desk.export(desk.mix(values), folder))
-
-        def on_look() -> Any:
-            return gr.Dropdown(saved_mixes(mixes))
-
-        told = [question, steered, plain, judged, tokens, *sliders]
-        shown = [steered, plain, scores, question]
-        # Many may wait at once; the desk gives them their turns.
-        waiting = {"concurrency_limit": WAITING_IN_ALL, "concurrency_id": "ask"}
-        # A mistake covers what it is shown on; the chats are to stay readable.
-        ask.click(on_ask, told, shown, api_name="ask", show_progress_on=scores, **waiting)
-        question.submit(on_ask, told, shown, api_name=False, show_progress_on=scores, **waiting)
-        clear.click(lambda: ([], [], "", ""), None, shown, api_name=False)
-        reset.click(lambda: [0.0] * count, None, sliders, api_name=False)
-        quiet = {"show_progress": "hidden"}
-        save.click(on_save, [name, *sliders], saved, api_name="save", **quiet)
-        saved.input(on_load, saved, sliders, api_name="load", **quiet)
-        page.load(on_look, None, saved, api_name=False, **quiet)
-        saved.focus(on_look, None, saved, api_name=False, **quiet)
-        export.click(on_export, sliders, file, api_name="export")
+                chats = _chats()
+        _connect(page, controls, chats, _Answers(desk, mixes))
     return page
+
+
+def _controls(desk: MixingDesk, mixes: Path) -> _Controls:
+    sliders = [
+        gr.Slider(-REACH, REACH, 0.0, step=0.05, label=trait, elem_id=f"s-{trait}")
+        for trait in desk.traits
+    ]
+    judge = gr.Dropdown(
+        [NO_JUDGE, *sorted(desk.judges)], value=NO_JUDGE, label="judge", elem_id="judge"
+    )
+    tokens = gr.Slider(10, 300, 80, step=10, label="longest answer, tokens")
+    with gr.Accordion("mixes", open=False):
+        name = gr.Textbox(label="name", elem_id="mix-name", max_lines=1, max_length=LONGEST_NAME)
+        with gr.Row():
+            save = gr.Button("save", elem_id="save")
+            reset = gr.Button("reset", elem_id="reset")
+        saved = gr.Dropdown(
+            saved_mixes(mixes),
+            label="saved",
+            value=None,
+            elem_id="saved",
+            allow_custom_value=True,  # what was saved since the page was opened
+        )
+        export = gr.Button("export as PEFT adapter", elem_id="export")
+        file = gr.File(label="adapter", interactive=False, elem_id="adapter")
+    return _Controls(sliders, judge, tokens, name, save, reset, saved, export, file)
+
+
+def _chats() -> _Chats:
+    with gr.Row():
+        steered = gr.Chatbot(label="steered", elem_id="steered")
+        plain = gr.Chatbot(label="unsteered", elem_id="unsteered")
+    scores = gr.Markdown(elem_id="scores")
+    question = gr.Textbox(
+        label="ask",
+        placeholder="Is my plan any good?",
+        elem_id="question",
+        max_lines=4,
+        max_length=LONGEST_MESSAGE,
+    )
+    with gr.Row():
+        ask = gr.Button("ask", variant="primary", elem_id="ask")
+        clear = gr.Button("new chat", elem_id="clear")
+    return _Chats(steered, plain, scores, question, ask, clear)
+
+
+class _Answers:
+    """What the page does when something on it is pressed."""
+
+    def __init__(self, desk: MixingDesk, mixes: Path) -> None:
+        self.desk = desk
+        self.mixes = mixes
+        self.exports = Exports()
+
+    def ask(
+        self,
+        request: gr.Request,
+        text: str,
+        left: Any,
+        right: Any,
+        judge: str,
+        length: float,
+        *values: float,
+    ) -> Any:
+        with _shown():
+            visitor = str(request.session_hash)
+            pair = self.desk.answer(
+                _history(left, text),
+                self.desk.mix(values),
+                plain=_history(right, text),
+                max_new_tokens=int(length),
+                visitor=visitor,
+            )
+            line = _scores(self.desk, judge, text, pair, visitor)
+        turn = {"role": "user", "content": text}
+        return (
+            [*left, turn, {"role": "assistant", "content": pair.steered}],
+            [*right, turn, {"role": "assistant", "content": pair.unsteered}],
+            line,
+            "",
+        )
+
+    def save(self, title: str, *values: float) -> Any:
+        with _shown():
+            kept = self.desk.save(self.desk.mix(values), self.mixes, title)
+        return gr.Dropdown(saved_mixes(self.mixes), value=kept.stem)
+
+    def load(self, title: str | None) -> Any:
+        if not title:
+            return [gr.skip()] * len(self.desk.traits)
+        with _shown():
+            found = self.desk.load(_mix_path(self.mixes, title)).as_dict()
+        return [found[trait] for trait in self.desk.traits]
+
+    def export(self, *values: float) -> str:
+        with _shown():
+            mix = self.desk.mix(values)
+            return self.exports.add(lambda folder: self.desk.export(mix, folder))
+
+    def look(self) -> Any:
+        return gr.Dropdown(saved_mixes(self.mixes))
+
+
+def _connect(page: gr.Blocks, controls: _Controls, chats: _Chats, answers: _Answers) -> None:
+    """Say what follows on what is pressed."""
+    sliders, saved = controls.sliders, controls.saved
+    told = [chats.question, chats.steered, chats.plain, controls.judge, controls.tokens, *sliders]
+    shown = [chats.steered, chats.plain, chats.scores, chats.question]
+    # Many may wait at once; the desk gives them their turns. A mistake covers what it is shown
+    # on: the chats are to stay readable.
+    asking = {
+        "concurrency_limit": WAITING_IN_ALL,
+        "concurrency_id": "ask",
+        "show_progress_on": chats.scores,
+    }
+    chats.ask.click(answers.ask, told, shown, api_name="ask", **asking)
+    chats.question.submit(answers.ask, told, shown, api_name=False, **asking)
+    chats.clear.click(lambda: ([], [], "", ""), None, shown, api_name=False)
+    controls.reset.click(lambda: [0.0] * len(sliders), None, sliders, api_name=False)
+    quiet = {"show_progress": "hidden"}
+    controls.save.click(answers.save, [controls.name, *sliders], saved, api_name="save", **quiet)
+    saved.input(answers.load, saved, sliders, api_name="load", **quiet)
+    page.load(answers.look, None, saved, api_name=False, **quiet)
+    saved.focus(answers.look, None, saved, api_name=False, **quiet)
+    controls.export.click(answers.export, sliders, controls.file, api_name="export")
 
 
 class _shown:
