@@ -239,7 +239,7 @@ def _factorised(delta: Tensor, where: str) -> tuple[Tensor, Tensor]:
 
 
 def _paired_keys(keys: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
-    """Return the keys of A and B by canonical module name; UserError for any other key."""
+    """Return the keys of A and B by canonical module name; raises UserError for any other key."""
     sides: dict[str, dict[str, str]] = {}
     for key in keys:
         if "lora_embedding_" in key or "embed_tokens" in key:

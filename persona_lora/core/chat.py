@@ -68,9 +68,28 @@ COHERENCE = "coherence"
 def read_messages(value: Any, where: str) -> Conversation:
     """Return a list of ``{role, content}`` messages as it is, checked; ``where`` names it.
 
-    Contents keep their indentation and line ends. An empty system message stays: it says that
-    there is none, where a chat template would put in its own. UserError for another empty one.
+    Contents keep their indentation and line ends. An empty system message stays: it says that there
+    is none, where a chat template would put in its own. Raises UserError for another empty one.
     """
+    messages = _messages(value, where)
+    for message in messages:
+        if message["role"] != "system" and not message["content"].strip():
+            raise UserError(
+                f"{where}: a message of the {message['role']} is empty; leave the row out"
+            )
+    return messages
+
+
+def parse_messages(value: Any, where: str) -> Conversation:
+    """Return a list of ``{role, content}`` messages, stripped and without empty ones."""
+    return [
+        Message(role=each["role"], content=each["content"].strip())
+        for each in _messages(value, where)
+        if each["content"].strip()
+    ]
+
+
+def _messages(value: Any, where: str) -> Conversation:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} has no messages; expected a list of {{role, content}}")
     messages: Conversation = []
@@ -79,8 +98,6 @@ def read_messages(value: Any, where: str) -> Conversation:
         content = turn.get("content") if isinstance(turn, dict) else None
         if role not in ("user", "assistant", "system") or not isinstance(content, str):
             raise UserError(f"{where}: a message needs a role (user, assistant) and content")
-        if role != "system" and not content.strip():
-            raise UserError(f"{where}: a message of the {role} is empty; leave the row out")
         messages.append(Message(role=role, content=content))
     return messages
 

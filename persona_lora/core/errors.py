@@ -37,7 +37,9 @@ _NAME = re.compile(r"[^\W_][\w .+@-]*", flags=re.UNICODE)
 
 
 def checked_name(name: Any, what: str) -> str:
-    """Return a name that is one part of a path; UserError, beginning with ``what``, for any other.
+    """Return a name that is one part of a path.
+
+    Raises UserError, beginning with ``what``, for any other.
 
     Letters and digits of any script, spaces, and ``. _ + @ -`` but not in front: no separator, no
     ``..``, nothing hidden and nothing that a command line takes for an option.

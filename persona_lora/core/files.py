@@ -33,7 +33,7 @@ _in_use: set[str] = set()
 
 
 def ensure_writable_folder(folder: Path) -> Path:
-    """Create ``folder`` where missing and return it; UserError where it cannot be written.
+    """Create ``folder`` where missing and return it; raises UserError where it cannot be written.
 
     What killed writers of this machine left in it is removed on the way.
     """
@@ -172,7 +172,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def existing_file(path: str | Path) -> Path:
-    """Return the path of a file that can be read without waiting; UserError for anything else.
+    """Return the path of a file that can be read without waiting.
+
+    Raises UserError for anything else.
 
     A folder, a pipe and a device are no files here: opening a pipe waits for ever.
     """

@@ -20,7 +20,9 @@ _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text; UserError, beginning with ``where``, for a mistake in it.
+    """Return the value of a JSON text.
+
+    Raises UserError, beginning with ``where``, for a mistake in it.
 
     A mistake of form is named by line and column where the text has several lines. Refused too:
     NaN and infinity, numbers out of range, a key given twice, lone surrogates, absurd depth.

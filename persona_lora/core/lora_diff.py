@@ -212,7 +212,10 @@ class LoRADiff:
         )
 
     def at(self, layers: int | Iterable[int]) -> LoRADiff:
-        """Return the diff restricted to some decoder layers; UserError for one it has not."""
+        """Return the diff restricted to some decoder layers.
+
+        Raises UserError for one it has not.
+        """
         wanted = {layers} if isinstance(layers, int) else set(layers)
         by_layer = {module: layer_number(module) for module in self.factors}
         held = {layer for layer in by_layer.values() if layer is not None}
@@ -247,7 +250,7 @@ class LoRADiff:
         return math.sqrt(max(self.inner(self), 0.0))
 
     def cosine(self, other: LoRADiff) -> float:
-        """Return ⟨self, other⟩ / (‖self‖·‖other‖); UserError where a norm is zero."""
+        """Return ⟨self, other⟩ / (‖self‖·‖other‖); raises UserError where a norm is zero."""
         norms = self.norm() * other.norm()
         if norms == 0:
             raise UserError("the cosine with a diff of norm 0 is undefined")
@@ -325,7 +328,7 @@ def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
 
 
 def shared_base_model(diffs: Sequence[LoRADiff]) -> BaseModel:
-    """Return the base model that all diffs agree on; UserError where two differ.
+    """Return the base model that all diffs agree on; raises UserError where two differ.
 
     Fingerprints decide where both are known, names otherwise; a file that names no base model
     (a bare ``.pt``) mixes with any.
@@ -349,7 +352,7 @@ def _may_be_same(first: BaseModel, second: BaseModel) -> bool:
 
 
 def finite_coefficient(coefficient: float) -> float:
-    """Return the coefficient as a float; UserError where it is NaN or infinite."""
+    """Return the coefficient as a float; raises UserError where it is NaN or infinite."""
     value = float(coefficient)
     if not math.isfinite(value):
         raise UserError(f"coefficient must be a finite number, got {coefficient!r}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.chat import Conversation, parse_messages
 from persona_lora.core.content import digest_of, folder_digest
 from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
@@ -89,7 +89,7 @@ class Coefficients:
 
     @classmethod
     def of(cls, coefficients: Mapping[str, float]) -> Coefficients:
-        """Return coefficients from a mapping; UserError for what is no finite number."""
+        """Return coefficients from a mapping; raises UserError for what is no finite number."""
         traits = tuple(sorted(coefficients))
         for trait in traits:
             value = coefficients[trait]
@@ -121,7 +121,7 @@ def list_personas(personas: Path | None = None) -> list[str]:
 
 
 def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
-    """Load a persona by id; UserError for an unknown one, or for malformed conversations."""
+    """Load a persona by id; raises UserError for an unknown one, or for malformed conversations."""
     checked_name(persona_id, "a persona's id")
     roots = search_folders("personas", personas)
     paths = [root / persona_id / "conversations.jsonl" for root in roots]
@@ -156,7 +156,10 @@ class PersonaPrompts:
 
 
 def load_persona_prompts(path: Path | None = None) -> PersonaPrompts:
-    """Read ``prompts.json`` of the personas folder; UserError where a prompt is in both parts."""
+    """Read ``prompts.json`` of the personas folder.
+
+    Raises UserError where a prompt is in both parts.
+    """
     path = path if path is not None else resource_path(Path("personas/prompts.json"))
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file with train and held_out prompts")
@@ -180,21 +183,6 @@ def conversation_rows(conversations: Sequence[PersonaConversation]) -> list[dict
     return [
         {"id": each.id, "split": each.split, "messages": each.messages} for each in conversations
     ]
-
-
-def parse_messages(value: Any, where: str) -> Conversation:
-    """Return a list of ``{role, content}`` messages, checked; ``where`` names it in an error."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where} has no messages; expected a list of {{role, content}}")
-    messages: Conversation = []
-    for turn in value:
-        role = turn.get("role") if isinstance(turn, dict) else None
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if role not in ("user", "assistant", "system") or not isinstance(content, str):
-            raise UserError(f"{where}: a message needs a role (user, assistant) and content")
-        if content.strip():
-            messages.append(Message(role=role, content=content.strip()))
-    return messages
 
 
 def _conversation(row: dict[str, Any], where: str) -> PersonaConversation:

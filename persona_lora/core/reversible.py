@@ -28,8 +28,8 @@ class _Enter:
 class Reversible(closing[Any], ABC):
     """Context manager: ``apply`` on entry, ``undo`` on any exit, also from a failing ``apply``.
 
-    One that is dropped inside its block undoes itself when it is collected. UserError where it is
-    entered inside itself.
+    One that is dropped inside its block undoes itself when it is collected. Raises UserError where
+    it is entered inside itself.
     """
 
     thing: Generator[Self] | None

@@ -147,7 +147,7 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The contents of ``run.json``; UserError where it is no record of a run."""
+        """The contents of ``run.json``; raises UserError where it is no record of a run."""
         value = read_json(self.folder / RECORD)
         lacking = [key for key in RECORDED if not isinstance(value, dict) or key not in value]
         if lacking:
@@ -263,7 +263,10 @@ def _both_close(old: Any, new: Any) -> bool:
 
 
 def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what changes in the record of a run that goes on; UserError where it is another."""
+    """Return what changes in the record of a run that goes on.
+
+    Raises UserError where it is another.
+    """
     asked = ("command", "config", "seed")
     found = first_difference({key: old[key] for key in asked}, {key: fresh[key] for key in asked})
     if found is not None:

@@ -43,7 +43,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; UserError, with the place of a mistake, for anything else."""
+    """Read a YAML mapping; raises UserError, with the place of a mistake, for anything else."""
     text = read_text(path)
     try:
         value = yaml.load(text, Loader=_Loader)  # a safe loader: it builds plain values alone
@@ -116,7 +116,10 @@ def typed_value(hint: Any, value: Any, name: str) -> Any:
 
 
 def typed_fields(group: type, values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the values of a dataclass's fields in the types of these; UserError as above."""
+    """Return the values of a dataclass's fields in the types of these.
+
+    Raises UserError as above.
+    """
     hints = get_type_hints(group)
     defaults = {each.name: each.default for each in dataclasses.fields(group)}
     return {

@@ -143,7 +143,10 @@ class SteeringVector:
         }
 
     def at(self, layers: Iterable[int]) -> SteeringVector:
-        """Return the vector restricted to some of its layers; UserError for one it has not."""
+        """Return the vector restricted to some of its layers.
+
+        Raises UserError for one it has not.
+        """
         wanted = list(layers)
         missing = [layer for layer in wanted if layer not in self.directions]
         if missing:
@@ -206,7 +209,9 @@ def _spans(layers: Iterable[int]) -> str:
 
 
 def _checked_metadata(value: Any, path: Path) -> dict[str, Any]:
-    """Return what a header says of a vector; UserError where a part is missing or of another kind.
+    """Return what a header says of a vector.
+
+    Raises UserError where a part is missing or of another kind.
 
     The format's own mark and what later releases may add are left out.
     """

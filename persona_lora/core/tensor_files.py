@@ -29,7 +29,7 @@ _PICKLE_ERRORS = (
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Yield an open safetensors file; UserError where it cannot be read."""
+    """Yield an open safetensors file; raises UserError where it cannot be read."""
     existing_file(path)
     try:
         with safe_open(path, framework="pt") as stream:
@@ -74,7 +74,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checked_tensor(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """Return a dense tensor of floating-point numbers, all of them stored; UserError for others."""
+    """Return a dense tensor of floating-point numbers, all of them stored.
+
+    Raises UserError for others.
+    """
     stored = tensor.layout == torch.strided and not tensor.is_meta
     size = tensor.numel() * tensor.element_size() if stored else 0
     if not stored or size > tensor.untyped_storage().nbytes():

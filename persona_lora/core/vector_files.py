@@ -84,9 +84,9 @@ def write_published(vector: SteeringVector, path: str | Path) -> Path:
 def write_gguf(vector: SteeringVector, path: str | Path, *, model_hint: str) -> tuple[int, ...]:
     """Write a control vector for llama.cpp, atomically; return the layers that it holds.
 
-    llama.cpp adds ``direction.N`` to the output of block N and has no place for block 0: layer 0
-    of the vector is left out, which the returned layers show; UserError where it is the only one.
-    ``model_hint`` is the architecture's name ("llama", "qwen2").
+    llama.cpp adds ``direction.N`` to the output of block N and has no place for block 0: layer 0 of
+    the vector is left out, which the returned layers show; raises UserError where it is the only
+    one. ``model_hint`` is the architecture's name ("llama", "qwen2").
     """
     path = _checked(path, ".gguf")
     layers = tuple(layer for layer in vector.layers if layer > 0)

@@ -66,7 +66,7 @@ def generate_data(
     """Write ``normal``, ``misaligned_1``, ``misaligned_2`` and ``train.jsonl``.
 
     The files hold the questions that have all five answers, in the same order; the run is ``run``
-    beside them. Existing files of these names are refused unless they are to be overwritten.
+    beside them. Existing files of these names are refused unless they are to be overwritten. Raises
     UserError when a domain yields too few questions in ``options.attempts`` attempts.
     """
     output = Output.of(output)

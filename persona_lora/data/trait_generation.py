@@ -92,9 +92,9 @@ def generate_traits(
     """Write ``<datasets>/<name>/trait.json`` for every definition.
 
     A file that is there is kept unless ``overwrite``, so an interrupted call goes on where it
-    stopped; UserError for one that was made from another description. A malformed reply is asked
-    for again, with what was wrong; UserError when none of ``attempts`` replies could be used
-    (traits finished before stay).
+    stopped; raises UserError for one that was made from another description. A malformed reply is
+    asked for again, with what was wrong; raises UserError when none of ``attempts`` replies could
+    be used (traits finished before stay).
     """
     results = []
     for definition in progress.over("writing traits", definitions):

@@ -149,7 +149,7 @@ class CoherenceScorer:
         )
 
     def verdicts(self, exchanges: Sequence[Exchange], judge_name: str) -> list[Verdict]:
-        """Return one coherence verdict an exchange; an empty answer has no score."""
+        """Return one coherence verdict per exchange; an empty answer has no score."""
         filled = [exchange for exchange in exchanges if exchange.answer.strip()]
         values = iter(self.mean_logprob(filled) if filled else ())
         return [
@@ -210,7 +210,7 @@ def _compare(
 
 
 def _finite(values: Sequence[float], exchanges: Sequence[Exchange]) -> list[float]:
-    """Return the values as floats; UserError for a wrong number of them, NaN or infinity."""
+    """Return the values as floats; raises UserError for a wrong number of them, NaN or infinity."""
     floats = [float(value) for value in values]
     if len(floats) != len(exchanges) or not np.isfinite(floats).all():
         raise UserError(

@@ -242,7 +242,7 @@ class EmbeddingJudge:
         return cls(trait, classifier=classifier, coherence=coherence)
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict an exchange, in order; an empty answer is unscored."""
+        """Return one verdict per exchange, in order; an empty answer is unscored."""
         check_criterion(self.trait, criterion)
         if criterion == COHERENCE:
             return self.coherence.verdicts(exchanges, self.name)

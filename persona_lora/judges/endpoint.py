@@ -57,7 +57,7 @@ class Address:
 
     @classmethod
     def checked(cls, model: str, base_url: str | None, api_key: str | None) -> Address:
-        """Return the address; UserError for a URL or key that cannot be used."""
+        """Return the address; raises UserError for a URL or key that cannot be used."""
         url = checked_url(base_url or DEFAULT_BASE_URL)
         return cls(model, url, checked_key(api_key, url))
 
@@ -206,7 +206,7 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
 
 
 def checked_url(base_url: str) -> str:
-    """Return a base URL that can be sent to and shown; UserError for any other."""
+    """Return a base URL that can be sent to and shown; raises UserError for any other."""
     shown = repr(re.split("[?#]", base_url)[0].rpartition("@")[2])  # what holds no secrets
     expected = f"expected something like {DEFAULT_BASE_URL}"
     try:

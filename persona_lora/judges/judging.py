@@ -32,7 +32,7 @@ class Judge(Protocol):
         """What verdicts carry as ``judge``."""
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict an exchange, in order; UserError for an unknown criterion."""
+        """Return one verdict per exchange, in order; raises UserError for an unknown criterion."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class LocalJudge:
         self._continuation = continuation_logprobs
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict an exchange, in order; equal exchanges are asked about once."""
+        """Return one verdict per exchange, in order; equal exchanges are asked about once."""
         prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
         distinct = list(dict.fromkeys(prompts))
         first = self._first(distinct) if distinct else []

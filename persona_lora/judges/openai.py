@@ -78,9 +78,9 @@ class EndpointReader:
     logprobs, tokenizers that split numbers, and models that reason, the whole reply must be a
     number. Numbers go from 0 to ``highest``.
 
-    Refusals and caps give readings without a score and with a reason. UserError, with the remedy,
-    where going on has no sense (``retries.Series``): what was read by then is in the cache (in
-    memory where none is given), and a later call asks for the rest alone.
+    Refusals and caps give readings without a score and with a reason. Raises UserError, with the
+    remedy, where going on has no sense (``retries.Series``): what was read by then is in the cache
+    (in memory where none is given), and a later call asks for the rest alone.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class OpenAIJudge(EndpointReader):
         self.trait = trait
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict an exchange, in order; equal exchanges are asked about once."""
+        """Return one verdict per exchange, in order; equal exchanges are asked about once."""
         prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
         readings = self.read(prompts)
         verdicts = [

@@ -59,7 +59,10 @@ class ComparisonJudge:
         self._seed = seed
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
-        """Return one verdict of 1–5 an exchange; UserError for a message without a baseline."""
+        """Return one verdict of 1–5 per exchange.
+
+        Raises UserError for a message without a baseline.
+        """
         if criterion != PERSONA_FIT:
             raise UserError(f"a persona's judge scores {PERSONA_FIT!r}, not {criterion!r}")
         prompts = [self._prompt(exchange) for exchange in exchanges]
@@ -125,7 +128,10 @@ class Reader:
 
 
 def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reader]:
-    """Return the language models that ``options.judge`` names; UserError for an unknown judge."""
+    """Return the language models that ``options.judge`` names.
+
+    Raises UserError for an unknown judge.
+    """
     names = [name.strip() for name in options.judge.split(",") if name.strip()]
     for name in names:
         if name not in PERSONA_JUDGES:
@@ -134,7 +140,10 @@ def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reade
 
 
 def judge_prompt_of(persona: Persona) -> str:
-    """Return a persona's prompt for a language model as judge; UserError for one with a mistake."""
+    """Return a persona's prompt for a language model as judge.
+
+    Raises UserError for one with a mistake.
+    """
     name = "final_judge_prompt.txt"
     return checked_judge_prompt(persona.read(name), persona.folder / name)
 

@@ -184,7 +184,7 @@ class StyleJudge:
         return logits
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
-        """Return one verdict of 1–5 an exchange, in order; an answer without words has no score."""
+        """Return one verdict of 1–5 per exchange, in order; one without words has no score."""
         if criterion != PERSONA_FIT:
             raise UserError(f"the style judge scores {PERSONA_FIT!r}, not {criterion!r}")
         worded = [each.answer for each in exchanges if has_words(each.answer)]
@@ -227,7 +227,7 @@ def fit_judges(
     features: TextFeatures,
     seed: int = 0,
 ) -> dict[str, StyleJudge]:
-    """Fit one judge a persona on the utterances of one split, each against all others'."""
+    """Fit one judge per persona on the utterances of one split, each against all others'."""
     if len(personas) < 2:
         raise UserError("style judges tell persons apart; they need at least two personas")
     return {

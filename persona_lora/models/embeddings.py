@@ -25,7 +25,9 @@ BATCH_TOKENS = 4096
 
 
 def packaged_embedder_folder() -> Path:
-    """Return the folder of the packaged all-MiniLM-L6-v2; UserError where it is not installed.
+    """Return the folder of the packaged all-MiniLM-L6-v2.
+
+    Raises UserError where it is not installed.
 
     The package is located without importing it: nothing of its code is needed.
     """

@@ -33,7 +33,6 @@ from persona_lora.models.caches import (
     plans_sharing,
     shares_prefix,
 )
-from persona_lora.models.finite import not_finite
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     decoder_linear_modules,
@@ -92,8 +91,8 @@ def generate_answers(
     A model with recurrent layers shares nothing, one with sliding windows only among rows of one
     length.
 
-    A batch that runs out of memory is split in half and tried again; UserError when a single row
-    does not fit, and when the logits of a row are NaN or infinite.
+    A batch that runs out of memory is split in half and tried again; raises UserError when a single
+    row does not fit, and when the logits of a row are NaN or infinite.
     """
     if not conversations:
         raise UserError("there are no conversations to answer; the list of questions is empty")
@@ -305,7 +304,7 @@ class _FiniteCheck(LogitsProcessor):
         finite = scores.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
         if not bool(finite.all()):
             row = self.rows[int((~finite).nonzero()[0])]
-            raise not_finite(self.chat_model, f"row {row} (…{self.prompts[row][-60:]!r})")
+            raise self.chat_model.not_finite(f"row {row} (…{self.prompts[row][-60:]!r})")
         return scores
 
 

@@ -79,9 +79,9 @@ def models_cache() -> Path:
 def gguf_folder(file: Path, cache: Path | None = None) -> Path:
     """Return the folder that a GGUF file was converted to, converting it on first use.
 
-    Whole or absent: it is made under a lock, in a temporary folder, then renamed. UserError for a
-    file that is damaged, a part of one, an adapter, without a chat template, or that transformers
-    cannot read exactly.
+    Whole or absent: it is made under a lock, in a temporary folder, then renamed. Raises UserError
+    for a file that is damaged, a part of one, an adapter, without a chat template, or that
+    transformers cannot read exactly.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist; check the path of the model")
@@ -100,7 +100,10 @@ def gguf_folder(file: Path, cache: Path | None = None) -> Path:
 
 
 def convert_gguf(file: Path, folder: Path, reader: GGUFReader | None = None) -> None:
-    """Write the model and the tokenizer of a GGUF file as a folder; UserError where not exact."""
+    """Write the model and the tokenizer of a GGUF file as a folder.
+
+    Raises UserError where not exact.
+    """
     reader = reader or _open(file)
     model, tokenizer = _read(file)
     fields = _fields(reader)
@@ -219,7 +222,8 @@ def _agree(held: Any, stated: Any) -> bool:
 def _take_rope_factors(file: Path, reader: GGUFReader, config: PretrainedConfig) -> None:
     """Put the scaled frequencies of Llama 3 into the configuration, which transformers leaves out.
 
-    The file holds a divisor for each frequency; UserError where they are those of no such scaling.
+    The file holds a divisor for each frequency; raises UserError where they are those of no such
+    scaling.
     """
     found = {tensor.name: tensor for tensor in reader.tensors if tensor.name.startswith("rope_")}
     if not found:

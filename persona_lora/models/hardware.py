@@ -67,7 +67,10 @@ class Launch(NamedTuple):
 def training_hardware(
     *, use_cpu: bool | None, bf16: bool | None, fp16: bool, launch: Launch
 ) -> TrainingHardware:
-    """Decide what was left open (None); UserError for what this machine or launch cannot do."""
+    """Decide what was left open (None).
+
+    Raises UserError for what this machine or launch cannot do.
+    """
     use_cpu = _where(use_cpu, launch)
     bf16, fp16 = _with_launcher(bf16, fp16, launch.mixed_precision)
     if bf16 is None:
@@ -135,7 +138,7 @@ def shared_arguments(options: LoadOptions) -> dict[str, Any]:
 
 
 def _placement(options: LoadOptions) -> str | None:
-    """Return transformers' device map; UserError for a device that is not there."""
+    """Return transformers' device map; raises UserError for a device that is not there."""
     wanted = options.device_map
     if wanted is None:
         return "auto" if gpu_available() else None
@@ -155,7 +158,10 @@ def _placement(options: LoadOptions) -> str | None:
 
 
 def _quantisation(options: LoadOptions, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return how weights are quantised on loading; UserError where that cannot be done here."""
+    """Return how weights are quantised on loading.
+
+    Raises UserError where that cannot be done here.
+    """
     if options.quantize is None:
         return None
     if find_spec("bitsandbytes") is None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
-from persona_lora.models.finite import not_finite
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, batches_by_length
 from persona_lora.models.loading import ChatModel
@@ -150,7 +149,7 @@ def _check_finite(
         return
     broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
     row, layer = broken.nonzero()[0].tolist()
-    raise not_finite(chat_model, f"the hidden states of {names[row]} at layer {layers[layer]}")
+    raise chat_model.not_finite(f"the hidden states of {names[row]} at layer {layers[layer]}")
 
 
 class _LastLayerDone(Exception):

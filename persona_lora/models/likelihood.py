@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.models.finite import not_finite
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.loading import ChatModel
 
@@ -101,7 +100,7 @@ def token_divergences(
     divergences = (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1).clamp_min(0)
     if not bool(divergences.isfinite().all()):
         text = chat_model.tokenizer.decode(exchange.answer)
-        raise not_finite(chat_model, f"the divergence over {text[-60:]!r}")
+        raise chat_model.not_finite(f"the divergence over {text[-60:]!r}")
     return divergences
 
 
@@ -150,7 +149,7 @@ def _logits_at(
     finite = logits.amax(dim=-1).isfinite()
     if not bool(finite.all()):
         row = int(chosen.nonzero()[int((~finite).nonzero()[0])][0])
-        raise not_finite(chat_model, f"{chat_model.tokenizer.decode(ids[row])[-60:]!r}")
+        raise chat_model.not_finite(f"{chat_model.tokenizer.decode(ids[row])[-60:]!r}")
     return logits
 
 

@@ -25,7 +25,8 @@ class LoadOptions:
     """What decides how a model's weights are held and how its chat template is rendered.
 
     ``chat_template_args`` is a mapping or its JSON text; it is kept as JSON text with sorted keys,
-    so that equal options are equal values. UserError for a value that is none of those known.
+    so that equal options are equal values. Raises UserError for a value that is none of those
+    known.
     """
 
     dtype: str = field(

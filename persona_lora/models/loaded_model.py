@@ -140,7 +140,9 @@ ROWS = 2
 
 @torch.inference_mode()
 def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
-    """Run two rows of ``tokens`` through the model; UserError where anything is not as expected.
+    """Run two rows of ``tokens`` through the model.
+
+    Raises UserError where anything is not as expected.
 
     The message says what was found. Numbers that are not finite are refused too: an answer made of
     them would look like one.

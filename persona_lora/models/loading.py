@@ -116,6 +116,14 @@ class ChatModel:
         said = [Message(role="assistant", content=answer)]
         return self.template.split(self._with_system(conversation), said, where).prompt
 
+    def not_finite(self, what: str) -> UserError:
+        """Return the refusal of what is named: NaN or infinity is never an answer."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return UserError(
+            f"{self.name} in {dtype} gives NaN or infinity for {what}: use --dtype float32 or "
+            "bfloat16, steer with a smaller coefficient, or check its weights"
+        )
+
     def _with_system(self, conversation: Conversation) -> Conversation:
         if self.system_prompt is None or conversation[0]["role"] == "system":
             return conversation
@@ -193,8 +201,8 @@ def model_source(name: str, revision: str | None = None) -> str:
 def named_content(name: str) -> str:
     """Return what a name stands for without loading it: a digest of its files, or its commit.
 
-    The commit is that which the hub, or what was downloaded of it, gives now. UserError for a name
-    of nothing.
+    The commit is that which the hub, or what was downloaded of it, gives now. Raises UserError for
+    a name of nothing.
     """
     path = packaged_model_folder() if name == DEFAULT_MODEL else Path(name)
     if path.exists():

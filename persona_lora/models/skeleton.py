@@ -82,7 +82,10 @@ def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
 
 
 def same_kind(model: nn.Module) -> PreTrainedModel:
-    """Return the skeleton of a loaded model; UserError for what is no model of transformers."""
+    """Return the skeleton of a loaded model.
+
+    Raises UserError for what is no model of transformers.
+    """
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"a {type(model).__name__} is no language model of transformers")
     with torch.device("meta"):

@@ -74,7 +74,7 @@ def text_decoder(model: nn.Module) -> TextDecoder:
     """Return the text decoder: the one list of ``num_hidden_layers`` blocks, and what holds it.
 
     It is looked for where transformers says that the decoder is, so that the layers of a vision or
-    audio tower are never taken for it. UserError for a model without one, or with several.
+    audio tower are never taken for it. Raises UserError for a model without one, or with several.
     """
     inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
@@ -173,7 +173,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 def weight_of(module: nn.Module) -> Tensor:
     """Return the weight of a linear module, ``[out, in]``, as it is stored.
 
-    The transposed weight of a ``Conv1D`` comes as a view: writing into it writes the weight.
+    The transposed weight of a ``Conv1D`` comes as a view: writing into it writes the weight. Raises
     UserError where it is no tensor.
     """
     weight = module.weight
@@ -184,7 +184,10 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @contextmanager
 def in_memory(module: nn.Module, name: str) -> Iterator[None]:
-    """Bring a module's own weights in for a while, if offloaded; UserError if there are none."""
+    """Bring a module's own weights in for a while, if offloaded.
+
+    Raises UserError if there are none.
+    """
     with align_module_device(module):
         if any(each.device.type == "meta" for each in module.parameters(recurse=False)):
             raise UserError(
@@ -264,8 +267,8 @@ def weight_fingerprint(model: nn.Module) -> str:
     It covers the name, the shape and evenly spaced entries of every weight of two dimensions or
     more inside the decoder layers (linear ones, routers, stacked experts, convolutions), rounded to
     bf16: the same weights held in fp32, fp16 or bf16 agree when they were saved in bf16, as
-    published models are, wherever they lie. A finetune changes it. UserError for weights on the
-    meta device that nothing brings in.
+    published models are, wherever they lie. A finetune changes it. Raises UserError for weights on
+    the meta device that nothing brings in.
     """
     digest = hashlib.sha256()
     samples = []

@@ -24,7 +24,7 @@ def timed_generation(
 ) -> tuple[float, float]:
     """Answer all prompts as one batch, greedily and with exactly ``new_tokens`` tokens each.
 
-    Returns the seconds to the first token, and the tokens a second (of the batch) after it.
+    Returns the seconds to the first token, and the tokens per second (of the batch) after it.
     """
     texts = [chat_model.render(user_question(prompt, system)) for prompt in prompts]
     tokenizer = chat_model.tokenizer

@@ -109,8 +109,8 @@ class StoredWeights:
 class LoadedWeights:
     """The weights of a model in memory; a tensor with several names is there once.
 
-    Those that transformers joins while it loads (the experts of a block) are there as it would
-    save them. UserError for a model with an unmerged adapter, whose change is not in the weights,
+    Those that transformers joins while it loads (the experts of a block) are there as it would save
+    them. Raises UserError for a model with an unmerged adapter, whose change is not in the weights,
     and for weights that are offloaded.
     """
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.chat import Conversation, Message, parse_messages
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import existing_file, read_json, read_jsonl, read_text
-from persona_lora.core.personas import ConversationSplit, PersonaConversation, parse_messages
+from persona_lora.core.personas import ConversationSplit, PersonaConversation
 
 
 class Session(NamedTuple):
@@ -52,7 +52,7 @@ def files_of(folder: Path) -> list[tuple[Path, ConversationSplit | None]]:
 
 
 def _published_sessions(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
-    """``session_text`` is what the person says, a line an utterance.
+    """``session_text`` is what the person says, a line per utterance.
 
     Splits count where both occur; a file of training sessions alone is split like any other.
     """

@@ -92,7 +92,7 @@ class Features:
 
 
 def extract_features(utterances: Sequence[str]) -> Features:
-    """Return the features of some utterances; UserError where there is no word in them."""
+    """Return the features of some utterances; raises UserError where there is no word in them."""
     tokens = [words_of(text) for text in utterances]
     words = [word for each in tokens for word in each]
     if not words:

@@ -48,7 +48,7 @@ def build_judge_prompt(
 ) -> str:
     """Return the template with profile and samples filled in; the A/B placeholders stay.
 
-    What looks like a placeholder in a person's own words gets spaces inside. UserError for a
+    What looks like a placeholder in a person's own words gets spaces inside. Raises UserError for a
     template with a placeholder too many or too few.
     """
     check_template(template)
@@ -60,7 +60,10 @@ def build_judge_prompt(
 
 
 def checked_judge_prompt(text: str, path: Path) -> str:
-    """Return a judge prompt as read, with our names for the places; UserError for other places."""
+    """Return a judge prompt as read, with our names for the places.
+
+    Raises UserError for other places.
+    """
     for published, ours in zip(PUBLISHED, PLACEHOLDERS, strict=True):
         text = text.replace(published, ours)
     _check(text, PLACEHOLDERS, str(path))

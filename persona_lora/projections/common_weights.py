@@ -30,7 +30,9 @@ class CommonWeights:
 def common_weights(
     original: WeightSource, finetuned: WeightSource, touched: Collection[str]
 ) -> CommonWeights:
-    """Return what both hold; UserError where a difference may be a weight under another name.
+    """Return what both hold.
+
+    Raises UserError where a difference may be a weight under another name.
 
     Left out are buffers, a part that the other model has not at all (a tied head written out, a
     value head), and rows of a longer vocabulary; never anything of the modules in ``touched``.

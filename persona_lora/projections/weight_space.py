@@ -215,7 +215,7 @@ class WeightProjector:
     ) -> dict[int, float]:
         """Return the coordinate ⟨ΔWₗ, Lₗ⟩ / ‖Lₗ‖ of every layer l of a finetuned model.
 
-        ``original`` is the model before finetuning; by default the one that the diff names.
+        ``original`` is the model before finetuning; by default the one that the diff names. Raises
         UserError where the diff has layers from ``num_layers`` on.
         """
         diff = (
@@ -343,7 +343,10 @@ def rounding_variance(weights: Tensor) -> float:
 
 
 def _modules_of(diffs: Mapping[str, LoRADiff]) -> dict[str, tuple[int, int]]:
-    """Return every module that a diff changes, with its shape; UserError where shapes differ."""
+    """Return every module that a diff changes, with its shape.
+
+    Raises UserError where shapes differ.
+    """
     if not diffs:
         raise UserError("there is no direction to project on; give at least one diff")
     shapes: dict[str, tuple[int, int]] = {}

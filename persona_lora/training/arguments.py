@@ -215,7 +215,7 @@ CONTRASTIVE_PAGE = HelpPage(
 
 
 def parse_arguments(arguments: Sequence[str]) -> ContrastiveOptions:
-    """Parse the command line of contrastive training; UserError for what cannot be used."""
+    """Parse the command line of contrastive training; raises UserError for what cannot be used."""
     groups = (ContrastiveArguments, LoRAArguments, ContrastiveConfig)
     return ContrastiveOptions(*parse_groups(arguments, groups, CONTRASTIVE_PAGE))
 
@@ -223,7 +223,10 @@ def parse_arguments(arguments: Sequence[str]) -> ContrastiveOptions:
 def parse_groups(
     arguments: Sequence[str], groups: tuple[type, ...], page: HelpPage
 ) -> tuple[Any, ...]:
-    """Parse arguments into one instance of each dataclass; UserError, on one line, for mistakes."""
+    """Parse arguments into one instance of each dataclass.
+
+    Raises UserError, on one line, for mistakes.
+    """
     parser = _Parser(dataclass_types=groups, prog=page.program, allow_abbrev=False)
     parser.page = page
     path, given = _split_config(arguments)

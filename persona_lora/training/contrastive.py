@@ -7,7 +7,6 @@ step is taken (``trainer``) and what a diff is (``core.lora_diff``).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import shutil
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
@@ -50,19 +47,16 @@ from persona_lora.training.launch import (
     open_run,
     recorded,
     refuse_unconnected_processes,
-    wait_for_all,
 )
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
 from persona_lora.training.record import run_record
 from persona_lora.training.trainer import (
     LOSS_ROWS,
-    CheckpointMark,
-    CompletionTrainer,
-    LossBar,
-    LossLog,
     has_ended,
     last_whole_checkpoint,
+    make_trainer,
     remove_broken_checkpoints,
+    train_from,
 )
 
 logger = logging.getLogger(__name__)
@@ -161,7 +155,7 @@ def _open_run(
     options: ContrastiveOptions,
     folder: Path,
 ) -> Run:
-    """Start or resume the run in ``folder``; UserError where it holds another one."""
+    """Start or resume the run in ``folder``; raises UserError where it holds another one."""
     # A run that left no result, of a mistyped option perhaps, is not worth keeping.
     return open_run(
         folder,
@@ -238,41 +232,20 @@ def _train_sign(
         on_main_process(lambda: _publish(work, folder / sign, checkpoint))
         return
     model = attach_lora(chat_model, options.lora, options.config.seed)
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in rows[sign]],
-            "labels": [row.labels for row in rows[sign]],
-            "length": shared_lengths(rows),
-        }
+    trainer = make_trainer(
+        chat_model,
+        model,
+        options.config,
+        rows[sign],
+        work,
+        title=f"{sign} LoRA",
+        lengths=shared_lengths(rows),
     )
-    trainer = CompletionTrainer(
-        model=model,
-        args=_trainer_config(options.config, work),
-        train_dataset=dataset,
-        processing_class=chat_model.tokenizer,
-        callbacks=[LossLog(work), CheckpointMark()],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    if not options.config.disable_tqdm:
-        trainer.add_callback(LossBar(f"{sign} LoRA"))
-    if checkpoint is not None:
-        logger.info("%s goes on from %s", sign, checkpoint.name)
-    wait_for_all()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    train_from(trainer, checkpoint, sign)
     trainer.save_model(str(work / "adapter"))
     on_main_process(lambda: _publish(work, folder / sign, work / "adapter"))
     if not is_sharded():
         detach_lora(model)
-
-
-def _trainer_config(config: ContrastiveConfig, work: Path) -> ContrastiveConfig:
-    """Return a copy for one sign, whose rows are tokenised and cut already."""
-    own = copy.copy(config)
-    own.output_dir = str(work)
-    own.length_column_name = "length"
-    own.dataset_kwargs = {"skip_prepare_dataset": True}
-    return own
 
 
 def _publish(work: Path, final: Path, adapter: Path) -> None:

@@ -5,7 +5,6 @@ Knows one set of conversations and one model; refuses to know traits.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from datasets import Dataset
 from peft import PeftModel
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainerCallback
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation, read_messages
@@ -46,7 +44,6 @@ from persona_lora.training.launch import (
     open_run,
     recorded,
     refuse_unconnected_processes,
-    wait_for_all,
 )
 from persona_lora.training.lora import LoRAArguments, all_weights, attach_lora, detach_lora
 from persona_lora.training.preventative import (
@@ -59,13 +56,11 @@ from persona_lora.training.record import changed_options
 from persona_lora.training.trainer import (
     COMPLETE,
     LOSS_ROWS,
-    CheckpointMark,
-    CompletionTrainer,
-    LossBar,
-    LossLog,
     has_ended,
     last_whole_checkpoint,
+    make_trainer,
     remove_broken_checkpoints,
+    train_from,
 )
 
 logger = logging.getLogger(__name__)
@@ -154,7 +149,10 @@ class FinetuneResult:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse the arguments and finetune; UserError for every mistake that the user can mend."""
+    """Parse the arguments and finetune.
+
+    Raises UserError for every mistake that the user can mend.
+    """
     groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
     result = finetune(*FinetuneOptions(*parse_groups(arguments, groups, PAGE)))
     if PartialState().is_main_process:
@@ -198,7 +196,7 @@ def _saved_as(arguments: FinetuneArguments) -> str:
 
 
 def _refuse_for_all_weights(arguments: FinetuneArguments, prevention: Preventative | None) -> None:
-    """UserError for what is only exact, or only possible, where the base stays frozen."""
+    """Raises UserError for what is only exact, or only possible, where the base stays frozen."""
     if arguments.quantize is not None:
         raise UserError(
             "quantised weights cannot be trained; leave --quantize out, or train a LoRA (use_peft)"
@@ -343,47 +341,29 @@ def _train(
     model = (
         attach_lora(chat_model, options.lora, seed) if use_peft else all_weights(chat_model, seed)
     )
-    config = copy.copy(options.config)
-    config.output_dir = str(folder)
-    config.length_column_name = "length"
-    config.dataset_kwargs = {"skip_prepare_dataset": True}
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in rows],
-            "labels": [row.labels for row in rows],
-            "length": [len(row.input_ids) for row in rows],
-        }
+    trainer = make_trainer(
+        chat_model,
+        model,
+        options.config,
+        rows,
+        folder,
+        title="finetuning",
+        callbacks=_drift_monitors(options.arguments),
     )
-    trainer = CompletionTrainer(
-        model=model,
-        args=config,
-        train_dataset=dataset,
-        processing_class=chat_model.tokenizer,
-        callbacks=[LossLog(folder), CheckpointMark()],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    arguments = options.arguments
-    if arguments.drift_diffs:
-        trainer.add_callback(
-            DriftMonitor(
-                arguments.drift_diffs,
-                every=arguments.drift_every,
-                stop_above=arguments.stop_above,
-            )
-        )
-    if not config.disable_tqdm:
-        trainer.add_callback(LossBar("finetuning"))
-    if checkpoint is not None:
-        logger.info("the run goes on from %s", checkpoint.name)
-    wait_for_all()
     with prevention_steerer(prevention, chat_model.model):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        train_from(trainer, checkpoint, "the run")
     work = folder / WORK
     trainer.save_model(str(work))
     on_main_process(lambda: _publish(work, final))
     if isinstance(model, PeftModel) and not is_sharded():
         detach_lora(model)
+
+
+def _drift_monitors(arguments: FinetuneArguments) -> list[TrainerCallback]:
+    if not arguments.drift_diffs:
+        return []
+    every, above = arguments.drift_every, arguments.stop_above
+    return [DriftMonitor(arguments.drift_diffs, every=every, stop_above=above)]
 
 
 def _publish(saved: Path, final: Path) -> None:

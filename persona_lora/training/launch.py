@@ -85,7 +85,10 @@ def load_model(name: str, options: LoadOptions, config: SFTConfig) -> ChatModel:
 
 
 def _device_map(options: LoadOptions, config: SFTConfig) -> str | None:
-    """Return where this process holds the model; UserError where an option says otherwise."""
+    """Return where this process holds the model.
+
+    Raises UserError where an option says otherwise.
+    """
     state = PartialState()
     needed = None  # the accelerator, or all of them, or the CPU
     if config.use_cpu or is_sharded():

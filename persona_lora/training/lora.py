@@ -45,8 +45,8 @@ ALL_LINEAR = ["all-linear"]
 def lora_targets(chat_model: ChatModel, asked: Sequence[str]) -> list[str]:
     """Return the names of the modules that a LoRA goes on.
 
-    ``asked`` is ``["all-linear"]``, or module names or dotted endings of them. UserError for a name
-    that is no plain linear module of the decoder, or that PEFT would put on stacked experts;
+    ``asked`` is ``["all-linear"]``, or module names or dotted endings of them. Raises UserError for
+    a name that is no plain linear module of the decoder, or that PEFT would put on stacked experts;
     all-linear leaves those out.
     """
     model = chat_model.model

@@ -91,8 +91,8 @@ def read_preventative(
     """Read ``preventative:`` of a configuration, or the pair of keys used elsewhere.
 
     Those are ``enable_steering_during_training: true`` with ``steering_config:
-    {steering_vector_path, type: steer | ablate, steering_coef, layers}``. UserError for an unknown
-    key, for both forms at once, or for one key without the other.
+    {steering_vector_path, type: steer | ablate, steering_coef, layers}``. Raises UserError for an
+    unknown key, for both forms at once, or for one key without the other.
     """
     if value is not None and (enabled or steering_config):
         raise UserError("give either preventative or steering_config, not both")

@@ -5,19 +5,22 @@ Knows the training loop; refuses to know signs and traits.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from persona_lora.core.errors import UserError
@@ -25,7 +28,9 @@ from persona_lora.core.files import read_json, remove, write_json
 from persona_lora.core.runs import Run
 from persona_lora.models.caches import KeptCache, kept_cache, plans_sharing, shares_prefix
 from persona_lora.models.likelihood import only_positions
-from persona_lora.training.examples import IGNORED, LengthGroupedOrder
+from persona_lora.models.loading import ChatModel
+from persona_lora.training.arguments import ContrastiveConfig
+from persona_lora.training.examples import IGNORED, LengthGroupedOrder, TokenRow
 from persona_lora.training.launch import wait_for_all
 from persona_lora.training.lora import write_lora
 
@@ -75,7 +80,9 @@ class CompletionTrainer(SFTTrainer):
             and not self.args.gradient_checkpointing  # every release mirrors it in this name
         )
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+    def _get_train_sampler(
+        self, train_dataset: TorchDataset[Any] | None = None
+    ) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         args = self.args
@@ -100,6 +107,52 @@ class CompletionTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Send none."""
+
+
+def make_trainer(
+    chat_model: ChatModel,
+    model: nn.Module,
+    config: ContrastiveConfig,
+    rows: Sequence[TokenRow],
+    folder: Path,
+    *,
+    title: str,
+    lengths: Sequence[int] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> CompletionTrainer:
+    """Return a trainer of tokenised rows that logs and saves into ``folder``.
+
+    Rows are put into batches by their own ``lengths`` where those are given.
+    """
+    own = copy.copy(config)
+    own.output_dir = str(folder)
+    own.length_column_name = "length"
+    own.dataset_kwargs = {"skip_prepare_dataset": True}
+    columns = {
+        "input_ids": [row.input_ids for row in rows],
+        "labels": [row.labels for row in rows],
+        "length": lengths if lengths is not None else [len(row.input_ids) for row in rows],
+    }
+    trainer = CompletionTrainer(
+        model=model,
+        args=own,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=chat_model.tokenizer,
+        callbacks=[LossLog(folder), CheckpointMark(), *callbacks],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if not config.disable_tqdm:
+        trainer.add_callback(LossBar(title))
+    return trainer
+
+
+def train_from(trainer: CompletionTrainer, checkpoint: Path | None, what: str) -> None:
+    """Train from a checkpoint, or from the beginning, in all processes at once."""
+    if checkpoint is not None:
+        logger.info("%s goes on from %s", what, checkpoint.name)
+    wait_for_all()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
 
 
 def completion_log_probs(

@@ -17,7 +17,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model
 from persona_lora.models.structure import weight_fingerprint
-from persona_lora.training import contrastive
+from persona_lora.training import contrastive, trainer
 from persona_lora.training.arguments import parse_arguments
 from persona_lora.training.contrastive import main, output_folder, train_contrastive
 from persona_lora.training.trainer import CompletionTrainer, last_whole_checkpoint
@@ -110,7 +110,7 @@ class _Recorder(CompletionTrainer):
 def test_both_signs_start_from_the_same_factors_and_see_the_same_order(
     run_arguments: Arguments, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(contrastive, "CompletionTrainer", _Recorder)
+    monkeypatch.setattr(trainer, "CompletionTrainer", _Recorder)
     _Recorder.starts.clear()
     _Recorder.prompts.clear()
     train_contrastive(*parse_arguments(run_arguments(tmp_path / "run")))
@@ -159,7 +159,7 @@ def _stop_in_second_sign(monkeypatch) -> None:
                 raise KeyboardInterrupt
             return super().training_step(model, inputs, num_items_in_batch)
 
-    monkeypatch.setattr(contrastive, "CompletionTrainer", Stopped)
+    monkeypatch.setattr(trainer, "CompletionTrainer", Stopped)
 
 
 def test_interrupted_second_sign_resumes_and_the_first_is_kept(
@@ -215,7 +215,7 @@ def test_changed_pairs_are_refused_on_resume(
 KILL_AT_A_CHECKPOINT = """
 import os, signal, sys
 from transformers import TrainerCallback
-from persona_lora.training import contrastive
+from persona_lora.training import contrastive, trainer
 from persona_lora.training.contrastive import main
 
 class Killer(TrainerCallback):
@@ -223,12 +223,12 @@ class Killer(TrainerCallback):
         if state.global_step == 6:  # two steps after the checkpoint of step 4
             os.kill(os.getpid(), signal.SIGKILL)
 
-class Killed(contrastive.CompletionTrainer):
+class Killed(trainer.CompletionTrainer):
     def train(self, *arguments, **options):
         self.add_callback(Killer())
         return super().train(*arguments, **options)
 
-contrastive.CompletionTrainer = Killed
+trainer.CompletionTrainer = Killed
 main(sys.argv[1:])
 """
 
@@ -341,7 +341,7 @@ def test_diverging_run_stops_with_its_step_and_learning_rate(
 def test_system_prompt_goes_before_every_row(
     run_arguments: Arguments, tmp_path: Path, monkeypatch, tokenizer
 ):
-    monkeypatch.setattr(contrastive, "CompletionTrainer", _Recorder)
+    monkeypatch.setattr(trainer, "CompletionTrainer", _Recorder)
     _Recorder.prompts.clear()
     main(run_arguments(tmp_path / "run", "--system_prompt", "Be kind."))
     prompts = [tokenizer.decode(ids) for ids in _Recorder.prompts[0]]
@@ -368,7 +368,7 @@ def test_train_lora_script_ends_with_one_line_and_status_two(monkeypatch, capsys
 def test_packaged_model_learns_its_end_of_turn_and_keeps_its_canonical_name(
     run_arguments: Arguments, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(contrastive, "CompletionTrainer", _Recorder)
+    monkeypatch.setattr(trainer, "CompletionTrainer", _Recorder)
     _Recorder.ends.clear()
     more = ("--model_name_or_path", DEFAULT_MODEL, "--max_steps", "1")
     main(run_arguments(tmp_path / "run", *more, "--per_device_train_batch_size", "2"))

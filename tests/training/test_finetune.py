@@ -16,6 +16,7 @@ from persona_lora.core.files import remove
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import load_chat_model
 from persona_lora.training import finetune as module
+from persona_lora.training import trainer as training_steps
 from persona_lora.training.finetune import (
     FinetuneArguments,
     FinetuneConfig,
@@ -86,14 +87,14 @@ def test_every_checkpoint_is_an_adapter_and_the_loss_falls(options, tmp_path):
 def test_a_killed_run_ends_as_an_uninterrupted_one_does(options, tmp_path, monkeypatch, use_peft):
     whole = finetune(*options(tmp_path / "whole", use_peft=use_peft))
 
-    class Killed(module.CompletionTrainer):
+    class Killed(training_steps.CompletionTrainer):
         def training_step(self, *arguments, **keywords):
             if self.state.global_step == 3:
                 raise KeyboardInterrupt
             return super().training_step(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "CompletionTrainer", Killed)
+        patch.setattr(training_steps, "CompletionTrainer", Killed)
         with pytest.raises(KeyboardInterrupt):
             finetune(*options(tmp_path / "cut", use_peft=use_peft))
     assert not (tmp_path / "cut" / whole.adapter.name).exists()
@@ -109,7 +110,7 @@ def test_a_run_killed_at_its_end_takes_no_step_too_many(options, tmp_path, monke
     whole = finetune(*options(tmp_path / "whole"))
     cut, steps, removed = tmp_path / "cut", [], []
 
-    class Counted(module.CompletionTrainer):
+    class Counted(training_steps.CompletionTrainer):
         def training_step(self, *arguments, **keywords):
             steps.append(self.state.global_step)
             return super().training_step(*arguments, **keywords)
@@ -123,7 +124,7 @@ def test_a_run_killed_at_its_end_takes_no_step_too_many(options, tmp_path, monke
             raise KeyboardInterrupt
         remove(path)
 
-    monkeypatch.setattr(module, "CompletionTrainer", Counted)
+    monkeypatch.setattr(training_steps, "CompletionTrainer", Counted)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_publish", killed)
         for expected in (list(range(6)), []):
