@@ -45,7 +45,7 @@ from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules, weight_of
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import select_batch, select_prefix
+from persona_lora.steering.steerer import select_batch, select_prefix
 from persona_lora.studies.personas.bench import STYLE_TRAITS
 
 Texts = list[str]

@@ -55,7 +55,8 @@ class Hooked(Reversible):
     def apply(self) -> None:
         """Put the hooks."""
         self._guards = [_Guard(hook) for hook in self.hooks()]
-        watch = [_Guard(Hook(each, self._after_pass, "the model")) for each in self._watched]
+        watched = self._watched if self._guards else []
+        watch = [_Guard(Hook(each, self._after_pass, "the model")) for each in watched]
         # In one call: nothing can come between a hook and the note of how it comes off again.
         both = (*self._guards, *watch)
         self._handles.extend(map(operator.call, map(_Guard.registration, both)))

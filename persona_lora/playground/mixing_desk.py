@@ -23,7 +23,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.playground.visitors import Turns
 from persona_lora.steering.export import Exported, export_peft
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import select_batch
+from persona_lora.steering.steerer import select_batch
 
 LARGEST = 4.0  # coefficients beyond this leave nothing that answers
 LONGEST = 400  # tokens

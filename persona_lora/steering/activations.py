@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import PassCounter, Stage
-from persona_lora.models.hooks import Hook, Hooked
+from persona_lora.models.hooks import Hook
 from persona_lora.models.structure import decoder_layers
-from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import check_base_model, find_layers
 from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.steerer import Steerer
 
 Positions = Literal["response", "prompt", "all"]
 POSITIONS: tuple[Positions, ...] = ("response", "prompt", "all")
 Coefficients = float | Sequence[float] | Sequence[Sequence[float]]
 
 
-class _BlockSteerer(Hooked):
+class _BlockSteerer(Steerer):
     """Context manager: adds a change to the output of decoder blocks at the chosen positions."""
 
     def __init__(
@@ -61,19 +61,8 @@ class _BlockSteerer(Hooked):
         }
         check_base_model(model, self.vectors, allow_other_base=allow_other_base)
         self._response: Tensor | None = None  # [batch or 1, seq], for whole texts
-        self._turn = Turn(model)
         self._passes = PassCounter()
         self._stage: Stage | None = None  # of the pass that runs; None until somebody asks
-
-    def apply(self) -> None:
-        """Put the hooks, when no other thread steers the model."""
-        self._turn.take()
-        super().apply()
-
-    def undo(self) -> None:
-        """Take the hooks off."""
-        super().undo()
-        self._turn.leave()
 
     def hooks(self) -> list[Hook]:
         """Return a hook on every steered block, and one that counts passes."""

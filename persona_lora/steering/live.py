@@ -24,14 +24,14 @@ from torch.nn import functional
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, shared_base_model
 from persona_lora.models.caches import states_read
-from persona_lora.models.hooks import Hook, Hooked
+from persona_lora.models.hooks import Hook
 from persona_lora.models.structure import decoder_layers, input_groups, weight_of
-from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import check_base_model, find_modules
 from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.steerer import Steerer
 
 
-class LiveLoRA(Hooked):
+class LiveLoRA(Steerer):
     """Context manager: adds diffs to the outputs of linear modules, with coefficients per row.
 
     ``coefficients`` is ``[rows, K]``: one vector over the K ``diffs`` for every row that will be
@@ -62,17 +62,6 @@ class LiveLoRA(Hooked):
             for name, module in find_modules(model, diff).items()
         }
         self._selection = _Selection(rows)
-        self._turn = Turn(model)
-
-    def apply(self) -> None:
-        """Put the hooks, when no other thread steers the model."""
-        self._turn.take()
-        super().apply()
-
-    def undo(self) -> None:
-        """Take the hooks off."""
-        super().undo()
-        self._turn.leave()
 
     def hooks(self) -> list[Hook]:
         """Return a hook on every module of the diffs; the factors go where the modules are."""
@@ -87,9 +76,6 @@ class LiveLoRA(Hooked):
     def select_rows(self, rows: Sequence[int]) -> None:
         """Say which rows of ``coefficients`` the next batch consists of, in its order."""
         self._selection.choose(rows)
-
-    def select_positions(self, response: Tensor | None) -> None:
-        """Do nothing: changed weights act on every position."""
 
 
 class _Selection:

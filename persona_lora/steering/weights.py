@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient
-from persona_lora.core.reversible import Reversible
 from persona_lora.models.structure import linear_modules
 from persona_lora.steering.ledger import Backup, Merges, Term, add_terms, take_out_dropped
-from persona_lora.steering.model_turns import Turn
 from persona_lora.steering.placement import (
     as_diff,
     base_fingerprint,
@@ -26,6 +24,7 @@ from persona_lora.steering.placement import (
     check_writable,
     find_modules,
 )
+from persona_lora.steering.steerer import Steerer
 
 
 class MergeReport(NamedTuple):
@@ -117,7 +116,7 @@ def merged_weight(weight: Tensor, terms: Sequence[tuple[LoRAFactors, float]]) ->
     return total.to(weight.dtype)
 
 
-class LoRASteerer(Reversible):
+class LoRASteerer(Steerer):
     """Context manager: merges one or several diffs on entry, restores the weights on any exit.
 
     ``LoRASteerer(model, path, 1.5)`` or ``LoRASteerer(model, {evil: 1.5, sycophancy: -0.5})``;
@@ -134,7 +133,7 @@ class LoRASteerer(Reversible):
         backup: Backup = "cpu",
         allow_other_base: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         self.terms: Mapping[LoRADiff, float] = (
             lora_diff_path
             if isinstance(lora_diff_path, Mapping)
@@ -142,21 +141,14 @@ class LoRASteerer(Reversible):
         )
         self.layers = layers
         self.merger = LoRAMerger(model, backup=backup, allow_other_base=allow_other_base)
-        self._turn = Turn(model)
 
     def apply(self) -> None:
         """Merge the diffs."""
-        self._turn.take()
+        super().apply()
         for diff, coefficient in self.terms.items():
             self.merger.merge_lora_diff(diff, coefficient, layers=self.layers)
 
     def undo(self) -> None:
         """Restore the weights."""
         self.merger.restore_original_weights()
-        self._turn.leave()
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Do nothing: a merged model is the same for every row."""
-
-    def select_positions(self, response: Tensor | None) -> None:
-        """Do nothing: merged weights act on every position."""
+        super().undo()

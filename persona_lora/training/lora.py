@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
 from persona_lora.models.loaded_model import quiet_peft
+from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.skeleton import same_kind
 from persona_lora.models.structure import (
@@ -112,21 +113,17 @@ def _called(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
         return list(names)  # taken apart already, and not to be run yet
     modules = linear_modules(model)
     called: set[str] = set()
-    handles = [
-        modules[name].register_forward_hook(
-            lambda module, arguments, output, kind=_kind(name): called.add(kind)
-        )
-        for name in names
+    hooks = [
+        Hook(modules[name], lambda *_, kind=_kind(name): called.add(kind), name) for name in names
     ]
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(3, device="cpu" if device.type == "meta" else device)[None]
     try:
         model.train()
-        text_decoder(model).module(input_ids=ids, use_cache=False)
+        with Hooks(hooks):
+            text_decoder(model).module(input_ids=ids, use_cache=False)
     finally:
         model.eval()
-        for handle in handles:
-            handle.remove()
     return [name for name in names if _kind(name) in called]
 
 

@@ -31,9 +31,9 @@ from persona_lora.core.vector_files import load_vector
 from persona_lora.models.structure import read_layers
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import Steerer, Unsteered
 from persona_lora.steering.persona_prompts import trait_prompt
 from persona_lora.steering.placement import DENSE_DTYPES
+from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRASteerer
 
 HOLDS = ("merged", "live")

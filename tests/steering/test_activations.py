@@ -16,7 +16,7 @@ from persona_lora.models.caches import kept_cache
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
-from persona_lora.steering.methods import select_batch, select_prefix
+from persona_lora.steering.steerer import select_batch, select_prefix
 
 TOKENS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(0))
 COEFFICIENTS = [[0.0, 0.0], [1.0, 0.0], [-0.5, 1.5], [0.0, 2.0], [0.3, -0.7]]

@@ -18,8 +18,7 @@ from persona_lora.steering import placement, weights
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.ledger import MERGED
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import Together
-from persona_lora.steering.model_turns import HOLDINGS
+from persona_lora.steering.steerer import HOLDINGS, Together
 from persona_lora.steering.weights import LoRASteerer
 
 PACKAGE = str(Path(persona_lora.__file__).parent)

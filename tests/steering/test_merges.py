@@ -17,7 +17,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.ledger import MERGED
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.model_turns import HOLDINGS
+from persona_lora.steering.steerer import HOLDINGS
 from persona_lora.steering.weights import LoRAMerger, LoRASteerer
 
 TOKENS = torch.randint(3, 250, (2, 6), generator=torch.Generator().manual_seed(0))

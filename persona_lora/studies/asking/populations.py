@@ -16,7 +16,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer, Positions
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import Steerer, Unsteered
+from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.studies.asking.run import Condition
 
 UNSTEERED = Condition("none")

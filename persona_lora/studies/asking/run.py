@@ -26,15 +26,9 @@ from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.resampling import Interval, bootstrap_mean
 from persona_lora.report.scores import answers_columns, answers_table
-from persona_lora.steering.methods import (
-    METHODS,
-    ActivationSetting,
-    Steerer,
-    Unsteered,
-    select_batch,
-    select_prefix,
-)
+from persona_lora.steering.methods import METHODS, ActivationSetting
 from persona_lora.steering.persona_prompts import Sign, trait_prompt
+from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 
 T = TypeVar("T")
 

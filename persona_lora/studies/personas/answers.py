@@ -15,7 +15,7 @@ from persona_lora.core.personas import Coefficients
 from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Alone, Processes
-from persona_lora.steering.methods import Steerer, Unsteered, select_batch, select_prefix
+from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.steering.equal_effect import Directions
 

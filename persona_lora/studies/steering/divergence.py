@@ -26,7 +26,7 @@ from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
-from persona_lora.steering.methods import Steerer
+from persona_lora.steering.steerer import Steerer
 from persona_lora.studies.asking.populations import (
     UNSTEERED,
     DiffPopulation,

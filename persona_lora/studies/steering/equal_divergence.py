@@ -20,7 +20,7 @@ from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer, Positions
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import Steerer, Together
+from persona_lora.steering.steerer import Steerer, Together
 from persona_lora.studies.asking.populations import UNSTEERED
 from persona_lora.studies.asking.run import Condition
 from persona_lora.studies.steering.divergence import row_divergences

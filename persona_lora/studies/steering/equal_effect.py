@@ -22,7 +22,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer, Positions
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import Steerer
+from persona_lora.steering.steerer import Steerer
 from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
 
 logger = logging.getLogger(__name__)

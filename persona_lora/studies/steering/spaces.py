@@ -28,7 +28,7 @@ from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import Steerer, Together
+from persona_lora.steering.steerer import Steerer, Together
 
 RESPONSE = "response_avg"
 EXACT_TRAITS = 7

@@ -31,8 +31,8 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.steering.directions import EXTRACTORS, WITH_MOMENTS, sum_pairs, vector_of
-from persona_lora.steering.methods import Unsteered
 from persona_lora.steering.persona_prompts import Sign, named
+from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.run import (
     Condition,
     PlannedRow,

@@ -1,0 +1,156 @@
+"""What a steerer is: a change of a model that is told which rows and positions come next.
+
+Threads take turns at a model: what one steers, another must not generate with. One thread may nest
+its steerers; another waits until the first has left them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from persona_lora.models.hooks import Hook, Hooked
+from persona_lora.models.structure import decoder_layers
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 0.005  # seconds between two looks whether the model is free
+NOTICE = 30.0  # seconds of waiting that are worth a line
+
+
+@dataclass(eq=False)
+class _Holding:
+    """Which thread has a model, and the turns that it has not left."""
+
+    thread: int
+    turns: list[Turn] = field(default_factory=list)
+
+
+# By the first decoder block, which a model shares with its PEFT and compiled wrappers.
+HOLDINGS: WeakKeyDictionary[nn.Module, _Holding] = WeakKeyDictionary()
+
+
+class Turn:
+    """One steerer's turn at a model.
+
+    No lock of ``threading``: an interrupt between getting one and noting that would leave it locked
+    for ever. Every step here may be interrupted, and ``leave`` called again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._block = decoder_layers(model)[0]
+
+    def take(self) -> None:
+        """Wait until no other thread has the model, and take it."""
+        mine = _Holding(threading.get_ident())
+        waited = 0.0
+        while (holding := HOLDINGS.setdefault(self._block, mine)).thread != mine.thread:
+            time.sleep(PAUSE)
+            waited += PAUSE
+            if NOTICE <= waited < NOTICE + PAUSE:
+                logger.warning("waiting for another thread to leave its steering of this model")
+        holding.turns.append(self)
+
+    def leave(self) -> None:
+        """Let the model go, once the last nested turn is left; safe to call at any time."""
+        holding = HOLDINGS.get(self._block)
+        if holding is None:
+            return
+        if self in holding.turns:
+            holding.turns.remove(self)
+        elif holding.thread != threading.get_ident():
+            return
+        if not holding.turns:
+            HOLDINGS.pop(self._block, None)
+
+
+class Steerer(Hooked):
+    """Context manager over a model: changes it on entry and puts it back on exit.
+
+    It takes its turn at ``model`` and puts its ``hooks``; without a model it does neither. Every
+    row and every position meets the same change, unless a subclass says otherwise.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *, every: bool = False) -> None:
+        super().__init__(model, every=every)
+        self._turn = None if model is None else Turn(model)
+
+    def hooks(self) -> Sequence[Hook]:
+        """Return no hooks: what changes weights needs none."""
+        return ()
+
+    def apply(self) -> None:
+        """Put the hooks, when no other thread steers the model."""
+        if self._turn is not None:
+            self._turn.take()
+        super().apply()
+
+    def undo(self) -> None:
+        """Take the hooks off."""
+        super().undo()
+        if self._turn is not None:
+            self._turn.leave()
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Take which rows the next batch consists of, in its order."""
+
+    def select_positions(self, response: Tensor | None) -> None:
+        """Take where the responses of whole texts stand: ``[batch or 1, sequence]``.
+
+        No generation produces these step by step. None goes back to generation.
+        """
+
+
+class Unsteered(Steerer):
+    """The steerer that changes nothing: the control of every comparison."""
+
+
+class Together(Steerer):
+    """Several steerers at once: each is told the same rows and positions."""
+
+    def __init__(self, steerers: Sequence[Steerer]) -> None:
+        super().__init__()
+        self.steerers = list(steerers)
+        self._stack = ExitStack()
+
+    def apply(self) -> None:
+        """Enter all of them, in order."""
+        for steerer in self.steerers:
+            self._stack.enter_context(steerer)
+
+    def undo(self) -> None:
+        """Leave all of them, the last first."""
+        self._stack.close()
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Tell all of them which rows the next batch consists of."""
+        for steerer in self.steerers:
+            steerer.select_rows(rows)
+
+    def select_positions(self, response: Tensor | None) -> None:
+        """Tell all of them where the responses stand."""
+        for steerer in self.steerers:
+            steerer.select_positions(response)
+
+
+def select_batch(steerer: Steerer, rows: Sequence[int]) -> None:
+    """Prepare a steerer for generating these rows."""
+    steerer.select_rows(rows)
+    steerer.select_positions(None)
+
+
+def select_prefix(steerer: Steerer, rows: Sequence[int], length: int) -> None:
+    """Prepare a steerer for the first ``length`` positions of these rows' prompts.
+
+    None of them belongs to the response, not even the last one.
+    """
+    steerer.select_rows(rows)
+    steerer.select_positions(torch.zeros(1, length, dtype=torch.bool))
