@@ -115,7 +115,7 @@ def compare(
     from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import comparison as experiment
     from persona_lora.studies.steering import steering_costs as costs
-    from persona_lora.studies.steering.equal_divergence import Methods
+    from persona_lora.studies.steering.calibration import bank_of_methods
 
     if match not in ("mean", "p95"):
         raise UserError(f"--match must be mean or p95, got {match!r}")
@@ -126,7 +126,7 @@ def compare(
     loaded = load_trait(trait, datasets_dir)
     weights, whole = LoRADiff.load(diff), load_vector(activation_vector)
     vector = whole.at(layer_numbers(layers, whole.num_layers))
-    methods = Methods(
+    bank = bank_of_methods(
         weights,
         vector,
         random_diff_like(weights, seed),
@@ -145,7 +145,7 @@ def compare(
         found = experiment.compare(
             chat_model,
             loaded,
-            methods,
+            bank,
             numbers(coefficients),
             judge_factory(loaded, chat_model, judging),
             judged_output(
@@ -166,7 +166,7 @@ def compare(
             costs.run_latency(
                 chat_model,
                 loaded,
-                methods,
+                bank,
                 experiment.levels_of(output),
                 Output(parts[-1], overwrite),
                 batches=sizes,

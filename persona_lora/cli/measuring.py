@@ -231,14 +231,14 @@ def sweep(
     population = load_population(
         chosen, diff, vector, numbers(coefficients), layers, positions, control, seed
     )
-    one_layer = len(population.record().get("layers", [0])) == 1
+    one_layer = len(population.bank.record.get("layers", [0])) == 1
     sweeping = experiment.SweepOptions(
         question_split(split),
         references=references and chosen != "none",
         costs=chosen in ("lora", "activation") and (one_layer if costs is None else costs),
         max_questions=max_questions,
     )
-    chat_model = load_model(model, population.directions(), allow_other_base=allow_other_base)
+    chat_model = load_model(model, population.made, allow_other_base=allow_other_base)
     suffix = "" if chosen == "lora" else f"_{chosen}"
     record = {
         **({"diff": str(diff)} if diff else {"vector_path": str(vector)} if vector else {}),

@@ -128,22 +128,22 @@ def load_population(
     from persona_lora.core.vector_files import load_vector
     from persona_lora.steering.directions import random_like
     from persona_lora.studies.asking.populations import (
-        DiffPopulation,
-        PromptPopulation,
-        VectorPopulation,
+        diff_population,
+        prompt_population,
+        vector_population,
     )
 
     if method == "lora" and diff is not None:
-        return DiffPopulation(LoRADiff.load(diff), tuple(coefficients))
+        return diff_population(LoRADiff.load(diff), coefficients)
     if method != "activation" or vector is None:
-        return PromptPopulation()
+        return prompt_population()
     loaded = load_vector(vector)
     chosen = layer_numbers(layers, loaded.num_layers)
     wanted = len(chosen) == 1 if control is None else control
-    return VectorPopulation(
+    return vector_population(
         loaded,
         chosen,
-        tuple(coefficients),
+        coefficients,
         steering_positions(positions),
         random_like(loaded, seed) if wanted else None,
     )

@@ -1,4 +1,4 @@
-"""Messages, answers and verdicts as values. Refuses to know who wrote or judged them."""
+"""Messages, conditions, answers, verdicts as values. Refuses to know who wrote or judged them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,52 @@ class Exchange(NamedTuple):
     answer: str
 
 
+class Series(NamedTuple):
+    """Conditions that differ by their coefficient alone: a method, and the layer it steers at."""
+
+    method: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One setting in which questions are asked: what produces an answer.
+
+    ``method`` is "none", "lora", "activation", "ablation", "random" (a random direction),
+    "prompt" (with ``system_prompt``), or "prompt_pos" and "prompt_neg" (the trait's own system
+    prompts, taken in turn over the questions). ``layer`` is where a single layer is steered.
+    """
+
+    method: str
+    coefficient: float | None = None
+    layer: int | None = None
+    system_prompt: str | None = None
+
+    @property
+    def series(self) -> Series | None:
+        """The series of a condition that has a coefficient."""
+        return None if self.coefficient is None else Series(self.method, self.layer)
+
+    @property
+    def direction(self) -> str:
+        """The name of what steers in a bank of directions: one layer of a vector is one of them."""
+        return self.method if self.layer is None else f"{self.method}@{self.layer}"
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The coefficient by the name of its direction; empty where nothing steers."""
+        return {} if self.coefficient is None else {self.direction: self.coefficient}
+
+
+UNSTEERED = Condition("none")
+
+
 @dataclass(frozen=True)
 class Answer:
     """One generated answer and the setting that produced it; a row of ``answers.jsonl``.
 
-    ``method`` is "none", "lora", "activation", "random" (a random direction of the same norm),
-    "prompt", "prompt_pos" or "prompt_neg"; ``coefficient`` and ``layer`` are None where none
-    applies; ``finished`` is False when the token limit cut the answer off.
+    ``method``, ``coefficient`` and ``layer`` are those of its ``Condition``; ``finished`` is False
+    when the token limit cut the answer off.
     """
 
     row: int

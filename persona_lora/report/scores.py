@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from persona_lora.core.chat import COHERENCE
+from persona_lora.core.chat import COHERENCE, Condition, Series
 from persona_lora.core.errors import UserError
 
 Row = Mapping[str, Any]
@@ -18,26 +18,6 @@ Cluster = dict[int, list[float | None]]
 UNSTEERED = "none"
 CONTROL = "random"
 PROMPTS = ("prompt_neg", "prompt_pos")
-
-
-class Series(NamedTuple):
-    """Conditions that differ by their coefficient alone: a method, and the layer it steers at."""
-
-    method: str
-    layer: int | None
-
-
-class Condition(NamedTuple):
-    """What produced an answer: a method, with coefficient and layer where it has them."""
-
-    method: str
-    coefficient: float | None
-    layer: int | None = None
-
-    @property
-    def series(self) -> Series | None:
-        """The series of a condition that has a coefficient."""
-        return None if self.coefficient is None else Series(self.method, self.layer)
 
 
 UNSTEERED_CONDITION = Condition(UNSTEERED, 0.0)

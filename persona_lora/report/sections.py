@@ -90,7 +90,7 @@ def by_question(scored: Iterable[ScoredAnswer]) -> list[list[ScoredAnswer]]:
     """Group answers by question; within each: coefficients, the control, then references."""
 
     def place(row: ScoredAnswer) -> tuple[int, bool, bool, float, str, int]:
-        method, coefficient, _ = row.condition
+        method, coefficient = row.condition.method, row.condition.coefficient
         order = (coefficient is None, method == CONTROL, coefficient or 0.0, method)
         return (row.answer["question_id"], *order, row.answer["sample"])
 

@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
-from persona_lora.models.loaded_model import quiet_peft
 from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.loaded_model import quiet_peft
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.skeleton import same_kind
 from persona_lora.models.structure import (

@@ -6,13 +6,13 @@ The sweep and every later experiment plan their rows and answer them through thi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Answer, user_question
+from persona_lora.core.chat import COHERENCE, UNSTEERED, Answer, Condition, user_question
 from persona_lora.core.content import numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_csv
@@ -31,33 +31,21 @@ from persona_lora.steering.persona_prompts import Sign, trait_prompt
 from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 
 T = TypeVar("T")
+C_co = TypeVar("C_co", bound=Hashable, covariant=True)
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One setting in which all questions are asked.
+class Row(Generic[C_co]):
+    """One answer to be generated: to a question, under a condition and a system prompt.
 
-    ``method`` is "none", "lora", "activation", "ablation", "random" (a random direction),
-    "prompt" (with ``system_prompt``), or "prompt_pos" and "prompt_neg" (the trait's own system
-    prompts, taken in turn over the questions). ``layer`` is where a single layer is steered.
+    Rows of equal conditions share the computation of what their prompts begin with; rows of one
+    ``stream`` share their random numbers.
     """
 
-    method: str
-    coefficient: float | None = None
-    system_prompt: str | None = None
-    layer: int | None = None
-
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """One answer to be generated."""
-
-    row: int
-    question_id: int
     question: str
-    sample: int
-    condition: Condition
-    system_prompt: str | None
+    condition: C_co
+    system_prompt: str | None = None
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ def plan_rows(
     *,
     samples: int,
     max_questions: int | None = None,
-) -> list[PlannedRow]:
+) -> list[Row[Condition]]:
     """Return the questions of the split under every condition, ``samples`` times.
 
     ``max_questions`` takes the first so many of them.
@@ -85,65 +73,91 @@ def plan_rows(
     questions = trait.questions[split][:max_questions]
     if not questions:
         raise UserError(f"the trait {trait.name} has no {split} questions")
-    cells = [
-        (condition, question_id, sample)
+    return [
+        Row(
+            questions[question_id],
+            condition,
+            _system_prompt(trait, condition, question_id),
+            stream_of(question_id, sample),
+        )
         for condition in conditions
         for question_id in range(len(questions))
         for sample in range(samples)
     ]
-    return [
-        PlannedRow(
-            row=row,
-            question_id=question_id,
-            question=questions[question_id],
-            sample=sample,
-            condition=condition,
-            system_prompt=_system_prompt(trait, condition, question_id),
+
+
+def stream_of(question_id: int, sample: int) -> int:
+    """Return the random stream of a question's sample: the same under every condition."""
+    return question_id * SAMPLES_PER_QUESTION + sample
+
+
+def generate_rows(
+    chat_model: ChatModel,
+    plan: Sequence[Row[Any]],
+    steerer: Steerer,
+    options: GenerationOptions,
+    *,
+    numbers: Sequence[int] | None = None,
+    on_batch: Callable[[Sequence[int], Sequence[Generated]], None] | None = None,
+) -> list[Generated]:
+    """Answer rows of the plan inside a steerer that has the same rows.
+
+    ``numbers`` are those that are asked for, in order; all by default. ``on_batch`` is told the
+    numbers and answers of each batch.
+    """
+    numbers = range(len(plan)) if numbers is None else numbers
+    rows = [plan[number] for number in numbers]
+    if not rows:
+        return []
+
+    def named(batch: Sequence[int]) -> list[int]:
+        return [numbers[place] for place in batch]
+
+    def told(batch: Sequence[int], generated: Sequence[Generated]) -> None:
+        if on_batch is not None:
+            on_batch(named(batch), generated)
+
+    with steerer:
+        return generate_answers(
+            chat_model,
+            [user_question(row.question, row.system_prompt) for row in rows],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            streams=[row.stream for row in rows],
+            batch_size=options.batch_size,
+            prepare_batch=lambda batch: select_batch(steerer, named(batch)),
+            alike=[row.condition for row in rows],
+            prepare_prefix=lambda batch, length: select_prefix(steerer, named(batch), length),
+            on_batch=told,
         )
-        for row, (condition, question_id, sample) in enumerate(cells)
-    ]
 
 
 def answer_rows(
     chat_model: ChatModel,
-    plan: Sequence[PlannedRow],
+    plan: Sequence[Row[Condition]],
     steerer: Steerer,
     run: Run,
     options: GenerationOptions,
 ) -> list[Answer]:
     """Answer the planned rows inside the steerer and write them to the run, batch by batch.
 
-    Rows that an interrupted run has answered are kept. Rows of one question and sample share
-    their random numbers under all conditions, so that conditions differ by the steering alone.
+    Rows that an interrupted run has answered are kept.
     """
     answered = {row["row"]: Answer(**row) for row in run.resume_rows("answers")}
-    pending = [planned for planned in plan if planned.row not in answered]
+    pending = [number for number in range(len(plan)) if number not in answered]
 
-    def keep(rows: Sequence[int], generated: Sequence[Generated]) -> None:
+    def keep(numbers: Sequence[int], generated: Sequence[Generated]) -> None:
         answers = [
-            _answer(pending[index], each) for index, each in zip(rows, generated, strict=True)
+            _answer(number, plan[number], each)
+            for number, each in zip(numbers, generated, strict=True)
         ]
         run.append("answers", [dataclasses.asdict(answer) for answer in answers])
         answered.update({answer.row: answer for answer in answers})
 
-    if pending:
-        with steerer, progress.stage("answering"):
-            generate_answers(
-                chat_model,
-                [user_question(row.question, row.system_prompt) for row in pending],
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                seed=options.seed,
-                streams=[row.question_id * SAMPLES_PER_QUESTION + row.sample for row in pending],
-                batch_size=options.batch_size,
-                prepare_batch=lambda rows: select_batch(steerer, [pending[i].row for i in rows]),
-                alike=[row.condition for row in pending],
-                prepare_prefix=lambda rows, length: select_prefix(
-                    steerer, [pending[i].row for i in rows], length
-                ),
-                on_batch=keep,
-            )
-    ordered = [answered[planned.row] for planned in plan]
+    with progress.stage("answering"):
+        generate_rows(chat_model, plan, steerer, options, numbers=pending, on_batch=keep)
+    ordered = [answered[number] for number in range(len(plan))]
     run.write("answers", [dataclasses.asdict(answer) for answer in ordered])
     return ordered
 
@@ -231,15 +245,17 @@ def _condition(
     if terms and activation is not None:
         raise UserError("a diff and a steering vector do not steer at once; choose one of them")
     if terms:
-        return Condition("lora", _only(terms.values()), system_prompt)
+        return Condition("lora", _only(terms.values()), system_prompt=system_prompt)
     if activation is not None:
         layer = _only(activation.layers or ())
         if activation.ablate:
-            return Condition("ablation", None, system_prompt, layer)
-        return Condition("activation", _only(activation.vectors.values()), system_prompt, layer)
+            return Condition("ablation", None, layer, system_prompt)
+        return Condition("activation", _only(activation.vectors.values()), layer, system_prompt)
     if system_prompt in ("pos", "neg"):
         return Condition(f"prompt_{system_prompt}")
-    return Condition("none") if system_prompt is None else Condition("prompt", None, system_prompt)
+    if system_prompt is None:
+        return UNSTEERED
+    return Condition("prompt", system_prompt=system_prompt)
 
 
 def _only(values: Collection[T]) -> T | None:
@@ -263,16 +279,17 @@ def _steerer(chat_model: ChatModel, terms: Mapping[LoRADiff, float], mode: str) 
     return METHODS[mode](chat_model, terms)
 
 
-def _answer(planned: PlannedRow, generated: Generated) -> Answer:
+def _answer(number: int, row: Row[Condition], generated: Generated) -> Answer:
+    question_id, sample = divmod(row.stream, SAMPLES_PER_QUESTION)
     return Answer(
-        row=planned.row,
-        question_id=planned.question_id,
-        question=planned.question,
-        sample=planned.sample,
-        method=planned.condition.method,
-        coefficient=planned.condition.coefficient,
-        layer=planned.condition.layer,
-        system_prompt=planned.system_prompt,
+        row=number,
+        question_id=question_id,
+        question=row.question,
+        sample=sample,
+        method=row.condition.method,
+        coefficient=row.condition.coefficient,
+        layer=row.condition.layer,
+        system_prompt=row.system_prompt,
         prompt=generated.prompt,
         answer=generated.text,
         num_tokens=generated.num_tokens,

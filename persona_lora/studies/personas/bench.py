@@ -45,10 +45,10 @@ from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.models.structure import num_layers
+from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.templates import warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.answers import Speaker, plain_speaker
-from persona_lora.studies.personas.objective import ObjectiveOptions
+from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.run import (
     Method,
     PersonaProblem,
@@ -58,13 +58,8 @@ from persona_lora.studies.personas.run import (
     optimise_persona,
 )
 from persona_lora.studies.personas.search import Generation, SearchOptions
+from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import load_ordinary_prompts
-from persona_lora.studies.steering.equal_effect import (
-    DiffDirections,
-    Directions,
-    VectorDirections,
-    equal_effect_scales,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +91,7 @@ def load_directions(
     layers: Sequence[int],
     *,
     energy: float | None = None,
-) -> Directions:
+) -> Bank:
     """Load a direction a trait: ``{folder}/{trait}/diff``, or a vector below ``vectors/``.
 
     ``energy`` cuts the rank of every diff to what keeps that share of its squared norm. UserError
@@ -108,7 +103,7 @@ def load_directions(
         diffs = {trait: LoRADiff.load(_found(folder / trait / "diff", trait)) for trait in traits}
         if energy is not None:
             diffs = {trait: diff.compress(energy=energy).diff for trait, diff in diffs.items()}
-        return DiffDirections(diffs, energy)
+        return bank_of_diffs(diffs, energy=energy)
     if energy is not None:
         raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
     suffix = "" if method == "mean_diff" else f"_{method}"
@@ -117,7 +112,7 @@ def load_directions(
         for trait in traits
     }
     vectors = {trait: load_vector(_found(path, trait)) for trait, path in paths.items()}
-    return VectorDirections(vectors, tuple(layers))
+    return bank_of_vectors(vectors, layers)
 
 
 def _found(path: Path, trait: str) -> Path:
@@ -131,15 +126,15 @@ def _found(path: Path, trait: str) -> Path:
 
 def scales_of(
     chat_model: ChatModel,
-    directions: Directions,
+    directions: Bank,
     *,
     cache: Path | None = None,
     datasets: Path | None = None,
 ) -> dict[str, float]:
     """Return the coefficient of equal effect of every direction; ``cache`` keeps them as JSON."""
     prompts = load_ordinary_prompts(datasets)[:SCALE_PROMPTS]
-    read = {**chat_model.inputs(), **directions.inputs(), "the prompts": digest_of(prompts)}
-    asked = {**chat_model.record(), **directions.record(), "inputs": read}
+    read = {**chat_model.inputs(), **directions.inputs, "the prompts": digest_of(prompts)}
+    asked = {**chat_model.record(), **directions.record, "inputs": read}
     if cache is not None and cache.is_file():
         kept = read_json(cache)
         if first_difference(kept.get("of"), asked) is None:
@@ -182,7 +177,7 @@ def load_optimization(
         found["layer"] or (),
         energy=found.get("energy"),
     )
-    warn_of_other_template(chat_model, directions.made())
+    warn_of_other_template(chat_model, directions.directions)
     scales, alpha = found["scales"], found["alpha"]
     return Speaker(chat_model, directions, scales, alpha, generation, Alone()), mix
 
@@ -324,7 +319,7 @@ class PersonaBench:
         chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
         energy = self.energy if name == "lora" else None
         directions = load_directions(name, self.traits, self.trait_folder, chosen, energy=energy)
-        warn_of_other_template(self.chat_model, directions.made())
+        warn_of_other_template(self.chat_model, directions.directions)
         scales = self.processes.from_main(
             lambda: scales_of(
                 self.chat_model,

@@ -20,7 +20,8 @@ from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output, Run
 from persona_lora.report.fits import ConditionFit, fits_over_personas
-from persona_lora.studies.personas.answers import Cell, Speaker
+from persona_lora.studies.asking.run import Row
+from persona_lora.studies.personas.objective import Speaker
 
 MEASURES = ("rouge1", "rougeL")
 NONE, PROFILE, MIX = "none", "profile", "mix"
@@ -116,8 +117,8 @@ def _answered(
     mix: Coefficients | None,
 ) -> list[dict[str, Any]]:
     asked = [(name, question) for name in conditions for question in questions]
-    cells = [
-        Cell(
+    questioned = [
+        Row(
             question.input,
             mix if name == MIX else None,
             profile_prompt(question) if name == PROFILE else None,
@@ -127,7 +128,7 @@ def _answered(
     ]
     scorer = RougeScorer(list(MEASURES))
     rows = []
-    for (name, question), answer in zip(asked, speaker.answers(cells), strict=True):
+    for (name, question), answer in zip(asked, speaker.answers(questioned), strict=True):
         overlap = scorer.score(question.gold, answer)
         rows.append(
             {

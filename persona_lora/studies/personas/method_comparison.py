@@ -22,7 +22,6 @@ from persona_lora.report.fits import (
     fits_over_prompts,
     strict_rows,
 )
-from persona_lora.studies.personas.answers import plain_speaker
 from persona_lora.studies.personas.bench import (
     DIRECTION_METHODS,
     VECTOR_METHODS,
@@ -30,7 +29,7 @@ from persona_lora.studies.personas.bench import (
     directions_of,
 )
 from persona_lora.studies.personas.figure import render_comparison
-from persona_lora.studies.personas.objective import ObjectiveOptions
+from persona_lora.studies.personas.objective import ObjectiveOptions, plain_speaker
 from persona_lora.studies.personas.run import (
     MEAN,
     PROMPT,
@@ -182,9 +181,9 @@ def _plain_rows(
 
 def _equal_rows(problem: PersonaProblem, lora: Method, output: Output) -> list[dict[str, Any]]:
     """Return the rows of all directions at a weight of 1: what no search is needed for."""
-    mix = Coefficients.of(dict.fromkeys(lora.directions.traits, 1.0))
-    record = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record()}
-    run = _open(problem, output, record, lora.directions.inputs())
+    mix = Coefficients.of(dict.fromkeys(lora.directions.names, 1.0))
+    record = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
+    run = _open(problem, output, record, lora.directions.inputs)
     with recorded(run, problem.processes):
         return held_out_rows(problem, speaker_of(problem, lora), {EQUAL: mix}, run)
 

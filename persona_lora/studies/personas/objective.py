@@ -1,8 +1,8 @@
 """The objective of a persona search: how well a mix of directions fits the person, on prompts.
 
-All candidates of a generation answer all prompts in one population of rows; a judge reads the
-answers while the next batch is generated. An answer that could not be judged has no score, and a
-candidate with too few of them no value: never a middle one.
+All candidates of a generation answer all prompts as the rows of as few batches as fit; a judge
+reads the answers while the next batch is generated. An answer that could not be judged has no
+score, and a candidate with too few of them no value: never a middle one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -19,14 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.options import ObjectiveOptions
+from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.judges.budget import COST_CAP, REQUEST_CAP
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.style_judge import PERSONA_FIT
-from persona_lora.studies.personas.answers import Cell, Speaker
+from persona_lora.models.generation import Generated
+from persona_lora.models.loading import ChatModel
+from persona_lora.models.processes import Alone, Processes
+from persona_lora.steering.bank import Bank
+from persona_lora.studies.asking.run import Row, generate_rows
 from persona_lora.studies.personas.search import SearchStopped, Value
 
 logger = logging.getLogger(__name__)
@@ -34,6 +40,74 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0
 Coherence = Callable[[Sequence[Exchange]], Sequence[Verdict]]
 Relevance = Callable[[Sequence[Exchange]], Sequence[float | None]]
+
+
+Mixed = Row[Coefficients | None]  # None: unsteered
+
+
+@dataclass(frozen=True, eq=False)
+class Speaker:
+    """A model that answers under any mix of directions: coefficient = alpha · x · scale.
+
+    ``scales`` are coefficients by trait (see ``equal_effect_scales``). Rows are shared out over
+    ``processes``, and every process gets all answers.
+    """
+
+    chat_model: ChatModel
+    directions: Bank
+    scales: Mapping[str, float]
+    alpha: float
+    options: GenerationOptions
+    processes: Processes
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the model, of the directions, and of how they are scaled."""
+        scaled = digest_of([self.alpha, dict(self.scales)])
+        return {**self.chat_model.inputs(), **self.directions.inputs, "the scales": scaled}
+
+    def answers(
+        self,
+        rows: Sequence[Mixed],
+        *,
+        on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
+    ) -> list[str]:
+        """Return one answer for each row, in order; ``on_batch`` sees this process's as they come.
+
+        UserError for a mix where there are no directions.
+        """
+        if not self.directions.names and any(row.condition is not None for row in rows):
+            raise UserError("a mix of directions was asked for, and there are none")
+
+        def told(numbers: Sequence[int], generated: Sequence[Generated]) -> None:
+            if on_batch is not None:
+                on_batch(numbers, [each.text for each in generated])
+
+        own = range(self.processes.index, len(rows), self.processes.count)
+        steerer = self.directions.steerer(
+            self.chat_model, [self.coefficients(row.condition) for row in rows]
+        )
+        with progress.stage("answering"):
+            answers = generate_rows(
+                self.chat_model, rows, steerer, self.options, numbers=own, on_batch=told
+            )
+        texts = [each.text for each in answers]
+        found = dict(self.processes.gather(list(zip(own, texts, strict=True))))
+        return [found[at] for at in range(len(rows))]
+
+    def coefficients(self, mix: Coefficients | None) -> dict[str, float]:
+        """Return what each direction is multiplied with; zeros for the unsteered model."""
+        values = {} if mix is None else mix.as_dict()
+        return {
+            trait: self.alpha * values.get(trait, 0.0) * self.scales[trait]
+            for trait in self.directions.names
+        }
+
+
+def plain_speaker(
+    chat_model: ChatModel, options: GenerationOptions, processes: Processes | None = None
+) -> Speaker:
+    """Return a speaker without directions."""
+    return Speaker(chat_model, Bank(), {}, 1.0, options, processes or Alone())
 
 
 class RememberingJudge:
@@ -139,30 +213,30 @@ class PersonaObjective:
         prompts: Sequence[int],
         checked: Sequence[int],
     ) -> list[Measured]:
-        cells = [
-            Cell(self.prompts[prompt], mix, stream=prompt) for mix in mixes for prompt in prompts
+        rows = [
+            Row(self.prompts[prompt], mix, stream=prompt) for mix in mixes for prompt in prompts
         ]
         judge_here = self.speaker.processes.count == 1
 
         def ahead(places: Sequence[int], texts: Sequence[str]) -> None:
             self._judge.ask_ahead(
-                [Exchange(cells[at].prompt, text) for at, text in zip(places, texts, strict=True)]
+                [Exchange(rows[at].question, text) for at, text in zip(places, texts, strict=True)]
             )
 
-        answers = self.speaker.answers(cells, on_batch=ahead if judge_here else None)
-        exchanges = [Exchange(cell.prompt, text) for cell, text in zip(cells, answers, strict=True)]
+        answers = self.speaker.answers(rows, on_batch=ahead if judge_here else None)
+        exchanges = [Exchange(row.question, text) for row, text in zip(rows, answers, strict=True)]
         processes = self.speaker.processes
         scores = processes.from_main(lambda: self._scores(exchanges))
-        places = [at for at, cell in enumerate(cells) if cell.stream in checked]
+        places = [at for at, row in enumerate(rows) if row.stream in checked]
         coherence = processes.from_main(
             lambda: self._coherence_of([exchanges[place] for place in places])
         )
         relevance = processes.from_main(lambda: self._relevance_of(exchanges))
-        rows = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
+        spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
         parts = [slice(at * len(checked), (at + 1) * len(checked)) for at in range(len(mixes))]
         return [
-            Measured(list(prompts), answers[row], scores[row], coherence[part], relevance[row])
-            for row, part in zip(rows, parts, strict=True)
+            Measured(list(prompts), answers[span], scores[span], coherence[part], relevance[span])
+            for span, part in zip(spans, parts, strict=True)
         ]
 
     def _scores(self, exchanges: Sequence[Exchange]) -> list[float | None]:

@@ -17,6 +17,7 @@ from typing import Any
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_json
+from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import Coefficients, Persona, PersonaPrompts
 from persona_lora.core.runs import Output, Run
 from persona_lora.judges.coherence import CoherenceScorer
@@ -26,10 +27,15 @@ from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.report.fits import ConditionFit, fits_over_prompts
-from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.answers import Cell, Speaker, plain_speaker
+from persona_lora.steering.bank import Bank
+from persona_lora.studies.asking.run import Row
 from persona_lora.studies.personas.figure import render_search
-from persona_lora.studies.personas.objective import ObjectiveOptions, PersonaObjective, Relevance
+from persona_lora.studies.personas.objective import (
+    PersonaObjective,
+    Relevance,
+    Speaker,
+    plain_speaker,
+)
 from persona_lora.studies.personas.search import (
     Candidate,
     Generation,
@@ -38,7 +44,6 @@ from persona_lora.studies.personas.search import (
     search,
 )
 from persona_lora.studies.report_page import write_report
-from persona_lora.studies.steering.equal_effect import Directions
 
 UNSTEERED, MEAN, INCUMBENT, PROMPT = "none", "mean", "incumbent", "prompt"
 HELD_OUT = "held_out"
@@ -78,7 +83,7 @@ class Method:
     """One way of searching: which directions, at which scales, by which searcher."""
 
     name: str
-    directions: Directions
+    directions: Bank
     scales: Mapping[str, float]
     alpha: float = 2.0
     searcher: str = "cmaes"
@@ -127,7 +132,7 @@ def optimise_persona(
             command="optimize",
             config=_config(problem, method, searching, objective),
             seed=searching.seed,
-            inputs={**problem.inputs(), **method.directions.inputs()},
+            inputs={**problem.inputs(), **method.directions.inputs},
         )
     )
     speaker = speaker_of(problem, method)
@@ -163,7 +168,7 @@ def _optimise(
 ) -> PersonaResult:
     found = search(
         goal,
-        method.directions.traits,
+        method.directions.names,
         searching,
         run,
         searcher=method.searcher,
@@ -203,15 +208,15 @@ def held_out_rows(
     kept = problem.processes.from_main(lambda: run.resume_rows(HELD_OUT))
     if kept and _same_conditions(kept, conditions, mixes):
         return kept
-    cells = [
-        Cell(prompt, mixes.get(name), (system_prompts or {}).get(name), at)
+    asked = [
+        Row(prompt, mixes.get(name), (system_prompts or {}).get(name), at)
         for name in conditions
         for at, prompt in enumerate(problem.prompts.held_out)
     ]
-    answers = speaker.answers(cells)
+    answers = speaker.answers(asked)
 
     def judged() -> list[dict[str, Any]]:
-        exchanges = [Exchange(cell.prompt, text) for cell, text in zip(cells, answers, strict=True)]
+        exchanges = [Exchange(row.question, text) for row, text in zip(asked, answers, strict=True)]
         fits = problem.report_judge.judge(exchanges, PERSONA_FIT)
         coherence = problem.coherence.verdicts(exchanges, "embedding")
         names = [name for name in conditions for _ in problem.prompts.held_out]
@@ -219,18 +224,18 @@ def held_out_rows(
             {
                 "persona": problem.persona.id,
                 "condition": name,
-                "prompt_id": cell.stream,
-                "prompt": cell.prompt,
+                "prompt_id": row.stream,
+                "prompt": row.question,
                 "answer": answer,
                 "score": fit.score,
                 "reason": fit.reason,
                 "judge": fit.judge,
                 "coherence": coherent.score,
                 "relevance": relevant,
-                "weights": None if cell.mix is None else cell.mix.as_dict(),
+                "weights": None if row.condition is None else row.condition.as_dict(),
             }
-            for name, cell, answer, fit, coherent, relevant in zip(
-                names, cells, answers, fits, coherence, problem.relevance(exchanges), strict=True
+            for name, row, answer, fit, coherent, relevant in zip(
+                names, asked, answers, fits, coherence, problem.relevance(exchanges), strict=True
             )
         ]
         run.write(HELD_OUT, rows)
@@ -262,8 +267,8 @@ def baseline_answers(
     everything = (*prompts.train, *prompts.held_out)
     speaker = plain_speaker(chat_model, generation, processes)
     places = [*range(len(prompts.train)), *range(len(prompts.held_out))]
-    cells = [Cell(prompt, stream=at) for at, prompt in zip(places, everything, strict=True)]
-    return dict(zip(everything, speaker.answers(cells), strict=True))
+    rows = [Row(prompt, None, stream=at) for at, prompt in zip(places, everything, strict=True)]
+    return dict(zip(everything, speaker.answers(rows), strict=True))
 
 
 def persona_system_prompt(persona: Persona) -> str:
@@ -308,7 +313,7 @@ def _config(
         "searcher": method.searcher,
         "alpha": method.alpha,
         "scales": dict(method.scales),
-        "directions": method.directions.record(),
+        "directions": dict(method.directions.record),
         "prompts": list(problem.prompts.train),
         "held_out_prompts": list(problem.prompts.held_out),
         "judge": problem.search_judge.name,
@@ -346,8 +351,8 @@ def _write_results(problem: PersonaProblem, method: Method, result: PersonaResul
         {
             "persona_id": problem.persona.id,
             "method": method.name,
-            "layer": method.directions.record().get("layers"),
-            "energy": method.directions.record().get("energy"),
+            "layer": method.directions.record.get("layers"),
+            "energy": method.directions.record.get("energy"),
             "alpha": method.alpha,
             "best_weights": result.weights.as_dict(),
             "best_score": best.fit.mean,

@@ -12,29 +12,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from persona_lora.core import progress
+from persona_lora.core.chat import UNSTEERED, Condition
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
+from persona_lora.core.options import GenerationOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import judge_answers, lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
-from persona_lora.studies.asking.populations import UNSTEERED
-from persona_lora.studies.asking.run import (
-    Condition,
-    GenerationOptions,
-    answer_rows,
-    plan_rows,
-)
+from persona_lora.steering.bank import Bank
+from persona_lora.studies.asking.run import answer_rows, plan_rows
 from persona_lora.studies.report_page import write_report
+from persona_lora.studies.steering.calibration import Level, Statistic, match_divergence
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
-from persona_lora.studies.steering.equal_divergence import (
-    Level,
-    Methods,
-    Statistic,
-    match_divergence,
-)
 from persona_lora.studies.steering.figure import render_comparison
 from persona_lora.studies.steering.read_comparison import (
     COLUMNS,
@@ -50,7 +42,7 @@ PROMPTS = (Condition("prompt_pos"), Condition("prompt_neg"))
 def compare(
     chat_model: ChatModel,
     trait: Trait,
-    methods: Methods,
+    bank: Bank,
     coefficients: Sequence[float],
     judge: Callable[[], Judge],
     output: Output | Path,
@@ -76,14 +68,14 @@ def compare(
         **chat_model.record(),
         "coefficients": list(coefficients),
         "statistic": statistic,
-        **methods.record(),
+        **bank.record,
         "generation": dataclasses.asdict(options),
     }
     prompts = load_ordinary_prompts(datasets)
     read = {
         **chat_model.inputs(),
         **trait.inputs(),
-        **methods.inputs(),
+        **bank.inputs,
         "the ordinary prompts": digest_of(prompts),
     }
     shared = lazily(judge)  # by both sets of questions
@@ -103,7 +95,7 @@ def compare(
             with progress.stage("calibration"):
                 levels = match_divergence(
                     chat_model,
-                    methods,
+                    bank,
                     coefficients,
                     texts,
                     statistic=statistic,
@@ -122,8 +114,8 @@ def compare(
                 plan = plan_rows(
                     trait, split, conditions, samples=options.samples, max_questions=max_questions
                 )
-                rows = [planned.condition for planned in plan]
-                steerer = methods.steerer(chat_model, rows)
+                rows = [row.condition.coefficients for row in plan]
+                steerer = bank.steerer(chat_model, rows)
                 answer_rows(chat_model, plan, steerer, part, options)
                 judge_answers(part, shared, trait)
             run.write("validation", part.read("validation"))  # of the judge, the same for all

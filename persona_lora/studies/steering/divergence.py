@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Exchange, user_question
+from persona_lora.core.chat import Condition, Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl
 from persona_lora.core.lora_diff import LoRADiff
@@ -26,14 +26,7 @@ from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
-from persona_lora.steering.steerer import Steerer
-from persona_lora.studies.asking.populations import (
-    UNSTEERED,
-    DiffPopulation,
-    Population,
-    VectorPopulation,
-)
-from persona_lora.studies.asking.run import Condition
+from persona_lora.steering.bank import Bank, Coefficients
 
 ANSWER_TOKENS = 40
 ROWS_PER_PASS = 16
@@ -72,31 +65,35 @@ def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
 
 def measure_costs(
     chat_model: ChatModel,
-    population: Population,
+    bank: Bank,
+    conditions: Sequence[Condition],
     prompts: Sequence[str],
 ) -> list[Cost]:
     """Measure the cost of every condition with a coefficient, many of them a forward pass."""
     texts = ordinary_texts(chat_model, prompts)
-    conditions = [each for each in population.conditions() if each.coefficient is not None]
+    steered = [each for each in conditions if each.coefficient is not None]
     chunks = [
-        conditions[start : start + ROWS_PER_PASS]
-        for start in range(0, len(conditions), ROWS_PER_PASS)
+        steered[start : start + ROWS_PER_PASS] for start in range(0, len(steered), ROWS_PER_PASS)
     ]
+    weight_norms = {name: relative_weight_norm(chat_model, bank.diffs[name]) for name in bank.diffs}
     costs: list[Cost] = []
     with _StateNorms(chat_model.model) as norms:
         for done, chunk in enumerate(chunks):
-            steerer = population.steerer(chat_model, [UNSTEERED, *chunk])
 
             def before(index: int, chunk_index: int = done) -> None:
                 norms.answer = len(texts[index].answer)
                 progress.report(chunk_index * len(texts) + index, len(chunks) * len(texts))
 
             divergences = row_divergences(
-                chat_model, steerer, texts, num_rows=len(chunk) + 1, before_text=before
+                chat_model,
+                bank,
+                [each.coefficients for each in chunk],
+                texts,
+                before_text=before,
             )
-            weight_norm, state_norms = _norms_of(chat_model, population, norms.means())
+            state_norms = _state_norms(bank, norms.means())
             costs += [
-                _cost(condition, row, weight_norm, state_norms)
+                _cost(condition, row, weight_norms, state_norms)
                 for condition, row in zip(chunk, divergences, strict=True)
             ]
     progress.report(len(chunks) * len(texts), len(chunks) * len(texts))
@@ -105,24 +102,25 @@ def measure_costs(
 
 def row_divergences(
     chat_model: ChatModel,
-    steerer: Steerer,
+    bank: Bank,
+    rows: Sequence[Coefficients],
     texts: Sequence[TokenizedExchange],
     *,
-    num_rows: int,
     before_text: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Return KL(p₀ ‖ pᵣ) of a steerer's rows 1 … at every answer token: ``[num_rows − 1, tokens]``.
+    """Return KL(p₀ ‖ pᵣ) of every row at every answer token: ``[rows, tokens]``.
 
-    Row 0 of the steerer must be unsteered. float64, on the CPU.
+    p₀ is unsteered, in the same batches. float64, on the CPU.
     """
+    every = [{}, *rows]
     by_token = []
-    with steerer:
-        steerer.select_rows(range(num_rows))
+    with bank.steerer(chat_model, every) as steerer:
+        steerer.select_rows(range(len(every)))
         for index, text in enumerate(texts):
             if before_text is not None:
                 before_text(index)
             steerer.select_positions(_response_mask(text))
-            by_token.append(token_divergences(chat_model, text, num_rows=num_rows))
+            by_token.append(token_divergences(chat_model, text, num_rows=len(every)))
     return torch.cat(by_token, dim=1).double().cpu()
 
 
@@ -150,11 +148,12 @@ def _response_mask(text: TokenizedExchange) -> Tensor:
 def _cost(
     condition: Condition,
     divergences: Tensor,
-    weight_norm: float | None,
-    state_norms: Mapping[tuple[str, int | None], float],
+    weight_norms: Mapping[str, float],
+    state_norms: Mapping[str, float],
 ) -> Cost:
     coefficient = float(condition.coefficient or 0.0)
-    state_norm = state_norms.get((condition.method, condition.layer))
+    weight_norm = weight_norms.get(condition.direction)
+    state_norm = state_norms.get(condition.direction)
     return Cost(
         method=condition.method,
         layer=condition.layer,
@@ -167,18 +166,13 @@ def _cost(
     )
 
 
-def _norms_of(
-    chat_model: ChatModel, population: Population, mean_states: Mapping[int, float]
-) -> tuple[float | None, dict[tuple[str, int | None], float]]:
-    """Return ‖ΔW‖/‖W‖ of a diff, and ‖v‖/mean ‖h‖ by method and layer of vectors."""
-    if isinstance(population, DiffPopulation):
-        return relative_weight_norm(chat_model, population.diff), {}
-    if not isinstance(population, VectorPopulation):
-        return None, {}
-    return None, {
-        (method, layer): norm / mean_states[layer]
-        for method, vector in population.vectors().items()
-        for layer, norm in vector.at(population.layers).norms().items()
+def _state_norms(bank: Bank, mean_states: Mapping[int, float]) -> dict[str, float]:
+    """Return ‖v‖ / mean ‖h‖ of every vector, by name; of those at one layer."""
+    return {
+        name: vector.norms()[layer] / mean_states[layer]
+        for name, vector in bank.vectors.items()
+        for layer in vector.layers
+        if len(vector.layers) == 1
     }
 
 

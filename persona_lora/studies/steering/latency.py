@@ -17,9 +17,10 @@ from persona_lora.core.errors import UserError
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.timing import timed_generation, wait_for_device
 from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.bank import Bank
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRAMerger
-from persona_lora.studies.steering.equal_divergence import Methods
+from persona_lora.studies.steering.calibration import ACTIVATION, LORA, RANDOM_LORA
 from persona_lora.studies.steering.read_latency import (
     ACTIVATIONS,
     LIVE,
@@ -32,7 +33,7 @@ from persona_lora.studies.steering.read_latency import (
 
 def measure_latency(
     chat_model: ChatModel,
-    methods: Methods,
+    bank: Bank,
     coefficients: Mapping[str, float],
     system_prompt: str,
     prompts: Sequence[str],
@@ -59,7 +60,7 @@ def measure_latency(
             for variant in np.random.default_rng([number, batch]).permutation(VARIANTS).tolist():
                 asked = [prompts[at % len(prompts)] for at in range(batch)]
                 system = system_prompt if variant == PROMPT else None
-                with _steered(chat_model, methods, coefficients, variant):
+                with _steered(chat_model, bank, coefficients, variant):
                     timed_generation(chat_model, asked, 2, system=system)
                     timing = timed_generation(chat_model, asked, new_tokens, system=system)
                 found.append(Timing(variant, batch, number, *timing))
@@ -68,33 +69,33 @@ def measure_latency(
         yield found
 
 
-def swap_seconds(chat_model: ChatModel, methods: Methods, *, rounds: int = 5) -> dict[str, float]:
+def swap_seconds(chat_model: ChatModel, bank: Bank, *, rounds: int = 5) -> dict[str, float]:
     """Return the median seconds of merging the diff, of swapping it for another, of restoring."""
     times: dict[str, list[float]] = {"merge": [], "swap": [], "restore": []}
     for _ in range(rounds):
         merger = LoRAMerger(chat_model.model, allow_other_base=True)
         with _timing(times["merge"]):
-            merger.merge_lora_diff(methods.diff, 1.0)
+            merger.merge_lora_diff(bank.diffs[LORA], 1.0)
         with _timing(times["swap"]):
             merger.restore_original_weights()
-            merger.merge_lora_diff(methods.random_diff, 1.0)
+            merger.merge_lora_diff(bank.diffs[RANDOM_LORA], 1.0)
         with _timing(times["restore"]):
             merger.restore_original_weights()
     return {name: float(np.median(each)) for name, each in times.items()}
 
 
-def held_bytes(methods: Methods, chat_model: ChatModel) -> dict[str, int]:
+def held_bytes(bank: Bank, chat_model: ChatModel) -> dict[str, int]:
     """Return the bytes that each way of steering keeps beside the model while it steers.
 
     Merged: a copy of every touched weight, to restore it; live: the factors, in the model's type;
     activations: one vector a layer.
     """
     item = chat_model.model.dtype.itemsize
-    factors = methods.diff.factors.values()
+    factors, vector = bank.diffs[LORA].factors.values(), bank.vectors[ACTIVATION]
     return {
         MERGED: item * sum(each.shape[0] * each.shape[1] for each in factors),
         LIVE: item * sum(each.rank * sum(each.shape) for each in factors),
-        ACTIVATIONS: 4 * len(methods.vector.layers) * methods.vector.hidden_size,
+        ACTIVATIONS: 4 * len(vector.layers) * vector.hidden_size,
     }
 
 
@@ -109,21 +110,19 @@ def _timing(times: list[float]) -> Iterator[None]:
 
 @contextmanager
 def _steered(
-    chat_model: ChatModel, methods: Methods, coefficients: Mapping[str, float], variant: str
+    chat_model: ChatModel, bank: Bank, coefficients: Mapping[str, float], variant: str
 ) -> Iterator[None]:
     model = chat_model.model
     with ExitStack() as stack:
         if variant == MERGED:
             merger = LoRAMerger(model, allow_other_base=True)
             stack.callback(merger.restore_original_weights)
-            merger.merge_lora_diff(methods.diff, coefficients["lora"])
+            merger.merge_lora_diff(bank.diffs[LORA], coefficients["lora"])
         elif variant == LIVE:
             rows = [[coefficients["lora"]]]
-            stack.enter_context(LiveLoRA(model, [methods.diff], rows, allow_other_base=True))
+            stack.enter_context(LiveLoRA(model, [bank.diffs[LORA]], rows, allow_other_base=True))
         elif variant == ACTIVATIONS:
-            stack.enter_context(
-                ActivationSteerer(
-                    model, methods.vector, coefficients["activation"], allow_other_base=True
-                )
-            )
+            vector, coefficient = bank.vectors[ACTIVATION], coefficients["activation"]
+            steerer = ActivationSteerer(model, vector, coefficient, allow_other_base=True)
+            stack.enter_context(steerer)
         yield

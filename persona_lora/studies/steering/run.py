@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persona_lora.core import progress
+from persona_lora.core.chat import Condition
 from persona_lora.core.content import digest_of
 from persona_lora.core.files import write_csv
 from persona_lora.core.options import GenerationOptions, SweepOptions
@@ -24,11 +25,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.studies.asking.populations import Population
-from persona_lora.studies.asking.run import (
-    Condition,
-    answer_rows,
-    plan_rows,
-)
+from persona_lora.studies.asking.run import answer_rows, plan_rows
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, measure_costs
 from persona_lora.studies.steering.figure import render_sweep
@@ -67,7 +64,7 @@ def sweep(
     """
     options, sweeping = options or GenerationOptions(), sweeping or SweepOptions()
     prompts = load_ordinary_prompts(datasets) if sweeping.costs else []
-    conditions = [*population.conditions(), *(REFERENCES if sweeping.references else ())]
+    conditions = [*population.conditions, *(REFERENCES if sweeping.references else ())]
     plan = plan_rows(
         trait,
         sweeping.split,
@@ -75,15 +72,16 @@ def sweep(
         samples=options.samples,
         max_questions=sweeping.max_questions,
     )
-    rows = [planned.condition for planned in plan]
-    steerer = population.steerer(chat_model, rows)
+    bank = population.bank
+    rows = [row.condition.coefficients for row in plan]
+    steerer = bank.steerer(chat_model, rows)
     run = Run.open(
         output,
         command="sweep",
         config={
             "trait": trait.name,
             **chat_model.record(),
-            **population.record(),
+            **bank.record,
             **sweeping.record(),
             "generation": dataclasses.asdict(options),
         },
@@ -91,7 +89,7 @@ def sweep(
         inputs={
             **chat_model.inputs(),
             **trait.inputs(),
-            **population.inputs(),
+            **bank.inputs,
             "the ordinary prompts": digest_of(prompts),
         },
     )
@@ -99,7 +97,12 @@ def sweep(
         answer_rows(chat_model, plan, steerer, run, options)
         if sweeping.costs and not run.read("costs"):
             with progress.stage("divergence"):
-                costs = measure_costs(chat_model, population, prompts)
+                costs = measure_costs(
+                    chat_model,
+                    bank,
+                    population.conditions,
+                    prompts,
+                )
             run.write("costs", [dataclasses.asdict(cost) for cost in costs])
         judge_answers(run, judge, trait)
     return write_results(run, trait.name)

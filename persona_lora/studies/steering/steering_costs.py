@@ -16,14 +16,10 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait
 from persona_lora.core.vector_files import load_vector
 from persona_lora.models.loading import ChatModel
+from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.studies.steering import spaces as study
+from persona_lora.studies.steering.calibration import Level, equal_effect_scales
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
-from persona_lora.studies.steering.equal_divergence import Level, Methods
-from persona_lora.studies.steering.equal_effect import (
-    DiffDirections,
-    VectorDirections,
-    equal_effect_scales,
-)
 from persona_lora.studies.steering.latency import held_bytes, measure_latency, swap_seconds
 from persona_lora.studies.steering.read_latency import VARIANTS
 
@@ -33,7 +29,7 @@ FEW_PROMPTS = 8
 def run_latency(
     chat_model: ChatModel,
     trait: Trait,
-    methods: Methods,
+    bank: Bank,
     levels: Sequence[Level],
     output: Output | Path,
     *,
@@ -62,7 +58,7 @@ def run_latency(
         seed=0,
         inputs={
             **chat_model.inputs(),
-            **methods.inputs(),
+            **bank.inputs,
             "the instruction": digest_of(trait.instructions[0].pos),
             "the coefficients": digest_of(coefficients),
             "the ordinary prompts": digest_of(prompts),
@@ -76,7 +72,7 @@ def run_latency(
         with progress.stage("timing"):
             for found in measure_latency(
                 chat_model,
-                methods,
+                bank,
                 coefficients,
                 trait.instructions[0].pos,
                 prompts,
@@ -87,8 +83,8 @@ def run_latency(
             ):
                 run.extend("timings", [dataclasses.asdict(each) for each in found])
         if not run.read("costs"):
-            seconds = swap_seconds(chat_model, methods)
-            held = held_bytes(methods, chat_model)
+            seconds = swap_seconds(chat_model, bank)
+            held = held_bytes(bank, chat_model)
             rows = [{"what": name, "unit": "s", "value": value} for name, value in seconds.items()]
             rows += [{"what": name, "unit": "bytes", "value": each} for name, each in held.items()]
             run.write("costs", rows)
@@ -111,6 +107,7 @@ def run_spaces(
     """
     prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
     anyway = dataclasses.replace(chat_model, allow_other_base=True)
+    weights, activations = bank_of_diffs(diffs), bank_of_vectors(vectors, [layer])
     run = Run.open(
         output,
         command="spaces",
@@ -123,8 +120,8 @@ def run_spaces(
         seed=0,
         inputs={
             **chat_model.inputs(),
-            **DiffDirections(diffs).inputs(),
-            **VectorDirections(vectors, (layer,)).inputs(),
+            **weights.inputs,
+            **activations.inputs,
             "the ordinary prompts": digest_of(prompts),
         },
     )
@@ -134,13 +131,13 @@ def run_spaces(
             run.write(name, make())
         return run.read(name)
 
-    def scales(directions: DiffDirections | VectorDirections) -> dict[str, float]:
+    def scales(bank: Bank) -> dict[str, float]:
         def measured() -> Iterable[Mapping[str, Any]]:
             with progress.stage("equal effect"):
-                found = equal_effect_scales(anyway, directions, prompts)
+                found = equal_effect_scales(anyway, bank, prompts)
             return map(dataclasses.asdict, found)
 
-        rows = kept(f"scales_{directions.record()['kind']}", measured)
+        rows = kept(f"scales_{bank.record['kind']}", measured)
         return {row["trait"]: row["coefficient"] for row in rows}
 
     with run:
@@ -149,8 +146,8 @@ def run_spaces(
             diffs,
             vectors,
             layer,
-            scales(DiffDirections(diffs)),
-            scales(VectorDirections(vectors, (layer,))),
+            scales(weights),
+            scales(activations),
         )
         kept("shifts", lambda: study.shift_cosines(chat_model, chosen, texts))
         kept(

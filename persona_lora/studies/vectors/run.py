@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE
+from persona_lora.core.chat import COHERENCE, Condition
 from persona_lora.core.content import file_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
@@ -33,11 +33,7 @@ from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.steering.directions import EXTRACTORS, WITH_MOMENTS, sum_pairs, vector_of
 from persona_lora.steering.persona_prompts import Sign, named
 from persona_lora.steering.steerer import Unsteered
-from persona_lora.studies.asking.run import (
-    Condition,
-    PlannedRow,
-    answer_rows,
-)
+from persona_lora.studies.asking.run import Row, answer_rows, stream_of
 from persona_lora.studies.vectors.figure import render_vectors_over_layers
 from persona_lora.studies.vectors.judged_pairs import (
     JudgedAnswer,
@@ -214,7 +210,7 @@ def elicited_prompt(elicitation: Elicitation, trait: Trait, sign: Sign, index: i
     return named(name.replace("_", " "), instruction) if positive else instruction
 
 
-def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[PlannedRow]:
+def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[Row[Condition]]:
     """Return all rows: the positive ones first, then the negative ones in the same order."""
     questions = trait.questions[elicitation.split]
     if not questions or not trait.instructions:
@@ -222,23 +218,17 @@ def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[
             f"the trait {trait.label} has {len(questions)} {elicitation.split} questions and "
             f"{len(trait.instructions)} instruction pairs; both are needed"
         )
-    cells = [
-        (sign, index, question_id, sample)
+    return [
+        Row(
+            questions[question_id],
+            Condition(f"prompt_{sign}"),
+            elicited_prompt(elicitation, trait, sign, index),
+            stream_of(question_id, sample),
+        )
         for sign in SIGNS
         for index in range(len(trait.instructions))
         for question_id in range(len(questions))
         for sample in range(samples)
-    ]
-    return [
-        PlannedRow(
-            row=row,
-            question_id=question_id,
-            question=questions[question_id],
-            sample=sample,
-            condition=Condition(f"prompt_{sign}"),
-            system_prompt=elicited_prompt(elicitation, trait, sign, index),
-        )
-        for row, (sign, index, question_id, sample) in enumerate(cells)
     ]
 
 

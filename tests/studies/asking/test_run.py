@@ -29,9 +29,13 @@ def rows_of(path):
 
 
 def test_a_plan_crosses_conditions_questions_and_samples(trait):
-    conditions = [Condition("lora", 1.0), Condition("prompt_pos"), Condition("prompt", None, "X")]
+    conditions = [
+        Condition("lora", 1.0),
+        Condition("prompt_pos"),
+        Condition("prompt", system_prompt="X"),
+    ]
     plan = plan_rows(trait, "eval", conditions, samples=2)
-    assert [row.row for row in plan] == list(range(3 * 3 * 2))
+    assert [row.stream for row in plan] == 3 * [0, 1, 1000, 1001, 2000, 2001]
     assert {row.system_prompt for row in plan if row.condition.method == "lora"} == {None}
     assert {row.system_prompt for row in plan if row.condition.method == "prompt_pos"} == {
         "Be cheerful."

@@ -11,11 +11,11 @@ from persona_lora.core.personas import Coefficients
 from persona_lora.models.processes import Alone
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.profiles.conversations import load_conversations
+from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.answers import Speaker
 from persona_lora.studies.personas.bench import load_optimization
 from persona_lora.studies.personas.lamp import load_lamp, profile_prompt, score_lamp
-from persona_lora.studies.steering.equal_effect import DiffDirections
+from persona_lora.studies.personas.objective import Speaker
 
 TASK = "Paraphrase the following tweet without any explanation before or after it: "
 QUESTIONS = [
@@ -59,14 +59,14 @@ def test_questions_meet_their_golds_and_profiles_become_conversations(files):
 def test_overlap_is_that_of_the_words(files, chat_model, make_diff, tmp_path, monkeypatch):
     diff = make_diff(chat_model.model, fingerprint=weight_fingerprint(chat_model.model))
     speaker = Speaker(
-        chat_model, DiffDirections({"calm": diff}), {"calm": 1.0}, 2.0,
+        chat_model, bank_of_diffs({"calm": diff}), {"calm": 1.0}, 2.0,
         GenerationOptions(max_new_tokens=4), Alone(),
     )  # fmt: skip
     said = ["late", "a heron", "8:14 late. obviously.", "", "the canal by", "by the canal"]
     asked = []
 
-    def answers(self, cells):
-        asked.extend(cells)
+    def answers(self, rows):
+        asked.extend(rows)
         return said
 
     monkeypatch.setattr(Speaker, "answers", answers)
@@ -81,8 +81,8 @@ def test_overlap_is_that_of_the_words(files, chat_model, make_diff, tmp_path, mo
     last = {each.condition: each for each in found.fits["rougeL"]}["mix"]
     assert last.fit.mean == pytest.approx((0 + 2 * 1 * 0.5 / 1.5) / 2)
     assert last.fit.n_questions == 2
-    assert [cell.mix for cell in asked] == [None] * 4 + [mix] * 2
-    assert [cell.system_prompt is None for cell in asked] == [True] * 2 + [False] * 2 + [True] * 2
+    assert [row.condition for row in asked] == [None] * 4 + [mix] * 2
+    assert [row.system_prompt is None for row in asked] == [True] * 2 + [False] * 2 + [True] * 2
     again = score_lamp(speaker, questions, mix, tmp_path / "out")
     assert again == found
     assert len(asked) == 6  # nothing was answered twice
@@ -116,7 +116,7 @@ def test_a_result_of_a_search_is_read_back(chat_model, make_diff, tmp_path):
     path.write_text(json.dumps(record))
     options = GenerationOptions(max_new_tokens=4)
     speaker, mix = load_optimization(chat_model, path, tmp_path, options)
-    assert speaker.coefficients(mix) == [2.0 * 1.5 * 0.25]
+    assert speaker.coefficients(mix) == {"calm": 2.0 * 1.5 * 0.25}
     assert load_optimization(chat_model, None, tmp_path, options)[1] is None
     path.write_text("{}")
     with pytest.raises(UserError, match="'method'"):

@@ -10,13 +10,12 @@ from persona_lora.core.personas import Coefficients
 from persona_lora.judges.budget import COST_CAP
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.processes import Alone
+from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.asking.run import GenerationOptions, Row
 from persona_lora.studies.personas import objective
-from persona_lora.studies.personas.answers import Cell, Speaker
-from persona_lora.studies.personas.objective import ObjectiveOptions, PersonaObjective
+from persona_lora.studies.personas.objective import ObjectiveOptions, PersonaObjective, Speaker
 from persona_lora.studies.personas.search import SearchStopped
-from persona_lora.studies.steering.equal_effect import DiffDirections
 
 PROMPTS = ("How are you?", "Any news?", "What's for lunch?", "Did it rain?")
 
@@ -49,7 +48,7 @@ def speaker(chat_model, make_diff):
     }
     options = GenerationOptions(max_new_tokens=6)
     scales = {"calm": 0.5, "loud": 1.5}
-    return Speaker(chat_model, DiffDirections(diffs), scales, 2.0, options, Alone())
+    return Speaker(chat_model, bank_of_diffs(diffs), scales, 2.0, options, Alone())
 
 
 @pytest.fixture
@@ -72,12 +71,12 @@ def test_a_coefficient_is_alpha_times_weight_times_scale(speaker, chat_model):
     diffs = [speaker.directions.diffs[trait] for trait in ("calm", "loud")]
     with LiveLoRA(chat_model.model, diffs, [[2.0 * 0.5 * 0.5, 2.0 * -0.5 * 1.5]]):
         expected = generate_answers(chat_model, [user_question(PROMPTS[0])], max_new_tokens=6)
-    assert speaker.answers([Cell(PROMPTS[0], mix)]) == [expected[0].text]
+    assert speaker.answers([Row(PROMPTS[0], mix)]) == [expected[0].text]
 
 
 def test_zero_weights_answer_as_the_unsteered_model(speaker, chat_model):
     expected = generate_answers(chat_model, [user_question(PROMPTS[0])], max_new_tokens=6)
-    cells = [Cell(PROMPTS[0], MIXES[2]), Cell(PROMPTS[0], None)]
+    cells = [Row(PROMPTS[0], MIXES[2]), Row(PROMPTS[0], None)]
     assert speaker.answers(cells) == [expected[0].text] * 2
 
 

@@ -24,6 +24,7 @@ from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.profiles.conversations import load_conversations
 from persona_lora.profiles.folders import build_persona
 from persona_lora.report.fits import fits_over_personas, fits_over_prompts, strict_rows
+from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
@@ -41,7 +42,6 @@ from persona_lora.studies.personas.run import (
     persona_system_prompt,
 )
 from persona_lora.studies.personas.search import SearchOptions
-from persona_lora.studies.steering.equal_effect import DiffDirections
 
 PROMPTS = PersonaPrompts(("Hi there.", "Any plans?"), ("What now?", "And then?", "Why?"))
 TRAITS = ("calm", "loud")
@@ -113,7 +113,7 @@ def method(chat_model, make_diff):
     diffs = {
         name: make_diff(chat_model.model, seed=seed, scale=0.2) for seed, name in enumerate(TRAITS)
     }
-    return Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})
+    return Method("lora", bank_of_diffs(diffs), {"calm": 1.0, "loud": 0.5})
 
 
 def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
@@ -134,7 +134,7 @@ def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
 def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch):
     first = optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
     monkeypatch.setattr(
-        "persona_lora.studies.personas.answers.generate_answers",
+        "persona_lora.studies.asking.run.generate_answers",
         lambda *_, **__: pytest.fail("it generated"),
     )
     assert optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS) == first
@@ -172,7 +172,7 @@ def test_what_was_read_is_another_run_when_it_has_changed(problem, method, tmp_p
     known = dataclasses.replace(problem, judged_by={"the other personas": "as they were"})
     optimise_persona(known, method, folder, searching=OPTIONS)
     for named, change in changes.items():
-        other = method if change else dataclasses.replace(method, directions=DiffDirections(diffs))
+        other = method if change else dataclasses.replace(method, directions=bank_of_diffs(diffs))
         with pytest.raises(UserError, match=f"the content of .*{named}.* has changed"):
             optimise_persona(
                 dataclasses.replace(known, **change),
@@ -297,9 +297,9 @@ def test_a_method_that_cannot_be_is_named(bench, tmp_path, method, words):
 def test_cutting_the_rank_keeps_the_energy_and_is_recorded(bench):
     whole = load_directions("lora", TRAITS, bench.trait_folder, ())
     cut = load_directions("lora", TRAITS, bench.trait_folder, (), energy=0.8)
-    assert cut.record()["energy"] == 0.8
-    for trait, norm in cut.record()["norms"].items():
-        assert 0.8 <= (norm / whole.record()["norms"][trait]) ** 2 < 1
+    assert cut.record["energy"] == 0.8
+    for trait, norm in cut.record["norms"].items():
+        assert 0.8 <= (norm / whole.record["norms"][trait]) ** 2 < 1
         assert cut.diffs[trait].rank < whole.diffs[trait].rank
     with pytest.raises(UserError, match="energy"):
         load_directions("svd", TRAITS, bench.trait_folder, (1,), energy=0.8)
@@ -412,7 +412,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
 from persona_lora.core.personas import Coefficients
-from persona_lora.studies.steering.equal_effect import DiffDirections
+from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.search import SearchOptions
 from persona_lora.studies.personas.run import Method, PersonaProblem, optimise_persona
@@ -432,7 +432,7 @@ problem = PersonaProblem(
     GenerationOptions(max_new_tokens=6), current_processes(os.environ),
 )
 diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}
-method = Method("lora", DiffDirections(diffs), {"calm": 1.0, "loud": 0.5})
+method = Method("lora", bank_of_diffs(diffs), {"calm": 1.0, "loud": 0.5})
 optimise_persona(problem, method, out / "run", searching=OPTIONS)
 """
 

@@ -11,18 +11,17 @@ import torch
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, random_diff_like
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.bank import Bank
 from persona_lora.steering.directions import random_like
 from persona_lora.steering.weights import LoRASteerer
-from persona_lora.studies.asking.populations import UNSTEERED
-from persona_lora.studies.asking.run import Condition, GenerationOptions
-from persona_lora.studies.steering.comparison import compare
-from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
-from persona_lora.studies.steering.equal_divergence import (
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.steering.calibration import (
     METHODS,
-    Methods,
+    bank_of_methods,
     match_divergence,
 )
+from persona_lora.studies.steering.comparison import compare
+from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
 
 OPTIONS = GenerationOptions(max_new_tokens=4)
 
@@ -32,7 +31,7 @@ def methods(chat_model, make_diff):
     diff = make_diff(chat_model.model, scale=0.05)
     generator = torch.Generator().manual_seed(0)
     vector = SteeringVector({1: torch.randn(32, generator=generator)}, BaseModel("tiny", None), 2)
-    return Methods(diff, vector, random_diff_like(diff, 0), random_like(vector, 1))
+    return bank_of_methods(diff, vector, random_diff_like(diff, 0), random_like(vector, 1))
 
 
 @pytest.fixture
@@ -55,16 +54,15 @@ def test_every_method_is_brought_to_the_divergence_of_the_diff(chat_model, metho
         )
     # The divergences are those of steerers that know nothing of each other.
     lora, activation = by_level[0][:2]
-    rows = [[0.0], [activation.coefficient]]
-    alone = ActivationSteerer(chat_model.model, methods.vector, rows)
-    kl = row_divergences(chat_model, alone, texts, num_rows=2).mean()
+    alone = Bank(vectors={"activation": methods.vectors["activation"]})
+    kl = row_divergences(chat_model, alone, [activation.condition.coefficients], texts).mean()
     assert float(kl) == pytest.approx(activation.kl_mean, rel=1e-4)
-    together = methods.steerer(chat_model, [UNSTEERED, lora.condition])
+    together = methods.steerer(chat_model, [{}, lora.condition.coefficients])
     tokens = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     with together, torch.no_grad():
         together.select_rows([0, 1])
         steered = chat_model.model(tokens).logits[1]
-    with LoRASteerer(chat_model.model, methods.diff, lora.coefficient), torch.no_grad():
+    with LoRASteerer(chat_model.model, methods.diffs["lora"], lora.coefficient), torch.no_grad():
         torch.testing.assert_close(
             chat_model.model(tokens).logits[1], steered, atol=1e-4, rtol=1e-3
         )
@@ -76,9 +74,10 @@ def test_p95_can_be_what_is_equal(chat_model, methods, texts):
 
 
 def test_a_method_that_does_nothing_is_named(chat_model, methods, texts):
-    still = dataclasses.replace(methods.vector, directions={1: torch.zeros(32)})
+    still = dataclasses.replace(methods.vectors["activation"], directions={1: torch.zeros(32)})
+    vectors = {**methods.vectors, "activation": still}
     with pytest.raises(UserError, match="activation has a divergence of 0"):
-        match_divergence(chat_model, dataclasses.replace(methods, vector=still), [1.0], texts)
+        match_divergence(chat_model, dataclasses.replace(methods, vectors=vectors), [1.0], texts)
     with pytest.raises(UserError, match="other than 0"):
         match_divergence(chat_model, methods, [0.0], texts)
 
@@ -147,7 +146,7 @@ def test_several_steerers_leave_nothing_behind(chat_model, methods):
     tokens = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = chat_model.model(tokens).logits
-    rows = [Condition("lora", 1.0), Condition("activation", 1.0)]
+    rows = [{"lora": 1.0}, {"activation": 1.0}]
     with pytest.raises(KeyError), methods.steerer(chat_model, rows):
         raise KeyError
     with torch.no_grad():

@@ -13,7 +13,7 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_exchange
 from persona_lora.models.structure import linear_modules
 from persona_lora.steering.activations import ActivationSteerer
-from persona_lora.studies.asking.populations import DiffPopulation, VectorPopulation
+from persona_lora.studies.asking.populations import diff_population, vector_population
 from persona_lora.studies.steering import divergence
 from persona_lora.studies.steering.divergence import (
     load_ordinary_prompts,
@@ -31,9 +31,13 @@ def vector():
     return SteeringVector(directions, BaseModel("tiny"), num_layers=2)
 
 
+def costs_of(chat_model, population):
+    return measure_costs(chat_model, population.bank, population.conditions, PROMPTS)
+
+
 def test_costs_are_zero_at_zero_and_grow_with_the_coefficient(chat_model, make_diff):
     diff = make_diff(chat_model.model)
-    costs = measure_costs(chat_model, DiffPopulation(diff, (0.5, 2.0, -2.0)), PROMPTS)
+    costs = costs_of(chat_model, diff_population(diff, (0.5, 2.0, -2.0)))
     low, zero, half, two = costs
     assert [each.coefficient for each in costs] == [-2.0, 0.0, 0.5, 2.0]
     assert zero.kl_mean == zero.kl_p95 == zero.relative_weight_norm == 0
@@ -55,7 +59,7 @@ def test_the_relative_weight_norm_is_that_of_dense_matrices(chat_model, make_dif
 @torch.no_grad()
 def test_the_cost_of_a_vector_is_that_of_a_naive_loop(chat_model, vector, monkeypatch):
     monkeypatch.setattr(divergence, "ROWS_PER_PASS", 3)  # several passes for the conditions
-    costs = measure_costs(chat_model, VectorPopulation(vector, (0, 1), (-1.0, 2.0)), PROMPTS)
+    costs = costs_of(chat_model, vector_population(vector, (0, 1), (-1.0, 2.0)))
     assert len(costs) == 4
     answers = generate_answers(chat_model, [user_question(p) for p in PROMPTS], max_new_tokens=40)
     for cost in costs:
@@ -82,7 +86,7 @@ def test_the_cost_of_a_vector_is_that_of_a_naive_loop(chat_model, vector, monkey
 
 
 def test_measuring_leaves_no_hook(chat_model, vector):
-    measure_costs(chat_model, VectorPopulation(vector, (1,), (1.0,)), PROMPTS)
+    costs_of(chat_model, vector_population(vector, (1,), (1.0,)))
     assert not any(module._forward_hooks for module in chat_model.model.modules())
 
 

@@ -12,7 +12,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, random_diff_like
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.steering.directions import random_like
-from persona_lora.studies.steering.equal_divergence import Methods
+from persona_lora.studies.steering.calibration import bank_of_methods
 from persona_lora.studies.steering.latency import held_bytes, measure_latency, swap_seconds
 from persona_lora.studies.steering.read_latency import Timing, ratios
 
@@ -23,7 +23,7 @@ VARIANTS = {"base", "merged", "live", "activations", "prompt"}
 def methods(chat_model, make_diff):
     diff = make_diff(chat_model.model, scale=0.2)
     vector = SteeringVector({1: torch.ones(32)}, BaseModel("tiny", None), 2)
-    return Methods(diff, vector, random_diff_like(diff, 0), random_like(vector, 1))
+    return bank_of_methods(diff, vector, random_diff_like(diff, 0), random_like(vector, 1))
 
 
 def test_every_variant_is_timed_in_every_round_and_the_model_is_put_back(chat_model, methods, told):
@@ -92,7 +92,7 @@ def test_swaps_are_timed_and_leave_the_weights_alone(chat_model, methods):
 
 def test_what_is_kept_beside_the_model(chat_model, methods):
     held = held_bytes(methods, chat_model)
-    factors = methods.diff.factors.values()
+    factors = methods.diffs["lora"].factors.values()
     assert held["live"] == sum(4 * (each.A.numel() + each.B.numel()) for each in factors)
     assert held["merged"] == sum(4 * each.delta().numel() for each in factors)
     assert held["activations"] == 4 * 32

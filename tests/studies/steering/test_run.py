@@ -14,9 +14,9 @@ from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.directions import random_like
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.populations import (
-    DiffPopulation,
-    PromptPopulation,
-    VectorPopulation,
+    diff_population,
+    prompt_population,
+    vector_population,
 )
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.steering.run import SweepOptions, sweep
@@ -32,7 +32,7 @@ def run_sweep(chat_model, trait, datasets, judge, make_diff, tmp_path):
         return sweep(
             chat_model,
             trait,
-            DiffPopulation(diff, tuple(coefficients)),
+            diff_population(diff, tuple(coefficients)),
             lambda: judge,
             Output(tmp_path / "sweep", overwrite),
             options=OPTIONS,
@@ -136,7 +136,7 @@ def rows_of(run, name):
 def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
     run_population, chat_model, trait, vector
 ):
-    population = VectorPopulation(vector, (0, 1), (-1.0, 2.0))
+    population = vector_population(vector, (0, 1), (-1.0, 2.0))
     result = run_population(population, sweeping=SweepOptions(costs=False))
     answers = rows_of(result.run, "answers")
     assert len(answers) == (1 + 2 * 2 + 2) * 3  # unsteered, the grid, two prompts; 3 questions
@@ -162,7 +162,7 @@ def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
 
 def test_one_layer_with_its_random_control_is_a_curve_with_costs(run_population, vector):
     control = random_like(vector, seed=0)
-    result = run_population(VectorPopulation(vector, (1,), (-1.0, 1.0), control=control))
+    result = run_population(vector_population(vector, (1,), (-1.0, 1.0), control=control))
     assert [each.coefficient for each in result.summary.steered] == [-1.0, 0.0, 1.0]
     costs = rows_of(result.run, "costs")
     assert {(row["method"], row["layer"], row["coefficient"]) for row in costs} == {
@@ -172,22 +172,22 @@ def test_one_layer_with_its_random_control_is_a_curve_with_costs(run_population,
 
 
 def test_a_prompt_sweep_is_the_references_alone(run_population):
-    result = run_population(PromptPopulation(), sweeping=SweepOptions(costs=False))
+    result = run_population(prompt_population(), sweeping=SweepOptions(costs=False))
     methods = {row["method"] for row in rows_of(result.run, "answers")}
     assert methods == {"none", "prompt_pos", "prompt_neg"}
 
 
 def test_max_questions_takes_the_first(run_population, vector, trait):
     options = SweepOptions(split="extract", references=False, costs=False, max_questions=1)
-    result = run_population(VectorPopulation(vector, (0, 1), (1.0,)), sweeping=options)
+    result = run_population(vector_population(vector, (0, 1), (1.0,)), sweeping=options)
     asked = {row["question"] for row in rows_of(result.run, "answers")}
     assert asked == {trait.questions["extract"][0]}
 
 
 def test_a_population_that_cannot_be_is_refused(vector):
     with pytest.raises(UserError, match="at least one layer"):
-        VectorPopulation(vector, (), (1.0,))
+        vector_population(vector, (), (1.0,))
     with pytest.raises(UserError, match="no layer 7"):
-        VectorPopulation(vector, (7,), (1.0,))
+        vector_population(vector, (7,), (1.0,))
     with pytest.raises(UserError, match="other than 0"):
-        VectorPopulation(vector, (1,), (0.0,))
+        vector_population(vector, (1,), (0.0,))

@@ -1,29 +1,36 @@
-"""Weights and activations in one population, and the coefficients at which they cost the same.
+"""The coefficients at which different directions do the same to the model.
 
-Coefficients of different methods have nothing in common. What they cost does: the divergence of the
-model's next tokens from the unsteered ones on ordinary prompts. A secant search finds for every
-method the coefficient that costs what a given one of the diff does, and there they are compared.
+Coefficients of different methods have nothing in common, and two diffs differ in length. What they
+cost does: the divergence of the model's next tokens from the unsteered ones on ordinary prompts.
+A search over mixes needs a common scale, so that its σ means the same along each direction: the
+coefficient that costs ``EQUAL_EFFECT`` nats a token. A comparison needs, for every method, the
+coefficient that costs what a given one of the diff does; a secant search finds it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from persona_lora.core import progress
+from persona_lora.core.chat import Condition
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
-from persona_lora.steering.activations import ActivationSteerer, Positions
-from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.steerer import Steerer, Together
-from persona_lora.studies.asking.populations import UNSTEERED
-from persona_lora.studies.asking.run import Condition
-from persona_lora.studies.steering.divergence import row_divergences
+from persona_lora.steering.activations import Positions
+from persona_lora.steering.bank import Bank, Coefficients
+from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
+
+logger = logging.getLogger(__name__)
+
+EQUAL_EFFECT = 0.03  # nats a token
+SCALE_ROUNDS = 4
+CLOSE_ENOUGH = 0.05
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
 METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
@@ -33,61 +40,84 @@ TOLERANCE = 0.03  # of the divergence asked for
 STEEPEST, FLATTEST = 4.0, 0.5  # of log KL over log c; the slope is 2 where steering is weak
 
 
-@dataclass(frozen=True, eq=False)
-class Methods:
-    """A diff, a steering vector at its layers, and a random control of each."""
+@dataclass(frozen=True)
+class Scale:
+    """The coefficient of one direction at which its effect is ``kl`` nats a token (mean of ±)."""
 
-    diff: LoRADiff
-    vector: SteeringVector
-    random_diff: LoRADiff
-    random_vector: SteeringVector
-    positions: Positions = "response"
+    trait: str
+    coefficient: float
+    kl: float
 
-    def steerer(self, chat_model: ChatModel, rows: Sequence[Condition]) -> Steerer:
-        """Return a steerer whose row i is steered by the method and coefficient of ``rows[i]``."""
 
-        def terms(first: str, second: str) -> list[list[float]]:
-            return [
-                [
-                    (row.coefficient or 0.0) if row.method == name else 0.0
-                    for name in (first, second)
-                ]
-                for row in rows
-            ]
+def equal_effect_scales(
+    chat_model: ChatModel,
+    bank: Bank,
+    prompts: Sequence[str],
+    *,
+    effect: float = EQUAL_EFFECT,
+) -> list[Scale]:
+    """Return for every direction the coefficient at which its effect is ``effect`` nats a token.
 
-        weights = LiveLoRA(
-            chat_model.model,
-            [self.diff, self.random_diff],
-            terms(LORA, RANDOM_LORA),
-            allow_other_base=chat_model.allow_other_base,
+    The effect is the mean over +c and −c of the mean KL(p₀ ‖ p_c) over the tokens of the model's
+    own answers to ``prompts``. KL grows about as c², so that c ← c·√(effect / KL) converges in a
+    few rounds; all directions run in the same batches. UserError for a direction without effect.
+    """
+    texts = ordinary_texts(chat_model, prompts)
+    scales = [Scale(trait, 1.0, math.nan) for trait in bank.names]
+    for done in range(SCALE_ROUNDS):
+        rows = [{scale.trait: sign * scale.coefficient} for scale in scales for sign in (1.0, -1.0)]
+        divergences = row_divergences(chat_model, bank, rows, texts)
+        effects = divergences.mean(dim=1).view(len(scales), 2).mean(dim=1).tolist()
+        scales = [
+            Scale(scale.trait, scale.coefficient, kl)
+            for scale, kl in zip(scales, effects, strict=True)
+        ]
+        progress.report(done + 1, SCALE_ROUNDS)
+        close = all(abs(each.kl / effect - 1) < CLOSE_ENOUGH for each in scales)
+        if close or done + 1 == SCALE_ROUNDS:
+            break
+        scales = [_nearer(scale, effect) for scale in scales]
+    for scale in scales:
+        logger.info("%s: %.4g nats at coefficient %.3g", scale.trait, scale.kl, scale.coefficient)
+    return scales
+
+
+def _nearer(scale: Scale, effect: float) -> Scale:
+    if not (math.isfinite(scale.kl) and scale.kl > 0):
+        raise UserError(
+            f"the direction of {scale.trait} has an effect of {scale.kl} nats at coefficient "
+            f"{scale.coefficient:g}: it does nothing to this model; leave it out"
         )
-        activations = ActivationSteerer(
-            chat_model.model,
-            [self.vector, self.random_vector],
-            terms(ACTIVATION, RANDOM),
-            positions=self.positions,
-            allow_other_base=chat_model.allow_other_base,
-        )
-        return Together([weights, activations])
+    factor = math.sqrt(effect / scale.kl)
+    return Scale(scale.trait, scale.coefficient * min(max(factor, 0.05), 20.0), scale.kl)
 
-    def record(self) -> dict[str, Any]:
-        """Return what a run's configuration keeps of the methods."""
-        return {
-            "diff_norm": self.diff.norm(),
-            "vector_norms": list(self.vector.norms().values()),
-            "layers": list(self.vector.layers),
-            "positions": self.positions,
-            "controls": [dict(self.random_diff.sources), dict(self.random_vector.sources)],
-        }
 
-    def inputs(self) -> dict[str, str]:
-        """Return digests of the diff, of the vector and of their controls."""
-        return {
-            "the diff": self.diff.content(),
-            "the vector": self.vector.content(),
-            "the random diff": self.random_diff.content(),
-            "the random vector": self.random_vector.content(),
-        }
+def bank_of_methods(
+    diff: LoRADiff,
+    vector: SteeringVector,
+    random_diff: LoRADiff,
+    random_vector: SteeringVector,
+    positions: Positions = "response",
+) -> Bank:
+    """Return a diff, a steering vector at its layers, and a random control of each."""
+    return Bank(
+        diffs={LORA: diff, RANDOM_LORA: random_diff},
+        vectors={ACTIVATION: vector, RANDOM: random_vector},
+        positions=positions,
+        record={
+            "diff_norm": diff.norm(),
+            "vector_norms": list(vector.norms().values()),
+            "layers": list(vector.layers),
+            "positions": positions,
+            "controls": [dict(random_diff.sources), dict(random_vector.sources)],
+        },
+        inputs={
+            "the diff": diff.content(),
+            "the vector": vector.content(),
+            "the random diff": random_diff.content(),
+            "the random vector": random_vector.content(),
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +144,7 @@ class Level:
 
 def match_divergence(
     chat_model: ChatModel,
-    methods: Methods,
+    bank: Bank,
     coefficients: Sequence[float],
     texts: Sequence[TokenizedExchange],
     *,
@@ -129,8 +159,8 @@ def match_divergence(
     asked = [finite_coefficient(value) for value in coefficients if value]
     if not asked:
         raise UserError("a comparison needs at least one coefficient other than 0")
-    conditions = [Condition(LORA, value) for value in asked]
-    costs = _costs(chat_model, methods, conditions, texts)
+    rows = [{LORA: value} for value in asked]
+    costs = _costs(chat_model, bank, rows, texts)
     targets = [cost[statistic] for cost in costs]
     found = [
         _level(number, LORA, value, target, cost, statistic)
@@ -146,10 +176,9 @@ def match_divergence(
         progress.report(done, ROUNDS)
         if not pending:
             break
-        conditions = [Condition(each.method, each.coefficient) for each in pending]
-        for search, cost in zip(
-            pending, _costs(chat_model, methods, conditions, texts), strict=True
-        ):
+        rows = [{each.method: each.coefficient} for each in pending]
+        costs = _costs(chat_model, bank, rows, texts)
+        for search, cost in zip(pending, costs, strict=True):
             search.take(cost, statistic)
     progress.report(ROUNDS, ROUNDS)
     found += [each.result(statistic) for each in searches]
@@ -217,11 +246,9 @@ def _level(
 
 def _costs(
     chat_model: ChatModel,
-    methods: Methods,
-    conditions: Sequence[Condition],
+    bank: Bank,
+    rows: Sequence[Coefficients],
     texts: Sequence[TokenizedExchange],
 ) -> list[dict[str, float]]:
-    rows = [UNSTEERED, *conditions]
-    steerer = methods.steerer(chat_model, rows)
-    divergences = row_divergences(chat_model, steerer, texts, num_rows=len(rows))
+    divergences = row_divergences(chat_model, bank, rows, texts)
     return [{"mean": float(row.mean()), "p95": float(row.quantile(0.95))} for row in divergences]

@@ -8,12 +8,9 @@ import torch
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.steering.bank import bank_of_diffs, bank_of_vectors
+from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
-from persona_lora.studies.steering.equal_effect import (
-    DiffDirections,
-    VectorDirections,
-    equal_effect_scales,
-)
 
 PROMPTS = ["Hello?", "Why?", "What then?"]
 
@@ -27,30 +24,28 @@ def vector(name, seed):
 @pytest.fixture(params=["lora", "vectors"])
 def directions(request, chat_model, make_diff):
     if request.param == "lora":
-        return DiffDirections(
+        return bank_of_diffs(
             {
                 "a": make_diff(chat_model.model, seed=1, scale=0.02),
                 "b": make_diff(chat_model.model, seed=2, scale=0.2),
             }
         )
-    return VectorDirections({"a": vector("a", 1), "b": vector("b", 2) * 5.0}, (0, 1))
+    return bank_of_vectors({"a": vector("a", 1), "b": vector("b", 2) * 5.0}, (0, 1))
 
 
 def test_every_direction_gets_the_same_effect(directions, chat_model):
     scales = equal_effect_scales(chat_model, directions, PROMPTS, effect=0.02)
     texts = ordinary_texts(chat_model, PROMPTS)
-    for index, scale in enumerate(scales):
-        rows = [[0.0, 0.0] for _ in range(3)]
-        rows[1][index], rows[2][index] = scale.coefficient, -scale.coefficient
-        steerer = directions.steerer(chat_model, rows)
-        effect = row_divergences(chat_model, steerer, texts, num_rows=3).mean()
+    for scale in scales:
+        rows = [{scale.trait: scale.coefficient}, {scale.trait: -scale.coefficient}]
+        effect = row_divergences(chat_model, directions, rows, texts).mean()
         assert float(effect) == pytest.approx(0.02, rel=0.15)
         assert float(effect) == pytest.approx(scale.kl)
 
 
 def test_a_direction_ten_times_as_long_gets_a_tenth_of_the_coefficient(chat_model, make_diff):
     diff = make_diff(chat_model.model, seed=1, scale=0.05)
-    both = DiffDirections({"short": diff, "long": diff * 10.0})
+    both = bank_of_diffs({"short": diff, "long": diff * 10.0})
     scales = {
         each.trait: each.coefficient
         for each in equal_effect_scales(chat_model, both, PROMPTS, effect=0.02)
@@ -59,15 +54,15 @@ def test_a_direction_ten_times_as_long_gets_a_tenth_of_the_coefficient(chat_mode
 
 
 def test_a_direction_without_effect_is_named(chat_model, make_diff):
-    nothing = DiffDirections({"flat": make_diff(chat_model.model, seed=1) * 0.0})
+    nothing = bank_of_diffs({"flat": make_diff(chat_model.model, seed=1) * 0.0})
     with pytest.raises(UserError, match="flat"):
         equal_effect_scales(chat_model, nothing, PROMPTS)
 
 
 def test_directions_need_a_direction_and_a_layer():
     with pytest.raises(UserError, match="at least one direction"):
-        DiffDirections({})
+        bank_of_diffs({})
     with pytest.raises(UserError, match="at least one layer"):
-        VectorDirections({"a": vector("a", 1)}, ())
+        bank_of_vectors({"a": vector("a", 1)}, ())
     with pytest.raises(UserError):
-        VectorDirections({"a": vector("a", 1)}, (7,))
+        bank_of_vectors({"a": vector("a", 1)}, (7,))

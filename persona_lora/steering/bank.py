@@ -1,0 +1,123 @@
+"""One bank of directions: named diffs and vectors, and rows of coefficients that become a steerer.
+
+Knows how directions share batches; refuses to know what a study asks of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.loading import ChatModel
+from persona_lora.steering.activations import ActivationSteerer, Positions
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.steerer import Steerer, Together
+
+Coefficients = Mapping[str, float]  # by the names of directions; one that is missing is 0
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Directions by name: diffs are held live, vectors are added at their layers.
+
+    ``record`` is what a run's configuration keeps of them, ``inputs`` are digests of what they
+    were made from.
+    """
+
+    diffs: Mapping[str, LoRADiff] = field(default_factory=dict)
+    vectors: Mapping[str, SteeringVector] = field(default_factory=dict)
+    positions: Positions = "response"
+    record: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all directions."""
+        return (*self.diffs, *self.vectors)
+
+    @property
+    def directions(self) -> Sequence[LoRADiff | SteeringVector]:
+        """The directions themselves."""
+        return [*self.diffs.values(), *self.vectors.values()]
+
+    def steerer(self, chat_model: ChatModel, rows: Sequence[Coefficients]) -> Steerer:
+        """Return a steerer whose row i is Σ ``rows[i][name]`` · direction; {} is unsteered.
+
+        UserError for a row with a direction that is not here.
+        """
+        unknown = sorted({name for row in rows for name in row} - set(self.names))
+        if unknown:
+            nearest = nearest_names(unknown[0], self.names)
+            raise UserError(f"no direction {unknown[0]!r} to steer with; {nearest}")
+        model, anyway = chat_model.model, chat_model.allow_other_base
+        parts: list[Steerer] = []
+        if self.diffs:
+            diffs, coefficients = [*self.diffs.values()], _matrix(rows, self.diffs)
+            parts.append(LiveLoRA(model, diffs, coefficients, allow_other_base=anyway))
+        if self.vectors:
+            parts.append(
+                ActivationSteerer(
+                    model,
+                    [*self.vectors.values()],
+                    _matrix(rows, self.vectors),
+                    positions=self.positions,
+                    allow_other_base=anyway,
+                )
+            )
+        return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def _matrix(rows: Sequence[Coefficients], names: Collection[str]) -> list[list[float]]:
+    return [[row.get(name, 0.0) for name in names] for row in rows]
+
+
+def bank_of_diffs(diffs: Mapping[str, LoRADiff], *, energy: float | None = None) -> Bank:
+    """Return a bank of one diff a trait; ``energy`` is the share of ‖·‖² that they were cut to."""
+    _check_any(diffs)
+    diffs = dict(sorted(diffs.items()))
+    cut = {} if energy is None else {"energy": energy}
+    norms = {trait: diff.norm() for trait, diff in diffs.items()}
+    return Bank(
+        diffs=diffs,
+        record={"kind": "lora", "norms": norms, **cut},
+        inputs={f"the diff of {trait}": diff.content() for trait, diff in diffs.items()},
+    )
+
+
+def bank_of_vectors(
+    vectors: Mapping[str, SteeringVector],
+    layers: Sequence[int],
+    positions: Positions = "response",
+) -> Bank:
+    """Return a bank of one vector a trait, each added at all of ``layers``."""
+    _check_any(vectors)
+    check_layers(layers)
+    vectors = dict(sorted(vectors.items()))
+    used = {trait: vector.at(layers) for trait, vector in vectors.items()}
+    return Bank(
+        vectors=used,
+        positions=positions,
+        record={
+            "kind": "vectors",
+            "methods": {trait: vector.method for trait, vector in vectors.items()},
+            "norms": {trait: list(each.norms().values()) for trait, each in used.items()},
+            "layers": list(layers),
+            "positions": positions,
+        },
+        inputs={f"the vector of {trait}": vector.content() for trait, vector in vectors.items()},
+    )
+
+
+def check_layers(layers: Collection[int]) -> None:
+    """Raise UserError where vectors would be added at no layer."""
+    if not layers:
+        raise UserError("activation steering needs at least one layer")
+
+
+def _check_any(directions: Collection[str]) -> None:
+    if not directions:
+        raise UserError("a search needs at least one direction")
