@@ -25,6 +25,7 @@ from persona_lora.cli.shared_options import (
     VectorOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import TaskOptions
 from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
@@ -96,12 +97,10 @@ def benchmark(
     scores = run_benchmarks(
         chat_model,
         conditions,
-        tasks.replace(",", " ").split(),
+        TaskOptions(
+            tuple(tasks.replace(",", " ").split()), tasks_dir, limit, batch_size, datasets_dir
+        ),
         Output(output, overwrite, record, inputs),
-        limit=limit,
-        batch_size=batch_size,
-        tasks_folder=tasks_dir,
-        datasets=datasets_dir,
     )
     console.print(_table(scores))
     console.print(f"{output / 'scores.csv'}")

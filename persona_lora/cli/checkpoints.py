@@ -44,6 +44,7 @@ from persona_lora.cli.shared_options import (
     TraitOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import TaskOptions
 from persona_lora.core.runs import Output
 from persona_lora.core.settings import path_after_equals, path_before_equals, split_lists
 
@@ -326,10 +327,10 @@ def compare_prevention(
             rows,
             judge_factory(asked, base, judging),
             Output(output, overwrite, inputs=judge_inputs(judging)),
-            tasks=tasks.replace(",", " ").split(),
-            limit=limit,
+            tasks=TaskOptions(
+                tuple(tasks.replace(",", " ").split()), limit=limit, datasets_dir=datasets_dir
+            ),
             options=generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
-            datasets=datasets_dir,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("measure", "model", "score", "n", "difference", "p (Holm)"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from persona_lora.core.errors import UserError
@@ -204,6 +205,23 @@ class ObjectiveOptions:
 
 # What a search keeps unless it is told otherwise: the voice is to answer, in sentences.
 SENSIBLE = ObjectiveOptions(min_coherence=80.0, min_relevance=85.0)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What capability is measured on, and on how much of it."""
+
+    tasks: Annotated[
+        tuple[str, ...], "choice, steps, perplexity, or the harness's own: mmlu, gsm8k …"
+    ] = ("choice", "steps", "perplexity")
+    tasks_dir: Annotated[Path | None, "YAML tasks; datasets/capability by default."] = None
+    limit: Annotated[int | None, "Use only the first N items of each task."] = None
+    batch_size: Annotated[int, "Rows of the harness's batches."] = 16
+    datasets_dir: Annotated[Path | None, "Where trait folders are."] = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run's configuration keeps of the tasks."""
+        return {"tasks": list(self.tasks), "limit": self.limit}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of, file_digest, folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.options import TaskOptions
 from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.settings import read_yaml
@@ -33,36 +34,26 @@ INSTALL = 'pip install "persona-lora[benchmark]"'
 def run_benchmarks(
     chat_model: ChatModel,
     conditions: Mapping[str, AbstractContextManager[Any]],
-    tasks: Sequence[str],
+    options: TaskOptions,
     output: Output | Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 16,
-    tasks_folder: Path | None = None,
-    datasets: Path | None = None,
 ) -> list[TaskScore]:
     """Run every task under every condition (context managers over the model) into a run folder.
 
-    ``tasks`` are names of YAML files in ``tasks_folder`` (``datasets/capability`` by default),
+    Tasks are names of YAML files in ``options.tasks_dir`` (``datasets/capability`` by default),
     "perplexity", or names that the harness knows. The first condition is the reference. Writes
     ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
     Raises UserError without the harness, or for a task that neither side knows.
     """
-    folder = _tasks_folder(tasks_folder, datasets)
     run = Run.open(
         output,
         command="benchmark",
         config={
             **chat_model.record(),
-            "tasks": list(tasks),
+            **options.record(),
             "conditions": list(conditions),
-            "limit": limit,
         },
         seed=0,
-        inputs={
-            **chat_model.inputs(),
-            **task_inputs(tasks, tasks_folder, datasets),
-        },
+        inputs={**chat_model.inputs(), **task_inputs(options)},
     )
     with run:
         done = {row["condition"] for row in run.resume_rows("items")}
@@ -70,30 +61,29 @@ def run_benchmarks(
             if name in done:
                 continue
             with steered:
-                run.extend("items", [
-                    {"condition": name, **row}
-                    for row in _items(chat_model, tasks, folder, datasets, limit, batch_size)
-                ])  # fmt: skip
+                items = _items(chat_model, options)
+                run.extend("items", [{"condition": name, **row} for row in items])
         scores = score_items(run.read("items"), next(iter(conditions)))
         write_csv(run.folder / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
     return scores
 
 
-def task_inputs(
-    tasks: Sequence[str], folder: Path | None = None, datasets: Path | None = None
-) -> dict[str, str]:
+def task_inputs(options: TaskOptions) -> dict[str, str]:
     """Return digests of the files of our own tasks."""
-    folder = _tasks_folder(folder, datasets)
+    folder = _tasks_folder(options)
     read = {f"the tasks of {folder.name}": folder_digest(folder)}
-    if PERPLEXITY in tasks:
-        texts = {path.parent.name: file_digest(path) for path in _ordinary_files(datasets)}
+    if PERPLEXITY in options.tasks:
+        texts = {
+            path.parent.name: file_digest(path) for path in _ordinary_files(options.datasets_dir)
+        }
         read["the normal.jsonl files"] = digest_of(texts)
     return read
 
 
-def _tasks_folder(given: Path | None, datasets: Path | None) -> Path:
+def _tasks_folder(options: TaskOptions) -> Path:
+    datasets = options.datasets_dir
     own = datasets / "capability" if datasets is not None else None
-    return given or own or resource_path(Path("datasets/capability"))
+    return options.tasks_dir or own or resource_path(Path("datasets/capability"))
 
 
 def _ordinary_files(datasets: Path | None) -> list[Path]:
@@ -124,25 +114,18 @@ def perplexity_items(
     ]
 
 
-def _items(
-    chat_model: ChatModel,
-    tasks: Sequence[str],
-    folder: Path,
-    datasets: Path | None,
-    limit: int | None,
-    batch_size: int,
-) -> list[dict[str, Any]]:
+def _items(chat_model: ChatModel, options: TaskOptions) -> list[dict[str, Any]]:
     rows = []
-    if PERPLEXITY in tasks:
-        rows += perplexity_items(chat_model, datasets, limit)
-    harness = [name for name in tasks if name != PERPLEXITY]
+    if PERPLEXITY in options.tasks:
+        rows += perplexity_items(chat_model, options.datasets_dir, options.limit)
+    harness = [name for name in options.tasks if name != PERPLEXITY]
     if harness:
-        rows += _harness_items(chat_model, harness, folder, limit, batch_size)
+        rows += _harness_items(chat_model, harness, options)
     return rows
 
 
 def _harness_items(
-    chat_model: ChatModel, tasks: Sequence[str], folder: Path, limit: int | None, batch_size: int
+    chat_model: ChatModel, tasks: Sequence[str], options: TaskOptions
 ) -> list[dict[str, Any]]:
     try:
         from lm_eval import simple_evaluate
@@ -151,17 +134,22 @@ def _harness_items(
         raise UserError(f"the evaluation harness is not installed; run: {INSTALL}") from error
     manager = _task_manager()
     known = set(manager.all_tasks)
+    folder = _tasks_folder(options)
     local = {name: _local_task(folder / f"{name}.yaml") for name in tasks}
     for name in tasks:
         if local[name] is None and name not in known:
             own = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             raise UserError(f"no task {name!r}: neither in {folder} ({own}) nor in the harness")
-    model = HFLM(pretrained=chat_model.model, tokenizer=chat_model.tokenizer, batch_size=batch_size)
+    model = HFLM(
+        pretrained=chat_model.model,
+        tokenizer=chat_model.tokenizer,
+        batch_size=options.batch_size,
+    )
     found = simple_evaluate(
         model=model,
         tasks=[local[name] or name for name in tasks],
         task_manager=manager,
-        limit=limit,
+        limit=options.limit,
         log_samples=True,
         bootstrap_iters=0,
         confirm_run_unsafe_code=False,

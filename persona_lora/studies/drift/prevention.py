@@ -19,6 +19,7 @@ from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.options import TaskOptions
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
@@ -76,15 +77,13 @@ def compare_prevention(
     judge: Callable[[], Judge],
     output: Output | Path,
     *,
-    tasks: Sequence[str] = ("choice", "steps", "perplexity"),
-    limit: int | None = None,
+    tasks: TaskOptions = TaskOptions(),
     options: GenerationOptions | None = None,
-    datasets: Path | None = None,
 ) -> list[TaskScore]:
     """Measure every model; the first one is what the others are paired with.
 
     ``judge`` builds the judge over the base model, once. ``rows`` is the JSONL that was finetuned
-    on; ``tasks`` are those of ``run_benchmarks``, none to leave capability out. Writes
+    on; no ``tasks`` leave capability out. Writes
     ``measures.jsonl`` (a row a model, measure and item), ``prevention.csv`` and ``prevention.png``;
     models measured already are kept.
     """
@@ -94,6 +93,7 @@ def compare_prevention(
         Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in read_conversations(rows)
     ]
     output = Output.of(output)
+    read = {key: each for name, m in models.items() for key, each in m.inputs(name).items()}
     run = Run.open(
         output,
         command="compare-prevention",
@@ -102,17 +102,16 @@ def compare_prevention(
             "trait": trait.name,
             "questions": len(trait.questions["eval"]),
             "rows": str(rows),
-            "tasks": list(tasks),
-            "limit": limit,
+            **tasks.record(),
             "max_new_tokens": options.max_new_tokens,
         },
         seed=options.seed,
         inputs={
             **base.inputs(),
             **trait.inputs(),
-            **{key: each for at, m in models.items() for key, each in m.inputs(at).items()},
+            **read,
             "the rows that were finetuned on": file_digest(resource_path(rows)),
-            **task_inputs(tasks, datasets=datasets),
+            **task_inputs(tasks),
         },
         parts=("answers", "capability"),
     )
@@ -122,12 +121,8 @@ def compare_prevention(
             if name in done:
                 continue
             measured = _Measured(base, name, model, options, run, output.inputs)
-            found = [
-                *measured.character(trait, shared),
-                *measured.loss(exchanges),
-                *measured.capability(tasks, limit, datasets),
-            ]
-            run.extend(MEASURES, found)
+            found = [*measured.character(trait, shared), *measured.loss(exchanges)]
+            run.extend(MEASURES, [*found, *measured.capability(tasks)])
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
         scores = score_items(kept, next(iter(models)))
         write_csv(run.folder / "prevention.csv", COLUMNS, [cells_of(each) for each in scores])
@@ -178,21 +173,12 @@ class _Measured:
             means = mean_logprobs(self.chat_model, exchanges)
         return [self._row(LOSS, "nats", at, -value) for at, value in enumerate(means)]
 
-    def capability(
-        self, tasks: Sequence[str], limit: int | None, datasets: Path | None
-    ) -> list[dict[str, Any]]:
+    def capability(self, tasks: TaskOptions) -> list[dict[str, Any]]:
         """Return the score of every item of every task."""
-        if not tasks:
+        if not tasks.tasks:
             return []
         output = self._output("capability", self.name)
-        run_benchmarks(
-            self.chat_model,
-            {self.name: self._corrected()},
-            tasks,
-            output,
-            limit=limit,
-            datasets=datasets,
-        )
+        run_benchmarks(self.chat_model, {self.name: self._corrected()}, tasks, output)
         return Run(output.path).read("items")
 
     def _output(self, part: str, name: str) -> Output:

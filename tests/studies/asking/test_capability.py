@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import TaskOptions
 from persona_lora.report.items import score_items
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.capability import run_benchmarks
@@ -40,7 +41,9 @@ def dense_choice(chat_model, item):
 
 
 def test_choices_are_scored_as_by_hand_and_paired_by_item(chat_model, conditions, tmp_path):
-    scores = run_benchmarks(chat_model, conditions, ["choice"], tmp_path / "run", limit=10)
+    scores = run_benchmarks(
+        chat_model, conditions, TaskOptions(("choice",), limit=10), tmp_path / "run"
+    )
     items = [json.loads(line) for line in (CAPABILITY / "multiple_choice.jsonl").open()][:10]
     expected = [dense_choice(chat_model, item) for item in items]
     rows = [json.loads(line) for line in (tmp_path / "run" / "items.jsonl").open()]
@@ -63,11 +66,8 @@ def test_steps_are_generated_and_perplexity_is_measured(chat_model, conditions, 
     scores = run_benchmarks(
         chat_model,
         conditions,
-        ["steps", "perplexity"],
+        TaskOptions(("steps", "perplexity"), CAPABILITY, 2, datasets_dir=datasets),
         tmp_path / "run",
-        limit=2,
-        tasks_folder=CAPABILITY,
-        datasets=datasets,
     )
     found = {(each.condition, each.task): each.score for each in scores}
     assert found["plain", "steps"].mean == 0.0  # random weights add nothing up
@@ -76,19 +76,24 @@ def test_steps_are_generated_and_perplexity_is_measured(chat_model, conditions, 
 
 
 def test_a_finished_condition_is_not_run_again(chat_model, conditions, tmp_path):
-    first = run_benchmarks(chat_model, conditions, ["choice"], tmp_path / "run", limit=4)
+    first = run_benchmarks(
+        chat_model, conditions, TaskOptions(("choice",), limit=4), tmp_path / "run"
+    )
 
     class Refused(nullcontext):
         def __enter__(self):
             pytest.fail("it was run again")
 
     again = {name: Refused() for name in conditions}
-    assert run_benchmarks(chat_model, again, ["choice"], tmp_path / "run", limit=4) == first
+    assert (
+        run_benchmarks(chat_model, again, TaskOptions(("choice",), limit=4), tmp_path / "run")
+        == first
+    )
 
 
 def test_unknown_tasks_are_named(chat_model, conditions, tmp_path):
     with pytest.raises(UserError, match="'chioce'"):
-        run_benchmarks(chat_model, conditions, ["chioce"], tmp_path / "run")
+        run_benchmarks(chat_model, conditions, TaskOptions(("chioce",)), tmp_path / "run")
 
 
 def test_items_are_paired_and_corrected():

@@ -10,6 +10,7 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.options import TaskOptions
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import load_chat_model
 from persona_lora.steering.weights import LoRASteerer
@@ -53,7 +54,7 @@ def models(base, make_diff, tmp_path):
 def go(base, models, trait, rows, judge, output, **more):
     return compare_prevention(
         base, models, trait, rows, lambda: judge, output,
-        options=OPTIONS, tasks=(), **more,
+        options=OPTIONS, tasks=TaskOptions(()), **more,
     )  # fmt: skip
 
 
