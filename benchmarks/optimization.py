@@ -41,7 +41,7 @@ from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.personas import load_persona_prompts
 from persona_lora.core.runs import package_versions
-from persona_lora.models.generation import Generated, generate_answers
+from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules, weight_of
 from persona_lora.steering.live import LiveLoRA
@@ -72,8 +72,10 @@ def population(
             prompts * len(mixes),
             max_new_tokens=tokens,
             prepare_batch=partial(select_batch, steerer),
-            alike=[tuple(row) for row in rows] if shared else None,
-            prepare_prefix=partial(select_prefix, steerer),
+            plan=RowPlan(
+                alike=[tuple(row) for row in rows] if shared else None,
+                prepare_prefix=partial(select_prefix, steerer),
+            ),
         )
     return texts(answers)
 
@@ -176,7 +178,8 @@ def main() -> None:
 
     def plain(alike: list[int] | None) -> Texts:
         asked = prompts * len(mixes)
-        return texts(generate_answers(chat_model, asked, max_new_tokens=tokens, alike=alike))
+        plan = RowPlan(alike=alike)
+        return texts(generate_answers(chat_model, asked, max_new_tokens=tokens, plan=plan))
 
     variants: dict[str, Callable[[], Texts]] = {
         "unsteered": lambda: plain(candidates),

@@ -25,7 +25,7 @@ from persona_lora.judges.endpoint import (
     together,
 )
 from persona_lora.judges.retries import REASONING_ROOM, Body, Dialect, Fault, Series
-from persona_lora.models.generation import Generated, generate_answers
+from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,6 @@ class LocalWriter:
             max_new_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            streams=streams,
-            on_batch=told,
+            plan=RowPlan(streams, on_batch=told),
         )
         return [answer.text or None for answer in answers]

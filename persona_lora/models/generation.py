@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,28 +57,11 @@ class Generated:
     finished: bool
 
 
-def generate_answers(
-    chat_model: ChatModel,
-    conversations: Sequence[Conversation],
-    *,
-    max_new_tokens: int = 80,
-    temperature: float = 0.0,
-    seed: int = 0,
-    streams: Sequence[int] | None = None,
-    batch_size: int | Literal["auto"] = "auto",
-    prepare_batch: Callable[[Sequence[int]], None] | None = None,
-    alike: Sequence[Hashable] | None = None,
-    prepare_prefix: Callable[[Sequence[int], int], None] | None = None,
-    on_batch: Callable[[Sequence[int], Sequence[Generated]], None] | None = None,
-) -> list[Generated]:
-    """Answer every conversation; the result has the order of the input.
+@dataclass(frozen=True)
+class RowPlan:
+    """What rows of a generation share, and who is told of their batches.
 
-    Batches are left-padded and sorted by length, longest first; a model whose answers padding
-    might change answers rows of one length at a time. ``temperature`` 0 is greedy.
-    ``prepare_batch`` is called with the row numbers of each batch before it runs, ``on_batch``
-    with the row numbers and answers after it. Progress counts tokens.
-
-    Each row samples from a random stream of its own, seeded by ``seed`` and by its entry in
+    Each row samples from a random stream of its own, seeded by the seed and by its entry in
     ``streams`` (its row number by default; rows with equal entries share their random numbers).
     So a row's sample does not depend on its batch neighbours as far as the logits do not: a batch
     of another shape may sum in another order, and a difference in the last bits turns a token
@@ -91,6 +74,33 @@ def generate_answers(
     A model with recurrent layers shares nothing, one with sliding windows only among rows of one
     length.
 
+    ``on_batch`` is called with the row numbers and answers of each batch after it.
+    """
+
+    streams: Sequence[int] | None = None
+    alike: Sequence[Hashable] | None = None
+    prepare_prefix: Callable[[Sequence[int], int], None] | None = None
+    on_batch: Callable[[Sequence[int], Sequence[Generated]], None] | None = None
+
+
+def generate_answers(
+    chat_model: ChatModel,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 80,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int | Literal["auto"] = "auto",
+    prepare_batch: Callable[[Sequence[int]], None] | None = None,
+    plan: RowPlan = RowPlan(),
+) -> list[Generated]:
+    """Answer every conversation; the result has the order of the input.
+
+    Batches are left-padded and sorted by length, longest first; a model whose answers padding
+    might change answers rows of one length at a time. ``temperature`` 0 is greedy.
+    ``prepare_batch`` is called with the row numbers of each batch before it runs. ``plan`` says
+    what rows share. Progress counts tokens.
+
     A batch that runs out of memory is split in half and tried again; raises UserError when a single
     row does not fit, and when the logits of a row are NaN or infinite.
     """
@@ -102,43 +112,16 @@ def generate_answers(
         raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature}")
     prompts = [chat_model.render(conversation) for conversation in conversations]
     tokens: list[list[int]] = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
-    size = (
-        _affordable_rows(chat_model, len(tokens[order[0]]) + max_new_tokens)
-        if batch_size == "auto"
-        else batch_size
-    )
+    longest = max(map(len, tokens)) + max_new_tokens
+    size = _affordable_rows(chat_model, longest) if batch_size == "auto" else batch_size
     if size < 1:
         raise UserError(f"batch_size must be at least 1 or auto, got {batch_size}")
-    job = _Job(
-        chat_model,
-        prompts,
-        tokens,
-        list(streams) if streams is not None else list(range(len(tokens))),
-        max_new_tokens,
-        temperature,
-        seed,
-        prepare_batch,
-        list(alike) if alike is not None else None,
-        prepare_prefix,
-    )
+    job = _Job(chat_model, prompts, tokens, max_new_tokens, temperature, seed, prepare_batch, plan)
     answers: dict[int, Generated] = {}
-    one_length = False
-    while len(answers) < len(order):
-        rows = order[len(answers) : len(answers) + size]
-        if one_length:
-            rows = [row for row in rows if len(tokens[row]) == len(tokens[rows[0]])]
-        try:
-            batch = job.run(rows, done_rows=len(answers))
-        except _PaddingMayMatter:
-            one_length = True
-            continue
-        except RuntimeError as error:
-            size = _smaller_batch(len(rows), error)
-            continue
+    for rows, batch in job.batches(size):
         answers.update(zip(rows, batch, strict=True))
-        if on_batch is not None:
-            on_batch(rows, batch)
+        if plan.on_batch is not None:
+            plan.on_batch(rows, batch)
     return [answers[row] for row in range(len(tokens))]
 
 
@@ -168,13 +151,34 @@ class _Job:
     chat_model: ChatModel
     prompts: list[str]
     tokens: list[list[int]]
-    streams: list[int]
     max_new_tokens: int
     temperature: float
     seed: int
     prepare_batch: Callable[[Sequence[int]], None] | None
-    alike: list[Hashable] | None
-    prepare_prefix: Callable[[Sequence[int], int], None] | None
+    plan: RowPlan
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], list[Generated]]]:
+        """Yield row numbers and answers, the longest prompts first, in batches of ``size``.
+
+        Fewer rows where memory does not suffice, or where padding might change answers.
+        """
+        order = sorted(range(len(self.tokens)), key=lambda row: -len(self.tokens[row]))
+        done, one_length = 0, False
+        while done < len(order):
+            rows = order[done : done + size]
+            if one_length:
+                first = len(self.tokens[rows[0]])
+                rows = [row for row in rows if len(self.tokens[row]) == first]
+            try:
+                batch = self.run(rows, done_rows=done)
+            except _PaddingMayMatter:
+                one_length = True
+                continue
+            except RuntimeError as error:
+                size = _smaller_batch(len(rows), error)
+                continue
+            done += len(rows)
+            yield rows, batch
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], *, done_rows: int) -> list[Generated]:
@@ -205,7 +209,8 @@ class _Job:
     def _processors(self, rows: Sequence[int], done_rows: int) -> LogitsProcessorList:
         processors = LogitsProcessorList([_FiniteCheck(self.chat_model, rows, self.prompts)])
         if self.temperature > 0:
-            streams = [self.streams[row] for row in rows]
+            given = self.plan.streams
+            streams = list(rows) if given is None else [given[row] for row in rows]
             processors.append(
                 SeededSampler(streams, self.seed, self.temperature, self.max_new_tokens)
             )
@@ -217,9 +222,10 @@ class _Job:
 
     def _shared_prefix(self, rows: Sequence[int]) -> tuple[list[int], KeptCache | None]:
         """Return what all prompts begin with and its cache, a row each; nothing if not worth it."""
-        if self.alike is None:
+        alike = self.plan.alike
+        if alike is None:
             return [], None
-        first = {self.alike[row]: row for row in reversed(rows)}
+        first = {alike[row]: row for row in reversed(rows)}
         prefix = _common_prefix([self.tokens[row] for row in rows])
         model, padded = self.chat_model.model, not self._of_one_length(rows)
         if (
@@ -228,14 +234,14 @@ class _Job:
             or not plans_sharing(model, padded=padded)
         ):
             return [], None
-        if self.prepare_prefix is not None:
-            self.prepare_prefix(list(first.values()), len(prefix))
+        if self.plan.prepare_prefix is not None:
+            self.plan.prepare_prefix(list(first.values()), len(prefix))
         ids = torch.tensor([prefix] * len(first), device=model.device)
         kept = kept_cache(text_decoder(model).module(input_ids=ids, use_cache=True))
         if kept is None or not shares_prefix(kept.cache, padded=padded):
             return [], None
         places = {kind: place for place, kind in enumerate(first)}
-        chosen = torch.tensor([places[self.alike[row]] for row in rows], device=model.device)
+        chosen = torch.tensor([places[alike[row]] for row in rows], device=model.device)
         kept.cache.batch_select_indices(chosen)
         return prefix, kept
 

@@ -18,11 +18,11 @@ from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.personas import Coefficients
 from persona_lora.judges.judging import Judge
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.playground.visitors import Turns
+from persona_lora.steering.bank import Bank
 from persona_lora.steering.export import Exported, export_peft
-from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import select_batch
 
 LARGEST = 4.0  # coefficients beyond this leave nothing that answers
@@ -101,26 +101,18 @@ class MixingDesk:
             _check_length(chat)
         if not 1 <= max_new_tokens <= LONGEST:
             raise UserError(f"the longest answer must be 1–{LONGEST} tokens, got {max_new_tokens}")
-        rows = [[mix.as_dict()[trait] for trait in self.traits], [0.0] * len(self.traits)]
-        diffs = [self.diffs[trait] for trait in self.traits]
-        with (
-            self._turns.turn(visitor),
-            LiveLoRA(
-                self.chat_model.model,
-                diffs,
-                rows,
-                allow_other_base=self.chat_model.allow_other_base,
-            ) as steerer,
-        ):
+        bank = Bank(diffs={trait: self.diffs[trait] for trait in self.traits})
+        steering = bank.steerer(self.chat_model, [mix.as_dict(), {}])
+        with self._turns.turn(visitor), steering as steerer:
             steered, unsteered = generate_answers(
                 self.chat_model,
                 [conversation, conversation if plain is None else plain],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=seed,
-                streams=[0, 0],
                 batch_size=2,
                 prepare_batch=partial(select_batch, steerer),
+                plan=RowPlan(streams=[0, 0]),
             )
         return Pair(steered.text, unsteered.text)
 

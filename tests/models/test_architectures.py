@@ -25,7 +25,7 @@ from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import plans_sharing
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import (
     TokenizedExchange,
@@ -161,8 +161,7 @@ def check_population(subject: Subject) -> None:
             max_new_tokens=6,
             batch_size=6,
             prepare_batch=live.select_rows,
-            alike=alike,
-            prepare_prefix=lambda rows, _: live.select_rows(rows),
+            plan=RowPlan(alike=alike, prepare_prefix=lambda rows, _: live.select_rows(rows)),
         )
     assert [each.text for each in shared] == alone
 

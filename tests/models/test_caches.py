@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona_lora.core.chat import Exchange
 from persona_lora.models.caches import MASK_PADDING, kept_cache, planned_cache, shares_prefix
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import (
     mean_logprobs,
@@ -163,9 +163,13 @@ def test_rows_answer_as_they_do_alone(chat_model):
     expected = alone(chat_model, conversations)
     options = {"max_new_tokens": 6, "batch_size": 6}
     assert generate_answers(chat_model, conversations, **options) == expected
-    shared = generate_answers(chat_model, conversations * 2, alike=["x"] * 6, **options)
+    shared = generate_answers(
+        chat_model, conversations * 2, plan=RowPlan(alike=["x"] * 6), **options
+    )
     assert shared == expected * 2
-    one_length = generate_answers(chat_model, conversations[2:] * 2, alike=["x"] * 2, **options)
+    one_length = generate_answers(
+        chat_model, conversations[2:] * 2, plan=RowPlan(alike=["x"] * 2), **options
+    )
     assert one_length == expected[2:] * 2
 
 

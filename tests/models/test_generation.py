@@ -11,6 +11,7 @@ from persona_lora.models import caches, generation
 from persona_lora.models.generation import (
     LARGEST_BATCH,
     SHORTEST_PREFIX,
+    RowPlan,
     SeededSampler,
     _affordable_rows,
     _common_prefix,
@@ -35,7 +36,7 @@ def test_batching_changes_neither_order_nor_samples(chat_model, temperature):
             max_new_tokens=12,
             temperature=temperature,
             seed=3,
-            streams=[row],
+            plan=RowPlan(streams=[row]),
         )[0]
         for row, conversation in enumerate(CONVERSATIONS)
     ]
@@ -65,10 +66,10 @@ def test_greedy_equals_plain_generate(chat_model):
 
 def test_seeds_and_streams_decide_the_sample(chat_model):
     same = [CONVERSATIONS[0]] * 3
-    options = {"max_new_tokens": 12, "temperature": 1.0}
-    shared = generate_answers(chat_model, same, seed=1, streams=[7, 7, 8], **options)
+    options = {"max_new_tokens": 12, "temperature": 1.0, "plan": RowPlan(streams=[7, 7, 8])}
+    shared = generate_answers(chat_model, same, seed=1, **options)
     assert shared[0].text == shared[1].text != shared[2].text
-    other = generate_answers(chat_model, same, seed=2, streams=[7, 7, 8], **options)
+    other = generate_answers(chat_model, same, seed=2, **options)
     assert other[0].text != shared[0].text
 
 
@@ -126,7 +127,9 @@ def test_batches_are_announced_reported_and_counted(chat_model, told):
             max_new_tokens=4,
             batch_size=2,
             prepare_batch=lambda rows: prepared.append(list(rows)),
-            on_batch=lambda rows, answers: finished.append((list(rows), len(answers))),
+            plan=RowPlan(
+                on_batch=lambda rows, answers: finished.append((list(rows), len(answers)))
+            ),
         )
     assert sorted(row for rows in prepared for row in rows) == list(range(5))
     assert prepared[0] == [3, 1]  # longest first
@@ -152,8 +155,10 @@ def test_rows_that_are_alike_share_the_beginning_of_their_prompts(chat_model, te
     shared = generate_answers(
         chat_model,
         asked,
-        alike=["one"] * 5 + ["two"] * 5,
-        prepare_prefix=lambda rows, length: prefixes.append((len(rows), length)),
+        plan=RowPlan(
+            alike=["one"] * 5 + ["two"] * 5,
+            prepare_prefix=lambda rows, length: prefixes.append((len(rows), length)),
+        ),
         **options,
     )
     handle.remove()
@@ -171,11 +176,12 @@ def test_nothing_is_shared_where_no_rows_are_alike_or_prompts_begin_differently(
     def refuse(rows, length):
         raise AssertionError("a prefix was shared")
 
-    options = {"max_new_tokens": 3, "prepare_prefix": refuse}
-    answers = generate_answers(chat_model, CONVERSATIONS, alike=range(5), **options)
+    unshared = RowPlan(alike=range(5), prepare_prefix=refuse)
+    answers = generate_answers(chat_model, CONVERSATIONS, max_new_tokens=3, plan=unshared)
     assert answers == generate_answers(chat_model, CONVERSATIONS, max_new_tokens=3)
     unlike = [[{"role": role, "content": "x"}] for role in ("user", "assistant")]
-    generate_answers(chat_model, unlike, alike=[0, 0], **options)
+    both = RowPlan(alike=[0, 0], prepare_prefix=refuse)
+    generate_answers(chat_model, unlike, max_new_tokens=3, plan=both)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +222,7 @@ def test_a_model_that_padding_may_change_answers_rows_of_one_length(chat_model, 
         chat_model,
         CONVERSATIONS * 2,
         max_new_tokens=3,
-        on_batch=lambda rows, _: lengths.append(sorted(rows)),
+        plan=RowPlan(on_batch=lambda rows, _: lengths.append(sorted(rows))),
     )
     assert lengths == [[3, 8], [1, 6], [2, 7], [0, 4, 5, 9]]
     monkeypatch.undo()

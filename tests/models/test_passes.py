@@ -11,7 +11,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import PassCounter, kept_cache
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.activations import ActivationSteerer
 
@@ -109,9 +109,11 @@ def test_our_generation_says_where_prompts_begin(chat_model, kind, shared):
             questions,
             max_new_tokens=3,
             prepare_batch=lambda rows: steerer.select_positions(None),
-            alike=[0] * 4 if shared else None,
-            prepare_prefix=lambda rows, length: steerer.select_positions(
-                torch.zeros(1, length, dtype=torch.bool)
+            plan=RowPlan(
+                alike=[0] * 4 if shared else None,
+                prepare_prefix=lambda rows, length: steerer.select_positions(
+                    torch.zeros(1, length, dtype=torch.bool)
+                ),
             ),
         )
 

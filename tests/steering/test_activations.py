@@ -13,7 +13,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import kept_cache
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.steerer import select_batch, select_prefix
@@ -182,9 +182,11 @@ def test_a_shared_prefix_is_steered_as_the_prompt_that_it_is(chat_model, positio
             asked,
             max_new_tokens=12,
             prepare_batch=partial(select_batch, steerer),
-            alike=[tuple(row) for row in rows],
-            prepare_prefix=lambda rows, length: (
-                lengths.append(length) or select_prefix(steerer, rows, length)
+            plan=RowPlan(
+                alike=[tuple(row) for row in rows],
+                prepare_prefix=lambda rows, length: (
+                    lengths.append(length) or select_prefix(steerer, rows, length)
+                ),
             ),
         )
     assert shared == plain

@@ -22,7 +22,7 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
-from persona_lora.models.generation import Generated, generate_answers
+from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.resampling import Interval, bootstrap_mean
 from persona_lora.report.scores import answers_columns, answers_table
@@ -124,12 +124,14 @@ def generate_rows(
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             seed=options.seed,
-            streams=[row.stream for row in rows],
             batch_size=options.batch_size,
             prepare_batch=lambda batch: select_batch(steerer, named(batch)),
-            alike=[row.condition for row in rows],
-            prepare_prefix=lambda batch, length: select_prefix(steerer, named(batch), length),
-            on_batch=told,
+            plan=RowPlan(
+                streams=[row.stream for row in rows],
+                alike=[row.condition for row in rows],
+                prepare_prefix=lambda batch, length: select_prefix(steerer, named(batch), length),
+                on_batch=told,
+            ),
         )
 
 
