@@ -53,7 +53,8 @@ class Limits:
 
     ``concurrency``: requests at a time. ``timeout``: seconds for one attempt, from its start to
     the last byte. ``max_retries``: further attempts after a passing fault. ``max_requests`` and
-    ``max_cost`` (US dollars) hold over the judge's life, retries included.
+    ``max_cost`` (US dollars) hold over the judge's life, retries included. ``prices``: of the
+    model, where they are not among the known ones.
     """
 
     concurrency: int = 16
@@ -61,6 +62,7 @@ class Limits:
     max_retries: int = 5
     max_requests: int | None = None
     max_cost: float | None = None
+    prices: Prices | None = None
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.max_retries < 0 or not self.timeout > 0:
@@ -91,7 +93,6 @@ class EndpointReader:
         api_key: str | None = None,
         mode: Mode = "logprobs",
         limits: Limits | None = None,
-        prices: Prices | None = None,
         cache: VerdictCache | None = None,
         budget: Budget | None = None,
         highest: int = 100,
@@ -111,7 +112,7 @@ class EndpointReader:
         self.series = Series(f"{self.name} at {self.address.base_url}")
         # Where digits are all that is read, a first digit is the whole number.
         self.whole_numbers = mode == "number" or highest <= LARGEST_DIGIT
-        self.budget = budget or budget_of(self.limits, model, prices)
+        self.budget = budget or budget_of(self.limits, model)
         Client(self.address, self.limits.timeout)  # an environment that forbids it is told of now
 
     @property
@@ -174,7 +175,6 @@ class OpenAIJudge(EndpointReader):
         api_key: str | None = None,
         mode: Mode = "logprobs",
         limits: Limits | None = None,
-        prices: Prices | None = None,
         cache: VerdictCache | None = None,
         budget: Budget | None = None,
     ) -> None:
@@ -184,7 +184,6 @@ class OpenAIJudge(EndpointReader):
             api_key=api_key,
             mode=mode,
             limits=limits,
-            prices=prices,
             cache=cache,
             budget=budget,
         )
@@ -316,9 +315,9 @@ def _refused_form(fault: Fault, name: str) -> str:
     return ""
 
 
-def budget_of(limits: Limits, model: str, prices: Prices | None = None) -> Budget:
+def budget_of(limits: Limits, model: str) -> Budget:
     """Return an account for a model's requests within the limits."""
-    known = prices if prices is not None else KNOWN_PRICES.get(model)
+    known = limits.prices if limits.prices is not None else KNOWN_PRICES.get(model)
     return Budget(known, limits.max_requests, limits.max_cost)
 
 

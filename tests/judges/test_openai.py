@@ -226,7 +226,7 @@ def test_openai_judge_request_cap_counts_retries(judge_of, endpoint):
 
 def test_openai_judge_cost_cap_stops_before_it_is_passed(judge_of, endpoint):
     prices = Prices(prompt=100.0, completion=0.0)  # a reply's 100 prompt tokens cost one cent
-    judge = judge_of(prices=prices, limits=Limits(max_cost=0.035, concurrency=4))
+    judge = judge_of(limits=Limits(max_cost=0.035, concurrency=4, prices=prices))
     items = [Exchange(question, answer + " Indeed." * 30) for question, answer in exchanges(10)]
     verdicts = judge.judge(items, "flattery")
     assert "cost cap reached" in {verdict.reason for verdict in verdicts}
@@ -235,7 +235,7 @@ def test_openai_judge_cost_cap_stops_before_it_is_passed(judge_of, endpoint):
 
 
 def test_openai_judge_estimates_its_cost_from_the_endpoints_token_counts(judge_of):
-    judge = judge_of(prices=Prices(0.4, 1.6))
+    judge = judge_of(limits=Limits(prices=Prices(0.4, 1.6)))
     judge.judge(exchanges(10), "flattery")
     assert judge.usage[:3] == (10, 1000, 10)
     assert judge.usage.dollars == pytest.approx((1000 * 0.4 + 10 * 1.6) / 1e6)
