@@ -11,7 +11,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import persona_lora
-from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import loading
@@ -23,8 +22,9 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 WITH_CODE = [name for name, blocks in PAGES.items() if blocks]
-# The trainer of drift.md is the reader's own; the search of personas.md needs trained directions.
-SHOWN_ONLY = {"drift.md", "personas.md"}
+# The trainer of drift.md is the reader's own; the search of personas.md needs trained directions;
+# tests/test_extending.py does what extending.md says.
+SHOWN_ONLY = {"drift.md", "extending.md", "personas.md"}
 
 
 @pytest.fixture
@@ -56,11 +56,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(name, place):
     scope: dict[str, object] = {"__name__": "page"}
     for block in PAGES[name]:
         exec(compile(block, name, "exec"), scope)
-    if name == "extending.md":
-        (verdict,) = scope["ShoutingJudge"]().judge([Exchange("?", "NO thanks")], COHERENCE)
-        assert verdict.score == pytest.approx(25.0)
-    else:
-        assert {"chat", "desk"} & set(scope)
+    assert {"chat", "desk"} & set(scope)
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN_ONLY))

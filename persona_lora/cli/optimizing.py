@@ -308,9 +308,11 @@ def compare_methods(
 
 
 def _refuse_of_other_methods(context: typer.Context, methods: Sequence[str]) -> None:
-    """UserError for an option that none of the compared methods uses."""
+    """Raise UserError for an option that none of the compared methods uses."""
+    from persona_lora.steering.directions import EXTRACTORS
+
     among = f"with --methods {' '.join(methods)!r}"
-    if not {"svd", "mean_diff", "pca"} & set(methods):
+    if not set(EXTRACTORS) & set(methods):
         refuse_useless(context, "layer", f"{among}: no vectors without layers of their own")
     if not {"lora", "random", "equal"} & set(methods):
         refuse_useless(context, "energy", f"{among}: no LoRA differences")

@@ -14,9 +14,8 @@ from typing import Any
 
 from persona_lora.core import progress
 from persona_lora.core.content import digest_of, file_digest
-from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
-from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import SENSIBLE
 from persona_lora.core.personas import (
     Coefficients,
@@ -29,7 +28,6 @@ from persona_lora.core.personas import (
 )
 from persona_lora.core.resources import search_folders
 from persona_lora.core.runs import Output, first_difference
-from persona_lora.core.vector_files import load_vector
 from persona_lora.judges.choice import JudgeOptions, judge_inputs
 from persona_lora.judges.coherence import CoherenceScorer, relevance
 from persona_lora.judges.persona_judges import (
@@ -45,9 +43,14 @@ from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.models.structure import num_layers
-from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
+from persona_lora.steering.bank import Bank
 from persona_lora.steering.templates import warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas.baselines import (
+    default_layers,
+    directions_of,
+    load_directions,
+)
 from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.run import (
     Method,
@@ -71,57 +74,7 @@ STYLE_TRAITS = (
     "narrative_mode",
     "emotional_tone",
 )
-VECTOR_METHODS = ("svd", "mean_diff", "pca")
-DIRECTION_METHODS = ("lora", *VECTOR_METHODS)
 SCALE_PROMPTS = 8
-NEIGHBOURS = 1
-
-
-def default_layers(model_layers: int) -> tuple[int, ...]:
-    """Return three layers around two thirds of the depth."""
-    middle = min(round(2 / 3 * model_layers), model_layers - 1)
-    lowest, highest = max(0, middle - NEIGHBOURS), min(model_layers - 1, middle + NEIGHBOURS)
-    return tuple(range(lowest, highest + 1))
-
-
-def load_directions(
-    method: str,
-    traits: Sequence[str],
-    folder: Path,
-    layers: Sequence[int],
-    *,
-    energy: float | None = None,
-) -> Bank:
-    """Load a direction a trait: ``{folder}/{trait}/diff``, or a vector below ``vectors/``.
-
-    ``energy`` cuts the rank of every diff to what keeps that share of its squared norm. UserError
-    for an unknown method, or a direction that is not there.
-    """
-    if method not in DIRECTION_METHODS:
-        raise UserError(f"no method {method!r}; {nearest_names(method, DIRECTION_METHODS)}")
-    if method == "lora":
-        diffs = {trait: LoRADiff.load(_found(folder / trait / "diff", trait)) for trait in traits}
-        if energy is not None:
-            diffs = {trait: diff.compress(energy=energy).diff for trait, diff in diffs.items()}
-        return bank_of_diffs(diffs, energy=energy)
-    if energy is not None:
-        raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
-    suffix = "" if method == "mean_diff" else f"_{method}"
-    paths = {
-        trait: folder / "vectors" / trait / f"{trait}_response_avg{suffix}.safetensors"
-        for trait in traits
-    }
-    vectors = {trait: load_vector(_found(path, trait)) for trait, path in paths.items()}
-    return bank_of_vectors(vectors, layers)
-
-
-def _found(path: Path, trait: str) -> Path:
-    if not path.exists():
-        raise UserError(
-            f"{path} does not exist; make it with: "
-            f"TRAITS={trait} bash scripts/train_style_traits.sh"
-        )
-    return path
 
 
 def scales_of(
@@ -145,12 +98,6 @@ def scales_of(
         rows = [dataclasses.asdict(each) for each in scales]
         write_json(cache, {"of": asked, "scales": rows})
     return {each.trait: each.coefficient for each in scales}
-
-
-def directions_of(method: str) -> str:
-    """Return whose directions a method of a comparison uses: "svd@20" those of "svd"."""
-    name = method.partition("@")[0]
-    return "lora" if name == "random" else name
 
 
 def load_optimization(

@@ -22,11 +22,10 @@ from persona_lora.report.fits import (
     fits_over_prompts,
     strict_rows,
 )
+from persona_lora.steering.directions import EXTRACTORS
+from persona_lora.studies.personas.baselines import RANDOM, directions_of, sources
 from persona_lora.studies.personas.bench import (
-    DIRECTION_METHODS,
-    VECTOR_METHODS,
     PersonaBench,
-    directions_of,
 )
 from persona_lora.studies.personas.figure import render_comparison
 from persona_lora.studies.personas.objective import ObjectiveOptions, plain_speaker
@@ -45,9 +44,8 @@ from persona_lora.studies.personas.run import (
 from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.report_page import write_report
 
-RANDOM, EQUAL = "random", "equal"
+EQUAL = "equal"
 STRICT = 60.0
-ALL_METHODS = (*DIRECTION_METHODS, RANDOM, EQUAL, PROMPT)
 COLUMNS = (
     "persona",
     "condition",
@@ -139,10 +137,11 @@ def compare_methods(
 def _checked(method: str) -> str:
     """Return a method's name; UserError unless it is one, with layers only where it has any."""
     name, at, _ = method.partition("@")
-    if name not in ALL_METHODS:
-        raise UserError(f"no method {method!r}; {nearest_names(name, ALL_METHODS)}")
-    if at and name not in VECTOR_METHODS:
-        raise UserError(f"{method!r}: only {', '.join(VECTOR_METHODS)} act at chosen layers")
+    known = (*sources(), RANDOM, EQUAL, PROMPT)
+    if name not in known:
+        raise UserError(f"no method {method!r}; {nearest_names(name, known)}")
+    if at and name not in EXTRACTORS:
+        raise UserError(f"{method!r}: only {', '.join(EXTRACTORS)} act at chosen layers")
     return method
 
 

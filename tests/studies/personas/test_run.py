@@ -26,11 +26,10 @@ from persona_lora.profiles.folders import build_persona
 from persona_lora.report.fits import fits_over_personas, fits_over_prompts, strict_rows
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas.baselines import default_layers, load_directions
 from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
     PersonaBench,
-    default_layers,
-    load_directions,
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.method_comparison import compare_methods

@@ -1,0 +1,109 @@
+"""Where the directions of each way of steering a persona come from: a function each, in one table.
+
+Knows names and folders; refuses to know how mixes of the directions are searched and judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.vector_files import load_vector
+from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
+from persona_lora.steering.directions import EXTRACTORS
+
+LORA, RANDOM = "lora", "random"
+NEIGHBOURS = 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What directions are asked for: one per trait, from what lies below ``folder``.
+
+    ``layers`` are those that vectors act at; ``energy`` is the share of the squared norm that the
+    rank of diffs is cut to, None for all of it.
+    """
+
+    traits: Sequence[str]
+    folder: Path
+    layers: Sequence[int] = ()
+    energy: float | None = None
+
+
+def lora_diffs(wanted: Wanted) -> Bank:
+    """Load ``{folder}/{trait}/diff`` of every trait."""
+    diffs = {
+        trait: LoRADiff.load(found(wanted.folder / trait / "diff", trait))
+        for trait in wanted.traits
+    }
+    if wanted.energy is not None:
+        diffs = {trait: diff.compress(energy=wanted.energy).diff for trait, diff in diffs.items()}
+    return bank_of_diffs(diffs, energy=wanted.energy)
+
+
+def extracted_vectors(method: str, wanted: Wanted) -> Bank:
+    """Load the vectors of a method of extraction, below ``{folder}/vectors/{trait}``."""
+    suffix = "" if method == "mean_diff" else f"_{method}"
+    paths = {
+        trait: wanted.folder / "vectors" / trait / f"{trait}_response_avg{suffix}.safetensors"
+        for trait in wanted.traits
+    }
+    vectors = {trait: load_vector(found(path, trait)) for trait, path in paths.items()}
+    return bank_of_vectors(vectors, wanted.layers)
+
+
+def found(path: Path, trait: str) -> Path:
+    """Return the path of a trained direction; raises UserError where it is not there."""
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; make it with: "
+            f"TRAITS={trait} bash scripts/train_style_traits.sh"
+        )
+    return path
+
+
+# What is not extracted from pairs; a further way to give a person's voice is one more line.
+BASELINES: dict[str, Callable[[Wanted], Bank]] = {LORA: lora_diffs}
+
+
+def sources() -> dict[str, Callable[[Wanted], Bank]]:
+    """Return every source of directions by name: those above, and vectors by each extractor."""
+    return {**BASELINES, **{name: partial(extracted_vectors, name) for name in EXTRACTORS}}
+
+
+def load_directions(
+    method: str,
+    traits: Sequence[str],
+    folder: Path,
+    layers: Sequence[int],
+    *,
+    energy: float | None = None,
+) -> Bank:
+    """Load one direction per trait.
+
+    Raises UserError for an unknown method, a direction that is not there, and an ``energy`` for
+    anything but LoRA differences.
+    """
+    known = sources()
+    if method not in known:
+        raise UserError(f"no method {method!r}; {nearest_names(method, known)}")
+    if energy is not None and method != LORA:
+        raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
+    return known[method](Wanted(tuple(traits), folder, tuple(layers), energy))
+
+
+def directions_of(method: str) -> str:
+    """Return whose directions a method of a comparison uses: "svd@20" those of "svd"."""
+    name = method.partition("@")[0]
+    return LORA if name == RANDOM else name
+
+
+def default_layers(model_layers: int) -> tuple[int, ...]:
+    """Return three layers around two thirds of the depth."""
+    middle = min(round(2 / 3 * model_layers), model_layers - 1)
+    lowest, highest = max(0, middle - NEIGHBOURS), min(model_layers - 1, middle + NEIGHBOURS)
+    return tuple(range(lowest, highest + 1))
