@@ -37,7 +37,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_the_wheel_carries_the_package_and_its_data(unpacked):
     assert files_of(unpacked / "persona_lora") == files_of(ROOT / "persona_lora")
-    assert {"py.typed", "report/report.html.j2"} <= files_of(unpacked / "persona_lora").keys()
+    assert {"py.typed", "report/page.html.j2"} <= files_of(unpacked / "persona_lora").keys()
     for name in SHIPPED:
         assert files_of(unpacked / "persona_lora" / "shipped" / name) == files_of(ROOT / name)
     top = {path.name for path in unpacked.iterdir()}

@@ -195,7 +195,7 @@ def _whole(text: str) -> list[int]:
 
 def _show(found: Comparison, output: Path) -> None:
     from persona_lora.report import wording
-    from persona_lora.studies.steering.read_comparison_section import verdict_lines
+    from persona_lora.studies.steering.read import verdict_lines
 
     for line in verdict_lines(found):
         console.print(line)

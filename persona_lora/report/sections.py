@@ -1,6 +1,7 @@
-"""What the sections of a report share: answers as cards, the judge's validation, provenance.
+"""What the sections of a page consist of: tables, pictures, notes, answers as cards, facts.
 
-Reads run folders into plain values for templates. Refuses to know kinds of runs.
+A section is a title, its finding, and blocks; the one template ``page.html.j2`` shows each kind.
+Reads run folders into plain values. Refuses to know kinds of runs.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
+from persona_lora.core.chat import COHERENCE
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.figures import Picture
@@ -31,14 +33,95 @@ class ReportOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Content:
-    """What one run has to say: a title, its finding, and the body that ``template`` shows."""
+# -- blocks --------------------------------------------------------------------------------------
 
-    template: str
-    title: str
-    lead: str
-    body: Any
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of text, for a page, for Markdown and for the terminal.
+
+    A line end in a heading is one on the page; a cell that is None belongs to the one before it.
+    ``styles`` has a word for each row (or none at all):
+    "reference", "incoherent", "best". ``note`` says below what the numbers are.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | None, ...], ...]
+    title: str = ""
+    note: str = ""
+    styles: tuple[str, ...] = ()
+    narrow: bool = False
+    kind: ClassVar[str] = "table"
+
+    @staticmethod
+    def spans(row: Sequence[str | None]) -> list[tuple[str, int]]:
+        """Return the cells of a row, each with how many columns it takes."""
+        starts = [at for at, cell in enumerate(row) if cell is not None]
+        ends = [*starts[1:], len(row)]
+        return [(row[at] or "", end - at) for at, end in zip(starts, ends, strict=True)]
+
+    def markdown(self) -> str:
+        """Return the columns and rows as a table in Markdown."""
+        heading = [column.replace("\n", " ") for column in self.columns]
+        lines = [heading, ["---"] * len(heading), *self.rows]
+        return "\n".join("| " + " | ".join(cell or "" for cell in line) + " |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture as an address that holds it, as wide as its look asks for."""
+
+    address: str
+    alt: str
+    style: str = "wide"
+    kind: ClassVar[str] = "image"
+
+    @classmethod
+    def of(cls, picture: Picture, alt: str, style: str = "wide") -> Image:
+        return cls(data_uri(picture), alt, style)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph; ``style`` is "note", "warning" or "" for plain text, ``strong`` stands first."""
+
+    text: str
+    style: str = "note"
+    strong: str = ""
+    kind: ClassVar[str] = "note"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading inside a section."""
+
+    text: str
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
+class Points:
+    """Sentences one below another."""
+
+    lines: tuple[str, ...]
+    kind: ClassVar[str] = "points"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values."""
+
+    rows: tuple[tuple[str, str], ...]
+    kind: ClassVar[str] = "facts"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of an answer from 0 to 100, or None where it was not scored."""
+
+    name: str
+    value: float | None
+    style: str
 
 
 @dataclass(frozen=True)
@@ -47,9 +130,8 @@ class Card:
 
     label: str
     answer: str
-    trait: float | None
-    coherence: float | None
-    finished: bool
+    scores: tuple[Score, ...] = ()
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,32 +140,41 @@ class Question:
 
     text: str
     steered: tuple[Card, ...]
-    references: tuple[Card, ...]
+    references: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Whole questions with all their answers, and how many answers are left out."""
+class Cards:
+    """Questions with their answers."""
 
     questions: tuple[Question, ...]
-    unlisted: int
+    kind: ClassVar[str] = "cards"
 
 
 @dataclass(frozen=True)
-class Validation:
-    """How well a judge agreed with hand-labelled answers on one criterion."""
+class Fold:
+    """Blocks that are shown when their summary is clicked, or from the start."""
 
-    criterion: str
-    judge: str
-    auc: float | None
-    spearman: float | None
-    n: int
-    coverage: float
+    summary: str
+    blocks: tuple[Block, ...]
+    open: bool = False
+    kind: ClassVar[str] = "fold"
 
-    @property
-    def weak(self) -> bool:
-        """Whether the judge misses the AUC below which its scores say little."""
-        return self.auc is None or self.auc < WEAK_AUC
+
+Block = Table | Image | Note | Heading | Points | Facts | Cards | Fold
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one run has to say: a title, its finding, and blocks; the summary behind a sweep."""
+
+    title: str
+    lead: str
+    blocks: tuple[Block, ...]
+    subject: Any = None
+
+
+# -- answers -------------------------------------------------------------------------------------
 
 
 def by_question(scored: Iterable[ScoredAnswer]) -> list[list[ScoredAnswer]]:
@@ -98,53 +189,124 @@ def by_question(scored: Iterable[ScoredAnswer]) -> list[list[ScoredAnswer]]:
     return [list(rows) for _, rows in groupby(ordered, key=lambda row: row.answer["question_id"])]
 
 
-def examples(
-    questions: Sequence[Sequence[ScoredAnswer]],
+def side_by_side(
+    trait: str,
+    scored: Iterable[ScoredAnswer],
     steered: Collection[Condition],
     references: Collection[Condition],
-) -> tuple[Question, ...]:
-    """Return questions spread evenly over the list, with the first sample of each condition."""
+    *,
+    at: str = "",
+    notes: tuple[str, str] = ("", ""),
+) -> tuple[Block, ...]:
+    """Return a few questions with the first answers under conditions, and all answers, folded.
+
+    ``at`` says where the answers were steered; ``notes`` go on under the heading and in the fold.
+    """
+    questions = by_question(scored)
     step = max(1, len(questions) // EXAMPLE_QUESTIONS)
-    return tuple(
-        _example(rows, steered, references) for rows in questions[: step * EXAMPLE_QUESTIONS : step]
+    chosen = questions[: step * EXAMPLE_QUESTIONS : step]
+    listed, unlisted = _listed(trait, questions)
+    further = [f"{unlisted} further answers are in answers.jsonl of the run folder."]
+    return (
+        Heading(f"The same question, side by side{f', {at}' if at else ''}"),
+        Note(
+            "Questions are spread evenly over the list, not chosen by their scores; the first "
+            f"sample of each is shown.{notes[0]}"
+        ),
+        Cards(tuple(_example(trait, rows, steered, references) for rows in chosen)),
+        Fold(
+            f"All answers{f' {at}' if at else ''}, question by question",
+            (
+                Cards(listed),
+                *map(Note, further if unlisted else ()),
+                *map(Note, notes[1:] if notes[1] else ()),
+            ),
+        ),
     )
 
 
-def listing(questions: Sequence[Sequence[ScoredAnswer]]) -> Listing:
-    """Return whole questions with all their answers, up to a limit of answers."""
+def _listed(
+    trait: str, questions: Sequence[Sequence[ScoredAnswer]]
+) -> tuple[tuple[Question, ...], int]:
+    """Return whole questions with all their answers, up to a limit, and how many are left out."""
     listed: list[Question] = []
     shown = 0
     for rows in questions:
         if listed and shown + len(rows) > LISTED_ANSWERS:
             break
         shown += len(rows)
-        listed.append(Question(str(rows[0].answer["question"]), tuple(map(card, rows)), ()))
-    return Listing(tuple(listed), sum(map(len, questions)) - shown)
+        cards = tuple(_card(trait, row) for row in rows)
+        listed.append(Question(str(rows[0].answer["question"]), cards))
+    return tuple(listed), sum(map(len, questions)) - shown
 
 
-def card(row: ScoredAnswer) -> Card:
-    """Return one answer as it is shown."""
+def _example(
+    trait: str,
+    rows: Sequence[ScoredAnswer],
+    steered: Collection[Condition],
+    references: Collection[Condition],
+) -> Question:
+    first: dict[Condition, ScoredAnswer] = {}
+    for row in rows:
+        first.setdefault(row.condition, row)
+    shown = (
+        tuple(_card(trait, row) for condition, row in first.items() if condition in wanted)
+        for wanted in (steered, references)
+    )
+    return Question(str(rows[0].answer["question"]), *shown)
+
+
+def _card(trait: str, row: ScoredAnswer) -> Card:
     return Card(
         label=wording.condition_label(row.condition.method, row.condition.coefficient),
         answer=str(row.answer["answer"]),
-        trait=row.trait,
-        coherence=row.coherence,
+        scores=(
+            Score(wording.title_of(trait), row.trait, "trait"),
+            Score("Coherence", row.coherence, COHERENCE),
+        ),
         finished=bool(row.answer["finished"]),
     )
 
 
-def validations(run: Run) -> tuple[Validation, ...]:
+# -- judges and provenance -----------------------------------------------------------------------
+
+
+def judge_blocks(run: Run) -> tuple[Block, ...]:
     """Return how the run's judge agreed with hand-labelled answers, by criterion."""
-    return tuple(
-        Validation(
-            criterion=str(row["criterion"]),
-            judge=str(row["judge"]),
-            auc=row["auc"],
-            spearman=row["spearman"],
-            n=int(row["n"]),
-            coverage=float(row["coverage"]),
+    rows = tuple(
+        (
+            str(row["criterion"]),
+            str(row["judge"]),
+            wording.number(row["auc"], 2),
+            wording.number(row["spearman"], 2),
+            str(int(row["n"])),
+            f"{wording.number(100 * float(row['coverage']))}%",
         )
         for row in run.read("validation")
+    )
+    if not rows:
+        none = "This run holds no validation of its judge against hand-labelled answers."
+        return (Heading("Judge"), Note(none))
+    columns = ("Criterion", "Judge", "AUC", "Spearman’s ρ", "Labelled answers", "Scored")
+    note = (
+        "Agreement with hand-labelled answers; it says nothing of kinds of answers that were not "
+        "labelled."
+    )
+    return (Table(columns, rows, "Judge", note, narrow=True),)
+
+
+def weak_judges(run: Run) -> tuple[Note, ...]:
+    """Return a warning for each criterion on which the judge misses ``WEAK_AUC``."""
+    return tuple(
+        Note(
+            f"On hand-labelled answers the judge “{row['judge']}” reaches an AUC of "
+            f"{wording.number(row['auc'], 2)} for {row['criterion']}; below {WEAK_AUC} its scores "
+            "say little.",
+            "warning",
+            "Read with caution.",
+        )
+        for row in run.read("validation")
+        if row["auc"] is None or row["auc"] < WEAK_AUC
     )
 
 
@@ -178,18 +340,3 @@ def text_of(value: Any) -> str:
 def data_uri(picture: Picture) -> str:
     """Return a picture as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(picture.png()).decode("ascii")
-
-
-def _example(
-    rows: Sequence[ScoredAnswer],
-    steered: Collection[Condition],
-    references: Collection[Condition],
-) -> Question:
-    first: dict[Condition, ScoredAnswer] = {}
-    for row in rows:
-        first.setdefault(row.condition, row)
-    return Question(
-        str(rows[0].answer["question"]),
-        tuple(card(row) for condition, row in first.items() if condition in steered),
-        tuple(card(row) for condition, row in first.items() if condition in references),
-    )

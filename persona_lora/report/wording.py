@@ -40,31 +40,33 @@ def coefficient(value: float | None) -> str:
     return (f"{value:+g}" if value else "0").replace("-", _MINUS)
 
 
-def interval(value: Interval | Estimate, digits: int = 0) -> str:
-    """Return "71 [64, 77]", or without brackets where there is no interval."""
+def interval(value: Interval | Estimate | None, digits: int = 0) -> str:
+    """Return "71 [64, 77]", without brackets where there is no interval; a dash for None."""
+    if value is None:
+        return NONE
     centre = value.mean if isinstance(value, Interval) else value.value
     if value.low is None or value.high is None:
         return number(centre, digits)
     return f"{number(centre, digits)} [{number(value.low, digits)}, {number(value.high, digits)}]"
 
 
-def change(value: Interval) -> str:
-    """Return a difference with the sign of its mean: "+22 [12, 33]"."""
-    sign = "+" if value.mean is not None and round(value.mean) > 0 else ""
+def change(value: Interval | None) -> str:
+    """Return a difference with the sign of its mean: "+22 [12, 33]"; a dash for None."""
+    sign = "+" if value is not None and value.mean is not None and round(value.mean) > 0 else ""
     return sign + interval(value)
 
 
-def direction_of(difference: PairedDifference) -> int:
-    """Return 1 or −1 where a paired difference is clear of 0, and 0 where it is not.
-
-    Clear means that the interval excludes 0 and that the test (corrected, where it is one of
-    several) says so too.
-    """
-    low, high = difference.interval.low, difference.interval.high
-    p = difference.p if difference.p_holm is None else difference.p_holm
-    if low is None or high is None or p is None or p >= CLEAR:
+def clear_sign(gap: Interval | None, p: float | None) -> int:
+    """Return the sign of a difference whose interval and (corrected) test exclude 0, else 0."""
+    if gap is None or gap.low is None or gap.high is None or p is None or p >= CLEAR:
         return 0
-    return 1 if low > 0 else -1 if high < 0 else 0
+    return 1 if gap.low > 0 else -1 if gap.high < 0 else 0
+
+
+def direction_of(difference: PairedDifference) -> int:
+    """Return 1 or −1 where a paired difference is clear of 0, and 0 where it is not."""
+    p = difference.p if difference.p_holm is None else difference.p_holm
+    return clear_sign(difference.interval, p)
 
 
 def cost(what: str, unit: str, value: float) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """One self-contained HTML file on any set of runs: a section each, and what they have in common.
 
 Reads run folders and writes text; nothing is loaded from the network when the file is opened. A
-kind of run is a function in ``SECTIONS`` and a template: the function reads the run into a
-``Content``, whose ``body`` the template shows.
+kind of run is a function in ``SECTIONS`` that reads the run into a ``Content``, whose blocks the
+one template ``page.html.j2`` shows.
 """
 
 from __future__ import annotations
@@ -19,26 +19,31 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.sections import (
     EXAMPLE_COEFFICIENTS,
-    WEAK_AUC,
+    Block,
     Content,
+    Facts,
+    Fold,
+    Image,
+    Note,
     ReportOptions,
-    Validation,
-    data_uri,
     provenance,
     text_of,
-    validations,
+    weak_judges,
 )
+from persona_lora.report.summary import SweepSummary
 from persona_lora.studies.drift.figure import render_cross_persona
 from persona_lora.studies.drift.read import cross_persona
 from persona_lora.studies.drift.read_section import checkpoints_content
 from persona_lora.studies.personas.read import comparison_content, search_content
-from persona_lora.studies.steering import read_words
 from persona_lora.studies.steering.figure import render_sweeps
-from persona_lora.studies.steering.read import SweepBody, sweep_content
-from persona_lora.studies.steering.read_comparison_section import comparison_section
-from persona_lora.studies.steering.read_costs import latency_content, spaces_content
+from persona_lora.studies.steering.read import (
+    comparison_section,
+    grid_content,
+    latency_content,
+    spaces_content,
+    sweep_content,
+)
 from persona_lora.studies.steering.read_grid import is_grid
-from persona_lora.studies.steering.read_grid_section import grid_content
 from persona_lora.studies.vectors.read import extract_content, project_content
 
 SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
@@ -58,14 +63,13 @@ SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
 
 @dataclass(frozen=True)
 class Section:
-    """One run in the report: what it says, and how far that is to be trusted."""
+    """One run in the report: what it says, how far that is to be trusted, where it comes from."""
 
     anchor: str
     content: Content
-    validations: tuple[Validation, ...]
-    status: str
-    provenance: tuple[tuple[str, str], ...]
-    settings: tuple[tuple[str, str], ...]
+    weak: bool
+    warnings: tuple[Note, ...]
+    sources: tuple[Block, ...]
 
 
 def run_kind(run: Run) -> str:
@@ -94,18 +98,6 @@ def write_report(
         _section(Run(folder), f"run-{index}", options)
         for index, folder in enumerate(folders, start=1)
     ]
-    template = _environment().get_template("report.html.j2")
-    page = template.render(
-        sections=sections,
-        overview=_overview(sections),
-        across=_across([Run(folder) for folder in folders]),
-        heading=_heading(sections),
-    )
-    write_text(Path(path), page)
-    return Path(path)
-
-
-def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("persona_lora", "report"),
         autoescape=True,
@@ -113,45 +105,62 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["wording"] = wording
-    environment.globals["grid_wording"] = read_words
-    environment.globals["weak_auc"] = WEAK_AUC
-    return environment
+    environment.globals["number"] = wording.number
+    page = environment.get_template("page.html.j2").render(
+        sections=sections,
+        overview=[*_overview(sections), *_across([Run(folder) for folder in folders])],
+        heading=_heading(sections),
+    )
+    write_text(Path(path), page)
+    return Path(path)
 
 
 def _section(run: Run, anchor: str, options: ReportOptions) -> Section:
-    record = run.record
-    kind = run_kind(run)
+    record, kind = run.record, run_kind(run)
     if kind not in SECTIONS:
         raise UserError(
             f"{run.folder} is a run of {kind!r}; the report shows runs of {', '.join(SECTIONS)}"
         )
+    weak = weak_judges(run)
+    unfinished = Note(
+        f"This run is recorded as “{record['status']}”; what follows covers only the rows it has "
+        "written.",
+        "warning",
+        "Incomplete.",
+    )
+    settings = tuple((key, text_of(value)) for key, value in record["config"].items())
     return Section(
-        anchor=anchor,
-        content=SECTIONS[kind](run, options),
-        validations=validations(run),
-        status=record["status"],
-        provenance=provenance(run, record),
-        settings=tuple((key, text_of(value)) for key, value in record["config"].items()),
+        anchor,
+        SECTIONS[kind](run, options),
+        bool(weak),
+        (*weak, *([] if record["status"] == "finished" else [unfinished])),
+        (Facts(provenance(run, record)), Fold("All settings", (Facts(settings),))),
     )
 
 
-def _overview(sections: Sequence[Section]) -> str | None:
-    """Return the curves of several sweeps in one picture, or None where there are not several."""
-    bodies = [section.content.body for section in sections]
-    summaries = [body.summary for body in bodies if isinstance(body, SweepBody)]
-    return data_uri(render_sweeps(summaries)) if len(summaries) > 1 else None
+def _overview(sections: Sequence[Section]) -> list[Image]:
+    """Return the curves of several sweeps in one picture; nothing where there are not several."""
+    summaries = [section.content.subject for section in sections if _is_sweep(section)]
+    if len(summaries) < 2:
+        return []
+    alt = "Trait and coherence against the coefficient, one panel per sweep"
+    return [Image.of(render_sweeps(summaries), alt, "")]
 
 
-def _across(runs: Sequence[Run]) -> str | None:
-    """Return what several finetunes did to other traits, or None where it cannot be told."""
+def _across(runs: Sequence[Run]) -> list[Image]:
+    """Return what several finetunes did to other traits; nothing where it cannot be told."""
     finetunes = [run for run in runs if run_kind(run) == "evaluate-checkpoints"]
     told = [run for run in finetunes if run.record["config"].get("finetuned_on") is not None]
     if len(told) < 2 or not cross_persona(told):
-        return None
-    return data_uri(render_cross_persona(told))
+        return []
+    alt = "Cosine of vectors against what finetunes did to other traits"
+    return [Image.of(render_cross_persona(told), alt, "")]
 
 
 def _heading(sections: Sequence[Section]) -> str:
-    sweeps = all(isinstance(section.content.body, SweepBody) for section in sections)
+    sweeps = all(_is_sweep(section) for section in sections)
     return f"{len(sections)} {'persona sweeps' if sweeps else 'runs'}"
+
+
+def _is_sweep(section: Section) -> bool:
+    return isinstance(section.content.subject, SweepSummary)

@@ -21,9 +21,11 @@ from persona_lora.report.figures import Picture
 from persona_lora.report.fits import ConditionFit, fits_over_personas
 from persona_lora.report.items import TaskScore, score_items
 from persona_lora.report.resampling import Interval
+from persona_lora.report.sections import Table
 from persona_lora.report.wording import (
     CLEAR,
     NONE,
+    clear_sign,
     cost,
     interval,
     number,
@@ -48,6 +50,7 @@ from persona_lora.studies.steering.figure import (
     render_latency,
     render_spaces,
 )
+from persona_lora.studies.steering.read import holds_one
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     LORA,
@@ -111,7 +114,7 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
         autoescape=False,  # Markdown
     )
     template = environment.get_template("research_questions.md.j2")
-    write_text(page, template.render(**parts, table=_table, absent="Not measured yet."))
+    write_text(page, template.render(**parts, table=_markdown, absent="Not measured yet."))
     return [name for name, found in parts.items() if not found]
 
 
@@ -122,7 +125,7 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
     runs = [Run(file.parent) for file in sorted(folder.glob("*/splits.jsonl"))]
     if not runs:
         return None
-    rows: list[Sequence[str]] = [
+    rows: list[tuple[str, ...]] = [
         ("trait", "questions", "weights", "activations", "random difference", "random vector",
          "weights − activations", "p", "coherence: weights − activations"),
     ]  # fmt: skip
@@ -167,22 +170,22 @@ def _effects(own: Mapping[str, Overall]) -> tuple[str, ...]:
     activation = own[ACTIVATION]
     return (
         *(interval(own[name].effect) for name in (LORA, ACTIVATION, "random_lora", "random")),
-        _or_none(activation.difference),
+        interval(activation.difference),
         p_value(activation.p_holm),
-        _or_none(activation.coherence),
+        interval(activation.coherence),
     )
 
 
 def _pooled_row(each: Pooled) -> tuple[str, ...]:
     told = {1: "more with weights", -1: "more with activations", 0: "undecided"}
     return (
-        SPLITS[each.split], each.what, _or_none(each.difference), p_value(each.p_holm),
-        told[_clear(each.difference, each.p_holm)],
+        SPLITS[each.split], each.what, interval(each.difference), p_value(each.p_holm),
+        told[clear_sign(each.difference, each.p_holm)],
     )  # fmt: skip
 
 
 def _winner(activation: Overall) -> str | None:
-    sign = _clear(activation.difference, activation.p_holm)
+    sign = clear_sign(activation.difference, activation.p_holm)
     return {1: "weights", -1: "activations"}.get(sign)
 
 
@@ -196,7 +199,7 @@ def _prediction(run: Run, figures: Figures) -> Part | None:
     found = predict(judged, predictors)
     pooled = [each for each in found if each.judged == POOLED]
     best = next(each for each in pooled if each.kind == WEIGHTS)
-    kinds: list[Sequence[str]] = [
+    kinds: list[tuple[str, ...]] = [
         ("projection", "pooled r [95%]", "ρ", "p", "error left out", "of the mean")
     ]
     kinds += [
@@ -235,10 +238,10 @@ def _predicts(best: Prediction) -> str:
 
 def _by_trait(
     found: Sequence[Prediction], judged: Sequence[Row], predictors: Sequence[Row]
-) -> list[Sequence[str]]:
+) -> list[tuple[str, ...]]:
     chance = {each.judged: each for each in nulls(judged, predictors)}
     in_weights = [each for each in found if each.kind == WEIGHTS and each.judged != POOLED]
-    rows: list[Sequence[str]] = [
+    rows: list[tuple[str, ...]] = [
         (
             "judged trait",
             "r of its own direction",
@@ -280,9 +283,9 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
             for each in scores
             if each.task == "trait"
             and each.condition != BASE_MODEL
-            and _clear(each.difference, each.p_holm) < 0
+            and clear_sign(each.difference, each.p_holm) < 0
         ]
-        table: list[Sequence[str]] = [("model", *measures)]
+        table: list[tuple[str, ...]] = [("model", *measures)]
         table += [
             (model, *(_task_cell(cells.get((model, measure))) for measure in measures))
             for model in models
@@ -307,7 +310,7 @@ def _task_cell(each: TaskScore | None) -> str:
     digits = 0 if each.metric == "score" else 2
     if each.difference is None:
         return number(each.score.mean, digits)
-    star = "*" if _clear(each.difference, each.p_holm) else ""
+    star = "*" if clear_sign(each.difference, each.p_holm) else ""
     return f"{number(each.score.mean, digits)} ({interval(each.difference, digits)}){star}"
 
 
@@ -324,7 +327,7 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
     place = {(each.variant, each.batch, each.measure): each.ratio for each in found}
     batches = sorted({each.batch for each in found})
     variants = [name for name in dict.fromkeys(each.variant for each in found) if name != BASE]
-    rows: list[Sequence[str]] = [
+    rows: list[tuple[str, ...]] = [
         ("variant", "batch", "time to the first token", "time for a token")
     ]
     rows += [
@@ -332,8 +335,8 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
         for name in variants
         for batch in batches
     ]
-    free = all(_holds_one(place[MERGED, batch, TOKENS]) for batch in batches)
-    costs: list[Sequence[str]] = [("what", "cost")]
+    free = all(holds_one(place[MERGED, batch, TOKENS]) for batch in batches)
+    costs: list[tuple[str, ...]] = [("what", "cost")]
     costs += [cost(**row) for row in run.read("costs")]
     largest = batches[-1]
     return {
@@ -353,10 +356,6 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
     }
 
 
-def _holds_one(ratio: Interval) -> bool:
-    return ratio.low is not None and ratio.high is not None and ratio.low <= 1.0 <= ratio.high
-
-
 # -- 4. combined? ---------------------------------------------------------------------------
 
 
@@ -366,12 +365,12 @@ def _personas(run: Run, figures: Figures) -> Part | None:
     lora = fits.get("lora")
     if lora is None or lora.difference is None:
         return None
-    table: list[Sequence[str]] = [
+    table: list[tuple[str, ...]] = [
         ("method", "fit [95%]", "gain over unsteered", "p", "coherence", "relevance"),
         *(_fit_row(each) for each in fits.values()),
     ]
     return {
-        "answer": _yes(_clear(lora.difference, lora.p_holm) > 0, "Not shown here."),
+        "answer": _yes(clear_sign(lora.difference, lora.p_holm) > 0, "Not shown here."),
         "gain": interval(lora.difference, 2),
         "p": p_equals(lora.p_holm),
         "n": lora.fit.n_questions,
@@ -387,7 +386,7 @@ def _personas(run: Run, figures: Figures) -> Part | None:
 def _fit_row(each: ConditionFit) -> tuple[str, ...]:
     return (
         name_of(each.condition), interval(each.fit, 2),
-        NONE if each.difference is None else interval(each.difference, 2), p_value(each.p_holm),
+        interval(each.difference, 2), p_value(each.p_holm),
         number(each.coherence.mean), number(each.relevance.mean),
     )  # fmt: skip
 
@@ -397,7 +396,7 @@ def _sums(folder: Path) -> Part | None:
     if run is None:
         return None
     lines, moves = run.read("linearity"), run.read("interference")
-    rows: list[Sequence[str]] = [
+    rows: list[tuple[str, ...]] = [
         ("steered by", "distance from the sum", "pairs", "moved along another trait", "pairs"),
     ]
     for method in ("weights", "activations"):
@@ -424,7 +423,7 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
     nearest = _nearest(at)
     recognised = sum(trait == other for trait, other in nearest.items())
     (agreed,) = run.read("agreement")
-    rows: list[Sequence[str]] = [
+    rows: list[tuple[str, ...]] = [
         ("trait", "effective rank", "largest direction's share", "where ‖ΔW‖² sits",
          "cosine of the shift with its vector", "nearest vector"),
     ]  # fmt: skip
@@ -490,22 +489,10 @@ def _above_zero(value: Interval) -> bool:
     return value.low is not None and value.low > 0
 
 
-def _clear(gap: Interval | None, p: float | None) -> int:
-    """Return the sign of a difference whose interval and corrected p both exclude 0, or 0."""
-    if gap is None or gap.low is None or gap.high is None or p is None or p >= CLEAR:
-        return 0
-    return 1 if gap.low > 0 else -1 if gap.high < 0 else 0
-
-
-def _or_none(value: Interval | None) -> str:
-    return NONE if value is None else interval(value)
-
-
 def _spread(values: Sequence[float], digits: int = 2) -> str:
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return f"{number(middle, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    return Table(rows[0], tuple(rows[1:])).markdown()

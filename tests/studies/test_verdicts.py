@@ -13,9 +13,8 @@ from persona_lora.studies.drift.read import Curve, Point
 from persona_lora.studies.drift.read_prediction import Prediction
 from persona_lora.studies.drift.read_section import _finding
 from persona_lora.studies.personas.read import _lead
+from persona_lora.studies.steering.read import _latency_line, holds_one, verdict_lines
 from persona_lora.studies.steering.read_comparison import Comparison, Overall
-from persona_lora.studies.steering.read_comparison_section import verdict_lines
-from persona_lora.studies.steering.read_costs import _latency_line
 from persona_lora.studies.steering.read_latency import TOKENS, Ratio
 
 
@@ -110,7 +109,7 @@ def test_merged_costs_nothing_only_where_its_ratio_holds_one(low, high, said):
     line = _latency_line(ratios)
     assert f"Merged {said} the base." in line
     assert "live 1.40 [1.30, 1.50]" in line
-    assert research_questions._holds_one(ratios[0].ratio) == (said == "cannot be told from")
+    assert holds_one(ratios[0].ratio) == (said == "cannot be told from")
 
 
 @pytest.mark.parametrize(

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.sections import Content, ReportOptions, data_uri
+from persona_lora.report.sections import Block, Content, Image, ReportOptions, Table
 from persona_lora.studies.drift.figure import render_checkpoints
 from persona_lora.studies.drift.read import Agreement, Curve, agreements, curves
-
-
-@dataclass(frozen=True)
-class CheckpointsBody:
-    """The picture, every statistic at every step, and the correlations."""
-
-    plot: str
-    steps: tuple[int, ...]
-    rows: tuple[tuple[str, ...], ...]
-    agreements: tuple[tuple[str, ...], ...]
 
 
 def checkpoints_content(run: Run, options: ReportOptions) -> Content:
     """Return the section of one finetune."""
     every, agreeing = curves(run), agreements(run)
     steps = sorted({point.step for curve in every for point in curve.points})
-    config = run.record["config"]
-    tuned = config.get("finetuned_on")
-    return Content(
-        template="report_checkpoints.html.j2",
-        title=f"A finetune{f' on {tuned}' if tuned else ''}, checkpoint by checkpoint",
-        lead=" ".join(_finding(curve) for curve in every if curve.statistic == "trait"),
-        body=CheckpointsBody(
-            data_uri(render_checkpoints(run)),
-            tuple(steps),
+    tuned = run.record["config"].get("finetuned_on")
+    title = f"A finetune{f' on {tuned}' if tuned else ''}, checkpoint by checkpoint"
+    lead = " ".join(_finding(curve) for curve in every if curve.statistic == "trait")
+    blocks: list[Block] = [
+        Image.of(render_checkpoints(run), f"{title}. {lead}"),
+        Table(
+            ("Asked on", "Statistic", "Vector", "Layer", *map(str, steps)),
             tuple(_row(curve, steps) for curve in every),
-            tuple(_agreement_row(each) for each in agreeing),
+            "Statistics by step",
         ),
-    )
+    ]
+    if agreeing:
+        blocks.append(
+            Table(
+                ("Trait", "Statistic", "Vector", "Layer", "Spearman’s ρ", "p", "Pearson’s r", "n"),
+                tuple(map(_agreement_row, agreeing)),
+                "Do projections go with the judged trait, over checkpoints?",
+                "p: permutation of the checkpoints’ order. Checkpoints of one run are not "
+                "independent of one another, so it is a description of this run, not evidence "
+                "about others.",
+                narrow=True,
+            )
+        )
+    return Content(title, lead, tuple(blocks))
 
 
 def _finding(curve: Curve) -> str:

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.figures import Picture
 from persona_lora.report.fits import (
     ConditionFit,
     Row,
     fits_over_personas,
     fits_over_prompts,
 )
-from persona_lora.report.sections import Content, ReportOptions, data_uri
+from persona_lora.report.sections import (
+    Block,
+    Card,
+    Cards,
+    Content,
+    Heading,
+    Image,
+    Question,
+    ReportOptions,
+    Table,
+)
 from persona_lora.studies.personas.figure import name_of, render_comparison, render_search
 
 EXAMPLE_PROMPTS = 5
-
-
-@dataclass(frozen=True)
-class PersonaBody:
-    """The picture, a row for every condition, answers side by side, and the judges' checks."""
-
-    plot: str
-    unit: str
-    rows: tuple[tuple[str, ...], ...]
-    conditions: tuple[str, ...]
-    examples: tuple[tuple[str, tuple[str, ...]], ...]
-    checks: tuple[str, ...]
 
 
 def search_content(run: Run, options: ReportOptions) -> Content:
@@ -36,39 +34,58 @@ def search_content(run: Run, options: ReportOptions) -> Content:
     rows = run.read("held_out")
     fits = fits_over_prompts(rows, "none")
     config = run.record["config"]
-    body = PersonaBody(
-        data_uri(render_search(run)),
-        "prompts",
-        tuple(_row(each) for each in fits),
-        tuple(name_of(each.condition) for each in fits),
-        _examples(rows, [each.condition for each in fits]),
-        tuple(_check(row) for row in run.read("judge_checks")),
-    )
     title = f"A search for {config['persona']} with {name_of(config['method'])}"
-    return Content("report_personas.html.j2", title, _lead(fits, "mean"), body)
+    lead = _lead(fits, "mean")
+    checks = [_check(row) for row in run.read("judge_checks")]
+    return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
 
 
 def comparison_content(run: Run, options: ReportOptions) -> Content:
     """Return the section of a comparison of methods."""
     rows = run.read("held_out")
     fits = fits_over_personas(rows, "none")
-    personas = list(dict.fromkeys(row["persona"] for row in rows))
-    shown = [row for row in rows if row["persona"] == personas[0]]
-    body = PersonaBody(
-        data_uri(render_comparison(run)),
-        "personas",
-        tuple(_row(each) for each in fits),
-        tuple(name_of(each.condition) for each in fits),
-        _examples(shown, [each.condition for each in fits]),
-        (f"The answers are those for {personas[0]}.",),
-    )
+    first = rows[0]["persona"]
     best = max(
         (each for each in fits if each.condition != "none"),
         key=lambda each: each.fit.mean if each.fit.mean is not None else 0.0,
         default=None,
     )
-    lead = "" if best is None else _lead(fits, best.condition)
-    return Content("report_personas.html.j2", "Ways of giving a person's voice", lead, body)
+    title, lead = (
+        "Ways of giving a person's voice",
+        "" if best is None else _lead(fits, best.condition),
+    )
+    shown = [row for row in rows if row["persona"] == first]
+    said = [f"The answers are those for {first}."]
+    picture = render_comparison(run)
+    return Content(title, lead, _blocks(title, lead, picture, fits, shown, said, "personas"))
+
+
+def _blocks(
+    title: str,
+    lead: str,
+    picture: Picture,
+    fits: Sequence[ConditionFit],
+    rows: Sequence[Row],
+    checks: Sequence[str],
+    unit: str = "prompts",
+) -> tuple[Block, ...]:
+    """Return the picture, a row for every condition, and answers side by side."""
+    columns = (
+        *("Condition", "Fit, 1–5 [95%]", f"n {unit}", "Scored", "Change from unsteered [95%]"),
+        *("d", "p (Holm)", "Coherence [95%]", "Relevance [95%]"),
+    )
+    note = (
+        f"Intervals: bootstrap over {unit}. p: two-sided sign-flip test on the {unit}’ mean "
+        "differences, corrected over the conditions. d: mean over standard deviation of the "
+        "differences. Relevance: the share of the other prompts that an answer is less like than "
+        f"its own; 50 by chance.{''.join(f' {check}' for check in checks)}"
+    )
+    return (
+        Image.of(picture, f"{title}. {lead}"),
+        Table(columns, tuple(map(_row, fits)), "Fit on held-out prompts", note),
+        Heading("Answers"),
+        Cards(_examples(rows, [each.condition for each in fits])),
+    )
 
 
 def _lead(fits: Sequence[ConditionFit], condition: str) -> str:
@@ -94,22 +111,23 @@ def _row(each: ConditionFit) -> tuple[str, ...]:
         wording.interval(each.fit, 2),
         str(each.fit.n_questions),
         f"{100 * each.fit.coverage:.0f}%",
-        wording.NONE if each.difference is None else wording.interval(each.difference, 2),
-        wording.NONE if each.effect_size is None else wording.number(each.effect_size, 2),
+        wording.interval(each.difference, 2),
+        wording.number(each.effect_size, 2),
         wording.p_value(each.p_holm),
         wording.interval(each.coherence),
         wording.interval(each.relevance),
     )
 
 
-def _examples(
-    rows: Sequence[Row], conditions: Sequence[str]
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _examples(rows: Sequence[Row], conditions: Sequence[str]) -> tuple[Question, ...]:
     """Return the first prompts with the answer of every condition."""
     answers = {(row["prompt_id"], row["condition"]): str(row["answer"]) for row in rows}
     prompts = {row["prompt_id"]: str(row["prompt"]) for row in rows}
     return tuple(
-        (prompts[at], tuple(answers.get((at, name), "") for name in conditions))
+        Question(
+            prompts[at],
+            tuple(Card(name_of(name), answers.get((at, name), "")) for name in conditions),
+        )
         for at in sorted(prompts)[:EXAMPLE_PROMPTS]
     )
 

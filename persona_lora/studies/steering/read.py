@@ -1,14 +1,21 @@
-"""The section of a report on one steered series: curve, conditions, control, prompts, answers."""
+"""The sections of a report on steering: a sweep, a grid, methods compared, time, two spaces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.conditions import ConditionSummary
+from persona_lora.report.controls import ControlSummary
+from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
     CONTROL,
+    UNSTEERED,
+    UNSTEERED_CONDITION,
     Condition,
     ScoredAnswer,
     Series,
@@ -16,59 +23,203 @@ from persona_lora.report.scores import (
     score_answers,
 )
 from persona_lora.report.sections import (
+    Block,
+    Card,
+    Cards,
     Content,
-    Listing,
+    Fold,
+    Heading,
+    Image,
+    Note,
+    Points,
     Question,
     ReportOptions,
-    by_question,
-    data_uri,
-    examples,
-    listing,
+    Table,
+    judge_blocks,
+    side_by_side,
 )
 from persona_lora.report.summary import SweepSummary, summarise_run
-from persona_lora.studies.steering.figure import render_sweep
+from persona_lora.studies.steering import read_words
+from persona_lora.studies.steering.figure import (
+    NAMES,
+    SPLITS,
+    render_comparison,
+    render_latency,
+    render_spaces,
+    render_sweep,
+)
+from persona_lora.studies.steering.figure_grid import render_layers
+from persona_lora.studies.steering.read_comparison import (
+    ACTIVATION,
+    LORA,
+    Comparison,
+    Overall,
+    Point,
+    read_comparison,
+)
+from persona_lora.studies.steering.read_grid import GridSummary, LayerSummary, grid_of
+from persona_lora.studies.steering.read_latency import BASE, MERGED, TOKENS, Ratio, Timing, ratios
 
+Row = Mapping[str, Any]
 
-@dataclass(frozen=True)
-class SweepBody:
-    """Everything the template shows of one sweep."""
-
-    summary: SweepSummary
-    plot: str
-    examples: tuple[Question, ...]
-    listing: Listing
+# -- a sweep ---------------------------------------------------------------------------------------
 
 
 def sweep_content(run: Run, options: ReportOptions) -> Content:
     """Return the section of a sweep; UserError for a folder that holds none."""
     summary = summarise_run(run, seed=options.seed)
     scored = score_answers(run.read("answers"), run.read("verdicts"), summary.trait)
-    questions = by_question(_rows(scored, summary))
     chosen = _nearest(summary, options.coefficients)
-    return Content(
-        template="report_sweep.html.j2",
-        title=wording.title_of(summary.trait) + wording.at_layer(summary),
-        lead=wording.headline(summary),
-        body=SweepBody(
-            summary=summary,
-            plot=data_uri(render_sweep(summary)),
-            examples=examples(questions, _at(summary, chosen), _references(summary, chosen)),
-            listing=listing(questions),
+    trait, lead = wording.title_of(summary.trait), wording.headline(summary)
+    alt = f"{trait} and coherence against the coefficient. {lead}"
+    gaps = wording.gaps(summary)
+    blocks: tuple[Block, ...] = (
+        Image.of(render_sweep(summary), alt, ""),
+        Note(_statistics(summary)),
+        _conditions(summary),
+        *([Points(tuple(gaps))] if gaps else []),
+        *([_control(summary, summary.control)] if summary.control is not None else []),
+        *([_prompts(summary)] if summary.prompt_comparisons else []),
+        *judge_blocks(run),
+        *side_by_side(
+            *(summary.trait, _rows(scored, summary)),
+            {Condition(summary.method, each, summary.layer) for each in chosen},
+            _references(summary, chosen),
         ),
+    )
+    return Content(trait + wording.at_layer(summary), lead, blocks, summary)
+
+
+def _statistics(summary: SweepSummary) -> str:
+    line = f"{wording.statistics_line(summary)}."
+    if summary.method == UNSTEERED:
+        return line
+    return f"{line} Over single answers ρ is {_rho(summary.rho_rows)}."
+
+
+def _rho(rho: Estimate) -> str:
+    return wording.interval(rho, 2) + (f" ({rho.reason})" if rho.reason else "")
+
+
+def _conditions(summary: SweepSummary) -> Table:
+    trait, weights = wording.title_of(summary.trait), summary.layer is None
+    norm = "‖cΔW‖\n/ ‖W‖" if weights else "‖cv‖\n/ ‖h‖"
+    told = (
+        "‖cΔW‖ / ‖W‖ is the relative weight norm"
+        if weights
+        else "‖cv‖ / ‖h‖ is the vector’s length over the mean length of hidden states at its layer"
+    )
+    every = wording.all_conditions(summary)
+    return Table(
+        (
+            *("Coefficient\nor prompt", f"{trait}\n[95%]", "Coherence\n[95%]"),
+            *("Change from 0\n[95%]", "p\n(Holm)", "Scored, %\ntrait / coh."),
+            *("Answers /\nquestions", "Finished", "Mean\ntokens", norm, "KL mean\n(nats)"),
+            "KL p95\n(nats)",
+        ),
+        tuple(
+            (
+                *(wording.label(each), wording.interval(each.trait)),
+                *(wording.interval(each.coherence), *_change(each, wording.interval)),
+                *_counts(each),
+                wording.significant(
+                    each.relative_weight_norm if weights else each.relative_state_norm
+                ),
+                *(wording.significant(each.kl_mean), wording.significant(each.kl_p95)),
+            )
+            for each in every
+        ),
+        "Conditions",
+        f"{wording.sample_line(summary)}. Means are over scored answers; “Scored” is their share. "
+        "The change from 0 is paired by question, its p value from a sign-flip permutation test "
+        "over question means, Holm-corrected over the coefficients. Grey text: outside the "
+        f"coherent range. {told}, KL the per-token divergence from the base model on ordinary "
+        "prompts; a dash was not measured.",
+        tuple(_style(each, summary) for each in every),
+    )
+
+
+def _change(each: ConditionSummary, say: Any) -> tuple[str, str]:
+    """Return the change from coefficient 0, and its corrected p."""
+    if each.from_zero is None:
+        return wording.NONE, wording.NONE
+    return say(each.from_zero.interval), wording.p_value(each.from_zero.p_holm)
+
+
+def _counts(each: ConditionSummary) -> tuple[str, str, str, str]:
+    trait, coherence = (wording.number(100 * x.coverage) for x in (each.trait, each.coherence))
+    finished = f"{wording.number(100 * each.finished_share)}%"
+    tokens = wording.number(each.mean_tokens)
+    return f"{trait} / {coherence}", f"{each.rows} / {each.questions}", finished, tokens
+
+
+def _style(each: ConditionSummary, summary: SweepSummary) -> str:
+    if each.coefficient is None or each.method == CONTROL:
+        return "reference"
+    coherent = each.coefficient in summary.coherent_range.coefficients
+    return "" if coherent else "incoherent"
+
+
+def _control(summary: SweepSummary, control: ControlSummary) -> Table:
+    compared = [
+        (
+            wording.coefficient(each.coefficient),
+            each.difference,
+            wording.p_value(each.difference.p_holm),
+        )
+        for each in control.comparisons
+    ]
+    compared.append(("all of them, in the expected direction", control.overall, wording.NONE))
+    heading = f"{wording.title_of(summary.trait)}, {summary.method} minus random direction"
+    return Table(
+        (heading, "[95%]", "p", "p\n(Holm)", "questions"),
+        tuple(
+            (
+                *(name, wording.change(each.interval), wording.p_value(each.p), corrected),
+                str(each.interval.n_questions),
+            )
+            for name, each, corrected in compared
+        ),
+        "Against a random direction",
+        "The random direction has the norm of the vector, at the same layer and coefficients; "
+        "differences are paired by question. The last row is one test of all coefficients, "
+        "incoherent ones included: the mean of sign(c) · (vector − random direction). Spearman’s ρ "
+        f"of the random direction is {_rho(control.rho_means)}.",
+        ("",) * len(control.comparisons) + ("reference",),
+        narrow=True,
+    )
+
+
+def _prompts(summary: SweepSummary) -> Table:
+    def name(value: float) -> str:
+        return "unsteered" if summary.method == UNSTEERED else wording.coefficient(value)
+
+    return Table(
+        (f"Paired difference in {summary.trait}", "[95%]", "p", "questions"),
+        tuple(
+            (
+                f"{name(each.coefficient)} minus {wording.method_label(each.prompt)}",
+                wording.interval(each.difference.interval),
+                wording.p_value(each.difference.p),
+                str(each.difference.interval.n_questions),
+            )
+            for each in summary.prompt_comparisons
+        ),
+        "Against prompting",
+        narrow=True,
     )
 
 
 def _rows(scored: Sequence[ScoredAnswer], summary: SweepSummary) -> list[ScoredAnswer]:
     """Return the rows with the unsteered ones at coefficient 0 of the steered series."""
     series = Series(summary.method, summary.layer)
-    steered = rows_of_series(scored, series)
     others = [
         row
         for row in scored
         if row.condition.coefficient is None
         or (row.condition.method == CONTROL and row.condition.series != series)
     ]
-    return [*steered, *others]
+    return [*rows_of_series(scored, series), *others]
 
 
 def _nearest(summary: SweepSummary, coefficients: Sequence[float]) -> set[float]:
@@ -81,10 +232,6 @@ def _nearest(summary: SweepSummary, coefficients: Sequence[float]) -> set[float]
     }
 
 
-def _at(summary: SweepSummary, chosen: set[float]) -> set[Condition]:
-    return {Condition(summary.method, each, summary.layer) for each in chosen}
-
-
 def _references(summary: SweepSummary, chosen: set[float]) -> set[Condition]:
     """Return the references, and the control at the outermost chosen coefficients."""
     references = {
@@ -94,3 +241,354 @@ def _references(summary: SweepSummary, chosen: set[float]) -> set[Condition]:
     }
     ends = {min(chosen), max(chosen)} - {0.0} if chosen else set()
     return references | {Condition(CONTROL, each, summary.layer) for each in ends}
+
+
+# -- a grid ----------------------------------------------------------------------------------------
+
+
+def grid_content(run: Run, options: ReportOptions) -> Content:
+    """Return the section of a grid."""
+    grid = grid_of(run, seed=options.seed)
+    layer = grid.layers[len(grid.layers) // 2] if grid.best_layer is None else grid.best_layer
+    scored = [
+        row
+        for row in score_answers(run.read("answers"), run.read("verdicts"), grid.trait)
+        if row.condition.layer == layer
+        or row.condition == UNSTEERED_CONDITION
+        or row.condition.coefficient is None
+    ]
+    trait, lead = wording.title_of(grid.trait), read_words.headline(grid)
+    alt = f"{trait} and coherence by layer and coefficient. {lead}"
+    grey = Note("Grey text: not coherent. A dash was not measured.")
+    blocks: tuple[Block, ...] = (
+        Note(grid.selection_note, "warning", "Not a held-out result."),
+        Image.of(render_layers(grid), alt),
+        _layers(grid),
+        Fold("All cells", (_cells(grid), grey)),
+        *judge_blocks(run),
+        *side_by_side(
+            *(grid.trait, scored, _shown(grid, layer), _grid_references(grid, layer)),
+            at=f"at layer {layer}",
+            notes=(
+                " 0 is the unsteered model.",
+                "Answers at the other layers are in answers.jsonl of the run folder.",
+            ),
+        ),
+    )
+    return Content(read_words.title(grid), lead, blocks)
+
+
+def _layers(grid: GridSummary) -> Table:
+    ranked = read_words.ranked(grid)
+    return Table(
+        (
+            *("Layer", "Gain\n[95%]", "at c", "p", f"p (Holm,\n{len(grid.steered)} cells)"),
+            *("Coherence", "Spearman’s ρ\n[95%]", "Best in, %\nof resamples"),
+            *("Beyond random\n[95%]", "p (Holm,\nlayers)"),
+        ),
+        tuple(_layer_row(grid, each) for each in ranked),
+        "Layers, the best first",
+        f"{read_words.sample_line(grid)}. Best is {grid.rule}. The gain is paired by question and "
+        "in the direction of the coefficient’s sign, its p value from a sign-flip permutation "
+        f"test. {read_words.resolution_note(grid)} Resamples draw whole questions and repeat the "
+        "choice. “Beyond random” is the mean over coefficients of sign(c) · (vector − random "
+        "direction of the same norm).",
+        tuple(
+            "best" if each.layer == grid.best_layer else "incoherent" if each.best is None else ""
+            for each in ranked
+        ),
+    )
+
+
+def _layer_row(grid: GridSummary, each: LayerSummary) -> tuple[str | None, ...]:
+    best, over = each.best, each.over_control
+    gain: tuple[str | None, ...] = (each.reason or "", None, None, None, None)
+    if best is not None:
+        gain = (
+            wording.change(best.gain),
+            wording.coefficient(best.coefficient),
+            wording.p_value(best.p),
+            wording.p_value(best.p_holm),
+            wording.number(best.coherence),
+        )
+    shares = None if grid.selection is None else grid.selection.layer_shares
+    return (
+        *(str(each.layer), *gain, wording.interval(each.rho_means, 2)),
+        wording.NONE if shares is None else wording.number(100 * shares.get(each.layer, 0)),
+        wording.NONE if over is None else wording.change(over.interval),
+        wording.NONE if over is None else wording.p_value(over.p_holm),
+    )
+
+
+def _cells(grid: GridSummary) -> Table:
+    zero = [] if grid.unsteered is None else [grid.unsteered]
+    every = [*zero, *grid.references, *grid.cells]
+
+    def name(each: ConditionSummary) -> str:
+        if each.coefficient == 0:
+            return "unsteered"
+        said = wording.label(each)
+        return said if each.layer is None else f"{each.layer}, {said}"
+
+    def style(each: ConditionSummary) -> str:
+        if each.layer is None:
+            return "reference"
+        mean = each.coherence.mean
+        return "incoherent" if mean is None or mean < grid.coherent_threshold else ""
+
+    return Table(
+        (
+            *("Layer, coefficient", f"{wording.title_of(grid.trait)}\n[95%]", "Coherence\n[95%]"),
+            *("Change from\nunsteered [95%]", "p", "p\n(Holm)", "Scored, %\ntrait / coh."),
+            *("Answers /\nquestions", "Finished", "Mean\ntokens"),
+        ),
+        tuple(
+            (
+                *(name(each), wording.interval(each.trait), wording.interval(each.coherence)),
+                _change(each, wording.change)[0],
+                wording.p_value(None if each.from_zero is None else each.from_zero.p),
+                _change(each, wording.change)[1],
+                *_counts(each),
+            )
+            for each in every
+        ),
+        styles=tuple(map(style, every)),
+    )
+
+
+def _shown(grid: GridSummary, layer: int) -> set[Condition]:
+    """Return the unsteered model, the best coefficient, and the outermost of the other sign."""
+    best = grid.coefficients[-1] if grid.best_coefficient is None else grid.best_coefficient
+    others = [each for each in grid.coefficients if each * best < 0]
+    chosen = [best, *([max(others, key=abs)] if others else [])]
+    return {UNSTEERED_CONDITION, *(Condition(grid.method, each, layer) for each in chosen)}
+
+
+def _grid_references(grid: GridSummary, layer: int) -> set[Condition]:
+    prompts = {Condition(each.method, None, each.layer) for each in grid.references}
+    best = grid.best_coefficient
+    return prompts if best is None else prompts | {Condition(CONTROL, best, layer)}
+
+
+# -- methods at equal divergence -------------------------------------------------------------------
+
+EXAMPLES = 4
+PLACES = {
+    "eval": "On held-out questions",
+    "ood": "Out of distribution",
+    "extract": "On the extraction set",
+}
+
+
+def comparison_section(run: Run, options: ReportOptions) -> Content:
+    """Return the section of one comparison."""
+    found = read_comparison(run)
+    verdicts = verdict_lines(found)
+    title = f"{wording.title_of(found.trait)}: weights or activations?"
+    statistic = "mean" if found.statistic == "mean" else "95th percentile"
+    overall = Table(
+        (
+            *("Questions", "Method", "Effect [95%]", "n", "Weights minus this [95%]", "p (Holm)"),
+            "Coherence, weights minus this [95%]",
+        ),
+        tuple(map(_overall_row, found.overall)),
+        "Over all levels",
+        "Effect: change of the trait score from the unsteered model, in the direction asked for; "
+        "the mean over levels. Differences are paired by question; p: two-sided sign-flip test, "
+        "corrected over methods and splits.",
+    )
+    points = Table(
+        (
+            *("Questions", "Method", "Coefficient", "Mean KL", "95th percentile", "Trait [95%]"),
+            *("n", "Scored", "Coherence [95%]", "Weights minus this [95%]", "p (Holm)"),
+        ),
+        tuple(map(_point_row, found.points)),
+        "Every level",
+        "KL: nats a token, from the base model, on its own answers to ordinary prompts; matched by "
+        f"its {statistic}.",
+    )
+    blocks: tuple[Block, ...] = (
+        *(Note(line, "") for line in verdicts),
+        Image.of(render_comparison(found), f"{title}. {verdicts[0]}"),
+        overall,
+        points,
+        Heading("Answers at the highest level"),
+        Cards(_examples(run, found)),
+    )
+    return Content(title, verdicts[0], blocks)
+
+
+def verdict_lines(comparison: Comparison) -> tuple[str, ...]:
+    """Return the answer in a line for each split, and a line on the controls."""
+    lines = []
+    for split in dict.fromkeys(each.split for each in comparison.overall):
+        own = {each.method: each for each in comparison.overall if each.split == split}
+        lines.append(_verdict(own[LORA], own[ACTIVATION], split))
+    controls = [each for each in comparison.overall if each.method.startswith("random")]
+    said = "; ".join(
+        f"{NAMES[each.method]}, {SPLITS[each.split]}: {wording.interval(each.effect)}"
+        for each in controls
+    )
+    return (*lines, f"Random controls at the same divergence moved it by: {said}.")
+
+
+def _verdict(lora: Overall, activation: Overall, split: str) -> str:
+    gap = activation.difference
+    where = PLACES[split]
+    if gap is None or gap.mean is None:
+        return f"{where} nothing could be paired."
+    said = {
+        1: "weights steered further",
+        -1: "activations steered further",
+        0: "neither steered clearly further than the other",
+    }[wording.clear_sign(gap, activation.p_holm)]
+    lost = (
+        ""
+        if activation.coherence is None
+        else (f"; coherence with weights is {wording.interval(activation.coherence)} higher")
+    )
+    return (
+        f"{where}, at equal divergence, {said}: weights moved the trait by "
+        f"{wording.interval(lora.effect)} points, activations by "
+        f"{wording.interval(activation.effect)}, a paired difference of {wording.interval(gap)} "
+        f"(p {wording.p_value(activation.p_holm)}, Holm){lost}."
+    )
+
+
+def _overall_row(each: Overall) -> tuple[str, ...]:
+    return (
+        *(SPLITS[each.split], NAMES[each.method], wording.interval(each.effect)),
+        *(str(each.effect.n_questions), wording.interval(each.difference)),
+        *(wording.p_value(each.p_holm), wording.interval(each.coherence)),
+    )
+
+
+def _point_row(each: Point) -> tuple[str, ...]:
+    unmatched = " (not matched)" if each.matched is False else ""
+    return (
+        *(SPLITS[each.split], NAMES[each.method], wording.number(each.coefficient, 2)),
+        *(f"{wording.number(each.kl_mean, 3)}{unmatched}", wording.number(each.kl_p95, 2)),
+        *(wording.interval(each.trait), str(each.trait.n), f"{100 * each.trait.coverage:.0f}%"),
+        *(wording.interval(each.coherence), wording.interval(each.difference)),
+        wording.p_value(each.p_holm),
+    )
+
+
+def _examples(run: Run, comparison: Comparison) -> tuple[Question, ...]:
+    """Return the first questions with the answers of every method at the highest level."""
+    highest = max(each.level for each in comparison.points if each.level is not None)
+    wanted: dict[tuple[str, float | None], str] = {
+        (name, None): NAMES[name] for name in ("none", "prompt_pos")
+    }
+    for each in comparison.points:
+        if each.level == highest:
+            wanted[each.method, each.coefficient] = NAMES[each.method]
+    answers = Run(run.folder / comparison.points[0].split).read("answers")
+    by_question: dict[str, dict[str, str]] = {}
+    for row in answers:
+        name = wanted.get((row["method"], row["coefficient"]))
+        if name is not None:
+            by_question.setdefault(row["question"], {})[name] = row["answer"]
+    return tuple(
+        Question(question, tuple(Card(*each) for each in found.items()))
+        for question, found in list(by_question.items())[:EXAMPLES]
+    )
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def latency_content(run: Run, options: ReportOptions) -> Content:
+    """Return the section on what steering costs in time and memory."""
+    found = ratios([Timing(**row) for row in run.read("timings")])
+    title, line = "What steering costs in time", _latency_line(found)
+    variants = Table(
+        ("Batch", "Variant", "Measure", "Median", "Time over base [95%]"),
+        tuple(map(_latency_row, found)),
+        "Every variant",
+    )
+    swaps = Table(
+        ("What", "Cost"),
+        tuple(wording.cost(**row) for row in run.read("costs")),
+        "Swaps, and what is kept beside the model",
+        "Ratios are taken within a round; intervals are by Student's t over rounds. Merging keeps "
+        "a copy of the weights that it touches, to restore them bit for bit.",
+    )
+    picture = Image.of(render_latency(found), f"{title}. {line}")
+    return Content(title, line, (Note(line, ""), picture, variants, swaps))
+
+
+def _latency_line(found: Sequence[Ratio]) -> str:
+    batch = max(each.batch for each in found)
+    times = {e.variant: e.ratio for e in found if (e.batch, e.measure) == (batch, TOKENS)}
+    said = ", ".join(
+        f"{name} {wording.interval(ratio, 2)}" for name, ratio in times.items() if name != BASE
+    )
+    told = "cannot be told from" if holds_one(times[MERGED]) else "differs from"
+    return (
+        f"Time for a token over the base model's at batch {batch}: {said}. Merged {told} the base."
+    )
+
+
+def holds_one(ratio: Interval) -> bool:
+    """Return whether an interval of ratios holds 1: no difference is shown."""
+    return (ratio.low or 0.0) <= 1.0 <= (ratio.high or 0.0)
+
+
+def _latency_row(each: Ratio) -> tuple[str, ...]:
+    median = (
+        f"{wording.number(each.median, 1)} tokens/s"
+        if each.measure == TOKENS
+        else f"{wording.number(1000 * each.median, 0)} ms"
+    )
+    return (str(each.batch), each.variant, each.measure, median, wording.interval(each.ratio, 2))
+
+
+# -- two spaces ------------------------------------------------------------------------------------
+
+
+def spaces_content(run: Run, options: ReportOptions) -> Content:
+    """Return the section on weight space and activation space."""
+    shifts, spectra, cosines = run.read("shifts"), run.read("spectra"), run.read("cosines")
+    title, line = "Weights and activations: two spaces", _spaces_line(run, shifts)
+    pairs = Table(
+        ("Trait", "Other", "Cosine of differences", "of vectors"),
+        tuple(
+            (
+                *(row["trait"], row["other"], wording.number(row["weights"], 3)),
+                wording.number(row["activations"], 3),
+            )
+            for row in cosines
+        ),
+        "Pairs of traits",
+    )
+    sums = Table(
+        ("Method", "Trait", "Other", "Residual"),
+        tuple(
+            (row["method"], row["trait"], row["other"], wording.number(row["residual"], 3))
+            for row in run.read("linearity")
+        ),
+        "Two at once against the sum",
+        "All directions are at equal effect. Residual: ‖s₁₂ − s₁ − s₂‖ / ‖s₁ + s₂‖ of the last "
+        "layer's mean shift; a trait with itself has twice the coefficient. Vectors act at all "
+        "positions here. Pairs share traits: the p-value of ρ permutes the traits of one space "
+        "(Mantel).",
+    )
+    picture = render_spaces(shifts, spectra, cosines, run.read("interference"))
+    image = Image.of(picture, f"{title}. {line}")
+    return Content(title, line, (Note(line, ""), image, pairs, sums))
+
+
+def _spaces_line(run: Run, shifts: Sequence[Row]) -> str:
+    layer = run.record["config"]["layer"]
+    at = [row for row in shifts if row["layer"] == layer]
+    own = [row["cosine"] for row in at if row["trait"] == row["other"]]
+    others = [row["cosine"] for row in at if row["trait"] != row["other"]]
+    (agreed,) = run.read("agreement")
+    return (
+        f"At layer {layer} the shift of the hidden states under a trait's difference has a cosine "
+        f"of {wording.number(float(np.mean(own)), 2)} with the trait's own vector (mean over "
+        f"{len(own)} traits), and of {wording.number(float(np.mean(others)), 2)} with the others'. "
+        f"Over {agreed['n']} pairs of traits the cosines of both spaces have a Spearman's ρ of "
+        f"{wording.number(agreed['rho'], 2)} (p {wording.p_equals(agreed['p'])})."
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import Any
 
@@ -11,30 +10,14 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.report import wording
-from persona_lora.report.sections import Content, ReportOptions, data_uri
+from persona_lora.report.sections import Block, Content, Facts, Fold, Image, ReportOptions, Table
 from persona_lora.studies.vectors.figure import (
     render_cosines,
     render_separation,
     render_vectors_over_layers,
 )
 
-
-@dataclass(frozen=True)
-class ExtractBody:
-    """The vectors of an extraction: pictures, counts of its filter, one row a vector."""
-
-    plots: tuple[str, ...]
-    counts: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class ProjectBody:
-    """Projections: one row for every vector, layer and type, and the AUC where labels were."""
-
-    plot: str | None
-    rows: tuple[tuple[str, ...], ...]
-    separation: tuple[tuple[str, ...], ...]
+Row = Mapping[str, Any]
 
 
 def extract_content(run: Run, options: ReportOptions) -> Content:
@@ -45,22 +28,26 @@ def extract_content(run: Run, options: ReportOptions) -> Content:
         raise UserError(f"{run.folder} holds no vectors; extract them again")
     first = next(iter(vectors.values()))
     middle = first.layers[len(first.layers) * 2 // 3]
-    plots = [data_uri(render_vectors_over_layers(vectors))]
-    if len(vectors) > 1:
-        plots.append(data_uri(render_cosines(vectors, middle)))
     config = run.record["config"]
-    trait = str(config.get("variant") or config["trait"])
-    return Content(
-        template="report_extract.html.j2",
-        title=f"{wording.title_of(trait)}: steering vectors",
-        lead=f"{len(vectors)} vectors from {first.sources.get('pairs', '?')} pairs of answers "
-        f"(source: {config['source']}), at {len(first.layers)} layers.",
-        body=ExtractBody(
-            tuple(plots),
-            _counts(first.sources),
-            tuple(_vector_row(name, vector, middle) for name, vector in vectors.items()),
-        ),
+    title = f"{wording.title_of(str(config.get('variant') or config['trait']))}: steering vectors"
+    blocks: list[Block] = [
+        Image.of(render_vectors_over_layers(vectors), f"{title} over layers"),
+    ]
+    if len(vectors) > 1:
+        blocks.append(Image.of(render_cosines(vectors, middle), f"{title}: cosines", "small"))
+    table = Table(
+        ("Vector", "Method", "Position", "‖v‖", "Explained", "at layer"),
+        tuple(_vector_row(name, vector, middle) for name, vector in vectors.items()),
+        "Vectors",
+        "“Explained” is the share of the sum of squares of the paired differences along the "
+        "direction (for pca, after centring).",
+        narrow=True,
     )
+    lead = (
+        f"{len(vectors)} vectors from {first.sources.get('pairs', '?')} pairs of answers "
+        f"(source: {config['source']}), at {len(first.layers)} layers."
+    )
+    return Content(title, lead, (*blocks, table, Facts(_counts(first.sources))))
 
 
 def project_content(run: Run, options: ReportOptions) -> Content:
@@ -70,17 +57,20 @@ def project_content(run: Run, options: ReportOptions) -> Content:
         raise UserError(f"{run.folder} holds no projections; run the projection again")
     separation = run.read("separation")
     config = run.record["config"]
+    title = "Projection of hidden states"
+    blocks: list[Block] = []
+    if len(separation) > 1:
+        blocks.append(Image.of(render_separation(separation), title))
+    if separation:
+        columns = ("Vector", "Layer", "Type", "AUC [95%]", "ρ with label", "n +/−")
+        labels = "Answers labelled 75 and more against 25 and less"
+        blocks.append(Table(columns, tuple(map(_separation_row, separation)), labels, narrow=True))
+    headings = ("Vector", "Layer", "Type", "Texts", "Mean", "SD", "Mean shift")
+    table = Table(headings, _projection_rows(rows), narrow=True)
+    blocks.append(Fold("Projections by vector and layer", (table,), open=not separation))
     texts = len({row["row"] for row in rows})
-    return Content(
-        template="report_project.html.j2",
-        title="Projection of hidden states",
-        lead=f"{texts} texts of {config['source']} through {config['model']}. {_best(separation)}",
-        body=ProjectBody(
-            data_uri(render_separation(separation)) if len(separation) > 1 else None,
-            _projection_rows(rows),
-            tuple(_separation_row(row) for row in separation),
-        ),
-    )
+    lead = f"{texts} texts of {config['source']} through {config['model']}. {_best(separation)}"
+    return Content(title, lead, tuple(blocks))
 
 
 def _counts(sources: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -95,56 +85,40 @@ def _counts(sources: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 def _vector_row(name: str, vector: SteeringVector, layer: int) -> tuple[str, ...]:
     explained = (vector.sources.get("explained") or {}).get(str(layer))
     share = wording.NONE if explained is None else f"{wording.number(100 * explained)}%"
-    return (
-        name,
-        vector.method,
-        vector.position,
-        wording.number(vector.norms()[layer], 2),
-        share,
-        str(layer),
-    )
+    norm = wording.number(vector.norms()[layer], 2)
+    return (name, vector.method, vector.position, norm, share, str(layer))
 
 
-def _projection_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], ...]:
-    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
+def _projection_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["vector"], row["layer"], row["type"]), []).append(row)
     table = []
     for (vector, layer, position), own in groups.items():
         values = [row["projection"] for row in own]
         shifts = [row["shift"] for row in own if row["shift"] is not None]
-        table.append(
-            (
-                vector,
-                str(layer),
-                position,
-                str(len(own)),
-                wording.number(mean(values), 2),
-                wording.number(pstdev(values), 2),
-                wording.number(mean(shifts), 3) if shifts else wording.NONE,
-            )
-        )
+        shift = wording.number(mean(shifts), 3) if shifts else wording.NONE
+        spread = (wording.number(mean(values), 2), wording.number(pstdev(values), 2))
+        table.append((vector, str(layer), position, str(len(own)), *spread, shift))
     return tuple(table)
 
 
-def _separation_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        str(row["vector"]),
-        str(row["layer"]),
-        str(row["type"]),
-        f"{wording.number(row['auc'], 2)} "
-        f"[{wording.number(row['low'], 2)}, {wording.number(row['high'], 2)}]",
-        wording.number(row["rho"], 2),
-        f"{row['n_positive']} / {row['n_negative']}",
-    )
+def _separation_row(row: Row) -> tuple[str, ...]:
+    place = tuple(str(row[name]) for name in ("vector", "layer", "type"))
+    counts = f"{row['n_positive']} / {row['n_negative']}"
+    return (*place, _auc(row), wording.number(row["rho"], 2), counts)
 
 
-def _best(separation: Sequence[Mapping[str, Any]]) -> str:
+def _auc(row: Row) -> str:
+    auc, low, high = (wording.number(row[name], 2) for name in ("auc", "low", "high"))
+    return f"{auc} [{low}, {high}]"
+
+
+def _best(separation: Sequence[Row]) -> str:
     if not separation:
         return ""
     best = max(separation, key=lambda row: float(row["auc"]))
     return (
-        f"Labelled answers are told apart best at layer {best['layer']} (AUC "
-        f"{wording.number(best['auc'], 2)} [{wording.number(best['low'], 2)}, "
-        f"{wording.number(best['high'], 2)}]), the best of {len(separation)} tried."
+        f"Labelled answers are told apart best at layer {best['layer']} (AUC {_auc(best)}), the "
+        f"best of {len(separation)} tried."
     )

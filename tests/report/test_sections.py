@@ -1,0 +1,14 @@
+"""A table is one thing on a page, in Markdown and in the terminal."""
+
+from __future__ import annotations
+
+from persona_lora.report.sections import Table
+
+
+def test_a_table_in_markdown_has_a_line_for_each_row():
+    table = Table(("Name\nand more", "n"), (("a", "1"), ("b", None)))
+    assert table.markdown() == "| Name and more | n |\n| --- | --- |\n| a | 1 |\n| b |  |"
+
+
+def test_a_cell_takes_the_columns_of_those_that_are_none():
+    assert Table.spans(("a", "why", None, None, "b")) == [("a", 1), ("why", 3), ("b", 1)]

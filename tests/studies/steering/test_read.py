@@ -1,0 +1,103 @@
+"""Tables of the report: every column holds the quantity that its heading names."""
+
+from __future__ import annotations
+
+from persona_lora.report import wording
+from persona_lora.report.resampling import Interval
+from persona_lora.report.sections import Fold, ReportOptions, Table
+from persona_lora.report.summary import summarise_run
+from persona_lora.studies.steering import read
+from persona_lora.studies.steering.read_comparison import Overall, Point
+from persona_lora.studies.steering.read_grid import grid_of
+from persona_lora.studies.steering.read_latency import FIRST_TOKEN, TOKENS, Ratio
+
+
+def interval(mean):
+    return Interval(mean, mean - 1, mean + 1, 8, 4, 0.5)
+
+
+def tables(content):
+    blocks = [
+        inner
+        for block in content.blocks
+        for inner in (block.blocks if isinstance(block, Fold) else (block,))
+    ]
+    return {each.title: each for each in blocks if isinstance(each, Table)}
+
+
+def column(table, name):
+    return [row[table.columns.index(name)] for row in table.rows]
+
+
+def test_the_conditions_of_a_sweep(make_sweep_run):
+    run = make_sweep_run(layers=(12,), coefficients=(-1.0, 1.0), control=True, questions=4)
+    summary = summarise_run(run)
+    found = tables(read.sweep_content(run, ReportOptions()))
+    every = wording.all_conditions(summary)
+    conditions = found["Conditions"]
+    wanted = {
+        "Sycophancy\n[95%]": [wording.interval(each.trait) for each in every],
+        "Coherence\n[95%]": [wording.interval(each.coherence) for each in every],
+        "‖cv‖\n/ ‖h‖": [wording.significant(each.relative_state_norm) for each in every],
+        "KL mean\n(nats)": [wording.significant(each.kl_mean) for each in every],
+        "KL p95\n(nats)": [wording.significant(each.kl_p95) for each in every],
+        "Answers /\nquestions": [f"{each.rows} / {each.questions}" for each in every],
+        "Mean\ntokens": [wording.number(each.mean_tokens) for each in every],
+    }
+    for name, cells in wanted.items():
+        assert column(conditions, name) == cells, name
+    assert len(set(wanted["KL mean\n(nats)"])) > 1
+    steered = next(each for each in every if each.coefficient == 1.0 and each.method != "random")
+    at = every.index(steered)
+    assert column(conditions, "Change from 0\n[95%]")[at] == wording.interval(
+        steered.from_zero.interval
+    )
+    assert column(conditions, "p\n(Holm)")[at] == wording.p_value(steered.from_zero.p_holm)
+    random = found["Against a random direction"]
+    assert column(random, "[95%]") == [
+        *(wording.change(each.difference.interval) for each in summary.control.comparisons),
+        wording.change(summary.control.overall.interval),
+    ]
+
+
+def test_the_layers_of_a_grid(make_sweep_run):
+    run = make_sweep_run(layers=(4, 12), coefficients=(-1.0, 2.0), control=True, questions=6)
+    grid = grid_of(run)
+    layers = tables(read.grid_content(run, ReportOptions()))["Layers, the best first"]
+    ranked = [grid.at_layer(layer) for layer in grid.ranking]
+    wanted = {
+        "Layer": [str(each.layer) for each in ranked],
+        "Gain\n[95%]": [wording.change(each.best.gain) for each in ranked],
+        "at c": [wording.coefficient(each.best.coefficient) for each in ranked],
+        "p": [wording.p_value(each.best.p) for each in ranked],
+        "p (Holm,\n4 cells)": [wording.p_value(each.best.p_holm) for each in ranked],
+        "Coherence": [wording.number(each.best.coherence) for each in ranked],
+        "Beyond random\n[95%]": [wording.change(each.over_control.interval) for each in ranked],
+        "p (Holm,\nlayers)": [wording.p_value(each.over_control.p_holm) for each in ranked],
+    }
+    for name, cells in wanted.items():
+        assert column(layers, name) == cells, name
+    assert layers.styles[0] == "best"
+
+
+def test_methods_compared():
+    point = Point(
+        "eval", 0, "activation", 1.5, 0.125, 0.5, False, interval(70), interval(90),
+        interval(10), 0.2, 0.3,
+    )  # fmt: skip
+    assert read._point_row(point) == (
+        "held-out questions", "activations (steering vector)", "1.50", "0.125 (not matched)",
+        "0.50", "70 [69, 71]", "8", "50%", "90 [89, 91]", "10 [9, 11]", "0.300",
+    )  # fmt: skip
+    overall = Overall("ood", "random", interval(3), interval(20), interval(-2), 0.01, 0.02)
+    assert read._overall_row(overall) == (
+        "out of distribution", "random vector of the same norm", "3 [2, 4]", "4", "20 [19, 21]",
+        "0.020", "−2 [−3, −1]",
+    )  # fmt: skip
+
+
+def test_times():
+    assert read._latency_row(Ratio("live", 8, TOKENS, interval(2), 50.0))[2:] == (
+        TOKENS, "50.0 tokens/s", "2.00 [1.00, 3.00]",
+    )  # fmt: skip
+    assert read._latency_row(Ratio("live", 8, FIRST_TOKEN, interval(2), 0.25))[3] == "250 ms"
