@@ -203,13 +203,13 @@ def test_lost_modules_and_other_bases_are_refused(model, diffs, make_diff):
 
 
 @torch.no_grad()
-def test_the_steering_methods_agree(model, diffs):
+def test_the_steering_methods_agree(chat_model, diffs):
     terms = dict(zip(diffs, (0.5, -1.0, 1.0), strict=True))
     logits = []
     for method in METHODS.values():
-        with method(model, terms, False) as steerer:
+        with method(chat_model, terms) as steerer:
             steerer.select_rows(range(len(TOKENS)))
-            logits.append(model(TOKENS).logits)
+            logits.append(chat_model.model(TOKENS).logits)
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
 
 
