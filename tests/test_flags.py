@@ -209,9 +209,9 @@ COMMANDS = {
         {
             f"{X}studies.steering.comparison:compare": None,
             f"{X}studies.steering.comparison:levels_of": {},
-            f"{X}studies.steering.steering_costs:trait_directions": ({}, {}),
-            f"{X}studies.steering.steering_costs:run_latency": None,
-            f"{X}studies.steering.steering_costs:run_spaces": None,
+            f"{X}studies.steering.spaces:trait_directions": ({}, {}),
+            f"{X}studies.steering.latency:run_latency": None,
+            f"{X}studies.steering.spaces:run_spaces": None,
         },
     ),
     "benchmark": Command(
@@ -227,8 +227,8 @@ COMMANDS = {
             "allow_other_base": flag(True, None, "--diff diff"),
         },
         {
-            "persona_lora.steering.methods:steer_merged": "steerer",
-            "persona_lora.steering.methods:ActivationSetting.steerer": "steerer",
+            "persona_lora.steering.bank:steer_merged": "steerer",
+            "persona_lora.steering.bank:ActivationSetting.steerer": "steerer",
         },
     ),
     "optimize": Command(

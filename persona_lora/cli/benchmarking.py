@@ -114,7 +114,7 @@ def _steerer(
     layers: str | None,
     positions: str,
 ) -> Any:
-    from persona_lora.steering.methods import steer_merged
+    from persona_lora.steering.bank import steer_merged
 
     if diffs and vectors:
         raise UserError("a diff and a steering vector do not steer at once; choose one of them")

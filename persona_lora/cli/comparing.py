@@ -114,8 +114,9 @@ def compare(
     from persona_lora.steering.directions import random_like
     from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import comparison as experiment
-    from persona_lora.studies.steering import steering_costs as costs
     from persona_lora.studies.steering.calibration import bank_of_methods
+    from persona_lora.studies.steering.latency import run_latency
+    from persona_lora.studies.steering.spaces import run_spaces, trait_directions
 
     if match not in ("mean", "p95"):
         raise UserError(f"--match must be mean or p95, got {match!r}")
@@ -137,7 +138,7 @@ def compare(
         raise UserError(f"--spaces compares at one layer; --layers {layers!r} names several")
     sizes = _whole(batches)
     named = dict.fromkeys([loaded.name, *(spaces or "").replace(",", " ").split()])
-    directions = None if spaces is None else costs.trait_directions(list(named), trait_vector_dir)
+    directions = None if spaces is None else trait_directions(list(named), trait_vector_dir)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
     chat_model = load_model(model, [weights, whole], allow_other_base=allow_other_base)
     output = output_dir or Path("results") / "compare" / loaded.name
@@ -163,7 +164,7 @@ def compare(
         parts = [output]
         if latency:
             parts.append(output / "latency")
-            costs.run_latency(
+            run_latency(
                 chat_model,
                 loaded,
                 bank,
@@ -175,7 +176,7 @@ def compare(
             )
         if directions is not None:
             parts.append(output / "spaces")
-            costs.run_spaces(
+            run_spaces(
                 chat_model,
                 *directions,
                 vector.layers[0],

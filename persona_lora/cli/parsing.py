@@ -35,7 +35,7 @@ def load_model(
 
     A direction that was made with the chat template rendered otherwise is named in a warning.
     """
-    from persona_lora.steering.templates import warn_of_other_template
+    from persona_lora.steering.bank import warn_of_other_template
 
     adapter = options.adapter if isinstance(options, AdaptedModelOptions) else None
     loaded = load_other(options.model, options.alone(), adapter, allow_other_base=allow_other_base)
@@ -89,7 +89,7 @@ def load_activation(
     """Load steering vectors with their coefficients, and where they are to act."""
     from persona_lora.core.lora_diff import finite_coefficient
     from persona_lora.core.vector_files import load_vector
-    from persona_lora.steering.methods import ActivationSetting
+    from persona_lora.steering.bank import ActivationSetting
 
     if coefficients and len(coefficients) != len(vectors):
         raise UserError(
@@ -127,7 +127,7 @@ def load_population(
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.vector_files import load_vector
     from persona_lora.steering.directions import random_like
-    from persona_lora.studies.asking.populations import (
+    from persona_lora.studies.steering.run import (
         diff_population,
         prompt_population,
         vector_population,

@@ -19,9 +19,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_text, write_jsonl
 from persona_lora.core.options import DataOptions
 from persona_lora.core.runs import RECORD, Output, Run
-from persona_lora.core.traits import FINETUNING_LEVELS, Trait
+from persona_lora.core.traits import FINETUNING_LEVELS, Trait, trait_prompt
 from persona_lora.data.writers import Writer
-from persona_lora.steering.persona_prompts import trait_prompt
 
 DOMAINS = (
     *("cooking", "work", "school", "friendship", "family", "money", "travel", "gardening", "pets"),

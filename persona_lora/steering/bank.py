@@ -5,7 +5,8 @@ Knows how directions share batches; refuses to know what a study asks of them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,14 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel
-from persona_lora.steering.activations import ActivationSteerer, Positions
+from persona_lora.steering.activations import ActivationSteerer, DirectionAblation, Positions
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import Steerer, Together
+from persona_lora.steering.weights import LoRASteerer
 
+logger = logging.getLogger(__name__)
+
+RENDERING = ("chat_template_args", "system_messages")  # what runs record of their template
 Coefficients = Mapping[str, float]  # by the names of directions; one that is missing is 0
 
 
@@ -121,3 +126,81 @@ def check_layers(layers: Collection[int]) -> None:
 def _check_any(directions: Collection[str]) -> None:
     if not directions:
         raise UserError("a search needs at least one direction")
+
+
+SteeringMethod = Callable[[ChatModel, Mapping[LoRADiff, float]], Steerer]
+
+
+def steer_live(chat_model: ChatModel, terms: Mapping[LoRADiff, float]) -> Steerer:
+    """Hold Σ cᵢ·diffᵢ beside the weights, the same for every row."""
+    return LiveLoRA(
+        chat_model.model,
+        list(terms),
+        [list(terms.values())],
+        allow_other_base=chat_model.allow_other_base,
+    )
+
+
+def steer_merged(chat_model: ChatModel, terms: Mapping[LoRADiff, float]) -> Steerer:
+    """Merge Σ cᵢ·diffᵢ into the weights, and restore them bit for bit."""
+    return LoRASteerer(chat_model.model, terms, allow_other_base=chat_model.allow_other_base)
+
+
+METHODS: dict[str, SteeringMethod] = {"live": steer_live, "merged": steer_merged}
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationSetting:
+    """Steering vectors with their coefficients, and where they act.
+
+    ``layers`` None means every layer that a vector has. With ``ablate`` the directions are
+    projected out instead, and the coefficients play no part.
+    """
+
+    vectors: Mapping[SteeringVector, float]
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "response"
+    ablate: bool = False
+
+    def steerer(self, chat_model: ChatModel) -> Steerer:
+        """Return the context manager that steers the model so."""
+        if not self.vectors:
+            raise UserError("activation steering needs at least one steering vector")
+        vectors, coefficients = list(self.vectors), list(self.vectors.values())
+        model, allowed = chat_model.model, chat_model.allow_other_base
+        if self.ablate:
+            return DirectionAblation(
+                model, vectors, self.layers, self.positions, allow_other_base=allowed
+            )
+        return ActivationSteerer(
+            model,
+            vectors,
+            coefficients,
+            self.layers,
+            self.positions,
+            allow_other_base=allowed,
+        )
+
+
+def warn_of_other_template(
+    chat_model: ChatModel, directions: Iterable[LoRADiff | SteeringVector]
+) -> None:
+    """Log a warning for each direction that was made with other arguments of the chat template.
+
+    A direction of elsewhere, which says nothing of its template, passes.
+    """
+    now = _rendering(chat_model.record())
+    for each in directions:
+        made = each.sources.get("training", each.sources.get("model"))
+        if isinstance(made, Mapping) and _rendering(made) != now:
+            logger.warning(
+                "the direction of %s was made with %s, and the model is asked with %s: see "
+                "--chat-template-args",
+                each.trait or "a trait",
+                _rendering(made) or "the chat template as it is",
+                now or "the chat template as it is",
+            )
+
+
+def _rendering(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in RENDERING if name in record}

@@ -10,7 +10,7 @@ import torch
 from persona_lora.core.errors import UserError
 from persona_lora.models import loading
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model, packaged_model_folder
-from persona_lora.steering.methods import METHODS
+from persona_lora.steering.bank import METHODS
 
 
 def test_a_local_folder_loads_frozen_with_a_padding_token(model_folder):

@@ -13,8 +13,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.structure import weight_fingerprint
+from persona_lora.steering.bank import METHODS
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.methods import METHODS
 from persona_lora.steering.weights import LoRASteerer
 
 TOKENS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(0))

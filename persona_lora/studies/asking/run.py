@@ -19,15 +19,14 @@ from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.runs import Output, Run
-from persona_lora.core.traits import Split, Trait
+from persona_lora.core.traits import Sign, Split, Trait, trait_prompt
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.resampling import Interval, bootstrap_mean
 from persona_lora.report.scores import answers_columns, answers_table
-from persona_lora.steering.methods import METHODS, ActivationSetting
-from persona_lora.steering.persona_prompts import Sign, trait_prompt
+from persona_lora.steering.bank import METHODS, ActivationSetting
 from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.items import COLUMNS, TaskScore, cells_of, score_items
-from persona_lora.steering.methods import steer_live
+from persona_lora.steering.bank import steer_live
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
 from persona_lora.studies.asking.run import GenerationOptions, evaluate
 from persona_lora.studies.drift.figure import render_prevention

@@ -43,8 +43,7 @@ from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Alone, Processes
 from persona_lora.models.structure import num_layers
-from persona_lora.steering.bank import Bank
-from persona_lora.steering.templates import warn_of_other_template
+from persona_lora.steering.bank import Bank, warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import (
     default_layers,

@@ -6,21 +6,27 @@ falls on all of them alike; a ratio is taken within a round. Answers have the sa
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from persona_lora.core import progress
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Output, Run
+from persona_lora.core.traits import Trait
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.timing import timed_generation, wait_for_device
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRAMerger
-from persona_lora.studies.steering.calibration import ACTIVATION, LORA, RANDOM_LORA
+from persona_lora.studies.steering.calibration import ACTIVATION, LORA, RANDOM_LORA, Level
+from persona_lora.studies.steering.divergence import load_ordinary_prompts
 from persona_lora.studies.steering.read_latency import (
     ACTIVATIONS,
     LIVE,
@@ -29,6 +35,71 @@ from persona_lora.studies.steering.read_latency import (
     VARIANTS,
     Timing,
 )
+
+
+def run_latency(
+    chat_model: ChatModel,
+    trait: Trait,
+    bank: Bank,
+    levels: Sequence[Level],
+    output: Output | Path,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    new_tokens: int = 32,
+    rounds: int = 5,
+    datasets: Path | None = None,
+) -> Run:
+    """Time all ways of steering at the highest level into the run ``output``; it keeps its rounds.
+
+    Writes ``timings.jsonl`` and ``costs.jsonl`` (seconds of a swap, bytes beside the model).
+    """
+    highest = max(levels, key=lambda each: each.level).level
+    coefficients = {each.method: each.coefficient for each in levels if each.level == highest}
+    prompts = load_ordinary_prompts(datasets)
+    run = Run.open(
+        output,
+        command="latency",
+        config={
+            "trait": trait.name,
+            **chat_model.record(),
+            "batches": list(batches),
+            "new_tokens": new_tokens,
+            "rounds": rounds,
+        },
+        seed=0,
+        inputs={
+            **chat_model.inputs(),
+            **bank.inputs,
+            "the instruction": digest_of(trait.instructions[0].pos),
+            "the coefficients": digest_of(coefficients),
+            "the ordinary prompts": digest_of(prompts),
+        },
+    )
+    with run:
+        rows = run.resume_rows("timings")
+        per_round = len(VARIANTS) * len(batches)
+        kept = len(rows) // per_round
+        run.write("timings", rows[: kept * per_round])  # without a round that a kill cut short
+        with progress.stage("timing"):
+            for found in measure_latency(
+                chat_model,
+                bank,
+                coefficients,
+                trait.instructions[0].pos,
+                prompts,
+                batches=batches,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                first=kept + 1,
+            ):
+                run.extend("timings", [dataclasses.asdict(each) for each in found])
+        if not run.read("costs"):
+            seconds = swap_seconds(chat_model, bank)
+            held = held_bytes(bank, chat_model)
+            rows = [{"what": name, "unit": "s", "value": value} for name, value in seconds.items()]
+            rows += [{"what": name, "unit": "bytes", "value": each} for name, each in held.items()]
+            run.write("costs", rows)
+    return run
 
 
 def measure_latency(

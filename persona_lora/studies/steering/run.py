@@ -8,23 +8,27 @@ random direction of the same norm as control.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Condition
+from persona_lora.core.chat import UNSTEERED, Condition
 from persona_lora.core.content import digest_of
+from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
+from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.options import GenerationOptions, SweepOptions
 from persona_lora.core.runs import Output, Run
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.report.summary import SweepSummary, write_summary
-from persona_lora.studies.asking.populations import Population
+from persona_lora.steering.activations import Positions
+from persona_lora.steering.bank import Bank, check_layers
 from persona_lora.studies.asking.run import answer_rows, plan_rows
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, measure_costs
@@ -33,6 +37,87 @@ from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_grid
 
 REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"))
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """Conditions, the unsteered one (or coefficient 0) among them, and the directions they name.
+
+    ``made`` are the directions that were made beforehand, whole.
+    """
+
+    conditions: tuple[Condition, ...]
+    bank: Bank = field(default_factory=Bank)
+    made: tuple[LoRADiff | SteeringVector, ...] = ()
+
+
+def diff_population(diff: LoRADiff, coefficients: Sequence[float]) -> Population:
+    """Return one diff, held live, at many coefficients; 0 is always among them."""
+    values = _values(coefficients)
+    bank = Bank(
+        diffs={"lora": diff},
+        record={"diff_norm": diff.norm(), "coefficients": values},
+        inputs={"the diff": diff.content()},
+    )
+    return Population(tuple(Condition("lora", value) for value in values), bank, (diff,))
+
+
+def vector_population(
+    vector: SteeringVector,
+    layers: Sequence[int],
+    coefficients: Sequence[float],
+    positions: Positions = "response",
+    control: SteeringVector | None = None,
+) -> Population:
+    """Return a steering vector at many coefficients at each of several layers, one layer a row.
+
+    ``control`` is a second vector (a random one of the same norm) that gets the same layers and
+    coefficients under the method "random".
+    """
+    check_layers(layers)
+    values = _values(coefficients)
+    vectors = {"activation": vector, **({} if control is None else {"random": control})}
+    places = [(method, layer) for method in vectors for layer in layers]
+    bank = Bank(
+        vectors={
+            Condition(method, layer=layer).direction: vectors[method].at([layer])
+            for method, layer in places
+        },
+        positions=positions,
+        record={
+            "method": "activation",
+            "vector": {
+                "trait": vector.trait,
+                "method": vector.method,
+                "position": vector.position,
+                "norms": {str(at): vector.at([at]).norms()[at] for at in layers},
+            },
+            "layers": list(layers),
+            "coefficients": values,
+            "positions": positions,
+            "control": None if control is None else dict(control.sources),
+        },
+        inputs={
+            "the vector": vector.content(),
+            **({} if control is None else {"the control": control.content()}),
+        },
+    )
+    steered = [
+        Condition(method, value, layer) for method, layer in places for value in values if value
+    ]
+    return Population((UNSTEERED, *steered), bank, (vector,))
+
+
+def prompt_population() -> Population:
+    """Return only the model as it is, to stand beside the prompting references."""
+    return Population((UNSTEERED,), Bank(record={"method": "prompt"}))
+
+
+def _values(coefficients: Sequence[float]) -> list[float]:
+    values = sorted({finite_coefficient(value) + 0.0 for value in coefficients} | {0.0})
+    if len(values) < 2:
+        raise UserError("a sweep needs at least one coefficient other than 0")
+    return values
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ of two differences at once the sum of their effects?
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations, permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,20 +22,27 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from persona_lora.core import progress
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, layer_number, mix
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.vector_files import load_vector
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import Steerer, Together
+from persona_lora.studies.steering.calibration import equal_effect_scales
+from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
 
 RESPONSE = "response_avg"
 EXACT_TRAITS = 7
 DRAWN_ORDERS = 5000
 TIES = 1e-9
+FEW_PROMPTS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +66,97 @@ class Spaces:
     def traits(self) -> tuple[str, ...]:
         """The traits, sorted."""
         return tuple(sorted(self.diffs))
+
+
+def run_spaces(
+    chat_model: ChatModel,
+    diffs: Mapping[str, LoRADiff],
+    vectors: Mapping[str, SteeringVector],
+    layer: int,
+    output: Output | Path,
+    *,
+    datasets: Path | None = None,
+) -> Run:
+    """Compare the two spaces over several traits into the run ``output``; parts there are kept.
+
+    All directions are brought to equal effect first. Writes ``scales_*``, ``shifts``, ``spectra``,
+    ``cosines``, ``agreement``, ``interference`` and ``linearity``.
+    """
+    prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
+    anyway = dataclasses.replace(chat_model, allow_other_base=True)
+    weights, activations = bank_of_diffs(diffs), bank_of_vectors(vectors, [layer])
+    run = Run.open(
+        output,
+        command="spaces",
+        config={
+            **chat_model.record(),
+            "traits": sorted(diffs),
+            "layer": layer,
+            "diff_norms": {trait: diff.norm() for trait, diff in diffs.items()},
+        },
+        seed=0,
+        inputs={
+            **chat_model.inputs(),
+            **weights.inputs,
+            **activations.inputs,
+            "the ordinary prompts": digest_of(prompts),
+        },
+    )
+
+    def kept(name: str, make: Callable[[], Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        if not run.read(name):
+            run.write(name, make())
+        return run.read(name)
+
+    def scales(bank: Bank) -> dict[str, float]:
+        def measured() -> Iterable[Mapping[str, Any]]:
+            with progress.stage("equal effect"):
+                found = equal_effect_scales(anyway, bank, prompts)
+            return map(dataclasses.asdict, found)
+
+        rows = kept(f"scales_{bank.record['kind']}", measured)
+        return {row["trait"]: row["coefficient"] for row in rows}
+
+    with run:
+        texts = ordinary_texts(chat_model, prompts)
+        chosen = Spaces(
+            diffs,
+            vectors,
+            layer,
+            scales(weights),
+            scales(activations),
+        )
+        kept("shifts", lambda: shift_cosines(chat_model, chosen, texts))
+        kept(
+            "spectra",
+            lambda: (
+                {"trait": name, **row} for name in chosen.traits for row in spectra(diffs[name])
+            ),
+        )
+        cosines = kept("cosines", lambda: trait_cosines(chosen))
+        rho, p = agreement(cosines)
+        kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
+        kept("interference", lambda: interference(chat_model, chosen, texts))
+        with progress.stage("linearity"):
+            kept("linearity", lambda: linearity(chat_model, chosen, texts))
+    return run
+
+
+def trait_directions(
+    traits: Sequence[str], folder: Path
+) -> tuple[dict[str, LoRADiff], dict[str, SteeringVector]]:
+    """Load every trait's ``{trait}/diff`` and mean-difference vector; UserError if one is not."""
+    diffs, vectors = {}, {}
+    for trait in traits:
+        diff = folder / trait / "diff"
+        vector = folder / "vectors" / trait / f"{trait}_response_avg.safetensors"
+        for path in (diff, vector):
+            if not path.exists():
+                raise UserError(
+                    f"{path} does not exist; make it with: bash scripts/compare_steering.sh {trait}"
+                )
+        diffs[trait], vectors[trait] = LoRADiff.load(diff), load_vector(vector)
+    return diffs, vectors
 
 
 def shift_cosines(

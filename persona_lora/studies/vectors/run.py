@@ -22,7 +22,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.options import Elicitation, GenerationOptions, Thresholds
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Trait, load_pairs
+from persona_lora.core.traits import Sign, Trait, load_pairs, named
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.hidden_states import POSITIONS
@@ -31,7 +31,6 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.steering.directions import EXTRACTORS, WITH_MOMENTS, sum_pairs, vector_of
-from persona_lora.steering.persona_prompts import Sign, named
 from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.run import Row, answer_rows, stream_of
 from persona_lora.studies.vectors.figure import render_vectors_over_layers

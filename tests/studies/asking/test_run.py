@@ -11,7 +11,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import generation
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
-from persona_lora.steering.methods import ActivationSetting
+from persona_lora.steering.bank import ActivationSetting
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.run import (
     Condition,

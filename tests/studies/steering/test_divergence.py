@@ -13,13 +13,13 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_exchange
 from persona_lora.models.structure import linear_modules
 from persona_lora.steering.activations import ActivationSteerer
-from persona_lora.studies.asking.populations import diff_population, vector_population
 from persona_lora.studies.steering import divergence
 from persona_lora.studies.steering.divergence import (
     load_ordinary_prompts,
     measure_costs,
     relative_weight_norm,
 )
+from persona_lora.studies.steering.run import diff_population, vector_population
 
 PROMPTS = ["Hello?", "Why?"]
 

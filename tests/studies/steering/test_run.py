@@ -13,13 +13,14 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.directions import random_like
 from persona_lora.steering.weights import LoRASteerer
-from persona_lora.studies.asking.populations import (
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.steering.run import (
+    SweepOptions,
     diff_population,
     prompt_population,
+    sweep,
     vector_population,
 )
-from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.steering.run import SweepOptions, sweep
 
 OPTIONS = GenerationOptions(max_new_tokens=8)
 

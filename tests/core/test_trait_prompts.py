@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.traits import load_trait
-from persona_lora.steering.persona_prompts import named, trait_prompt
+from persona_lora.core.traits import load_trait, named, trait_prompt
 
 
 def test_the_pairs_are_taken_in_turn():

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from persona_lora.models.load_options import LoadOptions
-from persona_lora.steering.templates import warn_of_other_template
+from persona_lora.steering.bank import warn_of_other_template
 
 QUICK = {"enable_thinking": False}
 
