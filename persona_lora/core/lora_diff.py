@@ -31,7 +31,8 @@ from persona_lora.core.errors import UserError
 class LoRAFactors:
     """A low-rank weight change of one module: delta = B @ A, scaling folded into B.
 
-    Shapes: A ``[rank, in]``, B ``[out, rank]``, both fp32.
+    Shapes:
+        A ``[rank, in]``, B ``[out, rank]``, both fp32.
     """
 
     A: Tensor
@@ -126,8 +127,9 @@ class LoRADiff:
     ) -> LoRADiff:
         """Return positive minus negative LoRA from two PEFT adapter folders, exactly.
 
-        Raises UserError for adapters of different base models and for what is not a plain
-        low-rank change (DoRA, bias, ``modules_to_save``, embedding LoRA).
+        Raises:
+            UserError: Adapters of different base models, or what is not a plain low-rank change
+                (DoRA, bias, ``modules_to_save``, embedding LoRA).
         """
         positive, negative = read_factors(Path(pos)), read_factors(Path(neg))
         if positive.base_model_name != negative.base_model_name:
@@ -148,9 +150,11 @@ class LoRADiff:
         """Load a diff from a diff folder, a PEFT adapter, a ``.safetensors`` or a ``.pt`` file.
 
         A ``.pt`` file is read with ``weights_only=True``. With ``on_disk`` the factors of a folder
-        are read a module at a time, each time they are asked for, and never held. Raises
-        UserError, naming the file, for what is missing, truncated, not finite or not a plain
-        low-rank change.
+        are read a module at a time, each time they are asked for, and never held.
+
+        Raises:
+            UserError: Names the file that is missing, truncated, not finite or not a plain
+                low-rank change.
         """
         read = read_factors(Path(path), on_disk=on_disk)
         provenance = read.provenance
@@ -214,7 +218,8 @@ class LoRADiff:
     def at(self, layers: int | Iterable[int]) -> LoRADiff:
         """Return the diff restricted to some decoder layers.
 
-        Raises UserError for one it has not.
+        Raises:
+            UserError: A layer that it has not.
         """
         wanted = {layers} if isinstance(layers, int) else set(layers)
         by_layer = {module: layer_number(module) for module in self.factors}
@@ -250,7 +255,11 @@ class LoRADiff:
         return math.sqrt(max(self.inner(self), 0.0))
 
     def cosine(self, other: LoRADiff) -> float:
-        """Return ⟨self, other⟩ / (‖self‖·‖other‖); raises UserError where a norm is zero."""
+        """Return ⟨self, other⟩ / (‖self‖·‖other‖), in [-1, 1].
+
+        Raises:
+            UserError: A norm is zero.
+        """
         norms = self.norm() * other.norm()
         if norms == 0:
             raise UserError("the cosine with a diff of norm 0 is undefined")
@@ -259,8 +268,13 @@ class LoRADiff:
     def compress(self, *, rank: int | None = None, energy: float | None = None) -> Compressed:
         """Cut the rank of every module to ``rank``, or to what keeps the share ``energy`` of ‖·‖².
 
-        Exact in factor space: QR of B and of Aᵀ, then the SVD of the small core
-        (Eckart–Young: no other diff of that rank is nearer in the Frobenius norm).
+        Exact in factor space: QR of B and of Aᵀ, then the SVD of the small core.
+
+        Source:
+            Eckart and Young 1936: no other diff of that rank is nearer in the Frobenius norm.
+
+        Raises:
+            UserError: Neither or both of ``rank`` and ``energy``, or one out of its range.
         """
         if (rank is None) == (energy is None):
             raise UserError("compress takes either rank or energy")
@@ -303,7 +317,11 @@ def _frame(size: int, number: int, generator: torch.Generator) -> Tensor:
 
 
 def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
-    """Return Σ cᵢ·diffᵢ as one diff of the summed rank; all must share one base model."""
+    """Return Σ cᵢ·diffᵢ as one diff of the summed rank.
+
+    Raises:
+        UserError: Diffs of different base models, or a coefficient that is not finite.
+    """
     if not terms:
         raise UserError("a mix needs at least one diff")
     diffs = list(terms)

@@ -89,7 +89,11 @@ class Coefficients:
 
     @classmethod
     def of(cls, coefficients: Mapping[str, float]) -> Coefficients:
-        """Return coefficients from a mapping; raises UserError for what is no finite number."""
+        """Return coefficients from a mapping.
+
+        Raises:
+            UserError: A value that is no finite number.
+        """
         traits = tuple(sorted(coefficients))
         for trait in traits:
             value = coefficients[trait]
@@ -121,7 +125,11 @@ def list_personas(personas: Path | None = None) -> list[str]:
 
 
 def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
-    """Load a persona by id; raises UserError for an unknown one, or for malformed conversations."""
+    """Load a persona by id.
+
+    Raises:
+        UserError: An unknown id, or malformed conversations.
+    """
     checked_name(persona_id, "a persona's id")
     roots = search_folders("personas", personas)
     paths = [root / persona_id / "conversations.jsonl" for root in roots]

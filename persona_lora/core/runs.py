@@ -101,9 +101,10 @@ class Run:
         they are overwritten with the rows, and no killed call leaves some of both.
         ``once``: a run that has ended well is not opened again.
 
-        Raises UserError when another process works on the run, when the folder holds a run of
-        another configuration or of other inputs (or, with ``once``, a finished one) that is not
-        to be overwritten, and when it holds rows or parts that no run has recorded.
+        Raises:
+            UserError: Another process works on the run; the folder holds a run of another
+                configuration or of other inputs (or, with ``once``, a finished one) that is not
+                to be overwritten; or it holds rows or parts that no run has recorded.
         """
         output = Output.of(output)
         run = cls(ensure_writable_folder(output.path))

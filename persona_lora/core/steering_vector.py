@@ -34,6 +34,9 @@ class SteeringVector:
     ``method`` is how the directions were found ("mean_diff", "svd", "pca", "random"), ``position``
     which hidden states they were found on ("response_avg", "prompt_avg", "prompt_last").
     ``num_layers`` is that of the model. Vectors add, subtract and scale layer by layer.
+
+    Shapes:
+        A direction ``[hidden]`` for each layer; layer k is the output of decoder block k.
     """
 
     directions: Mapping[int, Tensor]
@@ -96,7 +99,11 @@ class SteeringVector:
 
     @classmethod
     def read(cls, path: str | Path) -> SteeringVector:
-        """Read what ``save`` wrote; UserError names the file that is missing or something else."""
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: Names the file that is missing or something else.
+        """
         path = Path(path)
         with opened(path) as stored:
             header = (stored.metadata() or {}).get("steering_vector")
@@ -145,7 +152,8 @@ class SteeringVector:
     def at(self, layers: Iterable[int]) -> SteeringVector:
         """Return the vector restricted to some of its layers.
 
-        Raises UserError for one it has not.
+        Raises:
+            UserError: A layer that it has not.
         """
         wanted = list(layers)
         missing = [layer for layer in wanted if layer not in self.directions]

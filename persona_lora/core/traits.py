@@ -41,8 +41,11 @@ class Trait:
     """A named trait, its system prompts, its questions by split, and the LLM judge's prompt.
 
     The schema is that of published persona-vector trait files, with both question sets in one
-    file (Chen et al. 2025, arXiv:2507.21509). A ``variant`` is another elicitation of the trait,
+    file. A ``variant`` is another elicitation of the trait,
     with system prompts and questions of its own; it is judged as the trait that it varies.
+
+    Source:
+        Chen et al. 2025, "Persona vectors", arXiv:2507.21509.
     """
 
     name: str
@@ -118,7 +121,8 @@ def load_trait(name: str | Path, datasets: Path | None = None) -> Trait:
     to one of the published pair ``trait_data_extract/X.json`` and ``trait_data_eval/X.json``
     loads both; a split whose file is missing has no questions.
 
-    Raises UserError for an unknown name (with the nearest known ones) or a malformed file.
+    Raises:
+        UserError: An unknown name (the nearest known ones are named), or a malformed file.
     """
     roots = search_folders("datasets", datasets)
     path = Path(name)

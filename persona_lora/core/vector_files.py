@@ -33,8 +33,8 @@ GGUF_ARCHITECTURE = "controlvector"
 def load_vector(path: str | Path) -> SteeringVector:
     """Read a steering vector from ``.safetensors`` (ours) or ``.pt`` (published).
 
-    Raises UserError, naming the file, for what is missing, truncated, not finite or something
-    else.
+    Raises:
+        UserError: Names the file that is missing, truncated, not finite or something else.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

@@ -101,8 +101,10 @@ def generate_answers(
     ``prepare_batch`` is called with the row numbers of each batch before it runs. ``plan`` says
     what rows share. Progress counts tokens.
 
-    A batch that runs out of memory is split in half and tried again; raises UserError when a single
-    row does not fit, and when the logits of a row are NaN or infinite.
+    A batch that runs out of memory is split in half and tried again.
+
+    Raises:
+        UserError: A single row does not fit into memory, or its logits are NaN or infinite.
     """
     if not conversations:
         raise UserError("there are no conversations to answer; the list of questions is empty")

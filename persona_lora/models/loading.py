@@ -111,7 +111,7 @@ class ChatModel:
     def render_before(self, answer: str, conversation: Conversation, where: str = "") -> str:
         """Return the same for an answer that is there already.
 
-        UserError where the chat template would not write the answer after it.
+        Raises UserError where the chat template would not write the answer after it.
         """
         said = [Message(role="assistant", content=answer)]
         return self.template.split(self._with_system(conversation), said, where).prompt
@@ -149,10 +149,13 @@ def load_chat_model(
     "auto": bf16 on an accelerator and on CPUs that compute in it, fp32 elsewhere. The device map is
     that of transformers; None means the accelerator when there is one, the CPU otherwise.
 
-    Raises UserError for an unknown name, no route to the hub, unreadable weights, a missing chat
-    template, an adapter that is none, and options that this model or machine cannot have; and,
-    after a pass over three tokens, for a model of a shape that is not known here. ``probe`` False
-    leaves that pass out, where the weights are yet to be distributed over processes.
+    ``probe`` False leaves out the pass over three tokens by which a model is known, where the
+    weights are yet to be distributed over processes.
+
+    Raises:
+        UserError: An unknown name, no route to the hub, unreadable weights, a missing chat
+            template, an adapter that is none, options that this model or machine cannot have, or
+            a model of a shape that is not known here.
     """
     options = options.changed(dtype=dtype, device_map=device_map)
     if adapter is not None:

@@ -215,8 +215,11 @@ class WeightProjector:
     ) -> dict[int, float]:
         """Return the coordinate ⟨ΔWₗ, Lₗ⟩ / ‖Lₗ‖ of every layer l of a finetuned model.
 
-        ``original`` is the model before finetuning; by default the one that the diff names. Raises
-        UserError where the diff has layers from ``num_layers`` on.
+        ``original`` is the model before finetuning; by default the one that the diff names. The
+        coordinate is in units of the Frobenius norm of weights.
+
+        Raises:
+            UserError: The diff has layers from ``num_layers`` on, or the models do not fit it.
         """
         diff = (
             lora_diff_path

@@ -157,8 +157,9 @@ class ActivationSteerer(_BlockSteerer):
     vector acts at its own layers, or at ``layers``. A row of zeros gives the bits of the
     unsteered model.
 
-    Raises UserError for a vector of a model of another shape, or (unless ``allow_other_base``)
-    of other weights, and for layers that a vector has not.
+    Raises:
+        UserError: A vector of a model of another shape or (unless ``allow_other_base``) of other
+            weights, or layers that a vector has not.
     """
 
     def __init__(
@@ -200,8 +201,11 @@ class ActivationSteerer(_BlockSteerer):
 class DirectionAblation(_BlockSteerer):
     """Context manager: projects directions out of hidden states at their layers.
 
-    With several vectors at a layer their whole span goes (the operation of concept-ablation
-    finetuning, CAFT, arXiv:2507.16795). Applied at all positions unless told otherwise.
+    With several vectors at a layer their whole span goes. Applied at all positions unless told
+    otherwise.
+
+    Source:
+        The operation of concept-ablation finetuning (CAFT), arXiv:2507.16795.
     """
 
     def __init__(

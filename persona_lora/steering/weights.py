@@ -67,10 +67,13 @@ class LoRAMerger:
         ``layers`` are the decoder layers that it acts on; all of the diff's modules by default.
         Weights may be trainable, but no optimiser may step while a diff is merged into them.
 
-        Raises UserError, before anything is touched, for a diff of another base model, a module
-        without a weight, a layer that the diff has not, or a weight that cannot be restored
-        exactly. Whatever goes wrong in the middle, an interrupt included, leaves the weights as
-        they were before the call.
+        Whatever goes wrong in the middle, an interrupt included, leaves the weights as they were
+        before the call.
+
+        Raises:
+            UserError: Before anything is touched: a diff of another base model, a module without
+                a weight, a layer that the diff has not, or a weight that cannot be restored
+                exactly.
         """
         diff, scale = as_diff(lora_diff), finite_coefficient(coefficient)
         if layers is not None:
@@ -86,9 +89,11 @@ class LoRAMerger:
     def restore_original_weights(self) -> None:
         """Put back the weights as they were without this merger's diffs, bit for bit.
 
-        Safe to call at any time, also twice, also after an interrupted merge or restore. UserError,
-        with all weights put back that there still are, where others wrote into merged weights or
-        put new ones into their place.
+        Safe to call at any time, also twice, also after an interrupted merge or restore.
+
+        Raises:
+            UserError: Others wrote into merged weights, or put new ones into their place; all
+                weights that there still are have been put back.
         """
         moved = self._merges.not_in(linear_modules(self.model))
         replaced, changed = self._merges.take_out()

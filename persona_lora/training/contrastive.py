@@ -96,9 +96,11 @@ def train_contrastive(
     """Train ``pos``, then ``neg``, and write both and their diff into ``config.output_dir``.
 
     A run that was killed goes on where it stopped: finished signs are kept, the other resumes
-    from its last whole checkpoint. Raises UserError for a finished run without
-    ``arguments.overwrite``, for a run of another configuration in the same folder, for an unknown
-    trait or model, and when the loss is no longer finite.
+    from its last whole checkpoint.
+
+    Raises:
+        UserError: A finished run without ``arguments.overwrite``, a run of another configuration
+            in the same folder, an unknown trait or model, or a loss that is no longer finite.
     """
     refuse_unconnected_processes()
     options = ContrastiveOptions(arguments, lora, config)

@@ -165,10 +165,12 @@ def finetune(
     """Train a LoRA and write ``checkpoint-N/`` and ``adapter/`` into ``config.output_dir``.
 
     Every checkpoint is a PEFT adapter; without ``use_peft`` it is a whole model, and the last one
-    is in ``model/``. A run that was killed goes on from its last whole checkpoint. Raises UserError
-    for a finished run without ``arguments.overwrite``, for a run of another configuration in the
-    same folder, for rows that do not end with an answer, for what a full finetune cannot have, and
-    when the loss is no longer finite.
+    is in ``model/``. A run that was killed goes on from its last whole checkpoint.
+
+    Raises:
+        UserError: A finished run without ``arguments.overwrite``, a run of another configuration
+            in the same folder, rows that do not end with an answer, what a full finetune cannot
+            have, or a loss that is no longer finite.
     """
     refuse_unconnected_processes()
     options = FinetuneOptions(arguments, lora, config)
