@@ -28,7 +28,14 @@ from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.judging import Judge, JudgeValidation, MultiJudge, validate_judge
 from persona_lora.judges.local import LocalJudge
-from persona_lora.judges.openai import Endpoint, Limits, OpenAIJudge, budget_of, endpoint_of
+from persona_lora.judges.openai import (
+    Endpoint,
+    EndpointReader,
+    Limits,
+    OpenAIJudge,
+    budget_of,
+    endpoint_of,
+)
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model, named_content
@@ -144,14 +151,14 @@ def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) 
 
 
 def _openai_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
-    return OpenAIJudge(
-        trait,
+    reader = EndpointReader(
         **options.endpoint,
         mode=options.judge_mode,
         limits=options.limits,
         budget=options.budget,
         cache=VerdictCache(options.cache),
     )
+    return OpenAIJudge(trait, reader)
 
 
 def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:

@@ -163,36 +163,22 @@ class EndpointReader:
         return dict(zip(prompts, readings, strict=True))
 
 
-class OpenAIJudge(EndpointReader):
+class OpenAIJudge:
     """Asks a chat model for a number from 0 to 100 with the trait's ``eval_prompt``."""
 
-    def __init__(
-        self,
-        trait: Trait,
-        *,
-        model: str = DEFAULT_MODEL,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        mode: Mode = "logprobs",
-        limits: Limits | None = None,
-        cache: VerdictCache | None = None,
-        budget: Budget | None = None,
-    ) -> None:
-        super().__init__(
-            model=model,
-            base_url=base_url,
-            api_key=api_key,
-            mode=mode,
-            limits=limits,
-            cache=cache,
-            budget=budget,
-        )
+    def __init__(self, trait: Trait, reader: EndpointReader) -> None:
         self.trait = trait
+        self.reader = reader
+
+    @property
+    def name(self) -> str:
+        """The reader's name."""
+        return self.reader.name
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
         """Return one verdict per exchange, in order; equal exchanges are asked about once."""
         prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
-        readings = self.read(prompts)
+        readings = self.reader.read(prompts)
         verdicts = [
             Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
             for prompt in prompts

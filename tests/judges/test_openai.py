@@ -14,7 +14,13 @@ from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.judges.budget import Prices, Usage
 from persona_lora.judges.cache import VerdictCache
-from persona_lora.judges.openai import DEFAULT_MODEL, Limits, OpenAIJudge, endpoint_of
+from persona_lora.judges.openai import (
+    DEFAULT_MODEL,
+    EndpointReader,
+    Limits,
+    OpenAIJudge,
+    endpoint_of,
+)
 from persona_lora.judges.retries import wait_seconds
 
 KEY = "sk-secret-1234567890"
@@ -39,7 +45,7 @@ def spy(waits, wait):
 def judge_of(trait, endpoint):
     def build(**options) -> OpenAIJudge:
         options = {"base_url": endpoint.base_url, "api_key": KEY, "limits": QUICK} | options
-        return OpenAIJudge(trait, **options)
+        return OpenAIJudge(trait, EndpointReader(**options))
 
     return build
 
@@ -191,7 +197,9 @@ def test_openai_judge_says_that_the_connection_failed_when_halves_keep_coming(ju
 
 
 def test_openai_judge_without_a_server_is_unscored(trait):
-    judge = OpenAIJudge(trait, base_url="http://127.0.0.1:9/v1", limits=Limits(max_retries=0))
+    judge = OpenAIJudge(
+        trait, EndpointReader(base_url="http://127.0.0.1:9/v1", limits=Limits(max_retries=0))
+    )
     assert "connection failed" in judge.judge(exchanges(1), "flattery")[0].reason
 
 
@@ -214,7 +222,7 @@ def test_openai_judge_request_cap_keeps_what_is_finished(judge_of, endpoint):
     assert {v.reason for v in verdicts if v.score is None} == {"request cap reached"}
     again = judge.judge(exchanges(5), "flattery")
     assert again == verdicts  # what was scored is kept in memory where no cache is given
-    assert len(endpoint.requests) == judge.usage.requests == 3
+    assert len(endpoint.requests) == judge.reader.usage.requests == 3
 
 
 def test_openai_judge_request_cap_counts_retries(judge_of, endpoint):
@@ -231,14 +239,14 @@ def test_openai_judge_cost_cap_stops_before_it_is_passed(judge_of, endpoint):
     verdicts = judge.judge(items, "flattery")
     assert "cost cap reached" in {verdict.reason for verdict in verdicts}
     assert any(verdict.score is not None for verdict in verdicts)
-    assert 0 < judge.usage.dollars <= 0.035
+    assert 0 < judge.reader.usage.dollars <= 0.035
 
 
 def test_openai_judge_estimates_its_cost_from_the_endpoints_token_counts(judge_of):
     judge = judge_of(limits=Limits(prices=Prices(0.4, 1.6)))
     judge.judge(exchanges(10), "flattery")
-    assert judge.usage[:3] == (10, 1000, 10)
-    assert judge.usage.dollars == pytest.approx((1000 * 0.4 + 10 * 1.6) / 1e6)
+    assert judge.reader.usage[:3] == (10, 1000, 10)
+    assert judge.reader.usage.dollars == pytest.approx((1000 * 0.4 + 10 * 1.6) / 1e6)
 
 
 def test_openai_judge_reports_progress(judge_of, told):
@@ -260,7 +268,7 @@ def test_openai_judge_shares_its_cache_with_a_second_judge(judge_of, endpoint, t
     with VerdictCache(tmp_path / "cache.sqlite") as cache:
         again = judge_of(cache=cache)
         assert again.judge(exchanges(3), "flattery") == first
-        assert again.usage == Usage(0, 0, 0, 0.0, 3)
+        assert again.reader.usage == Usage(0, 0, 0, 0.0, 3)
         judge_of(cache=cache, model="another").judge(exchanges(3), "flattery")
     assert len(endpoint.requests) == 6
 
@@ -272,9 +280,10 @@ def test_openai_judge_shares_its_cache_with_another_process(judge_of, endpoint, 
         "from persona_lora.core.chat import Exchange\n"
         "from persona_lora.core.traits import load_trait\n"
         "from persona_lora.judges.cache import VerdictCache\n"
-        "from persona_lora.judges.openai import OpenAIJudge\n"
-        "judge = OpenAIJudge(load_trait(Path(sys.argv[1])), base_url=sys.argv[2], "
-        "api_key='x', cache=VerdictCache(Path(sys.argv[3])))\n"
+        "from persona_lora.judges.openai import EndpointReader, OpenAIJudge\n"
+        "reader = EndpointReader(base_url=sys.argv[2], api_key='x', "
+        "cache=VerdictCache(Path(sys.argv[3])))\n"
+        "judge = OpenAIJudge(load_trait(Path(sys.argv[1])), reader)\n"
         "judge.judge([Exchange('Question 0?', 'Answer 0.')], 'flattery')\n"
     )
     subprocess.run(
@@ -284,7 +293,7 @@ def test_openai_judge_shares_its_cache_with_another_process(judge_of, endpoint, 
     with VerdictCache(path) as cache:
         judge = judge_of(cache=cache)
         assert judge.judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
-        assert judge.usage.cache_hits == 1
+        assert judge.reader.usage.cache_hits == 1
     assert len(endpoint.requests) == 1
 
 
@@ -356,7 +365,7 @@ def test_openai_judge_never_shows_its_key(judge_of, endpoint, caplog, capfd, tmp
         files = b"".join(each.read_bytes() for each in tmp_path.glob("cache.sqlite*"))
     assert "[key]" in verdicts[0].reason
     output = capfd.readouterr()
-    for text in (caplog.text, repr(verdicts), repr(judge), str(judge.usage), *output):
+    for text in (caplog.text, repr(verdicts), repr(judge.reader), str(judge.reader.usage), *output):
         assert KEY not in text
     assert len(files) > 0
     assert KEY.encode() not in files
@@ -376,7 +385,7 @@ def test_openai_judge_of_nothing_asks_nothing(judge_of, endpoint):
 
 def test_openai_judge_without_a_key_names_both_remedies(trait):
     with pytest.raises(UserError, match=r"OPENAI_API_KEY.*--judge embedding"):
-        OpenAIJudge(trait, **endpoint_of({}))
+        OpenAIJudge(trait, EndpointReader(**endpoint_of({})))
 
 
 def test_openai_judge_reads_the_given_environment_and_ignores_the_process_one(
@@ -389,7 +398,7 @@ def test_openai_judge_reads_the_given_environment_and_ignores_the_process_one(
         "OPENAI_BASE_URL": endpoint.base_url + "/",
         "JUDGE_MODEL": "my-model",
     }
-    judge = OpenAIJudge(trait, **endpoint_of(environ))
+    judge = OpenAIJudge(trait, EndpointReader(**endpoint_of(environ)))
     assert judge.judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
     assert endpoint.requests[0]["model"] == "my-model"
     assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
@@ -398,7 +407,7 @@ def test_openai_judge_reads_the_given_environment_and_ignores_the_process_one(
 @pytest.mark.parametrize("key", ["sk-a b", "sk-a\nb", "sk-ü"])
 def test_openai_judge_refuses_a_malformed_key_without_showing_it(trait, key):
     with pytest.raises(UserError) as caught:
-        OpenAIJudge(trait, api_key=key)
+        OpenAIJudge(trait, EndpointReader(api_key=key))
     assert key not in str(caught.value)
 
 
@@ -408,7 +417,7 @@ def test_openai_judge_refuses_a_malformed_key_without_showing_it(trait, key):
     "https://u:s3cret@a/v1?api-version=1&key=s3cret"])  # fmt: skip
 def test_openai_judge_refuses_a_base_url_that_is_malformed_or_holds_secrets(trait, url):
     with pytest.raises(UserError, match="base URL") as caught:
-        OpenAIJudge(trait, base_url=url)
+        OpenAIJudge(trait, EndpointReader(base_url=url))
     assert "s3cret" not in str(caught.value)
 
 
@@ -423,4 +432,4 @@ def test_openai_judge_refuses_senseless_limits_and_modes(trait):
         with pytest.raises(UserError, match="limits"):
             Limits(**options)
     with pytest.raises(UserError, match="mode"):
-        OpenAIJudge(trait, api_key=KEY, mode="guess")
+        OpenAIJudge(trait, EndpointReader(api_key=KEY, mode="guess"))
