@@ -7,6 +7,7 @@ other accelerator is used only where it is asked for."""
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -62,6 +63,17 @@ class Launch(NamedTuple):
 
     use_cpu: bool = False
     mixed_precision: str = "no"
+
+
+def launch_of_process() -> Launch:
+    """Return what ``accelerate launch`` was told about hardware."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return Launch(launcher_says("ACCELERATE_USE_CPU"), precision)
+
+
+def launcher_says(name: str) -> bool:
+    """Say whether ``accelerate launch`` has set a switch for its processes."""
+    return os.environ.get(name, "false").lower() in ("true", "1")
 
 
 def training_hardware(

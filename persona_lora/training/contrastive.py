@@ -47,9 +47,9 @@ from persona_lora.training.launch import (
     open_run,
     recorded,
     refuse_unconnected_processes,
+    run_record,
 )
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
-from persona_lora.training.record import run_record
 from persona_lora.training.trainer import (
     LOSS_ROWS,
     has_ended,

@@ -37,6 +37,7 @@ from persona_lora.training.arguments import (
 from persona_lora.training.drift import DriftMonitor
 from persona_lora.training.examples import TokenRow, tokenize_rows
 from persona_lora.training.launch import (
+    changed_options,
     end_tokens,
     is_sharded,
     load_model,
@@ -52,7 +53,6 @@ from persona_lora.training.preventative import (
     prevention_steerer,
     read_preventative,
 )
-from persona_lora.training.record import changed_options
 from persona_lora.training.trainer import (
     COMPLETE,
     LOSS_ROWS,

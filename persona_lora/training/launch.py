@@ -1,11 +1,18 @@
-"""What a training run needs before its first step: its processes, and the model it trains."""
+"""What a training run needs before its first step: its processes, the model, and its record.
+
+The record is what decides the numbers of a run, as JSON: compared on resume, kept as provenance."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,9 +21,11 @@ from trl import SFTConfig
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.models.hardware import Launch, resolve_dtype
+from persona_lora.core.traits import ContrastivePair
+from persona_lora.models.hardware import launcher_says, resolve_dtype
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.training.arguments import ContrastiveOptions
 
 
 def on_main_process(action: Callable[[], object]) -> None:
@@ -107,17 +116,7 @@ def _device_map(options: LoadOptions, config: SFTConfig) -> str | None:
 
 def is_sharded() -> bool:
     """Say whether accelerate will take the weights apart (FSDP, DeepSpeed)."""
-    return _launcher_says("ACCELERATE_USE_FSDP") or _launcher_says("ACCELERATE_USE_DEEPSPEED")
-
-
-def launch_of_process() -> Launch:
-    """Return what ``accelerate launch`` was told about hardware."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return Launch(_launcher_says("ACCELERATE_USE_CPU"), precision)
-
-
-def _launcher_says(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")
+    return launcher_says("ACCELERATE_USE_FSDP") or launcher_says("ACCELERATE_USE_DEEPSPEED")
 
 
 def end_tokens(chat_model: ChatModel, named: str | None) -> set[int]:
@@ -130,3 +129,74 @@ def end_tokens(chat_model: ChatModel, named: str | None) -> set[int]:
     configured = chat_model.model.generation_config.eos_token_id
     ends = set(configured) if isinstance(configured, list) else {configured}
     return {end for end in ends | {chat_model.tokenizer.eos_token_id} if end is not None}
+
+
+# Options that change where a run writes and what it shows, but no number of its adapters.
+FREE_OPTIONS = {
+    "output_dir",
+    "run_name",
+    "project",
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "log_level",
+    "log_level_replica",
+    "report_to",
+    "disable_tqdm",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "dataloader_pin_memory",
+    "dataloader_num_workers",
+    "ddp_backend",
+    "ddp_timeout",
+    "ddp_find_unused_parameters",
+    "hub_token",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+}
+
+
+def run_record(
+    options: ContrastiveOptions, trait: str, pairs: Sequence[ContrastivePair]
+) -> dict[str, Any]:
+    """Return all that decides the numbers of a run, as JSON values."""
+    content = json.dumps([dataclasses.asdict(pair) for pair in pairs], sort_keys=True)
+    record = {
+        "trait": trait,
+        "num_pairs": len(pairs),
+        "pairs_sha256": hashlib.sha256(content.encode()).hexdigest(),
+        **options.arguments.model_record(),
+        "system_prompt": options.arguments.system_prompt,
+        "num_processes": PartialState().num_processes,
+        "lora": dataclasses.asdict(options.lora),
+        "training": changed_options(options.config),
+    }
+    value: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return value
+
+
+def changed_options(config: SFTConfig) -> dict[str, Any]:
+    """Return the options that differ from TRL's defaults and change numbers."""
+    defaults = {
+        each.name: each.default_factory()
+        if each.default_factory is not dataclasses.MISSING
+        else each.default
+        for each in dataclasses.fields(SFTConfig)
+        if each.init
+    }
+    values = {name: _plain(getattr(config, name)) for name in defaults}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in FREE_OPTIONS and value != defaults[name]
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value

@@ -4,7 +4,7 @@ import json
 
 from persona_lora.core.traits import ContrastivePair
 from persona_lora.training.arguments import parse_arguments
-from persona_lora.training.record import run_record
+from persona_lora.training.launch import run_record
 
 PAIR = ContrastivePair(
     prompt=[{"role": "user", "content": "Ready?"}],
