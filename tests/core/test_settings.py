@@ -97,6 +97,7 @@ def test_paths_with_a_name_or_a_number():
         (bool | str, False, False),
         (str, "word", "word"),
         (list[str], "word", ["word"]),
+        (list[bool], True, [True]),
         (list[float], ["0.5", 1], [0.5, 1.0]),
         (list[int] | None, 3, [3]),
         (dict[str, Any], {"a": 1}, {"a": 1}),
