@@ -43,6 +43,7 @@ from persona_lora.cli.shared_options import (
     TraitOption,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import ComparisonOptions, TimingOptions
 from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def compare(
     )
     if spaces is not None and len(vector.layers) > 1:
         raise UserError(f"--spaces compares at one layer; --layers {layers!r} names several")
-    sizes = _whole(batches)
+    timing = TimingOptions(tuple(_whole(batches)), rounds=rounds)
     named = dict.fromkeys([loaded.name, *(spaces or "").replace(",", " ").split()])
     directions = None if spaces is None else trait_directions(list(named), trait_vector_dir)
     judging = judge_options(judge, judge_model, judge_url, judge_mode, max_judge_cost, seed)
@@ -147,7 +148,6 @@ def compare(
             chat_model,
             loaded,
             bank,
-            numbers(coefficients),
             judge_factory(loaded, chat_model, judging),
             judged_output(
                 output,
@@ -155,9 +155,12 @@ def compare(
                 judging,
                 {"diff": str(diff), "vector_path": str(activation_vector)},
             ),
-            splits=[question_split(each) for each in splits.replace(",", " ").split()],
-            max_questions=max_questions,
-            statistic="mean" if match == "mean" else "p95",
+            comparing=ComparisonOptions(
+                tuple(numbers(coefficients)),
+                "mean" if match == "mean" else "p95",
+                tuple(question_split(each) for each in splits.replace(",", " ").split()),
+                max_questions,
+            ),
             options=generation_options(max_new_tokens, 0.0, 1, seed, batch_size),
             datasets=datasets_dir,
         )
@@ -170,8 +173,7 @@ def compare(
                 bank,
                 experiment.levels_of(output),
                 Output(parts[-1], overwrite),
-                batches=sizes,
-                rounds=rounds,
+                timing=timing,
                 datasets=datasets_dir,
             )
         if directions is not None:

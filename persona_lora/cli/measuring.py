@@ -129,10 +129,7 @@ def evaluate(
             loaded,
             judge_factory(loaded, chat_model, judging),
             judged_output(output, overwrite, judging, record),
-            terms=terms,
-            mode=mode,
-            activation=activation,
-            system_prompt=system_prompt,
+            steering=evaluation.Steering(terms, mode, activation, system_prompt),
             split=question_split(split),
             options=options,
         )

@@ -85,6 +85,35 @@ class SweepOptions:
 
 
 @dataclass(frozen=True)
+class ComparisonOptions:
+    """At which strengths weights and activations are compared, and on which questions."""
+
+    coefficients: Annotated[
+        tuple[float, ...], "Of the diff; the vector is brought to the same divergence."
+    ] = (0.5, 1.0, 1.5, 2.0)
+    match: Annotated[
+        Literal["mean", "p95"], "What is made equal of the divergence at each token."
+    ] = "mean"
+    split: Annotated[tuple[Split, ...], "Which of the trait's questions to ask."] = ("eval", "ood")
+    max_questions: Annotated[int | None, "Use only the first N questions."] = None
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """How the time of every way of steering is measured."""
+
+    batches: Annotated[tuple[int, ...], "Batch sizes of --latency."] = (1, 8, 32)
+    new_tokens: int = 32
+    rounds: Annotated[int, "Rounds of --latency."] = 5
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1 or self.rounds < 2 or self.new_tokens < 2:
+            raise UserError(
+                "latency needs prompts, batches of at least 1, two rounds and two tokens"
+            )
+
+
+@dataclass(frozen=True)
 class Elicitation:
     """How answers are elicited: the names in "You are a(n) … assistant.", and the split asked.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -163,38 +163,77 @@ def answer_rows(
     return ordered
 
 
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """How a model is steered while it answers: by diffs or by vectors, or told to by a prompt.
+
+    ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
+    states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text.
+    """
+
+    terms: Mapping[LoRADiff, float] = field(default_factory=dict)
+    mode: str = "live"
+    activation: ActivationSetting | None = None
+    system_prompt: str | None = None
+
+    def condition(self) -> Condition:
+        """Return the condition that rows are of; UserError for diffs and vectors at once."""
+        activation, system_prompt = self.activation, self.system_prompt
+        if self.terms and activation is not None:
+            raise UserError("a diff and a steering vector do not steer at once; choose one of them")
+        if self.terms:
+            return Condition("lora", _only(self.terms.values()), system_prompt=system_prompt)
+        if activation is not None:
+            layer = _only(activation.layers or ())
+            if activation.ablate:
+                return Condition("ablation", None, layer, system_prompt)
+            return Condition("activation", _only(activation.vectors.values()), layer, system_prompt)
+        if system_prompt in ("pos", "neg"):
+            return Condition(f"prompt_{system_prompt}")
+        if system_prompt is None:
+            return UNSTEERED
+        return Condition("prompt", system_prompt=system_prompt)
+
+    def steerer(self, chat_model: ChatModel) -> Steerer:
+        """Return the context manager that steers the model so; UserError for an unknown mode."""
+        if self.activation is not None:
+            return self.activation.steerer(chat_model)
+        if self.mode not in METHODS:
+            raise UserError(f"mode must be one of {', '.join(METHODS)}, got {self.mode!r}")
+        return METHODS[self.mode](chat_model, self.terms) if self.terms else Unsteered()
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the diffs and of the vectors."""
+        vectors = [] if self.activation is None else list(self.activation.vectors)
+        return {
+            **numbered("diff", [diff.content() for diff in self.terms]),
+            **numbered("vector", [each.content() for each in vectors]),
+        }
+
+
 def evaluate(
     chat_model: ChatModel,
     trait: Trait,
     judge: Callable[[], Judge],
     output: Output | Path,
     *,
-    terms: Mapping[LoRADiff, float] | None = None,
-    mode: str = "live",
-    activation: ActivationSetting | None = None,
-    system_prompt: str | None = None,
+    steering: Steering = Steering(),
     split: Split = "eval",
     options: GenerationOptions | None = None,
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
 
-    ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
-    states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text. ``judge`` builds
-    the judge once answers are there; it is called outside the steerer, so that a judge may ask
-    the unsteered model.
+    ``judge`` builds the judge once answers are there; it is called outside the steerer, so that a
+    judge may ask the unsteered model.
     """
     output = Output.of(output)
     path = output.path
     if path.suffix != ".csv":
         raise UserError(f"output must end in .csv, got {path}")
     options = options or GenerationOptions()
-    condition = _condition(terms, activation, system_prompt)
+    condition = steering.condition()
     plan = plan_rows(trait, split, [condition], samples=options.samples)
-    steering = [] if activation is None else list(activation.vectors)
-    if activation is not None:
-        steerer = activation.steerer(chat_model)
-    else:
-        steerer = _steerer(chat_model, terms or {}, mode)
+    steerer = steering.steerer(chat_model)
     ensure_writable_folder(path.parent)
     run = Run.open(
         output.at(path.with_suffix("")),
@@ -203,17 +242,12 @@ def evaluate(
             "trait": trait.name,
             **chat_model.record(),
             "split": split,
-            "mode": mode if terms else None,
+            "mode": steering.mode if steering.terms else None,
             "condition": dataclasses.asdict(condition),
             "generation": dataclasses.asdict(options),
         },
         seed=options.seed,
-        inputs={
-            **chat_model.inputs(),
-            **trait.inputs(),
-            **numbered("diff", [diff.content() for diff in terms or {}]),
-            **numbered("vector", [each.content() for each in steering]),
-        },
+        inputs={**chat_model.inputs(), **trait.inputs(), **steering.inputs()},
     )
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
@@ -238,27 +272,6 @@ def mean_score(run: Run, criterion: str) -> Interval:
     return bootstrap_mean(by_question)
 
 
-def _condition(
-    terms: Mapping[LoRADiff, float] | None,
-    activation: ActivationSetting | None,
-    system_prompt: str | None,
-) -> Condition:
-    if terms and activation is not None:
-        raise UserError("a diff and a steering vector do not steer at once; choose one of them")
-    if terms:
-        return Condition("lora", _only(terms.values()), system_prompt=system_prompt)
-    if activation is not None:
-        layer = _only(activation.layers or ())
-        if activation.ablate:
-            return Condition("ablation", None, layer, system_prompt)
-        return Condition("activation", _only(activation.vectors.values()), layer, system_prompt)
-    if system_prompt in ("pos", "neg"):
-        return Condition(f"prompt_{system_prompt}")
-    if system_prompt is None:
-        return UNSTEERED
-    return Condition("prompt", system_prompt=system_prompt)
-
-
 def _only(values: Collection[T]) -> T | None:
     """Return the one value there is, or None where there are several."""
     return next(iter(values)) if len(values) == 1 else None
@@ -270,14 +283,6 @@ def _system_prompt(trait: Trait, condition: Condition, question_id: int) -> str 
     if wanted in signs:
         return trait_prompt(trait, signs[wanted], question_id)
     return condition.system_prompt
-
-
-def _steerer(chat_model: ChatModel, terms: Mapping[LoRADiff, float], mode: str) -> Steerer:
-    if mode not in METHODS:
-        raise UserError(f"mode must be one of {', '.join(METHODS)}, got {mode!r}")
-    if not terms:
-        return Unsteered()
-    return METHODS[mode](chat_model, terms)
 
 
 def _answer(number: int, row: Row[Condition], generated: Generated) -> Answer:

@@ -30,7 +30,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report.items import COLUMNS, TaskScore, cells_of, score_items
 from persona_lora.steering.bank import steer_live
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
-from persona_lora.studies.asking.run import GenerationOptions, evaluate
+from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate
 from persona_lora.studies.drift.figure import render_prevention
 from persona_lora.training.finetune import read_conversations
 
@@ -155,7 +155,7 @@ class _Measured:
             trait,
             judge,
             self._output("answers", f"{self.name}.csv"),
-            terms=self.terms,
+            steering=Steering(self.terms),
             options=self.options,
         )
         run = Run(result.run)

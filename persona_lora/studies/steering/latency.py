@@ -17,6 +17,7 @@ import numpy as np
 from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import TimingOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.models.loading import ChatModel
@@ -44,9 +45,7 @@ def run_latency(
     levels: Sequence[Level],
     output: Output | Path,
     *,
-    batches: Sequence[int] = (1, 8, 32),
-    new_tokens: int = 32,
-    rounds: int = 5,
+    timing: TimingOptions = TimingOptions(),
     datasets: Path | None = None,
 ) -> Run:
     """Time all ways of steering at the highest level into the run ``output``; it keeps its rounds.
@@ -59,13 +58,7 @@ def run_latency(
     run = Run.open(
         output,
         command="latency",
-        config={
-            "trait": trait.name,
-            **chat_model.record(),
-            "batches": list(batches),
-            "new_tokens": new_tokens,
-            "rounds": rounds,
-        },
+        config={"trait": trait.name, **chat_model.record(), **dataclasses.asdict(timing)},
         seed=0,
         inputs={
             **chat_model.inputs(),
@@ -77,20 +70,13 @@ def run_latency(
     )
     with run:
         rows = run.resume_rows("timings")
-        per_round = len(VARIANTS) * len(batches)
+        per_round = len(VARIANTS) * len(timing.batches)
         kept = len(rows) // per_round
         run.write("timings", rows[: kept * per_round])  # without a round that a kill cut short
+        told = trait.instructions[0].pos
         with progress.stage("timing"):
             for found in measure_latency(
-                chat_model,
-                bank,
-                coefficients,
-                trait.instructions[0].pos,
-                prompts,
-                batches=batches,
-                new_tokens=new_tokens,
-                rounds=rounds,
-                first=kept + 1,
+                chat_model, bank, coefficients, told, prompts, timing, first=kept + 1
             ):
                 run.extend("timings", [dataclasses.asdict(each) for each in found])
         if not run.read("costs"):
@@ -108,20 +94,19 @@ def measure_latency(
     coefficients: Mapping[str, float],
     system_prompt: str,
     prompts: Sequence[str],
+    options: TimingOptions,
     *,
-    batches: Sequence[int] = (1, 8, 32),
-    new_tokens: int = 32,
-    rounds: int = 5,
     first: int = 1,
 ) -> Iterator[list[Timing]]:
     """Time every variant at every batch size in turn; yield each round's timings as it ends.
 
-    Rounds ``first`` to ``rounds`` are measured. Before each measurement stands a short generation
-    that is not: memory is mapped and caches are warm for all alike. ``coefficients`` are those of
-    "lora" and "activation". The prompts are repeated to fill a batch.
+    Rounds ``first`` to ``options.rounds`` are measured. Before each measurement stands a short
+    generation that is not: memory is mapped and caches are warm for all alike. ``coefficients`` are
+    those of "lora" and "activation". The prompts are repeated to fill a batch.
     """
-    if not prompts or not batches or min(batches) < 1 or rounds < 2 or new_tokens < 2:
+    if not prompts:
         raise UserError("latency needs prompts, batches of at least 1, two rounds and two tokens")
+    rounds, batches, new_tokens = options.rounds, options.batches, options.new_tokens
     total = (rounds + 1 - first) * len(batches) * len(VARIANTS)
     done = 0
     for number in range(first, rounds + 1):

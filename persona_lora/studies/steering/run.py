@@ -182,12 +182,7 @@ def sweep(
         answer_rows(chat_model, plan, steerer, run, options)
         if sweeping.costs and not run.read("costs"):
             with progress.stage("divergence"):
-                costs = measure_costs(
-                    chat_model,
-                    bank,
-                    population.conditions,
-                    prompts,
-                )
+                costs = measure_costs(chat_model, bank, population.conditions, prompts)
             run.write("costs", [dataclasses.asdict(cost) for cost in costs])
         judge_answers(run, judge, trait)
     return write_results(run, trait.name)

@@ -43,6 +43,9 @@ EXACT_TRAITS = 7
 DRAWN_ORDERS = 5000
 TIES = 1e-9
 FEW_PROMPTS = 8
+Rows = Iterable[Mapping[str, Any]]
+Kept = Callable[[str, Callable[[], Rows]], list[dict[str, Any]]]
+"""Gives the rows of a part of a run; those that are not there are made, and written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,13 +106,13 @@ def run_spaces(
         },
     )
 
-    def kept(name: str, make: Callable[[], Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    def kept(name: str, make: Callable[[], Rows]) -> list[dict[str, Any]]:
         if not run.read(name):
             run.write(name, make())
         return run.read(name)
 
     def scales(bank: Bank) -> dict[str, float]:
-        def measured() -> Iterable[Mapping[str, Any]]:
+        def measured() -> Rows:
             with progress.stage("equal effect"):
                 found = equal_effect_scales(anyway, bank, prompts)
             return map(dataclasses.asdict, found)
@@ -119,27 +122,28 @@ def run_spaces(
 
     with run:
         texts = ordinary_texts(chat_model, prompts)
-        chosen = Spaces(
-            diffs,
-            vectors,
-            layer,
-            scales(weights),
-            scales(activations),
-        )
-        kept("shifts", lambda: shift_cosines(chat_model, chosen, texts))
-        kept(
-            "spectra",
-            lambda: (
-                {"trait": name, **row} for name in chosen.traits for row in spectra(diffs[name])
-            ),
-        )
-        cosines = kept("cosines", lambda: trait_cosines(chosen))
-        rho, p = agreement(cosines)
-        kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
-        kept("interference", lambda: interference(chat_model, chosen, texts))
-        with progress.stage("linearity"):
-            kept("linearity", lambda: linearity(chat_model, chosen, texts))
+        chosen = Spaces(diffs, vectors, layer, scales(weights), scales(activations))
+        _write_comparisons(chat_model, chosen, texts, kept)
     return run
+
+
+def _write_comparisons(
+    chat_model: ChatModel, chosen: Spaces, texts: Sequence[TokenizedExchange], kept: Kept
+) -> None:
+    """Write what the two spaces have in common, part by part."""
+    kept("shifts", lambda: shift_cosines(chat_model, chosen, texts))
+    kept(
+        "spectra",
+        lambda: (
+            {"trait": name, **row} for name in chosen.traits for row in spectra(chosen.diffs[name])
+        ),
+    )
+    cosines = kept("cosines", lambda: trait_cosines(chosen))
+    rho, p = agreement(cosines)
+    kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
+    kept("interference", lambda: interference(chat_model, chosen, texts))
+    with progress.stage("linearity"):
+        kept("linearity", lambda: linearity(chat_model, chosen, texts))
 
 
 def trait_directions(

@@ -16,6 +16,7 @@ from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.run import (
     Condition,
     GenerationOptions,
+    Steering,
     evaluate,
     plan_rows,
 )
@@ -62,7 +63,7 @@ def test_evaluate_writes_the_csv_and_the_rows(chat_model, trait, judge, tmp_path
 @pytest.mark.parametrize("mode", ["live", "merged"])
 def test_a_diff_steers_as_merged_weights_do(chat_model, trait, judge, make_diff, tmp_path, mode):
     diff = make_diff(chat_model.model, scale=0.3)
-    options = {"options": OPTIONS, "terms": {diff: 1.0}, "mode": mode}
+    options = {"options": OPTIONS, "steering": Steering({diff: 1.0}, mode)}
     evaluate(chat_model, trait, lambda: judge, tmp_path / "steered.csv", **options)
     with LoRASteerer(chat_model.model, diff, 1.0):
         evaluate(chat_model, trait, lambda: judge, tmp_path / "merged.csv", options=OPTIONS)
@@ -86,8 +87,9 @@ def test_a_vector_steers_as_its_context_manager_does(
     chat_model, trait, judge, vector, tmp_path, ablate
 ):
     setting = ActivationSetting({vector: -1.5}, (1,), ablate=ablate, positions="all")
+    steering = Steering(activation=setting)
     evaluate(
-        chat_model, trait, lambda: judge, tmp_path / "a.csv", options=OPTIONS, activation=setting
+        chat_model, trait, lambda: judge, tmp_path / "a.csv", options=OPTIONS, steering=steering
     )
     if ablate:
         steerer = DirectionAblation(chat_model.model, vector, 1)
@@ -106,13 +108,12 @@ def test_a_vector_steers_as_its_context_manager_does(
 def test_a_diff_and_a_vector_at_once_are_refused(
     chat_model, trait, judge, make_diff, vector, tmp_path
 ):
-    both = {"terms": {make_diff(chat_model.model): 1.0}, "activation": ActivationSetting({})}
+    both = Steering({make_diff(chat_model.model): 1.0}, activation=ActivationSetting({}))
     with pytest.raises(UserError, match="choose one"):
-        evaluate(chat_model, trait, lambda: judge, tmp_path / "x.csv", **both)
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "x.csv", steering=both)
+    none = Steering(activation=ActivationSetting({}))
     with pytest.raises(UserError, match="at least one steering vector"):
-        evaluate(
-            chat_model, trait, lambda: judge, tmp_path / "x.csv", activation=ActivationSetting({})
-        )
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "x.csv", steering=none)
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(
@@ -142,14 +143,15 @@ def test_a_finished_evaluation_is_not_judged_again(chat_model, trait, judge, tmp
         evaluate(chat_model, trait, lambda: judge, tmp_path / "a.csv", options=OPTIONS)
     answered = [each for each in judge.asked if each[1] == 3]
     assert len(answered) == 2  # trait and coherence, once each
+    told = Steering(system_prompt="pos")
     with pytest.raises(UserError, match="another configuration"):
-        evaluate(chat_model, trait, lambda: judge, tmp_path / "a.csv", system_prompt="pos")
+        evaluate(chat_model, trait, lambda: judge, tmp_path / "a.csv", steering=told)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "fused"}, "live, merged"),
+        ({"steering": Steering(mode="fused")}, "live, merged"),
         ({"output": "x.json"}, r"\.csv"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, random_diff_like
+from persona_lora.core.options import ComparisonOptions
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.directions import random_like
@@ -106,8 +107,8 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
 
     def go():
         return compare(
-            chat_model, trait, methods, [0.5, -0.5], lambda: judge, tmp_path / "out",
-            max_questions=2, options=OPTIONS,
+            chat_model, trait, methods, lambda: judge, tmp_path / "out",
+            comparing=ComparisonOptions((0.5, -0.5), max_questions=2), options=OPTIONS,
         )  # fmt: skip
 
     found = go()
@@ -138,8 +139,9 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
 
 
 def test_a_trait_without_such_questions_is_named(chat_model, methods, trait, judge, tmp_path):
+    ood = ComparisonOptions((1.0,), split=("ood",))
     with pytest.raises(UserError, match="no ood questions"):
-        compare(chat_model, trait, methods, [1.0], lambda: judge, tmp_path / "out", splits=["ood"])
+        compare(chat_model, trait, methods, lambda: judge, tmp_path / "out", comparing=ood)
 
 
 def test_several_steerers_leave_nothing_behind(chat_model, methods):

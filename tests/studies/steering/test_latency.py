@@ -10,6 +10,7 @@ from scipy.stats import ttest_1samp
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, random_diff_like
+from persona_lora.core.options import TimingOptions
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.steering.directions import random_like
 from persona_lora.studies.steering.calibration import bank_of_methods
@@ -31,12 +32,12 @@ def test_every_variant_is_timed_in_every_round_and_the_model_is_put_back(chat_mo
     with progress.stage("timing"):
         by_round = list(measure_latency(
             chat_model, methods, {"lora": 1.0, "activation": 2.0}, "Be rude.", ["Hi.", "Why?"],
-            batches=(1, 3), new_tokens=3, rounds=2,
+            TimingOptions((1, 3), new_tokens=3, rounds=2),
         ))  # fmt: skip
     assert [len(each) for each in by_round] == [10, 10]
     (later,) = measure_latency(
         chat_model, methods, {"lora": 1.0, "activation": 2.0}, "Be rude.", ["Hi."],
-        batches=(1,), new_tokens=2, rounds=2, first=2,
+        TimingOptions((1,), new_tokens=2, rounds=2), first=2,
     )  # fmt: skip
     assert {each.round for each in later} == {2}
     timings = [timing for each in by_round for timing in each]
@@ -101,6 +102,11 @@ def test_what_is_kept_beside_the_model(chat_model, methods):
 @pytest.mark.parametrize(
     "options", [{"batches": ()}, {"batches": (0,)}, {"rounds": 1}, {"new_tokens": 1}]
 )
-def test_senseless_measurements_are_refused(chat_model, methods, options):
+def test_senseless_measurements_are_refused(options):
     with pytest.raises(UserError, match="latency needs"):
-        next(measure_latency(chat_model, methods, {}, "x", ["Hi."], **options))
+        TimingOptions(**options)
+
+
+def test_no_prompts_are_refused(chat_model, methods):
+    with pytest.raises(UserError, match="latency needs prompts"):
+        next(measure_latency(chat_model, methods, {}, "x", [], TimingOptions()))
