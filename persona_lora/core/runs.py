@@ -112,6 +112,7 @@ RECORDED = ("command", "config", "seed", "status")
 EMPTYING = "emptying"  # the status while rows of an overwritten run may still be there
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
 ROUNDING = 1e-9
+LISTS = (list, tuple)  # a tuple comes back from JSON as a list
 SHOWN = 60
 
 
@@ -321,7 +322,7 @@ def first_difference(old: Any, new: Any, name: str = "") -> str | None:
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
         pairs = [(f"{name}.{key}" if name else str(key), old[key], new[key]) for key in old]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    elif isinstance(old, LISTS) and isinstance(new, LISTS) and len(old) == len(new):
         pairs = [(f"{name}[{at}]", *pair) for at, pair in enumerate(zip(old, new, strict=True))]
     elif old == new or _both_close(old, new):
         return None

@@ -45,6 +45,14 @@ def opened(folder, *, config=None, inputs=None, overwrite=False, parts=()):
     )
 
 
+def test_a_tuple_is_the_list_that_it_is_written_as(tmp_path):
+    for _ in range(2):
+        with opened(tmp_path, config={"batches": (1, 8)}):
+            pass
+    with pytest.raises(UserError, match="batches"):
+        opened(tmp_path, config={"batches": (1, 9)})
+
+
 def test_an_output_brings_what_its_run_records_beside(tmp_path):
     beside = Output(tmp_path, config={"judge": "j", "a": 2}, inputs={"the judge": "1"})
     asked = {"command": "x", "config": {"a": 1}, "seed": 0, "inputs": {"the model": "2"}}
