@@ -507,7 +507,7 @@ COMMANDS = {
         ("a", "b", "--output", "o.csv"),
         ("persona_lora.core.files:write_csv",),
         {"reference": None, "runs": None},
-        {"persona_lora.report.paired:compare_runs": []},
+        {"persona_lora.report.comparisons:compare_runs": []},
     ),
     "persona ratings": Command(
         ("folder", "a.csv"),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from persona_lora.models.loading import ChatModel
-    from persona_lora.report.items import TaskScore
+    from persona_lora.report.comparisons import TaskScore
 
 
 @app.command("benchmark")

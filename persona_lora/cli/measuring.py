@@ -309,7 +309,7 @@ def paired(
     from persona_lora.core.files import write_csv
     from persona_lora.core.runs import Run
     from persona_lora.report import wording
-    from persona_lora.report.paired import COLUMNS, cells_of, compare_runs
+    from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs
 
     # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
     given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]
@@ -331,4 +331,4 @@ def paired(
         )
     console.print(table)
     if output is not None:
-        write_csv(output, COLUMNS, [cells_of(each) for each in found])
+        write_csv(output, RUN_COLUMNS, [each.cells() for each in found])

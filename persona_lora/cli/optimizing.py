@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from persona_lora.models.processes import Processes
-    from persona_lora.report.fits import ConditionFit
+    from persona_lora.report.comparisons import ConditionFit
     from persona_lora.studies.personas.bench import PersonaBench
     from persona_lora.studies.personas.search import Generation
 

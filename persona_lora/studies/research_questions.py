@@ -17,9 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
+from persona_lora.report.comparisons import ConditionFit, TaskScore, fits_over_personas, score_items
 from persona_lora.report.figures import Picture
-from persona_lora.report.fits import ConditionFit, fits_over_personas
-from persona_lora.report.items import TaskScore, score_items
 from persona_lora.report.resampling import Interval
 from persona_lora.report.sections import Table
 from persona_lora.report.wording import (

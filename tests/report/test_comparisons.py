@@ -1,4 +1,4 @@
-"""Paired comparisons: every number is the one that was recorded when each had code of its own."""
+"""Paired comparisons: every number is what was recorded when each had code of its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from persona_lora.core.runs import Run
-from persona_lora.report.fits import fits_over_personas, fits_over_prompts, strict_rows
-from persona_lora.report.items import score_items
-from persona_lora.report.paired import compare_runs
+from persona_lora.report.comparisons import (
+    compare_runs,
+    fits_over_personas,
+    fits_over_prompts,
+    score_items,
+    strict_rows,
+)
 from persona_lora.studies.steering.read_comparison import pooled, read_comparison
 
 RECORDED = Path(__file__).with_name("recorded_comparisons.json")

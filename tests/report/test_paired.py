@@ -6,7 +6,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.report.paired import compare_runs
+from persona_lora.report.comparisons import compare_runs
 
 
 def run_of(folder, scores, *, trait="cheer", coherence=80.0):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from persona_lora.report import wording
+from persona_lora.report.comparisons import ConditionFit
 from persona_lora.report.curve import PairedDifference
-from persona_lora.report.fits import ConditionFit
 from persona_lora.report.resampling import Interval
 from persona_lora.studies import research_questions
 from persona_lora.studies.drift.read import Curve, Point

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from persona_lora.core.runs import Run
+from persona_lora.report.comparisons import score_items
 from persona_lora.report.drift_figure import render_drift
-from persona_lora.report.items import score_items
 from persona_lora.report.resampling import Interval
 from persona_lora.report.summary import summarise_run
 from persona_lora.studies.drift import figure as drift

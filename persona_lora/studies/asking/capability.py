@@ -25,7 +25,7 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.core.settings import read_yaml
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.items import COLUMNS, TaskScore, cells_of, score_items
+from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items
 
 PERPLEXITY = "perplexity"
 INSTALL = 'pip install "persona-lora[benchmark]"'
@@ -64,7 +64,7 @@ def run_benchmarks(
                 items = _items(chat_model, options)
                 run.extend("items", [{"condition": name, **row} for row in items])
         scores = score_items(run.read("items"), next(iter(conditions)))
-        write_csv(run.folder / "scores.csv", COLUMNS, [cells_of(each) for each in scores])
+        write_csv(run.folder / "scores.csv", TASK_COLUMNS, [each.cells() for each in scores])
     return scores
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.report.comparisons import TaskScore
 from persona_lora.report.figures import (
     COHERENCE,
     CONTROL,
@@ -43,7 +44,6 @@ from persona_lora.report.figures import (
     series,
     short,
 )
-from persona_lora.report.items import TaskScore
 from persona_lora.report.wording import CLEAR, number, p_value, title_of
 from persona_lora.studies.drift.read import (
     Agreement,

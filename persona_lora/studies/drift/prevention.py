@@ -27,7 +27,7 @@ from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.items import COLUMNS, TaskScore, cells_of, score_items
+from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items
 from persona_lora.steering.bank import steer_live
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
 from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate
@@ -125,7 +125,7 @@ def compare_prevention(
             run.extend(MEASURES, [*found, *measured.capability(tasks)])
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
         scores = score_items(kept, next(iter(models)))
-        write_csv(run.folder / "prevention.csv", COLUMNS, [cells_of(each) for each in scores])
+        write_csv(run.folder / "prevention.csv", TASK_COLUMNS, [each.cells() for each in scores])
         render_prevention(scores, trait.name).save(run.folder / "prevention.png")
     return scores
 

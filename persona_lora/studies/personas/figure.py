@@ -12,6 +12,12 @@ from matplotlib.axes import Axes
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.report.comparisons import (
+    ConditionFit,
+    Row,
+    fits_over_personas,
+    fits_over_prompts,
+)
 from persona_lora.report.figures import (
     COHERENCE,
     CONTROL,
@@ -31,12 +37,6 @@ from persona_lora.report.figures import (
     lines,
     new_figure,
     series,
-)
-from persona_lora.report.fits import (
-    ConditionFit,
-    Row,
-    fits_over_personas,
-    fits_over_prompts,
 )
 from persona_lora.report.resampling import Array
 from persona_lora.report.wording import interval, number, title_of

@@ -19,7 +19,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output, Run
-from persona_lora.report.fits import ConditionFit, fits_over_personas
+from persona_lora.report.comparisons import ConditionFit, fits_over_personas
 from persona_lora.studies.asking.run import Row
 from persona_lora.studies.personas.objective import Speaker
 

@@ -16,7 +16,7 @@ from persona_lora.core.files import write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output, Run
 from persona_lora.models.structure import num_layers, read_layers
-from persona_lora.report.fits import (
+from persona_lora.report.comparisons import (
     ConditionFit,
     fits_over_personas,
     fits_over_prompts,

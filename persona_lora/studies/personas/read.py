@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.figures import Picture
-from persona_lora.report.fits import (
+from persona_lora.report.comparisons import (
     ConditionFit,
     Row,
     fits_over_personas,
     fits_over_prompts,
 )
+from persona_lora.report.figures import Picture
 from persona_lora.report.sections import (
     Block,
     Card,

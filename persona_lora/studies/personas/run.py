@@ -26,7 +26,7 @@ from persona_lora.judges.persona_judges import JudgeCheck
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Alone, Processes
-from persona_lora.report.fits import ConditionFit, fits_over_prompts
+from persona_lora.report.comparisons import ConditionFit, fits_over_prompts
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row
 from persona_lora.studies.personas.figure import render_search

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.report.resampling import Interval, bootstrap_mean, holm, sign_flip_p
+from persona_lora.report.comparisons import over_units
+from persona_lora.report.resampling import Interval, bootstrap_mean, holm
 
 LORA, ACTIVATION = "lora", "activation"
 EFFECT = "effect"
@@ -257,9 +259,8 @@ def _interval(values: Mapping[int, float]) -> Interval:
 
 
 def _tested(gaps: Mapping[int, float]) -> tuple[Interval | None, float | None]:
-    if not gaps:
-        return None, None
-    return _interval(gaps), sign_flip_p(np.array(list(gaps.values())))
+    found = over_units(pd.Series(gaps, dtype=float).rename_axis("question"), "question")
+    return found.difference, found.p
 
 
 def cells_of(point: Point) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import yaml
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import TaskOptions
-from persona_lora.report.items import score_items
+from persona_lora.report.comparisons import score_items
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.capability import run_benchmarks
 

@@ -23,7 +23,7 @@ from persona_lora.judges.choice import JudgeOptions
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.profiles.conversations import load_conversations
 from persona_lora.profiles.folders import build_persona
-from persona_lora.report.fits import fits_over_personas, fits_over_prompts, strict_rows
+from persona_lora.report.comparisons import fits_over_personas, fits_over_prompts, strict_rows
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import default_layers, load_directions

@@ -1,0 +1,317 @@
+"""One paired comparison: groups of rows beside a reference group, on the same units.
+
+``paired`` pairs rows of two groups by what they share (a question, an item, a persona's prompt),
+takes the difference of a value, and resamples and tests it over units. Runs of evaluate, tasks of a
+benchmark and conditions of a persona are compared by it. Refuses to know what made them differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from persona_lora.core.chat import COHERENCE
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.report.resampling import Interval, bootstrap_mean, holm, sign_flip_p
+from persona_lora.report.summary import trait_of
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A group minus the reference: the mean difference with its interval over units.
+
+    ``p`` is a two-sided sign-flip test on the units' means, ``effect_size`` their mean over their
+    standard deviation (Cohen's d_z). All are None where nothing could be paired.
+    """
+
+    difference: Interval | None = None
+    p: float | None = None
+    effect_size: float | None = None
+
+
+def paired(
+    rows: pd.DataFrame,
+    *,
+    by: str,
+    value: str,
+    unit: str,
+    reference: Hashable,
+    within: Sequence[str] = (),
+) -> dict[Hashable, Paired]:
+    """Return every group of ``by`` against the reference group, which is paired with nothing.
+
+    Rows are paired where ``unit`` and the columns of ``within`` are equal; of several rows at one
+    place the mean counts, and rows without a value do not.
+    """
+    place = [by, *within, unit]
+    known = rows.dropna(subset=[value])
+    scores = known.groupby(place, sort=False)[value].agg(lambda x: np.mean(x.to_numpy()))
+    groups = {name: own.droplevel(0) for name, own in scores.groupby(level=0, sort=False)}
+    theirs = groups.get(reference)
+    return {
+        name: Paired()
+        if theirs is None or name == reference or name not in groups
+        else over_units((groups[name] - theirs.reindex(groups[name].index)).dropna(), unit)
+        for name in rows[by].unique()
+    }
+
+
+def over_units(gaps: pd.Series, unit: str) -> Paired:
+    """Return the mean of differences, resampled and tested over the units of their index."""
+    if gaps.empty:
+        return Paired()
+    by_unit = {name: list(map(float, own)) for name, own in gaps.groupby(level=unit, sort=False)}
+    means = np.array([np.mean(each) for each in by_unit.values()])
+    spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
+    size = float(means.mean()) / spread if spread > 0 else None
+    return Paired(bootstrap_mean(_numbered(by_unit)), sign_flip_p(means), size)
+
+
+def means(rows: pd.DataFrame, *, by: str, value: str, unit: str) -> dict[Hashable, Interval]:
+    """Return the mean value of every group, with its interval over units."""
+    return {
+        name: bootstrap_mean(
+            _numbered(
+                {
+                    at: [None if np.isnan(score) else float(score) for score in each]
+                    for at, each in own.groupby(unit, sort=False)[value]
+                }
+            )
+        )
+        for name, own in rows.groupby(by, sort=False)
+    }
+
+
+def frame(rows: Sequence[Row], values: Sequence[str]) -> pd.DataFrame:
+    """Return rows as a table; None among ``values`` is a missing number."""
+    table = pd.DataFrame(list(rows))
+    return table.astype(dict.fromkeys(values, float))
+
+
+def _numbered(groups: Mapping[Hashable, list[Any]]) -> dict[int, list[Any]]:
+    return dict(enumerate(groups.values()))
+
+
+def _interval_cells(gap: Interval | None) -> dict[str, Any]:
+    names = ("difference", "difference_low", "difference_high")
+    values = (None,) * 3 if gap is None else (gap.mean, gap.low, gap.high)
+    return dict(zip(names, values, strict=True))
+
+
+# -- runs of evaluate --------------------------------------------------------------------------
+
+RUN_COLUMNS = (
+    *("run", "trait", "low", "high", "n", "coverage", "coherence"),
+    *("difference", "difference_low", "difference_high", "p", "p_holm"),
+)
+
+
+@dataclass(frozen=True)
+class PairedRun:
+    """One run: mean trait score and coherence, and the difference from the reference.
+
+    ``difference`` is over questions that both runs have, ``p`` a two-sided sign-flip test on the
+    questions' means, ``p_holm`` corrected over the runs compared; None for the reference itself.
+    """
+
+    name: str
+    trait: Interval
+    coherence: Interval
+    difference: Interval | None
+    p: float | None
+    p_holm: float | None = None
+
+    def cells(self) -> dict[str, Any]:
+        """Return the run as a row of a table of ``RUN_COLUMNS``."""
+        return {
+            "run": self.name,
+            **{name: getattr(self.trait, name) for name in ("low", "high", "coverage")},
+            "trait": self.trait.mean,
+            "n": self.trait.n_questions,
+            "coherence": self.coherence.mean,
+            **_interval_cells(self.difference),
+            "p": self.p,
+            "p_holm": self.p_holm,
+        }
+
+
+def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
+    """Return the reference and every run, compared with it.
+
+    UserError for runs of different traits, or without a question in common.
+    """
+    every = (reference, *runs)
+    traits = {trait_of(run) for run in every}
+    if len(traits) > 1:
+        raise UserError(f"the runs are of different traits: {', '.join(sorted(traits))}")
+    trait = traits.pop()
+    scores = pd.concat([_scored(run, trait, at) for at, run in enumerate(every)])
+    coherence = pd.concat([_scored(run, COHERENCE, at) for at, run in enumerate(every)])
+    place = {"by": "run", "value": "score", "unit": "question"}
+    gaps = paired(scores.sort_values("question", kind="stable"), **place, reference=0)
+    for at, run in enumerate(every[1:], start=1):
+        if gaps[at].difference is None:
+            raise UserError(f"{run.folder} and the reference have no scored question in common")
+    corrected = holm([gaps[at].p for at in range(len(every))])
+    scored, coherent = means(scores, **place), means(coherence, **place)
+    return [
+        PairedRun(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p, p)
+        for (at, run), p in zip(enumerate(every), corrected, strict=True)
+    ]
+
+
+def _scored(run: Run, criterion: str, at: int) -> pd.DataFrame:
+    question_of = {row["row"]: row["question_id"] for row in run.read("answers")}
+    rows = [
+        {"run": at, "question": question_of[verdict["row"]], "score": verdict["score"]}
+        for verdict in run.read("verdicts")
+        if verdict["criterion"] == criterion
+    ]
+    if not rows:
+        raise UserError(f"{run.folder} holds no verdicts on {criterion}; is it a run of evaluate?")
+    return frame(rows, ["score"])
+
+
+# -- tasks, item by item -----------------------------------------------------------------------
+
+TASK_COLUMNS = (
+    *("condition", "task", "metric", "score", "low", "high", "n"),
+    *("difference", "difference_low", "difference_high", "p", "p_holm"),
+)
+TOLD_BY_TASK = ("score", "nats")  # metrics that a task's name says
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task under one condition, with the paired difference from the unsteered model.
+
+    Scores are means over items: accuracies, or for "perplexity" the mean log-probability of a
+    token (nats; larger is better, and e^−score is the perplexity).
+    """
+
+    condition: str
+    task: str
+    metric: str
+    score: Interval
+    difference: Interval | None
+    p: float | None
+    p_holm: float | None = None
+
+    @property
+    def measure(self) -> str:
+        """The task, and its metric where the task's name does not say it."""
+        return self.task if self.metric in TOLD_BY_TASK else f"{self.task}: {self.metric}"
+
+    def cells(self) -> dict[str, Any]:
+        """Return the score as a row of a table of ``TASK_COLUMNS``."""
+        return {
+            **{name: getattr(self, name) for name in ("condition", "task", "metric")},
+            **{name: getattr(self.score, name) for name in ("low", "high", "n")},
+            "score": self.score.mean,
+            **_interval_cells(self.difference),
+            "p": self.p,
+            "p_holm": self.p_holm,
+        }
+
+
+def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
+    """Return every task's score under every condition, paired by item with the reference.
+
+    A row is one item of one task: ``condition``, ``task``, ``metric``, ``item`` and ``score``.
+    """
+    table = frame(rows, ["score"])
+    place = {"by": "condition", "value": "score", "unit": "item"}
+    by_task = {}
+    for (task, metric), own in table.groupby(["task", "metric"], sort=False):
+        gaps, scores = paired(own, **place, reference=reference), means(own, **place)
+        for name, score in scores.items():
+            gap = gaps[name]
+            by_task[name, task, metric] = TaskScore(
+                *(str(name), task, metric, score, gap.difference, gap.p)
+            )
+    order = table[["condition", "task", "metric"]].drop_duplicates()
+    found = [by_task[place] for place in order.itertuples(index=False, name=None)]
+    corrected = holm([each.p for each in found])
+    return [replace(each, p_holm=p) for each, p in zip(found, corrected, strict=True)]
+
+
+# -- conditions of a persona -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConditionFit:
+    """The mean fit, coherence and relevance of a condition; intervals over prompts or personas.
+
+    ``difference`` is its fit minus that of the reference on the same prompts, ``p`` a two-sided
+    sign-flip test on the units' means, ``p_holm`` corrected over the conditions compared, and
+    ``effect_size`` the mean of the units' differences over their standard deviation (Cohen's d_z).
+    All four are None for the reference itself.
+    """
+
+    condition: str
+    fit: Interval
+    coherence: Interval
+    relevance: Interval
+    difference: Interval | None
+    p: float | None
+    effect_size: float | None = None
+    p_holm: float | None = None
+
+
+def fits_over_prompts(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
+    """Return the fit of every condition of one persona; the units are prompts.
+
+    A row is one answer to one held-out prompt: ``persona``, ``condition``, ``prompt_id``, ``score``
+    (1–5 or None), ``coherence`` and ``relevance`` (0–100 or None).
+    """
+    return _fits(rows, reference, "prompt_id", "persona")
+
+
+def fits_over_personas(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
+    """Return the fit of every condition over personas: whole personas are drawn, not prompts."""
+    return _fits(rows, reference, "persona", "prompt_id")
+
+
+def strict_rows(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
+    """Return rows in which an answer of a coherence under ``least`` has the worst fit, 1.
+
+    A judge of style is fooled by broken text; what of a fit is left then is there in sentences.
+    """
+    return [
+        {**row, "score": 1.0}
+        if row["coherence"] is not None and row["coherence"] < least
+        else dict(row)
+        for row in rows
+    ]
+
+
+def _fits(rows: Sequence[Row], reference: str, unit: str, within: str) -> list[ConditionFit]:
+    measures = ("score", "coherence", "relevance")
+    columns = ("condition", unit, within, *measures)
+    table = frame([{name: row[name] for name in columns} for row in rows], measures)
+    of = [means(table, by="condition", value=name, unit=unit) for name in measures]
+    gaps = paired(
+        table, by="condition", value="score", unit=unit, reference=reference, within=[within]
+    )
+    corrected = holm([each.p for each in gaps.values()])
+    fit, coherence, relevance = of
+    return [
+        ConditionFit(
+            condition=str(name),
+            fit=fit[name],
+            coherence=coherence[name],
+            relevance=relevance[name],
+            difference=gap.difference,
+            p=gap.p,
+            effect_size=gap.effect_size,
+            p_holm=p,
+        )
+        for (name, gap), p in zip(gaps.items(), corrected, strict=True)
+    ]
