@@ -65,7 +65,10 @@ class MixingDesk:
         return tuple(sorted(self.diffs))
 
     def mix(self, values: Sequence[float | None]) -> Coefficients:
-        """Return coefficients from the sliders' values; UserError for what is out of range."""
+        """Return coefficients from the sliders' values.
+
+        Raises UserError for what is out of range.
+        """
         if len(values) != len(self.traits):
             raise UserError(f"{len(values)} values for {len(self.traits)} traits")
         found = {}
@@ -144,7 +147,10 @@ class MixingDesk:
         return path
 
     def load(self, path: Path) -> Coefficients:
-        """Read a mix; traits that it does not name are 0. UserError for one without a slider."""
+        """Read a mix; traits that it does not name are 0.
+
+        Raises UserError for one without a slider.
+        """
         read = Coefficients.read(path).as_dict()
         unknown = sorted(set(read) - set(self.traits))
         if unknown:
@@ -152,7 +158,7 @@ class MixingDesk:
         return self.mix([read.get(trait, 0.0) for trait in self.traits])
 
     def export(self, mix: Coefficients, folder: Path) -> Exported:
-        """Write a mix as one PEFT adapter; UserError where all coefficients are 0."""
+        """Write a mix as one PEFT adapter; raises UserError where all coefficients are 0."""
         terms = {self.diffs[trait]: value for trait, value in mix.as_dict().items() if value}
         if not terms:
             raise UserError("all sliders stand at 0: there is nothing to export")
@@ -165,7 +171,7 @@ def saved_mixes(folder: Path) -> list[str]:
 
 
 def file_name(title: str) -> str:
-    """Return a title as a file's name; UserError for an empty or a long one."""
+    """Return a title as a file's name; raises UserError for an empty or a long one."""
     name = "".join(
         letter if letter.isalnum() or letter in "-_" else "_" for letter in title.strip()
     )

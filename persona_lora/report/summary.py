@@ -167,7 +167,7 @@ def summarise_run(
 
 
 def trait_of(run: Run) -> str:
-    """Return the trait that a run's configuration names; UserError where it names none."""
+    """Return the trait that a run's configuration names; raises UserError where it names none."""
     trait = run.record["config"].get("trait")
     if not isinstance(trait, str) or not trait:
         raise UserError(f"{run.folder / 'run.json'} names no trait; expected the run of a sweep")

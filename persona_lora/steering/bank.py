@@ -81,7 +81,7 @@ def _matrix(rows: Sequence[Coefficients], names: Collection[str]) -> list[list[f
 
 
 def bank_of_diffs(diffs: Mapping[str, LoRADiff], *, energy: float | None = None) -> Bank:
-    """Return a bank of one diff a trait; ``energy`` is the share of ‖·‖² that they were cut to."""
+    """Return a bank of one diff per trait, cut to the share ``energy`` of ‖·‖² where given."""
     _check_any(diffs)
     diffs = dict(sorted(diffs.items()))
     cut = {} if energy is None else {"energy": energy}
@@ -98,7 +98,7 @@ def bank_of_vectors(
     layers: Sequence[int],
     positions: Positions = "response",
 ) -> Bank:
-    """Return a bank of one vector a trait, each added at all of ``layers``."""
+    """Return a bank of one vector per trait, each added at all of ``layers``."""
     _check_any(vectors)
     check_layers(layers)
     vectors = dict(sorted(vectors.items()))

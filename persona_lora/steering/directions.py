@@ -152,7 +152,7 @@ def vector_of(sums: PairSums, method: str, fields: Mapping[str, Any]) -> Steerin
     """Return the steering vector that a method finds in the sums.
 
     ``fields`` are the others of the vector (base model, trait, position, sources). What the
-    directions explain is added to the sources. UserError for an unknown method, and for a
+    directions explain is added to the sources. Raises UserError for an unknown method, and for a
     layer where positive and negative states do not differ at all.
     """
     if method not in EXTRACTORS:

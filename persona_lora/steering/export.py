@@ -97,7 +97,7 @@ def export_merged(
     """Write the base model with the mix merged, shard by shard, in the base's own types.
 
     Every weight is what ``LoRAMerger`` would write, bit for bit; one shard is in memory at a time.
-    The folder appears whole or not at all. UserError for a diff of other modules or shapes.
+    The folder appears whole or not at all. Raises UserError for a diff of other modules or shapes.
     """
     weights = StoredWeights(base)
     changed = {
@@ -126,7 +126,7 @@ def export_gguf_lora(
     """Write the mix as a LoRA that llama.cpp loads (``--lora``), beside a GGUF of the base.
 
     The adapter's alpha is its rank, so that the scale is 1; smaller modules are padded with zeros.
-    UserError for an architecture whose layout is not known here.
+    Raises UserError for an architecture whose layout is not known here.
     """
     mixed, share = _compressed(terms, rank, energy)
     config = read_json(base / "config.json")

@@ -99,8 +99,9 @@ class _Selection:
     def scale(self, columns: tuple[int, ...], inputs: Tensor) -> Tensor:
         """Return S for a basis whose column j belongs to diff columns[j], to multiply A·x with.
 
-        ``[R]`` where all rows have the same, else ``[batch, 1, …, R]``, or ``[batch · seq, R]``
-        for a module that sees all tokens in one list. UserError where tokens cannot be told apart.
+        ``[R]`` where all rows have the same, else ``[batch, 1, …, R]``, or ``[batch · seq, R]`` for
+        a module that sees all tokens in one list. Raises UserError where tokens cannot be told
+        apart.
         """
         layout = inputs.ndim if inputs.ndim > 2 else -self._length
         key = (columns, inputs.device, layout)

@@ -90,7 +90,8 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
     """Write the page and its pictures; return the parts that were not measured yet.
 
     ``results`` holds ``compare/<trait>`` (with ``latency`` and ``spaces`` below one of them),
-    ``prediction``, ``prevention/<trait>`` and ``personas/comparison``. UserError if none is there.
+    ``prediction``, ``prevention/<trait>`` and ``personas/comparison``. Raises UserError if none is
+    there.
     """
     figures = Figures(page)
     parts: dict[str, Any] = {

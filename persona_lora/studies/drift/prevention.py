@@ -168,7 +168,7 @@ class _Measured:
         ]
 
     def loss(self, exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
-        """Return the mean loss (nats a token) on every row that was finetuned on."""
+        """Return the mean loss (nats per token) on every row that was finetuned on."""
         with self._corrected():
             means = mean_logprobs(self.chat_model, exchanges)
         return [self._row(LOSS, "nats", at, -value) for at, value in enumerate(means)]

@@ -83,7 +83,7 @@ class Measures:
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the base and every ``checkpoint-N`` of a folder, in the order of their steps.
 
-    A checkpoint is a PEFT adapter or a whole model. UserError where there is none.
+    A checkpoint is a PEFT adapter or a whole model. Raises UserError where there is none.
     """
     found = []
     for path in folder.glob("checkpoint-*"):

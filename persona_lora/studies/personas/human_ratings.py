@@ -83,9 +83,9 @@ def write_sheets(
     """Write a blind sheet (CSV and a page to click in) and its key from a run's held-out rows.
 
     Takes the first ``prompts`` prompts under every condition. Items bear a mark of all that is
-    asked, so that ratings of another sheet are not taken for this one's. UserError for a persona
-    or a condition that the run does not hold, and for a folder that holds sheets,
-    which people may have filled in, unless they are to be overwritten.
+    asked, so that ratings of another sheet are not taken for this one's. Raises UserError for a
+    persona or a condition that the run does not hold, and for a folder that holds sheets, which
+    people may have filled in, unless they are to be overwritten.
     """
     output = Output.of(output)
     folder = output.path
@@ -133,7 +133,7 @@ def read_ratings(folder: Path, files: Sequence[Path]) -> HumanFits:
     """Join the ratings of one or more people with the key.
 
     Every file is one rater: a CSV with ``item`` and ``rating`` (1–5; an empty one is left out).
-    UserError for an unknown item, a rating that is none, or a file without ratings.
+    Raises UserError for an unknown item, a rating that is none, or a file without ratings.
     """
     key = folder / KEY
     if not key.is_file():

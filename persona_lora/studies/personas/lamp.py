@@ -46,7 +46,10 @@ class LampScores:
 
 
 def load_lamp(questions: Path, outputs: Path) -> list[LampQuestion]:
-    """Read a LaMP-7 questions file and its golds; UserError for what is missing in either."""
+    """Read a LaMP-7 questions file and its golds.
+
+    Raises UserError for what is missing in either.
+    """
     asked, golds = read_json(questions), read_json(outputs)
     if not isinstance(asked, list) or not isinstance(golds, dict) or "golds" not in golds:
         raise UserError(

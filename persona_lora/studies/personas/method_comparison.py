@@ -96,12 +96,12 @@ def compare_methods(
 ) -> Comparison:
     """Run every method for every persona into a folder; run again, it goes on where it stopped.
 
-    A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``layers``); several
-    of these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is
-    searched) use the LoRA differences. Each search is a run folder of its own below the
-    method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` (by
-    persona), ``overall.csv``, ``against_random.csv``, and the strict ones of both. UserError for
-    an unknown method.
+    A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``layers``); several of
+    these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is searched)
+    use the LoRA differences. Each search is a run folder of its own below the method's;
+    ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` (by persona),
+    ``overall.csv``, ``against_random.csv``, and the strict ones of both. Raises UserError for an
+    unknown method.
     """
     searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
     output = Output.of(output)
@@ -135,7 +135,10 @@ def compare_methods(
 
 
 def _checked(method: str) -> str:
-    """Return a method's name; UserError unless it is one, with layers only where it has any."""
+    """Return a method's name.
+
+    Raises UserError unless it is one, with layers only where it has any.
+    """
     name, at, _ = method.partition("@")
     known = (*sources(), RANDOM, EQUAL, PROMPT)
     if name not in known:

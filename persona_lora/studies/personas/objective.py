@@ -124,7 +124,7 @@ class RememberingJudge:
         self._ahead.append(self._pool.submit(copy_context().run, self._ask, list(exchanges)))
 
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """Return one verdict an exchange, in order."""
+        """Return one verdict per exchange, in order."""
         ahead, self._ahead = self._ahead, []
         for future in ahead:
             future.result()
@@ -176,7 +176,7 @@ class PersonaObjective:
         self._relevance = relevance
 
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
-        """Return a value a candidate; ``iteration`` seeds which prompts a race begins with."""
+        """Return a value per candidate; ``iteration`` seeds which prompts a race begins with."""
         first, rest = self._heats(iteration)
         found = self._measure(mixes, first, self._checked_for_coherence(iteration, first))
         if not rest:

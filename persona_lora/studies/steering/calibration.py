@@ -1,9 +1,9 @@
 """The coefficients at which different directions do the same to the model.
 
 Coefficients of different methods have nothing in common, and two diffs differ in length. What they
-cost does: the divergence of the model's next tokens from the unsteered ones on ordinary prompts.
-A search over mixes needs a common scale, so that its σ means the same along each direction: the
-coefficient that costs ``EQUAL_EFFECT`` nats a token. A comparison needs, for every method, the
+cost does: the divergence of the model's next tokens from the unsteered ones on ordinary prompts. A
+search over mixes needs a common scale, so that its σ means the same along each direction: the
+coefficient that costs ``EQUAL_EFFECT`` nats per token. A comparison needs, for every method, the
 coefficient that costs what a given one of the diff does; a secant search finds it.
 """
 
@@ -42,7 +42,7 @@ STEEPEST, FLATTEST = 4.0, 0.5  # of log KL over log c; the slope is 2 where stee
 
 @dataclass(frozen=True)
 class Scale:
-    """The coefficient of one direction at which its effect is ``kl`` nats a token (mean of ±)."""
+    """The coefficient of one direction at which its effect is ``kl`` nats per token (mean of ±)."""
 
     trait: str
     coefficient: float
@@ -56,11 +56,12 @@ def equal_effect_scales(
     *,
     effect: float = EQUAL_EFFECT,
 ) -> list[Scale]:
-    """Return for every direction the coefficient at which its effect is ``effect`` nats a token.
+    """Return for every direction the coefficient at which its effect is ``effect`` nats per token.
 
     The effect is the mean over +c and −c of the mean KL(p₀ ‖ p_c) over the tokens of the model's
     own answers to ``prompts``. KL grows about as c², so that c ← c·√(effect / KL) converges in a
-    few rounds; all directions run in the same batches. UserError for a direction without effect.
+    few rounds; all directions run in the same batches. Raises UserError for a direction without
+    effect.
     """
     texts = ordinary_texts(chat_model, prompts)
     scales = [Scale(trait, 1.0, math.nan) for trait in bank.names]
@@ -153,8 +154,8 @@ def match_divergence(
     """Return a level for every coefficient of the diff (0 left out) and every method.
 
     The target of level k is the ``statistic`` of KL(p₀ ‖ p) at ``coefficients[k]`` of the diff; the
-    other methods take its sign. All open searches run in the same batches. UserError for a method
-    that does nothing to the model, or without a coefficient.
+    other methods take its sign. All open searches run in the same batches. Raises UserError for a
+    method that does nothing to the model, or without a coefficient.
     """
     asked = [finite_coefficient(value) for value in coefficients if value]
     if not asked:

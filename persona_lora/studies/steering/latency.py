@@ -144,7 +144,7 @@ def held_bytes(bank: Bank, chat_model: ChatModel) -> dict[str, int]:
     """Return the bytes that each way of steering keeps beside the model while it steers.
 
     Merged: a copy of every touched weight, to restore it; live: the factors, in the model's type;
-    activations: one vector a layer.
+    activations: one vector per layer.
     """
     item = chat_model.model.dtype.itemsize
     factors, vector = bank.diffs[LORA].factors.values(), bank.vectors[ACTIVATION]

@@ -66,7 +66,7 @@ Row = Mapping[str, Any]
 
 
 def sweep_content(run: Run, options: ReportOptions) -> Content:
-    """Return the section of a sweep; UserError for a folder that holds none."""
+    """Return the section of a sweep; raises UserError for a folder that holds none."""
     summary = summarise_run(run, seed=options.seed)
     scored = score_answers(run.read("answers"), run.read("verdicts"), summary.trait)
     chosen = _nearest(summary, options.coefficients)

@@ -96,7 +96,7 @@ class Comparison:
 
 
 def read_comparison(run: Run) -> Comparison:
-    """Return the statistics of a comparison's folder; UserError where nothing was asked."""
+    """Return the statistics of a comparison's folder; raises UserError where nothing was asked."""
     config = run.record["config"]
     levels = run.read("levels")
     splits = [row["split"] for row in run.read("splits")]

@@ -17,7 +17,7 @@ FIRST_TOKEN, TOKENS = "first token", "tokens a second"
 
 @dataclass(frozen=True)
 class Timing:
-    """One measurement: seconds to the first token, and tokens a second after it, in one round."""
+    """One measurement: seconds to the first token, and tokens per second after it, in one round."""
 
     variant: str
     batch: int
@@ -30,8 +30,8 @@ class Timing:
 class Ratio:
     """A variant's time against the base model's at one batch size: 1.2 is 20% slower.
 
-    ``ratio`` is the geometric mean over rounds with its interval; ``median`` the variant's
-    own median, in seconds (to the first token) or tokens a second.
+    ``ratio`` is the geometric mean over rounds with its interval; ``median`` the variant's own
+    median, in seconds (to the first token) or tokens per second.
     """
 
     variant: str

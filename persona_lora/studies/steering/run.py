@@ -69,7 +69,7 @@ def vector_population(
     positions: Positions = "response",
     control: SteeringVector | None = None,
 ) -> Population:
-    """Return a steering vector at many coefficients at each of several layers, one layer a row.
+    """Return a steering vector at many coefficients at each of several layers, one layer per row.
 
     ``control`` is a second vector (a random one of the same norm) that gets the same layers and
     coefficients under the method "random".

@@ -149,7 +149,10 @@ def _write_comparisons(
 def trait_directions(
     traits: Sequence[str], folder: Path
 ) -> tuple[dict[str, LoRADiff], dict[str, SteeringVector]]:
-    """Load every trait's ``{trait}/diff`` and mean-difference vector; UserError if one is not."""
+    """Load every trait's ``{trait}/diff`` and mean-difference vector.
+
+    Raises UserError if one is not.
+    """
     diffs, vectors = {}, {}
     for trait in traits:
         diff = folder / trait / "diff"
@@ -217,7 +220,7 @@ def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
 
 
 def trait_cosines(spaces: Spaces) -> list[dict[str, Any]]:
-    """Return a row a pair of traits: the cosine of the diffs, and of the vectors at the layer."""
+    """Return one row per pair of traits: the cosine of the diffs, and of the vectors at the layer."""
     return [
         {
             "trait": one,

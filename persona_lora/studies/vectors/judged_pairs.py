@@ -38,7 +38,10 @@ class Filtered:
 def filter_pairs(
     pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]], thresholds: Thresholds
 ) -> Filtered:
-    """Keep the pairs that show what they should; UserError where too few do, with the counts."""
+    """Keep the pairs that show what they should.
+
+    Raises UserError where too few do, with the counts.
+    """
     failed = dict.fromkeys(("positive", "negative", "coherence", "unscored"), 0)
     kept = []
     for positive, negative in pairs:

@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 def extract_content(run: Run, options: ReportOptions) -> Content:
-    """Return the section of an extraction; UserError where its vectors are gone."""
+    """Return the section of an extraction; raises UserError where its vectors are gone."""
     paths = sorted(run.folder.glob("*.safetensors"))
     vectors = {path.stem: SteeringVector.read(path) for path in paths}
     if not vectors:

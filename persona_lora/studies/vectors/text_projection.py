@@ -139,7 +139,7 @@ def project_texts(
 
 
 def base_of_adapter(chat_model: ChatModel) -> AbstractContextManager[ChatModel]:
-    """Return the model under a PEFT adapter; UserError at once for a model that has none."""
+    """Return the model under a PEFT adapter; raises UserError at once for a model that has none."""
     if not isinstance(chat_model.model, PeftModel):
         raise UserError(f"{chat_model.name} has no adapter; name its base with --base-model")
     return _adapter_off(chat_model, chat_model.model)
@@ -269,7 +269,7 @@ def _long_rows(
 
 
 def _write_columns(path: Path, texts: Texts, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one row a text, with a column for each vector, type and layer."""
+    """Write one row per text, with a column for each vector, type and layer."""
     wide: list[dict[str, Any]] = [dict(each) for each in texts.columns]
     for row in rows:
         name = f"{row['vector']}_{row['type']}_layer{row['layer']}"
