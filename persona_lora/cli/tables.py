@@ -10,9 +10,20 @@ from rich.table import Table
 from persona_lora.cli.console import console, interval_cells
 
 if TYPE_CHECKING:
+    from persona_lora.report import sections
     from persona_lora.report.summary import SweepSummary
     from persona_lora.studies.steering.read_grid import GridSummary
     from persona_lora.studies.steering.run import SweepResult
+
+
+def to_rich(table: sections.Table) -> Table:
+    """Return a table of a report as the terminal shows it: headings on one line, no colours."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in table.columns:
+        shown.add_column(heading.replace("\n", " "), no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*(cell or "" for cell in row))
+    return shown
 
 
 def show_sweep(result: SweepResult) -> None:
@@ -24,61 +35,48 @@ def show_sweep(result: SweepResult) -> None:
         table, lines = _grid_table(summary), _grid_lines(summary)
     else:
         table, lines = _sweep_table(summary), _sweep_lines(summary)
-    console.print(table)
+    console.print(to_rich(table))
     for line in lines:
         console.print(line)
     console.print(f"plot:   {result.plot}\nreport: {result.report}")
 
 
-def _sweep_table(summary: SweepSummary) -> Table:
-    from persona_lora.report import wording
+def _sweep_table(summary: SweepSummary) -> sections.Table:
+    from persona_lora.report import sections, wording
 
     weights = summary.layer is None
     norm = "‖cΔW‖/‖W‖" if weights else "‖cv‖/‖h‖"
-    table = _plain_table("c", "trait", "95%", "coherent", "scored", norm, "KL p95")
-    for condition in wording.all_conditions(summary):
-        mean, interval, _, scored = interval_cells(condition.trait)
-        table.add_row(
-            wording.label(condition),
-            mean,
-            interval,
-            wording.number(condition.coherence.mean, 1),
-            scored,
-            wording.significant(
-                condition.relative_weight_norm if weights else condition.relative_state_norm
-            ),
-            wording.significant(condition.kl_p95),
+    rows = []
+    for each in wording.all_conditions(summary):
+        mean, interval, _, scored = interval_cells(each.trait)
+        cost = each.relative_weight_norm if weights else each.relative_state_norm
+        rows.append(
+            (
+                *(wording.label(each), mean, interval, wording.number(each.coherence.mean, 1)),
+                *(scored, wording.significant(cost), wording.significant(each.kl_p95)),
+            )
         )
-    return table
+    headings = ("c", "trait", "95%", "coherent", "scored", norm, "KL p95")
+    return sections.Table(headings, tuple(rows))
 
 
-def _grid_table(grid: GridSummary) -> Table:
-    from persona_lora.report import wording
+def _grid_table(grid: GridSummary) -> sections.Table:
+    from persona_lora.report import sections, wording
     from persona_lora.studies.steering import read_words
 
-    table = _plain_table("layer", "gain", "at c", "p (Holm)", "coherent", "ρ")
+    rows = []
     for layer in read_words.ranked(grid):
         best = layer.best
-        cells = (
-            [layer.reason or ""]
-            if best is None
-            else [
-                wording.change(best.gain),
-                wording.coefficient(best.coefficient),
-                wording.p_value(best.p_holm),
-                wording.number(best.coherence, 1),
+        cells: tuple[str | None, ...] = (layer.reason, None, None, None, None)
+        if best is not None:
+            cells = (
+                *(wording.change(best.gain), wording.coefficient(best.coefficient)),
+                *(wording.p_value(best.p_holm), wording.number(best.coherence, 1)),
                 wording.interval(layer.rho_means, 2),
-            ]
-        )
-        table.add_row(str(layer.layer), *cells)
-    return table
-
-
-def _plain_table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, no_wrap=True)
-    return table
+            )
+        rows.append((str(layer.layer), *cells))
+    headings = ("layer", "gain", "at c", "p (Holm)", "coherent", "ρ")
+    return sections.Table(headings, tuple(rows))
 
 
 def _sweep_lines(summary: SweepSummary) -> list[str]:

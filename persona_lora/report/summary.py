@@ -19,12 +19,13 @@ from persona_lora.core.runs import Run
 from persona_lora.report.conditions import (
     LONG_COLUMNS,
     ConditionSummary,
+    ControlSummary,
     condition_rows,
     difference_rows,
     group_by_condition,
     summarise_conditions,
+    summarise_control,
 )
-from persona_lora.report.controls import ControlSummary, summarise_control
 from persona_lora.report.curve import (
     CoherentRange,
     LinearFit,

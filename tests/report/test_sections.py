@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from persona_lora.cli.tables import to_rich
 from persona_lora.report.sections import Table
 
 
@@ -12,3 +13,9 @@ def test_a_table_in_markdown_has_a_line_for_each_row():
 
 def test_a_cell_takes_the_columns_of_those_that_are_none():
     assert Table.spans(("a", "why", None, None, "b")) == [("a", 1), ("why", 3), ("b", 1)]
+
+
+def test_a_table_in_the_terminal_has_its_headings_on_one_line_and_every_cell():
+    shown = to_rich(Table(("Name\nand more", "n"), (("a", "1"), ("b", None))))
+    assert [column.header for column in shown.columns] == ["Name and more", "n"]
+    assert [list(column.cells) for column in shown.columns] == [["a", "b"], ["1", ""]]

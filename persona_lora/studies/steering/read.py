@@ -9,8 +9,7 @@ import numpy as np
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.conditions import ConditionSummary
-from persona_lora.report.controls import ControlSummary
+from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
     CONTROL,

@@ -8,9 +8,11 @@ questions left out of it, and refuses to call that a held-out result.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
@@ -24,23 +26,35 @@ from persona_lora.report.conditions import (
     difference_rows,
     group_by_condition,
     interval_cells,
+    overall_difference,
     summarise_conditions,
 )
-from persona_lora.report.controls import overall_difference
 from persona_lora.report.curve import PairedDifference, TraitCurve
-from persona_lora.report.resampling import CONFIDENCE, RESAMPLES, Estimate, Interval, holm
+from persona_lora.report.resampling import (
+    CONFIDENCE,
+    RESAMPLES,
+    Array,
+    Estimate,
+    Interval,
+    holm,
+    question_weights,
+    weighted_means,
+)
 from persona_lora.report.scores import (
     CONTROL,
     UNSTEERED_CONDITION,
+    Cluster,
+    Condition,
     Row,
     ScoredAnswer,
+    clusters,
     condition_of,
     judges_of,
+    question_means,
     score_answers,
     steered_series,
 )
 from persona_lora.report.summary import COHERENT_THRESHOLD, trait_of
-from persona_lora.studies.steering.read_selection import Selection, resample_selection
 
 RULE = (
     "the layer with the largest paired gain in the expected direction, "
@@ -78,6 +92,19 @@ class LayerSummary:
     best: DirectedGain | None
     reason: str | None
     over_control: PairedDifference | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rule for the best layer, repeated in bootstrap resamples of the questions.
+
+    ``layer_shares`` says how often each layer won. ``left_out_gain`` is the mean gain of the
+    winner on the questions that its resample did not draw: an estimate without the bias of
+    choosing and reporting on the same questions, though of choices from fewer questions.
+    """
+
+    layer_shares: dict[int, float]
+    left_out_gain: float | None
 
 
 @dataclass(frozen=True)
@@ -341,3 +368,63 @@ def _ranking(by_layer: Sequence[LayerSummary]) -> tuple[int, ...]:
 def _rounded(gain: DirectedGain) -> float:
     """Return a gain without rounding noise, which would decide between equal layers."""
     return round(gain.gain.mean or 0.0, 9)
+
+
+# -- how far the choice is to be trusted: made again in every resample ---------------------------
+
+
+def resample_selection(
+    curve: TraitCurve,
+    groups: Mapping[Condition, Sequence[ScoredAnswer]],
+    *,
+    threshold: float,
+) -> Selection | None:
+    """Repeat the choice in resamples; None where one question, or no unsteered row, is there."""
+    zero = question_means(curve.scores.get(UNSTEERED_CONDITION, {}))
+    cells = sorted(
+        (each for each in curve.scores if each.coefficient),
+        key=lambda each: (each.layer or 0, abs(each.coefficient or 0.0)),
+    )
+    if len(zero) < 2 or not cells:
+        return None
+    questions = sorted(zero)
+    gains = [_question_gains(curve.scores[each], zero, each) for each in cells]
+    coherence = [question_means(clusters(groups[each], COHERENCE)) for each in cells]
+    weights = question_weights(len(questions), resamples=curve.resamples, seed=curve.seed)
+    resampled = _weighted_means(gains, questions, weights)
+    coherent = _weighted_means(coherence, questions, weights) >= threshold  # NaN is not coherent
+    eligible = np.where(coherent & np.isfinite(resampled), resampled, -np.inf)
+    chose = np.isfinite(eligible).any(axis=1)
+    # The first of equal cells wins: the lower layer, as the cells are sorted.
+    winners = eligible.argmax(axis=1)[chose]
+    if not len(winners):
+        return None
+    left_out = _weighted_means(gains, questions, (weights == 0).astype(np.float64))[chose]
+    held = left_out[np.arange(len(winners)), winners]
+    layers = np.array([each.layer for each in cells])[winners]
+    found, counts = np.unique(layers, return_counts=True)
+    return Selection(
+        {int(at): float(count / len(winners)) for at, count in zip(found, counts, strict=True)},
+        float(np.nanmean(held)) if np.isfinite(held).any() else None,
+    )
+
+
+def _question_gains(
+    scores: Cluster, zero: Mapping[int, float], cell: Condition
+) -> dict[int, float]:
+    """Return sign(c) · (steered − unsteered) of every question scored under both."""
+    sign = 1.0 if (cell.coefficient or 0.0) > 0 else -1.0
+    steered = question_means(scores)
+    return {
+        question: sign * (steered[question] - zero[question])
+        for question in steered.keys() & zero.keys()
+    }
+
+
+def _weighted_means(
+    values: Sequence[Mapping[int, float]], questions: Sequence[int], weights: Array
+) -> Array:
+    """Return the weighted mean of every cell over its questions: ``[resamples, cells]``."""
+    sums = np.array([[each.get(question, 0.0) for question in questions] for each in values])
+    counts = np.array([[float(question in each) for question in questions] for each in values])
+    return weighted_means(sums, counts, weights)
