@@ -220,7 +220,7 @@ def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
 
 
 def trait_cosines(spaces: Spaces) -> list[dict[str, Any]]:
-    """Return one row per pair of traits: the cosine of the diffs, and of the vectors at the layer."""
+    """Return one row per pair of traits: the cosine of diffs, and of vectors at the layer."""
     return [
         {
             "trait": one,
