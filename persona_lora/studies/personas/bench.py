@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,16 @@ def load_optimization(
     if lacking:
         raise UserError(f"{path} is no result of optimize: it has no {lacking[0]!r}")
     mix = Coefficients.of(found["best_weights"])
-    directions = load_directions(
+    bank = load_directions(
         directions_of(found["method"]),
         mix.traits,
         trait_folder,
         found["layer"] or (),
         energy=found.get("energy"),
     )
-    warn_of_other_template(chat_model, directions.directions)
+    warn_of_other_template(chat_model, bank.directions)
     scales, alpha = found["scales"], found["alpha"]
-    return Speaker(chat_model, directions, scales, alpha, generation, Alone()), mix
+    return Speaker(chat_model, bank, scales, alpha, generation, Alone()), mix
 
 
 @dataclass(eq=False)
@@ -142,33 +143,23 @@ class PersonaBench:
     datasets: Path | None = None
     processes: Processes = field(default_factory=Alone)
     energy: float | None = None
-    _features: TextFeatures | None = None
-    _coherence: CoherenceScorer | None = None
-    _baselines: dict[str, str] | None = None
-    _readers: dict[str, Reader] | None = None
 
-    @property
+    @cached_property
     def features(self) -> TextFeatures:
         """Features of texts, computed once for each."""
-        if self._features is None:
-            self._features = TextFeatures(SentenceEmbedder())
-        return self._features
+        return TextFeatures(SentenceEmbedder())
 
-    @property
+    @cached_property
     def coherence(self) -> CoherenceScorer:
         """The coherence of answers, fitted to the traits' own training answers."""
-        if self._coherence is None:
-            self._coherence = fit_coherence(
-                self.chat_model, self.traits, datasets=self.datasets, seed=self.judging.seed
-            )
-        return self._coherence
+        return fit_coherence(
+            self.chat_model, self.traits, datasets=self.datasets, seed=self.judging.seed
+        )
 
-    @property
+    @cached_property
     def readers(self) -> dict[str, Reader]:
         """The language models among the judges, each made once."""
-        if self._readers is None:
-            self._readers = make_readers(self.judging, self.chat_model)
-        return self._readers
+        return make_readers(self.judging, self.chat_model)
 
     def dollars(self) -> float | None:
         """Return the US dollars spent on judging; None where nothing is billed."""
@@ -176,14 +167,10 @@ class PersonaBench:
         billed = [dollars for dollars in spent if dollars is not None]
         return sum(billed) if billed else None
 
-    @property
+    @cached_property
     def baselines(self) -> dict[str, str]:
         """The unsteered answer to every prompt."""
-        if self._baselines is None:
-            self._baselines = baseline_answers(
-                self.chat_model, self.prompts, self.generation, self.processes
-            )
-        return self._baselines
+        return baseline_answers(self.chat_model, self.prompts, self.generation, self.processes)
 
     def problem(self, persona_id: str) -> PersonaProblem:
         """Return the problem of one persona, with its judges."""
@@ -264,19 +251,15 @@ class PersonaBench:
         """Load the directions of a method and measure their scales."""
         chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
         energy = self.energy if name == "lora" else None
-        directions = load_directions(name, self.traits, self.trait_folder, chosen, energy=energy)
-        warn_of_other_template(self.chat_model, directions.directions)
+        bank = load_directions(name, self.traits, self.trait_folder, chosen, energy=energy)
+        warn_of_other_template(self.chat_model, bank.directions)
         scales = self.processes.from_main(
-            lambda: scales_of(
-                self.chat_model,
-                directions,
-                cache=cache,
-                datasets=self.datasets,
-            )
+            lambda: scales_of(self.chat_model, bank, cache=cache, datasets=self.datasets)
         )
-        return Method(name, directions, scales, alpha, searcher)
+        return Method(name, bank, scales, alpha, searcher)
 
 
+@dataclass(eq=False)
 class CMAESPersonaOptimizer:
     """Find the mix of trait directions that makes a model speak like a person.
 
@@ -294,46 +277,40 @@ class CMAESPersonaOptimizer:
     coefficient = alpha · weight · scale.
     """
 
-    def __init__(
-        self,
-        persona_id: str,
-        *,
-        layer: int | Sequence[int] | None = None,
-        alpha: float = 2.0,
-        eval_prompts: Sequence[str] | None = None,
-        num_prompts: int | None = None,
-        method: str = "lora",
-        searcher: str = "cmaes",
-        model: ChatModel | str = DEFAULT_MODEL,
-        traits: Sequence[str] = STYLE_TRAITS,
-        trait_vector_dir: Path | str = "checkpoints",
-        persona_dir: Path | str | None = None,
-        judging: JudgeOptions | None = None,
-        generation: GenerationOptions | None = None,
-        processes: Processes | None = None,
-        energy: float | None = None,
-    ) -> None:
-        folder = None if persona_dir is None else Path(persona_dir)
-        shipped = load_persona_prompts(None if folder is None else folder / "prompts.json")
-        prompts = (
-            dataclasses.replace(shipped, train=tuple(eval_prompts)) if eval_prompts else shipped
-        )
-        self.persona_id = persona_id
-        self.traits = tuple(traits)
-        self.layers = None if layer is None else _as_layers(layer)
-        self.alpha = alpha
-        self.method = method
-        self.searcher = searcher
+    persona_id: str
+    _: KW_ONLY
+    layer: int | Sequence[int] | None = None
+    alpha: float = 2.0
+    eval_prompts: Sequence[str] | None = None
+    num_prompts: int | None = None
+    method: str = "lora"
+    searcher: str = "cmaes"
+    model: ChatModel | str = DEFAULT_MODEL
+    traits: Sequence[str] = STYLE_TRAITS
+    trait_vector_dir: Path | str = "checkpoints"
+    persona_dir: Path | str | None = None
+    judging: JudgeOptions | None = None
+    generation: GenerationOptions | None = None
+    processes: Processes | None = None
+    energy: float | None = None
+    bench: PersonaBench = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        folder = None if self.persona_dir is None else Path(self.persona_dir)
+        prompts = load_persona_prompts(None if folder is None else folder / "prompts.json")
+        if self.eval_prompts:
+            prompts = dataclasses.replace(prompts, train=tuple(self.eval_prompts))
+        self.traits = tuple(self.traits)
         self.bench = PersonaBench(
-            model if isinstance(model, ChatModel) else load_chat_model(model),
-            first_prompts(prompts, num_prompts),
-            generation or GenerationOptions(max_new_tokens=40),
-            judging or JudgeOptions(),
+            self.model if isinstance(self.model, ChatModel) else load_chat_model(self.model),
+            first_prompts(prompts, self.num_prompts),
+            self.generation or GenerationOptions(max_new_tokens=40),
+            self.judging or JudgeOptions(),
             self.traits,
-            Path(trait_vector_dir),
+            Path(self.trait_vector_dir),
             folder,
-            processes=processes or Alone(),
-            energy=energy,
+            processes=self.processes or Alone(),
+            energy=self.energy,
         )
 
     def optimize(
@@ -362,7 +339,7 @@ class CMAESPersonaOptimizer:
         problem = self.bench.problem(self.persona_id)
         method = self.bench.method(
             self.method,
-            layers=self.layers,
+            layers=(self.layer,) if isinstance(self.layer, int) else self.layer,
             alpha=self.alpha,
             searcher=self.searcher,
             cache=save_dir / "scales" / f"{self.method}.json",
@@ -385,7 +362,3 @@ class CMAESPersonaOptimizer:
                 f"of {', '.join(self.traits)}"
             )
         return dict(zip(self.traits, map(float, weights), strict=True))
-
-
-def _as_layers(layer: int | Sequence[int]) -> tuple[int, ...]:
-    return (layer,) if isinstance(layer, int) else tuple(layer)

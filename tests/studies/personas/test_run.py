@@ -216,7 +216,7 @@ def bench(chat_model, personas, make_diff, tmp_path, monkeypatch):
         tmp_path / "own",
         personas,
     )
-    bench._coherence = EvenCoherence()
+    bench.coherence = EvenCoherence()
     return bench
 
 
@@ -375,7 +375,7 @@ def test_the_optimiser_class_takes_weights_in_order(bench, chat_model, personas,
         generation=GenerationOptions(max_new_tokens=6),
         eval_prompts=["Hi there.", "And how are you?"],
     )
-    optimiser.bench._coherence = EvenCoherence()
+    optimiser.bench.coherence = EvenCoherence()
     result = optimiser.optimize(2, 0.5, [0.5, -0.5], tmp_path / "out")
     assert result.search.evaluations > 0
     assert (tmp_path / "out" / "ann_best_weights.json").is_file()
