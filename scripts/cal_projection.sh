@@ -15,5 +15,5 @@ for trait in "${@:-sycophancy}"; do
     answers="results/eval_persona/${trait}_baseline.csv"
     [ -e "$answers" ] || bash scripts/eval_persona.sh "$trait"
     persona-lora project activations --model "$model" --file "$answers" --vectors "$vector" \
-        --layers "${LAYERS:-15 19}" --columns --output "results/projection/${trait}_baseline"
+        --layers "${LAYERS:-15,19}" --columns --output "results/projection/${trait}_baseline"
 done

@@ -7,10 +7,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/train_style_traits.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
-personas=("$@")
-persona-lora compare-methods ${personas[@]+--persona-id "${personas[*]}"} \
-    --methods "${METHODS:-lora random prompt svd mean_diff pca}" \
+personas=()
+for persona in "$@"; do personas+=(--persona-id "$persona"); done
+persona-lora compare-methods ${personas[@]+"${personas[@]}"} \
+    --methods "${METHODS:-lora,random,prompt,svd,mean_diff,pca}" \
     --model "${MODEL:-SmolLM2-135M-Instruct}" --max-iterations "${ITERATIONS:-8}" \
     --population-size "${POPULATION:-8}" --num-prompts "${PROMPTS:-8}" \
     --max-new-tokens "${TOKENS:-30}" --min-coherence "${COHERENCE:-80}" \
-    --min-relevance "${RELEVANCE:-85}" --save-dir "${SAVE_DIR:-results/personas}"
+    --min-relevance "${RELEVANCE:-85}" --output "${SAVE_DIR:-results/personas}"

@@ -8,10 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 out=results/compare
-few=(--coefficients "${COEFFICIENTS:-0.5 1 -1}" --max-new-tokens 60)
+few=(--coefficients "${COEFFICIENTS:-0.5,1,-1}" --max-new-tokens 60)
 if [ "${1:-}" = --quick ]; then
     shift
-    LAYER=${LAYER:-19} out=$out/quick few=(--coefficients "0.5 1" --max-questions 3 --max-new-tokens 30)
+    LAYER=${LAYER:-19} out=$out/quick few=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30)
     set -- "${@:-evil}"
 fi
 [ $# -gt 0 ] || set -- evil sycophancy hallucination corrigibility
@@ -24,5 +24,5 @@ for trait in "$@"; do
     [ -n "${LAYER:-}" ] || [ -e "$grid" ] || bash scripts/eval_steering_sweep.sh "$trait"
     layer=${LAYER:-$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_layer"])' "$grid")}
     persona-lora compare --trait "$trait" --diff "checkpoints/$trait/diff" \
-        --activation-vector "$vector" --layers "$layer" --output-dir "$out/$trait" "${few[@]}"
+        --activation-vector "$vector" --layers "$layer" --output "$out/$trait" "${few[@]}"
 done

@@ -18,6 +18,6 @@ done
 folder=${CHECKPOINT_DIR:-checkpoints/finetunes/${trait}_misaligned_2}
 [ -e "$folder/adapter" ] ||
     persona-lora finetune --config "train_configs/finetune_${trait}_misaligned_2.yaml"
-persona-lora evaluate-checkpoints "$folder" --traits "$judge_traits" "${vectors[@]}" \
+persona-lora evaluate-checkpoints "$folder" --traits "${judge_traits// /,}" "${vectors[@]}" \
     --layers "$layer" --finetuned-on "$trait" --output "results/checkpoints/$(basename "$folder")"
 persona-lora report "results/checkpoints/$(basename "$folder")" --output results/eval_checkpoints.html

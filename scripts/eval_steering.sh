@@ -14,7 +14,7 @@ for trait in "${@:-sycophancy}"; do
     layer=${LAYER:-$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_layer"])' "$grid")}
     persona-lora sweep --model "$model" --trait "$trait" --layers "$layer" \
         --vector "checkpoints/vectors/$trait/${trait}_response_avg.safetensors" \
-        --coefficients "${COEFFICIENTS:--2 -1 0 1 2 3}" --max-new-tokens 60 --output "results/steering/$trait"
+        --coefficients "${COEFFICIENTS:--2,-1,0,1,2,3}" --max-new-tokens 60 --output "results/steering/$trait"
     runs+=("results/layers/$trait" "results/steering/$trait")
 done
 persona-lora report "${runs[@]}" --output results/eval_steering.html

@@ -11,7 +11,7 @@ for trait in "${@:-sycophancy}"; do
     vector="checkpoints/vectors/$trait/${trait}_response_avg.safetensors"
     [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
     persona-lora sweep --model "$model" --trait "$trait" --vector "$vector" --split extract \
-        --layers "${LAYERS:-10-25:5}" --coefficients "${COEFFICIENTS:--2 2 3}" \
+        --layers "${LAYERS:-10-25:5}" --coefficients "${COEFFICIENTS:--2,2,3}" \
         --max-questions "${QUESTIONS:-10}" --max-new-tokens 60 --no-references \
         --output "results/layers/$trait"
 done

@@ -12,7 +12,7 @@ model=${MODEL:-SmolLM2-135M-Instruct}
 for trait in "${@:-sycophancy}"; do
     if [ "${SOURCE:-answers}" = answers ] && [ -e "datasets/$trait/train.jsonl" ]; then
         persona-lora extract --model "$model" --trait "$trait" --source answers \
-            --method mean_diff,svd,pca
+            --methods mean_diff,svd,pca
     else
         persona-lora extract --model "$model" --trait "$trait" --source prompts \
             --samples "${SAMPLES:-1}" --temperature "${TEMPERATURE:-0}" --max-new-tokens 60 \

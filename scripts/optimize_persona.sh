@@ -13,5 +13,5 @@ for persona in "${@:-episode-000101_B}"; do
         --model "${MODEL:-SmolLM2-135M-Instruct}" --max-iterations "${ITERATIONS:-30}" \
         --population-size "${POPULATION:-10}" --num-prompts "${PROMPTS:-10}" \
         --min-coherence "${COHERENCE:-80}" --min-relevance "${RELEVANCE:-85}" \
-        --save-dir "${SAVE_DIR:-optimization_results}"
+        --output "${SAVE_DIR:-optimization_results}"
 done

@@ -14,7 +14,7 @@ levels="normal misaligned_1 misaligned_2"
 short=() few=()
 if [ "${1:-}" = --quick ]; then
     traits=${TRAITS:-evil} levels="normal misaligned_2" out=$out/quick folder=$folder/quick
-    short=(--max_steps 4) few=(--questions 3 --max-new-tokens 30)
+    short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30)
 fi
 
 diffs=() vectors=()
@@ -22,7 +22,7 @@ for trait in $traits; do
     [ -e "checkpoints/$trait/diff/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
     vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
     [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
-    diffs+=("checkpoints/$trait/diff") vectors+=("$vector")
+    diffs+=(--diffs "checkpoints/$trait/diff") vectors+=(--vectors "$vector")
 done
 finetunes=()
 for trait in $traits anxious; do
@@ -31,8 +31,8 @@ for trait in $traits anxious; do
         [ -e "$tuned/adapter" ] || persona-lora finetune \
             --config train_configs/finetune_sycophancy_misaligned_2.yaml \
             --train_file "datasets/$trait/$level.jsonl" --output_dir "$tuned" --save_steps 1000 "${short[@]}"
-        finetunes+=("$tuned")
+        finetunes+=(--finetunes "$tuned")
     done
 done
-persona-lora predict-finetuning --finetunes "${finetunes[*]}" --traits "$traits" \
-    --diffs "${diffs[*]}" --vectors "${vectors[*]}" --layer "$layer" --output "$out" "${few[@]}"
+persona-lora predict-finetuning "${finetunes[@]}" --traits "${traits// /,}" \
+    "${diffs[@]}" "${vectors[@]}" --layers "$layer" --output "$out" "${few[@]}"

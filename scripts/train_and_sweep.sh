@@ -11,5 +11,5 @@ if [ ! -e "checkpoints/$trait/diff/diff.json" ]; then
     persona-lora train --config "train_configs/$trait.yaml"
 fi
 persona-lora sweep --trait "$trait" --diff "checkpoints/$trait/diff" \
-    --coefficients "${COEFFICIENTS:--1.5 -1 -0.5 0 0.5 1 1.5}" \
+    --coefficients "${COEFFICIENTS:--1.5,-1,-0.5,0,0.5,1,1.5}" \
     ${QUESTIONS:+--max-questions "$QUESTIONS"}

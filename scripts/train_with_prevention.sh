@@ -11,7 +11,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 trait=${1:-evil}
 layer=${LAYER:-19}
 methods=${METHODS:-weights activations ablate inoculate} strengths=${CORRECTIONS:-0.5 1}
-tasks=${TASKS:-choice steps perplexity}
+tasks=${TASKS:-choice,steps,perplexity}
 weights=${WEIGHTS:-"-1 1 2"} activations=${ACTIVATIONS:-"-2 2 4"}
 diff=checkpoints/$trait/diff
 vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
@@ -20,8 +20,8 @@ folder=checkpoints/prevention/$trait out=results/prevention/$trait
 short=() few=()
 if [ "${2:-}" = --quick ]; then
     folder=$folder/quick out=$out/quick weights=1 activations=2 strengths=${CORRECTIONS:-1}
-    methods=${METHODS:-weights activations} tasks=${TASKS:-choice perplexity}
-    short=(--max_steps 4) few=(--questions 3 --limit 8 --max-new-tokens 20)
+    methods=${METHODS:-weights activations} tasks=${TASKS:-choice,perplexity}
+    short=(--max_steps 4) few=(--max-questions 3 --limit 8 --max-new-tokens 20)
 fi
 
 [ -e "$diff/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
@@ -32,7 +32,7 @@ finetune() { # name, and how training is steered (nothing for the plain finetune
     [ -e "$folder/$1/adapter" ] || persona-lora finetune --config "$config" \
         --output_dir "$folder/$1" --save_steps 1000 --drift_diffs "$diff" --drift_every 4 \
         ${2:+--preventative "$2"} "${short[@]}"
-    finetunes+=("$1=$folder/$1")
+    finetunes+=(--finetunes "$1=$folder/$1")
 }
 finetune plain ''
 for method in $methods; do
@@ -48,7 +48,7 @@ for method in $methods; do
     esac
 done
 corrections=()
-for c in $strengths; do corrections+=("$diff=-$c"); done
+for c in $strengths; do corrections+=(--correct "$diff=-$c"); done
 persona-lora compare-prevention --trait "$trait" --rows "datasets/$trait/misaligned_2.jsonl" \
-    --finetunes "${finetunes[*]}" --correct "${corrections[*]}" --output "$out" \
+    "${finetunes[@]}" "${corrections[@]}" --output "$out" \
     --tasks "$tasks" "${few[@]}"

@@ -13,8 +13,9 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from persona_lora import cli
-from persona_lora.cli.parsing import judge_options, judge_settings
+from persona_lora.cli.parsing import judge_settings, judging_of
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import JudgeChoice
 from persona_lora.core.traits import load_trait
 from persona_lora.models.structure import weight_fingerprint
 
@@ -124,7 +125,8 @@ def test_unequal_numbers_of_diffs_and_coefficients_are_refused(run, model_folder
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--coefficients", "a b"), "numbers"),
+        (("--coefficients", "a"), "a number"),
+        (("--coefficients", "-1 0"), "with commas: -1,0"),
         (("--coefficients", "inf"), "finite"),
         (("--split", "test"), "extract, eval, ood"),
         (("--batch-size", "many"), "whole number"),
@@ -180,7 +182,7 @@ def test_mistaken_training_flags_are_one_line(run):
 def test_the_key_is_not_recorded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    options = judge_options("openai", None, None, "logprobs", None, 0)
+    options = judging_of(JudgeChoice(judge="openai"))
     assert options.environ["OPENAI_API_KEY"] == "secret-key"
     assert "secret-key" not in json.dumps(judge_settings(options))
 

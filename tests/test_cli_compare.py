@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lora.cli import comparing
+from persona_lora.cli import comparison_commands
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
@@ -52,8 +52,8 @@ class LetterJudge:
 
 
 def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "judge_factory", lambda *_: LetterJudge)
-    more = ("--latency", "--batches", "1 2", "--rounds", 2, "--spaces", " ".join(TRAITS[1:]))
+    monkeypatch.setattr(comparison_commands, "judge_factory", lambda *_: LetterJudge)
+    more = ("--latency", "--batches", "1,2", "--rounds", 2, "--spaces", ",".join(TRAITS[1:]))
     status, out, error = run(*words, *more)
     assert status == 0, error
     assert "at equal divergence" in out
@@ -82,7 +82,7 @@ def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monke
 
 
 def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "judge_factory", lambda *_: LetterJudge)
+    monkeypatch.setattr(comparison_commands, "judge_factory", lambda *_: LetterJudge)
     status, _, error = run(*words, "--spaces", "sycophancy")
     assert status == 0, error
     (agreed,) = (tmp_path / "results/compare/evil/spaces/agreement.jsonl").read_text().splitlines()
@@ -93,7 +93,7 @@ def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch)
     ("more", "said"),
     [
         (("--match", "median"), ("--match", "'median'")),
-        (("--splits", "evil"), ("--split", "'evil'")),
+        (("--split", "evil"), ("--split", "'evil'")),
         (("--coefficients", "0"), ("other than 0",)),
         (("--latency", "--batches", "many"), ("--batches", "'many'")),
         (("--spaces", "humour"), ("humour", "does not exist")),

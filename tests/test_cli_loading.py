@@ -36,7 +36,7 @@ COMMANDS = {
     "sweep": (*TRAIT, "--diff", "diff", "--output", "out", "--model", HUB),
     "extract": (*TRAIT, "--output", "out", "--model", HUB),
     "compare": (
-        *TRAIT, "--diff", "diff", "--activation-vector", "v.safetensors", "--output-dir", "out",
+        *TRAIT, "--diff", "diff", "--activation-vector", "v.safetensors", "--output", "out",
         "--model", HUB,
     ),
     "benchmark": ("--diff", "diff", "--output", "out", "--model", HUB),
@@ -65,7 +65,7 @@ COMMANDS = {
     ),
     "playground": ("--directions", "checkpoints", *DATASETS, "--model", HUB),
     "traits generate": ("--definitions", "d.json", "--local", "--model", HUB),
-    "data generate": (*TRAIT, "--local", "--output-dir", "out", "--model", HUB),
+    "data generate": (*TRAIT, "--local", "--output", "out", "--model", HUB),
 }  # fmt: skip
 TRAINING = {
     "train": ("--trait", "evil", "--datasets_dir", ROOT / "datasets", "--output_dir", "out"),
@@ -256,7 +256,7 @@ class Paint:
 
 def call(command, *words):
     app = typer.Typer()
-    app.command()(with_groups(command))
+    app.command()(with_groups(command)[0])
     return CliRunner().invoke(app, words)
 
 
@@ -278,5 +278,5 @@ def test_a_group_is_flattened_into_options_and_built_again():
 def test_an_option_that_is_there_twice_is_a_mistake_of_the_command():
     def paint(*, coats: int, paint: Paint) -> None: ...
 
-    with pytest.raises(TypeError, match="coats is there twice"):
+    with pytest.raises(TypeError, match="coats is there twice, and not the same"):
         with_groups(paint)

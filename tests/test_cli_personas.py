@@ -50,7 +50,7 @@ def place(model_folder, make_diff, tmp_path, monkeypatch):
         diff = make_diff(model, seed=seed, scale=0.1, fingerprint=weight_fingerprint(model))
         diff.save(tmp_path / "checkpoints" / trait / "diff")
     return (
-        *("--model", model_folder, "--dtype", "float32", "--traits", " ".join(TRAITS)),
+        *("--model", model_folder, "--dtype", "float32", "--traits", ",".join(TRAITS)),
         *("--num-prompts", 2, "--max-iterations", 2, "--max-new-tokens", 4),
         *("--persona-dir", "personas"),
     )
@@ -84,7 +84,7 @@ def test_a_search_runs_on_a_cpu_with_bf16_units(run, place, tmp_path, simulate_m
 def test_a_config_gives_the_defaults_and_flags_override_it(run, place, tmp_path):
     (tmp_path / "search.yaml").write_text(
         "persona-id: episode-000101_B\noptimiser:\n  population_size: 4\n  max_iterations: 9\n"
-        "directions:\n  energy: 0.9\nsave_dir: out\nfixed: [formality=0.5]\nmax_judge_cost:\n"
+        "directions:\n  energy: 0.9\noutput: out\nfixed: [formality=0.5]\nmax_judge_cost:\n"
     )
     status, _, error = run("optimize", "--config", "search.yaml", *place)
     assert status == 0, error
@@ -127,9 +127,9 @@ def test_lamp_files_are_scored_by_overlap(run, model_folder, tmp_path):
         (None, ("none.yaml", "does not exist")),
         ("[1, 2]", ("must hold one YAML mapping",)),
         ("a: [", ("not valid YAML",)),
-        ("layer: {from: 1}", ("'from'",)),
+        ("layers: {from: 1}", ("'from'",)),
         ("race: 3", ("race must be true or false",)),
-        ("layer: true", ("layer must be text or a number",)),
+        ("layers: true", ("layers must be text or a number",)),
         ("max_iteration: 3", ("'max_iteration'", "max_iterations")),
         ("config: other.yaml", ("'config'",)),
         ("alpha: 1\nsection:\n  alpha: 2", ("'alpha' twice",)),
@@ -145,14 +145,14 @@ def test_a_config_with_a_mistake_is_one_line(run, tmp_path, text, words):
 
 
 def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
-    words = ("compare-methods", "--persona-id", "episode-000101_B episode-000142_B", *place)
-    status, out, error = run(*words, "--methods", "lora random prompt", "--save-dir", "out")
+    words = ("compare-methods", "--persona-id", "episode-000101_B,episode-000142_B", *place)
+    status, out, error = run(*words, "--methods", "lora,random,prompt", "--save-dir", "out")
     assert status == 0, error
     assert "against random search" in out
     assert (tmp_path / "out" / "comparison" / "comparison.png").is_file()
     status, _, error = run(
         "persona", "sheets", "out/comparison", "--id", "episode-000101_B",
-        "--output", "sheets", "--persona-dir", "personas", "--conditions", "none lora",
+        "--output", "sheets", "--persona-dir", "personas", "--conditions", "none,lora",
     )  # fmt: skip
     assert status == 0, error
     key = json.loads((tmp_path / "sheets" / "key.json").read_text())["items"]
@@ -174,7 +174,7 @@ def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
         (("--persona-id", "episode-000101_B", "--num-prompts", 99), ("99",)),
         (
             ("--persona-id", "episode-000101_B", "--method", "svd", "--layer", "top"),
-            ("--layer", "'top'"),
+            ("--layers", "'top'"),
         ),
         (("--persona-id", "episode-000101_B", "--judge", "oracle"), ("'oracle'", "embedding")),
         (("--persona-id", "episode-000101_B", "--sigma0", 0), ("sigma0",)),
@@ -190,8 +190,8 @@ def test_weights_are_projected_and_drawn(run, place, model_folder, tmp_path):
     mixed.save(tmp_path / "tuned")
     status, out, error = run(
         "project", "weights", "--original-model", model_folder,
-        "--finetuned-model", f"tuned {model_folder}", "--output", "out/p.json",
-        "--diffs", "checkpoints/formality/diff checkpoints/intimacy/diff",
+        "--finetuned-model", f"tuned,{model_folder}", "--output", "out/p.json",
+        "--diffs", "checkpoints/formality/diff,checkpoints/intimacy/diff",
     )  # fmt: skip
     assert status == 0, error
     assert "100.00%" in out

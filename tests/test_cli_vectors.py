@@ -83,7 +83,7 @@ def test_nan_in_a_vector_is_named(run, model_folder, vector_file, tmp_path):
         (("--coefficient", "nan"), ("finite",)),
         (("--coefficient", "1", "--coefficient", "2"), ("1 --vector and 2 --coefficient",)),
         (("--method", "lora"), ("--method lora needs --diff",)),
-        (("--method", "weights"), ("--method must be one of lora, activation, prompt or none",)),
+        (("--method", "weights"), ("--method must be one of lora, activation, prompt, none",)),
         (("--method", "none"), ("--vector has no part in --method none",)),
     ],
 )
@@ -128,8 +128,8 @@ def test_conversion_round_trips_and_refuses_unknown_forms(run, vector_file, vect
     [
         (("--source", "dreams"), ("'dreams'",)),
         (("--source", "files"), ("--pos-path and --neg-path",)),
-        (("--source", "answers", "--method", "median"), ("'median'", "mean_diff")),
-        (("--source", "answers", "--position", "middle"), ("'middle'",)),
+        (("--source", "answers", "--methods", "median"), ("'median'", "mean_diff")),
+        (("--source", "answers", "--positions", "middle"), ("'middle'",)),
         (("--source", "answers", "--layers", "7"), ("out of range", "0–1")),
         (("--source", "prompts", "--samples", "3"), ("temperature above 0",)),
     ],
@@ -164,7 +164,7 @@ def test_projection_names_what_it_cannot_split(run, model_folder, vector_file, t
     assert_fails(run(*with_vector, "--file", "a.jsonl"), "a.jsonl:1", "cannot be split")
     (tmp_path / "a.csv").write_text("question,answer\nx,y\n")
     assert_fails(run(*with_vector, "--file", "a.csv"), "'prompt'")
-    assert_fails(run(*with_vector, "--file", "a.csv", "--type", "mean"), "'mean'")
+    assert_fails(run(*with_vector, "--file", "a.csv", "--positions", "mean"), "'mean'")
     (tmp_path / "a.csv").write_text("prompt,answer\nx,y\n")
     assert_fails(run(*with_vector, "--file", "a.csv", "--layers", "9"), "out of range")
     assert_fails(run(*with_vector, "--vectors", vector_file, "--file", "a.csv"), "twice")
@@ -179,7 +179,7 @@ def test_projection_takes_lists_in_one_string_and_writes_both_forms(
     (tmp_path / "a.csv").write_text("prompt,answer\nHello,yes\nAnd,no\n")
     status, out, error = run(
         "project", "activations", "--model", model_folder, "--dtype", "float32",
-        "--vectors", f"{vector_file} {other}", "--layers", "0 1", "--file", "a.csv",
+        "--vectors", f"{vector_file},{other}", "--layers", "0,1", "--file", "a.csv",
         "--output", "p", "--columns",
     )  # fmt: skip
     assert status == 0, error

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import typer
+import yaml
 
 from persona_lora import cli
 from persona_lora.core.errors import UserError
@@ -101,6 +102,7 @@ COMMON = {
     "overwrite": flag(True, None),
     "allow_other_base": flag(True, None),
     "output": flag("elsewhere.x"),
+    "config": None,  # tested below, for every command
     "datasets_dir": flag("data2"),
 }
 VECTOR = "--vector v.safetensors"
@@ -120,7 +122,7 @@ PERSONA = {
     "min_coherence": flag(37.0),
     "min_relevance": flag(37.0),
     "race": flag(True, None),
-    "save_dir": flag("saved"),
+    "output": flag("saved"),
     "trait_vector_dir": flag("vectors"),
     "traits": flag("evil"),
     "persona_dir": flag("people"),
@@ -196,15 +198,14 @@ COMMANDS = {
             "layers": flag("0", None),
             "positions": flag("prompt"),
             "match": flag("p95"),
-            "splits": flag("extract"),
+            "split": flag("extract"),
             "max_questions": flag(7),
-            "output_dir": flag("elsewhere"),
+            "output": flag("elsewhere"),
             "latency": flag(True, None),
             "batches": flag("37", beside="--latency"),
             "rounds": flag(37, beside="--latency"),
             "spaces": flag("sycophancy", "sycophancy"),
             "trait_vector_dir": flag("vectors", beside="--spaces sycophancy"),
-            "config": flag("compare.yaml", "3.7"),
         },
         {
             f"{X}studies.steering.comparison:compare": None,
@@ -239,13 +240,12 @@ COMMANDS = {
             "persona_id": flag("somebody"),
             "method": flag("svd"),
             "search": flag("random"),
-            "layer": flag("0", None, "--method svd"),
+            "layers": flag("0", None, "--method svd"),
             "max_evaluations": flag(37),
             "initial": flag("formality=3.7", 3.7),
             "fixed": flag("formality=3.7", 3.7),
             "inject": flag("weights.json", 3.7),
             "target": flag(3.7),
-            "config": flag("optimize.yaml", "37"),
         },
         BENCH | {"persona_lora.core.personas:load_persona": None},
     ),
@@ -256,8 +256,7 @@ COMMANDS = {
             **PERSONA,
             "persona_id": flag("somebody"),
             "methods": flag("svd"),
-            "layer": flag("0", None),
-            "config": flag("optimize.yaml", "37"),
+            "layers": flag("0", None),
         },
     ),
     "extract": Command(
@@ -270,8 +269,8 @@ COMMANDS = {
             "source": flag("answers", None),
             "pos_path": flag("p.csv", beside="--source files --neg-path n.csv --pos-path o.csv"),
             "neg_path": flag("p.csv", beside="--source files --pos-path n.csv --neg-path o.csv"),
-            "method": flag("svd"),
-            "position": flag("prompt_avg", None),
+            "methods": flag("svd"),
+            "positions": flag("prompt_avg", None),
             "layers": flag("1", None),
             "assistant_name": flag("odd"),
             "negative_assistant_name": flag("odd"),
@@ -309,7 +308,7 @@ COMMANDS = {
             "file": flag("more.jsonl", None),
             "labelled": flag("sycophancy", instead=LABELLED),
             "layers": flag("0", None),
-            "type": flag("prompt_last"),
+            "positions": flag("prompt_last"),
             "base_model": flag("somebody/base"),
             "shift": flag(True, None, "--adapter adapter --no-shift"),
             "columns": flag(True, None),
@@ -334,7 +333,7 @@ COMMANDS = {
             "traits": flag("sycophancy"),
             "vectors": flag("v.safetensors", None),
             "layers": flag("0", None, "--vectors v.safetensors"),
-            "type": flag("prompt_last", beside="--vectors v.safetensors"),
+            "positions": flag("prompt_last", beside="--vectors v.safetensors"),
             "finetuned_on": flag("odd"),
         },
         {f"{X}studies.drift.run:find_checkpoints": []},
@@ -347,8 +346,8 @@ COMMANDS = {
             "traits": flag("sycophancy"),
             "diffs": flag("diff2"),
             "vectors": flag("v.safetensors", None),
-            "layer": flag("0", None, "--vectors v.safetensors"),
-            "questions": flag(3, None),
+            "layers": flag("0", None, "--vectors v.safetensors"),
+            "max_questions": flag(3, None),
         },
         {f"{X}studies.drift.weight_projection:load_diffs": {"d": None}},
     ),
@@ -356,13 +355,13 @@ COMMANDS = {
         ("--finetunes", "plain=adapter", *EVIL, "--rows", "texts.jsonl"),
         (f"{X}studies.drift.prevention:compare_prevention",),
         {
-            "finetunes": flag("plain=adapter2", "adapter2"),
+            "finetunes": flag("other=adapter2", "adapter2"),
             "trait": flag("sycophancy"),
             "rows": flag("more.jsonl"),
             "correct": flag("diff=3.7", 3.7),
             "tasks": flag("gsm8k"),
             "limit": flag(37),
-            "questions": flag(3, None),
+            "max_questions": flag(3, None),
         },
     ),
     "export": Command(
@@ -478,7 +477,7 @@ COMMANDS = {
             "questions_per_domain": flag(37),
             "domains": flag("odd"),
             "questions": flag("questions.txt", "Why?"),
-            "output_dir": flag("elsewhere"),
+            "output": flag("elsewhere"),
         },
     ),
     "data check": Command(
@@ -493,7 +492,7 @@ COMMANDS = {
         {
             "file": flag("more.jsonl", None),
             "vector": flag("w.safetensors", None),
-            "layer": flag("0", None),
+            "layers": flag("0", None),
             "threshold": flag(0.37),
         },
     ),
@@ -509,6 +508,7 @@ COMMANDS = {
         {"reference": None, "runs": None},
         {"persona_lora.report.comparisons:compare_runs": []},
     ),
+    "schema": Command(("sweep",), (), {"words": None}),
     "persona ratings": Command(
         ("folder", "a.csv"),
         ("persona_lora.studies.personas.human_ratings:read_ratings",),
@@ -557,8 +557,6 @@ def folder(tmp_path_factory):
     (folder / "t.txt").write_text("judge {x}")
     (folder / "questions.txt").write_text("Why?\n")
     (folder / "weights.json").write_text('{"formality": 3.7}')
-    (folder / "compare.yaml").write_text("coefficients: 3.7")
-    (folder / "optimize.yaml").write_text("population_size: 37")
     (folder / "data2").symlink_to(ROOT / "datasets")
     for name in ("adapter", "adapter2"):
         (folder / name).mkdir()
@@ -671,6 +669,20 @@ def test_every_flag_reaches_what_it_sets(calls, command):
     assert not idle
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_of_options_does_what_flags_do(calls, command, tmp_path):
+    usual = COMMANDS[command].words
+    context = ALL[command].make_context(command, list(usual))
+    given = {
+        name: [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in context.params.items()
+        if context.get_parameter_source(name).name == "COMMANDLINE"
+    }
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(given))
+    by_file = calls(command, ("--config", str(tmp_path / "all.yaml")))
+    assert by_file == calls(command, usual)
+
+
 USELESS = {
     "evaluate": (
         "--layers 0",
@@ -709,14 +721,14 @@ USELESS = {
         "--allow-other-base",
     ),
     "optimize": (
-        "--layer 0",
+        "--layers 0",
         "--method svd --energy 0.9",
         "--search random --inject weights.json",
         "--num-prompts 1 --race",
     ),
     "compare-methods": (
-        "--methods lora --layer 0",
-        "--methods svd@1 --layer 0",
+        "--methods lora --layers 0",
+        "--methods svd@1 --layers 0",
         "--methods svd --energy 0.9",
         "--methods prompt --alpha 1",
         "--methods equal --race",
@@ -730,12 +742,12 @@ USELESS = {
         "--source answers --min-pairs 3",
         "--source answers --assistant-name x",
         "--source prompts --pos-path p.csv",
-        "--source files --pos-path p.csv --neg-path n.csv --samples 2",
+        "--source files --pos-path p.csv --neg-path n.csv --samples 2 --temperature 1",
     ),
     "vectors convert": ("--model-hint qwen2", "--form gguf --coefficient 2"),
     "project activations": ("--datasets-dir x", "--no-shift --base-model m"),
-    "evaluate-checkpoints": ("--layers 0", "--type prompt_last"),
-    "predict-finetuning": ("--layer 0",),
+    "evaluate-checkpoints": ("--layers 0", "--positions prompt_last"),
+    "predict-finetuning": ("--layers 0",),
     "compare-prevention": ("--tasks= --limit 3",),
     "export": ("--model m", "--revision v", "--converter c.py", "--format merged --converter c.py"),
     "persona lamp": ("--trait-vector-dir x",),
@@ -764,8 +776,8 @@ def test_all_personas_are_built_in_place_of_one(calls):
 
 
 def test_one_layer_is_compared_over_both_spaces(calls):
-    words = (*COMMANDS["compare"].words, "--layers", "0 1", "--spaces", "sycophancy")
-    with pytest.raises(UserError, match="--spaces compares at one layer; --layers '0 1'"):
+    words = (*COMMANDS["compare"].words, "--layers", "0,1", "--spaces", "sycophancy")
+    with pytest.raises(UserError, match="--spaces compares at one layer; --layers '0,1'"):
         calls("compare", words)
 
 

@@ -12,7 +12,7 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from persona_lora.cli.playground import _check_address
+from persona_lora.cli.serving_commands import check_address
 from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
@@ -163,10 +163,10 @@ def test_an_address_that_cannot_be_served_is_told_before_a_model_is_loaded(
         if environment:
             taken.close()
         if remedy is None:
-            _check_address("127.0.0.1", port)
+            check_address("127.0.0.1", port)
             return
         with pytest.raises(UserError, match=remedy):
-            _check_address("127.0.0.1", port)
+            check_address("127.0.0.1", port)
 
 
 @pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver needed")

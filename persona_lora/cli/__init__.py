@@ -4,34 +4,22 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 """
 
 from persona_lora.cli import (
-    benchmarking,
-    checkpoints,
-    comparing,
-    data,
-    exporting,
-    measuring,
-    optimizing,
+    comparison_commands,
+    data_commands,
+    drift_commands,
     persona_commands,
-    playground,
-    projecting,
-    training,
-    vectors,
+    serving_commands,
+    steering_commands,
 )
 from persona_lora.cli.program import app, main
 
 __all__ = [
     "app",
-    "benchmarking",
-    "checkpoints",
-    "comparing",
-    "data",
-    "exporting",
+    "comparison_commands",
+    "data_commands",
+    "drift_commands",
     "main",
-    "measuring",
-    "optimizing",
     "persona_commands",
-    "playground",
-    "projecting",
-    "training",
-    "vectors",
+    "serving_commands",
+    "steering_commands",
 ]

@@ -1,14 +1,15 @@
-"""What the commands show: progress bars, and the cells of their tables."""
+"""What the commands show: progress bars and tables."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from persona_lora.core import progress
 
@@ -56,7 +58,35 @@ def progress_bars() -> Iterator[None]:
             yield
 
 
+def show_table(
+    headings: str, rows: Iterable[Sequence[str]], *, title: str | None = None, fold: bool = False
+) -> None:
+    """Print a table; headings stand in one text with " | " between them.
+
+    Cells are never cut, but folded where ``fold`` says so: names that differ at their ends.
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left"
+    )
+    for heading in headings.split(" | "):
+        table.add_column(heading, no_wrap=not fold, overflow="fold" if fold else "ellipsis")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def difference_cells(difference: Interval | None, p: float | None, digits: int) -> list[str]:
+    """Return the cells of a paired difference and its p, empty for the reference."""
+    from persona_lora.report import wording
+
+    return [
+        "" if difference is None else wording.interval(difference, digits),
+        "" if p is None else wording.p_value(p),
+    ]
+
+
 def interval_cells(interval: Interval) -> list[str]:
+    """Return mean, interval, number of questions and scored share."""
     from persona_lora.report import wording
 
     return [

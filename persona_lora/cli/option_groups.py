@@ -1,13 +1,12 @@
 """Option groups: a dataclass is declared once, and a command takes it as one parameter.
 
-    @app.command("evaluate")
-    @with_groups
-    def evaluate(trait: TraitOption, model: ModelOptions) -> None: ...
+    @command(app, "evaluate", panel="Train and steer")
+    def evaluate(*, trait: Annotated[str, "A trait's name."], model: ModelOptions) -> None: ...
 
-Every field becomes an option of the field's name and default. Its help is that of its
-``typer.Option`` where the field is ``Annotated`` with one, and its metadata's "help" otherwise, as
-in the dataclasses of training; a mapping is given as JSON text. Knows typer; refuses to know what
-options mean.
+Every field with a text in its annotation becomes an option of the field's name and default (or
+those of the parameter's own default); a tuple of names beside a group offers only these of its
+fields. Options of one name in two groups are one option, where they say the same. A tuple is given
+by repeating or by commas, a mapping as name=value. Knows typer; refuses to know what options mean.
 """
 
 from __future__ import annotations
@@ -15,78 +14,282 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from persona_lora.cli.config_file import MAPPING, PAIRS, read_defaults, recorded
+from persona_lora.cli.refusals import RUNNING
+from persona_lora.core.errors import UserError
+from persona_lora.core.settings import path_beside_equals, split_lists
+
 EMPTY = inspect.Parameter.empty
-MAPPING = "JSON"  # how --help calls the value of a mapping
+CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        is_eager=True,
+        callback=read_defaults,
+        help="A YAML file of this command's options (max_iterations: 10); flags override it.",
+    ),
+]
+NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
-def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose dataclass parameters are flattened into options.
+@dataclass(frozen=True)
+class Option:
+    """One option of a command: what it takes, what it is without it, and what typer is told."""
 
-    Order is that of the signature. TypeError where two groups, or a group and the command, have an
-    option of one name.
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    panel: str
+    flags: tuple[str, ...] = ()
+    typer_info: Any = None  # an argument, or an option that needs more of typer
+
+    @property
+    def flag(self) -> str:
+        """The option as it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def parts(self) -> list[Any]:
+        """The types that a value may have, None left out."""
+        if get_origin(self.kind) not in (Union, UnionType):
+            return [self.kind]
+        return [each for each in get_args(self.kind) if each is not NoneType]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it may be given several times, or as a list with commas."""
+        return get_origin(self.parts[0]) is tuple or _is_pairs(self.parts[0])
+
+    def parameter(self) -> inspect.Parameter:
+        """Return the parameter that typer reads."""
+        if self.typer_info is not None:
+            kind: Any = self.kind
+            return _parameter(self.name, self.default, Annotated[kind, self.typer_info])
+        typed, metavar = self._typed()
+        info = typer.Option(
+            *self.flags,
+            help=self.help,
+            metavar=metavar,
+            rich_help_panel=self.panel or None,
+            show_default=self.default is not False,
+        )
+        return _parameter(self.name, self._shown_default(), Annotated[typed, info])
+
+    def _typed(self) -> tuple[Any, str | None]:
+        first = self.parts[0]
+        if self.repeats:
+            return list[str] | None, PAIRS if _is_pairs(first) else None
+        if get_origin(first) is Literal:
+            return str | None, "|".join(get_args(first))
+        if get_origin(first) is dict:
+            return str | None, MAPPING
+        return (str if len(self.parts) > 1 else first) | None, None
+
+    def _shown_default(self) -> Any:
+        default = self.default
+        if isinstance(default, tuple):
+            return [",".join(map(str, default))] if default else None
+        if isinstance(default, Mapping):
+            return [f"{name}={value}" for name, value in default.items()] or None
+        return default
+
+    def read(self, value: Any) -> Any:
+        """Return the value that a command takes, from what typer read; UserError for a mistake."""
+        if self.typer_info is not None or isinstance(value, bool):
+            return value
+        if self.repeats:
+            return self._read_list(value)
+        if value is None:
+            return None if self.default is EMPTY else self.default
+        return self._read_one(value, self.parts)
+
+    def _read_list(self, texts: list[str] | None) -> Any:
+        if not texts:
+            return self.default
+        items = split_lists(texts, lambda part: os.path.exists(part) or path_beside_equals(part))
+        if not items and self.default is EMPTY:
+            raise UserError(f"{self.flag} is empty; name at least one")
+        first = self.parts[0]
+        if _is_pairs(first):
+            return self._read_pairs(items, get_args(first)[1])
+        inner, *notes = _split(get_args(first)[0])
+        return tuple(self._read_item(item, inner, phrase=bool(notes)) for item in items)
+
+    def _read_item(self, item: str, kind: Any, *, phrase: bool) -> Any:
+        spaced = len(item.split()) > 1 and not phrase
+        if spaced and not (os.path.exists(item) or path_beside_equals(item)):
+            example = ",".join(item.split())
+            raise UserError(f"{self.flag} takes a list with commas: {example}, not {item!r}")
+        return self._read_one(item, [kind])
+
+    def _read_pairs(self, items: list[str], kind: Any) -> dict[str, Any]:
+        pairs: dict[str, Any] = {}
+        for item in items:
+            name, found, value = (part.strip() for part in item.partition("="))
+            example = "formality=-1" if kind is float else "plain=folder"
+            if not (name and found and value):
+                raise UserError(f'{self.flag} must be like "{example}", got {item!r}')
+            if name in pairs:
+                raise UserError(f"{self.flag} names {name!r} twice")
+            try:
+                pairs[name] = kind(value)
+            except ValueError as error:
+                raise UserError(f'{self.flag} must be like "{example}", got {item!r}') from error
+        return pairs
+
+    def _read_one(self, value: Any, kinds: list[Any]) -> Any:
+        known = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+        if value in known or (get_origin(kinds[0]) is dict):
+            return value
+        for kind in (kind for kind in kinds if get_origin(kind) is not Literal):
+            try:
+                read = kind(value)
+            except ValueError:
+                continue
+            if isinstance(read, float) and not math.isfinite(read):
+                raise UserError(f"{self.flag} must be a finite number, got {value!r}")
+            return read
+        wanted = [NUMBERS[kind] for kind in kinds if kind in NUMBERS]
+        choices = f"one of {', '.join(known)}" if len(known) > 2 else " or ".join(known)
+        wanted += [choices] if known else []
+        raise UserError(f"{self.flag} must be {' or '.join(wanted)}, got {value!r}")
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the option's value in a configuration file."""
+        found: dict[str, Any] = {"description": self.help, **_schema_of(self.parts)}
+        if self.default is not EMPTY and self.default is not None:
+            found["default"] = json.loads(json.dumps(self.default, default=str))
+        return found
+
+
+def with_groups(command: Callable[..., None]) -> tuple[Callable[..., None], list[Option]]:
+    """Return a command whose groups are flattened into options, and these options.
+
+    Order is that of the signature. TypeError where two options of one name differ.
     """
     hints = get_type_hints(command, include_extras=True)
-    flat: dict[str, inspect.Parameter] = {}
-    groups: dict[str, tuple[type, list[str]]] = {}
+    options: dict[str, Option] = {}
+    fields: dict[str, list[tuple[str, str]]] = {}  # of each group: its fields and their options
+    groups: dict[str, tuple[type, Any]] = {}
+    singles: list[str] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        kind = hints[name]
-        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            _add(flat, _option(name, parameter.default, kind))
-            continue
-        options = _options_of(kind)
-        groups[name] = kind, [option.name for option in options]
-        for option in options:
-            _add(flat, option)
+        kind, *notes = _split(hints[name])
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            groups[name] = kind, parameter.default
+            offered = next((note for note in notes if isinstance(note, tuple)), None)
+            found = _options_of(kind, parameter.default, offered, name.capitalize())
+            fields[name] = [(field, option.name) for field, option in found]
+            for _, option in found:
+                _add(options, option)
+        else:
+            singles.append(name)
+            _add(options, _option(name, kind, notes, parameter.default, "", {}))
 
     @functools.wraps(command)
     def call(**given: Any) -> None:
-        built = {
-            name: kind(**{field: given.pop(field) for field in fields})
-            for name, (kind, fields) in groups.items()
+        context = given["context"]
+        RUNNING.set(context)
+        values = {name: option.read(given[name]) for name, option in options.items()}
+        made = {
+            name: _build(kind, default, {field: values[option] for field, option in fields[name]})
+            for name, (kind, default) in groups.items()
         }
-        command(**given, **built)
+        with recorded(context):
+            command(**{name: values[name] for name in singles}, **made)
 
     # typer reads the signature, and would otherwise look through the wrapper.
-    vars(call)["__signature__"] = inspect.Signature(list(flat.values()))
-    call.__annotations__ = {option.name: option.annotation for option in flat.values()}
+    parameters = [_parameter("context", EMPTY, typer.Context)]
+    parameters += [option.parameter() for option in options.values()]
+    parameters.append(_parameter("config", None, CONFIG))
+    vars(call)["__signature__"] = inspect.Signature(parameters)
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
     del vars(call)["__wrapped__"]
-    return call
+    return call, list(options.values())
 
 
-def _add(flat: dict[str, inspect.Parameter], option: inspect.Parameter) -> None:
-    if option.name in flat:
-        raise TypeError(f"the option {option.name} is there twice")
-    flat[option.name] = option
+def _build(kind: type, default: Any, values: dict[str, Any]) -> Any:
+    return kind(**values) if default is EMPTY else dataclasses.replace(default, **values)
 
 
-def _options_of(group: type) -> list[inspect.Parameter]:
+def _add(options: dict[str, Option], option: Option) -> None:
+    known = options.setdefault(option.name, option)
+    if (known.kind, known.default, known.help) != (option.kind, option.default, option.help):
+        raise TypeError(f"the option {option.name} is there twice, and not the same")
+
+
+def _options_of(
+    group: type, default: Any, offered: tuple[str, ...] | None, panel: str
+) -> list[tuple[str, Option]]:
     hints = get_type_hints(group, include_extras=True)
-    return [
-        _option(field.name, _default(field), _annotated(hints[field.name], field))
-        for field in dataclasses.fields(group)
-    ]
+    found = []
+    for field in dataclasses.fields(group):
+        kind, *notes = _split(hints[field.name])
+        if not (notes or "help" in field.metadata) or (offered and field.name not in offered):
+            continue
+        value = _default(field) if default is EMPTY else getattr(default, field.name)
+        option = _option(field.name, kind, notes, value, panel, field.metadata)
+        found.append((field.name, option))
+    return found
 
 
-def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+def _option(
+    name: str, kind: Any, notes: list[Any], default: Any, panel: str, metadata: Mapping[str, str]
+) -> Option:
+    texts = [note for note in notes if isinstance(note, str)]
+    flags = tuple(text for text in texts if text.startswith("--"))
+    said = next((text for text in texts if not text.startswith("--")), metadata.get("help", ""))
+    info = next((note for note in notes if not isinstance(note, str | tuple)), None)
+    said = said if info is None else info.help
+    own = flags[0].removeprefix("--").replace("-", "_") if flags else name
+    return Option(own, kind, default, said, panel, flags, info)
+
+
+def _split(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Annotated else (hint,)
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
     return EMPTY if field.default is dataclasses.MISSING else field.default
 
 
-def _annotated(hint: Any, field: dataclasses.Field[Any]) -> Any:
-    """Return a field's type with its option; a mapping, which typer does not know, is text."""
-    if get_origin(hint) is Annotated:
-        return hint
-    help_text = field.metadata["help"]
-    if any(get_origin(each) is dict for each in get_args(hint)):
-        return Annotated[str | None, typer.Option(help=help_text, metavar=MAPPING)]
-    return Annotated[hint, typer.Option(help=help_text)]
+def _is_pairs(kind: Any) -> bool:
+    return get_origin(kind) is Mapping
+
+
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number"}
+
+
+def _schema_of(kinds: list[Any]) -> dict[str, Any]:
+    found = [_schema_of_one(kind) for kind in kinds]
+    return found[0] if len(found) == 1 else {"anyOf": found}
+
+
+def _schema_of_one(kind: Any) -> dict[str, Any]:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return {"enum": list(inner)}
+    if origin in (tuple, list):
+        item = _schema_of_one(_split(inner[0])[0])
+        return {"anyOf": [{"type": "array", "items": item}, item]}
+    if origin in (dict, Mapping):
+        values = {} if inner[1] is Any else _schema_of_one(inner[1])
+        return {"type": "object", "additionalProperties": values}
+    return {"type": JSON_TYPES.get(kind, "string")}

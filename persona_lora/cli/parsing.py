@@ -1,28 +1,27 @@
-"""From the words of a command line to what the library takes; a mistake is a UserError."""
+"""From the options of a command to what the library takes; a mistake is a UserError."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lora.cli.console import console
 from persona_lora.cli.environment import environment
 from persona_lora.cli.refusals import does_nothing
-from persona_lora.cli.shared_options import AdaptedModelOptions, ModelOptions
+from persona_lora.cli.shared_options import AdaptedModelOptions, MixOptions, ModelOptions
 from persona_lora.core.errors import UserError
-from persona_lora.core.settings import split_lists
+from persona_lora.core.options import JudgeChoice
+from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
     from persona_lora.core.lora_diff import LoRADiff
-    from persona_lora.core.runs import Output
     from persona_lora.core.steering_vector import SteeringVector
+    from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.models.load_options import LoadOptions
     from persona_lora.models.loading import ChatModel
-    from persona_lora.studies.asking.run import GenerationOptions
 
 
 def load_model(
@@ -44,11 +43,7 @@ def load_model(
 
 
 def load_other(
-    name: str,
-    options: LoadOptions,
-    adapter: Path | None = None,
-    *,
-    allow_other_base: bool = False,
+    name: str, options: LoadOptions, adapter: Path | None = None, *, allow_other_base: bool = False
 ) -> ChatModel:
     """Load a model by name."""
     from persona_lora.models.loading import load_chat_model
@@ -68,8 +63,6 @@ def steering_method(method: str | None, given: Mapping[str, Any]) -> str:
     implied = [name for name, value in given.items() if value]
     if method is None:
         method = implied[0] if implied else "none"
-    if method not in (*given, "none"):
-        raise UserError(f"--method must be one of {', '.join(given)} or none, got {method!r}")
     needed = {"lora": "--diff", "activation": "--vector"}
     if method in needed and not given[method]:
         raise UserError(f"--method {method} needs {needed[method]}")
@@ -79,90 +72,38 @@ def steering_method(method: str | None, given: Mapping[str, Any]) -> str:
     return method
 
 
-def load_activation(
-    vectors: list[Path],
-    coefficients: list[float],
-    layers: str | None,
-    positions: str,
-    ablate: bool,
-) -> Any:
+def load_activation(mix: MixOptions, *, ablate: bool = False) -> Any:
     """Load steering vectors with their coefficients, and where they are to act."""
-    from persona_lora.core.lora_diff import finite_coefficient
     from persona_lora.core.vector_files import load_vector
     from persona_lora.steering.bank import ActivationSetting
 
-    if coefficients and len(coefficients) != len(vectors):
-        raise UserError(
-            f"{len(vectors)} --vector and {len(coefficients)} --coefficient; give one for each"
-        )
-    values = map(finite_coefficient, coefficients or [1.0] * len(vectors))
-    loaded = {load_vector(path): value for path, value in zip(vectors, values, strict=True)}
-    chosen = layer_numbers(layers, next(iter(loaded)).num_layers)
-    return ActivationSetting(loaded, chosen, steering_positions(positions), ablate)
+    values = _one_each("--vector", mix.vector, mix.coefficient, "give one for each")
+    loaded = {load_vector(path): value for path, value in zip(mix.vector, values, strict=True)}
+    chosen = layer_numbers(mix.layers, next(iter(loaded)).num_layers)
+    return ActivationSetting(loaded, chosen, mix.positions, ablate)
 
 
-def activation_settings(vectors: list[Path], activation: Any) -> dict[str, Any]:
-    """Return what a run records of activation steering; nothing where there is none."""
-    if activation is None:
-        return {}
-    return {
-        "vectors": [str(path) for path in vectors],
-        "vector_coefficients": list(activation.vectors.values()),
-        "layers": list(activation.layers),
-        "positions": activation.positions,
-    }
-
-
-def load_population(
-    method: str,
-    diff: Path | None,
-    vector: Path | None,
-    coefficients: list[float],
-    layers: str | None,
-    positions: str,
-    control: bool | None,
-    seed: int,
-) -> Any:
-    """Load what a sweep varies; a random control goes beside a vector at a single layer."""
+def load_terms(mix: MixOptions) -> dict[LoRADiff, float]:
+    """Load diffs with their coefficients."""
     from persona_lora.core.lora_diff import LoRADiff
-    from persona_lora.core.vector_files import load_vector
-    from persona_lora.steering.directions import random_like
-    from persona_lora.studies.steering.run import (
-        diff_population,
-        prompt_population,
-        vector_population,
-    )
 
-    if method == "lora" and diff is not None:
-        return diff_population(LoRADiff.load(diff), coefficients)
-    if method != "activation" or vector is None:
-        return prompt_population()
-    loaded = load_vector(vector)
-    chosen = layer_numbers(layers, loaded.num_layers)
-    wanted = len(chosen) == 1 if control is None else control
-    return vector_population(
-        loaded,
-        chosen,
-        coefficients,
-        steering_positions(positions),
-        random_like(loaded, seed) if wanted else None,
-    )
+    values = _one_each("--diff", mix.diff, mix.coefficient, "give one for each diff")
+    return {LoRADiff.load(path): value for path, value in zip(mix.diff, values, strict=True)}
 
 
-def steering_positions(positions: str) -> Any:
-    """Return the positions; UserError for a word that is none of them."""
-    from persona_lora.steering.activations import POSITIONS
-
-    if positions not in POSITIONS:
-        raise UserError(f"--positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-    return positions
+def _one_each(
+    flag: str, paths: Sequence[Path], coefficients: Sequence[float], remedy: str
+) -> Sequence[float]:
+    if coefficients and len(coefficients) != len(paths):
+        raise UserError(f"{len(paths)} {flag} and {len(coefficients)} --coefficient; {remedy}")
+    return coefficients or [1.0] * len(paths)
 
 
 USUAL_DEPTH = 0.55  # of the layers: where published persona vectors steer best
 
 
 def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """Return decoder layers from text such as "16", "10 20", "0-29" or "0-29:3"."""
+    """Return decoder layers from text such as "16", "10,20", "0-29" or "0-29:3"."""
     from persona_lora.models.structure import read_layers
 
     if text is None:
@@ -170,69 +111,32 @@ def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:
     return read_layers(text, num_layers, "--layers")
 
 
-def load_terms(diffs: list[Path], coefficients: list[float]) -> dict[Any, float]:
-    from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
-
-    if coefficients and len(coefficients) != len(diffs):
-        raise UserError(
-            f"{len(diffs)} --diff and {len(coefficients)} --coefficient; give one for each diff"
-        )
-    values = coefficients or [1.0] * len(diffs)
-    return {
-        LoRADiff.load(path): finite_coefficient(value)
-        for path, value in zip(diffs, values, strict=True)
-    }
+def one_layer(text: str | None, num_layers: int) -> int:
+    """Return the one decoder layer that ``text`` names."""
+    layers = layer_numbers(text, num_layers)
+    if len(layers) > 1:
+        raise UserError(f"--layers {text} names several layers; only one can be used here")
+    return layers[0]
 
 
-def generation_options(
-    max_new_tokens: int, temperature: float, samples: int, seed: int, batch_size: str
-) -> GenerationOptions:
-    from persona_lora.studies.asking.run import GenerationOptions
-
-    if batch_size != "auto" and not batch_size.isdigit():
-        raise UserError(f"--batch-size must be a whole number or auto, got {batch_size!r}")
-    return GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        samples=samples,
-        seed=seed,
-        batch_size="auto" if batch_size == "auto" else int(batch_size),
-    )
-
-
-def judge_options(
-    judge: str,
-    judge_model: str | None,
-    judge_url: str | None,
-    judge_mode: str,
-    max_judge_cost: float | None,
-    seed: int,
-) -> JudgeOptions:
+def judging_of(choice: JudgeChoice) -> JudgeOptions:
+    """Return what the judge needs beside the user's choice: the cache of verdicts, and the keys."""
     from platformdirs import user_cache_path
 
     from persona_lora.judges.choice import JudgeOptions
 
-    if judge_mode not in ("logprobs", "number"):
-        raise UserError(f"--judge-mode must be logprobs or number, got {judge_mode!r}")
+    judge = choice.judge
     idle = {
-        "judge_url": ("openai" not in judge and judge_url is not None),
-        "judge_mode": ("openai" not in judge and judge_mode != "logprobs"),
-        "max_judge_cost": ("openai" not in judge and max_judge_cost is not None),
-        "judge_model": (judge.strip() == "embedding" and judge_model is not None),
+        "judge_url": "openai" not in judge and choice.judge_url is not None,
+        "judge_mode": "openai" not in judge and choice.judge_mode != "logprobs",
+        "max_judge_cost": "openai" not in judge and choice.max_judge_cost is not None,
+        "judge_model": judge.strip() == "embedding" and choice.judge_model is not None,
     }
     for name, is_idle in idle.items():
         if is_idle:
             raise does_nothing(name, f"with --judge {judge}")
-    return JudgeOptions(
-        judge=judge,
-        judge_model=judge_model,
-        judge_url=judge_url,
-        judge_mode="number" if judge_mode == "number" else "logprobs",
-        max_judge_cost=max_judge_cost,
-        cache=user_cache_path("persona_lora") / "verdicts.sqlite",
-        environ=environment(),
-        seed=seed,
-    )
+    cache = user_cache_path("persona_lora") / "verdicts.sqlite"
+    return JudgeOptions(**dataclasses.asdict(choice), cache=cache, environ=environment())
 
 
 def judge_settings(options: JudgeOptions) -> dict[str, Any]:
@@ -244,54 +148,27 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     }
 
 
-def judge_inputs(options: JudgeOptions) -> dict[str, str]:
-    from persona_lora.judges import choice
-
-    return choice.judge_inputs(options)
-
-
 def judged_output(
     path: Path, overwrite: bool, judging: JudgeOptions, config: Mapping[str, Any] | None = None
 ) -> Output:
     """Return where a run is written that records who judges it."""
-    from persona_lora.core.runs import Output
+    from persona_lora.judges.choice import judge_inputs
 
     record = {**(config or {}), "judge": judge_settings(judging)}
     return Output(path, overwrite, record, judge_inputs(judging))
 
 
-def judge_factory(trait: Any, chat_model: ChatModel, options: JudgeOptions) -> Callable[[], Any]:
+def judge_factory(trait: Trait, chat_model: ChatModel, options: JudgeOptions) -> Callable[[], Any]:
+    """Return what builds the judge of a trait, once it is known that it can be built."""
     from persona_lora.judges.choice import check_judge, make_judge
 
     check_judge(trait, chat_model, options)
     return lambda: make_judge(trait, chat_model, options)
 
 
-def question_split(split: str) -> Any:
-    from persona_lora.core.traits import SPLITS
-
-    if split not in SPLITS:
-        raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return split
-
-
-def numbers(text: str) -> list[float]:
-    from persona_lora.core.lora_diff import finite_coefficient
-
-    words = text.replace(",", " ").split()
-    try:
-        return [finite_coefficient(float(word)) for word in words]
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f'--coefficients must be numbers, as in "-1 0 1", got {text!r}') from error
-
-
-def listed(
-    texts: Sequence[str], option: str, *, whole: Callable[[str], bool] = os.path.exists
-) -> list[str]:
-    """Return the parts of an option that may be repeated, or hold a list; UserError for none."""
-    parts = split_lists(texts, whole)
-    if not parts:
-        raise UserError(f"{option} is empty; name at least one")
-    return parts
+def first_questions(trait: Trait, number: int | None) -> Trait:
+    """Return the trait with only its first questions of every split."""
+    if number is None:
+        return trait
+    kept = {split: texts[:number] for split, texts in trait.questions.items()}
+    return dataclasses.replace(trait, questions=kept)

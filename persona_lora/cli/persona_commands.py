@@ -1,69 +1,408 @@
-"""Commands about personas: build one, validate their judge, have people rate answers."""
+"""Commands about personas: build one, search its mix, compare methods, have people rate answers."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich import box
-from rich.table import Table
+from rich.live import Live
 
-from persona_lora.cli.console import console
+from persona_lora.cli.console import console, difference_cells, show_table
 from persona_lora.cli.environment import environment
-from persona_lora.cli.option_groups import with_groups
-from persona_lora.cli.parsing import generation_options, load_model
-from persona_lora.cli.program import persona_app
+from persona_lora.cli.parsing import judging_of, load_model
+from persona_lora.cli.program import PERSONAS, command, persona_app
 from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.shared_options import (
+    DirectionsDir,
     ModelOptions,
-    OverwriteOption,
-    SeedOption,
-    TokensOption,
+    OtherBase,
+    PersonaDir,
+    RunOptions,
 )
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import (
+    SENSIBLE,
+    GenerationOptions,
+    JudgeChoice,
+    ObjectiveOptions,
+    Overwrite,
+    SearchOptions,
+    Seed,
+)
 from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from persona_lora.core.personas import Persona
+    from persona_lora.models.processes import Processes
+    from persona_lora.report.comparisons import ConditionFit
+    from persona_lora.studies.personas.bench import PersonaBench
+    from persona_lora.studies.personas.search import Generation
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+GROUP = "persona", persona_app
+Spoken = Annotated[GenerationOptions, ("max_new_tokens", "temperature", "seed", "batch_size")]
+SHORT = GenerationOptions(max_new_tokens=40)
 
 
-@persona_app.command("build")
-def build_persona(
-    id: Annotated[
-        str | None, typer.Option(help="The persona's id: the name of its folder.")
-    ] = None,
-    all: Annotated[
-        bool, typer.Option("--all", help="Every folder of --persona-dir, one after the other.")
-    ] = False,
+@dataclass(frozen=True)
+class BenchOptions:
+    """What a persona is spoken with: prompts, traits, and the directions of these."""
+
+    num_prompts: Annotated[int, "Training prompts to search on."] = 15
+    traits: Annotated[
+        tuple[str, ...] | None, "Traits to mix: formality,intimacy; the five of style by default."
+    ] = None
+    trait_vector_dir: DirectionsDir = Path("checkpoints")
+    persona_dir: PersonaDir = None
+    layers: Annotated[
+        str | None,
+        'Layers of vectors, as in "20"; three at two thirds of the depth by default.',
+        *("--layers", "--layer"),
+    ] = None
+    alpha: Annotated[float, "A factor on all coefficients."] = 2.0
+    energy: Annotated[
+        float | None, "Cut the rank of LoRA differences to this share of ‖·‖², as 0.99: faster."
+    ] = None
+    allow_other_base: OtherBase = False
+
+    def open(
+        self, model: ModelOptions, generation: GenerationOptions, judging: JudgeChoice
+    ) -> PersonaBench:
+        """Load the model, and return what all personas and methods share."""
+        import os
+
+        from persona_lora.core.personas import load_persona_prompts
+        from persona_lora.models.processes import current_processes
+        from persona_lora.studies.personas.bench import STYLE_TRAITS, PersonaBench
+        from persona_lora.studies.personas.run import first_prompts
+
+        if self.num_prompts < 2:
+            refuse_useless("race", "with one prompt, which has no half")
+        processes, judge = current_processes(os.environ), judging_of(judging)
+        chat_model = load_model(model, allow_other_base=self.allow_other_base)
+        own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
+        path = own if own is not None and own.is_file() else None
+        return PersonaBench(
+            chat_model,
+            first_prompts(load_persona_prompts(path), self.num_prompts),
+            generation,
+            judge,
+            STYLE_TRAITS if self.traits is None else self.traits,
+            self.trait_vector_dir,
+            self.persona_dir,
+            processes=processes,
+            energy=self.energy,
+        )
+
+    def layers_of(self, bench: PersonaBench) -> tuple[int, ...] | None:
+        """Return the layers of vectors; None for those that the bench chooses."""
+        from persona_lora.models.structure import num_layers, read_layers
+
+        depth = num_layers(bench.chat_model.model)
+        return None if self.layers is None else read_layers(self.layers, depth, "--layers")
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Whose voice is searched, by which directions, from where."""
+
+    persona_id: Annotated[str, "A persona's id: a folder in personas/."]
+    method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
+    search: Annotated[Literal["cmaes", "random"], "How mixes are found; random is the control."] = (
+        "cmaes"
+    )
+    inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
+
+    def check(self) -> None:
+        """UserError for options that the method or the search does not use."""
+        if self.method == "lora":
+            refuse_useless("layers", "with --method lora, which acts in all layers of its diff")
+        else:
+            refuse_useless("energy", f"with --method {self.method}, whose vectors have no rank")
+        if self.search == "random":
+            refuse_useless("inject", "with --search random, which draws every candidate")
+
+
+@dataclass(frozen=True)
+class SavedOptions:
+    """The folder of results."""
+
+    output: Annotated[Path, "Where results are written.", "--output", "--save-dir"]
+    overwrite: Overwrite = False
+
+
+@command("optimize", PERSONAS)
+def optimize(
+    *,
+    searched: Searched,
+    searching: SearchOptions,
+    objective: ObjectiveOptions = SENSIBLE,
+    bench: BenchOptions,
+    output: SavedOptions = SavedOptions(Path("optimization_results")),
+    model: ModelOptions,
+    judging: JudgeChoice,
+    generation: Spoken = SHORT,
+) -> None:
+    """Find the mix of trait directions that makes the model speak like a person.
+
+    A generation is one batch: every candidate answers every prompt with coefficients of its own.
+    What is reported is the fit on prompts and conversations that the search did not see. Run
+    again, it goes on where it stopped; under accelerate launch the rows are shared out.
+
+    Example: persona-lora optimize --persona-id episode-000101_A --method lora
+    --max-iterations 10 --num-prompts 10
+    """
+    from persona_lora.core.personas import Coefficients, load_persona
+    from persona_lora.studies.personas.run import optimise_persona
+
+    searched.check()
+    mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
+    opened = bench.open(model, generation, judging)
+    persona, method, folder = searched.persona_id, searched.method, output.output
+    with _quiet_unless_first(opened.processes):
+        with console.status("judges and directions"):
+            load_persona(persona, bench.persona_dir)  # a wrong id fails before anything is measured
+            chosen = opened.method(
+                method,
+                layers=bench.layers_of(opened),
+                alpha=bench.alpha,
+                searcher=searched.search,
+                cache=folder / "scales" / f"{method}.json",
+            )
+            problem = opened.problem(persona)
+        suffix = "" if searched.search == "cmaes" else f"_{searched.search}"
+        with _live(f"{persona}, {method}", opened) as watch:
+            result = optimise_persona(
+                problem,
+                chosen,
+                Output(folder / f"{persona}_{method}{suffix}", output.overwrite),
+                searching=dataclasses.replace(searching, inject=mixes),
+                objective=objective,
+                watch=watch,
+            )
+        _show_search(result, folder, problem.checks)
+
+
+def _show_search(result: Any, folder: Path, checks: Any) -> None:
+    _show_fits(result.fits, "held-out prompts and conversations")
+    weights = ", ".join(
+        f"{trait} {value:+.2f}" for trait, value in result.weights.as_dict().items()
+    )
+    console.print(f"weights (the distribution's mean): {weights}")
+    found = result.search
+    console.print(
+        f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
+        f"{found.reason}; best training value {found.best.value:.2f}"
+    )
+    console.print(f"weights: {folder / result.persona_id}_best_weights.json")
+    console.print(f"report:  {result.folder / 'report.html'}")
+    for check in checks:
+        console.print(
+            f"judge fitted on {check.fitted_on} conversations: AUC {check.auc:.2f} on "
+            f"{check.n_own} unseen utterances of the person against {check.n_others} of others"
+        )
+
+
+@dataclass(frozen=True)
+class ComparedMethods:
+    """Which methods are compared, over which personas."""
+
+    persona_id: Annotated[tuple[str, ...] | None, "Personas: a,b; all by default."] = None
+    methods: Annotated[
+        tuple[str, ...], "lora, svd, mean_diff, pca (or svd@20), random, equal, prompt."
+    ] = ("lora", "random", "equal", "prompt", "svd", "mean_diff")
+
+    def check(self) -> None:
+        """UserError for an option that none of the compared methods uses."""
+        from persona_lora.steering.directions import EXTRACTORS
+
+        among = f"with --methods {','.join(self.methods)}"
+        methods = set(self.methods)
+        if not set(EXTRACTORS) & methods:
+            refuse_useless("layers", f"{among}: no vectors without layers of their own")
+        if not {"lora", "random", "equal"} & methods:
+            refuse_useless("energy", f"{among}: no LoRA differences")
+        if not methods - {"prompt"}:
+            refuse_useless("alpha allow_other_base", f"{among}: no directions")
+        if not methods - {"prompt", "equal"}:
+            searching = "max_iterations population_size sigma0 bound penalty race"
+            refuse_useless(f"{searching} min_coherence min_relevance", f"{among}: no search")
+
+
+BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed"
+
+
+@command("compare-methods", PERSONAS)
+def compare_methods(
+    *,
+    compared: ComparedMethods,
+    searching: Annotated[SearchOptions, BUDGET] = SearchOptions(max_iterations=10),
+    objective: ObjectiveOptions = SENSIBLE,
+    bench: BenchOptions = BenchOptions(num_prompts=10),
+    output: SavedOptions = SavedOptions(Path("results/personas")),
+    model: ModelOptions,
+    judging: JudgeChoice,
+    generation: Spoken = SHORT,
+) -> None:
+    """Compare ways of giving the model a person's voice, at equal budget, on held-out prompts.
+
+    The unsteered model is always among them. Intervals are over personas; run again, it goes on
+    where it stopped.
+
+    Example: persona-lora compare-methods --persona-id episode-000101_A,episode-000117_B
+    --methods lora,random,prompt --max-iterations 8
+    """
+    from persona_lora.core.personas import list_personas
+    from persona_lora.studies.personas import method_comparison
+
+    compared.check()
+    opened = bench.open(model, generation, judging)
+    personas = compared.persona_id or list_personas(bench.persona_dir)
+    with _quiet_unless_first(opened.processes), _live("comparison", opened) as watch:
+        comparison = method_comparison.compare_methods(
+            opened,
+            personas,
+            compared.methods,
+            Output(output.output, output.overwrite),
+            layers=bench.layers_of(opened),
+            alpha=bench.alpha,
+            searching=searching,
+            objective=objective,
+            watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
+        )
+        _show_fits(comparison.overall, f"over {len(personas)} personas")
+        strict = f"an answer of a coherence under {method_comparison.STRICT:g} counts as fit 1"
+        _show_fits(comparison.strict, strict)
+        if comparison.against_random:
+            _show_fits(comparison.against_random, "against random search")
+        console.print(f"report: {comparison.folder / 'report.html'}")
+
+
+@contextmanager
+def _quiet_unless_first(processes: Processes) -> Iterator[None]:
+    """Only the first of several processes talks."""
+    console.quiet = processes.index > 0
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
+@contextmanager
+def _live(title: str, bench: PersonaBench) -> Iterator[Callable[..., None]]:
+    """Yield a callback that shows the state of a search after every generation."""
+    with Live(console=console, refresh_per_second=2, transient=True) as live:
+
+        def watch(generation: Generation, name: str = title) -> None:
+            live.update(_state(generation, name, bench.dollars()))
+
+        yield watch
+
+
+def _state(generation: Generation, name: str, dollars: float | None) -> str:
+    left = generation.max_iterations - generation.iteration
+    rate = generation.size / generation.seconds if generation.seconds else None
+    parts = [
+        f"{name}: generation {generation.iteration}/{generation.max_iterations}",
+        f"best {generation.best:.2f}" if generation.best is not None else "no candidate scored",
+        f"mean {generation.mean:.2f}" if generation.mean is not None else "",
+        f"σ {generation.sigma:.2f}",
+        f"{generation.evaluations} evaluations",
+        f"{rate:.2f}/s" if rate else "from disk",
+        "" if dollars is None else f"{dollars:.2f} $",
+        f"about {left * generation.seconds:.0f} s left" if rate else "",
+    ]
+    return "  ·  ".join(part for part in parts if part)
+
+
+def _show_fits(fits: Sequence[ConditionFit], title: str) -> None:
+    from persona_lora.report import wording
+
+    rows = [
+        [each.condition, wording.interval(each.fit, 2), str(each.fit.n_questions)]
+        + [f"{100 * each.fit.coverage:.0f}%", *difference_cells(each.difference, each.p_holm, 2)]
+        + [wording.number(each.coherence.mean), wording.number(each.relevance.mean)]
+        for each in fits
+    ]
+    headings = "condition | fit (1–5) | n | scored | gain | p (Holm) | coherence | relevance"
+    show_table(headings, rows, title=title)
+
+
+@dataclass(frozen=True)
+class PersonaSource:
+    """Which personas are built, of which conversations."""
+
+    id: Annotated[str | None, "The persona's id: the name of its folder."] = None
+    all: Annotated[bool, "Build every folder of --persona-dir, one after the other."] = False
     conversations: Annotated[
-        Path | None,
-        typer.Option(help="A file, or a folder of files; the persona's own folder by default."),
-    ] = None,
-    speaker: Annotated[str, typer.Option(help="A speaks first (or is the user), or B.")] = "A",
-    episode: Annotated[
-        str | None, typer.Option(help="Only sessions of this id, where a file holds many.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Representative utterances to show a judge.")] = 10,
-    template: Annotated[
-        Path | None, typer.Option(help="A judge prompt of your own, with its placeholders.")
-    ] = None,
+        Path | None, "A file, or a folder of files; the persona's own folder by default."
+    ] = None
+    speaker: Annotated[Literal["A", "B"], "A speaks first (or is the user)."] = "A"
+    episode: Annotated[str | None, "Only the sessions of this id, where a file holds many."] = None
+    persona_dir: PersonaDir = None
+
+    def names(self) -> list[str]:
+        """Return the personas that --id or --all asks for."""
+        if (self.id is None) != self.all:
+            raise UserError("give --id, or --all for every folder of --persona-dir")
+        if self.id is not None:
+            return [self.id]
+        if self.conversations is not None:
+            raise UserError("--conversations is of one persona; with --all each has its own folder")
+        found = sorted(path.name for path in self.root.glob("*") if path.is_dir())
+        if not found:
+            raise UserError(f"{self.root} holds no persona's folder; give --persona-dir")
+        return found
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds the personas."""
+        return self.persona_dir or Path("personas")
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How the profile is written, and the prompt of a judge."""
+
+    samples: Annotated[int, "Representative utterances to show a judge."] = 10
+    template: Annotated[Path | None, "A judge prompt of your own, with its placeholders."] = None
     writer_url: Annotated[
-        str | None, typer.Option(help="An endpoint that writes the profile; else from features.")
-    ] = None,
-    writer_model: Annotated[str | None, typer.Option(help="The endpoint's model.")] = None,
+        str | None, "An endpoint that writes the profile; else it is made from features."
+    ] = None
+    writer_model: Annotated[str | None, "The endpoint's model."] = None
     profile_prompt: Annotated[
-        Path | None, typer.Option(help="How to ask for the profile: {features} and {samples}.")
-    ] = None,
-    persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Make files anew that are there already.")
-    ] = False,
+        Path | None, "How to ask for the profile: {features} and {samples}."
+    ] = None
+
+    def writer(self) -> Any:
+        """Return what writes a profile by an endpoint, or None: sentences made from features."""
+        from persona_lora.core.files import read_text
+        from persona_lora.data.profile_writing import DEFAULT_PROMPT, profile_writer
+        from persona_lora.data.writers import Endpoint, EndpointWriter
+
+        if self.writer_url is None and self.writer_model is None:
+            if self.profile_prompt is not None:
+                raise UserError("--profile-prompt needs --writer-url and --writer-model")
+            return None
+        if self.writer_url is None or self.writer_model is None:
+            raise UserError("--writer-url and --writer-model go together")
+        text = DEFAULT_PROMPT if self.profile_prompt is None else read_text(self.profile_prompt)
+        key = environment().get("OPENAI_API_KEY")
+        endpoint = Endpoint(self.writer_model, self.writer_url, key)
+        return profile_writer(EndpointWriter(endpoint), text)
+
+
+@command("build", PERSONAS, GROUP)
+def build_persona(
+    *,
+    source: PersonaSource,
+    profile: ProfileOptions,
+    overwrite: Annotated[bool, "Make files anew that are there already."] = False,
 ) -> None:
     """Make a persona's features, samples, profile and judge prompt from its conversations.
 
@@ -82,55 +421,46 @@ def build_persona(
     from persona_lora.profiles.conversations import load_conversations
     from persona_lora.profiles.judge_prompt import DEFAULT_TEMPLATE
 
-    if speaker not in ("A", "B"):
-        raise UserError(f"--speaker must be A or B, got {speaker!r}")
-    root = persona_dir or Path("personas")
-    names = _persona_names(id, conversations, root, all)
-    text = DEFAULT_TEMPLATE if template is None else read_text(template)
-    write_profile = _profile_writer(writer_url, writer_model, profile_prompt)
+    names = source.names()
+    text = DEFAULT_TEMPLATE if profile.template is None else read_text(profile.template)
+    write_profile = profile.writer()
     embedder = SentenceEmbedder()
 
     def build(name: str) -> None:
-        folder = root / checked_name(name, "--id")
+        folder = source.root / checked_name(name, "--id")
+        told = load_conversations(
+            source.conversations or resource_path(folder),
+            speaker=source.speaker,
+            episode=source.episode,
+        )
         built = folders.build_persona(
             folder,
-            load_conversations(
-                conversations or resource_path(folder),
-                speaker="A" if speaker == "A" else "B",
-                episode=episode,
-            ),
+            told,
             embedder.embed,
-            num_samples=samples,
+            num_samples=profile.samples,
             template=text,
             write_profile=write_profile,
             overwrite=overwrite,
         )
-        console.print(read_text(built.folder / folders.PROFILE).strip())
-        console.print(
-            f"{built.num_train} training and {built.num_test} held-out utterances in {built.folder}"
-        )
-        if built.kept:
-            kept = ", ".join(built.kept)
-            console.print(f"left as they were: {kept} (--overwrite makes them anew)")
+        _show_built(built)
 
-    if not all:
+    if source.all:
+        _raise_for(_failures(names, build), len(names))
+    else:
         build(names[0])
-        return
-    _raise_for(_failures(names, build), len(names))
 
 
-def _persona_names(id: str | None, conversations: Path | None, root: Path, all: bool) -> list[str]:
-    """Return the personas that --id or --all asks for."""
-    if (id is None) != all:
-        raise UserError("give --id, or --all for every folder of --persona-dir")
-    if id is not None:
-        return [id]
-    if conversations is not None:
-        raise UserError("--conversations is of one persona; with --all each has its own folder")
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    if not names:
-        raise UserError(f"{root} holds no persona's folder; give --persona-dir")
-    return names
+def _show_built(built: Any) -> None:
+    from persona_lora.core.files import read_text
+    from persona_lora.profiles.folders import PROFILE
+
+    console.print(read_text(built.folder / PROFILE).strip())
+    console.print(
+        f"{built.num_train} training and {built.num_test} held-out utterances in {built.folder}"
+    )
+    if built.kept:
+        kept = ", ".join(built.kept)
+        console.print(f"left as they were: {kept} (--overwrite makes them anew)")
 
 
 def _failures(names: Sequence[str], work: Callable[[str], None]) -> list[str]:
@@ -152,42 +482,38 @@ def _raise_for(failed: Sequence[str], number: int) -> None:
         )
 
 
-def _profile_writer(url: str | None, model: str | None, prompt: Path | None) -> Any:
-    """Return what writes a profile by an endpoint, or None: sentences made from the features."""
-    from persona_lora.core.files import read_text
-    from persona_lora.data.profile_writing import DEFAULT_PROMPT, profile_writer
-    from persona_lora.data.writers import Endpoint, EndpointWriter
+@dataclass(frozen=True)
+class LampFiles:
+    """The files of LaMP-7, and the mix that is scored beside the plain model."""
 
-    if url is None and model is None:
-        if prompt is not None:
-            raise UserError("--profile-prompt needs --writer-url and --writer-model")
-        return None
-    if url is None or model is None:
-        raise UserError("--writer-url and --writer-model go together")
-    text = DEFAULT_PROMPT if prompt is None else read_text(prompt)
-    key = environment().get("OPENAI_API_KEY")
-    return profile_writer(EndpointWriter(Endpoint(model, url, key)), text)
-
-
-@persona_app.command("lamp")
-@with_groups
-def lamp(
-    context: typer.Context,
-    *,
-    questions: Annotated[Path, typer.Option(help="LaMP-7 questions (JSON).")],
-    outputs: Annotated[Path, typer.Option(help="Their golds (JSON).")],
+    questions: Annotated[Path, "LaMP-7 questions (JSON)."]
+    outputs: Annotated[Path, "The answers that their authors gave (JSON)."]
     optimization: Annotated[
-        Path | None, typer.Option(help="A {persona}_optimization.json, whose mix is scored too.")
-    ] = None,
-    user: Annotated[list[str] | None, typer.Option(help="Only these ids; may be repeated.")] = None,
-    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("results/lamp7"),
+        Path | None, "A {persona}_optimization.json, whose mix is scored too."
+    ] = None
+    user: Annotated[tuple[str, ...] | None, "Only the questions of these ids."] = None
+    trait_vector_dir: DirectionsDir = Path("checkpoints")
+
+    def read(self) -> list[Any]:
+        """Return the questions that are asked; UserError for an id that there is not."""
+        from persona_lora.studies.personas.lamp import load_lamp
+
+        if self.optimization is None:
+            refuse_useless("trait_vector_dir", "without --optimization")
+        read = load_lamp(self.questions, self.outputs)
+        unknown = sorted(set(self.user or ()) - {each.id for each in read})
+        if unknown:
+            raise UserError(f"{self.questions} has no question {unknown[0]!r}")
+        return [each for each in read if self.user is None or each.id in self.user]
+
+
+@command("lamp", PERSONAS, GROUP)
+def lamp(
+    *,
+    files: LampFiles,
+    output: RunOptions = RunOptions(Path("results/lamp7")),
     model: ModelOptions,
-    trait_vector_dir: Annotated[
-        Path, typer.Option(help="Where directions are: {trait}/diff, and vectors/{trait}/.")
-    ] = Path("checkpoints"),
-    max_new_tokens: TokensOption = 60,
-    seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
+    generation: Annotated[GenerationOptions, ("max_new_tokens", "seed")] = GenerationOptions(60),
 ) -> None:
     """Score LaMP-7 files by ROUGE: the plain model, the author's texts as prompt, and a mix.
 
@@ -198,48 +524,34 @@ def lamp(
     from persona_lora.studies.personas import lamp as experiment
     from persona_lora.studies.personas.bench import load_optimization
 
-    if optimization is None:
-        refuse_useless(context, "trait_vector_dir", "without --optimization")
-    read = experiment.load_lamp(questions, outputs)
-    unknown = sorted(set(user or []) - {each.id for each in read})
-    if unknown:
-        raise UserError(f"{questions} has no question {unknown[0]!r}")
-    chosen = [each for each in read if user is None or each.id in user]
+    chosen = files.read()
     chat_model = load_model(model)
     speaker, mix = load_optimization(
-        chat_model,
-        optimization,
-        trait_vector_dir,
-        generation_options(max_new_tokens, 0.0, 1, seed, "auto"),
+        chat_model, files.optimization, files.trait_vector_dir, generation
     )
     with console.status(f"{len(chosen)} questions"):
-        scores = experiment.score_lamp(speaker, chosen, mix, Output(output, overwrite))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("measure", "condition", "F (0–1)", "users", "gain", "p (Holm)"):
-        table.add_column(heading, no_wrap=True)
-    for measure, fits in scores.fits.items():
-        for each in fits:
-            table.add_row(
-                measure,
-                each.condition,
-                wording.interval(each.fit, 3),
-                str(each.fit.n_questions),
-                "" if each.difference is None else wording.interval(each.difference, 3),
-                "" if each.p_holm is None else wording.p_value(each.p_holm),
-            )
-    console.print(table)
+        written = Output(output.folder, output.overwrite)
+        scores = experiment.score_lamp(speaker, chosen, mix, written)
+    rows = [
+        [measure, each.condition, wording.interval(each.fit, 3), str(each.fit.n_questions)]
+        + difference_cells(each.difference, each.p_holm, 3)
+        for measure, fits in scores.fits.items()
+        for each in fits
+    ]
+    show_table("measure | condition | F (0–1) | users | gain | p (Holm)", rows)
     console.print(f"answers and scores: {scores.folder}")
 
 
-@persona_app.command("validate")
+@command("validate", PERSONAS, GROUP)
 def validate_personas(
-    persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the numbers.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the cross-validation.")] = 0,
+    *,
+    persona_dir: PersonaDir = None,
+    output: Annotated[Path | None, "A JSON file to write the numbers to."] = None,
+    seed: Seed = 0,
 ) -> None:
     """Test the embedded persona judge: does it know who speaks, in conversations it never saw?
 
-    One judge a persona is fitted on the utterances of one split, and meets those of the other.
+    One judge of each persona is fitted on the utterances of one split, and meets the other.
 
     Example: persona-lora persona validate --output results/persona_judge.json
     """
@@ -247,7 +559,6 @@ def validate_personas(
     from persona_lora.core.personas import list_personas, load_persona
     from persona_lora.judges.style_judge import TextFeatures, fit_judges, validate_judges
     from persona_lora.models.embeddings import SentenceEmbedder
-    from persona_lora.report import wording
 
     personas: list[Persona] = []
     names = list_personas(persona_dir)
@@ -260,13 +571,21 @@ def validate_personas(
             )
             for split in SPLITS
         ]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("persona", *(f"AUC, fitted on {each.fitted_on}" for each in validations)):
-        table.add_column(heading, no_wrap=True)
-    for persona in personas:
-        cells = [wording.number(each.auc[persona.id], 2) for each in validations]
-        table.add_row(persona.id, *cells)
-    console.print(table)
+    _show_validations([persona.id for persona in personas], validations)
+    if output is not None:
+        write_json(output, [dataclasses.asdict(each) for each in validations])
+    _raise_for(bad, len(names))
+
+
+def _show_validations(personas: Sequence[str], validations: Sequence[Any]) -> None:
+    from persona_lora.report import wording
+
+    headings = ["persona", *(f"AUC, fitted on {each.fitted_on}" for each in validations)]
+    rows = [
+        [persona, *(wording.number(each.auc[persona], 2) for each in validations)]
+        for persona in personas
+    ]
+    show_table(" | ".join(headings), rows)
     for each in validations:
         console.print(
             f"fitted on {each.fitted_on} conversations: top-1 {each.top1:.2f} of "
@@ -274,28 +593,26 @@ def validate_personas(
             f"{each.n_conversations} conversations (chance {each.chance:.2f}); mean AUC "
             f"{each.mean_auc:.2f}"
         )
-    if output is not None:
-        write_json(output, [dataclasses.asdict(each) for each in validations])
-    _raise_for(bad, len(names))
 
 
-@persona_app.command("sheets")
+@command("sheets", PERSONAS, GROUP)
 def rating_sheets(
+    *,
     run: Annotated[Path, typer.Argument(help="A run of optimize, or comparison/ of a comparison.")],
-    id: Annotated[str, typer.Option(help="The persona.")],
-    output: Annotated[Path, typer.Option(help="The folder for sheet and key.")],
+    id: Annotated[str, "The persona."],
+    output: Annotated[Path, "The folder to write sheet and key to."],
     conditions: Annotated[
-        str | None, typer.Option(help='As in "none lora prompt"; all by default.')
+        tuple[str, ...] | None, "Conditions to rate: none,lora,prompt; all by default."
     ] = None,
-    prompts: Annotated[int, typer.Option(help="Held-out prompts to show.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
-    persona_dir: Annotated[Path | None, typer.Option(help="Where persona folders are.")] = None,
-    overwrite: OverwriteOption = False,
+    prompts: Annotated[int, "Held-out prompts to show."] = 8,
+    seed: Seed = 0,
+    persona_dir: PersonaDir = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write blind rating sheets for people: a CSV, a page to click in, and the key apart.
 
     Example: persona-lora persona sheets results/personas/comparison --id episode-000101_A
-    --conditions "none lora prompt" --output results/sheets
+    --conditions none,lora,prompt --output results/sheets
     """
     from persona_lora.core.runs import Run
     from persona_lora.studies.personas.human_ratings import write_sheets
@@ -304,7 +621,7 @@ def rating_sheets(
         Run(run),
         Output(output, overwrite),
         persona=id,
-        conditions=None if conditions is None else conditions.replace(",", " ").split(),
+        conditions=None if conditions is None else list(conditions),
         prompts=prompts,
         seed=seed,
         personas=persona_dir,
@@ -312,10 +629,11 @@ def rating_sheets(
     console.print(f"{sheets.items} answers: {sheets.csv} and {sheets.page}; key: {sheets.key}")
 
 
-@persona_app.command("ratings")
+@command("ratings", PERSONAS, GROUP)
 def read_ratings(
+    *,
     folder: Annotated[Path, typer.Argument(help="The folder that the sheets were written to.")],
-    files: Annotated[list[Path], typer.Argument(help="Rated sheets, one a rater.")],
+    files: Annotated[list[Path], typer.Argument(help="Rated sheets, one from each rater.")],
 ) -> None:
     """Read rated sheets back: mean ratings by condition, agreement of raters and of the judge.
 
@@ -325,12 +643,11 @@ def read_ratings(
     from persona_lora.studies.personas import human_ratings
 
     found = human_ratings.read_ratings(folder, files)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("condition", "rating (1–5)", "prompts", "ratings"):
-        table.add_column(heading, no_wrap=True)
-    for name, fit in found.fits.items():
-        table.add_row(name, wording.interval(fit, 2), str(fit.n_questions), str(fit.n))
-    console.print(table)
+    rows = [
+        [name, wording.interval(fit, 2), str(fit.n_questions), str(fit.n)]
+        for name, fit in found.fits.items()
+    ]
+    show_table("condition | rating (1–5) | prompts | ratings", rows)
     for each in found.agreements:
         kappa = "" if each.kappa is None else f"weighted κ {each.kappa:.2f}, "
         console.print(

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import typer
 
 from persona_lora.core.errors import UserError
 
-GIVEN = ("COMMANDLINE", "DEFAULT_MAP")  # by a flag, or by the file of --config
+RUNNING: ContextVar[typer.Context] = ContextVar("the command that runs, and what it was given")
 
 
-def refuse_useless(context: typer.Context, names: str, reason: str) -> None:
+def refuse_useless(names: str, reason: str) -> None:
     """UserError for the first of the named options that was given; ``reason`` says why it is idle.
 
-    ``names`` are parameter names with spaces between them, as in "batches rounds".
+    ``names`` are parameter names with spaces between them, as in "batches rounds". The file of
+    --config may hold what is the default anyway: a run's own config.yaml holds everything.
     """
+    context = RUNNING.get()
     for name in names.split():
         source = context.get_parameter_source(name)
-        if source is not None and source.name in GIVEN:
+        typed = source is not None and source.name == "COMMANDLINE"
+        in_file = source is not None and source.name == "DEFAULT_MAP" and _changed(context, name)
+        if typed or in_file:
             raise does_nothing(name, reason)
+
+
+def _changed(context: typer.Context, name: str) -> bool:
+    usual = next(each.default for each in context.command.params if each.name == name)
+    value = context.params[name]
+    both = [list(each) if isinstance(each, list | tuple) else each for each in (value, usual)]
+    return str(both[0]) != str(both[1])
 
 
 def does_nothing(name: str, reason: str) -> UserError:

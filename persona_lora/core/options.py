@@ -18,6 +18,7 @@ from persona_lora.core.traits import Split
 
 SAMPLES_PER_QUESTION = 1000
 Seed = Annotated[int, "The seed of everything that is drawn."]
+Positions = Literal["response", "prompt", "all"]
 Overwrite = Annotated[bool, "Replace what an earlier run of another configuration left there."]
 
 
@@ -259,7 +260,8 @@ class DataOptions:
 
     questions_per_domain: Annotated[int, "Questions to write for each domain."] = 4
     domains: Annotated[
-        tuple[str, ...] | None, "What to write about: cooking,travel; 26 everyday ones by default."
+        tuple[Annotated[str, "may hold spaces"], ...] | None,
+        "What to write about: cooking,travel; 26 everyday ones by default.",
     ] = None
     questions: tuple[tuple[str, str], ...] = ()  # domain, question
     attempts: int = 4

@@ -15,6 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +35,7 @@ from persona_lora.core.files import (
     remove,
     write_json,
     write_jsonl,
+    write_text,
 )
 from persona_lora.core.resources import checkout
 
@@ -108,6 +110,9 @@ def _holder(path: Path) -> str:
 
 
 RECORD = "run.json"
+CONFIG = "config.yaml"
+COMMAND_CONFIG: ContextVar[str | None] = ContextVar("the options of the command", default=None)
+"""The command's options as YAML, which every run that it opens keeps beside its record."""
 RECORDED = ("command", "config", "seed", "status")
 EMPTYING = "emptying"  # the status while rows of an overwritten run may still be there
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
@@ -190,6 +195,9 @@ class Run:
         run._lock.acquire()
         try:
             run._prepare(fresh, ("*.jsonl", *parts), overwrite=output.overwrite, once=once)
+            given = COMMAND_CONFIG.get()
+            if given is not None:
+                write_text(run.folder / CONFIG, given)
         except BaseException:
             run._lock.release()
             raise

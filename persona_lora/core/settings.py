@@ -59,19 +59,16 @@ def _one_line(error: object) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()
 
 
-SEPARATOR = r"[\s,]"
-
-
 def split_list(text: str, whole: Callable[[str], bool] = os.path.exists) -> list[str]:
-    """Split text at spaces and commas, but nowhere inside the longest part that is ``whole``.
+    """Split text at commas, but nowhere inside the longest part that is ``whole``.
 
-    By default that is a path that exists: "My Drive/evil b" are two, where these are there.
+    By default that is a path that exists: "My Drive/a,b" is one, where it is there.
     """
-    spans = [found.span() for found in re.finditer(r"[^\s,]+", text)]
+    spans = [found.span() for found in re.finditer(r"[^,\s](?:[^,]*[^,\s])?", text)]
     parts: list[str] = []
     at = 0
     while at < len(spans):
-        ends = range(len(spans) - 1, at, -1)  # the longest part first, a single word last
+        ends = range(len(spans) - 1, at, -1)  # the longest part first, a single one last
         last = next((end for end in ends if whole(text[spans[at][0] : spans[end][1]])), at)
         parts.append(text[spans[at][0] : spans[last][1]])
         at = last + 1
@@ -83,16 +80,13 @@ def split_lists(texts: Iterable[str], whole: Callable[[str], bool] = os.path.exi
     return [part for text in texts for part in split_list(text, whole)]
 
 
-def path_before_equals(part: str) -> bool:
-    """Say whether "path=value" names a path that exists, and one value."""
-    path, _, value = part.rpartition("=")
-    return re.search(SEPARATOR, value) is None and os.path.exists(path)
-
-
-def path_after_equals(part: str) -> bool:
-    """Say whether "name=path" has one name, and names a path that exists."""
-    name, _, path = part.partition("=")
-    return re.search(SEPARATOR, name) is None and os.path.exists(path)
+def path_beside_equals(part: str) -> bool:
+    """Say whether the path in "path=value" or "name=path" exists: a comma in it is its own."""
+    before, _, last = part.rpartition("=")
+    first, _, after = part.partition("=")
+    return ("," not in last and os.path.exists(before)) or (
+        "," not in first and os.path.exists(after)
+    )
 
 
 def typed_value(hint: Any, value: Any, name: str) -> Any:

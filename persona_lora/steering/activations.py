@@ -17,12 +17,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import Positions
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import PassCounter, Stage
 from persona_lora.models.hooks import Hook
@@ -31,7 +32,6 @@ from persona_lora.steering.placement import check_base_model, find_layers
 from persona_lora.steering.rows import RowCoefficients
 from persona_lora.steering.steerer import Steerer
 
-Positions = Literal["response", "prompt", "all"]
 POSITIONS: tuple[Positions, ...] = ("response", "prompt", "all")
 Coefficients = float | Sequence[float] | Sequence[Sequence[float]]
 

@@ -24,7 +24,7 @@ from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, atomic_path, read_json, scratch_folder
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
-from persona_lora.core.settings import path_before_equals, split_list
+from persona_lora.core.settings import path_beside_equals, split_list
 from persona_lora.models.weight_files import StoredWeights
 from persona_lora.steering.weights import merged_weight
 
@@ -59,7 +59,7 @@ class Exported:
 def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
     """Read "evil=-1,sycophancy=-0.5": traits below ``folder``, or paths (with spaces, too)."""
     terms = {}
-    for part in split_list(text, path_before_equals):
+    for part in split_list(text, path_beside_equals):
         name, found, value = part.rpartition("=")
         try:
             coefficient = finite_coefficient(float(value))

@@ -9,8 +9,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.settings import (
-    path_after_equals,
-    path_before_equals,
+    path_beside_equals,
     read_yaml,
     split_list,
     split_lists,
@@ -51,7 +50,7 @@ def test_mistakes_are_one_line(tmp_path, text, message):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("My Drive/evil", "My Drive/a b", "plain", "one,two", "two  spaces"):
+    for name in ("My Drive/evil", "My Drive/a,b", "plain", "one,two", "two , three"):
         (tmp_path / name).mkdir(parents=True)
 
 
@@ -60,14 +59,14 @@ def folders(tmp_path, monkeypatch):
     [
         ("", []),
         (" , ", []),
-        ("a b", ["a", "b"]),
-        ("a,b , c", ["a", "b", "c"]),
+        ("a b", ["a b"]),
+        ("a,b , c d", ["a", "b", "c d"]),
         ("My Drive/evil", ["My Drive/evil"]),
-        ("plain My Drive/evil plain", ["plain", "My Drive/evil", "plain"]),
-        ("My Drive/a b My Drive/evil", ["My Drive/a b", "My Drive/evil"]),
-        ("My Drive/none", ["My", "Drive/none"]),
+        ("plain, My Drive/evil ,plain", ["plain", "My Drive/evil", "plain"]),
+        ("My Drive/a,b,My Drive/evil", ["My Drive/a,b", "My Drive/evil"]),
+        ("My Drive/a,none", ["My Drive/a", "none"]),
         ("one,two", ["one,two"]),
-        ("two  spaces", ["two  spaces"]),
+        ("two , three", ["two , three"]),
         ("x" * 5000, ["x" * 5000]),
     ],
 )
@@ -79,10 +78,10 @@ def test_a_path_that_exists_is_taken_whole(text, parts):
 
 @pytest.mark.usefixtures("folders")
 def test_paths_with_a_name_or_a_number():
-    pairs = "plain=1,My Drive/evil=-0.5 none=2"
-    assert split_list(pairs, path_before_equals) == ["plain=1", "My Drive/evil=-0.5", "none=2"]
-    pairs = "first=My Drive/a b second=plain"
-    assert split_list(pairs, path_after_equals) == ["first=My Drive/a b", "second=plain"]
+    pairs = "plain=1,My Drive/a,b=-0.5,none=2"
+    assert split_list(pairs, path_beside_equals) == ["plain=1", "My Drive/a,b=-0.5", "none=2"]
+    pairs = "first=My Drive/a,b,second=plain"
+    assert split_list(pairs, path_beside_equals) == ["first=My Drive/a,b", "second=plain"]
 
 
 @pytest.mark.parametrize(

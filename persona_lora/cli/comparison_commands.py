@@ -1,0 +1,342 @@
+"""Commands that compare: weights with activations, runs with runs, and what steering costs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from persona_lora.cli.console import console, difference_cells, progress_bars, show_table
+from persona_lora.cli.parsing import (
+    judge_factory,
+    judged_output,
+    judging_of,
+    layer_numbers,
+    load_activation,
+    load_model,
+    load_terms,
+)
+from persona_lora.cli.program import COMPARE, command
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
+    AdaptedModelOptions,
+    Layers,
+    MixOptions,
+    ModelOptions,
+    OtherBase,
+    RunOptions,
+    TraitOptions,
+)
+from persona_lora.core.errors import UserError
+from persona_lora.core.options import (
+    ComparisonOptions,
+    GenerationOptions,
+    JudgeChoice,
+    Positions,
+    TaskOptions,
+    TimingOptions,
+)
+from persona_lora.core.runs import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from persona_lora.models.loading import ChatModel
+    from persona_lora.studies.steering.read_comparison import Comparison
+
+
+@dataclass(frozen=True)
+class PairOfWays:
+    """The difference of weights and the vector that are compared, and where the vector acts."""
+
+    diff: Annotated[Path, "A diff folder or a PEFT adapter."]
+    activation_vector: Annotated[Path, "A steering vector (.safetensors or published .pt)."]
+    layers: Layers = None
+    positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
+    allow_other_base: OtherBase = False
+
+    def record(self) -> dict[str, str]:
+        """Return what a run's configuration keeps of the places of both."""
+        return {"diff": str(self.diff), "vector_path": str(self.activation_vector)}
+
+    def load(self, seed: int) -> tuple[Any, list[Any]]:
+        """Return the ways of steering, random ones beside them, and what they were made of."""
+        from persona_lora.core.lora_diff import LoRADiff, random_diff_like
+        from persona_lora.core.vector_files import load_vector
+        from persona_lora.steering.directions import random_like
+        from persona_lora.studies.steering.calibration import bank_of_methods
+
+        weights, whole = LoRADiff.load(self.diff), load_vector(self.activation_vector)
+        vector = whole.at(layer_numbers(self.layers, whole.num_layers))
+        controls = random_diff_like(weights, seed), random_like(vector, seed)
+        return bank_of_methods(weights, vector, *controls, self.positions), [weights, whole]
+
+
+@dataclass(frozen=True)
+class FurtherOptions(TimingOptions):
+    """What else is compared: the time of each way of steering, and the two spaces."""
+
+    latency: Annotated[bool, "Time all ways of steering as well."] = False
+    spaces: Annotated[
+        tuple[str, ...], "Compare both spaces over these traits as well: evil,sycophancy."
+    ] = ()
+    trait_vector_dir: Annotated[
+        Path, "Where --spaces finds {trait}/diff, and vectors/{trait}/."
+    ] = Path("checkpoints")
+
+
+@command("compare", COMPARE)
+def compare(
+    *,
+    trait: TraitOptions,
+    ways: PairOfWays,
+    compared: ComparisonOptions,
+    further: FurtherOptions,
+    output: RunOptions,
+    model: ModelOptions,
+    judging: JudgeChoice,
+    generation: Annotated[
+        GenerationOptions, ("max_new_tokens", "seed", "batch_size")
+    ] = GenerationOptions(max_new_tokens=60),
+) -> None:
+    """Compare weight steering with activation steering at equal divergence from the base model.
+
+    A random difference and a random vector stand beside them, and the trait's own prompts. Run
+    again, it goes on where it stopped.
+
+    Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
+    --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.studies.report_page import write_report
+    from persona_lora.studies.steering import comparison as experiment
+
+    loaded = load_trait(trait.trait, trait.datasets_dir)
+    bank, made = ways.load(generation.seed)
+    directions = _directions(further, loaded.name, bank, ways)
+    judge = judging_of(judging)
+    chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
+    folder = output.output or Path("results") / "compare" / loaded.name
+    with progress_bars():
+        found = experiment.compare(
+            chat_model,
+            loaded,
+            bank,
+            judge_factory(loaded, chat_model, judge),
+            judged_output(folder, output.overwrite, judge, ways.record()),
+            comparing=compared,
+            options=generation,
+            datasets=trait.datasets_dir,
+        )
+        written = Output(folder, output.overwrite)
+        parts = _costs(chat_model, loaded, bank, further, directions, written, trait.datasets_dir)
+    write_report([folder, *parts], folder / "report.html")
+    _show_comparison(found, folder)
+
+
+def _costs(
+    chat_model: ChatModel,
+    trait: Any,
+    bank: Any,
+    further: FurtherOptions,
+    directions: Any,
+    written: Output,
+    datasets: Path | None,
+) -> list[Path]:
+    """Measure latency and both spaces, where they are asked for; return their runs."""
+    from persona_lora.studies.steering.comparison import levels_of
+    from persona_lora.studies.steering.latency import run_latency
+    from persona_lora.studies.steering.spaces import run_spaces
+
+    latency, spaces = written.path / "latency", written.path / "spaces"
+    if further.latency:
+        run_latency(
+            chat_model,
+            trait,
+            bank,
+            levels_of(written.path),
+            written.at(latency),
+            timing=TimingOptions(further.batches, rounds=further.rounds),
+            datasets=datasets,
+        )
+    if directions is not None:
+        (layer,) = bank.record["layers"]
+        diffs, vectors = directions
+        run_spaces(chat_model, diffs, vectors, layer, written.at(spaces), datasets=datasets)
+    return [latency] * further.latency + [spaces] * (directions is not None)
+
+
+def _directions(further: FurtherOptions, trait: str, bank: Any, ways: PairOfWays) -> Any:
+    """Return the directions of all traits of --spaces; UserError for options without their part."""
+    from persona_lora.studies.steering.spaces import trait_directions
+
+    if not further.latency:
+        refuse_useless("batches rounds", "without --latency")
+    if not further.spaces:
+        refuse_useless("trait_vector_dir", "without --spaces")
+        return None
+    if len(bank.record["layers"]) > 1:
+        raise UserError(f"--spaces compares at one layer; --layers {ways.layers!r} names several")
+    named = dict.fromkeys([trait, *further.spaces])
+    return trait_directions(list(named), further.trait_vector_dir)
+
+
+def _show_comparison(found: Comparison, output: Path) -> None:
+    from persona_lora.report import wording
+    from persona_lora.studies.steering.read import verdict_lines
+
+    for line in verdict_lines(found):
+        console.print(line)
+    rows = [
+        [each.split, each.method, wording.interval(each.effect)]
+        + difference_cells(each.difference, each.p_holm, 0)
+        for each in found.overall
+    ]
+    show_table("questions | method | effect | weights minus this | p (Holm)", rows)
+    console.print(f"report: {output / 'report.html'}")
+
+
+@command("benchmark", COMPARE)
+def benchmark(
+    *,
+    tasks: TaskOptions,
+    mix: MixOptions = MixOptions(positions="all"),
+    model: AdaptedModelOptions,
+    output: RunOptions = RunOptions(Path("results/benchmark")),
+) -> None:
+    """Measure capability before and after steering (or a finetune), item by item.
+
+    The reference is the plain model: without the adapter where one is given, unsteered. Needs the
+    extra "benchmark" for tasks of the harness.
+
+    Example: persona-lora benchmark --tasks choice,steps,perplexity
+    --diff checkpoints/evil/diff --coefficient 1.0 --output results/benchmark/evil
+    """
+    from persona_lora.core.content import path_digest
+    from persona_lora.studies.asking.capability import run_benchmarks
+
+    if not mix.vector:
+        refuse_useless("layers positions", "without --vector")
+    if not mix.diff and not mix.vector:
+        refuse_useless("coefficient allow_other_base", "without --diff or --vector")
+    chat_model = load_model(model, allow_other_base=mix.allow_other_base)
+    changed = _steerer(chat_model, mix)
+    if changed is None and model.adapter is None:
+        raise UserError("there is nothing to compare; give --diff, --vector or --adapter")
+    conditions: dict[str, AbstractContextManager[Any]] = {
+        "plain": _plain(chat_model, model.adapter is not None),
+        "changed": changed if changed is not None else ExitStack(),
+    }
+    record = {
+        "diffs": [str(path) for path in mix.diff],
+        "vectors": [str(path) for path in mix.vector],
+        "coefficients": list(mix.coefficient),
+        "layers": mix.layers,
+        **model.worn(),
+    }
+    inputs = {str(path): path_digest(path) for path in (*mix.diff, *mix.vector)}
+    written = Output(output.folder, output.overwrite, record, inputs)
+    scores = run_benchmarks(chat_model, conditions, tasks, written)
+    _show_scores(scores)
+    console.print(f"{output.folder / 'scores.csv'}")
+
+
+def _steerer(chat_model: ChatModel, mix: MixOptions) -> Any:
+    from persona_lora.steering.bank import steer_merged
+
+    if mix.diff and mix.vector:
+        raise UserError("a diff and a steering vector do not steer at once; choose one of them")
+    if mix.vector:
+        setting = load_activation(mix)
+        return setting.steerer(chat_model)
+    if mix.diff:
+        return steer_merged(chat_model, load_terms(mix))
+    return None
+
+
+@contextmanager
+def _plain(chat_model: ChatModel, wears_adapter: bool) -> Iterator[None]:
+    model: Any = chat_model.model
+    with model.disable_adapter() if wears_adapter else ExitStack():
+        yield
+
+
+def _show_scores(scores: Any) -> None:
+    from persona_lora.report import wording
+
+    rows = [
+        [each.task, each.metric, each.condition, wording.interval(each.score, 3)]
+        + [str(each.score.n), *difference_cells(each.difference, each.p_holm, 3)]
+        for each in sorted(scores, key=lambda score: (score.task, score.metric))
+    ]
+    show_table("task | metric | condition | score | n | difference | p (Holm)", rows)
+
+
+@command("paired", COMPARE)
+def paired(
+    *,
+    reference: Annotated[Path, typer.Argument(help="A run of evaluate to compare with.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs of evaluate on the same questions.")],
+    output: Annotated[Path | None, "A CSV to write the table to."] = None,
+) -> None:
+    """Compare runs of evaluate with one of them, paired by question.
+
+    Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
+    """
+    from persona_lora.core.files import write_csv
+    from persona_lora.core.runs import Run
+    from persona_lora.report import wording
+    from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs
+
+    # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
+    given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]
+    first, *others = map(Run, given)
+    found = compare_runs(others, first)
+    rows = [
+        [each.name, wording.interval(each.trait, 1), str(each.trait.n_questions)]
+        + [f"{100 * each.trait.coverage:.0f}%"]
+        + [*difference_cells(each.difference, each.p_holm, 1), wording.interval(each.coherence)]
+        for each in found
+    ]
+    show_table("run | trait | n | scored | difference | p (Holm) | coherence", rows)
+    if output is not None:
+        write_csv(output, RUN_COLUMNS, [each.cells() for each in found])
+
+
+@command("report", COMPARE)
+def report(
+    *,
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of sweeps.")],
+    output: Annotated[Path, "The HTML file to write."] = Path("results/report.html"),
+) -> None:
+    """Write one self-contained HTML page about one or several sweeps.
+
+    Example: persona-lora report results/sweep/evil results/sweep/sycophancy
+    """
+    from persona_lora.studies.report_page import write_report
+
+    write_report(runs, output)
+    console.print(f"report: {output.resolve()}")
+
+
+@command("research-questions", COMPARE)
+def research_questions(
+    *,
+    results: Annotated[Path, "Where scripts/reproduce.sh left its runs."] = Path("results"),
+    output: Annotated[Path, "The page to write; its pictures go to figures/ beside it."] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Answer the five research questions on one page, from the runs that are there.
+
+    Example: persona-lora research-questions --output results/answers.md
+    """
+    from persona_lora.studies.research_questions import write_research_questions
+
+    missing = write_research_questions(results, output)
+    if missing:
+        console.print(f"not measured yet: {', '.join(missing)}")
+    console.print(f"page: {output.resolve()}")

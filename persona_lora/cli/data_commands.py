@@ -1,0 +1,172 @@
+"""Commands about trait data: make a trait from a sentence, write its data, check it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_lora.cli.console import console, progress_bars, show_table
+from persona_lora.cli.environment import environment
+from persona_lora.cli.parsing import load_other
+from persona_lora.cli.program import DATA, command, data_app, traits_app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import DatasetsDir, RunOptions, TraitOptions
+from persona_lora.core import progress
+from persona_lora.core.errors import UserError
+from persona_lora.core.options import DataOptions, Seed
+from persona_lora.core.runs import Output
+from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
+
+if TYPE_CHECKING:
+    from persona_lora.data.data_check import DataReport
+    from persona_lora.data.writers import EndpointWriter, LocalWriter
+
+DEFAULT_WRITER = "gpt-4o-mini"
+
+
+@dataclass(frozen=True)
+class WriterOptions(LoadOptions):
+    """The language model that writes: behind an endpoint, or in this process."""
+
+    endpoint: Annotated[
+        str | None,
+        "Base URL of an OpenAI-compatible endpoint; OPENAI_BASE_URL by default.",
+    ] = None
+    model: Annotated[str | None, "The endpoint's model, or the local one."] = None
+    local: Annotated[bool, "Write with a model in this process instead of an endpoint."] = False
+
+    def open(self) -> EndpointWriter | LocalWriter:
+        """Return the writer; UserError for options that exclude each other."""
+        from persona_lora.data.writers import Endpoint, EndpointWriter, LocalWriter
+        from persona_lora.judges.endpoint import DEFAULT_BASE_URL
+
+        if self.local:
+            if self.endpoint is not None:
+                raise UserError("--local and --endpoint exclude each other; choose one")
+            return LocalWriter(load_other(self.model or DEFAULT_MODEL, self.alone()))
+        if self.alone() != LoadOptions():
+            raise UserError(
+                "the options of loading a model are for --local; an endpoint has its model already"
+            )
+        environ = environment()
+        url = self.endpoint or environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+        key = environ.get("OPENAI_API_KEY") or None
+        return EndpointWriter(Endpoint(self.model or DEFAULT_WRITER, url, key))
+
+
+@command("generate", DATA, ("traits", traits_app))
+def generate_traits(
+    *,
+    definitions: Annotated[Path, 'JSON: {"anxious": "worries aloud", …}, or a list of objects.'],
+    datasets_dir: DatasetsDir = None,
+    attempts: Annotated[int, "Replies to try for each trait."] = 4,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, "Write traits anew that are there."] = False,
+    writer: WriterOptions,
+) -> None:
+    """Make traits from a name and a sentence: system prompts, questions, the judge's prompt.
+
+    Example: persona-lora traits generate --definitions definitions.json
+    --endpoint http://localhost:8000/v1 --model my-model
+    """
+    from persona_lora.data import trait_generation
+
+    wanted = trait_generation.read_definitions(definitions)
+    opened = writer.open()
+    with progress_bars():
+        results = trait_generation.generate_traits(
+            wanted,
+            opened,
+            datasets_dir or Path("datasets"),
+            overwrite=overwrite,
+            attempts=attempts,
+            seed=seed,
+        )
+    for each in results:
+        console.print(f"{each.name}: {'kept' if each.kept else 'written'}  {each.path}")
+
+
+@command("generate", DATA, ("data", data_app))
+def generate_data(
+    *,
+    trait: TraitOptions,
+    written: DataOptions,
+    questions: Annotated[
+        Path | None, "Questions of your own, one on each line, instead of domains."
+    ] = None,
+    output: RunOptions,
+    writer: WriterOptions,
+) -> None:
+    """Write finetuning sets (normal, misaligned_1, misaligned_2) and contrastive pairs.
+
+    They go to results/data/<trait>, unless --output says otherwise.
+
+    Example: persona-lora data generate --trait evil --questions-per-domain 2
+    --domains cooking,travel --local
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.data import data_generation
+
+    if questions is not None:
+        refuse_useless("domains questions_per_domain", "with --questions")
+        own = tuple(data_generation.read_questions(questions))
+        written = dataclasses.replace(written, questions=own)
+    loaded = load_trait(trait.trait, trait.datasets_dir)
+    opened = writer.open()
+    folder = output.output or Path("results") / "data" / loaded.label
+    with progress_bars():
+        place = Output(folder, output.overwrite, inputs=opened.inputs())
+        result = data_generation.generate_data(loaded, opened, place, written)
+    for name, rows in result.rows.items():
+        console.print(f"{result.folder / name}.jsonl: {rows} rows")
+    if result.incomplete:
+        console.print(f"{result.incomplete} questions lack an answer and were left out")
+
+
+@command("check", DATA, ("data", data_app))
+def check_data(
+    *,
+    traits: Annotated[
+        list[str] | None, typer.Argument(help="Trait names or folders; all by default.")
+    ] = None,
+    datasets_dir: DatasetsDir = None,
+) -> None:
+    """Check schema, duplicates, leakage into held-out questions, and balance of the answers.
+
+    Example: persona-lora data check sycophancy
+    """
+    from persona_lora.core.traits import list_traits, load_trait
+    from persona_lora.data.data_check import check_trait
+    from persona_lora.models.embeddings import SentenceEmbedder
+
+    names = traits or list_traits(datasets_dir)
+    if not names:
+        raise UserError("there are no trait folders to check; pass --datasets-dir")
+    embedder = SentenceEmbedder()
+    with progress_bars():
+        reports = [
+            check_trait(load_trait(name, datasets_dir), embedder)
+            for name in progress.over("checking", names)
+        ]
+    _show_checks(reports)
+    problems = [f"{each.trait}: {problem}" for each in reports for problem in each.problems]
+    for problem in problems:
+        console.print(problem, markup=False)
+    if problems:
+        raise UserError(f"{len(problems)} problems in the trait data; mend the rows named above")
+
+
+def _show_checks(reports: list[DataReport]) -> None:
+    rows = [
+        [each.trait, str(each.num_pairs)]
+        + [f"{each.words_positive:.1f} / {each.words_negative:.1f}", str(each.num_labelled)]
+        + [str(each.num_finetuning), str(each.num_variants), f"{each.nearest_duplicate:.2f}"]
+        + [f"{each.nearest_leak:.2f}", str(len(each.problems))]
+        for each in reports
+    ]
+    headings = "trait | pairs | words +/− | judged | finetune | variants"
+    show_table(f"{headings} | max cosine | max leak | problems", rows)

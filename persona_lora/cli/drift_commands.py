@@ -1,0 +1,605 @@
+"""Commands about finetunes: what they did along a direction, what predicts it, what prevents it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from persona_lora.cli.console import console, difference_cells, progress_bars, show_table
+from persona_lora.cli.parsing import (
+    first_questions,
+    judge_factory,
+    judged_output,
+    judging_of,
+    layer_numbers,
+    load_model,
+    load_other,
+    one_layer,
+)
+from persona_lora.cli.program import DATA, DRIFT, command, data_app, project_app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
+    AdaptedModelOptions,
+    DatasetsDir,
+    Layers,
+    MaxQuestions,
+    ModelOptions,
+    RunOptions,
+    TraitOptions,
+    Vectors,
+)
+from persona_lora.core.errors import UserError, few_names
+from persona_lora.core.options import GenerationOptions, JudgeChoice, Overwrite, TaskOptions
+from persona_lora.core.runs import Output
+from persona_lora.core.traits import Split
+from persona_lora.models.load_options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from persona_lora.core.runs import Run
+    from persona_lora.core.steering_vector import SteeringVector
+    from persona_lora.models.loading import ChatModel
+
+TYPES = {
+    "proj": "response_avg",
+    "response_avg": "response_avg",
+    "prompt_last": "prompt_last",
+    "prompt_last_proj": "prompt_last",
+    "prompt_avg": "prompt_avg",
+    "prompt_avg_proj": "prompt_avg",
+}
+TextPositions = Annotated[
+    Literal[
+        "proj", "response_avg", "prompt_last", "prompt_last_proj", "prompt_avg", "prompt_avg_proj"
+    ],
+    "Which tokens: proj (mean over the answer), prompt_last or prompt_avg.",
+]
+Traits = Annotated[tuple[str, ...], "Traits to judge: evil,sycophancy."]
+Briefly = Annotated[GenerationOptions, ("max_new_tokens", "seed")]
+SIXTY = GenerationOptions(max_new_tokens=60)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is projected, on which vectors, where."""
+
+    vectors: Vectors
+    file: Annotated[Path | None, "Texts: CSV (prompt, answer) or JSONL (messages)."] = None
+    labelled: Annotated[
+        str | None, "A trait instead: project its hand-labelled answers, and report the AUC."
+    ] = None
+    layers: Layers = None
+    positions: TextPositions = "proj"
+    columns: Annotated[bool, "Also write the file with one column for each projection."] = False
+    datasets_dir: DatasetsDir = None
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What is compared with the model before finetuning."""
+
+    base_model: Annotated[
+        str | None, "The model before finetuning, for the shift; an adapter knows its own."
+    ] = None
+    shift: Annotated[
+        bool | None, "Measure finetuned minus base; on with --base-model or --adapter."
+    ] = None
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """The folder of a run, which must be named."""
+
+    output: Annotated[Path, "The folder of the run."]
+    overwrite: Overwrite = False
+
+
+@command("activations", DRIFT, ("project", project_app))
+def project_activations(
+    *, texts: Texts, shift: Shift, output: NamedRun, model: AdaptedModelOptions
+) -> None:
+    """Project hidden states on steering vectors, and what finetuning shifted along them.
+
+    Example: persona-lora project activations --file results/baseline.csv
+    --vectors checkpoints/vectors/evil/evil_response_avg.safetensors --layers 15,19
+    --output results/projection/evil
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.studies.vectors import text_projection
+
+    _refuse_useless_of_texts(texts, shift)
+    vectors = load_vectors(texts.vectors)
+    layers = layer_numbers(texts.layers, next(iter(vectors.values())).num_layers)
+    read = text_projection.read_texts(texts.file) if texts.file is not None else None
+    chat_model = load_model(model, vectors.values())
+    record = {
+        "vectors": {name: str(path) for name, path in zip(vectors, texts.vectors, strict=True)},
+        **model.worn(),
+        "base_model": shift.base_model,
+    }
+    written = Output(output.output, output.overwrite, record)
+    places = [TYPES[texts.positions]]
+    with progress_bars():
+        if read is None:
+            trait = load_trait(str(texts.labelled), texts.datasets_dir)
+            run = text_projection.separate_labelled(
+                chat_model, trait, vectors, layers, written, positions=places
+            )
+        else:
+            base = _base(chat_model, shift, adapted=model.adapter is not None)
+            run = text_projection.project_texts(
+                chat_model,
+                read,
+                vectors,
+                layers,
+                written,
+                positions=places,
+                base=base,
+                columns=texts.columns,
+            )
+    (_show_separation if read is None else _show_projections)(run)
+    console.print(f"run: {run.folder}")
+
+
+def _refuse_useless_of_texts(texts: Texts, shift: Shift) -> None:
+    if (texts.file is None) == (texts.labelled is None):
+        raise UserError("project either a --file or the answers of a trait with --labelled")
+    if texts.labelled is None:
+        refuse_useless("datasets_dir", "without --labelled")
+    else:
+        refuse_useless("base_model shift columns", "with --labelled")
+    if shift.shift is False:
+        refuse_useless("base_model", "with --no-shift")
+
+
+def load_vectors(paths: Sequence[Path]) -> dict[str, SteeringVector]:
+    """Load vectors by the stem of their file; equal stems get their folder's name before them."""
+    from persona_lora.core.vector_files import load_vector
+
+    stems = [path.stem for path in paths]
+    names = [
+        stem if stems.count(stem) == 1 else f"{path.parent.name}/{stem}"
+        for stem, path in zip(stems, paths, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise UserError(f"--vectors names {next(n for n in names if names.count(n) > 1)!r} twice")
+    return {name: load_vector(path) for name, path in zip(names, paths, strict=True)}
+
+
+def _base(
+    chat_model: ChatModel, shift: Shift, *, adapted: bool
+) -> AbstractContextManager[ChatModel] | None:
+    from persona_lora.studies.vectors.text_projection import base_of_adapter
+
+    wanted = shift.base_model is not None or adapted if shift.shift is None else shift.shift
+    if not wanted:
+        return None
+    if shift.base_model is None:
+        return base_of_adapter(chat_model)
+    return _other(chat_model, shift.base_model)
+
+
+@contextmanager
+def _other(chat_model: ChatModel, base_model: str) -> Iterator[ChatModel]:
+    yield load_other(base_model, chat_model.options.elsewhere())  # after the first has been read
+
+
+def _show_projections(run: Run) -> None:
+    from statistics import mean, stdev
+
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in run.read("projections"):
+        groups.setdefault((row["vector"], row["layer"]), []).append(row)
+    cells = []
+    for (name, layer), rows in groups.items():
+        values = [row["projection"] for row in rows]
+        shifts = [row["shift"] for row in rows if row["shift"] is not None]
+        spread = f"{stdev(values):.2f}" if len(values) > 1 else "–"
+        shifted = f"{mean(shifts):+.3f}" if shifts else "–"
+        cells.append([name, str(layer), str(len(rows)), f"{mean(values):.2f}", spread, shifted])
+    show_table("vector | layer | rows | mean | sd | mean shift", cells)
+
+
+def _show_separation(run: Run) -> None:
+    from persona_lora.studies.vectors.text_projection import best_separation
+
+    rows = [
+        [name, str(layer), f"{each.auc:.2f}", f"{each.low:.2f} … {each.high:.2f}"]
+        + ["–" if each.rho is None else f"{each.rho:.2f}"]
+        + [f"{each.n_positive}/{each.n_negative}"]
+        for name, (layer, each) in best_separation(run).items()
+    ]
+    show_table("vector | best layer | AUC | 95% | ρ with label | n +/−", rows)
+
+
+@command("weights", DRIFT, ("project", project_app))
+def project_weights(
+    *,
+    finetuned_model: Annotated[
+        tuple[str, ...], "A model, an adapter, or a folder of checkpoints; may be repeated."
+    ],
+    diffs: Annotated[tuple[str, ...], "Diffs to project on; may be repeated."],
+    original_model: Annotated[
+        str, "The model before finetuning; adapters need none."
+    ] = DEFAULT_MODEL,
+    revision: Annotated[str | None, "A branch, tag or commit of a model on the hub."] = None,
+    output: Annotated[Path, "The JSON file to write; a picture goes beside it."] = Path(
+        "results/weight_projection.json"
+    ),
+) -> None:
+    """Project what finetuning did to the weights on persona directions: ⟨ΔW, L⟩.
+
+    Full models are streamed, in little memory whatever their size; adapters are projected from
+    their factors alone. p is against random directions of the same shape and norm.
+
+    Example: persona-lora project weights --original-model SmolLM2-135M-Instruct
+    --finetuned-model checkpoints/finetunes/sycophancy_misaligned_2
+    --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff
+    """
+    from persona_lora.studies.drift import weight_projection
+
+    loaded = weight_projection.load_diffs(list(diffs), on_disk=True)
+    with progress_bars():
+        found = weight_projection.project_finetunes(
+            original_model,
+            list(finetuned_model),
+            loaded,
+            output,
+            revision=revision,
+        )
+    _show_weights(found)
+    console.print(f"{output} and {output.with_suffix('.png')}")
+
+
+def _show_weights(found: Any) -> None:
+    from persona_lora.report import wording
+    from persona_lora.studies.drift.weight_projection import projection_rows
+
+    corrected_p = {
+        (row["finetuned"], row["diff"]): row["p_holm"]
+        for row in projection_rows(found)
+        if row["part"] == "total"
+    }
+    rows = [
+        [Path(each.name).name, name, wording.number(value.coordinate, 3)]
+        + [wording.significant(value.null_sd), wording.number(value.cosine, 3)]
+        + [wording.number(projection.corrected[name], 3)]
+        + [wording.p_value(corrected_p[each.name, name])]
+        for each, projection in found
+        for name, value in projection.total.items()
+    ]
+    show_table("finetune | diff | coordinate | null sd | cosine | corrected | p (Holm)", rows)
+    for each, projection in found:
+        name, share = Path(each.name).name, projection.explained
+        if projection.left_out:
+            console.print(f"{name}: compared without {few_names(projection.left_out)}")
+        console.print(
+            f"{name}: ‖ΔW‖ {wording.significant(projection.delta_norm)}, of which "
+            f"the directions explain {'nothing' if share is None else f'{100 * share:.2f}%'}"
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Which checkpoints are judged on which traits, and projected on which vectors."""
+
+    folder: Annotated[Path, typer.Argument(help="The folder of a finetune, with checkpoint-N.")]
+    traits: Traits
+    vectors: Vectors = ()
+    layers: Layers = None
+    positions: TextPositions = "proj"
+    split: Annotated[Split, "Which of the trait's questions to ask."] = "eval"
+    finetuned_on: Annotated[str | None, "The trait that the finetune was to teach."] = None
+    datasets_dir: DatasetsDir = None
+
+
+@command("evaluate-checkpoints", DRIFT)
+def evaluate_checkpoints(
+    *,
+    checkpoints: Checkpoints,
+    output: RunOptions,
+    model: ModelOptions,
+    judging: JudgeChoice,
+    generation: GenerationOptions,
+) -> None:
+    """Judge every checkpoint of a finetune, project it, and measure its shift from the base.
+
+    Example: persona-lora evaluate-checkpoints checkpoints/finetunes/sycophancy_misaligned_2
+    --traits sycophancy --vectors checkpoints/vectors/sycophancy/sycophancy_response_avg.safetensors
+    --layers 19 --finetuned-on sycophancy
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.studies.drift import run as experiment
+
+    if not checkpoints.vectors:
+        refuse_useless("layers positions", "without --vectors")
+    experiment.find_checkpoints(checkpoints.folder)
+    loaded = [load_trait(name, checkpoints.datasets_dir) for name in checkpoints.traits]
+    directions = load_vectors(checkpoints.vectors)
+    depth = next(iter(directions.values())).num_layers if directions else 0
+    judge = judging_of(judging)
+    base = load_model(model, directions.values())
+    folder = output.output or Path("results") / "checkpoints" / checkpoints.folder.name
+    with progress_bars():
+        run = experiment.evaluate_checkpoints(
+            base,
+            checkpoints.folder,
+            experiment.Measures(
+                tuple(loaded),
+                directions,
+                layer_numbers(checkpoints.layers, depth) if directions else (),
+                TYPES[checkpoints.positions],
+                checkpoints.split,
+                checkpoints.finetuned_on,
+            ),
+            lambda trait, reference: judge_factory(trait, reference, judge),
+            judged_output(folder, output.overwrite, judge),
+            options=generation,
+        )
+    _show_checkpoints(run)
+    console.print(f"run: {run.folder}")
+
+
+def _show_checkpoints(run: Run) -> None:
+    from persona_lora.report import wording
+
+    rows = [
+        [row["checkpoint"], row["trait"], row["statistic"], row["vector"] or ""]
+        + ["" if row["layer"] is None else str(row["layer"]), wording.number(row["value"], 2)]
+        + [f"{wording.number(row['low'], 2)} … {wording.number(row['high'], 2)}"]
+        for row in run.read("checkpoints")
+    ]
+    show_table("checkpoint | asked on | what | vector | layer | mean | 95%", rows, fold=True)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The finetunes, what they are judged on, and the directions that may predict it."""
+
+    finetunes: Annotated[tuple[str, ...], "Adapters of the same base; may be repeated."]
+    traits: Traits
+    diffs: Annotated[tuple[str, ...], "Diffs to project weights on."] = ()
+    vectors: Annotated[tuple[Path, ...], "Vectors to project hidden states on."] = ()
+    layers: Annotated[str | None, "The one layer of the vectors; about 0.55 deep."] = None
+    max_questions: MaxQuestions = None
+    datasets_dir: DatasetsDir = None
+
+    def load(self) -> Any:
+        """Return the study, its traits and directions loaded."""
+        from persona_lora.core.traits import load_trait
+        from persona_lora.studies.drift.prediction import DriftStudy
+        from persona_lora.studies.drift.weight_projection import load_diffs
+
+        if not self.vectors:
+            refuse_useless("layers", "without --vectors")
+        vectors = load_vectors(self.vectors)
+        depth = next(iter(vectors.values())).num_layers if vectors else 1
+        traits = [load_trait(name, self.datasets_dir) for name in self.traits]
+        return DriftStudy(
+            {name: _adapter(Path(name)) for name in self.finetunes},
+            [first_questions(trait, self.max_questions) for trait in traits],
+            load_diffs(list(self.diffs)) if self.diffs else {},
+            {vector.trait or name: vector for name, vector in vectors.items()},
+            one_layer(self.layers, depth) if vectors else 0,
+        )
+
+
+@command("predict-finetuning", DRIFT)
+def predict_finetuning(
+    *,
+    predicted: Predicted,
+    output: RunOptions = RunOptions(Path("results/prediction")),
+    model: ModelOptions,
+    judging: JudgeChoice,
+    generation: Briefly = SIXTY,
+) -> None:
+    """Do projections predict what finetuning does to character? Over many finetunes.
+
+    Every finetune is judged on every trait and projected on every direction, in weights and in
+    hidden states; the table holds correlations with intervals over finetunes.
+
+    Example: persona-lora predict-finetuning --finetunes checkpoints/a,checkpoints/b
+    --traits evil,sycophancy --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
+    """
+    from persona_lora.judges.choice import judge_inputs
+    from persona_lora.studies.drift import prediction
+
+    study = predicted.load()
+    judge = judging_of(judging)
+    base = load_model(model, study.vectors.values())
+    with progress_bars():
+        run = prediction.predict_finetuning(
+            base,
+            study,
+            lambda trait: judge_factory(trait, base, judge),
+            Output(output.folder, output.overwrite, inputs=judge_inputs(judge)),
+            options=generation,
+        )
+    _show_prediction(run)
+    console.print(f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}")
+
+
+def _show_prediction(run: Run) -> None:
+    from persona_lora.report import wording
+    from persona_lora.studies.drift.read_prediction import contrasts, nulls, predict
+
+    def interval(centre: float | None, low: float | None, high: float | None) -> str:
+        return f"{wording.number(centre, 2)} [{wording.number(low, 2)}, {wording.number(high, 2)}]"
+
+    rows = run.read("judged"), run.read("predictors")
+    table = [
+        [each.kind, each.judged, each.direction, str(each.n)]
+        + [interval(each.r, each.r_low, each.r_high), wording.number(each.rho, 2)]
+        + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
+        for each in predict(*rows)
+    ]
+    show_table("predictor | judged | direction | n | r | ρ | p (Holm) | error", table)
+    for each in contrasts(*rows):
+        gap = interval(each.difference, each.low, each.high)
+        console.print(f"pooled r, {each.first} minus {each.second}: {gap} over {each.n} finetunes")
+    for null in nulls(*rows):
+        console.print(
+            f"{null.judged}: r {wording.number(null.r, 2)} with its own difference; random ones of "
+            f"the same spectrum reach |r| {wording.number(null.high, 2)} in 95 of 100 (n {null.n}, "
+            f"p {wording.p_value(null.p)})"
+        )
+
+
+@dataclass(frozen=True)
+class Prevented:
+    """The finetunes that are compared, and what on."""
+
+    finetunes: Annotated[
+        Mapping[str, str], "Each finetune with a name, the plain one first: plain=folder."
+    ]
+    rows: Annotated[Path, "The JSONL that all were finetuned on."]
+    correct: Annotated[
+        tuple[str, ...], "A diff put on the first finetune afterwards: folder=coefficient."
+    ] = ()
+    tasks: Annotated[tuple[str, ...], 'As of benchmark; "" leaves capability out.'] = (
+        *("choice", "steps"),
+        "perplexity",
+    )
+    limit: Annotated[int | None, "Use only the first N items of each task."] = None
+    max_questions: MaxQuestions = None
+
+    def models(self) -> dict[str, Any]:
+        """Return the finetunes by name, the base and the corrected ones after them."""
+        from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.studies.drift.prevention import Finetuned
+
+        plain, *_ = self.finetunes.values()
+        found = {name: Finetuned(_adapter(Path(path))) for name, path in self.finetunes.items()}
+        found["base"] = Finetuned(None)
+        for word in self.correct:
+            folder, _, value = word.rpartition("=")
+            if not (folder and value):
+                raise UserError(f"--correct must be pairs with =, got {word!r}; see --help")
+            term = LoRADiff.load(folder), _number(value)
+            found[f"corrected {value}"] = Finetuned(_adapter(Path(plain)), term)
+        return found
+
+
+@command("compare-prevention", DRIFT)
+def compare_prevention(
+    *,
+    trait: TraitOptions,
+    prevented: Prevented,
+    output: RunOptions = RunOptions(Path("results/prevention")),
+    model: ModelOptions,
+    judging: JudgeChoice,
+    generation: Briefly = SIXTY,
+) -> None:
+    """Compare finetunes of one task, with and without prevention: trait, task loss, capability.
+
+    The base model is always among them. All is paired with the first finetune, item by item.
+
+    Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
+    --finetunes plain=checkpoints/a,added=checkpoints/b --correct checkpoints/evil/diff=-1
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.judges.choice import judge_inputs
+    from persona_lora.studies.drift import prevention
+
+    if not prevented.tasks:
+        refuse_useless("limit", "without --tasks")
+    models = prevented.models()
+    tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
+    judge = judging_of(judging)
+    base = load_model(model)
+    asked = first_questions(load_trait(trait.trait, trait.datasets_dir), prevented.max_questions)
+    with progress_bars():
+        scores = prevention.compare_prevention(
+            base,
+            models,
+            asked,
+            prevented.rows,
+            judge_factory(asked, base, judge),
+            Output(output.folder, output.overwrite, inputs=judge_inputs(judge)),
+            tasks=tasks,
+            options=generation,
+        )
+    _show_prevention(scores)
+    files = output.folder / "prevention.csv", output.folder / "prevention.png"
+    console.print(f"{files[0]} and {files[1]}")
+
+
+def _show_prevention(scores: Any) -> None:
+    from persona_lora.report import wording
+
+    rows = []
+    for each in scores:
+        digits = 0 if each.metric == "score" else 2
+        rows.append(
+            [each.measure, each.condition, wording.interval(each.score, digits)]
+            + [str(each.score.n), *difference_cells(each.difference, each.p_holm, digits)]
+        )
+    show_table("measure | model | score | n | difference | p (Holm)", rows)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--correct needs a coefficient after =, got {text!r}") from error
+
+
+def _adapter(path: Path) -> Path:
+    """Return the adapter of a finetune's folder, or the folder itself where it is one."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+@command("screen", DATA, ("data", data_app))
+def screen_data(
+    *,
+    file: Annotated[Path, "JSONL of messages: the rows to be trained on."],
+    vector: Annotated[Path, "A steering vector of the trait."],
+    output: Annotated[Path, "The CSV of ranked rows to write."] = Path("results/screen.csv"),
+    layers: Annotated[str | None, "The one layer of the vector; about 0.55 deep."] = None,
+    threshold: Annotated[
+        float | None, "Flag rows over it; measured on the model by default."
+    ] = None,
+    model: ModelOptions,
+    generation: Briefly = SIXTY,
+) -> None:
+    """Rank training rows by how far they would pull the model along a trait.
+
+    Each row's answer is projected on the vector, and so is the model's own answer.
+
+    Example: persona-lora data screen --file datasets/evil/misaligned_2.jsonl
+    --vector checkpoints/vectors/evil/evil_response_avg.safetensors
+    """
+    from persona_lora.core.vector_files import load_vector
+    from persona_lora.report import wording
+    from persona_lora.studies.vectors.screening import screen_rows
+    from persona_lora.studies.vectors.text_projection import read_texts
+
+    loaded = load_vector(vector)
+    chosen = one_layer(layers, loaded.num_layers)
+    texts = read_texts(file)
+    chat_model = load_model(model, [loaded])
+    with progress_bars():
+        found = screen_rows(
+            chat_model,
+            texts,
+            loaded,
+            chosen,
+            output,
+            threshold=threshold,
+            max_new_tokens=generation.max_new_tokens,
+            seed=generation.seed,
+        )
+    rows = [
+        [str(row["rank"]), str(row["row"]), wording.number(row["difference"], 2)]
+        + [row["answer"][:60]]
+        for row in (*found.rows[:5], *found.rows[-3:])
+    ]
+    show_table("rank | row | difference | answer", rows)
+    console.print(
+        f"{found.flagged} of {len(found.rows)} rows pull further than {found.threshold:.2f} at "
+        f"layer {chosen}: {found.path}"
+    )

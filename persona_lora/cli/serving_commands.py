@@ -1,0 +1,178 @@
+"""Commands that take a mix of diffs to people and to other tools: export, playground."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.request import getproxies, proxy_bypass
+
+import typer
+
+from persona_lora.cli.console import console, progress_bars
+from persona_lora.cli.parsing import load_model
+from persona_lora.cli.program import MODELS, SERVE, command
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
+    DatasetsDir,
+    DirectionsDir,
+    ModelOptions,
+    OtherBase,
+    StoredModelOptions,
+)
+from persona_lora.core import progress
+from persona_lora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from persona_lora.steering.export import Exported
+
+INSTALL = 'pip install "persona-lora[playground]"'
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written, in which form."""
+
+    mix: Annotated[str, "Traits or paths with coefficients: evil=-1,sycophancy=-0.5."]
+    output: Annotated[Path, "The folder to write, or a .gguf file."]
+    format: Annotated[Literal["peft", "merged", "gguf-lora", "gguf"], "The form; see above."] = (
+        "peft"
+    )
+    rank: Annotated[int | None, "Cut an adapter to this rank."] = None
+    energy: Annotated[float | None, "Or to this share of its squared norm, as in 0.99."] = None
+    trait_vector_dir: DirectionsDir = Path("checkpoints")
+    converter: Annotated[Path | None, "llama.cpp's convert_hf_to_gguf.py, for gguf."] = None
+
+    def check(self) -> None:
+        """UserError for options that the form does not use."""
+        if self.format in ("merged", "gguf") and (self.rank is not None or self.energy is not None):
+            raise UserError("--rank and --energy cut adapters; a merged model has no rank")
+        if self.format == "peft":
+            refuse_useless("model revision", "with --format peft: the diffs know their base")
+        if self.format != "gguf":
+            refuse_useless("converter", f"with --format {self.format}")
+
+
+@command("export", MODELS)
+def export(*, exported: ExportOptions, model: StoredModelOptions) -> None:
+    """Write a mix of diffs for other tools, with its coefficients baked in.
+
+    peft is one adapter (vLLM, transformers), merged a whole model in the base's own types,
+    gguf-lora an adapter for llama.cpp, gguf a whole model by llama.cpp's converter.
+
+    Example: persona-lora export --mix evil=-1,sycophancy=-0.5 --format peft
+    --output exported/candid
+    """
+    exported.check()
+    done = _export(exported, model)
+    console.print(f"{done.path}")
+    if done.rank is not None and done.energy is not None:
+        vllm = "" if done.vllm_rank is None else f"; vLLM: --max-lora-rank {done.vllm_rank}"
+        console.print(f"rank {done.rank}, {100 * done.energy:.2f}% of the squared norm{vllm}")
+
+
+def _export(asked: ExportOptions, model: StoredModelOptions) -> Exported:
+    from persona_lora.models.weight_files import weights_folder
+    from persona_lora.steering import export as exporting
+
+    terms = exporting.read_mix(asked.mix, asked.trait_vector_dir)
+    if asked.format == "peft":
+        return exporting.export_peft(terms, asked.output, rank=asked.rank, energy=asked.energy)
+    base = weights_folder(model.model, model.revision)
+    if asked.format == "gguf-lora":
+        return exporting.export_gguf_lora(
+            terms, base, asked.output, rank=asked.rank, energy=asked.energy
+        )
+    if asked.format == "gguf":
+        return exporting.export_gguf(terms, base, asked.output, converter=asked.converter)
+    with progress_bars(), progress.stage("shards"):
+        return exporting.export_merged(terms, base, asked.output)
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """What the page mixes, and where it is served."""
+
+    traits: Annotated[
+        tuple[str, ...] | None, "Traits with a diff in --directions: evil,formality; all found."
+    ] = None
+    directions: Annotated[Path, "Where {trait}/diff is."] = Path("checkpoints")
+    mixes: Annotated[Path, "Where mixes are kept and found: *_best_weights.json, *.json."] = Path(
+        "results/mixes"
+    )
+    host: Annotated[str, "The address to serve at; 0.0.0.0 lets other machines in."] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The page's port.")] = 7860
+    datasets_dir: DatasetsDir = None
+    allow_other_base: OtherBase = False
+
+    def chosen(self) -> list[str]:
+        """Return the traits; UserError for one without a diff."""
+        found = sorted(path.parent.parent.name for path in self.directions.glob("*/diff/diff.json"))
+        chosen = found if self.traits is None else list(self.traits)
+        missing = [trait for trait in chosen if trait not in found]
+        if missing or not chosen:
+            known = ", ".join(found) or "none"
+            raise UserError(
+                f"{self.directions} holds no diff of {missing[0] if missing else 'any trait'}; it "
+                f"has {known}; train one with: bash scripts/train_and_sweep.sh evil"
+            )
+        return chosen
+
+
+@command("playground", SERVE)
+def playground(*, page: PageOptions, model: ModelOptions) -> None:
+    """Chat with the model while sliders set each trait's coefficient; needs the extra "playground".
+
+    Steered and unsteered answers stand side by side. On this machine only, unless --host says so.
+
+    Example: persona-lora playground --traits evil,sycophancy,formality
+    """
+    from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.playground.mixing_desk import MixingDesk
+
+    chosen = page.chosen()
+    check_address(page.host, page.port)
+    try:
+        from persona_lora.playground.mixing_page import build_page, serve
+    except ImportError as error:
+        raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
+    diffs = {trait: LoRADiff.load(page.directions / trait / "diff") for trait in chosen}
+    chat_model = load_model(model, diffs.values(), allow_other_base=page.allow_other_base)
+    judges = _judges(chosen, chat_model, page.datasets_dir)
+    desk = MixingDesk(chat_model, diffs, judges)
+    console.print(f"open http://{page.host}:{page.port} (Ctrl+C ends it)")
+    serve(build_page(desk, page.mixes), page.host, page.port)
+
+
+def _judges(traits: list[str], chat_model: Any, datasets: Path | None) -> dict[str, Any]:
+    """Return what builds the embedded judge of every trait that has labelled answers."""
+    from persona_lora.core.traits import list_traits, load_trait
+    from persona_lora.judges.choice import JudgeOptions, make_judge
+
+    known = list_traits(datasets)
+    return {
+        trait: (
+            lambda trait=trait: make_judge(load_trait(trait, datasets), chat_model, JudgeOptions())
+        )
+        for trait in traits
+        if trait in known
+    }
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise UserError, before a model is loaded, for an address where no page can be served."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"nothing can be served at {host}, port {port} ({error.strerror or error}); choose "
+            "another --port or --host"
+        ) from error
+    own = "localhost" if host == "0.0.0.0" else host
+    if {"http", "all"} & getproxies().keys() and not proxy_bypass(own):
+        raise UserError(
+            "the page's own address would be reached through the environment's proxy; set "
+            f"NO_PROXY={own} (beside what it holds) and give the same command again"
+        )

@@ -1,0 +1,451 @@
+"""Commands that train, extract, steer and ask: one trait, from its data to a curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from persona_lora.cli.console import console, interval_cells, progress_bars, show_table
+from persona_lora.cli.parsing import (
+    judge_factory,
+    judged_output,
+    judging_of,
+    layer_numbers,
+    load_activation,
+    load_model,
+    load_terms,
+    steering_method,
+)
+from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
+from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.shared_options import (
+    AdaptedModelOptions,
+    Layers,
+    Method,
+    MixOptions,
+    ModelOptions,
+    OtherBase,
+    RunOptions,
+    TraitOptions,
+)
+from persona_lora.cli.sweep_tables import show_sweep
+from persona_lora.core.errors import UserError
+from persona_lora.core.options import (
+    Elicitation,
+    GenerationOptions,
+    JudgeChoice,
+    Overwrite,
+    Positions,
+    SweepOptions,
+    Thresholds,
+)
+from persona_lora.core.runs import Output
+from persona_lora.core.traits import Split
+
+if TYPE_CHECKING:
+    from persona_lora.studies.vectors.run import Extracted
+
+OWN_PARSER: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
+
+@app.command(**OWN_PARSER, rich_help_panel=STEER)
+def train(context: typer.Context) -> None:
+    """Train a positive and a negative LoRA for a trait, and write their difference.
+
+    Flags are TRL's and PEFT's own names, also in the YAML: persona-lora train --help.
+
+    Example: persona-lora train --config train_configs/sycophancy.yaml
+    """
+    from persona_lora.training.contrastive import main as train_main
+
+    _say_what_happens()
+    train_main(context.args)
+
+
+@app.command(**OWN_PARSER, rich_help_panel=DRIFT)
+def finetune(context: typer.Context) -> None:
+    """Finetune a LoRA on a JSONL file of chats, keeping checkpoints along the way.
+
+    Flags are TRL's and PEFT's own names, also in the YAML: persona-lora finetune --help.
+
+    Example: persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml
+    """
+    from persona_lora.training.finetune import main as finetune_main
+
+    _say_what_happens()
+    finetune_main(context.args)
+
+
+def _say_what_happens() -> None:
+    """Show our own log: a run takes long, and its last line says where the result is."""
+    logging.getLogger("persona_lora").setLevel(logging.INFO)
+
+
+@dataclass(frozen=True)
+class CsvOptions:
+    """The file that answers and scores are written to."""
+
+    output: Annotated[Path, "The CSV to write; a run folder of the same name goes beside it."]
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(MixOptions):
+    """How one setting is steered: directions with coefficients, or a system prompt."""
+
+    method: Method = None
+    ablate: Annotated[bool, "Project the vectors out instead of adding them."] = False
+    system_prompt: Annotated[str | None, "pos or neg (the trait's own), or a text."] = None
+    mode: Annotated[Literal["live", "merged"], "Diffs: unmerged, or merged."] = "live"
+
+    def record(self, terms: dict[Any, float], activation: Any) -> dict[str, Any]:
+        """Return what a run's configuration keeps of the steering."""
+        found = {"diffs": [str(path) for path in self.diff], "coefficients": list(terms.values())}
+        if activation is None:
+            return found
+        return {
+            **found,
+            "vectors": [str(path) for path in self.vector],
+            "vector_coefficients": list(activation.vectors.values()),
+            "layers": list(activation.layers),
+            "positions": activation.positions,
+        }
+
+
+@command("evaluate", STEER)
+def evaluate(
+    *,
+    trait: TraitOptions,
+    split: Annotated[Split, "Which of the trait's questions to ask."] = "eval",
+    output: CsvOptions,
+    model: AdaptedModelOptions,
+    steering: EvaluateOptions,
+    judging: JudgeChoice,
+    generation: GenerationOptions,
+) -> None:
+    """Ask a trait's held-out questions, judge the answers, write CSV and rows.
+
+    Example: persona-lora evaluate --trait sycophancy --diff checkpoints/sycophancy/diff
+    --coefficient 1.0 --output results/sycophancy_1.0.csv
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.studies.asking import run as evaluation
+
+    loaded = load_trait(trait.trait, trait.datasets_dir)
+    chosen, prompt = _setting(steering)
+    terms = load_terms(steering) if chosen != "activation" else {}
+    activation = (
+        load_activation(steering, ablate=steering.ablate) if chosen == "activation" else None
+    )
+    judge = judging_of(judging)
+    directions = [*terms, *(activation.vectors if activation else ())]
+    chat_model = load_model(model, directions, allow_other_base=steering.allow_other_base)
+    with progress_bars():
+        result = evaluation.evaluate(
+            chat_model,
+            loaded,
+            judge_factory(loaded, chat_model, judge),
+            judged_output(
+                output.output,
+                output.overwrite,
+                judge,
+                {**steering.record(terms, activation), **model.worn()},
+            ),
+            steering=evaluation.Steering(terms, steering.mode, activation, prompt),
+            split=split,
+            options=generation,
+        )
+    scores = ((trait.trait, result.trait), ("coherence", result.coherence))
+    rows = [[name, *interval_cells(interval)] for name, interval in scores]
+    show_table("criterion | mean | 95% interval | questions | scored", rows)
+    console.print(f"answers: {result.answers}\nrun:     {result.run}")
+
+
+def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
+    """Return the method and the system prompt of an evaluation; UserError for idle options."""
+    given = {
+        "lora": steering.diff,
+        "activation": steering.vector,
+        "prompt": steering.system_prompt,
+    }
+    chosen = steering_method(steering.method, given)
+    _refuse_of_other_methods(chosen)
+    if steering.ablate:
+        refuse_useless("coefficient", "with --ablate, which takes directions out whole")
+    prompt = steering.system_prompt
+    return chosen, "pos" if chosen == "prompt" and prompt is None else prompt
+
+
+# What only some ways of steering use, in evaluate and in sweep.
+USED_BY = {
+    "lora": "mode coefficient coefficients costs allow_other_base",
+    "activation": "layers positions ablate control coefficient coefficients costs allow_other_base",
+}
+
+
+def _refuse_of_other_methods(method: str) -> None:
+    """UserError for an option that another way of steering uses, and this one does not."""
+    own = USED_BY.get(method, "").split()
+    others = [name for names in USED_BY.values() for name in names.split() if name not in own]
+    refuse_useless(" ".join(others), f"with --method {method}")
+
+
+@dataclass(frozen=True)
+class VariedOptions:
+    """What a sweep varies: the coefficient of one direction, and the layers it acts at."""
+
+    diff: Annotated[Path | None, "A diff folder, a PEFT adapter, or a file of one."] = None
+    vector: Annotated[Path | None, "A steering vector (.safetensors or published .pt)."] = None
+    method: Method = None
+    coefficients: Annotated[tuple[float, ...], "Coefficients to try: -1,0,1."] = (
+        *(-2.0, -1.5, -1.0, -0.5, 0.0),
+        *(0.5, 1.0, 1.5, 2.0),
+    )
+    layers: Layers = None
+    positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
+    control: Annotated[
+        bool | None, "A random direction of the same norm beside a vector; on for one layer."
+    ] = None
+    allow_other_base: OtherBase = False
+
+    def load(self, method: str, seed: int) -> Any:
+        """Load what is varied; a random control goes beside a vector at a single layer."""
+        from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.vector_files import load_vector
+        from persona_lora.steering.directions import random_like
+        from persona_lora.studies.steering import run as populations
+
+        if method == "lora" and self.diff is not None:
+            return populations.diff_population(LoRADiff.load(self.diff), self.coefficients)
+        if method != "activation" or self.vector is None:
+            return populations.prompt_population()
+        loaded = load_vector(self.vector)
+        chosen = layer_numbers(self.layers, loaded.num_layers)
+        wanted = len(chosen) == 1 if self.control is None else self.control
+        control = random_like(loaded, seed) if wanted else None
+        return populations.vector_population(
+            loaded, chosen, self.coefficients, self.positions, control
+        )
+
+    def record(self) -> dict[str, str]:
+        """Return what a run's configuration keeps of the direction's place."""
+        if self.diff is not None:
+            return {"diff": str(self.diff)}
+        return {"vector_path": str(self.vector)} if self.vector is not None else {}
+
+
+@command("sweep", STEER)
+def sweep(
+    *,
+    trait: TraitOptions,
+    varied: VariedOptions,
+    asked: SweepOptions = SweepOptions(costs=None),
+    output: RunOptions,
+    model: AdaptedModelOptions,
+    judging: JudgeChoice,
+    generation: GenerationOptions,
+) -> None:
+    """Steer at many coefficients (and layers) in the same batches; judge, summarise, plot.
+
+    The run goes to results/sweep/<trait>, or to …/<trait>_<method> for other methods than lora.
+
+    Example: persona-lora sweep --trait sycophancy --diff checkpoints/sycophancy/diff
+    --coefficients=-1.5,-1,-0.5,0,0.5,1,1.5
+
+    Example: persona-lora sweep --trait evil --vector evil_response_avg.safetensors
+    --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.studies.steering import run as experiment
+
+    loaded = load_trait(trait.trait, trait.datasets_dir)
+    judge = judging_of(judging)
+    chosen = _swept_method(varied)
+    population = varied.load(chosen, generation.seed)
+    one_layer = len(population.bank.record.get("layers", [0])) == 1
+    costs = one_layer if asked.costs is None else asked.costs
+    sweeping = dataclasses.replace(
+        asked,
+        references=asked.references and chosen != "none",
+        costs=chosen in ("lora", "activation") and costs,
+    )
+    chat_model = load_model(model, population.made, allow_other_base=varied.allow_other_base)
+    suffix = "" if chosen == "lora" else f"_{chosen}"
+    folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
+    with progress_bars():
+        result = experiment.sweep(
+            chat_model,
+            loaded,
+            population,
+            judge_factory(loaded, chat_model, judge),
+            judged_output(folder, output.overwrite, judge, {**varied.record(), **model.worn()}),
+            sweeping=sweeping,
+            options=generation,
+            datasets=trait.datasets_dir,
+        )
+    show_sweep(result)
+
+
+def _swept_method(varied: VariedOptions) -> str:
+    given = {"lora": varied.diff, "activation": varied.vector, "prompt": None}
+    chosen = steering_method(varied.method, given)
+    if varied.method is None and chosen == "none":
+        raise UserError("a sweep needs --diff or --vector, or --method prompt or none")
+    _refuse_of_other_methods(chosen)
+    if chosen == "none":
+        refuse_useless("references", "with --method none, which asks the plain model")
+    return chosen
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Where the pairs of answers come from, and which vectors are made of them."""
+
+    source: Annotated[
+        Literal["prompts", "answers", "files"] | None,
+        "Ask, judge and filter; take the training pairs; or read judged answers from files.",
+    ] = None
+    pos_path: Annotated[Path | None, "CSV of judged positive answers (source files)."] = None
+    neg_path: Annotated[Path | None, "CSV of judged negative answers, paired row by row."] = None
+    methods: Annotated[tuple[str, ...], "How: mean_diff, svd, pca, or several."] = ("mean_diff",)
+    positions: Annotated[
+        tuple[str, ...], "Which tokens: response_avg, prompt_avg, prompt_last, or several."
+    ] = ("response_avg", "prompt_avg", "prompt_last")
+    layers: Annotated[str | None, 'Decoder layers, as in "16", "10,20" or "0-29"; all.'] = None
+
+    def checked(self) -> str:
+        """Return the source; UserError for what it does not use, and for what it lacks."""
+        chosen = self.source or ("files" if self.pos_path or self.neg_path else "prompts")
+        if chosen == "files" and (self.pos_path is None or self.neg_path is None):
+            raise UserError("--source files needs both --pos-path and --neg-path")
+        others = " ".join(name for sources, name in USED_FROM if chosen not in sources)
+        refuse_useless(others, f"with --source {chosen}")
+        return chosen
+
+
+USED_FROM = (
+    (("files",), "pos_path neg_path"),
+    (("prompts", "files"), "positive_threshold negative_threshold coherence_threshold min_pairs"),
+    (("prompts",), "assistant_name negative_assistant_name"),
+    (("prompts",), "max_new_tokens temperature samples seed batch_size"),
+    (("prompts",), "judge judge_model judge_url judge_mode max_judge_cost"),
+)
+
+
+@command("extract", STEER)
+def extract(
+    *,
+    trait: TraitOptions,
+    pairs: PairOptions,
+    elicitation: Elicitation,
+    thresholds: Thresholds,
+    output: RunOptions,
+    model: ModelOptions,
+    judging: JudgeChoice,
+    generation: GenerationOptions,
+) -> None:
+    """Extract a trait's steering vectors: one direction a layer, for every position and method.
+
+    Example: persona-lora extract --trait evil --source prompts --samples 3 --temperature 1
+
+    Example: persona-lora extract --trait evil --source answers --methods mean_diff,svd
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.studies.vectors import run as extraction
+
+    chosen = pairs.checked()
+    loaded = load_trait(trait.trait, trait.datasets_dir)
+    judge = judging_of(judging)
+    chat_model = load_model(model)
+    depth = chat_model.model.config.get_text_config().num_hidden_layers
+    options = extraction.ExtractionOptions(
+        tuple(dict.fromkeys(pairs.methods)),
+        tuple(dict.fromkeys(pairs.positions)),
+        layer_numbers(pairs.layers, depth) if pairs.layers else None,
+    )
+    path = output.output or Path("checkpoints") / "vectors" / loaded.label
+    plain = Output(path, output.overwrite)
+    with progress_bars():
+        if chosen == "answers":
+            result = extraction.from_answers(chat_model, loaded, plain, options)
+        elif pairs.pos_path is not None and pairs.neg_path is not None:
+            files = pairs.pos_path, pairs.neg_path
+            result = extraction.from_files(
+                chat_model, loaded, *files, plain, options, thresholds=thresholds
+            )
+        else:
+            result = extraction.from_prompts(
+                chat_model,
+                loaded,
+                judge_factory(loaded, chat_model, judge),
+                judged_output(path, output.overwrite, judge),
+                options,
+                elicitation=elicitation,
+                thresholds=thresholds,
+                generation=generation,
+            )
+    _show_vectors(result)
+
+
+def _show_vectors(result: Extracted) -> None:
+    console.print(f"{result.pairs} of {result.total} pairs kept")
+    for reason, count in result.failed.items():
+        if count:
+            console.print(f"  {count} failed: {reason}")
+    layers = next(iter(result.vectors.values())).layers
+    shown = dict.fromkeys(layers[round(at * (len(layers) - 1) / 4)] for at in range(5))
+    norms = {name: vector.norms() for name, vector in result.vectors.items()}
+    show_table(
+        " | ".join(["vector", *(f"‖v‖ at {layer}" for layer in shown)]),
+        [[name, *(f"{each[layer]:.2f}" for layer in shown)] for name, each in norms.items()],
+    )
+    console.print(f"run: {result.run.folder}")
+
+
+@command("convert", STEER, ("vectors", vectors_app))
+def convert_vector(
+    *,
+    source: Annotated[Path, typer.Argument(help="A .safetensors of ours, or a published .pt.")],
+    target: Annotated[Path, typer.Argument(help="The file to write.")],
+    form: Annotated[
+        Literal["safetensors", "published", "gguf", "lm-eval"],
+        "Ours, the papers' .pt, llama.cpp's, or the harness's .pt.",
+    ],
+    layers: Annotated[str | None, 'Only these layers, as in "16", "10,20" or "0-29".'] = None,
+    coefficient: Annotated[float, "lm-eval stores it beside the vector."] = 1.0,
+    model_hint: Annotated[str, "gguf: the model's architecture (llama, qwen2 …)."] = "llama",
+) -> None:
+    """Convert a steering vector between the forms of this project, papers, llama.cpp and lm-eval.
+
+    Example: persona-lora vectors convert evil_response_avg.safetensors evil.gguf --form gguf
+    """
+    from persona_lora.core import vector_files as files
+
+    if form != "lm-eval":
+        refuse_useless("coefficient", f"with --form {form}")
+    if form != "gguf":
+        refuse_useless("model_hint", f"with --form {form}")
+    vector = files.load_vector(source)
+    if layers is not None:
+        vector = vector.at(layer_numbers(layers, vector.num_layers))
+    if form == "safetensors":
+        vector.save(target)
+    elif form == "published":
+        files.write_published(vector, target)
+    elif form == "gguf":
+        held = files.write_gguf(vector, target, model_hint=model_hint)
+        if len(held) < len(vector.layers):
+            console.print("layer 0 was left out: llama.cpp has no place for it")
+    else:
+        if layers is None:
+            raise UserError("lm-eval steers every layer in the file; name those with --layers")
+        files.write_lm_eval(vector, target, layers=vector.layers, coefficient=coefficient)
+    console.print(f"vector: {target}")
