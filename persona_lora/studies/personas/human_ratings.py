@@ -6,7 +6,6 @@ which condition an answer comes from: that is in a key file of its own, which ra
 
 from __future__ import annotations
 
-import html
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
@@ -201,47 +201,11 @@ def _cells(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _page(items: Sequence[Mapping[str, Any]], profile: str, samples: Sequence[str]) -> str:
     """Return a self-contained page with radio buttons; a button saves the ratings as CSV."""
-    listed = "".join(f"<li>{html.escape(sample)}</li>" for sample in samples)
-    cards = "".join(_card(item) for item in items)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Persona ratings</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem;
- color: #1f2328; }}
-section {{ border: 1px solid #d8dee4; border-radius: 8px; padding: .8rem 1rem; margin: 1rem 0; }}
-.prompt {{ color: #656d76; }} .answer {{ white-space: pre-wrap; }}
-label {{ margin-right: 1rem; }} button {{ font: inherit; padding: .4rem 1rem; }}
-</style></head><body>
-<h1>Who is speaking?</h1>
-<p>{html.escape(profile.strip())}</p><p>Things the person has said:</p><ul>{listed}</ul>
-<p>How much does each answer sound like this person? 1: not at all. 3: about as much as anyone.
-5: the person could have said it. Judge the manner, not what is said.</p>
-{cards}
-<p><button id="save">Save ratings</button> <span id="left"></span></p>
-<script>
-document.getElementById("save").onclick = () => {{
-  const rows = [...document.querySelectorAll("section")].map(each => {{
-    const chosen = each.querySelector("input:checked");
-    return each.dataset.item + "," + (chosen ? chosen.value : "");
-  }});
-  const open = rows.filter(row => row.endsWith(",")).length;
-  document.getElementById("left").textContent = open ? open + " not rated" : "";
-  const link = document.createElement("a");
-  link.href = "data:text/csv," + encodeURIComponent("item,rating\\n" + rows.join("\\n") + "\\n");
-  link.download = "ratings.csv";
-  link.click();
-}};
-</script></body></html>
-"""
-
-
-def _card(item: Mapping[str, Any]) -> str:
-    number = item["item"]
-    choices = "".join(
-        f'<label><input type="radio" name="r{number}" value="{each}"> {each}</label>'
-        for each in RATINGS
+    environment = Environment(
+        loader=PackageLoader("persona_lora", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
-    return (
-        f'<section data-item="{number}"><p class="prompt">{html.escape(item["prompt"])}</p>'
-        f'<p class="answer">{html.escape(item["answer"])}</p>{choices}</section>'
-    )
+    template = environment.get_template("ratings.html.j2")
+    return template.render(items=items, profile=profile.strip(), samples=samples, ratings=RATINGS)
