@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Do the tests notice a change of the code? bash scripts/mutation.sh core/settings report/wording …
-# makes one small change after another in each module (cosmic-ray), runs the tests that import the
-# module for each, and prints how many changes survive. Without arguments: all of core, steering,
+# makes one small change after another in each module (cosmic-ray), runs the tests of its room that
+# import it for each, and prints how many changes survive. Without arguments: all of core, steering,
 # projections, report and cli, which takes days of one core. Works on a copy of the commit at hand;
 # needs cosmic-ray (pip install cosmic-ray). MUTATION_PYTEST adds options of pytest (--noconftest
 # where the tests need no fixture of ours: a second each, not ten).
@@ -21,7 +21,9 @@ if [ ${#modules[@]} -eq 0 ]; then
 fi
 for module in "${modules[@]}"; do
     name=persona_lora.${module//\//.}
-    tests=$(grep -rlE "(from|import) ${name//./\\.}( |\$)" tests | sort | paste -sd' ' -) || true
+    room=${module%%/*}
+    tests=$({ grep -rlE "(from|import) ${name//./\\.}( |\$)" "tests/$room" || true
+              grep -lE "(from|import) ${name//./\\.}( |\$)" tests/*.py || true; } 2>/dev/null | sort -u | paste -sd' ' -)
     if [ -z "$tests" ]; then
         echo "$module: no test imports it"
         continue
