@@ -33,7 +33,7 @@ from persona_lora.cli.shared_options import (
     RunOptions,
     TraitOptions,
 )
-from persona_lora.cli.sweep_tables import show_sweep
+from persona_lora.cli.tables import show_sweep
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     Elicitation,
