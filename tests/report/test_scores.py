@@ -39,8 +39,8 @@ def test_unsteered_rows_are_coefficient_zero_of_every_series(sweep_rows):
     for each in series:
         rows = rows_of_series(scored, each)
         assert [row.condition for row in rows] == [
-            (each.method, 0.0, each.layer),
-            (each.method, 1.0, each.layer),
+            Condition(each.method, 0.0, each.layer),
+            Condition(each.method, 1.0, each.layer),
         ]
         assert rows[0].answer["method"] == "none"
 
@@ -49,7 +49,7 @@ def test_rows_without_a_layer_steer_at_none(sweep_rows):
     answers, verdicts = sweep_rows(coefficients=(-0.0, 1.0), prompts=(), questions=1)
     assert all("layer" not in answer for answer in answers)
     conditions = [row.condition for row in score_answers(answers, verdicts, "sycophancy")]
-    assert conditions == [("lora", 0.0, None), ("lora", 1.0, None)]
+    assert conditions == [Condition("lora", 0.0), Condition("lora", 1.0)]
     assert str(conditions[0].coefficient) == "0.0"
 
 
