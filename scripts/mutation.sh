@@ -4,7 +4,8 @@
 # import it for each, and prints how many changes survive. Without arguments: all of core, steering,
 # projections, report and cli, which takes days of one core. Works on a copy of the commit at hand;
 # needs cosmic-ray (pip install cosmic-ray). MUTATION_PYTEST adds options of pytest (--noconftest
-# where the tests need no fixture of ours: a second each, not ten).
+# where the tests need no fixture of ours: a second each, not ten), MUTATION_TIMEOUT the seconds after
+# which a change that makes a loop endless counts as noticed (120).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
@@ -31,7 +32,7 @@ for module in "${modules[@]}"; do
     cat >session.toml <<TOML
 [cosmic-ray]
 module-path = "persona_lora/$module.py"
-timeout = ${MUTATION_TIMEOUT:-600}
+timeout = ${MUTATION_TIMEOUT:-120}
 excluded-modules = []
 test-command = "$python -m pytest -q -x -p no:cacheprovider ${MUTATION_PYTEST:-} $tests"
 
