@@ -32,7 +32,7 @@ COMMANDS = {
     "--output-dir out/compare",
     "extract": "extract --trait cheer --source answers --output out/answers",
     "extract files": "extract --trait cheer --pos-path pos.csv --neg-path neg.csv --min-pairs 1 "
-    "--position response_avg --output out/files",
+    "--positions response_avg --output out/files",
     "project": "project activations --file pos.csv --vectors vector.safetensors --layers 1 "
     "--output out/projected",
     "labelled": "project activations --labelled cheer --vectors vector.safetensors --layers 1 "

@@ -105,8 +105,8 @@ def test_a_new_extractor_and_a_new_baseline_are_in_the_persona_searches(
     for name in ("pos", "neg"):
         path = place / f"{name}.csv"
         path.write_text(path.read_text().replace("cheer", "loud"))
-    words = (*read.split(), "--datasets-dir", "datasets", "--position", "response_avg")
-    output = ("--method", "sign", "--output", "checkpoints/vectors/loud")
+    words = (*read.split(), "--datasets-dir", "datasets", "--positions", "response_avg")
+    output = ("--methods", "sign", "--output", "checkpoints/vectors/loud")
     status, _, error = run("extract", *OPTIONS, *words, *output)
     assert status == 0, error
 

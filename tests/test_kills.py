@@ -45,7 +45,7 @@ COMMANDS = {
     "--layers 1 --coefficients 1 --output-dir out/compare",
     "extract": f"extract --trait cheer --source answers {READ} --output out/answers",
     "extract files": "extract --trait cheer --pos-path pos.csv --neg-path neg.csv --min-pairs 1 "
-    "--position response_avg --model model --dtype float32 --output out/files",
+    "--positions response_avg --model model --dtype float32 --output out/files",
     "project": f"project activations --file pos.csv {AT_ONE} --model model --dtype float32 "
     "--output out/projected",
     "labelled": f"project activations --labelled cheer {AT_ONE} {READ} --output out/labelled",
