@@ -94,7 +94,6 @@ def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch)
     [
         (("--match", "median"), ("--match", "'median'")),
         (("--split", "evil"), ("--split", "'evil'")),
-        (("--coefficients", "0"), ("other than 0",)),
         (("--latency", "--batches", "many"), ("--batches", "'many'")),
         (("--spaces", "humour"), ("humour", "does not exist")),
         (("--layers", "7"), ("--layers", "0–1")),
@@ -104,3 +103,9 @@ def test_mistakes_are_one_line(run, words, more, said):
     status, _, error = run(*words, *more)
     assert status == 2
     assert all(word in error for word in said), error
+
+
+def test_a_comparison_needs_a_strength(run, words):
+    at = words.index("--coefficients") + 1
+    status, _, error = run(*words[:at], "0", *words[at + 1 :])
+    assert (status, "other than 0" in error) == (2, True), error
