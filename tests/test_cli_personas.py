@@ -156,7 +156,7 @@ def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
     )  # fmt: skip
     assert status == 0, error
     key = json.loads((tmp_path / "sheets" / "key.json").read_text())["items"]
-    lines = [f"{item},{1 + int(item) % 5}" for item in key]
+    lines = [f"{item},{1 + at % 5}" for at, item in enumerate(key)]
     (tmp_path / "ann.csv").write_text("item,rating\n" + "\n".join(lines) + "\n")
     status, out, error = run("persona", "ratings", "sheets", "ann.csv")
     assert status == 0, error

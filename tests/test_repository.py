@@ -77,7 +77,7 @@ def help_texts() -> dict[str, str]:
             "project activations",
             "project weights",
         ),
-        *("extract", "vectors", "vectors convert"),
+        *("extract", "vectors", "vectors convert", "schema"),
     )
     return {command: ask(*command.split()) for command in commands}
 

@@ -34,9 +34,8 @@ from persona_lora.cli.shared_options import (
     Vectors,
 )
 from persona_lora.core.errors import UserError, few_names
-from persona_lora.core.options import GenerationOptions, JudgeChoice, Overwrite, TaskOptions
+from persona_lora.core.options import GenerationOptions, JudgeChoice, Overwrite, Split, TaskOptions
 from persona_lora.core.runs import Output
-from persona_lora.core.traits import Split
 from persona_lora.models.load_options import DEFAULT_MODEL
 
 if TYPE_CHECKING:

@@ -41,11 +41,11 @@ from persona_lora.core.options import (
     JudgeChoice,
     Overwrite,
     Positions,
+    Split,
     SweepOptions,
     Thresholds,
 )
 from persona_lora.core.runs import Output
-from persona_lora.core.traits import Split
 
 if TYPE_CHECKING:
     from persona_lora.studies.vectors.run import Extracted

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.traits import Split
 
 SAMPLES_PER_QUESTION = 1000
 Seed = Annotated[int, "The seed of everything that is drawn."]
+Split = Literal["extract", "eval", "ood"]
 Positions = Literal["response", "prompt", "all"]
 Overwrite = Annotated[bool, "Replace what an earlier run of another configuration left there."]
 

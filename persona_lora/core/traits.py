@@ -14,9 +14,9 @@ from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
+from persona_lora.core.options import Split
 from persona_lora.core.resources import search_folders
 
-Split = Literal["extract", "eval", "ood"]
 Sign = Literal["pos", "neg"]
 SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")
 LABELS = (0, 25, 50, 75, 100)
