@@ -29,7 +29,7 @@ COMMANDS = {
     "evaluate vector": f"evaluate {ASKED} {AT_ONE} --output out/b.csv",
     "sweep": f"sweep {ASKED} --diff diff --coefficients 1 --output out/sweep",
     "compare": f"compare {ASKED} --diff diff --activation-{AT_ONE[2:]} --coefficients 1 "
-    "--output-dir out/compare",
+    "--output out/compare",
     "extract": "extract --trait cheer --source answers --output out/answers",
     "extract files": "extract --trait cheer --pos-path pos.csv --neg-path neg.csv --min-pairs 1 "
     "--positions response_avg --output out/files",
