@@ -42,7 +42,7 @@ COMMANDS = {
     "sweep": f"sweep --trait cheer {ANSWER} --diff diff --coefficients 1 --output out/sweep",
     "overwrite": f"evaluate --trait cheer {ANSWER} --diff diff --output out/a.csv --overwrite",
     "compare": f"compare --trait cheer {ANSWER} --diff diff --activation-vector vector.safetensors "
-    "--layers 1 --coefficients 1 --output-dir out/compare",
+    "--layers 1 --coefficients 1 --output out/compare",
     "extract": f"extract --trait cheer --source answers {READ} --output out/answers",
     "extract files": "extract --trait cheer --pos-path pos.csv --neg-path neg.csv --min-pairs 1 "
     "--positions response_avg --model model --dtype float32 --output out/files",
@@ -60,7 +60,7 @@ COMMANDS = {
     f"datasets/cheer/normal.jsonl --tasks perplexity {ANSWER} --output out/prevention",
     "benchmark": f"benchmark --diff diff --tasks perplexity {READ} --output out/benchmark",
     "data": "data generate --trait cheer --questions questions.txt --local --model model "
-    "--datasets-dir datasets --output-dir out/data",
+    "--datasets-dir datasets --output out/data",
     "export": "export --mix diff=1 --format peft --output out/mix",
     "train": f"train --trait cheer --datasets_dir datasets --output_dir out/train {TRAIN}",
     "finetune": f"finetune --train_file datasets/cheer/normal.jsonl --output_dir out/tuned {TRAIN}",

@@ -88,6 +88,17 @@ class FurtherOptions(TimingOptions):
     ] = Path("checkpoints")
 
 
+@dataclass(frozen=True)
+class ComparedRun(RunOptions):
+    """The folder of a comparison's run."""
+
+    output: Annotated[
+        Path | None,
+        "The folder of the run; results/compare/<trait> by default.",
+        *("--output", "--output-dir"),
+    ] = None
+
+
 @command("compare", COMPARE)
 def compare(
     *,
@@ -95,7 +106,7 @@ def compare(
     ways: PairOfWays,
     compared: ComparisonOptions,
     further: FurtherOptions,
-    output: RunOptions,
+    output: ComparedRun,
     model: ModelOptions,
     judging: JudgeChoice,
     generation: Annotated[
