@@ -26,11 +26,18 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     }  # fmt: skip
 
 
+def test_a_mapping_may_take_in_two_others(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n  z: 3\n")
+    assert read_yaml(path)["c"] == {"x": 1, "y": 2, "z": 3}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", "'a' is given twice.*line 3"),
         ("a: {b: 1, b: 2}", "'b' is given twice"),
+        ("1: a\n1: b", "'1' is given twice"),
         ("a: [", "not valid YAML"),
         ("- a", "one YAML mapping"),
         ("a: 2026-13-45", "not valid YAML"),
@@ -64,6 +71,7 @@ def folders(tmp_path, monkeypatch):
         ("My Drive/evil", ["My Drive/evil"]),
         ("plain, My Drive/evil ,plain", ["plain", "My Drive/evil", "plain"]),
         ("My Drive/a,b,My Drive/evil", ["My Drive/a,b", "My Drive/evil"]),
+        ("x,y,My Drive/a,b", ["x", "y", "My Drive/a,b"]),
         ("My Drive/a,none", ["My Drive/a", "none"]),
         ("one,two", ["one,two"]),
         ("two , three", ["two , three"]),
