@@ -173,7 +173,7 @@ def test_mixes_are_read_by_trait_or_path(model, make_diff, tmp_path):
     make_diff(model, seed=2).save(tmp_path / "else")
     make_diff(model, seed=3).save(tmp_path / "My Drive" / "third")
     third = tmp_path / "My Drive" / "third"
-    terms = read_mix(f"evil=-1, {tmp_path / 'else'}=0.5 {third}=2", tmp_path)
+    terms = read_mix(f"evil=-1, {tmp_path / 'else'}=0.5, {third}=2", tmp_path)
     assert {diff.trait: value for diff, value in terms.items()} == {
         "trait1": -1.0,
         "trait2": 0.5,

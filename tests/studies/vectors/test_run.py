@@ -65,12 +65,12 @@ def run_prompts(chat_model, trait, tmp_path):
 def test_every_question_is_asked_under_every_pair_and_both_signs(trait):
     plan = plan_pairs(trait, Elicitation(), samples=2)
     assert len(plan) == 2 * 2 * 2 * 2  # signs, instruction pairs, extract questions, samples
-    assert [row.row for row in plan] == list(range(16))
     assert {row.question for row in plan} == set(trait.questions["extract"])
     first, second = plan[:8], plan[8:]
     assert {row.system_prompt for row in first} == {"You are a cheer assistant. Be cheerful."}
     assert {row.system_prompt for row in second} == {"You are a helpful assistant. Be gloomy."}
-    assert [(r.question, r.sample) for r in first] == [(r.question, r.sample) for r in second]
+    assert [(r.question, r.stream) for r in first] == [(r.question, r.stream) for r in second]
+    assert len({(r.question, r.stream) for r in first}) == 2 * 2  # a sample has numbers of its own
     bare = plan_pairs(trait, Elicitation(assistant_name="", split="eval"), samples=1)
     assert {row.system_prompt for row in bare} == {"Be cheerful.", "Be gloomy."}
 
@@ -82,7 +82,7 @@ def test_prompted_answers_become_the_vectors_of_a_naive_loop(run_prompts, chat_m
     assert [path.stem for path in result.paths] == [f"cheer_{name}" for name in names]
     expected = {name: torch.zeros(32) for name in names}
     plan = plan_pairs(trait, Elicitation(), samples=1)
-    for row in plan:
+    for index, row in enumerate(plan):
         conversation = [
             {"role": "system", "content": row.system_prompt},
             {"role": "user", "content": row.question},
@@ -97,7 +97,7 @@ def test_prompted_answers_become_the_vectors_of_a_naive_loop(run_prompts, chat_m
         with torch.no_grad():
             chat_model.model(torch.tensor([prompt + encode(answer.text)]))
         hook.remove()
-        sign = 1 if row.row < 4 else -1
+        sign = 1 if index < 4 else -1
         p = len(prompt)
         for name, mean in zip(
             names, (states[0][p:].mean(0), states[0][:p].mean(0), states[0][p - 1]), strict=True
