@@ -82,21 +82,28 @@ class Comparison:
     folder: Path
 
 
+@dataclass(frozen=True)
+class Acting:
+    """Where vectors act (None: the default layers), and a factor on all coefficients."""
+
+    layers: Sequence[int] | None = None
+    alpha: float = 2.0
+
+
 def compare_methods(
     bench: PersonaBench,
     personas: Sequence[str],
     methods: Sequence[str],
     output: Output | Path,
     *,
-    layers: Sequence[int] | None = None,
-    alpha: float = 2.0,
+    acting: Acting | None = None,
     searching: SearchOptions | None = None,
     objective: ObjectiveOptions | None = None,
     watch: Watch | None = None,
 ) -> Comparison:
     """Run every method for every persona into a folder; run again, it goes on where it stopped.
 
-    A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``layers``); several of
+    A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``acting``); several of
     these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is searched)
     use the LoRA differences. Each search is a run folder of its own below the method's;
     ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` (by persona),
@@ -104,14 +111,16 @@ def compare_methods(
     unknown method.
     """
     searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
+    acting = acting or Acting()
     output = Output.of(output)
     folder = output.path
     loaded = {
-        name: _load(bench, name, layers, alpha, folder / "scales")
+        name: _load(bench, name, acting, folder / "scales")
         for name in map(_checked, methods)
         if name not in (PROMPT, EQUAL)
     }
-    lora = _load(bench, "lora", None, alpha, folder / "scales") if EQUAL in methods else None
+    everywhere = Acting(alpha=acting.alpha)
+    lora = _load(bench, "lora", everywhere, folder / "scales") if EQUAL in methods else None
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
@@ -124,7 +133,7 @@ def compare_methods(
         for name, method in loaded.items():
             result = optimise_persona(
                 problem,
-                Method(name, method.directions, method.scales, alpha, method.searcher),
+                Method(name, method.directions, method.scales, acting.alpha, method.searcher),
                 output.at(folder / name / f"{persona}_{name}"),
                 searching=searching,
                 objective=objective,
@@ -148,16 +157,14 @@ def _checked(method: str) -> str:
     return method
 
 
-def _load(
-    bench: PersonaBench, name: str, layers: Sequence[int] | None, alpha: float, scales: Path
-) -> Method:
+def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> Method:
     method, at, named = name.partition("@")
     directions = directions_of(name)
     depth = num_layers(bench.chat_model.model)
     return bench.method(
         directions,
-        layers=read_layers(named, depth, f"{name}: layers") if at else layers,
-        alpha=alpha,
+        layers=read_layers(named, depth, f"{name}: layers") if at else acting.layers,
+        alpha=acting.alpha,
         searcher="random" if method == RANDOM else "cmaes",
         cache=scales / f"{directions}{at}{named}.json",
     )
