@@ -88,17 +88,6 @@ class FurtherOptions(TimingOptions):
     ] = Path("checkpoints")
 
 
-@dataclass(frozen=True)
-class ComparedRun(RunOptions):
-    """The folder of a comparison's run."""
-
-    output: Annotated[
-        Path | None,
-        "The folder of the run; results/compare/<trait> by default.",
-        *("--output", "--output-dir"),
-    ] = None
-
-
 @command("compare", COMPARE)
 def compare(
     *,
@@ -106,7 +95,7 @@ def compare(
     ways: PairOfWays,
     compared: ComparisonOptions,
     further: FurtherOptions,
-    output: ComparedRun,
+    output: RunOptions,
     model: ModelOptions,
     judging: JudgeChoice,
     generation: Annotated[

@@ -63,7 +63,9 @@ class RunOptions:
     """The folder of a run, and what becomes of another run in it."""
 
     output: Annotated[
-        Path | None, "The folder of the run; by default one in results/ named after the input."
+        Path | None,
+        "The folder of the run; by default one in results/ named after the input.",
+        *("--output", "--output-dir"),
     ] = None
     overwrite: Overwrite = False
 
