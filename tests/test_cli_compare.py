@@ -89,6 +89,16 @@ def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch)
     assert json.loads(agreed) == {"rho": None, "p": None, "n": 1}
 
 
+def test_a_trait_of_another_base_is_refused_before_the_comparison(
+    run, words, model, make_diff, tmp_path
+):
+    foreign = make_diff(model, seed=1, fingerprint="0" * 32)
+    foreign.save(tmp_path / "checkpoints" / "sycophancy" / "diff")
+    status, _, error = run(*words, "--spaces", "sycophancy")
+    assert (status, "--allow-other-base" in error) == (2, True), error
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -113,12 +113,15 @@ def compare(
     from persona_lora.core.traits import load_trait
     from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import comparison as experiment
+    from persona_lora.studies.steering.spaces import check_directions
 
     loaded = load_trait(trait.trait, trait.datasets_dir)
     bank, made = ways.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways)
     judge = judging_of(judging)
     chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
+    if directions is not None:
+        check_directions(chat_model, *directions)
     folder = output.output or Path("results") / "compare" / loaded.name
     with progress_bars():
         found = experiment.compare(

@@ -34,6 +34,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.placement import check_base_model
 from persona_lora.steering.steerer import Steerer, Together
 from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
@@ -71,6 +72,14 @@ class Spaces:
         return tuple(sorted(self.diffs))
 
 
+def check_directions(
+    chat_model: ChatModel, diffs: Mapping[str, LoRADiff], vectors: Mapping[str, SteeringVector]
+) -> None:
+    """Raise UserError when a trait's diff or vector was made for a model of other weights."""
+    made: list[LoRADiff | SteeringVector] = [*diffs.values(), *vectors.values()]
+    check_base_model(chat_model.model, made, allow_other_base=chat_model.allow_other_base)
+
+
 def run_spaces(
     chat_model: ChatModel,
     diffs: Mapping[str, LoRADiff],
@@ -85,8 +94,8 @@ def run_spaces(
     All directions are brought to equal effect first. Writes ``scales_*``, ``shifts``, ``spectra``,
     ``cosines``, ``agreement``, ``interference`` and ``linearity``.
     """
+    check_directions(chat_model, diffs, vectors)
     prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
-    anyway = dataclasses.replace(chat_model, allow_other_base=True)
     weights, activations = bank_of_diffs(diffs), bank_of_vectors(vectors, [layer])
     run = Run.open(
         output,
@@ -114,7 +123,7 @@ def run_spaces(
     def scales(bank: Bank) -> dict[str, float]:
         def measured() -> Rows:
             with progress.stage("equal effect"):
-                found = equal_effect_scales(anyway, bank, prompts)
+                found = equal_effect_scales(chat_model, bank, prompts)
             return map(dataclasses.asdict, found)
 
         rows = kept(f"scales_{bank.record['kind']}", measured)
@@ -318,7 +327,8 @@ def interference(
 
 
 def _live(chat_model: ChatModel, diff: LoRADiff, coefficient: float) -> Steerer:
-    return LiveLoRA(chat_model.model, [diff], [[coefficient]], allow_other_base=True)
+    allowed = chat_model.allow_other_base
+    return LiveLoRA(chat_model.model, [diff], [[coefficient]], allow_other_base=allowed)
 
 
 def _steerer(chat_model: ChatModel, spaces: Spaces, method: str, traits: Sequence[str]) -> Steerer:
@@ -337,7 +347,7 @@ def _steerer(chat_model: ChatModel, spaces: Spaces, method: str, traits: Sequenc
                 spaces.vectors[trait].at([spaces.layer]),
                 spaces.vector_scales[trait],
                 positions="all",
-                allow_other_base=True,
+                allow_other_base=chat_model.allow_other_base,
             )
             for trait in traits
         ]
