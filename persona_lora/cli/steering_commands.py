@@ -221,19 +221,17 @@ class VariedOptions:
         from persona_lora.core.lora_diff import LoRADiff
         from persona_lora.core.vector_files import load_vector
         from persona_lora.steering.directions import random_like
-        from persona_lora.studies.steering import run as populations
+        from persona_lora.studies.steering import run
 
         if method == "lora" and self.diff is not None:
-            return populations.diff_population(LoRADiff.load(self.diff), self.coefficients)
+            return run.diff_population(LoRADiff.load(self.diff), self.coefficients)
         if method != "activation" or self.vector is None:
-            return populations.prompt_population()
+            return run.prompt_population()
         loaded = load_vector(self.vector)
         chosen = layer_numbers(self.layers, loaded.num_layers)
         wanted = len(chosen) == 1 if self.control is None else self.control
         control = random_like(loaded, seed) if wanted else None
-        return populations.vector_population(
-            loaded, chosen, self.coefficients, self.positions, control
-        )
+        return run.vector_population(loaded, chosen, self.coefficients, self.positions, control)
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the direction's place."""
@@ -352,7 +350,7 @@ def extract(
     judging: JudgeChoice,
     generation: GenerationOptions,
 ) -> None:
-    """Extract a trait's steering vectors: one direction a layer, for every position and method.
+    """Extract a trait's steering vectors: one direction per layer, for every position and method.
 
     Example: persona-lora extract --trait evil --source prompts --samples 3 --temperature 1
 

@@ -13,7 +13,7 @@ from persona_lora.core.errors import UserError, few_names
 from persona_lora.models.loaded_model import BUFFERS
 from persona_lora.models.weight_files import WeightSource
 
-# One row a token: a padded vocabulary has more of them.
+# One row per token: a padded vocabulary has more of them.
 VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embed_out|lm_head)\.weight$"
 )

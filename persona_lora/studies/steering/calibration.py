@@ -28,7 +28,7 @@ from persona_lora.studies.steering.divergence import ordinary_texts, row_diverge
 
 logger = logging.getLogger(__name__)
 
-EQUAL_EFFECT = 0.03  # nats a token
+EQUAL_EFFECT = 0.03  # nats per token
 SCALE_ROUNDS = 4
 CLOSE_ENOUGH = 0.05
 

@@ -272,7 +272,7 @@ def render_comparison(comparison: Comparison) -> Picture:
     top = 25 * math.ceil(max(highs) / 25) + 2
     figure = new_figure(0.85 + 2 * (_WIDE + _GAP), height)
     kind = "mean" if comparison.statistic == "mean" else "95th percentile"
-    across = f"{kind} divergence, nats a token (left of 0: negative coefficients)"
+    across = f"{kind} divergence, nats per token (left of 0: negative coefficients)"
     panels = []
     for row, split in enumerate(splits):
         bottom = height - 0.95 - (row + 1) * _HIGH - row * _GAP

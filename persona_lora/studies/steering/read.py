@@ -403,7 +403,7 @@ def comparison_section(run: Run, options: ReportOptions) -> Content:
         ),
         tuple(map(_point_row, found.points)),
         "Every level",
-        "KL: nats a token, from the base model, on its own answers to ordinary prompts; matched by "
+        "KL: nats per token, from the base model, on its own answers to ordinary prompts; matched by "
         f"its {statistic}.",
     )
     blocks: tuple[Block, ...] = (
