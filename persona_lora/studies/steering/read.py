@@ -403,8 +403,8 @@ def comparison_section(run: Run, options: ReportOptions) -> Content:
         ),
         tuple(map(_point_row, found.points)),
         "Every level",
-        "KL: nats per token, from the base model, on its own answers to ordinary prompts; matched by "
-        f"its {statistic}.",
+        "KL: nats per token, from the base model, on its own answers to ordinary prompts; matched "
+        f"by its {statistic}.",
     )
     blocks: tuple[Block, ...] = (
         *(Note(line, "") for line in verdicts),
