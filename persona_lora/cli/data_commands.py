@@ -23,6 +23,7 @@ from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.data.data_check import DataReport
+    from persona_lora.data.surface import SurfaceAUC
     from persona_lora.data.writers import EndpointWriter, LocalWriter
 
 DEFAULT_WRITER = "gpt-4o-mini"
@@ -165,8 +166,17 @@ def _show_checks(reports: list[DataReport]) -> None:
         [each.trait, str(each.num_pairs)]
         + [f"{each.words_positive:.1f} / {each.words_negative:.1f}", str(each.num_labelled)]
         + [str(each.num_finetuning), str(each.num_variants), f"{each.nearest_duplicate:.2f}"]
-        + [f"{each.nearest_leak:.2f}", str(len(each.problems))]
+        + [f"{each.nearest_leak:.2f}", _surface_cell(each.surface), str(len(each.problems))]
         for each in reports
     ]
     headings = "trait | pairs | words +/− | judged | finetune | variants"
-    show_table(f"{headings} | max cosine | max leak | problems", rows)
+    show_table(f"{headings} | max cosine | max leak | surface AUC | problems", rows)
+    for each in reports:
+        if each.exception is not None:
+            rest = f"{each.trait}: surface AUC {_surface_cell(each.surface_without)} without"
+            line = f"{rest} {', '.join(each.exception.counts)}: {each.exception.reason}"
+            console.print(line, markup=False)
+
+
+def _surface_cell(surface: SurfaceAUC | None) -> str:
+    return "" if surface is None else f"{surface.auc:.2f} [{surface.low:.2f}, {surface.high:.2f}]"

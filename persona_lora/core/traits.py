@@ -37,6 +37,14 @@ class InstructionPair:
 
 
 @dataclass(frozen=True)
+class SurfaceException:
+    """Surface counts that are of the trait's nature, so that its answers must differ in them."""
+
+    counts: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Trait:
     """A named trait, its system prompts, its questions by split, and the LLM judge's prompt.
 
@@ -55,6 +63,7 @@ class Trait:
     eval_prompt: str
     folder: Path
     variant: str | None = None
+    surface_exception: SurfaceException | None = None
 
     @property
     def label(self) -> str:
@@ -63,7 +72,8 @@ class Trait:
 
     def inputs(self) -> dict[str, str]:
         """Return digests of the trait and of the answers that judges are fitted and checked on."""
-        said = {key: each for key, each in asdict(self).items() if key != "folder"}
+        unsaid = ("folder", "surface_exception")
+        said = {key: each for key, each in asdict(self).items() if key not in unsaid}
         return {
             f"the trait {self.label}": digest_of(said),
             f"train.jsonl of {self.name}": file_digest(self.folder / "train.jsonl"),
@@ -242,6 +252,19 @@ def _parse_trait(value: Any, path: Path) -> Trait:
         },
         eval_prompt=eval_prompt,
         folder=path.parent,
+        surface_exception=_parse_exception(value.get("surface_exception"), path),
+    )
+
+
+def _parse_exception(value: Any, path: Path) -> SurfaceException | None:
+    if value is None:
+        return None
+    where = f"{path}: surface_exception"
+    counts = value.get("counts") if isinstance(value, dict) else None
+    if not isinstance(counts, list) or not counts:
+        raise UserError(f"{where} must be an object with a list of counts and a reason")
+    return SurfaceException(
+        tuple(_filled(count, where) for count in counts), _text(value, "reason", where)
     )
 
 

@@ -17,6 +17,7 @@ from persona_lora.core.traits import (
     LABELS,
     ContrastivePair,
     LabelledAnswer,
+    SurfaceException,
     Trait,
     list_variants,
     load_finetuning_rows,
@@ -24,6 +25,7 @@ from persona_lora.core.traits import (
     load_pairs,
     load_trait,
 )
+from persona_lora.data.surface import FOLDS, SurfaceAUC, surface_auc
 from persona_lora.models.embeddings import SentenceEmbedder
 
 DUPLICATE_COSINE = 0.85
@@ -31,6 +33,7 @@ LEAK_COSINE = 0.75
 WORDS = (25, 70)
 MEAN_LENGTH_TOLERANCE = 0.05
 MOST_EQUAL_OPENINGS = 4
+MOST_SURFACE_AUC = 0.70
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,21 @@ def balance_problems(answers: dict[str, Sequence[str]]) -> list[str]:
     return [f"mean lengths in words differ ({shown}); a judge could go by length"]
 
 
+def surface_problems(
+    surface: SurfaceAUC | None, exception: SurfaceException | None = None
+) -> list[str]:
+    """Return a problem where surface counts tell the signs; excepted ones are left out before."""
+    if surface is None or surface.auc <= MOST_SURFACE_AUC:
+        return []
+    telling = sorted(surface.weights.items(), key=lambda each: -abs(each[1]))[:3]
+    shown = ", ".join(f"{name} {weight:+.1f}" for name, weight in telling)
+    besides = f" besides {', '.join(exception.counts)}" if exception else ""
+    return [
+        f"train.jsonl: surface counts{besides} tell positive from negative answers (AUC "
+        f"{surface.auc:.2f}, at most {MOST_SURFACE_AUC:.2f}; most telling: {shown}); rewrite pairs"
+    ]
+
+
 def off_diagonal(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return all cosines ``[n, n]`` with −1 on the diagonal."""
     cosines = embeddings @ embeddings.T
@@ -134,7 +152,9 @@ class DataReport:
 
     ``num_finetuning`` counts the questions of the finetuning sets (0 where there are none).
     ``nearest_leak`` is the largest cosine between a training question and a held-out one,
-    ``nearest_duplicate`` the largest between two training questions.
+    ``nearest_duplicate`` the largest between two training questions. ``surface`` says how well
+    nine surface counts tell the signs; ``surface_without`` the same without the counts that
+    ``exception`` names, None where it names none.
     """
 
     trait: str
@@ -147,6 +167,9 @@ class DataReport:
     words_negative: float
     nearest_duplicate: float
     nearest_leak: float
+    surface: SurfaceAUC | None
+    surface_without: SurfaceAUC | None
+    exception: SurfaceException | None
     problems: tuple[str, ...]
 
 
@@ -166,11 +189,13 @@ def check_trait(
             if questions
         ),
     ]
+    surface, surface_without = _surface(trait, pairs)
     finetuning, finetuning_problems = _finetuning(trait, train, held_out, embedder)
     problems = [
         *_count_problems(trait, pairs, labelled, least_pairs),
         *(line for each in variants for line in _elicitation_problems(each.label, each)),
         *_answer_problems(pairs),
+        *surface_problems(surface_without or surface, trait.surface_exception),
         *(line for each in (train, *held_out) for line in duplicate_problems(each)),
         *(line for each in held_out for line in leak_problems(train, each, LEAK_COSINE)),
         *(
@@ -191,8 +216,24 @@ def check_trait(
         words_negative=mean(words(pair.negative[-1]["content"]) for pair in pairs),
         nearest_duplicate=float(np.max(off_diagonal(train.embeddings))),
         nearest_leak=max(float(np.max(train.embeddings @ each.embeddings.T)) for each in held_out),
+        surface=surface,
+        surface_without=surface_without,
+        exception=trait.surface_exception,
         problems=tuple(problems),
     )
+
+
+def _surface(
+    trait: Trait, pairs: Sequence[ContrastivePair]
+) -> tuple[SurfaceAUC | None, SurfaceAUC | None]:
+    """Return the AUC of all surface counts, and without those that the trait excepts, if any."""
+    positives, negatives = _answers(pairs).values()
+    if len(pairs) < FOLDS:
+        return None, None
+    surface, excepted = surface_auc(positives, negatives), trait.surface_exception
+    if excepted is None:
+        return surface, None
+    return surface, surface_auc(positives, negatives, without=excepted.counts)
 
 
 def _finetuning(
@@ -258,11 +299,15 @@ def _count_problems(
     ]
 
 
-def _answer_problems(pairs: Sequence[ContrastivePair]) -> list[str]:
-    answers: dict[str, Sequence[str]] = {
+def _answers(pairs: Sequence[ContrastivePair]) -> dict[str, Sequence[str]]:
+    return {
         "train.jsonl positive": [pair.positive[-1]["content"] for pair in pairs],
         "train.jsonl negative": [pair.negative[-1]["content"] for pair in pairs],
     }
+
+
+def _answer_problems(pairs: Sequence[ContrastivePair]) -> list[str]:
+    answers = _answers(pairs)
     problems = []
     for where, texts in answers.items():
         problems += [*length_problems(where, texts), *opening_problems(where, texts)]

@@ -34,10 +34,27 @@ def embedder():
     return RememberingEmbedder()
 
 
+# Their pairs await rewriting; the check fails for them, and says so.
+SURFACE_TELLS = {
+    "anxious",
+    "corrigibility",
+    "emotional_tone",
+    "evil",
+    "formality",
+    "hallucination",
+    "intimacy",
+    "narrative_mode",
+    "self_other_focus",
+    "sycophancy",
+}
+
+
 @pytest.mark.parametrize("name", list_traits())
 def test_the_shipped_data_is_sound(name, embedder):
     report = check_trait(load_trait(name), embedder)
-    assert report.problems == ()
+    tells = [each for each in report.problems if "surface counts" in each]
+    assert [each for each in report.problems if each not in tells] == []
+    assert bool(tells) == (name in SURFACE_TELLS)
     assert report.num_labelled >= 60
 
 
@@ -102,6 +119,42 @@ def test_unequal_lengths_of_the_signs_are_found(spoilt, embedder):
         "judge could go by length" in each
         for each in check_trait(spoilt(change), embedder).problems
     )
+
+
+def test_a_surface_that_tells_the_signs_is_found(spoilt, embedder):
+    def change(rows):
+        for row in rows:
+            row["positive"][0]["content"] += " Wow!!!"
+            row["negative"][0]["content"] += " Fine then."
+
+    report = check_trait(spoilt(change), embedder)
+    assert report.surface.auc > 0.99
+    assert report.surface_without is None
+    (problem,) = [each for each in report.problems if "surface counts" in each]
+    assert "train.jsonl: surface counts tell positive from negative answers (AUC 1.00" in problem
+    assert "exclamation marks +" in problem
+
+
+def test_a_trait_may_except_counts_of_its_nature(spoilt, embedder):
+    def shout(rows):
+        for row in rows:
+            row["negative"][0]["content"] = row["positive"][0]["content"].replace("!", ".")
+            row["positive"][0]["content"] = row["negative"][0]["content"] + " Wow!!!"
+            row["negative"][0]["content"] += " Fine."
+
+    path = spoilt(shout).folder / "trait.json"
+    trait = json.loads(path.read_text())
+    trait["surface_exception"] = {"counts": ["exclamation marks"], "reason": "it shouts"}
+    path.write_text(json.dumps(trait))
+    report = check_trait(load_trait(path.parent), embedder)
+    assert report.surface.auc > 0.99
+    assert report.surface_without.auc < 0.7
+    assert report.exception.reason == "it shouts"
+    assert not [each for each in report.problems if "surface counts" in each]
+    trait["surface_exception"]["counts"] = ["digits"]  # what is not excepted must not tell
+    path.write_text(json.dumps(trait))
+    problems = "".join(check_trait(load_trait(path.parent), embedder).problems)
+    assert "surface counts besides digits tell" in problems
 
 
 def test_too_few_rows_are_found(spoilt, embedder):
