@@ -78,10 +78,13 @@ def finetune(context: typer.Context) -> None:
 
     Example: persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml
     """
+    from persona_lora.studies.drift.figure import draw_drift
     from persona_lora.training.finetune import main as finetune_main
 
     _say_what_happens()
-    finetune_main(context.args)
+    result = finetune_main(context.args)
+    if result is not None:
+        draw_drift(result.adapter.parent)
 
 
 def _say_what_happens() -> None:

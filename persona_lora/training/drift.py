@@ -20,20 +20,18 @@ from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.structure import canonical_name
 from persona_lora.projections.weight_space import project_adapter
-from persona_lora.report.drift_figure import render_drift
 
 logger = logging.getLogger(__name__)
 
 DRIFT_ROWS = "drift.jsonl"
-DRIFT_PLOT = "drift.png"
 
 
 class DriftMonitor(TrainerCallback):
     """Projects the growing ΔW of a LoRA on diffs every ``every`` steps, from the factors alone.
 
-    The coordinates ⟨ΔW, L⟩/‖L‖ go to the trainer's log as ``drift/<name>``, to ``drift.jsonl`` and,
-    at the end, to ``drift.png`` in the output folder. ``warn_above`` logs a warning once where a
-    coordinate's absolute value passes it; ``stop_above`` ends the training there.
+    The coordinates ⟨ΔW, L⟩/‖L‖ go to the trainer's log as ``drift/<name>`` and to ``drift.jsonl``
+    in the output folder. ``warn_above`` logs a warning once where a coordinate's absolute value
+    passes it; ``stop_above`` ends the training there.
 
     Refuses a model without a LoRA (its ΔW would need a copy of the base); project its checkpoints
     with ``persona-lora project weights``.
@@ -82,13 +80,6 @@ class DriftMonitor(TrainerCallback):
         if state.is_world_process_zero:
             write_jsonl(Path(str(args.output_dir)) / DRIFT_ROWS, self.rows)
         self._watch(found, state.global_step, control)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw the way."""
-        if state.is_world_process_zero and self.rows:
-            render_drift(self.rows).save(Path(str(args.output_dir)) / DRIFT_PLOT)
 
     def _watch(self, found: Mapping[str, float], step: int, control: TrainerControl) -> None:
         for name, value in found.items():

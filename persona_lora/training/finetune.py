@@ -148,15 +148,17 @@ class FinetuneResult:
     loss: float
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parse the arguments and finetune.
+def main(arguments: Sequence[str]) -> FinetuneResult | None:
+    """Parse the arguments and finetune; of several processes the main one returns the result.
 
     Raises UserError for every mistake that the user can mend.
     """
     groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
     result = finetune(*FinetuneOptions(*parse_groups(arguments, groups, PAGE)))
-    if PartialState().is_main_process:
-        logger.info("loss %.3f; the finetune is in %s", result.loss, result.adapter)
+    if not PartialState().is_main_process:
+        return None
+    logger.info("loss %.3f; the finetune is in %s", result.loss, result.adapter)
+    return result
 
 
 def finetune(

@@ -10,7 +10,6 @@ import pytest
 
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import score_items
-from persona_lora.report.drift_figure import render_drift
 from persona_lora.report.resampling import Interval
 from persona_lora.report.summary import summarise_run
 from persona_lora.studies.drift import figure as drift
@@ -186,7 +185,7 @@ def test_drift_while_training_is_the_coordinate():
     rows = [
         {"diff": "evil", "step": step, "coordinate": step / 10, "cosine": 0.5} for step in (10, 20)
     ]
-    (drawn,) = render_drift(rows).panels
+    (drawn,) = drift.render_drift(rows).panels
     assert (drawn.of("evil").x, drawn.of("evil").y) == ((10, 20), (1.0, 2.0))
 
 

@@ -48,7 +48,7 @@ def test_one_line_watches_any_trainer(model, rows, make_diff, tmp_path):
         assert last[name]["coordinate"] == pytest.approx(saved.total[name].coordinate, rel=1e-5)
     logged = [entry for entry in trainer.state.log_history if "drift/one" in entry]
     assert [entry["step"] for entry in logged] == [3, 6]
-    assert (tmp_path / "run" / "drift.png").is_file()
+    assert (tmp_path / "run" / "drift.jsonl").is_file()
 
 
 def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):

@@ -223,15 +223,37 @@ def test_a_trait_inoculates_with_its_own_prompts():
     assert len(set(prompts)) == 5
 
 
-def test_drift_is_logged_drawn_and_can_stop(train, places):
+def test_drift_is_logged_and_can_stop(train, places):
     train("run", drift_diffs=[places["diff"]], drift_every=2)
     rows = [json.loads(line) for line in (train.folder / "run" / "drift.jsonl").open()]
     assert [row["step"] for row in rows] == [2, 4]
     assert rows[0]["coordinate"] != rows[1]["coordinate"]
-    assert (train.folder / "run" / "drift.png").stat().st_size > 1000
+    assert not (train.folder / "run" / "drift.png").exists()
     train("stopped", drift_diffs=[places["diff"]], drift_every=2, stop_above=1e-9)
     stopped = [json.loads(line) for line in (train.folder / "stopped" / "drift.jsonl").open()]
     assert [row["step"] for row in stopped] == [2]
+
+
+def test_the_command_draws_the_drift_that_it_watched(run, train, places, model_folder):
+    words = (
+        *("--train_file", train.folder / "rows.jsonl", "--model_name_or_path", model_folder),
+        *(
+            "--bf16",
+            "false",
+            "--max_steps",
+            2,
+            "--drift_every",
+            1,
+            "--lora_r",
+            2,
+            "--use_cpu",
+            "true",
+        ),
+    )
+    for name, watched in (("watched", ("--drift_diffs", places["diff"])), ("alone", ())):
+        status, _, error = run("finetune", *words, "--output_dir", name, *watched)
+        assert status == 0, error
+        assert (train.folder / name / "drift.png").is_file() == (name == "watched")
 
 
 @pytest.mark.parametrize(
