@@ -39,7 +39,6 @@ SURFACE_TELLS = {
     "anxious",
     "corrigibility",
     "emotional_tone",
-    "evil",
     "formality",
     "hallucination",
     "intimacy",
