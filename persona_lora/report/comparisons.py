@@ -17,7 +17,16 @@ import pandas as pd
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.report.resampling import Interval, bootstrap_mean, holm, sign_flip_p
+from persona_lora.report.resampling import (
+    FITS,
+    SCORES,
+    SHARES,
+    Bounds,
+    Interval,
+    bootstrap_mean,
+    holm,
+    sign_flip_p,
+)
 from persona_lora.report.summary import trait_of
 
 Row = Mapping[str, Any]
@@ -74,7 +83,9 @@ def over_units(gaps: pd.Series, unit: str) -> Paired:
     return Paired(bootstrap_mean(_numbered(by_unit)), sign_flip_p(means), size)
 
 
-def means(rows: pd.DataFrame, *, by: str, value: str, unit: str) -> dict[Hashable, Interval]:
+def means(
+    rows: pd.DataFrame, *, by: str, value: str, unit: str, scale: Bounds | None
+) -> dict[Hashable, Interval]:
     """Return the mean value of every group, with its interval over units."""
     return {
         name: bootstrap_mean(
@@ -83,7 +94,8 @@ def means(rows: pd.DataFrame, *, by: str, value: str, unit: str) -> dict[Hashabl
                     at: [None if np.isnan(score) else float(score) for score in each]
                     for at, each in own.groupby(unit, sort=False)[value]
                 }
-            )
+            ),
+            scale=scale,
         )
         for name, own in rows.groupby(by, sort=False)
     }
@@ -160,7 +172,7 @@ def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
         if gaps[at].difference is None:
             raise UserError(f"{run.folder} and the reference have no scored question in common")
     corrected = holm([gaps[at].p for at in range(len(every))])
-    scored, coherent = means(scores, **place), means(coherence, **place)
+    scored, coherent = (means(table, **place, scale=SCORES) for table in (scores, coherence))
     return [
         PairedRun(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p, p)
         for (at, run), p in zip(enumerate(every), corrected, strict=True)
@@ -227,10 +239,11 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     A row is one item of one task: ``condition``, ``task``, ``metric``, ``item`` and ``score``.
     """
     table = frame(rows, ["score"])
-    place = {"by": "condition", "value": "score", "unit": "item"}
     by_task = {}
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
-        gaps, scores = paired(own, **place, reference=reference), means(own, **place)
+        scale = SHARES if own["score"].dropna().isin((0.0, 1.0)).all() else None
+        place = {"by": "condition", "value": "score", "unit": "item"}
+        gaps, scores = paired(own, **place, reference=reference), means(own, **place, scale=scale)
         for name, score in scores.items():
             gap = gaps[name]
             by_task[name, task, metric] = TaskScore(
@@ -293,12 +306,20 @@ def strict_rows(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
 
 
 def _fits(rows: Sequence[Row], reference: str, unit: str, within: str) -> list[ConditionFit]:
-    measures = ("score", "coherence", "relevance")
+    measures = {"score": FITS, "coherence": SCORES, "relevance": SCORES}
     columns = ("condition", unit, within, *measures)
-    table = frame([{name: row[name] for name in columns} for row in rows], measures)
-    of = [means(table, by="condition", value=name, unit=unit) for name in measures]
+    table = frame([{name: row[name] for name in columns} for row in rows], list(measures))
+    of = [
+        means(table, by="condition", value=name, unit=unit, scale=scale)
+        for name, scale in measures.items()
+    ]
     gaps = paired(
-        table, by="condition", value="score", unit=unit, reference=reference, within=[within]
+        table,
+        by="condition",
+        value="score",
+        unit=unit,
+        reference=reference,
+        within=[within],
     )
     corrected = holm([each.p for each in gaps.values()])
     fit, coherence, relevance = of

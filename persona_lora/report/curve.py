@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from persona_lora.report.resampling import (
+    SCORES,
     Array,
     Estimate,
     Interval,
@@ -89,8 +90,8 @@ class TraitCurve:
         scores = {condition: clusters(rows, "trait") for condition, rows in groups.items()}
         return cls(scores, seed, resamples)
 
-    def mean_of(self, cluster: Cluster) -> Interval:
-        return bootstrap_mean(cluster, seed=self.seed, resamples=self.resamples)
+    def mean_of(self, scores: Cluster) -> Interval:
+        return bootstrap_mean(scores, scale=SCORES, seed=self.seed, resamples=self.resamples)
 
     def steered(self) -> list[Condition]:
         """Return the conditions with a coefficient and at least one scored answer."""
@@ -133,15 +134,16 @@ class TraitCurve:
             }
         )
 
-    def paired_values(self, differences: Mapping[int, float]) -> PairedDifference:
+    def paired_values(self, gaps: Mapping[int, float]) -> PairedDifference:
         """Return the mean of differences by question, with its interval and test."""
-        interval = self.mean_of({question: [each] for question, each in differences.items()})
-        if not differences:
+        by_question = {question: [gap] for question, gap in gaps.items()}
+        interval = bootstrap_mean(by_question, seed=self.seed, resamples=self.resamples)
+        if not gaps:
             reason = "no question was scored under both conditions"
             return PairedDifference(dataclasses.replace(interval, reason=reason), None)
-        if len(differences) == 1:
+        if len(gaps) == 1:
             return PairedDifference(interval, None)
-        values = np.array(list(differences.values()))
+        values = np.array(list(gaps.values()))
         return PairedDifference(interval, sign_flip_p(values, seed=self.seed))
 
     def from_zero(self) -> dict[Condition, PairedDifference]:

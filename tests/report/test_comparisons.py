@@ -1,4 +1,4 @@
-"""Paired comparisons: every number is what was recorded when each had code of its own."""
+"""Paired comparisons: every number is what was recorded, so that none changes unseen."""
 
 from __future__ import annotations
 

@@ -9,7 +9,10 @@ import pytest
 from scipy import stats
 
 from persona_lora.report.resampling import (
+    SCORES,
+    Bounds,
     bootstrap_mean,
+    equivalence_p,
     holm,
     question_weights,
     rank_correlation,
@@ -44,14 +47,82 @@ def test_bootstrap_of_degenerate_scores_gives_a_reason_instead_of_bounds(values,
     assert reason in interval.reason
 
 
-def test_bootstrap_bca_agrees_with_scipy_on_a_skewed_sample():
+def test_expanded_bca_is_the_bca_of_scipy_at_the_expanded_level():
     scores = np.random.default_rng(1).exponential(20, 25)
     ours = bootstrap_mean({i: [float(s)] for i, s in enumerate(scores)}, resamples=20_000)
+    expanded = stats.norm.cdf(np.sqrt(25 / 24) * stats.t.ppf(0.025, 24))
     theirs = stats.bootstrap(
-        (scores,), np.mean, n_resamples=20_000, method="BCa", rng=np.random.default_rng(2)
+        *((scores,), np.mean),
+        n_resamples=20_000,
+        method="BCa",
+        confidence_level=1 - 2 * expanded,
+        rng=np.random.default_rng(2),
     ).confidence_interval
     assert ours.low == pytest.approx(theirs.low, abs=0.35)
     assert ours.high == pytest.approx(theirs.high, abs=0.7)
+
+
+def _floored(rng, n):
+    return np.clip(rng.normal(8, 20, n), 0, 100)
+
+
+def _skewed(rng, n):
+    return 100 * rng.beta(0.3, 2, n)
+
+
+def _ceiling_with_failures(rng, n):
+    fails = rng.random(n) < 0.07
+    return np.clip(np.where(fails, rng.normal(10, 5, n), rng.normal(95, 4, n)), 0, 100)
+
+
+def _middle(rng, n):
+    return np.clip(rng.normal(50, 15, n), 0, 100)
+
+
+def _coverage(draw, n, *, scale, draws=200):
+    rng, truth = np.random.default_rng(n), draw(np.random.default_rng(0), 400_000).mean()
+    hits = 0
+    for _ in range(draws):
+        values = {i: [float(score)] for i, score in enumerate(draw(rng, n))}
+        interval = bootstrap_mean(values, scale=scale, resamples=1000)
+        hits += interval.low <= truth <= interval.high
+    return hits / draws
+
+
+@pytest.mark.parametrize("n", [8, 12, 20, 40])
+@pytest.mark.parametrize("draw", [_floored, _skewed, _ceiling_with_failures, _middle])
+def test_intervals_on_a_known_scale_cover(draw, n):
+    assert _coverage(draw, n, scale=SCORES) >= 0.93
+
+
+def test_without_the_ends_of_the_scale_rare_failures_are_not_covered():
+    """What the known scale is for: half of all samples of twelve hold no failure to resample."""
+    assert _coverage(_ceiling_with_failures, 12, scale=None) < 0.7
+
+
+@pytest.mark.parametrize("n", [12, 20])
+def test_expanded_bca_covers_where_scores_are_in_the_middle(n):
+    assert _coverage(_middle, n, scale=None) >= 0.92
+
+
+def test_equal_scores_at_an_end_of_the_scale_leave_room_on_the_other_side_only():
+    interval = bootstrap_mean({i: [100.0] for i in range(12)}, scale=SCORES)
+    assert interval.high == 100.0
+    assert 75 < interval.low < 97
+
+
+def test_intervals_follow_the_scale_and_mirror():
+    scores = np.random.default_rng(13).uniform(0, 100, 15)
+    one = bootstrap_mean({i: [float(s)] for i, s in enumerate(scores)}, scale=SCORES)
+    tenth = bootstrap_mean({i: [float(s) / 10] for i, s in enumerate(scores)}, scale=Bounds(0, 10))
+    mirrored = bootstrap_mean({i: [100 - float(s)] for i, s in enumerate(scores)}, scale=SCORES)
+    assert (tenth.low, tenth.high) == pytest.approx((one.low / 10, one.high / 10))
+    assert (mirrored.low, mirrored.high) == pytest.approx((100 - one.high, 100 - one.low))
+
+
+def test_a_value_outside_the_scale_is_refused():
+    with pytest.raises(ValueError, match=r"101\.0 lies outside the scale 0\.0 to 100\.0"):
+        bootstrap_mean({0: [3.0], 1: [101.0]}, scale=SCORES)
 
 
 def test_bootstrap_by_question_is_wider_than_by_rows_when_samples_repeat():
@@ -140,6 +211,24 @@ def test_sign_flip_p_by_random_flips_agrees_with_scipy():
         rng=np.random.default_rng(10),
     ).pvalue
     assert sign_flip_p(differences) == pytest.approx(theirs, abs=0.01)
+
+
+def test_equivalence_is_shown_inside_the_margin_only():
+    gaps = np.random.default_rng(14).normal(0, 3, 20)
+    assert equivalence_p(gaps, 5.0) < 0.001
+    assert equivalence_p(gaps + 5 - gaps.mean(), 5.0) > 0.4
+    assert equivalence_p(gaps + 20, 5.0) == pytest.approx(1.0)
+    assert equivalence_p(gaps, 5.0) == pytest.approx(equivalence_p(-gaps, 5.0), abs=1e-3)
+
+
+def test_equivalence_of_few_questions_is_exact():
+    assert equivalence_p(np.zeros(5), 1.0) == pytest.approx(1 / 2**5)
+
+
+def test_equivalence_keeps_its_level_at_the_bound():
+    rng = np.random.default_rng(15)
+    found = [equivalence_p(rng.normal(5, 8, 12), 5.0) <= 0.05 for _ in range(400)]
+    assert np.mean(found) <= 0.08
 
 
 def test_holm_matches_a_hand_computed_example():

@@ -24,7 +24,7 @@ from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.resampling import Interval, bootstrap_mean
+from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.steering.bank import METHODS, ActivationSetting
 from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
@@ -269,7 +269,7 @@ def mean_score(run: Run, criterion: str) -> Interval:
     for verdict in run.read("verdicts"):
         if verdict["criterion"] == criterion:
             by_question.setdefault(question_of[verdict["row"]], []).append(verdict["score"])
-    return bootstrap_mean(by_question)
+    return bootstrap_mean(by_question, scale=SCORES)
 
 
 def _only(values: Collection[T]) -> T | None:

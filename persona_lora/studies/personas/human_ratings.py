@@ -31,7 +31,7 @@ from persona_lora.core.files import (
 )
 from persona_lora.core.personas import load_persona
 from persona_lora.core.runs import Output, Run
-from persona_lora.report.resampling import Interval, bootstrap_mean
+from persona_lora.report.resampling import FITS, Interval, bootstrap_mean
 
 RATINGS = ("1", "2", "3", "4", "5")
 COLUMNS = ("item", "persona", "prompt", "answer", "rating")
@@ -160,9 +160,8 @@ def read_ratings(folder: Path, files: Sequence[Path]) -> HumanFits:
         if any(item in ratings for ratings in by_rater.values())
     }
     pairs.append(_agree(("people", "judge"), means, judged, whole=False))
-    return HumanFits(
-        {name: bootstrap_mean(fits[name]) for name in sorted(fits)}, tuple(pairs), len(by_rater)
-    )
+    means_of = {name: bootstrap_mean(fits[name], scale=FITS) for name in sorted(fits)}
+    return HumanFits(means_of, tuple(pairs), len(by_rater))
 
 
 def _ratings(path: Path, items: Mapping[str, Any]) -> dict[str, int]:

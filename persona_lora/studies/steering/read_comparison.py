@@ -19,7 +19,7 @@ from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import over_units
-from persona_lora.report.resampling import Interval, bootstrap_mean, holm
+from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean, holm
 
 LORA, ACTIVATION = "lora", "activation"
 EFFECT = "effect"
@@ -140,7 +140,7 @@ def _points(
 ) -> list[Point]:
     points = [
         Point(split, None, method, None, None, None, None,
-              bootstrap_mean(traits[method, None]), bootstrap_mean(coherences[method, None]))
+              _mean(traits[method, None]), _mean(coherences[method, None]))
         for method in ("none", "prompt_neg", "prompt_pos")
         if (method, None) in traits
     ]  # fmt: skip
@@ -155,8 +155,8 @@ def _points(
         points.append(
             Point(
                 split, row["level"], row["method"], row["coefficient"], row["kl_mean"],
-                row["kl_p95"], row["matched"], bootstrap_mean(traits[place]),
-                bootstrap_mean(coherences[place]), difference, p,
+                row["kl_p95"], row["matched"], _mean(traits[place]),
+                _mean(coherences[place]), difference, p,
             )
         )  # fmt: skip
     return points
@@ -175,7 +175,7 @@ def _overall(
         if method != LORA:
             gap, p = _tested(_minus(effects[LORA], effect))
             lost, _ = _tested(_minus(coherence[LORA], coherence[method]))
-        found.append(Overall(split, method, _interval(effect), gap, lost, p))
+        found.append(Overall(split, method, _mean_gap(effect), gap, lost, p))
     return found
 
 
@@ -254,8 +254,12 @@ def _means(scores: Scores) -> dict[int, float]:
     return {item: float(np.mean(each)) for item, each in known.items() if each}
 
 
-def _interval(values: Mapping[int, float]) -> Interval:
-    return bootstrap_mean({item: [value] for item, value in values.items()})
+def _mean(scores: Scores) -> Interval:
+    return bootstrap_mean(scores, scale=SCORES)
+
+
+def _mean_gap(gaps: Mapping[int, float]) -> Interval:
+    return bootstrap_mean({item: [gap] for item, gap in gaps.items()})
 
 
 def _tested(gaps: Mapping[int, float]) -> tuple[Interval | None, float | None]:

@@ -1,0 +1,90 @@
+"""How often do the intervals of a mean score cover it? Prints a table for docs/judges.md.
+
+Scores of n questions are drawn from distributions with a known mean; each cell is the share of
+draws whose 95% interval holds that mean, and the interval's mean width.
+
+    python benchmarks/coverage.py --draws 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+from scipy import stats
+
+from persona_lora.report.resampling import SCORES, Bounds, bootstrap_mean
+
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+
+
+def clipped(draw: Draw) -> Draw:
+    return lambda random, n: np.clip(draw(random, n), 0, 100)
+
+
+def two_heaps(share: float) -> Draw:
+    """Scores around 95, and a share of failures around 10."""
+
+    def draw(random: np.random.Generator, n: int) -> np.ndarray:
+        fails = random.random(n) < share
+        return np.where(fails, random.normal(10, 5, n), random.normal(95, 4, n))
+
+    return clipped(draw)
+
+
+DISTRIBUTIONS: dict[str, Draw] = {
+    "middle (normal, 50 ± 15)": clipped(lambda random, n: random.normal(50, 15, n)),
+    "floor (normal, 8 ± 20, cut at 0)": clipped(lambda random, n: random.normal(8, 20, n)),
+    "ceiling (normal, 97 ± 12, cut at 100)": clipped(lambda random, n: random.normal(97, 12, n)),
+    "skewed (exponential, 20)": clipped(lambda random, n: random.exponential(20, n)),
+    "very skewed (beta 0.1, 1)": lambda random, n: 100 * random.beta(0.1, 1, n),
+    "half fail": two_heaps(0.5),
+    "15% fail": two_heaps(0.15),
+    "7% fail": two_heaps(0.07),
+}
+
+
+def t_bounds(scores: np.ndarray) -> Bounds:
+    half = stats.t.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) / np.sqrt(len(scores))
+    return Bounds(scores.mean() - half, scores.mean() + half)
+
+
+def bounds_of(scores: np.ndarray, scale: Bounds | None) -> Bounds:
+    by_question = {i: [float(score)] for i, score in enumerate(scores)}
+    interval = bootstrap_mean(by_question, scale=scale, resamples=2000)
+    assert interval.low is not None
+    assert interval.high is not None
+    return Bounds(interval.low, interval.high)
+
+
+METHODS: dict[str, Callable[[np.ndarray], Bounds]] = {
+    "t": t_bounds,
+    "scipy's BCa": lambda scores: Bounds(
+        *stats.bootstrap((scores,), np.mean, n_resamples=2000, rng=1).confidence_interval
+    ),
+    "expanded BCa (no known scale)": lambda scores: bounds_of(scores, None),
+    "known scale (the default for scores)": lambda scores: bounds_of(scores, SCORES),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draws", type=int, default=500)
+    draws = parser.parse_args().draws
+    print(f"| scores | n | {' | '.join(METHODS)} |\n|---|---|{'---|' * len(METHODS)}")
+    for name, draw in DISTRIBUTIONS.items():
+        truth = draw(np.random.default_rng(0), 1_000_000).mean()
+        for n in (8, 12, 20, 40):
+            random = np.random.default_rng(n)
+            samples = [draw(random, n) for _ in range(draws)]
+            cells = []
+            for method in METHODS.values():
+                found = [method(sample) for sample in samples]
+                covered = np.mean([each.low <= truth <= each.high for each in found])
+                cells.append(f"{covered:.2f} ({np.mean([e.high - e.low for e in found]):.0f})")
+            print(f"| {name} | {n} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
