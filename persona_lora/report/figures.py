@@ -8,8 +8,9 @@ own (no global plotting state). Refuses to know what a picture shows.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,10 +21,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from persona_lora.core.files import atomic_path
 from persona_lora.report.resampling import Array
-from persona_lora.report.wording import number
+from persona_lora.report.wording import number, title_of
+
+Inches = tuple[float, float, float, float]  # left, bottom, width and height on a figure
 
 # After Okabe and Ito's palette (two hues darkened for text), safe for the common colour blindness.
 TRAIT, COHERENCE = "#0072B2", "#D55E00"
@@ -36,7 +41,7 @@ CHANGE = colormaps["RdBu"]  # light in the middle, where nothing changes
 DPI = 160
 LABEL_GAP = 0.22  # inches between the axes and the labels beside them
 DASHED, DOTTED = (0, (4, 3)), (0, (1, 2))
-ZERO: dict[str, Any] = {"color": MUTED, "linewidth": 0.8}
+HATCHED = {"facecolor": "none", "edgecolor": "#00000055", "linewidth": 0, "hatch": "/////"}
 _NAME_LENGTH = 24  # longer names of traits are shortened beside the curves
 
 
@@ -91,25 +96,46 @@ class Series:
     hollow: tuple[bool, ...] = ()
 
     @property
-    def last(self) -> float | None:
-        """The last value that is there."""
+    def end(self) -> float | None:
+        """The height of its label: the last value that is there; None without a label."""
         known = [value for value in self.y if np.isfinite(value)]
-        return known[-1] if known else None
+        return known[-1] if known and self.label is not None else None
+
+    def labelled(self, digits: int) -> Series:
+        """Return the series with its name and last value as its label, if it has that value."""
+        told = bool(self.y) and np.isfinite(self.y[-1])
+        label = f"{short(self.name)} {number(self.y[-1], digits)}" if told else None
+        return replace(self, label=label)
 
 
 def series(
-    name: str,
-    x: Sequence[float],
-    values: Sequence[Bounded | None],
-    look: Look,
-    **more: Any,
+    name: str, x: Sequence[float], values: Sequence[Bounded | None], look: Look, **more: Any
 ) -> Series:
     """Return a series of means with their intervals."""
-    mean, low, high = (
-        tuple(_known(None if each is None else getattr(each, side)) for each in values)
-        for side in ("mean", "low", "high")
-    )
-    return Series(name, tuple(x), mean, low, high, look, **more)
+    rows = [(None,) * 3 if each is None else (each.mean, each.low, each.high) for each in values]
+    mean, low, high = np.array(rows, dtype=float).reshape(-1, 3).T.tolist()
+    return Series(name, tuple(x), tuple(mean), tuple(low), tuple(high), look, **more)
+
+
+def series_by(
+    rows: Sequence[Mapping[str, Any]],
+    by: str,
+    x: str,
+    y: str,
+    look: Look,
+    *,
+    bounds: Sequence[str] = (),
+    name: Callable[[str], str] = str,
+) -> list[Series]:
+    """Return a series for each value of the column ``by``, in a colour of its own, along ``x``."""
+    found = []
+    for at, key in enumerate(dict.fromkeys(row[by] for row in rows)):
+        own = sorted((row for row in rows if row[by] == key), key=lambda row: row[x])
+        of = {each: tuple(row[each] for row in own) for each in (x, y, *bounds)}
+        low, high = (of[each] for each in bounds) if bounds else ((), ())
+        mine = replace(look, colour=hue(at))
+        found.append(Series(name(key), of[x], of[y], low, high, mine))
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,6 +148,10 @@ class Panel:
     def of(self, name: str) -> Series:
         """Return the first series of that name."""
         return next(each for each in self.drawn if each.name == name)
+
+    def named(self, title: str) -> Panel:
+        """Return the panel under another title than that of its axes."""
+        return replace(self, title=title)
 
 
 @dataclass(frozen=True)
@@ -154,17 +184,34 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white")
 
 
-def finish(figure: Figure, panels: Sequence[Panel], *, title: str = "", note: str = "") -> Picture:
-    """Write the title above and the note below, and return the picture."""
-    if title:
-        write_line(figure, figure.get_size_inches()[1] - 0.4, title, size=14, bold=True)
-    write_line(figure, 0.13, note, size=7.8, muted=True)
+def finish(
+    figure: Figure,
+    panels: Sequence[Panel],
+    *,
+    title: str = "",
+    subtitle: str = "",
+    note: str = "",
+) -> Picture:
+    """Write title and subtitle above and the note below, and return the picture."""
+    width, height = figure.get_size_inches()
+    for inches, text, colour, size, weight, anchor in (
+        (height - 0.4, title, INK, 14, "bold", "bottom"),
+        (height - 0.47, subtitle, MUTED, 9, "normal", "top"),
+        (0.13, note, MUTED, 7.8, "normal", "bottom"),
+    ):
+        style: dict[str, Any] = {
+            "color": colour,
+            "fontsize": size,
+            "fontweight": weight,
+            "va": anchor,
+        }
+        figure.text(0.18 / width, inches / height, text, linespacing=1.45, **style)
     return Picture(figure, tuple(panels))
 
 
 def add_axes(
     figure: Figure,
-    inches: tuple[float, float, float, float],
+    inches: Inches,
     *,
     title: str = "",
     x: str = "",
@@ -188,26 +235,16 @@ def add_axes(
     return axes
 
 
-def write_line(
-    figure: Figure,
-    inches: float,
-    text: str,
-    *,
-    size: float,
-    bold: bool = False,
-    muted: bool = False,
-    anchor: str = "bottom",
-) -> None:
-    """Write text at the left edge of a figure, so many inches from its bottom."""
-    width, height = figure.get_size_inches()
-    figure.text(
-        *(0.18 / width, inches / height, text),
-        color=MUTED if muted else INK,
-        fontsize=size,
-        fontweight="bold" if bold else "normal",
-        va=anchor,
-        linespacing=1.45,
-    )
+def rule(axes: Axes, at: float | None, *, upright: bool = False, dashes: Any = "-") -> None:
+    """Draw a quiet line across all of the axes, at 0 or at what the rest is compared with."""
+    if at is not None:
+        line = axes.axvline if upright else axes.axhline
+        line(at, color=MUTED, linewidth=0.9 if dashes == DASHED else 0.8, linestyle=dashes)
+
+
+def wrapped(width: int, *texts: str) -> str:
+    """Return texts below one another, in lines of at most so many letters."""
+    return "\n".join(line for text in texts for line in textwrap.wrap(text, width))
 
 
 def score_scale(axes: Axes, top: float = 102) -> None:
@@ -224,7 +261,7 @@ def legend(axes: Axes, **where: Any) -> None:
 # -- the five forms ----------------------------------------------------------------------------
 
 
-def lines(axes: Axes, drawn: Sequence[Series], *, labels: float = 0.0) -> tuple[Series, ...]:
+def lines(axes: Axes, drawn: Sequence[Series], *, labels: float = 0.0) -> Panel:
     """Draw lines with their bands, and levels; their labels, of that size, stand at the right."""
     named: set[str] = set()
     for each in drawn:
@@ -247,12 +284,11 @@ def lines(axes: Axes, drawn: Sequence[Series], *, labels: float = 0.0) -> tuple[
     if labels:
         axes.autoscale_view()
         place_labels(axes, drawn, size=labels)
-    return tuple(drawn)
+    return _panel(axes, drawn)
 
 
-def scatter(axes: Axes, drawn: Sequence[Series], *, marks: float = 7.0) -> tuple[Series, ...]:
+def scatter(axes: Axes, drawn: Sequence[Series], *, marks: float = 7.0) -> Panel:
     """Draw points, joined where their look has a width, with marks of that size beside them."""
-    lines(axes, drawn)
     for each in drawn:
         for x, y, mark in zip(each.x, each.y, each.marks, strict=False):
             axes.annotate(
@@ -261,12 +297,12 @@ def scatter(axes: Axes, drawn: Sequence[Series], *, marks: float = 7.0) -> tuple
                 fontsize=marks,
                 color=MUTED,
             )
-    return tuple(drawn)
+    return lines(axes, drawn)
 
 
 def forest(
     axes: Axes, drawn: Sequence[Series], *, upwards: bool = False, named: bool = True
-) -> tuple[Series, ...]:
+) -> Panel:
     """Draw a row for every name: values across with their intervals, labels at the right."""
     names = list(dict.fromkeys(each.name for each in drawn))
     for each in drawn:
@@ -286,26 +322,26 @@ def forest(
                 color=INK,
             )
     _name_rows(axes, names if named else [""] * len(names), upwards=upwards)
-    return tuple(drawn)
+    return _panel(axes, drawn)
 
 
-def bars(axes: Axes, each: Series, names: Sequence[str] = ()) -> tuple[Series, ...]:
+def bars(axes: Axes, each: Series, names: Sequence[str] = ()) -> Panel:
     """Draw upright bars at ``x``; with names, bars across in rows, and their values beside them."""
     colours = [each.look.colour if value > 0 else COHERENCE for value in each.y]
     if not names:
         axes.bar(each.x, each.y, color=each.look.colour, width=0.8)
-        axes.axhline(0, **ZERO)
+        rule(axes, 0)
         place_labels(axes, [each], size=8.5)
-        return (each,)
+        return _panel(axes, [each])
     axes.barh(range(len(names)), each.y, color=colours, height=0.55)
     for place, value in enumerate(each.y):
         # Beside the bar, and on the free side of the axis where the bar goes left.
         axes.text(max(value, 0.0), place, f" {number(value, 2)}", va="center", fontsize=8.5)
     reach = 1.5 * max([abs(value) for value in each.y] + [0.1])
     axes.set_xlim(-reach, reach)
-    axes.axvline(0, **ZERO)
+    rule(axes, 0, upright=True)
     _name_rows(axes, names, upwards=True)
-    return (each,)
+    return _panel(axes, [each])
 
 
 @dataclass(frozen=True)
@@ -324,7 +360,12 @@ class Cells:
     high: float = 1.0
     colours: Colormap = field(default_factory=lambda: CHANGE)
     missing: str = ""
-    hatched: Array | None = None
+    hatched: NDArray[np.bool_] | None = None  # [rows, columns]
+
+    @property
+    def is_hatched(self) -> NDArray[np.bool_]:
+        """Which cells are hatched; none unless it is said."""
+        return np.zeros(self.values.shape, bool) if self.hatched is None else self.hatched
 
     @property
     def places(self) -> tuple[float, ...]:
@@ -351,25 +392,17 @@ def heat_map(
     size: float = 8.5,
     upwards: bool = False,
     slanted: bool = False,
-) -> tuple[Series, ...]:
-    """Draw a coloured cell for every value, with what ``say`` makes of it; return it row by row."""
+) -> Panel:
+    """Draw a coloured cell for every value, with what ``say`` makes of it; a series is a row."""
     axes.grid(visible=False)
     for (row, column), value in np.ndenumerate(cells.values):
         place, face = cells.places[column], cells.face(value)
-        corner = (place - cells.half, row - 0.5)
-        axes.add_patch(
-            Rectangle(corner, 2 * cells.half, 1, facecolor=face, edgecolor="white", linewidth=0.7)
-        )
-        if cells.hatched is not None and cells.hatched[row, column]:
-            axes.add_patch(
-                Rectangle(
-                    *(corner, 2 * cells.half, 1),
-                    facecolor="none",
-                    edgecolor="#00000055",
-                    linewidth=0,
-                    hatch="/////",
-                )
-            )
+        layers: list[dict[str, Any]] = [{"facecolor": face, "edgecolor": "white", "linewidth": 0.7}]
+        if cells.is_hatched[row, column]:
+            layers.append(HATCHED)
+        for style in layers:
+            corner = (place - cells.half, row - 0.5)
+            axes.add_patch(Rectangle(corner, 2 * cells.half, 1, **style))
         finite = bool(np.isfinite(value))
         axes.text(
             *(place, row, say(row, column, float(value)) if finite else cells.missing),
@@ -385,10 +418,8 @@ def heat_map(
     axes.set_ylim(*((-0.5, len(cells.rows) - 0.5)[:: 1 if upwards else -1]))
     axes.tick_params(length=0, labelcolor=INK)
     axes.spines["bottom"].set_visible(False)
-    return tuple(
-        Series(name, cells.places, tuple(map(float, values)))
-        for name, values in zip(cells.rows, cells.values, strict=True)
-    )
+    rows = zip(cells.rows, cells.values, strict=True)
+    return _panel(axes, [Series(name, cells.places, tuple(each.tolist())) for name, each in rows])
 
 
 # -- labels and ticks --------------------------------------------------------------------------
@@ -399,9 +430,7 @@ def place_labels(axes: Axes, drawn: Sequence[Series], *, size: float) -> None:
     bottom, top = axes.get_ylim()
     gap = 1.55 * size / 72 / inches_of(axes, "height") * (top - bottom)  # a line of text
     margin = (top - bottom) / 52
-    ends = sorted(
-        (last, at) for at, each in enumerate(drawn) if (last := labelled(each)) is not None
-    )
+    ends = sorted((each.end, at) for at, each in enumerate(drawn) if each.end is not None)
     heights = spread([last for last, _ in ends], gap=gap, low=bottom + margin, high=top - margin)
     transform = axes.get_yaxis_transform()
     inch = 1 / inches_of(axes, "width")
@@ -426,18 +455,13 @@ def place_labels(axes: Axes, drawn: Sequence[Series], *, size: float) -> None:
         )
 
 
-def labelled(each: Series) -> float | None:
-    """Return the height of a series' label; None where it has none."""
-    return None if each.label is None else each.last
-
-
 def label_width(drawn: Sequence[Series], *, size: float) -> float:
     """Return the room that labels need beside the axes, in inches (a generous estimate)."""
     em = size / 72
     widths = [
         len(each.label or "") * em * (0.66 if each.look.bold else 0.57)
         for each in drawn
-        if labelled(each) is not None
+        if each.end is not None
     ]
     return LABEL_GAP + max(widths, default=0.0) + 0.1
 
@@ -450,15 +474,10 @@ def spread(values: Sequence[float], *, gap: float, low: float, high: float) -> l
     if not values:
         return []
     gap = min(gap, (high - low) / max(1, len(values) - 1))
-    blocks: list[list[float]] = []
-    for index, value in enumerate(values):
-        blocks.append([value - index * gap])
-        # Neighbours that would cross are pooled at their mean: isotonic regression.
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    levels = [float(np.mean(block)) for block in blocks for _ in block]
-    top = high - (len(values) - 1) * gap
-    return [min(max(level, low), top) + index * gap for index, level in enumerate(levels)]
+    steps = gap * np.arange(len(values))
+    levels = isotonic_regression(np.array(values) - steps).x  # neighbours that would cross meet
+    moved = np.minimum(np.maximum(levels, low), high - steps[-1]) + steps
+    return [float(each) for each in moved]
 
 
 def spread_ticks(points: Sequence[float], *, gap: float) -> list[float]:
@@ -478,14 +497,24 @@ def short(name: str) -> str:
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
 
 
+def short_title(trait: str) -> str:
+    """Return a trait's name as a title, shortened to what fits beside a curve."""
+    return short(title_of(trait))
+
+
+def hue(at: int) -> str:
+    """Return the colour of the ``at``-th of several things that are told apart by their labels."""
+    return PALETTE[at % len(PALETTE)]
+
+
 def inches_of(axes: Axes, side: Literal["width", "height"]) -> float:
     """Return the width or height of axes in inches."""
     box = axes.get_window_extent()
     return float(box.width if side == "width" else box.height) / DPI
 
 
-def _known(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _panel(axes: Axes, drawn: Sequence[Series]) -> Panel:
+    return Panel(axes.get_title(loc="left"), tuple(drawn))
 
 
 def _bounds(axes: Axes, each: Series) -> None:

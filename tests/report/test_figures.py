@@ -42,7 +42,7 @@ def data_of(axes):
 
 
 def test_lines_are_drawn_through_the_means_and_bands_between_the_bounds(axes):
-    assert lines(axes, TWO, labels=8) == TWO
+    assert lines(axes, TWO, labels=8).drawn == TWO
     assert data_of(axes) == [[[1, 10], [2, 20], [3, 40]], [[1, 9], [2, 5]]]
     (band,) = axes.collections
     (path,) = band.get_paths()
@@ -60,7 +60,7 @@ def test_a_level_is_a_line_across(axes):
 
 def test_points_are_where_they_belong_and_those_that_do_not_count_are_hollow(axes):
     points = Series("a", (1, 2), (3.0, 4.0), look=Look(width=0, size=4), marks=("x", "y"))
-    assert scatter(axes, [points]) == (points,)
+    assert scatter(axes, [points]).drawn == (points,)
     assert data_of(axes) == [[[1, 3], [2, 4]]]
     assert [(text.get_text(), text.xy) for text in axes.texts] == [("x", (1, 3)), ("y", (2, 4))]
     scatter(axes, [Series("b", (5, 6), (7.0, 8.0), look=points.look, hollow=(False, True))])
@@ -74,7 +74,7 @@ def test_a_forest_has_a_row_for_each_name_with_its_value_and_interval(axes):
         Series("one", (0,), (2.0,), (1.0,), (3.0,), Look(size=5)),
         Series("two", (0,), (5.0,), (4.0,), (6.0,), Look(size=5), label="5 [4, 6]"),
     ]
-    assert forest(axes, rows) == tuple(rows)
+    assert forest(axes, rows).drawn == tuple(rows)
     assert data_of(axes) == [[[1, 0], [3, 0]], [[2, 0]], [[4, 1], [6, 1]], [[5, 1]]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row above
@@ -91,7 +91,7 @@ def test_bars_are_as_long_as_their_values(axes):
 
 def test_a_heat_map_says_each_value_in_its_own_cell(axes):
     cells = Cells(np.array([[0.1, np.nan], [-0.9, 0.4]]), ("a", "b"), ("x", "y"), missing="–")
-    drawn = heat_map(axes, cells)
+    drawn = heat_map(axes, cells).drawn
     assert [each.name for each in drawn] == ["a", "b"]
     assert drawn[1].y == (-0.9, 0.4)
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {

@@ -171,7 +171,7 @@ def test_weight_projections_are_drawn_by_their_coordinate():
         for part, of in (("total", 0), ("layer", 0), ("layer", 1))
     ]  # fmt: skip
     layers, totals = drift.render_weight_projection({"rows": rows}).panels
-    assert {each.name: each.y for each in layers.drawn} == {"evil": (10, 20), "kind": (20, 40)}
+    assert {each.name: each.y for each in layers.drawn} == {"Evil": (10, 20), "Kind": (20, 40)}
     assert {each.name: each.y for each in totals.drawn} == {"Evil": (1, 10), "Kind": (2, 20)}
     alone = [row for row in rows if row["diff"] == "evil"]
     picture = drift.render_weight_projection({"rows": alone})
@@ -186,7 +186,7 @@ def test_drift_while_training_is_the_coordinate():
         {"diff": "evil", "step": step, "coordinate": step / 10, "cosine": 0.5} for step in (10, 20)
     ]
     (drawn,) = drift.render_drift(rows).panels
-    assert (drawn.of("evil").x, drawn.of("evil").y) == ((10, 20), (1.0, 2.0))
+    assert (drawn.of("Evil").x, drawn.of("Evil").y) == ((10, 20), (1.0, 2.0))
 
 
 def test_predictions_are_drawn_against_the_change_from_the_base(monkeypatch):

@@ -26,7 +26,7 @@ class Point:
     """One statistic of one checkpoint, with its interval; None where it could not be had."""
 
     step: int
-    value: float | None
+    mean: float | None
     low: float | None
     high: float | None
 
@@ -180,11 +180,11 @@ def _permutation_p(x: Sequence[float], y: Sequence[float], rho: float) -> float:
 
 def _paired(one: Curve, other: Curve) -> tuple[list[float], list[float]]:
     """Return the values of two curves at the steps that both have."""
-    values = {point.step: point.value for point in other.points}
+    values = {point.step: point.mean for point in other.points}
     pairs = [
-        (point.value, values[point.step])
+        (point.mean, values[point.step])
         for point in one.points
-        if point.value is not None and values.get(point.step) is not None
+        if point.mean is not None and values.get(point.step) is not None
     ]
     return [float(a) for a, _ in pairs], [float(b or 0.0) for _, b in pairs]
 
@@ -199,14 +199,14 @@ def _find(
 
 def _last(every: Sequence[Curve], trait: str, statistic: str, *place: Any) -> float | None:
     curve = _find(every, trait, statistic, *place)
-    return None if curve is None else curve.points[-1].value
+    return None if curve is None else curve.points[-1].mean
 
 
 def _change(every: Sequence[Curve], trait: str, statistic: str, *place: Any) -> float | None:
     curve = _find(every, trait, statistic, *place)
-    if curve is None or curve.points[0].value is None or curve.points[-1].value is None:
+    if curve is None or curve.points[0].mean is None or curve.points[-1].mean is None:
         return None
-    return curve.points[-1].value - curve.points[0].value
+    return curve.points[-1].mean - curve.points[0].mean
 
 
 def _is_of(vector: str, trait: str) -> bool:

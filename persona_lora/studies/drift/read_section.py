@@ -42,20 +42,20 @@ def checkpoints_content(run: Run, options: ReportOptions) -> Content:
 def _finding(curve: Curve) -> str:
     first, last = curve.points[0], curve.points[-1]
     name = wording.title_of(curve.trait)
-    if None in (first.value, last.value, first.high, last.low, first.low, last.high):
+    if None in (first.mean, last.mean, first.high, last.low, first.low, last.high):
         return f"{name} could not be scored at both ends."
     apart = (last.low or 0.0) > (first.high or 0.0) or (last.high or 0.0) < (first.low or 0.0)
     verb = "goes" if apart else "does not clearly change (the intervals overlap):"
     return (
-        f"{name} {verb} from {wording.number(first.value)} [{wording.number(first.low)}, "
-        f"{wording.number(first.high)}] at step {first.step} to {wording.number(last.value)} "
+        f"{name} {verb} from {wording.number(first.mean)} [{wording.number(first.low)}, "
+        f"{wording.number(first.high)}] at step {first.step} to {wording.number(last.mean)} "
         f"[{wording.number(last.low)}, {wording.number(last.high)}] at step {last.step}."
     )
 
 
 def _row(curve: Curve, steps: list[int]) -> tuple[str, ...]:
     digits = 1 if curve.vector is None else 2
-    values = {point.step: point.value for point in curve.points}
+    values = {point.step: point.mean for point in curve.points}
     where = "" if curve.layer is None else str(curve.layer)
     return (
         curve.trait,

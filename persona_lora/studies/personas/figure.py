@@ -12,32 +12,14 @@ from matplotlib.axes import Axes
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.report import figures as draw
 from persona_lora.report.comparisons import (
     ConditionFit,
     Row,
     fits_over_personas,
     fits_over_prompts,
 )
-from persona_lora.report.figures import (
-    COHERENCE,
-    CONTROL,
-    FAINT,
-    TRAIT,
-    Cells,
-    Look,
-    Panel,
-    Picture,
-    Series,
-    add_axes,
-    bars,
-    finish,
-    forest,
-    heat_map,
-    legend,
-    lines,
-    new_figure,
-    series,
-)
+from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Array
 from persona_lora.report.wording import interval, number, title_of
 
@@ -71,22 +53,23 @@ def render_search(run: Run) -> Picture:
         raise UserError(f"{run.folder} holds no finished search")
     config = run.record["config"]
     fits = fits_over_prompts(held_out, "none")
-    figure = new_figure(14.2, 4.5)
-    titles = ("Value on training prompts", FITS, "Weights of the mean")
+    figure = draw.new_figure(14.2, 4.5)
     history, found, mix = (
-        add_axes(figure, (left, 0.95, width, 2.6), title=title, x=x)
-        for left, width, title, x in zip(
-            (0.62, 6.6, 11.6), (4.1, 2.3, 2.2), titles, ("generation", "", ""), strict=True
+        draw.add_axes(figure, (left, 0.95, width, 2.6), title=title, x=x)
+        for left, width, title, x in (
+            (0.62, 4.1, "Value on training prompts", "generation"),
+            (6.6, 2.3, FITS, ""),
+            (11.6, 2.2, "Weights of the mean", ""),
         )
     )
-    drawn = (_history(history, generations), _fits(found, fits), _weights(mix, held_out))
+    panels = [_history(history, generations), _fits(found, fits), _weights(mix, held_out)]
     note = (
         f"Search: {len(config['prompts'])} training prompts, judge {config['judge']} of training "
         f"conversations. Held-out: {fits[0].fit.n_questions} other prompts, judge of test "
         "conversations; bars: 95% bootstrap over prompts."
     )
     title = f"{config['persona']}: the search with {name_of(config['method'])}"
-    return finish(figure, list(map(Panel, titles, drawn)), title=title, note=note)
+    return draw.finish(figure, panels, title=title, note=note)
 
 
 def render_comparison(run: Run) -> Picture:
@@ -102,27 +85,26 @@ def render_comparison(run: Run) -> Picture:
     traits = sorted({trait for each in weights.values() for trait in each})
     below = _ROW * len(traits) + 0.9 if weights else 0.0
     bottom, up = 0.85 + below, _ROW * len(fits)
-    figure = new_figure(13.6, 1.75 + up + below)
-    panels = [Panel(FITS, _fits(add_axes(figure, (2.6, bottom, 3.2, up), title=FITS), fits, rows))]
-    maps = [("Change from the unsteered model, by persona", _gains(rows, fits, personas))]
-    names = [tuple("" for _ in fits)]
+    figure = draw.new_figure(13.6, 1.75 + up + below)
+    panels = [_fits(draw.add_axes(figure, (2.6, bottom, 3.2, up), title=FITS), fits, rows)]
+    right = draw.add_axes(
+        figure, (7.9, bottom, 5.4, up), title="Change from the unsteered model, by persona"
+    )
+    panels.append(_map(right, _gains(rows, fits, personas), [""] * len(fits), personas))
     if searched is not None:
+        title = f"Weights of the mix: {name_of(searched)}"
+        axes = draw.add_axes(figure, (7.9, 0.85, 5.4, below - 0.9), title=title)
         mix = [[weights.get(p, {}).get(t, np.nan) for p in personas] for t in traits]
-        maps.append((f"Weights of the mix: {name_of(searched)}", np.array(mix)))
-        names.append(tuple(map(title_of, traits)))
-    places = ((7.9, bottom, 5.4, up), (7.9, 0.85, 5.4, below - 0.9))
-    for (title, values), named, inches in zip(maps, names, places, strict=False):
-        axes = add_axes(figure, inches, title=title)
-        panels.append(Panel(title, _map(axes, values, named, personas)))
+        panels.append(_map(axes, np.array(mix), list(map(title_of, traits)), personas))
     note = (
         "Fit 1–5 on held-out prompts by a judge of held-out conversations. "
         f"{len(personas)} personas; bars: 95% bootstrap over personas; small dots: personas. "
         "Right: change of the mean fit from the unsteered model."
     )
-    return finish(figure, panels, title="What gives the model a person's voice?", note=note)
+    return draw.finish(figure, panels, title="What gives the model a person's voice?", note=note)
 
 
-def _history(axes: Axes, generations: Sequence[Row]) -> tuple[Series, ...]:
+def _history(axes: Axes, generations: Sequence[Row]) -> Panel:
     scored = [row for row in generations if row["value"] is not None]
     by_step: dict[int, list[float]] = {}
     for row in sorted(scored, key=lambda row: row["iteration"]):
@@ -130,41 +112,40 @@ def _history(axes: Axes, generations: Sequence[Row]) -> tuple[Series, ...]:
     steps = tuple(by_step)
     means = tuple(float(np.mean(values)) for values in by_step.values())
     best = tuple(map(float, np.maximum.accumulate([max(values) for values in by_step.values()])))
-    drawn = lines(
+    panel = draw.lines(
         axes,
         [
             Series(
                 "candidates",
                 tuple(row["iteration"] for row in scored),
                 tuple(row["value"] for row in scored),
-                look=Look(CONTROL, width=0, size=2.2, alpha=0.5, order=1),
+                look=Look(draw.CONTROL, width=0, size=2.2, alpha=0.5, order=1),
             ),
-            Series("generation's mean", steps, means, look=Look(COHERENCE)),
-            Series("best so far", steps, best, look=Look(TRAIT, width=2.2)),
+            Series("generation's mean", steps, means, look=Look(draw.COHERENCE)),
+            Series("best so far", steps, best, look=Look(draw.TRAIT, width=2.2)),
         ],
     )
-    legend(axes, loc="lower right")
-    return drawn
+    draw.legend(axes, loc="lower right")
+    return panel
 
 
-def _fits(axes: Axes, fits: Sequence[ConditionFit], rows: Sequence[Row] = ()) -> tuple[Series, ...]:
+def _fits(axes: Axes, fits: Sequence[ConditionFit], rows: Sequence[Row] = ()) -> Panel:
     """Draw the fit of every condition, with the mean of every persona where rows are given."""
     drawn = []
     for each in fits:
-        colour, name = CONTROL if each.condition == "none" else TRAIT, name_of(each.condition)
-        means = _persona_means(rows, each.condition)
-        dots = Look(colour, size=1.6, alpha=0.35)
-        look = Look(colour, width=2, size=6)
+        name = name_of(each.condition)
+        colour = draw.CONTROL if each.condition == "none" else draw.TRAIT
+        means, dots = _persona_means(rows, each.condition), Look(colour, size=1.6, alpha=0.35)
         label = None if each.fit.mean is None else interval(each.fit, 2)
         drawn += [
-            series(name, [0.0], [each.fit], look, label=label),
+            draw.series(name, [0.0], [each.fit], Look(colour, width=2, size=6), label=label),
             Series(name, (), means, look=dots),
         ]
     axes.set_xlim(1, 5)
     axes.set_xticks([1, 2, 3, 4, 5])
-    shown = forest(axes, drawn, upwards=True)
-    axes.grid(axis="x", color=FAINT, linewidth=0.7)
-    return shown
+    panel = draw.forest(axes, drawn, upwards=True)
+    axes.grid(axis="x", color=draw.FAINT, linewidth=0.7)
+    return panel
 
 
 def _persona_means(rows: Sequence[Row], condition: str) -> tuple[float, ...]:
@@ -175,13 +156,11 @@ def _persona_means(rows: Sequence[Row], condition: str) -> tuple[float, ...]:
     return tuple(float(np.mean(scores)) for scores in by_persona.values())
 
 
-def _weights(axes: Axes, rows: Sequence[Row]) -> tuple[Series, ...]:
+def _weights(axes: Axes, rows: Sequence[Row]) -> Panel:
     mixes = (row["weights"] for row in rows if row["condition"] == "mean")
-    weights: Mapping[str, float] = next(mixes, {})
-    traits = sorted(weights, reverse=True)
-    values = tuple(weights[trait] for trait in traits)
-    places = tuple(range(len(traits)))
-    return bars(axes, Series("weights", places, values), [title_of(trait) for trait in traits])
+    weights = sorted(next(mixes, {}).items(), reverse=True)
+    drawn = Series("weights", tuple(range(len(weights))), tuple(value for _, value in weights))
+    return draw.bars(axes, drawn, [title_of(trait) for trait, _ in weights])
 
 
 def _mixes(rows: Sequence[Row], condition: str) -> Mapping[str, Mapping[str, float]]:
@@ -210,17 +189,14 @@ def _gains(rows: Sequence[Row], fits: Sequence[ConditionFit], personas: Sequence
     return gains
 
 
-def _map(
-    axes: Axes, values: Array, names: Sequence[str], personas: Sequence[str]
-) -> tuple[Series, ...]:
+def _map(axes: Axes, values: Array, names: Sequence[str], personas: Sequence[str]) -> Panel:
     reach = max(float(np.nanmax(np.abs(values), initial=0.0)), 0.1)
-    tags = tuple(map(_tag, personas))
-    cells = Cells(values, tuple(names), tags, low=-reach, high=reach)
-    drawn = heat_map(
+    cells = Cells(values, tuple(names), tuple(map(_tag, personas)), low=-reach, high=reach)
+    panel = draw.heat_map(
         axes, cells, say=lambda row, column, value: number(value, 1), size=8, upwards=True
     )
     axes.set_ylim(-0.6, len(names) - 0.4)  # as the forest beside it
-    return drawn
+    return panel
 
 
 def _tag(persona: str) -> str:

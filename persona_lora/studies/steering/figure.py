@@ -6,51 +6,18 @@ Draws what was read; refuses to compute statistics.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from persona_lora.core.errors import UserError
-from persona_lora.report.conditions import ConditionSummary
-from persona_lora.report.figures import (
-    COHERENCE,
-    CONTROL,
-    DASHED,
-    DOTTED,
-    INK,
-    LABEL_GAP,
-    MUTED,
-    PALETTE,
-    PROMPTS,
-    SHADE,
-    TRAIT,
-    ZERO,
-    Cells,
-    Look,
-    Panel,
-    Picture,
-    Series,
-    add_axes,
-    finish,
-    forest,
-    heat_map,
-    inches_of,
-    label_width,
-    legend,
-    lines,
-    new_figure,
-    scatter,
-    score_scale,
-    series,
-    short,
-    spread_ticks,
-    write_line,
-)
+from persona_lora.report import figures as draw
+from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Interval
 from persona_lora.report.summary import SweepSummary
 from persona_lora.report.wording import (
@@ -72,15 +39,14 @@ from persona_lora.studies.steering.read_comparison import Comparison, Point
 from persona_lora.studies.steering.read_latency import BASE, FIRST_TOKEN, TOKENS, Ratio
 
 Row = Mapping[str, Any]
-Inches = tuple[float, float, float, float]
 
 # -- a sweep -----------------------------------------------------------------------------------
 
-_PRIMARY = Look(TRAIT, 2.4, 5.5, band=0.20, whiskers=0.45, edge="white", bold=True)
+_PRIMARY = Look(draw.TRAIT, 2.4, 5.5, band=0.20, whiskers=0.45, edge="white", bold=True)
 _SECONDARY = Look(
-    COHERENCE, 1.6, 4.5, dashes=(0, (5, 2)), band=0.10, whiskers=0.45, edge="white", bold=True
+    draw.COHERENCE, 1.6, 4.5, dashes=(0, (5, 2)), band=0.10, whiskers=0.45, edge="white", bold=True
 )
-_THIN = Look(CONTROL, 1.2, 3.5, band=0.10, whiskers=0.45, edge="white")
+_THIN = Look(draw.CONTROL, 1.2, 3.5, band=0.10, whiskers=0.45, edge="white")
 _WIDTH, _HEIGHT = 8.8, 5.3
 _PANEL_WIDTH, _PANEL_HEIGHT = 5.6, 3.3
 _TICK_INCHES = 0.42  # least distance of labelled coefficients
@@ -89,18 +55,16 @@ _TICK_INCHES = 0.42  # least distance of labelled coefficients
 def render_sweep(summary: SweepSummary) -> Picture:
     """Return one sweep: curves, prompting references, coherent range, cost rows."""
     rows, drawn = _cost_rows(summary), _curves(summary)
-    told = [*textwrap.wrap(statistics_line(summary), 118), *textwrap.wrap(place_line(summary), 118)]
-    height = _HEIGHT + 0.19 * (len(told) - 1)
-    figure = new_figure(_WIDTH, height)
+    told = draw.wrapped(118, statistics_line(summary), place_line(summary))
+    figure = draw.new_figure(_WIDTH, _HEIGHT + 0.19 * told.count("\n"))
     left, bottom, top = 0.63, 1.0 + 0.215 * len(rows), 4.22  # inches
-    right = _WIDTH - max(label_width(drawn, size=9.0), 1.2)
-    axes = add_axes(figure, (left, bottom, right - left, top - bottom))
+    right = _WIDTH - max(draw.label_width(drawn, size=9.0), 1.2)
+    axes = draw.add_axes(figure, (left, bottom, right - left, top - bottom))
     panel = _sweep_panel(axes, summary, drawn, size=9.0)
     _draw_cost_rows(axes, summary, rows)
-    write_line(figure, height - 0.47, "\n".join(told), size=9, muted=True, anchor="top")
-    caption = f"Mean scores 0–100. {sample_line(summary)}. {coherent_line(summary)}"
-    note = "\n".join(textwrap.wrap(caption, 135))
-    return finish(figure, [panel], title=sweep_title(summary), note=note)
+    note = f"Mean scores 0–100. {sample_line(summary)}. {coherent_line(summary)}"
+    title, note = sweep_title(summary), draw.wrapped(135, note)
+    return draw.finish(figure, [panel], title=title, subtitle=told, note=note)
 
 
 def render_sweeps(summaries: Sequence[SweepSummary]) -> Picture:
@@ -109,18 +73,19 @@ def render_sweeps(summaries: Sequence[SweepSummary]) -> Picture:
         raise UserError("no sweep to plot; name at least one run")
     columns = min(2, len(summaries))
     height = -(-len(summaries) // columns) * _PANEL_HEIGHT + 0.5
-    figure = new_figure(columns * _PANEL_WIDTH, height)
+    figure = draw.new_figure(columns * _PANEL_WIDTH, height)
     drawn = [_curves(each, brief=True) for each in summaries]
-    margin = max(label_width(each, size=8.5) for each in drawn)
+    margin = max(draw.label_width(each, size=8.5) for each in drawn)
     panels = []
     for index, summary in enumerate(summaries):
         row, column = divmod(index, columns)
         left, bottom = column * _PANEL_WIDTH + 0.5, height - (row + 1) * _PANEL_HEIGHT + 0.3
-        axes = add_axes(figure, (left, bottom, _PANEL_WIDTH - 0.5 - margin, _PANEL_HEIGHT - 1.2))
+        across, up = _PANEL_WIDTH - 0.5 - margin, _PANEL_HEIGHT - 1.2
+        axes = draw.add_axes(figure, (left, bottom, across, up))
         panels.append(_sweep_panel(axes, summary, drawn[index], size=8.5))
         _panel_title(axes, summary)
     note = "Mean scores 0–100 against the coefficient; bands: 95% bootstrap over questions."
-    return finish(figure, panels, note=note)
+    return draw.finish(figure, panels, note=note)
 
 
 def _curves(summary: SweepSummary, *, brief: bool = False) -> list[Series]:
@@ -130,35 +95,27 @@ def _curves(summary: SweepSummary, *, brief: bool = False) -> list[Series]:
         return number(value.mean) if brief else interval(value)
 
     drawn = []
-    for method, colour in PROMPTS.items():
+    for method, colour in draw.PROMPTS.items():
         found = summary.reference(method)
         if found is not None and found.trait.mean is not None:
-            look = Look(colour, 1.1, dashes=DOTTED, band=0.08)
+            look = Look(colour, 1.1, dashes=draw.DOTTED, band=0.08)
             name = method_label(method)
             label = f"{name} {told(found.trait)}"
-            drawn.append(series(name, [], [found.trait], look, label=label))
+            drawn.append(draw.series(name, [], [found.trait], look, label=label))
     control = () if summary.control is None else summary.control.conditions
-    for name, look, conditions, score in (
-        ("random direction", _THIN, control, _trait_of),
-        ("Coherence", _SECONDARY, summary.steered, _coherence_of),
-        (title_of(summary.trait), _PRIMARY, summary.steered, _trait_of),
+    for name, look, conditions, criterion in (
+        ("random direction", _THIN, control, "trait"),
+        ("Coherence", _SECONDARY, summary.steered, "coherence"),
+        (title_of(summary.trait), _PRIMARY, summary.steered, "trait"),
     ):
         known = [each for each in conditions if each.coefficient is not None]
-        values = [score(each) for each in known]
+        values = [getattr(each, criterion) for each in known]
         scored = [each for each in values if each.mean is not None]
         x = [each.coefficient for each in known if each.coefficient is not None]
         if known:
-            end = f"{short(name)} {told(scored[-1])}" if scored else None
-            drawn.append(series(name, x, values, look, label=end))
+            end = f"{draw.short(name)} {told(scored[-1])}" if scored else None
+            drawn.append(draw.series(name, x, values, look, label=end))
     return drawn
-
-
-def _trait_of(each: ConditionSummary) -> Interval:
-    return each.trait
-
-
-def _coherence_of(each: ConditionSummary) -> Interval:
-    return each.coherence
 
 
 def _sweep_panel(
@@ -169,13 +126,13 @@ def _sweep_panel(
     low, high = (min(points), max(points)) if points else (-1.0, 1.0)
     margin = 0.03 * (high - low) or 0.5
     axes.set_xlim(low - margin, high + margin)
-    score_scale(axes)
-    scale = (high - low + 2 * margin) / inches_of(axes, "width")
-    ticks = spread_ticks(points, gap=scale * _TICK_INCHES)
+    draw.score_scale(axes)
+    scale = (high - low + 2 * margin) / draw.inches_of(axes, "width")
+    ticks = draw.spread_ticks(points, gap=scale * _TICK_INCHES)
     axes.set_xticks(ticks, [coefficient(tick) for tick in ticks])
     axes.set_xticks(points, minor=True)
     _draw_incoherent(axes, summary)
-    return Panel(title_of(summary.trait), lines(axes, drawn, labels=size))
+    return draw.lines(axes, drawn, labels=size)
 
 
 def _draw_incoherent(axes: Axes, summary: SweepSummary) -> None:
@@ -189,14 +146,14 @@ def _draw_incoherent(axes: Axes, summary: SweepSummary) -> None:
     for edge, near, outer in ((below[-1:], span.low, left), (above[:1], span.high, right)):
         if edge:
             middle = (edge[0] + near) / 2
-            axes.axvspan(middle, outer, color=SHADE, zorder=0, linewidth=0)
+            axes.axvspan(middle, outer, color=draw.SHADE, zorder=0, linewidth=0)
             axes.text(
                 *((middle + outer) / 2, 1.015, "not\ncoherent"),
                 transform=axes.get_xaxis_transform(),
                 ha="center",
                 va="bottom",
                 fontsize=7.5,
-                color=MUTED,
+                color=draw.MUTED,
                 linespacing=1.1,
             )
 
@@ -220,11 +177,10 @@ def _draw_cost_rows(
 ) -> None:
     """Write the coefficient's name and the cost rows under the tick labels, column by column."""
     ticks, points = set(axes.get_xticks()), _points(summary)
-    beside = 1 + LABEL_GAP / inches_of(axes, "width")
-    style: dict[str, Any] = {"color": MUTED, "va": "center"}
-    named: list[tuple[str, list[str]]] = [("coefficient", [""] * len(points)), *rows]
-    for line, (name, cells) in enumerate(named):
-        height = -(0.165 + 0.215 * line) / inches_of(axes, "height")
+    beside = 1 + draw.LABEL_GAP / draw.inches_of(axes, "width")
+    style: dict[str, Any] = {"color": draw.MUTED, "va": "center"}
+    for line, (name, cells) in enumerate([("coefficient", [""] * len(points)), *rows]):
+        height = -(0.165 + 0.215 * line) / draw.inches_of(axes, "height")
         axes.text(beside, height, name, transform=axes.transAxes, fontsize=8.5, **style)
         for point, cell in zip(points, cells, strict=True):
             if point in ticks:
@@ -236,11 +192,18 @@ def _panel_title(axes: Axes, summary: SweepSummary) -> None:
     rho = summary.rho_means
     text = "no ρ" if rho.value is None else f"ρ {interval(rho, 2)}"
     notes = [text, questions_line(summary), f"judge {summary.trait_judge or 'none'}"]
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    place |= {"va": "bottom"}
-    title = short(title_of(summary.trait)) + at_layer(summary)
-    axes.annotate(title, (0, 1), (-23, 38), fontsize=11.5, fontweight="bold", color=INK, **place)
-    axes.annotate("  ·  ".join(notes), (0, 1), (-23, 25), fontsize=8.5, color=MUTED, **place)
+    title = draw.short_title(summary.trait) + at_layer(summary)
+    for line, up, colour, size, weight in (
+        (title, 38, draw.INK, 11.5, "bold"),
+        ("  ·  ".join(notes), 25, draw.MUTED, 8.5, "normal"),
+    ):
+        axes.annotate(
+            *(line, (0, 1), (-23, up), "axes fraction", "offset points"),
+            color=colour,
+            fontsize=size,
+            fontweight=weight,
+            va="bottom",
+        )
 
 
 def _points(summary: SweepSummary) -> list[float]:
@@ -259,7 +222,12 @@ NAMES = {
     "prompt_neg": "negative system prompt",
 }
 SPLITS = {"eval": "held-out questions", "ood": "out of distribution", "extract": "extraction set"}
-_COLOURS = {"lora": TRAIT, "activation": COHERENCE, "random_lora": "#8fb3cc", "random": "#d9b08c"}
+_COLOURS = {
+    "lora": draw.TRAIT,
+    "activation": draw.COHERENCE,
+    "random_lora": "#8fb3cc",
+    "random": "#d9b08c",
+}
 _WIDE, _HIGH, _GAP = 4.1, 2.7, 0.85
 _ASIDE = 0.015  # of the widest divergence, so that intervals stand beside one another
 
@@ -270,35 +238,34 @@ def render_comparison(comparison: Comparison) -> Picture:
     height = len(splits) * (_HIGH + _GAP) + 1.35
     highs = [each.trait.high or each.trait.mean or 0.0 for each in comparison.points]
     top = 25 * math.ceil(max(highs) / 25) + 2
-    figure = new_figure(0.85 + 2 * (_WIDE + _GAP), height)
+    figure = draw.new_figure(0.85 + 2 * (_WIDE + _GAP), height)
     kind = "mean" if comparison.statistic == "mean" else "95th percentile"
     across = f"{kind} divergence, nats per token (left of 0: negative coefficients)"
     panels = []
     for row, split in enumerate(splits):
         bottom = height - 0.95 - (row + 1) * _HIGH - row * _GAP
         points = [each for each in comparison.points if each.split == split]
-        title, y = SPLITS[split], title_of(comparison.trait)
-        left = add_axes(figure, (0.85, bottom, _WIDE, _HIGH), title=title, x=across, y=y, size=10)
-        right = add_axes(figure, (0.85 + _WIDE + _GAP, bottom, _WIDE, _HIGH), x="coherence")
+        names = {"title": SPLITS[split], "x": across, "y": title_of(comparison.trait)}
+        left = draw.add_axes(figure, (0.85, bottom, _WIDE, _HIGH), **names, size=10)
+        right = draw.add_axes(figure, (0.85 + _WIDE + _GAP, bottom, _WIDE, _HIGH), x="coherence")
         right.set_xlim(-2, 102)
         plain = next((each.trait.mean for each in points if each.method == "none"), None)
         for axes in (left, right):
-            score_scale(axes, top)
-            _dashed(axes, plain, upright=False)
+            draw.score_scale(axes, top)
+            draw.rule(axes, plain, dashes=draw.DASHED)
         panels += [
-            Panel(title, lines(left, _by_divergence(points, comparison.statistic))),
-            Panel(f"{title}, coherence", scatter(right, _by_coherence(points))),
+            draw.lines(left, _by_divergence(points, comparison.statistic)),
+            draw.scatter(right, _by_coherence(points)).named(f"{SPLITS[split]}, coherence"),
         ]
         left.locator_params(axis="x", nbins=6)
-        if row == 0:
-            legend(left, loc="best")
-            legend(right, loc="best")
+        for axes in (left, right) if row == 0 else ():
+            draw.legend(axes, loc="best")
     note = (
         "Each level brings all methods to the same divergence from the base model on ordinary "
         "prompts; dots stand a little apart. Bars: 95% intervals over questions. Dashed: unsteered."
     )
     title = f"{title_of(comparison.trait)}: weights or activations?"
-    return finish(figure, panels, title=title, note=note)
+    return draw.finish(figure, panels, title=title, note=note)
 
 
 def _by_divergence(points: Sequence[Point], statistic: str) -> list[Series]:
@@ -313,7 +280,7 @@ def _by_divergence(points: Sequence[Point], statistic: str) -> list[Series]:
             side.sort(key=lambda each: _kl(each, statistic))
             aside = (at - 1.5) * _ASIDE * widest
             x = [sign * _kl(each, statistic) + aside for each in side]
-            drawn.append(series(NAMES[method], x, [each.trait for each in side], look))
+            drawn.append(draw.series(NAMES[method], x, [each.trait for each in side], look))
     return [each for each in drawn if each.x]
 
 
@@ -322,7 +289,7 @@ def _by_coherence(points: Sequence[Point]) -> list[Series]:
     drawn = []
     for each in points:
         if each.trait.mean is not None and each.coherence.mean is not None:
-            colour = _COLOURS.get(each.method, PROMPTS.get(each.method, CONTROL))
+            colour = _COLOURS.get(each.method, draw.PROMPTS.get(each.method, draw.CONTROL))
             marker = "o" if each.level is not None else "s"
             name = f"_{each.method}" if each.level is not None else NAMES[each.method]
             look = Look(colour, width=0, size=5, marker=marker)
@@ -334,15 +301,14 @@ def _kl(point: Point, statistic: str) -> float:
     return float((point.kl_mean if statistic == "mean" else point.kl_p95) or 0.0)
 
 
-def _dashed(axes: Axes, at: float | None, *, upright: bool) -> None:
-    if at is not None:
-        line = axes.axvline if upright else axes.axhline
-        line(at, color=MUTED, linewidth=0.9, linestyle=DASHED)
-
-
 # -- time --------------------------------------------------------------------------------------
 
-_VARIANTS = {"merged": TRAIT, "live": "#56B4E9", "activations": COHERENCE, "prompt": "#00795A"}
+_VARIANTS = {
+    "merged": draw.TRAIT,
+    "live": "#56B4E9",
+    "activations": draw.COHERENCE,
+    "prompt": "#00795A",
+}
 
 
 def render_latency(ratios: Sequence[Ratio]) -> Picture:
@@ -351,30 +317,42 @@ def render_latency(ratios: Sequence[Ratio]) -> Picture:
         (each for each in ratios if each.variant != BASE), key=lambda e: (e.batch, e.variant)
     )
     up = 0.24 * len({(each.batch, each.variant) for each in shown})
-    figure = new_figure(1.9 + 2 * 3.9, up + 1.5)
+    figure = draw.new_figure(1.9 + 2 * 3.9, up + 1.5)
     panels = []
-    for at, measure in enumerate((FIRST_TOKEN, TOKENS)):
-        title = (
-            f"time {'to the first token' if measure == FIRST_TOKEN else 'for each further token'}"
-        )
-        axes = add_axes(figure, (1.8 + at * 3.9, 0.7, 3.6, up), title=title, size=9.5)
+    for at, (measure, what) in enumerate(
+        ((FIRST_TOKEN, "to the first token"), (TOKENS, "for each further token"))
+    ):
+        axes = draw.add_axes(figure, (1.8 + at * 3.9, 0.7, 3.6, up), title=f"time {what}", size=9.5)
+        looks = {name: Look(colour, 1.6, 5) for name, colour in _VARIANTS.items()}
         drawn = [
-            series(
-                f"{each.variant}, batch {each.batch}",
-                [0.0],
-                [each.ratio],
-                Look(_VARIANTS[each.variant], 1.6, 5),
-            )
-            for each in shown
-            if each.measure == measure
+            draw.series(f"{e.variant}, batch {e.batch}", [0.0], [e.ratio], looks[e.variant])
+            for e in shown
+            if e.measure == measure
         ]
-        panels.append(Panel(title, forest(axes, drawn, named=at == 0)))
-        _dashed(axes, 1.0, upright=True)
+        panels.append(draw.forest(axes, drawn, named=at == 0))
+        draw.rule(axes, 1.0, upright=True, dashes=draw.DASHED)
     note = "Over the base model's, in the same round; geometric mean and 95% interval over rounds."
-    return finish(figure, panels, title="What steering costs in time", note=note)
+    return draw.finish(figure, panels, title="What steering costs in time", note=note)
 
 
 # -- two spaces --------------------------------------------------------------------------------
+
+
+# Left, bottom, width (inches), title, names of the axes, size of the title.
+_SPACES = (
+    (
+        *(0.8, 4.4, 4.6),
+        "cosine of the shift under a difference with the trait's vector (grey: other traits')",
+        *("layer", "", 8.5),
+    ),
+    (6.3, 4.4, 4.6, "effective rank of the difference, mean over modules", "layer", "", 8.5),
+    (
+        *(0.8, 1.1, 2.6, "pairs of traits: cosine in both spaces"),
+        *("of the differences", "of the vectors", 8.5),
+    ),
+    (5.2, 1.1, 2.3, "steered by weights", "", "", 9),
+    (8.5, 1.1, 2.3, "steered by activations", "", "", 9),
+)
 
 
 def render_spaces(
@@ -384,75 +362,61 @@ def render_spaces(
     interference: Sequence[Row],
 ) -> Picture:
     """Return shift against vector, effective rank, cosines, and interference."""
-    figure = new_figure(11.2, 7.7)
+    figure = draw.new_figure(11.2, 7.7)
     traits = list(dict.fromkeys(row["trait"] for row in shifts))
-    title = "cosine of the shift under a difference with the trait's vector (grey: other traits')"
-    above = add_axes(figure, (0.8, 4.4, 4.6, 2.3), title=title, x="layer", size=8.5)
-    above.axhline(0, **ZERO)
-    panels = [
-        Panel(title, lines(above, _shifts(shifts, traits))),
-        _ranks(figure, (6.3, 4.4, 4.6, 2.3), spectra, traits),
-        _cosines(figure, (0.8, 1.1, 2.6, 2.3), cosines),
-    ]
-    for at, method in enumerate(("weights", "activations")):
-        title = f"steered by {method}"
-        axes = add_axes(figure, (5.2 + at * 3.3, 1.1, 2.3, 2.3), title=title, size=9)
+    above, ranks, pairs, *moved = (
+        draw.add_axes(figure, (left, bottom, across, 2.3), title=title, x=x, y=y, size=size)
+        for left, bottom, across, title, x, y, size in _SPACES
+    )
+    panels = [_shifts(above, shifts, traits), _ranks(ranks, spectra), _cosines(pairs, cosines)]
+    names = tuple(map(draw.short_title, traits))
+    for axes, method in zip(moved, ("weights", "activations"), strict=True):
         of = {(r["steered"], r["read"]): r["value"] for r in interference if r["method"] == method}
         values = np.array([[of[one, other] for other in traits] for one in traits])
-        names = tuple(short(title_of(trait)) for trait in traits)
-        rows = names if at == 0 else ("",) * len(names)
+        rows = names if method == "weights" else ("",) * len(names)
         cells = Cells(values, rows, names, colours=colormaps["RdBu_r"])
-        panels.append(Panel(title, heat_map(axes, cells, size=7.5, slanted=True)))
+        panels.append(draw.heat_map(axes, cells, size=7.5, slanted=True))
     note = (
         "Below right: a row steers a trait; how far it moves along the other traits' own shifts "
         "(1: as far as their own steering)."
     )
-    return finish(figure, panels, title="Weights and activations: two spaces", note=note)
+    return draw.finish(figure, panels, title="Weights and activations: two spaces", note=note)
 
 
-def _shifts(rows: Sequence[Row], traits: Sequence[str]) -> list[Series]:
+def _shifts(axes: Axes, rows: Sequence[Row], traits: Sequence[str]) -> Panel:
+    draw.rule(axes, 0)
+    others = Look(draw.CONTROL, width=0.6, alpha=0.45, order=1)
     drawn = []
     for at, trait in enumerate(traits):
-        for other in traits:
-            own = [row for row in rows if (row["trait"], row["other"]) == (trait, other)]
-            line = sorted((row["layer"], row["cosine"]) for row in own)
-            x, y = (tuple(point[axis] for point in line) for axis in (0, 1))
-            mine = Look(PALETTE[at % len(PALETTE)], order=3)
-            look = mine if trait == other else Look(CONTROL, width=0.6, alpha=0.45, order=1)
-            drawn.append(Series(f"{trait}, {other}", x, y, look=look))
-    return drawn
+        mine = [row for row in rows if row["trait"] == trait]
+        for each in draw.series_by(mine, "other", "layer", "cosine", others):
+            look = Look(draw.hue(at), order=3) if each.name == trait else others
+            drawn.append(replace(each, name=f"{trait}, {each.name}", look=look))
+    return draw.lines(axes, drawn)
 
 
-def _ranks(figure: Figure, inches: Inches, rows: Sequence[Row], traits: Sequence[str]) -> Panel:
-    title = "effective rank of the difference, mean over modules"
-    axes = add_axes(figure, inches, title=title, x="layer", size=8.5)
-    drawn = []
-    for at, trait in enumerate(traits):
-        own = [row for row in rows if row["trait"] == trait and row["layer"] is not None]
-        layers = tuple(sorted({row["layer"] for row in own}))
-        means = tuple(
-            float(np.mean([r["effective_rank"] for r in own if r["layer"] == n])) for n in layers
-        )
-        look = Look(PALETTE[at % len(PALETTE)], width=1.6)
-        drawn.append(Series(short(title_of(trait)), layers, means, look=look))
-    shown = lines(axes, drawn)
-    axes.set_ylim(bottom=0)
-    legend(axes, ncol=3, loc="lower center")
-    return Panel(title, shown)
-
-
-def _cosines(figure: Figure, inches: Inches, rows: Sequence[Row]) -> Panel:
-    title = "pairs of traits: cosine in both spaces"
-    axes = add_axes(
-        figure, inches, title=title, x="of the differences", y="of the vectors", size=8.5
+def _ranks(axes: Axes, rows: Sequence[Row]) -> Panel:
+    ranks = pd.DataFrame(list(rows)).groupby(["trait", "layer"], sort=False)["effective_rank"]
+    drawn = draw.series_by(
+        ranks.mean().reset_index().to_dict("records"),
+        *("trait", "layer", "effective_rank"),
+        Look(width=1.6),
+        name=draw.short_title,
     )
-    axes.axhline(0, **ZERO)
-    axes.axvline(0, **ZERO)
+    panel = draw.lines(axes, drawn)
+    axes.set_ylim(bottom=0)
+    draw.legend(axes, ncol=3, loc="lower center")
+    return panel
+
+
+def _cosines(axes: Axes, rows: Sequence[Row]) -> Panel:
+    draw.rule(axes, 0)
+    draw.rule(axes, 0, upright=True)
     named = _apart(rows)
     marks = tuple(f"{row['trait'][:4]}–{row['other'][:4]}" if row in named else "" for row in rows)
     x, y = (tuple(row[key] for row in rows) for key in ("weights", "activations"))
     pairs = Series("pairs", x, y, look=Look(width=0, size=5), marks=marks)
-    return Panel(title, scatter(axes, [pairs], marks=6.5))
+    return draw.scatter(axes, [pairs], marks=6.5)
 
 
 def _apart(rows: Sequence[Row]) -> list[Row]:

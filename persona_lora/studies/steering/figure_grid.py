@@ -6,8 +6,7 @@ statistics.
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,30 +17,10 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_h
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from persona_lora.report import figures as draw
 from persona_lora.report.conditions import ConditionSummary
-from persona_lora.report.figures import (
-    CHANGE,
-    DOTTED,
-    INK,
-    MUTED,
-    PROMPTS,
-    Cells,
-    Look,
-    Panel,
-    Picture,
-    Series,
-    add_axes,
-    finish,
-    heat_map,
-    inches_of,
-    lines,
-    new_figure,
-    score_scale,
-    series,
-    spread_ticks,
-    write_line,
-)
-from persona_lora.report.resampling import Interval
+from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
+from persona_lora.report.resampling import Array, Interval
 from persona_lora.report.wording import NONE, coefficient, method_label, number, title_of
 from persona_lora.studies.steering import read_words
 from persona_lora.studies.steering.read_grid import GridSummary
@@ -58,14 +37,23 @@ _FEW = 3  # so many lines may have bands
 
 @dataclass(frozen=True)
 class _Criterion:
-    """One of the two columns: what it shows, in which colours."""
+    """One of the two columns: which score of a condition it shows, in which colours."""
 
     name: str
-    score: Callable[[ConditionSummary], Interval]
+    score: str
     colours: Colormap
     low: float
     high: float
-    unsteered: float | None
+
+    def of(self, cell: ConditionSummary | None) -> Interval | None:
+        return None if cell is None else getattr(cell, self.score)
+
+    def mean(self, cell: ConditionSummary | None) -> float | None:
+        score = self.of(cell)
+        return None if score is None else score.mean
+
+
+_COHERENCE = _Criterion("Coherence", "coherence", _DAMAGE, 0, 100)
 
 
 def render_layers(grid: GridSummary) -> Picture:
@@ -73,21 +61,22 @@ def render_layers(grid: GridSummary) -> Picture:
     map_height = min(max(len(grid.coefficients) * _MAP_ROW, _LEAST_MAP), _LARGEST_MAP)
     upper = _BOTTOM + _LINES + _SPACE
     height = upper + map_height + _ABOVE
-    figure = new_figure(_LEFT + 2 * _PANEL + _GUTTER + _RIGHT, height)
+    figure = draw.new_figure(_LEFT + 2 * _PANEL + _GUTTER + _RIGHT, height)
     panels = []
-    for column, criterion in enumerate((_trait(grid), _coherence(grid))):
+    for column, criterion in enumerate((_trait(grid), _COHERENCE)):
         left = _LEFT + column * (_PANEL + _GUTTER)
-        above = add_axes(figure, (left, upper, _PANEL, map_height), y="coefficient")
-        below = add_axes(figure, (left, _BOTTOM, _PANEL, _LINES), x="layer")
+        above = draw.add_axes(figure, (left, upper, _PANEL, map_height), y="coefficient")
+        below = draw.add_axes(figure, (left, _BOTTOM, _PANEL, _LINES), x="layer")
         cells = _cells(grid, criterion)
         panels += [
-            Panel(f"{criterion.name}, map", _map(above, grid, criterion, cells)),
-            Panel(f"{criterion.name}, lines", _lines(below, grid, criterion, cells)),
+            _map(above, grid, criterion, cells).named(f"{criterion.name}, map"),
+            _lines(below, grid, criterion, cells).named(f"{criterion.name}, lines"),
         ]
-        _draw_key(figure, above, criterion)
-    subtitle = _wrapped(read_words.subtitle(grid))
-    write_line(figure, height - 0.47, subtitle, size=9, muted=True, anchor="top")
-    return finish(figure, panels, title=read_words.title(grid), note=_wrapped(_caption(grid)))
+        _draw_key(figure, above, criterion, criterion.mean(grid.unsteered))
+    subtitle, note = (
+        draw.wrapped(180, text) for text in (read_words.subtitle(grid), _caption(grid))
+    )
+    return draw.finish(figure, panels, title=read_words.title(grid), subtitle=subtitle, note=note)
 
 
 def _trait(grid: GridSummary) -> _Criterion:
@@ -96,21 +85,18 @@ def _trait(grid: GridSummary) -> _Criterion:
     zero = None if grid.unsteered is None else grid.unsteered.trait.mean
     centre = 50.0 if zero is None else zero
     half = max([abs(score - centre) for score in scores] + [_LEAST_SPREAD])
-    name = title_of(grid.trait)
-    return _Criterion(name, lambda each: each.trait, CHANGE, centre - half, centre + half, zero)
-
-
-def _coherence(grid: GridSummary) -> _Criterion:
-    zero = None if grid.unsteered is None else grid.unsteered.coherence.mean
-    return _Criterion("Coherence", lambda each: each.coherence, _DAMAGE, 0, 100, zero)
+    return _Criterion(title_of(grid.trait), "trait", draw.CHANGE, centre - half, centre + half)
 
 
 def _cells(grid: GridSummary, criterion: _Criterion) -> Cells:
     """Return the means ``[coefficients, layers]``, those of incoherent cells hatched."""
     found = [[grid.cell(layer, value) for layer in grid.layers] for value in grid.coefficients]
-    means = [[_mean(criterion, each) for each in row] for row in found]
+
+    def values(of: _Criterion) -> Array:
+        return np.array([[of.mean(each) for each in row] for row in found], dtype=float)
+
     return Cells(
-        np.array(means),
+        values(criterion),
         tuple(map(coefficient, grid.coefficients)),
         tuple(map(str, grid.layers)),
         at=tuple(map(float, grid.layers)),
@@ -118,48 +104,45 @@ def _cells(grid: GridSummary, criterion: _Criterion) -> Cells:
         high=criterion.high,
         colours=criterion.colours,
         missing=NONE,
-        hatched=np.array([[_is_incoherent(each, grid) for each in row] for row in found]),
+        hatched=values(_COHERENCE) < grid.coherent_threshold,
     )
 
 
-def _mean(criterion: _Criterion, cell: ConditionSummary | None) -> float:
-    mean = None if cell is None else criterion.score(cell).mean
-    return float("nan") if mean is None else mean
-
-
-def _is_incoherent(cell: ConditionSummary | None, grid: GridSummary) -> bool:
-    mean = None if cell is None else cell.coherence.mean
-    return mean is not None and mean < grid.coherent_threshold
-
-
-def _map(axes: Axes, grid: GridSummary, criterion: _Criterion, cells: Cells) -> tuple[Series, ...]:
+def _map(axes: Axes, grid: GridSummary, criterion: _Criterion, cells: Cells) -> Panel:
     """Draw one heat map: layers across (to scale), coefficients upwards (one row each)."""
     across = cells.places[-1] - cells.places[0] + 2 * cells.half
-    roomy = 2 * cells.half / across * inches_of(axes, "width") >= _CELL_TEXT
+    roomy = 2 * cells.half / across * draw.inches_of(axes, "width") >= _CELL_TEXT
 
     def say(row: int, column: int, value: float) -> str:
         return number(value) if roomy else ""
 
-    drawn = heat_map(axes, cells, say=say, size=7, upwards=True)
+    panel = draw.heat_map(axes, cells, say=say, size=7, upwards=True)
     _layer_ticks(axes, cells)
-    axes.tick_params(axis="x", length=2, labelsize=8, color=MUTED, labelcolor=MUTED)
-    axes.set_title(criterion.name, loc="left", fontsize=11, fontweight="bold", color=INK, pad=17)
+    axes.tick_params(axis="x", length=2, labelsize=8, color=draw.MUTED, labelcolor=draw.MUTED)
+    axes.set_title(
+        criterion.name, loc="left", fontsize=11, fontweight="bold", color=draw.INK, pad=17
+    )
     if grid.best_layer is not None and grid.best_coefficient is not None:
         _mark_best(axes, cells, grid.best_layer, grid.coefficients.index(grid.best_coefficient))
-    return drawn
+    return panel
 
 
 def _layer_ticks(axes: Axes, cells: Cells) -> None:
     low, high = cells.places[0] - cells.half, cells.places[-1] + cells.half
     axes.set_xlim(low, high)
-    ticks = spread_ticks(cells.places, gap=0.26 * (high - low) / inches_of(axes, "width"))
+    ticks = draw.spread_ticks(cells.places, gap=0.26 * (high - low) / draw.inches_of(axes, "width"))
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _mark_best(axes: Axes, cells: Cells, layer: int, row: int) -> None:
     """Frame the best cell, and name the best layer above the map."""
     corner = (layer - cells.half, row - 0.5)
-    style: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.8, "zorder": 4}
+    style: dict[str, Any] = {
+        "facecolor": "none",
+        "edgecolor": draw.INK,
+        "linewidth": 1.8,
+        "zorder": 4,
+    }
     axes.add_patch(Rectangle(corner, 2 * cells.half, 1, clip_on=False, **style))
     low, high = axes.get_xlim()
     axes.annotate(
@@ -167,9 +150,9 @@ def _mark_best(axes: Axes, cells: Cells, layer: int, row: int) -> None:
         (layer, len(cells.rows) - 0.5),
         (0, 9),
         textcoords="offset points",
-        arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 0.9, "shrinkB": 0},
+        arrowprops={"arrowstyle": "-|>", "color": draw.INK, "linewidth": 0.9, "shrinkB": 0},
         fontsize=8,
-        color=INK,
+        color=draw.INK,
         # Beside the axes' name, which stands at the right.
         ha="right" if (layer - low) / (high - low) > 0.8 else "center",
         va="bottom",
@@ -177,7 +160,7 @@ def _mark_best(axes: Axes, cells: Cells, layer: int, row: int) -> None:
     )
 
 
-def _draw_key(figure: Figure, axes: Axes, criterion: _Criterion) -> None:
+def _draw_key(figure: Figure, axes: Axes, criterion: _Criterion, unsteered: float | None) -> None:
     """Draw the colour key right of a map, with a mark at the unsteered level."""
     width, height = figure.get_size_inches()
     box = axes.get_position()
@@ -187,14 +170,13 @@ def _draw_key(figure: Figure, axes: Axes, criterion: _Criterion) -> None:
     bar.outline.set_visible(False)
     low, high = max(criterion.low, 0.0), min(criterion.high, 100.0)
     key.set_ylim(low, high)
-    key.tick_params(length=2, labelsize=7.5, color=MUTED, labelcolor=MUTED)
+    key.tick_params(length=2, labelsize=7.5, color=draw.MUTED, labelcolor=draw.MUTED)
     ticks = [float(each) for each in np.linspace(low, high, 3 if box.height * height < 1.2 else 5)]
-    unsteered = criterion.unsteered
     if unsteered is not None:
         # No tick under the name of the unsteered level, which says its score.
         room = 0.16 / (box.height * height) * (high - low)
         ticks = [each for each in ticks if abs(each - unsteered) > room]
-        key.axhline(unsteered, color=INK, linewidth=1.2)
+        key.axhline(unsteered, color=draw.INK, linewidth=1.2)
         key.annotate(
             f"unsteered {number(unsteered)}",
             (1, unsteered),
@@ -202,24 +184,21 @@ def _draw_key(figure: Figure, axes: Axes, criterion: _Criterion) -> None:
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             fontsize=8,
-            color=INK,
+            color=draw.INK,
             va="center",
             annotation_clip=False,
         )
     bar.set_ticks(ticks, labels=[number(tick) for tick in ticks])
 
 
-def _lines(
-    axes: Axes, grid: GridSummary, criterion: _Criterion, cells: Cells
-) -> tuple[Series, ...]:
+def _lines(axes: Axes, grid: GridSummary, criterion: _Criterion, cells: Cells) -> Panel:
     """Draw one line over the layers for each coefficient, beside the unsteered level."""
-    score_scale(axes)
+    draw.score_scale(axes)
     _layer_ticks(axes, cells)
     if grid.best_layer is not None:
-        axes.axvline(grid.best_layer, color=INK, linewidth=0.9, alpha=0.6, zorder=1)
+        axes.axvline(grid.best_layer, color=draw.INK, linewidth=0.9, alpha=0.6, zorder=1)
     drawn = _levels(grid, criterion)
-    for value, colour in _line_colours(grid.coefficients).items():
-        found = [grid.cell(layer, value) for layer in grid.layers]
+    for row, (value, colour) in enumerate(_line_colours(grid.coefficients).items()):
         best = value == grid.best_coefficient
         look = Look(
             colour,
@@ -229,26 +208,28 @@ def _lines(
             bold=best,
             order=3 if best else 2,
         )
-        scores = [None if each is None else criterion.score(each) for each in found]
-        hollow = tuple(_is_incoherent(each, grid) for each in found)
-        name = coefficient(value)
-        drawn.append(series(name, cells.places, scores, look, label=name, hollow=hollow))
-    return lines(axes, drawn, labels=8)
+        scores = [criterion.of(grid.cell(layer, value)) for layer in grid.layers]
+        name, hollow = coefficient(value), tuple(cells.is_hatched[row].tolist())
+        drawn.append(draw.series(name, cells.places, scores, look, label=name, hollow=hollow))
+    return draw.lines(axes, drawn, labels=8)
 
 
 def _levels(grid: GridSummary, criterion: _Criterion) -> list[Series]:
     """Return the unsteered level and, for the trait, what the prompts reach."""
-    levels = [("unsteered", grid.unsteered, Look(MUTED, 1.1, dashes=(0, (4, 2)), band=0, order=1))]
-    if criterion.name != "Coherence":
-        levels += [
-            (method_label(name), grid.reference(name), Look(c, 1.1, dashes=DOTTED, band=0, order=1))
-            for name, c in PROMPTS.items()
-        ]
-    return [
-        Series(name, (), (mean,), look=look, label=f"{name} {number(mean)}")
-        for name, level, look in levels
-        if np.isfinite(mean := _mean(criterion, level))
+    levels: list[tuple[str, ConditionSummary | None, str, Any]] = [
+        ("unsteered", grid.unsteered, draw.MUTED, (0, (4, 2)))
     ]
+    if criterion is not _COHERENCE:
+        levels += [
+            (method_label(name), grid.reference(name), colour, draw.DOTTED)
+            for name, colour in draw.PROMPTS.items()
+        ]
+    drawn = []
+    for name, level, colour, dashes in levels:
+        look, mean = Look(colour, 1.1, dashes=dashes, band=0, order=1), criterion.mean(level)
+        if mean is not None:
+            drawn.append(Series(name, (), (mean,), look=look, label=f"{name} {number(mean)}"))
+    return drawn
 
 
 def _line_colours(coefficients: Sequence[float]) -> dict[float, str]:
@@ -258,7 +239,7 @@ def _line_colours(coefficients: Sequence[float]) -> dict[float, str]:
         side = sorted((each for each in coefficients if each * sign > 0), key=abs)
         for index, value in enumerate(side):
             share = index / (len(side) - 1) if len(side) > 1 else 0.6
-            colours[value] = to_hex(CHANGE(start + share * (end - start)))
+            colours[value] = to_hex(draw.CHANGE(start + share * (end - start)))
     return {value: colours[value] for value in coefficients}
 
 
@@ -272,7 +253,3 @@ def _caption(grid: GridSummary) -> str:
         f"coherence below {grid.coherent_threshold:g}. Colours of the left map are centred on the "
         "unsteered model; a dash was not scored."
     )
-
-
-def _wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, 180))

@@ -11,29 +11,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.report.figures import (
-    DOTTED,
-    PALETTE,
-    ZERO,
-    Cells,
-    Look,
-    Panel,
-    Picture,
-    Series,
-    add_axes,
-    finish,
-    heat_map,
-    lines,
-    new_figure,
-    short,
-)
-from persona_lora.report.wording import number
+from persona_lora.report import figures as draw
+from persona_lora.report.figures import Cells, Look, Panel, Picture
 
 _CELL = 0.62  # inches
 Vectors = Mapping[str, SteeringVector]
+Row = Mapping[str, Any]
 
 
 def render_cosines(vectors: Vectors, layer: int) -> Picture:
@@ -49,11 +36,11 @@ def render_cosines(vectors: Vectors, layer: int) -> Picture:
     side = _CELL * len(names)
     margin = 0.085 * max(map(len, names)) + 0.35
     below = 0.75 * margin
-    figure = new_figure(max(margin + side + 0.5, 4.2), side + below + 0.75)
-    axes = add_axes(figure, (margin, below, side, side))
-    drawn = heat_map(axes, Cells(matrix, names, names, colours=colormaps["RdBu_r"]), slanted=True)
-    title = f"Cosines at layer {layer}"
-    return finish(figure, [Panel(title, drawn)], title=title)
+    figure = draw.new_figure(max(margin + side + 0.5, 4.2), side + below + 0.75)
+    axes = draw.add_axes(figure, (margin, below, side, side))
+    cells = Cells(matrix, names, names, colours=colormaps["RdBu_r"])
+    panel = draw.heat_map(axes, cells, slanted=True)
+    return draw.finish(figure, [panel], title=f"Cosines at layer {layer}")
 
 
 def render_vectors_over_layers(vectors: Vectors) -> Picture:
@@ -64,53 +51,41 @@ def render_vectors_over_layers(vectors: Vectors) -> Picture:
         f"{one} · {other}": vectors[one].cosine(vectors[other])
         for one, other in combinations(vectors, 2)
     }
-    shown = dict(list(pairs.items())[: len(PALETTE)])
+    shown = dict(list(pairs.items())[: len(draw.PALETTE)])
     left_out = len(pairs) - len(shown)
     note = f", {left_out} pairs left out" if left_out else ""
-    figure = new_figure(12.4, 4.1)
+    figure = draw.new_figure(12.4, 4.1)
     panels = []
     for left, title, curves, digits in (
         (0.6, "Length ‖v‖", {name: vector.norms() for name, vector in vectors.items()}, 1),
         (6.1, f"Cosine of each pair{note}", shown, 2),
     ):
-        axes = add_axes(figure, (left, 0.62, 3.4, 2.5), title=title, x="layer")
+        axes = draw.add_axes(figure, (left, 0.62, 3.4, 2.5), title=title, x="layer")
         if curves is shown:
             axes.set_ylim(-1.05, 1.05)
-        drawn = [
-            _over_layers(at, name, values, digits)
-            for at, (name, values) in enumerate(curves.items())
+        rows = [
+            {"name": name, "layer": layer, "value": float(value)}
+            for name, values in curves.items()
+            for layer, value in values.items()
         ]
-        panels.append(Panel(title, lines(axes, drawn, labels=8.0)))
-    return finish(figure, panels, title="Steering vectors over layers")
+        panels.append(_over_layers(axes, rows, "name", "value", digits))
+    return draw.finish(figure, panels, title="Steering vectors over layers")
 
 
-def render_separation(rows: Sequence[Mapping[str, Any]]) -> Picture:
+def render_separation(rows: Sequence[Row]) -> Picture:
     """Return the AUC of every vector over layers, from the rows of ``separation.jsonl``."""
     if not rows:
         raise UserError("there are no rows of separation to plot")
-    figure = new_figure(7.6, 3.9)
-    axes = add_axes(figure, (0.6, 0.62, 4.6, 2.4), x="layer")
-    axes.axhline(0.5, **{**ZERO, "linestyle": DOTTED})
+    figure = draw.new_figure(7.6, 3.9)
+    axes = draw.add_axes(figure, (0.6, 0.62, 4.6, 2.4), x="layer")
+    draw.rule(axes, 0.5, dashes=draw.DOTTED)
     axes.set_ylim(0.3, 1.03)
-    drawn = []
-    for at, name in enumerate(dict.fromkeys(str(row["vector"]) for row in rows)):
-        own = sorted((r for r in rows if r["vector"] == name), key=lambda row: row["layer"])
-        bounds = [tuple(float(row[side]) for row in own) for side in ("low", "high")]
-        values = {int(row["layer"]): float(row["auc"]) for row in own}
-        drawn.append(_over_layers(at, name, values, 2, *bounds))
-    title = "Do projections tell labelled answers apart? (AUC)"
-    return finish(figure, [Panel(title, lines(axes, drawn, labels=8.0))], title=title)
+    panel = _over_layers(axes, rows, "vector", "auc", 2, ("low", "high"))
+    return draw.finish(figure, [panel], title="Do projections tell labelled answers apart? (AUC)")
 
 
 def _over_layers(
-    at: int,
-    name: str,
-    values: Mapping[int, float],
-    digits: int,
-    low: tuple[float, ...] = (),
-    high: tuple[float, ...] = (),
-) -> Series:
-    layers = sorted(values)
-    y = tuple(float(values[layer]) for layer in layers)
-    look = Look(PALETTE[at % len(PALETTE)], width=1.7)
-    return Series(name, tuple(layers), y, low, high, look, f"{short(name)} {number(y[-1], digits)}")
+    axes: Axes, rows: Sequence[Row], by: str, y: str, digits: int, bounds: Sequence[str] = ()
+) -> Panel:
+    drawn = draw.series_by(rows, by, "layer", y, Look(width=1.7), bounds=bounds)
+    return draw.lines(axes, [each.labelled(digits) for each in drawn], labels=8.0)
