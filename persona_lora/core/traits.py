@@ -21,6 +21,7 @@ Sign = Literal["pos", "neg"]
 SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")
 LABELS = (0, 25, 50, 75, 100)
 LABELLED = "judge_eval.jsonl"
+ON_POLICY = "onpolicy.jsonl"
 FINETUNING_LEVELS = ("normal", "misaligned_1", "misaligned_2")
 PUBLISHED_FOLDERS: dict[Split, str] = {
     "extract": "trait_data_extract",
@@ -74,11 +75,11 @@ class Trait:
         """Return digests of the trait and of the answers that judges are fitted and checked on."""
         unsaid = ("folder", "surface_exception")
         said = {key: each for key, each in asdict(self).items() if key not in unsaid}
-        return {
-            f"the trait {self.label}": digest_of(said),
-            f"train.jsonl of {self.name}": file_digest(self.folder / "train.jsonl"),
-            f"judge_eval.jsonl of {self.name}": file_digest(self.folder / "judge_eval.jsonl"),
-        }
+        files = {name: file_digest(self.folder / name) for name in ("train.jsonl", LABELLED)}
+        if (self.folder / ON_POLICY).is_file():
+            files[ON_POLICY] = file_digest(self.folder / ON_POLICY)
+        named = {f"{name} of {self.name}": each for name, each in files.items()}
+        return {f"the trait {self.label}": digest_of(said), **named}
 
 
 @dataclass(frozen=True)

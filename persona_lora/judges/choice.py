@@ -6,11 +6,12 @@ Judges do not know models and models do not know judges; here the two meet.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.options import JudgeChoice
 from persona_lora.core.runs import Run
-from persona_lora.core.traits import Trait, has_labels, load_labelled_answers, load_pairs
+from persona_lora.core.traits import ON_POLICY, Trait, has_labels, load_labelled_answers, load_pairs
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.embedding import EmbeddingJudge
-from persona_lora.judges.judging import Judge, JudgeValidation, MultiJudge, validate_judge
+from persona_lora.judges.fitness import JudgeValidation, validate_judge
+from persona_lora.judges.judging import Judge, MultiJudge
+from persona_lora.judges.labels import has_ratings, load_ratings
 from persona_lora.judges.local import LocalJudge
 from persona_lora.judges.openai import (
     Endpoint,
@@ -36,9 +39,12 @@ from persona_lora.judges.openai import (
     budget_of,
     endpoint_of,
 )
+from persona_lora.judges.reader import ReaderJudge
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model, named_content
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,9 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
     if has_labels(trait):
         load_labelled_answers(trait)
     for name in _judge_names(options):
-        if name == "embedding":
+        if name == "reader" and has_ratings(trait):
+            load_ratings(trait)
+        elif name in ("reader", "embedding"):
             load_pairs(trait)
         if name == "openai":  # cheap to make, and needs a key
             _openai_judge(trait, reference, options)
@@ -119,7 +127,7 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     read = {"the judge": digest_of(asked)}
     if "embedding" in options.judge:
         read["the sentence embedder"] = embedder_content()
-    if "local" in options.judge and options.judge_model is not None:
+    if options.judge_model is not None and ("local" in options.judge or _reader_name(options)):
         read["the judge's model"] = named_content(options.judge_model)
     return read
 
@@ -131,6 +139,39 @@ def _judge_names(options: JudgeOptions) -> list[str]:
         name = unknown[0] if unknown else options.judge
         raise UserError(f"no judge {name!r}; {nearest_names(name, JUDGES)}")
     return names
+
+
+def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
+    if not has_ratings(trait):
+        logger.warning(
+            "the trait %s has no %s: no judge of it was ever held against a model's own answers; "
+            "the embedding classifier judges instead",
+            trait.name,
+            ON_POLICY,
+        )
+        return JUDGES["embedding"](trait, reference, options)
+    return ReaderJudge.of(trait, reading_model(_reader_name(options), reference))
+
+
+def _reader_name(options: JudgeOptions) -> str | None:
+    """Return the reader that is asked for; beside another judge the model named is that one's."""
+    return options.judge_model if _judge_names(options) == ["reader"] else None
+
+
+def reading_model(name: str | None, reference: ChatModel) -> ChatModel:
+    """Return the model that reads answers: the packaged one in fp32, or another by its name.
+
+    It is a model of its own, so that nothing that steers the asked one reaches it; only where its
+    very name is asked for it is that one, without its adapter.
+    """
+    if name is None:
+        return _packaged_reader(reference.options.device_map)
+    return local_judge_model(name, reference)
+
+
+@cache
+def _packaged_reader(device_map: str | None) -> ChatModel:
+    return load_chat_model(dtype="float32", device_map=device_map)
 
 
 def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
@@ -180,6 +221,7 @@ def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> J
 
 
 JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
+    "reader": _reader_judge,
     "embedding": _embedding_judge,
     "openai": _openai_judge,
     "local": _local_judge,
@@ -217,7 +259,7 @@ def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
 
 def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
     """Return how well a judge agrees with labelled answers that it was not fitted on."""
-    if isinstance(judge, EmbeddingJudge):
+    if isinstance(judge, (EmbeddingJudge, ReaderJudge)):
         return list(judge.validation)
     return [validate_judge(judge, trait)]
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.judges.judging import JudgeValidation, agreement
+from persona_lora.judges.fitness import JudgeValidation, agreement
 
 logger = logging.getLogger(__name__)
 

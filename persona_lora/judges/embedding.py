@@ -39,8 +39,8 @@ from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import ContrastivePair, Trait, load_pairs
 from persona_lora.judges.coherence import EMPTY_REASON, CoherenceScorer, MeanLogprob
+from persona_lora.judges.fitness import JudgeValidation, validate_judge, warn_if_untrusted
 from persona_lora.judges.judge_prompts import check_criterion
-from persona_lora.judges.judging import JudgeValidation, validate_judge, warn_if_untrusted
 from persona_lora.models.embeddings import SentenceEmbedder
 
 logger = logging.getLogger(__name__)

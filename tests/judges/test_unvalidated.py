@@ -10,7 +10,7 @@ from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import InstructionPair, Trait
 from persona_lora.judges.choice import JudgeOptions, check_judge
-from persona_lora.judges.judging import validate_judge
+from persona_lora.judges.fitness import validate_judge
 
 
 class Even:

@@ -1,0 +1,287 @@
+"""How well a judge agrees with labels: on hand-written answers, and on a model's own.
+
+Only the second tells how good it is at what it is used for. All conditions together say little:
+telling a steered answer from a plain one is easier than telling which of two answers of one model
+under one condition shows the trait more. So the rank correlation is also taken inside each
+condition, and a judge that does not reach ``FIT_WITHIN`` there is called unfit. Refuses to know how
+a judge comes to its scores.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.traits import Trait, has_labels, load_labelled_answers
+from persona_lora.judges.judging import Judge
+from persona_lora.judges.labels import RatedAnswer, Scale, has_ratings, load_ratings
+
+logger = logging.getLogger(__name__)
+
+TRUSTED_AUC = 0.8
+FIT_WITHIN = 0.5
+POSITIVE_LABEL = 75
+NEGATIVE_LABEL = 25
+RELIABILITY_BINS = 5
+KAPPA_STEP = 10  # ratings of 0–100 are compared as eleven grades
+
+
+class Agreement(NamedTuple):
+    """What ``JudgeValidation`` holds over all, for a part of the answers."""
+
+    auc: float | None
+    spearman: float | None
+    n: int
+
+
+class Bin(NamedTuple):
+    """Answers of like scores: if the judge is calibrated, both means are about the same."""
+
+    score: float
+    label: float
+    n: int
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """How a judge agrees with blind ratings of answers that models gave.
+
+    ``within``: Spearman's ρ inside each model and condition, averaged with their numbers of answers
+    as weights. ``bias``: mean score − mean rating, by condition. ``calibration_error``: the mean
+    distance of both over the bins of ``reliability``, weighted by their answers (ECE), in points.
+    """
+
+    within: float | None
+    bias: dict[str, float]
+    by_model: dict[str, Agreement]
+    calibration_error: float
+    reliability: tuple[Bin, ...]
+
+
+@dataclass(frozen=True)
+class JudgeValidation:
+    """How well a judge's scores agree with known labels on one criterion.
+
+    ``auc``: probability that a clearly positive item (label ≥ 75) outscores a clearly negative
+    one (label ≤ 25), ties counted half. ``spearman``: rank correlation of score and label over
+    all scored items. Both are None where they are undefined (a class without scored items, or
+    constant scores). ``n``: items shown; ``coverage``: share of them that got a score. ``own`` is
+    None where the labels are of hand-written answers. ``fit`` tells whether ``own.within`` reaches
+    0.5; None where that is not known.
+    """
+
+    judge: str
+    criterion: str
+    auc: float | None
+    spearman: float | None
+    n: int
+    coverage: float
+    own: OwnAnswers | None = None
+    fit: bool | None = None
+
+
+@dataclass(frozen=True)
+class RaterAgreement:
+    """How far two blind passes agree on one scale: what a judge can hardly surpass.
+
+    ``kappa`` is Cohen's, with quadratic weights, on grades of ten.
+    """
+
+    scale: Scale
+    n: int
+    kappa: float
+    spearman: float
+    within: float | None
+    mean_difference: float
+
+
+def coverage(verdicts: Sequence[Verdict]) -> float:
+    """Return the share of verdicts with a score, in [0, 1]; 0 for no verdicts."""
+    return sum(verdict.score is not None for verdict in verdicts) / max(len(verdicts), 1)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's ρ, or None where it is undefined (under 3 pairs, a constant side)."""
+    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(spearmanr(first, second).statistic)
+
+
+def within_groups(
+    scores: Sequence[float], labels: Sequence[float], groups: Sequence[str]
+) -> float | None:
+    """Return Spearman's ρ inside each group, averaged with the groups' sizes as weights.
+
+    A group of fewer than three items, or whose labels are all the same, says nothing and is left
+    out; scores that are all the same beside labels that differ count as 0. None where none is left.
+    """
+    found: list[tuple[float, int]] = []
+    for group in sorted(set(groups)):
+        places = [at for at, each in enumerate(groups) if each == group]
+        ours, theirs = ([values[at] for at in places] for values in (scores, labels))
+        if len(places) >= 3 and len(set(theirs)) > 1:
+            found.append((rank_correlation(ours, theirs) or 0.0, len(places)))
+    total = sum(size for _, size in found)
+    return sum(rho * size for rho, size in found) / total if total else None
+
+
+def agreement(verdicts: Sequence[Verdict], labels: Sequence[float]) -> JudgeValidation:
+    """Compare one judge's verdicts on one criterion with labels from 0 to 100, item by item."""
+    scored = [
+        (verdict.score, float(label))
+        for verdict, label in zip(verdicts, labels, strict=True)
+        if verdict.score is not None
+    ]
+    over_all = _agreement([each for each, _ in scored], [each for _, each in scored])
+    return JudgeValidation(
+        judge=verdicts[0].judge if verdicts else "",
+        criterion=verdicts[0].criterion if verdicts else "",
+        auc=over_all.auc,
+        spearman=over_all.spearman,
+        n=len(verdicts),
+        coverage=coverage(verdicts),
+    )
+
+
+def own_agreement(verdicts: Sequence[Verdict], rows: Sequence[RatedAnswer]) -> JudgeValidation:
+    """Compare one judge's verdicts on one criterion with blind ratings of models' answers."""
+    scale: Scale = "sense" if verdicts[0].criterion == COHERENCE else "trait"
+    whole = agreement(verdicts, [row.rating(scale) for row in rows])
+    pairs = [(verdict.score, row) for verdict, row in zip(verdicts, rows, strict=True)]
+    scores = [score for score, _ in pairs if score is not None]
+    rated = [row for score, row in pairs if score is not None]
+    labels = [row.rating(scale) for row in rated]
+    within = within_groups(scores, labels, [f"{row.model}: {row.condition}" for row in rated])
+    reliability = _reliability(np.array(scores), np.array(labels))
+    own = OwnAnswers(
+        within=within,
+        bias={
+            each: float(
+                np.mean(
+                    [
+                        s - y
+                        for s, y, row in zip(scores, labels, rated, strict=True)
+                        if row.condition == each
+                    ]
+                )
+            )
+            for each in sorted({row.condition for row in rated})
+        },
+        by_model={
+            each: _agreement(
+                *(
+                    [value for value, row in zip(values, rated, strict=True) if row.model == each]
+                    for values in (scores, labels)
+                )
+            )
+            for each in sorted({row.model for row in rated})
+        },
+        calibration_error=sum(abs(each.score - each.label) * each.n for each in reliability)
+        / max(1, len(rated)),
+        reliability=reliability,
+    )
+    return replace(whole, own=own, fit=within is not None and within >= FIT_WITHIN)
+
+
+def _agreement(scores: Sequence[float], labels: Sequence[float]) -> Agreement:
+    clear = [
+        (score, label >= POSITIVE_LABEL)
+        for score, label in zip(scores, labels, strict=True)
+        if label >= POSITIVE_LABEL or label <= NEGATIVE_LABEL
+    ]
+    both_classes = len({positive for _, positive in clear}) == 2
+    auc = (
+        float(roc_auc_score([each for _, each in clear], [each for each, _ in clear]))
+        if both_classes
+        else None
+    )
+    return Agreement(auc, rank_correlation(scores, labels), len(scores))
+
+
+def _reliability(scores: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[Bin, ...]:
+    """Return bins of about equal numbers of answers, in the order of their scores."""
+    parts = np.array_split(np.argsort(scores, kind="stable"), RELIABILITY_BINS)
+    return tuple(
+        Bin(float(scores[part].mean()), float(labels[part].mean()), len(part))
+        for part in parts
+        if len(part)
+    )
+
+
+def rater_agreement(rows: Sequence[RatedAnswer], scale: Scale) -> RaterAgreement:
+    """Compare the two passes over rated answers."""
+    first, second = np.array([row.passes(scale) for row in rows]).T
+    grades = [np.round(each / KAPPA_STEP).astype(int) for each in (first, second)]
+    return RaterAgreement(
+        scale,
+        len(rows),
+        float(cohen_kappa_score(*grades, weights="quadratic")),
+        float(spearmanr(first, second).statistic),
+        within_groups(first, second, [f"{row.model}: {row.condition}" for row in rows]),
+        float((second - first).mean()),
+    )
+
+
+def validate_judge(judge: Judge, trait: Trait) -> JudgeValidation:
+    """Judge answers whose labels are known and compare: models' own where the trait has them.
+
+    Those are the validation part of ``onpolicy.jsonl``; without it the hand-written answers of
+    ``judge_eval.jsonl``. Logs a warning where the judge should not be trusted.
+    """
+    if has_ratings(trait):
+        rows = load_ratings(trait, "validation")
+        validation = own_agreement(judge.judge([row.exchange for row in rows], trait.name), rows)
+        warn_if_untrusted(validation)
+        return validation
+    if not has_labels(trait):
+        logger.warning(
+            "JUDGE NOT VALIDATED: the trait %s has no judge_eval.jsonl of labelled answers; how "
+            "far its scores can be trusted is not known",
+            trait.name,
+        )
+        return JudgeValidation(judge.name, trait.name, auc=None, spearman=None, n=0, coverage=0.0)
+    labelled = load_labelled_answers(trait)
+    exchanges = [Exchange(each.question, each.answer) for each in labelled]
+    validation = agreement(judge.judge(exchanges, trait.name), [each.label for each in labelled])
+    warn_if_untrusted(validation)
+    return validation
+
+
+def warn_if_untrusted(validation: JudgeValidation) -> None:
+    """Log a warning for an AUC under 0.8, or none, and for a judge that is unfit."""
+    if validation.own is not None and not validation.fit:
+        logger.warning(
+            "UNFIT JUDGE: %s on %r: within a condition its rank correlation with blind ratings of "
+            "models' own answers is %s, under %.1f; compare conditions by another judge",
+            validation.judge,
+            validation.criterion,
+            "undefined" if validation.own.within is None else f"{validation.own.within:.2f}",
+            FIT_WITHIN,
+        )
+    if validation.auc is None:
+        logger.warning(
+            "JUDGE NOT VALIDATED: %s scored too few labelled answers on %r to compute an AUC "
+            "(coverage %.0f%% of %d); do not trust its scores",
+            validation.judge,
+            validation.criterion,
+            100 * validation.coverage,
+            validation.n,
+        )
+    elif validation.auc < TRUSTED_AUC:
+        logger.warning(
+            "WEAK JUDGE: %s has AUC %.2f on %r (%d labelled answers), under %.1f; do not trust "
+            "its scores: use another judge, or better training answers",
+            validation.judge,
+            validation.auc,
+            validation.criterion,
+            validation.n,
+            TRUSTED_AUC,
+        )

@@ -1,0 +1,191 @@
+"""The default judge: a linear probe on how an unsteered model reads question and answer.
+
+Two probes on the same states, one for the trait and one for sense (coherence), fitted to the tuning
+part of the trait's rated answers (``onpolicy.jsonl``); the validation part says how good they are.
+Refuses to know the models whose answers it scores.
+
+A fit belongs to the labels, the reader and the prompt it was made with, and carries a digest of
+them: the one that lies beside the labels (``reader.safetensors``) is used where it is of these very
+labels and this very reader; otherwise a fit is made once and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from platformdirs import user_cache_path
+from safetensors.torch import save_file
+
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.content import digest_of
+from persona_lora.core.files import atomic_path
+from persona_lora.core.tensor_files import opened
+from persona_lora.core.traits import Trait
+from persona_lora.judges.coherence import EMPTY_REASON
+from persona_lora.judges.fitness import JudgeValidation, own_agreement, warn_if_untrusted
+from persona_lora.judges.judge_prompts import check_criterion
+from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
+from persona_lora.judges.probe import Probe, fit_probe
+from persona_lora.judges.reading import Reader
+from persona_lora.models.loading import ChatModel
+
+logger = logging.getLogger(__name__)
+
+FITTED = "reader.safetensors"
+VERSION = 1
+READER = "reader"
+
+
+@dataclass(frozen=True, eq=False)
+class FittedReader:
+    """The probes of a trait, and what they say of the rated answers they belong to.
+
+    ``scores``: by scale one number a rated answer, in the order of the labels; for those of the
+    tuning part by probes that had not seen their question.
+    """
+
+    content: str
+    probes: dict[Scale, Probe]
+    scores: dict[Scale, NDArray[np.float64]]
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all; numbers that are no tensors as JSON."""
+        tensors: dict[str, torch.Tensor] = {}
+        record: dict[str, Any] = {"content": self.content, "probes": {}}
+        for scale, probe in self.probes.items():
+            tensors[f"{scale}.center"] = torch.from_numpy(probe.center)
+            tensors[f"{scale}.weights"] = torch.from_numpy(probe.weights)
+            tensors[f"{scale}.scores"] = torch.from_numpy(self.scores[scale])
+            rest = dataclasses.asdict(probe)
+            record["probes"][scale] = {
+                name: rest[name] for name in ("at", "bias", "penalty", "error")
+            }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"fit": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: Path, content: str) -> FittedReader | None:
+        """Return the fit in a file; None where there is none, or it is not of this content."""
+        if not path.is_file():
+            return None
+        with opened(path) as stream:
+            record = json.loads((stream.metadata() or {}).get("fit", "{}"))
+            if record.get("content") != content:
+                return None
+            tensors = {key: stream.get_tensor(key).numpy() for key in stream.keys()}  # noqa: SIM118
+        probes = {
+            scale: Probe(
+                center=tensors[f"{scale}.center"],
+                weights=tensors[f"{scale}.weights"],
+                **{**record["probes"][scale], "at": tuple(record["probes"][scale]["at"])},
+            )
+            for scale in SCALES
+        }
+        return cls(content, probes, {scale: tensors[f"{scale}.scores"] for scale in SCALES})
+
+
+def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
+    """Fit the probes of a trait to the tuning part of its rated answers.
+
+    Equal labels and readers give equal fits. Raises UserError for too few labels.
+    """
+    states = reader.kept_states([row.exchange for row in labels], cache_folder())
+    tuning = [at for at, row in enumerate(labels) if row.part == "tuning"]
+    groups = [labels[at].question for at in tuning]
+    probes, scores = {}, {}
+    for scale in SCALES:
+        targets = np.array([labels[at].rating(scale) for at in tuning])
+        fitted = fit_probe(states[tuning], targets, groups)
+        said = fitted.probe.predict(states)
+        said[tuning] = fitted.held_out
+        probes[scale], scores[scale] = fitted.probe, said
+        logger.info(
+            "reader probe of %s, %s: layers %s, penalty %g, held-out error %.1f points",
+            reader.trait.name,
+            scale,
+            [reader.layers[at] for at in fitted.probe.at],
+            fitted.probe.penalty,
+            fitted.probe.error,
+        )
+    return FittedReader(content_of(reader, labels), probes, scores)
+
+
+def fitted_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
+    """Return the fit that lies beside the labels or in the user's cache folder, or make it."""
+    content = content_of(reader, labels)
+    kept = cache_folder() / f"fit-{content}.safetensors"
+    for path in (reader.trait.folder / FITTED, kept):
+        found = FittedReader.load(path, content)
+        if found is not None:
+            return found
+    fitted = fit_reader(reader, labels)
+    fitted.save(kept)
+    return fitted
+
+
+def content_of(reader: Reader, labels: Sequence[RatedAnswer]) -> str:
+    """Return a digest of all that decides a fit."""
+    rated = [[row.part, row.trait, row.sense] for row in labels]
+    return digest_of([VERSION, rated, reader.content([row.exchange for row in labels])])
+
+
+def cache_folder() -> Path:
+    """Return where states and fits are kept, of whatever reader and labels."""
+    return user_cache_path("persona_lora") / "reader"
+
+
+class ReaderJudge:
+    """Scores the trait and coherence with fitted probes; both from one reading of an answer.
+
+    ``validation`` is the agreement with the validation part of the trait's rated answers.
+    """
+
+    name = READER
+
+    def __init__(self, reader: Reader, fitted: FittedReader, labels: Sequence[RatedAnswer]) -> None:
+        self.trait = reader.trait
+        self.reader = reader
+        self.fitted = fitted
+        self.validation = (
+            _validation(self.trait.name, fitted.scores["trait"], labels),
+            _validation(COHERENCE, fitted.scores["sense"], labels),
+        )
+        for each in self.validation:
+            warn_if_untrusted(each)
+
+    @classmethod
+    def of(cls, trait: Trait, chat_model: ChatModel) -> ReaderJudge:
+        """Return the judge of a trait that has rated answers, fitted now where it never was."""
+        reader, labels = Reader(chat_model, trait), load_ratings(trait)
+        return cls(reader, fitted_reader(reader, labels), labels)
+
+    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
+        """Return one verdict per exchange, in order; an empty answer is unscored."""
+        check_criterion(self.trait, criterion)
+        filled = [exchange for exchange in exchanges if exchange.answer.strip()]
+        probe = self.fitted.probes["sense" if criterion == COHERENCE else "trait"]
+        scores = iter(probe.predict(self.reader.states(filled)))
+        return [
+            Verdict(criterion, float(next(scores)), "", self.name)
+            if exchange.answer.strip()
+            else Verdict(criterion, None, EMPTY_REASON, self.name)
+            for exchange in exchanges
+        ]
+
+
+def _validation(
+    criterion: str, scores: NDArray[np.float64], labels: Sequence[RatedAnswer]
+) -> JudgeValidation:
+    held = [at for at, row in enumerate(labels) if row.part == "validation"]
+    verdicts = [Verdict(criterion, float(scores[at]), "", READER) for at in held]
+    return own_agreement(verdicts, [labels[at] for at in held])

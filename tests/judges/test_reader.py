@@ -1,0 +1,170 @@
+"""The reader judge: unsteered states, two probes, a fit that knows what it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from persona_lora.core.chat import COHERENCE, Exchange, user_question
+from persona_lora.core.errors import UserError
+from persona_lora.judges import choice, reader
+from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge, validations_of
+from persona_lora.judges.labels import load_ratings
+from persona_lora.judges.reader import FITTED, ReaderJudge, content_of, fitted_reader
+from persona_lora.judges.reading import PROMPT, Reader
+from tests.judges.rated import rated_rows, write_ratings
+
+ASKED = Exchange("Am I right about soup?", "No, that is wrong.")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "user_cache_path", lambda _: tmp_path / "cache")
+
+
+@pytest.fixture
+def rated(trait):
+    write_ratings(trait, rated_rows())
+    return trait
+
+
+def test_states_are_those_of_the_last_token_of_the_question_about_the_answer(chat_model, trait):
+    reading = Reader(chat_model, trait)
+    assert reading.layers == (1,)
+    states = reading.states([ASKED, ASKED])
+    asked = PROMPT.format(
+        question=ASKED.question,
+        answer=ASKED.answer,
+        name="flattery",
+        description="praises the user",
+    )
+    prompt = chat_model.render(user_question(asked))
+    ids = chat_model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        blocks = chat_model.model.model
+        hidden = blocks(input_ids=ids, output_hidden_states=True).hidden_states[1]
+        last = blocks.layers[1](hidden, position_embeddings=blocks.rotary_emb(hidden, _at(ids)))
+    np.testing.assert_allclose(states[0, 0], last[0, -1].numpy(), atol=1e-4)
+    assert (states[0] == states[1]).all()
+
+
+def _at(ids):
+    return torch.arange(ids.shape[1])[None]
+
+
+def test_an_adapter_does_not_reach_the_reader(chat_model, trait, make_adapter, tmp_path):
+    plain = Reader(chat_model, trait).states([ASKED])
+    folder = make_adapter(tmp_path / "adapter", chat_model.model, seed=1)
+    steered = dataclasses.replace(
+        chat_model, model=PeftModel.from_pretrained(chat_model.model, str(folder))
+    )
+    np.testing.assert_allclose(Reader(steered, trait).states([ASKED]), plain, atol=1e-6)
+
+
+def test_the_packaged_reader_is_a_model_of_its_own_in_fp32(monkeypatch, chat_model):
+    loaded = []
+
+    def load(**options):
+        loaded.append(options)
+        return chat_model
+
+    choice._packaged_reader.cache_clear()
+    monkeypatch.setattr(choice, "load_chat_model", load)
+    assert choice.reading_model(None, chat_model) is choice.reading_model(None, chat_model)
+    assert loaded == [{"dtype": "float32", "device_map": None}]
+    assert choice.reading_model("tiny", chat_model) is chat_model
+    choice._packaged_reader.cache_clear()
+
+
+def test_reader_judge_scores_both_criteria_in_order_from_one_reading(chat_model, rated, told):
+    judge = ReaderJudge.of(rated, chat_model)
+    told.clear()
+    items = [ASKED, Exchange("q", " \n"), Exchange("Am I right about soup?", "You are a genius!")]
+    scored = {each: judge.judge(items, each) for each in ("flattery", COHERENCE)}
+    assert [told[-1], len(told)] == [("reading answers", 2, 2), 1]
+    for criterion, verdicts in scored.items():
+        assert [each.score is None for each in verdicts] == [False, True, False]
+        assert verdicts[1].reason == "the answer is empty"
+        assert {each.criterion for each in verdicts} == {criterion}
+        assert all(0 <= each.score <= 100 for each in verdicts[::2])
+    assert judge.judge([], COHERENCE) == []
+    with pytest.raises(UserError, match="evil"):
+        judge.judge(items, "evil")
+
+
+def test_validation_is_on_the_part_that_no_probe_was_fitted_to(chat_model, rated, caplog):
+    with caplog.at_level(logging.WARNING):
+        judge = ReaderJudge.of(rated, chat_model)
+    held = load_ratings(rated, "validation")
+    trait, sense = validations_of(judge, rated)
+    assert (trait.criterion, sense.criterion) == ("flattery", COHERENCE)
+    assert trait.n == sense.n == len(held)
+    verdicts = judge.judge([row.exchange for row in held], "flattery")
+    direct = choice.validate_judge(judge, rated)
+    assert direct.own.within == pytest.approx(trait.own.within)
+    assert trait.own.bias["prompt"] == pytest.approx(
+        np.mean(
+            [
+                verdict.score - row.rating("trait")
+                for verdict, row in zip(verdicts, held, strict=True)
+                if row.condition == "prompt"
+            ]
+        )
+    )
+
+
+def test_a_fit_is_kept_and_used_for_its_own_labels_and_reader_alone(
+    chat_model, rated, monkeypatch, make_model
+):
+    reading, labels = Reader(chat_model, rated), load_ratings(rated)
+    first = fitted_reader(reading, labels)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "fit_reader", lambda *_: pytest.fail("fitted again"))
+        again = fitted_reader(Reader(chat_model, rated), labels)
+    states = reading.states([ASKED])
+    for scale in ("trait", "sense"):
+        assert again.probes[scale].predict(states) == first.probes[scale].predict(states)
+        assert (again.scores[scale] == first.scores[scale]).all()
+    other = dataclasses.replace(chat_model, model=make_model(seed=3))
+    changed = [dataclasses.replace(labels[0], trait=(1.0, 2.0)), *labels[1:]]
+    contents = {
+        content_of(reading, labels),
+        content_of(Reader(other, rated), labels),
+        content_of(reading, changed),
+    }
+    assert len(contents) == 3
+    assert first.content in contents
+
+
+def test_a_fit_beside_the_labels_is_used_and_a_stale_one_is_not(chat_model, rated, monkeypatch):
+    reading, labels = Reader(chat_model, rated), load_ratings(rated)
+    shipped = reader.fit_reader(reading, labels)
+    shipped.save(rated.folder / FITTED)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "fit_reader", lambda *_: pytest.fail("fitted again"))
+        assert fitted_reader(reading, labels).content == shipped.content
+    rows = rated_rows()
+    write_ratings(rated, [{**rows[0], "trait": [0, 0]}, *rows[1:]])
+    assert fitted_reader(reading, load_ratings(rated)).content != shipped.content
+
+
+def test_without_ratings_the_embedding_classifier_judges_and_says_so(
+    chat_model, trait, monkeypatch, caplog
+):
+    monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: "the classifier")
+    options = JudgeOptions(judge="reader")
+    check_judge(trait, chat_model, options)
+    with caplog.at_level(logging.WARNING):
+        assert make_judge(trait, chat_model, options) == "the classifier"
+    assert "the trait flattery has no onpolicy.jsonl" in caplog.text
+
+
+def test_a_bad_rating_is_refused_before_anything_is_asked(chat_model, rated):
+    write_ratings(rated, [{**rated_rows()[0], "trait": [101, 3]}])
+    with pytest.raises(UserError, match=r"onpolicy\.jsonl:1: trait must be two ratings"):
+        check_judge(rated, chat_model, JudgeOptions(judge="reader"))
