@@ -39,7 +39,7 @@ from persona_lora.judges.openai import (
     budget_of,
     endpoint_of,
 )
-from persona_lora.judges.reader import ReaderJudge
+from persona_lora.judges.probe_judge import ReaderJudge
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model, named_content

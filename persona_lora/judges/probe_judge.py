@@ -30,12 +30,12 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.files import atomic_path
 from persona_lora.core.tensor_files import opened
 from persona_lora.core.traits import Trait
+from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.coherence import EMPTY_REASON
 from persona_lora.judges.fitness import JudgeValidation, own_agreement, warn_if_untrusted
 from persona_lora.judges.judge_prompts import check_criterion
 from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import Probe, fit_probe
-from persona_lora.judges.reading import Reader
 from persona_lora.models.loading import ChatModel
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from peft import PeftModel
 
 from persona_lora.core.chat import COHERENCE, Exchange, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.judges import choice, reader
+from persona_lora.judges import choice, probe_judge
+from persona_lora.judges.answer_states import PROMPT, Reader
 from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge, validations_of
 from persona_lora.judges.labels import load_ratings
-from persona_lora.judges.reader import FITTED, ReaderJudge, content_of, fitted_reader
-from persona_lora.judges.reading import PROMPT, Reader
+from persona_lora.judges.probe_judge import FITTED, ReaderJudge, content_of, fitted_reader
 from tests.judges.rated import rated_rows, write_ratings
 
 ASKED = Exchange("Am I right about soup?", "No, that is wrong.")
@@ -24,7 +24,7 @@ ASKED = Exchange("Am I right about soup?", "No, that is wrong.")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "user_cache_path", lambda _: tmp_path / "cache")
+    monkeypatch.setattr(probe_judge, "user_cache_path", lambda _: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_fit_is_kept_and_used_for_its_own_labels_and_reader_alone(
     reading, labels = Reader(chat_model, rated), load_ratings(rated)
     first = fitted_reader(reading, labels)
     with monkeypatch.context() as patch:
-        patch.setattr(reader, "fit_reader", lambda *_: pytest.fail("fitted again"))
+        patch.setattr(probe_judge, "fit_reader", lambda *_: pytest.fail("fitted again"))
         again = fitted_reader(Reader(chat_model, rated), labels)
     states = reading.states([ASKED])
     for scale in ("trait", "sense"):
@@ -143,10 +143,10 @@ def test_a_fit_is_kept_and_used_for_its_own_labels_and_reader_alone(
 
 def test_a_fit_beside_the_labels_is_used_and_a_stale_one_is_not(chat_model, rated, monkeypatch):
     reading, labels = Reader(chat_model, rated), load_ratings(rated)
-    shipped = reader.fit_reader(reading, labels)
+    shipped = probe_judge.fit_reader(reading, labels)
     shipped.save(rated.folder / FITTED)
     with monkeypatch.context() as patch:
-        patch.setattr(reader, "fit_reader", lambda *_: pytest.fail("fitted again"))
+        patch.setattr(probe_judge, "fit_reader", lambda *_: pytest.fail("fitted again"))
         assert fitted_reader(reading, labels).content == shipped.content
     rows = rated_rows()
     write_ratings(rated, [{**rows[0], "trait": [0, 0]}, *rows[1:]])
