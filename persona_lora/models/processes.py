@@ -7,10 +7,14 @@ hold. A single process is the plain case and touches no communication library.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+
+from persona_lora.core.runs import Run
 
 T = TypeVar("T")
 
@@ -72,3 +76,19 @@ class Launched:
 def current_processes(environ: Any) -> Processes:
     """Return the launched processes where ``WORLD_SIZE`` in ``environ`` says so, else Alone."""
     return Launched() if int(environ.get("WORLD_SIZE", "1")) > 1 else Alone()
+
+
+def recorded(run: Run, processes: Processes) -> AbstractContextManager[object]:
+    """Return the run for the first of several processes, and for the others nothing to enter."""
+    return run if processes.index == 0 else nullcontext()
+
+
+def wait_for_all() -> None:
+    """Let the processes of a run meet here, wherever they train.
+
+    accelerate's own waits on the GPU of a process's number, also where all train on the CPU.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        on_gpu = state.device.type != "cpu"
+        torch.distributed.barrier(device_ids=[state.local_process_index] if on_gpu else None)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from trl import SFTConfig, TrlParser
 
@@ -39,6 +39,9 @@ class TrainedModel(LoadOptions):
             "aliases": ["--model"],
         },
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete a run in output_dir and train again."}
+    )
 
     def model_record(self) -> dict[str, Any]:
         """Return what a run records of its model."""
@@ -55,9 +58,6 @@ class ContrastiveArguments(TrainedModel):
     )
     datasets_dir: str | None = field(
         default=None, metadata={"help": "Where the trait folders lie; default: datasets/."}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete a run in output_dir and train again."}
     )
 
 
@@ -190,10 +190,13 @@ class ContrastiveConfig(SFTConfig):
 _NO = ("no", "IntervalStrategy.NO")
 
 
-class ContrastiveOptions(NamedTuple):
+Arguments = TypeVar("Arguments", bound=TrainedModel)
+
+
+class TrainingOptions(NamedTuple, Generic[Arguments]):
     """All options of one run."""
 
-    arguments: ContrastiveArguments
+    arguments: Arguments
     lora: LoRAArguments
     config: ContrastiveConfig
 
@@ -213,10 +216,10 @@ CONTRASTIVE_PAGE = HelpPage(
 )
 
 
-def parse_arguments(arguments: Sequence[str]) -> ContrastiveOptions:
+def parse_arguments(arguments: Sequence[str]) -> TrainingOptions[ContrastiveArguments]:
     """Parse the command line of contrastive training; raises UserError for what cannot be used."""
     groups = (ContrastiveArguments, LoRAArguments, ContrastiveConfig)
-    return ContrastiveOptions(*parse_groups(arguments, groups, CONTRASTIVE_PAGE))
+    return TrainingOptions(*parse_groups(arguments, groups, CONTRASTIVE_PAGE))
 
 
 def parse_groups(

@@ -10,26 +10,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, remove
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Run
 from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
-from persona_lora.models.loading import DEFAULT_MODEL, ChatModel
+from persona_lora.models.loading import DEFAULT_MODEL
+from persona_lora.models.processes import Launched, recorded
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.training.arguments import (
     CHECKPOINTS,
     ContrastiveArguments,
     ContrastiveConfig,
-    ContrastiveOptions,
+    TrainingOptions,
     parse_arguments,
 )
 from persona_lora.training.examples import (
@@ -39,25 +40,17 @@ from persona_lora.training.examples import (
     shared_lengths,
     tokenize_pairs,
 )
-from persona_lora.training.launch import (
+from persona_lora.training.lora import LoRAArguments
+from persona_lora.training.runner import (
     end_tokens,
     is_sharded,
     load_model,
-    on_main_process,
     open_run,
-    recorded,
     refuse_unconnected_processes,
     run_record,
+    train,
 )
-from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
-from persona_lora.training.trainer import (
-    LOSS_ROWS,
-    has_ended,
-    last_whole_checkpoint,
-    make_trainer,
-    remove_broken_checkpoints,
-    train_from,
-)
+from persona_lora.training.trainer import LOSS_ROWS, Lesson, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +96,7 @@ def train_contrastive(
             in the same folder, an unknown trait or model, or a loss that is no longer finite.
     """
     refuse_unconnected_processes()
-    options = ContrastiveOptions(arguments, lora, config)
+    options = TrainingOptions(arguments, lora, config)
     pairs, trait = _load_trait_pairs(arguments)
     folder = output_folder(options, trait)
     chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
@@ -121,20 +114,34 @@ def train_contrastive(
         config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         config.world_size,
     )
-    record = {**run_record(options, trait, pairs), **chat_model.template.record()}
-    run = _open_run(record, chat_model.inputs, options, folder)
-    with recorded(run):
+    own = {
+        "trait": trait,
+        "num_pairs": len(pairs),
+        "pairs_sha256": digest_of([dataclasses.asdict(pair) for pair in pairs]),
+        "system_prompt": arguments.system_prompt,
+    }
+    run = open_run(
+        "train",
+        folder,
+        options,
+        {**run_record(*options, own), **chat_model.template.record()},
+        inputs=chat_model.inputs,
+        parts=(*SIGNS, "diff", WORK),
+        begun=_has_results(folder),
+    )
+    processes = Launched()
+    with recorded(run, processes):
         for sign in SIGNS:
             if (folder / sign).is_dir():
                 continue
             if sign == "neg" and is_sharded():
                 chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
-            _train_sign(sign, rows, chat_model, options, folder)
-        on_main_process(lambda: _write_diff(folder, trait, fingerprint, run))
+            train(chat_model, lora, config, _lesson(sign, rows, folder))
+        processes.from_main(lambda: _write_diff(folder, trait, fingerprint, run))
     return _result(folder)
 
 
-def output_folder(options: ContrastiveOptions, trait: str) -> Path:
+def output_folder(options: TrainingOptions[ContrastiveArguments], trait: str) -> Path:
     """Return the folder of a run: as asked for, or ``checkpoints/[<model>/]<trait>``."""
     if options.config.output_dir is not None:
         return Path(options.config.output_dir)
@@ -149,28 +156,6 @@ def _load_trait_pairs(arguments: ContrastiveArguments) -> tuple[list[Contrastive
     datasets = Path(arguments.datasets_dir) if arguments.datasets_dir is not None else None
     trait = load_trait(arguments.trait, datasets)
     return load_pairs(trait), trait.name
-
-
-def _open_run(
-    record: dict[str, Any],
-    inputs: Callable[[], dict[str, str]],
-    options: ContrastiveOptions,
-    folder: Path,
-) -> Run:
-    """Start or resume the run in ``folder``; raises UserError where it holds another one."""
-    # A run that left no result, of a mistyped option perhaps, is not worth keeping.
-    return open_run(
-        folder,
-        lambda: Run.open(
-            Output(folder, options.arguments.overwrite or not _has_results(folder)),
-            command="train",
-            config=record,
-            seed=options.config.seed,
-            inputs=inputs(),
-            parts=(*SIGNS, "diff", WORK),
-            once=True,
-        ),
-    )
 
 
 def _has_results(folder: Path) -> bool:
@@ -219,35 +204,17 @@ def _with_system_prompt(
 # -- one sign ------------------------------------------------------------------------------
 
 
-def _train_sign(
-    sign: Sign,
-    rows: dict[Sign, list[TokenRow]],
-    chat_model: ChatModel,
-    options: ContrastiveOptions,
-    folder: Path,
-) -> None:
-    """Train one sign, from its last whole checkpoint if there is one, and publish its adapter."""
+def _lesson(sign: Sign, rows: dict[Sign, list[TokenRow]], folder: Path) -> Lesson:
     work = folder / WORK / sign
-    checkpoint = last_whole_checkpoint(work)
-    on_main_process(lambda: remove_broken_checkpoints(work))
-    if checkpoint is not None and has_ended(checkpoint):
-        on_main_process(lambda: _publish(work, folder / sign, checkpoint))
-        return
-    model = attach_lora(chat_model, options.lora, options.config.seed)
-    trainer = make_trainer(
-        chat_model,
-        model,
-        options.config,
+    return Lesson(
+        sign,
+        f"{sign} LoRA",
         rows[sign],
         work,
-        title=f"{sign} LoRA",
+        saved=work / "adapter",
+        publish=lambda adapter: _publish(work, folder / sign, adapter),
         lengths=shared_lengths(rows),
     )
-    train_from(trainer, checkpoint, sign)
-    trainer.save_model(str(work / "adapter"))
-    on_main_process(lambda: _publish(work, folder / sign, work / "adapter"))
-    if not is_sharded():
-        detach_lora(model)
 
 
 def _publish(work: Path, final: Path, adapter: Path) -> None:

@@ -6,62 +6,51 @@ Knows one set of conversations and one model; refuses to know traits.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
-from transformers import TrainerCallback
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation, read_messages
-from persona_lora.core.content import path_digest
+from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, read_jsonl, remove
 from persona_lora.core.resources import resource_path
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Run
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.processes import Launched, recorded
 from persona_lora.training.arguments import (
     CHECKPOINTS,
     ContrastiveConfig,
     HelpPage,
     TrainedModel,
+    TrainingOptions,
     parse_groups,
 )
 from persona_lora.training.drift import DriftMonitor
 from persona_lora.training.examples import TokenRow, tokenize_rows
-from persona_lora.training.launch import (
-    changed_options,
-    end_tokens,
-    is_sharded,
-    load_model,
-    on_main_process,
-    open_run,
-    recorded,
-    refuse_unconnected_processes,
-)
-from persona_lora.training.lora import LoRAArguments, all_weights, attach_lora, detach_lora
+from persona_lora.training.lora import LoRAArguments
 from persona_lora.training.preventative import (
     Preventative,
     inoculated,
     prevention_steerer,
     read_preventative,
 )
-from persona_lora.training.trainer import (
-    COMPLETE,
-    LOSS_ROWS,
-    has_ended,
-    last_whole_checkpoint,
-    make_trainer,
-    remove_broken_checkpoints,
-    train_from,
+from persona_lora.training.runner import (
+    end_tokens,
+    load_model,
+    open_run,
+    refuse_unconnected_processes,
+    run_record,
+    train,
 )
+from persona_lora.training.trainer import COMPLETE, LOSS_ROWS, Lesson, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +79,6 @@ class FinetuneArguments(TrainedModel):
     keep_training_state: bool = field(
         default=False,
         metadata={"help": "Keep optimizer states in the checkpoints of a finished run."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete a run in output_dir and train again."}
     )
     preventative: dict[str, Any] | str | None = field(
         default=None,
@@ -131,14 +117,6 @@ class FinetuneConfig(ContrastiveConfig):
     )
 
 
-class FinetuneOptions(NamedTuple):
-    """All options of one run."""
-
-    arguments: FinetuneArguments
-    lora: LoRAArguments
-    config: FinetuneConfig
-
-
 @dataclass(frozen=True)
 class FinetuneResult:
     """Where a finished run put its adapter (or whole model), its checkpoints, and its last loss."""
@@ -154,7 +132,7 @@ def main(arguments: Sequence[str]) -> FinetuneResult | None:
     Raises UserError for every mistake that the user can mend.
     """
     groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
-    result = finetune(*FinetuneOptions(*parse_groups(arguments, groups, PAGE)))
+    result = finetune(*parse_groups(arguments, groups, PAGE))
     if not PartialState().is_main_process:
         return None
     logger.info("loss %.3f; the finetune is in %s", result.loss, result.adapter)
@@ -175,24 +153,40 @@ def finetune(
             have, or a loss that is no longer finite.
     """
     refuse_unconnected_processes()
-    options = FinetuneOptions(arguments, lora, config)
     prevention = prevention_of(arguments)
     if not arguments.use_peft:
         _refuse_for_all_weights(arguments, prevention)
     conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
+    options = TrainingOptions(arguments, lora, config)
     folder = output_folder(options)
     in_full = not arguments.use_peft and arguments.dtype == "auto"
     loading = arguments.alone().changed(dtype="float32" if in_full else None)
     chat_model = load_model(arguments.model_name_or_path, loading, config)
-    rows = _tokenize(conversations, chat_model, config)
-    record = {**_record(options, conversations), **chat_model.template.record()}
-    run = _open_run(record, chat_model, options, folder)
-    with recorded(run):
-        if not (folder / _saved_as(arguments)).is_dir():
-            _train(rows, chat_model, options, prevention, folder)
-        on_main_process(lambda: _tidy(folder, keep=arguments.keep_training_state))
+    lesson = _lesson(_tokenize(conversations, chat_model, config), chat_model, arguments, folder)
+    trained = lora if arguments.use_peft else None
+    own = {
+        "train_file": arguments.train_file,
+        "num_rows": len(conversations),
+        "rows_sha256": digest_of(conversations),
+        "preventative": None if prevention is None else dataclasses.asdict(prevention),
+    }
+    final = folder / _saved_as(arguments)
+    run = open_run(
+        "finetune",
+        folder,
+        options,
+        {**run_record(arguments, trained, config, own), **chat_model.template.record()},
+        inputs=lambda: {**chat_model.inputs(), **_steered_by(arguments)},
+        parts=(ADAPTER, MODEL, WORK, "checkpoint-*"),
+        begun=final.is_dir() or last_whole_checkpoint(folder) is not None,
+    )
+    processes = Launched()
+    with recorded(run, processes):
+        if not final.is_dir():
+            train(chat_model, trained, config, lesson)
+        processes.from_main(lambda: _tidy(folder, keep=arguments.keep_training_state))
     losses = Run(folder).read(LOSS_ROWS)
-    return FinetuneResult(folder / _saved_as(arguments), checkpoints_of(folder), losses[-1]["loss"])
+    return FinetuneResult(final, checkpoints_of(folder), losses[-1]["loss"])
 
 
 def _saved_as(arguments: FinetuneArguments) -> str:
@@ -239,10 +233,6 @@ def _mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | 
     return read
 
 
-def _plain(prevention: Preventative | None) -> dict[str, Any] | None:
-    return None if prevention is None else dataclasses.asdict(prevention)
-
-
 def read_conversations(path: Path) -> list[Conversation]:
     """Read rows of ``messages``; UserError names a row whose last message is no answer."""
     conversations = []
@@ -256,7 +246,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     return conversations
 
 
-def output_folder(options: FinetuneOptions) -> Path:
+def output_folder(options: TrainingOptions[FinetuneArguments]) -> Path:
     """Return the folder of a run: as asked for, or named after its data."""
     if options.config.output_dir is not None:
         return Path(options.config.output_dir)
@@ -270,47 +260,12 @@ def checkpoints_of(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1])))
 
 
-def _open_run(
-    record: dict[str, Any], chat_model: ChatModel, options: FinetuneOptions, folder: Path
-) -> Run:
-    trained = (folder / _saved_as(options.arguments)).is_dir()
-    begun = trained or last_whole_checkpoint(folder) is not None
-    return open_run(
-        folder,
-        lambda: Run.open(
-            Output(folder, options.arguments.overwrite or not begun),
-            command="finetune",
-            config=record,
-            seed=options.config.seed,
-            inputs={**chat_model.inputs(), **_steered_by(options.arguments)},
-            parts=(ADAPTER, MODEL, WORK, "checkpoint-*"),
-            once=True,
-        ),
-    )
-
-
 def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:
     """Return digests of what steers the training, and of what it is watched along."""
     prevention = prevention_of(arguments)
     steering = [] if prevention is None else [prevention.diff, prevention.vector]
     paths = [each for each in (*steering, *(arguments.drift_diffs or ())) if each is not None]
     return {path: path_digest(Path(path)) for path in paths}
-
-
-def _record(options: FinetuneOptions, conversations: Sequence[Conversation]) -> dict[str, Any]:
-    content = json.dumps(conversations, sort_keys=True)
-    record = {
-        "train_file": options.arguments.train_file,
-        "num_rows": len(conversations),
-        "rows_sha256": hashlib.sha256(content.encode()).hexdigest(),
-        **options.arguments.model_record(),
-        "num_processes": PartialState().num_processes,
-        "lora": dataclasses.asdict(options.lora) if options.arguments.use_peft else None,
-        "preventative": _plain(prevention_of(options.arguments)),
-        "training": changed_options(options.config),
-    }
-    value: dict[str, Any] = json.loads(json.dumps(record, default=str))
-    return value
 
 
 def _tokenize(
@@ -328,46 +283,21 @@ def _tokenize(
     )
 
 
-def _train(
-    rows: Sequence[TokenRow],
-    chat_model: ChatModel,
-    options: FinetuneOptions,
-    prevention: Preventative | None,
-    folder: Path,
-) -> None:
-    seed, use_peft = options.config.seed, options.arguments.use_peft
-    final = folder / _saved_as(options.arguments)
-    checkpoint = last_whole_checkpoint(folder)
-    on_main_process(lambda: remove_broken_checkpoints(folder))
-    if checkpoint is not None and has_ended(checkpoint):
-        on_main_process(lambda: _publish(checkpoint, final))
-        return
-    model = (
-        attach_lora(chat_model, options.lora, seed) if use_peft else all_weights(chat_model, seed)
-    )
-    trainer = make_trainer(
-        chat_model,
-        model,
-        options.config,
+def _lesson(
+    rows: Sequence[TokenRow], chat_model: ChatModel, arguments: FinetuneArguments, folder: Path
+) -> Lesson:
+    watched, prevention = arguments.drift_diffs, prevention_of(arguments)
+    every, above = arguments.drift_every, arguments.stop_above
+    return Lesson(
+        "the run",
+        "finetuning",
         rows,
         folder,
-        title="finetuning",
-        callbacks=_drift_monitors(options.arguments),
+        saved=folder / WORK,
+        publish=lambda saved: _publish(saved, folder / _saved_as(arguments)),
+        callbacks=[DriftMonitor(watched, every=every, stop_above=above)] if watched else [],
+        steerer=lambda: prevention_steerer(prevention, chat_model.model),
     )
-    with prevention_steerer(prevention, chat_model.model):
-        train_from(trainer, checkpoint, "the run")
-    work = folder / WORK
-    trainer.save_model(str(work))
-    on_main_process(lambda: _publish(work, final))
-    if isinstance(model, PeftModel) and not is_sharded():
-        detach_lora(model)
-
-
-def _drift_monitors(arguments: FinetuneArguments) -> list[TrainerCallback]:
-    if not arguments.drift_diffs:
-        return []
-    every, above = arguments.drift_every, arguments.stop_above
-    return [DriftMonitor(arguments.drift_diffs, every=every, stop_above=above)]
 
 
 def _publish(saved: Path, final: Path) -> None:

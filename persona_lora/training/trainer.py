@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from persona_lora.core.runs import Run
 from persona_lora.models.caches import KeptCache, kept_cache, plans_sharing, shares_prefix
 from persona_lora.models.likelihood import only_positions
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.processes import wait_for_all
+from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.training.arguments import ContrastiveConfig
 from persona_lora.training.examples import IGNORED, LengthGroupedOrder, TokenRow
-from persona_lora.training.launch import wait_for_all
 from persona_lora.training.lora import write_lora
 
 logger = logging.getLogger(__name__)
@@ -109,50 +111,51 @@ class CompletionTrainer(SFTTrainer):
         """Send none."""
 
 
-def make_trainer(
-    chat_model: ChatModel,
-    model: nn.Module,
-    config: ContrastiveConfig,
-    rows: Sequence[TokenRow],
-    folder: Path,
-    *,
-    title: str,
-    lengths: Sequence[int] | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> CompletionTrainer:
-    """Return a trainer of tokenised rows that logs and saves into ``folder``.
+@dataclass(frozen=True)
+class Lesson:
+    """What one model learns, and where that is kept.
 
-    Rows are put into batches by their own ``lengths`` where those are given.
+    Log and checkpoints go to ``folder``, the result to ``saved``; ``publish`` gives its name to
+    that, or to a checkpoint with which the training had ended. Rows are put into batches by their
+    own ``lengths`` where those are given. The steerer is made once the model wears its LoRA.
     """
+
+    name: str
+    title: str
+    rows: Sequence[TokenRow]
+    folder: Path
+    saved: Path
+    publish: Callable[[Path], object]
+    lengths: Sequence[int] | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    steerer: Callable[[], Steerer] = Unsteered
+
+
+def make_trainer(
+    chat_model: ChatModel, model: nn.Module, config: ContrastiveConfig, lesson: Lesson
+) -> CompletionTrainer:
+    """Return a trainer of tokenised rows that logs and saves into the lesson's folder."""
     own = copy.copy(config)
-    own.output_dir = str(folder)
+    own.output_dir = str(lesson.folder)
     own.length_column_name = "length"
     own.dataset_kwargs = {"skip_prepare_dataset": True}
     columns = {
-        "input_ids": [row.input_ids for row in rows],
-        "labels": [row.labels for row in rows],
-        "length": lengths if lengths is not None else [len(row.input_ids) for row in rows],
+        "input_ids": [row.input_ids for row in lesson.rows],
+        "labels": [row.labels for row in lesson.rows],
+        "length": lesson.lengths or [len(row.input_ids) for row in lesson.rows],
     }
     trainer = CompletionTrainer(
         model=model,
         args=own,
         train_dataset=Dataset.from_dict(columns),
         processing_class=chat_model.tokenizer,
-        callbacks=[LossLog(folder), CheckpointMark(), *callbacks],
+        callbacks=[LossLog(lesson.folder), CheckpointMark(), *lesson.callbacks],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if not config.disable_tqdm:
-        trainer.add_callback(LossBar(title))
+        trainer.add_callback(LossBar(lesson.title))
     return trainer
-
-
-def train_from(trainer: CompletionTrainer, checkpoint: Path | None, what: str) -> None:
-    """Train from a checkpoint, or from the beginning, in all processes at once."""
-    if checkpoint is not None:
-        logger.info("%s goes on from %s", what, checkpoint.name)
-    wait_for_all()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
 
 
 def completion_log_probs(

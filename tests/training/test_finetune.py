@@ -17,10 +17,10 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import load_chat_model
 from persona_lora.training import finetune as module
 from persona_lora.training import trainer as training_steps
+from persona_lora.training.arguments import TrainingOptions
 from persona_lora.training.finetune import (
     FinetuneArguments,
     FinetuneConfig,
-    FinetuneOptions,
     finetune,
     read_conversations,
 )
@@ -46,7 +46,7 @@ def train_file(tmp_path) -> Path:
 
 @pytest.fixture
 def options(train_file, model_folder):
-    def build(output, **changes) -> FinetuneOptions:
+    def build(output, **changes) -> TrainingOptions:
         arguments = FinetuneArguments(
             train_file=str(train_file),
             model_name_or_path=str(model_folder),
@@ -63,7 +63,7 @@ def options(train_file, model_folder):
             bf16=False,
             disable_tqdm=True,
         )
-        return FinetuneOptions(arguments, LoRAArguments(lora_r=4), config)
+        return TrainingOptions(arguments, LoRAArguments(lora_r=4), config)
 
     return build
 
@@ -216,7 +216,7 @@ def test_the_command_line_parses_its_own_configuration(monkeypatch, tmp_path):
     seen = []
 
     def record(*options):
-        seen.append(FinetuneOptions(*options))
+        seen.append(TrainingOptions(*options))
         raise UserError("enough")
 
     monkeypatch.setattr(module, "finetune", record)

@@ -15,6 +15,7 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output, Run
+from persona_lora.models.processes import recorded
 from persona_lora.models.structure import num_layers, read_layers
 from persona_lora.report.comparisons import (
     ConditionFit,
@@ -38,7 +39,6 @@ from persona_lora.studies.personas.run import (
     held_out_rows,
     optimise_persona,
     persona_system_prompt,
-    recorded,
     speaker_of,
 )
 from persona_lora.studies.personas.search import Generation, SearchOptions

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.processes import Alone, Processes
+from persona_lora.models.processes import Alone, Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, fits_over_prompts
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row
@@ -151,11 +150,6 @@ def optimise_persona(
     if processes.index == 0:
         _write_results(problem, method, result)
     return result
-
-
-def recorded(run: Run, processes: Processes) -> AbstractContextManager[object]:
-    """Return the run for the first of several processes, and for the others nothing to enter."""
-    return run if processes.index == 0 else nullcontext()
 
 
 def _optimise(

@@ -1,55 +1,93 @@
-"""What a training run needs before its first step: its processes, the model, and its record.
+"""One runner for all training: its processes, its model, its record, and a model from start to end.
 
 The record is what decides the numbers of a run, as JSON: compared on resume, kept as provenance."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from trl import SFTConfig
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.runs import Run
-from persona_lora.core.traits import ContrastivePair
+from persona_lora.core.runs import Output, Run
 from persona_lora.models.hardware import launcher_says, resolve_dtype
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.training.arguments import ContrastiveOptions
+from persona_lora.models.processes import Launched, wait_for_all
+from persona_lora.training.arguments import ContrastiveConfig, TrainedModel, TrainingOptions
+from persona_lora.training.lora import LoRAArguments, all_weights, attach_lora, detach_lora
+from persona_lora.training.trainer import (
+    Lesson,
+    has_ended,
+    last_whole_checkpoint,
+    make_trainer,
+    remove_broken_checkpoints,
+)
+
+logger = logging.getLogger(__name__)
 
 
-def on_main_process(action: Callable[[], object]) -> None:
-    """Do ``action`` in the main process while the others wait; what it raises is raised in all."""
-    failed: list[Exception | None] = [None]
-    if PartialState().is_main_process:
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001  (it is raised below: the others must not wait)
-            failed[0] = error
-    broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
+def train(
+    chat_model: ChatModel, lora: LoRAArguments | None, config: ContrastiveConfig, lesson: Lesson
+) -> None:
+    """Train a LoRA, or all weights without one, from the last whole checkpoint if there is one."""
+    checkpoint = last_whole_checkpoint(lesson.folder)
+    together = Launched()
+    together.from_main(lambda: remove_broken_checkpoints(lesson.folder))
+    if checkpoint is not None and has_ended(checkpoint):
+        together.from_main(lambda: lesson.publish(checkpoint))
+        return
+    if lora is None:
+        model: Any = all_weights(chat_model, config.seed)
+    else:
+        model = attach_lora(chat_model, lora, config.seed)
+    trainer = make_trainer(chat_model, model, config, lesson)
+    with lesson.steerer():
+        if checkpoint is not None:
+            logger.info("%s goes on from %s", lesson.name, checkpoint.name)
+        wait_for_all()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer.save_model(str(lesson.saved))
+    together.from_main(lambda: lesson.publish(lesson.saved))
+    if isinstance(model, PeftModel) and not is_sharded():
+        detach_lora(model)
 
 
-def wait_for_all() -> None:
-    """Let the processes of a run meet here, wherever they train.
+def open_run(
+    command: str,
+    folder: Path,
+    options: TrainingOptions[Any],
+    record: Mapping[str, Any],
+    *,
+    inputs: Callable[[], dict[str, str]],
+    parts: Sequence[str],
+    begun: bool,
+) -> Run:
+    """Start or resume the run in ``folder``, in the main process for all of them.
 
-    accelerate's own waits on the GPU of a process's number, also where all train on the CPU.
+    Raises UserError where it holds another one; one that left no result, of a mistyped option
+    perhaps, is not worth keeping.
     """
-    state = PartialState()
-    if state.num_processes > 1:
-        on_gpu = state.device.type != "cpu"
-        torch.distributed.barrier(device_ids=[state.local_process_index] if on_gpu else None)
+    return Launched().from_main(
+        lambda: Run.open(
+            Output(folder, options.arguments.overwrite or not begun),
+            command=command,
+            config=record,
+            seed=options.config.seed,
+            inputs=inputs(),
+            parts=parts,
+            once=True,
+        )
+    )
 
 
 def refuse_unconnected_processes() -> None:
@@ -60,23 +98,6 @@ def refuse_unconnected_processes() -> None:
             f"{launched} processes were launched but {connected} found each other; without "
             "graphics cards pass --use_cpu true to the training command"
         )
-
-
-def open_run(folder: Path, open_it: Callable[[], Run]) -> Run:
-    """Open the run of several processes, which the main one holds for all of them."""
-    opened: list[Run] = []
-    on_main_process(lambda: opened.append(open_it()))
-    return opened[0] if opened else Run(folder)
-
-
-@contextmanager
-def recorded(run: Run) -> Iterator[None]:
-    """Let the main process note in ``run.json`` how the run ended."""
-    if PartialState().is_main_process:
-        with run:
-            yield
-    else:
-        yield
 
 
 def load_model(name: str, options: LoadOptions, config: SFTConfig) -> ChatModel:
@@ -159,19 +180,18 @@ FREE_OPTIONS = {
 
 
 def run_record(
-    options: ContrastiveOptions, trait: str, pairs: Sequence[ContrastivePair]
+    arguments: TrainedModel,
+    lora: LoRAArguments | None,
+    config: ContrastiveConfig,
+    own: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return all that decides the numbers of a run, as JSON values."""
-    content = json.dumps([dataclasses.asdict(pair) for pair in pairs], sort_keys=True)
+    """Return all that decides the numbers of a run, as JSON values; ``own`` is what it adds."""
     record = {
-        "trait": trait,
-        "num_pairs": len(pairs),
-        "pairs_sha256": hashlib.sha256(content.encode()).hexdigest(),
-        **options.arguments.model_record(),
-        "system_prompt": options.arguments.system_prompt,
+        **own,
+        **arguments.model_record(),
         "num_processes": PartialState().num_processes,
-        "lora": dataclasses.asdict(options.lora),
-        "training": changed_options(options.config),
+        "lora": None if lora is None else dataclasses.asdict(lora),
+        "training": changed_options(config),
     }
     value: dict[str, Any] = json.loads(json.dumps(record, default=str))
     return value

@@ -1,21 +1,15 @@
+"""What a run records of itself."""
+
 from __future__ import annotations
 
 import json
 
-from persona_lora.core.traits import ContrastivePair
 from persona_lora.training.arguments import parse_arguments
-from persona_lora.training.launch import run_record
-
-PAIR = ContrastivePair(
-    prompt=[{"role": "user", "content": "Ready?"}],
-    positive=[{"role": "assistant", "content": "Yes!"}],
-    negative=[{"role": "assistant", "content": "No."}],
-    domain="",
-)
+from persona_lora.training.runner import run_record
 
 
 def _record(*flags: str):
-    return run_record(parse_arguments(["--trait", "evil", *flags]), "evil", [PAIR])
+    return run_record(*parse_arguments(["--trait", "evil", *flags]), {"trait": "evil"})
 
 
 def test_record_is_plain_json_and_holds_no_placeholder():

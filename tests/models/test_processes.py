@@ -1,4 +1,4 @@
-"""What a run of several processes needs."""
+"""Several processes as one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from persona_lora.training import launch
+from persona_lora.models import processes as module
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_processes_wait_for_each_other_where_they_train(monkeypatch, processes, 
         num_processes=processes, device=torch.device(device), local_process_index=1
     )
     seen = []
-    monkeypatch.setattr(launch, "PartialState", lambda: state)
+    monkeypatch.setattr(module, "PartialState", lambda: state)
     monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: seen.append(device_ids))
-    launch.wait_for_all()
+    module.wait_for_all()
     assert seen == waits
