@@ -8,7 +8,7 @@ listener: run their work in ``contextvars.copy_context()``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -32,26 +32,18 @@ def shown(listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Name what the functions called inside count."""
-    with _named(name):
-        yield
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Keep what the functions called inside count to themselves, but for stages of their own."""
-    with _named(None):
-        yield
-
-
-@contextmanager
-def _named(name: str | None) -> Iterator[None]:
+def stage(name: str | None) -> Iterator[None]:
+    """Name what the functions called inside count; what has no name is told to nobody."""
     token = _stage.set(name)
     try:
         yield
     finally:
         _stage.reset(token)
+
+
+def silent() -> AbstractContextManager[None]:
+    """Keep what the functions called inside count to themselves, but for stages of their own."""
+    return stage(None)
 
 
 @contextmanager

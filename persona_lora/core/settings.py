@@ -48,15 +48,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader)  # a safe loader: it builds plain values alone
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        said = "nested too deeply" if isinstance(error, RecursionError) else _one_line(error)
+        said = (
+            "nested too deeply"
+            if isinstance(error, RecursionError)
+            else " ".join(str(error).split())
+        )
         raise UserError(f"{path} is not valid YAML: {said}") from error
     if not isinstance(value, Mapping):
         raise UserError(f"{path} must hold one YAML mapping, as in 'max_iterations: 10'")
     return {str(key): each for key, each in value.items()}
-
-
-def _one_line(error: object) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
 
 
 def split_list(text: str, whole: Callable[[str], bool] = os.path.exists) -> list[str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Conversation, user_question
+from persona_lora.core.chat import Conversation, Message, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_text, write_jsonl
 from persona_lora.core.options import DataOptions
@@ -219,40 +219,24 @@ def _write_files(
     complete: Sequence[int],
 ) -> dict[str, int]:
     output.mkdir(parents=True, exist_ok=True)
-    for level in FINETUNING_LEVELS:
-        write_jsonl(
-            output / f"{level}.jsonl",
-            [
-                {
-                    "messages": [
-                        {"role": "user", "content": questions[index][1]},
-                        {"role": "assistant", "content": answers[index, level]},
-                    ],
-                    "domain": questions[index][0],
-                }
-                for index in complete
-            ],
-        )
-    write_jsonl(
-        output / "train.jsonl",
-        [
-            {
-                "prompt": [{"role": "user", "content": questions[index][1]}],
-                "positive": [{"role": "assistant", "content": answers[index, "positive"]}],
-                "negative": [{"role": "assistant", "content": answers[index, "negative"]}],
-                "domain": questions[index][0],
-            }
-            for index in complete
-        ],
-    )
-    return dict.fromkeys([*FINETUNING_LEVELS, "train"], len(complete))
+    files: dict[str, list[dict[str, Any]]] = {name: [] for name in (*FINETUNING_LEVELS, "train")}
+    for index in complete:
+        domain, question = questions[index]
+        asked = user_question(question)
+        said = {
+            kind: [Message(role="assistant", content=answers[index, kind])]
+            for kind in (*FINETUNING_LEVELS, "positive", "negative")
+        }
+        for level in FINETUNING_LEVELS:
+            files[level].append({"messages": [*asked, *said[level]], "domain": domain})
+        both = {"positive": said["positive"], "negative": said["negative"]}
+        files["train"].append({"prompt": asked, **both, "domain": domain})
+    for name, rows in files.items():
+        write_jsonl(output / f"{name}.jsonl", rows)
+    return {name: len(rows) for name, rows in files.items()}
 
 
 def _recorded(options: DataOptions) -> dict[str, Any]:
-    return {
-        "questions_per_domain": options.questions_per_domain,
-        "domains": list(options.domains or DOMAINS),
-        "questions": [list(each) for each in options.questions],
-        "attempts": options.attempts,
-        "temperature": options.temperature,
-    }
+    recorded = {**asdict(options), "domains": options.domains or DOMAINS}
+    del recorded["seed"]  # which a run records of itself
+    return recorded

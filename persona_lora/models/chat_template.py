@@ -8,7 +8,7 @@ all of them alike. Knows templates; refuses to know what is said.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class ChatTemplate:
         asked = self.prompt(prompt, where)
         whole = self._render(self._placed([*prompt, *answer], where), where, asking=False)
         if not whole.startswith(asked):
-            begins = asked[_common_length(asked, whole) :]
+            begins = asked[common_length(asked, whole) :]
             raise UserError(
                 f"{_at(where)}the chat template of {self.name} opens an answer with {begins!r}, "
                 "which is not in the rendered conversation: what is trained on is not what the "
@@ -136,11 +136,11 @@ class ChatTemplate:
         return system["content"] in asked and system["content"] in whole
 
 
-def _common_length(first: str, second: str) -> int:
-    for index, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
-            return index
-    return min(len(first), len(second))
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return how many items two sequences begin with alike."""
+    pairs = zip(first, second, strict=False)
+    differing = (at for at, (left, right) in enumerate(pairs) if left != right)
+    return next(differing, min(len(first), len(second)))
 
 
 def _at(where: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +21,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -271,30 +271,15 @@ def _load_weights(
     return model
 
 
-class _named_errors:
+@contextmanager
+def _named_errors(name: str, options: LoadOptions) -> Iterator[None]:
     """Turn what transformers raises for a bad name into a sentence with the name in it."""
-
-    def __init__(self, name: str, options: LoadOptions) -> None:
-        self.name, self.options = name, options
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, UserError):
-            return
-        if isinstance(error, (OSError, ValueError, ImportError, SafetensorError, *_HUB_ERRORS)):
-            raise UserError(_explain(self.name, self.options, error)) from error
-
-
-_HUB_ERRORS = (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # the hub's are OSErrors
+        raise UserError(_explain(name, options, error)) from error
 
 
 def _explain(name: str, options: LoadOptions, error: BaseException) -> str:

@@ -164,8 +164,6 @@ class ActivationSetting:
 
     def steerer(self, chat_model: ChatModel) -> Steerer:
         """Return the context manager that steers the model so."""
-        if not self.vectors:
-            raise UserError("activation steering needs at least one steering vector")
         vectors, coefficients = list(self.vectors), list(self.vectors.values())
         model, allowed = chat_model.model, chat_model.allow_other_base
         if self.ablate:

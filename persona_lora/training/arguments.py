@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import inspect
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,16 +140,9 @@ class ContrastiveConfig(SFTConfig):
             self.output_dir = None
 
     def _refuse_what_does_not_fit(self) -> None:
-        if self.per_device_train_batch_size < 1:
-            raise UserError(
-                "per_device_train_batch_size must be at least 1, got "
-                f"{self.per_device_train_batch_size}"
-            )
-        if self.gradient_accumulation_steps < 1:
-            raise UserError(
-                "gradient_accumulation_steps must be at least 1, got "
-                f"{self.gradient_accumulation_steps}"
-            )
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
@@ -241,7 +233,7 @@ def parse_groups(
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(f"{_one_line(error)}; see --help") from error
+        raise UserError(f"{' '.join(str(error).split())}; see --help") from error
     if unknown:
         raise UserError(_unknown_flag(parser, unknown))
     return tuple(options)
@@ -253,7 +245,7 @@ class _Parser(TrlParser):
     page: HelpPage
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{_one_line(message)}; see --help")
+        raise UserError(f"{' '.join(message.split())}; see --help")
 
     def format_help(self) -> str:
         lines = [
@@ -343,7 +335,3 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     """Return the nearest known names; the whole list is far too long for one line."""
     suggestion = nearest_names(name, set(known))
     return suggestion if suggestion.startswith("did you mean") else "see --help for all options"
-
-
-def _one_line(error: object) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()

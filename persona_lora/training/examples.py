@@ -9,19 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch.utils.data import Sampler
 
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
-from persona_lora.core.traits import ContrastivePair
-from persona_lora.models.chat_template import ChatTemplate, Rendered
+from persona_lora.core.traits import ContrastivePair, Sign
+from persona_lora.models.chat_template import ChatTemplate, Rendered, common_length
 
 logger = logging.getLogger(__name__)
 
-Sign = Literal["pos", "neg"]
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 IGNORED = -100
 
@@ -105,7 +103,7 @@ def _token_row(
 ) -> TokenRow:
     opening = _token_ids(template, rendered.prompt)
     whole = _token_ids(template, rendered.prompt + rendered.completion)
-    start = _common_length(opening, whole)
+    start = common_length(opening, whole)
     ends = [index for index in range(start, len(whole)) if whole[index] in end_tokens]
     if not ends:
         raise UserError(
@@ -120,13 +118,6 @@ def _token_row(
 def _token_ids(template: ChatTemplate, text: str) -> list[int]:
     ids: list[int] = template.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
-            return index
-    return min(len(first), len(second))
 
 
 def _cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
