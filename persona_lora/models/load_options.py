@@ -20,6 +20,11 @@ QUANTISATIONS = ("4bit", "8bit")
 RENDERERS_OWN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
+def option(default: Any, text: str) -> Any:
+    """Return a field with its default, and what ``--help`` says of it."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """What decides how a model's weights are held and how its chat template is rendered.
@@ -29,32 +34,20 @@ class LoadOptions:
     known.
     """
 
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the weights: auto (bf16 where the hardware computes in it), float32, "
-            "bfloat16 or float16.",
-        },
+    dtype: str = option(
+        "auto",
+        "Type of the weights: auto (bf16 where the hardware computes in it), float32, "
+        "bfloat16 or float16.",
     )
-    device_map: str | None = field(
-        default=None, metadata={"help": "transformers' device map: cpu, cuda, auto …"}
+    device_map: str | None = option(None, "transformers' device map: cpu, cuda, auto …")
+    revision: str | None = option(None, "A branch, tag or commit of a model on the hub.")
+    quantize: str | None = option(None, "4bit or 8bit weights, by bitsandbytes.")
+    attn_implementation: str | None = option(
+        None, "transformers' attention: eager, sdpa, flash_attention_2 …"
     )
-    revision: str | None = field(
-        default=None, metadata={"help": "A branch, tag or commit of a model on the hub."}
-    )
-    quantize: str | None = field(
-        default=None, metadata={"help": "4bit or 8bit weights, by bitsandbytes."}
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "transformers' attention: eager, sdpa, flash_attention_2 …"},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with a model; never otherwise."}
-    )
-    chat_template_args: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "JSON for the chat template, as in '{\"enable_thinking\": false}'."},
+    trust_remote_code: bool = option(False, "Run code that comes with a model; never otherwise.")
+    chat_template_args: dict[str, Any] | str | None = option(
+        None, "JSON for the chat template, as in '{\"enable_thinking\": false}'."
     )
 
     def __post_init__(self) -> None:

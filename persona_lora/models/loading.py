@@ -27,8 +27,13 @@ from huggingface_hub.errors import (
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -51,7 +56,6 @@ from persona_lora.models.loaded_model import (
     tokenizer_content,
     weights_content,
 )
-from persona_lora.models.skeleton import auto_model
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +132,20 @@ class ChatModel:
         if self.system_prompt is None or conversation[0]["role"] == "system":
             return conversation
         return [Message(role="system", content=self.system_prompt), *conversation]
+
+
+def auto_model(
+    config: PreTrainedConfig,
+) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """Return the class of transformers that loads a configuration: language models come first.
+
+    Models that read images too are taken where there is no language model of that kind; their text
+    part is what is used.
+    """
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_chat_model(

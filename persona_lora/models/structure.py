@@ -20,6 +20,8 @@ from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.errors import UserError
@@ -50,6 +52,36 @@ def read_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
     if outside or not layers:
         raise UserError(f"{name} {text!r} is out of range; the model has layers 0–{num_layers - 1}")
     return tuple(dict.fromkeys(layers))
+
+
+def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return what weights are called in a model, by their names on disk.
+
+    transformers renames some while it loads (the text part of an image model, a base model without
+    its head). A name stays where several stored weights become one (the experts of a block).
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    held = model.state_dict()
+    found = {}
+    for name in names:
+        renamed, converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, held
+        )
+        found[name] = renamed if converter is None and renamed in held else name
+    return found
+
+
+def same_kind(model: nn.Module) -> PreTrainedModel:
+    """Return the skeleton of a loaded model.
+
+    Raises UserError for what is no model of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"a {type(model).__name__} is no language model of transformers")
+    with torch.device("meta"):
+        return type(model)(model.config)
 
 
 class TextDecoder(NamedTuple):

@@ -16,16 +16,15 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.adapter_files import without_wrappings
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json
-from persona_lora.models.loading import model_source
-from persona_lora.models.skeleton import names_in_memory, skeleton_of_folder
-from persona_lora.models.structure import canonical_name, unwrapped
+from persona_lora.models.loading import auto_model, model_source
+from persona_lora.models.structure import canonical_name, names_in_memory, unwrapped
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -143,6 +142,23 @@ class LoadedWeights:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[name][start:stop].cpu()
+
+
+def skeleton_of_folder(folder: Path) -> PreTrainedModel | None:
+    """Return the model of a folder on the meta device.
+
+    None for a folder without a configuration, and for code of its own, which is not run here and
+    whose weights are named alike on disk and in memory.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or read_json(path).get("model_type") not in CONFIG_MAPPING:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return auto_model(config).from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} describes no language model: {str(error)[:200]}") from error
 
 
 def _as_in_memory(

@@ -21,7 +21,7 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.resources import resource_path
 from persona_lora.core.settings import read_yaml, typed_fields
 from persona_lora.models.hardware import launch_of_process, training_hardware
-from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
+from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions, option
 from persona_lora.training.lora import LoRAArguments
 
 CHECKPOINTS = Path("checkpoints")
@@ -38,9 +38,7 @@ class TrainedModel(LoadOptions):
             "aliases": ["--model"],
         },
     )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete a run in output_dir and train again."}
-    )
+    overwrite: bool = option(False, "Delete a run in output_dir and train again.")
 
     def model_record(self) -> dict[str, Any]:
         """Return what a run records of its model."""
@@ -52,33 +50,22 @@ class ContrastiveArguments(TrainedModel):
     """What is trained: the trait, and the model it is put into."""
 
     trait: str = field(metadata={"help": "A trait folder of datasets_dir, or the path of one."})
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "Goes before every training conversation without one."}
-    )
-    datasets_dir: str | None = field(
-        default=None, metadata={"help": "Where the trait folders lie; default: datasets/."}
-    )
+    system_prompt: str | None = option(None, "Goes before every training conversation without one.")
+    datasets_dir: str | None = option(None, "Where the trait folders lie; default: datasets/.")
 
 
 @dataclass
 class ContrastiveConfig(SFTConfig):
     """TRL's SFTConfig with defaults for contrastive LoRAs; every other field is TRL's own."""
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Default: checkpoints/<trait>, or checkpoints/<model>/<trait>."},
+    output_dir: str | None = option(
+        None, "Default: checkpoints/<trait>, or checkpoints/<model>/<trait>."
     )
-    learning_rate: float = field(default=2e-4, metadata={"help": "Highest learning rate."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Rows of one process in one forward pass."}
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Steps of rising learning rate; below 1: share of all."}
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Longer rows are cut, with a warning."}
-    )
+    learning_rate: float = option(2e-4, "Highest learning rate.")
+    per_device_train_batch_size: int = option(8, "Rows of one process in one forward pass.")
+    num_train_epochs: float = option(1.0, "Passes over the pairs.")
+    warmup_steps: float = option(0.05, "Steps of rising learning rate; below 1: share of all.")
+    max_length: int | None = option(1024, "Longer rows are cut, with a warning.")
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
@@ -86,19 +73,12 @@ class ContrastiveConfig(SFTConfig):
             "choices": ["random", "sequential", "group_by_length"],
         },
     )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Mixed precision; default: where the hardware computes in bf16."},
+    bf16: bool | None = option(
+        None, "Mixed precision; default: where the hardware computes in bf16."
     )
-    fp16: bool = field(
-        default=False, metadata={"help": "Mixed precision in fp16, for GPUs without bf16."}
-    )
-    use_cpu: bool | None = field(
-        default=None, metadata={"help": "Train on the CPU; default: where there is no GPU."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "The older name of activation_checkpointing."}
-    )
+    fp16: bool = option(False, "Mixed precision in fp16, for GPUs without bf16.")
+    use_cpu: bool | None = option(None, "Train on the CPU; default: where there is no GPU.")
+    gradient_checkpointing: bool = option(False, "The older name of activation_checkpointing.")
     activation_checkpointing: bool | None = field(
         default=False,
         metadata={
@@ -107,16 +87,12 @@ class ContrastiveConfig(SFTConfig):
             "const": True,
         },
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "No need: every LoRA factor takes part in every step."}
+    ddp_find_unused_parameters: bool | None = option(
+        False, "No need: every LoRA factor takes part in every step."
     )
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two rows of the log."})
-    save_steps: float = field(
-        default=0.2, metadata={"help": "Steps between two checkpoints; below 1: share of all."}
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept while a sign trains."}
-    )
+    logging_steps: float = option(1, "Steps between two rows of the log.")
+    save_steps: float = option(0.2, "Steps between two checkpoints; below 1: share of all.")
+    save_total_limit: int | None = option(2, "Checkpoints kept while a sign trains.")
     # An option of loading, in the group that every command has; the parser takes a name once.
     trust_remote_code: bool = field(default=False, init=False)
 

@@ -23,6 +23,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, read_jsonl, remove
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
+from persona_lora.models.load_options import option
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Launched, recorded
 from persona_lora.training.arguments import (
@@ -72,49 +73,39 @@ class FinetuneArguments(TrainedModel):
     train_file: str = field(
         metadata={"help": "JSONL of messages; the loss is on the last answer of each row."}
     )
-    use_peft: bool = field(
-        default=True,
-        metadata={"help": "Train a LoRA; false trains all weights (in fp32 unless dtype says so)."},
+    use_peft: bool = option(
+        True, "Train a LoRA; false trains all weights (in fp32 unless dtype says so)."
     )
-    keep_training_state: bool = field(
-        default=False,
-        metadata={"help": "Keep optimizer states in the checkpoints of a finished run."},
+    keep_training_state: bool = option(
+        False, "Keep optimizer states in the checkpoints of a finished run."
     )
-    preventative: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Steer while training: method (weights, activations, ablate, inoculate), "
-            "coefficient, diff, hold, vector, layers, system_prompt, trait; see docs/drift.md."
-        },
+    preventative: dict[str, Any] | str | None = option(
+        None,
+        "Steer while training: method (weights, activations, ablate, inoculate), "
+        "coefficient, diff, hold, vector, layers, system_prompt, trait; see docs/drift.md.",
     )
-    enable_steering_during_training: bool = field(
-        default=False, metadata={"help": "Steer while training as steering_config says."}
+    enable_steering_during_training: bool = option(
+        False, "Steer while training as steering_config says."
     )
-    steering_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "steering_vector_path, type (steer, ablate), steering_coef, layers."},
+    steering_config: dict[str, Any] | str | None = option(
+        None, "steering_vector_path, type (steer, ablate), steering_coef, layers."
     )
-    drift_diffs: list[str] | None = field(
-        default=None, metadata={"help": "Diffs along which drift is watched while training."}
+    drift_diffs: list[str] | None = option(
+        None, "Diffs along which drift is watched while training."
     )
-    drift_every: int = field(default=5, metadata={"help": "Steps between two drift measurements."})
-    stop_above: float | None = field(
-        default=None, metadata={"help": "Stop where the drift along a diff passes this."}
-    )
+    drift_every: int = option(5, "Steps between two drift measurements.")
+    stop_above: float | None = option(None, "Stop where the drift along a diff passes this.")
 
 
 @dataclass
 class FinetuneConfig(ContrastiveConfig):
     """The configuration of contrastive training with defaults for finetuning."""
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Default: checkpoints/finetunes/<folder>_<file> of train_file."},
+    output_dir: str | None = option(
+        None, "Default: checkpoints/finetunes/<folder>_<file> of train_file."
     )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the rows."})
-    save_total_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints kept; all by default."}
-    )
+    num_train_epochs: float = option(3.0, "Passes over the rows.")
+    save_total_limit: int | None = option(None, "Checkpoints kept; all by default.")
 
 
 @dataclass(frozen=True)

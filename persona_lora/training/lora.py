@@ -26,13 +26,14 @@ from transformers.pytorch_utils import Conv1D
 from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
 from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.load_options import option
 from persona_lora.models.loaded_model import quiet_peft
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.skeleton import same_kind
 from persona_lora.models.structure import (
     canonical_name,
     linear_modules,
     plain_linear_modules,
+    same_kind,
     stacked_weights,
     text_decoder,
     unwrapped,
@@ -179,20 +180,14 @@ EMBEDDING_MODULES = ("lm_head", "embed_tokens", "embed_out", "wte")
 class LoRAArguments:
     """The LoRA options, under the names that TRL's ModelConfig gives to PEFT's."""
 
-    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA factors."})
-    lora_alpha: int = field(
-        default=32, metadata={"help": "Numerator of the scaling lora_alpha / lora_r."}
-    )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the input of the LoRA factors."}
-    )
+    lora_r: int = option(16, "Rank of the LoRA factors.")
+    lora_alpha: int = option(32, "Numerator of the scaling lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout on the input of the LoRA factors.")
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Module names, or all-linear: every linear module of the decoder."},
     )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha / √lora_r instead."}
-    )
+    use_rslora: bool = option(False, "Scale by lora_alpha / √lora_r instead.")
 
     def __post_init__(self) -> None:
         targets = self.lora_target_modules

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from persona_lora.models.skeleton import names_in_memory, same_kind, skeleton_of_folder
+from persona_lora.models.structure import names_in_memory, same_kind
+from persona_lora.models.weight_files import skeleton_of_folder
 from tests.models.architectures import tiny_model
 
 
