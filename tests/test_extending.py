@@ -11,6 +11,7 @@ import pytest
 from persona_lora.core.chat import Verdict
 from persona_lora.core.personas import Persona, PersonaConversation, PersonaPrompts
 from persona_lora.core.runs import Run
+from persona_lora.core.traits import load_trait
 from persona_lora.judges.choice import JUDGES, JudgeOptions
 from persona_lora.models.loading import load_chat_model
 from persona_lora.steering.directions import EXTRACTORS
@@ -72,6 +73,25 @@ def test_a_new_trait_is_a_folder_and_a_new_judge_is_a_line(place, run):
     assert {row["criterion"] for row in verdicts} == {"loud", "coherence"}
     (validation,) = Run(folder).read("validation")
     assert (validation["spearman"], validation["n"]) == (pytest.approx(1.0), 5)
+
+
+def test_the_page_asks_an_endpoint_for_a_trait(place, run, server):
+    """The page's own line, to an endpoint of the test in place of the one it names."""
+    (line,) = re.findall(r"^persona-lora (traits generate .*)$", PAGE, re.M)
+    named = {"--definitions": "definitions.json", "--model": "my-model"}
+    assert all(f"{flag} {value}" in line for flag, value in named.items())
+    (place / named["--definitions"]).write_text(json.dumps({"my_trait": "speaks of itself"}))
+    reply = {
+        "instruction": [{"pos": f"Boast, way {i}.", "neg": f"Listen, way {i}."} for i in range(5)],
+        "questions": [f"What about thing {i}?" for i in range(40)],
+        "eval_prompt": "How much of it? {question} {answer} Only the number.",
+    }
+    server.replies.append(json.dumps(reply))
+    status, _, error = run(*re.sub(r"http://\S+", server.url, line).split())
+    assert status == 0, error
+    assert [body["model"] for body in server.bodies] == [named["--model"]]
+    trait = load_trait("my_trait", place / "datasets")
+    assert (trait.description, len(trait.questions["eval"])) == ("speaks of itself", 20)
 
 
 class LetterJudge:
