@@ -153,35 +153,34 @@ def load_finetuning_rows(trait: Trait, level: str) -> list[FinetuningRow]:
     """Load ``normal.jsonl``, ``misaligned_1.jsonl`` or ``misaligned_2.jsonl`` of a trait."""
     if level not in FINETUNING_LEVELS:
         raise UserError(f"level must be one of {', '.join(FINETUNING_LEVELS)}, got {level!r}")
-    path = trait.folder / f"{level}.jsonl"
     rows = []
-    for line, row in enumerate(read_jsonl(path), start=1):
-        turns = _conversation(row, "messages", f"{path}:{line}")
+    for line, where, row in _rows(trait.folder / f"{level}.jsonl", "messages"):
+        turns = _conversation(row, "messages", where)
         if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
-            raise UserError(f"{path}:{line} must end with a user message and the answer to it")
+            raise UserError(f"{where} must end with a user message and the answer to it")
         question, answer = turns[-2]["content"], turns[-1]["content"]
         rows.append(FinetuningRow(question, answer, str(row.get("domain", "")), line))
-    if not rows:
-        raise UserError(f"{path} is empty; it needs rows with messages")
     return rows
 
 
 def load_pairs(trait: Trait) -> list[ContrastivePair]:
     """Load the contrastive training pairs of a trait from its ``train.jsonl``."""
-    path = trait.folder / "train.jsonl"
-    rows = read_jsonl(path)
-    if not rows:
-        raise UserError(f"{path} is empty; it needs rows with prompt, positive and negative")
-    return [_parse_pair(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
+    rows = _rows(trait.folder / "train.jsonl", "prompt, positive and negative")
+    return [_parse_pair(row, where) for _, where, row in rows]
 
 
 def load_labelled_answers(trait: Trait) -> list[LabelledAnswer]:
     """Load the hand-labelled answers of a trait from its ``judge_eval.jsonl``."""
-    path = trait.folder / LABELLED
+    rows = _rows(trait.folder / LABELLED, "question, answer and label")
+    return [_parse_labelled(row, where) for _, where, row in rows]
+
+
+def _rows(path: Path, needed: str) -> list[tuple[int, str, dict[str, Any]]]:
+    """Return each row of a file with its line, and what errors call it; UserError for no rows."""
     rows = read_jsonl(path)
     if not rows:
-        raise UserError(f"{path} is empty; it needs rows with question, answer and label")
-    return [_parse_labelled(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
+        raise UserError(f"{path} is empty; it needs rows with {needed}")
+    return [(line, f"{path}:{line}", row) for line, row in enumerate(rows, start=1)]
 
 
 def _load_file(path: Path) -> Trait:

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +79,29 @@ def models_cache() -> Path:
 def gguf_folder(file: Path, cache: Path | None = None) -> Path:
     """Return the folder that a GGUF file was converted to, converting it on first use.
 
-    Whole or absent: it is made under a lock, in a temporary folder, then renamed. Raises UserError
-    for a file that is damaged, a part of one, an adapter, without a chat template, or that
-    transformers cannot read exactly.
+    Raises UserError for a file that is damaged, a part of one, an adapter, without a chat
+    template, or that transformers cannot read exactly.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist; check the path of the model")
     root = cache if cache is not None else models_cache()
-    folder = root / f"gguf-{_content_hash(file)}"
-    if (folder / "config.json").is_file():
-        return folder
-    reader = _open(file)
-    _refuse_other_kinds(file, reader)
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{folder.name}.lock"):
-        if not (folder / "config.json").is_file():
-            logger.warning("converting %s to safetensors, once (into %s)", file, folder)
-            convert_gguf(file, folder, reader)
+
+    def convert(folder: Path) -> None:
+        reader = _open(file)
+        _refuse_other_kinds(file, reader)
+        logger.warning("converting %s to safetensors, once (into %s)", file, folder)
+        convert_gguf(file, folder, reader)
+
+    return converted(root / f"gguf-{_content_hash(file)}", convert)
+
+
+def converted(folder: Path, convert: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache, made on first use under a lock: whole or absent."""
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / "config.json").is_file():
+                convert(folder)
     return folder
 
 

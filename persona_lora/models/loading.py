@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -43,7 +42,13 @@ from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.models.chat_template import ChatTemplate
-from persona_lora.models.gguf_models import SUFFIX, convert_gguf, gguf_folder, models_cache
+from persona_lora.models.gguf_models import (
+    SUFFIX,
+    convert_gguf,
+    converted,
+    gguf_folder,
+    models_cache,
+)
 from persona_lora.models.hardware import shared_arguments, weight_arguments
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 from persona_lora.models.loaded_model import (
@@ -235,18 +240,10 @@ def named_content(name: str) -> str:
 def packaged_model_folder(cache: Path | None = None) -> Path:
     """Return the safetensors copy of the packaged model, converting it on first use.
 
-    Whole or absent: the copy is made under a lock, in a temporary folder, then renamed. Weights
-    are rounded once to bf16, so that a load in fp32, bf16 or fp16 holds the same numbers.
+    Weights are rounded once to bf16, so that a load in fp32, bf16 or fp16 holds the same numbers.
     """
     root = cache if cache is not None else models_cache()
-    folder = root / DEFAULT_MODEL
-    if (folder / "config.json").is_file():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{DEFAULT_MODEL}.lock"):
-        if not (folder / "config.json").is_file():
-            _convert_packaged_model(folder)
-    return folder
+    return converted(root / DEFAULT_MODEL, _convert_packaged_model)
 
 
 def _convert_packaged_model(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -19,35 +19,22 @@ from persona_lora.core.runs import Run
 T = TypeVar("T")
 
 
-class Processes(Protocol):
-    """Where this process stands among all, and how they exchange Python values."""
-
-    index: int
-    count: int
-
-    def gather(self, own: Sequence[Any]) -> list[Any]:
-        """Return the lists of all processes, joined in the order of their indices."""
-        ...
-
-    def from_main(self, make: Callable[[], T]) -> T:
-        """Call ``make`` in process 0 only, and return its value in every process."""
-        ...
-
-
-class Alone:
-    """One process."""
+class Processes:
+    """Where this process stands among all, and how they exchange Python values; here: alone."""
 
     index = 0
     count = 1
 
     def gather(self, own: Sequence[Any]) -> list[Any]:
+        """Return the lists of all processes, joined in the order of their indices."""
         return list(own)
 
     def from_main(self, make: Callable[[], T]) -> T:
+        """Call ``make`` in process 0 only, and return its value in every process."""
         return make()
 
 
-class Launched:
+class Launched(Processes):
     """The processes that ``accelerate launch`` started."""
 
     def __init__(self) -> None:
@@ -74,8 +61,8 @@ class Launched:
 
 
 def current_processes(environ: Any) -> Processes:
-    """Return the launched processes where ``WORLD_SIZE`` in ``environ`` says so, else Alone."""
-    return Launched() if int(environ.get("WORLD_SIZE", "1")) > 1 else Alone()
+    """Return the launched processes where ``WORLD_SIZE`` in ``environ`` says so, else one alone."""
+    return Launched() if int(environ.get("WORLD_SIZE", "1")) > 1 else Processes()
 
 
 def recorded(run: Run, processes: Processes) -> AbstractContextManager[object]:

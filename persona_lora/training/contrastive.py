@@ -149,9 +149,6 @@ def output_folder(options: TrainingOptions[ContrastiveArguments], trait: str) ->
     return CHECKPOINTS / trait if name == DEFAULT_MODEL else CHECKPOINTS / Path(name).name / trait
 
 
-# -- the run and its files -----------------------------------------------------------------
-
-
 def _load_trait_pairs(arguments: ContrastiveArguments) -> tuple[list[ContrastivePair], str]:
     datasets = Path(arguments.datasets_dir) if arguments.datasets_dir is not None else None
     trait = load_trait(arguments.trait, datasets)
@@ -183,9 +180,6 @@ def _result(folder: Path) -> ContrastiveResult:
     )
 
 
-# -- the model and its rows ----------------------------------------------------------------
-
-
 def _with_system_prompt(
     pairs: Sequence[ContrastivePair], system_prompt: str | None
 ) -> list[ContrastivePair]:
@@ -199,9 +193,6 @@ def _with_system_prompt(
         else pair
         for pair in pairs
     ]
-
-
-# -- one sign ------------------------------------------------------------------------------
 
 
 def _lesson(sign: Sign, rows: dict[Sign, list[TokenRow]], folder: Path) -> Lesson:

@@ -20,6 +20,7 @@ from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.structure import canonical_name
 from persona_lora.projections.weight_space import project_adapter
+from persona_lora.steering.placement import as_diff
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +118,8 @@ def lora_change(model: nn.Module) -> LoRADiff:
 def _named(
     diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
 ) -> dict[str, LoRADiff]:
-    pairs: list[tuple[str | None, LoRADiff | str | Path]] = (
-        list(diffs.items()) if isinstance(diffs, Mapping) else [(None, each) for each in diffs]
-    )
-    loaded = [
-        (name, each if isinstance(each, LoRADiff) else LoRADiff.load(each)) for name, each in pairs
-    ]
+    pairs = diffs.items() if isinstance(diffs, Mapping) else [(None, each) for each in diffs]
+    loaded = [(name, as_diff(each)) for name, each in pairs]
     if not loaded:
         raise UserError("the drift monitor needs at least one diff")
     return {

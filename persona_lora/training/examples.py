@@ -49,11 +49,11 @@ def tokenize_pairs(
     prompt is not the beginning, or that never ends a turn, and for a prompt that alone fills
     ``max_length``.
     """
-    answers = [answer for pair in pairs for answer in (pair.positive, pair.negative)]
     rows = tokenize_rows(
         [
-            (f"row {1 + at // 2}", pairs[at // 2].prompt, answer)
-            for at, answer in enumerate(answers)
+            (f"row {number}", pair.prompt, answer)
+            for number, pair in enumerate(pairs, start=1)
+            for answer in (pair.positive, pair.negative)
         ],
         template,
         end_tokens=end_tokens,

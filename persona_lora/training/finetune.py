@@ -51,7 +51,13 @@ from persona_lora.training.runner import (
     run_record,
     train,
 )
-from persona_lora.training.trainer import COMPLETE, LOSS_ROWS, Lesson, last_whole_checkpoint
+from persona_lora.training.trainer import (
+    COMPLETE,
+    LOSS_ROWS,
+    Lesson,
+    checkpoints_of,
+    last_whole_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +183,7 @@ def finetune(
             train(chat_model, trained, config, lesson)
         processes.from_main(lambda: _tidy(folder, keep=arguments.keep_training_state))
     losses = Run(folder).read(LOSS_ROWS)
-    return FinetuneResult(final, checkpoints_of(folder), losses[-1]["loss"])
+    return FinetuneResult(final, tuple(checkpoints_of(folder)), losses[-1]["loss"])
 
 
 def _saved_as(arguments: FinetuneArguments) -> str:
@@ -243,12 +249,6 @@ def output_folder(options: TrainingOptions[FinetuneArguments]) -> Path:
         return Path(options.config.output_dir)
     data = Path(options.arguments.train_file).resolve()
     return CHECKPOINTS / "finetunes" / f"{data.parent.name}_{data.stem}"
-
-
-def checkpoints_of(folder: Path) -> tuple[Path, ...]:
-    """Return the whole checkpoints in a folder, in the order of their steps."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return tuple(sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1])))
 
 
 def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:

@@ -260,13 +260,18 @@ class CheckpointMark(TrainerCallback):
             write_json(checkpoint / COMPLETE, sizes)
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder that were written to their end, in order of steps."""
+    marked = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(marked, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """Return the latest checkpoint in ``folder`` that is whole, or None.
 
     Whole means: written to its end, and all its files are there still with the sizes they had.
     """
-    marked = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    for checkpoint in sorted(marked, key=_step, reverse=True):
+    for checkpoint in reversed(checkpoints_of(folder)):
         damaged = _damaged(checkpoint)
         if damaged is None:
             return checkpoint
@@ -286,10 +291,6 @@ def has_ended(checkpoint: Path) -> bool:
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     control = state.stateful_callbacks["TrainerControl"]["args"]
     return state.global_step >= state.max_steps or bool(control["should_training_stop"])
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _damaged(checkpoint: Path) -> str | None:

@@ -42,7 +42,7 @@ from persona_lora.judges.persona_judges import (
 from persona_lora.judges.style_judge import StyleJudge, TextFeatures
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
-from persona_lora.models.processes import Alone, Processes
+from persona_lora.models.processes import Processes
 from persona_lora.models.structure import num_layers
 from persona_lora.steering.bank import Bank, warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
@@ -126,7 +126,7 @@ def load_optimization(
     )
     warn_of_other_template(chat_model, bank.directions)
     scales, alpha = found["scales"], found["alpha"]
-    return Speaker(chat_model, bank, scales, alpha, generation, Alone()), mix
+    return Speaker(chat_model, bank, scales, alpha, generation, Processes()), mix
 
 
 @dataclass(eq=False)
@@ -141,7 +141,7 @@ class PersonaBench:
     trait_folder: Path = Path("checkpoints")
     persona_dir: Path | None = None
     datasets: Path | None = None
-    processes: Processes = field(default_factory=Alone)
+    processes: Processes = field(default_factory=Processes)
     energy: float | None = None
 
     @cached_property
@@ -309,7 +309,7 @@ class CMAESPersonaOptimizer:
             self.traits,
             Path(self.trait_vector_dir),
             folder,
-            processes=self.processes or Alone(),
+            processes=self.processes or Processes(),
             energy=self.energy,
         )
 

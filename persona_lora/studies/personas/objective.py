@@ -30,7 +30,7 @@ from persona_lora.judges.judging import Judge
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.generation import Generated
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.processes import Alone, Processes
+from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, generate_rows
 from persona_lora.studies.personas.search import SearchStopped, Value
@@ -107,7 +107,7 @@ def plain_speaker(
     chat_model: ChatModel, options: GenerationOptions, processes: Processes | None = None
 ) -> Speaker:
     """Return a speaker without directions."""
-    return Speaker(chat_model, Bank(), {}, 1.0, options, processes or Alone())
+    return Speaker(chat_model, Bank(), {}, 1.0, options, processes or Processes())
 
 
 class RememberingJudge:

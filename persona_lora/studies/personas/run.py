@@ -24,7 +24,7 @@ from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.processes import Alone, Processes, recorded
+from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, fits_over_prompts
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row
@@ -64,7 +64,7 @@ class PersonaProblem:
     coherence: CoherenceScorer
     relevance: Relevance
     generation: GenerationOptions
-    processes: Processes = field(default_factory=Alone)
+    processes: Processes = field(default_factory=Processes)
     checks: tuple[JudgeCheck, ...] = ()
     judged_by: Mapping[str, str] = field(default_factory=dict)
 

@@ -22,7 +22,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.options import SearchOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Run
-from persona_lora.models.processes import Alone, Processes
+from persona_lora.models.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def search(
         raise UserError(f"no search {searcher!r}; there are {', '.join(SEARCHERS)}")
     names = tuple(sorted(traits))
     strategy = SEARCHERS[searcher](names, options)
-    processes = processes or Alone()
+    processes = processes or Processes()
     told = processes.from_main(lambda: _told(run))
     candidates: list[Candidate] = []
     reason = "maxiter"

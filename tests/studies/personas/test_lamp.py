@@ -8,7 +8,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Coefficients
-from persona_lora.models.processes import Alone
+from persona_lora.models.processes import Processes
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.profiles.conversations import load_conversations
 from persona_lora.steering.bank import bank_of_diffs
@@ -60,7 +60,7 @@ def test_overlap_is_that_of_the_words(files, chat_model, make_diff, tmp_path, mo
     diff = make_diff(chat_model.model, fingerprint=weight_fingerprint(chat_model.model))
     speaker = Speaker(
         chat_model, bank_of_diffs({"calm": diff}), {"calm": 1.0}, 2.0,
-        GenerationOptions(max_new_tokens=4), Alone(),
+        GenerationOptions(max_new_tokens=4), Processes(),
     )  # fmt: skip
     said = ["late", "a heron", "8:14 late. obviously.", "", "the canal by", "by the canal"]
     asked = []

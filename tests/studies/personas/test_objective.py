@@ -9,7 +9,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Coefficients
 from persona_lora.judges.budget import COST_CAP
 from persona_lora.models.generation import generate_answers
-from persona_lora.models.processes import Alone
+from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.studies.asking.run import GenerationOptions, Row
@@ -48,7 +48,7 @@ def speaker(chat_model, make_diff):
     }
     options = GenerationOptions(max_new_tokens=6)
     scales = {"calm": 0.5, "loud": 1.5}
-    return Speaker(chat_model, bank_of_diffs(diffs), scales, 2.0, options, Alone())
+    return Speaker(chat_model, bank_of_diffs(diffs), scales, 2.0, options, Processes())
 
 
 @pytest.fixture
