@@ -22,6 +22,7 @@ from persona_lora.data.writers import Writer
 INSTRUCTION_PAIRS = 5
 QUESTIONS = 40
 MAX_TOKENS = 4000
+TEMPERATURE = 0.7
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 REQUEST = """You design material for studying one character trait of a chat assistant.
@@ -86,7 +87,6 @@ def generate_traits(
     *,
     overwrite: bool = False,
     attempts: int = 4,
-    temperature: float = 0.7,
     seed: int = 0,
 ) -> list[GeneratedTrait]:
     """Write ``<datasets>/<name>/trait.json`` for every definition.
@@ -103,7 +103,7 @@ def generate_traits(
             _check_made_from(definition, path)
             results.append(GeneratedTrait(definition.name, path, kept=True, attempts=0))
             continue
-        trait, needed = _generate(definition, writer, attempts, temperature, seed)
+        trait, needed = _generate(definition, writer, attempts, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, trait)
         results.append(GeneratedTrait(definition.name, path, kept=False, attempts=needed))
@@ -141,7 +141,7 @@ def parse_trait_reply(reply: str) -> dict[str, Any]:
 
 
 def _generate(
-    definition: Definition, writer: Writer, attempts: int, temperature: float, seed: int
+    definition: Definition, writer: Writer, attempts: int, seed: int
 ) -> tuple[dict[str, Any], int]:
     request = REQUEST.format(
         name=definition.name,
@@ -153,7 +153,7 @@ def _generate(
     problem = "no reply came"
     for attempt in range(1, attempts + 1):
         (reply,) = writer.write(
-            [conversation], max_tokens=MAX_TOKENS, temperature=temperature, seed=seed + attempt
+            [conversation], max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=seed + attempt
         )
         try:
             return _as_file(definition, parse_trait_reply(reply or "")), attempt

@@ -42,17 +42,22 @@ class _BlockSteerer(Steerer):
     def __init__(
         self,
         model: nn.Module,
-        vectors: Sequence[SteeringVector],
+        vector: SteeringVector | Sequence[SteeringVector],
+        layers: int | Sequence[int] | None,
         positions: Positions,
         allow_other_base: bool,
     ) -> None:
         if positions not in POSITIONS:
             raise UserError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+        vectors = [vector] if isinstance(vector, SteeringVector) else list(vector)
         if not vectors:
             raise UserError("activation steering needs at least one steering vector")
         super().__init__(model, every=True)
         self.model = model
-        self.vectors = list(vectors)
+        if layers is not None:
+            at = [layers] if isinstance(layers, int) else layers
+            vectors = [each.at(at) for each in vectors]
+        self.vectors = vectors
         self.positions = positions
         self._blocks = {
             layer: block
@@ -172,11 +177,11 @@ class ActivationSteerer(_BlockSteerer):
         *,
         allow_other_base: bool = False,
     ) -> None:
-        vectors = _restricted(vector, layers)
-        super().__init__(model, vectors, positions, allow_other_base)
-        self._rows = RowCoefficients(_by_row(coefficient, len(vectors)), len(vectors))
+        super().__init__(model, vector, layers, positions, allow_other_base)
+        number = len(self.vectors)
+        self._rows = RowCoefficients(_by_row(coefficient, number), number)
         self._terms: dict[int, list[int]] = defaultdict(list)
-        for index, each in enumerate(vectors):
+        for index, each in enumerate(self.vectors):
             for layer in each.layers:
                 self._terms[layer].append(index)
         self._deltas: dict[int, Tensor] = {}
@@ -217,11 +222,10 @@ class DirectionAblation(_BlockSteerer):
         *,
         allow_other_base: bool = False,
     ) -> None:
-        vectors = _restricted(vector, layers)
-        super().__init__(model, vectors, positions, allow_other_base)
+        super().__init__(model, vector, layers, positions, allow_other_base)
         self._bases = {
             layer: _orthonormal(
-                [each.directions[layer] for each in vectors if layer in each.layers]
+                [each.directions[layer] for each in self.vectors if layer in each.layers]
             )
             for layer in self._blocks
         }
@@ -230,15 +234,6 @@ class DirectionAblation(_BlockSteerer):
         """Return −Q Qᵀ h at a layer, in fp32; Q is ``[hidden, rank]``."""
         basis = self._bases[layer].to(hidden.device)
         return -(hidden.float() @ basis) @ basis.T
-
-
-def _restricted(
-    vector: SteeringVector | Sequence[SteeringVector], layers: int | Sequence[int] | None
-) -> list[SteeringVector]:
-    vectors = [vector] if isinstance(vector, SteeringVector) else list(vector)
-    if layers is None:
-        return vectors
-    return [each.at([layers] if isinstance(layers, int) else layers) for each in vectors]
 
 
 def _by_row(coefficient: Coefficients, num_vectors: int) -> list[list[float]]:

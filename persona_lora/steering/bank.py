@@ -93,25 +93,20 @@ def bank_of_diffs(diffs: Mapping[str, LoRADiff], *, energy: float | None = None)
     )
 
 
-def bank_of_vectors(
-    vectors: Mapping[str, SteeringVector],
-    layers: Sequence[int],
-    positions: Positions = "response",
-) -> Bank:
-    """Return a bank of one vector per trait, each added at all of ``layers``."""
+def bank_of_vectors(vectors: Mapping[str, SteeringVector], layers: Sequence[int]) -> Bank:
+    """Return a bank of one vector per trait, added to the response at all of ``layers``."""
     _check_any(vectors)
     check_layers(layers)
     vectors = dict(sorted(vectors.items()))
     used = {trait: vector.at(layers) for trait, vector in vectors.items()}
     return Bank(
         vectors=used,
-        positions=positions,
         record={
             "kind": "vectors",
             "methods": {trait: vector.method for trait, vector in vectors.items()},
             "norms": {trait: list(each.norms().values()) for trait, each in used.items()},
             "layers": list(layers),
-            "positions": positions,
+            "positions": "response",
         },
         inputs={f"the vector of {trait}": vector.content() for trait, vector in vectors.items()},
     )

@@ -22,12 +22,6 @@ def test_the_assistants_name_goes_before_the_instruction(name, expected):
     assert named(name, "X") == expected
 
 
-def test_the_name_goes_before_a_traits_prompt():
-    trait = load_trait("evil")
-    prompt = trait_prompt(trait, "pos", 1, assistant_name="evil")
-    assert prompt == f"You are an evil assistant. {trait.instructions[1].pos}"
-
-
 def test_a_trait_without_prompts_is_named():
     bare = dataclasses.replace(load_trait("evil"), instructions=())
     with pytest.raises(UserError, match="evil has no system prompts"):

@@ -22,7 +22,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.options import Elicitation, GenerationOptions, Thresholds
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Sign, Trait, load_pairs, named
+from persona_lora.core.traits import Sign, Trait, load_pairs, named, trait_prompt
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.hidden_states import POSITIONS
@@ -201,8 +201,7 @@ def from_answers(
 
 def elicited_prompt(elicitation: Elicitation, trait: Trait, sign: Sign, index: int) -> str:
     """Return the system prompt of one sign of one instruction pair."""
-    pair = trait.instructions[index]
-    instruction = pair.pos if sign == "pos" else pair.neg
+    instruction = trait_prompt(trait, sign, index)
     chosen = elicitation.assistant_name
     positive = trait.name if chosen is None else chosen
     name = positive if sign == "pos" else elicitation.negative_name
