@@ -17,7 +17,7 @@ from persona_lora.core import progress
 from persona_lora.core.chat import Conversation, Message, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_text, write_jsonl
-from persona_lora.core.options import DataOptions
+from persona_lora.core.options import DataOptions, GenerationOptions
 from persona_lora.core.runs import RECORD, Output, Run
 from persona_lora.core.traits import FINETUNING_LEVELS, Trait, trait_prompt
 from persona_lora.data.writers import Writer
@@ -144,12 +144,10 @@ def _more_questions(
         missing = options.questions_per_domain - len(known) - len(new)
         avoid = f"Do not repeat: {'; '.join([*known, *new][-10:])}" if known or new else ""
         request = ASK.format(number=missing, domain=domain, avoid=avoid).strip()
-        (reply,) = writer.write(
-            [user_question(request)],
-            max_tokens=QUESTION_TOKENS,
-            temperature=options.temperature,
-            seed=options.seed + 1000 * attempt,
+        drawn = GenerationOptions(
+            QUESTION_TOKENS, options.temperature, seed=options.seed + 1000 * attempt
         )
+        (reply,) = writer.write([user_question(request)], options=drawn)
         for question in parse_questions(reply or ""):
             if question.lower() not in taken and len(new) + len(known) < (
                 options.questions_per_domain
@@ -201,14 +199,8 @@ def _answers(
             answers[missing[at], kind] = text
 
         with progress.stage(f"writing {kind}"):
-            writer.write(
-                conversations,
-                max_tokens=ANSWER_TOKENS,
-                temperature=options.temperature,
-                seed=options.seed,
-                streams=missing,
-                on_text=keep,
-            )
+            drawn = GenerationOptions(ANSWER_TOKENS, options.temperature, seed=options.seed)
+            writer.write(conversations, options=drawn, streams=missing, on_text=keep)
     return answers
 
 

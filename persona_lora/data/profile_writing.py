@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import GenerationOptions
 from persona_lora.data.writers import Writer
 from persona_lora.profiles.features import Features
 
@@ -25,7 +26,7 @@ punctuation, favourite words, humour, what they talk about, how they treat the o
 Describe; do not imitate, and do not guess at facts of their life.
 """
 PLACEHOLDERS = ("{features}", "{samples}")
-LONGEST_PROFILE = 400  # tokens
+GREEDY = GenerationOptions(max_new_tokens=400)
 
 
 def profile_writer(
@@ -43,9 +44,7 @@ def profile_writer(
         numbers = json.dumps(dataclasses.asdict(features), indent=1, ensure_ascii=False)
         listed = "\n".join(f"- {sample}" for sample in samples)
         asked = prompt.replace("{features}", numbers).replace("{samples}", listed)
-        (text,) = writer.write(
-            [user_question(asked)], max_tokens=LONGEST_PROFILE, temperature=0.0, seed=0
-        )
+        (text,) = writer.write([user_question(asked)], options=GREEDY)
         if not (text or "").strip():
             raise UserError(f"{writer.name} wrote no profile; try again, or leave the writer out")
         return str(text).strip()

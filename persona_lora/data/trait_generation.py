@@ -17,6 +17,7 @@ from persona_lora.core import progress
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
+from persona_lora.core.options import GenerationOptions
 from persona_lora.data.writers import Writer
 
 INSTRUCTION_PAIRS = 5
@@ -152,9 +153,8 @@ def _generate(
     conversation: Conversation = [{"role": "user", "content": request}]
     problem = "no reply came"
     for attempt in range(1, attempts + 1):
-        (reply,) = writer.write(
-            [conversation], max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=seed + attempt
-        )
+        options = GenerationOptions(MAX_TOKENS, TEMPERATURE, seed=seed + attempt)
+        (reply,) = writer.write([conversation], options=options)
         try:
             return _as_file(definition, parse_trait_reply(reply or "")), attempt
         except ValueError as error:

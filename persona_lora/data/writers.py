@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from persona_lora.core import progress
 from persona_lora.core.chat import Conversation
 from persona_lora.core.content import digest_of
+from persona_lora.core.options import GenerationOptions
 from persona_lora.judges.completions import Reply, read_reply
 from persona_lora.judges.endpoint import (
     Address,
@@ -39,7 +40,7 @@ EMPTY = "the reply is empty"
 class Writer(Protocol):
     """Writes one text for each conversation; None where it could not.
 
-    Text i is drawn with ``seed`` and ``streams[i]`` (its place by default), so that it does not
+    Text i is drawn with the seed and ``streams[i]`` (its place by default), so that it does not
     depend on what else is asked for. ``on_text`` gets i and the text as soon as it is there.
     """
 
@@ -49,9 +50,7 @@ class Writer(Protocol):
         self,
         conversations: Sequence[Conversation],
         *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
+        options: GenerationOptions,
         streams: Sequence[int] | None = None,
         on_text: OnText | None = None,
     ) -> list[str | None]: ...
@@ -92,9 +91,7 @@ class EndpointWriter:
         self,
         conversations: Sequence[Conversation],
         *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
+        options: GenerationOptions,
         streams: Sequence[int] | None = None,
         on_text: OnText | None = None,
     ) -> list[str | None]:
@@ -104,9 +101,9 @@ class EndpointWriter:
             {
                 "model": self.endpoint.model,
                 "messages": conversation,
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "seed": seed + place,
+                "max_tokens": options.max_new_tokens,
+                "temperature": options.temperature,
+                "seed": options.seed + place,
             }
             for conversation, place in zip(conversations, places, strict=True)
         ]
@@ -174,9 +171,7 @@ class LocalWriter:
         self,
         conversations: Sequence[Conversation],
         *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
+        options: GenerationOptions,
         streams: Sequence[int] | None = None,
         on_text: OnText | None = None,
     ) -> list[str | None]:
@@ -190,9 +185,9 @@ class LocalWriter:
         answers = generate_answers(
             self.chat_model,
             conversations,
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
             plan=RowPlan(streams, on_batch=told),
         )
         return [answer.text or None for answer in answers]

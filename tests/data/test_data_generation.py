@@ -30,9 +30,7 @@ class EchoWriter:
         self,
         conversations,
         *,
-        max_tokens,
-        temperature,
-        seed,
+        options,
         streams=None,
         on_text=lambda index, text: None,
     ):

@@ -31,7 +31,7 @@ class ScriptedWriter:
     def __init__(self, *replies):
         self.replies, self.asked = list(replies), []
 
-    def write(self, conversations, *, max_tokens, temperature, seed):
+    def write(self, conversations, *, options):
         self.asked += conversations
         return [self.replies.pop(0) for _ in conversations]
 

@@ -7,9 +7,10 @@ import pytest
 from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import GenerationOptions
 from persona_lora.data.writers import Endpoint, EndpointWriter, LocalWriter
 
-ASKED = {"max_tokens": 16, "temperature": 0.0, "seed": 3}
+ASKED = {"options": GenerationOptions(max_new_tokens=16, seed=3)}
 
 
 def writer_of(server, **options):
@@ -81,7 +82,8 @@ def test_openai_itself_needs_a_key():
 
 def test_the_local_writer_repeats_itself_for_a_seed(chat_model):
     writer = LocalWriter(chat_model)
-    ask = {"max_tokens": 8, "temperature": 1.0}
-    first = writer.write([user_question("Hello?")] * 2, seed=1, **ask)
-    assert first == writer.write([user_question("Hello?")] * 2, seed=1, **ask)
-    assert first != writer.write([user_question("Hello?")] * 2, seed=2, **ask)
+    twice = [user_question("Hello?")] * 2
+    one, two = (GenerationOptions(8, temperature=1.0, seed=seed) for seed in (1, 2))
+    first = writer.write(twice, options=one)
+    assert first == writer.write(twice, options=one)
+    assert first != writer.write(twice, options=two)
