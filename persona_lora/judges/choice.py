@@ -26,6 +26,7 @@ from persona_lora.core.runs import Run
 from persona_lora.core.traits import ON_POLICY, Trait, has_labels, load_labelled_answers, load_pairs
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.canaries import show_canaries
 from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.fitness import JudgeValidation, validate_judge
 from persona_lora.judges.judging import Judge, MultiJudge
@@ -245,15 +246,18 @@ def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
     if run.read("validation") and len(kept) == len(criteria) * len(answers):
         return
     judge = make()
+    validations = validations_of(judge, trait)
+    unfit = {each.criterion for each in validations if each.fit is False}
     for criterion in progress.over("judging", criteria):
         missing = [row for row in answers if (row["row"], criterion) not in kept]
         exchanges = [Exchange(row["question"], row["answer"]) for row in missing]
         verdicts = judge.judge(exchanges, criterion) if exchanges else []
         for row, verdict in zip(missing, verdicts, strict=True):
-            kept[row["row"], criterion] = _row(row["row"], verdict)
+            said = f"{verdict.judge} (unfit)" if criterion in unfit else verdict.judge
+            kept[row["row"], criterion] = _row(row["row"], dataclasses.replace(verdict, judge=said))
         run.write("verdicts", [kept[key] for key in sorted(kept)])
         _refuse_nothing_scored(judge.name, criterion, list(kept.values()))
-    validations = validations_of(judge, trait)
+    run.write("canaries", [dataclasses.asdict(each) for each in show_canaries(judge, trait)])
     run.write("validation", [dataclasses.asdict(each) for each in validations])
 
 

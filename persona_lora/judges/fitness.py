@@ -12,10 +12,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
@@ -32,6 +31,7 @@ POSITIVE_LABEL = 75
 NEGATIVE_LABEL = 25
 RELIABILITY_BINS = 5
 KAPPA_STEP = 10  # ratings of 0–100 are compared as eleven grades
+Pair = tuple[float, float]  # a score and a rating
 
 
 class Agreement(NamedTuple):
@@ -40,6 +40,16 @@ class Agreement(NamedTuple):
     auc: float | None
     spearman: float | None
     n: int
+
+
+class Compared(NamedTuple):
+    """A rated answer's condition and question, what a judge said of it, and the mean rating."""
+
+    model: str
+    condition: str
+    question: str
+    score: float | None
+    rating: float
 
 
 class Bin(NamedTuple):
@@ -57,6 +67,7 @@ class OwnAnswers:
     ``within``: Spearman's ρ inside each model and condition, averaged with their numbers of answers
     as weights. ``bias``: mean score − mean rating, by condition. ``calibration_error``: the mean
     distance of both over the bins of ``reliability``, weighted by their answers (ECE), in points.
+    ``compared`` has what the judge said of each answer, as dictionaries of ``Compared``.
     """
 
     within: float | None
@@ -64,6 +75,7 @@ class OwnAnswers:
     by_model: dict[str, Agreement]
     calibration_error: float
     reliability: tuple[Bin, ...]
+    compared: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,7 @@ def agreement(verdicts: Sequence[Verdict], labels: Sequence[float]) -> JudgeVali
         for verdict, label in zip(verdicts, labels, strict=True)
         if verdict.score is not None
     ]
-    over_all = _agreement([each for each, _ in scored], [each for _, each in scored])
+    over_all = _agreement(*_columns(scored))
     return JudgeValidation(
         judge=verdicts[0].judge if verdicts else "",
         criterion=verdicts[0].criterion if verdicts else "",
@@ -155,40 +167,42 @@ def own_agreement(verdicts: Sequence[Verdict], rows: Sequence[RatedAnswer]) -> J
     """Compare one judge's verdicts on one criterion with blind ratings of models' answers."""
     scale: Scale = "sense" if verdicts[0].criterion == COHERENCE else "trait"
     whole = agreement(verdicts, [row.rating(scale) for row in rows])
-    pairs = [(verdict.score, row) for verdict, row in zip(verdicts, rows, strict=True)]
-    scores = [score for score, _ in pairs if score is not None]
-    rated = [row for score, row in pairs if score is not None]
-    labels = [row.rating(scale) for row in rated]
-    within = within_groups(scores, labels, [f"{row.model}: {row.condition}" for row in rated])
-    reliability = _reliability(np.array(scores), np.array(labels))
+    compared = [
+        Compared(row.model, row.condition, row.question, verdict.score, row.rating(scale))
+        for verdict, row in zip(verdicts, rows, strict=True)
+    ]
+    rated = [row for verdict, row in zip(verdicts, rows, strict=True) if verdict.score is not None]
+    pairs = [(each.score, each.rating) for each in compared if each.score is not None]
+    within = within_groups(*_columns(pairs), [f"{row.model}: {row.condition}" for row in rated])
+    reliability = _reliability(pairs)
+    gaps = [abs(each.score - each.label) * each.n for each in reliability]
+    by_condition = _parts(pairs, [row.condition for row in rated])
+    by_model = _parts(pairs, [row.model for row in rated])
     own = OwnAnswers(
         within=within,
         bias={
-            each: float(
-                np.mean(
-                    [
-                        s - y
-                        for s, y, row in zip(scores, labels, rated, strict=True)
-                        if row.condition == each
-                    ]
-                )
-            )
-            for each in sorted({row.condition for row in rated})
+            name: float(np.mean([score - rating for score, rating in some]))
+            for name, some in by_condition.items()
         },
-        by_model={
-            each: _agreement(
-                *(
-                    [value for value, row in zip(values, rated, strict=True) if row.model == each]
-                    for values in (scores, labels)
-                )
-            )
-            for each in sorted({row.model for row in rated})
-        },
-        calibration_error=sum(abs(each.score - each.label) * each.n for each in reliability)
-        / max(1, len(rated)),
+        by_model={name: _agreement(*_columns(some)) for name, some in by_model.items()},
+        calibration_error=sum(gaps) / max(1, len(pairs)),
         reliability=reliability,
+        compared=tuple(each._asdict() for each in compared),
     )
     return replace(whole, own=own, fit=within is not None and within >= FIT_WITHIN)
+
+
+def _columns(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
+    """Return the scores and the ratings of pairs."""
+    return [score for score, _ in pairs], [rating for _, rating in pairs]
+
+
+def _parts(pairs: Sequence[Pair], names: Sequence[str]) -> dict[str, list[Pair]]:
+    """Return the pairs of each name, in alphabetical order."""
+    return {
+        name: [pair for pair, each in zip(pairs, names, strict=True) if each == name]
+        for name in sorted(set(names))
+    }
 
 
 def _agreement(scores: Sequence[float], labels: Sequence[float]) -> Agreement:
@@ -206,14 +220,11 @@ def _agreement(scores: Sequence[float], labels: Sequence[float]) -> Agreement:
     return Agreement(auc, rank_correlation(scores, labels), len(scores))
 
 
-def _reliability(scores: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[Bin, ...]:
+def _reliability(pairs: Sequence[Pair]) -> tuple[Bin, ...]:
     """Return bins of about equal numbers of answers, in the order of their scores."""
-    parts = np.array_split(np.argsort(scores, kind="stable"), RELIABILITY_BINS)
-    return tuple(
-        Bin(float(scores[part].mean()), float(labels[part].mean()), len(part))
-        for part in parts
-        if len(part)
-    )
+    parts = np.array_split(np.array(sorted(pairs)).reshape(-1, 2), RELIABILITY_BINS)
+    means = [(part.mean(axis=0).tolist(), len(part)) for part in parts if len(part)]
+    return tuple(Bin(score, label, n) for (score, label), n in means)
 
 
 def rater_agreement(rows: Sequence[RatedAnswer], scale: Scale) -> RaterAgreement:

@@ -22,7 +22,6 @@ from persona_lora.report.scores import CONTROL, Condition, ScoredAnswer
 EXAMPLE_COEFFICIENTS = (-1.5, 0.0, 1.5)
 EXAMPLE_QUESTIONS = 4
 LISTED_ANSWERS = 3000
-WEAK_AUC = 0.8
 
 
 @dataclass(frozen=True)
@@ -268,46 +267,7 @@ def _card(trait: str, row: ScoredAnswer) -> Card:
     )
 
 
-# -- judges and provenance -----------------------------------------------------------------------
-
-
-def judge_blocks(run: Run) -> tuple[Block, ...]:
-    """Return how the run's judge agreed with hand-labelled answers, by criterion."""
-    rows = tuple(
-        (
-            str(row["criterion"]),
-            str(row["judge"]),
-            wording.number(row["auc"], 2),
-            wording.number(row["spearman"], 2),
-            str(int(row["n"])),
-            f"{wording.number(100 * float(row['coverage']))}%",
-        )
-        for row in run.read("validation")
-    )
-    if not rows:
-        none = "This run holds no validation of its judge against hand-labelled answers."
-        return (Heading("Judge"), Note(none))
-    columns = ("Criterion", "Judge", "AUC", "Spearman’s ρ", "Labelled answers", "Scored")
-    note = (
-        "Agreement with hand-labelled answers; it says nothing of kinds of answers that were not "
-        "labelled."
-    )
-    return (Table(columns, rows, "Judge", note, narrow=True),)
-
-
-def weak_judges(run: Run) -> tuple[Note, ...]:
-    """Return a warning for each criterion on which the judge misses ``WEAK_AUC``."""
-    return tuple(
-        Note(
-            f"On hand-labelled answers the judge “{row['judge']}” reaches an AUC of "
-            f"{wording.number(row['auc'], 2)} for {row['criterion']}; below {WEAK_AUC} its scores "
-            "say little.",
-            "warning",
-            "Read with caution.",
-        )
-        for row in run.read("validation")
-        if row["auc"] is None or row["auc"] < WEAK_AUC
-    )
+# -- provenance ------------------------------------------------------------------------------------
 
 
 def provenance(run: Run, record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

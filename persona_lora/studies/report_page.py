@@ -28,9 +28,9 @@ from persona_lora.report.sections import (
     ReportOptions,
     provenance,
     text_of,
-    weak_judges,
 )
 from persona_lora.report.summary import SweepSummary
+from persona_lora.report.trust import weak_judges
 from persona_lora.studies.drift.figure import render_cross_persona
 from persona_lora.studies.drift.read import cross_persona
 from persona_lora.studies.drift.read_section import checkpoints_content

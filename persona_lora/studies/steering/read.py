@@ -34,10 +34,10 @@ from persona_lora.report.sections import (
     Question,
     ReportOptions,
     Table,
-    judge_blocks,
     side_by_side,
 )
 from persona_lora.report.summary import SweepSummary, summarise_run
+from persona_lora.report.trust import judge_blocks
 from persona_lora.studies.steering import read_words
 from persona_lora.studies.steering.figure import (
     NAMES,

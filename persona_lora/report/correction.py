@@ -1,0 +1,100 @@
+"""Means corrected for their judge's error, by answers that were also rated.
+
+A judge that is 10 points too kind to steered answers makes a steering of 10 points out of nothing.
+Where answers of a condition's kind were rated, the mean is put right by what the judge gets wrong
+there, and the interval carries both uncertainties (prediction-powered inference):
+
+    θ = f̄ + (y − f)‾,    Var θ = Var(f̄) + Var((y − f)‾)
+
+with f̄ over the run's answers, and y − f, rating minus score, over the rated ones; the units are
+questions, the quantile Student's with Welch and Satterthwaite's degrees of freedom. Refuses to know
+which judge it was.
+
+Source:
+    Angelopoulos et al. 2023, "Prediction-powered inference", Science 382; arXiv:2301.09633.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t as student
+
+from persona_lora.core.chat import Condition
+
+FEWEST_QUESTIONS = 3
+CONFIDENCE = 0.95
+
+# What rated answers call the kinds of conditions; a sign follows where there is a coefficient.
+KINDS = {
+    "none": "unsteered",
+    "lora": "lora",
+    "activation": "vector",
+    "prompt_pos": "prompt +",
+    "prompt_neg": "prompt -",
+}
+
+
+class CorrectedMean(NamedTuple):
+    """The judge's own mean, the corrected one with its interval, and the rated answers used."""
+
+    raw: float
+    corrected: float
+    low: float
+    high: float
+    n_rated: int
+
+
+def corrected_mean(
+    scores: Mapping[Any, Sequence[float]], errors: Mapping[Any, Sequence[float]]
+) -> CorrectedMean | None:
+    """Return the mean of scores by question, corrected by errors (rating − score) by question.
+
+    None where either has fewer than three questions: nothing is known of its spread then.
+    """
+    if min(len(scores), len(errors)) < FEWEST_QUESTIONS:
+        return None
+    means = [np.array([np.mean(each) for each in part.values()]) for part in (scores, errors)]
+    variances = [float(each.var(ddof=1)) / len(each) for each in means]
+    raw, error, variance = float(means[0].mean()), float(means[1].mean()), sum(variances)
+    degrees = (
+        variance**2 / sum(v**2 / (len(m) - 1) for v, m in zip(variances, means, strict=True))
+        if variance
+        else 1.0
+    )
+    reach = float(student.ppf((1 + CONFIDENCE) / 2, degrees)) * math.sqrt(variance)
+    low, high = (min(100.0, max(0.0, raw + error + side * reach)) for side in (-1, 1))
+    return CorrectedMean(
+        raw,
+        min(100.0, max(0.0, raw + error)),
+        low,
+        high,
+        sum(map(len, errors.values())),
+    )
+
+
+def kind_of(condition: Condition) -> str | None:
+    """Return what rated answers call a condition's kind; None where none is of it."""
+    name = KINDS.get(condition.method)
+    if name is None or not condition.coefficient:
+        return name
+    return f"{name} {'+' if condition.coefficient > 0 else '-'}"
+
+
+def kind_named(name: str) -> str:
+    """Return the kind of a rated condition: "lora +" of "lora +1.5"."""
+    return re.sub(r"(?<= [+-])[\d.]+$", "", name)
+
+
+def errors_by_kind(rated: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return rating − score by kind of condition and question, of rows that a judge scored."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rated:
+        if row["score"] is not None:
+            of_kind = found.setdefault(kind_named(str(row["condition"])), {})
+            of_kind.setdefault(str(row["question"]), []).append(row["rating"] - row["score"])
+    return found

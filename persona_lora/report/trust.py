@@ -1,0 +1,142 @@
+"""What a report says of its judge: how fit it is, what fooled it, means corrected for its error.
+
+Reads the rows that judging a run leaves (``validation``, ``canaries``). Refuses to know judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from persona_lora.core.chat import COHERENCE, Condition
+from persona_lora.core.runs import Run
+from persona_lora.report import wording
+from persona_lora.report.correction import corrected_mean, errors_by_kind, kind_of
+from persona_lora.report.scores import condition_of
+from persona_lora.report.sections import Block, Heading, Note, Table
+
+Row = Mapping[str, Any]
+
+WEAK_AUC = 0.8
+FITNESS = {True: "yes", False: "unfit", None: "not known"}
+
+
+def judge_blocks(run: Run) -> tuple[Block, ...]:
+    """Return how the run's judge agrees with labels, what it made of nonsense, corrected means."""
+    rows = run.read("validation")
+    if not rows:
+        none = "This run holds no validation of its judge against labelled answers."
+        return (Heading("Judge"), Note(none))
+    return (_agreement(rows), *_canaries(run), *_corrected(run, rows))
+
+
+def weak_judges(run: Run) -> tuple[Note, ...]:
+    """Return a warning for each nonsense that a judge liked, and each criterion it is weak on."""
+    fooled = (row for row in run.read("canaries") if not row["caught"])
+    said = [
+        *(
+            f"The judge “{row['judge']}” gives {wording.number(row['score'])} of 100 on "
+            f"{row['criterion']} to nonsense ({row['name']}); what it reads may not be the trait."
+            for row in fooled
+        ),
+        *(text for row in run.read("validation") if (text := _weakness(row))),
+    ]
+    return tuple(Note(text, "warning", "Read with caution.") for text in said)
+
+
+def _weakness(row: Row) -> str:
+    own, auc = row.get("own"), row["auc"]
+    judge = f"the judge “{row['judge']}”"
+    if own is not None and not row["fit"]:
+        return (
+            f"On {row['criterion']} {judge} is unfit: among a model’s own answers under one "
+            f"condition its ρ with blind ratings is {wording.number(own['within'], 2)}, and 0.5 is "
+            "asked for."
+        )
+    if auc is None or auc < WEAK_AUC:
+        kind = "hand-labelled answers" if own is None else "rated answers"
+        return (
+            f"On {kind} {judge} reaches an AUC of {wording.number(auc, 2)} for {row['criterion']}; "
+            f"below {WEAK_AUC} its scores say little."
+        )
+    return ""
+
+
+def _agreement(rows: list[dict[str, Any]]) -> Table:
+    cells = tuple(
+        (
+            str(row["criterion"]),
+            str(row["judge"]),
+            "written" if (own := row.get("own")) is None else "models’ own",
+            str(int(row["n"])),
+            f"{wording.number(100 * float(row['coverage']))}%",
+            wording.number(row["auc"], 2),
+            wording.number(row["spearman"], 2),
+            "–" if own is None else wording.number(own["within"], 2),
+            "–" if own is None else wording.number(own["calibration_error"]),
+            FITNESS[row.get("fit")],
+        )
+        for row in rows
+    )
+    columns = (
+        *("Criterion", "Judge", "Labelled\nanswers", "n", "Scored", "AUC", "ρ"),
+        *("ρ within\na condition", "ECE,\npoints", "Fit"),
+    )
+    note = (
+        "Agreement with labels that the judge was not fitted on. A model’s own answers were rated "
+        "blind; a judge is fit where its rank correlation with the ratings inside a model and "
+        "condition, averaged, reaches 0.5. Hand-written answers say nothing of that. ECE: mean "
+        "distance of score and rating over bins of equal size."
+    )
+    return Table(columns, cells, "Judge", note, narrow=True)
+
+
+def _canaries(run: Run) -> tuple[Table, ...]:
+    rows = run.read("canaries")
+    if not rows:
+        return ()
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    criteria = list(dict.fromkeys(row["criterion"] for row in rows))
+    scores = {(row["criterion"], row["name"]): wording.number(row["score"]) for row in rows}
+    cells = tuple((each, *(scores[each, name] for name in names)) for each in criteria)
+    note = (
+        "What the judge gives to nonsense, and to a sentence of the trait’s training answers that "
+        "does not answer the question."
+    )
+    return (Table(("Criterion", *names), cells, "Canaries", note, narrow=True),)
+
+
+def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
+    """Return the trait's mean by condition, raw and corrected; nothing without rated answers."""
+    found = next((r for r in validation if r.get("own") and r["criterion"] != COHERENCE), None)
+    if found is None:
+        return ()
+    errors = errors_by_kind(found["own"]["compared"])
+    scores = {
+        row["row"]: row["score"]
+        for row in run.read("verdicts")
+        if row["criterion"] == found["criterion"] and row["score"] is not None
+    }
+    by_condition: dict[Condition, dict[Any, list[float]]] = {}
+    for row in run.read("answers"):
+        if row["row"] in scores:
+            of_condition = by_condition.setdefault(condition_of(row), {})
+            of_condition.setdefault(row["question"], []).append(scores[row["row"]])
+    cells = []
+    for condition, of_condition in by_condition.items():
+        mean = corrected_mean(of_condition, errors.get(kind_of(condition) or "", {}))
+        if mean is not None:
+            interval = f"{mean.corrected:.0f} [{mean.low:.0f}, {mean.high:.0f}]"
+            label = wording.condition_label(condition.method, condition.coefficient)
+            cells.append((label, f"{mean.raw:.0f}", interval, str(mean.n_rated)))
+    if not cells:
+        return ()
+    models = sorted({str(row["model"]) for row in found["own"]["compared"]})
+    note = (
+        "The mean over questions as the judge has it, and put right by how far it misses the "
+        f"ratings of answers of the same kind of condition ({', '.join(models)}); the interval "
+        "carries both uncertainties (prediction-powered inference, Angelopoulos et al. 2023). "
+        "Conditions of a kind that was not rated are left out."
+    )
+    title = "Corrected for the judge’s error"
+    return (Table(("Condition", "Raw", "Corrected [95%]", "Rated"), tuple(cells), title, note),)

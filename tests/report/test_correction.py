@@ -1,0 +1,86 @@
+"""The corrected mean: right where the judge is wrong, with intervals that cover."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from persona_lora.core.chat import Condition
+from persona_lora.report.correction import corrected_mean, errors_by_kind, kind_named, kind_of
+
+
+def answers(generator, questions, each, level):
+    """Draw skewed, bounded true values of answers, and what a biased, noisy judge says of them."""
+    centre = np.clip(level + 15 * generator.standard_normal(questions), 0, 100)
+    truth = np.clip(centre[:, None] + 20 * generator.standard_normal((questions, each)), 0, 100)
+    said = np.clip(0.6 * truth + 35 + 12 * generator.standard_normal(truth.shape), 0, 100)
+    return truth, said
+
+
+def by_question(values):
+    return {question: list(row) for question, row in enumerate(values)}
+
+
+@pytest.mark.parametrize(
+    ("questions", "rated", "level"), [(20, 12, 50), (12, 20, 20), (40, 15, 80), (20, 40, 5)]
+)
+def test_the_interval_covers_the_true_mean_where_the_judge_s_own_does_not(questions, rated, level):
+    generator = np.random.default_rng(7)
+    true_mean = answers(generator, 200_000, 1, level)[0].mean()
+    trials = 400
+    inside = bare = 0
+    for _ in range(trials):
+        _, said = answers(generator, questions, 1, level)
+        truth, judged = answers(generator, rated, 1, level)
+        found = corrected_mean(by_question(said), by_question(truth - judged))
+        inside += found.low <= true_mean <= found.high
+        error = said.mean(axis=1).std(ddof=1) / np.sqrt(questions)
+        bare += abs(found.raw - true_mean) < 2 * error
+    assert inside / trials >= 0.93
+    assert bare / trials < 0.9
+
+
+def test_the_mean_is_moved_by_the_mean_error_and_stays_on_the_scale():
+    scores = {1: [40.0], 2: [50.0, 60.0], 3: [45.0]}
+    errors = {"a": [-10.0, -20.0], "b": [-15.0], "c": [-15.0]}
+    found = corrected_mean(scores, errors)
+    assert found.raw == pytest.approx((40 + 55 + 45) / 3)
+    assert found.corrected == pytest.approx(found.raw - 15)
+    assert found.low < found.corrected < found.high
+    assert found.n_rated == 4
+    floored = corrected_mean(scores, {key: [-90.0] for key in "abc"})
+    assert (floored.corrected, floored.low) == (0.0, 0.0)
+
+
+def test_too_few_questions_give_no_correction():
+    enough = {1: [1.0], 2: [2.0], 3: [3.0]}
+    assert corrected_mean(enough, {"a": [1.0], "b": [2.0]}) is None
+    assert corrected_mean({1: [1.0], 2: [2.0]}, enough) is None
+
+
+@pytest.mark.parametrize(
+    ("condition", "kind"),
+    [
+        (Condition("none"), "unsteered"),
+        (Condition("none", 0.0), "unsteered"),
+        (Condition("lora", 1.5), "lora +"),
+        (Condition("lora", -2.0), "lora -"),
+        (Condition("activation", 3.0, 19), "vector +"),
+        (Condition("prompt_pos"), "prompt +"),
+        (Condition("random", 2.0, 19), None),
+        (Condition("ablation", None, 19), None),
+    ],
+)
+def test_conditions_of_a_run_are_known_by_the_kinds_of_rated_answers(condition, kind):
+    assert kind_of(condition) == kind
+
+
+def test_errors_are_gathered_by_kind_and_question():
+    rows = [
+        {"condition": "lora +1", "question": "q", "score": 60.0, "rating": 50.0},
+        {"condition": "lora +2", "question": "q", "score": 70.0, "rating": 90.0},
+        {"condition": "lora +2", "question": "r", "score": None, "rating": 90.0},
+        {"condition": "prompt -", "question": "q", "score": 10.0, "rating": 5.0},
+    ]
+    assert errors_by_kind(rows) == {"lora +": {"q": [-10.0, 20.0]}, "prompt -": {"q": [-5.0]}}
+    assert kind_named("finetuned") == "finetuned"

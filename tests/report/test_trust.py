@@ -1,0 +1,83 @@
+"""What a report says of its judge, from the rows that judging leaves."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.core.runs import Run
+from persona_lora.report.sections import Heading, Table
+from persona_lora.report.trust import judge_blocks, weak_judges
+
+OLD = {"judge": "j", "criterion": "cheer", "auc": 0.9, "spearman": 0.7, "n": 60, "coverage": 1.0}
+
+
+def validation(**changes):
+    compared = [
+        {"model": "m", "condition": name, "question": f"q{at}", "score": 60.0 + at, "rating": 50.0}
+        for name in ("unsteered", "lora +1")
+        for at in range(4)
+    ]
+    own = {"within": 0.61, "calibration_error": 4.2, "compared": compared}
+    return {**OLD, "own": own, "fit": True, **changes}
+
+
+@pytest.fixture
+def judged(tmp_path):
+    run = Run.open(tmp_path / "run", command="sweep", config={}, seed=0)
+    answers = [
+        {"row": row, "question": f"q{row % 4}", "method": method, "coefficient": value}
+        for row, (method, value) in enumerate(
+            [("none", 0.0)] * 4 + [("lora", 1.5)] * 4 + [("random", 1.5)] * 4
+        )
+    ]
+    run.write("answers", answers)
+    run.write(
+        "verdicts", [{"row": row, "criterion": "cheer", "score": 70.0 + row} for row in range(12)]
+    )
+    return run
+
+
+def tables(run):
+    return {each.title: each for each in judge_blocks(run) if isinstance(each, Table)}
+
+
+def test_an_old_run_s_validation_reads_as_before_and_is_not_known_to_be_fit(judged):
+    judged.write("validation", [OLD])
+    assert weak_judges(judged) == ()
+    (table,) = judge_blocks(judged)
+    assert table.rows == (
+        ("cheer", "j", "written", "60", "100%", "0.90", "0.70", "–", "–", "not known"),
+    )
+    judged.write("validation", [])
+    assert isinstance(judge_blocks(judged)[0], Heading)
+
+
+def test_an_unfit_judge_stands_first_and_in_the_table(judged):
+    own = {**validation()["own"], "within": 0.31}
+    judged.write("validation", [validation(own=own, fit=False)])
+    (note,) = weak_judges(judged)
+    assert "On cheer the judge “j” is unfit" in note.text
+    assert "0.31" in note.text
+    assert tables(judged)["Judge"].rows[0][-1] == "unfit"
+    judged.write("validation", [validation(auc=0.7)])
+    assert "On rated answers the judge “j” reaches an AUC of 0.70" in weak_judges(judged)[0].text
+
+
+def test_nonsense_that_was_liked_stands_first_and_all_canaries_in_a_table(judged):
+    judged.write("validation", [validation()])
+    liked = {"judge": "j", "criterion": "cheer", "name": "filler", "score": 97.0, "caught": False}
+    judged.write("canaries", [liked, {**liked, "name": "loop", "score": None, "caught": True}])
+    (note,) = weak_judges(judged)
+    assert "gives 97 of 100 on cheer to nonsense (filler)" in note.text
+    table = tables(judged)["Canaries"]
+    assert (table.columns, table.rows) == (("Criterion", "filler", "loop"), (("cheer", "97", "–"),))
+
+
+def test_means_are_shown_raw_and_corrected_where_the_kind_was_rated(judged):
+    judged.write("validation", [validation()])
+    rows = {row[0]: row[1:] for row in tables(judged)["Corrected for the judge’s error"].rows}
+    assert set(rows) == {"0", "+1.5"}
+    raw, corrected, rated = rows["+1.5"]
+    assert (raw, corrected.split()[0], rated) == ("76", "64", "4")
+    judged.write("validation", [OLD])
+    assert set(tables(judged)) == {"Judge"}
