@@ -488,7 +488,7 @@ COMMANDS = {
     ),
     "data screen": Command(
         ("--file", "texts.jsonl", "--vector", "v.safetensors"),
-        (f"{X}studies.vectors.screening:screen_rows",),
+        (f"{X}studies.vectors.text_projection:screen_rows",),
         {
             "file": flag("more.jsonl", None),
             "vector": flag("w.safetensors", None),

@@ -574,8 +574,7 @@ def screen_data(
     """
     from persona_lora.core.vector_files import load_vector
     from persona_lora.report import wording
-    from persona_lora.studies.vectors.screening import screen_rows
-    from persona_lora.studies.vectors.text_projection import read_texts
+    from persona_lora.studies.vectors.text_projection import read_texts, screen_rows
 
     loaded = load_vector(vector)
     chosen = one_layer(layers, loaded.num_layers)

@@ -21,11 +21,12 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.options import TaskOptions
 from persona_lora.core.resources import resource_path, search_folders
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output
 from persona_lora.core.settings import read_yaml
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items
+from persona_lora.studies.asking.run import open_run
 
 PERPLEXITY = "perplexity"
 INSTALL = 'pip install "persona-lora[benchmark]"'
@@ -44,18 +45,8 @@ def run_benchmarks(
     ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
     Raises UserError without the harness, or for a task that neither side knows.
     """
-    run = Run.open(
-        output,
-        command="benchmark",
-        config={
-            **chat_model.record(),
-            **options.record(),
-            "conditions": list(conditions),
-        },
-        seed=0,
-        inputs={**chat_model.inputs(), **task_inputs(options)},
-    )
-    with run:
+    config = {**options.record(), "conditions": list(conditions)}
+    with open_run(output, "benchmark", chat_model, config, task_inputs(options)) as run:
         done = {row["condition"] for row in run.resume_rows("items")}
         for name, steered in conditions.items():
             if name in done:

@@ -19,13 +19,14 @@ from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.runs import Output, Run
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Sign, Split, Trait, trait_prompt
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
-from persona_lora.report.scores import answers_columns, answers_table
+from persona_lora.report.scores import answers_columns, answers_table, clusters, score_answers
 from persona_lora.steering.bank import METHODS, ActivationSetting
 from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 
@@ -55,6 +56,30 @@ class Evaluation:
     coherence: Interval
     answers: Path
     run: Path
+
+
+def open_run(
+    output: Output | Path,
+    command: str,
+    chat_model: ChatModel,
+    config: Mapping[str, Any],
+    *read: Mapping[str, str],
+    seed: int = 0,
+    parts: Sequence[str] = (),
+) -> Run:
+    """Open the run of a command on a model, which it records; ``read`` are digests of the rest."""
+    inputs = {
+        name: each for digests in (chat_model.inputs(), *read) for name, each in digests.items()
+    }
+    config = {**chat_model.record(), **config}
+    return Run.open(output, command=command, config=config, seed=seed, inputs=inputs, parts=parts)
+
+
+def contents_of(
+    kind: str, directions: Mapping[str, LoRADiff] | Mapping[str, SteeringVector]
+) -> dict[str, str]:
+    """Return digests of directions, for a run that reads them by name."""
+    return {f"the {kind} {name}": each.content() for name, each in directions.items()}
 
 
 def plan_rows(
@@ -235,41 +260,30 @@ def evaluate(
     plan = plan_rows(trait, split, [condition], samples=options.samples)
     steerer = steering.steerer(chat_model)
     ensure_writable_folder(path.parent)
-    run = Run.open(
+    run = open_run(
         output.at(path.with_suffix("")),
-        command="evaluate",
-        config={
+        "evaluate",
+        chat_model,
+        {
             "trait": trait.name,
-            **chat_model.record(),
             "split": split,
             "mode": steering.mode if steering.terms else None,
             "condition": dataclasses.asdict(condition),
             "generation": dataclasses.asdict(options),
         },
+        trait.inputs(),
+        steering.inputs(),
         seed=options.seed,
-        inputs={**chat_model.inputs(), **trait.inputs(), **steering.inputs()},
     )
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         judge_answers(run, judge, trait)
-        table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
+        answers, verdicts = run.read("answers"), run.read("verdicts")
+        table = answers_table(answers, verdicts, trait.name)
         write_csv(path, answers_columns(trait.name, sweep=False), table)
-    return Evaluation(
-        trait=mean_score(run, trait.name),
-        coherence=mean_score(run, COHERENCE),
-        answers=path,
-        run=run.folder,
-    )
-
-
-def mean_score(run: Run, criterion: str) -> Interval:
-    """Return the mean score of a run with its interval over questions, n and coverage."""
-    question_of = {row["row"]: row["question_id"] for row in run.read("answers")}
-    by_question: dict[int, list[float | None]] = {}
-    for verdict in run.read("verdicts"):
-        if verdict["criterion"] == criterion:
-            by_question.setdefault(question_of[verdict["row"]], []).append(verdict["score"])
-    return bootstrap_mean(by_question, scale=SCORES)
+    scored = score_answers(answers, verdicts, trait.name)
+    means = (bootstrap_mean(clusters(scored, each), scale=SCORES) for each in (trait.name, COHERENCE))
+    return Evaluation(*means, answers=path, run=run.folder)
 
 
 def _only(values: Collection[T]) -> T | None:

@@ -8,16 +8,17 @@ should, and take the difference of their mean hidden states at every layer.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Condition
 from persona_lora.core.content import file_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv
+from persona_lora.core.files import read_csv, write_csv
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.options import Elicitation, GenerationOptions, Thresholds
 from persona_lora.core.runs import Output, Run
@@ -26,19 +27,14 @@ from persona_lora.core.traits import Sign, Trait, load_pairs, named, trait_promp
 from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.hidden_states import POSITIONS
-from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
+from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.steering.directions import EXTRACTORS, WITH_MOMENTS, sum_pairs, vector_of
 from persona_lora.steering.steerer import Unsteered
-from persona_lora.studies.asking.run import Row, answer_rows, stream_of
+from persona_lora.studies.asking.run import Row, answer_rows, open_run, stream_of
 from persona_lora.studies.vectors.figure import render_vectors_over_layers
-from persona_lora.studies.vectors.judged_pairs import (
-    JudgedAnswer,
-    filter_pairs,
-    read_judged,
-)
 
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 
@@ -59,6 +55,24 @@ class ExtractionOptions:
             wrong = [each for each in chosen if each not in known]
             if wrong or not chosen:
                 raise UserError(f"{name} must be of {', '.join(known)}, got {list(chosen)!r}")
+
+
+class JudgedAnswer(NamedTuple):
+    """A rendered prompt, the answer to it, and its scores; None is unscored."""
+
+    prompt: str
+    answer: str
+    trait: float | None
+    coherence: float | None
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The pairs that are kept, how many there were, and how many failed each threshold."""
+
+    kept: tuple[tuple[JudgedAnswer, JudgedAnswer], ...]
+    total: int
+    failed: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,7 @@ def from_prompts(
             "thresholds": dataclasses.asdict(thresholds),
             "generation": dataclasses.asdict(generation),
         },
-        generation.seed,
+        seed=generation.seed,
     )
     with run:
         answer_rows(chat_model, plan, Unsteered(), run, generation)
@@ -156,7 +170,6 @@ def from_files(
             "neg_path": str(neg_path),
             "thresholds": dataclasses.asdict(thresholds),
         },
-        0,
         {str(path): file_digest(path) for path in (pos_path, neg_path)},
     )
     with run:
@@ -181,22 +194,55 @@ def from_answers(
             f"response_avg, or {options.positions[0]} with --source prompts"
         )
     options = dataclasses.replace(options, positions=("response_avg",))
-    pairs = load_pairs(trait)
-    run = _open(output, chat_model, trait, options, {"source": "answers"}, 0)
-    with run:
-        texts = [
-            (
-                chat_model.render_before(pair.positive[-1]["content"], pair.prompt, trait.name),
-                pair.positive[-1]["content"],
-                pair.negative[-1]["content"],
-            )
-            for pair in pairs
-        ]
-        positive = [tokenize_rendered(chat_model, prompt, yes) for prompt, yes, _ in texts]
-        negative = [tokenize_rendered(chat_model, prompt, no) for prompt, _, no in texts]
-        sources = {"source": "answers", "file": str(trait.folder / "train.jsonl")}
-        vectors, paths = _vectors(chat_model, trait, run, positive, negative, options, sources)
-    return Extracted(run, vectors, paths, len(pairs), len(pairs), {})
+    texts = []
+    for pair in load_pairs(trait):
+        yes, no = pair.positive[-1]["content"], pair.negative[-1]["content"]
+        prompt = chat_model.render_before(yes, pair.prompt, trait.name)
+        texts.append(((prompt, yes), (prompt, no)))
+    sources = {"source": "answers", "file": str(trait.folder / "train.jsonl")}
+    with _open(output, chat_model, trait, options, {"source": "answers"}) as run:
+        return _extract(chat_model, trait, run, texts, options, sources)
+
+
+def filter_pairs(
+    pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]], thresholds: Thresholds
+) -> Filtered:
+    """Keep the pairs that show what they should.
+
+    Raises UserError where too few do, with the counts.
+    """
+    failed = dict.fromkeys(("positive", "negative", "coherence", "unscored"), 0)
+    kept = []
+    for positive, negative in pairs:
+        reasons = _failures(positive, negative, thresholds)
+        for reason in reasons:
+            failed[reason] += 1
+        if not reasons:
+            kept.append((positive, negative))
+    if len(kept) < thresholds.least_pairs:
+        raise UserError(
+            f"{len(kept)} of {len(pairs)} pairs pass the filter, at least "
+            f"{thresholds.least_pairs} are needed (positive answers under "
+            f"{thresholds.positive:g}: {failed['positive']}, negative ones at or over "
+            f"{thresholds.negative:g}: {failed['negative']}, incoherent: {failed['coherence']}, "
+            f"unscored: {failed['unscored']}); lower the thresholds, ask for more rollouts, or use "
+            "--source answers"
+        )
+    return Filtered(tuple(kept), len(pairs), failed)
+
+
+def read_judged(path: Path, trait: str) -> list[JudgedAnswer]:
+    """Read a CSV of judged answers; UserError names a missing column or a score that is none."""
+    rows = read_csv(path, ("prompt", "answer", trait, COHERENCE))
+    return [
+        JudgedAnswer(
+            row["prompt"],
+            row["answer"],
+            _score(row[trait], f"{path}: row {number}"),
+            _score(row[COHERENCE], f"{path}: row {number}"),
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 def elicited_prompt(elicitation: Elicitation, trait: Trait, sign: Sign, index: int) -> str:
@@ -241,33 +287,31 @@ def _extract_judged(
     filtered = filter_pairs(pairs, thresholds)
     kept = set(filtered.kept)
     run.write("pairs", [{"pair": i, "kept": pair in kept} for i, pair in enumerate(pairs)])
-    positive, negative = (
-        [
-            tokenize_rendered(chat_model, pair[side].prompt, pair[side].answer)
-            for pair in filtered.kept
-        ]
-        for side in (0, 1)
-    )
     sources = {
         "source": run.record["config"]["source"],
         "pairs_before": filtered.total,
         "failed": dict(filtered.failed),
         "thresholds": dataclasses.asdict(thresholds),
     }
-    vectors, paths = _vectors(chat_model, trait, run, positive, negative, options, sources)
-    return Extracted(run, vectors, paths, len(filtered.kept), filtered.total, filtered.failed)
+    texts = [(yes[:2], no[:2]) for yes, no in filtered.kept]
+    return _extract(chat_model, trait, run, texts, options, sources)
 
 
-def _vectors(
+Text = tuple[str, str]  # a rendered prompt, and the answer to it
+
+
+def _extract(
     chat_model: ChatModel,
     trait: Trait,
     run: Run,
-    positive: Sequence[TokenizedExchange],
-    negative: Sequence[TokenizedExchange],
+    pairs: Sequence[tuple[Text, Text]],
     options: ExtractionOptions,
     sources: Mapping[str, Any],
-) -> tuple[dict[str, SteeringVector], tuple[Path, ...]]:
+) -> Extracted:
     """Make every vector, then write them all, and a picture of them."""
+    positive, negative = (
+        [tokenize_rendered(chat_model, *pair[side]) for pair in pairs] for side in (0, 1)
+    )
     depth = len(decoder_layers(chat_model.model))
     with progress.stage("hidden states"):
         sums = sum_pairs(
@@ -294,11 +338,10 @@ def _vectors(
                     "sources": {**sources, "model": chat_model.record()},
                 },
             )
-    paths = tuple(
-        vector.save(run.folder / f"{name}.safetensors") for name, vector in vectors.items()
-    )
+    paths = [vector.save(run.folder / f"{name}.safetensors") for name, vector in vectors.items()]
     render_vectors_over_layers(vectors).save(run.folder / "vectors.png")
-    return vectors, paths
+    total, failed = sources.get("pairs_before", len(pairs)), sources.get("failed", {})
+    return Extracted(run, vectors, tuple(paths), len(pairs), total, failed)
 
 
 def _open(
@@ -307,8 +350,8 @@ def _open(
     trait: Trait,
     options: ExtractionOptions,
     config: Mapping[str, Any],
-    seed: int,
-    inputs: Mapping[str, str] | None = None,
+    *read: Mapping[str, str],
+    seed: int = 0,
 ) -> Run:
     depth = len(decoder_layers(chat_model.model))
     outside = [layer for layer in options.layers or () if not 0 <= layer < depth]
@@ -316,19 +359,43 @@ def _open(
         raise UserError(
             f"layer {outside[0]} is out of range; {chat_model.name} has layers 0–{depth - 1}"
         )
-    return Run.open(
+    return open_run(
         output,
-        command="extract",
-        config={
+        "extract",
+        chat_model,
+        {
             "trait": trait.name,
             "variant": trait.variant,
-            **chat_model.record(),
             "methods": list(options.methods),
             "positions": list(options.positions),
             "layers": list(options.layers) if options.layers else None,
             **config,
         },
+        trait.inputs(),
+        *read,
         seed=seed,
-        inputs={**chat_model.inputs(), **trait.inputs(), **(inputs or {})},
         parts=(f"{trait.label}_*.safetensors", f"{trait.label}_*.csv"),
     )
+
+
+def _failures(positive: JudgedAnswer, negative: JudgedAnswer, thresholds: Thresholds) -> list[str]:
+    scores = (positive.trait, negative.trait, positive.coherence, negative.coherence)
+    if None in scores or not (positive.answer.strip() and negative.answer.strip()):
+        return ["unscored"]
+    checks = {
+        "positive": (positive.trait or 0.0) >= thresholds.positive,
+        "negative": (negative.trait or 0.0) < thresholds.negative,
+        "coherence": min(positive.coherence or 0.0, negative.coherence or 0.0)
+        >= thresholds.coherence,
+    }
+    return [name for name, holds in checks.items() if not holds]
+
+
+def _score(text: str, where: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        score = float(text)
+    except ValueError as error:
+        raise UserError(f"{where} scores {text!r}; expected a number or an empty cell") from error
+    return score if math.isfinite(score) else None  # other tools write nan for an empty cell

@@ -1,7 +1,9 @@
 """Projections of texts from files: one row for each text, vector, layer and position.
 
 With a base model, the finetuning shift: the same token ids through the finetuned and through the
-base model, finetuned minus base (Chen et al. 2025, arXiv:2507.21509).
+base model, finetuned minus base. Of rows to be trained on, the projection difference: a row pulls
+the model towards its answer and away from what the model would have said, and the two projections
+say how far, and which way, along the trait (both Chen et al. 2025, arXiv:2507.21509).
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from torch import Tensor
 
@@ -25,6 +29,7 @@ from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_labelled_answers
+from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import (
     TokenizedExchange,
     tokenize_exchange,
@@ -33,6 +38,7 @@ from persona_lora.models.likelihood import (
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import check_fits, project_hidden_states
 from persona_lora.report.separation import Separation, separation
+from persona_lora.studies.asking.run import contents_of, open_run
 
 COLUMNS = (
     *("row", "vector", "trait", "layer", "type"),
@@ -73,13 +79,23 @@ def read_texts(path: Path) -> Texts:
     template renders what comes before it. Raises UserError naming the file, and the row.
     """
     path = resource_path(path)
+    exchanges: tuple[tuple[Conversation | str, str], ...]
+    columns: tuple[Mapping[str, Any], ...]
     if path.suffix == ".csv":
-        return _read_csv(path)
-    if path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-        exchanges = tuple(_split(row, f"{path}:{line}") for line, row in enumerate(rows, start=1))
-        return Texts(str(path), _filled(exchanges, path), tuple({} for _ in exchanges))
-    raise UserError(f"{path} is neither .csv nor .jsonl; those two are read")
+        columns = tuple(read_csv(path, ("prompt", "answer")))
+        exchanges = tuple((row["prompt"], row["answer"]) for row in columns)
+    elif path.suffix == ".jsonl":
+        rows = enumerate(read_jsonl(path), start=1)
+        exchanges = tuple(_split(row, f"{path}:{line}") for line, row in rows)
+        columns = tuple({} for _ in exchanges)
+    else:
+        raise UserError(f"{path} is neither .csv nor .jsonl; those two are read")
+    if not exchanges:
+        raise UserError(f"{path} holds no rows")
+    for number, (prompt, answer) in enumerate(exchanges, start=1):
+        if not prompt or not answer.strip():
+            raise UserError(f"{path}: row {number} has an empty prompt or answer; leave it out")
+    return Texts(str(path), exchanges, columns)
 
 
 def project_texts(
@@ -101,30 +117,14 @@ def project_texts(
     is refused before anything is computed.
     """
     tokenized = texts.tokenized(chat_model)
-    for name, vector in vectors.items():
-        check_fits(chat_model, vector, name)
-        vector.at(layers)
 
     def project(model: ChatModel, stage: str) -> Tensor:
         with progress.stage(stage):
             return project_hidden_states(model, tokenized, vectors, layers, positions=positions)
 
-    run = Run.open(
-        output,
-        command="project",
-        config={
-            **chat_model.record(),
-            "source": texts.source,
-            "layers": list(layers),
-            "types": list(positions),
-        },
-        seed=0,
-        inputs={
-            **chat_model.inputs(),
-            **_vector_inputs(vectors),
-            texts.source: digest_of([texts.exchanges, texts.columns if columns else None]),
-        },
-    )
+    content = digest_of([texts.exchanges, texts.columns if columns else None])
+    config, read = {"source": texts.source}, {texts.source: content}
+    run = _open(output, chat_model, vectors, layers, positions, config, read)
     with run:
         own, below = project(chat_model, "projecting"), None
         if base is not None:
@@ -168,19 +168,8 @@ def separate_labelled(
     tokenized = [
         tokenize_exchange(chat_model, Exchange(each.question, each.answer)) for each in labelled
     ]
-    run = Run.open(
-        output,
-        command="project",
-        config={
-            **chat_model.record(),
-            "trait": trait.name,
-            "source": "judge_eval.jsonl",
-            "layers": list(layers),
-            "types": list(positions),
-        },
-        seed=0,
-        inputs={**chat_model.inputs(), **_vector_inputs(vectors), **trait.inputs()},
-    )
+    config = {"trait": trait.name, "source": "judge_eval.jsonl"}
+    run = _open(output, chat_model, vectors, layers, positions, config, trait.inputs())
     with run:
         with progress.stage("projecting"):
             values = project_hidden_states(
@@ -189,15 +178,11 @@ def separate_labelled(
         labels = [each.label for each in labelled]
         rows = [
             {
+                **place,
                 "trait": trait.name,
-                "vector": name,
-                "layer": layer,
-                "type": position,
-                **dataclasses.asdict(separation(values[:, v, at, p].tolist(), labels)),
+                **dataclasses.asdict(separation(values[:, *at].tolist(), labels)),
             }
-            for v, name in enumerate(vectors)
-            for at, layer in enumerate(layers)
-            for p, position in enumerate(positions)
+            for at, place in _places(vectors, layers, positions)
         ]
         run.write("projections", _long_rows(vectors, layers, positions, values, None))
         run.write("separation", rows)
@@ -215,14 +200,31 @@ def best_separation(run: Run) -> dict[str, tuple[int, Separation]]:
     return best
 
 
-def _vector_inputs(vectors: Mapping[str, SteeringVector]) -> dict[str, str]:
-    return {f"the vector {name}": vector.content() for name, vector in vectors.items()}
+def _open(
+    output: Output | Path,
+    chat_model: ChatModel,
+    vectors: Mapping[str, SteeringVector],
+    layers: Sequence[int],
+    positions: Sequence[str],
+    config: Mapping[str, Any],
+    read: Mapping[str, str],
+) -> Run:
+    for name, vector in vectors.items():
+        check_fits(chat_model, vector, name)
+        vector.at(layers)
+    config = {**config, "layers": list(layers), "types": list(positions)}
+    return open_run(output, "project", chat_model, config, contents_of("vector", vectors), read)
 
 
-def _read_csv(path: Path) -> Texts:
-    rows = read_csv(path, ("prompt", "answer"))
-    exchanges = tuple((row["prompt"], row["answer"]) for row in rows)
-    return Texts(str(path), _filled(exchanges, path), tuple(rows))
+def _places(
+    vectors: Mapping[str, SteeringVector], layers: Sequence[int], positions: Sequence[str]
+) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
+    """Yield where a projection stands in a tensor, and what it is of."""
+    for (v, name), (at, layer), (p, position) in product(
+        enumerate(vectors), enumerate(layers), enumerate(positions)
+    ):
+        place = {"vector": name, "trait": vectors[name].trait, "layer": layer, "type": position}
+        yield (v, at, p), place
 
 
 def _split(row: Mapping[str, Any], where: str) -> tuple[Conversation, str]:
@@ -230,17 +232,6 @@ def _split(row: Mapping[str, Any], where: str) -> tuple[Conversation, str]:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(f"{where} cannot be split: its last message must be the assistant's answer")
     return messages[:-1], messages[-1]["content"]
-
-
-def _filled(
-    exchanges: tuple[tuple[Conversation | str, str], ...], path: Path
-) -> tuple[tuple[Conversation | str, str], ...]:
-    if not exchanges:
-        raise UserError(f"{path} holds no rows")
-    for number, (prompt, answer) in enumerate(exchanges, start=1):
-        if not prompt or not answer.strip():
-            raise UserError(f"{path}: row {number} has an empty prompt or answer; leave it out")
-    return exchanges
 
 
 def _long_rows(
@@ -253,18 +244,13 @@ def _long_rows(
     return [
         {
             "row": row,
-            "vector": name,
-            "trait": vector.trait,
-            "layer": layer,
-            "type": position,
-            "projection": float(own[row, v, at, p]),
-            "base_projection": None if below is None else float(below[row, v, at, p]),
-            "shift": None if below is None else float(own[row, v, at, p] - below[row, v, at, p]),
+            **place,
+            "projection": float(own[row, *at]),
+            "base_projection": None if below is None else float(below[row, *at]),
+            "shift": None if below is None else float(own[row, *at] - below[row, *at]),
         }
         for row in range(len(own))
-        for v, (name, vector) in enumerate(vectors.items())
-        for at, layer in enumerate(layers)
-        for p, position in enumerate(positions)
+        for at, place in _places(vectors, layers, positions)
     ]
 
 
@@ -277,3 +263,107 @@ def _write_columns(path: Path, texts: Texts, rows: Sequence[Mapping[str, Any]]) 
         if row["shift"] is not None:
             wide[row["row"]][f"{name}_shift"] = row["shift"]
     write_csv(path, list(dict.fromkeys(key for each in wide for key in each)), wide)
+
+
+QUANTILE = 0.95  # of what the model's own answers differ by
+
+
+@dataclass(frozen=True)
+class Screening:
+    """The rows by falling difference, the threshold that flags, and where the CSV is.
+
+    ``threshold`` was given, or is the 95% quantile of what the model's own sampled answers differ
+    from its greedy ones on the same questions.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+    threshold: float
+    path: Path
+
+    @property
+    def flagged(self) -> int:
+        """How many rows are over the threshold."""
+        return sum(bool(row["flagged"]) for row in self.rows)
+
+
+def screen_rows(
+    chat_model: ChatModel,
+    texts: Texts,
+    vector: SteeringVector,
+    layer: int,
+    output: Path,
+    *,
+    threshold: float | None = None,
+    max_new_tokens: int = 60,
+    seed: int = 0,
+) -> Screening:
+    """Rank the rows of a chat JSONL by how far they pull along a vector; write a CSV.
+
+    Raises UserError for texts with rendered prompts (a CSV): the model has to be asked anew.
+    """
+    conversations = [prompt for prompt, _ in texts.exchanges if not isinstance(prompt, str)]
+    if len(conversations) < len(texts.exchanges):
+        raise UserError(f"{texts.source} holds rendered prompts; screening needs messages (.jsonl)")
+    answers = [answer for _, answer in texts.exchanges]
+    own = _answers(chat_model, conversations, 0.0, max_new_tokens, seed, "own answers")
+    projected = _project(chat_model, conversations, answers, vector, layer, "rows")
+    own_projected = _project(chat_model, conversations, own, vector, layer, "own answers")
+    differences = projected - own_projected
+    if threshold is None:
+        other = _answers(chat_model, conversations, 1.0, max_new_tokens, seed, "sampling")
+        spread = _project(chat_model, conversations, other, vector, layer, "samples")
+        threshold = float(np.quantile(spread - own_projected, QUANTILE))
+    order = np.argsort(-differences, kind="stable")
+    rows = tuple(
+        {
+            "rank": rank,
+            "row": int(at),
+            "question": conversations[at][-1]["content"],
+            "answer": answers[at],
+            "own_answer": own[at],
+            "projection": float(projected[at]),
+            "own_projection": float(own_projected[at]),
+            "difference": float(differences[at]),
+            "flagged": bool(differences[at] > threshold),
+        }
+        for rank, at in enumerate(order, start=1)
+    )
+    write_csv(output, list(rows[0]), rows)
+    return Screening(rows, threshold, output)
+
+
+def _answers(
+    chat_model: ChatModel,
+    conversations: Sequence[Conversation],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    stage: str,
+) -> list[str]:
+    with progress.stage(stage):
+        generated = generate_answers(
+            chat_model,
+            conversations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+    return [each.text for each in generated]
+
+
+def _project(
+    chat_model: ChatModel,
+    conversations: Sequence[Conversation],
+    answers: Sequence[str],
+    vector: SteeringVector,
+    layer: int,
+    stage: str,
+) -> np.ndarray:
+    texts = [
+        # An empty answer has no tokens to project: its end is all that the model said.
+        tokenize_rendered(chat_model, chat_model.render(conversation), answer or " ")
+        for conversation, answer in zip(conversations, answers, strict=True)
+    ]
+    with progress.stage(f"projecting {stage}"):
+        found = project_hidden_states(chat_model, texts, {"vector": vector}, [layer])
+    return np.asarray(found[:, 0, 0, 0].double())

@@ -14,19 +14,17 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.vectors.judged_pairs import (
-    JudgedAnswer,
-    Thresholds,
-    filter_pairs,
-    read_judged,
-)
 from persona_lora.studies.vectors.run import (
     Elicitation,
     ExtractionOptions,
+    JudgedAnswer,
+    Thresholds,
+    filter_pairs,
     from_answers,
     from_files,
     from_prompts,
     plan_pairs,
+    read_judged,
 )
 
 GENERATION = GenerationOptions(max_new_tokens=8)
