@@ -208,8 +208,8 @@ COMMANDS = {
             "trait_vector_dir": flag("vectors", beside="--spaces sycophancy"),
         },
         {
-            f"{X}studies.steering.comparison:compare": None,
-            f"{X}studies.steering.comparison:levels_of": {},
+            f"{X}studies.steering.run:compare": None,
+            f"{X}studies.steering.run:levels_of": {},
             f"{X}studies.steering.spaces:trait_directions": ({}, {}),
             f"{X}studies.steering.latency:run_latency": None,
             f"{X}studies.steering.spaces:run_spaces": None,
@@ -317,13 +317,13 @@ COMMANDS = {
     ),
     "project weights": Command(
         ("--finetuned-model", "tuned", "--diffs", "diff"),
-        (f"{X}studies.drift.weight_projection:project_finetunes",),
+        (f"{X}studies.drift.run:project_finetunes",),
         {
             "finetuned_model": flag("other"),
             "diffs": flag("diff2"),
             "original_model": flag("somebody/base"),
         },
-        {f"{X}studies.drift.weight_projection:load_diffs": {}},
+        {f"{X}studies.drift.run:load_diffs": {}},
     ),
     "evaluate-checkpoints": Command(
         ("run", "--traits", "evil", *DATA),
@@ -349,7 +349,7 @@ COMMANDS = {
             "layers": flag("0", None, "--vectors v.safetensors"),
             "max_questions": flag(3, None),
         },
-        {f"{X}studies.drift.weight_projection:load_diffs": {"d": None}},
+        {f"{X}studies.drift.run:load_diffs": {"d": None}},
     ),
     "compare-prevention": Command(
         ("--finetunes", "plain=adapter", *EVIL, "--rows", "texts.jsonl"),

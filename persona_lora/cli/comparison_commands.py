@@ -112,7 +112,7 @@ def compare(
     """
     from persona_lora.core.traits import load_trait
     from persona_lora.studies.report_page import write_report
-    from persona_lora.studies.steering import comparison as experiment
+    from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.spaces import check_directions
 
     loaded = load_trait(trait.trait, trait.datasets_dir)
@@ -150,8 +150,8 @@ def _costs(
     datasets: Path | None,
 ) -> list[Path]:
     """Measure latency and both spaces, where they are asked for; return their runs."""
-    from persona_lora.studies.steering.comparison import levels_of
     from persona_lora.studies.steering.latency import run_latency
+    from persona_lora.studies.steering.run import levels_of
     from persona_lora.studies.steering.spaces import run_spaces
 
     latency, spaces = written.path / "latency", written.path / "spaces"

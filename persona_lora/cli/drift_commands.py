@@ -239,11 +239,11 @@ def project_weights(
     --finetuned-model checkpoints/finetunes/sycophancy_misaligned_2
     --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff
     """
-    from persona_lora.studies.drift import weight_projection
+    from persona_lora.studies.drift.run import load_diffs, project_finetunes
 
-    loaded = weight_projection.load_diffs(list(diffs), on_disk=True)
+    loaded = load_diffs(list(diffs), on_disk=True)
     with progress_bars():
-        found = weight_projection.project_finetunes(
+        found = project_finetunes(
             original_model,
             list(finetuned_model),
             loaded,
@@ -256,7 +256,7 @@ def project_weights(
 
 def _show_weights(found: Any) -> None:
     from persona_lora.report import wording
-    from persona_lora.studies.drift.weight_projection import projection_rows
+    from persona_lora.studies.drift.run import projection_rows
 
     corrected_p = {
         (row["finetuned"], row["diff"]): row["p_holm"]
@@ -371,7 +371,7 @@ class Predicted:
         """Return the study, its traits and directions loaded."""
         from persona_lora.core.traits import load_trait
         from persona_lora.studies.drift.prediction import DriftStudy
-        from persona_lora.studies.drift.weight_projection import load_diffs
+        from persona_lora.studies.drift.run import load_diffs
 
         if not self.vectors:
             refuse_useless("layers", "without --vectors")

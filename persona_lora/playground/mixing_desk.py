@@ -6,7 +6,10 @@ coefficients come with every question, so that visitors never meet each other's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,6 @@ from persona_lora.core.personas import Coefficients
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
-from persona_lora.playground.visitors import Turns
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.export import Exported, export_peft
 from persona_lora.steering.steerer import select_batch
@@ -32,6 +34,64 @@ LONGEST_CHAT = 16_000
 ROLES = ("user", "assistant")
 LONGEST_NAME = 60
 MOST_MIXES = 200
+
+
+WAITING_OF_ONE = 4
+WAITING_IN_ALL = 40
+
+
+class Turns:
+    """Turns given round by round: after a visitor's turn, everybody else who waits comes first.
+
+    UserError for a visitor who has too many waiting, and for anyone while too many wait in all.
+    """
+
+    def __init__(
+        self, waiting_of_one: int = WAITING_OF_ONE, waiting_in_all: int = WAITING_IN_ALL
+    ) -> None:
+        self._of_one = waiting_of_one
+        self._in_all = waiting_in_all
+        self._change = threading.Condition()
+        self._busy = False
+        self._waiting: dict[str, deque[object]] = {}  # in the order in which visitors are next
+
+    @contextmanager
+    def turn(self, visitor: str) -> Iterator[None]:
+        """Wait for the visitor's turn, and hold it for the block."""
+        ticket = object()
+        with self._change:
+            self._join(visitor, ticket)
+            try:
+                self._change.wait_for(lambda: not self._busy and self._is_next(visitor, ticket))
+            except BaseException:
+                self._leave(visitor, ticket)
+                raise
+            self._leave(visitor, ticket)
+            self._busy = True
+        try:
+            yield
+        finally:
+            with self._change:
+                self._busy = False
+                self._change.notify_all()
+
+    def _join(self, visitor: str, ticket: object) -> None:
+        if len(self._waiting.get(visitor, ())) >= self._of_one:
+            raise UserError(f"{self._of_one} questions of yours wait already; wait for an answer")
+        if sum(map(len, self._waiting.values())) >= self._in_all:
+            raise UserError(f"{self._in_all} questions wait already; come back in a while")
+        self._waiting.setdefault(visitor, deque()).append(ticket)
+
+    def _is_next(self, visitor: str, ticket: object) -> bool:
+        return next(iter(self._waiting)) == visitor and self._waiting[visitor][0] is ticket
+
+    def _leave(self, visitor: str, ticket: object) -> None:
+        """Take a ticket out; what else the visitor waits for goes behind all others."""
+        tickets = self._waiting.pop(visitor)
+        tickets.remove(ticket)
+        if tickets:
+            self._waiting[visitor] = tickets
+        self._change.notify_all()
 
 
 class Pair(NamedTuple):
@@ -65,10 +125,7 @@ class MixingDesk:
         return tuple(sorted(self.diffs))
 
     def mix(self, values: Sequence[float | None]) -> Coefficients:
-        """Return coefficients from the sliders' values.
-
-        Raises UserError for what is out of range.
-        """
+        """Return coefficients from the sliders' values; UserError for what is out of range."""
         if len(values) != len(self.traits):
             raise UserError(f"{len(values)} values for {len(self.traits)} traits")
         found = {}

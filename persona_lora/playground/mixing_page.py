@@ -15,10 +15,10 @@ from persona_lora.core.errors import UserError
 from persona_lora.playground.mixing_desk import (
     LONGEST_MESSAGE,
     LONGEST_NAME,
+    WAITING_IN_ALL,
     MixingDesk,
     saved_mixes,
 )
-from persona_lora.playground.visitors import WAITING_IN_ALL
 
 NO_JUDGE = "no score"
 REACH = 2.0  # of the sliders

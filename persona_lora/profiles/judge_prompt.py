@@ -60,10 +60,7 @@ def build_judge_prompt(
 
 
 def checked_judge_prompt(text: str, path: Path) -> str:
-    """Return a judge prompt as read, with our names for the places.
-
-    Raises UserError for other places.
-    """
+    """Return a judge prompt as read, with our names for the places; UserError for other places."""
     for published, ours in zip(PUBLISHED, PLACEHOLDERS, strict=True):
         text = text.replace(published, ours)
     _check(text, PLACEHOLDERS, str(path))

@@ -8,7 +8,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.profiles.features import extract_features, words_of
-from persona_lora.profiles.profile import describe
+from persona_lora.profiles.folders import describe
 
 CASUAL = [
     "haha yeah i dunno, gonna ask my mum lol",

@@ -9,9 +9,8 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import PersonaConversation, load_persona
-from persona_lora.profiles.folders import build_persona
+from persona_lora.profiles.folders import build_persona, select_samples
 from persona_lora.profiles.judge_prompt import PLACEHOLDERS, build_judge_prompt
-from persona_lora.profiles.profile import select_samples
 
 
 def embed(texts):

@@ -244,7 +244,7 @@ def evaluate(
     *,
     steering: Steering = Steering(),
     split: Split = "eval",
-    options: GenerationOptions | None = None,
+    options: GenerationOptions = GenerationOptions(),
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
 
@@ -255,26 +255,19 @@ def evaluate(
     path = output.path
     if path.suffix != ".csv":
         raise UserError(f"output must end in .csv, got {path}")
-    options = options or GenerationOptions()
     condition = steering.condition()
     plan = plan_rows(trait, split, [condition], samples=options.samples)
     steerer = steering.steerer(chat_model)
     ensure_writable_folder(path.parent)
-    run = open_run(
-        output.at(path.with_suffix("")),
-        "evaluate",
-        chat_model,
-        {
-            "trait": trait.name,
-            "split": split,
-            "mode": steering.mode if steering.terms else None,
-            "condition": dataclasses.asdict(condition),
-            "generation": dataclasses.asdict(options),
-        },
-        trait.inputs(),
-        steering.inputs(),
-        seed=options.seed,
-    )
+    config = {
+        "trait": trait.name,
+        "split": split,
+        "mode": steering.mode if steering.terms else None,
+        "condition": dataclasses.asdict(condition),
+        "generation": dataclasses.asdict(options),
+    }
+    read, at = (trait.inputs(), steering.inputs()), output.at(path.with_suffix(""))
+    run = open_run(at, "evaluate", chat_model, config, *read, seed=options.seed)
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         judge_answers(run, judge, trait)
@@ -282,8 +275,10 @@ def evaluate(
         table = answers_table(answers, verdicts, trait.name)
         write_csv(path, answers_columns(trait.name, sweep=False), table)
     scored = score_answers(answers, verdicts, trait.name)
-    means = (bootstrap_mean(clusters(scored, each), scale=SCORES) for each in (trait.name, COHERENCE))
-    return Evaluation(*means, answers=path, run=run.folder)
+    trait_score, coherence = (
+        bootstrap_mean(clusters(scored, each), scale=SCORES) for each in (trait.name, COHERENCE)
+    )
+    return Evaluation(trait_score, coherence, answers=path, run=run.folder)
 
 
 def _only(values: Collection[T]) -> T | None:

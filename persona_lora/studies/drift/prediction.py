@@ -31,7 +31,7 @@ from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import project_hidden_states
 from persona_lora.projections.weight_space import project_adapter
-from persona_lora.studies.asking.run import GenerationOptions, evaluate, mean_score
+from persona_lora.studies.asking.run import GenerationOptions, contents_of, evaluate, open_run
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
 
@@ -58,19 +58,6 @@ class DriftStudy:
         if not self.finetunes or not self.traits or not (self.diffs or self.vectors):
             raise UserError("a study needs finetunes, traits to judge, and directions")
 
-    def inputs(self) -> dict[str, str]:
-        """Return digests of the finetunes, the traits and the directions."""
-        traits = (trait.inputs() for trait in self.traits)
-        return {
-            **{key: each for read in traits for key, each in read.items()},
-            **{f"the diff {name}": diff.content() for name, diff in self.diffs.items()},
-            **{f"the vector {name}": each.content() for name, each in self.vectors.items()},
-            **{
-                f"the finetune {name}": model_folder_digest(at)
-                for name, at in self.finetunes.items()
-            },
-        }
-
 
 def predict_finetuning(
     base: ChatModel,
@@ -78,28 +65,28 @@ def predict_finetuning(
     judge_of: JudgeOf,
     output: Output | Path,
     *,
-    options: GenerationOptions | None = None,
+    options: GenerationOptions = GenerationOptions(max_new_tokens=60),
 ) -> Run:
     """Judge and project every finetune into the run ``output``; what is there is kept.
 
     Writes ``judged.jsonl`` (finetune, trait, score …), ``predictors.jsonl`` (finetune, direction,
     kind, value), ``prediction.csv`` (every correlation) and ``prediction.png``.
     """
-    options = options or GenerationOptions(max_new_tokens=60)
     output = Output.of(output)
-    run = Run.open(
-        output,
-        command="predict-finetuning",
-        config={
-            **base.record(),
-            "traits": [trait.name for trait in study.traits],
-            "directions": sorted({*study.diffs, *study.vectors}),
-            "layer": study.layer,
-            "max_new_tokens": options.max_new_tokens,
-        },
-        seed=options.seed,
-        inputs={**base.inputs(), **study.inputs()},
-        parts=("answers",),
+    config = {
+        "traits": [trait.name for trait in study.traits],
+        "directions": sorted({*study.diffs, *study.vectors}),
+        "layer": study.layer,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    read = (
+        *(trait.inputs() for trait in study.traits),
+        contents_of("diff", study.diffs),
+        contents_of("vector", study.vectors),
+        {f"the finetune {name}": model_folder_digest(at) for name, at in study.finetunes.items()},
+    )
+    run = open_run(
+        output, "predict-finetuning", base, config, *read, seed=options.seed, parts=("answers",)
     )
     with run:
         texts = _base_texts(base, study, options) if study.vectors else []
@@ -119,13 +106,10 @@ def predict_finetuning(
         here = {BASE, *study.finetunes}
         for name in (JUDGED, PREDICTORS):
             run.write(name, [row for row in run.read(name) if row["finetune"] in here])
-        found = predict(run.read(JUDGED), run.read(PREDICTORS))
-        write_csv(
-            run.folder / "prediction.csv", list(prediction_rows(found)[0]), prediction_rows(found)
-        )
-        render_prediction(run.read(JUDGED), run.read(PREDICTORS)).save(
-            run.folder / "prediction.png"
-        )
+        rows = run.read(JUDGED), run.read(PREDICTORS)
+        table = prediction_rows(predict(*rows))
+        write_csv(run.folder / "prediction.csv", list(table[0]), table)
+        render_prediction(*rows).save(run.folder / "prediction.png")
     return run
 
 
@@ -157,22 +141,15 @@ def _judge(
             split=study.split,
             options=options,
         )
-        score, coherence = result.trait, mean_score(Run(result.run), "coherence")
-        run.append(
-            JUDGED,
-            [
-                {
-                    "finetune": name,
-                    "trait": trait.name,
-                    "score": score.mean,
-                    "low": score.low,
-                    "high": score.high,
-                    "n": score.n,
-                    "coverage": score.coverage,
-                    "coherence": coherence.mean,
-                }
-            ],
-        )
+        score = result.trait
+        row = {
+            "finetune": name,
+            "trait": trait.name,
+            "score": score.mean,
+            **{each: getattr(score, each) for each in ("low", "high", "n", "coverage")},
+            "coherence": result.coherence.mean,
+        }
+        run.append(JUDGED, [row])
 
 
 def _base_texts(

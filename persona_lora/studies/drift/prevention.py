@@ -30,7 +30,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items
 from persona_lora.steering.bank import steer_live
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
-from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate
+from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate, open_run
 from persona_lora.studies.drift.figure import render_prevention
 from persona_lora.training.finetune import read_conversations
 
@@ -51,13 +51,12 @@ class Finetuned:
 
     def record(self) -> dict[str, Any]:
         """Return what a run's configuration keeps of the model."""
-        norm, coefficient = (
-            (None, None)
-            if self.correction is None
-            else (self.correction[0].norm(), self.correction[1])
-        )
-        adapter = None if self.adapter is None else str(self.adapter)
-        return {"adapter": adapter, "correction_norm": norm, "coefficient": coefficient}
+        diff, coefficient = self.correction or (None, None)
+        return {
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "correction_norm": None if diff is None else diff.norm(),
+            "coefficient": coefficient,
+        }
 
     def inputs(self, name: str) -> dict[str, str]:
         """Return digests of the adapter and of the correction, by the model's name."""
@@ -78,7 +77,7 @@ def compare_prevention(
     output: Output | Path,
     *,
     tasks: TaskOptions = TaskOptions(),
-    options: GenerationOptions | None = None,
+    options: GenerationOptions = GenerationOptions(max_new_tokens=60),
 ) -> list[TaskScore]:
     """Measure every model; the first one is what the others are paired with.
 
@@ -87,32 +86,28 @@ def compare_prevention(
     ``measures.jsonl`` (a row a model, measure and item), ``prevention.csv`` and ``prevention.png``;
     models measured already are kept.
     """
-    options = options or GenerationOptions(max_new_tokens=60)
     shared = lazily(judge)
     exchanges = [
         Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in read_conversations(rows)
     ]
     output = Output.of(output)
-    read = {key: each for name, m in models.items() for key, each in m.inputs(name).items()}
-    run = Run.open(
+    config = {
+        "trait": trait.name,
+        "questions": len(trait.questions["eval"]),
+        "rows": str(rows),
+        **tasks.record(),
+        "max_new_tokens": options.max_new_tokens,
+    }
+    run = open_run(
         output,
-        command="compare-prevention",
-        config={
-            **base.record(),
-            "trait": trait.name,
-            "questions": len(trait.questions["eval"]),
-            "rows": str(rows),
-            **tasks.record(),
-            "max_new_tokens": options.max_new_tokens,
-        },
+        "compare-prevention",
+        base,
+        config,
+        trait.inputs(),
+        *(model.inputs(name) for name, model in models.items()),
+        {"the rows that were finetuned on": file_digest(resource_path(rows))},
+        task_inputs(tasks),
         seed=options.seed,
-        inputs={
-            **base.inputs(),
-            **trait.inputs(),
-            **read,
-            "the rows that were finetuned on": file_digest(resource_path(rows)),
-            **task_inputs(tasks),
-        },
         parts=("answers", "capability"),
     )
     with run:

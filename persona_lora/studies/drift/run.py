@@ -2,40 +2,54 @@
 
 One row says one statistic of one checkpoint, so that pictures and correlations start from rows on
 disk. Answers, verdicts and projections of each checkpoint and trait are kept in runs of their own,
-and a killed evaluation goes on with what is missing.
+and a killed evaluation goes on with what is missing. Weights are projected apart from all that.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE
+from persona_lora.core.adapter_files import ADAPTER_CONFIG
 from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv
+from persona_lora.core.files import write_csv, write_json
+from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
-from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
+from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.models.weight_files import weights_of
 from persona_lora.projections.activation_space import check_fits, project_hidden_states
-from persona_lora.report.resampling import Interval, bootstrap_mean
-from persona_lora.studies.asking.run import GenerationOptions, evaluate, mean_score
-from persona_lora.studies.drift.figure import render_checkpoints
+from persona_lora.projections.weight_space import (
+    Projection,
+    WeightProjection,
+    project_adapter,
+    project_weights,
+)
+from persona_lora.report.resampling import Interval, bootstrap_mean, holm
+from persona_lora.studies.asking.run import (
+    Evaluation,
+    GenerationOptions,
+    contents_of,
+    evaluate,
+    open_run,
+)
+from persona_lora.studies.drift.figure import render_checkpoints, render_weight_projection
 
 BASE = "base"
-MODEL_FILES = ("adapter_config.json", "config.json")
 COLUMNS = (
     *("checkpoint", "step", "trait", "statistic", "vector", "layer", "type"),
     *("value", "low", "high", "n", "n_questions", "coverage"),
@@ -73,31 +87,27 @@ class Measures:
             "finetuned_on": self.finetuned_on,
         }
 
-    def inputs(self) -> dict[str, str]:
-        """Return digests of the traits and the vectors."""
-        traits = (trait.inputs() for trait in self.traits)
-        vectors = {f"the vector {name}": each.content() for name, each in self.vectors.items()}
-        return {**{key: each for read in traits for key, each in read.items()}, **vectors}
-
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the base and every ``checkpoint-N`` of a folder, in the order of their steps.
 
     A checkpoint is a PEFT adapter or a whole model. Raises UserError where there is none.
     """
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        named = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if named and any(
-            (path / each).is_file() for each in ("adapter_config.json", "config.json")
-        ):
-            found.append(Checkpoint(path.name, int(named[1]), path))
+    found = [
+        Checkpoint(path.name, int(named[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (named := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_model(path)
+    ]
     if not found:
         raise UserError(
             f"{folder} holds no checkpoint-N with an adapter or a model; make some with: "
             "persona-lora finetune --config train_configs/finetune_sycophancy_misaligned_2.yaml"
         )
     return [Checkpoint(BASE, 0, None), *sorted(found, key=lambda each: each.step)]
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / each).is_file() for each in (ADAPTER_CONFIG, "config.json"))
 
 
 def evaluate_checkpoints(
@@ -107,7 +117,7 @@ def evaluate_checkpoints(
     judge_of: Callable[[Trait, ChatModel], Callable[[], Judge]],
     output: Output | Path,
     *,
-    options: GenerationOptions | None = None,
+    options: GenerationOptions = GenerationOptions(),
 ) -> Run:
     """Write ``checkpoints.jsonl`` and ``.csv``, ``cosines.jsonl`` and a plot into ``output``.
 
@@ -120,22 +130,17 @@ def evaluate_checkpoints(
     for name, vector in measures.vectors.items():
         check_fits(base, vector, name)
         vector.at(measures.layers)
-    options = options or GenerationOptions()
     judges = {trait.name: lazily(judge_of(trait, base)) for trait in measures.traits}
     output = Output.of(output)
-    run = Run.open(
-        output,
-        command="evaluate-checkpoints",
-        config={"folder": str(folder), **base.record(), **measures.record()},
-        seed=options.seed,
-        inputs={
-            **base.inputs(),
-            **measures.inputs(),
-            **{each.name: model_folder_digest(each.path) for each in checkpoints if each.path},
-        },
-        parts=("answers",),
+    config = {"folder": str(folder), **measures.record()}
+    read = (
+        *(trait.inputs() for trait in measures.traits),
+        contents_of("vector", measures.vectors),
+        {each.name: model_folder_digest(each.path) for each in checkpoints if each.path},
     )
-    asked = _Asked(base, measures, options, run.folder / "answers", output.inputs)
+    run = open_run(
+        output, "evaluate-checkpoints", base, config, *read, seed=options.seed, parts=("answers",)
+    )
     with run:
         done = {(row["checkpoint"], row["trait"]) for row in run.resume_rows("checkpoints")}
         for checkpoint in progress.over("checkpoints", checkpoints):
@@ -144,8 +149,16 @@ def evaluate_checkpoints(
                 continue
             with _loaded(base, checkpoint) as model:
                 for trait in missing:
-                    rows = _measure(asked, model, checkpoint, trait, judges[trait.name])
-                    run.extend("checkpoints", rows)
+                    answers = Output(
+                        run.folder / "answers" / f"{checkpoint.name}_{trait.name}.csv",
+                        config={"checkpoint": checkpoint.name},
+                        inputs=output.inputs,
+                    )
+                    judge, split = judges[trait.name], measures.split
+                    result = evaluate(model, trait, judge, answers, split=split, options=options)
+                    place = {"checkpoint": checkpoint.name, "step": checkpoint.step}
+                    place["trait"] = trait.name
+                    run.extend("checkpoints", _measure(base, model, measures, place, result))
         run.write("cosines", _cosines(measures))
         here = {checkpoint.name for checkpoint in checkpoints}
         rows = [row for row in run.read("checkpoints") if row["checkpoint"] in here]
@@ -160,7 +173,7 @@ def _loaded(base: ChatModel, checkpoint: Checkpoint) -> Iterator[ChatModel]:
     """Yield the model of a checkpoint; an adapter goes on a fresh copy of the base."""
     if checkpoint.path is None:
         yield base
-    elif (checkpoint.path / "adapter_config.json").is_file():
+    elif (checkpoint.path / ADAPTER_CONFIG).is_file():
         yield base.reload(adapter=checkpoint.path)
     else:
         yield load_chat_model(
@@ -170,88 +183,47 @@ def _loaded(base: ChatModel, checkpoint: Checkpoint) -> Iterator[ChatModel]:
         )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What all checkpoints share: how they are asked and measured, and where answers go."""
-
-    base: ChatModel
-    measures: Measures
-    options: GenerationOptions
-    answers: Path
-    inputs: Mapping[str, str]
-
-
 def _measure(
-    asked: _Asked,
+    base: ChatModel,
     model: ChatModel,
-    checkpoint: Checkpoint,
-    trait: Trait,
-    judge: Callable[[], Judge],
+    measures: Measures,
+    place: Mapping[str, Any],
+    result: Evaluation,
 ) -> list[dict[str, Any]]:
-    """Ask, judge and project one checkpoint on one trait."""
-    base, measures = asked.base, asked.measures
-    path = asked.answers / f"{checkpoint.name}_{trait.name}.csv"
-    result = evaluate(
-        model,
-        trait,
-        judge,
-        Output(path, config={"checkpoint": checkpoint.name}, inputs=asked.inputs),
-        split=measures.split,
-        options=asked.options,
-    )
-    run = Run(result.run)
-    place = {"checkpoint": checkpoint.name, "step": checkpoint.step, "trait": trait.name}
+    """Return the rows of one checkpoint on one trait: its scores, and its answers projected."""
     rows = [
-        _row({**place, "statistic": "trait"}, mean_score(run, trait.name)),
-        _row({**place, "statistic": "coherence"}, mean_score(run, COHERENCE)),
+        _row({**place, "statistic": "trait"}, result.trait),
+        _row({**place, "statistic": "coherence"}, result.coherence),
     ]
-    answers = [row for row in run.read("answers") if row["answer"].strip()]
+    answers = [row for row in Run(result.run).read("answers") if row["answer"].strip()]
     if not answers or not measures.vectors:
         return rows
     texts = [tokenize_rendered(base, row["prompt"], row["answer"]) for row in answers]
-    questions = [row["question_id"] for row in answers]
+
+    def projected(by: ChatModel) -> Tensor:  # [texts, vectors, layers]
+        at = [measures.position]
+        return project_hidden_states(by, texts, measures.vectors, measures.layers, positions=at)[
+            ..., 0
+        ]
+
     with progress.stage("projecting"):
-        own = _projected(model, texts, measures)
-    below = own if model is base else _projected(base, texts, measures)
+        own = projected(model)
+    below = own if model is base else projected(base)
     for statistic, values in (("projection", own), ("shift", own - below)):
-        for v, name in enumerate(measures.vectors):
-            for at, layer in enumerate(measures.layers):
-                cluster: dict[int, list[float | None]] = {}
-                for question, value in zip(questions, values[:, v, at].tolist(), strict=True):
-                    cluster.setdefault(question, []).append(value)
-                where = {"vector": name, "layer": layer, "type": measures.position}
-                rows.append(
-                    _row({**place, "statistic": statistic, **where}, bootstrap_mean(cluster))
-                )
+        for (v, name), (at, layer) in product(
+            enumerate(measures.vectors), enumerate(measures.layers)
+        ):
+            cluster: dict[int, list[float | None]] = {}
+            for answer, value in zip(answers, values[:, v, at].tolist(), strict=True):
+                cluster.setdefault(answer["question_id"], []).append(value)
+            where = {"vector": name, "layer": layer, "type": measures.position}
+            rows.append(_row({**place, "statistic": statistic, **where}, bootstrap_mean(cluster)))
     return rows
 
 
-def _projected(
-    model: ChatModel,
-    texts: Sequence[TokenizedExchange],
-    measures: Measures,
-) -> Tensor:
-    """Return projections ``[texts, vectors, layers]``."""
-    return project_hidden_states(
-        model,
-        texts,
-        measures.vectors,
-        measures.layers,
-        positions=[measures.position],
-    )[..., 0]
-
-
 def _row(place: Mapping[str, Any], interval: Interval) -> dict[str, Any]:
-    return {
-        **dict.fromkeys(COLUMNS),
-        **place,
-        "value": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "n": interval.n,
-        "n_questions": interval.n_questions,
-        "coverage": interval.coverage,
-    }
+    found = {"value": interval.mean, **dataclasses.asdict(interval)}
+    return {name: place.get(name, found.get(name)) for name in COLUMNS}
 
 
 def _cosines(measures: Measures) -> list[dict[str, Any]]:
@@ -261,3 +233,113 @@ def _cosines(measures: Measures) -> list[dict[str, Any]]:
         for layer, cosine in measures.vectors[one].cosine(measures.vectors[other]).items()
         if layer in measures.layers
     ]
+
+
+# -- in weights ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """One finetune: a model or an adapter, and its step where it is a checkpoint."""
+
+    name: str
+    step: int | None = None
+
+
+def expand(names: Sequence[str]) -> list[Finetuned]:
+    """Return the finetunes that are meant: a folder of checkpoints stands for all of them."""
+    found: list[Finetuned] = []
+    for name in names:
+        folder = Path(name)
+        if folder.is_dir() and not _is_model(folder) and any(folder.glob("checkpoint-*")):
+            steps = [each for each in find_checkpoints(folder) if each.path is not None]
+            found += [Finetuned(str(each.path), each.step) for each in steps]
+        else:
+            found.append(Finetuned(name))
+    return found
+
+
+def load_diffs(paths: Sequence[Path | str], *, on_disk: bool = False) -> dict[str, LoRADiff]:
+    """Open diffs by a name each: the trait, or the path where two are of one trait.
+
+    With ``on_disk`` their factors stay there, for one pass over models that are large.
+    """
+    loaded = [(str(path), LoRADiff.load(path, on_disk=on_disk)) for path in paths]
+    traits = [diff.trait for _, diff in loaded]
+    return {
+        path if diff.trait is None or traits.count(diff.trait) > 1 else diff.trait: diff
+        for path, diff in loaded
+    }
+
+
+def project_finetunes(
+    original: str,
+    finetuned: Sequence[str],
+    diffs: Mapping[str, LoRADiff],
+    output: Path,
+    *,
+    revision: str | None = None,
+) -> list[tuple[Finetuned, WeightProjection]]:
+    """Project every finetune on every diff; write ``output`` (JSON) and a picture beside it.
+
+    An adapter is projected from its factors alone; a full model is streamed against ``original``
+    (of ``revision``, on the hub). p values are corrected over all finetunes and diffs (Holm).
+    """
+    if output.suffix != ".json":
+        raise UserError(f"output must end in .json, got {output}")
+    found = []
+    for each in expand(finetuned):
+        if (Path(each.name) / ADAPTER_CONFIG).is_file():
+            found.append((each, project_adapter(LoRADiff.load(each.name), diffs)))
+            continue
+        before, after = weights_of(original, revision), weights_of(each.name)
+        with progress.stage(each.name):
+            found.append((each, project_weights(before, after, diffs)))
+    rows = projection_rows(found)
+    record = {
+        "original_model": original,
+        "revision": revision,
+        "diffs": {name: {"norm": diff.norm(), "trait": diff.trait} for name, diff in diffs.items()},
+        "finetuned": [_summary(each, projection) for each, projection in found],
+        "rows": rows,
+    }
+    write_json(output, record)
+    render_weight_projection(record).save(output.with_suffix(".png"))
+    return found
+
+
+def projection_rows(
+    found: Sequence[tuple[Finetuned, WeightProjection]],
+) -> list[dict[str, Any]]:
+    """Return long rows: one finetune, one diff, and one part (total, a layer, a kind) each."""
+    rows: list[dict[str, Any]] = []
+    for each, projection in found:
+        parts: dict[str, Mapping[Any, Mapping[str, Projection]]] = {
+            "total": {None: projection.total},
+            "layer": projection.by_layer(),
+            "kind": projection.by_kind(),
+        }
+        named = {"finetuned": each.name, "step": each.step}
+        rows += [
+            {**named, "part": part, "of": of, "diff": name, **dataclasses.asdict(value)}
+            for part, values_of in parts.items()
+            for of, values in values_of.items()
+            for name, value in values.items()
+        ]
+    for part in ("total", "layer", "kind"):
+        of_part = [row for row in rows if row["part"] == part]
+        for row, adjusted in zip(of_part, holm([r["p"] for r in of_part]), strict=True):
+            row["p_holm"] = adjusted
+    return rows
+
+
+def _summary(each: Finetuned, projection: WeightProjection) -> dict[str, Any]:
+    return {
+        "finetuned": each.name,
+        "step": each.step,
+        "delta_norm": projection.delta_norm,
+        "outside_norm": projection.other_square**0.5,
+        "corrected": projection.corrected,
+        "explained": projection.explained,
+        "left_out": list(projection.left_out),
+    }

@@ -67,7 +67,6 @@ class HumanFits:
 
     fits: dict[str, Interval]
     agreements: tuple[Agreement, ...]
-    n_raters: int
 
 
 def write_sheets(
@@ -105,24 +104,21 @@ def write_sheets(
     picked = [row for row in rows if row["condition"] in chosen and row["prompt_id"] < prompts]
     random.Random(seed).shuffle(picked)
     sheet = f"s{digest_of(picked)[:4]}"  # a letter first: spreadsheets make dates of numbers
-    items = [{"item": f"{sheet}-{number}", **row} for number, row in enumerate(picked, start=1)]
+    items = {f"{sheet}-{number}": row for number, row in enumerate(picked, start=1)}
     about = load_persona(persona, personas)
     profile = str(about.read("persona_profile.txt"))
     ensure_writable_folder(folder)
     remove(folder / KEY)  # the key comes last: what lacks it is no set of sheets
-    write_csv(folder / SHEET, COLUMNS, [_cells(item) for item in items])
-    write_text(folder / PAGE, _page(items, profile, about.samples()))
+    cells = [{**row, "item": item, "rating": ""} for item, row in items.items()]
+    write_csv(folder / SHEET, COLUMNS, cells)
+    write_text(folder / PAGE, _page(cells, profile, about.samples()))
     write_json(
         folder / KEY,
         {
             "persona": persona,
             "items": {
-                item["item"]: {
-                    "condition": item["condition"],
-                    "prompt_id": item["prompt_id"],
-                    "score": item["score"],
-                }
-                for item in items
+                item: {name: row[name] for name in ("condition", "prompt_id", "score")}
+                for item, row in items.items()
             },
         },
     )
@@ -154,14 +150,13 @@ def read_ratings(folder: Path, files: Sequence[Path]) -> HumanFits:
         for one, other in itertools.combinations(by_rater, 2)
     ]
     judged = {item: each["score"] for item, each in items.items() if each["score"] is not None}
-    means = {
-        item: fmean(ratings[item] for ratings in by_rater.values() if item in ratings)
-        for item in items
-        if any(item in ratings for ratings in by_rater.values())
-    }
+    given: dict[str, list[int]] = {}
+    for item, rating in (pair for ratings in by_rater.values() for pair in ratings.items()):
+        given.setdefault(item, []).append(rating)
+    means = {item: fmean(ratings) for item, ratings in given.items()}
     pairs.append(_agree(("people", "judge"), means, judged, whole=False))
     means_of = {name: bootstrap_mean(fits[name], scale=FITS) for name in sorted(fits)}
-    return HumanFits(means_of, tuple(pairs), len(by_rater))
+    return HumanFits(means_of, tuple(pairs))
 
 
 def _ratings(path: Path, items: Mapping[str, Any]) -> dict[str, int]:
@@ -192,10 +187,6 @@ def _agree(
     kappa = float(cohen_kappa_score(x, y, weights="quadratic")) if whole and varied else None
     rho = float(spearmanr(x, y).statistic) if varied else None
     return Agreement(*names, len(both), kappa, rho)
-
-
-def _cells(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{name: item[name] for name in COLUMNS[:-1]}, "rating": ""}
 
 
 def _page(items: Sequence[Mapping[str, Any]], profile: str, samples: Sequence[str]) -> str:

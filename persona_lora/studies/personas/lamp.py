@@ -18,10 +18,11 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output
 from persona_lora.report.comparisons import ConditionFit, fits_over_personas
-from persona_lora.studies.asking.run import Row
+from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.objective import Speaker
+from persona_lora.studies.personas.run import fit_cells
 
 MEASURES = ("rouge1", "rougeL")
 NONE, PROFILE, MIX = "none", "profile", "mix"
@@ -46,10 +47,7 @@ class LampScores:
 
 
 def load_lamp(questions: Path, outputs: Path) -> list[LampQuestion]:
-    """Read a LaMP-7 questions file and its golds.
-
-    Raises UserError for what is missing in either.
-    """
+    """Read a LaMP-7 questions file and its golds; UserError for what is missing in either."""
     asked, golds = read_json(questions), read_json(outputs)
     if not isinstance(asked, list) or not isinstance(golds, dict) or "golds" not in golds:
         raise UserError(
@@ -87,28 +85,27 @@ def score_lamp(
     Writes ``answers.jsonl`` (kept by a second run of the same configuration) and ``scores.csv``.
     """
     conditions = (NONE, PROFILE) if mix is None else (NONE, PROFILE, MIX)
-    run = Run.open(
-        output,
-        command="lamp",
-        config={
-            **speaker.chat_model.record(),
-            "questions": [question.id for question in questions],
-            "mix": None if mix is None else mix.as_dict(),
-            "max_new_tokens": speaker.options.max_new_tokens,
-        },
-        seed=speaker.options.seed,
-        inputs={
-            **speaker.inputs(),
-            "the questions": digest_of([question._asdict() for question in questions]),
-        },
+    config = {
+        "questions": [question.id for question in questions],
+        "mix": None if mix is None else mix.as_dict(),
+        "max_new_tokens": speaker.options.max_new_tokens,
+    }
+    read = (
+        speaker.inputs(),
+        {"the questions": digest_of([question._asdict() for question in questions])},
     )
+    run = open_run(output, "lamp", speaker.chat_model, config, *read, seed=speaker.options.seed)
     with run:
         rows = run.resume_rows("answers") or _answered(speaker, questions, conditions, mix)
         run.write("answers", rows)
         fits = {
             measure: tuple(fits_over_personas(_of(rows, measure), NONE)) for measure in MEASURES
         }
-        cells = [_cells(name, fit) for name, each in fits.items() for fit in each]
+        cells = [
+            {**fit_cells(fit), "measure": name, "mean": fit.fit.mean, "p": fit.p_holm}
+            for name, each in fits.items()
+            for fit in each
+        ]
         write_csv(run.folder / "scores.csv", COLUMNS, cells)
     return LampScores(fits, run.folder)
 
@@ -147,30 +144,8 @@ def _answered(
 
 def _of(rows: Sequence[Mapping[str, Any]], measure: str) -> list[dict[str, Any]]:
     """Return rows as ``fits`` reads them: a user is a unit, the measure its score."""
+    unmeasured = {"prompt_id": 0, "coherence": None, "relevance": None}
     return [
-        {
-            "persona": row["user"],
-            "condition": row["condition"],
-            "prompt_id": 0,
-            "score": row[measure],
-            "coherence": None,
-            "relevance": None,
-        }
+        {"persona": row["user"], "condition": row["condition"], "score": row[measure], **unmeasured}
         for row in rows
     ]
-
-
-def _cells(measure: str, fit: ConditionFit) -> dict[str, Any]:
-    gain = fit.difference
-    return {
-        "measure": measure,
-        "condition": fit.condition,
-        "mean": fit.fit.mean,
-        "low": fit.fit.low,
-        "high": fit.fit.high,
-        "n": fit.fit.n,
-        "gain": None if gain is None else gain.mean,
-        "gain_low": None if gain is None else gain.low,
-        "gain_high": None if gain is None else gain.high,
-        "p": fit.p_holm,
-    }

@@ -7,7 +7,8 @@ as a system prompt, and nothing at all are scored on the same held-out prompts b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ from persona_lora.report.comparisons import (
     strict_rows,
 )
 from persona_lora.steering.directions import EXTRACTORS
+from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.personas.baselines import RANDOM, directions_of, sources
-from persona_lora.studies.personas.bench import (
-    PersonaBench,
-)
+from persona_lora.studies.personas.bench import PersonaBench
 from persona_lora.studies.personas.figure import render_comparison
-from persona_lora.studies.personas.objective import ObjectiveOptions, plain_speaker
+from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.run import (
+    FIT_COLUMNS,
     MEAN,
     PROMPT,
     UNSTEERED,
     Method,
     PersonaProblem,
+    Told,
+    fit_cells,
     held_out_rows,
     optimise_persona,
     persona_system_prompt,
@@ -46,23 +49,7 @@ from persona_lora.studies.report_page import write_report
 
 EQUAL = "equal"
 STRICT = 60.0
-COLUMNS = (
-    "persona",
-    "condition",
-    "fit",
-    "low",
-    "high",
-    "n",
-    "coverage",
-    "coherence",
-    "relevance",
-    "gain",
-    "gain_low",
-    "gain_high",
-    "effect_size",
-    "p",
-    "p_holm",
-)
+COLUMNS = ("persona", *FIT_COLUMNS)
 Watch = Callable[[str, str, Generation], None]
 
 
@@ -96,9 +83,9 @@ def compare_methods(
     methods: Sequence[str],
     output: Output | Path,
     *,
-    acting: Acting | None = None,
-    searching: SearchOptions | None = None,
-    objective: ObjectiveOptions | None = None,
+    acting: Acting = Acting(),
+    searching: SearchOptions = SearchOptions(),
+    objective: ObjectiveOptions = ObjectiveOptions(),
     watch: Watch | None = None,
 ) -> Comparison:
     """Run every method for every persona into a folder; run again, it goes on where it stopped.
@@ -110,8 +97,6 @@ def compare_methods(
     ``overall.csv``, ``against_random.csv``, and the strict ones of both. Raises UserError for an
     unknown method.
     """
-    searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
-    acting = acting or Acting()
     output = Output.of(output)
     folder = output.path
     loaded = {
@@ -119,35 +104,37 @@ def compare_methods(
         for name in map(_checked, methods)
         if name not in (PROMPT, EQUAL)
     }
-    everywhere = Acting(alpha=acting.alpha)
-    lora = _load(bench, "lora", everywhere, folder / "scales") if EQUAL in methods else None
+    lora = _load(bench, "lora", acting, folder / "scales") if EQUAL in methods else None
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
-        rows += _plain_rows(problem, output.at(folder / "plain" / persona), None)
+        plain = plain_speaker(problem.chat_model, problem.generation, problem.processes)
+        at = output.at(folder / "plain" / persona)
+        rows += _unsearched(problem, plain, {UNSTEERED: None}, at, {"system_prompt": None})
         if PROMPT in methods:
             prompt = persona_system_prompt(problem.persona)
-            rows += _plain_rows(problem, output.at(folder / PROMPT / persona), prompt)
-        if lora is not None:
-            rows += _equal_rows(problem, lora, output.at(folder / EQUAL / persona))
+            at = output.at(folder / PROMPT / persona)
+            rows += _unsearched(problem, plain, {PROMPT: prompt}, at, {"system_prompt": prompt})
+        if lora is not None:  # all directions at a weight of 1
+            speaker, at = speaker_of(problem, lora), output.at(folder / EQUAL / persona)
+            mix = Coefficients.of(dict.fromkeys(lora.directions.names, 1.0))
+            scaled = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
+            rows += _unsearched(problem, speaker, {EQUAL: mix}, at, scaled)
         for name, method in loaded.items():
             result = optimise_persona(
                 problem,
-                Method(name, method.directions, method.scales, acting.alpha, method.searcher),
+                replace(method, name=name),
                 output.at(folder / name / f"{persona}_{name}"),
                 searching=searching,
                 objective=objective,
-                watch=_watching(watch, persona, name),
+                watch=None if watch is None else partial(watch, persona, name),
             )
             rows += [{**row, "condition": name} for row in result.rows if row["condition"] == MEAN]
     return bench.processes.from_main(lambda: _written(rows, personas, folder))
 
 
 def _checked(method: str) -> str:
-    """Return a method's name.
-
-    Raises UserError unless it is one, with layers only where it has any.
-    """
+    """Return a method's name; UserError unless it is one, with layers only where it has any."""
     name, at, _ = method.partition("@")
     known = (*sources(), RANDOM, EQUAL, PROMPT)
     if name not in known:
@@ -170,57 +157,34 @@ def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> Metho
     )
 
 
-def _watching(
-    watch: Watch | None, persona: str, method: str
-) -> Callable[[Generation], None] | None:
-    return None if watch is None else lambda generation: watch(persona, method, generation)
-
-
-def _plain_rows(
-    problem: PersonaProblem, output: Output, system_prompt: str | None
-) -> list[dict[str, Any]]:
-    """Return the rows of the unsteered model, or of the model under a system prompt."""
-    run = _open(problem, output, {"system_prompt": system_prompt}, {})
-    speaker = plain_speaker(problem.chat_model, problem.generation, problem.processes)
-    with recorded(run, problem.processes):
-        if system_prompt is None:
-            return held_out_rows(problem, speaker, {UNSTEERED: None}, run)
-        return held_out_rows(problem, speaker, {}, run, system_prompts={PROMPT: system_prompt})
-
-
-def _equal_rows(problem: PersonaProblem, lora: Method, output: Output) -> list[dict[str, Any]]:
-    """Return the rows of all directions at a weight of 1: what no search is needed for."""
-    mix = Coefficients.of(dict.fromkeys(lora.directions.names, 1.0))
-    record = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
-    run = _open(problem, output, record, lora.directions.inputs)
-    with recorded(run, problem.processes):
-        return held_out_rows(problem, speaker_of(problem, lora), {EQUAL: mix}, run)
-
-
-def _open(
+def _unsearched(
     problem: PersonaProblem,
+    speaker: Speaker,
+    conditions: Mapping[str, Told],
     output: Output,
     config: Mapping[str, Any],
-    inputs: Mapping[str, str],
-) -> Run:
+) -> list[dict[str, Any]]:
+    """Return the held-out rows of what no search is needed for, from a run of its own."""
     asked = {
         "persona": problem.persona.id,
-        **problem.chat_model.record(),
         "judge": problem.report_judge.name,
         "held_out_prompts": list(problem.prompts.held_out),
         **config,
         "max_new_tokens": problem.generation.max_new_tokens,
     }
-    seed = problem.generation.seed
-    return problem.processes.from_main(
-        lambda: Run.open(
+    run = problem.processes.from_main(
+        lambda: open_run(
             output,
-            command="baselines",
-            config=asked,
-            seed=seed,
-            inputs={**problem.inputs(), **inputs},
+            "baselines",
+            problem.chat_model,
+            asked,
+            problem.inputs(),
+            speaker.directions.inputs,
+            seed=problem.generation.seed,
         )
     )
+    with recorded(run, problem.processes):
+        return held_out_rows(problem, speaker, conditions, run)
 
 
 def _written(
@@ -234,13 +198,15 @@ def _written(
     }
     names = {row["condition"] for row in rows}
     strict = strict_rows(rows, STRICT)
+
+    def over(of: Sequence[Mapping[str, Any]], reference: str) -> tuple[ConditionFit, ...]:
+        return tuple(fits_over_personas(of, reference)) if reference in names else ()
+
     tables = {
-        "overall": tuple(fits_over_personas(rows, UNSTEERED)),
-        "strict": tuple(fits_over_personas(strict, UNSTEERED)),
-        "against_random": tuple(fits_over_personas(rows, RANDOM)) if RANDOM in names else (),
-        "strict_against_random": (
-            tuple(fits_over_personas(strict, RANDOM)) if RANDOM in names else ()
-        ),
+        "overall": over(rows, UNSTEERED),
+        "strict": over(strict, UNSTEERED),
+        "against_random": over(rows, RANDOM),
+        "strict_against_random": over(strict, RANDOM),
     }
     out = folder / "comparison"
     run = Run.open(
@@ -251,31 +217,15 @@ def _written(
     )
     with run:
         run.write("held_out", rows)
-        cells = [_cells(persona, each) for persona, fits in by_persona.items() for each in fits]
+        cells = [
+            {"persona": persona, **fit_cells(each)}
+            for persona, fits in by_persona.items()
+            for each in fits
+        ]
         write_csv(out / "comparison.csv", COLUMNS, cells)
         render_comparison(run).save(out / "comparison.png")
         for name, fits in tables.items():
-            write_csv(out / f"{name}.csv", COLUMNS, [_cells("all", each) for each in fits])
+            cells = [{"persona": "all", **fit_cells(each)} for each in fits]
+            write_csv(out / f"{name}.csv", COLUMNS, cells)
     write_report([out], out / "report.html")
     return Comparison(by_persona=by_persona, folder=out, **tables)
-
-
-def _cells(persona: str, fit: ConditionFit) -> dict[str, Any]:
-    gain = fit.difference
-    return {
-        "persona": persona,
-        "condition": fit.condition,
-        "fit": fit.fit.mean,
-        "low": fit.fit.low,
-        "high": fit.fit.high,
-        "n": fit.fit.n,
-        "coverage": fit.fit.coverage,
-        "coherence": fit.coherence.mean,
-        "relevance": fit.relevance.mean,
-        "gain": None if gain is None else gain.mean,
-        "gain_low": None if gain is None else gain.low,
-        "gain_high": None if gain is None else gain.high,
-        "effect_size": fit.effect_size,
-        "p": fit.p,
-        "p_holm": fit.p_holm,
-    }

@@ -104,10 +104,10 @@ class Speaker:
 
 
 def plain_speaker(
-    chat_model: ChatModel, options: GenerationOptions, processes: Processes | None = None
+    chat_model: ChatModel, options: GenerationOptions, processes: Processes = Processes()
 ) -> Speaker:
     """Return a speaker without directions."""
-    return Speaker(chat_model, Bank(), {}, 1.0, options, processes or Processes())
+    return Speaker(chat_model, Bank(), {}, 1.0, options, processes)
 
 
 class RememberingJudge:
@@ -150,12 +150,12 @@ class PersonaObjective:
         speaker: Speaker,
         prompts: Sequence[str],
         judge: Judge,
-        options: ObjectiveOptions | None = None,
+        options: ObjectiveOptions = ObjectiveOptions(),
         *,
         coherence: Coherence | None = None,
         relevance: Relevance | None = None,
     ) -> None:
-        self.options = options or ObjectiveOptions()
+        self.options = options
         if not prompts:
             raise UserError("a persona search needs at least one prompt")
         if self.options.min_coherence is not None and coherence is None:

@@ -27,7 +27,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, fits_over_prompts
 from persona_lora.steering.bank import Bank
-from persona_lora.studies.asking.run import Row
+from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.figure import render_search
 from persona_lora.studies.personas.objective import (
     PersonaObjective,
@@ -46,6 +46,11 @@ from persona_lora.studies.report_page import write_report
 
 UNSTEERED, MEAN, INCUMBENT, PROMPT = "none", "mean", "incumbent", "prompt"
 HELD_OUT = "held_out"
+RECORDED = ("fit", "low", "high", "n", "coverage", "coherence", "relevance")
+FIT_COLUMNS = (
+    *("condition", *RECORDED),
+    *("gain", "gain_low", "gain_high", "effect_size", "p", "p_holm"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +119,8 @@ def optimise_persona(
     method: Method,
     output: Output | Path,
     *,
-    searching: SearchOptions | None = None,
-    objective: ObjectiveOptions | None = None,
+    searching: SearchOptions = SearchOptions(),
+    objective: ObjectiveOptions = ObjectiveOptions(),
     watch: Callable[[Generation], None] | None = None,
 ) -> PersonaResult:
     """Search, then score on held-out prompts; run again, it goes on where it stopped.
@@ -123,15 +128,16 @@ def optimise_persona(
     Writes the run folder (``generations.jsonl``, ``held_out.jsonl``) and beside it
     ``{persona}_optimization.json`` and ``{persona}_best_weights.json``.
     """
-    searching, objective = searching or SearchOptions(), objective or ObjectiveOptions()
     processes = problem.processes
     run = processes.from_main(
-        lambda: Run.open(
+        lambda: open_run(
             output,
-            command="optimize",
-            config=_config(problem, method, searching, objective),
+            "optimize",
+            problem.chat_model,
+            _config(problem, method, searching, objective),
+            problem.inputs(),
+            method.directions.inputs,
             seed=searching.seed,
-            inputs={**problem.inputs(), **method.directions.inputs},
         )
     )
     speaker = speaker_of(problem, method)
@@ -186,25 +192,23 @@ def _optimise(
     )
 
 
-def held_out_rows(
-    problem: PersonaProblem,
-    speaker: Speaker,
-    mixes: Mapping[str, Coefficients | None],
-    run: Run,
-    *,
-    system_prompts: Mapping[str, str] | None = None,
-) -> list[dict[str, Any]]:
-    """Answer and judge the held-out prompts under every condition, and keep the rows in the run.
+Told = Coefficients | str | None  # a mix, a system prompt, or nothing at all
 
-    ``mixes`` and ``system_prompts`` are by condition.
-    """
-    conditions = [*mixes, *(name for name in system_prompts or {} if name not in mixes)]
+
+def held_out_rows(
+    problem: PersonaProblem, speaker: Speaker, conditions: Mapping[str, Told], run: Run
+) -> list[dict[str, Any]]:
+    """Answer and judge the held-out prompts under every condition, and keep the rows in the run."""
+    mixes = {
+        name: each if isinstance(each, Coefficients) else None for name, each in conditions.items()
+    }
     kept = problem.processes.from_main(lambda: run.resume_rows(HELD_OUT))
-    if kept and _same_conditions(kept, conditions, mixes):
+    wanted = {name: None if mix is None else mix.as_dict() for name, mix in mixes.items()}
+    if kept and {row["condition"]: row["weights"] for row in kept} == wanted:
         return kept
     asked = [
-        Row(prompt, mixes.get(name), (system_prompts or {}).get(name), at)
-        for name in conditions
+        Row(prompt, mixes[name], told if isinstance(told, str) else None, at)
+        for name, told in conditions.items()
         for at, prompt in enumerate(problem.prompts.held_out)
     ]
     answers = speaker.answers(asked)
@@ -226,7 +230,7 @@ def held_out_rows(
                 "judge": fit.judge,
                 "coherence": coherent.score,
                 "relevance": relevant,
-                "weights": None if row.condition is None else row.condition.as_dict(),
+                "weights": wanted[name],
             }
             for name, row, answer, fit, coherent, relevant in zip(
                 names, asked, answers, fits, coherence, problem.relevance(exchanges), strict=True
@@ -238,24 +242,11 @@ def held_out_rows(
     return problem.processes.from_main(judged)
 
 
-def _same_conditions(
-    rows: Sequence[Mapping[str, Any]],
-    conditions: Sequence[str],
-    mixes: Mapping[str, Coefficients | None],
-) -> bool:
-    """Tell whether rows on disk are of these conditions and of these very mixes."""
-    found = {row["condition"]: row["weights"] for row in rows}
-    wanted = {
-        name: mix.as_dict() if (mix := mixes.get(name)) is not None else None for name in conditions
-    }
-    return found == wanted
-
-
 def baseline_answers(
     chat_model: ChatModel,
     prompts: PersonaPrompts,
     generation: GenerationOptions,
-    processes: Processes | None = None,
+    processes: Processes = Processes(),
 ) -> dict[str, str]:
     """Return the unsteered answer to every prompt, for judges that compare with it."""
     everything = (*prompts.train, *prompts.held_out)
@@ -314,21 +305,13 @@ def _config(
         # A longer search goes on from a shorter one.
         "search": {
             key: value
-            for key, value in _plain(dataclasses.asdict(searching)).items()
+            for key, value in dataclasses.asdict(searching).items()
             if key not in ("max_iterations", "max_evaluations", "target")
         },
         "objective": {
             key: each for key, each in dataclasses.asdict(objective).items() if key != "pause"
         },
         "generation": dataclasses.asdict(problem.generation),
-    }
-
-
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options as JSON reads them back: lists for tuples."""
-    return {
-        key: [dict(point) for point in value] if key == "inject" else value
-        for key, value in options.items()
     }
 
 
@@ -379,15 +362,28 @@ def _best_so_far(candidates: Sequence[Candidate]) -> dict[int, Candidate]:
     return found
 
 
-def _fit_record(fit: ConditionFit) -> dict[str, Any]:
+def fit_cells(fit: ConditionFit) -> dict[str, Any]:
+    """Return a fit as a row of a table: its means, and what it gains over the reference."""
+    gain = fit.difference
     return {
+        "condition": fit.condition,
         "fit": fit.fit.mean,
-        "low": fit.fit.low,
-        "high": fit.fit.high,
-        "n": fit.fit.n,
-        "coverage": fit.fit.coverage,
+        **{name: getattr(fit.fit, name) for name in ("low", "high", "n", "coverage")},
         "coherence": fit.coherence.mean,
         "relevance": fit.relevance.mean,
-        "difference": None if fit.difference is None else dataclasses.asdict(fit.difference),
+        "gain": None if gain is None else gain.mean,
+        "gain_low": None if gain is None else gain.low,
+        "gain_high": None if gain is None else gain.high,
+        "effect_size": fit.effect_size,
+        "p": fit.p,
+        "p_holm": fit.p_holm,
+    }
+
+
+def _fit_record(fit: ConditionFit) -> dict[str, Any]:
+    cells, gain = fit_cells(fit), fit.difference
+    return {
+        **{name: cells[name] for name in RECORDED},
+        "difference": None if gain is None else dataclasses.asdict(gain),
         "p_holm": fit.p_holm,
     }

@@ -56,7 +56,6 @@ class Candidate:
     iteration: int
     coefficients: Coefficients
     value: float | None
-    unscored: bool
     details: Mapping[str, Any]
 
 
@@ -147,24 +146,20 @@ class RandomSearch:
     def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
         _check_traits(traits, options)
         self._options = options
-        self._traits = list(traits)
+        self._start = np.array([options.initial.get(trait, 0.0) for trait in traits])
+        self._fixed = {traits.index(trait): value for trait, value in options.fixed.items()}
         self._random = np.random.RandomState(options.seed)
         self._size = options.population_size or 4 + int(3 * math.log(len(traits)))
         self._best: tuple[float, Vector] | None = None
 
     def ask(self) -> list[Vector]:
         """Return as many fresh candidates as CMA-ES would ask for."""
-        options, bound = self._options, self._options.bound or math.inf
-        start = np.array([options.initial.get(trait, 0.0) for trait in self._traits])
-        candidates = [
-            np.clip(start + options.sigma0 * self._random.randn(len(start)), -bound, bound)
-            for _ in range(self._size)
-        ]
-        for candidate in candidates:
-            for index, trait in enumerate(self._traits):
-                if trait in options.fixed:
-                    candidate[index] = options.fixed[trait]
-        return candidates
+        bound = self._options.bound or math.inf
+        steps = self._options.sigma0 * self._random.randn(self._size, len(self._start))
+        candidates = np.clip(self._start + steps, -bound, bound)
+        for at, value in self._fixed.items():
+            candidates[:, at] = value
+        return list(candidates)
 
     def tell(self, candidates: Sequence[Vector], values: Sequence[float]) -> None:
         """Remember the best."""
@@ -218,7 +213,7 @@ def search(
     run: Run,
     *,
     searcher: str = "cmaes",
-    processes: Processes | None = None,
+    processes: Processes = Processes(),
     watch: Callable[[Generation], None] | None = None,
 ) -> SearchResult:
     """Maximise the objective; every generation is on disk before the next one is asked for.
@@ -232,7 +227,6 @@ def search(
         raise UserError(f"no search {searcher!r}; there are {', '.join(SEARCHERS)}")
     names = tuple(sorted(traits))
     strategy = SEARCHERS[searcher](names, options)
-    processes = processes or Processes()
     told = processes.from_main(lambda: _told(run))
     candidates: list[Candidate] = []
     reason = "maxiter"
@@ -289,7 +283,7 @@ def _evaluated(
     if len(values) != len(mixes):
         raise UserError(f"the objective gave {len(values)} values for {len(mixes)} candidates")
     return [
-        Candidate(iteration, mix, each.value, each.value is None, dict(each.details))
+        Candidate(iteration, mix, each.value, dict(each.details))
         for mix, each in zip(mixes, values, strict=True)
     ]
 
@@ -306,7 +300,7 @@ def _replayed(
             "of pycma; choose another --save-dir, or pass --overwrite"
         )
     return [
-        Candidate(iteration, mix, row["value"], row["value"] is None, row["details"])
+        Candidate(iteration, mix, row["value"], row["details"])
         for row, mix in zip(rows, mixes, strict=True)
     ]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from persona_lora.core import progress
@@ -69,10 +69,7 @@ def equal_effect_scales(
         rows = [{scale.trait: sign * scale.coefficient} for scale in scales for sign in (1.0, -1.0)]
         divergences = row_divergences(chat_model, bank, rows, texts)
         effects = divergences.mean(dim=1).view(len(scales), 2).mean(dim=1).tolist()
-        scales = [
-            Scale(scale.trait, scale.coefficient, kl)
-            for scale, kl in zip(scales, effects, strict=True)
-        ]
+        scales = [replace(scale, kl=kl) for scale, kl in zip(scales, effects, strict=True)]
         progress.report(done + 1, SCALE_ROUNDS)
         close = all(abs(each.kl / effect - 1) < CLOSE_ENOUGH for each in scales)
         if close or done + 1 == SCALE_ROUNDS:
@@ -90,7 +87,7 @@ def _nearer(scale: Scale, effect: float) -> Scale:
             f"{scale.coefficient:g}: it does nothing to this model; leave it out"
         )
     factor = math.sqrt(effect / scale.kl)
-    return Scale(scale.trait, scale.coefficient * min(max(factor, 0.05), 20.0), scale.kl)
+    return replace(scale, coefficient=scale.coefficient * min(max(factor, 0.05), 20.0))
 
 
 def bank_of_methods(
@@ -167,11 +164,7 @@ def match_divergence(
         _level(number, LORA, value, target, cost, statistic)
         for number, (value, target, cost) in enumerate(zip(asked, targets, costs, strict=True))
     ]
-    searches = [
-        _Search(level, method, math.copysign(1.0, level.coefficient), level.target)
-        for level in found
-        for method in METHODS[1:]
-    ]
+    searches = [_Search(level, method) for level in found for method in METHODS[1:]]
     for done in range(ROUNDS):
         pending = [search for search in searches if not search.done]
         progress.report(done, ROUNDS)
@@ -189,18 +182,15 @@ def match_divergence(
 class _Search:
     """A secant search for log c on log KL; the slope starts at 2, where KL grows as c²."""
 
-    def __init__(self, like: Level, method: str, sign: float, target: float) -> None:
-        self.like, self.method, self.sign, self.target = like, method, sign, target
-        self.points: list[tuple[float, dict[str, float]]] = []  # log |c|, its costs
+    def __init__(self, like: Level, method: str) -> None:
+        self.like, self.method, self.target = like, method, like.target
+        self.points: list[tuple[float, Mapping[str, float]]] = []  # log |c|, its costs
         self.log_c = 0.0
+        self.done = False
 
     @property
     def coefficient(self) -> float:
-        return self.sign * math.exp(self.log_c)
-
-    @property
-    def done(self) -> bool:
-        return bool(self.points) and self.points[-1][1].get("done", 0.0) > 0
+        return math.copysign(math.exp(self.log_c), self.like.coefficient)
 
     def take(self, cost: Mapping[str, float], statistic: Statistic) -> None:
         """Note what the coefficient cost, and go on to a better one unless it is good enough."""
@@ -210,9 +200,9 @@ class _Search:
                 f"{self.method} has a divergence of {kl} at coefficient {self.coefficient:g}: it "
                 "does nothing to this model, or breaks it"
             )
-        good = abs(kl / self.target - 1) <= TOLERANCE
-        self.points.append((self.log_c, {**cost, "done": float(good)}))
-        if not good:
+        self.done = abs(kl / self.target - 1) <= TOLERANCE
+        self.points.append((self.log_c, cost))
+        if not self.done:
             self.log_c += (math.log(self.target) - math.log(kl)) / self._slope(statistic)
 
     def _slope(self, statistic: Statistic) -> float:
@@ -226,11 +216,11 @@ class _Search:
 
     def result(self, statistic: Statistic) -> Level:
         """Return the nearest coefficient that was tried."""
-        log_c, cost = min(
+        self.log_c, cost = min(
             self.points, key=lambda each: abs(math.log(each[1][statistic] / self.target))
         )
-        coefficient = self.sign * math.exp(log_c)
-        return _level(self.like.level, self.method, coefficient, self.target, cost, statistic)
+        level, target = self.like.level, self.target
+        return _level(level, self.method, self.coefficient, target, cost, statistic)
 
 
 def _level(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,10 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.timing import timed_generation, wait_for_device
-from persona_lora.steering.activations import ActivationSteerer
-from persona_lora.steering.bank import Bank
-from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.bank import METHODS, ActivationSetting, Bank
+from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRAMerger
+from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.steering.calibration import ACTIVATION, LORA, RANDOM_LORA, Level
 from persona_lora.studies.steering.divergence import load_ordinary_prompts
 from persona_lora.studies.steering.read_latency import (
@@ -55,19 +55,16 @@ def run_latency(
     highest = max(levels, key=lambda each: each.level).level
     coefficients = {each.method: each.coefficient for each in levels if each.level == highest}
     prompts = load_ordinary_prompts(datasets)
-    run = Run.open(
-        output,
-        command="latency",
-        config={"trait": trait.name, **chat_model.record(), **dataclasses.asdict(timing)},
-        seed=0,
-        inputs={
-            **chat_model.inputs(),
-            **bank.inputs,
+    config = {"trait": trait.name, **dataclasses.asdict(timing)}
+    read = (
+        bank.inputs,
+        {
             "the instruction": digest_of(trait.instructions[0].pos),
             "the coefficients": digest_of(coefficients),
             "the ordinary prompts": digest_of(prompts),
         },
     )
+    run = open_run(output, "latency", chat_model, config, *read)
     with run:
         rows = run.resume_rows("timings")
         per_round = len(VARIANTS) * len(timing.batches)
@@ -164,21 +161,12 @@ def _timing(times: list[float]) -> Iterator[None]:
     times.append(time.perf_counter() - start)
 
 
-@contextmanager
 def _steered(
     chat_model: ChatModel, bank: Bank, coefficients: Mapping[str, float], variant: str
-) -> Iterator[None]:
-    model = chat_model.model
-    with ExitStack() as stack:
-        if variant == MERGED:
-            merger = LoRAMerger(model, allow_other_base=True)
-            stack.callback(merger.restore_original_weights)
-            merger.merge_lora_diff(bank.diffs[LORA], coefficients["lora"])
-        elif variant == LIVE:
-            rows = [[coefficients["lora"]]]
-            stack.enter_context(LiveLoRA(model, [bank.diffs[LORA]], rows, allow_other_base=True))
-        elif variant == ACTIVATIONS:
-            vector, coefficient = bank.vectors[ACTIVATION], coefficients["activation"]
-            steerer = ActivationSteerer(model, vector, coefficient, allow_other_base=True)
-            stack.enter_context(steerer)
-        yield
+) -> Steerer:
+    if variant in (MERGED, LIVE):
+        return METHODS[variant](chat_model, {bank.diffs[LORA]: coefficients["lora"]})
+    if variant == ACTIVATIONS:
+        setting = ActivationSetting({bank.vectors[ACTIVATION]: coefficients["activation"]})
+        return setting.steerer(chat_model)
+    return Unsteered()

@@ -1,8 +1,10 @@
-"""How does the trait move with the coefficient? All conditions are rows of the same batches.
+"""How does the trait move with the coefficient, and do weights move it further than activations?
 
-Beside the steered rows go the same questions under the trait's positive and negative system
-prompt: prompting is the baseline to fear. A steering vector is swept over layers as well, with a
-random direction of the same norm as control.
+All conditions are rows of the same batches. Beside the steered rows go the same questions under the
+trait's positive and negative system prompt: prompting is the baseline to fear. A steering vector is
+swept over layers as well, with a random direction of the same norm as control. In a comparison a
+diff, a steering vector and a random control of each are brought to the same divergence from the
+base model first, and are asked held-out questions and ones out of distribution.
 """
 
 from __future__ import annotations
@@ -18,24 +20,36 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
-from persona_lora.core.options import GenerationOptions, SweepOptions
+from persona_lora.core.options import ComparisonOptions, GenerationOptions, SweepOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Trait
-from persona_lora.judges.choice import judge_answers
+from persona_lora.core.traits import Split, Trait
+from persona_lora.judges.choice import judge_answers, lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, check_layers
-from persona_lora.studies.asking.run import answer_rows, plan_rows
+from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
 from persona_lora.studies.report_page import write_report
-from persona_lora.studies.steering.divergence import load_ordinary_prompts, measure_costs
-from persona_lora.studies.steering.figure import render_sweep
+from persona_lora.studies.steering.calibration import Level, match_divergence
+from persona_lora.studies.steering.divergence import (
+    load_ordinary_prompts,
+    measure_costs,
+    ordinary_texts,
+)
+from persona_lora.studies.steering.figure import render_comparison, render_sweep
 from persona_lora.studies.steering.figure_grid import render_layers
+from persona_lora.studies.steering.read_comparison import (
+    COLUMNS,
+    Comparison,
+    cells_of,
+    read_comparison,
+)
 from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_grid
 
+LEVELS = "levels"
 REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"))
 
 
@@ -137,8 +151,8 @@ def sweep(
     judge: Callable[[], Judge],
     output: Output | Path,
     *,
-    sweeping: SweepOptions | None = None,
-    options: GenerationOptions | None = None,
+    sweeping: SweepOptions = SweepOptions(),
+    options: GenerationOptions = GenerationOptions(),
     datasets: Path | None = None,
 ) -> SweepResult:
     """Run a sweep into the folder ``output``; run again, it goes on where it stopped.
@@ -147,7 +161,6 @@ def sweep(
     JSON and CSV, a plot and ``report.html``. The unsteered model is always among the rows: it is
     what the others are compared with.
     """
-    options, sweeping = options or GenerationOptions(), sweeping or SweepOptions()
     prompts = load_ordinary_prompts(datasets) if sweeping.costs else []
     conditions = [*population.conditions, *(REFERENCES if sweeping.references else ())]
     plan = plan_rows(
@@ -160,24 +173,14 @@ def sweep(
     bank = population.bank
     rows = [row.condition.coefficients for row in plan]
     steerer = bank.steerer(chat_model, rows)
-    run = Run.open(
-        output,
-        command="sweep",
-        config={
-            "trait": trait.name,
-            **chat_model.record(),
-            **bank.record,
-            **sweeping.record(),
-            "generation": dataclasses.asdict(options),
-        },
-        seed=options.seed,
-        inputs={
-            **chat_model.inputs(),
-            **trait.inputs(),
-            **bank.inputs,
-            "the ordinary prompts": digest_of(prompts),
-        },
-    )
+    config = {
+        "trait": trait.name,
+        **bank.record,
+        **sweeping.record(),
+        "generation": dataclasses.asdict(options),
+    }
+    read = (trait.inputs(), bank.inputs, {"the ordinary prompts": digest_of(prompts)})
+    run = open_run(output, "sweep", chat_model, config, *read, seed=options.seed)
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         if sweeping.costs and not run.read("costs"):
@@ -203,3 +206,98 @@ def write_results(run: Run, trait: str) -> SweepResult:
         render_sweep(summary).save(plot)
     write_report([run.folder], page)
     return SweepResult(summary, run.folder, plot, page)
+
+
+# -- weights beside activations ------------------------------------------------------------------
+
+
+def compare(
+    chat_model: ChatModel,
+    trait: Trait,
+    bank: Bank,
+    judge: Callable[[], Judge],
+    output: Output | Path,
+    *,
+    comparing: ComparisonOptions = ComparisonOptions(),
+    options: GenerationOptions = GenerationOptions(),
+    datasets: Path | None = None,
+) -> Comparison:
+    """Calibrate, ask, judge and compare; run again, it goes on where it stopped.
+
+    The other methods are brought to the divergences of the diff at its coefficients. Writes
+    ``levels.jsonl``, a run folder a split with answers and verdicts, ``comparison.csv``,
+    ``comparison.png`` and ``report.html``.
+    """
+    asked = _asked(trait, comparing)
+    record = {
+        "trait": trait.name,
+        "coefficients": list(comparing.coefficients),
+        "statistic": comparing.match,
+        **bank.record,
+        "generation": dataclasses.asdict(options),
+    }
+    prompts = load_ordinary_prompts(datasets)
+    read = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
+    shared = lazily(judge)  # by both sets of questions
+    output = Output.of(output)
+    seed = options.seed
+    run = open_run(output, "compare", chat_model, record, read, seed=seed, parts=asked)
+    with run:
+        levels = _calibrated(run, chat_model, bank, prompts, comparing)
+        most = comparing.max_questions
+        conditions = [UNSTEERED, *(level.condition for level in levels), *REFERENCES]
+        for split in asked:
+            part = open_run(
+                Output(run.folder / split, config=output.config, inputs=output.inputs),
+                "compare split",
+                chat_model,
+                {**record, "split": split, "max_questions": most},
+                read,
+                seed=seed,
+            )
+            with part:
+                plan = plan_rows(
+                    trait, split, conditions, samples=options.samples, max_questions=most
+                )
+                steerer = bank.steerer(chat_model, [row.condition.coefficients for row in plan])
+                answer_rows(chat_model, plan, steerer, part, options)
+                judge_answers(part, shared, trait)
+            run.write("validation", part.read("validation"))  # of the judge, the same for all
+        run.write("splits", [{"split": split} for split in asked])
+        found = read_comparison(run)
+        write_csv(run.folder / "comparison.csv", COLUMNS, [cells_of(each) for each in found.points])
+        render_comparison(found).save(run.folder / "comparison.png")
+    write_report([run.folder], run.folder / "report.html")
+    return found
+
+
+def _asked(trait: Trait, comparing: ComparisonOptions) -> list[Split]:
+    """Return the splits that have questions; UserError where none has."""
+    asked = [split for split in comparing.split if trait.questions[split]]
+    if not asked:
+        raise UserError(f"the trait {trait.name} has no {' or '.join(comparing.split)} questions")
+    return asked
+
+
+def _calibrated(
+    run: Run,
+    chat_model: ChatModel,
+    bank: Bank,
+    prompts: Sequence[str],
+    comparing: ComparisonOptions,
+) -> list[Level]:
+    """Return the levels of the run; they are calibrated where it has none yet."""
+    levels = levels_of(run.folder)
+    if not levels:
+        texts = ordinary_texts(chat_model, prompts)
+        with progress.stage("calibration"):
+            levels = match_divergence(
+                chat_model, bank, comparing.coefficients, texts, statistic=comparing.match
+            )
+        run.write(LEVELS, [dataclasses.asdict(level) for level in levels])
+    return levels
+
+
+def levels_of(output: Path) -> list[Level]:
+    """Return the levels that a comparison has calibrated."""
+    return [Level(**row) for row in Run(output).read(LEVELS)]

@@ -32,10 +32,10 @@ from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import ActivationSteerer
-from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
-from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors, steer_live
 from persona_lora.steering.placement import check_base_model
 from persona_lora.steering.steerer import Steerer, Together
+from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
 
@@ -97,23 +97,13 @@ def run_spaces(
     check_directions(chat_model, diffs, vectors)
     prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
     weights, activations = bank_of_diffs(diffs), bank_of_vectors(vectors, [layer])
-    run = Run.open(
-        output,
-        command="spaces",
-        config={
-            **chat_model.record(),
-            "traits": sorted(diffs),
-            "layer": layer,
-            "diff_norms": {trait: diff.norm() for trait, diff in diffs.items()},
-        },
-        seed=0,
-        inputs={
-            **chat_model.inputs(),
-            **weights.inputs,
-            **activations.inputs,
-            "the ordinary prompts": digest_of(prompts),
-        },
-    )
+    config = {
+        "traits": sorted(diffs),
+        "layer": layer,
+        "diff_norms": {trait: diff.norm() for trait, diff in diffs.items()},
+    }
+    read = (weights.inputs, activations.inputs, {"the ordinary prompts": digest_of(prompts)})
+    run = open_run(output, "spaces", chat_model, config, *read)
 
     def kept(name: str, make: Callable[[], Rows]) -> list[dict[str, Any]]:
         if not run.read(name):
@@ -158,10 +148,7 @@ def _write_comparisons(
 def trait_directions(
     traits: Sequence[str], folder: Path
 ) -> tuple[dict[str, LoRADiff], dict[str, SteeringVector]]:
-    """Load every trait's ``{trait}/diff`` and mean-difference vector.
-
-    Raises UserError if one is not.
-    """
+    """Load every trait's ``{trait}/diff`` and mean-difference vector; UserError if one is not."""
     diffs, vectors = {}, {}
     for trait in traits:
         diff = folder / trait / "diff"
@@ -186,18 +173,15 @@ def shift_cosines(
     rows = []
     for trait in spaces.traits:
         scale = spaces.diff_scales[trait]
-        shift = (
-            _states(chat_model, _live(chat_model, spaces.diffs[trait], scale), texts)
-            - _states(chat_model, _live(chat_model, spaces.diffs[trait], -scale), texts)
-        ) / 2  # [layers, hidden]
+        plus, minus = (
+            _states(chat_model, steer_live(chat_model, {spaces.diffs[trait]: c}), texts)
+            for c in (scale, -scale)
+        )
+        shift = (plus - minus) / 2  # [layers, hidden]
         for other, vector in spaces.vectors.items():
-            for layer in vector.layers:
-                cosine = torch.cosine_similarity(
-                    shift[layer], vector.directions[layer].double(), dim=0
-                )
-                rows.append(
-                    {"trait": trait, "other": other, "layer": layer, "cosine": float(cosine)}
-                )
+            for layer, own in vector.directions.items():
+                cosine = float(torch.cosine_similarity(shift[layer], own.double(), dim=0))
+                rows.append({"trait": trait, "other": other, "layer": layer, "cosine": cosine})
     return rows
 
 
@@ -288,11 +272,7 @@ def linearity(
     pairs = [(one, other) for at, one in enumerate(spaces.traits) for other in spaces.traits[at:]]
     rows = []
     for number, method in enumerate(("weights", "activations")):
-        alone = {
-            trait: _states(chat_model, _steerer(chat_model, spaces, method, (trait,)), texts)[-1]
-            - base
-            for trait in spaces.traits
-        }
+        alone = _shifts(chat_model, spaces, method, texts, base)
         for done, (one, other) in enumerate(pairs):
             steerer = _steerer(chat_model, spaces, method, (one, other))
             both = _states(chat_model, steerer, texts)[-1] - base
@@ -314,11 +294,7 @@ def interference(
     base = _states(chat_model, None, texts)[-1]
     rows = []
     for method in ("weights", "activations"):
-        shifts = {
-            trait: _states(chat_model, _steerer(chat_model, spaces, method, (trait,)), texts)[-1]
-            - base
-            for trait in spaces.traits
-        }
+        shifts = _shifts(chat_model, spaces, method, texts, base)
         for steered, shift in shifts.items():
             for read, own in shifts.items():
                 value = float(shift @ own / own.square().sum())
@@ -326,20 +302,28 @@ def interference(
     return rows
 
 
-def _live(chat_model: ChatModel, diff: LoRADiff, coefficient: float) -> Steerer:
-    allowed = chat_model.allow_other_base
-    return LiveLoRA(chat_model.model, [diff], [[coefficient]], allow_other_base=allowed)
+def _shifts(
+    chat_model: ChatModel,
+    spaces: Spaces,
+    method: str,
+    texts: Sequence[TokenizedExchange],
+    base: Tensor,
+) -> dict[str, Tensor]:
+    """Return how far each trait alone moves the last layer's mean state."""
+    steerers = {trait: _steerer(chat_model, spaces, method, (trait,)) for trait in spaces.traits}
+    return {
+        trait: _states(chat_model, steerer, texts)[-1] - base for trait, steerer in steerers.items()
+    }
 
 
 def _steerer(chat_model: ChatModel, spaces: Spaces, method: str, traits: Sequence[str]) -> Steerer:
     model = chat_model.model
     if method == "weights":
         terms = {
-            trait: spaces.diff_scales[trait] * traits.count(trait)
+            spaces.diffs[trait]: spaces.diff_scales[trait] * traits.count(trait)
             for trait in dict.fromkeys(traits)
         }
-        diff = mix({spaces.diffs[trait]: value for trait, value in terms.items()})
-        return _live(chat_model, diff, 1.0)
+        return steer_live(chat_model, {mix(terms): 1.0})
     return Together(
         [
             ActivationSteerer(

@@ -94,17 +94,15 @@ def from_prompts(
     output: Output | Path,
     options: ExtractionOptions,
     *,
-    elicitation: Elicitation | None = None,
-    thresholds: Thresholds | None = None,
-    generation: GenerationOptions | None = None,
+    elicitation: Elicitation = Elicitation(),
+    thresholds: Thresholds = Thresholds(),
+    generation: GenerationOptions = GenerationOptions(),
 ) -> Extracted:
     """Answer, judge, filter, extract; run again, it goes on where it stopped.
 
     Every question of the split is asked under every instruction pair and both signs, in
     ``generation.samples`` rollouts. Also writes ``<label>_pos_instruct.csv`` and ``_neg_…``.
     """
-    elicitation, thresholds = elicitation or Elicitation(), thresholds or Thresholds()
-    generation = generation or GenerationOptions()
     plan = plan_pairs(trait, elicitation, samples=generation.samples)
     run = _open(
         output,
@@ -143,14 +141,13 @@ def from_files(
     output: Output | Path,
     options: ExtractionOptions,
     *,
-    thresholds: Thresholds | None = None,
+    thresholds: Thresholds = Thresholds(),
 ) -> Extracted:
     """Extract from two CSV files with the columns prompt, answer, the trait's name and coherence.
 
     Row i of either file is one pair, as in the files that ``from_prompts`` and the published
     scripts write.
     """
-    thresholds = thresholds or Thresholds()
     positive, negative = (read_judged(path, trait.name) for path in (pos_path, neg_path))
     if len(positive) != len(negative):
         raise UserError(
@@ -207,10 +204,7 @@ def from_answers(
 def filter_pairs(
     pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]], thresholds: Thresholds
 ) -> Filtered:
-    """Keep the pairs that show what they should.
-
-    Raises UserError where too few do, with the counts.
-    """
+    """Keep the pairs that show what they should; UserError where too few do, with the counts."""
     failed = dict.fromkeys(("positive", "negative", "coherence", "unscored"), 0)
     kept = []
     for positive, negative in pairs:
@@ -359,18 +353,19 @@ def _open(
         raise UserError(
             f"layer {outside[0]} is out of range; {chat_model.name} has layers 0–{depth - 1}"
         )
+    config = {
+        "trait": trait.name,
+        "variant": trait.variant,
+        "methods": list(options.methods),
+        "positions": list(options.positions),
+        "layers": list(options.layers) if options.layers else None,
+        **config,
+    }
     return open_run(
         output,
         "extract",
         chat_model,
-        {
-            "trait": trait.name,
-            "variant": trait.variant,
-            "methods": list(options.methods),
-            "positions": list(options.positions),
-            "layers": list(options.layers) if options.layers else None,
-            **config,
-        },
+        config,
         trait.inputs(),
         *read,
         seed=seed,

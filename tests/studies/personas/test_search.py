@@ -114,7 +114,7 @@ def test_an_unscored_candidate_gets_the_worst_value_of_its_generation(run):
 
     options = SearchOptions(max_iterations=25, population_size=12, initial={"a": -1.0})
     found = search(partly, TRAITS, options, run)
-    flagged = [each for each in found.candidates if each.unscored]
+    flagged = [each for each in found.candidates if each.value is None]
     assert flagged
     assert all(each.coefficients.values[0] > 0 for each in flagged)
     assert found.best.coefficients.values[0] <= 0
