@@ -287,9 +287,11 @@ def fits_over_prompts(rows: Sequence[Row], reference: str) -> list[ConditionFit]
     return _fits(rows, reference, "prompt_id", "persona")
 
 
-def fits_over_personas(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
+def fits_over_personas(
+    rows: Sequence[Row], reference: str, *, scale: Bounds = FITS
+) -> list[ConditionFit]:
     """Return the fit of every condition over personas: whole personas are drawn, not prompts."""
-    return _fits(rows, reference, "persona", "prompt_id")
+    return _fits(rows, reference, "persona", "prompt_id", scale)
 
 
 def strict_rows(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
@@ -305,13 +307,15 @@ def strict_rows(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
     ]
 
 
-def _fits(rows: Sequence[Row], reference: str, unit: str, within: str) -> list[ConditionFit]:
-    measures = {"score": FITS, "coherence": SCORES, "relevance": SCORES}
+def _fits(
+    rows: Sequence[Row], reference: str, unit: str, within: str, scale: Bounds = FITS
+) -> list[ConditionFit]:
+    measures = {"score": scale, "coherence": SCORES, "relevance": SCORES}
     columns = ("condition", unit, within, *measures)
     table = frame([{name: row[name] for name in columns} for row in rows], list(measures))
     of = [
-        means(table, by="condition", value=name, unit=unit, scale=scale)
-        for name, scale in measures.items()
+        means(table, by="condition", value=name, unit=unit, scale=bounds)
+        for name, bounds in measures.items()
     ]
     gaps = paired(
         table,

@@ -20,6 +20,7 @@ from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output
 from persona_lora.report.comparisons import ConditionFit, fits_over_personas
+from persona_lora.report.resampling import SHARES
 from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.objective import Speaker
 from persona_lora.studies.personas.run import fit_cells
@@ -99,7 +100,8 @@ def score_lamp(
         rows = run.resume_rows("answers") or _answered(speaker, questions, conditions, mix)
         run.write("answers", rows)
         fits = {
-            measure: tuple(fits_over_personas(_of(rows, measure), NONE)) for measure in MEASURES
+            measure: tuple(fits_over_personas(_of(rows, measure), NONE, scale=SHARES))
+            for measure in MEASURES
         }
         cells = [
             {**fit_cells(fit), "measure": name, "mean": fit.fit.mean, "p": fit.p_holm}
