@@ -40,7 +40,6 @@ SURFACE_TELLS = {
     "corrigibility",
     "emotional_tone",
     "formality",
-    "hallucination",
     "intimacy",
     "narrative_mode",
     "self_other_focus",
