@@ -6,6 +6,15 @@ memory needed is that of a block and of one module's factors (diffs opened ``on_
 the models' size. A finetune that is an adapter itself needs no weights at all:
 ⟨B₁A₁, B₂A₂⟩ = tr((B₂ᵀB₁)(A₁A₂ᵀ)).
 
+With ``inputs`` everything is weighted by what flows through the modules, ⟨ΔW, L⟩_Σ (``inputs``):
+plain projections of LoRAs speak of the seed that their training began from. With ``control``, what
+another finetune did is taken off ΔW first: all short finetunes have much in common.
+
+The null is a direction of the same A and the same singular values whose outputs are turned at
+random: QBA with Q uniform on the orthogonal matrices. It has the coordinate's variance
+‖L Σ ΔWᵀ‖² / out in each module. (A random A as well would be no null for adapters that began from
+one seed: their A are alike whatever they were trained on.)
+
 Refuses to know what the traits mean; a projection predicts, it does not prove.
 """
 
@@ -27,6 +36,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
 from persona_lora.models.weight_files import WeightSource, weights_of
 from persona_lora.projections.common_weights import common_weights
+from persona_lora.projections.inputs import ModuleInputs
 
 BLOCK_NUMBERS = 4_000_000  # weights of one block, of either model
 EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -37,17 +47,18 @@ Array = NDArray[np.float64]
 class ModuleProjection:
     """The sums of one module that the diffs touch.
 
-    ``inner`` and ``diff_square`` are ⟨ΔW, Lₖ⟩ and ‖Lₖ‖² (K numbers), ``delta_square`` is ‖ΔW‖²,
-    ``rounding`` the mean variance that rounding the finetuned weights to their stored type adds.
+    ``inner`` and ``diff_square`` are ⟨ΔW, Lₖ⟩ and ‖Lₖ‖² (K numbers), ``delta_square`` is ‖ΔW‖².
+    ``null_square`` and ``rounding_square`` are the variances of ``inner`` over directions turned at
+    random, and over roundings of the finetuned weights to their stored type (K numbers).
     """
 
     module: str
     layer: int | None
-    numel: int
     delta_square: float
     inner: tuple[float, ...]
     diff_square: tuple[float, ...]
-    rounding: float = 0.0
+    null_square: tuple[float, ...]
+    rounding_square: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,9 @@ class Projection:
     """The projection of ΔW (or of a part of it) on one direction.
 
     ``inner`` = ⟨ΔW, L⟩; ``coordinate`` = ⟨ΔW, L⟩ / ‖L‖, in units of weight; ``cosine`` =
-    ⟨ΔW, L⟩ / (‖ΔW‖‖L‖). ``null_sd`` is the standard deviation of the coordinate over random
-    directions of the same shape and norm module by module, ``p`` two-sided against them (None
-    where ΔW is zero), ``rounding_sd`` that of the coordinate by rounding alone.
+    ⟨ΔW, L⟩ / (‖ΔW‖‖L‖). ``null_sd`` is the standard deviation of the coordinate over directions
+    of the same A and spectrum in every module, ``p`` two-sided against them (None where ΔW is
+    zero), ``rounding_sd`` that of the coordinate by rounding alone.
     """
 
     inner: float
@@ -72,8 +83,8 @@ class Projection:
 class WeightProjection:
     """The projections of one finetune on K directions; see the module for what they are.
 
-    ``other_square`` is ‖ΔW‖² over weights that no diff touches; ``left_out`` names what only one of
-    the models holds.
+    ``other_square`` is ‖ΔW‖² over weights that no diff touches (weighted: over those of them whose
+    inputs are known); ``left_out`` names what only one of the models holds.
     """
 
     names: tuple[str, ...]
@@ -137,14 +148,16 @@ def project_weights(
     finetuned: WeightSource,
     diffs: Mapping[str, LoRADiff],
     *,
+    inputs: ModuleInputs | None = None,
+    control: LoRADiff | None = None,
     block_numbers: int = BLOCK_NUMBERS,
 ) -> WeightProjection:
     """Project the change between two models on every diff, in one pass over their weights.
 
-    Progress counts weights. Harmless differences are left out and
-    named (``common_weights``). Raises UserError when the models do not hold the same tensors (the
-    first ones that differ are named), or when a diff has a module that they lack, or of another
-    shape.
+    ``inputs`` weighs it, ``control`` is taken off it. Progress counts weights. Harmless differences
+    are left out and named (``common_weights``). Raises UserError when the models do not hold the
+    same tensors (the first ones that differ are named), or when a diff has a module that they lack,
+    or of another shape.
     """
     touched = _modules_of(diffs)
     common = common_weights(original, finetuned, touched)
@@ -157,8 +170,9 @@ def project_weights(
     modules, other = [], []
     for name, rows in common.rows.items():
         module = name.removesuffix(".weight")
-        stack = _stack(module, diffs) if module in touched and module != name else None
-        sums = _BlockSums(stack)
+        stack = _stack(module, diffs, inputs) if module in touched and module != name else None
+        root = None if inputs is None else inputs.roots.get(module)
+        sums = _BlockSums(stack, root, None if control is None else control.factors.get(module))
         width = max(1, widths[name])
         step = max(1, block_numbers // width)
         for start in range(0, rows, step):
@@ -169,34 +183,51 @@ def project_weights(
             done += (stop - start) * width
             progress.report(done, total)
         if stack is None:
-            other.append(sums.delta_square)
+            if inputs is None or root is not None:
+                other.append(sums.delta_square)
         else:
             modules.append(sums.result(module, stack))
             gram += stack.gram
     return WeightProjection(tuple(diffs), tuple(modules), gram, math.fsum(other), common.left_out)
 
 
-def project_adapter(adapter: LoRADiff, diffs: Mapping[str, LoRADiff]) -> WeightProjection:
-    """Project a finetune that is an adapter: from the factors alone, without any weights."""
+def project_adapter(
+    adapter: LoRADiff,
+    diffs: Mapping[str, LoRADiff],
+    *,
+    inputs: ModuleInputs | None = None,
+    control: LoRADiff | None = None,
+) -> WeightProjection:
+    """Project a finetune that is an adapter: from the factors alone, without any weights.
+
+    ``inputs`` weighs it, ``control`` is taken off it.
+    """
+    if control is not None:
+        adapter = adapter - control
     modules = []
     gram = np.zeros((len(diffs), len(diffs)))
     touched = _modules_of(diffs)
     if not set(adapter.factors) & set(touched):
         raise UserError("adapter and directions share no module; they belong to different models")
-    other = math.fsum(f.inner(f) for name, f in adapter.factors.items() if name not in touched)
-    for name in touched:
-        stack = _stack(name, diffs)
-        factors = adapter.factors.get(name)
-        if factors is not None and factors.shape != stack.shape:
+    shapes = {name: factors.shape for name, factors in adapter.factors.items()}
+    for name, shape in touched.items():
+        if shapes.get(name, shape) != shape:
             raise UserError(
-                f"{name} is {list(factors.shape)} in the adapter and {list(stack.shape)} in the "
+                f"{name} is {list(shapes[name])} in the adapter and {list(shape)} in the "
                 "directions; they belong to different models"
             )
-        inner = (0.0,) * len(diffs) if factors is None else stack.inner(factors)
-        square = 0.0 if factors is None else factors.inner(factors)
-        numel = math.prod(stack.shape)
+    if inputs is not None:
+        adapter = inputs.weigh(adapter)
+    other = math.fsum(f.inner(f) for name, f in adapter.factors.items() if name not in touched)
+    for name in touched:
+        stack = _stack(name, diffs, inputs)
+        factors = adapter.factors.get(name)
+        zeros = (0.0,) * len(diffs)
+        square, inner, null = 0.0, zeros, zeros
+        if factors is not None:
+            square, inner, null = factors.inner(factors), stack.inner(factors), stack.null(factors)
         modules.append(
-            ModuleProjection(name, layer_number(name), numel, square, inner, stack.squares)
+            ModuleProjection(name, layer_number(name), square, inner, stack.squares, null, zeros)
         )
         gram += stack.gram
     return WeightProjection(tuple(diffs), tuple(modules), gram, other)
@@ -249,16 +280,16 @@ def kind_of(module: str) -> str:
 
 @dataclass(frozen=True)
 class _Stack:
-    """The factors of all diffs at one module, side by side: A [R, in], B [out, R], in float64."""
+    """The factors of all diffs at one module, side by side: A [R, in], B [out, R], in float64.
+
+    Where the module is weighed, A is A·root.
+    """
 
     A: Tensor
     B: Tensor
     owner: Tensor  # [R], which diff a rank belongs to
     number: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.B.shape[0], self.A.shape[1]
+    root: Tensor | None
 
     @cached_property
     def gram(self) -> Array:
@@ -279,6 +310,26 @@ class _Stack:
         right = self.A @ factors.A.double().T  # [R, rank]
         return tuple(self.summed((left * right).sum(dim=1)).tolist())
 
+    def null(self, factors: LoRAFactors) -> tuple[float, ...]:
+        """Return the variance of ⟨BA, QLₖ⟩ over random orthogonal Q, for one change BA."""
+        right = self.A @ factors.A.double().T  # [R, rank]
+        return self.turned(right @ (factors.B.double().T @ factors.B.double()) @ right.T)
+
+    def turned(self, seen: Tensor) -> tuple[float, ...]:
+        """Return ‖Bₖ Tₖᵀ‖² / out from TᵀT, ``[R, R]``, with T = ΔW Aᵀ, for every diff k."""
+        return self._own_sums((self.B.T @ self.B) * seen, len(self.B))
+
+    @property
+    def rounding(self) -> tuple[float, ...]:
+        """‖Lₖ Σ‖²: what the variance of an entry of ΔW is multiplied by in that of ⟨ΔW, Lₖ⟩."""
+        A = self.A if self.root is None else self.A @ self.root.double().T
+        return self._own_sums((self.B.T @ self.B) * (A @ A.T), 1)
+
+    def _own_sums(self, products: Tensor, divisor: int) -> tuple[float, ...]:
+        """Return Σᵢⱼ over the ranks i and j of each diff alone, divided."""
+        own = self.owner[:, None] == self.owner[None]
+        return tuple((self.summed((products * own).sum(dim=1)) / divisor).tolist())
+
     def summed(self, by_rank: Tensor) -> Tensor:
         """Return sums over the ranks of each diff: ``[R, …]`` to ``[K, …]``."""
         sums = torch.zeros(self.number, *by_rank.shape[1:], dtype=torch.float64)
@@ -288,34 +339,46 @@ class _Stack:
 class _BlockSums:
     """Sums over the blocks of one tensor."""
 
-    def __init__(self, stack: _Stack | None) -> None:
+    def __init__(
+        self, stack: _Stack | None, root: Tensor | None, control: LoRAFactors | None
+    ) -> None:
         self.delta_square = 0.0
         self._stack = stack
-        self._inner = torch.zeros(0 if stack is None else len(stack.owner), dtype=torch.float64)
+        self._root = None if root is None else root.double()
+        self._control = control
+        ranks = 0 if stack is None else len(stack.owner)
+        self._inner = torch.zeros(ranks, dtype=torch.float64)
+        self._seen = torch.zeros(ranks, ranks, dtype=torch.float64)
         self._rounding = 0.0
         self._numel = 0
 
     def add(self, before: Tensor, after: Tensor, start: int, stop: int) -> None:
         delta = _change(before, after)
+        self._numel += delta.numel()
+        if self._control is not None:
+            delta -= self._control.B[start:stop].double() @ self._control.A.double()
+        if self._root is not None:
+            delta = delta @ self._root
         square = float(torch.dot(delta.flatten(), delta.flatten()))
         if not math.isfinite(square):
             raise UserError("the weights hold NaN or infinity; there is no change to project")
         self.delta_square += square
-        self._numel += delta.numel()
         if self._stack is not None:
-            seen = self._stack.B[start:stop].T @ delta  # [R, in]
-            self._inner += (seen * self._stack.A).sum(dim=1)
+            seen = delta @ self._stack.A.T  # [rows, R]
+            self._inner += (seen * self._stack.B[start:stop]).sum(dim=0)
+            self._seen += seen.T @ seen
             self._rounding += rounding_variance(after)
 
     def result(self, module: str, stack: _Stack) -> ModuleProjection:
+        variance = self._rounding / max(1, self._numel)
         return ModuleProjection(
             module,
             layer_number(module),
-            self._numel,
             self.delta_square,
             tuple(stack.summed(self._inner).tolist()),
             stack.squares,
-            self._rounding / max(1, self._numel),
+            stack.turned(self._seen),
+            tuple(variance * each for each in stack.rounding),
         )
 
 
@@ -380,17 +443,20 @@ def _check_modules(shapes: Mapping[str, tuple[int, int]], weights: WeightSource)
             )
 
 
-def _stack(name: str, diffs: Mapping[str, LoRADiff]) -> _Stack:
+def _stack(name: str, diffs: Mapping[str, LoRADiff], inputs: ModuleInputs | None) -> _Stack:
     held = [
         (index, diff.factors[name])
         for index, diff in enumerate(diffs.values())
         if name in diff.factors
     ]
+    A = torch.cat([factors.A.double() for _, factors in held])
+    root = None if inputs is None else inputs.root(name, A.shape[1])
     return _Stack(
-        torch.cat([factors.A.double() for _, factors in held]),
+        A if root is None else A @ root.double(),
         torch.cat([factors.B.double() for _, factors in held], dim=1),
         torch.tensor([index for index, factors in held for _ in range(factors.rank)]),
         len(diffs),
+        root,
     )
 
 
@@ -400,13 +466,9 @@ def _projection(modules: Iterable[ModuleProjection], index: int, delta: float) -
     length = math.sqrt(math.fsum(m.diff_square[index] for m in modules))
     if length == 0:
         return Projection(inner, 0.0, 0.0, 0.0, None, 0.0)
-    # Over random directions with these norms ‖Lₘ‖ the coordinate has the variance
-    # Σ (‖Lₘ‖²/‖L‖²)·‖ΔWₘ‖²/Nₘ, and a sum over many modules and ranks is as good as normal.
-    shares = [m.diff_square[index] / length**2 for m in modules]
-    null = math.sqrt(
-        math.fsum(s * m.delta_square / m.numel for s, m in zip(shares, modules, strict=True))
-    )
-    rounding = math.sqrt(math.fsum(s * m.rounding for s, m in zip(shares, modules, strict=True)))
+    # A sum over many modules and ranks is as good as normal.
+    null = math.sqrt(math.fsum(m.null_square[index] for m in modules)) / length
+    rounding = math.sqrt(math.fsum(m.rounding_square[index] for m in modules)) / length
     coordinate = inner / length
     return Projection(
         inner,

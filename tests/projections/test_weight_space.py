@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -12,9 +13,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.models.structure import linear_modules
+from persona_lora.core.lora_diff import LoRADiff, LoRAFactors
+from persona_lora.models.structure import (
+    decoder_linear_modules,
+    linear_modules,
+    weight_fingerprint,
+)
 from persona_lora.models.weight_files import LoadedWeights, StoredWeights, weights_of
+from persona_lora.projections.inputs import ModuleInputs
 from persona_lora.projections.weight_space import (
     WeightProjector,
     project_adapter,
@@ -146,15 +152,107 @@ def test_an_adapter_that_has_not_moved_yet_projects_to_zero(diffs):
     assert all((each.coordinate, each.p) == (0.0, None) for each in found.total.values())
 
 
-def test_the_null_is_that_of_random_directions(model, make_diff):
-    """p against the empirical distribution of many low-rank directions of the same shape."""
-    before, after = LoadedWeights(model, "a"), LoadedWeights(perturbed(model, seed=5), "b")
-    random = {str(seed): make_diff(model, seed=seed, rank=2) for seed in range(10, 210)}
-    found = project_weights(before, after, random)
-    scores = np.array([each.coordinate / each.null_sd for each in found.total.values()])
-    assert abs(scores.mean()) < 0.25
-    assert 0.85 < scores.std() < 1.15
+def turned(diff, seed):
+    """The same A and singular values, the outputs turned at random."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, each in diff.factors.items():
+        size = len(each.B)
+        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        factors[name] = LoRAFactors(each.A, ((q * r.diagonal().sign()) @ each.B.double()).float())
+    return dataclasses.replace(diff, factors=factors)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_null_is_that_of_directions_of_the_same_inputs_turned_at_random(
+    model, make_diff, weighted
+):
+    """An adapter whose A is nearly the direction's, as adapters of one seed have it."""
+    direction = make_diff(model, seed=3, rank=2)
+    adapter = turned(direction, 999) + make_diff(model, seed=4, rank=1) * 0.1
+    inputs = made_inputs(model) if weighted else None
+    random = {str(seed): turned(direction, seed) for seed in range(200)}
+    found = project_adapter(adapter, random, inputs=inputs)
+    predicted = project_adapter(adapter, {"one": direction}, inputs=inputs).total["one"].null_sd
+    coordinates = np.array([each.coordinate for each in found.total.values()])
+    assert coordinates.std() == pytest.approx(predicted, rel=0.15)
     assert 0.01 <= np.mean([each.p < 0.05 for each in found.total.values()]) <= 0.11
+
+
+def test_directions_of_fresh_inputs_are_no_null_for_an_adapter_of_the_same_seed(model, make_diff):
+    direction = make_diff(model, seed=3, rank=2)
+    adapter = turned(direction, 999)
+    fresh = {str(seed): make_diff(model, seed=seed, rank=2) for seed in range(10, 60)}
+    found = project_adapter(adapter, {**fresh, "own": direction}).total
+    spread = np.std([found[name].coordinate for name in fresh])
+    assert spread < 0.7 * found["own"].null_sd
+
+
+def made_inputs(model):
+    """A root for every linear module: inputs with a few strong directions."""
+    generator = torch.Generator().manual_seed(8)
+    roots = {
+        name: torch.randn(module.weight.shape[1], 5, generator=generator)
+        for name, module in decoder_linear_modules(model).items()
+    }
+    return ModuleInputs(roots, weight_fingerprint(model), "prompts", 100)
+
+
+def test_weighted_sums_equal_a_dense_float64_reference(model, diffs, make_diff):
+    inputs, after, control = made_inputs(model), perturbed(model), make_diff(model, seed=7)
+    before = LoadedWeights(model, "a")
+    found = project_weights(
+        before, LoadedWeights(after, "b"), diffs, inputs=inputs, control=control, block_numbers=500
+    )
+    old, new = linear_modules(model), linear_modules(after)
+    inner = dict.fromkeys(diffs, 0.0)
+    null = square = 0.0
+    for name in diffs["one"].factors:
+        root = inputs.roots[name].double()
+        sigma = root @ root.T
+        delta = new[name].weight.double() - old[name].weight.double()
+        delta = delta - control.factors[name].B.double() @ control.factors[name].A.double()
+        square += float((delta @ sigma * delta).sum())
+        for label, diff in diffs.items():
+            direction = diff.factors[name].B.double() @ diff.factors[name].A.double()
+            inner[label] += float((delta @ sigma * direction).sum())
+        direction = diffs["one"].factors[name].B.double() @ diffs["one"].factors[name].A.double()
+        null += float((direction @ sigma @ delta.T).square().sum()) / len(delta)
+    for label in diffs:
+        assert found.total[label].inner == pytest.approx(inner[label], rel=1e-5)
+    assert sum(m.delta_square for m in found.modules) == pytest.approx(square, rel=1e-5)
+    assert sum(m.null_square[0] for m in found.modules) == pytest.approx(null, rel=1e-5)
+
+
+def test_weighing_an_adapter_equals_weighing_the_model_that_it_is_merged_into(model, diffs):
+    inputs, after = made_inputs(model), copy.deepcopy(model)
+    merger = LoRAMerger(after, allow_other_base=True)
+    merger.merge_lora_diff(diffs["two"], 1.0)
+    models = LoadedWeights(model, "a"), LoadedWeights(after, "b")
+    dense = project_weights(*models, diffs, inputs=inputs, control=diffs["one"])
+    factors = project_adapter(diffs["two"], diffs, inputs=inputs, control=diffs["one"])
+    for label in diffs:
+        for what in ("inner", "cosine", "null_sd"):
+            one, other = (getattr(each.total[label], what) for each in (dense, factors))
+            assert one == pytest.approx(other, rel=1e-3)
+    direct = inputs.weigh(diffs["two"] - diffs["one"]).inner(inputs.weigh(diffs["one"]))
+    assert factors.total["one"].inner == pytest.approx(direct, rel=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_rounding_floor_is_the_spread_over_roundings(model, diffs, weighted):
+    inputs = made_inputs(model) if weighted else None
+    before, errors, floor = LoadedWeights(model, "a"), [], 0.0
+    for seed in range(40):
+        exact = perturbed(model, seed=seed, scale=1.0)
+        rounded = copy.deepcopy(exact).bfloat16()
+        found = [
+            project_weights(before, LoadedWeights(each, "b"), diffs, inputs=inputs).total["one"]
+            for each in (exact, rounded)
+        ]
+        errors.append(found[1].coordinate - found[0].coordinate)
+        floor = found[1].rounding_sd
+    assert np.std(errors) == pytest.approx(floor, rel=0.35)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""What flows through the modules of a model, and the geometry of weight changes that it gives.
+
+A change of weights does what it does to the inputs x of its module. With Σ = E[x xᵀ] over ordinary
+prompts the inner product
+
+    ⟨ΔW, L⟩_Σ = E[(ΔW x) · (L x)] = tr(ΔW Σ Lᵀ)
+
+says how far two changes do the same; the Frobenius inner product ⟨ΔW, L⟩ also counts directions
+that no input has. Two LoRAs of one trait whose training began from other seeds are nearly
+orthogonal as matrices and nearly parallel in Σ.
+
+Σ is kept as a root R, Σ = R Rᵀ, because ⟨ΔW, L⟩_Σ = ⟨ΔW R, L R⟩: a weighed diff is a diff of other
+width, with which all of the plain geometry goes on. A root has as many columns as the inputs have
+directions of note, and is never larger than them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from persona_lora.core import progress
+from persona_lora.core.chat import user_question
+from persona_lora.core.content import digest_of
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import atomic_path
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.tensor_files import load_safetensors, opened
+from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.likelihood import tokenize_rendered
+from persona_lora.models.loading import ChatModel
+from persona_lora.models.structure import decoder_linear_modules, text_decoder, weight_fingerprint
+
+KEPT = 0.9999  # of E‖x‖², what the columns of a root keep
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleInputs:
+    """The inputs of modules: a root of Σ each, the model's fingerprint, and from what they are.
+
+    ``roots`` are ``[in, k]`` in fp32 by canonical module name; modules that read one input share
+    one tensor. ``prompts`` is the digest of the prompts, ``tokens`` the number of tokens seen.
+    """
+
+    roots: Mapping[str, Tensor]
+    fingerprint: str
+    prompts: str
+    tokens: int
+
+    def root(self, module: str, width: int) -> Tensor:
+        """Return the root of a module with ``width`` inputs; UserError where there is none."""
+        if module not in self.roots:
+            raise UserError(
+                f"no input of {module} was measured; the statistics belong to another model, or "
+                "no prompt reached the module"
+            )
+        found = self.roots[module]
+        if len(found) != width:
+            raise UserError(
+                f"{module} has {width} inputs, and {len(found)} in the statistics of inputs; they "
+                "belong to different models"
+            )
+        return found
+
+    def weigh(self, diff: LoRADiff) -> LoRADiff:
+        """Return ΔW·R in every module: its inner products, norms and cosines are those in Σ.
+
+        The result is for measuring alone; its base model is none, so that no model takes it.
+
+        Raises:
+            UserError: The diff belongs to another model, or changes a module without inputs.
+        """
+        known = diff.base_model.fingerprint
+        if known is not None and known != self.fingerprint:
+            raise UserError(
+                f"the diff belongs to {diff.base_model.name!r} of other weights than the model "
+                "whose inputs were measured; measure them on that model"
+            )
+        factors = {
+            name: LoRAFactors(each.A.float() @ self.root(name, each.shape[1]), each.B)
+            for name, each in diff.factors.items()
+        }
+        return replace(diff, factors=factors, base_model=BaseModel("", self._marked()))
+
+    def _marked(self) -> str:
+        return f"weighed by {digest_of([self.fingerprint, self.prompts, self.tokens])}"
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically."""
+        first: dict[int, str] = {}
+        shared = {name: first.setdefault(id(root), name) for name, root in self.roots.items()}
+        record = {"fingerprint": self.fingerprint, "prompts": self.prompts, "tokens": self.tokens}
+        with atomic_path(path) as temporary:
+            save_file(
+                {name: self.roots[name].contiguous() for name in first.values()},
+                temporary,
+                metadata={"inputs": json.dumps({**record, "roots": shared})},
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> ModuleInputs:
+        """Read what ``save`` wrote; raises UserError for any other file."""
+        tensors = load_safetensors(path)
+        with opened(path) as stream:
+            record: Any = json.loads((stream.metadata() or {}).get("inputs", "null"))
+        if not isinstance(record, dict) or not set(record["roots"].values()) <= tensors.keys():
+            raise UserError(f"{path} holds no statistics of inputs; make them with --prompts")
+        roots = {name: tensors[at] for name, at in record.pop("roots").items()}
+        return cls(roots, **record)
+
+
+@torch.no_grad()
+def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
+    """Measure the inputs of the decoder's linear modules over prompts, one forward pass each.
+
+    Counted are the tokens after those that all prompts begin with (the template's, among them the
+    first token, whose states are of another size than all others).
+    Progress counts prompts. Raises UserError for no prompts, or an input that is not finite.
+    """
+    if not prompts:
+        raise UserError("inputs are measured on prompts; give at least one")
+    rendered = [chat_model.render(user_question(prompt)) for prompt in prompts]
+    tokenized = [tokenize_rendered(chat_model, each, "").prompt for each in rendered]
+    begins = _shared_beginning(tokenized)
+    modules = decoder_linear_modules(chat_model.model)
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+    decoder = text_decoder(chat_model.model).module
+    for number, ids in enumerate(tokenized):
+        taken = _Taken(seen, begins)
+        with Hooks([taken.hook(name, module) for name, module in modules.items()]):
+            decoder(input_ids=torch.tensor([ids], device=chat_model.model.device), use_cache=False)
+        progress.report(number + 1, len(tokenized))
+    roots: dict[tuple[int, ...], Tensor] = {}
+    found = {}
+    for name, inputs in seen.items():
+        if inputs:
+            place = tuple(map(id, inputs))
+            if place not in roots:
+                roots[place] = _root(torch.cat(inputs), name)
+            found[name] = roots[place]
+    return ModuleInputs(
+        found,
+        weight_fingerprint(chat_model.model),
+        digest_of(list(prompts)),
+        sum(len(ids) - begins for ids in tokenized),
+    )
+
+
+class _Taken:
+    """The inputs of one forward pass; modules that read the same tensor are given the same one."""
+
+    def __init__(self, seen: dict[str, list[Tensor]], begins: int) -> None:
+        self._seen = seen
+        self._begins = begins
+        # The tensors themselves, too: one that is gone could lend its identity to another.
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hook(self, name: str, module: nn.Module) -> Hook:
+        def take(_: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+            given = arguments[0] if arguments else next(iter(options.values()))
+            if id(given) not in self._copies:
+                whole = given.shape[0] == 1 and given.ndim == 3  # else rows of chosen tokens
+                kept = given[0, self._begins :] if whole else given
+                copy = kept.reshape(-1, kept.shape[-1]).float().cpu()
+                self._copies[id(given)] = given, copy
+            self._seen[name].append(self._copies[id(given)][1])
+
+        return Hook(module, take, name, before=True)
+
+
+def _shared_beginning(texts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all texts begin with; 0 for a single text."""
+    if len(texts) == 1:
+        return 0
+    shortest = min(map(len, texts))
+    differs = (at for at in range(shortest) if len({text[at] for text in texts}) > 1)
+    return next(differs, shortest - 1)
+
+
+def _root(inputs: Tensor, name: str) -> Tensor:
+    """Return R ``[in, k]`` with R Rᵀ = E[x xᵀ] over ``inputs [tokens, in]``, but for 1 − KEPT."""
+    if not torch.isfinite(inputs).all():
+        raise UserError(f"the inputs of {name} hold NaN or infinity; load the model in float32")
+    tokens, width = inputs.shape
+    x = inputs.double() / max(1, tokens) ** 0.5
+    values, vectors = torch.linalg.eigh(x @ x.T if tokens <= width else x.T @ x)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    lost = 1 - values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    k = int((lost > 1 - KEPT).sum()) + 1
+    root = x.T @ vectors[:, :k] if tokens <= width else vectors[:, :k] * values[:k].sqrt()
+    return root.float().contiguous()

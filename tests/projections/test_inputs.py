@@ -1,0 +1,89 @@
+"""Inputs of modules against a plain pass, their file, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from persona_lora.core.chat import user_question
+from persona_lora.core.errors import UserError
+from persona_lora.models.structure import linear_modules
+from persona_lora.projections.inputs import ModuleInputs, measure_inputs
+
+PROMPTS = ["What is a good name for a boat?", "Tell me about rain.", "Which tea do you drink?"]
+
+
+@pytest.fixture
+def inputs(chat_model):
+    return measure_inputs(chat_model, PROMPTS)
+
+
+def plain_inputs(chat_model, name):
+    """The inputs of one module over the prompts, from after what all prompts begin with."""
+    module, seen = linear_modules(chat_model.model)[name], []
+    ids = [
+        chat_model.tokenizer(chat_model.render(user_question(prompt)), add_special_tokens=False)
+        for prompt in PROMPTS
+    ]
+    ids = [each["input_ids"] for each in ids]
+    shared = next(at for at in range(min(map(len, ids))) if len({each[at] for each in ids}) > 1)
+    handle = module.register_forward_hook(lambda _, given, out: seen.append(given[0][0, shared:]))
+    with torch.no_grad():
+        for each in ids:
+            chat_model.model(torch.tensor([each]))
+    handle.remove()
+    return torch.cat(seen).double()
+
+
+@pytest.mark.parametrize("kind", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+def test_roots_give_the_mean_outer_product_of_the_inputs(chat_model, inputs, kind):
+    name = next(each for each in inputs.roots if each.endswith(kind))
+    x = plain_inputs(chat_model, name)
+    root = inputs.roots[name].double()
+    sigma = x.T @ x / len(x)
+    assert float((root @ root.T - sigma).norm() / sigma.norm()) < 1e-3
+    assert float(root.square().sum()) == pytest.approx(float(sigma.trace()), rel=2e-4)
+
+
+def test_the_inner_product_is_the_mean_product_of_what_the_changes_do(
+    chat_model, inputs, make_diff
+):
+    one, other = (make_diff(chat_model.model, seed=seed) for seed in (1, 2))
+    direct = 0.0
+    for name in one.factors:
+        x = plain_inputs(chat_model, name)
+        done = [x @ (each.factors[name].delta().double().T) for each in (one, other)]
+        direct += float((done[0] * done[1]).sum()) / len(x)
+    weighed = inputs.weigh(one).inner(inputs.weigh(other))
+    norms = inputs.weigh(one).norm() * inputs.weigh(other).norm()
+    assert weighed / norms == pytest.approx(direct / norms, abs=1e-3)
+
+
+def test_modules_that_read_one_input_share_it_and_keep_doing_so_in_the_file(inputs, tmp_path):
+    inputs.save(tmp_path / "inputs.safetensors")
+    loaded = ModuleInputs.load(tmp_path / "inputs.safetensors")
+    q, k, o = (
+        next(name for name in inputs.roots if name.endswith(kind))
+        for kind in ("q_proj", "k_proj", "o_proj")
+    )
+    for each in (inputs, loaded):
+        assert each.roots[q] is each.roots[k]
+        assert each.roots[q] is not each.roots[o]
+    assert loaded.roots.keys() == inputs.roots.keys()
+    assert all(torch.equal(loaded.roots[name], inputs.roots[name]) for name in inputs.roots)
+    assert (loaded.fingerprint, loaded.tokens) == (inputs.fingerprint, inputs.tokens)
+
+
+def test_what_does_not_belong_together_is_refused(chat_model, inputs, make_diff, tmp_path):
+    diff = make_diff(chat_model.model, seed=1)
+    lacking = ModuleInputs({}, inputs.fingerprint, inputs.prompts, 1)
+    with pytest.raises(UserError, match="was measured"):
+        lacking.weigh(diff)
+    narrow = {name: root[1:] for name, root in inputs.roots.items()}
+    with pytest.raises(UserError, match="in the statistics of inputs"):
+        ModuleInputs(narrow, inputs.fingerprint, "", 1).weigh(diff)
+    with pytest.raises(UserError, match="at least one"):
+        measure_inputs(chat_model, [])
+    diff.save(tmp_path / "diff")
+    with pytest.raises(UserError, match="no statistics of inputs"):
+        ModuleInputs.load(tmp_path / "diff" / "adapter_model.safetensors")
