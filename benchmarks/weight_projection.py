@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.weight_files import StoredWeights
 from persona_lora.projections.weight_space import project_adapter, project_weights
-from persona_lora.studies.drift.weight_projection import load_diffs
+from persona_lora.studies.drift.run import load_diffs
 
 SHAPES = {  # hidden, intermediate, layers
     "0.1B": (768, 2048, 16),
