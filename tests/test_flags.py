@@ -504,7 +504,7 @@ COMMANDS = {
     ),
     "paired": Command(
         ("a", "b", "--output", "o.csv"),
-        ("persona_lora.core.files:write_csv",),
+        ("persona_lora.report.comparisons:write_found",),
         {"reference": None, "runs": None},
         {"persona_lora.report.comparisons:compare_runs": []},
     ),

@@ -289,10 +289,9 @@ def paired(
 
     Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
     """
-    from persona_lora.core.files import write_csv
     from persona_lora.core.runs import Run
     from persona_lora.report import wording
-    from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs
+    from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs, write_found
 
     # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
     given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]
@@ -306,7 +305,7 @@ def paired(
     ]
     show_table("run | trait | n | scored | difference | p (Holm) | coherence", rows)
     if output is not None:
-        write_csv(output, RUN_COLUMNS, [each.cells() for each in found])
+        write_found(output, RUN_COLUMNS, found)
 
 
 @command("report", COMPARE)

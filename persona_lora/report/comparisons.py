@@ -8,7 +8,8 @@ benchmark and conditions of a persona are compared by it. Refuses to know what m
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ import pandas as pd
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
+from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import (
     FITS,
     SCORES,
@@ -24,7 +27,6 @@ from persona_lora.report.resampling import (
     Bounds,
     Interval,
     bootstrap_mean,
-    holm,
     sign_flip_p,
 )
 from persona_lora.report.summary import trait_of
@@ -111,17 +113,40 @@ def _numbered(groups: Mapping[Hashable, list[Any]]) -> dict[int, list[Any]]:
     return dict(enumerate(groups.values()))
 
 
-def _interval_cells(gap: Interval | None) -> dict[str, Any]:
-    names = ("difference", "difference_low", "difference_high")
-    values = (None,) * 3 if gap is None else (gap.mean, gap.low, gap.high)
-    return dict(zip(names, values, strict=True))
+# -- what was found, as rows of a table ----------------------------------------------------------
 
+
+def columns_of(*paths: str) -> dict[str, str]:
+    """Return the columns of a table by name: "low=trait.low" shows that, "p" what has its name."""
+    return {name: path or name for name, _, path in (each.partition("=") for each in paths)}
+
+
+def cells_of(found: Any, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return what was found as a row under ``columns``; None where a step of a path is None."""
+
+    def at(value: Any, path: str) -> Any:
+        for step in path.split("."):
+            value = None if value is None else getattr(value, step)
+        return value
+
+    return {name: at(found, path) for name, path in columns.items()}
+
+
+def write_found(path: Path, columns: Mapping[str, str], found: Sequence[Any]) -> None:
+    """Write what was found as a table, a row each."""
+    write_csv(path, list(columns), [cells_of(each, columns) for each in found])
+
+
+GAP_COLUMNS = (
+    *("difference=difference.mean", "difference_low=difference.low"),
+    *("difference_high=difference.high", "p", "p_holm"),
+)
 
 # -- runs of evaluate --------------------------------------------------------------------------
 
-RUN_COLUMNS = (
-    *("run", "trait", "low", "high", "n", "coverage", "coherence"),
-    *("difference", "difference_low", "difference_high", "p", "p_holm"),
+RUN_COLUMNS = columns_of(
+    *("run=name", "trait=trait.mean", "low=trait.low", "high=trait.high", "n=trait.n_questions"),
+    *("coverage=trait.coverage", "coherence=coherence.mean", *GAP_COLUMNS),
 )
 
 
@@ -139,19 +164,6 @@ class PairedRun:
     difference: Interval | None
     p: float | None
     p_holm: float | None = None
-
-    def cells(self) -> dict[str, Any]:
-        """Return the run as a row of a table of ``RUN_COLUMNS``."""
-        return {
-            "run": self.name,
-            **{name: getattr(self.trait, name) for name in ("low", "high", "coverage")},
-            "trait": self.trait.mean,
-            "n": self.trait.n_questions,
-            "coherence": self.coherence.mean,
-            **_interval_cells(self.difference),
-            "p": self.p,
-            "p_holm": self.p_holm,
-        }
 
 
 def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
@@ -171,12 +183,13 @@ def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
     for at, run in enumerate(every[1:], start=1):
         if gaps[at].difference is None:
             raise UserError(f"{run.folder} and the reference have no scored question in common")
-    corrected = holm([gaps[at].p for at in range(len(every))])
     scored, coherent = (means(table, **place, scale=SCORES) for table in (scores, coherence))
-    return [
-        PairedRun(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p, p)
-        for (at, run), p in zip(enumerate(every), corrected, strict=True)
-    ]
+    return corrected(
+        [
+            PairedRun(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p)
+            for at, run in enumerate(every)
+        ]
+    )
 
 
 def _scored(run: Run, criterion: str, at: int) -> pd.DataFrame:
@@ -193,9 +206,9 @@ def _scored(run: Run, criterion: str, at: int) -> pd.DataFrame:
 
 # -- tasks, item by item -----------------------------------------------------------------------
 
-TASK_COLUMNS = (
-    *("condition", "task", "metric", "score", "low", "high", "n"),
-    *("difference", "difference_low", "difference_high", "p", "p_holm"),
+TASK_COLUMNS = columns_of(
+    *("condition", "task", "metric", "score=score.mean", "low=score.low", "high=score.high"),
+    *("n=score.n", *GAP_COLUMNS),
 )
 TOLD_BY_TASK = ("score", "nats")  # metrics that a task's name says
 
@@ -221,17 +234,6 @@ class TaskScore:
         """The task, and its metric where the task's name does not say it."""
         return self.task if self.metric in TOLD_BY_TASK else f"{self.task}: {self.metric}"
 
-    def cells(self) -> dict[str, Any]:
-        """Return the score as a row of a table of ``TASK_COLUMNS``."""
-        return {
-            **{name: getattr(self, name) for name in ("condition", "task", "metric")},
-            **{name: getattr(self.score, name) for name in ("low", "high", "n")},
-            "score": self.score.mean,
-            **_interval_cells(self.difference),
-            "p": self.p,
-            "p_holm": self.p_holm,
-        }
-
 
 def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     """Return every task's score under every condition, paired by item with the reference.
@@ -250,9 +252,7 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
                 *(str(name), task, metric, score, gap.difference, gap.p)
             )
     order = table[["condition", "task", "metric"]].drop_duplicates()
-    found = [by_task[place] for place in order.itertuples(index=False, name=None)]
-    corrected = holm([each.p for each in found])
-    return [replace(each, p_holm=p) for each, p in zip(found, corrected, strict=True)]
+    return corrected([by_task[place] for place in order.itertuples(index=False, name=None)])
 
 
 # -- conditions of a persona -------------------------------------------------------------------
@@ -325,18 +325,13 @@ def _fits(
         reference=reference,
         within=[within],
     )
-    corrected = holm([each.p for each in gaps.values()])
     fit, coherence, relevance = of
-    return [
-        ConditionFit(
-            condition=str(name),
-            fit=fit[name],
-            coherence=coherence[name],
-            relevance=relevance[name],
-            difference=gap.difference,
-            p=gap.p,
-            effect_size=gap.effect_size,
-            p_holm=p,
-        )
-        for (name, gap), p in zip(gaps.items(), corrected, strict=True)
-    ]
+    return corrected(
+        [
+            ConditionFit(
+                str(name), fit[name], coherence[name], relevance[name],
+                gap.difference, gap.p, gap.effect_size,
+            )
+            for name, gap in gaps.items()
+        ]
+    )  # fmt: skip

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from persona_lora.core.chat import COHERENCE
-from persona_lora.report.curve import PairedDifference, TraitCurve
-from persona_lora.report.resampling import Estimate, Interval, holm
+from persona_lora.report.curve import PairedDifference, TraitCurve, corrected
+from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
     PROMPTS,
     Condition,
@@ -204,14 +204,10 @@ def summarise_control(
 ) -> ControlSummary:
     """Compare a steered series with its control, whose conditions are summarised already."""
     shared = shared_coefficients(curve, control)
-    raw = [curve.paired(curve.scores_at(each), control.scores_at(each)) for each in shared]
-    corrected = holm([each.p for each in raw])
+    gaps = [curve.paired(curve.scores_at(each), control.scores_at(each)) for each in shared]
     return ControlSummary(
         conditions=tuple(conditions),
-        comparisons=tuple(
-            ControlComparison(coefficient, dataclasses.replace(difference, p_holm=p))
-            for coefficient, difference, p in zip(shared, raw, corrected, strict=True)
-        ),
+        comparisons=tuple(map(ControlComparison, shared, corrected(gaps))),
         overall=overall_difference(curve, control),
         rho_means=control.rho_means(),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,14 @@ from persona_lora.report.scores import (
     clusters,
     question_means,
 )
+
+Found = TypeVar("Found", bound=Any)
+
+
+def corrected(found: Sequence[Found]) -> list[Found]:
+    """Return what was tested with ``p_holm``: its ``p`` by Holm's method, over all of it."""
+    adjusted = holm([each.p for each in found])
+    return [dataclasses.replace(each, p_holm=p) for each, p in zip(found, adjusted, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -152,12 +161,8 @@ class TraitCurve:
         others = [each for each in self.scores if each.coefficient]
         if zero is None:
             return {}
-        raw = [self.difference(each, zero) for each in others]
-        corrected = holm([each.p for each in raw])
-        return {
-            condition: dataclasses.replace(difference, p_holm=p)
-            for condition, difference, p in zip(others, raw, corrected, strict=True)
-        }
+        differences = corrected([self.difference(each, zero) for each in others])
+        return dict(zip(others, differences, strict=True))
 
     def rho_means(self) -> Estimate:
         """Return Spearman's rho between coefficient and condition mean."""

@@ -18,14 +18,14 @@ from typing import Any
 from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of, file_digest, folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.files import read_jsonl
 from persona_lora.core.options import TaskOptions
 from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import Output
 from persona_lora.core.settings import read_yaml
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items
+from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items, write_found
 from persona_lora.studies.asking.run import open_run
 
 PERPLEXITY = "perplexity"
@@ -55,7 +55,7 @@ def run_benchmarks(
                 items = _items(chat_model, options)
                 run.extend("items", [{"condition": name, **row} for row in items])
         scores = score_items(run.read("items"), next(iter(conditions)))
-        write_csv(run.folder / "scores.csv", TASK_COLUMNS, [each.cells() for each in scores])
+        write_found(run.folder / "scores.csv", TASK_COLUMNS, scores)
     return scores
 
 

@@ -17,7 +17,6 @@ from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import TaskOptions
 from persona_lora.core.resources import resource_path
@@ -27,7 +26,7 @@ from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items
+from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items, write_found
 from persona_lora.steering.bank import steer_live
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
 from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate, open_run
@@ -120,7 +119,7 @@ def compare_prevention(
             run.extend(MEASURES, [*found, *measured.capability(tasks)])
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
         scores = score_items(kept, next(iter(models)))
-        write_csv(run.folder / "prevention.csv", TASK_COLUMNS, [each.cells() for each in scores])
+        write_found(run.folder / "prevention.csv", TASK_COLUMNS, scores)
         render_prevention(scores, trait.name).save(run.folder / "prevention.png")
     return scores
 

@@ -14,7 +14,8 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from persona_lora.core.errors import UserError
-from persona_lora.report.resampling import Array, holm
+from persona_lora.report.curve import corrected
+from persona_lora.report.resampling import Array
 
 Row = Mapping[str, Any]
 
@@ -113,11 +114,7 @@ def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) 
                 f"no trait has a direction of its own name among {kind}; nothing to pool"
             )
         found.append(_prediction(POOLED, POOLED, kind, parts, seed))
-    corrected = holm([each.p for each in found])
-    return [
-        Prediction(**{**asdict(each), "p_holm": adjusted})
-        for each, adjusted in zip(found, corrected, strict=True)
-    ]
+    return corrected(found)
 
 
 def contrasts(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Contrast]:

@@ -25,7 +25,7 @@ from persona_lora.judges.persona_judges import JudgeCheck
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes, recorded
-from persona_lora.report.comparisons import ConditionFit, fits_over_prompts
+from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of, fits_over_prompts
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.figure import render_search
@@ -47,9 +47,11 @@ from persona_lora.studies.report_page import write_report
 UNSTEERED, MEAN, INCUMBENT, PROMPT = "none", "mean", "incumbent", "prompt"
 HELD_OUT = "held_out"
 RECORDED = ("fit", "low", "high", "n", "coverage", "coherence", "relevance")
-FIT_COLUMNS = (
-    *("condition", *RECORDED),
-    *("gain", "gain_low", "gain_high", "effect_size", "p", "p_holm"),
+FIT_COLUMNS = columns_of(
+    *("condition", "fit=fit.mean", "low=fit.low", "high=fit.high", "n=fit.n"),
+    *("coverage=fit.coverage", "coherence=coherence.mean", "relevance=relevance.mean"),
+    *("gain=difference.mean", "gain_low=difference.low", "gain_high=difference.high"),
+    *("effect_size", "p", "p_holm"),
 )
 
 
@@ -364,20 +366,7 @@ def _best_so_far(candidates: Sequence[Candidate]) -> dict[int, Candidate]:
 
 def fit_cells(fit: ConditionFit) -> dict[str, Any]:
     """Return a fit as a row of a table: its means, and what it gains over the reference."""
-    gain = fit.difference
-    return {
-        "condition": fit.condition,
-        "fit": fit.fit.mean,
-        **{name: getattr(fit.fit, name) for name in ("low", "high", "n", "coverage")},
-        "coherence": fit.coherence.mean,
-        "relevance": fit.relevance.mean,
-        "gain": None if gain is None else gain.mean,
-        "gain_low": None if gain is None else gain.low,
-        "gain_high": None if gain is None else gain.high,
-        "effect_size": fit.effect_size,
-        "p": fit.p,
-        "p_holm": fit.p_holm,
-    }
+    return cells_of(fit, FIT_COLUMNS)
 
 
 def _fit_record(fit: ConditionFit) -> dict[str, Any]:

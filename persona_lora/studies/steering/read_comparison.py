@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,18 @@ import pandas as pd
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.report.comparisons import over_units
+from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units
+from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean, holm
 
 LORA, ACTIVATION = "lora", "activation"
 EFFECT = "effect"
-COLUMNS = (
-    "split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched", "trait", "trait_low",
-    "trait_high", "n", "coverage", "coherence", "coherence_low", "coherence_high", "difference",
-    "difference_low", "difference_high", "p", "p_holm",
-)  # fmt: skip
+COLUMNS = columns_of(
+    *("split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched"),
+    *("trait=trait.mean", "trait_low=trait.low", "trait_high=trait.high", "n=trait.n"),
+    *("coverage=trait.coverage", "coherence=coherence.mean", "coherence_low=coherence.low"),
+    *("coherence_high=coherence.high", *GAP_COLUMNS),
+)
 
 Place = tuple[str, float | None]
 Scores = dict[int, list[float | None]]
@@ -110,14 +112,8 @@ def read_comparison(run: Run) -> Comparison:
         coherences = _by_place(part, COHERENCE)
         points += _points(split, levels, traits, coherences)
         overall += _overall(split, levels, traits, coherences)
-    corrected = holm([each.p for each in points])
-    adjusted = holm([each.p for each in overall])
-    return Comparison(
-        config["trait"],
-        config["statistic"],
-        tuple(replace(one, p_holm=p) for one, p in zip(points, corrected, strict=True)),
-        tuple(replace(one, p_holm=p) for one, p in zip(overall, adjusted, strict=True)),
-    )
+    tested = tuple(corrected(points)), tuple(corrected(overall))
+    return Comparison(config["trait"], config["statistic"], *tested)
 
 
 def _by_place(run: Run, criterion: str) -> dict[Place, Scores]:
@@ -265,30 +261,3 @@ def _mean_gap(gaps: Mapping[int, float]) -> Interval:
 def _tested(gaps: Mapping[int, float]) -> tuple[Interval | None, float | None]:
     found = over_units(pd.Series(gaps, dtype=float).rename_axis("question"), "question")
     return found.difference, found.p
-
-
-def cells_of(point: Point) -> dict[str, Any]:
-    """Return a point as a row of a table of ``COLUMNS``."""
-    gap = point.difference
-    return {
-        "split": point.split,
-        "level": point.level,
-        "method": point.method,
-        "coefficient": point.coefficient,
-        "kl_mean": point.kl_mean,
-        "kl_p95": point.kl_p95,
-        "matched": point.matched,
-        "trait": point.trait.mean,
-        "trait_low": point.trait.low,
-        "trait_high": point.trait.high,
-        "n": point.trait.n,
-        "coverage": point.trait.coverage,
-        "coherence": point.coherence.mean,
-        "coherence_low": point.coherence.low,
-        "coherence_high": point.coherence.high,
-        "difference": None if gap is None else gap.mean,
-        "difference_low": None if gap is None else gap.low,
-        "difference_high": None if gap is None else gap.high,
-        "p": point.p,
-        "p_holm": point.p_holm,
-    }

@@ -29,14 +29,13 @@ from persona_lora.report.conditions import (
     overall_difference,
     summarise_conditions,
 )
-from persona_lora.report.curve import PairedDifference, TraitCurve
+from persona_lora.report.curve import PairedDifference, TraitCurve, corrected
 from persona_lora.report.resampling import (
     CONFIDENCE,
     RESAMPLES,
     Array,
     Estimate,
     Interval,
-    holm,
     question_weights,
     weighted_means,
 )
@@ -309,11 +308,7 @@ def _summarise_layers(
 ) -> tuple[LayerSummary, ...]:
     controlled = [each for each in layers if any(at.layer == each for at in control.scores)]
     over = [overall_difference(curve.at_layer(each), control.at_layer(each)) for each in controlled]
-    corrected = holm([each.p for each in over])
-    over_control = {
-        layer: dataclasses.replace(each, p_holm=p)
-        for layer, each, p in zip(controlled, over, corrected, strict=True)
-    }
+    over_control = dict(zip(controlled, corrected(over), strict=True))
     summaries = []
     for layer in layers:
         best, reason = _best_of([each for each in cells if each.layer == layer], threshold)

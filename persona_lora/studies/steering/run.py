@@ -27,6 +27,7 @@ from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import judge_answers, lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
+from persona_lora.report.comparisons import write_found
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.steering.activations import Positions
@@ -44,7 +45,6 @@ from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_comparison import (
     COLUMNS,
     Comparison,
-    cells_of,
     read_comparison,
 )
 from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_grid
@@ -265,7 +265,7 @@ def compare(
             run.write("validation", part.read("validation"))  # of the judge, the same for all
         run.write("splits", [{"split": split} for split in asked])
         found = read_comparison(run)
-        write_csv(run.folder / "comparison.csv", COLUMNS, [cells_of(each) for each in found.points])
+        write_found(run.folder / "comparison.csv", COLUMNS, found.points)
         render_comparison(found).save(run.folder / "comparison.png")
     write_report([run.folder], run.folder / "report.html")
     return found
