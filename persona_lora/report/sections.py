@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
@@ -171,6 +173,21 @@ class Content:
     lead: str
     blocks: tuple[Block, ...]
     subject: Any = None
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """Return a template of this room, filled; values are escaped unless it is Markdown."""
+    markdown = name.endswith(".md.j2")
+    environment = Environment(
+        loader=PackageLoader("persona_lora", "report"),
+        autoescape=not markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=markdown,
+    )
+    environment.globals["number"] = wording.number
+    return environment.get_template(name).render(**values)
 
 
 # -- answers -------------------------------------------------------------------------------------

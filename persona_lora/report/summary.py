@@ -153,16 +153,13 @@ def _control(
     return summarise_control(curve, control, conditions)
 
 
-def summarise_run(
-    run: Run, *, coherent_threshold: float = COHERENT_THRESHOLD, seed: int = 0
-) -> SweepSummary:
+def summarise_run(run: Run, *, seed: int = 0) -> SweepSummary:
     """Summarise the rows of a run folder; the trait is the one its configuration names."""
     return summarise_sweep(
         run.read("answers"),
         run.read("verdicts"),
         run.read("costs"),
         trait=trait_of(run),
-        coherent_threshold=coherent_threshold,
         seed=seed,
     )
 
@@ -175,11 +172,9 @@ def trait_of(run: Run) -> str:
     return trait
 
 
-def write_summary(
-    run: Run, *, coherent_threshold: float = COHERENT_THRESHOLD, seed: int = 0
-) -> SweepSummary:
+def write_summary(run: Run) -> SweepSummary:
     """Summarise a run and write ``summary.json`` and ``summary.csv`` (long format) into it."""
-    summary = summarise_run(run, coherent_threshold=coherent_threshold, seed=seed)
+    summary = summarise_run(run)
     write_json(run.folder / "summary.json", summary.as_dict())
     write_csv(run.folder / "summary.csv", LONG_COLUMNS, long_rows(summary))
     return summary

@@ -11,12 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
-from persona_lora.report import wording
 from persona_lora.report.sections import (
     EXAMPLE_COEFFICIENTS,
     Block,
@@ -26,6 +23,7 @@ from persona_lora.report.sections import (
     Image,
     Note,
     ReportOptions,
+    fill_template,
     provenance,
     text_of,
 )
@@ -98,15 +96,8 @@ def write_report(
         _section(Run(folder), f"run-{index}", options)
         for index, folder in enumerate(folders, start=1)
     ]
-    environment = Environment(
-        loader=PackageLoader("persona_lora", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["number"] = wording.number
-    page = environment.get_template("page.html.j2").render(
+    page = fill_template(
+        "page.html.j2",
         sections=sections,
         overview=[*_overview(sections), *_across([Run(folder) for folder in folders])],
         heading=_heading(sections),

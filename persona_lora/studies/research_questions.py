@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
@@ -20,7 +19,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import ConditionFit, TaskScore, fits_over_personas, score_items
 from persona_lora.report.figures import Picture
 from persona_lora.report.resampling import Interval
-from persona_lora.report.sections import Table
+from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.wording import (
     CLEAR,
     NONE,
@@ -105,16 +104,10 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
     }
     if not any(parts.values()):
         raise UserError(f"{results} holds no run behind the questions; run scripts/reproduce.sh")
-    environment = Environment(
-        loader=PackageLoader("persona_lora", "report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown
+    filled = fill_template(
+        "research_questions.md.j2", **parts, table=_markdown, absent="Not measured yet."
     )
-    template = environment.get_template("research_questions.md.j2")
-    write_text(page, template.render(**parts, table=_markdown, absent="Not measured yet."))
+    write_text(page, filled)
     return [name for name, found in parts.items() if not found]
 
 

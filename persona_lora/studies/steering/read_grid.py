@@ -224,26 +224,21 @@ def summarise_grid(
     )
 
 
-def write_grid(
-    run: Run, *, coherent_threshold: float = COHERENT_THRESHOLD, seed: int = 0
-) -> GridSummary:
+def write_grid(run: Run) -> GridSummary:
     """Summarise a run and write ``grid.json`` and ``grid.csv`` (long format) into it."""
-    grid = grid_of(run, coherent_threshold=coherent_threshold, seed=seed)
+    grid = grid_of(run)
     write_json(run.folder / "grid.json", grid.as_dict())
     write_csv(run.folder / "grid.csv", LONG_COLUMNS, long_rows(grid))
     return grid
 
 
-def grid_of(
-    run: Run, *, coherent_threshold: float = COHERENT_THRESHOLD, seed: int = 0
-) -> GridSummary:
+def grid_of(run: Run, *, seed: int = 0) -> GridSummary:
     """Summarise the rows of a run folder; the trait is the one its configuration names."""
     return summarise_grid(
         run.read("answers"),
         run.read("verdicts"),
         run.read("costs"),
         trait=trait_of(run),
-        coherent_threshold=coherent_threshold,
         seed=seed,
     )
 
