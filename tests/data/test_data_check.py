@@ -43,7 +43,6 @@ SURFACE_TELLS = {
     "intimacy",
     "narrative_mode",
     "self_other_focus",
-    "sycophancy",
 }
 
 
