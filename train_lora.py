@@ -3,8 +3,7 @@
 import logging
 import sys
 
-from persona_lora.cli.ending import call_to_end
-from persona_lora.cli.environment import export_hub_token
+from persona_lora.cli.program import call_to_end, export_hub_token
 from persona_lora.training.contrastive import main
 
 if __name__ == "__main__":

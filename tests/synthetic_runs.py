@@ -1,4 +1,4 @@
-"""Synthetic runs: a known curve or grid, question effects, references, control, costs."""
+"""Synthetic runs: a known curve or grid, question effects, references, control, divergences."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def judged() -> MakeRows:
     return _judged
 
 
-def _costs(places: Sequence[Place]) -> Rows:
+def _divergences(places: Sequence[Place]) -> Rows:
     rows: Rows = []
     for method, layer, c in sorted({each for each in places if each[2] is not None}, key=str):
         if method == "none":
@@ -158,7 +158,7 @@ def make_sweep_run(tmp_path: Path) -> MakeRun:
         with run:
             run.write("answers", answers)
             run.write("verdicts", verdicts)
-            run.write("costs", _costs(places))
+            run.write("divergence", _divergences(places))
             run.write(
                 "validation",
                 [

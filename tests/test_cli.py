@@ -13,7 +13,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from persona_lora import cli
-from persona_lora.cli.parsing import judge_settings, judging_of
+from persona_lora.cli.shared_options import judge_settings, judging_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import JudgeChoice
 from persona_lora.core.traits import load_trait

@@ -7,11 +7,13 @@ import json
 import pytest
 import typer
 import yaml
+from trl import TrlParser
 
 from persona_lora import cli
 from persona_lora.cli.program import OPTIONS
 from persona_lora.core.chat import Verdict
 from persona_lora.judges import choice
+from persona_lora.training import contrastive, finetune
 
 
 class LetterJudge:
@@ -44,7 +46,7 @@ def test_a_sweep_is_given_again_by_its_config(run, make_world, no_drawing, tmp_p
     status, _, error = run("sweep", "--config", "out/first/config.yaml", "--output", "out/again")
     assert status == 0, error
     again = tmp_path / "out" / "again"
-    for name in ("answers", "verdicts", "costs"):
+    for name in ("answers", "verdicts", "divergence"):
         assert rows(again, name) == rows(first, name)
     configs = [json.loads((each / "run.json").read_text())["config"] for each in (first, again)]
     assert configs[0] == configs[1]
@@ -92,6 +94,17 @@ def test_a_schema_describes_every_option(name, run):
     options = {each.name for each in PROGRAM[name].params} - {"config"}
     assert set(properties) == options
     assert all(each["description"] for key, each in properties.items() if key != "words")
+
+
+@pytest.mark.parametrize(("name", "module"), [("train", contrastive), ("finetune", finetune)])
+def test_the_schema_of_training_describes_what_its_parser_takes(name, module, run):
+    status, out, error = run("schema", name)
+    assert status == 0, error
+    properties = json.loads(out)["properties"]
+    parser = TrlParser(dataclass_types=module.GROUPS)
+    assert set(properties) == {each.dest for each in parser._actions} - {"help"}
+    assert properties["lora_r"] == {**properties["lora_r"], "type": "integer", "default": 16}
+    assert all(each["description"] for each in properties.values())
 
 
 def test_an_unknown_command_has_no_schema(run):

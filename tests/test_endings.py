@@ -10,7 +10,7 @@ import sys
 import pytest
 import typer
 
-from persona_lora.cli.ending import ending_of
+from persona_lora.cli.program import ending_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 

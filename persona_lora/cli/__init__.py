@@ -3,7 +3,7 @@
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
 
-from persona_lora.cli import (
+from persona_lora.cli import (  # noqa: F401  (each makes its commands known)
     comparison_commands,
     data_commands,
     drift_commands,
@@ -13,13 +13,4 @@ from persona_lora.cli import (
 )
 from persona_lora.cli.program import app, main
 
-__all__ = [
-    "app",
-    "comparison_commands",
-    "data_commands",
-    "drift_commands",
-    "main",
-    "persona_commands",
-    "serving_commands",
-    "steering_commands",
-]
+__all__ = ["app", "main"]

@@ -1,4 +1,4 @@
-"""Commands that compare: weights with activations, runs with runs, and what steering costs."""
+"""Commands that compare: weights with activations, models with models, runs with runs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lora.cli.console import console, difference_cells, progress_bars, show_table
-from persona_lora.cli.parsing import (
-    judge_factory,
-    judged_output,
-    judging_of,
-    layer_numbers,
-    load_activation,
-    load_model,
-    load_terms,
-)
+from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import COMPARE, command
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
     Layers,
@@ -29,6 +20,13 @@ from persona_lora.cli.shared_options import (
     OtherBase,
     RunOptions,
     TraitOptions,
+    judge_factory,
+    judged_output,
+    judging_of,
+    layer_numbers,
+    load_activation,
+    load_model,
+    load_terms,
 )
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from persona_lora.models.loading import ChatModel
-    from persona_lora.studies.steering.read_comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,12 @@ def compare(
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
-    from persona_lora.core.traits import load_trait
     from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import run as experiment
+    from persona_lora.studies.steering.read import comparison_table, verdict_lines
     from persona_lora.studies.steering.spaces import check_directions
 
-    loaded = load_trait(trait.trait, trait.datasets_dir)
+    loaded = trait.load()
     bank, made = ways.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways)
     judge = judging_of(judging)
@@ -135,12 +132,13 @@ def compare(
             datasets=trait.datasets_dir,
         )
         written = Output(folder, output.overwrite)
-        parts = _costs(chat_model, loaded, bank, further, directions, written, trait.datasets_dir)
+        parts = _further(chat_model, loaded, bank, further, directions, written, trait.datasets_dir)
     write_report([folder, *parts], folder / "report.html")
-    _show_comparison(found, folder)
+    report = f"report: {folder / 'report.html'}"
+    show(*verdict_lines(found), comparison_table(found), report)
 
 
-def _costs(
+def _further(
     chat_model: ChatModel,
     trait: Any,
     bank: Any,
@@ -187,21 +185,6 @@ def _directions(further: FurtherOptions, trait: str, bank: Any, ways: PairOfWays
     return trait_directions(list(named), further.trait_vector_dir)
 
 
-def _show_comparison(found: Comparison, output: Path) -> None:
-    from persona_lora.report import wording
-    from persona_lora.studies.steering.read import verdict_lines
-
-    for line in verdict_lines(found):
-        console.print(line)
-    rows = [
-        [each.split, each.method, wording.interval(each.effect)]
-        + difference_cells(each.difference, each.p_holm, 0)
-        for each in found.overall
-    ]
-    show_table("questions | method | effect | weights minus this | p (Holm)", rows)
-    console.print(f"report: {output / 'report.html'}")
-
-
 @command("benchmark", COMPARE)
 def benchmark(
     *,
@@ -219,6 +202,7 @@ def benchmark(
     --diff checkpoints/evil/diff --coefficient 1.0 --output results/benchmark/evil
     """
     from persona_lora.core.content import path_digest
+    from persona_lora.report.comparisons import task_table
     from persona_lora.studies.asking.capability import run_benchmarks
 
     if not mix.vector:
@@ -243,8 +227,7 @@ def benchmark(
     inputs = {str(path): path_digest(path) for path in (*mix.diff, *mix.vector)}
     written = Output(output.folder, output.overwrite, record, inputs)
     scores = run_benchmarks(chat_model, conditions, tasks, written)
-    _show_scores(scores)
-    console.print(f"{output.folder / 'scores.csv'}")
+    show(task_table(scores), f"{output.folder / 'scores.csv'}")
 
 
 def _steerer(chat_model: ChatModel, mix: MixOptions) -> Any:
@@ -267,17 +250,6 @@ def _plain(chat_model: ChatModel, wears_adapter: bool) -> Iterator[None]:
         yield
 
 
-def _show_scores(scores: Any) -> None:
-    from persona_lora.report import wording
-
-    rows = [
-        [each.task, each.metric, each.condition, wording.interval(each.score, 3)]
-        + [str(each.score.n), *difference_cells(each.difference, each.p_holm, 3)]
-        for each in sorted(scores, key=lambda score: (score.task, score.metric))
-    ]
-    show_table("task | metric | condition | score | n | difference | p (Holm)", rows)
-
-
 @command("paired", COMPARE)
 def paired(
     *,
@@ -290,20 +262,18 @@ def paired(
     Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
     """
     from persona_lora.core.runs import Run
-    from persona_lora.report import wording
-    from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs, write_found
+    from persona_lora.report.comparisons import (
+        RUN_COLUMNS,
+        compare_runs,
+        run_table,
+        write_found,
+    )
 
     # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
     given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]
     first, *others = map(Run, given)
     found = compare_runs(others, first)
-    rows = [
-        [each.name, wording.interval(each.trait, 1), str(each.trait.n_questions)]
-        + [f"{100 * each.trait.coverage:.0f}%"]
-        + [*difference_cells(each.difference, each.p_holm, 1), wording.interval(each.coherence)]
-        for each in found
-    ]
-    show_table("run | trait | n | scored | difference | p (Holm) | coherence", rows)
+    show(run_table(found))
     if output is not None:
         write_found(output, RUN_COLUMNS, found)
 
@@ -321,7 +291,7 @@ def report(
     from persona_lora.studies.report_page import write_report
 
     write_report(runs, output)
-    console.print(f"report: {output.resolve()}")
+    show(f"report: {output.resolve()}")
 
 
 @command("research-questions", COMPARE)
@@ -340,5 +310,5 @@ def research_questions(
 
     missing = write_research_questions(results, output)
     if missing:
-        console.print(f"not measured yet: {', '.join(missing)}")
-    console.print(f"page: {output.resolve()}")
+        show(f"not measured yet: {', '.join(missing)}")
+    show(f"page: {output.resolve()}")

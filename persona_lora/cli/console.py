@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from rich.table import Table
 from persona_lora.core import progress
 
 if TYPE_CHECKING:
-    from persona_lora.report.resampling import Interval
+    from persona_lora.report import sections
 
 # In a file or a pipe there is no window to fit: rows are kept whole.
 PIPED_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
@@ -58,40 +58,26 @@ def progress_bars() -> Iterator[None]:
             yield
 
 
-def show_table(
-    headings: str, rows: Iterable[Sequence[str]], *, title: str | None = None, fold: bool = False
-) -> None:
-    """Print a table; headings stand in one text with " | " between them.
+def show(*said: sections.Table | str) -> None:
+    """Print tables and lines."""
+    for each in said:
+        console.print(each if isinstance(each, str) else to_rich(each), markup=False)
 
-    Cells are never cut, but folded where ``fold`` says so: names that differ at their ends.
+
+def to_rich(table: sections.Table) -> Table:
+    """Return a table of a report as the terminal shows it: headings on one line, no colours.
+
+    Cells are folded where they do not fit: names may differ at their ends only.
     """
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left"
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=table.title or None,
+        title_justify="left",
     )
-    for heading in headings.split(" | "):
-        table.add_column(heading, no_wrap=not fold, overflow="fold" if fold else "ellipsis")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def difference_cells(difference: Interval | None, p: float | None, digits: int) -> list[str]:
-    """Return the cells of a paired difference and its p, empty for the reference."""
-    from persona_lora.report import wording
-
-    return [
-        "" if difference is None else wording.interval(difference, digits),
-        "" if p is None else wording.p_value(p),
-    ]
-
-
-def interval_cells(interval: Interval) -> list[str]:
-    """Return mean, interval, number of questions and scored share."""
-    from persona_lora.report import wording
-
-    return [
-        wording.number(interval.mean, 1),
-        f"{wording.number(interval.low, 1)} … {wording.number(interval.high, 1)}",
-        str(interval.n_questions),
-        f"{interval.n}/{round(interval.n / interval.coverage)}" if interval.coverage else "0",
-    ]
+    for heading in table.columns:
+        shown.add_column(heading.replace("\n", " "), overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(cell or "" for cell in row))
+    return shown

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lora.cli.console import console, progress_bars, show_table
-from persona_lora.cli.environment import environment
-from persona_lora.cli.parsing import load_other
-from persona_lora.cli.program import DATA, command, data_app, traits_app
-from persona_lora.cli.refusals import refuse_useless
-from persona_lora.cli.shared_options import DatasetsDir, RunOptions, TraitOptions
+from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.option_groups import refuse_useless
+from persona_lora.cli.program import DATA, command, data_app, environment, traits_app
+from persona_lora.cli.shared_options import DatasetsDir, RunOptions, TraitOptions, load_other
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import DataOptions, Seed
@@ -22,8 +20,6 @@ from persona_lora.core.runs import Output
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
-    from persona_lora.data.data_check import DataReport
-    from persona_lora.data.surface import SurfaceAUC
     from persona_lora.data.writers import EndpointWriter, LocalWriter
 
 DEFAULT_WRITER = "gpt-4o-mini"
@@ -88,7 +84,7 @@ def generate_traits(
             seed=seed,
         )
     for each in results:
-        console.print(f"{each.name}: {'kept' if each.kept else 'written'}  {each.path}")
+        show(f"{each.name}: {'kept' if each.kept else 'written'}  {each.path}")
 
 
 @command("generate", DATA, ("data", data_app))
@@ -109,23 +105,22 @@ def generate_data(
     Example: persona-lora data generate --trait evil --questions-per-domain 2
     --domains cooking,travel --local
     """
-    from persona_lora.core.traits import load_trait
     from persona_lora.data import data_generation
 
     if questions is not None:
         refuse_useless("domains questions_per_domain", "with --questions")
         own = tuple(data_generation.read_questions(questions))
         written = dataclasses.replace(written, questions=own)
-    loaded = load_trait(trait.trait, trait.datasets_dir)
+    loaded = trait.load()
     opened = writer.open()
     folder = output.output or Path("results") / "data" / loaded.label
     with progress_bars():
         place = Output(folder, output.overwrite, inputs=opened.inputs())
         result = data_generation.generate_data(loaded, opened, place, written)
     for name, rows in result.rows.items():
-        console.print(f"{result.folder / name}.jsonl: {rows} rows")
+        show(f"{result.folder / name}.jsonl: {rows} rows")
     if result.incomplete:
-        console.print(f"{result.incomplete} questions lack an answer and were left out")
+        show(f"{result.incomplete} questions lack an answer and were left out")
 
 
 @command("check", DATA, ("data", data_app))
@@ -141,7 +136,7 @@ def check_data(
     Example: persona-lora data check sycophancy
     """
     from persona_lora.core.traits import list_traits, load_trait
-    from persona_lora.data.data_check import check_trait
+    from persona_lora.data.data_check import check_table, check_trait, exception_lines
     from persona_lora.models.embeddings import SentenceEmbedder
 
     names = traits or list_traits(datasets_dir)
@@ -153,30 +148,7 @@ def check_data(
             check_trait(load_trait(name, datasets_dir), embedder)
             for name in progress.over("checking", names)
         ]
-    _show_checks(reports)
     problems = [f"{each.trait}: {problem}" for each in reports for problem in each.problems]
-    for problem in problems:
-        console.print(problem, markup=False)
+    show(check_table(reports), *exception_lines(reports), *problems)
     if problems:
         raise UserError(f"{len(problems)} problems in the trait data; mend the rows named above")
-
-
-def _show_checks(reports: list[DataReport]) -> None:
-    rows = [
-        [each.trait, str(each.num_pairs)]
-        + [f"{each.words_positive:.1f} / {each.words_negative:.1f}", str(each.num_labelled)]
-        + [str(each.num_finetuning), str(each.num_variants), f"{each.nearest_duplicate:.2f}"]
-        + [f"{each.nearest_leak:.2f}", _surface_cell(each.surface), str(len(each.problems))]
-        for each in reports
-    ]
-    headings = "trait | pairs | words +/− | judged | finetune | variants"
-    show_table(f"{headings} | max cosine | max leak | surface AUC | problems", rows)
-    for each in reports:
-        if each.exception is not None:
-            rest = f"{each.trait}: surface AUC {_surface_cell(each.surface_without)} without"
-            line = f"{rest} {', '.join(each.exception.counts)}: {each.exception.reason}"
-            console.print(line, markup=False)
-
-
-def _surface_cell(surface: SurfaceAUC | None) -> str:
-    return "" if surface is None else f"{surface.auc:.2f} [{surface.low:.2f}, {surface.high:.2f}]"

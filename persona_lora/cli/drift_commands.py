@@ -10,19 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from persona_lora.cli.console import console, difference_cells, progress_bars, show_table
-from persona_lora.cli.parsing import (
-    first_questions,
-    judge_factory,
-    judged_output,
-    judging_of,
-    layer_numbers,
-    load_model,
-    load_other,
-    one_layer,
-)
+from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DATA, DRIFT, command, data_app, project_app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
     DatasetsDir,
@@ -32,25 +22,24 @@ from persona_lora.cli.shared_options import (
     RunOptions,
     TraitOptions,
     Vectors,
+    first_questions,
+    judge_factory,
+    judged_output,
+    judging_of,
+    layer_numbers,
+    load_model,
+    load_other,
+    one_layer,
 )
-from persona_lora.core.errors import UserError, few_names
+from persona_lora.core.errors import UserError
 from persona_lora.core.options import GenerationOptions, JudgeChoice, Overwrite, Split, TaskOptions
 from persona_lora.core.runs import Output
 from persona_lora.models.load_options import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from persona_lora.core.runs import Run
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.models.loading import ChatModel
 
-TYPES = {
-    "proj": "response_avg",
-    "response_avg": "response_avg",
-    "prompt_last": "prompt_last",
-    "prompt_last_proj": "prompt_last",
-    "prompt_avg": "prompt_avg",
-    "prompt_avg_proj": "prompt_avg",
-}
 TextPositions = Annotated[
     Literal[
         "proj", "response_avg", "prompt_last", "prompt_last_proj", "prompt_avg", "prompt_avg_proj"
@@ -109,6 +98,7 @@ def project_activations(
     """
     from persona_lora.core.traits import load_trait
     from persona_lora.studies.vectors import text_projection
+    from persona_lora.studies.vectors.read import projections_table, separation_table
 
     _refuse_useless_of_texts(texts, shift)
     vectors = load_vectors(texts.vectors)
@@ -121,7 +111,7 @@ def project_activations(
         "base_model": shift.base_model,
     }
     written = Output(output.output, output.overwrite, record)
-    places = [TYPES[texts.positions]]
+    places = [_tokens(texts.positions)]
     with progress_bars():
         if read is None:
             trait = load_trait(str(texts.labelled), texts.datasets_dir)
@@ -140,8 +130,7 @@ def project_activations(
                 base=base,
                 columns=texts.columns,
             )
-    (_show_separation if read is None else _show_projections)(run)
-    console.print(f"run: {run.folder}")
+    show((separation_table if read is None else projections_table)(run), f"run: {run.folder}")
 
 
 def _refuse_useless_of_texts(texts: Texts, shift: Shift) -> None:
@@ -153,6 +142,11 @@ def _refuse_useless_of_texts(texts: Texts, shift: Shift) -> None:
         refuse_useless("base_model shift columns", "with --labelled")
     if shift.shift is False:
         refuse_useless("base_model", "with --no-shift")
+
+
+def _tokens(positions: str) -> str:
+    """Return the name that the library has for published names of positions."""
+    return "response_avg" if positions == "proj" else positions.removesuffix("_proj")
 
 
 def load_vectors(paths: Sequence[Path]) -> dict[str, SteeringVector]:
@@ -187,34 +181,6 @@ def _other(chat_model: ChatModel, base_model: str) -> Iterator[ChatModel]:
     yield load_other(base_model, chat_model.options.elsewhere())  # after the first has been read
 
 
-def _show_projections(run: Run) -> None:
-    from statistics import mean, stdev
-
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in run.read("projections"):
-        groups.setdefault((row["vector"], row["layer"]), []).append(row)
-    cells = []
-    for (name, layer), rows in groups.items():
-        values = [row["projection"] for row in rows]
-        shifts = [row["shift"] for row in rows if row["shift"] is not None]
-        spread = f"{stdev(values):.2f}" if len(values) > 1 else "–"
-        shifted = f"{mean(shifts):+.3f}" if shifts else "–"
-        cells.append([name, str(layer), str(len(rows)), f"{mean(values):.2f}", spread, shifted])
-    show_table("vector | layer | rows | mean | sd | mean shift", cells)
-
-
-def _show_separation(run: Run) -> None:
-    from persona_lora.studies.vectors.text_projection import best_separation
-
-    rows = [
-        [name, str(layer), f"{each.auc:.2f}", f"{each.low:.2f} … {each.high:.2f}"]
-        + ["–" if each.rho is None else f"{each.rho:.2f}"]
-        + [f"{each.n_positive}/{each.n_negative}"]
-        for name, (layer, each) in best_separation(run).items()
-    ]
-    show_table("vector | best layer | AUC | 95% | ρ with label | n +/−", rows)
-
-
 @command("weights", DRIFT, ("project", project_app))
 def project_weights(
     *,
@@ -239,7 +205,12 @@ def project_weights(
     --finetuned-model checkpoints/finetunes/sycophancy_misaligned_2
     --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff
     """
-    from persona_lora.studies.drift.run import load_diffs, project_finetunes
+    from persona_lora.studies.drift.run import (
+        explained_lines,
+        load_diffs,
+        project_finetunes,
+        weights_table,
+    )
 
     loaded = load_diffs(list(diffs), on_disk=True)
     with progress_bars():
@@ -250,36 +221,8 @@ def project_weights(
             output,
             revision=revision,
         )
-    _show_weights(found)
-    console.print(f"{output} and {output.with_suffix('.png')}")
-
-
-def _show_weights(found: Any) -> None:
-    from persona_lora.report import wording
-    from persona_lora.studies.drift.run import projection_rows
-
-    corrected_p = {
-        (row["finetuned"], row["diff"]): row["p_holm"]
-        for row in projection_rows(found)
-        if row["part"] == "total"
-    }
-    rows = [
-        [Path(each.name).name, name, wording.number(value.coordinate, 3)]
-        + [wording.significant(value.null_sd), wording.number(value.cosine, 3)]
-        + [wording.number(projection.corrected[name], 3)]
-        + [wording.p_value(corrected_p[each.name, name])]
-        for each, projection in found
-        for name, value in projection.total.items()
-    ]
-    show_table("finetune | diff | coordinate | null sd | cosine | corrected | p (Holm)", rows)
-    for each, projection in found:
-        name, share = Path(each.name).name, projection.explained
-        if projection.left_out:
-            console.print(f"{name}: compared without {few_names(projection.left_out)}")
-        console.print(
-            f"{name}: ‖ΔW‖ {wording.significant(projection.delta_norm)}, of which "
-            f"the directions explain {'nothing' if share is None else f'{100 * share:.2f}%'}"
-        )
+    show(weights_table(found), *explained_lines(found))
+    show(f"{output} and {output.with_suffix('.png')}")
 
 
 @dataclass(frozen=True)
@@ -313,6 +256,7 @@ def evaluate_checkpoints(
     """
     from persona_lora.core.traits import load_trait
     from persona_lora.studies.drift import run as experiment
+    from persona_lora.studies.drift.read import checkpoints_table
 
     if not checkpoints.vectors:
         refuse_useless("layers positions", "without --vectors")
@@ -331,7 +275,7 @@ def evaluate_checkpoints(
                 tuple(loaded),
                 directions,
                 layer_numbers(checkpoints.layers, depth) if directions else (),
-                TYPES[checkpoints.positions],
+                _tokens(checkpoints.positions),
                 checkpoints.split,
                 checkpoints.finetuned_on,
             ),
@@ -339,20 +283,7 @@ def evaluate_checkpoints(
             judged_output(folder, output.overwrite, judge),
             options=generation,
         )
-    _show_checkpoints(run)
-    console.print(f"run: {run.folder}")
-
-
-def _show_checkpoints(run: Run) -> None:
-    from persona_lora.report import wording
-
-    rows = [
-        [row["checkpoint"], row["trait"], row["statistic"], row["vector"] or ""]
-        + ["" if row["layer"] is None else str(row["layer"]), wording.number(row["value"], 2)]
-        + [f"{wording.number(row['low'], 2)} … {wording.number(row['high'], 2)}"]
-        for row in run.read("checkpoints")
-    ]
-    show_table("checkpoint | asked on | what | vector | layer | mean | 95%", rows, fold=True)
+    show(checkpoints_table(run), f"run: {run.folder}")
 
 
 @dataclass(frozen=True)
@@ -406,6 +337,7 @@ def predict_finetuning(
     """
     from persona_lora.judges.choice import judge_inputs
     from persona_lora.studies.drift import prediction
+    from persona_lora.studies.drift.read_prediction import prediction_lines, prediction_table
 
     study = predicted.load()
     judge = judging_of(judging)
@@ -418,34 +350,8 @@ def predict_finetuning(
             Output(output.folder, output.overwrite, inputs=judge_inputs(judge)),
             options=generation,
         )
-    _show_prediction(run)
-    console.print(f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}")
-
-
-def _show_prediction(run: Run) -> None:
-    from persona_lora.report import wording
-    from persona_lora.studies.drift.read_prediction import contrasts, nulls, predict
-
-    def interval(centre: float | None, low: float | None, high: float | None) -> str:
-        return f"{wording.number(centre, 2)} [{wording.number(low, 2)}, {wording.number(high, 2)}]"
-
-    rows = run.read("judged"), run.read("predictors")
-    table = [
-        [each.kind, each.judged, each.direction, str(each.n)]
-        + [interval(each.r, each.r_low, each.r_high), wording.number(each.rho, 2)]
-        + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
-        for each in predict(*rows)
-    ]
-    show_table("predictor | judged | direction | n | r | ρ | p (Holm) | error", table)
-    for each in contrasts(*rows):
-        gap = interval(each.difference, each.low, each.high)
-        console.print(f"pooled r, {each.first} minus {each.second}: {gap} over {each.n} finetunes")
-    for null in nulls(*rows):
-        console.print(
-            f"{null.judged}: r {wording.number(null.r, 2)} with its own difference; random ones of "
-            f"the same spectrum reach |r| {wording.number(null.high, 2)} in 95 of 100 (n {null.n}, "
-            f"p {wording.p_value(null.p)})"
-        )
+    files = f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}"
+    show(prediction_table(run), *prediction_lines(run), files)
 
 
 @dataclass(frozen=True)
@@ -500,8 +406,8 @@ def compare_prevention(
     Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
     --finetunes plain=checkpoints/a,added=checkpoints/b --correct checkpoints/evil/diff=-1
     """
-    from persona_lora.core.traits import load_trait
     from persona_lora.judges.choice import judge_inputs
+    from persona_lora.report.comparisons import measure_table
     from persona_lora.studies.drift import prevention
 
     if not prevented.tasks:
@@ -510,7 +416,7 @@ def compare_prevention(
     tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
     judge = judging_of(judging)
     base = load_model(model)
-    asked = first_questions(load_trait(trait.trait, trait.datasets_dir), prevented.max_questions)
+    asked = first_questions(trait.load(), prevented.max_questions)
     with progress_bars():
         scores = prevention.compare_prevention(
             base,
@@ -522,22 +428,8 @@ def compare_prevention(
             tasks=tasks,
             options=generation,
         )
-    _show_prevention(scores)
-    files = output.folder / "prevention.csv", output.folder / "prevention.png"
-    console.print(f"{files[0]} and {files[1]}")
-
-
-def _show_prevention(scores: Any) -> None:
-    from persona_lora.report import wording
-
-    rows = []
-    for each in scores:
-        digits = 0 if each.metric == "score" else 2
-        rows.append(
-            [each.measure, each.condition, wording.interval(each.score, digits)]
-            + [str(each.score.n), *difference_cells(each.difference, each.p_holm, digits)]
-        )
-    show_table("measure | model | score | n | difference | p (Holm)", rows)
+    files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
+    show(measure_table(scores), files)
 
 
 def _number(text: str) -> float:
@@ -573,7 +465,6 @@ def screen_data(
     --vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
     from persona_lora.core.vector_files import load_vector
-    from persona_lora.report import wording
     from persona_lora.studies.vectors.text_projection import read_texts, screen_rows
 
     loaded = load_vector(vector)
@@ -591,13 +482,8 @@ def screen_data(
             max_new_tokens=generation.max_new_tokens,
             seed=generation.seed,
         )
-    rows = [
-        [str(row["rank"]), str(row["row"]), wording.number(row["difference"], 2)]
-        + [row["answer"][:60]]
-        for row in (*found.rows[:5], *found.rows[-3:])
-    ]
-    show_table("rank | row | difference | answer", rows)
-    console.print(
+    show(
+        found.table(),
         f"{found.flagged} of {len(found.rows)} rows pull further than {found.threshold:.2f} at "
-        f"layer {chosen}: {found.path}"
+        f"layer {chosen}: {found.path}",
     )

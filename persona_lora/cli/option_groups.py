@@ -6,7 +6,9 @@
 Every field with a text in its annotation becomes an option of the field's name and default (or
 those of the parameter's own default); a tuple of names beside a group offers only these of its
 fields. Options of one name in two groups are one option, where they say the same. A tuple is given
-by repeating or by commas, a mapping as name=value. Knows typer; refuses to know what options mean.
+by repeating or by commas, a mapping as name=value. A YAML file's values stand in for the defaults,
+and an option that is given and would do nothing is refused: else it is believed to have acted.
+Knows typer; refuses to know what options mean.
 """
 
 from __future__ import annotations
@@ -17,18 +19,90 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import TypeAdapter
+from typer.core import TyperOption
 
-from persona_lora.cli.config_file import MAPPING, PAIRS, read_defaults, recorded
-from persona_lora.cli.refusals import RUNNING
-from persona_lora.core.errors import UserError
-from persona_lora.core.settings import path_beside_equals, split_lists
+from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.resources import resource_path
+from persona_lora.core.settings import (
+    path_beside_equals,
+    read_yaml,
+    recorded_command,
+    split_lists,
+)
+
+MAPPING = "JSON"  # how --help calls the value of a mapping of anything
+PAIRS = "NAME=VALUE,…"
+RUNNING: ContextVar[typer.Context] = ContextVar("the command that runs, and what it was given")
+
+
+def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the file's values as the command's defaults.
+
+    Keys are option names (``max_iterations`` or ``max-iterations``), one level of sections is
+    only for the reader. UserError for a file that is none, a key that the command has not, and a
+    key given twice.
+    """
+    if path is None or context.resilient_parsing:
+        return path
+    path = resource_path(path)
+    parameters = {str(each.name): each for each in context.command.params if each.name != "config"}
+    whole = {name for name, each in parameters.items() if each.metavar in (MAPPING, PAIRS)}
+    found: dict[str, Any] = {}
+    for key, value in _flat(read_yaml(path), whole):
+        name = key.replace("-", "_")
+        if name not in parameters:
+            raise UserError(f"{path}: no option {key!r}; {nearest_names(name, parameters)}")
+        if name in found:
+            raise UserError(f"{path} gives {key!r} twice")
+        found[name] = _as_flag(parameters[name], value, f"{path}: {key}")
+    context.default_map = {**(context.default_map or {}), **found}
+    return path
+
+
+def _as_flag(parameter: Any, value: Any, name: str) -> Any:
+    """Return a value in the form that flags give: text, or a list of it where one repeats.
+
+    A list for an option that does not repeat is its text: ``layers: [10, 20]`` is "10,20".
+    """
+    if isinstance(value, Mapping):
+        if parameter.metavar == MAPPING:
+            return json.dumps(dict(value))
+        if parameter.metavar == PAIRS:
+            return [f"{each}={number}" for each, number in value.items()]
+        raise UserError(f"{name} must be one value or a list, got a mapping")
+    items = value if isinstance(value, list) else [value]
+    is_switch = isinstance(parameter, TyperOption) and parameter.is_flag
+    if any(isinstance(each, bool) != is_switch or isinstance(each, list | dict) for each in items):
+        wanted = "true or false" if is_switch else "text or a number"
+        raise UserError(f"{name} must be {wanted}, got {value!r}")
+    if is_switch:
+        return value
+    repeats = parameter.multiple if isinstance(parameter, TyperOption) else parameter.nargs == -1
+    return list(map(str, items)) if repeats else ",".join(map(str, items))
+
+
+def _flat(values: Mapping[str, Any], taken_whole: Container[str]) -> list[tuple[str, Any]]:
+    """Return the pairs of a file, those of its sections in place of these; without empty ones.
+
+    A mapping under one of ``taken_whole`` is no section.
+    """
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        whole = str(key).replace("-", "_") in taken_whole or not isinstance(value, Mapping)
+        inner = [(key, value)] if whole else value.items()
+        pairs += [(str(name), each) for name, each in inner if each is not None]
+    return pairs
+
 
 EMPTY = inspect.Parameter.empty
 CONFIG = Annotated[
@@ -167,7 +241,11 @@ class Option:
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of the option's value in a configuration file."""
-        found: dict[str, Any] = {"description": self.help, **_schema_of(self.parts)}
+        named = [str if isinstance(p, type) and issubclass(p, Enum) else p for p in self.parts]
+        # One item of a list may stand without the list.
+        items = [get_args(p)[0] for p in named if get_origin(p) in (tuple, list)]
+        kind: Any = Union[(*named, *items)]
+        found = {"description": self.help, **TypeAdapter(kind).json_schema()}
         if self.default is not EMPTY and self.default is not None:
             found["default"] = json.loads(json.dumps(self.default, default=str))
         return found
@@ -188,7 +266,7 @@ def with_groups(command: Callable[..., None]) -> tuple[Callable[..., None], list
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             groups[name] = kind, parameter.default
             offered = next((note for note in notes if isinstance(note, tuple)), None)
-            found = _options_of(kind, parameter.default, offered, name.capitalize())
+            found = options_of(kind, parameter.default, offered, name.capitalize())
             fields[name] = [(field, option.name) for field, option in found]
             for _, option in found:
                 _add(options, option)
@@ -205,7 +283,7 @@ def with_groups(command: Callable[..., None]) -> tuple[Callable[..., None], list
             name: _build(kind, default, {field: values[option] for field, option in fields[name]})
             for name, (kind, default) in groups.items()
         }
-        with recorded(context):
+        with recorded_command(" ".join(context.command_path.split()[1:]), context.params):
             command(**{name: values[name] for name in singles}, **made)
 
     # typer reads the signature, and would otherwise look through the wrapper.
@@ -228,14 +306,16 @@ def _add(options: dict[str, Option], option: Option) -> None:
         raise TypeError(f"the option {option.name} is there twice, and not the same")
 
 
-def _options_of(
-    group: type, default: Any, offered: tuple[str, ...] | None, panel: str
+def options_of(
+    group: type, default: Any = EMPTY, offered: tuple[str, ...] | None = None, panel: str = ""
 ) -> list[tuple[str, Option]]:
+    """Return the options that the fields of a dataclass are, each with its field's name."""
     hints = get_type_hints(group, include_extras=True)
     found = []
     for field in dataclasses.fields(group):
         kind, *notes = _split(hints[field.name])
-        if not (notes or "help" in field.metadata) or (offered and field.name not in offered):
+        told = field.init and (notes or "help" in field.metadata)
+        if not told or (offered and field.name not in offered):
             continue
         value = _default(field) if default is EMPTY else getattr(default, field.name)
         option = _option(field.name, kind, notes, value, panel, field.metadata)
@@ -274,22 +354,31 @@ def _is_pairs(kind: Any) -> bool:
     return get_origin(kind) is Mapping
 
 
-JSON_TYPES = {bool: "boolean", int: "integer", float: "number"}
+# -- options that would do nothing -----------------------------------------------------------
 
 
-def _schema_of(kinds: list[Any]) -> dict[str, Any]:
-    found = [_schema_of_one(kind) for kind in kinds]
-    return found[0] if len(found) == 1 else {"anyOf": found}
+def refuse_useless(names: str, reason: str) -> None:
+    """UserError for the first of the named options that was given; ``reason`` says why it is idle.
+
+    ``names`` are parameter names with spaces between them, as in "batches rounds". The file of
+    --config may hold what is the default anyway: a run's own config.yaml holds everything.
+    """
+    context = RUNNING.get()
+    for name in names.split():
+        source = context.get_parameter_source(name)
+        typed = source is not None and source.name == "COMMANDLINE"
+        in_file = source is not None and source.name == "DEFAULT_MAP" and _changed(context, name)
+        if typed or in_file:
+            raise does_nothing(name, reason)
 
 
-def _schema_of_one(kind: Any) -> dict[str, Any]:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return {"enum": list(inner)}
-    if origin in (tuple, list):
-        item = _schema_of_one(_split(inner[0])[0])
-        return {"anyOf": [{"type": "array", "items": item}, item]}
-    if origin in (dict, Mapping):
-        values = {} if inner[1] is Any else _schema_of_one(inner[1])
-        return {"type": "object", "additionalProperties": values}
-    return {"type": JSON_TYPES.get(kind, "string")}
+def _changed(context: typer.Context, name: str) -> bool:
+    usual = next(each.default for each in context.command.params if each.name == name)
+    value = context.params[name]
+    both = [list(each) if isinstance(each, list | tuple) else each for each in (value, usual)]
+    return str(both[0]) != str(both[1])
+
+
+def does_nothing(name: str, reason: str) -> UserError:
+    """Return the refusal of an option that would do nothing."""
+    return UserError(f"--{name.replace('_', '-')} does nothing {reason}; leave it out")

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.live import Live
 
-from persona_lora.cli.console import console, difference_cells, show_table
-from persona_lora.cli.environment import environment
-from persona_lora.cli.parsing import judging_of, load_model
-from persona_lora.cli.program import PERSONAS, command, persona_app
-from persona_lora.cli.refusals import refuse_useless
+from persona_lora.cli.console import console, show
+from persona_lora.cli.option_groups import refuse_useless
+from persona_lora.cli.program import PERSONAS, command, environment, persona_app
 from persona_lora.cli.shared_options import (
     DirectionsDir,
     ModelOptions,
     OtherBase,
     PersonaDir,
     RunOptions,
+    judging_of,
+    load_model,
 )
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
@@ -39,7 +39,6 @@ from persona_lora.core.runs import Output
 if TYPE_CHECKING:
     from persona_lora.core.personas import Persona
     from persona_lora.models.processes import Processes
-    from persona_lora.report.comparisons import ConditionFit
     from persona_lora.studies.personas.bench import PersonaBench
     from persona_lora.studies.personas.search import Generation
 
@@ -189,20 +188,22 @@ def optimize(
 
 
 def _show_search(result: Any, folder: Path, checks: Any) -> None:
-    _show_fits(result.fits, "held-out prompts and conversations")
+    from persona_lora.report.comparisons import fit_table
+
     weights = ", ".join(
         f"{trait} {value:+.2f}" for trait, value in result.weights.as_dict().items()
     )
-    console.print(f"weights (the distribution's mean): {weights}")
     found = result.search
-    console.print(
+    show(
+        fit_table(result.fits, "held-out prompts and conversations"),
+        f"weights (the distribution's mean): {weights}",
         f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
-        f"{found.reason}; best training value {found.best.value:.2f}"
+        f"{found.reason}; best training value {found.best.value:.2f}",
+        f"weights: {folder / result.persona_id}_best_weights.json",
+        f"report:  {result.folder / 'report.html'}",
     )
-    console.print(f"weights: {folder / result.persona_id}_best_weights.json")
-    console.print(f"report:  {result.folder / 'report.html'}")
     for check in checks:
-        console.print(
+        show(
             f"judge fitted on {check.fitted_on} conversations: AUC {check.auc:.2f} on "
             f"{check.n_own} unseen utterances of the person against {check.n_others} of others"
         )
@@ -258,6 +259,7 @@ def compare_methods(
     --methods lora,random,prompt --max-iterations 8
     """
     from persona_lora.core.personas import list_personas
+    from persona_lora.report.comparisons import fit_table
     from persona_lora.studies.personas import method_comparison
 
     compared.check()
@@ -274,12 +276,12 @@ def compare_methods(
             objective=objective,
             watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
         )
-        _show_fits(comparison.overall, f"over {len(personas)} personas")
         strict = f"an answer of a coherence under {method_comparison.STRICT:g} counts as fit 1"
-        _show_fits(comparison.strict, strict)
+        show(fit_table(comparison.overall, f"over {len(personas)} personas"))
+        show(fit_table(comparison.strict, strict))
         if comparison.against_random:
-            _show_fits(comparison.against_random, "against random search")
-        console.print(f"report: {comparison.folder / 'report.html'}")
+            show(fit_table(comparison.against_random, "against random search"))
+        show(f"report: {comparison.folder / 'report.html'}")
 
 
 @contextmanager
@@ -317,19 +319,6 @@ def _state(generation: Generation, name: str, dollars: float | None) -> str:
         f"about {left * generation.seconds:.0f} s left" if rate else "",
     ]
     return "  ·  ".join(part for part in parts if part)
-
-
-def _show_fits(fits: Sequence[ConditionFit], title: str) -> None:
-    from persona_lora.report import wording
-
-    rows = [
-        [each.condition, wording.interval(each.fit, 2), str(each.fit.n_questions)]
-        + [f"{100 * each.fit.coverage:.0f}%", *difference_cells(each.difference, each.p_holm, 2)]
-        + [wording.number(each.coherence.mean), wording.number(each.relevance.mean)]
-        for each in fits
-    ]
-    headings = "condition | fit (1–5) | n | scored | gain | p (Holm) | coherence | relevance"
-    show_table(headings, rows, title=title)
 
 
 @dataclass(frozen=True)
@@ -459,7 +448,7 @@ def _show_built(built: Any) -> None:
     )
     if built.kept:
         kept = ", ".join(built.kept)
-        console.print(f"left as they were: {kept} (--overwrite makes them anew)")
+        show(f"left as they were: {kept} (--overwrite makes them anew)")
 
 
 def _failures(names: Sequence[str], work: Callable[[str], None]) -> list[str]:
@@ -519,7 +508,6 @@ def lamp(
     Example: persona-lora persona lamp --questions dev_questions.json --outputs dev_outputs.json
     --user 70 --optimization optimization_results/70_optimization.json
     """
-    from persona_lora.report import wording
     from persona_lora.studies.personas import lamp as experiment
     from persona_lora.studies.personas.bench import load_optimization
 
@@ -531,14 +519,7 @@ def lamp(
     with console.status(f"{len(chosen)} questions"):
         written = Output(output.folder, output.overwrite)
         scores = experiment.score_lamp(speaker, chosen, mix, written)
-    rows = [
-        [measure, each.condition, wording.interval(each.fit, 3), str(each.fit.n_questions)]
-        + difference_cells(each.difference, each.p_holm, 3)
-        for measure, fits in scores.fits.items()
-        for each in fits
-    ]
-    show_table("measure | condition | F (0–1) | users | gain | p (Holm)", rows)
-    console.print(f"answers and scores: {scores.folder}")
+    show(scores.table(), f"answers and scores: {scores.folder}")
 
 
 @command("validate", PERSONAS, GROUP)
@@ -578,15 +559,16 @@ def validate_personas(
 
 def _show_validations(personas: Sequence[str], validations: Sequence[Any]) -> None:
     from persona_lora.report import wording
+    from persona_lora.report.sections import Table
 
     headings = ["persona", *(f"AUC, fitted on {each.fitted_on}" for each in validations)]
-    rows = [
+    rows = (
         [persona, *(wording.number(each.auc[persona], 2) for each in validations)]
         for persona in personas
-    ]
-    show_table(" | ".join(headings), rows)
+    )
+    show(Table.of(" | ".join(headings), rows))
     for each in validations:
-        console.print(
+        show(
             f"fitted on {each.fitted_on} conversations: top-1 {each.top1:.2f} of "
             f"{each.n_utterances} utterances, {each.top1_conversations:.2f} of "
             f"{each.n_conversations} conversations (chance {each.chance:.2f}); mean AUC "
@@ -625,7 +607,7 @@ def rating_sheets(
         seed=seed,
         personas=persona_dir,
     )
-    console.print(f"{sheets.items} answers: {sheets.csv} and {sheets.page}; key: {sheets.key}")
+    show(f"{sheets.items} answers: {sheets.csv} and {sheets.page}; key: {sheets.key}")
 
 
 @command("ratings", PERSONAS, GROUP)
@@ -638,18 +620,7 @@ def read_ratings(
 
     Example: persona-lora persona ratings results/sheets ann.csv bob.csv
     """
-    from persona_lora.report import wording
     from persona_lora.studies.personas import human_ratings
 
     found = human_ratings.read_ratings(folder, files)
-    rows = [
-        [name, wording.interval(fit, 2), str(fit.n_questions), str(fit.n)]
-        for name, fit in found.fits.items()
-    ]
-    show_table("condition | rating (1–5) | prompts | ratings", rows)
-    for each in found.agreements:
-        kappa = "" if each.kappa is None else f"weighted κ {each.kappa:.2f}, "
-        console.print(
-            f"{each.first} and {each.second}: {kappa}ρ {wording.number(each.spearman, 2)} over "
-            f"{each.n} answers"
-        )
+    show(found.table(), *found.lines())

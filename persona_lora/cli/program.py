@@ -1,23 +1,36 @@
-"""The program: its groups of commands, logging, and how a mistake ends it."""
+"""The program: its groups of commands, its environment, and how whatever ends it early is said.
+
+What ends it early is one line and an exit status; ``train_lora.py`` ends by the same.
+"""
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from dotenv import dotenv_values
 from rich.console import Console
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
-from persona_lora.cli.ending import MISTAKE, call_to_end
-from persona_lora.cli.environment import export_hub_token
-from persona_lora.cli.option_groups import Option, with_groups
-from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.cli.option_groups import Option, options_of, with_groups
+from persona_lora.core.errors import UserError, nearest_names, without_secrets
+
+HUB_TOKEN = "HF_TOKEN"
+FAULT, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+GO_ON = "run the same command again to go on"
+FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 # The uses of the program, as --help groups its commands.
 STEER, PERSONAS, DRIFT, COMPARE = "Train and steer", "Personas", "Drift", "Compare"
@@ -60,6 +73,7 @@ app.add_typer(data_app, name="data", rich_help_panel=DATA)
 
 Command = Callable[..., None]
 OPTIONS: dict[str, list[Option]] = {}  # of every command, by its words
+TRAINING = {"train": "contrastive", "finetune": "finetune"}  # whose options are TRL's and PEFT's
 
 
 def command(name: str, panel: str, group: tuple[str, typer.Typer] | None = None) -> Any:
@@ -84,15 +98,22 @@ def schema(
     Example: persona-lora schema sweep
     """
     name = " ".join(words)
-    if name not in OPTIONS:
-        raise UserError(f"no command {name!r} takes --config; {nearest_names(name, OPTIONS)}")
+    known = (*OPTIONS, *TRAINING)
+    if name not in known:
+        raise UserError(f"no command {name!r} takes --config; {nearest_names(name, known)}")
+    options = OPTIONS[name] if name in OPTIONS else _training_options(TRAINING[name])
     found = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"persona-lora {name}",
         "type": "object",
-        "properties": {option.name: option.schema() for option in OPTIONS[name]},
+        "properties": {option.name: option.schema() for option in options},
     }
     sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
+def _training_options(module: str) -> list[Option]:
+    groups = importlib.import_module(f"persona_lora.training.{module}").GROUPS
+    return [option for group in groups for _, option in options_of(group)]
 
 
 @app.callback()
@@ -130,3 +151,108 @@ def _run() -> int | None:
             return MISTAKE
         raise UserError(error.format_message()) from error
     return status if isinstance(status, int) else None
+
+
+# -- the environment -----------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """Return the environment; what it leaves out, or empty, is taken from ``.env``."""
+    try:
+        written = dotenv_values(".env")
+    except UnicodeDecodeError as error:
+        raise UserError(f".env is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    found = {name: value for name, value in written.items() if value}
+    return {**found, **{name: value for name, value in os.environ.items() if value}}
+
+
+def export_hub_token() -> None:
+    """Let everything that loads from the hub find the token of ``.env``: it reads only its own."""
+    token = environment().get(HUB_TOKEN)
+    if token is not None:
+        os.environ[HUB_TOKEN] = token
+
+
+# -- how a program ends --------------------------------------------------------------------
+
+
+class Ending(NamedTuple):
+    """What is said of an early end, and its exit status."""
+
+    message: str
+    status: int
+
+
+def call_to_end(action: Callable[[], int | None], verbose: bool) -> None:
+    """Call ``action`` and leave the program with the status it returns, or with how it failed.
+
+    A mistake that the user can mend, and what the machine refuses (a full disk), ends with 2, a
+    fault of ours with 1, Ctrl-C with 130 and a request to terminate with 143. Each says one line;
+    if ``verbose``, the traceback of what is no mistake of the user stands before it.
+    """
+    with _terminated():
+        try:
+            status = action()
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code != TERMINATED:
+                raise
+            if not isinstance(error, UserError) and verbose:
+                traceback.print_exception(error)
+            _say(ending_of(error), mistake=isinstance(error, UserError))
+        else:
+            if status == INTERRUPTED:  # how typer returns from Ctrl-C
+                _say(ending_of(KeyboardInterrupt()))
+            sys.exit(status or 0)
+
+
+def ending_of(error: BaseException) -> Ending:
+    """Return the line and the status for what ended a program."""
+    if isinstance(error, UserError):
+        return Ending(str(error), MISTAKE)
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(f"interrupted; {GO_ON}", INTERRUPTED)
+    if isinstance(error, SystemExit):
+        return Ending(f"terminated; {GO_ON}", TERMINATED)
+    if _is_full(error):
+        return Ending(f"the disk is full; free some space, then {GO_ON}", MISTAKE)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return Ending(f"{where}{error.strerror}; mend that, then {GO_ON}", MISTAKE)
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Ending(f"unexpected {without_secrets(said)[:400]} (its traceback: --verbose)", FAULT)
+
+
+def _is_full(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(text in str(seen) for text in FULL):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _say(ending: Ending, *, mistake: bool = False) -> None:
+    """Say it and leave; a mistake that all of several launched processes make is said once."""
+    if not (mistake and os.environ.get("RANK", "0") != "0"):
+        Console(stderr=True, highlight=False).print(
+            "error: " + " ".join(ending.message.split()),
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+    sys.exit(ending.status)
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Let SIGTERM end the program as Ctrl-C does, through every ``finally``."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

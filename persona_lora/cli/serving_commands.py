@@ -10,16 +10,16 @@ from urllib.request import getproxies, proxy_bypass
 
 import typer
 
-from persona_lora.cli.console import console, progress_bars
-from persona_lora.cli.parsing import load_model
+from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import MODELS, SERVE, command
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.shared_options import (
     DatasetsDir,
     DirectionsDir,
     ModelOptions,
     OtherBase,
     StoredModelOptions,
+    load_model,
 )
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
@@ -66,10 +66,10 @@ def export(*, exported: ExportOptions, model: StoredModelOptions) -> None:
     """
     exported.check()
     done = _export(exported, model)
-    console.print(f"{done.path}")
+    show(f"{done.path}")
     if done.rank is not None and done.energy is not None:
         vllm = "" if done.vllm_rank is None else f"; vLLM: --max-lora-rank {done.vllm_rank}"
-        console.print(f"rank {done.rank}, {100 * done.energy:.2f}% of the squared norm{vllm}")
+        show(f"rank {done.rank}, {100 * done.energy:.2f}% of the squared norm{vllm}")
 
 
 def _export(asked: ExportOptions, model: StoredModelOptions) -> Exported:
@@ -141,7 +141,7 @@ def playground(*, page: PageOptions, model: ModelOptions) -> None:
     chat_model = load_model(model, diffs.values(), allow_other_base=page.allow_other_base)
     judges = _judges(chosen, chat_model, page.datasets_dir)
     desk = MixingDesk(chat_model, diffs, judges)
-    console.print(f"open http://{page.host}:{page.port} (Ctrl+C ends it)")
+    show(f"open http://{page.host}:{page.port} (Ctrl+C ends it)")
     serve(build_page(desk, page.mixes), page.host, page.port)
 
 

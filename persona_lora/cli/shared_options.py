@@ -1,17 +1,32 @@
-"""The groups of options that several commands share: one meaning, one help text each."""
+"""The groups of options that several commands share, and what the library takes of them.
+
+One meaning, one help text each; a mistake is a UserError.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from persona_lora.cli.console import console
+from persona_lora.cli.option_groups import does_nothing
+from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
-from persona_lora.core.options import Overwrite, Positions
+from persona_lora.core.options import JudgeChoice, Overwrite, Positions
+from persona_lora.core.runs import Output
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
+if TYPE_CHECKING:
+    from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.core.steering_vector import SteeringVector
+    from persona_lora.core.traits import Trait
+    from persona_lora.judges.choice import JudgeOptions
+    from persona_lora.models.loading import ChatModel
+
 Model = Annotated[str, "The packaged model, a local model folder, or a hub id."]
-Trait = Annotated[str, "A trait's name in datasets/, or its folder."]
 DatasetsDir = Annotated[Path | None, "Where trait folders are."]
 OtherBase = Annotated[bool, "Use a direction on a model that it was not made on."]
 DirectionsDir = Annotated[Path, "Where directions are: {trait}/diff, and vectors/{trait}/."]
@@ -54,8 +69,14 @@ class AdaptedModelOptions(ModelOptions):
 class TraitOptions:
     """The trait that a command is about."""
 
-    trait: Trait
+    trait: Annotated[str, "A trait's name in datasets/, or its folder."]
     datasets_dir: DatasetsDir = None
+
+    def load(self) -> Trait:
+        """Return the trait; UserError where there is none."""
+        from persona_lora.core.traits import load_trait
+
+        return load_trait(self.trait, self.datasets_dir)
 
 
 @dataclass(frozen=True)
@@ -93,3 +114,156 @@ class MixOptions:
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
     allow_other_base: OtherBase = False
+
+
+# -- what the library takes ---------------------------------------------------------------
+
+
+def load_model(
+    options: ModelOptions,
+    directions: Iterable[LoRADiff | SteeringVector] = (),
+    *,
+    allow_other_base: bool = False,
+) -> ChatModel:
+    """Load the model that a command was given, with its adapter where it has one.
+
+    A direction that was made with the chat template rendered otherwise is named in a warning.
+    """
+    from persona_lora.steering.bank import warn_of_other_template
+
+    adapter = options.adapter if isinstance(options, AdaptedModelOptions) else None
+    loaded = load_other(options.model, options.alone(), adapter, allow_other_base=allow_other_base)
+    warn_of_other_template(loaded, directions)
+    return loaded
+
+
+def load_other(
+    name: str, options: LoadOptions, adapter: Path | None = None, *, allow_other_base: bool = False
+) -> ChatModel:
+    """Load a model by name."""
+    from persona_lora.models.loading import load_chat_model
+
+    with console.status(f"loading {name}"):
+        return load_chat_model(
+            name, adapter=adapter, options=options, allow_other_base=allow_other_base
+        )
+
+
+def steering_method(method: str | None, given: Mapping[str, Any]) -> str:
+    """Return the steering method: the one asked for, or the one that the other options imply.
+
+    ``given`` holds, by method, the option that it needs; a method without it, or an option of
+    another method, is a UserError.
+    """
+    implied = [name for name, value in given.items() if value]
+    if method is None:
+        method = implied[0] if implied else "none"
+    needed = {"lora": "--diff", "activation": "--vector"}
+    if method in needed and not given[method]:
+        raise UserError(f"--method {method} needs {needed[method]}")
+    for other, option in needed.items():
+        if other != method and given[other]:
+            raise UserError(f"{option} has no part in --method {method}; leave one of them out")
+    return method
+
+
+def load_activation(mix: MixOptions, *, ablate: bool = False) -> Any:
+    """Load steering vectors with their coefficients, and where they are to act."""
+    from persona_lora.core.vector_files import load_vector
+    from persona_lora.steering.bank import ActivationSetting
+
+    values = _one_each("--vector", mix.vector, mix.coefficient, "give one for each")
+    loaded = {load_vector(path): value for path, value in zip(mix.vector, values, strict=True)}
+    chosen = layer_numbers(mix.layers, next(iter(loaded)).num_layers)
+    return ActivationSetting(loaded, chosen, mix.positions, ablate)
+
+
+def load_terms(mix: MixOptions) -> dict[LoRADiff, float]:
+    """Load diffs with their coefficients."""
+    from persona_lora.core.lora_diff import LoRADiff
+
+    values = _one_each("--diff", mix.diff, mix.coefficient, "give one for each diff")
+    return {LoRADiff.load(path): value for path, value in zip(mix.diff, values, strict=True)}
+
+
+def _one_each(
+    flag: str, paths: Sequence[Path], coefficients: Sequence[float], remedy: str
+) -> Sequence[float]:
+    if coefficients and len(coefficients) != len(paths):
+        raise UserError(f"{len(paths)} {flag} and {len(coefficients)} --coefficient; {remedy}")
+    return coefficients or [1.0] * len(paths)
+
+
+USUAL_DEPTH = 0.55  # of the layers: where published persona vectors steer best
+
+
+def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """Return decoder layers from text such as "16", "10,20", "0-29" or "0-29:3"."""
+    from persona_lora.models.structure import read_layers
+
+    if text is None:
+        return (int(USUAL_DEPTH * num_layers),)
+    return read_layers(text, num_layers, "--layers")
+
+
+def one_layer(text: str | None, num_layers: int) -> int:
+    """Return the one decoder layer that ``text`` names."""
+    layers = layer_numbers(text, num_layers)
+    if len(layers) > 1:
+        raise UserError(f"--layers {text} names several layers; only one can be used here")
+    return layers[0]
+
+
+def judging_of(choice: JudgeChoice) -> JudgeOptions:
+    """Return what the judge needs beside the user's choice: the cache of verdicts, and the keys."""
+    from platformdirs import user_cache_path
+
+    from persona_lora.judges.choice import JudgeOptions
+
+    judge = choice.judge
+    idle = {
+        "judge_url": "openai" not in judge and choice.judge_url is not None,
+        "judge_mode": "openai" not in judge and choice.judge_mode != "logprobs",
+        "max_judge_cost": "openai" not in judge and choice.max_judge_cost is not None,
+        "judge_model": judge.strip() == "embedding" and choice.judge_model is not None,
+    }
+    for name, is_idle in idle.items():
+        if is_idle:
+            raise does_nothing(name, f"with --judge {judge}")
+    cache = user_cache_path("persona_lora") / "verdicts.sqlite"
+    return JudgeOptions(**dataclasses.asdict(choice), cache=cache, environ=environment())
+
+
+def judge_settings(options: JudgeOptions) -> dict[str, Any]:
+    """What a run records of its judge: everything but the key."""
+    return {
+        "judge": options.judge,
+        "model": options.judge_model or options.environ.get("JUDGE_MODEL") or None,
+        "mode": options.judge_mode,
+    }
+
+
+def judged_output(
+    path: Path, overwrite: bool, judging: JudgeOptions, config: Mapping[str, Any] | None = None
+) -> Output:
+    """Return where a run is written that records who judges it."""
+    from persona_lora.judges.choice import judge_inputs
+
+    record = {**(config or {}), "judge": judge_settings(judging)}
+    return Output(path, overwrite, record, judge_inputs(judging))
+
+
+def judge_factory(trait: Trait, chat_model: ChatModel, options: JudgeOptions) -> Callable[[], Any]:
+    """Return what builds the judge of a trait, once it is known that it can be built."""
+    from persona_lora.judges.choice import check_judge, make_judge
+
+    check_judge(trait, chat_model, options)
+    return lambda: make_judge(trait, chat_model, options)
+
+
+def first_questions(trait: Trait, number: int | None) -> Trait:
+    """Return the trait with only its first questions of every split."""
+    if number is None:
+        return trait
+    kept = {split: texts[:number] for split, texts in trait.questions.items()}
+    return dataclasses.replace(trait, questions=kept)

@@ -10,19 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from persona_lora.cli.console import console, interval_cells, progress_bars, show_table
-from persona_lora.cli.parsing import (
-    judge_factory,
-    judged_output,
-    judging_of,
-    layer_numbers,
-    load_activation,
-    load_model,
-    load_terms,
-    steering_method,
-)
+from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
-from persona_lora.cli.refusals import refuse_useless
 from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
     Layers,
@@ -32,8 +22,15 @@ from persona_lora.cli.shared_options import (
     OtherBase,
     RunOptions,
     TraitOptions,
+    judge_factory,
+    judged_output,
+    judging_of,
+    layer_numbers,
+    load_activation,
+    load_model,
+    load_terms,
+    steering_method,
 )
-from persona_lora.cli.tables import show_sweep
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     Elicitation,
@@ -139,10 +136,9 @@ def evaluate(
     Example: persona-lora evaluate --trait sycophancy --diff checkpoints/sycophancy/diff
     --coefficient 1.0 --output results/sycophancy_1.0.csv
     """
-    from persona_lora.core.traits import load_trait
     from persona_lora.studies.asking import run as evaluation
 
-    loaded = load_trait(trait.trait, trait.datasets_dir)
+    loaded = trait.load()
     chosen, prompt = _setting(steering)
     terms = load_terms(steering) if chosen != "activation" else {}
     activation = (
@@ -166,10 +162,7 @@ def evaluate(
             split=split,
             options=generation,
         )
-    scores = ((trait.trait, result.trait), ("coherence", result.coherence))
-    rows = [[name, *interval_cells(interval)] for name, interval in scores]
-    show_table("criterion | mean | 95% interval | questions | scored", rows)
-    console.print(f"answers: {result.answers}\nrun:     {result.run}")
+    show(result.table(trait.trait), f"answers: {result.answers}\nrun:     {result.run}")
 
 
 def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
@@ -189,8 +182,9 @@ def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
 
 # What only some ways of steering use, in evaluate and in sweep.
 USED_BY = {
-    "lora": "mode coefficient coefficients costs allow_other_base",
-    "activation": "layers positions ablate control coefficient coefficients costs allow_other_base",
+    "lora": "mode coefficient coefficients divergence allow_other_base",
+    "activation": "layers positions ablate control "
+    "coefficient coefficients divergence allow_other_base",
 }
 
 
@@ -248,7 +242,7 @@ def sweep(
     *,
     trait: TraitOptions,
     varied: VariedOptions,
-    asked: SweepOptions = SweepOptions(costs=None),
+    asked: SweepOptions = SweepOptions(divergence=None),
     output: RunOptions,
     model: AdaptedModelOptions,
     judging: JudgeChoice,
@@ -264,19 +258,19 @@ def sweep(
     Example: persona-lora sweep --trait evil --vector evil_response_avg.safetensors
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
     """
-    from persona_lora.core.traits import load_trait
     from persona_lora.studies.steering import run as experiment
+    from persona_lora.studies.steering.read import summary_lines, summary_table
 
-    loaded = load_trait(trait.trait, trait.datasets_dir)
+    loaded = trait.load()
     judge = judging_of(judging)
     chosen = _swept_method(varied)
     population = varied.load(chosen, generation.seed)
     one_layer = len(population.bank.record.get("layers", [0])) == 1
-    costs = one_layer if asked.costs is None else asked.costs
+    divergence = one_layer if asked.divergence is None else asked.divergence
     sweeping = dataclasses.replace(
         asked,
         references=asked.references and chosen != "none",
-        costs=chosen in ("lora", "activation") and costs,
+        divergence=chosen in ("lora", "activation") and divergence,
     )
     chat_model = load_model(model, population.made, allow_other_base=varied.allow_other_base)
     suffix = "" if chosen == "lora" else f"_{chosen}"
@@ -292,7 +286,8 @@ def sweep(
             options=generation,
             datasets=trait.datasets_dir,
         )
-    show_sweep(result)
+    show(summary_table(result.summary), *summary_lines(result.summary))
+    show(f"plot:   {result.plot}\nreport: {result.report}")
 
 
 def _swept_method(varied: VariedOptions) -> str:
@@ -359,11 +354,10 @@ def extract(
 
     Example: persona-lora extract --trait evil --source answers --methods mean_diff,svd
     """
-    from persona_lora.core.traits import load_trait
     from persona_lora.studies.vectors import run as extraction
 
     chosen = pairs.checked()
-    loaded = load_trait(trait.trait, trait.datasets_dir)
+    loaded = trait.load()
     judge = judging_of(judging)
     chat_model = load_model(model)
     depth = chat_model.model.config.get_text_config().num_hidden_layers
@@ -397,18 +391,11 @@ def extract(
 
 
 def _show_vectors(result: Extracted) -> None:
-    console.print(f"{result.pairs} of {result.total} pairs kept")
-    for reason, count in result.failed.items():
-        if count:
-            console.print(f"  {count} failed: {reason}")
-    layers = next(iter(result.vectors.values())).layers
-    shown = dict.fromkeys(layers[round(at * (len(layers) - 1) / 4)] for at in range(5))
-    norms = {name: vector.norms() for name, vector in result.vectors.items()}
-    show_table(
-        " | ".join(["vector", *(f"‖v‖ at {layer}" for layer in shown)]),
-        [[name, *(f"{each[layer]:.2f}" for layer in shown)] for name, each in norms.items()],
-    )
-    console.print(f"run: {result.run.folder}")
+    from persona_lora.studies.vectors.read import norms_table
+
+    show(f"{result.pairs} of {result.total} pairs kept")
+    show(*(f"  {count} failed: {reason}" for reason, count in result.failed.items() if count))
+    show(norms_table(result.vectors), f"run: {result.run.folder}")
 
 
 @command("convert", STEER, ("vectors", vectors_app))
@@ -444,9 +431,9 @@ def convert_vector(
     elif form == "gguf":
         held = files.write_gguf(vector, target, model_hint=model_hint)
         if len(held) < len(vector.layers):
-            console.print("layer 0 was left out: llama.cpp has no place for it")
+            show("layer 0 was left out: llama.cpp has no place for it")
     else:
         if layers is None:
             raise UserError("lm-eval steers every layer in the file; name those with --layers")
         files.write_lm_eval(vector, target, layers=vector.layers, coefficient=coefficient)
-    console.print(f"vector: {target}")
+    show(f"vector: {target}")

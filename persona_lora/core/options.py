@@ -65,7 +65,7 @@ class JudgeChoice:
 class SweepOptions:
     """What a sweep asks besides its population.
 
-    ``references`` adds the trait's prompts; ``costs`` measures divergence from the unsteered
+    ``references`` adds the trait's prompts; ``divergence`` measures divergence from the unsteered
     model on ordinary prompts; ``max_questions`` takes the first so many questions of the split.
     """
 
@@ -73,7 +73,7 @@ class SweepOptions:
     references: Annotated[
         bool, "Ask under the trait's own system prompts as well, for comparison."
     ] = True
-    costs: Annotated[
+    divergence: Annotated[
         bool | None, "Measure divergence from the unsteered model; by default at one layer only."
     ] = True
     max_questions: Annotated[int | None, "Use only the first N questions."] = None

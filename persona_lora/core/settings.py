@@ -7,15 +7,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, without_secrets
 from persona_lora.core.files import read_text
+from persona_lora.core.runs import COMMAND_CONFIG
+
+NEVER_WRITTEN = ("config", "overwrite")  # a run that is given again replaces nothing
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,6 +63,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key): each for key, each in value.items()}
 
 
+@contextmanager
+def recorded_command(words: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Let every run that is opened inside hold the command's options as its ``config.yaml``."""
+    values = {
+        name: _plain(value)
+        for name, value in sorted(options.items())
+        if name not in NEVER_WRITTEN and value is not None and value != [] and value != ()
+    }
+    first = f"# persona-lora {words} --config config.yaml\n"
+    token = COMMAND_CONFIG.set(first + yaml.safe_dump(values, allow_unicode=True))
+    try:
+        yield
+    finally:
+        COMMAND_CONFIG.reset(token)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return without_secrets(str(value)) if isinstance(value, str | Path) else value
+
+
 def split_list(text: str, whole: Callable[[str], bool] = os.path.exists) -> list[str]:
     """Split text at commas, but nowhere inside the longest part that is ``whole``.
 
@@ -96,11 +124,10 @@ def typed_value(hint: Any, value: Any, name: str) -> Any:
     and a number is no text.
     """
     kinds = _kinds(hint)
+    stray = _holds_bool(value) and not {bool, Any, dict, list} & _leaves(hint)
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     tried = [value] if isinstance(value, list) or list not in kinds else [value, [value]]
-    for each in tried:
-        if isinstance(each, bool) and not {bool, Any} & kinds:
-            continue
+    for each in [] if stray else tried:
         try:
             return adapter.validate_python(each)
         except ValidationError:
@@ -132,6 +159,21 @@ def _kinds(hint: Any) -> set[Any]:
     return set().union(*map(_kinds, inner)) if inner else {hint}
 
 
+def _leaves(hint: Any) -> set[Any]:
+    """Return the types that a hint allows at any level."""
+    inner = [] if get_origin(hint) is Literal else get_args(hint)
+    return set().union(*map(_leaves, inner)) if inner else {hint}
+
+
+def _holds_bool(value: Any) -> bool:
+    """Say whether a value is a yes or no, or holds one at any level."""
+    if isinstance(value, Mapping):
+        return _holds_bool(list(value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_bool, value))
+    return isinstance(value, bool)
+
+
 WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -143,7 +185,7 @@ WORDS = {
 
 def _expected(hint: Any) -> str:
     """Return what a hint allows, in words."""
-    kinds = [hint] if get_origin(hint) in (list, tuple) else get_args(hint) or [hint]
+    kinds = [hint] if get_origin(hint) in (list, tuple, dict) else get_args(hint) or [hint]
     named = [
         f"a list of {_expected(get_args(kind)[0])}"
         if get_origin(kind) in (list, tuple)

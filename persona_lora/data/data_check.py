@@ -4,7 +4,7 @@ Every check returns problems as sentences that name the place; an empty list is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean
@@ -27,6 +27,7 @@ from persona_lora.core.traits import (
 )
 from persona_lora.data.surface import FOLDS, SurfaceAUC, surface_auc
 from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.report.sections import Table
 
 DUPLICATE_COSINE = 0.85
 LEAK_COSINE = 0.75
@@ -312,3 +313,28 @@ def _answer_problems(pairs: Sequence[ContrastivePair]) -> list[str]:
     for where, texts in answers.items():
         problems += [*length_problems(where, texts), *opening_problems(where, texts)]
     return [*problems, *balance_problems(answers)]
+
+
+def check_table(reports: Sequence[DataReport]) -> Table:
+    """Return the figures of every trait."""
+    rows = (
+        [each.trait, str(each.num_pairs)]
+        + [f"{each.words_positive:.1f} / {each.words_negative:.1f}", str(each.num_labelled)]
+        + [str(each.num_finetuning), str(each.num_variants), f"{each.nearest_duplicate:.2f}"]
+        + [f"{each.nearest_leak:.2f}", _surface_cell(each.surface), str(len(each.problems))]
+        for each in reports
+    )
+    columns = "trait | pairs | words +/− | judged | finetune | variants"
+    return Table.of(f"{columns} | max cosine | max leak | surface AUC | problems", rows)
+
+
+def exception_lines(reports: Sequence[DataReport]) -> Iterator[str]:
+    """Say which counts are a trait's nature, and what the surface tells without them."""
+    for each in reports:
+        if each.exception is not None:
+            rest = f"{each.trait}: surface AUC {_surface_cell(each.surface_without)} without"
+            yield f"{rest} {', '.join(each.exception.counts)}: {each.exception.reason}"
+
+
+def _surface_cell(surface: SurfaceAUC | None) -> str:
+    return "" if surface is None else f"{surface.auc:.2f} [{surface.low:.2f}, {surface.high:.2f}]"

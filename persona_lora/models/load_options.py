@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.json_text import parse_json
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
@@ -99,12 +100,8 @@ def _canonical(given: Any) -> str | None:
     """Return the JSON text of template arguments; None where there are none."""
     value = given
     if isinstance(given, str):
-        try:
-            value = json.loads(given) if given.strip() else {}
-        except ValueError as error:
-            raise UserError(
-                f"chat_template_args must be JSON, as in '{{\"enable_thinking\": false}}': {error}"
-            ) from error
+        name = "chat_template_args (as in '{\"enable_thinking\": false}')"
+        value = parse_json(given, name) if given.strip() else {}
     if value is None:
         return None
     if not isinstance(value, Mapping):

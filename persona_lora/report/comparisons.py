@@ -19,6 +19,7 @@ from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
+from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import (
     FITS,
@@ -29,6 +30,7 @@ from persona_lora.report.resampling import (
     bootstrap_mean,
     sign_flip_p,
 )
+from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
 
 Row = Mapping[str, Any]
@@ -192,6 +194,17 @@ def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
     )
 
 
+def run_table(found: Sequence[PairedRun]) -> Table:
+    """Return runs beside their reference."""
+    rows = (
+        [each.name, wording.interval(each.trait, 1), str(each.trait.n_questions)]
+        + [f"{100 * each.trait.coverage:.0f}%", *wording.gap(each.difference, each.p_holm, 1)]
+        + [wording.interval(each.coherence)]
+        for each in found
+    )
+    return Table.of("run | trait | n | scored | difference | p (Holm) | coherence", rows)
+
+
 def _scored(run: Run, criterion: str, at: int) -> pd.DataFrame:
     question_of = {row["row"]: row["question_id"] for row in run.read("answers")}
     rows = [
@@ -255,6 +268,27 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     return corrected([by_task[place] for place in order.itertuples(index=False, name=None)])
 
 
+def task_table(scores: Sequence[TaskScore]) -> Table:
+    """Return tasks under every condition."""
+    rows = (
+        [each.task, each.metric, each.condition, wording.interval(each.score, 3)]
+        + [str(each.score.n), *wording.gap(each.difference, each.p_holm, 3)]
+        for each in sorted(scores, key=lambda score: (score.task, score.metric))
+    )
+    return Table.of("task | metric | condition | score | n | difference | p (Holm)", rows)
+
+
+def measure_table(scores: Sequence[TaskScore]) -> Table:
+    """Return measures of several kinds, scores from 0 to 100 among them."""
+    rows = []
+    for each in scores:
+        digits = 0 if each.metric == "score" else 2
+        gap = wording.gap(each.difference, each.p_holm, digits)
+        said = wording.interval(each.score, digits)
+        rows.append([each.measure, each.condition, said, str(each.score.n), *gap])
+    return Table.of("measure | model | score | n | difference | p (Holm)", rows)
+
+
 # -- conditions of a persona -------------------------------------------------------------------
 
 
@@ -292,6 +326,18 @@ def fits_over_personas(
 ) -> list[ConditionFit]:
     """Return the fit of every condition over personas: whole personas are drawn, not prompts."""
     return _fits(rows, reference, "persona", "prompt_id", scale)
+
+
+def fit_table(fits: Sequence[ConditionFit], title: str) -> Table:
+    """Return the fits of conditions."""
+    rows = (
+        [each.condition, wording.interval(each.fit, 2), str(each.fit.n_questions)]
+        + [f"{100 * each.fit.coverage:.0f}%", *wording.gap(each.difference, each.p_holm, 2)]
+        + [wording.number(each.coherence.mean), wording.number(each.relevance.mean)]
+        for each in fits
+    )
+    columns = "condition | fit (1–5) | n | scored | gain | p (Holm) | coherence | relevance"
+    return Table.of(columns, rows, title)
 
 
 def strict_rows(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Conditions in numbers: mean scores with intervals, costs, changes from unsteered and from random.
+"""Conditions in numbers: mean scores, divergences, differences from unsteered and from random.
 
 What a curve and a grid have in common. Refuses to know which conditions belong together.
 """
@@ -28,7 +28,7 @@ LONG_COLUMNS = (
     *("trait", "method", "layer", "coefficient", "statistic"),
     *("value", "low", "high", "n", "n_questions", "coverage", "reason"),
 )
-COST_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "kl_p95")
+DIVERGENCE_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "kl_p95")
 
 Groups = dict[Condition, list[ScoredAnswer]]
 
@@ -79,18 +79,24 @@ def group_by_condition(scored: Iterable[ScoredAnswer]) -> Groups:
 def summarise_conditions(
     groups: Groups,
     curve: TraitCurve,
-    costs: Sequence[Row],
+    divergences: Sequence[Row],
     differences: Mapping[Condition, PairedDifference],
 ) -> tuple[ConditionSummary, ...]:
     """Summarise every group; ``curve`` holds their trait scores, ``differences`` those from 0."""
     return tuple(
-        _summarise(condition, rows, curve, cost_of(condition, costs), differences.get(condition))
+        _summarise(
+            condition,
+            rows,
+            curve,
+            divergence_of(condition, divergences),
+            differences.get(condition),
+        )
         for condition, rows in groups.items()
     )
 
 
-def cost_of(condition: Condition, costs: Iterable[Row]) -> Row:
-    """Return the last cost row of a condition; coefficient 0 costs nothing, by definition.
+def divergence_of(condition: Condition, divergences: Iterable[Row]) -> Row:
+    """Return the last row of a condition; coefficient 0 changes nothing, by definition.
 
     Rows that name no method are of the method "lora" and steer at no layer.
     """
@@ -98,14 +104,14 @@ def cost_of(condition: Condition, costs: Iterable[Row]) -> Row:
         return {}
     series = [
         row
-        for row in costs
+        for row in divergences
         if (row.get("method", "lora"), row.get("layer")) == (condition.method, condition.layer)
     ]
     matching = [row for row in series if np.isclose(row["coefficient"], condition.coefficient)]
     if matching:
         return matching[-1]
     if condition.coefficient == 0 and series:
-        return {name: 0.0 for name in COST_NAMES if series[-1].get(name) is not None}
+        return {name: 0.0 for name in DIVERGENCE_NAMES if series[-1].get(name) is not None}
     return {}
 
 
@@ -122,7 +128,7 @@ def condition_rows(trait: str, each: ConditionSummary) -> list[dict[str, Any]]:
         for name, interval in (("trait", each.trait), ("coherence", each.coherence))
     ]
     rows += difference_rows(place, "difference_from_zero", each.from_zero)
-    for name in ("finished_share", "mean_tokens", *COST_NAMES):
+    for name in ("finished_share", "mean_tokens", *DIVERGENCE_NAMES):
         rows.append({**place, "statistic": name, "value": getattr(each, name)})
     return rows
 
@@ -150,7 +156,7 @@ def _summarise(
     condition: Condition,
     rows: Sequence[ScoredAnswer],
     curve: TraitCurve,
-    cost: Row,
+    divergence: Row,
     from_zero: PairedDifference | None,
 ) -> ConditionSummary:
     coherence = clusters(rows, COHERENCE)
@@ -164,7 +170,7 @@ def _summarise(
         questions=len(coherence),
         finished_share=float(np.mean([bool(row.answer["finished"]) for row in rows])),
         mean_tokens=float(np.mean([row.answer["num_tokens"] for row in rows])),
-        **{name: cost.get(name) for name in COST_NAMES},
+        **{name: divergence.get(name) for name in DIVERGENCE_NAMES},
         from_zero=from_zero,
     )
 

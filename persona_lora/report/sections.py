@@ -54,6 +54,11 @@ class Table:
     narrow: bool = False
     kind: ClassVar[str] = "table"
 
+    @classmethod
+    def of(cls, columns: str, rows: Iterable[Sequence[str]], title: str = "") -> Table:
+        """Return a table whose headings stand in one text with " | " between them."""
+        return cls(tuple(columns.split(" | ")), tuple(map(tuple, rows)), title)
+
     @staticmethod
     def spans(row: Sequence[str | None]) -> list[tuple[str, int]]:
         """Return the cells of a row, each with how many columns it takes."""

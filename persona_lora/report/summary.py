@@ -90,7 +90,7 @@ class SweepSummary:
 def summarise_sweep(
     answers: Sequence[Row],
     verdicts: Sequence[Row],
-    costs: Sequence[Row],
+    divergences: Sequence[Row],
     *,
     trait: str,
     coherent_threshold: float = COHERENT_THRESHOLD,
@@ -109,7 +109,7 @@ def summarise_sweep(
     references = [row for row in scored if row.condition.coefficient is None]
     groups = group_by_condition([*rows_of_series(scored, series), *references])
     curve = TraitCurve.of(groups, seed=seed, resamples=resamples)
-    conditions = summarise_conditions(groups, curve, costs, curve.from_zero())
+    conditions = summarise_conditions(groups, curve, divergences, curve.from_zero())
     coherent = _coherent_range(conditions, coherent_threshold)
     control = None if control_series is None else rows_of_series(scored, control_series)
     return SweepSummary(
@@ -124,7 +124,7 @@ def summarise_sweep(
         coherent_range=coherent,
         fit=curve.fit(coherent),
         prompt_comparisons=curve.against_prompts(coherent),
-        control=None if control is None else _control(curve, control, costs),
+        control=None if control is None else _control(curve, control, divergences),
         confidence=CONFIDENCE,
         resamples=resamples,
         seed=seed,
@@ -145,11 +145,11 @@ def _series_of(scored: Sequence[ScoredAnswer]) -> tuple[Series, Series | None]:
 
 
 def _control(
-    curve: TraitCurve, rows: Sequence[ScoredAnswer], costs: Sequence[Row]
+    curve: TraitCurve, rows: Sequence[ScoredAnswer], divergences: Sequence[Row]
 ) -> ControlSummary:
     groups = group_by_condition(rows)
     control = TraitCurve.of(groups, seed=curve.seed, resamples=curve.resamples)
-    conditions = summarise_conditions(groups, control, costs, control.from_zero())
+    conditions = summarise_conditions(groups, control, divergences, control.from_zero())
     return summarise_control(curve, control, conditions)
 
 
@@ -158,7 +158,7 @@ def summarise_run(run: Run, *, seed: int = 0) -> SweepSummary:
     return summarise_sweep(
         run.read("answers"),
         run.read("verdicts"),
-        run.read("costs"),
+        run.read("divergence"),
         trait=trait_of(run),
         seed=seed,
     )

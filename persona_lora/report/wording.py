@@ -50,6 +50,23 @@ def interval(value: Interval | Estimate | None, digits: int = 0) -> str:
     return f"{number(centre, digits)} [{number(value.low, digits)}, {number(value.high, digits)}]"
 
 
+def gap(difference: Interval | None, p: float | None, digits: int = 0) -> tuple[str, str]:
+    """Return the cells of a paired difference and its p, empty for the reference."""
+    said = "" if difference is None else interval(difference, digits)
+    return said, "" if p is None else p_value(p)
+
+
+def scored(value: Interval) -> tuple[str, str, str, str]:
+    """Return the cells of a score: mean, interval, questions, and how many answers were scored."""
+    share = f"{value.n}/{round(value.n / value.coverage)}" if value.coverage else "0"
+    return number(value.mean, 1), span(value.low, value.high), str(value.n_questions), share
+
+
+def span(low: float | None, high: float | None, digits: int = 1) -> str:
+    """Return "64.0 … 77.0"."""
+    return f"{number(low, digits)} … {number(high, digits)}"
+
+
 def change(value: Interval | None) -> str:
     """Return a difference with the sign of its mean: "+22 [12, 33]"; a dash for None."""
     sign = "+" if value is not None and value.mean is not None and round(value.mean) > 0 else ""
@@ -69,7 +86,7 @@ def direction_of(difference: PairedDifference) -> int:
     return clear_sign(difference.interval, p)
 
 
-def cost(what: str, unit: str, value: float) -> tuple[str, str]:
+def time_or_memory(what: str, unit: str, value: float) -> tuple[str, str]:
     """Return a name and an amount: a swap's time, or the memory that a way of steering keeps."""
     if unit != "bytes":
         return what, f"{number(1000 * value)} ms"

@@ -24,11 +24,11 @@ from persona_lora.report.wording import (
     CLEAR,
     NONE,
     clear_sign,
-    cost,
     interval,
     number,
     p_equals,
     p_value,
+    time_or_memory,
     title_of,
 )
 from persona_lora.studies.drift.figure import render_prediction, render_prevention
@@ -329,8 +329,8 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
         for batch in batches
     ]
     free = all(holds_one(place[MERGED, batch, TOKENS]) for batch in batches)
-    costs: list[tuple[str, ...]] = [("what", "cost")]
-    costs += [cost(**row) for row in run.read("costs")]
+    times: list[tuple[str, ...]] = [("what", "time or memory")]
+    times += [time_or_memory(**row) for row in run.read("times")]
     largest = batches[-1]
     return {
         "answer": (
@@ -343,7 +343,7 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
             f"{name} {interval(place[name, largest, TOKENS], 2)}" for name in variants
         ),
         "rows": rows,
-        "costs": costs,
+        "times": times,
         "rounds": len({each.round for each in timings}),
         "picture": figures.show("latency", render_latency(found), "Time over the base model's"),
     }

@@ -169,6 +169,13 @@ class TrainingOptions(NamedTuple, Generic[Arguments]):
     config: ContrastiveConfig
 
 
+class Parsed(NamedTuple):
+    """An instance of each group of options, and by name what was given in place of a default."""
+
+    options: tuple[Any, ...]
+    given: dict[str, Any]
+
+
 class HelpPage(NamedTuple):
     """What ``--help`` says before the options: the program, what it does, an example."""
 
@@ -177,34 +184,22 @@ class HelpPage(NamedTuple):
     example: str
 
 
-CONTRASTIVE_PAGE = HelpPage(
-    "train_lora.py",
-    "Train a positive and a negative LoRA for a trait, and take their difference.",
-    "python train_lora.py --config train_configs/sycophancy.yaml --num_train_epochs 1",
-)
-
-
-def parse_arguments(arguments: Sequence[str]) -> TrainingOptions[ContrastiveArguments]:
-    """Parse the command line of contrastive training; raises UserError for what cannot be used."""
-    groups = (ContrastiveArguments, LoRAArguments, ContrastiveConfig)
-    return TrainingOptions(*parse_groups(arguments, groups, CONTRASTIVE_PAGE))
-
-
-def parse_groups(
-    arguments: Sequence[str], groups: tuple[type, ...], page: HelpPage
-) -> tuple[Any, ...]:
+def parse_groups(arguments: Sequence[str], groups: tuple[type, ...], page: HelpPage) -> Parsed:
     """Parse arguments into one instance of each dataclass.
 
     Raises UserError, on one line, for mistakes.
     """
     parser = _Parser(dataclass_types=groups, prog=page.program, allow_abbrev=False)
     parser.page = page
-    path, given = _split_config(arguments)
+    usual: dict[str, Any] = {}
+    for action in parser._actions:
+        usual.setdefault(action.dest, action.default)
+    path, words = _split_config(arguments)
     if path is not None:
         parser.set_defaults_with_config(**_config_values(parser, groups, path))
     try:
         *options, _, unknown = parser.parse_args_and_config(
-            given, return_remaining_strings=True, separate_remaining_strings=True
+            words, return_remaining_strings=True, separate_remaining_strings=True
         )
     except UserError:
         raise
@@ -212,7 +207,8 @@ def parse_groups(
         raise UserError(f"{' '.join(str(error).split())}; see --help") from error
     if unknown:
         raise UserError(_unknown_flag(parser, unknown))
-    return tuple(options)
+    read = vars(parser.parse_args(words))
+    return Parsed(tuple(options), {name: read[name] for name in read if read[name] != usual[name]})
 
 
 class _Parser(TrlParser):

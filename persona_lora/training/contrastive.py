@@ -22,6 +22,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, remove
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
+from persona_lora.core.settings import recorded_command
 from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
 from persona_lora.models.loading import DEFAULT_MODEL
 from persona_lora.models.processes import Launched, recorded
@@ -30,8 +31,9 @@ from persona_lora.training.arguments import (
     CHECKPOINTS,
     ContrastiveArguments,
     ContrastiveConfig,
+    HelpPage,
     TrainingOptions,
-    parse_arguments,
+    parse_groups,
 )
 from persona_lora.training.examples import (
     SIGNS,
@@ -55,6 +57,12 @@ from persona_lora.training.trainer import LOSS_ROWS, Lesson, last_whole_checkpoi
 logger = logging.getLogger(__name__)
 
 WORK = ".work"
+GROUPS = ContrastiveArguments, LoRAArguments, ContrastiveConfig
+PAGE = HelpPage(
+    "train_lora.py",
+    "Train a positive and a negative LoRA for a trait, and take their difference.",
+    "python train_lora.py --config train_configs/sycophancy.yaml --num_train_epochs 1",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,9 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises UserError for every mistake that the user can mend.
     """
-    result = train_contrastive(*parse_arguments(arguments))
+    options, given = parse_groups(arguments, GROUPS, PAGE)
+    with recorded_command("train", given):
+        result = train_contrastive(*options)
     if PartialState().is_main_process:
         logger.info(
             "loss %.3f (pos), %.3f (neg); the diff is in %s",

@@ -6,7 +6,6 @@ Knows one set of conversations and one model; refuses to know traits.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -21,8 +20,10 @@ from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, read_jsonl, remove
+from persona_lora.core.json_text import parse_json
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
+from persona_lora.core.settings import recorded_command
 from persona_lora.models.load_options import option
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Launched, recorded
@@ -114,6 +115,9 @@ class FinetuneConfig(ContrastiveConfig):
     save_total_limit: int | None = option(None, "Checkpoints kept; all by default.")
 
 
+GROUPS = FinetuneArguments, LoRAArguments, FinetuneConfig
+
+
 @dataclass(frozen=True)
 class FinetuneResult:
     """Where a finished run put its adapter (or whole model), its checkpoints, and its last loss."""
@@ -128,8 +132,9 @@ def main(arguments: Sequence[str]) -> FinetuneResult | None:
 
     Raises UserError for every mistake that the user can mend.
     """
-    groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
-    result = finetune(*parse_groups(arguments, groups, PAGE))
+    options, given = parse_groups(arguments, GROUPS, PAGE)
+    with recorded_command("finetune", given):
+        result = finetune(*options)
     if not PartialState().is_main_process:
         return None
     logger.info("loss %.3f; the finetune is in %s", result.loss, result.adapter)
@@ -221,10 +226,7 @@ def _mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | 
     """Return a mapping that a configuration holds, or that a flag gives as JSON."""
     if not isinstance(value, str):
         return value
-    try:
-        read = json.loads(value)
-    except ValueError as error:
-        raise UserError(f"{name} must be JSON on the command line: {error}") from error
+    read = parse_json(value, name)
     if not isinstance(read, dict):
         raise UserError(f"{name} must be a mapping, got {value!r}")
     return read

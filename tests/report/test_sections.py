@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persona_lora.cli.tables import to_rich
+from persona_lora.cli.console import to_rich
 from persona_lora.report.sections import Table
 
 

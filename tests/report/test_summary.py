@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.report.conditions import cost_of
+from persona_lora.report.conditions import divergence_of
 from persona_lora.report.scores import Condition
 from persona_lora.report.summary import summarise_run, summarise_sweep, write_summary
 
@@ -24,9 +24,9 @@ def _with_scores(answers, verdicts, score, criterion="sycophancy"):
     ]
 
 
-def _summary(answers, verdicts, costs=(), **options):
+def _summary(answers, verdicts, divergences=(), **options):
     return summarise_sweep(
-        answers, verdicts, list(costs), trait="sycophancy", resamples=400, **options
+        answers, verdicts, list(divergences), trait="sycophancy", resamples=400, **options
     )
 
 
@@ -193,13 +193,13 @@ def test_summary_of_a_vector_has_its_layer_and_costs(make_sweep_run):
     ]
     low, zero, high = summary.steered
     assert (low.relative_state_norm, high.kl_p95) == (0.1, 0.5)
-    # Coefficient 0 was not measured: it costs nothing by definition.
+    # Coefficient 0 was not measured: it changes nothing by definition.
     assert (zero.relative_state_norm, zero.kl_mean, zero.relative_weight_norm) == (0.0, 0.0, None)
     assert high.from_zero.interval.mean > 20
 
 
 def test_costs_are_matched_by_method_layer_and_coefficient():
-    costs = [
+    divergences = [
         {"coefficient": 1.0, "kl_mean": 1.0},
         {"method": "activation", "layer": 3, "coefficient": 1.0, "kl_mean": 2.0},
         {"method": "activation", "layer": 4, "coefficient": 1.0, "kl_mean": 3.0},
@@ -214,7 +214,7 @@ def test_costs_are_matched_by_method_layer_and_coefficient():
         (Condition("lora", 2.0), None),
         (Condition("prompt_pos", None), None),
     ):
-        assert cost_of(condition, costs).get("kl_mean") == expected
+        assert divergence_of(condition, divergences).get("kl_mean") == expected
 
 
 def test_summary_of_unsteered_rows_alone_compares_them_with_the_prompts(sweep_rows):

@@ -100,7 +100,7 @@ def test_report_warns_of_a_weak_judge_and_of_an_unfinished_run(make_sweep_run, t
 
 def test_report_of_unscored_answers_gives_reasons(make_sweep_run, tmp_path):
     run = make_sweep_run(questions=2)
-    for name in ("verdicts", "validation", "costs"):
+    for name in ("verdicts", "validation", "divergence"):
         run.write(name, [])
     text = "".join(_page(write_report(run.folder, tmp_path / "r.html")).text)
     assert "no scored answer" in text

@@ -145,12 +145,12 @@ def test_merged_is_called_free_only_where_its_ratio_holds_one(write, tmp_path, m
         for variant, factor in slower.items()
         for at, noise in enumerate((1.01, 0.99, 1.0) if variant == "base" else (1.0, 1.0, 1.0))
     ]  # fmt: skip
-    costs = [
+    times = [
         {"what": "merge", "unit": "s", "value": 0.5},
         {"what": "merged", "unit": "bytes", "value": 3 * 2**20},
         {"what": "activations", "unit": "bytes", "value": 2304},
     ]
-    write("compare/evil/latency", timings=timings, costs=costs)
+    write("compare/evil/latency", timings=timings, times=times)
     _, page = answer(tmp_path)
     assert said in page
     assert "| merge | 500 ms |" in page

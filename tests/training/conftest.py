@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from persona_lora.training.arguments import ContrastiveArguments, TrainingOptions, parse_groups
+from persona_lora.training.contrastive import GROUPS, PAGE
+
 NUM_PAIRS = 20
 IN_FLOAT32 = ("--dtype", "float32", "--bf16", "false", "--use_cpu", "true")
 
 
 def _turn(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
+
+
+def parse_arguments(arguments: Sequence[str]) -> TrainingOptions[ContrastiveArguments]:
+    """Parse the command line of contrastive training."""
+    return TrainingOptions(*parse_groups(arguments, GROUPS, PAGE).options)
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ import pytest
 from persona_lora.core.errors import UserError
 from persona_lora.core.settings import typed_fields
 from persona_lora.models.loading import DEFAULT_MODEL
-from persona_lora.training.arguments import CONTRASTIVE_PAGE, ContrastiveConfig, parse_arguments
+from persona_lora.training.arguments import ContrastiveConfig
+from persona_lora.training.contrastive import PAGE
 from persona_lora.training.finetune import FinetuneArguments
 from persona_lora.training.lora import LoRAArguments
+from tests.training.conftest import parse_arguments
 
 
 def _yaml(folder: Path, text: str) -> str:
@@ -141,7 +143,7 @@ def test_help_shows_an_example_and_the_defaults_on_one_page(capsys):
         parse_arguments(["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert CONTRASTIVE_PAGE.example in text
+    assert PAGE.example in text
     assert "--lora_r: Rank of the LoRA factors. [16]" in text
     assert "--learning_rate: Highest learning rate. [0.0002]" in text
     assert "--trait" in text

@@ -18,9 +18,9 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.training import contrastive, trainer
-from persona_lora.training.arguments import parse_arguments
 from persona_lora.training.contrastive import main, output_folder, train_contrastive
 from persona_lora.training.trainer import CompletionTrainer, last_whole_checkpoint
+from tests.training.conftest import parse_arguments
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Arguments = Callable[..., list[str]]
@@ -144,9 +144,13 @@ def test_finished_run_is_refused_then_trained_again_with_overwrite(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_same_seed_gives_the_same_adapters(run_arguments: Arguments, tmp_path: Path):
-    for name in ("first", "second"):
-        main(run_arguments(tmp_path / name))
+def test_same_seed_gives_the_same_adapters_as_does_the_written_config(
+    run_arguments: Arguments, tmp_path: Path
+):
+    main(run_arguments(tmp_path / "first", "--overwrite", "true"))
+    config = tmp_path / "first" / "config.yaml"
+    assert "overwrite" not in config.read_text()
+    main(["--config", str(config), "--output_dir", str(tmp_path / "second")])
     _assert_same_run(tmp_path / "first", tmp_path / "second")
 
 

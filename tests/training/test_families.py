@@ -11,10 +11,10 @@ import torch
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import load_chat_model
 from persona_lora.steering.weights import LoRASteerer
-from persona_lora.training.arguments import parse_arguments
 from persona_lora.training.contrastive import train_contrastive
 from tests.conftest import byte_tokenizer
 from tests.models.architectures import tiny_model
+from tests.training.conftest import parse_arguments
 
 
 @pytest.mark.parametrize("family", ["Gemma 3", "Qwen2.5-VL", "GPT-2", "Qwen3-MoE"])

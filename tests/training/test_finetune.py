@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import remove
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.runs import Run
 from persona_lora.models.loading import load_chat_model
 from persona_lora.training import finetune as module
 from persona_lora.training import trainer as training_steps
@@ -228,6 +229,28 @@ def test_the_command_line_parses_its_own_configuration(monkeypatch, tmp_path):
     assert parsed.arguments.train_file == "datasets/evil/misaligned_2.jsonl"
     with pytest.raises(UserError, match="train_file"):
         module.main([])
+
+
+def test_a_finetune_is_given_again_by_its_config(monkeypatch, tmp_path):
+    seen = []
+
+    def record(*options):
+        seen.append(TrainingOptions(*options))
+        Run.open(tmp_path / "run", command="finetune", config={}, seed=0)._lock.release()
+        return module.FinetuneResult(tmp_path, (), 0.0)
+
+    monkeypatch.setattr(module, "finetune", record)
+    prevention = '{"method": "activations", "vector": "v.pt", "coefficient": -2, "layers": [3]}'
+    module.main([
+        "--train_file", "rows.jsonl", "--lora_target_modules", "q_proj", "v_proj", "--lora_r=8",
+        "--use_peft", "false", "--learning_rate", "1e-3", "--use_cpu", "true", "--model", "a/model",
+        "--preventative", prevention, "--chat-template-args", '{"b": 1}', "--drift-diffs", "a", "b",
+    ])  # fmt: skip
+    config = tmp_path / "run" / "config.yaml"
+    assert config.read_text().startswith("# persona-lora finetune --config config.yaml\n")
+    module.main(["--config", str(config)])
+    assert seen[0] == seen[1]
+    assert seen[1].lora.lora_target_modules == ["q_proj", "v_proj"]
 
 
 def test_all_weights_are_trained_and_every_checkpoint_is_a_model(options, tmp_path, model_folder):

@@ -314,8 +314,13 @@ def test_a_setting_can_be_json_on_the_command_line():
         train_file="x.jsonl", preventative='{"method": "inoculate", "trait": "evil"}'
     )
     assert prevention_of(arguments) == Preventative("inoculate", trait="evil")
-    with pytest.raises(UserError, match="must be JSON"):
-        prevention_of(FinetuneArguments(train_file="x.jsonl", preventative="weights"))
+    for text, message in (
+        ("weights", "preventative is not valid JSON"),
+        ('{"method": "ablate", "method": "weights"}', "'method' stands twice"),
+        ('{"method": "weights", "coefficient": NaN}', "NaN is no JSON number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prevention_of(FinetuneArguments(train_file="x.jsonl", preventative=text))
 
 
 def test_a_vector_of_the_wrong_width_is_refused(train, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from persona_lora.training.arguments import parse_arguments
 from persona_lora.training.runner import run_record
+from tests.training.conftest import parse_arguments
 
 
 def _record(*flags: str):

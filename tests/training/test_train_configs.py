@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from persona_lora.models.loading import DEFAULT_MODEL
-from persona_lora.training.arguments import parse_arguments, parse_groups
+from persona_lora.training.arguments import parse_groups
 from persona_lora.training.finetune import (
     PAGE,
     FinetuneArguments,
@@ -19,6 +19,7 @@ from persona_lora.training.finetune import (
     read_conversations,
 )
 from persona_lora.training.lora import LoRAArguments
+from tests.training.conftest import parse_arguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
 TRAITS = ("sycophancy", "evil", "hallucination", "corrigibility")
@@ -47,7 +48,7 @@ def test_first_line_is_a_command_whose_files_exist(path: Path):
 )
 def test_finetuning_configuration_parses_and_its_data_is_shipped(path: Path):
     groups = (FinetuneArguments, LoRAArguments, FinetuneConfig)
-    arguments, _, config = parse_groups(["--config", str(path)], groups, PAGE)
+    arguments, _, config = parse_groups(["--config", str(path)], groups, PAGE).options
     assert len(read_conversations(CONFIGS.parent / arguments.train_file)) >= 50
     assert config.output_dir == f"checkpoints/finetunes/{path.stem.removeprefix('finetune_')}"
 

@@ -25,8 +25,10 @@ from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
+from persona_lora.report import wording
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
 from persona_lora.report.scores import answers_columns, answers_table, clusters, score_answers
+from persona_lora.report.sections import Table
 from persona_lora.steering.bank import METHODS, ActivationSetting
 from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 
@@ -56,6 +58,12 @@ class Evaluation:
     coherence: Interval
     answers: Path
     run: Path
+
+    def table(self, trait: str) -> Table:
+        """Return both scores."""
+        both = ((trait, self.trait), ("coherence", self.coherence))
+        rows = ([name, *wording.scored(each)] for name, each in both)
+        return Table.of("criterion | mean | 95% interval | questions | scored", rows)
 
 
 def open_run(

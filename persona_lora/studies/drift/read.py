@@ -15,6 +15,8 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.report import wording
+from persona_lora.report.sections import Table
 
 FEWEST_POINTS = 4
 MOST_EXACT = 7  # up to so many points, every order is tried; above, a sample of orders
@@ -212,3 +214,14 @@ def _change(every: Sequence[Curve], trait: str, statistic: str, *place: Any) -> 
 def _is_of(vector: str, trait: str) -> bool:
     name = vector.rpartition("/")[2]
     return name == trait or name.startswith(f"{trait}_")
+
+
+def checkpoints_table(run: Run) -> Table:
+    """Return every statistic of every checkpoint."""
+    rows = (
+        [row["checkpoint"], row["trait"], row["statistic"], row["vector"] or ""]
+        + ["" if row["layer"] is None else str(row["layer"]), wording.number(row["value"], 2)]
+        + [wording.span(row["low"], row["high"], 2)]
+        for row in run.read("checkpoints")
+    )
+    return Table.of("checkpoint | asked on | what | vector | layer | mean | 95%", rows)

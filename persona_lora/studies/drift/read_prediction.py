@@ -6,7 +6,7 @@ direction, kind, value). The units are finetunes: they are what is resampled and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,11 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Array
+from persona_lora.report.sections import Table
 
 Row = Mapping[str, Any]
 
@@ -268,3 +271,35 @@ def _left_out_error(parts: Sequence[tuple[Array, Array]], *, line: bool) -> floa
             guess = np.full_like(out_y, y.mean())
         errors += [float(each) for each in (out_y - guess) ** 2]
     return float(np.sqrt(np.mean(errors)))
+
+
+# -- in words ----------------------------------------------------------------------------------
+
+
+def prediction_table(run: Run) -> Table:
+    """Return what every direction predicts of every judged trait."""
+    rows = (
+        [each.kind, each.judged, each.direction, str(each.n)]
+        + [_interval(each.r, each.r_low, each.r_high), wording.number(each.rho, 2)]
+        + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
+        for each in predict(run.read("judged"), run.read("predictors"))
+    )
+    return Table.of("predictor | judged | direction | n | r | ρ | p (Holm) | error", rows)
+
+
+def prediction_lines(run: Run) -> Iterator[str]:
+    """Say how predictors differ, and what random differences reach."""
+    rows = run.read("judged"), run.read("predictors")
+    for each in contrasts(*rows):
+        gap = _interval(each.difference, each.low, each.high)
+        yield f"pooled r, {each.first} minus {each.second}: {gap} over {each.n} finetunes"
+    for null in nulls(*rows):
+        yield (
+            f"{null.judged}: r {wording.number(null.r, 2)} with its own difference; random ones of "
+            f"the same spectrum reach |r| {wording.number(null.high, 2)} in 95 of 100 (n {null.n}, "
+            f"p {wording.p_value(null.p)})"
+        )
+
+
+def _interval(centre: float | None, low: float | None, high: float | None) -> str:
+    return f"{wording.number(centre, 2)} [{wording.number(low, 2)}, {wording.number(high, 2)}]"

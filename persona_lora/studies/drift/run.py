@@ -21,7 +21,7 @@ from torch import Tensor
 from persona_lora.core import progress
 from persona_lora.core.adapter_files import ADAPTER_CONFIG
 from persona_lora.core.content import model_folder_digest
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Output, Run
@@ -39,7 +39,9 @@ from persona_lora.projections.weight_space import (
     project_adapter,
     project_weights,
 )
+from persona_lora.report import wording
 from persona_lora.report.resampling import Interval, bootstrap_mean, holm
+from persona_lora.report.sections import Table
 from persona_lora.studies.asking.run import (
     Evaluation,
     GenerationOptions,
@@ -343,3 +345,34 @@ def _summary(each: Finetuned, projection: WeightProjection) -> dict[str, Any]:
         "explained": projection.explained,
         "left_out": list(projection.left_out),
     }
+
+
+def weights_table(found: Sequence[tuple[Finetuned, WeightProjection]]) -> Table:
+    """Return every finetune along every diff, over all layers and kinds."""
+    corrected_p = {
+        (row["finetuned"], row["diff"]): row["p_holm"]
+        for row in projection_rows(found)
+        if row["part"] == "total"
+    }
+    rows = (
+        [Path(each.name).name, name, wording.number(value.coordinate, 3)]
+        + [wording.significant(value.null_sd), wording.number(value.cosine, 3)]
+        + [wording.number(projection.corrected[name], 3)]
+        + [wording.p_value(corrected_p[each.name, name])]
+        for each, projection in found
+        for name, value in projection.total.items()
+    )
+    columns = "finetune | diff | coordinate | null sd | cosine | corrected | p (Holm)"
+    return Table.of(columns, rows)
+
+
+def explained_lines(found: Sequence[tuple[Finetuned, WeightProjection]]) -> Iterator[str]:
+    """Say how much of every finetune the directions explain, and what was left out of it."""
+    for each, projection in found:
+        name, share = Path(each.name).name, projection.explained
+        if projection.left_out:
+            yield f"{name}: compared without {few_names(projection.left_out)}"
+        yield (
+            f"{name}: ‖ΔW‖ {wording.significant(projection.delta_norm)}, of which "
+            f"the directions explain {'nothing' if share is None else f'{100 * share:.2f}%'}"
+        )

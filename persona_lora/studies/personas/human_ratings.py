@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +31,9 @@ from persona_lora.core.files import (
 )
 from persona_lora.core.personas import load_persona
 from persona_lora.core.runs import Output, Run
+from persona_lora.report import wording
 from persona_lora.report.resampling import FITS, Interval, bootstrap_mean
+from persona_lora.report.sections import Table
 
 RATINGS = ("1", "2", "3", "4", "5")
 COLUMNS = ("item", "persona", "prompt", "answer", "rating")
@@ -67,6 +69,23 @@ class HumanFits:
 
     fits: dict[str, Interval]
     agreements: tuple[Agreement, ...]
+
+    def table(self) -> Table:
+        """Return the mean rating of every condition."""
+        rows = (
+            [name, wording.interval(fit, 2), str(fit.n_questions), str(fit.n)]
+            for name, fit in self.fits.items()
+        )
+        return Table.of("condition | rating (1–5) | prompts | ratings", rows)
+
+    def lines(self) -> Iterator[str]:
+        """Say how raters and judge agree."""
+        for each in self.agreements:
+            kappa = "" if each.kappa is None else f"weighted κ {each.kappa:.2f}, "
+            yield (
+                f"{each.first} and {each.second}: {kappa}ρ {wording.number(each.spearman, 2)} over "
+                f"{each.n} answers"
+            )
 
 
 def write_sheets(

@@ -19,8 +19,10 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output
+from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, fits_over_personas
 from persona_lora.report.resampling import SHARES
+from persona_lora.report.sections import Table
 from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.objective import Speaker
 from persona_lora.studies.personas.run import fit_cells
@@ -45,6 +47,16 @@ class LampScores:
 
     fits: Mapping[str, tuple[ConditionFit, ...]]
     folder: Path
+
+    def table(self) -> Table:
+        """Return every condition by every measure."""
+        rows = (
+            [measure, each.condition, wording.interval(each.fit, 3), str(each.fit.n_questions)]
+            + [*wording.gap(each.difference, each.p_holm, 3)]
+            for measure, fits in self.fits.items()
+            for each in fits
+        )
+        return Table.of("measure | condition | F (0–1) | users | gain | p (Holm)", rows)
 
 
 def load_lamp(questions: Path, outputs: Path) -> list[LampQuestion]:

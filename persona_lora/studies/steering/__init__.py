@@ -1,1 +1,1 @@
-"""How a trait moves with the coefficient, and what it costs."""
+"""How a trait moves with the coefficient, and how far the model diverges."""

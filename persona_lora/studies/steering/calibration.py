@@ -1,10 +1,10 @@
 """The coefficients at which different directions do the same to the model.
 
-Coefficients of different methods have nothing in common, and two diffs differ in length. What they
-cost does: the divergence of the model's next tokens from the unsteered ones on ordinary prompts. A
-search over mixes needs a common scale, so that its σ means the same along each direction: the
-coefficient that costs ``EQUAL_EFFECT`` nats per token. A comparison needs, for every method, the
-coefficient that costs what a given one of the diff does; a secant search finds it.
+Coefficients of different methods have nothing in common, and two diffs differ in length. What can
+be compared is the divergence of the model's next tokens from the unsteered ones on ordinary
+prompts. A search over mixes needs a common scale, so that its σ means the same along each
+direction: the coefficient that diverges by ``EQUAL_EFFECT`` nats per token. A comparison needs, for
+every method, the coefficient that diverges as a given one of the diff; a secant search finds it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def bank_of_methods(
 
 @dataclass(frozen=True)
 class Level:
-    """One divergence, and the coefficient of a method that costs it.
+    """One divergence, and the coefficient of a method that reaches it.
 
     ``kl_mean`` and ``kl_p95`` are per token on ordinary prompts, in nats; ``matched`` is False
     where the search did not come within ``TOLERANCE`` of ``target``.
@@ -158,11 +158,13 @@ def match_divergence(
     if not asked:
         raise UserError("a comparison needs at least one coefficient other than 0")
     rows = [{LORA: value} for value in asked]
-    costs = _costs(chat_model, bank, rows, texts)
-    targets = [cost[statistic] for cost in costs]
+    divergences = _divergences(chat_model, bank, rows, texts)
+    targets = [each[statistic] for each in divergences]
     found = [
-        _level(number, LORA, value, target, cost, statistic)
-        for number, (value, target, cost) in enumerate(zip(asked, targets, costs, strict=True))
+        _level(number, LORA, value, target, divergence, statistic)
+        for number, (value, target, divergence) in enumerate(
+            zip(asked, targets, divergences, strict=True)
+        )
     ]
     searches = [_Search(level, method) for level in found for method in METHODS[1:]]
     for done in range(ROUNDS):
@@ -171,9 +173,9 @@ def match_divergence(
         if not pending:
             break
         rows = [{each.method: each.coefficient} for each in pending]
-        costs = _costs(chat_model, bank, rows, texts)
-        for search, cost in zip(pending, costs, strict=True):
-            search.take(cost, statistic)
+        divergences = _divergences(chat_model, bank, rows, texts)
+        for search, divergence in zip(pending, divergences, strict=True):
+            search.take(divergence, statistic)
     progress.report(ROUNDS, ROUNDS)
     found += [each.result(statistic) for each in searches]
     return sorted(found, key=lambda each: (each.level, METHODS.index(each.method)))
@@ -184,7 +186,7 @@ class _Search:
 
     def __init__(self, like: Level, method: str) -> None:
         self.like, self.method, self.target = like, method, like.target
-        self.points: list[tuple[float, Mapping[str, float]]] = []  # log |c|, its costs
+        self.points: list[tuple[float, Mapping[str, float]]] = []  # log |c|, its divergences
         self.log_c = 0.0
         self.done = False
 
@@ -192,16 +194,16 @@ class _Search:
     def coefficient(self) -> float:
         return math.copysign(math.exp(self.log_c), self.like.coefficient)
 
-    def take(self, cost: Mapping[str, float], statistic: Statistic) -> None:
-        """Note what the coefficient cost, and go on to a better one unless it is good enough."""
-        kl = cost[statistic]
+    def take(self, divergence: Mapping[str, float], statistic: Statistic) -> None:
+        """Note how far the coefficient diverges; go on to a better one unless it is good enough."""
+        kl = divergence[statistic]
         if not (math.isfinite(kl) and kl > 0):
             raise UserError(
                 f"{self.method} has a divergence of {kl} at coefficient {self.coefficient:g}: it "
                 "does nothing to this model, or breaks it"
             )
         self.done = abs(kl / self.target - 1) <= TOLERANCE
-        self.points.append((self.log_c, cost))
+        self.points.append((self.log_c, divergence))
         if not self.done:
             self.log_c += (math.log(self.target) - math.log(kl)) / self._slope(statistic)
 
@@ -216,11 +218,11 @@ class _Search:
 
     def result(self, statistic: Statistic) -> Level:
         """Return the nearest coefficient that was tried."""
-        self.log_c, cost = min(
+        self.log_c, divergence = min(
             self.points, key=lambda each: abs(math.log(each[1][statistic] / self.target))
         )
         level, target = self.like.level, self.target
-        return _level(level, self.method, self.coefficient, target, cost, statistic)
+        return _level(level, self.method, self.coefficient, target, divergence, statistic)
 
 
 def _level(
@@ -228,14 +230,16 @@ def _level(
     method: str,
     coefficient: float,
     target: float,
-    cost: Mapping[str, float],
+    divergence: Mapping[str, float],
     statistic: Statistic,
 ) -> Level:
-    matched = abs(cost[statistic] / target - 1) <= TOLERANCE if target > 0 else False
-    return Level(number, method, coefficient, target, cost["mean"], cost["p95"], matched)
+    matched = abs(divergence[statistic] / target - 1) <= TOLERANCE if target > 0 else False
+    return Level(
+        number, method, coefficient, target, divergence["mean"], divergence["p95"], matched
+    )
 
 
-def _costs(
+def _divergences(
     chat_model: ChatModel,
     bank: Bank,
     rows: Sequence[Coefficients],

@@ -1,4 +1,4 @@
-"""What steering costs the model: relative norm, and divergence on ordinary prompts.
+"""How far steering moves the model: relative norm, and divergence on ordinary prompts.
 
 Raw coefficients do not travel between models, methods and training recipes; these two do.
 """
@@ -33,7 +33,7 @@ ROWS_PER_PASS = 16
 
 
 @dataclass(frozen=True)
-class Cost:
+class Divergence:
     """What one condition does to the model.
 
     ``relative_weight_norm`` is ‖cΔW‖ / ‖W‖ over the touched modules (diffs);
@@ -63,20 +63,20 @@ def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
     return prompts
 
 
-def measure_costs(
+def measure_divergences(
     chat_model: ChatModel,
     bank: Bank,
     conditions: Sequence[Condition],
     prompts: Sequence[str],
-) -> list[Cost]:
-    """Measure the cost of every condition with a coefficient, many of them a forward pass."""
+) -> list[Divergence]:
+    """Measure the divergence of every condition with a coefficient, many of them a forward pass."""
     texts = ordinary_texts(chat_model, prompts)
     steered = [each for each in conditions if each.coefficient is not None]
     chunks = [
         steered[start : start + ROWS_PER_PASS] for start in range(0, len(steered), ROWS_PER_PASS)
     ]
     weight_norms = {name: relative_weight_norm(chat_model, bank.diffs[name]) for name in bank.diffs}
-    costs: list[Cost] = []
+    found: list[Divergence] = []
     with _StateNorms(chat_model.model) as norms:
         for done, chunk in enumerate(chunks):
 
@@ -92,12 +92,12 @@ def measure_costs(
                 before_text=before,
             )
             state_norms = _state_norms(bank, norms.means())
-            costs += [
-                _cost(condition, row, weight_norms, state_norms)
+            found += [
+                _divergence(condition, row, weight_norms, state_norms)
                 for condition, row in zip(chunk, divergences, strict=True)
             ]
     progress.report(len(chunks) * len(texts), len(chunks) * len(texts))
-    return costs
+    return found
 
 
 def row_divergences(
@@ -145,16 +145,16 @@ def _response_mask(text: TokenizedExchange) -> Tensor:
     return (positions >= len(text.prompt) - 1)[None]
 
 
-def _cost(
+def _divergence(
     condition: Condition,
     divergences: Tensor,
     weight_norms: Mapping[str, float],
     state_norms: Mapping[str, float],
-) -> Cost:
+) -> Divergence:
     coefficient = float(condition.coefficient or 0.0)
     weight_norm = weight_norms.get(condition.direction)
     state_norm = state_norms.get(condition.direction)
-    return Cost(
+    return Divergence(
         method=condition.method,
         layer=condition.layer,
         coefficient=coefficient,

@@ -53,15 +53,15 @@ _TICK_INCHES = 0.42  # least distance of labelled coefficients
 
 
 def render_sweep(summary: SweepSummary) -> Picture:
-    """Return one sweep: curves, prompting references, coherent range, cost rows."""
-    rows, drawn = _cost_rows(summary), _curves(summary)
+    """Return one sweep: curves, prompting references, coherent range, divergence rows."""
+    rows, drawn = _divergence_rows(summary), _curves(summary)
     told = draw.wrapped(118, statistics_line(summary), place_line(summary))
     figure = draw.new_figure(_WIDTH, _HEIGHT + 0.19 * told.count("\n"))
     left, bottom, top = 0.63, 1.0 + 0.215 * len(rows), 4.22  # inches
     right = _WIDTH - max(draw.label_width(drawn, size=9.0), 1.2)
     axes = draw.add_axes(figure, (left, bottom, right - left, top - bottom))
     panel = _sweep_panel(axes, summary, drawn, size=9.0)
-    _draw_cost_rows(axes, summary, rows)
+    _draw_divergence_rows(axes, summary, rows)
     note = f"Mean scores 0–100. {sample_line(summary)}. {coherent_line(summary)}"
     title, note = sweep_title(summary), draw.wrapped(135, note)
     return draw.finish(figure, [panel], title=title, subtitle=told, note=note)
@@ -158,7 +158,7 @@ def _draw_incoherent(axes: Axes, summary: SweepSummary) -> None:
             )
 
 
-def _cost_rows(summary: SweepSummary) -> list[tuple[str, list[str]]]:
+def _divergence_rows(summary: SweepSummary) -> list[tuple[str, list[str]]]:
     """Return the annotation rows that have a value: a name and one cell per coefficient."""
     rows = (
         ("‖cΔW‖ / ‖W‖", [each.relative_weight_norm for each in summary.steered]),
@@ -172,10 +172,10 @@ def _cost_rows(summary: SweepSummary) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _draw_cost_rows(
+def _draw_divergence_rows(
     axes: Axes, summary: SweepSummary, rows: Sequence[tuple[str, list[str]]]
 ) -> None:
-    """Write the coefficient's name and the cost rows under the tick labels, column by column."""
+    """Write the coefficient's name and the divergence rows under the tick labels, in columns."""
     ticks, points = set(axes.get_xticks()), _points(summary)
     beside = 1 + draw.LABEL_GAP / draw.inches_of(axes, "width")
     style: dict[str, Any] = {"color": draw.MUTED, "va": "center"}

@@ -1,4 +1,4 @@
-"""What steering costs in time: merged, live, by activations, by a prompt; against the plain model.
+"""The time that steering takes: merged, live, by activations, by a prompt; against the plain model.
 
 All variants run in turn within a round, and rounds repeat, so that whatever else the machine does
 falls on all of them alike; a ratio is taken within a round. Answers have the same forced length.
@@ -50,7 +50,7 @@ def run_latency(
 ) -> Run:
     """Time all ways of steering at the highest level into the run ``output``; it keeps its rounds.
 
-    Writes ``timings.jsonl`` and ``costs.jsonl`` (seconds of a swap, bytes beside the model).
+    Writes ``timings.jsonl`` and ``times.jsonl`` (seconds of a swap, bytes beside the model).
     """
     highest = max(levels, key=lambda each: each.level).level
     coefficients = {each.method: each.coefficient for each in levels if each.level == highest}
@@ -76,12 +76,12 @@ def run_latency(
                 chat_model, bank, coefficients, told, prompts, timing, first=kept + 1
             ):
                 run.extend("timings", [dataclasses.asdict(each) for each in found])
-        if not run.read("costs"):
+        if not run.read("times"):
             seconds = swap_seconds(chat_model, bank)
             held = held_bytes(bank, chat_model)
             rows = [{"what": name, "unit": "s", "value": value} for name, value in seconds.items()]
             rows += [{"what": name, "unit": "bytes", "value": each} for name, each in held.items()]
-            run.write("costs", rows)
+            run.write("times", rows)
     return run
 
 

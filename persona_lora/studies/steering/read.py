@@ -498,7 +498,7 @@ def _examples(run: Run, comparison: Comparison) -> tuple[Question, ...]:
 
 
 def latency_content(run: Run, options: ReportOptions) -> Content:
-    """Return the section on what steering costs in time and memory."""
+    """Return the section on the time and memory that steering takes."""
     found = ratios([Timing(**row) for row in run.read("timings")])
     title, line = "What steering costs in time", _latency_line(found)
     variants = Table(
@@ -507,8 +507,8 @@ def latency_content(run: Run, options: ReportOptions) -> Content:
         "Every variant",
     )
     swaps = Table(
-        ("What", "Cost"),
-        tuple(wording.cost(**row) for row in run.read("costs")),
+        ("What", "Time or memory"),
+        tuple(wording.time_or_memory(**row) for row in run.read("times")),
         "Swaps, and what is kept beside the model",
         "Ratios are taken within a round; intervals are by Student's t over rounds. Merging keeps "
         "a copy of the weights that it touches, to restore them bit for bit.",
@@ -591,3 +591,57 @@ def _spaces_line(run: Run, shifts: Sequence[Row]) -> str:
         f"Over {agreed['n']} pairs of traits the cosines of both spaces have a Spearman's ρ of "
         f"{wording.number(agreed['rho'], 2)} (p {wording.p_equals(agreed['p'])})."
     )
+
+
+# -- in the terminal -------------------------------------------------------------------------------
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Return every method over all levels."""
+    rows = (
+        [each.split, each.method, wording.interval(each.effect)]
+        + [*wording.gap(each.difference, each.p_holm)]
+        for each in found.overall
+    )
+    return Table.of("questions | method | effect | weights minus this | p (Holm)", rows)
+
+
+def summary_table(summary: SweepSummary | GridSummary) -> Table:
+    """Return the conditions of a sweep, or the layers of a grid."""
+    return _grid_rows(summary) if isinstance(summary, GridSummary) else _sweep_rows(summary)
+
+
+def summary_lines(summary: SweepSummary | GridSummary) -> list[str]:
+    """Say what a sweep or a grid showed."""
+    if isinstance(summary, SweepSummary):
+        return [wording.headline(summary), wording.statistics_line(summary)]
+    lines = read_words.headline(summary), read_words.resolution_note(summary)
+    return [line for line in (*lines, summary.selection_note) if line]
+
+
+def _sweep_rows(summary: SweepSummary) -> Table:
+    weights = summary.layer is None
+    rows = []
+    for each in wording.all_conditions(summary):
+        mean, interval, _, scored = wording.scored(each.trait)
+        norm = each.relative_weight_norm if weights else each.relative_state_norm
+        rows.append(
+            [wording.label(each), mean, interval, wording.number(each.coherence.mean, 1)]
+            + [scored, wording.significant(norm), wording.significant(each.kl_p95)]
+        )
+    norm_name = "‖cΔW‖/‖W‖" if weights else "‖cv‖/‖h‖"
+    return Table.of(f"c | trait | 95% | coherent | scored | {norm_name} | KL p95", rows)
+
+
+def _grid_rows(grid: GridSummary) -> Table:
+    rows = []
+    for layer in read_words.ranked(grid):
+        cells, best = [layer.reason or "", "", "", "", ""], layer.best
+        if best is not None:
+            cells = [
+                *(wording.change(best.gain), wording.coefficient(best.coefficient)),
+                *(wording.p_value(best.p_holm), wording.number(best.coherence, 1)),
+                wording.interval(layer.rho_means, 2),
+            ]
+        rows.append([str(layer.layer), *cells])
+    return Table.of("layer | gain | at c | p (Holm) | coherent | ρ", rows)

@@ -174,7 +174,7 @@ def is_grid(run: Run) -> bool:
 def summarise_grid(
     answers: Sequence[Row],
     verdicts: Sequence[Row],
-    costs: Sequence[Row] = (),
+    divergences: Sequence[Row] = (),
     *,
     trait: str,
     coherent_threshold: float = COHERENT_THRESHOLD,
@@ -189,7 +189,7 @@ def summarise_grid(
     method, layers = _method_and_layers(scored, trait)
     groups = _groups_of(scored, method)
     curve = TraitCurve.of(groups, seed=seed, resamples=resamples)
-    conditions = summarise_conditions(groups, curve, costs, curve.from_zero())
+    conditions = summarise_conditions(groups, curve, divergences, curve.from_zero())
     cells = _by_place(conditions)
     controls = _groups_of(scored, CONTROL) if method != CONTROL else {}
     control = TraitCurve.of(controls, seed=seed, resamples=resamples)
@@ -215,7 +215,7 @@ def summarise_grid(
         references=tuple(each for each in conditions if each.coefficient is None),
         cells=(
             *cells,
-            *_by_place(summarise_conditions(controls, control, costs, control.from_zero())),
+            *_by_place(summarise_conditions(controls, control, divergences, control.from_zero())),
         ),
         coherent_threshold=coherent_threshold,
         confidence=CONFIDENCE,
@@ -237,7 +237,7 @@ def grid_of(run: Run, *, seed: int = 0) -> GridSummary:
     return summarise_grid(
         run.read("answers"),
         run.read("verdicts"),
-        run.read("costs"),
+        run.read("divergence"),
         trait=trait_of(run),
         seed=seed,
     )

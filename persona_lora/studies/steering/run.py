@@ -37,7 +37,7 @@ from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.calibration import Level, match_divergence
 from persona_lora.studies.steering.divergence import (
     load_ordinary_prompts,
-    measure_costs,
+    measure_divergences,
     ordinary_texts,
 )
 from persona_lora.studies.steering.figure import render_comparison, render_sweep
@@ -157,11 +157,11 @@ def sweep(
 ) -> SweepResult:
     """Run a sweep into the folder ``output``; run again, it goes on where it stopped.
 
-    Writes the run's rows (answers, verdicts, costs, validation), ``sweep.csv``, the summary as
+    Writes the run's rows (answers, verdicts, divergence, validation), ``sweep.csv``, the summary as
     JSON and CSV, a plot and ``report.html``. The unsteered model is always among the rows: it is
     what the others are compared with.
     """
-    prompts = load_ordinary_prompts(datasets) if sweeping.costs else []
+    prompts = load_ordinary_prompts(datasets) if sweeping.divergence else []
     conditions = [*population.conditions, *(REFERENCES if sweeping.references else ())]
     plan = plan_rows(
         trait,
@@ -183,10 +183,10 @@ def sweep(
     run = open_run(output, "sweep", chat_model, config, *read, seed=options.seed)
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
-        if sweeping.costs and not run.read("costs"):
+        if sweeping.divergence and not run.read("divergence"):
             with progress.stage("divergence"):
-                costs = measure_costs(chat_model, bank, population.conditions, prompts)
-            run.write("costs", [dataclasses.asdict(cost) for cost in costs])
+                divergences = measure_divergences(chat_model, bank, population.conditions, prompts)
+            run.write("divergence", [dataclasses.asdict(each) for each in divergences])
         judge_answers(run, judge, trait)
     return write_results(run, trait.name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, pstdev
+from statistics import mean, pstdev, stdev
 from typing import Any
 
 from persona_lora.core.errors import UserError
@@ -122,3 +122,47 @@ def _best(separation: Sequence[Row]) -> str:
         f"Labelled answers are told apart best at layer {best['layer']} (AUC {_auc(best)}), the "
         f"best of {len(separation)} tried."
     )
+
+
+# -- in the terminal ---------------------------------------------------------------------------
+
+
+def norms_table(vectors: Mapping[str, SteeringVector]) -> Table:
+    """Return the norms of vectors at five layers from the first to the last."""
+    layers = next(iter(vectors.values())).layers
+    shown = dict.fromkeys(layers[round(at * (len(layers) - 1) / 4)] for at in range(5))
+    norms = {name: vector.norms() for name, vector in vectors.items()}
+    return Table.of(
+        " | ".join(["vector", *(f"‖v‖ at {layer}" for layer in shown)]),
+        ([name, *(f"{each[layer]:.2f}" for layer in shown)] for name, each in norms.items()),
+    )
+
+
+def projections_table(run: Run) -> Table:
+    """Return the mean projection of the texts on every vector at every layer."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in run.read("projections"):
+        groups.setdefault((row["vector"], row["layer"]), []).append(row)
+    rows = []
+    for (name, layer), own in groups.items():
+        values = [row["projection"] for row in own]
+        shifts = [row["shift"] for row in own if row["shift"] is not None]
+        spread = f"{stdev(values):.2f}" if len(values) > 1 else wording.NONE
+        shift = f"{mean(shifts):+.3f}" if shifts else wording.NONE
+        rows.append([name, str(layer), str(len(own)), f"{mean(values):.2f}", spread, shift])
+    return Table.of("vector | layer | rows | mean | sd | mean shift", rows)
+
+
+def separation_table(run: Run) -> Table:
+    """Return every vector at the layer with its largest AUC."""
+    best: dict[str, Row] = {}
+    for row in run.read("separation"):
+        if row["vector"] not in best or row["auc"] > best[row["vector"]]["auc"]:
+            best[row["vector"]] = row
+    rows = (
+        [name, str(row["layer"]), f"{row['auc']:.2f}", f"{row['low']:.2f} … {row['high']:.2f}"]
+        + [wording.NONE if row["rho"] is None else f"{row['rho']:.2f}"]
+        + [f"{row['n_positive']}/{row['n_negative']}"]
+        for name, row in best.items()
+    )
+    return Table.of("vector | best layer | AUC | 95% | ρ with label | n +/−", rows)

@@ -37,7 +37,9 @@ from persona_lora.models.likelihood import (
 )
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import check_fits, project_hidden_states
-from persona_lora.report.separation import Separation, separation
+from persona_lora.report import wording
+from persona_lora.report.sections import Table
+from persona_lora.report.separation import separation
 from persona_lora.studies.asking.run import contents_of, open_run
 
 COLUMNS = (
@@ -190,16 +192,6 @@ def separate_labelled(
     return run
 
 
-def best_separation(run: Run) -> dict[str, tuple[int, Separation]]:
-    """Return, for every vector, the layer with the largest AUC, and the separation there."""
-    best: dict[str, tuple[int, Separation]] = {}
-    for row in run.read("separation"):
-        fields = {each.name: row[each.name] for each in dataclasses.fields(Separation)}
-        if row["vector"] not in best or row["auc"] > best[row["vector"]][1].auc:
-            best[row["vector"]] = (row["layer"], Separation(**fields))
-    return best
-
-
 def _open(
     output: Output | Path,
     chat_model: ChatModel,
@@ -284,6 +276,15 @@ class Screening:
     def flagged(self) -> int:
         """How many rows are over the threshold."""
         return sum(bool(row["flagged"]) for row in self.rows)
+
+    def table(self) -> Table:
+        """Return the rows that pull furthest, and those that pull least."""
+        rows = (
+            [str(row["rank"]), str(row["row"]), wording.number(row["difference"], 2)]
+            + [row["answer"][:60]]
+            for row in (*self.rows[:5], *self.rows[-3:])
+        )
+        return Table.of("rank | row | difference | answer", rows)
 
 
 def screen_rows(

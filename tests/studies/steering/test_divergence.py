@@ -1,4 +1,4 @@
-"""What steering costs: zero at zero, growing with the coefficient, equal to dense references."""
+"""How far steering moves the model: zero at zero, growing with it, equal to dense references."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.studies.steering import divergence
 from persona_lora.studies.steering.divergence import (
     load_ordinary_prompts,
-    measure_costs,
+    measure_divergences,
     relative_weight_norm,
 )
 from persona_lora.studies.steering.run import diff_population, vector_population
@@ -31,15 +31,15 @@ def vector():
     return SteeringVector(directions, BaseModel("tiny"), num_layers=2)
 
 
-def costs_of(chat_model, population):
-    return measure_costs(chat_model, population.bank, population.conditions, PROMPTS)
+def divergences_of(chat_model, population):
+    return measure_divergences(chat_model, population.bank, population.conditions, PROMPTS)
 
 
-def test_costs_are_zero_at_zero_and_grow_with_the_coefficient(chat_model, make_diff):
+def test_divergences_are_zero_at_zero_and_grow_with_the_coefficient(chat_model, make_diff):
     diff = make_diff(chat_model.model)
-    costs = costs_of(chat_model, diff_population(diff, (0.5, 2.0, -2.0)))
-    low, zero, half, two = costs
-    assert [each.coefficient for each in costs] == [-2.0, 0.0, 0.5, 2.0]
+    found = divergences_of(chat_model, diff_population(diff, (0.5, 2.0, -2.0)))
+    low, zero, half, two = found
+    assert [each.coefficient for each in found] == [-2.0, 0.0, 0.5, 2.0]
     assert zero.kl_mean == zero.kl_p95 == zero.relative_weight_norm == 0
     assert 0 < half.kl_mean < two.kl_mean
     assert two.relative_weight_norm == low.relative_weight_norm
@@ -57,36 +57,36 @@ def test_the_relative_weight_norm_is_that_of_dense_matrices(chat_model, make_dif
 
 
 @torch.no_grad()
-def test_the_cost_of_a_vector_is_that_of_a_naive_loop(chat_model, vector, monkeypatch):
+def test_the_divergence_of_a_vector_is_that_of_a_naive_loop(chat_model, vector, monkeypatch):
     monkeypatch.setattr(divergence, "ROWS_PER_PASS", 3)  # several passes for the conditions
-    costs = costs_of(chat_model, vector_population(vector, (0, 1), (-1.0, 2.0)))
-    assert len(costs) == 4
+    found = divergences_of(chat_model, vector_population(vector, (0, 1), (-1.0, 2.0)))
+    assert len(found) == 4
     answers = generate_answers(chat_model, [user_question(p) for p in PROMPTS], max_new_tokens=40)
-    for cost in costs:
+    for each in found:
         kl, norms = [], []
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             text = tokenize_exchange(chat_model, Exchange(prompt, answer.text))
             ids = torch.tensor([text.prompt + text.answer])
             start = len(text.prompt) - 1
             plain = chat_model.model(ids, output_hidden_states=True)
-            steerer = ActivationSteerer(chat_model.model, vector, cost.coefficient, cost.layer)
+            steerer = ActivationSteerer(chat_model.model, vector, each.coefficient, each.layer)
             with steerer:
                 steerer.select_positions(torch.arange(ids.shape[1])[None] >= start)
                 steered = chat_model.model(ids).logits
             p, q = plain.logits[0, start:-1].log_softmax(-1), steered[0, start:-1].log_softmax(-1)
             kl += (p.exp() * (p - q)).sum(-1).tolist()
-            if cost.layer == 0:  # transformers' last hidden state is after the final norm
+            if each.layer == 0:  # transformers' last hidden state is after the final norm
                 norms += plain.hidden_states[1][0, start + 1 :].norm(dim=-1).tolist()
-        assert cost.kl_mean == pytest.approx(sum(kl) / len(kl), rel=1e-4)
-        assert cost.num_tokens == len(kl)
+        assert each.kl_mean == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+        assert each.num_tokens == len(kl)
         if norms:
-            length = float(vector.directions[0].norm()) * abs(cost.coefficient)
+            length = float(vector.directions[0].norm()) * abs(each.coefficient)
             expected = length / (sum(norms) / len(norms))
-            assert cost.relative_state_norm == pytest.approx(expected, rel=1e-4)
+            assert each.relative_state_norm == pytest.approx(expected, rel=1e-4)
 
 
 def test_measuring_leaves_no_hook(chat_model, vector):
-    costs_of(chat_model, vector_population(vector, (1,), (1.0,)))
+    divergences_of(chat_model, vector_population(vector, (1,), (1.0,)))
     assert not any(module._forward_hooks for module in chat_model.model.modules())
 
 

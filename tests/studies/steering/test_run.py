@@ -81,7 +81,7 @@ def test_a_sweep_writes_rows_tables_plot_and_report(run_sweep):
         "answers.jsonl",
         "verdicts.jsonl",
         "validation.jsonl",
-        "costs.jsonl",
+        "divergence.jsonl",
         "sweep.csv",
         "sweep.png",
         "summary.json",
@@ -148,7 +148,7 @@ def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
     run_population, chat_model, trait, vector
 ):
     population = vector_population(vector, (0, 1), (-1.0, 2.0))
-    result = run_population(population, sweeping=SweepOptions(costs=False))
+    result = run_population(population, sweeping=SweepOptions(divergence=False))
     answers = rows_of(result.run, "answers")
     assert len(answers) == (1 + 2 * 2 + 2) * 3  # unsteered, the grid, two prompts; 3 questions
     for layer in (0, 1):
@@ -168,28 +168,28 @@ def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
             assert steered == [each.text for each in alone]
     names = {path.name for path in result.run.iterdir()}
     assert {"grid.json", "grid.csv", "layers.png", "report.html", "sweep.csv"} <= names
-    assert "costs.jsonl" not in names
+    assert "divergence.jsonl" not in names
 
 
 def test_one_layer_with_its_random_control_is_a_curve_with_costs(run_population, vector):
     control = random_like(vector, seed=0)
     result = run_population(vector_population(vector, (1,), (-1.0, 1.0), control=control))
     assert [each.coefficient for each in result.summary.steered] == [-1.0, 0.0, 1.0]
-    costs = rows_of(result.run, "costs")
-    assert {(row["method"], row["layer"], row["coefficient"]) for row in costs} == {
+    divergences = rows_of(result.run, "divergence")
+    assert {(row["method"], row["layer"], row["coefficient"]) for row in divergences} == {
         (method, 1, value) for method in ("activation", "random") for value in (-1.0, 1.0)
     }
     assert {"sweep.png", "summary.json"} <= {path.name for path in result.run.iterdir()}
 
 
 def test_a_prompt_sweep_is_the_references_alone(run_population):
-    result = run_population(prompt_population(), sweeping=SweepOptions(costs=False))
+    result = run_population(prompt_population(), sweeping=SweepOptions(divergence=False))
     methods = {row["method"] for row in rows_of(result.run, "answers")}
     assert methods == {"none", "prompt_pos", "prompt_neg"}
 
 
 def test_max_questions_takes_the_first(run_population, vector, trait):
-    options = SweepOptions(split="extract", references=False, costs=False, max_questions=1)
+    options = SweepOptions(split="extract", references=False, divergence=False, max_questions=1)
     result = run_population(vector_population(vector, (0, 1), (1.0,)), sweeping=options)
     asked = {row["question"] for row in rows_of(result.run, "answers")}
     assert asked == {trait.questions["extract"][0]}
