@@ -38,7 +38,6 @@ def embedder():
 SURFACE_TELLS = {
     "anxious",
     "emotional_tone",
-    "formality",
     "intimacy",
     "narrative_mode",
     "self_other_focus",
