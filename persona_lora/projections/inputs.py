@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_linear_modules, text_decoder, weight_fingerprint
 
-KEPT = 0.9999  # of E‖x‖², what the columns of a root keep
+KEPT = 0.999  # of E‖x‖², what the columns of a root keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class ModuleInputs:
     """The inputs of modules: a root of Σ each, the model's fingerprint, and from what they are.
 
     ``roots`` are ``[in, k]`` in fp32 by canonical module name; modules that read one input share
-    one tensor. ``prompts`` is the digest of the prompts, ``tokens`` the number of tokens seen.
+    one tensor. ``prompts`` is the digest of the prompts' tokens, ``tokens`` how many were counted.
     """
 
     roots: Mapping[str, Tensor]
@@ -116,6 +117,29 @@ class ModuleInputs:
         return cls(roots, **record)
 
 
+def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
+    """Return the inputs over prompts from the user's cache, or measure them and keep them there.
+
+    They are known by the model's weights and by the tokens of the prompts.
+    """
+    fingerprint, asked = weight_fingerprint(chat_model.model), _tokenized(chat_model, prompts)
+    name = f"{fingerprint}-{digest_of(asked)[:16]}.safetensors"
+    path = user_cache_path("persona_lora") / "inputs" / name
+    if path.is_file():
+        return ModuleInputs.load(path)
+    measured = measure_inputs(chat_model, prompts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured.save(path)
+    return measured
+
+
+def _tokenized(chat_model: ChatModel, prompts: Sequence[str]) -> list[list[int]]:
+    if not prompts:
+        raise UserError("inputs are measured on prompts; give at least one")
+    rendered = [chat_model.render(user_question(prompt)) for prompt in prompts]
+    return [tokenize_rendered(chat_model, each, "").prompt for each in rendered]
+
+
 @torch.no_grad()
 def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
     """Measure the inputs of the decoder's linear modules over prompts, one forward pass each.
@@ -124,10 +148,7 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     first token, whose states are of another size than all others).
     Progress counts prompts. Raises UserError for no prompts, or an input that is not finite.
     """
-    if not prompts:
-        raise UserError("inputs are measured on prompts; give at least one")
-    rendered = [chat_model.render(user_question(prompt)) for prompt in prompts]
-    tokenized = [tokenize_rendered(chat_model, each, "").prompt for each in rendered]
+    tokenized = _tokenized(chat_model, prompts)
     begins = _shared_beginning(tokenized)
     modules = decoder_linear_modules(chat_model.model)
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
@@ -148,7 +169,7 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     return ModuleInputs(
         found,
         weight_fingerprint(chat_model.model),
-        digest_of(list(prompts)),
+        digest_of(tokenized),
         sum(len(ids) - begins for ids in tokenized),
     )
 

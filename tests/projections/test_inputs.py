@@ -41,8 +41,8 @@ def test_roots_give_the_mean_outer_product_of_the_inputs(chat_model, inputs, kin
     x = plain_inputs(chat_model, name)
     root = inputs.roots[name].double()
     sigma = x.T @ x / len(x)
-    assert float((root @ root.T - sigma).norm() / sigma.norm()) < 1e-3
-    assert float(root.square().sum()) == pytest.approx(float(sigma.trace()), rel=2e-4)
+    assert float((root @ root.T - sigma).norm() / sigma.norm()) < 5e-3
+    assert float(root.square().sum()) == pytest.approx(float(sigma.trace()), rel=2e-3)
 
 
 def test_the_inner_product_is_the_mean_product_of_what_the_changes_do(
@@ -56,7 +56,7 @@ def test_the_inner_product_is_the_mean_product_of_what_the_changes_do(
         direct += float((done[0] * done[1]).sum()) / len(x)
     weighed = inputs.weigh(one).inner(inputs.weigh(other))
     norms = inputs.weigh(one).norm() * inputs.weigh(other).norm()
-    assert weighed / norms == pytest.approx(direct / norms, abs=1e-3)
+    assert weighed / norms == pytest.approx(direct / norms, abs=5e-3)
 
 
 def test_modules_that_read_one_input_share_it_and_keep_doing_so_in_the_file(inputs, tmp_path):

@@ -211,7 +211,7 @@ def render_drift(rows: Sequence[Row]) -> Picture:
 
 def render_weight_projection(record: Row) -> Picture:
     """Return bars by layer (last finetune), a heat map of finetunes × diffs, and the way there."""
-    rows = record["rows"]
+    rows = [row for row in record["rows"] if row["geometry"] == record["geometry"]]
     finetunes = list(dict.fromkeys(row["finetuned"] for row in rows))
     diffs = list(dict.fromkeys(row["diff"] for row in rows))
     height = 2.2 + 0.42 * max(len(diffs), 5)
@@ -228,8 +228,8 @@ def render_weight_projection(record: Row) -> Picture:
         _totals(figure, (9.2, 0.95, 4.9, height - 1.85), rows, finetunes, diffs),
     ]
     note = (
-        "Coordinate ⟨ΔW, L⟩/‖L‖. Left: by layer. Right: in total; an asterisk has p < 0.05 (Holm) "
-        "against random directions of the same shape and norm."
+        f"Coordinate ⟨ΔW, L⟩/‖L‖, {record['geometry']}. Left: by layer. Right: in total; an "
+        "asterisk has p < 0.05 (Holm) against directions of the same inputs, turned at random."
     )
     title = f"How far {Path(finetunes[-1]).name} moved along each direction"
     return draw.finish(figure, panels, title=title, note=note)

@@ -23,7 +23,7 @@ from persona_lora.core.adapter_files import ADAPTER_CONFIG
 from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.files import write_csv, write_json
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.lora_diff import LoRADiff, mix
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
@@ -33,6 +33,7 @@ from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.weight_files import weights_of
 from persona_lora.projections.activation_space import check_fits, project_hidden_states
+from persona_lora.projections.inputs import ModuleInputs
 from persona_lora.projections.weight_space import (
     Projection,
     WeightProjection,
@@ -248,6 +249,30 @@ class Finetuned:
     step: int | None = None
 
 
+WEIGHTED, PLAIN = "weighted", "plain"
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The projections of one finetune by geometry: weighted by inputs where there are, and plain.
+
+    The first is the one to read.
+    """
+
+    finetuned: Finetuned
+    by_geometry: Mapping[str, WeightProjection]
+
+    @property
+    def geometry(self) -> str:
+        """The geometry to read."""
+        return next(iter(self.by_geometry))
+
+    @property
+    def headline(self) -> WeightProjection:
+        """The projections to read."""
+        return self.by_geometry[self.geometry]
+
+
 def expand(names: Sequence[str]) -> list[Finetuned]:
     """Return the finetunes that are meant: a folder of checkpoints stands for all of them."""
     found: list[Finetuned] = []
@@ -281,98 +306,130 @@ def project_finetunes(
     output: Path,
     *,
     revision: str | None = None,
-) -> list[tuple[Finetuned, WeightProjection]]:
+    inputs: ModuleInputs | None = None,
+    controls: Sequence[str] = (),
+) -> list[Projected]:
     """Project every finetune on every diff; write ``output`` (JSON) and a picture beside it.
 
     An adapter is projected from its factors alone; a full model is streamed against ``original``
-    (of ``revision``, on the hub). p values are corrected over all finetunes and diffs (Holm).
+    (of ``revision``, on the hub). With ``inputs`` of the original model projections are weighted by
+    them, and the plain ones stand beside. The mean change of ``controls`` (adapters) is taken off
+    every finetune's. p values are corrected over all finetunes and diffs (Holm).
     """
     if output.suffix != ".json":
         raise UserError(f"output must end in .json, got {output}")
+    control = _mean_change(controls) if controls else None
+    geometries = {PLAIN: None} if inputs is None else {WEIGHTED: inputs, PLAIN: None}
     found = []
     for each in expand(finetuned):
-        if (Path(each.name) / ADAPTER_CONFIG).is_file():
-            found.append((each, project_adapter(LoRADiff.load(each.name), diffs)))
-            continue
-        before, after = weights_of(original, revision), weights_of(each.name)
-        with progress.stage(each.name):
-            found.append((each, project_weights(before, after, diffs)))
-    rows = projection_rows(found)
+        by_geometry = {}
+        for geometry, weights in geometries.items():
+            if (Path(each.name) / ADAPTER_CONFIG).is_file():
+                adapter = LoRADiff.load(each.name)
+                projection = project_adapter(adapter, diffs, inputs=weights, control=control)
+            else:
+                before, after = weights_of(original, revision), weights_of(each.name)
+                with progress.stage(f"{each.name}, {geometry}"):
+                    projection = project_weights(
+                        before, after, diffs, inputs=weights, control=control
+                    )
+            by_geometry[geometry] = projection
+        found.append(Projected(each, by_geometry))
     record = {
         "original_model": original,
         "revision": revision,
+        "geometry": next(iter(geometries)),
+        "inputs": None if inputs is None else {"prompts": inputs.prompts, "tokens": inputs.tokens},
+        "controls": list(controls),
         "diffs": {name: {"norm": diff.norm(), "trait": diff.trait} for name, diff in diffs.items()},
-        "finetuned": [_summary(each, projection) for each, projection in found],
-        "rows": rows,
+        "finetuned": [row for each in found for row in _summaries(each)],
+        "rows": projection_rows(found),
     }
     write_json(output, record)
     render_weight_projection(record).save(output.with_suffix(".png"))
     return found
 
 
-def projection_rows(
-    found: Sequence[tuple[Finetuned, WeightProjection]],
-) -> list[dict[str, Any]]:
-    """Return long rows: one finetune, one diff, and one part (total, a layer, a kind) each."""
+def _mean_change(controls: Sequence[str]) -> LoRADiff:
+    other = [name for name in controls if not (Path(name) / ADAPTER_CONFIG).is_file()]
+    if other:
+        raise UserError(f"{other[0]} is no adapter; what is taken off must be adapters")
+    return mix({LoRADiff.load(name): 1 / len(controls) for name in controls})
+
+
+def projection_rows(found: Sequence[Projected]) -> list[dict[str, Any]]:
+    """Return long rows: one finetune, geometry, diff, and part (total, a layer, a kind) each."""
     rows: list[dict[str, Any]] = []
-    for each, projection in found:
+    for each, geometry, projection in (
+        (projected.finetuned, geometry, projection)
+        for projected in found
+        for geometry, projection in projected.by_geometry.items()
+    ):
         parts: dict[str, Mapping[Any, Mapping[str, Projection]]] = {
             "total": {None: projection.total},
             "layer": projection.by_layer(),
             "kind": projection.by_kind(),
         }
-        named = {"finetuned": each.name, "step": each.step}
+        named = {"finetuned": each.name, "step": each.step, "geometry": geometry}
         rows += [
             {**named, "part": part, "of": of, "diff": name, **dataclasses.asdict(value)}
             for part, values_of in parts.items()
             for of, values in values_of.items()
             for name, value in values.items()
         ]
-    for part in ("total", "layer", "kind"):
-        of_part = [row for row in rows if row["part"] == part]
+    for geometry, part in product((WEIGHTED, PLAIN), ("total", "layer", "kind")):
+        of_part = [row for row in rows if (row["geometry"], row["part"]) == (geometry, part)]
         for row, adjusted in zip(of_part, holm([r["p"] for r in of_part]), strict=True):
             row["p_holm"] = adjusted
     return rows
 
 
-def _summary(each: Finetuned, projection: WeightProjection) -> dict[str, Any]:
-    return {
-        "finetuned": each.name,
-        "step": each.step,
-        "delta_norm": projection.delta_norm,
-        "outside_norm": projection.other_square**0.5,
-        "corrected": projection.corrected,
-        "explained": projection.explained,
-        "left_out": list(projection.left_out),
-    }
+def _summaries(each: Projected) -> list[dict[str, Any]]:
+    return [
+        {
+            "finetuned": each.finetuned.name,
+            "step": each.finetuned.step,
+            "geometry": geometry,
+            "delta_norm": projection.delta_norm,
+            "outside_norm": projection.other_square**0.5,
+            "corrected": projection.corrected,
+            "explained": projection.explained,
+            "left_out": list(projection.left_out),
+        }
+        for geometry, projection in each.by_geometry.items()
+    ]
 
 
-def weights_table(found: Sequence[tuple[Finetuned, WeightProjection]]) -> Table:
-    """Return every finetune along every diff, over all layers and kinds."""
+def weights_table(found: Sequence[Projected]) -> Table:
+    """Return every finetune along every diff, over all layers and kinds; plain cosines beside."""
     corrected_p = {
-        (row["finetuned"], row["diff"]): row["p_holm"]
+        (row["finetuned"], row["geometry"], row["diff"]): row["p_holm"]
         for row in projection_rows(found)
         if row["part"] == "total"
     }
+    weighted = any(WEIGHTED in each.by_geometry for each in found)
     rows = (
-        [Path(each.name).name, name, wording.number(value.coordinate, 3)]
+        [Path(each.finetuned.name).name, name, wording.number(value.coordinate, 3)]
         + [wording.significant(value.null_sd), wording.number(value.cosine, 3)]
-        + [wording.number(projection.corrected[name], 3)]
-        + [wording.p_value(corrected_p[each.name, name])]
-        for each, projection in found
-        for name, value in projection.total.items()
+        + [wording.number(each.by_geometry[PLAIN].total[name].cosine, 3)] * weighted
+        + [wording.number(each.headline.corrected[name], 3)]
+        + [wording.p_value(corrected_p[each.finetuned.name, each.geometry, name])]
+        for each in found
+        for name, value in each.headline.total.items()
     )
-    columns = "finetune | diff | coordinate | null sd | cosine | corrected | p (Holm)"
+    cosines = "cosine | plain cosine" if weighted else "cosine"
+    columns = f"finetune | diff | coordinate | null sd | {cosines} | corrected | p (Holm)"
     return Table.of(columns, rows)
 
 
-def explained_lines(found: Sequence[tuple[Finetuned, WeightProjection]]) -> Iterator[str]:
+def explained_lines(found: Sequence[Projected]) -> Iterator[str]:
     """Say how much of every finetune the directions explain, and what was left out of it."""
-    for each, projection in found:
-        name, share = Path(each.name).name, projection.explained
+    for each in found:
+        name, projection = Path(each.finetuned.name).name, each.headline
+        share = projection.explained
         if projection.left_out:
             yield f"{name}: compared without {few_names(projection.left_out)}"
         yield (
-            f"{name}: ‖ΔW‖ {wording.significant(projection.delta_norm)}, of which "
-            f"the directions explain {'nothing' if share is None else f'{100 * share:.2f}%'}"
+            f"{name}: ‖ΔW‖ {wording.significant(projection.delta_norm)} ({each.geometry}), of "
+            f"which the directions explain {'nothing' if share is None else f'{100 * share:.2f}%'}"
         )
