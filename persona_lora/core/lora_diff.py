@@ -310,6 +310,22 @@ def random_diff_like(diff: LoRADiff, seed: int) -> LoRADiff:
     return replace(diff._map(turned), sources={"seed": seed, "spectrum_of": diff.trait})
 
 
+def turned_diff(diff: LoRADiff, seed: int) -> LoRADiff:
+    """Return QBA with Q orthogonal, uniform at random in every module: the same inputs, read alike.
+
+    The null of a projection of an adapter on ``diff``: LoRAs that began from one seed share their A
+    whatever they were trained on, and a fresh A would make any of them look far from all chance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def turned(factors: LoRAFactors) -> LoRAFactors:
+        basis, core = torch.linalg.qr(factors.B.double())
+        frame = _frame(len(basis), basis.shape[1], generator)
+        return LoRAFactors(factors.A, (frame @ core).float())
+
+    return replace(diff._map(turned), sources={"seed": seed, "turned": diff.trait})
+
+
 def _frame(size: int, number: int, generator: torch.Generator) -> Tensor:
     """Return ``number`` random orthonormal columns, ``[size, number]``."""
     q, r = torch.linalg.qr(torch.randn(size, number, generator=generator, dtype=torch.float64))

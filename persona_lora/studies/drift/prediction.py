@@ -1,9 +1,13 @@
 """Do projections predict what finetuning does to character? Many finetunes, each judged on traits.
 
 Every finetune (a LoRA on the same base) is asked the held-out questions of every trait and judged;
-its weight change is projected on every diff, and the shift of the base model's own answers on every
-steering vector. All pairs of judged trait and direction are kept, not only those of equal name: a
-direction that predicts another trait as well as its own says little about either.
+its weight change is projected on every diff, weighted by the base model's inputs, and the shift of
+the base model's own answers on every steering vector. All pairs of judged trait and direction are
+kept, not only those of equal name: a direction that predicts another trait as well as its own says
+little about either.
+
+Beside them stand what needs no projection: the judge's mean score of the answers that a finetune
+was trained on (text), the number of answers it saw (dose), and how far its weights moved at all.
 """
 
 from __future__ import annotations
@@ -11,17 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.chat import user_question
-from persona_lora.core.content import model_folder_digest
+from persona_lora.core.chat import Exchange, user_question
+from persona_lora.core.content import digest_of, model_folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv
-from persona_lora.core.lora_diff import LoRADiff, random_diff_like
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.lora_diff import LoRADiff, turned_diff
+from persona_lora.core.runs import RECORD, Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import lazily
@@ -30,13 +35,18 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import project_hidden_states
+from persona_lora.projections.inputs import ModuleInputs, kept_inputs
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.studies.asking.run import GenerationOptions, contents_of, evaluate, open_run
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
+from persona_lora.studies.steering.divergence import load_ordinary_prompts
+from persona_lora.studies.vectors.text_projection import read_texts
 
 JUDGED, PREDICTORS = "judged", "predictors"
-RANDOM_DIRECTIONS = 40  # of each diff's spectrum
+RANDOM_DIRECTIONS = 40  # of each diff, its outputs turned
+TEXT, DOSE, DISTANCE = "training text", "dose", "distance"
+LOSS = "loss.jsonl"
 JudgeOf = Callable[[Trait], Callable[[], Judge]]
 
 
@@ -84,6 +94,7 @@ def predict_finetuning(
         contents_of("diff", study.diffs),
         contents_of("vector", study.vectors),
         {f"the finetune {name}": model_folder_digest(at) for name, at in study.finetunes.items()},
+        {"the ordinary prompts": digest_of(load_ordinary_prompts())} if study.diffs else {},
     )
     run = open_run(
         output, "predict-finetuning", base, config, *read, seed=options.seed, parts=("answers",)
@@ -91,6 +102,7 @@ def predict_finetuning(
     with run:
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
+        inputs = kept_inputs(base, load_ordinary_prompts()) if study.diffs else None
         judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
         _judge(run, study, BASE, base, judges, options, output.inputs)
         for name, folder in progress.over("finetunes", list(study.finetunes.items())):
@@ -101,8 +113,9 @@ def predict_finetuning(
             _judge(run, study, name, tuned, judges, options, output.inputs)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
-                run.extend(PREDICTORS, _predictors(study, name, folder, shift))
-        _project_on_random(run, study)
+                found = _predictors(study, name, folder, inputs, shift)
+                run.extend(PREDICTORS, found + _told_by_data(study, name, folder, judges))
+        _project_on_random(run, study, inputs)
         here = {BASE, *study.finetunes}
         for name in (JUDGED, PREDICTORS):
             run.write(name, [row for row in run.read(name) if row["finetune"] in here])
@@ -175,34 +188,73 @@ def _predictors(
     study: DriftStudy,
     name: str,
     folder: Path,
+    inputs: ModuleInputs | None,
     shift: Tensor | None,
 ) -> list[dict[str, Any]]:
     rows = []
-    if study.diffs:
+    if inputs is not None:
         adapter = LoRADiff.load(folder)
-        projection = project_adapter(adapter, study.diffs)
-        for direction, value in projection.total.items():
-            rows.append(_row(name, direction, WEIGHTS, value.coordinate))
-            corrected = projection.corrected[direction]
-            rows.append(_row(name, direction, "weights, corrected", corrected))
+        weighted = project_adapter(adapter, study.diffs, inputs=inputs)
+        plain = project_adapter(adapter, study.diffs)
+        for direction, value in weighted.total.items():
+            rows += [
+                _row(name, direction, WEIGHTS, value.coordinate),
+                _row(name, direction, "weights, corrected", weighted.corrected[direction]),
+                _row(name, direction, "weights, plain", plain.total[direction].coordinate),
+                _row(name, direction, DISTANCE, weighted.delta_norm),
+            ]
     if shift is not None:
         pairs = zip(study.vectors, shift.tolist(), strict=True)
         rows += [_row(name, direction, "activations", value) for direction, value in pairs]
     return rows
 
 
-def _project_on_random(run: Run, study: DriftStudy) -> None:
-    """Project what lacks it on random directions of each spectrum, one in memory at a time."""
+def _told_by_data(
+    study: DriftStudy, name: str, folder: Path, judges: Mapping[str, Callable[[], Judge]]
+) -> list[dict[str, Any]]:
+    """Return what the training data alone say: their mean score on every trait, and the dose.
+
+    Nothing where the finetune's record does not name rows that are still there as they were.
+    """
+    home = next((at for at in (folder, folder.parent) if (at / RECORD).is_file()), None)
+    config = {} if home is None else Run(home).record["config"]
+    path = Path(config.get("train_file", ""))
+    if home is None or not path.is_file():
+        return []
+    exchanges = [
+        Exchange(str(asked[-1]["content"]), answer)
+        for asked, answer in read_texts(path).exchanges
+        if not isinstance(asked, str)
+    ]
+    rows = []
+    for trait in study.traits:
+        scores = [
+            verdict.score
+            for verdict in judges[trait.name]().judge(exchanges, trait.name)
+            if verdict.score is not None
+        ]
+        if scores:
+            rows.append(_row(name, trait.name, TEXT, fmean(scores)))
+    step = int(folder.name.partition("-")[2]) if folder.name.startswith("checkpoint-") else None
+    epochs = [row["epoch"] for row in read_jsonl(home / LOSS) if step in (None, row["step"])]
+    seen = epochs[-1] * config["num_rows"] if epochs else None
+    return rows + [_row(name, trait.name, DOSE, seen) for trait in study.traits if seen]
+
+
+def _project_on_random(run: Run, study: DriftStudy, inputs: ModuleInputs | None) -> None:
+    """Project what lacks it on each diff with its outputs turned at random, one at a time."""
     known = {row["finetune"] for row in run.read(PREDICTORS) if row["kind"] == NULL}
+    if inputs is None:
+        return
     adapters = {
-        name: LoRADiff.load(folder)
+        name: inputs.weigh(LoRADiff.load(folder))
         for name, folder in study.finetunes.items()
-        if name not in known and study.diffs
+        if name not in known
     }
     planned = [(name, seed) for name in study.diffs for seed in range(RANDOM_DIRECTIONS)]
     rows = []
     for name, seed in progress.over("random directions", planned) if adapters else ():
-        control = random_diff_like(study.diffs[name], seed)
+        control = inputs.weigh(turned_diff(study.diffs[name], seed))
         norm = control.norm()
         rows += [
             _row(finetune, f"{name}#{seed}", NULL, adapter.inner(control) / norm)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections import Counter
 
 import pytest
 import torch
 
+from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
+from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import load_chat_model
+from persona_lora.projections.inputs import measure_inputs
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.drift.prediction import (
@@ -20,6 +25,7 @@ from persona_lora.studies.drift.prediction import (
     predict_finetuning,
 )
 from persona_lora.studies.drift.read_prediction import nulls
+from persona_lora.studies.steering.divergence import load_ordinary_prompts
 
 OPTIONS = GenerationOptions(max_new_tokens=5)
 
@@ -56,20 +62,44 @@ def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
     assert {row["finetune"] for row in judged} == {"base", "f0", "f1", "f2", "f3"}
     random = [row for row in predictors if row["kind"] == "random"]
     assert len(random) == 4 * 2 * RANDOM_DIRECTIONS
-    assert len(predictors) - len(random) == 4 * (2 + 2 + 1)
+    kinds = Counter(row["kind"] for row in predictors if row["kind"] != "random")
+    by_weights = ("weights", "weights, corrected", "weights, plain", "distance")
+    assert kinds == {**dict.fromkeys(by_weights, 4 * 2), "activations": 4}
     (null,) = nulls(judged, predictors)
     assert (null.judged, null.n) == ("cheer", RANDOM_DIRECTIONS)
     assert 1 / (RANDOM_DIRECTIONS + 1) <= null.p <= 1
-    diff = project_adapter(LoRADiff.load(study.finetunes["f2"]), study.diffs)
-    mine = {
-        row["direction"]: row["value"]
-        for row in predictors
-        if (row["finetune"], row["kind"]) == ("f2", "weights")
-    }
-    assert mine == pytest.approx({name: diff.total[name].coordinate for name in study.diffs})
+    adapter = LoRADiff.load(study.finetunes["f2"])
+    inputs = measure_inputs(base, load_ordinary_prompts())
+    for kind, weights in (("weights", inputs), ("weights, plain", None)):
+        total = project_adapter(adapter, study.diffs, inputs=weights).total
+        mine = {
+            row["direction"]: row["value"]
+            for row in predictors
+            if (row["finetune"], row["kind"]) == ("f2", kind)
+        }
+        assert mine == pytest.approx({name: total[name].coordinate for name in study.diffs})
     assert (run.folder / "prediction.png").is_file()
     table = (run.folder / "prediction.csv").read_text().splitlines()
-    assert len(table) == 1 + (2 + 2 + 1) + 3  # directions of each kind, and three pooled rows
+    assert len(table) == 1 + (4 * 2 + 1) + 5  # directions of each kind, and its pooled row
+
+
+def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff, tmp_path):
+    data = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Lovely rain!"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    for name, folder in study.finetunes.items():
+        config = {"train_file": str(data), "num_rows": 12}
+        with Run.open(folder / "run", command="finetune", config=config, seed=1) as run:
+            run.extend("loss", [{"step": at, "epoch": at / 2} for at in (1, 2, int(name[1:]) + 3)])
+        for each in ("run.json", "loss.jsonl"):
+            shutil.move(folder / "run" / each, folder / each)
+    run = predict_finetuning(
+        base, study, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS
+    )
+    told = {(row["finetune"], row["kind"]): row["value"] for row in rows(run, "predictors")}
+    assert [told[f"f{at}", "dose"] for at in range(4)] == [12 * (at + 3) / 2 for at in range(4)]
+    (verdict,) = judge.judge([Exchange("Rain?", "Lovely rain!")], "cheer")
+    assert told["f0", "training text"] == verdict.score
 
 
 def test_a_second_run_judges_only_what_is_new(base, study, judge, make_diff, tmp_path):
