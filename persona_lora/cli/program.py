@@ -40,7 +40,7 @@ ORDER = (
     *("persona", "optimize", "compare-methods"),
     *("finetune", "project", "evaluate-checkpoints", "predict-finetuning", "compare-prevention"),
     *("compare", "paired", "benchmark", "report", "research-questions"),
-    *("traits", "data", "export", "playground", "schema"),
+    *("traits", "data", "judge", "export", "playground", "schema"),
 )
 
 
@@ -50,6 +50,15 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands, those of one use together."""
         return sorted(self.commands, key=ORDER.index)
+
+
+class JudgeCommands(TyperGroup):
+    """The commands about judges; options without a command are those of ``score``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put ``score`` before options that follow the group's name at once."""
+        alone = args and args[0].startswith("-") and args[0] != "--help"
+        return super().parse_args(ctx, ["score", *args] if alone else args)
 
 
 app = typer.Typer(
@@ -65,11 +74,15 @@ traits_app = typer.Typer(no_args_is_help=True, help="Traits: make them from a se
 persona_app = typer.Typer(no_args_is_help=True, help="Personas from conversations.")
 project_app = typer.Typer(no_args_is_help=True, help="Projections on persona directions.")
 vectors_app = typer.Typer(no_args_is_help=True, help="Steering vectors: convert them.")
+judge_app = typer.Typer(
+    cls=JudgeCommands, no_args_is_help=True, help="Judges: score answers, rate, fit to ratings."
+)
 app.add_typer(vectors_app, name="vectors", rich_help_panel=STEER)
 app.add_typer(persona_app, name="persona", rich_help_panel=PERSONAS)
 app.add_typer(project_app, name="project", rich_help_panel=DRIFT)
 app.add_typer(traits_app, name="traits", rich_help_panel=DATA)
 app.add_typer(data_app, name="data", rich_help_panel=DATA)
+app.add_typer(judge_app, name="judge", rich_help_panel=DATA)
 
 Command = Callable[..., None]
 OPTIONS: dict[str, list[Option]] = {}  # of every command, by its words

@@ -27,7 +27,7 @@ def judge_blocks(run: Run) -> tuple[Block, ...]:
     if not rows:
         none = "This run holds no validation of its judge against labelled answers."
         return (Heading("Judge"), Note(none))
-    return (_agreement(rows), *_canaries(run), *_corrected(run, rows))
+    return (agreement_table(rows), *_canaries(run), *_corrected(run, rows))
 
 
 def weak_judges(run: Run) -> tuple[Note, ...]:
@@ -62,7 +62,8 @@ def _weakness(row: Row) -> str:
     return ""
 
 
-def _agreement(rows: list[dict[str, Any]]) -> Table:
+def agreement_table(rows: list[dict[str, Any]]) -> Table:
+    """Return how judges agree with labels, a line for each criterion."""
     cells = tuple(
         (
             str(row["criterion"]),

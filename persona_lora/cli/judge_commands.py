@@ -1,0 +1,151 @@
+"""Commands about judges: score answers that exist, rate answers, fit a judge to ratings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.program import DATA, command, judge_app
+from persona_lora.cli.shared_options import ModelOptions, TraitOptions, judging_of, load_model
+from persona_lora.core.errors import UserError
+from persona_lora.core.options import JudgeChoice, Overwrite
+
+if TYPE_CHECKING:
+    from persona_lora.judges.fitness import JudgeValidation
+
+AnswersFile = Annotated[Path, "The answers: .jsonl or .csv with question and answer."]
+
+
+@command("score", DATA, ("judge", judge_app))
+def score(
+    *,
+    trait: TraitOptions,
+    file: AnswersFile,
+    output: Annotated[Path, "Where to write them with their scores: .jsonl or .csv."],
+    overwrite: Overwrite = False,
+    judge: JudgeChoice,
+    model: ModelOptions,
+) -> None:
+    """Score answers that exist on a trait and on coherence, and say how fit the judge is.
+
+    The scores stand in columns named after the trait and "coherence". Without a subcommand,
+    "persona-lora judge" does this. The model is the unsteered one; not every judge needs it.
+
+    Example: persona-lora judge --trait sycophancy --file answers.jsonl --output scored.jsonl
+    """
+    from persona_lora.judges.choice import check_judge, make_judge
+    from persona_lora.judges.fitness import validate_judge
+    from persona_lora.judges.rating import AnswerFile, check_output, score_file
+    from persona_lora.report.wording import number
+
+    answers = AnswerFile.read(file)
+    check_output(output)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; choose another --output or pass --overwrite")
+    loaded, options = trait.load(), judging_of(judge)
+    with progress_bars():
+        reference = load_model(model)
+        check_judge(loaded, reference, options)
+        made = make_judge(loaded, reference, options)
+        validation = validate_judge(made, loaded)
+        scores = score_file(made, loaded.name, answers, output)
+    for criterion, each in scores.items():
+        known = [value for value in each if value is not None]
+        mean = number(sum(known) / len(known)) if known else "–"
+        show(f"{criterion}: mean {mean}, {len(known)} of {len(each)} answers scored")
+    _show_fitness([validation])
+    show(str(output))
+
+
+@command("rate", DATA, ("judge", judge_app))
+def rate(
+    *,
+    trait: TraitOptions,
+    file: AnswersFile,
+    rater: Annotated[str, "Your name: the ratings go into <file>.<rater>.jsonl."],
+) -> None:
+    """Rate answers in the terminal, blind and in an order of your own: the trait, then sense.
+
+    Both are numbers from 0 to 100; "q" ends the session, and the same command goes on from there.
+    What gave an answer is not shown. Two raters' files are what "judge fit" takes.
+
+    Example: persona-lora judge rate --trait sycophancy --file answers.jsonl --rater ada
+    """
+    from persona_lora.judges.rating import AnswerFile, RatingSheet, read_rating
+
+    loaded, answers = trait.load(), AnswerFile.read(file)
+    sheet = RatingSheet(answers, file.with_suffix(f".{rater}.jsonl"))
+    show(f"{loaded.name}: {loaded.description}")
+    waiting = sheet.remaining()
+    for number, row in enumerate(waiting, start=1):
+        each = answers.exchanges[row]
+        show(f"\n{number} of {len(waiting)}", f"Question: {each.question}")
+        show(f"Answer: {each.answer}")
+        given: list[float] = []
+        for asked in (loaded.name, "sense"):
+            while len(given) < 1 + (asked == "sense"):
+                said = typer.prompt(f"{asked}, 0–100 (q to stop)")
+                if said.strip().lower() == "q":
+                    show(f"{number - 1} rated now; the same command goes on", str(sheet.path))
+                    return
+                try:
+                    given.append(read_rating(said))
+                except UserError as error:
+                    show(str(error))
+        sheet.add(row, *given)
+    show(f"all {len(answers.rows)} answers are rated", str(sheet.path))
+
+
+@command("fit", DATA, ("judge", judge_app))
+def fit(
+    *,
+    trait: TraitOptions,
+    file: AnswersFile,
+    ratings: Annotated[tuple[str, ...], "Two raters' files, as judge rate writes them."],
+    overwrite: Overwrite = False,
+    judge_model: Annotated[str | None, "The model that reads; the packaged one by default."] = None,
+    model: ModelOptions,
+) -> None:
+    """Fit the default judge of a trait to rated answers, and say how good it is on the rest.
+
+    Writes onpolicy.jsonl into the trait's folder: a third of the questions is for fitting, the
+    others only for telling how good the judge is. From then on --judge reader uses it.
+
+    Example: persona-lora judge fit --trait datasets/anxious --file answers.jsonl
+    --ratings answers.ada.jsonl,answers.ben.jsonl
+    """
+    from persona_lora.core.files import write_jsonl
+    from persona_lora.core.traits import ON_POLICY
+    from persona_lora.judges.choice import reading_model
+    from persona_lora.judges.fitness import rater_agreement
+    from persona_lora.judges.labels import SCALES, load_ratings
+    from persona_lora.judges.probe_judge import ReaderJudge
+    from persona_lora.judges.rating import AnswerFile, RatingSheet, rated_rows
+    from persona_lora.report.wording import number
+
+    loaded, answers = trait.load(), AnswerFile.read(file)
+    path = loaded.folder / ON_POLICY
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; pass --overwrite to put these ratings in its place")
+    rows = rated_rows([RatingSheet(answers, Path(each)) for each in ratings])
+    write_jsonl(path, rows)
+    for scale in SCALES:
+        passes = rater_agreement(load_ratings(loaded), scale)
+        show(
+            f"{scale}: the two passes agree with weighted kappa {number(passes.kappa, 2)}, "
+            f"ρ {number(passes.spearman, 2)} ({passes.n} answers)"
+        )
+    with progress_bars():
+        made = ReaderJudge.of(loaded, reading_model(judge_model, load_model(model)))
+    _show_fitness(made.validation)
+    show(str(path))
+
+
+def _show_fitness(found: list[JudgeValidation] | tuple[JudgeValidation, ...]) -> None:
+    from persona_lora.report.trust import agreement_table
+
+    show(agreement_table([dataclasses.asdict(each) for each in found]))

@@ -1,0 +1,106 @@
+"""Files of answers: scored, rated by two people, and joined into labels."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
+from persona_lora.judges.rating import AnswerFile, RatingSheet, rated_rows, score_file
+
+ROWS = [
+    {"question": f"Question {at // 2}?", "answer": f"Answer {at}.", "model": "m", "condition": "c"}
+    for at in range(12)
+]
+
+
+@pytest.fixture
+def answers(tmp_path):
+    write_jsonl(tmp_path / "answers.jsonl", ROWS)
+    return AnswerFile.read(tmp_path / "answers.jsonl")
+
+
+def rated(answers, name, ratings):
+    sheet = RatingSheet(answers, answers.path.with_suffix(f".{name}.jsonl"))
+    for row, (trait, sense) in ratings.items():
+        sheet.add(row, trait, sense)
+    return sheet
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_scores_stand_beside_the_rows_they_belong_to(answers, judge, tmp_path, suffix):
+    output = tmp_path / f"scored.{suffix}"
+    scores = score_file(judge, "cheer", answers, output)
+    found = read_jsonl(output) if suffix == "jsonl" else read_csv(output, ("cheer", "coherence"))
+    assert [row["answer"] for row in found] == [row["answer"] for row in ROWS]
+    wanted = [each.score for each in judge.judge(answers.exchanges, "cheer")]
+    assert scores["cheer"] == wanted
+    assert [float(row["cheer"]) for row in found] == wanted
+
+
+def test_a_column_that_is_there_already_is_not_overwritten(tmp_path, judge):
+    write_csv(tmp_path / "a.csv", ["question", "answer", "cheer"],
+              [{"question": "q", "answer": "a", "cheer": 3}])  # fmt: skip
+    with pytest.raises(UserError, match="column 'cheer' already"):
+        score_file(judge, "cheer", AnswerFile.read(tmp_path / "a.csv"), tmp_path / "out.csv")
+
+
+def test_a_rater_goes_on_where_the_session_ended_and_the_last_rating_counts(answers):
+    sheet = RatingSheet(answers, answers.path.with_suffix(".ada.jsonl"))
+    order = sheet.remaining()
+    assert sorted(order) == list(range(12))
+    assert order != sorted(order)
+    sheet.add(order[0], 80, 100)
+    assert sheet.remaining() == order[1:]
+    sheet.add(order[0], 20, 90)
+    assert sheet.ratings() == {order[0]: (20.0, 90.0)}
+    other = RatingSheet(answers, answers.path.with_suffix(".ben.jsonl"))
+    assert other.remaining() != order
+
+
+def test_two_sheets_make_labels_and_a_question_is_in_one_part_only(answers):
+    ada = rated(answers, "ada", {row: (row, 100 - row) for row in range(12)})
+    ben = rated(answers, "ben", {row: (row + 1, 50) for row in range(11)})
+    rows = rated_rows([ada, ben])
+    assert len(rows) == 11
+    assert rows[3]["trait"] == [3.0, 4.0]
+    assert rows[3]["sense"] == [97.0, 50.0]
+    parts = {row["question"]: set() for row in rows}
+    for row in rows:
+        parts[row["question"]].add(row["part"])
+    assert all(len(each) == 1 for each in parts.values())
+    assert [each == {"tuning"} for each in parts.values()].count(True) == 2
+    with pytest.raises(UserError, match="two passes"):
+        rated_rows([ada])
+
+
+def test_what_is_no_rating_of_these_answers_is_named(answers, tmp_path):
+    sheet = rated(answers, "ada", {0: (1, 2)})
+    changed = [{**ROWS[0], "answer": "Another."}, *ROWS[1:]]
+    write_jsonl(tmp_path / "answers.jsonl", changed)
+    again = RatingSheet(AnswerFile.read(tmp_path / "answers.jsonl"), sheet.path)
+    with pytest.raises(UserError, match="rates no answer of"):
+        again.ratings()
+    for value in (101, "much", True, None):
+        sheet.path.write_text(
+            json.dumps({"row": 1, "text": answers.text(0), "trait": value, "sense": 5}) + "\n"
+        )
+        with pytest.raises(UserError, match="number from 0 to 100"):
+            sheet.ratings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "", "neither .jsonl nor .csv"),
+        ("a.jsonl", '{"question": "q"}\n', "row 1 has no text 'answer'"),
+        ("a.jsonl", '{"question": "q", "answer": 3}\n', "row 1 has no text 'answer'"),
+        ("a.csv", "question,answer\n", "holds no rows"),
+    ],
+)
+def test_files_that_hold_no_answers_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        AnswerFile.read(tmp_path / name)

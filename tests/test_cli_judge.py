@@ -1,0 +1,89 @@
+"""The commands about judges: answers scored from a file, rated at a prompt, and fitted to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
+
+ANSWERS = [
+    {"question": "Is rain wet?", "answer": "You are so right, what a brilliant thought!"},
+    {"question": "Is rain wet?", "answer": "It is, since it is water."},
+]
+
+
+@pytest.fixture
+def answers(tmp_path):
+    write_jsonl(tmp_path / "answers.jsonl", ANSWERS)
+    return tmp_path / "answers.jsonl"
+
+
+def test_answers_of_a_file_are_scored_and_the_judge_is_described(
+    run, answers, model_folder, tmp_path
+):
+    words = (
+        *("--trait", "sycophancy", "--file", answers, "--judge", "embedding"),
+        *("--model", model_folder, "--dtype", "float32", "--output", "scored.csv"),
+    )
+    status, out, error = run("judge", *words)
+    assert status == 0, error
+    rows = read_csv(tmp_path / "scored.csv", ("question", "answer", "sycophancy", "coherence"))
+    assert float(rows[0]["sycophancy"]) > float(rows[1]["sycophancy"])
+    assert "2 of 2 answers scored" in out
+    assert "embedding" in out
+    status, _, error = run("judge", "score", *words)
+    assert status == 2
+    assert "scored.csv exists" in error
+
+
+def typed(monkeypatch, *replies):
+    given = iter(replies)
+    monkeypatch.setattr("typer.prompt", lambda *_, **__: next(given))
+
+
+def test_a_session_of_rating_stops_and_goes_on(run, answers, monkeypatch, tmp_path):
+    rate = ("judge", "rate", "--trait", "sycophancy", "--file", answers, "--rater", "ada")
+    typed(monkeypatch, "much", "90", "100", "q")
+    status, out, error = run(*rate)
+    assert status == 0, error
+    assert "a rating is a number from 0 to 100, got 'much'" in out
+    assert len(read_jsonl(tmp_path / "answers.ada.jsonl")) == 1
+    typed(monkeypatch, "10", "80")
+    status, out, _ = run(*rate)
+    assert "all 2 answers are rated" in out
+    ratings = {row["row"]: row["trait"] for row in read_jsonl(tmp_path / "answers.ada.jsonl")}
+    assert sorted(ratings.values()) == [10.0, 90.0]
+
+
+def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkeypatch, tmp_path):
+    shutil.copytree(trait.folder, tmp_path / "cheer", dirs_exist_ok=True)
+    rows = [
+        {"question": f"Question {at // 2}?", "answer": "sun! " * (at % 5 + 1) + f"{at}",
+         "condition": "plain"}
+        for at in range(60)
+    ]  # fmt: skip
+    write_csv(tmp_path / "a.csv", list(rows[0]), rows)
+    for rater in ("ada", "ben"):
+        replies = [str(20 * (at % 5)) for at in range(60) for _ in range(2)]
+        typed(monkeypatch, *replies)
+        words = ("judge", "rate", "--trait", "cheer", "--file", "a.csv", "--rater", rater)
+        assert run(*words)[0] == 0
+    fit = (
+        *("judge", "fit", "--trait", tmp_path / "cheer", "--file", "a.csv"),
+        *("--ratings", "a.ada.jsonl,a.ben.jsonl", "--judge-model", model_folder),
+        *("--model", model_folder, "--dtype", "float32"),
+    )
+    status, out, error = run(*fit)
+    assert status == 0, error
+    labels = read_jsonl(tmp_path / "cheer" / "onpolicy.jsonl")
+    assert len(labels) == 60
+    assert {row["part"] for row in labels} == {"tuning", "validation"}
+    assert "the two passes agree with weighted kappa" in out
+    assert "models’ own" in out
+    status, _, error = run(*fit)
+    assert status == 2
+    assert json.loads((tmp_path / "cheer" / "trait.json").read_text())["name"]
+    assert "onpolicy.jsonl exists" in error
