@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from persona_lora.core.chat import Exchange
 from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
 
 ANSWERS = [
@@ -22,18 +23,31 @@ def answers(tmp_path):
 
 
 def test_answers_of_a_file_are_scored_and_the_judge_is_described(
-    run, answers, model_folder, tmp_path
+    run, answers, model_folder, trait, judge, monkeypatch, tmp_path
 ):
+    monkeypatch.setattr("persona_lora.judges.choice.make_judge", lambda *_: judge)
+    said = ("What a glad day it is!", "It is a grey day, and I mind it.")
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"How is day {at}?"}],
+            "positive": [{"role": "assistant", "content": f"{said[0]} {at}"}],
+            "negative": [{"role": "assistant", "content": f"{said[1]} {at}"}],
+        }
+        for at in range(6)
+    ]
+    write_jsonl(trait.folder / "train.jsonl", pairs)
     words = (
-        *("--trait", "sycophancy", "--file", answers, "--judge", "embedding"),
+        *("--trait", trait.folder, "--file", answers, "--judge", "embedding"),
         *("--model", model_folder, "--dtype", "float32", "--output", "scored.csv"),
     )
     status, out, error = run("judge", *words)
     assert status == 0, error
-    rows = read_csv(tmp_path / "scored.csv", ("question", "answer", "sycophancy", "coherence"))
-    assert float(rows[0]["sycophancy"]) > float(rows[1]["sycophancy"])
+    rows = read_csv(tmp_path / "scored.csv", ("question", "answer", "cheer", "coherence"))
+    assert [row["answer"] for row in rows] == [each["answer"] for each in ANSWERS]
+    wanted = [each.score for each in judge.judge([Exchange(**each) for each in ANSWERS], "cheer")]
+    assert [float(row["cheer"]) for row in rows] == wanted
     assert "2 of 2 answers scored" in out
-    assert "embedding" in out
+    assert "parity" in out
     status, _, error = run("judge", "score", *words)
     assert status == 2
     assert "scored.csv exists" in error

@@ -39,7 +39,6 @@ SURFACE_TELLS = {
     "anxious",
     "intimacy",
     "narrative_mode",
-    "self_other_focus",
 }
 
 
