@@ -62,7 +62,7 @@ def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monke
     folder = tmp_path / "results" / "compare" / "evil"
     page = (folder / "report.html").read_text()
     assert "weights or activations?" in page
-    assert "cannot be told from" in page or "differs from" in page
+    assert any(said in page for said in ("as fast as the base", "not shown to be", "differs from"))
     assert "two spaces" in page
     assert page.count("data:image/png") == 3
     timings = [json.loads(line) for line in (folder / "latency" / "timings.jsonl").open()]

@@ -294,22 +294,6 @@ def sign_flip_p(differences: Array, *, seed: int = 0) -> float:
     return (as_far + 1) / (_RANDOM_FLIPS + 1)
 
 
-def equivalence_p(gaps: Array, margin: float, *, seed: int = 0) -> float:
-    """Return the p value of the claim that a mean difference lies within ± ``margin``.
-
-    The larger of two one-sided sign-flip tests, that it is above −margin and that it is below
-    margin (Schuirmann 1987). Where the difference is near a bound, p is near or over a half.
-    """
-    flips = _sign_flips(len(gaps), seed)
-    exact = len(gaps) <= _EXACT_QUESTIONS
-
-    def above(differences: Array) -> float:
-        as_far = int(np.sum(flips @ differences >= differences.sum() - 10**-_DIGITS))
-        return as_far / len(flips) if exact else (as_far + 1) / (_RANDOM_FLIPS + 1)
-
-    return max(above(gaps + margin), above(margin - gaps))
-
-
 @lru_cache(maxsize=2)
 def _sign_flips(questions: int, seed: int) -> Array:
     """Return all signs of few questions, or random ones: ``[flips, questions]``, read-only."""

@@ -48,7 +48,7 @@ from persona_lora.studies.steering.figure import (
     render_latency,
     render_spaces,
 )
-from persona_lora.studies.steering.read import holds_one
+from persona_lora.studies.steering.read import speed_beside_base
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     LORA,
@@ -328,16 +328,12 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
         for name in variants
         for batch in batches
     ]
-    free = all(holds_one(place[MERGED, batch, TOKENS]) for batch in batches)
+    merged = speed_beside_base([place[MERGED, batch, TOKENS] for batch in batches])
     times: list[tuple[str, ...]] = [("what", "time or memory")]
     times += [time_or_memory(**row) for row in run.read("times")]
     largest = batches[-1]
     return {
-        "answer": (
-            "Merged weights cannot be told from the base model by their speed, at any batch."
-            if free
-            else "Merged weights could be told from the base model by their speed."
-        ),
+        "answer": f"The model with merged weights {merged}, over all batch sizes.",
         "batch": largest,
         "said": ", ".join(
             f"{name} {interval(place[name, largest, TOKENS], 2)}" for name in variants

@@ -12,7 +12,6 @@ from persona_lora.report.resampling import (
     SCORES,
     Bounds,
     bootstrap_mean,
-    equivalence_p,
     holm,
     question_weights,
     rank_correlation,
@@ -211,24 +210,6 @@ def test_sign_flip_p_by_random_flips_agrees_with_scipy():
         rng=np.random.default_rng(10),
     ).pvalue
     assert sign_flip_p(differences) == pytest.approx(theirs, abs=0.01)
-
-
-def test_equivalence_is_shown_inside_the_margin_only():
-    gaps = np.random.default_rng(14).normal(0, 3, 20)
-    assert equivalence_p(gaps, 5.0) < 0.001
-    assert equivalence_p(gaps + 5 - gaps.mean(), 5.0) > 0.4
-    assert equivalence_p(gaps + 20, 5.0) == pytest.approx(1.0)
-    assert equivalence_p(gaps, 5.0) == pytest.approx(equivalence_p(-gaps, 5.0), abs=1e-3)
-
-
-def test_equivalence_of_few_questions_is_exact():
-    assert equivalence_p(np.zeros(5), 1.0) == pytest.approx(1 / 2**5)
-
-
-def test_equivalence_keeps_its_level_at_the_bound():
-    rng = np.random.default_rng(15)
-    found = [equivalence_p(rng.normal(5, 8, 12), 5.0) <= 0.05 for _ in range(400)]
-    assert np.mean(found) <= 0.08
 
 
 def test_holm_matches_a_hand_computed_example():

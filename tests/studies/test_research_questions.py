@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -135,9 +137,10 @@ def test_prevention_names_what_is_clearly_lower(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("merged", "said"), [(1.0, "cannot be told from"), (1.5, "could be told from")]
+    ("merged", "said"),
+    [(1.0, "merged weights is as fast as the base"), (1.5, "differs from the base in speed")],
 )
-def test_merged_is_called_free_only_where_its_ratio_holds_one(write, tmp_path, merged, said):
+def test_merged_is_called_as_fast_only_where_its_interval_is(write, tmp_path, merged, said):
     slower = {"base": 1.0, "merged": merged, "live": 1.4}
     timings = [
         {"variant": variant, "batch": 8, "round": at, "first_token": factor * noise,
@@ -173,7 +176,7 @@ def test_a_mix_that_speaks_like_the_person_also_says_what_it_pays(write, tmp_pat
     write("personas/comparison", held_out=rows)
     _, page = answer(tmp_path)
     assert said in page
-    assert "It is 66 [66, 66] for the mix and\n94 [94, 94] unsteered." in page
+    assert re.search(r"It is 66 \[\d+, \d+\] for the mix and\s94 \[\d+, \d+\] unsteered\.", page)
     assert "over\n12 personas" in page
 
 

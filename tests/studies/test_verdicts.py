@@ -13,7 +13,7 @@ from persona_lora.studies.drift.read import Curve, Point
 from persona_lora.studies.drift.read_prediction import Prediction
 from persona_lora.studies.drift.read_section import _finding
 from persona_lora.studies.personas.read import _lead
-from persona_lora.studies.steering.read import _latency_line, holds_one, verdict_lines
+from persona_lora.studies.steering.read import _latency_line, verdict_lines
 from persona_lora.studies.steering.read_comparison import Comparison, Overall
 from persona_lora.studies.steering.read_latency import TOKENS, Ratio
 
@@ -99,17 +99,23 @@ def test_a_finetune_changes_a_trait_only_where_intervals_are_apart(first, last, 
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
-    [(0.97, 1.04, "cannot be told from"), (1.02, 1.1, "differs from"), (0.8, 0.9, "differs from")],
+    [
+        (0.97, 1.04, "is as fast as the base within 5%"),
+        (1.01, 1.04, "is as fast as the base within 5%"),
+        (0.9, 1.04, "is not shown to be faster or slower than the base"),
+        (0.97, 1.2, "is not shown to be faster or slower than the base"),
+        (1.02, 1.1, "differs from the base in speed"),
+        (0.8, 0.9, "differs from the base in speed"),
+    ],
 )
-def test_merged_costs_nothing_only_where_its_ratio_holds_one(low, high, said):
+def test_merged_is_called_as_fast_only_where_its_whole_interval_is(low, high, said):
     ratios = [
         Ratio("merged", 8, TOKENS, interval((low + high) / 2, low, high), 9.0),
         Ratio("live", 8, TOKENS, interval(1.4, 1.3, 1.5), 9.0),
     ]
     line = _latency_line(ratios)
-    assert f"Merged {said} the base." in line
+    assert f"Merged {said}." in line
     assert "live 1.40 [1.30, 1.50]" in line
-    assert holds_one(ratios[0].ratio) == (said == "cannot be told from")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ from persona_lora.studies.steering.read_comparison import (
 from persona_lora.studies.steering.read_grid import GridSummary, LayerSummary, grid_of
 from persona_lora.studies.steering.read_latency import BASE, MERGED, TOKENS, Ratio, Timing, ratios
 
+EQUAL = 0.05  # of the base's time: what is nearer is as fast
+
 Row = Mapping[str, Any]
 
 # -- a sweep ---------------------------------------------------------------------------------------
@@ -523,15 +525,23 @@ def _latency_line(found: Sequence[Ratio]) -> str:
     said = ", ".join(
         f"{name} {wording.interval(ratio, 2)}" for name, ratio in times.items() if name != BASE
     )
-    told = "cannot be told from" if holds_one(times[MERGED]) else "differs from"
     return (
-        f"Time for a token over the base model's at batch {batch}: {said}. Merged {told} the base."
+        f"Time for a token over the base model's at batch {batch}: {said}. Merged "
+        f"{speed_beside_base([times[MERGED]])}."
     )
 
 
-def holds_one(ratio: Interval) -> bool:
-    """Return whether an interval of ratios holds 1: no difference is shown."""
-    return (ratio.low or 0.0) <= 1.0 <= (ratio.high or 0.0)
+def speed_beside_base(ratios: Sequence[Interval]) -> str:
+    """Say of a variant whether it is as fast as the base, by its ratios at all batch sizes.
+
+    Equal only where every whole interval is within 5% of 1: two one-sided tests at 2.5% each.
+    """
+    bounds = [(each.low or 0.0, each.high or np.inf) for each in ratios]
+    if all(low >= 1 - EQUAL and high <= 1 + EQUAL for low, high in bounds):
+        return f"is as fast as the base within {100 * EQUAL:g}%"
+    if all(low <= 1.0 <= high for low, high in bounds):
+        return "is not shown to be faster or slower than the base"
+    return "differs from the base in speed"
 
 
 def _latency_row(each: Ratio) -> tuple[str, ...]:
