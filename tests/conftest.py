@@ -30,6 +30,7 @@ from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import features, linear_modules
+from persona_lora.projections import inputs
 
 pytest_plugins = ["tests.scenes", "tests.synthetic_runs"]
 
@@ -116,6 +117,13 @@ def told():
     seen: list[tuple[str, int, int]] = []
     with progress.shown(lambda *at: seen.append(at)):
         yield seen
+
+
+@pytest.fixture(autouse=True)
+def inputs_kept_apart(monkeypatch, tmp_path_factory):
+    """Inputs of tiny models are kept for the tests alone, not in the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr(inputs, "user_cache_path", lambda _: folder)
 
 
 @pytest.fixture

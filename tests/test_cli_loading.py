@@ -30,7 +30,7 @@ TRAIT = ("--trait", "evil", *DATASETS)
 PERSONAS = ("--persona-dir", ROOT / "personas")
 VECTOR = ("--vector", "v.safetensors")
 # What reads weights as they lie on the disk, or asks an endpoint, and so loads no model.
-LOADS_NOTHING = {"export", "project weights"}
+LOADS_NOTHING = {"export"}
 COMMANDS = {
     "evaluate": (*TRAIT, "--output", "out/x.csv", "--model", HUB),
     "sweep": (*TRAIT, "--diff", "diff", "--output", "out", "--model", HUB),
@@ -51,6 +51,9 @@ COMMANDS = {
     "project activations": (
         "--vectors", "v.safetensors", "--labelled", "evil", *DATASETS, "--output", "out",
         "--model", HUB,
+    ),
+    "project weights": (
+        "--original-model", HUB, "--finetuned-model", "finetune/checkpoint-1", "--diffs", "diff",
     ),
     "evaluate-checkpoints": (
         "finetune", "--traits", "evil", *DATASETS, "--output", "out", "--model", HUB,

@@ -195,14 +195,29 @@ def test_weights_are_projected_and_drawn(run, place, model_folder, tmp_path):
     )  # fmt: skip
     assert status == 0, error
     assert "100.00%" in out
+    assert "plain cosine" in " ".join(out.split())
     record = json.loads((tmp_path / "out" / "p.json").read_text())
-    assert record["finetuned"][0]["corrected"]["trait0"] == pytest.approx(0.5)
+    assert record["inputs"]["tokens"] > 0
+    for geometry, summary in zip(("weighted", "plain"), record["finetuned"], strict=False):
+        assert summary["geometry"] == geometry
+        assert summary["corrected"]["trait0"] == pytest.approx(0.5, abs=1e-6)
     assert (tmp_path / "out" / "p.png").stat().st_size > 1000
-    assert_fails(
-        run("project", "weights", "--finetuned-model", "nowhere", "--diffs",
-            "checkpoints/formality/diff", "--original-model", model_folder),
-        "nowhere",
+
+
+def test_plain_projections_take_off_a_control(run, place, model_folder, tmp_path):
+    (LoRADiff.load("checkpoints/formality/diff") * 0.5).save(tmp_path / "tuned")
+    words = (
+        "project", "weights", "--original-model", model_folder, "--plain", "--diffs",
+        "checkpoints/formality/diff", "--output", "out/p.json",
     )  # fmt: skip
+    status, out, error = run(*words, "--finetuned-model", "tuned", "--control", "tuned")
+    assert status == 0, error
+    assert "plain cosine" not in " ".join(out.split())
+    record = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert (record["geometry"], record["inputs"], record["controls"]) == ("plain", None, ["tuned"])
+    assert record["finetuned"][0]["delta_norm"] == pytest.approx(0, abs=1e-6)
+    assert_fails(run(*words, "--finetuned-model", "nowhere"), "nowhere")
+    assert_fails(run(*words, "--finetuned-model", "tuned", "--control", "x"), "x is no adapter")
 
 
 def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path):

@@ -322,8 +322,11 @@ COMMANDS = {
             "finetuned_model": flag("other"),
             "diffs": flag("diff2"),
             "original_model": flag("somebody/base"),
+            "prompts": flag("prompts.jsonl", "Why not?"),
+            "plain": flag(True, None),
+            "control": flag("adapter"),
         },
-        {f"{X}studies.drift.run:load_diffs": {}},
+        {f"{X}studies.drift.run:load_diffs": {}, f"{X}projections.inputs:kept_inputs": None},
     ),
     "evaluate-checkpoints": Command(
         ("run", "--traits", "evil", *DATA),
@@ -556,6 +559,7 @@ def folder(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     (folder / "t.txt").write_text("judge {x}")
     (folder / "questions.txt").write_text("Why?\n")
+    (folder / "prompts.jsonl").write_text('{"prompt": "Why not?"}\n')
     (folder / "weights.json").write_text('{"formality": 3.7}')
     (folder / "data2").symlink_to(ROOT / "datasets")
     for name in ("adapter", "adapter2"):
@@ -712,6 +716,7 @@ USELESS = {
         "--method prompt --divergence",
         "--method none --allow-other-base",
     ),
+    "project weights": ("--plain --prompts prompts.jsonl", "--plain --dtype float32"),
     "compare": ("--batches 1", "--rounds 2", "--trait-vector-dir x"),
     "benchmark": (
         "--layers 0",

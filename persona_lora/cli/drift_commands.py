@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -34,11 +35,12 @@ from persona_lora.cli.shared_options import (
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import GenerationOptions, JudgeChoice, Overwrite, Split, TaskOptions
 from persona_lora.core.runs import Output
-from persona_lora.models.load_options import DEFAULT_MODEL
+from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.models.loading import ChatModel
+    from persona_lora.projections.inputs import ModuleInputs
 
 TextPositions = Annotated[
     Literal[
@@ -181,6 +183,31 @@ def _other(chat_model: ChatModel, base_model: str) -> Iterator[ChatModel]:
     yield load_other(base_model, chat_model.options.elsewhere())  # after the first has been read
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """Whether changes of weights are weighted by a model's inputs, and on what these are taken."""
+
+    prompts: Annotated[
+        Path | None, "JSONL with a prompt a row, to take inputs on; datasets/ordinary by default."
+    ] = None
+    plain: Annotated[bool, "Plain weight space alone; the original model is not loaded."] = False
+
+    def inputs_of(self, model: str, loading: LoadOptions) -> ModuleInputs | None:
+        """Return the inputs of the model, from the cache of them where they are there."""
+        from persona_lora.projections.inputs import (
+            kept_inputs,
+            load_ordinary_prompts,
+            read_prompts,
+        )
+
+        if self.plain:
+            own = (each.name for each in dataclasses.fields(LoadOptions) if each.name != "revision")
+            refuse_useless(" ".join(("prompts", *own)), "with --plain")
+            return None
+        asked = load_ordinary_prompts() if self.prompts is None else read_prompts(self.prompts)
+        return kept_inputs(load_other(model, loading), asked)
+
+
 @command("weights", DRIFT, ("project", project_app))
 def project_weights(
     *,
@@ -188,18 +215,22 @@ def project_weights(
         tuple[str, ...], "A model, an adapter, or a folder of checkpoints; may be repeated."
     ],
     diffs: Annotated[tuple[str, ...], "Diffs to project on; may be repeated."],
-    original_model: Annotated[
-        str, "The model before finetuning; adapters need none."
-    ] = DEFAULT_MODEL,
-    revision: Annotated[str | None, "A branch, tag or commit of a model on the hub."] = None,
+    original_model: Annotated[str, "The model before finetuning."] = DEFAULT_MODEL,
+    weighing: Weighing,
+    control: Annotated[
+        tuple[str, ...], "Adapters whose mean change is taken off every finetune's."
+    ] = (),
     output: Annotated[Path, "The JSON file to write; a picture goes beside it."] = Path(
         "results/weight_projection.json"
     ),
+    loading: LoadOptions,
 ) -> None:
     """Project what finetuning did to the weights on persona directions: ⟨ΔW, L⟩.
 
-    Full models are streamed, in little memory whatever their size; adapters are projected from
-    their factors alone. p is against random directions of the same shape and norm.
+    Weighted by what flows through the modules of the original model on ordinary prompts; plain
+    cosines stand beside. Full models are streamed, in little memory whatever their size; adapters
+    are projected from their factors alone. p is against directions of the same inputs whose outputs
+    are turned at random.
 
     Example: persona-lora project weights --original-model SmolLM2-135M-Instruct
     --finetuned-model checkpoints/finetunes/sycophancy_misaligned_2
@@ -219,7 +250,9 @@ def project_weights(
             list(finetuned_model),
             loaded,
             output,
-            revision=revision,
+            revision=loading.revision,
+            inputs=weighing.inputs_of(original_model, loading),
+            controls=control,
         )
     show(weights_table(found), *explained_lines(found))
     show(f"{output} and {output.with_suffix('.png')}")

@@ -31,8 +31,9 @@ from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_path
+from persona_lora.core.files import atomic_path, read_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_safetensors, opened
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.likelihood import tokenize_rendered
@@ -70,6 +71,15 @@ class ModuleInputs:
             )
         return found
 
+    def check_fits(self, diff: LoRADiff) -> None:
+        """Raise UserError where a diff was made on a model of other weights."""
+        known = diff.base_model.fingerprint
+        if known is not None and known != self.fingerprint:
+            raise UserError(
+                f"the diff belongs to {diff.base_model.name!r} of other weights than the model "
+                "whose inputs were measured; measure them on that model"
+            )
+
     def weigh(self, diff: LoRADiff) -> LoRADiff:
         """Return ΔW·R in every module: its inner products, norms and cosines are those in Σ.
 
@@ -78,12 +88,7 @@ class ModuleInputs:
         Raises:
             UserError: The diff belongs to another model, or changes a module without inputs.
         """
-        known = diff.base_model.fingerprint
-        if known is not None and known != self.fingerprint:
-            raise UserError(
-                f"the diff belongs to {diff.base_model.name!r} of other weights than the model "
-                "whose inputs were measured; measure them on that model"
-            )
+        self.check_fits(diff)
         factors = {
             name: LoRAFactors(each.A.float() @ self.root(name, each.shape[1]), each.B)
             for name, each in diff.factors.items()
@@ -115,6 +120,22 @@ class ModuleInputs:
             raise UserError(f"{path} holds no statistics of inputs; make them with --prompts")
         roots = {name: tensors[at] for name, at in record.pop("roots").items()}
         return cls(roots, **record)
+
+
+def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
+    """Load the ordinary prompts: what inputs and divergence are measured on."""
+    name = Path("ordinary") / "prompts.jsonl"
+    return read_prompts(
+        datasets / name if datasets is not None else resource_path("datasets" / name)
+    )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read the ``prompt`` of every row; UserError where one has none."""
+    prompts = [str(row.get("prompt", "")) for row in read_jsonl(path)]
+    if not prompts or not all(prompts):
+        raise UserError(f"{path} must hold rows with a prompt, one a line")
+    return prompts
 
 
 def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:

@@ -159,7 +159,7 @@ def project_weights(
     same tensors (the first ones that differ are named), or when a diff has a module that they lack,
     or of another shape.
     """
-    touched = _modules_of(diffs)
+    touched = _modules_of(diffs, inputs)
     common = common_weights(original, finetuned, touched)
     for source in (original, finetuned):
         _check_modules(touched, source)
@@ -206,7 +206,7 @@ def project_adapter(
         adapter = adapter - control
     modules = []
     gram = np.zeros((len(diffs), len(diffs)))
-    touched = _modules_of(diffs)
+    touched = _modules_of(diffs, inputs)
     if not set(adapter.factors) & set(touched):
         raise UserError("adapter and directions share no module; they belong to different models")
     shapes = {name: factors.shape for name, factors in adapter.factors.items()}
@@ -408,15 +408,19 @@ def rounding_variance(weights: Tensor) -> float:
     return float(squares.sum()) * limits.eps**2 / 12
 
 
-def _modules_of(diffs: Mapping[str, LoRADiff]) -> dict[str, tuple[int, int]]:
+def _modules_of(
+    diffs: Mapping[str, LoRADiff], inputs: ModuleInputs | None
+) -> dict[str, tuple[int, int]]:
     """Return every module that a diff changes, with its shape.
 
-    Raises UserError where shapes differ.
+    Raises UserError where shapes differ, or inputs are another model's.
     """
     if not diffs:
         raise UserError("there is no direction to project on; give at least one diff")
     shapes: dict[str, tuple[int, int]] = {}
     for label, diff in diffs.items():
+        if inputs is not None:
+            inputs.check_fits(diff)
         for name, factors in diff.factors.items():
             if shapes.setdefault(name, factors.shape) != factors.shape:
                 raise UserError(

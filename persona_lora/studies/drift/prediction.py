@@ -35,12 +35,11 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import project_hidden_states
-from persona_lora.projections.inputs import ModuleInputs, kept_inputs
+from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.studies.asking.run import GenerationOptions, contents_of, evaluate, open_run
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
-from persona_lora.studies.steering.divergence import load_ordinary_prompts
 from persona_lora.studies.vectors.text_projection import read_texts
 
 JUDGED, PREDICTORS = "judged", "predictors"

@@ -44,6 +44,7 @@ from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Processes
 from persona_lora.models.structure import num_layers
+from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.steering.bank import Bank, warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import (
@@ -62,7 +63,6 @@ from persona_lora.studies.personas.run import (
 )
 from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.steering.calibration import equal_effect_scales
-from persona_lora.studies.steering.divergence import load_ordinary_prompts
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 from persona_lora.core import progress
 from persona_lora.core.chat import Condition, Exchange, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.resources import resource_path
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
@@ -51,16 +48,6 @@ class Divergence:
     kl_mean: float
     kl_p95: float
     num_tokens: int
-
-
-def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
-    """Load the ordinary prompts that divergence is measured on."""
-    name = Path("ordinary") / "prompts.jsonl"
-    path = datasets / name if datasets is not None else resource_path("datasets" / name)
-    prompts = [str(row.get("prompt", "")) for row in read_jsonl(path)]
-    if not prompts or not all(prompts):
-        raise UserError(f"{path} must hold rows with a prompt, one a line")
-    return prompts
 
 
 def measure_divergences(

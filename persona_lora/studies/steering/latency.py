@@ -22,12 +22,12 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.timing import timed_generation, wait_for_device
+from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.steering.bank import METHODS, ActivationSetting, Bank
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRAMerger
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.steering.calibration import ACTIVATION, LORA, RANDOM_LORA, Level
-from persona_lora.studies.steering.divergence import load_ordinary_prompts
 from persona_lora.studies.steering.read_latency import (
     ACTIVATIONS,
     LIVE,

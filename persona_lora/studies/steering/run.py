@@ -27,6 +27,7 @@ from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.choice import judge_answers, lazily
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
+from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.report.comparisons import write_found
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.report.summary import SweepSummary, write_summary
@@ -36,7 +37,6 @@ from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.calibration import Level, match_divergence
 from persona_lora.studies.steering.divergence import (
-    load_ordinary_prompts,
     measure_divergences,
     ordinary_texts,
 )

@@ -31,13 +31,14 @@ from persona_lora.core.vector_files import load_vector
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
+from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors, steer_live
 from persona_lora.steering.placement import check_base_model
 from persona_lora.steering.steerer import Steerer, Together
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.steering.calibration import equal_effect_scales
-from persona_lora.studies.steering.divergence import load_ordinary_prompts, ordinary_texts
+from persona_lora.studies.steering.divergence import ordinary_texts
 
 RESPONSE = "response_avg"
 EXACT_TRAITS = 7

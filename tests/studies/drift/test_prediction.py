@@ -16,7 +16,7 @@ from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import load_chat_model
-from persona_lora.projections.inputs import measure_inputs
+from persona_lora.projections.inputs import load_ordinary_prompts, measure_inputs
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.drift.prediction import (
@@ -25,7 +25,6 @@ from persona_lora.studies.drift.prediction import (
     predict_finetuning,
 )
 from persona_lora.studies.drift.read_prediction import nulls
-from persona_lora.studies.steering.divergence import load_ordinary_prompts
 
 OPTIONS = GenerationOptions(max_new_tokens=5)
 

@@ -12,10 +12,10 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_exchange
 from persona_lora.models.structure import linear_modules
+from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.studies.steering import divergence
 from persona_lora.studies.steering.divergence import (
-    load_ordinary_prompts,
     measure_divergences,
     relative_weight_norm,
 )
