@@ -265,10 +265,18 @@ class LoRADiff:
             raise UserError("the cosine with a diff of norm 0 is undefined")
         return self.inner(other) / norms
 
-    def compress(self, *, rank: int | None = None, energy: float | None = None) -> Compressed:
+    def compress(
+        self,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        roots: Mapping[str, Tensor] | None = None,
+    ) -> Compressed:
         """Cut the rank of every module to ``rank``, or to what keeps the share ``energy`` of ‖·‖².
 
-        Exact in factor space: QR of B and of Aᵀ, then the SVD of the small core.
+        Exact in factor space: QR of B and of Aᵀ, then the SVD of the small core. With ``roots``,
+        R ``[in, k]`` by module, ‖·‖ is that of ΔW·R, the error on inputs with E[x xᵀ] = R Rᵀ: what
+        is kept is U·Uᵀ·ΔW with U the leading left singular vectors of ΔW·R.
 
         Source:
             Eckart and Young 1936: no other diff of that rank is nearer in the Frobenius norm.
@@ -284,7 +292,8 @@ class LoRADiff:
             raise UserError(f"energy must lie in (0, 1], got {energy}")
         cut, kept, total = {}, [], []
         for module, factors in self.factors.items():
-            cut[module], kept_here, total_here = _truncate(factors, rank, energy)
+            root = None if roots is None else roots[module]
+            cut[module], kept_here, total_here = _truncate(factors, rank, energy, root)
             kept.append(kept_here)
             total.append(total_here)
         whole = math.fsum(total)
@@ -437,10 +446,11 @@ def _merged_sources(terms: Mapping[LoRADiff, float]) -> dict[str, Any]:
 
 
 def _truncate(
-    factors: LoRAFactors, rank: int | None, energy: float | None
+    factors: LoRAFactors, rank: int | None, energy: float | None, root: Tensor | None
 ) -> tuple[LoRAFactors, float, float]:
     q_out, r_out = torch.linalg.qr(factors.B.double())
-    q_in, r_in = torch.linalg.qr(factors.A.double().T)
+    seen = factors.A.double() if root is None else factors.A.double() @ root.double()
+    q_in, r_in = torch.linalg.qr(seen.T)
     left, values, right = torch.linalg.svd(r_out @ r_in.T)
     squares = values.square()
     total = float(squares.sum())
@@ -448,9 +458,10 @@ def _truncate(
         share = squares.cumsum(0) / max(total, torch.finfo(torch.float64).tiny)
         rank = int((share < (energy or 1.0) - 1e-12).sum()) + 1
     keep = min(rank, len(values))
-    root = values[:keep].sqrt()
-    cut = LoRAFactors(
-        A=(root[:, None] * (right[:keep] @ q_in.T)).float(),
-        B=((q_out @ left[:, :keep]) * root).float(),
-    )
-    return cut, float(squares[:keep].sum()), total
+    kept, U = float(squares[:keep].sum()), q_out @ left[:, :keep]
+    if root is not None:
+        A = left[:, :keep].T @ r_out @ factors.A.double()
+        return LoRAFactors(A=A.float(), B=U.float()), kept, total
+    scale = values[:keep].sqrt()
+    cut = LoRAFactors(A=(scale[:, None] * (right[:keep] @ q_in.T)).float(), B=(U * scale).float())
+    return cut, kept, total

@@ -32,7 +32,7 @@ from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_path, read_jsonl
-from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.lora_diff import BaseModel, Compressed, LoRADiff, LoRAFactors
 from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_safetensors, opened
 from persona_lora.models.hooks import Hook, Hooks
@@ -40,6 +40,7 @@ from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_linear_modules, text_decoder, weight_fingerprint
 
+WEIGHTED, PLAIN = "weighted", "plain"  # the two geometries
 KEPT = 0.999  # of E‖x‖², what the columns of a root keep
 
 
@@ -61,7 +62,7 @@ class ModuleInputs:
         if module not in self.roots:
             raise UserError(
                 f"no input of {module} was measured; the statistics belong to another model, or "
-                "no prompt reached the module"
+                "no prompt reached the module; --plain (drift_plain) leaves inputs out"
             )
         found = self.roots[module]
         if len(found) != width:
@@ -77,23 +78,37 @@ class ModuleInputs:
         if known is not None and known != self.fingerprint:
             raise UserError(
                 f"the diff belongs to {diff.base_model.name!r} of other weights than the model "
-                "whose inputs were measured; measure them on that model"
+                "whose inputs were measured; measure them on that model, or stay in plain weight "
+                "space (--plain, drift_plain)"
             )
 
-    def weigh(self, diff: LoRADiff) -> LoRADiff:
+    def weigh(self, diff: LoRADiff, *, allow_other_base: bool = False) -> LoRADiff:
         """Return ΔW·R in every module: its inner products, norms and cosines are those in Σ.
 
         The result is for measuring alone; its base model is none, so that no model takes it.
 
         Raises:
-            UserError: The diff belongs to another model, or changes a module without inputs.
+            UserError: The diff belongs to another model (unless ``allow_other_base``), or changes a
+                module without inputs.
         """
-        self.check_fits(diff)
+        if not allow_other_base:
+            self.check_fits(diff)
         factors = {
             name: LoRAFactors(each.A.float() @ self.root(name, each.shape[1]), each.B)
             for name, each in diff.factors.items()
         }
         return replace(diff, factors=factors, base_model=BaseModel("", self._marked()))
+
+    def compress(
+        self, diff: LoRADiff, *, rank: int | None = None, energy: float | None = None
+    ) -> Compressed:
+        """Cut the rank of a diff where these inputs notice it least (``LoRADiff.compress``).
+
+        Raises UserError as ``weigh`` and ``LoRADiff.compress`` do.
+        """
+        self.check_fits(diff)
+        roots = {name: self.root(name, each.shape[1]) for name, each in diff.factors.items()}
+        return diff.compress(rank=rank, energy=energy, roots=roots)
 
     def _marked(self) -> str:
         return f"weighed by {digest_of([self.fingerprint, self.prompts, self.tokens])}"

@@ -19,6 +19,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.structure import canonical_name
+from persona_lora.projections.inputs import PLAIN, WEIGHTED, ModuleInputs
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.steering.placement import as_diff
 
@@ -30,9 +31,11 @@ DRIFT_ROWS = "drift.jsonl"
 class DriftMonitor(TrainerCallback):
     """Projects the growing ΔW of a LoRA on diffs every ``every`` steps, from the factors alone.
 
-    The coordinates ⟨ΔW, L⟩/‖L‖ go to the trainer's log as ``drift/<name>`` and to ``drift.jsonl``
-    in the output folder. ``warn_above`` logs a warning once where a coordinate's absolute value
-    passes it; ``stop_above`` ends the training there.
+    With ``inputs`` of the model before training the projections are weighted by them; without they
+    are plain, which says little along diffs of another seed. The coordinates ⟨ΔW, L⟩/‖L‖ go to the
+    trainer's log as ``drift/<name>`` and to ``drift.jsonl`` in the output folder, with their
+    geometry. ``warn_above`` logs a warning once where a coordinate's absolute value passes it;
+    ``stop_above`` ends the training there; both are in units of the geometry.
 
     Refuses a model without a LoRA (its ΔW would need a copy of the base); project its checkpoints
     with ``persona-lora project weights``.
@@ -42,6 +45,7 @@ class DriftMonitor(TrainerCallback):
         self,
         diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
         *,
+        inputs: ModuleInputs | None = None,
         every: int = 10,
         warn_above: float | None = None,
         stop_above: float | None = None,
@@ -49,6 +53,9 @@ class DriftMonitor(TrainerCallback):
         if every < 1:
             raise UserError(f"every must be at least 1, got {every}")
         self.diffs = _named(diffs)
+        for diff in self.diffs.values() if inputs is not None else ():
+            inputs.check_fits(diff)
+        self.inputs = inputs
         self.every = every
         self.warn_above = warn_above
         self.stop_above = stop_above
@@ -69,11 +76,13 @@ class DriftMonitor(TrainerCallback):
         """Measure, log, and warn or stop."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        projection = project_adapter(lora_change(kwargs["model"]), self.diffs)
-        found = {name: value.coordinate for name, value in projection.total.items()}
+        change = lora_change(kwargs["model"])
+        total = project_adapter(change, self.diffs, inputs=self.inputs).total
+        found = {name: value.coordinate for name, value in total.items()}
+        place = {"step": state.global_step, "geometry": PLAIN if self.inputs is None else WEIGHTED}
         self.rows += [
-            {"step": state.global_step, "diff": name, "coordinate": each, "cosine": value.cosine}
-            for (name, each), value in zip(found.items(), projection.total.values(), strict=True)
+            {**place, "diff": name, "coordinate": value.coordinate, "cosine": value.cosine}
+            for name, value in total.items()
         ]
         state.log_history.append(
             {"step": state.global_step, **{f"drift/{name}": each for name, each in found.items()}}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation, read_messages
@@ -27,6 +28,7 @@ from persona_lora.core.settings import recorded_command
 from persona_lora.models.load_options import option
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Launched, recorded
+from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts
 from persona_lora.training.arguments import (
     CHECKPOINTS,
     ContrastiveConfig,
@@ -99,6 +101,9 @@ class FinetuneArguments(TrainedModel):
     )
     drift_diffs: list[str] | None = option(
         None, "Diffs along which drift is watched while training."
+    )
+    drift_plain: bool = option(
+        False, "Watch drift in plain weight space, not weighted by the model's inputs."
     )
     drift_every: int = option(5, "Steps between two drift measurements.")
     stop_above: float | None = option(None, "Stop where the drift along a diff passes this.")
@@ -279,8 +284,7 @@ def _tokenize(
 def _lesson(
     rows: Sequence[TokenRow], chat_model: ChatModel, arguments: FinetuneArguments, folder: Path
 ) -> Lesson:
-    watched, prevention = arguments.drift_diffs, prevention_of(arguments)
-    every, above = arguments.drift_every, arguments.stop_above
+    prevention = prevention_of(arguments)
     return Lesson(
         "the run",
         "finetuning",
@@ -288,9 +292,24 @@ def _lesson(
         folder,
         saved=folder / WORK,
         publish=lambda saved: _publish(saved, folder / _saved_as(arguments)),
-        callbacks=[DriftMonitor(watched, every=every, stop_above=above)] if watched else [],
+        callbacks=_watch(chat_model, arguments),
         steerer=lambda: prevention_steerer(prevention, chat_model.model),
     )
+
+
+def _watch(chat_model: ChatModel, arguments: FinetuneArguments) -> list[TrainerCallback]:
+    """Return the monitor that was asked for; the model's inputs are those before its training."""
+    if not arguments.drift_diffs:
+        return []
+    weighted = not arguments.drift_plain
+    return [
+        DriftMonitor(
+            arguments.drift_diffs,
+            inputs=kept_inputs(chat_model, load_ordinary_prompts()) if weighted else None,
+            every=arguments.drift_every,
+            stop_above=arguments.stop_above,
+        )
+    ]
 
 
 def _publish(saved: Path, final: Path) -> None:

@@ -59,6 +59,26 @@ def test_the_inner_product_is_the_mean_product_of_what_the_changes_do(
     assert weighed / norms == pytest.approx(direct / norms, abs=5e-3)
 
 
+def test_a_weighted_cut_of_the_rank_is_the_best_on_these_inputs(chat_model, inputs, make_diff):
+    diff = make_diff(chat_model.model, seed=1, rank=6)
+    weighted, kept = inputs.compress(diff, rank=2)
+    plain = diff.compress(rank=2).diff
+    assert weighted.rank == 2
+    errors = {}
+    for label, cut in (("weighted", weighted), ("plain", plain)):
+        left, whole = 0.0, 0.0
+        for name, factors in diff.factors.items():
+            x = plain_inputs(chat_model, name)
+            lost = factors.delta().double() - cut.factors[name].delta().double()
+            left += float((x @ lost.T).square().sum()) / len(x)
+            whole += float((x @ factors.delta().double().T).square().sum()) / len(x)
+        errors[label] = left / whole
+    assert errors["weighted"] < 0.99 * errors["plain"]
+    assert errors["weighted"] == pytest.approx(1 - kept, abs=5e-3)
+    whole = inputs.compress(diff, rank=6).diff
+    assert (whole - diff).norm() == pytest.approx(0, abs=1e-4 * diff.norm())
+
+
 def test_modules_that_read_one_input_share_it_and_keep_doing_so_in_the_file(inputs, tmp_path):
     inputs.save(tmp_path / "inputs.safetensors")
     loaded = ModuleInputs.load(tmp_path / "inputs.safetensors")

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.projections.inputs import measure_inputs
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.training.drift import DriftMonitor, lora_change
 
@@ -49,6 +50,29 @@ def test_one_line_watches_any_trainer(model, rows, make_diff, tmp_path):
     logged = [entry for entry in trainer.state.log_history if "drift/one" in entry]
     assert [entry["step"] for entry in logged] == [3, 6]
     assert (tmp_path / "run" / "drift.jsonl").is_file()
+
+
+def test_drift_is_weighted_by_the_inputs_of_the_model_before_training(
+    chat_model, rows, make_diff, tmp_path
+):
+    inputs = measure_inputs(chat_model, ["What is rain?", "Why do cats sleep?"])
+    diffs = {"one": make_diff(chat_model.model, seed=1)}
+    wrapped = get_peft_model(chat_model.model, LoraConfig(r=2, target_modules="all-linear"))
+    monitors = [DriftMonitor(diffs, inputs=each, every=6) for each in (inputs, None)]
+    trainer = trainer_of(wrapped, rows, tmp_path / "run", monitors[0])
+    trainer.add_callback(monitors[1])
+    trainer.train()
+    change = lora_change(wrapped)
+    for monitor, weights, geometry in zip(
+        monitors, (inputs, None), ("weighted", "plain"), strict=True
+    ):
+        (row,) = monitor.rows
+        expected = project_adapter(change, diffs, inputs=weights).total["one"]
+        assert (row["geometry"], row["step"]) == (geometry, 6)
+        assert row["coordinate"] == pytest.approx(expected.coordinate)
+    strange = make_diff(chat_model.model, fingerprint="other")
+    with pytest.raises(UserError, match="other weights"):
+        DriftMonitor([strange], inputs=inputs)
 
 
 def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):

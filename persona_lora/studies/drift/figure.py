@@ -202,7 +202,8 @@ def render_drift(rows: Sequence[Row]) -> Picture:
     look = Look(width=1.5, size=3.5)
     drawn = draw.series_by(rows, "diff", "step", "coordinate", look, name=title_of)
     panel = draw.lines(axes, [each.labelled(2) for each in drawn], labels=8.5)
-    note = "Coordinate ⟨ΔW, L⟩/‖L‖ of the growing LoRA."
+    geometry = rows[-1].get("geometry", "plain")  # older rows do not say it
+    note = f"Coordinate ⟨ΔW, L⟩/‖L‖ of the growing LoRA, {geometry}."
     return draw.finish(figure, [panel], title="Drift along persona directions", note=note)
 
 

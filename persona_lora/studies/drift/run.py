@@ -33,7 +33,7 @@ from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.weight_files import weights_of
 from persona_lora.projections.activation_space import check_fits, project_hidden_states
-from persona_lora.projections.inputs import ModuleInputs
+from persona_lora.projections.inputs import PLAIN, WEIGHTED, ModuleInputs
 from persona_lora.projections.weight_space import (
     Projection,
     WeightProjection,
@@ -247,9 +247,6 @@ class Finetuned:
 
     name: str
     step: int | None = None
-
-
-WEIGHTED, PLAIN = "weighted", "plain"
 
 
 @dataclass(frozen=True)

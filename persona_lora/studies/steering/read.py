@@ -560,12 +560,18 @@ def spaces_content(run: Run, options: ReportOptions) -> Content:
     """Return the section on weight space and activation space."""
     shifts, spectra, cosines = run.read("shifts"), run.read("spectra"), run.read("cosines")
     title, line = "Weights and activations: two spaces", _spaces_line(run, shifts)
+    weighted = all("weights_plain" in row for row in cosines)
+    columns = {
+        f"Cosine of differences, {'weighted' if weighted else 'plain'}": "weights",
+        **({"plain": "weights_plain"} if weighted else {}),
+        "of vectors": "activations",
+    }
     pairs = Table(
-        ("Trait", "Other", "Cosine of differences", "of vectors"),
+        ("Trait", "Other", *columns),
         tuple(
             (
-                *(row["trait"], row["other"], wording.number(row["weights"], 3)),
-                wording.number(row["activations"], 3),
+                *(row["trait"], row["other"]),
+                *(wording.number(row[key], 3) for key in columns.values()),
             )
             for row in cosines
         ),

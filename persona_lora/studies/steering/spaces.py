@@ -31,7 +31,7 @@ from persona_lora.core.vector_files import load_vector
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
-from persona_lora.projections.inputs import load_ordinary_prompts
+from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors, steer_live
 from persona_lora.steering.placement import check_base_model
@@ -96,7 +96,8 @@ def run_spaces(
     ``cosines``, ``agreement``, ``interference`` and ``linearity``.
     """
     check_directions(chat_model, diffs, vectors)
-    prompts = load_ordinary_prompts(datasets)[:FEW_PROMPTS]
+    ordinary = load_ordinary_prompts(datasets)
+    prompts = ordinary[:FEW_PROMPTS]
     weights, activations = bank_of_diffs(diffs), bank_of_vectors(vectors, [layer])
     config = {
         "traits": sorted(diffs),
@@ -123,12 +124,17 @@ def run_spaces(
     with run:
         texts = ordinary_texts(chat_model, prompts)
         chosen = Spaces(diffs, vectors, layer, scales(weights), scales(activations))
-        _write_comparisons(chat_model, chosen, texts, kept)
+        inputs = kept_inputs(chat_model, ordinary)
+        _write_comparisons(chat_model, chosen, texts, inputs, kept)
     return run
 
 
 def _write_comparisons(
-    chat_model: ChatModel, chosen: Spaces, texts: Sequence[TokenizedExchange], kept: Kept
+    chat_model: ChatModel,
+    chosen: Spaces,
+    texts: Sequence[TokenizedExchange],
+    inputs: ModuleInputs,
+    kept: Kept,
 ) -> None:
     """Write what the two spaces have in common, part by part."""
     kept("shifts", lambda: shift_cosines(chat_model, chosen, texts))
@@ -138,7 +144,10 @@ def _write_comparisons(
             {"trait": name, **row} for name in chosen.traits for row in spectra(chosen.diffs[name])
         ),
     )
-    cosines = kept("cosines", lambda: trait_cosines(chosen))
+    cosines = kept(
+        "cosines",
+        lambda: trait_cosines(chosen, inputs, allow_other_base=chat_model.allow_other_base),
+    )
     rho, p = agreement(cosines)
     kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
     kept("interference", lambda: interference(chat_model, chosen, texts))
@@ -213,13 +222,23 @@ def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
     return rows
 
 
-def trait_cosines(spaces: Spaces) -> list[dict[str, Any]]:
-    """Return one row per pair of traits: the cosine of diffs, and of vectors at the layer."""
+def trait_cosines(
+    spaces: Spaces, inputs: ModuleInputs, *, allow_other_base: bool = False
+) -> list[dict[str, Any]]:
+    """Return one row per pair of traits: the cosine of diffs, and of vectors at the layer.
+
+    That of diffs is weighted by ``inputs``; ``weights_plain`` is not.
+    """
+    weighed = {
+        trait: inputs.weigh(diff, allow_other_base=allow_other_base)
+        for trait, diff in spaces.diffs.items()
+    }
     return [
         {
             "trait": one,
             "other": other,
-            "weights": spaces.diffs[one].cosine(spaces.diffs[other]),
+            "weights": weighed[one].cosine(weighed[other]),
+            "weights_plain": spaces.diffs[one].cosine(spaces.diffs[other]),
             "activations": spaces.vectors[one].cosine(spaces.vectors[other])[spaces.layer],
         }
         for one, other in combinations(spaces.traits, 2)

@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.projections.inputs import measure_inputs
 from persona_lora.studies.steering.divergence import ordinary_texts
 from persona_lora.studies.steering.spaces import (
     Spaces,
@@ -123,12 +124,15 @@ def test_spectra_say_rank_and_norm(spaces):
     assert spectra(one)[0]["effective_rank"] == pytest.approx(1.0)
 
 
-def test_pairs_of_traits_in_both_spaces(spaces):
-    rows = trait_cosines(spaces)
+def test_pairs_of_traits_in_both_spaces(chat_model, spaces):
+    inputs = measure_inputs(chat_model, ["Hello.", "What is the time?", "Why?"])
+    rows = trait_cosines(spaces, inputs)
     assert [(row["trait"], row["other"]) for row in rows] == [
         ("calm", "loud"), ("calm", "wry"), ("loud", "wry"),
     ]  # fmt: skip
-    assert rows[0]["weights"] == spaces.diffs["calm"].cosine(spaces.diffs["loud"])
+    calm, loud = spaces.diffs["calm"], spaces.diffs["loud"]
+    assert rows[0]["weights"] == inputs.weigh(calm).cosine(inputs.weigh(loud))
+    assert rows[0]["weights_plain"] == calm.cosine(loud)
     same = [{**row, "activations": 2 * row["weights"]} for row in rows]
     rho, p = agreement(same)
     assert rho == pytest.approx(1.0)
