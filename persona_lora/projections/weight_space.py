@@ -218,14 +218,16 @@ def project_adapter(
             )
     if inputs is not None:
         adapter = inputs.weigh(adapter)
-    other = math.fsum(f.inner(f) for name, f in adapter.factors.items() if name not in touched)
+    left = [f.inner(f) for name, f in adapter.factors.items() if name not in touched]
+    other = math.fsum(max(0.0, square) for square in left)
     for name in touched:
         stack = _stack(name, diffs, inputs)
         factors = adapter.factors.get(name)
         zeros = (0.0,) * len(diffs)
         square, inner, null = 0.0, zeros, zeros
         if factors is not None:
-            square, inner, null = factors.inner(factors), stack.inner(factors), stack.null(factors)
+            square = max(0.0, factors.inner(factors))  # what a control cancels leaves rounding
+            inner, null = stack.inner(factors), stack.null(factors)
         modules.append(
             ModuleProjection(name, layer_number(name), square, inner, stack.squares, null, zeros)
         )
@@ -328,7 +330,8 @@ class _Stack:
     def _own_sums(self, products: Tensor, divisor: int) -> tuple[float, ...]:
         """Return Σᵢⱼ over the ranks i and j of each diff alone, divided."""
         own = self.owner[:, None] == self.owner[None]
-        return tuple((self.summed((products * own).sum(dim=1)) / divisor).tolist())
+        sums = self.summed((products * own).sum(dim=1)).clamp_min(0)
+        return tuple((sums / divisor).tolist())
 
     def summed(self, by_rank: Tensor) -> Tensor:
         """Return sums over the ranks of each diff: ``[R, …]`` to ``[K, …]``."""

@@ -53,8 +53,9 @@ class DriftMonitor(TrainerCallback):
         if every < 1:
             raise UserError(f"every must be at least 1, got {every}")
         self.diffs = _named(diffs)
-        for diff in self.diffs.values() if inputs is not None else ():
-            inputs.check_fits(diff)
+        if inputs is not None:
+            for diff in self.diffs.values():
+                inputs.check_fits(diff)
         self.inputs = inputs
         self.every = every
         self.warn_above = warn_above
