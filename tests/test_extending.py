@@ -134,7 +134,11 @@ def test_a_new_extractor_and_a_new_baseline_are_in_the_persona_searches(
     make_diff(chat_model.model, scale=0.2).save(place / "checkpoints" / "loud" / "diff")
     monkeypatch.setattr(PersonaBench, "problem", problem_of)
     bench = PersonaBench(
-        chat_model, PROMPTS, GenerationOptions(max_new_tokens=4), JudgeOptions(), ("loud",)
+        chat_model,
+        PROMPTS,
+        GenerationOptions(max_new_tokens=4),
+        JudgeOptions("embedding"),
+        ("loud",),
     )
     searching = SearchOptions(max_iterations=1, population_size=3)
     methods = ["sign@0-1", "half"]

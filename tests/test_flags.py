@@ -702,7 +702,7 @@ USELESS = {
         "--allow-other-base",
         "--judge-url http://x",
         "--judge-mode number",
-        "--judge-model m",
+        "--judge embedding --judge-model m",
         "--max-judge-cost 1",
         "--judge local --judge-url http://x",
     ),

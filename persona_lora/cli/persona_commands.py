@@ -46,6 +46,7 @@ SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 GROUP = "persona", persona_app
 Spoken = Annotated[GenerationOptions, ("max_new_tokens", "temperature", "seed", "batch_size")]
 SHORT = GenerationOptions(max_new_tokens=40)
+STYLE_JUDGE = JudgeChoice(judge="embedding")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def optimize(
     bench: BenchOptions,
     output: SavedOptions = SavedOptions(Path("optimization_results")),
     model: ModelOptions,
-    judging: JudgeChoice,
+    judging: JudgeChoice = STYLE_JUDGE,
     generation: Spoken = SHORT,
 ) -> None:
     """Find the mix of trait directions that makes the model speak like a person.
@@ -247,7 +248,7 @@ def compare_methods(
     bench: BenchOptions = BenchOptions(num_prompts=10),
     output: SavedOptions = SavedOptions(Path("results/personas")),
     model: ModelOptions,
-    judging: JudgeChoice,
+    judging: JudgeChoice = STYLE_JUDGE,
     generation: Spoken = SHORT,
 ) -> None:
     """Compare ways of giving the model a person's voice, at equal budget, on held-out prompts.

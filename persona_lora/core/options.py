@@ -47,9 +47,13 @@ class JudgeChoice:
     """Who judges: one judge, or several with commas between them."""
 
     judge: Annotated[
-        str, "Who judges: embedding (no network), openai (any endpoint), local, or several: a,b."
+        str,
+        "Who judges: reader or embedding (no network), openai (any endpoint), local, or several: "
+        "a,b.",
     ] = "embedding"
-    judge_model: Annotated[str | None, "The endpoint's model, or the local judge's."] = None
+    judge_model: Annotated[
+        str | None, "The endpoint's model, the local judge's, or the reader's."
+    ] = None
     judge_url: Annotated[str | None, "The base URL of the judge's endpoint."] = None
     judge_mode: Annotated[
         Literal["logprobs", "number"],

@@ -25,15 +25,16 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.files import atomic_path
 from persona_lora.core.tensor_files import load_safetensors
 from persona_lora.core.traits import Trait
-from persona_lora.models.hidden_states import stream_hidden_means
-from persona_lora.models.likelihood import TokenizedExchange
+from persona_lora.models.last_states import last_states
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import hidden_size, num_layers, weight_fingerprint
 
 DEPTHS = (0.45, 0.7)  # of the model: where what was read is summed up, before words are chosen
+# What does not depend on the answer stands first, and is read once for all answers to a question.
 PROMPT = (
-    "Question:\n{question}\n\nAnswer:\n{answer}\n\n"
-    "Does the answer make sense, and does it show {name}? That is: {description}"
+    "Read an answer, and say whether it makes sense as an answer to its question, and whether it "
+    "shows {name}: {description}\n\nQuestion:\n{question}\n\nAnswer:\n{answer}\n\n"
+    "Does the answer make sense? Does it show {name}?"
 )
 States = NDArray[np.float32]
 
@@ -58,8 +59,8 @@ class Reader:
 
     def content(self, exchanges: Sequence[Exchange]) -> str:
         """Return a digest of all that decides the states of exchanges, but the type of weights."""
-        tokens = [self._tokens(each).prompt for each in exchanges]
-        return digest_of([weight_fingerprint(self.chat_model.model), self.layers, tokens])
+        tokens = [self._tokens(each) for each in exchanges]
+        return digest_of([self._model, tokens])
 
     def states(self, exchanges: Sequence[Exchange]) -> States:
         """Return the state of the last token: ``[len(exchanges), len(layers), hidden]``."""
@@ -70,31 +71,33 @@ class Reader:
         return np.array([self._known[each] for each in exchanges], np.float32).reshape(shape)
 
     def kept_states(self, exchanges: Sequence[Exchange], folder: Path) -> States:
-        """Return the same, from a file in ``folder`` where they were read before."""
-        path = folder / f"{self.content(exchanges)}.safetensors"
-        if path.is_file():
-            states: States = load_safetensors(path)["states"].numpy()
-            self._known.update(zip(exchanges, states, strict=True))
-            return states
+        """Return the same; what a file in ``folder`` has is not read again, the rest is added."""
+        path = folder / f"{digest_of([self._model, self.trait.name])[:32]}.safetensors"
+        names = {each: digest_of(self._tokens(each)) for each in dict.fromkeys(exchanges)}
+        kept = load_safetensors(path) if path.is_file() else {}
+        self._known.update({each: kept[n].numpy() for each, n in names.items() if n in kept})
         states = self.states(exchanges)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file({"states": torch.from_numpy(states)}, temporary)
+        if any(name not in kept for name in names.values()):
+            kept |= {name: torch.from_numpy(self._known[each]) for each, name in names.items()}
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                save_file(kept, temporary)
         return states
+
+    @cached_property
+    def _model(self) -> str:
+        return digest_of([weight_fingerprint(self.chat_model.model), self.layers])
 
     def _read(self, exchanges: Sequence[Exchange]) -> States:
         model = self.chat_model.model
         base = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-        states: States = np.empty((len(exchanges), len(self.layers), hidden_size(model)), "f4")
         with base, progress.stage("reading answers"):
-            texts = [self._tokens(each) for each in exchanges]
-            for rows, means in stream_hidden_means(
-                self.chat_model, texts, positions=("prompt_last",), layers=self.layers
-            ):
-                states[rows] = means[:, 0].numpy()
+            tokens = [self._tokens(each) for each in exchanges]
+            asked = [each.question for each in exchanges]
+            states: States = last_states(self.chat_model, tokens, asked, self.layers).numpy()
         return states
 
-    def _tokens(self, exchange: Exchange) -> TokenizedExchange:
+    def _tokens(self, exchange: Exchange) -> list[int]:
         asked = PROMPT.format(
             question=exchange.question,
             answer=exchange.answer,
@@ -102,5 +105,5 @@ class Reader:
             description=self.trait.description,
         )
         prompt = self.chat_model.render(user_question(asked))
-        encoded = self.chat_model.tokenizer(prompt, add_special_tokens=False)
-        return TokenizedExchange(encoded["input_ids"], [])
+        tokens: list[int] = self.chat_model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return tokens

@@ -108,6 +108,11 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
             load_ratings(trait)
         elif name in ("reader", "embedding"):
             load_pairs(trait)
+            if _reader_name(options) is not None:
+                raise UserError(
+                    f"the trait {trait.name} has no {ON_POLICY}, so no reader can be fitted to it; "
+                    "leave --judge-model out, and the embedding classifier judges"
+                )
         if name == "openai":  # cheap to make, and needs a key
             _openai_judge(trait, reference, options)
 

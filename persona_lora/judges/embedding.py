@@ -225,7 +225,7 @@ class EmbeddingJudge:
         pairs, or a ``mean_logprob`` that finds shuffled answers as likely as natural ones.
         """
         pairs = load_pairs(trait)
-        positives, negatives = _exchanges(pairs)
+        positives, negatives = exchanges_of(pairs)
         classifier = AnswerClassifier.fit(positives, negatives, embedder=embedder, seed=seed)
         logger.info(
             "embedding judge for %s: held-out log loss %.3f at C = %g",
@@ -256,7 +256,7 @@ class EmbeddingJudge:
         ]
 
 
-def _exchanges(pairs: Sequence[ContrastivePair]) -> tuple[list[Exchange], list[Exchange]]:
+def exchanges_of(pairs: Sequence[ContrastivePair]) -> tuple[list[Exchange], list[Exchange]]:
     """Return the positive and the negative exchanges of pairs."""
     questions = [pair.prompt[-1]["content"] for pair in pairs]
     positives = [pair.positive[-1]["content"] for pair in pairs]

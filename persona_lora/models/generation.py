@@ -228,7 +228,7 @@ class _Job:
         if alike is None:
             return [], None
         first = {alike[row]: row for row in reversed(rows)}
-        prefix = _common_prefix([self.tokens[row] for row in rows])
+        prefix = common_prefix([self.tokens[row] for row in rows])
         model, padded = self.chat_model.model, not self._of_one_length(rows)
         if (
             len(prefix) < SHORTEST_PREFIX
@@ -263,7 +263,7 @@ class _Job:
         }
 
 
-def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     """Return the tokens that all rows begin with, leaving each at least one of its own."""
     low, high = min(rows), max(rows)  # in dictionary order: what these two share, all do
     shortest = min(map(len, rows)) - 1

@@ -57,6 +57,19 @@ def _at(ids):
     return torch.arange(ids.shape[1])[None]
 
 
+def test_states_that_were_kept_are_not_read_again(chat_model, trait, tmp_path, monkeypatch):
+    others = [Exchange("q", "a"), ASKED]
+    first = Reader(chat_model, trait).kept_states([ASKED], tmp_path)
+    read = []
+    reading = Reader._read
+    monkeypatch.setattr(Reader, "_read", lambda self, new: read.extend(new) or reading(self, new))
+    both = Reader(chat_model, trait).kept_states(others, tmp_path)
+    assert read == [others[0]]
+    assert (both[1] == first[0]).all()
+    assert (Reader(chat_model, trait).kept_states(others, tmp_path) == both).all()
+    assert len(read) == 1
+
+
 def test_an_adapter_does_not_reach_the_reader(chat_model, trait, make_adapter, tmp_path):
     plain = Reader(chat_model, trait).states([ASKED])
     folder = make_adapter(tmp_path / "adapter", chat_model.model, seed=1)

@@ -14,7 +14,7 @@ from persona_lora.models.generation import (
     RowPlan,
     SeededSampler,
     _affordable_rows,
-    _common_prefix,
+    common_prefix,
     generate_answers,
 )
 from persona_lora.models.loading import ChatModel
@@ -194,7 +194,7 @@ def test_nothing_is_shared_where_no_rows_are_alike_or_prompts_begin_differently(
     ],
 )
 def test_the_common_prefix_leaves_a_token_of_each_row(rows, prefix):
-    assert _common_prefix(rows) == prefix
+    assert common_prefix(rows) == prefix
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

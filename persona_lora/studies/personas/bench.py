@@ -305,7 +305,7 @@ class CMAESPersonaOptimizer:
             self.model if isinstance(self.model, ChatModel) else load_chat_model(self.model),
             first_prompts(prompts, self.num_prompts),
             self.generation or GenerationOptions(max_new_tokens=40),
-            self.judging or JudgeOptions(),
+            self.judging or JudgeOptions("embedding"),
             self.traits,
             Path(self.trait_vector_dir),
             folder,

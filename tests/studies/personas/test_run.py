@@ -211,7 +211,7 @@ def bench(chat_model, personas, make_diff, tmp_path, monkeypatch):
         chat_model,
         PROMPTS,
         GenerationOptions(max_new_tokens=6),
-        JudgeOptions(),
+        JudgeOptions("embedding"),
         TRAITS,
         tmp_path / "own",
         personas,

@@ -1,0 +1,201 @@
+"""Which judge agrees with blind ratings of models' own answers? A table in Markdown.
+
+    python benchmarks/judges.py sycophancy evil --scale trait
+    python benchmarks/judges.py sycophancy --curve
+
+Everything is fitted to the tuning part of ``onpolicy.jsonl`` (the classifier of today to
+``train.jsonl``). "Tuning" is the rank correlation inside a model and condition on that part with
+the question held out: what a choice may rest on. The rest is the validation part. ``--curve`` tells
+instead how the reader probe's agreement grows with the number of rated answers. ``--likelihood``
+adds what asks the language model for likelihoods; it takes longest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_lora.core.chat import COHERENCE, Verdict
+from persona_lora.core.traits import Trait, load_pairs, load_trait, trait_prompt
+from persona_lora.data.surface import surface_counts
+from persona_lora.judges.answer_states import Reader
+from persona_lora.judges.coherence import distinct_share
+from persona_lora.judges.embedding import AnswerClassifier, exchanges_of
+from persona_lora.judges.fitness import JudgeValidation, own_agreement, rater_agreement
+from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
+from persona_lora.judges.probe import fit_probe
+from persona_lora.judges.probe_judge import cache_folder
+from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.models.likelihood import mean_logprobs
+from persona_lora.models.loading import ChatModel, load_chat_model
+
+Scores = NDArray[np.float64]
+Rows = Sequence[RatedAnswer]
+
+
+class Bench:
+    """The rated answers of a trait, and what every way of judging makes of them."""
+
+    def __init__(self, trait: Trait, scale: Scale, chat_model: ChatModel) -> None:
+        self.trait, self.scale, self.chat_model = trait, scale, chat_model
+        self.rows = load_ratings(trait)
+        self.exchanges = [row.exchange for row in self.rows]
+        self.targets = np.array([row.rating(scale) for row in self.rows])
+        self.tuning = np.array([at for at, row in enumerate(self.rows) if row.part == "tuning"])
+        self.reader = Reader(chat_model, trait)
+        self.states = self.reader.kept_states(self.exchanges, cache_folder())
+        self.embedder = SentenceEmbedder()
+
+    def probe(self, features: NDArray[np.floating]) -> Scores:
+        """Return a probe's scores of all rows, those of the tuning part with questions held out."""
+        groups = [self.rows[at].question for at in self.tuning]
+        fitted = fit_probe(features[self.tuning], self.targets[self.tuning], groups)
+        scores = fitted.probe.predict(features)
+        scores[self.tuning] = fitted.held_out
+        return scores
+
+    def surface(self) -> Scores:
+        counts = [surface_counts(each.answer) for each in self.exchanges]
+        return self.probe(np.array(counts)[:, None])
+
+    def classifier(self) -> Scores:
+        positives, negatives = exchanges_of(load_pairs(self.trait))
+        fitted = AnswerClassifier.fit(positives, negatives, embedder=self.embedder, seed=0)
+        return 100 * fitted.probabilities(self.exchanges)
+
+    def embeddings(self) -> Scores:
+        parts = [self.embedder.embed(list(texts)) for texts in zip(*self.exchanges, strict=True)]
+        return self.probe(np.concatenate([*parts, parts[0] * parts[1]], axis=1)[:, None])
+
+    def layer(self, at: int) -> Scores:
+        return self.probe(self.states[:, [at]])
+
+    def all_layers(self) -> Scores:
+        return self.probe(self.states.reshape(len(self.rows), 1, -1))
+
+    def mean_of_layers(self) -> Scores:
+        return np.mean([self.layer(at) for at in range(len(self.reader.layers))], axis=0)
+
+    def chosen(self) -> Scores:
+        return self.probe(self.states)
+
+    def both(self) -> Scores:
+        return (self.mean_of_layers() + self.embeddings()) / 2
+
+    def variety(self) -> Scores:
+        return np.array([100 * distinct_share(each.answer) for each in self.exchanges])
+
+    def likelihood(self) -> Scores:
+        return np.array(mean_logprobs(self.chat_model, self.exchanges))
+
+    def contrast(self) -> Scores:
+        """log p of the answer under the trait's positive system prompt minus the negative one."""
+        means = []
+        for sign in ("pos", "neg"):
+            asked = ChatModel(
+                self.chat_model.model,
+                self.chat_model.tokenizer,
+                self.chat_model.name,
+                system_prompt=trait_prompt(self.trait, sign, 0),
+            )
+            means.append(mean_logprobs(asked, self.exchanges))
+        return np.subtract(*means)
+
+    def ways(self, likelihood: bool) -> Iterator[tuple[str, Callable[[], Scores]]]:
+        yield "nine surface counts", self.surface
+        if self.scale == "trait":
+            yield "classifier fitted to training answers", self.classifier
+        else:
+            yield "variety alone", self.variety
+        if likelihood:
+            yield (
+                ("likelihood contrast", self.contrast)
+                if self.scale == "trait"
+                else ("likelihood alone", self.likelihood)
+            )
+        yield "embeddings of question and answer", self.embeddings
+        for at, layer in enumerate(self.reader.layers):
+            if at % 2 == 0:
+                yield f"reader, layer {layer}", lambda at=at: self.layer(at)
+        yield "reader, all layers side by side", self.all_layers
+        yield "reader, mean over layers", self.mean_of_layers
+        yield "reader, chosen by cross-validation", self.chosen
+        yield "mean of reader and embeddings", self.both
+
+    def agreement(self, scores: Scores, part: str) -> JudgeValidation:
+        held = [at for at, row in enumerate(self.rows) if row.part == part]
+        criterion = COHERENCE if self.scale == "sense" else self.trait.name
+        verdicts = [Verdict(criterion, float(scores[at]), "", "") for at in held]
+        return own_agreement(verdicts, [self.rows[at] for at in held])
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def table(bench: Bench, likelihood: bool) -> None:
+    """Print the table of all ways of judging one trait."""
+    for part in ("tuning", "validation"):
+        raters = rater_agreement([row for row in bench.rows if row.part == part], bench.scale)
+        print(
+            f"{bench.trait.name}, {bench.scale}, {part}: {raters.n} answers; the two passes: "
+            f"κ {raters.kappa:.2f}, ρ {raters.spearman:.2f}, within {number(raters.within)}"
+        )
+    models = sorted({row.model for row in bench.rows})
+    print(f"\n| judge | tuning, within | AUC | ρ | within | ECE | {' | '.join(models)} |")
+    print("|" + "---|" * (6 + len(models)))
+    for name, way in bench.ways(likelihood):
+        scores = way()
+        tuned, held = (bench.agreement(scores, part) for part in ("tuning", "validation"))
+        cells = [tuned.own.within, held.auc, held.spearman, held.own.within]
+        by_model = [held.own.by_model[model].auc for model in models]
+        print(
+            f"| {name} | {' | '.join(map(number, cells))} | {held.own.calibration_error:.0f} | "
+            f"{' | '.join(map(number, by_model))} |",
+            flush=True,
+        )
+    print()
+
+
+def curve(bench: Bench, sizes: Sequence[int], draws: int = 10) -> None:
+    """Print how agreement on the validation part grows with the number of rated answers."""
+    print(f"\n{bench.trait.name}, {bench.scale}\n")
+    print("| rated answers | AUC | ρ | within |\n|---|---|---|---|")
+    for size in [*(each for each in sizes if each < len(bench.tuning)), len(bench.tuning)]:
+        found = [_drawn(bench, size, seed) for seed in range(draws)]
+        means = [
+            np.mean([getattr(each, name) for each in found]) for name in ("auc", "spearman")
+        ] + [np.mean([each.own.within for each in found])]
+        print(f"| {size} | {' | '.join(map(number, means))} |", flush=True)
+
+
+def _drawn(bench: Bench, size: int, seed: int) -> JudgeValidation:
+    some = np.random.default_rng(seed).choice(bench.tuning, size, replace=False)
+    groups = [bench.rows[at].question for at in some]
+    fitted = fit_probe(bench.states[some], bench.targets[some], groups)
+    return bench.agreement(fitted.probe.predict(bench.states), "validation")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("traits", nargs="+")
+    parser.add_argument("--scale", choices=("trait", "sense"), default="trait")
+    parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--likelihood", action="store_true")
+    parser.add_argument("--reader", default=None, help="another model that reads")
+    options = parser.parse_args()
+    named = {} if options.reader is None else {"name": options.reader}
+    chat_model = load_chat_model(dtype="float32", **named)
+    for name in options.traits:
+        bench = Bench(load_trait(name), options.scale, chat_model)
+        if options.curve:
+            curve(bench, (20, 30, 40, 60))
+        else:
+            table(bench, options.likelihood)
+
+
+if __name__ == "__main__":
+    main()
