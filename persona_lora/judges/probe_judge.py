@@ -17,7 +17,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from persona_lora.core.tensor_files import opened
 from persona_lora.core.traits import Trait
 from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.coherence import EMPTY_REASON
+from persona_lora.judges.familiarity import Familiarity, fit_familiarity
 from persona_lora.judges.fitness import JudgeValidation, own_agreement, warn_if_untrusted
 from persona_lora.judges.judge_prompts import check_criterion
 from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
@@ -41,34 +42,42 @@ from persona_lora.models.loading import ChatModel
 logger = logging.getLogger(__name__)
 
 FITTED = "reader.safetensors"
-VERSION = 1
+VERSION = 2
 READER = "reader"
+# Scores of 0–100 from which an answer shows a trait, or its opposite, and makes sense at all.
+SHOWS, OPPOSITE, SENSIBLE = 60.0, 40.0, 30.0
+
+Outcome = Literal["shows it", "opposite", "neither"]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class FittedReader:
-    """The probes of a trait, and what they say of the rated answers they belong to.
+    """The probes of a trait, what is like the answers they know, and what they say of the labels.
 
     ``scores``: by scale one number a rated answer, in the order of the labels; for those of the
-    tuning part by probes that had not seen their question.
+    tuning part by probes that had not seen their question. ``distances``: of the rated answers.
     """
 
     content: str
     probes: dict[Scale, Probe]
-    scores: dict[Scale, NDArray[np.float64]]
+    familiarity: Familiarity
+    scores: dict[Scale, Array]
+    distances: Array
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all; numbers that are no tensors as JSON."""
-        tensors: dict[str, torch.Tensor] = {}
-        record: dict[str, Any] = {"content": self.content, "probes": {}}
-        for scale, probe in self.probes.items():
-            tensors[f"{scale}.center"] = torch.from_numpy(probe.center)
-            tensors[f"{scale}.weights"] = torch.from_numpy(probe.weights)
-            tensors[f"{scale}.scores"] = torch.from_numpy(self.scores[scale])
-            rest = dataclasses.asdict(probe)
-            record["probes"][scale] = {
-                name: rest[name] for name in ("at", "bias", "penalty", "error")
-            }
+        """Write a safetensors file, whole or not at all; numbers that are no arrays as JSON."""
+        arrays: dict[str, Array] = {"distances": self.distances}
+        record: dict[str, Any] = {"content": self.content}
+        for name, part in (*self.probes.items(), ("familiarity", self.familiarity)):
+            values = {each.name: getattr(part, each.name) for each in dataclasses.fields(part)}
+            held = {key: each for key, each in values.items() if isinstance(each, np.ndarray)}
+            arrays |= {f"{name}.{key}": each for key, each in held.items()}
+            record[name] = {key: each for key, each in values.items() if key not in held}
+        arrays |= {f"{scale}.scores": each for scale, each in self.scores.items()}
+        tensors = {
+            key: torch.from_numpy(np.ascontiguousarray(each)) for key, each in arrays.items()
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"fit": json.dumps(record)})
@@ -82,16 +91,18 @@ class FittedReader:
             record = json.loads((stream.metadata() or {}).get("fit", "{}"))
             if record.get("content") != content:
                 return None
-            tensors = {key: stream.get_tensor(key).numpy() for key in stream.keys()}  # noqa: SIM118
+            arrays = {key: stream.get_tensor(key).numpy() for key in stream.keys()}  # noqa: SIM118
+        scores = {scale: arrays.pop(f"{scale}.scores") for scale in SCALES}
+
+        def part(name: str) -> dict[str, Any]:
+            own = {key: each for key, each in arrays.items() if key.startswith(f"{name}.")}
+            return {**record[name], **{key.partition(".")[2]: each for key, each in own.items()}}
+
         probes = {
-            scale: Probe(
-                center=tensors[f"{scale}.center"],
-                weights=tensors[f"{scale}.weights"],
-                **{**record["probes"][scale], "at": tuple(record["probes"][scale]["at"])},
-            )
-            for scale in SCALES
+            scale: Probe(**{**part(scale), "at": tuple(part(scale)["at"])}) for scale in SCALES
         }
-        return cls(content, probes, {scale: tensors[f"{scale}.scores"] for scale in SCALES})
+        familiarity = Familiarity(**part("familiarity"))
+        return cls(content, probes, familiarity, scores, arrays["distances"])
 
 
 def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
@@ -102,6 +113,8 @@ def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
     states = reader.kept_states([row.exchange for row in labels], cache_folder())
     tuning = [at for at, row in enumerate(labels) if row.part == "tuning"]
     groups = [labels[at].question for at in tuning]
+    middle = states[:, states.shape[1] // 2]
+    familiarity = fit_familiarity(middle[tuning], groups)
     probes, scores = {}, {}
     for scale in SCALES:
         targets = np.array([labels[at].rating(scale) for at in tuning])
@@ -117,7 +130,8 @@ def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
             fitted.probe.penalty,
             fitted.probe.error,
         )
-    return FittedReader(content_of(reader, labels), probes, scores)
+    distances = familiarity.distances(middle)
+    return FittedReader(content_of(reader, labels), probes, familiarity, scores, distances)
 
 
 def fitted_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
@@ -157,8 +171,8 @@ class ReaderJudge:
         self.reader = reader
         self.fitted = fitted
         self.validation = (
-            _validation(self.trait.name, fitted.scores["trait"], labels),
-            _validation(COHERENCE, fitted.scores["sense"], labels),
+            _validation(self.trait.name, fitted, labels),
+            _validation(COHERENCE, fitted, labels),
         )
         for each in self.validation:
             warn_if_untrusted(each)
@@ -170,22 +184,57 @@ class ReaderJudge:
         return cls(reader, fitted_reader(reader, labels), labels)
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict per exchange, in order; an empty answer is unscored."""
+        """Return one verdict per exchange, in order; empty and unfamiliar answers are unscored.
+
+        The reason of a scored one is its outcome: "shows it", "opposite", or "neither" (no sense).
+        """
         check_criterion(self.trait, criterion)
         filled = [exchange for exchange in exchanges if exchange.answer.strip()]
-        probe = self.fitted.probes["sense" if criterion == COHERENCE else "trait"]
-        scores = iter(probe.predict(self.reader.states(filled)))
+        states = self.reader.states(filled)
+        scores = {scale: probe.predict(states) for scale, probe in self.fitted.probes.items()}
+        distances = self.fitted.familiarity.distances(states[:, states.shape[1] // 2])
+        limit = self.fitted.familiarity.limit
+        verdicts = iter(
+            _verdict(criterion, trait, sense, distance, limit)
+            for trait, sense, distance in zip(
+                scores["trait"].tolist(), scores["sense"].tolist(), distances.tolist(), strict=True
+            )
+        )
         return [
-            Verdict(criterion, float(next(scores)), "", self.name)
+            next(verdicts)
             if exchange.answer.strip()
             else Verdict(criterion, None, EMPTY_REASON, self.name)
             for exchange in exchanges
         ]
 
 
+def outcome(trait: float, sense: float) -> Outcome:
+    """Return what an answer does with a trait, by its scores on both scales (or its ratings)."""
+    if sense < SENSIBLE or OPPOSITE < trait < SHOWS:
+        return "neither"
+    return "shows it" if trait >= SHOWS else "opposite"
+
+
+def _verdict(criterion: str, trait: float, sense: float, distance: float, limit: float) -> Verdict:
+    if distance > limit:
+        reason = f"unlike all answers that were rated (distance {distance:.1f}, limit {limit:.1f})"
+        return Verdict(criterion, None, reason, READER)
+    score = sense if criterion == COHERENCE else trait
+    return Verdict(criterion, score, outcome(trait, sense), READER)
+
+
 def _validation(
-    criterion: str, scores: NDArray[np.float64], labels: Sequence[RatedAnswer]
+    criterion: str, fitted: FittedReader, labels: Sequence[RatedAnswer]
 ) -> JudgeValidation:
     held = [at for at, row in enumerate(labels) if row.part == "validation"]
-    verdicts = [Verdict(criterion, float(scores[at]), "", READER) for at in held]
+    verdicts = [
+        _verdict(
+            criterion,
+            float(fitted.scores["trait"][at]),
+            float(fitted.scores["sense"][at]),
+            float(fitted.distances[at]),
+            fitted.familiarity.limit,
+        )
+        for at in held
+    ]
     return own_agreement(verdicts, [labels[at] for at in held])
