@@ -50,7 +50,7 @@ class JudgeChoice:
         str,
         "Who judges: reader or embedding (no network), openai (any endpoint), local, or several: "
         "a,b.",
-    ] = "embedding"
+    ] = "reader"
     judge_model: Annotated[
         str | None, "The endpoint's model, the local judge's, or the reader's."
     ] = None

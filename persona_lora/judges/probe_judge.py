@@ -14,10 +14,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.content import digest_of
 from persona_lora.core.files import atomic_path
 from persona_lora.core.tensor_files import opened
-from persona_lora.core.traits import Trait
-from persona_lora.judges.answer_states import Reader
+from persona_lora.core.traits import ON_POLICY, Trait, load_trait
+from persona_lora.judges.answer_states import Reader, States
 from persona_lora.judges.coherence import EMPTY_REASON
 from persona_lora.judges.familiarity import Familiarity, fit_familiarity
 from persona_lora.judges.fitness import JudgeValidation, own_agreement, warn_if_untrusted
@@ -42,7 +42,7 @@ from persona_lora.models.loading import ChatModel
 logger = logging.getLogger(__name__)
 
 FITTED = "reader.safetensors"
-VERSION = 2
+VERSION = 3
 READER = "reader"
 # Scores of 0–100 from which an answer shows a trait, or its opposite, and makes sense at all.
 SHOWS, OPPOSITE, SENSIBLE = 60.0, 40.0, 30.0
@@ -108,19 +108,25 @@ class FittedReader:
 def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
     """Fit the probes of a trait to the tuning part of its rated answers.
 
-    Equal labels and readers give equal fits. Raises UserError for too few labels.
+    That of sense is fitted to those of the traits beside it as well. Equal labels and readers give
+    equal fits. Raises UserError for too few labels.
     """
     states = reader.kept_states([row.exchange for row in labels], cache_folder())
     tuning = [at for at, row in enumerate(labels) if row.part == "tuning"]
     groups = [labels[at].question for at in tuning]
     middle = states[:, states.shape[1] // 2]
     familiarity = fit_familiarity(middle[tuning], groups)
+    own = Rated(states[tuning], [labels[at] for at in tuning], groups)
     probes, scores = {}, {}
     for scale in SCALES:
-        targets = np.array([labels[at].rating(scale) for at in tuning])
-        fitted = fit_probe(states[tuning], targets, groups)
+        parts = [own, *(_rated_elsewhere(reader) if scale == "sense" else ())]
+        fitted = fit_probe(
+            np.concatenate([part.states for part in parts]),
+            np.array([row.rating(scale) for part in parts for row in part.rows]),
+            [group for part in parts for group in part.groups],
+        )
         said = fitted.probe.predict(states)
-        said[tuning] = fitted.held_out
+        said[tuning] = fitted.held_out[: len(tuning)]
         probes[scale], scores[scale] = fitted.probe, said
         logger.info(
             "reader probe of %s, %s: layers %s, penalty %g, held-out error %.1f points",
@@ -132,6 +138,25 @@ def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
         )
     distances = familiarity.distances(middle)
     return FittedReader(content_of(reader, labels), probes, familiarity, scores, distances)
+
+
+class Rated(NamedTuple):
+    """Rated answers of the tuning part, their states, and what is held out together."""
+
+    states: States
+    rows: Sequence[RatedAnswer]
+    groups: list[str]
+
+
+def _rated_elsewhere(reader: Reader) -> Iterator[Rated]:
+    """Yield the tuning parts of the traits beside this one: what makes sense does so anywhere."""
+    for path in sorted(reader.trait.folder.parent.glob(f"*/{ON_POLICY}")):
+        if path.parent.resolve() != reader.trait.folder.resolve():
+            other = load_trait(path.parent)
+            rows = load_ratings(other, "tuning")
+            beside = Reader(reader.chat_model, other)
+            states = beside.kept_states([row.exchange for row in rows], cache_folder())
+            yield Rated(states, rows, [f"{other.name}: {row.question}" for row in rows])
 
 
 def fitted_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.judges import choice, probe_judge
 from persona_lora.judges.answer_states import PROMPT, Reader
 from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge, validations_of
-from persona_lora.judges.labels import load_ratings
+from persona_lora.judges.labels import SCALES, load_ratings
 from persona_lora.judges.probe_judge import FITTED, ReaderJudge, content_of, fitted_reader
 from tests.judges.rated import rated_rows, write_ratings
 
@@ -144,7 +145,7 @@ def test_an_outcome_is_one_of_three(trait, sense, said):
 
 def test_validation_is_on_the_part_that_no_probe_was_fitted_to(chat_model, rated, caplog):
     with caplog.at_level(logging.WARNING):
-        judge = ReaderJudge.of(rated, chat_model)
+        judge = with_limit(ReaderJudge.of(rated, chat_model), rated, math.inf)
     held = load_ratings(rated, "validation")
     trait, sense = validations_of(judge, rated)
     assert (trait.criterion, sense.criterion) == ("flattery", COHERENCE)
@@ -196,6 +197,23 @@ def test_a_fit_beside_the_labels_is_used_and_a_stale_one_is_not(chat_model, rate
     rows = rated_rows()
     write_ratings(rated, [{**rows[0], "trait": [0, 0]}, *rows[1:]])
     assert fitted_reader(reading, load_ratings(rated)).content != shipped.content
+
+
+def test_sense_is_learnt_from_the_traits_beside_as_well_and_the_trait_is_not(chat_model, rated):
+    reading, labels = Reader(chat_model, rated), load_ratings(rated)
+    alone = probe_judge.fit_reader(reading, labels)
+    beside = rated.folder.parent / "beside"
+    shutil.copytree(rated.folder, beside)
+    rows = [{**row, "sense": [100 - each for each in row["sense"]]} for row in rated_rows()]
+    write_ratings(dataclasses.replace(rated, folder=beside), rows)
+    together = probe_judge.fit_reader(reading, labels)
+    states = reading.states([ASKED])
+    ours, theirs = (
+        {s: each.probes[s].predict(states) for s in SCALES} for each in (alone, together)
+    )
+    assert ours["trait"] == theirs["trait"]
+    assert ours["sense"] != theirs["sense"]
+    assert len(together.scores["sense"]) == len(labels)
 
 
 def test_without_ratings_the_embedding_classifier_judges_and_says_so(
