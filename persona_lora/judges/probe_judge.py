@@ -1,7 +1,9 @@
-"""The default judge: a linear probe on how an unsteered model reads question and answer.
+"""The default judge: linear probes on how an unsteered model reads question and answer.
 
-Two probes on the same states, one for the trait and one for sense (coherence), fitted to the tuning
-part of the trait's rated answers (``onpolicy.jsonl``); the validation part says how good they are.
+Two probes on the same states, one for the trait and one for sense (coherence); for the trait one on
+sentence embeddings of question and answer as well, and the mean of both counts. They are fitted to
+the tuning part of the trait's rated answers (``onpolicy.jsonl``); the validation part says how good
+they are.
 Refuses to know the models whose answers it scores.
 
 A fit belongs to the labels, the reader and the prompt it was made with, and carries a digest of
@@ -15,7 +17,8 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,12 +40,13 @@ from persona_lora.judges.fitness import JudgeValidation, own_agreement, warn_if_
 from persona_lora.judges.judge_prompts import check_criterion
 from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import Probe, fit_probe
+from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import ChatModel
 
 logger = logging.getLogger(__name__)
 
 FITTED = "reader.safetensors"
-VERSION = 3
+VERSION = 4
 READER = "reader"
 # Scores of 0–100 from which an answer shows a trait, or its opposite, and makes sense at all.
 SHOWS, OPPOSITE, SENSIBLE = 60.0, 40.0, 30.0
@@ -61,6 +65,7 @@ class FittedReader:
 
     content: str
     probes: dict[Scale, Probe]
+    by_text: Probe
     familiarity: Familiarity
     scores: dict[Scale, Array]
     distances: Array
@@ -69,7 +74,12 @@ class FittedReader:
         """Write a safetensors file, whole or not at all; numbers that are no arrays as JSON."""
         arrays: dict[str, Array] = {"distances": self.distances}
         record: dict[str, Any] = {"content": self.content}
-        for name, part in (*self.probes.items(), ("familiarity", self.familiarity)):
+        parts: list[tuple[str, Probe | Familiarity]] = [
+            *self.probes.items(),
+            ("text", self.by_text),
+            ("familiarity", self.familiarity),
+        ]
+        for name, part in parts:
             values = {each.name: getattr(part, each.name) for each in dataclasses.fields(part)}
             held = {key: each for key, each in values.items() if isinstance(each, np.ndarray)}
             arrays |= {f"{name}.{key}": each for key, each in held.items()}
@@ -98,11 +108,18 @@ class FittedReader:
             own = {key: each for key, each in arrays.items() if key.startswith(f"{name}.")}
             return {**record[name], **{key.partition(".")[2]: each for key, each in own.items()}}
 
-        probes = {
-            scale: Probe(**{**part(scale), "at": tuple(part(scale)["at"])}) for scale in SCALES
-        }
+        def probe(name: str) -> Probe:
+            found = Probe(**part(name))
+            return replace(found, at=tuple(found.at))
+
+        probes = {scale: probe(scale) for scale in SCALES}
         familiarity = Familiarity(**part("familiarity"))
-        return cls(content, probes, familiarity, scores, arrays["distances"])
+        return cls(content, probes, probe("text"), familiarity, scores, arrays["distances"])
+
+    def predict(self, states: States, embedded: Array) -> dict[Scale, Array]:
+        """Return scores by scale: of the trait the mean of what states and embeddings say."""
+        trait = (self.probes["trait"].predict(states) + self.by_text.predict(embedded)) / 2
+        return {"trait": trait, "sense": self.probes["sense"].predict(states)}
 
 
 def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
@@ -116,8 +133,11 @@ def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
     groups = [labels[at].question for at in tuning]
     middle = states[:, states.shape[1] // 2]
     familiarity = fit_familiarity(middle[tuning], groups)
+    embedded = embeddings_of([row.exchange for row in labels])
+    ratings = np.array([labels[at].rating("trait") for at in tuning])
+    by_text = fit_probe(embedded[tuning], ratings, groups)
     own = Rated(states[tuning], [labels[at] for at in tuning], groups)
-    probes, scores = {}, {}
+    probes, held_out = {}, {}
     for scale in SCALES:
         parts = [own, *(_rated_elsewhere(reader) if scale == "sense" else ())]
         fitted = fit_probe(
@@ -125,9 +145,7 @@ def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
             np.array([row.rating(scale) for part in parts for row in part.rows]),
             [group for part in parts for group in part.groups],
         )
-        said = fitted.probe.predict(states)
-        said[tuning] = fitted.held_out[: len(tuning)]
-        probes[scale], scores[scale] = fitted.probe, said
+        probes[scale], held_out[scale] = fitted.probe, fitted.held_out[: len(tuning)]
         logger.info(
             "reader probe of %s, %s: layers %s, penalty %g, held-out error %.1f points",
             reader.trait.name,
@@ -136,8 +154,19 @@ def fit_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader:
             fitted.probe.penalty,
             fitted.probe.error,
         )
-    distances = familiarity.distances(middle)
-    return FittedReader(content_of(reader, labels), probes, familiarity, scores, distances)
+    held_out["trait"] = (held_out["trait"] + by_text.held_out) / 2
+    fit = FittedReader(
+        content_of(reader, labels),
+        probes,
+        by_text.probe,
+        familiarity,
+        {},
+        familiarity.distances(middle),
+    )
+    scores = fit.predict(states, embedded)
+    for scale in SCALES:
+        scores[scale][tuning] = held_out[scale]
+    return replace(fit, scores=scores)
 
 
 class Rated(NamedTuple):
@@ -175,7 +204,22 @@ def fitted_reader(reader: Reader, labels: Sequence[RatedAnswer]) -> FittedReader
 def content_of(reader: Reader, labels: Sequence[RatedAnswer]) -> str:
     """Return a digest of all that decides a fit."""
     rated = [[row.part, row.trait, row.sense] for row in labels]
-    return digest_of([VERSION, rated, reader.content([row.exchange for row in labels])])
+    read = reader.content([row.exchange for row in labels])
+    return digest_of([VERSION, rated, read, embedder_content()])
+
+
+@cache
+def _embedder() -> SentenceEmbedder:
+    return SentenceEmbedder()
+
+
+def embeddings_of(exchanges: Sequence[Exchange]) -> Array:
+    """Return sentence embeddings q, a and q·a (entry by entry): ``[n, 1, 3 · dimension]``."""
+    asked, said = (
+        _embedder().embed([each[at] for each in exchanges]).astype(np.float64) for at in (0, 1)
+    )
+    features: Array = np.concatenate([asked, said, asked * said], axis=1)[:, None]
+    return features
 
 
 def cache_folder() -> Path:
@@ -216,7 +260,7 @@ class ReaderJudge:
         check_criterion(self.trait, criterion)
         filled = [exchange for exchange in exchanges if exchange.answer.strip()]
         states = self.reader.states(filled)
-        scores = {scale: probe.predict(states) for scale, probe in self.fitted.probes.items()}
+        scores = self.fitted.predict(states, embeddings_of(filled))
         distances = self.fitted.familiarity.distances(states[:, states.shape[1] // 2])
         limit = self.fitted.familiarity.limit
         verdicts = iter(

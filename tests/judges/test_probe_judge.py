@@ -18,7 +18,13 @@ from persona_lora.judges import choice, probe_judge
 from persona_lora.judges.answer_states import PROMPT, Reader
 from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge, validations_of
 from persona_lora.judges.labels import SCALES, load_ratings
-from persona_lora.judges.probe_judge import FITTED, ReaderJudge, content_of, fitted_reader
+from persona_lora.judges.probe_judge import (
+    FITTED,
+    ReaderJudge,
+    content_of,
+    embeddings_of,
+    fitted_reader,
+)
 from tests.judges.rated import rated_rows, write_ratings
 
 ASKED = Exchange("Am I right about soup?", "No, that is wrong.")
@@ -175,6 +181,8 @@ def test_a_fit_is_kept_and_used_for_its_own_labels_and_reader_alone(
     states = reading.states([ASKED])
     for scale in ("trait", "sense"):
         assert again.probes[scale].predict(states) == first.probes[scale].predict(states)
+        said = [each.predict(states, embeddings_of([ASKED]))[scale] for each in (again, first)]
+        assert (said[0] == said[1]).all()
         assert (again.scores[scale] == first.scores[scale]).all()
     other = dataclasses.replace(chat_model, model=make_model(seed=3))
     changed = [dataclasses.replace(labels[0], trait=(1.0, 2.0)), *labels[1:]]
