@@ -81,6 +81,7 @@ def test_a_sweep_writes_rows_tables_plot_and_report(run_sweep):
         "answers.jsonl",
         "verdicts.jsonl",
         "validation.jsonl",
+        "canaries.jsonl",
         "divergence.jsonl",
         "sweep.csv",
         "sweep.png",
@@ -207,9 +208,6 @@ def test_a_population_that_cannot_be_is_refused(vector):
 # -- weights beside activations -------------------------------------------------------------------
 
 
-OPTIONS = GenerationOptions(max_new_tokens=4)
-
-
 @pytest.fixture
 def methods(chat_model, make_diff):
     diff = make_diff(chat_model.model, scale=0.05)
@@ -291,7 +289,8 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
     def go():
         return compare(
             chat_model, trait, methods, lambda: judge, tmp_path / "out",
-            comparing=ComparisonOptions((0.5, -0.5), max_questions=2), options=OPTIONS,
+            comparing=ComparisonOptions((0.5, -0.5), max_questions=2),
+            options=GenerationOptions(max_new_tokens=4),
         )  # fmt: skip
 
     found = go()
