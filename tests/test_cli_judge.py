@@ -96,7 +96,7 @@ def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkey
     assert len(labels) == 60
     assert {row["part"] for row in labels} == {"tuning", "validation"}
     assert "the two passes agree with weighted kappa" in out
-    assert "models’ own" in out
+    assert "reader" in out
     status, _, error = run(*fit)
     assert status == 2
     assert json.loads((tmp_path / "cheer" / "trait.json").read_text())["name"]

@@ -65,7 +65,17 @@ def help_texts() -> dict[str, str]:
             "research-questions",
             *("benchmark", "predict-finetuning", "compare-prevention", "export"),
         ),
-        *("traits", "traits generate", "data", "data generate", "data check", "data screen"),
+        *(
+            "traits",
+            "traits generate",
+            "data",
+            "data generate",
+            "data check",
+            "judge score",
+            "judge rate",
+            "judge fit",
+            "data screen",
+        ),
         *("persona", "persona build", "persona validate", "persona sheets", "persona ratings"),
         *("persona lamp",),
         *(

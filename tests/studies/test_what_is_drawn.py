@@ -165,16 +165,20 @@ def test_a_finetune_draws_scores_shifts_and_projections(tmp_path):
 def test_weight_projections_are_drawn_by_their_coordinate():
     rows = [
         {"finetuned": tuned, "diff": diff, "part": part, "of": of, "step": None, "cosine": 0.77,
-         "coordinate": scale * (of + 1), "p": 0.5, "p_holm": 0.01 if diff == "evil" else 0.5}
+         "geometry": geometry, "p": 0.5,
+         "coordinate": scale * (of + 1) * (-1 if geometry == "plain" else 1),
+         "p_holm": 0.01 if diff == "evil" else 0.5}
         for tuned, factor in (("a/one", 1.0), ("a/two", 10.0))
         for diff, scale in (("evil", factor), ("kind", 2 * factor))
         for part, of in (("total", 0), ("layer", 0), ("layer", 1))
+        for geometry in ("weighted", "plain")
     ]  # fmt: skip
-    layers, totals = drift.render_weight_projection({"rows": rows}).panels
+    record = {"rows": rows, "geometry": "weighted"}
+    layers, totals = drift.render_weight_projection(record).panels
     assert {each.name: each.y for each in layers.drawn} == {"Evil": (10, 20), "Kind": (20, 40)}
     assert {each.name: each.y for each in totals.drawn} == {"Evil": (1, 10), "Kind": (2, 20)}
     alone = [row for row in rows if row["diff"] == "evil"]
-    picture = drift.render_weight_projection({"rows": alone})
+    picture = drift.render_weight_projection({**record, "rows": alone})
     assert picture.panels[0].drawn[0].y == (10, 20)
     assert [bar.get_height() for bar in picture.figure.axes[0].patches] == [10, 20]
     stars = [text.get_text() for text in picture.figure.axes[1].texts]
