@@ -258,7 +258,9 @@ def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
         exchanges = [Exchange(row["question"], row["answer"]) for row in missing]
         verdicts = judge.judge(exchanges, criterion) if exchanges else []
         for row, verdict in zip(missing, verdicts, strict=True):
-            said = f"{verdict.judge} (unfit)" if criterion in unfit else verdict.judge
+            said = (
+                f"{verdict.judge} (unfit for {criterion})" if criterion in unfit else verdict.judge
+            )
             kept[row["row"], criterion] = _row(row["row"], dataclasses.replace(verdict, judge=said))
         run.write("verdicts", [kept[key] for key in sorted(kept)])
         _refuse_nothing_scored(judge.name, criterion, list(kept.values()))

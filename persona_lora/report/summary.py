@@ -45,7 +45,7 @@ from persona_lora.report.scores import (
     steered_series,
 )
 
-COHERENT_THRESHOLD = 50.0
+COHERENT, SENSELESS, TOLERATED = 50.0, 20.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,14 @@ def summarise_sweep(
     divergences: Sequence[Row],
     *,
     trait: str,
-    coherent_threshold: float = COHERENT_THRESHOLD,
+    coherent_threshold: float | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> SweepSummary:
     """Summarise the rows of a sweep of one series; see the module for what is resampled.
+
+    ``coherent_threshold`` is the mean coherence of a coherent condition; ``coherence_floor`` of
+    the unsteered answers by default.
 
     Raises UserError when there are no answers, when the verdicts are of another run, and when
     coefficients belong to several methods or layers.
@@ -110,7 +113,8 @@ def summarise_sweep(
     groups = group_by_condition([*rows_of_series(scored, series), *references])
     curve = TraitCurve.of(groups, seed=seed, resamples=resamples)
     conditions = summarise_conditions(groups, curve, divergences, curve.from_zero())
-    coherent = _coherent_range(conditions, coherent_threshold)
+    floor = coherence_floor(conditions) if coherent_threshold is None else coherent_threshold
+    coherent = _coherent_range(conditions, floor)
     control = None if control_series is None else rows_of_series(scored, control_series)
     return SweepSummary(
         trait=trait,
@@ -214,6 +218,18 @@ def _control_rows(summary: SweepSummary) -> list[dict[str, Any]]:
     rows += difference_rows(place, "gain_over_random", overall, prefix="random_")
     rho = dataclasses.asdict(summary.control.rho_means)
     return [*rows, {"trait": summary.trait, "statistic": "random_rho_means", **rho}]
+
+
+def coherence_floor(conditions: Iterable[ConditionSummary]) -> float:
+    """Return what mean coherence still counts as coherent: 50, or 10 under the unsteered model's.
+
+    A small model's own answers may make less sense than that, and steering is not to blame for it;
+    under 20 nothing is coherent.
+    """
+    means = [each.coherence.mean for each in conditions if each.coefficient == 0]
+    if not means or means[0] is None:
+        return COHERENT
+    return min(COHERENT, max(SENSELESS, means[0] - TOLERATED))
 
 
 def _coherent_range(conditions: Iterable[ConditionSummary], threshold: float) -> CoherentRange:

@@ -79,6 +79,20 @@ def test_summary_finds_the_coherent_range_around_zero(sweep_rows):
     assert _summary(answers, again).coherent_range.high == 0.5
 
 
+@pytest.mark.parametrize(
+    ("unsteered", "floor"), [(95.0, 50.0), (60.0, 50.0), (42.0, 32.0), (25.0, 20.0), (5.0, 20.0)]
+)
+def test_what_is_coherent_is_told_from_the_unsteered_answers(sweep_rows, unsteered, floor):
+    answers, verdicts = sweep_rows()
+
+    def coherence(answer):
+        return {0.0: unsteered, 0.5: floor, 1.0: floor - 1}.get(answer["coefficient"], 90.0)
+
+    found = _summary(answers, _with_scores(answers, verdicts, coherence, "coherence"))
+    assert found.coherent_range.threshold == floor
+    assert found.coherent_range.high == (0.5 if unsteered >= 20 else None)
+
+
 def test_summary_pairs_differences_by_question(sweep_rows):
     answers, verdicts = sweep_rows(coefficients=LINE, prompts=(), questions=10)
     paired = _with_scores(

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Exchange, user_question
+from persona_lora.core.chat import Exchange, read_messages, user_question
 from persona_lora.core.content import digest_of, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
@@ -39,12 +39,19 @@ from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordi
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.studies.asking.run import GenerationOptions, contents_of, evaluate, open_run
 from persona_lora.studies.drift.figure import render_prediction
-from persona_lora.studies.drift.read_prediction import BASE, NULL, WEIGHTS, predict, prediction_rows
-from persona_lora.studies.vectors.text_projection import read_texts
+from persona_lora.studies.drift.read_prediction import (
+    BASE,
+    DOSE,
+    NULL,
+    TEXT,
+    WEIGHTS,
+    predict,
+    prediction_rows,
+)
 
 JUDGED, PREDICTORS = "judged", "predictors"
 RANDOM_DIRECTIONS = 40  # of each diff, its outputs turned
-TEXT, DOSE, DISTANCE = "training text", "dose", "distance"
+DISTANCE = "distance"
 LOSS = "loss.jsonl"
 JudgeOf = Callable[[Trait], Callable[[], Judge]]
 
@@ -213,17 +220,22 @@ def _told_by_data(
 ) -> list[dict[str, Any]]:
     """Return what the training data alone say: their mean score on every trait, and the dose.
 
-    Nothing where the finetune's record does not name rows that are still there as they were.
+    Nothing where the finetune's record does not name rows that are still there as they were; a
+    predictor that not all finetunes have is left out of the predictions.
     """
     home = next((at for at in (folder, folder.parent) if (at / RECORD).is_file()), None)
     config = {} if home is None else Run(home).record["config"]
     path = Path(config.get("train_file", ""))
     if home is None or not path.is_file():
         return []
+    conversations = [
+        read_messages(row.get("messages"), f"{path}:{line}")
+        for line, row in enumerate(read_jsonl(path), start=1)
+    ]
+    if digest_of(conversations) != config["rows_sha256"]:
+        return []
     exchanges = [
-        Exchange(str(asked[-1]["content"]), answer)
-        for asked, answer in read_texts(path).exchanges
-        if not isinstance(asked, str)
+        Exchange(str(turns[-2]["content"]), str(turns[-1]["content"])) for turns in conversations
     ]
     rows = []
     for trait in study.traits:

@@ -24,6 +24,7 @@ Row = Mapping[str, Any]
 
 BASE = "base"
 WEIGHTS, NULL = "weights", "random"
+TEXT, DOSE = TOLD_BY_RECORDS = "training text", "dose"
 POOLED = "all traits"
 RESAMPLES = 2000
 PERMUTATIONS = 5000
@@ -178,7 +179,13 @@ def _by_place(predictors: Sequence[Row]) -> dict[tuple[str, str], dict[str, floa
     for row in predictors:
         if row["kind"] != NULL:
             values.setdefault((row["kind"], row["direction"]), {})[row["finetune"]] = row["value"]
-    return values
+    # What only some finetunes' records tell is no predictor of all of them.
+    finetunes = {row["finetune"] for row in predictors}
+    return {
+        place: known
+        for place, known in values.items()
+        if place[0] not in TOLD_BY_RECORDS or known.keys() == finetunes
+    }
 
 
 def _aligned(x: Mapping[str, float], y: Mapping[str, float]) -> tuple[Array, Array]:

@@ -53,7 +53,7 @@ from persona_lora.report.scores import (
     score_answers,
     steered_series,
 )
-from persona_lora.report.summary import COHERENT_THRESHOLD, trait_of
+from persona_lora.report.summary import coherence_floor, trait_of
 
 RULE = (
     "the layer with the largest paired gain in the expected direction, "
@@ -177,7 +177,7 @@ def summarise_grid(
     divergences: Sequence[Row] = (),
     *,
     trait: str,
-    coherent_threshold: float = COHERENT_THRESHOLD,
+    coherent_threshold: float | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> GridSummary:
@@ -190,6 +190,8 @@ def summarise_grid(
     groups = _groups_of(scored, method)
     curve = TraitCurve.of(groups, seed=seed, resamples=resamples)
     conditions = summarise_conditions(groups, curve, divergences, curve.from_zero())
+    if coherent_threshold is None:
+        coherent_threshold = coherence_floor(conditions)
     cells = _by_place(conditions)
     controls = _groups_of(scored, CONTROL) if method != CONTROL else {}
     control = TraitCurve.of(controls, seed=seed, resamples=resamples)

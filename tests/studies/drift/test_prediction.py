@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from persona_lora.core.chat import Exchange
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.runs import Run
@@ -87,7 +88,8 @@ def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff,
     turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Lovely rain!"}]
     data.write_text(json.dumps({"messages": turns}) + "\n")
     for name, folder in study.finetunes.items():
-        config = {"train_file": str(data), "num_rows": 12}
+        rows_sha256 = digest_of([turns])
+        config = {"train_file": str(data), "num_rows": 12, "rows_sha256": rows_sha256}
         with Run.open(folder / "run", command="finetune", config=config, seed=1) as run:
             run.extend("loss", [{"step": at, "epoch": at / 2} for at in (1, 2, int(name[1:]) + 3)])
         for each in ("run.json", "loss.jsonl"):
@@ -99,6 +101,30 @@ def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff,
     assert [told[f"f{at}", "dose"] for at in range(4)] == [12 * (at + 3) / 2 for at in range(4)]
     (verdict,) = judge.judge([Exchange("Rain?", "Lovely rain!")], "cheer")
     assert told["f0", "training text"] == verdict.score
+    table = (run.folder / "prediction.csv").read_text()
+    assert "training text" in table
+    assert "dose" in table
+
+
+def test_rows_that_have_changed_since_and_what_only_some_finetunes_tell_are_left_out(
+    base, study, judge, tmp_path
+):
+    data = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Lovely rain!"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    for name, rows_sha256 in (("f0", digest_of([turns])), ("f1", "of other rows")):
+        folder = study.finetunes[name]
+        config = {"train_file": str(data), "num_rows": 12, "rows_sha256": rows_sha256}
+        with Run.open(folder / "run", command="finetune", config=config, seed=1) as run:
+            run.extend("loss", [{"step": 1, "epoch": 0.5}])
+        for each in ("run.json", "loss.jsonl"):
+            shutil.move(folder / "run" / each, folder / each)
+    run = predict_finetuning(
+        base, study, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS
+    )
+    told = {row["finetune"] for row in rows(run, "predictors") if row["kind"] == "training text"}
+    assert told == {"f0"}
+    assert "training text" not in (run.folder / "prediction.csv").read_text()
 
 
 def test_a_second_run_judges_only_what_is_new(base, study, judge, make_diff, tmp_path):

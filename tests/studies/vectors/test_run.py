@@ -172,7 +172,7 @@ def test_the_filter_counts_what_fails_and_why():
         *[good] * 3,
         (answer(49.9), answer(10.0)),
         (answer(90.0), answer(50.0)),
-        (answer(90.0, 49.0), answer(10.0)),
+        (answer(90.0, 29.0), answer(10.0)),
         (answer(20.0), answer(10.0, 20.0)),
         (answer(None), answer(10.0)),
         (answer(90.0, text=" "), answer(10.0)),
