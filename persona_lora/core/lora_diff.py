@@ -5,8 +5,9 @@ A LoRA changes a weight by s·B·A, where s is its scaling. The difference of tw
     s₊B₊A₊ − s₋B₋A₋ = [s₊B₊, −s₋B₋] · [A₊; A₋],
 
 is again a LoRA, of rank r₊ + r₋, exactly. Subtracting the factors, (B₊ − B₋)(A₊ − A₋), is not the
-difference: it adds the cross terms B₊A₋ and B₋A₊. Nothing here ever forms the dense matrix, and
-nothing here knows a model.
+difference: it adds the cross terms B₊A₋ and B₋A₊. Where A₊ and A₋ are one A, bit for bit, the
+difference is (s₊B₊ − s₋B₋)·A, of rank r, and so is every mix. Nothing here ever forms the dense
+matrix, and nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class LoRADiff:
     """A direction in weight space: low-rank factors by canonical module name.
 
     Module names are those of the unwrapped model, as in ``model.layers.0.self_attn.q_proj``.
-    Diffs add, subtract and scale; every result is a diff of the summed rank.
+    Diffs add, subtract and scale; ranks add up where A differs.
     """
 
     factors: Mapping[str, LoRAFactors]
@@ -342,7 +343,7 @@ def _frame(size: int, number: int, generator: torch.Generator) -> Tensor:
 
 
 def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
-    """Return Σ cᵢ·diffᵢ as one diff of the summed rank.
+    """Return Σ cᵢ·diffᵢ as one diff: of the summed rank, or of one where all share their A.
 
     Raises:
         UserError: Diffs of different base models, or a coefficient that is not finite.
@@ -358,15 +359,25 @@ def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
             stacked[module].append(LoRAFactors(each.A, each.B * scale))
     traits = {diff.trait for diff in diffs}
     return LoRADiff(
-        factors={
-            module: LoRAFactors(
-                torch.cat([each.A for each in parts]), torch.cat([each.B for each in parts], dim=1)
-            )
-            for module, parts in stacked.items()
-        },
+        factors={module: _summed(parts) for module, parts in stacked.items()},
         base_model=base_model,
         trait=traits.pop() if len(traits) == 1 else None,
         sources=_merged_sources(terms),
+    )
+
+
+def _summed(parts: Sequence[LoRAFactors]) -> LoRAFactors:
+    """Return Σ BᵢAᵢ: those of an equal A add their B, the others stand side by side."""
+    distinct: list[LoRAFactors] = []
+    for part in parts:
+        for place, held in enumerate(distinct):
+            if torch.equal(held.A, part.A):
+                distinct[place] = LoRAFactors(held.A, held.B + part.B)
+                break
+        else:
+            distinct.append(part)
+    return LoRAFactors(
+        torch.cat([each.A for each in distinct]), torch.cat([each.B for each in distinct], dim=1)
     )
 
 

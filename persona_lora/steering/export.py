@@ -83,7 +83,8 @@ def export_peft(
 ) -> Exported:
     """Write the mix as one PEFT adapter with the coefficients baked in.
 
-    Of the summed rank, exactly; or cut to ``rank`` or to the share ``energy`` of ‖·‖².
+    As ``core.lora_diff.mix`` sums it, exactly; or cut to ``rank`` or to the share ``energy`` of
+    ‖·‖².
     """
     mixed, share = _compressed(terms, rank, energy)
     return Exported(mixed.save(folder), mixed.rank, share)

@@ -52,6 +52,17 @@ class ContrastiveArguments(TrainedModel):
     trait: str = field(metadata={"help": "A trait folder of datasets_dir, or the path of one."})
     system_prompt: str | None = option(None, "Goes before every training conversation without one.")
     datasets_dir: str | None = option(None, "Where the trait folders lie; default: datasets/.")
+    family: str | None = option(
+        None, "A file with one frozen A per module, for many traits; drawn where it is not there."
+    )
+    family_inputs: bool = option(
+        False, "Draw the family from the leading directions of the model's inputs, not from seed."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.family_inputs and self.family is None:
+            raise UserError("family_inputs says how a family is drawn; name its file with --family")
 
 
 @dataclass

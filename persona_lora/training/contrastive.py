@@ -24,7 +24,7 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.settings import recorded_command
 from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
-from persona_lora.models.loading import DEFAULT_MODEL
+from persona_lora.models.loading import DEFAULT_MODEL, ChatModel
 from persona_lora.models.processes import Launched, recorded
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.training.arguments import (
@@ -42,6 +42,7 @@ from persona_lora.training.examples import (
     shared_lengths,
     tokenize_pairs,
 )
+from persona_lora.training.family import Family, open_family
 from persona_lora.training.lora import LoRAArguments
 from persona_lora.training.runner import (
     end_tokens,
@@ -117,6 +118,7 @@ def train_contrastive(
         max_length=config.max_length,
     )
     fingerprint = weight_fingerprint(chat_model.model)
+    family = _family(chat_model, options)
     logger.info(
         "%d pairs of %s, %d rows a step in %d process(es)",
         len(pairs),
@@ -129,6 +131,7 @@ def train_contrastive(
         "num_pairs": len(pairs),
         "pairs_sha256": digest_of([dataclasses.asdict(pair) for pair in pairs]),
         "system_prompt": arguments.system_prompt,
+        **({} if family is None else {"family": family.content()}),
     }
     run = open_run(
         "train",
@@ -146,7 +149,7 @@ def train_contrastive(
                 continue
             if sign == "neg" and is_sharded():
                 chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
-            train(chat_model, lora, config, _lesson(sign, rows, folder))
+            train(chat_model, lora, config, _lesson(sign, rows, folder, family))
         processes.from_main(lambda: _write_diff(folder, trait, fingerprint, run))
     return _result(folder)
 
@@ -163,6 +166,18 @@ def _load_trait_pairs(arguments: ContrastiveArguments) -> tuple[list[Contrastive
     datasets = Path(arguments.datasets_dir) if arguments.datasets_dir is not None else None
     trait = load_trait(arguments.trait, datasets)
     return load_pairs(trait), trait.name
+
+
+def _family(chat_model: ChatModel, options: TrainingOptions[ContrastiveArguments]) -> Family | None:
+    asked = options.arguments
+    if asked.family is None:
+        return None
+    path, seed = Path(asked.family), options.config.seed
+    return Launched().from_main(
+        lambda: open_family(
+            path, chat_model, options.lora, seed=seed, by_inputs=asked.family_inputs
+        )
+    )
 
 
 def _has_results(folder: Path) -> bool:
@@ -205,7 +220,9 @@ def _with_system_prompt(
     ]
 
 
-def _lesson(sign: Sign, rows: dict[Sign, list[TokenRow]], folder: Path) -> Lesson:
+def _lesson(
+    sign: Sign, rows: dict[Sign, list[TokenRow]], folder: Path, family: Family | None
+) -> Lesson:
     work = folder / WORK / sign
     return Lesson(
         sign,
@@ -215,6 +232,7 @@ def _lesson(sign: Sign, rows: dict[Sign, list[TokenRow]], folder: Path) -> Lesso
         saved=work / "adapter",
         publish=lambda adapter: _publish(work, folder / sign, adapter),
         lengths=shared_lengths(rows),
+        family=family,
     )
 
 

@@ -50,6 +50,8 @@ def train(
         model: Any = all_weights(chat_model, config.seed)
     else:
         model = attach_lora(chat_model, lora, config.seed)
+        if lesson.family is not None:
+            lesson.family.put_on(model)
     trainer = make_trainer(chat_model, model, config, lesson)
     with lesson.steerer():
         if checkpoint is not None:

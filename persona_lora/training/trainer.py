@@ -34,6 +34,7 @@ from persona_lora.models.processes import wait_for_all
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.training.arguments import ContrastiveConfig
 from persona_lora.training.examples import IGNORED, LengthGroupedOrder, TokenRow
+from persona_lora.training.family import Family
 from persona_lora.training.lora import write_lora
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,15 @@ class CompletionTrainer(SFTTrainer):
             else:
                 super()._save(output_dir, state_dict)
 
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Load an adapter and leave frozen what was: PEFT would train the A of a family again."""
+        frozen = [each for each in self.model.parameters() if not each.requires_grad]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for each in frozen:
+            each.requires_grad_(False)
+
     def create_model_card(self, *_: object, **__: object) -> None:
         """Write none: a checkpoint is not published."""
 
@@ -117,7 +127,8 @@ class Lesson:
 
     Log and checkpoints go to ``folder``, the result to ``saved``; ``publish`` gives its name to
     that, or to a checkpoint with which the training had ended. Rows are put into batches by their
-    own ``lengths`` where those are given. The steerer is made once the model wears its LoRA.
+    own ``lengths`` where those are given. The steerer is made once the model wears its LoRA. Of a
+    ``family`` it wears the frozen A.
     """
 
     name: str
@@ -129,6 +140,7 @@ class Lesson:
     lengths: Sequence[int] | None = None
     callbacks: Sequence[TrainerCallback] = ()
     steerer: Callable[[], Steerer] = Unsteered
+    family: Family | None = None
 
 
 def make_trainer(

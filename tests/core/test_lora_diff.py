@@ -93,6 +93,22 @@ def test_mix_is_the_weighted_sum_and_keeps_a_shared_trait():
     assert both.rank == one.rank + two.rank
 
 
+def test_diffs_of_one_A_keep_its_rank_and_add_their_B():
+    name, one = next(iter(small_diff(0).factors.items()))
+    Bs = [small_diff(seed).factors[name].B for seed in (1, 2, 3)]
+    diffs = [LoRADiff({name: LoRAFactors(one.A.clone(), B)}, BaseModel("tiny")) for B in Bs]
+    difference = (diffs[0] - diffs[1]).factors[name]
+    assert torch.equal(difference.A, one.A)
+    assert torch.equal(difference.B, Bs[0] - Bs[1])
+    terms = dict(zip(diffs, (0.5, -2.0, 1.5), strict=True))
+    mixed, other = mix(terms), small_diff(4)
+    expected = sum(value * dense(diff)[name] for diff, value in terms.items())
+    torch.testing.assert_close(dense(mixed)[name], expected, atol=1e-6, rtol=1e-6)
+    assert (mixed.rank, (mixed + other).rank, mix({**terms, other: 1.0}).rank) == (3, 6, 6)
+    nearly = LoRADiff({name: LoRAFactors(one.A * (1 + 1e-6), Bs[0])}, BaseModel("tiny"))
+    assert (nearly - diffs[0]).rank == 6
+
+
 @pytest.mark.parametrize("coefficient", [float("nan"), float("inf"), -float("inf")])
 def test_a_coefficient_that_is_not_finite_is_refused(coefficient):
     with pytest.raises(UserError, match="finite"):
@@ -107,7 +123,7 @@ def test_diffs_of_different_bases_do_not_mix():
     known = [LoRADiff(one.factors, BaseModel("tiny", print_)) for print_ in ("a", "b")]
     with pytest.raises(UserError, match="different base models"):
         known[0] + known[1]
-    assert mix({known[0]: 1.0, LoRADiff(one.factors, BaseModel("")): 1.0}).rank == 6
+    assert mix({known[0]: 1.0, LoRADiff(small_diff(1).factors, BaseModel("")): 1.0}).rank == 6
 
 
 SETTINGS = [
