@@ -66,6 +66,9 @@ COMMANDS = {
         "--finetunes", "plain=finetune/checkpoint-1", *TRAIT, "--output", "out",
         "--rows", ROOT / "datasets/evil/normal.jsonl", "--model", HUB,
     ),
+    "basis": (
+        "--original-model", HUB, "--diffs", "diff", "--output", "out", "--energy", "0.9",
+    ),
     "playground": ("--directions", "checkpoints", *DATASETS, "--model", HUB),
     "traits generate": ("--definitions", "d.json", "--local", "--model", HUB),
     "data generate": (*TRAIT, "--local", "--output", "out", "--model", HUB),

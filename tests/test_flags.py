@@ -387,6 +387,19 @@ COMMANDS = {
             "persona_lora.models.weight_files:weights_folder": Path("m"),
         },
     ),
+    "basis": Command(
+        ("--diffs", "diff", "--output", "o", "--energy", "0.9"),
+        (f"{X}steering.export:export_basis",),
+        {
+            "diffs": flag("diff2"),
+            "rank": flag(7, instead=("--diffs", "diff", "--output", "o")),
+            "energy": flag(0.37, instead=("--diffs", "diff", "--output", "o")),
+            "original_model": flag("somebody/base"),
+            "prompts": flag("prompts.jsonl", "Why not?"),
+            "plain": flag(True, None),
+        },
+        {f"{X}studies.drift.run:load_diffs": {}, f"{X}projections.inputs:kept_inputs": None},
+    ),
     "playground": Command(
         ("--directions", "diffs"),
         ("persona_lora.playground.mixing_page:serve",),
@@ -757,6 +770,7 @@ USELESS = {
     "compare-prevention": ("--tasks= --limit 3",),
     "export": ("--model m", "--revision v", "--converter c.py", "--format merged --converter c.py"),
     "persona lamp": ("--trait-vector-dir x",),
+    "basis": ("--plain --prompts prompts.jsonl", "--plain --dtype float16"),
     "data generate": (
         "--questions questions.txt --domains a",
         "--questions questions.txt --questions-per-domain 2",

@@ -40,7 +40,7 @@ ORDER = (
     *("persona", "optimize", "compare-methods"),
     *("finetune", "project", "evaluate-checkpoints", "predict-finetuning", "compare-prevention"),
     *("compare", "paired", "benchmark", "report", "research-questions"),
-    *("traits", "data", "judge", "export", "playground", "schema"),
+    *("traits", "data", "judge", "export", "basis", "playground", "schema"),
 )
 
 

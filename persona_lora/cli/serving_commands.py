@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.request import getproxies, proxy_bypass
 import typer
 
 from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.drift_commands import Weighing
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import MODELS, SERVE, command
 from persona_lora.cli.shared_options import (
@@ -23,6 +25,7 @@ from persona_lora.cli.shared_options import (
 )
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
+from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.steering.export import Exported
@@ -88,6 +91,61 @@ def _export(asked: ExportOptions, model: StoredModelOptions) -> Exported:
         return exporting.export_gguf(terms, base, asked.output, converter=asked.converter)
     with progress_bars(), progress.stage("shards"):
         return exporting.export_merged(terms, base, asked.output)
+
+
+@dataclass(frozen=True)
+class BasisOptions:
+    """Which diffs get one right basis, and how much of them it keeps."""
+
+    diffs: Annotated[tuple[str, ...], "Diffs or PEFT adapters; may be repeated."]
+    output: Annotated[Path, "Where to write {name}/diff of each."]
+    rank: Annotated[int | None, "The rank of the basis in every module; exact by default."] = None
+    energy: Annotated[float | None, "Or what keeps this share of ‖·‖² in each, as in 0.999."] = None
+
+    def exact(self) -> bool:
+        """Say whether nothing is cut; UserError for options that this does not use."""
+        if self.rank is None and self.energy is None:
+            own = (each.name for each in dataclasses.fields(LoadOptions))
+            useless = " ".join(("original_model", "prompts", "plain", *own))
+            refuse_useless(useless, "without --rank or --energy")
+            return True
+        return False
+
+
+@command("basis", MODELS)
+def basis(
+    *,
+    asked: BasisOptions,
+    original_model: Annotated[str, "The model whose inputs weigh errors."] = DEFAULT_MODEL,
+    weighing: Weighing,
+    loading: LoadOptions,
+) -> None:
+    """Bring diffs onto one right basis per module: every mix of them then has its rank.
+
+    Exactly, or cut by the error on what flows through the modules of the original model on ordinary
+    prompts (with --plain by the Frobenius norm). Each stays a PEFT adapter.
+
+    Example: persona-lora basis --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
+    --energy 0.999 --output basis
+    """
+    from persona_lora.core.lora_diff import check_cut
+    from persona_lora.steering.export import export_basis
+    from persona_lora.studies.drift.run import load_diffs
+
+    exact = asked.exact()
+    if not exact:
+        check_cut(asked.rank, asked.energy)
+    loaded = load_diffs(list(asked.diffs), on_disk=True)
+    with progress_bars():
+        inputs = None if exact else weighing.inputs_of(original_model, loading)
+    roots = None
+    if inputs is not None:
+        roots = {
+            name: root for diff in loaded.values() for name, root in inputs.roots_of(diff).items()
+        }
+    table = export_basis(loaded, asked.output, rank=asked.rank, energy=asked.energy, roots=roots)
+    measured = "Frobenius norm" if roots is None else "outputs on the model's inputs"
+    show(table, f"errors are of the {measured}", f"{asked.output}")
 
 
 @dataclass(frozen=True)

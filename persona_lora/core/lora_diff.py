@@ -285,21 +285,26 @@ class LoRADiff:
         Raises:
             UserError: Neither or both of ``rank`` and ``energy``, or one out of its range.
         """
-        if (rank is None) == (energy is None):
-            raise UserError("compress takes either rank or energy")
-        if rank is not None and rank < 1:
-            raise UserError(f"rank must be at least 1, got {rank}")
-        if energy is not None and not 0 < energy <= 1:
-            raise UserError(f"energy must lie in (0, 1], got {energy}")
+        check_cut(rank, energy)
         cut, kept, total = {}, [], []
         for module, factors in self.factors.items():
             root = None if roots is None else roots[module]
-            cut[module], kept_here, total_here = _truncate(factors, rank, energy, root)
+            cut[module], kept_here, total_here = truncated(factors, rank, energy, root)
             kept.append(kept_here)
             total.append(total_here)
         whole = math.fsum(total)
         share = math.fsum(kept) / whole if whole else 1.0
         return Compressed(replace(self, factors=cut), share)
+
+
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """Raise UserError unless one of ``rank`` and ``energy`` is given, and in its range."""
+    if (rank is None) == (energy is None):
+        raise UserError("a rank is cut by either rank or energy")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"energy must lie in (0, 1], got {energy}")
 
 
 def random_diff_like(diff: LoRADiff, seed: int) -> LoRADiff:
@@ -456,9 +461,18 @@ def _merged_sources(terms: Mapping[LoRADiff, float]) -> dict[str, Any]:
     }
 
 
-def _truncate(
+class Truncated(NamedTuple):
+    """Factors of lower rank, the ‖·‖² that they keep, and that of the whole."""
+
+    factors: LoRAFactors
+    kept: float
+    total: float
+
+
+def truncated(
     factors: LoRAFactors, rank: int | None, energy: float | None, root: Tensor | None
-) -> tuple[LoRAFactors, float, float]:
+) -> Truncated:
+    """Cut one module as ``LoRADiff.compress`` cuts all of them."""
     q_out, r_out = torch.linalg.qr(factors.B.double())
     seen = factors.A.double() if root is None else factors.A.double() @ root.double()
     q_in, r_in = torch.linalg.qr(seen.T)
@@ -472,7 +486,7 @@ def _truncate(
     kept, U = float(squares[:keep].sum()), q_out @ left[:, :keep]
     if root is not None:
         A = left[:, :keep].T @ r_out @ factors.A.double()
-        return LoRAFactors(A=A.float(), B=U.float()), kept, total
+        return Truncated(LoRAFactors(A=A.float(), B=U.float()), kept, total)
     scale = values[:keep].sqrt()
     cut = LoRAFactors(A=(scale[:, None] * (right[:keep] @ q_in.T)).float(), B=(U * scale).float())
-    return cut, kept, total
+    return Truncated(cut, kept, total)

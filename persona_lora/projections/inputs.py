@@ -106,9 +106,12 @@ class ModuleInputs:
 
         Raises UserError as ``weigh`` and ``LoRADiff.compress`` do.
         """
+        return diff.compress(rank=rank, energy=energy, roots=self.roots_of(diff))
+
+    def roots_of(self, diff: LoRADiff) -> dict[str, Tensor]:
+        """Return the root of every module of a diff; UserError where they are not its model's."""
         self.check_fits(diff)
-        roots = {name: self.root(name, each.shape[1]) for name, each in diff.factors.items()}
-        return diff.compress(rank=rank, energy=energy, roots=roots)
+        return {name: self.root(name, each.shape[1]) for name, each in diff.factors.items()}
 
     def _marked(self) -> str:
         return f"weighed by {digest_of([self.fingerprint, self.prompts, self.tokens])}"

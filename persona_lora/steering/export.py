@@ -6,6 +6,7 @@ Knows file formats of other programs; what is written is what ``mix`` and the me
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,11 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, checked_name
 from persona_lora.core.files import atomic_folder, atomic_path, read_json, scratch_folder
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
 from persona_lora.core.settings import path_beside_equals, split_list
+from persona_lora.core.shared_basis import Roots, on_one_basis
 from persona_lora.models.weight_files import StoredWeights
+from persona_lora.report import wording
+from persona_lora.report.sections import Table
 from persona_lora.steering.weights import merged_weight
 
 # Model types of transformers and llama.cpp's architectures; Llama's rotary layout is permuted.
@@ -88,6 +92,41 @@ def export_peft(
     """
     mixed, share = _compressed(terms, rank, energy)
     return Exported(mixed.save(folder), mixed.rank, share)
+
+
+def export_basis(
+    diffs: Mapping[str, LoRADiff],
+    folder: Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    roots: Roots | None = None,
+) -> Table:
+    """Bring diffs onto one right basis and write each to ``folder/<name>/diff``; say what it cost.
+
+    ``core.shared_basis.on_one_basis`` says how, and what ``rank``, ``energy`` and ``roots`` are.
+    """
+    names = {label: _folder_of(label) for label in diffs}
+    for label, name in names.items():
+        if list(names.values()).count(name) > 1:
+            raise UserError(f"{label} and another diff would both be {name!r}; rename its folder")
+    found = on_one_basis(diffs, rank=rank, energy=energy, roots=roots)
+    for label, diff in found.diffs.items():
+        diff.save(folder / names[label] / "diff")
+    rows = (
+        [names[label], f"{diffs[label].rank}", f"{diff.rank}"]
+        + [wording.number(statistics.fmean(each.rank for each in diff.factors.values()), 1)]
+        + [wording.significant(found.errors[label])]
+        for label, diff in found.diffs.items()
+    )
+    return Table.of("diff | rank before | largest rank | mean rank | relative error", rows)
+
+
+def _folder_of(label: str) -> str:
+    """Return the name of a diff whose label is a trait or its path."""
+    path = Path(label)
+    name = path.parent.name if path.name in ("diff", "adapter") else path.name
+    return checked_name(name, f"the folder of {label}")
 
 
 def export_merged(
