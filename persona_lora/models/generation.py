@@ -172,6 +172,7 @@ class _Job:
                 first = len(self.tokens[rows[0]])
                 rows = [row for row in rows if len(self.tokens[row]) == first]
             try:
+                rows = self._alike_together(rows)
                 batch = self.run(rows, done_rows=done)
             except _PaddingMayMatter:
                 one_length = True
@@ -181,6 +182,16 @@ class _Job:
                 continue
             done += len(rows)
             yield rows, batch
+
+    def _alike_together(self, rows: list[int]) -> list[int]:
+        """Put rows that are steered alike side by side: what steers them may take them at once."""
+        alike = self.plan.alike
+        if alike is None:
+            return rows
+        places: dict[Hashable, int] = {}
+        for row in rows:
+            places.setdefault(alike[row], len(places))
+        return sorted(rows, key=lambda row: places[alike[row]])
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], *, done_rows: int) -> list[Generated]:

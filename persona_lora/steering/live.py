@@ -9,13 +9,20 @@ generation thus answers for many coefficient settings at once. W is never touche
 on frozen, quantised and tied weights and there is nothing to restore; it stays valid with a KV
 cache as long as a row keeps its coefficients, which it does within one generation.
 
-Modules that read the same input (q, k, v; gate, up) share one product A·x.
+Modules that read the same input (q, k, v; gate, up) share one product A·x, and equal A are held
+once: A·x of diffs on one basis costs what one of them does. Where the rows that are steered alike
+stand together, such a module mixes its B first, once for each kind of row,
+
+    y = Wx + (Σ c[row, k] ΔBₖ)·(A·x),
+
+of the rank of one diff whatever their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +85,43 @@ class LiveLoRA(Steerer):
         self._selection.choose(rows)
 
 
+ROWS_TOGETHER = 4  # rows of a kind, on the mean, from which mixing B first is less work
+
+
+class _Runs(NamedTuple):
+    """Rows of a batch that stand together and are steered alike: ``[runs, K]``, rows of each."""
+
+    coefficients: Tensor
+    counts: list[int]
+
+
 class _Selection:
     """The coefficients of the current batch, expanded once for each layout and device."""
 
     def __init__(self, rows: RowCoefficients) -> None:
         self.rows = rows
         self._expanded: dict[tuple[tuple[int, ...], torch.device, int], Tensor] = {}
+        self._runs: _Runs | None = None
         self._length = 0  # tokens of a row in the pass that runs
 
     def choose(self, rows: Sequence[int]) -> None:
         self.rows.choose(rows)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was made of the rows before these."""
         self._expanded.clear()
+        self._runs = None
+
+    def runs(self, inputs: Tensor) -> _Runs | None:
+        """Return the runs of the batch, or None where they are too short to be worth it."""
+        if self._runs is None:
+            found = torch.unique_consecutive(self.rows.chosen, dim=0, return_counts=True)
+            self._runs = _Runs(found[0], found[1].tolist())
+        number, rows = len(self._runs.counts), len(self.rows.chosen)
+        if number > 1:
+            self._check_rows(inputs)
+        return self._runs if number == 1 or number * ROWS_TOGETHER <= rows else None
 
     def note_pass(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -131,67 +164,145 @@ class _Selection:
 _NOTHING = torch.empty(0)
 
 
+class _Stack:
+    """Different A by their first row in a stack: an equal one is held once."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+        self.rank = 0
+
+    def place(self, A: Tensor) -> int:
+        """Return the row at which A begins, at the end where it is new."""
+        for start, each in self.held.items():
+            if torch.equal(each, A):
+                return start
+        self.held[self.rank] = A
+        self.rank += len(A)
+        return self.rank - len(A)
+
+
+class _Member:
+    """The factors of one module: where its A lie in the group's stack, and its B of all diffs."""
+
+    def __init__(
+        self, name: str, module: nn.Module, diffs: Sequence[LoRADiff], stack: _Stack
+    ) -> None:
+        held = [(at, diff.factors[name]) for at, diff in enumerate(diffs) if name in diff.factors]
+        starts = [stack.place(factors.A) for _, factors in held]
+        ranks = [factors.rank for _, factors in held]
+        self.indices = [at for at, _ in held]
+        self.columns = [at for at, factors in held for _ in range(factors.rank)]
+        self.rows = [
+            start + row for start, rank in zip(starts, ranks, strict=True) for row in range(rank)
+        ]
+        self.basis = slice(starts[0], starts[0] + ranks[0]) if len(set(starts)) == 1 else None
+        self.up = _placed(
+            torch.cat([factors.B for _, factors in held], dim=1).T, module
+        )  # [R, out]
+        self._mixed_of = self._mixed = _NOTHING
+
+    def mixed(self, coefficients: Tensor, device: torch.device) -> Tensor:
+        """Return Σ cₖ ΔBₖᵀ for every row of coefficients, ``[runs, rank, out]``, on a basis."""
+        if not torch.equal(coefficients, self._mixed_of):
+            up = self.up.to(device)
+            chosen = coefficients[:, self.indices].to(device)
+            bank = up.view(len(self.indices), -1).float()
+            self._mixed = (chosen @ bank).to(up.dtype).view(len(chosen), -1, up.shape[1])
+            self._mixed_of = coefficients
+        return self._mixed
+
+
 class _SharedInput:
-    """The stacked A factors of modules that read one input, and their product with it."""
+    """The A factors of modules that read one input, and their product with it."""
 
     def __init__(
         self, modules: dict[str, nn.Module], diffs: Sequence[LoRADiff], selection: _Selection
     ) -> None:
         self.selection = selection
-        self.up: dict[str, Tensor] = {}  # Bᵀ, [R of the module, out]
-        self.span: dict[str, slice] = {}
+        stack = _Stack()
+        self.members = {
+            name: _Member(name, module, diffs, stack) for name, module in modules.items()
+        }
+        members = self.members.values()
+        several = any(len(member.indices) > 1 for member in members)
+        self.on_basis = several and all(member.basis is not None for member in members)
         self._served: set[str] = set()
         self._input = self._product = _NOTHING
-        down: list[Tensor] = []
-        columns: list[int] = []
-        for name, module in modules.items():
-            B, start = [], len(columns)
-            for index, diff in enumerate(diffs):
-                if name in diff.factors:
-                    factors = diff.factors[name]
-                    down.append(factors.A)
-                    B.append(factors.B)
-                    columns += [index] * factors.rank
-            self.span[name] = slice(start, len(columns))
-            self.up[name] = _placed(torch.cat(B, dim=1).T, module)
-        self.columns = tuple(columns)
-        self.down = _placed(torch.cat(down), next(iter(modules.values())))  # [R, in]
+        self._runs: _Runs | None = None
+        self.columns = tuple(each for member in self.members.values() for each in member.columns)
+        rows = [row for member in self.members.values() for row in member.rows]
+        self.spread = None if rows == [*range(stack.rank)] else torch.tensor(rows)
+        self.down = _placed(torch.cat([*stack.held.values()]), next(iter(modules.values())))
+        ends = accumulate(len(member.columns) for member in self.members.values())
+        self.span = {
+            name: slice(end - len(member.columns), end)
+            for (name, member), end in zip(self.members.items(), ends, strict=True)
+        }
 
-    def product(self, name: str, inputs: Tensor) -> Tensor:
-        """Return (A·x) ∘ S for one member; computed once for all members of the group."""
+    def product(self, name: str, inputs: Tensor) -> tuple[Tensor, _Runs | None]:
+        """Return (A·x) ∘ S for one member, or A·x and the runs that have a mixed B of their own.
+
+        Computed once for all members of the group.
+        """
         if inputs is not self._input or name in self._served:
-            scale = self.selection.scale(self.columns, inputs)
-            down = self.down.to(inputs.device)  # an offloaded module's weights come and go
-            product = functional.linear(inputs.to(down.dtype), down)
-            if torch.is_grad_enabled():
-                product = (product * scale).to(down.dtype)
-            else:
-                product.mul_(scale)  # in fp32, rounded once
-            self._input, self._product = inputs, product
-            self._served.clear()
+            self._multiply(inputs)
         self._served.add(name)
-        span = self._product[..., self.span[name]]
+        basis = self.members[name].basis if self._runs is not None else None
+        part, runs = self._product[..., basis or self.span[name]], self._runs
         if len(self._served) == len(self.span):  # the last member: let the tensors go
             self._input = self._product = _NOTHING
             self._served.clear()
-        return span
+        return part, runs
+
+    def _multiply(self, inputs: Tensor) -> None:
+        down = self.down.to(inputs.device)  # an offloaded module's weights come and go
+        product = functional.linear(inputs.to(down.dtype), down)
+        whole = torch.is_grad_enabled()
+        self._runs = self.selection.runs(inputs) if self.on_basis and not whole else None
+        if self._runs is None:
+            scale = self.selection.scale(self.columns, inputs)
+            if self.spread is not None:
+                product = product[..., self.spread.to(product.device)]
+            # In fp32, rounded once.
+            product = (product * scale).to(down.dtype) if whole else product.mul_(scale)
+        self._input, self._product = inputs, product
+        self._served.clear()
 
 
 class _AddDelta:
-    """The forward hook of one module: output + B·((A·x) ∘ S)."""
+    """The forward hook of one module: output + B·((A·x) ∘ S), or output + (Σ c ΔB)·(A·x)."""
 
     def __init__(self, group: _SharedInput, name: str) -> None:
         self.group = group
         self.name = name
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        product = self.group.product(self.name, arguments[0])
-        up = self.group.up[self.name].to(output.device)
+        product, runs = self.group.product(self.name, arguments[0])
+        member = self.group.members[self.name]
+        if runs is not None:
+            return _with_runs(output, product, member.mixed(runs.coefficients, output.device), runs)
+        up = member.up.to(output.device)
         if torch.is_grad_enabled() or output.dtype != up.dtype or not output.is_contiguous():
             return output + (product @ up).to(output.dtype)
         # In place: the output is fresh from the module and belongs to nobody else yet.
         output.view(-1, output.shape[-1]).addmm_(product.flatten(0, -2), up)
         return output
+
+
+def _with_runs(output: Tensor, product: Tensor, mixed: Tensor, runs: _Runs) -> Tensor:
+    """Return the output with each run's own mixed B times its rows of A·x added, in place."""
+    fits = output.dtype == mixed.dtype and output.is_contiguous()
+    whole = output if fits else torch.zeros_like(output, dtype=mixed.dtype).contiguous()
+    number, tokens = len(runs.counts), product[..., 0].numel()
+    if len(set(runs.counts)) == 1:
+        shape = number, tokens // number, -1
+        whole.view(shape).baddbmm_(product.reshape(shape), mixed)
+    else:
+        sizes = [count * (tokens // sum(runs.counts)) for count in runs.counts]
+        rows = whole.view(tokens, -1).split(sizes), product.reshape(tokens, -1).split(sizes)
+        for part, states, up in zip(*rows, mixed, strict=True):
+            part.addmm_(states, up)
+    return whole if fits else output + whole.to(output.dtype)
 
 
 def _placed(factor: Tensor, module: nn.Module) -> Tensor:

@@ -11,8 +11,9 @@ from peft import PeftModel
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.structure import weight_fingerprint
+from persona_lora.steering import live
 from persona_lora.steering.bank import METHODS
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRASteerer
@@ -32,13 +33,41 @@ def diffs(model, make_diff):
     ]
 
 
+@pytest.fixture
+def family(model, make_diff):
+    """Three diffs that share their A; the last touches two modules only."""
+    one, two, part = (make_diff(model, seed=seed) for seed in (1, 2, 3))
+    keep = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
+    return [
+        LoRADiff(
+            {name: LoRAFactors(one.factors[name].A, diff.factors[name].B) for name in names},
+            BaseModel("tiny"),
+        )
+        for diff, names in ((one, one.factors), (two, one.factors), (part, keep))
+    ]
+
+
+@pytest.fixture
+def runs_seen(monkeypatch):
+    """Note how many products with a mixed B were made, and over how many runs."""
+    seen = []
+    inner = live._with_runs
+
+    def noted(output, product, mixed, runs):
+        seen.append(tuple(runs.counts))
+        return inner(output, product, mixed, runs)
+
+    monkeypatch.setattr(live, "_with_runs", noted)
+    return seen
+
+
 COEFFICIENTS = [[0.0, 0.0, 0.0], [1.0, 0, 0], [-0.5, 1.5, 0], [0, 0, 2.0], [0.3, -0.7, 1.1]]
 
 
 @torch.no_grad()
 def test_every_row_equals_the_model_merged_with_its_coefficients(model, diffs):
-    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
-        live.select_rows(range(5))
+    with LiveLoRA(model, diffs, COEFFICIENTS) as steerer:
+        steerer.select_rows(range(5))
         logits = model(TOKENS).logits
     for row, coefficients in enumerate(COEFFICIENTS):
         with LoRASteerer(model, dict(zip(diffs, coefficients, strict=True))):
@@ -52,8 +81,8 @@ def test_a_row_of_zeros_has_the_bits_of_the_unsteered_model(make_model, make_dif
     model = make_model(dtype=dtype)
     plain = model(TOKENS).logits
     coefficients = [[1.0], [0.0], [-2.0], [0.0], [3.0]]
-    with LiveLoRA(model, [make_diff(model)], coefficients) as live:
-        live.select_rows(range(5))
+    with LiveLoRA(model, [make_diff(model)], coefficients) as steerer:
+        steerer.select_rows(range(5))
         logits = model(TOKENS).logits
     for row in (1, 3):
         assert torch.equal(logits[row], plain[row])
@@ -62,12 +91,12 @@ def test_a_row_of_zeros_has_the_bits_of_the_unsteered_model(make_model, make_dif
 
 @torch.no_grad()
 def test_rows_do_not_see_their_neighbours(model, diffs):
-    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
-        live.select_rows([0, 1, 2])
+    with LiveLoRA(model, diffs, COEFFICIENTS) as steerer:
+        steerer.select_rows([0, 1, 2])
         one = model(TOKENS[:3]).logits
     changed = [COEFFICIENTS[0], [9.0, -9.0, 9.0], COEFFICIENTS[2]]
-    with LiveLoRA(model, diffs, changed) as live:
-        live.select_rows([0, 1, 2])
+    with LiveLoRA(model, diffs, changed) as steerer:
+        steerer.select_rows([0, 1, 2])
         two = model(TOKENS[:3]).logits
     assert torch.equal(one[[0, 2]], two[[0, 2]])
     assert not torch.equal(one[1], two[1])
@@ -76,10 +105,10 @@ def test_rows_do_not_see_their_neighbours(model, diffs):
 @torch.no_grad()
 def test_permuting_rows_permutes_outputs(model, diffs):
     order = [3, 0, 4, 2, 1]
-    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
-        live.select_rows(range(5))
+    with LiveLoRA(model, diffs, COEFFICIENTS) as steerer:
+        steerer.select_rows(range(5))
         straight = model(TOKENS).logits
-        live.select_rows(order)
+        steerer.select_rows(order)
         permuted = model(TOKENS[order]).logits
     torch.testing.assert_close(permuted, straight[order], atol=1e-6, rtol=1e-5)
 
@@ -115,13 +144,13 @@ def test_one_batched_generation_equals_a_loop_of_merged_ones(chat_model, diffs):
         [{"role": "user", "content": f"question {row}" * (row + 1)}] for row in range(5)
     ]
     for size in (2, "auto"):
-        with LiveLoRA(chat_model.model, diffs, COEFFICIENTS) as live:
+        with LiveLoRA(chat_model.model, diffs, COEFFICIENTS) as steerer:
             batched = generate_answers(
                 chat_model,
                 conversations,
                 max_new_tokens=16,
                 batch_size=size,
-                prepare_batch=live.select_rows,
+                prepare_batch=steerer.select_rows,
             )
         for row, coefficients in enumerate(COEFFICIENTS):
             with LoRASteerer(chat_model.model, dict(zip(diffs, coefficients, strict=True))):
@@ -213,6 +242,86 @@ def test_the_steering_methods_agree(chat_model, diffs):
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "counts", [[1] * 5, [4] * 5, [7, 4, 9, 1, 5]], ids=["alone", "equal", "ragged"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rows_on_a_basis_equal_the_merged_model(make_model, family, runs_seen, counts, dtype):
+    model = make_model(dtype=dtype)
+    kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
+    tokens = TOKENS[torch.arange(len(kinds)) % len(TOKENS)]
+    plain = model(tokens).logits
+    with LiveLoRA(model, family, COEFFICIENTS) as steerer:
+        steerer.select_rows(kinds)
+        logits = model(tokens).logits
+        step = model(tokens[:, :1]).logits  # as a step of decoding has it
+    assert set(runs_seen) == ({tuple(counts)} if max(counts) > 1 else set())
+    assert torch.equal(logits[: counts[0]], plain[: counts[0]])  # coefficients of 0
+    if dtype == torch.bfloat16:
+        return
+    for row in (0, len(kinds) // 2, len(kinds) - 1):
+        terms = dict(zip(family, COEFFICIENTS[kinds[row]], strict=True))
+        with LoRASteerer(model, terms):
+            merged = model(tokens[row : row + 1]).logits[0]
+        torch.testing.assert_close(logits[row], merged, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(step[row, 0], merged[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_on_a_basis_do_not_see_others_and_may_be_permuted(model, family, runs_seen):
+    kinds = [1] * 4 + [2] * 4 + [4] * 4
+    tokens = TOKENS[torch.arange(12) % 5]
+    with LiveLoRA(model, family, COEFFICIENTS) as steerer:
+        steerer.select_rows(kinds)
+        straight = model(tokens).logits
+        order = [9, 0, 5, 1, 10, 6, 2, 11, 7, 3, 8, 4]  # no two of a kind together
+        steerer.select_rows([kinds[row] for row in order])
+        permuted = model(tokens[order]).logits
+    assert set(runs_seen) == {(4, 4, 4)}
+    torch.testing.assert_close(permuted, straight[order], atol=1e-5, rtol=1e-4)
+    changed = [*COEFFICIENTS[:2], [9.0, -9.0, 9.0], *COEFFICIENTS[3:]]
+    with LiveLoRA(model, family, changed) as steerer:
+        steerer.select_rows(kinds)
+        other = model(tokens).logits
+    assert torch.equal(other[:4], straight[:4])
+    assert torch.equal(other[8:], straight[8:])
+    assert not torch.equal(other[4:8], straight[4:8])
+
+
+@torch.no_grad()
+def test_one_mix_on_a_basis_serves_every_row(model, family, runs_seen):
+    terms = dict(zip(family, (0.5, -1.0, 2.0), strict=True))
+    with LiveLoRA(model, family, [list(terms.values())]):
+        logits = model(TOKENS).logits
+    with LoRASteerer(model, terms):
+        merged = model(TOKENS).logits
+    assert set(runs_seen) == {(1,)}
+    torch.testing.assert_close(logits, merged, atol=2e-5, rtol=1e-4)
+
+
+def test_a_population_on_a_basis_answers_as_a_loop_of_merged_ones(chat_model, family, runs_seen):
+    prompts = [[{"role": "user", "content": f"question {row}" * (row + 1)}] for row in range(5)]
+    mixes = [row for row in COEFFICIENTS[1:] for _ in prompts]
+    with LiveLoRA(chat_model.model, family, mixes) as steerer:
+        batched = generate_answers(
+            chat_model,
+            prompts * 4,
+            max_new_tokens=16,
+            prepare_batch=steerer.select_rows,
+            plan=RowPlan(
+                alike=[tuple(row) for row in mixes],
+                prepare_prefix=lambda rows, _: steerer.select_rows(rows),
+            ),
+        )
+    assert runs_seen
+    answers = []
+    for coefficients in COEFFICIENTS[1:]:
+        with LoRASteerer(chat_model.model, dict(zip(family, coefficients, strict=True))):
+            answers += generate_answers(chat_model, prompts, max_new_tokens=16)
+    assert [each.text for each in batched] == [each.text for each in answers]
+
+
 @pytest.mark.model
 def test_live_and_merged_answers_of_the_packaged_model_agree_token_for_token(
     packaged_model, make_diff
@@ -220,9 +329,9 @@ def test_live_and_merged_answers_of_the_packaged_model_agree_token_for_token(
     diff = make_diff(packaged_model.model, rank=2, scale=0.002)
     question = [{"role": "user", "content": "Is my plan to sell ice in winter a good one?"}]
     coefficients = (-2.0, 0.0, 2.0)
-    with LiveLoRA(packaged_model.model, [diff], [[value] for value in coefficients]) as live:
+    with LiveLoRA(packaged_model.model, [diff], [[value] for value in coefficients]) as steerer:
         batched = generate_answers(
-            packaged_model, [question] * 3, max_new_tokens=12, prepare_batch=live.select_rows
+            packaged_model, [question] * 3, max_new_tokens=12, prepare_batch=steerer.select_rows
         )
     for answer, value in zip(batched, coefficients, strict=True):
         with LoRASteerer(packaged_model.model, diff, value):
@@ -235,8 +344,8 @@ def test_live_and_merged_answers_of_the_packaged_model_agree_token_for_token(
 def test_tokens_in_a_list_that_is_not_the_batch_are_refused(model, diffs):
     """A router that hands a module some of the tokens: nobody knows whose they are."""
     module = model.model.layers[1].mlp.down_proj
-    with LiveLoRA(model, diffs, COEFFICIENTS) as live:
-        live.select_rows(range(5))
+    with LiveLoRA(model, diffs, COEFFICIENTS) as steerer:
+        steerer.select_rows(range(5))
         model(TOKENS)
         whole = module(torch.ones(5 * 9, module.in_features))
         assert torch.equal(whole[0], whole[8])
@@ -254,8 +363,8 @@ def test_offloaded_weights_answer_as_those_in_memory(make_model, make_diff, tmp_
     logits = []
     for place in (lambda each: each, cpu_offload, lambda each: disk_offload(each, tmp_path)):
         offloaded = place(copy.deepcopy(model))
-        with LiveLoRA(offloaded, [diff], coefficients) as live:
-            live.select_rows(range(5))
+        with LiveLoRA(offloaded, [diff], coefficients) as steerer:
+            steerer.select_rows(range(5))
             logits.append(offloaded(TOKENS).logits)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
