@@ -34,18 +34,10 @@ def embedder():
     return RememberingEmbedder()
 
 
-# Their pairs await rewriting; the check fails for them, and says so.
-SURFACE_TELLS = {
-    "narrative_mode",
-}
-
-
 @pytest.mark.parametrize("name", list_traits())
 def test_the_shipped_data_is_sound(name, embedder):
     report = check_trait(load_trait(name), embedder)
-    tells = [each for each in report.problems if "surface counts" in each]
-    assert [each for each in report.problems if each not in tells] == []
-    assert bool(tells) == (name in SURFACE_TELLS)
+    assert report.problems == ()
     assert report.num_labelled >= 60
 
 
