@@ -43,7 +43,7 @@ def place(model_folder, make_diff, tmp_path, monkeypatch):
     for name in ("episode-000101_B", "episode-000117_B", "episode-000142_B"):
         shutil.copytree(ROOT / "personas" / name, tmp_path / "personas" / name)
     prompts = json.loads((ROOT / "personas" / "prompts.json").read_text())
-    few = {key: prompts[key][:3] for key in ("train", "held_out")}
+    few = {key: prompts[key][:4] for key in ("train", "held_out")}
     (tmp_path / "personas" / "prompts.json").write_text(json.dumps(few))
     model = load_chat_model(str(model_folder), dtype="float32").model
     for seed, trait in enumerate(TRAITS):
@@ -61,6 +61,8 @@ def test_a_search_ends_with_weights_and_a_report(run, place, tmp_path):
     status, out, error = run(*words, "--save-dir", "out")
     assert status == 0, error
     assert "held-out" in out
+    assert "One seed." in out
+    assert "salad" in out
     assert "AUC" in out
     weights = json.loads((tmp_path / "out" / "episode-000101_B_best_weights.json").read_text())
     assert sorted(weights) == sorted(TRAITS)

@@ -127,6 +127,8 @@ PERSONA = {
     "traits": flag("evil"),
     "persona_dir": flag("people"),
     "energy": flag(0.37),
+    "search_seeds": flag(7),
+    "report_judge": flag("openai", beside="--judge-model m"),
 }
 WRITING = {
     "endpoint": flag("http://x/v1"),
@@ -234,7 +236,7 @@ COMMANDS = {
     ),
     "optimize": Command(
         ("--persona-id", PERSON),
-        (f"{X}studies.personas.run:optimise_persona",),
+        (f"{X}studies.personas.run:optimise_over_seeds",),
         {
             **PERSONA,
             "persona_id": flag("somebody"),
@@ -754,6 +756,7 @@ USELESS = {
         "--methods lora --num-prompts 1 --race",
         "--methods prompt --allow-other-base",
         "--methods prompt --sigma0 1",
+        "--methods prompt --search-seeds 2",
     ),
     "extract": (
         "--source answers --judge openai",

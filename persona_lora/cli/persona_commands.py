@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from persona_lora.core.personas import Persona
     from persona_lora.models.processes import Processes
     from persona_lora.studies.personas.bench import PersonaBench
+    from persona_lora.studies.personas.run import PersonaProblem
     from persona_lora.studies.personas.search import Generation
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -47,6 +48,9 @@ GROUP = "persona", persona_app
 Spoken = Annotated[GenerationOptions, ("max_new_tokens", "temperature", "seed", "batch_size")]
 SHORT = GenerationOptions(max_new_tokens=40)
 STYLE_JUDGE = JudgeChoice(judge="embedding")
+
+
+SearchSeeds = Annotated[int, "Repeat every search with so many seeds: --seed and those after it."]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class BenchOptions:
     energy: Annotated[
         float | None, "Cut the rank of LoRA differences to this share of ‖·‖², as 0.99: faster."
     ] = None
+    report_judge: Annotated[
+        Literal["likelihood", "embedding", "openai", "local"] | None,
+        "Who judges what is reported; the kind of --judge by default.",
+    ] = None
     allow_other_base: OtherBase = False
 
     def open(
@@ -83,7 +91,8 @@ class BenchOptions:
 
         if self.num_prompts < 2:
             refuse_useless("race", "with one prompt, which has no half")
-        processes, judge = current_processes(os.environ), judging_of(judging)
+        processes = current_processes(os.environ)
+        judge = judging_of(judging, self.report_judge)
         chat_model = load_model(model, allow_other_base=self.allow_other_base)
         own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
         path = own if own is not None and own.is_file() else None
@@ -97,6 +106,7 @@ class BenchOptions:
             self.persona_dir,
             processes=processes,
             energy=self.energy,
+            report_judge=self.report_judge,
         )
 
     def layers_of(self, bench: PersonaBench) -> tuple[int, ...] | None:
@@ -117,6 +127,7 @@ class Searched:
         "cmaes"
     )
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
+    search_seeds: SearchSeeds = 1
 
     def check(self) -> None:
         """UserError for options that the method or the search does not use."""
@@ -158,7 +169,7 @@ def optimize(
     --max-iterations 10 --num-prompts 10
     """
     from persona_lora.core.personas import Coefficients, load_persona
-    from persona_lora.studies.personas.run import optimise_persona
+    from persona_lora.studies.personas.run import optimise_over_seeds
 
     searched.check()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
@@ -177,33 +188,52 @@ def optimize(
             problem = opened.problem(persona)
         suffix = "" if searched.search == "cmaes" else f"_{searched.search}"
         with _live(f"{persona}, {method}", opened) as watch:
-            result = optimise_persona(
+            results = optimise_over_seeds(
                 problem,
                 chosen,
                 Output(folder / f"{persona}_{method}{suffix}", output.overwrite),
+                seeds=searched.search_seeds,
                 searching=dataclasses.replace(searching, inject=mixes),
                 objective=objective,
                 watch=watch,
             )
-        _show_search(result, folder, problem.checks)
+        _show_search(results, folder, problem, objective)
 
 
-def _show_search(result: Any, folder: Path, checks: Any) -> None:
+def _show_search(
+    results: Any, folder: Path, problem: PersonaProblem, objective: ObjectiveOptions
+) -> None:
+    from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
+    from persona_lora.studies.personas.fits import (
+        agreement_line,
+        condition_fits,
+        constraints_line,
+        order_line,
+        seeds_line,
+    )
+    from persona_lora.studies.personas.run import best_of
 
+    result = best_of(results)
+    rows = [*(row for each in results for row in each.rows), *problem.bounds]
+    fits = condition_fits(rows, objective)
+    (reported,) = (each for each in fits if each.condition == result.best)
     weights = ", ".join(
         f"{trait} {value:+.2f}" for trait, value in result.weights.as_dict().items()
     )
     found = result.search
     show(
-        fit_table(result.fits, "held-out prompts and conversations"),
-        f"weights (the distribution's mean): {weights}",
+        order_line(fits),
+        f"{seeds_line(rows)} {constraints_line(reported)}",
+        agreement_line(rows),
+        fit_table(fits, "held-out prompts and conversations"),
+        f"weights (the {result.best}, which stood highest on fresh prompts): {weights}",
         f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
-        f"{found.reason}; best training value {found.best.value:.2f}",
+        f"{found.reason}; best training value {wording.number(found.best.value, 2)}",
         f"weights: {folder / result.persona_id}_best_weights.json",
         f"report:  {result.folder / 'report.html'}",
     )
-    for check in checks:
+    for check in problem.checks:
         show(
             f"judge fitted on {check.fitted_on} conversations: AUC {check.auc:.2f} on "
             f"{check.n_own} unseen utterances of the person against {check.n_others} of others"
@@ -218,6 +248,7 @@ class ComparedMethods:
     methods: Annotated[
         tuple[str, ...], "lora, svd, mean_diff, pca (or svd@20), random, equal, prompt."
     ] = ("lora", "random", "equal", "prompt", "svd", "mean_diff")
+    search_seeds: SearchSeeds = 1
 
     def check(self) -> None:
         """UserError for an option that none of the compared methods uses."""
@@ -233,7 +264,7 @@ class ComparedMethods:
             refuse_useless("alpha allow_other_base", f"{among}: no directions")
         if not methods - {"prompt", "equal"}:
             searching = "max_iterations population_size sigma0 bound penalty race"
-            refuse_useless(f"{searching} min_coherence min_relevance", f"{among}: no search")
+            refuse_useless(f"{searching} search_seeds", f"{among}: no search")
 
 
 BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed"
@@ -275,11 +306,10 @@ def compare_methods(
             acting=method_comparison.Acting(bench.layers_of(opened), bench.alpha),
             searching=searching,
             objective=objective,
+            seeds=compared.search_seeds,
             watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
         )
-        strict = f"an answer of a coherence under {method_comparison.STRICT:g} counts as fit 1"
-        show(fit_table(comparison.overall, f"over {len(personas)} personas"))
-        show(fit_table(comparison.strict, strict))
+        show(*comparison.lines, fit_table(comparison.overall, f"over {len(personas)} personas"))
         if comparison.against_random:
             show(fit_table(comparison.against_random, "against random search"))
         show(f"report: {comparison.folder / 'report.html'}")

@@ -214,13 +214,16 @@ def one_layer(text: str | None, num_layers: int) -> int:
     return layers[0]
 
 
-def judging_of(choice: JudgeChoice) -> JudgeOptions:
-    """Return what the judge needs beside the user's choice: the cache of verdicts, and the keys."""
+def judging_of(choice: JudgeChoice, beside: str | None = None) -> JudgeOptions:
+    """Return what the judge needs beside the user's choice: the cache of verdicts, and the keys.
+
+    ``beside`` is another judge that the same options are for.
+    """
     from platformdirs import user_cache_path
 
     from persona_lora.judges.choice import JudgeOptions
 
-    judge = choice.judge
+    judge = choice.judge if beside is None else f"{choice.judge},{beside}"
     idle = {
         "judge_url": "openai" not in judge and choice.judge_url is not None,
         "judge_mode": "openai" not in judge and choice.judge_mode != "logprobs",

@@ -200,22 +200,22 @@ class SearchOptions:
 class ObjectiveOptions:
     """What else the value of a mix counts, and how its prompts are spent.
 
-    value = mean fit − ``penalty``·‖x‖² − max(0, ``min_coherence`` − coherence) / 10
-    − max(0, ``min_relevance`` − relevance) / 10. Coherence is measured on a third of the prompts,
-    drawn anew for each generation and the same for all its candidates; without ``min_coherence``
-    (None or 0) not at all. Relevance (``judges.relevance``) is over all prompts asked. A candidate
-    with a scored share of answers under ``min_coverage`` has no value. ``race``: all candidates
-    answer half of the prompts, drawn anew for each generation, and only the better half of them
-    answers the rest. ``pause``: seconds to wait for a judge that scores nothing at all.
+    value = mean fit − ``penalty``·‖x‖²; an answer that does not count (``judges.answer_gates``) has
+    the worst fit. ``min_coherence`` and ``min_relevance`` are constraints on the means over all
+    prompts that a candidate answered: one that breaks them stands below all that keep them.
+    None (or 0): not measured. A candidate with a scored share of answers under ``min_coverage``
+    has no value. ``race``: all candidates answer half of the prompts, drawn anew for each
+    generation, and only the better half of them answers the rest. ``pause``: seconds to wait for a
+    judge that scores nothing at all.
     """
 
     penalty: Annotated[float, "λ of the penalty λ·‖x‖² on large weights."] = 0.0
     min_coherence: Annotated[
-        float | None, "Mean coherence (0–100) below which the value is cut; 0: not at all."
+        float | None, "Mean coherence (0–100) that a mix must keep; 0: none."
     ] = None
     min_relevance: Annotated[
         float | None,
-        "Mean relevance (0–100, 50 by chance) below which the value is cut; 0: not at all.",
+        "Mean relevance (0–100, 50 by chance) that a mix must keep; 0: none.",
     ] = None
     min_coverage: float = 0.5
     race: Annotated[
@@ -235,6 +235,14 @@ class ObjectiveOptions:
             object.__setattr__(self, name, least)
             if least is not None and not 0 <= least <= 100:
                 raise UserError(f"{name} must lie between 0 and 100, got {least:g}")
+
+    def violation(self, coherence: float | None, relevance: float | None) -> float:
+        """Return by how many points the constraints are broken, 0 where they are kept.
+
+        None is a mean that was not measured, or of nothing: it breaks no constraint that is off.
+        """
+        asked = ((self.min_coherence, coherence), (self.min_relevance, relevance))
+        return sum(max(0.0, least - (found or 0.0)) for least, found in asked if least is not None)
 
 
 # What a search keeps unless it is told otherwise: the voice is to answer, in sentences.

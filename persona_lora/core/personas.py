@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from persona_lora.core.chat import Conversation, parse_messages
+from persona_lora.core.chat import Conversation, Exchange, parse_messages
 from persona_lora.core.content import digest_of, folder_digest
 from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
@@ -51,6 +51,16 @@ class Persona:
             if conversation.split == split
             for utterance in conversation.utterances
         )
+
+    def answers(self, split: ConversationSplit) -> list[Exchange]:
+        """Return what the persona says in reply to a line, with that line as the question."""
+        return [
+            Exchange(line["content"], said["content"])
+            for conversation in self.conversations
+            if conversation.split == split
+            for line, said in zip(conversation.messages, conversation.messages[1:], strict=False)
+            if (line["role"], said["role"]) == ("assistant", "user")
+        ]
 
     def content(self) -> str:
         """Return a digest of the conversations and of what was built from them."""
@@ -157,10 +167,15 @@ def read_conversations(path: Path) -> tuple[PersonaConversation, ...]:
 
 @dataclass(frozen=True)
 class PersonaPrompts:
-    """What is said to a persona: ``train`` prompts to search on, ``held_out`` ones to report on."""
+    """What is said to a persona: ``train`` prompts to search on, ``held_out`` ones to report on.
+
+    ``fresh`` are training prompts that the search leaves alone: what it finds is measured again on
+    them before it is named best.
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
 
 
 def load_persona_prompts(path: Path | None = None) -> PersonaPrompts:

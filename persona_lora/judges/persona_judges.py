@@ -1,7 +1,8 @@
 """The judges of a persona search: one for the search, another for what is reported.
 
 The embedded judge of the search is fitted on the persona's training conversations, the one that
-reports on its test conversations; each is validated on the conversations of the other split. A
+reports on its test conversations; each is validated on the conversations of the other split. The
+likelihood judge is of another family: it knows neither style features nor embeddings. A
 language model reads the same judge prompt for both: it sees ``final_judge_prompt.txt`` of the
 persona with the unsteered and the steered answer as A and B, in an order drawn for each answer, and
 says 1 (much worse) to 5. Language models favour a side; the drawn order turns that into noise.
@@ -10,9 +11,11 @@ says 1 (much worse) to 5. Language models favour a side; the drawn order turns t
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -29,7 +32,9 @@ from persona_lora.judges.openai import EndpointReader
 from persona_lora.judges.style_judge import (
     HIGHEST,
     LOWEST,
+    NO_WORDS,
     PERSONA_FIT,
+    FitScale,
     StyleJudge,
     TextFeatures,
     has_words,
@@ -98,18 +103,94 @@ class ComparisonJudge:
         return Verdict(PERSONA_FIT, fit, "", self.name)
 
 
+Contrast = Callable[[Sequence[Exchange]], Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodJudge:
+    """The fit of answers to one person by how likely they are; a ``Judge`` of "persona_fit".
+
+    contrast = mean log p(token | told who the person is, question) − mean log p(token | question),
+    under the unsteered model. Held-out utterances of the person and of others, as answers to the
+    lines before them, anchor the scale of 1–5 (``FitScale``).
+    """
+
+    contrast: Contrast
+    scale: FitScale
+    name: str = "likelihood"
+
+    def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
+        """Return one verdict of 1–5 per exchange, in order; one without words has no score."""
+        if criterion != PERSONA_FIT:
+            raise UserError(f"a persona's judge scores {PERSONA_FIT!r}, not {criterion!r}")
+        worded = [each for each in exchanges if has_words(each.answer)]
+        found = self.scale.scores(np.array(self.contrast(worded))) if worded else ()
+        scores = iter(map(float, found))
+        return [
+            Verdict(criterion, next(scores), "", self.name)
+            if has_words(each.answer)
+            else Verdict(criterion, None, NO_WORDS, self.name)
+            for each in exchanges
+        ]
+
+
+def fit_likelihood_judge(
+    persona: Persona, personas: Sequence[Persona], contrast: Contrast, *, seed: int
+) -> tuple[Judge, list[JudgeCheck]]:
+    """Anchor a likelihood judge on held-out utterances, and say how well it tells them apart.
+
+    At most ``OTHERS`` of other persons are drawn. Raises UserError where the person's are no
+    likelier when the model is told who speaks.
+    """
+    own = [each for each in persona.answers("test") if has_words(each.answer)]
+    pool = [
+        answer
+        for each in personas
+        if each.id != persona.id
+        for answer in each.answers("test")
+        if has_words(answer.answer)
+    ]
+    others = random.Random(seed).sample(pool, min(OTHERS, len(pool)))
+    if not own or not others:
+        raise UserError(f"{persona.id} or the other personas answer nothing in test conversations")
+    found = np.array(contrast([*own, *others]))
+    mine, theirs = found[: len(own)], found[len(own) :]
+    if not mine.mean() > theirs.mean():
+        raise UserError(
+            f"the model finds utterances of {persona.id} no likelier than others' when it is told "
+            "who speaks; report by another judge (--report-judge embedding)"
+        )
+    scale = FitScale(float(mine.mean()), float(theirs.mean()))
+    check = JudgeCheck(LIKELIHOOD, float(auc_of(mine, theirs)), len(own), len(others))
+    return LikelihoodJudge(contrast, scale), [check]
+
+
+def likelihood_contrast(chat_model: ChatModel, told: str) -> Contrast:
+    """Return by how much likelier answers are when the model is ``told`` who speaks."""
+
+    def contrast(exchanges: Sequence[Exchange]) -> list[float]:
+        knowing = mean_logprobs(chat_model, exchanges, told)
+        return [a - b for a, b in zip(knowing, mean_logprobs(chat_model, exchanges), strict=True)]
+
+    return contrast
+
+
 COHERENCE_PAIRS = 16
+OTHERS = 40
 PERSONA_JUDGES = ("embedding", "openai", "local")
+LIKELIHOOD: Literal["likelihood"] = "likelihood"
 
 
 @dataclass(frozen=True)
 class JudgeCheck:
-    """How well a style judge tells the person's utterances from others', where it was not fitted.
+    """How well a judge tells the person's utterances from others', where it was not fitted.
 
-    ``auc`` is the chance that an utterance of the person gets the higher score.
+    ``fitted_on`` is the split that a style judge learnt from, or "likelihood": told by what the
+    person said in training conversations. ``auc`` is the chance that an utterance of the person
+    gets the higher score.
     """
 
-    fitted_on: ConversationSplit
+    fitted_on: ConversationSplit | Literal["likelihood"]
     auc: float
     n_own: int
     n_others: int
@@ -132,11 +213,17 @@ def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reade
 
     Raises UserError for an unknown judge.
     """
-    names = [name.strip() for name in options.judge.split(",") if name.strip()]
+    names = judge_names(options.judge)
+    return {name: _reader(name, options, reference) for name in names if name != "embedding"}
+
+
+def judge_names(judge: str) -> list[str]:
+    """Return the names in "embedding,openai"; UserError for an unknown one."""
+    names = [name.strip() for name in judge.split(",") if name.strip()]
     for name in names:
         if name not in PERSONA_JUDGES:
             raise UserError(f"no persona judge {name!r}; {nearest_names(name, PERSONA_JUDGES)}")
-    return {name: _reader(name, options, reference) for name in names if name != "embedding"}
+    return list(dict.fromkeys(names))
 
 
 def judge_prompt_of(persona: Persona) -> str:
@@ -159,6 +246,7 @@ def make_persona_judge(
     baselines: Mapping[str, str],
 ) -> Judge:
     """Build the judges that ``options.judge`` names; several are averaged."""
+    names = judge_names(options.judge)
     judges: list[Judge] = [
         ComparisonJudge(
             reader.name,
@@ -167,9 +255,10 @@ def make_persona_judge(
             baselines,
             seed=options.seed,
         )
-        for reader in readers.values()
+        for name, reader in readers.items()
+        if name in names
     ]
-    if "embedding" in options.judge:
+    if "embedding" in names:
         judges.insert(0, fit_style_judge(persona, personas, split, features, seed=options.seed))
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 

@@ -10,7 +10,7 @@ know what the answer says or whether it helps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ PERSONA_FIT = "persona_fit"
 LOWEST, HIGHEST = 1.0, 5.0
 FEWEST_UTTERANCES = 10
 FOLDS = 5
+NO_WORDS = "the answer holds no words"
 INVERSE_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 EMBEDDING_SCALE = 4.0  # a unit embedding then varies about as much as the style features together
 
@@ -114,8 +115,10 @@ class FitScale:
 class StyleJudge:
     """The fit of texts to one person; a ``Judge`` of the criterion "persona_fit".
 
-    logit = w·z + b with z the features of the text, style parts standardised. ``log_loss`` is the
-    mean cross-validated loss (both classes weighted alike) at the chosen penalty; a coin has 0.69.
+    logit = w·z + b with z the features of the text, style parts standardised; an utterance that it
+    was fitted on (``fitted``) has the logit of a regression that did not see it. ``log_loss`` is
+    the mean cross-validated loss (both classes weighted alike) at the chosen penalty; a coin has
+    0.69.
     """
 
     persona_id: str
@@ -126,6 +129,7 @@ class StyleJudge:
     bias: float
     scale: FitScale
     log_loss: float
+    fitted: Mapping[str, float]
     name: str = "embedding"
 
     @classmethod
@@ -175,13 +179,14 @@ class StyleJudge:
             float(model.intercept_[0]),
             FitScale(*means),
             losses[chosen],
+            dict(zip([*own, *others], map(float, held_out[chosen]), strict=True)),
         )
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return w·z + b of texts with words in them: ``[len(texts)]``."""
+        """Return the logits of texts with words in them: ``[len(texts)]``."""
         z = (self.features.of(texts) - self.center) / self.spread
         logits: NDArray[np.float64] = z @ self.weights + self.bias
-        return logits
+        return np.array([self.fitted.get(*each) for each in zip(texts, logits, strict=True)])
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
         """Return one verdict of 1–5 per exchange, in order; one without words has no score."""
@@ -192,7 +197,7 @@ class StyleJudge:
         return [
             Verdict(criterion, float(next(scores)), "", self.name)
             if has_words(exchange.answer)
-            else Verdict(criterion, None, "the answer holds no words", self.name)
+            else Verdict(criterion, None, NO_WORDS, self.name)
             for exchange in exchanges
         ]
 

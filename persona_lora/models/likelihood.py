@@ -27,9 +27,11 @@ class TokenizedExchange(NamedTuple):
     answer: list[int]
 
 
-def tokenize_exchange(chat_model: ChatModel, exchange: Exchange) -> TokenizedExchange:
+def tokenize_exchange(
+    chat_model: ChatModel, exchange: Exchange, system_prompt: str | None = None
+) -> TokenizedExchange:
     """Return the token ids of a question as the model is asked it, and of the answer."""
-    prompt = chat_model.render(user_question(exchange.question))
+    prompt = chat_model.render(user_question(exchange.question, system_prompt))
     return tokenize_rendered(chat_model, prompt, exchange.answer)
 
 
@@ -42,12 +44,14 @@ def tokenize_rendered(chat_model: ChatModel, prompt: str, answer: str) -> Tokeni
     )
 
 
-def mean_logprobs(chat_model: ChatModel, exchanges: Sequence[Exchange]) -> list[float]:
+def mean_logprobs(
+    chat_model: ChatModel, exchanges: Sequence[Exchange], system_prompt: str | None = None
+) -> list[float]:
     """Return the mean log-probability (nats) of a token of each answer, given its question.
 
     An answer without tokens has none: UserError.
     """
-    tokenized = [tokenize_exchange(chat_model, exchange) for exchange in exchanges]
+    tokenized = [tokenize_exchange(chat_model, each, system_prompt) for each in exchanges]
     if any(not each.answer for each in tokenized):
         raise UserError("an empty answer has no log-probability; leave it out")
     means = [0.0] * len(tokenized)

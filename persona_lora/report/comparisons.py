@@ -299,7 +299,8 @@ class ConditionFit:
     ``difference`` is its fit minus that of the reference on the same prompts, ``p`` a two-sided
     sign-flip test on the units' means, ``p_holm`` corrected over the conditions compared, and
     ``effect_size`` the mean of the units' differences over their standard deviation (Cohen's d_z).
-    All four are None for the reference itself.
+    All four are None for the reference itself. ``counted`` is the share of its answers that count,
+    ``feasible`` that of its searches that keep their constraints; None where there is none.
     """
 
     condition: str
@@ -310,6 +311,8 @@ class ConditionFit:
     p: float | None
     effect_size: float | None = None
     p_holm: float | None = None
+    counted: float | None = None
+    feasible: float | None = None
 
 
 def fits_over_prompts(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
@@ -332,25 +335,17 @@ def fit_table(fits: Sequence[ConditionFit], title: str) -> Table:
     """Return the fits of conditions."""
     rows = (
         [each.condition, wording.interval(each.fit, 2), str(each.fit.n_questions)]
-        + [f"{100 * each.fit.coverage:.0f}%", *wording.gap(each.difference, each.p_holm, 2)]
+        + [f"{100 * each.fit.coverage:.0f}%", wording.percent(each.counted)]
+        + [*wording.gap(each.difference, each.p_holm, 2)]
         + [wording.number(each.coherence.mean), wording.number(each.relevance.mean)]
+        + [wording.percent(each.feasible)]
         for each in fits
     )
-    columns = "condition | fit (1–5) | n | scored | gain | p (Holm) | coherence | relevance"
+    columns = (
+        "condition | fit (1–5) | n | scored | counts | gain | p (Holm) | coherence | relevance | "
+        "keeps constraints"
+    )
     return Table.of(columns, rows, title)
-
-
-def strict_rows(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
-    """Return rows in which an answer of a coherence under ``least`` has the worst fit, 1.
-
-    A judge of style is fooled by broken text; what of a fit is left then is there in sentences.
-    """
-    return [
-        {**row, "score": 1.0}
-        if row["coherence"] is not None and row["coherence"] < least
-        else dict(row)
-        for row in rows
-    ]
 
 
 def _fits(

@@ -24,6 +24,11 @@ def number(value: float | None, digits: int = 0) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", _MINUS)
 
 
+def percent(share: float | None) -> str:
+    """Return a share as a whole percentage."""
+    return "–" if share is None else f"{100 * share:.0f}%"
+
+
 def significant(value: float | None) -> str:
     """Return a small positive number with two significant digits, or a dash for None."""
     if value is None:

@@ -42,6 +42,7 @@ from persona_lora.studies.drift.read_prediction import (
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.figure import render_comparison as render_personas
+from persona_lora.studies.personas.fits import condition_fits, order_line
 from persona_lora.studies.steering.figure import (
     SPLITS,
     render_comparison,
@@ -350,7 +351,8 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
 
 def _personas(run: Run, figures: Figures) -> Part | None:
     rows = run.read("held_out")
-    fits = {each.condition: each for each in fits_over_personas(rows, "none")} if rows else {}
+    found = condition_fits(rows, over=fits_over_personas) if rows else ()
+    fits = {each.condition: each for each in found}
     lora = fits.get("lora")
     if lora is None or lora.difference is None:
         return None
@@ -365,6 +367,7 @@ def _personas(run: Run, figures: Figures) -> Part | None:
         "n": lora.fit.n_questions,
         "relevance": interval(lora.relevance),
         "plain_relevance": interval(fits["none"].relevance),
+        "order": order_line(found),
         "rows": table,
         "picture": figures.show(
             "personas", render_personas(run), "Ways of giving a person's voice"

@@ -70,6 +70,12 @@ def test_verdicts_do_not_depend_on_their_neighbours(judge):
     assert [each.score for each in together] == pytest.approx(alone, abs=1e-4)
 
 
+def test_what_it_was_fitted_on_is_scored_as_if_it_had_not_been(judge, features):
+    whole = judge.logits([f"{text} " for text in LOUD])  # all but what it was fitted on
+    assert not np.allclose(judge.logits(LOUD), whole)
+    assert judge.scale.own == pytest.approx(float(judge.logits(LOUD).mean()))
+
+
 def test_too_few_utterances_and_other_criteria_are_named(judge, features):
     with pytest.raises(UserError, match="at least 10"):
         StyleJudge.fit("loud", LOUD[:9], CALM, features=features)

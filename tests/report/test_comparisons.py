@@ -15,7 +15,6 @@ from persona_lora.report.comparisons import (
     fits_over_personas,
     fits_over_prompts,
     score_items,
-    strict_rows,
 )
 from persona_lora.studies.steering.read_comparison import pooled, read_comparison
 
@@ -145,7 +144,6 @@ def everything(folder):
             "items": score_items(items(), "plain"),
             "over prompts": fits_over_prompts(rows, "none"),
             "over personas": fits_over_personas(rows, "none"),
-            "strict": fits_over_personas(strict_rows(rows, 82), "lora"),
             "comparison": read_comparison(comparisons[0]),
             "pooled": pooled(comparisons),
         }

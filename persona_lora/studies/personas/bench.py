@@ -31,11 +31,17 @@ from persona_lora.core.resources import search_folders
 from persona_lora.core.runs import Output, first_difference
 from persona_lora.judges.choice import JudgeOptions, judge_inputs
 from persona_lora.judges.coherence import CoherenceScorer, relevance
+from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import (
+    LIKELIHOOD,
+    JudgeCheck,
     Reader,
     check_style_judge,
     fit_coherence,
+    fit_likelihood_judge,
+    judge_names,
     judge_prompt_of,
+    likelihood_contrast,
     make_persona_judge,
     make_readers,
 )
@@ -60,6 +66,7 @@ from persona_lora.studies.personas.run import (
     baseline_answers,
     first_prompts,
     optimise_persona,
+    persona_system_prompt,
 )
 from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.steering.calibration import equal_effect_scales
@@ -143,6 +150,11 @@ class PersonaBench:
     datasets: Path | None = None
     processes: Processes = field(default_factory=Processes)
     energy: float | None = None
+    report_judge: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.report_judge not in (None, LIKELIHOOD):
+            judge_names(self.report_judge)
 
     @cached_property
     def features(self) -> TextFeatures:
@@ -159,7 +171,15 @@ class PersonaBench:
     @cached_property
     def readers(self) -> dict[str, Reader]:
         """The language models among the judges, each made once."""
-        return make_readers(self.judging, self.chat_model)
+        both = f"{self.judging.judge},{self._reporting.judge}"
+        return make_readers(dataclasses.replace(self.judging, judge=both), self.chat_model)
+
+    @property
+    def _reporting(self) -> JudgeOptions:
+        """How the report is judged where it is not by likelihood."""
+        if self.report_judge in (None, LIKELIHOOD):
+            return self.judging
+        return dataclasses.replace(self.judging, judge=self.report_judge)
 
     def dollars(self) -> float | None:
         """Return the US dollars spent on judging; None where nothing is billed."""
@@ -176,40 +196,58 @@ class PersonaBench:
         """Return the problem of one persona, with its judges."""
         persona = load_persona(persona_id, self.persona_dir)
         personas = self._all_with(persona)
-        readers = self.readers
-        if readers:
+        if self.readers:
             judge_prompt_of(persona)  # a mistake in it shows before anything is generated
-        baselines = self.baselines if readers else {}
-        splits: tuple[ConversationSplit, ...] = ("train", "test")
-        judges = [
-            make_persona_judge(
-                persona,
-                personas,
-                split,
-                self.judging,
-                features=self.features,
-                readers=readers,
-                baselines=baselines,
+        search_judge, checks = self._judge(persona, personas, "train", self.judging)
+        if self.report_judge == LIKELIHOOD:
+            contrast = likelihood_contrast(self.chat_model, persona_system_prompt(persona))
+            report_judge, found = fit_likelihood_judge(
+                persona, personas, contrast, seed=self.judging.seed
             )
-            for split in splits
-        ]
-        checks = [
-            check_style_judge(judge, persona, personas, split)
-            for judge, split in zip(judges, splits, strict=True)
-            if isinstance(judge, StyleJudge)
-        ]
+        else:
+            report_judge, found = self._judge(persona, personas, "test", self._reporting)
         return PersonaProblem(
             self.chat_model,
             persona,
             self.prompts,
-            judges[0],
-            judges[1],
+            search_judge,
+            report_judge,
             self.coherence,
             lambda exchanges: relevance(exchanges, self.features.embeddings),
+            self.features.embeddings,
             self.generation,
             self.processes,
-            tuple(checks),
+            (*checks, *found),
             self._judged_by(persona.id, personas),
+        )
+
+    def _judge(
+        self,
+        persona: Persona,
+        personas: Sequence[Persona],
+        split: ConversationSplit,
+        options: JudgeOptions,
+    ) -> tuple[Judge, list[JudgeCheck]]:
+        """Return a persona's judge of a split, and how well it does where it is an embedded one."""
+        judge = make_persona_judge(
+            persona,
+            personas,
+            split,
+            options,
+            features=self.features,
+            readers=self.readers,
+            baselines=self._baselines_for(persona) if self.readers else {},
+        )
+        if not isinstance(judge, StyleJudge):
+            return judge, []
+        return judge, [check_style_judge(judge, persona, personas, split)]
+
+    def _baselines_for(self, persona: Persona) -> dict[str, str]:
+        """Return the unsteered answers that a judge compares with, to the person's lines too."""
+        lines = tuple(dict.fromkeys(each.question for each in persona.answers("test")))
+        asked = PersonaPrompts((), lines[: len(self.prompts.held_out)])
+        return self.baselines | baseline_answers(
+            self.chat_model, asked, self.generation, self.processes
         )
 
     def _all_with(self, persona: Persona) -> list[Persona]:
@@ -299,7 +337,9 @@ class CMAESPersonaOptimizer:
         folder = None if self.persona_dir is None else Path(self.persona_dir)
         prompts = load_persona_prompts(None if folder is None else folder / "prompts.json")
         if self.eval_prompts:
-            prompts = dataclasses.replace(prompts, train=tuple(self.eval_prompts))
+            chosen = tuple(self.eval_prompts)
+            fresh = tuple(prompt for prompt in prompts.train if prompt not in chosen)
+            prompts = dataclasses.replace(prompts, train=chosen, fresh=fresh)
         self.traits = tuple(self.traits)
         self.bench = PersonaBench(
             self.model if isinstance(self.model, ChatModel) else load_chat_model(self.model),

@@ -22,6 +22,8 @@ from persona_lora.report.comparisons import (
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Array
 from persona_lora.report.wording import interval, number, title_of
+from persona_lora.studies.personas.bounds import BOUNDS
+from persona_lora.studies.personas.fits import condition_fits, limits_of, order_line, rows_of
 
 NAMES = {
     "none": "unsteered",
@@ -34,6 +36,10 @@ NAMES = {
     "mean_diff": "mean-difference vectors, CMA-ES",
     "pca": "PCA vectors, CMA-ES",
     "prompt": "persona as system prompt",
+    "canned": "one of the person's sentences to all",
+    "retrieval": "the person's nearest sentence",
+    "salad": "the person's words in any order",
+    "real": "the person's real utterances",
 }
 FITS = "Fit on held-out prompts"
 _ROW = 0.42  # inches
@@ -48,11 +54,11 @@ def name_of(condition: str) -> str:
 
 def render_search(run: Run) -> Picture:
     """Return the values of all candidates by generation, the held-out fits, and the weights."""
-    generations, held_out = run.read("generations"), run.read("held_out")
-    if not generations or not held_out:
+    generations, rows = run.read("generations"), rows_of(run)
+    if not generations or not rows:
         raise UserError(f"{run.folder} holds no finished search")
     config = run.record["config"]
-    fits = fits_over_prompts(held_out, "none")
+    fits = condition_fits(rows, limits_of(run))
     figure = draw.new_figure(14.2, 4.5)
     history, found, mix = (
         draw.add_axes(figure, (left, 0.95, width, 2.6), title=title, x=x)
@@ -62,11 +68,11 @@ def render_search(run: Run) -> Picture:
             (11.6, 2.2, "Weights of the mean", ""),
         )
     )
-    panels = [_history(history, generations), _fits(found, fits), _weights(mix, held_out)]
+    panels = [_history(history, generations), _fits(found, fits), _weights(mix, rows)]
     note = (
         f"Search: {len(config['prompts'])} training prompts, judge {config['judge']} of training "
         f"conversations. Held-out: {fits[0].fit.n_questions} other prompts, judge of test "
-        "conversations; bars: 95% bootstrap over prompts."
+        f"conversations; bars: 95% bootstrap over prompts. {order_line(fits)}"
     )
     title = f"{config['persona']}: the search with {name_of(config['method'])}"
     return draw.finish(figure, panels, title=title, note=note)
@@ -74,10 +80,11 @@ def render_search(run: Run) -> Picture:
 
 def render_comparison(run: Run) -> Picture:
     """Return the held-out fit of every method, over personas and for each of them."""
-    rows = run.read("held_out")
+    rows = rows_of(run)
     if not rows:
         raise UserError(f"{run.folder} holds no held-out answers")
-    fits = fits_over_personas(rows, "none")
+    fits = list(condition_fits(rows, limits_of(run), over=fits_over_personas))
+    said = order_line(fits)
     fits.sort(key=lambda each: each.fit.mean if each.fit.mean is not None else -np.inf)
     personas = list(dict.fromkeys(row["persona"] for row in rows))
     searched = next((f.condition for f in reversed(fits) if _mixes(rows, f.condition)), None)
@@ -99,7 +106,7 @@ def render_comparison(run: Run) -> Picture:
     note = (
         "Fit 1–5 on held-out prompts by a judge of held-out conversations. "
         f"{len(personas)} personas; bars: 95% bootstrap over personas; small dots: personas. "
-        "Right: change of the mean fit from the unsteered model."
+        f"Right: change of the mean fit from the unsteered model. {said}"
     )
     return draw.finish(figure, panels, title="What gives the model a person's voice?", note=note)
 
@@ -134,7 +141,8 @@ def _fits(axes: Axes, fits: Sequence[ConditionFit], rows: Sequence[Row] = ()) ->
     drawn = []
     for each in fits:
         name = name_of(each.condition)
-        colour = draw.CONTROL if each.condition == "none" else draw.TRAIT
+        plain = each.condition in ("none", *BOUNDS)
+        colour = draw.CONTROL if plain else draw.TRAIT
         means, dots = _persona_means(rows, each.condition), Look(colour, size=1.6, alpha=0.35)
         label = None if each.fit.mean is None else interval(each.fit, 2)
         drawn += [

@@ -115,7 +115,7 @@ def write_sheets(
     rows = [row for row in run.read("held_out") if row["persona"] == persona]
     if not rows:
         raise UserError(f"{run.folder} holds no held-out answers of {persona!r}")
-    known = list(dict.fromkeys(row["condition"] for row in rows))
+    known = list(dict.fromkeys(row["condition"] for row in rows if row["prompt_id"] < prompts))
     chosen = list(conditions or known)
     missing = [name for name in chosen if name not in known]
     if missing:

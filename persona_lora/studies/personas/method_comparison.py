@@ -1,7 +1,8 @@
 """Which way of giving a model a person's voice works best? One objective and one budget for all.
 
 Searches over LoRA differences and over steering vectors, random search, equal weights, the persona
-as a system prompt, and nothing at all are scored on the same held-out prompts by the same judge.
+as a system prompt, and nothing at all are scored on the same held-out prompts by the same judge,
+beside floors and a ceiling that need no model (``bounds``).
 """
 
 from __future__ import annotations
@@ -16,39 +17,40 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output, Run
+from persona_lora.judges.answer_gates import THRESHOLDS
 from persona_lora.models.processes import recorded
 from persona_lora.models.structure import num_layers, read_layers
-from persona_lora.report.comparisons import (
-    ConditionFit,
-    fits_over_personas,
-    fits_over_prompts,
-    strict_rows,
-)
+from persona_lora.report.comparisons import ConditionFit, fits_over_personas
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.personas.baselines import RANDOM, directions_of, sources
 from persona_lora.studies.personas.bench import PersonaBench
 from persona_lora.studies.personas.figure import render_comparison
+from persona_lora.studies.personas.fits import (
+    UNSTEERED,
+    agreement_line,
+    condition_fits,
+    order_line,
+    seeds_line,
+)
 from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.run import (
     FIT_COLUMNS,
-    MEAN,
     PROMPT,
-    UNSTEERED,
     Method,
     PersonaProblem,
     Told,
     fit_cells,
     held_out_rows,
-    optimise_persona,
+    optimise_over_seeds,
     persona_system_prompt,
+    recorded_objective,
     speaker_of,
 )
 from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.report_page import write_report
 
 EQUAL = "equal"
-STRICT = 60.0
 COLUMNS = ("persona", *FIT_COLUMNS)
 Watch = Callable[[str, str, Generation], None]
 
@@ -57,15 +59,14 @@ Watch = Callable[[str, str, Generation], None]
 class Comparison:
     """Held-out fits of every method: over all personas, and of each persona.
 
-    Differences are from the unsteered model, in ``against_random`` from random search. The strict
-    ones count an answer of a coherence under ``STRICT`` as the worst fit.
+    ``lines`` say what they are worth. Differences are from the unsteered model, in
+    ``against_random`` from random search.
     """
 
     overall: tuple[ConditionFit, ...]
-    strict: tuple[ConditionFit, ...]
     by_persona: Mapping[str, tuple[ConditionFit, ...]]
     against_random: tuple[ConditionFit, ...]
-    strict_against_random: tuple[ConditionFit, ...]
+    lines: tuple[str, ...]
     folder: Path
 
 
@@ -86,16 +87,17 @@ def compare_methods(
     acting: Acting = Acting(),
     searching: SearchOptions = SearchOptions(),
     objective: ObjectiveOptions = ObjectiveOptions(),
+    seeds: int = 1,
     watch: Watch | None = None,
 ) -> Comparison:
     """Run every method for every persona into a folder; run again, it goes on where it stopped.
 
     A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``acting``); several of
     these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is searched)
-    use the LoRA differences. Each search is a run folder of its own below the method's;
-    ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` (by persona),
-    ``overall.csv``, ``against_random.csv``, and the strict ones of both. Raises UserError for an
-    unknown method.
+    use the LoRA differences. Each search is repeated over ``seeds`` and is a run folder of its own
+    below the method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv``
+    (by persona), ``overall.csv`` and ``against_random.csv``. Raises UserError for an unknown
+    method.
     """
     output = Output.of(output)
     folder = output.path
@@ -121,16 +123,28 @@ def compare_methods(
             scaled = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
             rows += _unsearched(problem, speaker, {EQUAL: mix}, at, scaled)
         for name, method in loaded.items():
-            result = optimise_persona(
+            for result in optimise_over_seeds(
                 problem,
                 replace(method, name=name),
                 output.at(folder / name / f"{persona}_{name}"),
+                seeds=seeds,
                 searching=searching,
                 objective=objective,
                 watch=None if watch is None else partial(watch, persona, name),
-            )
-            rows += [{**row, "condition": name} for row in result.rows if row["condition"] == MEAN]
-    return bench.processes.from_main(lambda: _written(rows, personas, folder))
+            ):
+                rows += [
+                    {**row, "condition": name}
+                    for row in result.rows
+                    if row["condition"] == result.best
+                ]
+        rows += problem.bounds
+    config = {
+        "personas": list(personas),
+        "conditions": sorted({row["condition"] for row in rows}),
+        "objective": recorded_objective(objective),
+        "search_seeds": seeds,
+    }
+    return bench.processes.from_main(lambda: _written(rows, objective, config, folder))
 
 
 def _checked(method: str) -> str:
@@ -168,6 +182,7 @@ def _unsearched(
     asked = {
         "persona": problem.persona.id,
         "judge": problem.report_judge.name,
+        "counts": THRESHOLDS,
         "held_out_prompts": list(problem.prompts.held_out),
         **config,
         "max_new_tokens": problem.generation.max_new_tokens,
@@ -188,32 +203,24 @@ def _unsearched(
 
 
 def _written(
-    rows: Sequence[Mapping[str, Any]], personas: Sequence[str], folder: Path
+    rows: Sequence[Mapping[str, Any]],
+    limits: ObjectiveOptions,
+    config: Mapping[str, Any],
+    folder: Path,
 ) -> Comparison:
     by_persona = {
-        persona: tuple(
-            fits_over_prompts([row for row in rows if row["persona"] == persona], UNSTEERED)
-        )
-        for persona in personas
+        persona: condition_fits([row for row in rows if row["persona"] == persona], limits)
+        for persona in config["personas"]
     }
-    names = {row["condition"] for row in rows}
-    strict = strict_rows(rows, STRICT)
-
-    def over(of: Sequence[Mapping[str, Any]], reference: str) -> tuple[ConditionFit, ...]:
-        return tuple(fits_over_personas(of, reference)) if reference in names else ()
-
+    over = partial(condition_fits, rows, limits, over=fits_over_personas)
+    searched_at_random = any(row["condition"] == RANDOM for row in rows)
     tables = {
-        "overall": over(rows, UNSTEERED),
-        "strict": over(strict, UNSTEERED),
-        "against_random": over(rows, RANDOM),
-        "strict_against_random": over(strict, RANDOM),
+        "overall": over(),
+        "against_random": over(reference=RANDOM) if searched_at_random else (),
     }
     out = folder / "comparison"
     run = Run.open(
-        Output(out, overwrite=True),
-        command="compare-methods",
-        config={"personas": list(personas), "conditions": sorted(names)},
-        seed=0,
+        Output(out, overwrite=True), command="compare-methods", config=dict(config), seed=0
     )
     with run:
         run.write("held_out", rows)
@@ -228,4 +235,5 @@ def _written(
             cells = [{"persona": "all", **fit_cells(each)} for each in fits]
             write_csv(out / f"{name}.csv", COLUMNS, cells)
     write_report([out], out / "report.html")
-    return Comparison(by_persona=by_persona, folder=out, **tables)
+    lines = (order_line(tables["overall"]), seeds_line(rows), agreement_line(rows))
+    return Comparison(by_persona=by_persona, lines=lines, folder=out, **tables)

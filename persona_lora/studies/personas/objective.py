@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -25,6 +25,7 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import Coefficients
+from persona_lora.judges.answer_gates import counted, failures
 from persona_lora.judges.budget import COST_CAP, REQUEST_CAP
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.style_judge import PERSONA_FIT
@@ -154,6 +155,7 @@ class PersonaObjective:
         *,
         coherence: Coherence | None = None,
         relevance: Relevance | None = None,
+        learnt_from: Sequence[str] = (),
     ) -> None:
         self.options = options
         if not prompts:
@@ -174,16 +176,18 @@ class PersonaObjective:
         self._judge = RememberingJudge(judge)
         self._coherence = coherence
         self._relevance = relevance
+        self._learnt_from = tuple(learnt_from)
 
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
         """Return a value per candidate; ``iteration`` seeds which prompts a race begins with."""
         first, rest = self._heats(iteration)
-        found = self._measure(mixes, first, self._checked_for_coherence(iteration, first))
+        found = self._measure(mixes, first)
+        values = [self._value(mix, each) for mix, each in zip(mixes, found, strict=True)]
         if not rest:
-            return [self._value(mix, each) for mix, each in zip(mixes, found, strict=True)]
-        order = sorted(range(len(mixes)), key=lambda at: -_mean_or(found[at].scores, -math.inf))
+            return values
+        order = sorted(range(len(mixes)), key=lambda at: values[at].standing, reverse=True)
         kept = sorted(order[: math.ceil(len(mixes) / 2)])
-        more = self._measure([mixes[at] for at in kept], rest, ())
+        more = self._measure([mixes[at] for at in kept], rest)
         whole = dict(zip(kept, more, strict=True))
         values = [
             self._value(mix, found[at] + whole[at] if at in whole else found[at])
@@ -200,19 +204,7 @@ class PersonaObjective:
         half = math.ceil(len(everything) / 2)
         return sorted(map(int, drawn[:half])), sorted(map(int, drawn[half:]))
 
-    def _checked_for_coherence(self, iteration: int, prompts: Sequence[int]) -> list[int]:
-        """Return the prompts whose answers are measured for coherence in this generation."""
-        if self.options.min_coherence is None:
-            return []
-        drawn = np.random.default_rng([self.options.seed, iteration, 1]).permutation(prompts)
-        return sorted(map(int, drawn[: math.ceil(len(prompts) / 3)]))
-
-    def _measure(
-        self,
-        mixes: Sequence[Coefficients],
-        prompts: Sequence[int],
-        checked: Sequence[int],
-    ) -> list[Measured]:
+    def _measure(self, mixes: Sequence[Coefficients], prompts: Sequence[int]) -> list[Measured]:
         rows = [
             Row(self.prompts[prompt], mix, stream=prompt) for mix in mixes for prompt in prompts
         ]
@@ -227,23 +219,19 @@ class PersonaObjective:
         exchanges = [Exchange(row.question, text) for row, text in zip(rows, answers, strict=True)]
         processes = self.speaker.processes
         scores = processes.from_main(lambda: self._scores(exchanges))
-        places = [at for at, row in enumerate(rows) if row.stream in checked]
-        coherence = processes.from_main(
-            lambda: self._coherence_of([exchanges[place] for place in places])
-        )
+        coherence = processes.from_main(lambda: self._coherence_of(exchanges))
         relevance = processes.from_main(lambda: self._relevance_of(exchanges))
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
-        parts = [slice(at * len(checked), (at + 1) * len(checked)) for at in range(len(mixes))]
         return [
-            Measured(list(prompts), answers[span], scores[span], coherence[part], relevance[span])
-            for span, part in zip(spans, parts, strict=True)
+            Measured(list(prompts), answers[span], scores[span], coherence[span], relevance[span])
+            for span in spans
         ]
 
     def _scores(self, exchanges: Sequence[Exchange]) -> list[float | None]:
         return [each.score for each in self._patiently(exchanges)]
 
     def _coherence_of(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        if not exchanges or self._coherence is None:
+        if self._coherence is None or self.options.min_coherence is None:
             return []
         return [each.score for each in self._coherence(exchanges)]
 
@@ -274,25 +262,29 @@ class PersonaObjective:
             waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
 
     def _value(self, mix: Coefficients, measured: Measured) -> Value:
-        scored = [each for each in measured.scores if each is not None]
-        coverage = len(scored) / len(measured.scores)
+        asked = [self.prompts[at] for at in measured.prompts]
+        exchanges = list(map(Exchange, asked, measured.answers))
+        failed = failures(exchanges, self._learnt_from, measured.coherence, measured.relevance)
+        fits = list(map(counted, measured.scores, failed))
+        scored = [each for each in fits if each is not None]
+        coverage = len(scored) / len(fits)
         details: dict[str, Any] = {
             "fit": fmean(scored) if scored else None,
             "coverage": coverage,
             "prompts": measured.prompts,
             "scores": measured.scores,
+            "failed": failed,
             "answers": measured.answers,
         }
         if not scored or coverage < self.options.min_coverage:
             return Value(None, details)
         value = fmean(scored) - self.options.penalty * math.fsum(x * x for x in mix.values)
         if self.options.min_coherence is not None:
-            details["coherence"] = _mean_or(measured.coherence, 0.0)
-            value -= max(0.0, self.options.min_coherence - details["coherence"]) / 10
+            details["coherence"] = mean_or(measured.coherence, 0.0)
         if self.options.min_relevance is not None:
-            details["relevance"] = _mean_or(measured.relevance, 0.0)
-            value -= max(0.0, self.options.min_relevance - details["relevance"]) / 10
-        return Value(value, details)
+            details["relevance"] = mean_or(measured.relevance, 0.0)
+        broken = self.options.violation(details.get("coherence"), details.get("relevance"))
+        return Value(value, details, broken)
 
 
 @dataclass(frozen=True)
@@ -315,7 +307,7 @@ class Measured:
         )
 
 
-def _mean_or(values: Sequence[float | None], otherwise: float) -> float:
+def mean_or(values: Sequence[float | None], otherwise: float) -> float:
     known = [value for value in values if value is not None]
     return fmean(known) if known else otherwise
 
@@ -325,12 +317,13 @@ def _ranked(values: Sequence[Value], out: Sequence[int]) -> list[Value]:
 
     Survivors are compared over the same prompts; a partial mean is no match for a whole one.
     """
-    whole = [each.value for at, each in enumerate(values) if at not in out]
-    finished = [value for value in whole if value is not None]
+    whole = [each for at, each in enumerate(values) if at not in out and each.value is not None]
+    worst = min(whole, key=lambda each: each.standing, default=None)
     ranked = list(values)
     for place, at in enumerate(out, start=1):
-        value, details = values[at].value, {**values[at].details, "raced_out": True}
-        if value is not None and finished:
-            value = min(value, min(finished) - 1e-6 * place)
-        ranked[at] = Value(value, details)
+        left = replace(values[at], details={**values[at].details, "raced_out": True})
+        if left.value is not None and worst is not None and worst.value is not None:
+            below = min(left.value, worst.value - 1e-6 * place)
+            left = replace(left, value=below, violation=max(left.violation, worst.violation))
+        ranked[at] = left
     return ranked

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.comparisons import (
-    ConditionFit,
-    Row,
-    fits_over_personas,
-    fits_over_prompts,
-)
+from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas
 from persona_lora.report.figures import Picture
 from persona_lora.report.sections import (
     Block,
@@ -24,35 +19,47 @@ from persona_lora.report.sections import (
     ReportOptions,
     Table,
 )
+from persona_lora.studies.personas.bounds import BOUNDS, REAL
 from persona_lora.studies.personas.figure import name_of, render_comparison, render_search
+from persona_lora.studies.personas.fits import (
+    UNSTEERED,
+    WARNING,
+    condition_fits,
+    constraints_line,
+    limits_of,
+    order_line,
+    rows_of,
+    seeds_line,
+)
+from persona_lora.studies.personas.search import Value
 
 EXAMPLE_PROMPTS = 5
 
 
 def search_content(run: Run, options: ReportOptions) -> Content:
     """Return the section of one search."""
-    rows = run.read("held_out")
-    fits = fits_over_prompts(rows, "none")
+    rows = rows_of(run)
+    fits = condition_fits(rows, limits_of(run))
     config = run.record["config"]
     title = f"A search for {config['persona']} with {name_of(config['method'])}"
-    lead = _lead(fits, "mean")
+    lead = _lead(rows, fits, _best(run))
     checks = [_check(row) for row in run.read("judge_checks")]
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
 
 
 def comparison_content(run: Run, options: ReportOptions) -> Content:
     """Return the section of a comparison of methods."""
-    rows = run.read("held_out")
-    fits = fits_over_personas(rows, "none")
+    rows = rows_of(run)
+    fits = condition_fits(rows, limits_of(run), over=fits_over_personas)
     first = rows[0]["persona"]
     best = max(
-        (each for each in fits if each.condition != "none"),
+        (each for each in fits if each.condition not in (UNSTEERED, *BOUNDS)),
         key=lambda each: each.fit.mean if each.fit.mean is not None else 0.0,
         default=None,
     )
     title, lead = (
         "Ways of giving a person's voice",
-        "" if best is None else _lead(fits, best.condition),
+        order_line(fits) if best is None else _lead(rows, fits, best.condition),
     )
     shown = [row for row in rows if row["persona"] == first]
     said = [f"The answers are those for {first}."]
@@ -71,10 +78,13 @@ def _blocks(
 ) -> tuple[Block, ...]:
     """Return the picture, a row for every condition, and answers side by side."""
     columns = (
-        *("Condition", "Fit, 1–5 [95%]", f"n {unit}", "Scored", "Change from unsteered [95%]"),
-        *("d", "p (Holm)", "Coherence [95%]", "Relevance [95%]"),
+        *("Condition", "Fit, 1–5 [95%]", f"n {unit}", "Scored", "Counts"),
+        *("Change from unsteered [95%]", "d", "p (Holm)", "Coherence [95%]", "Relevance [95%]"),
+        "Keeps constraints",
     )
     note = (
+        "An answer that does not count (a copy of a training utterance, an echo of the prompt, a "
+        "repeat of another answer, broken text) has a fit of 1. "
         f"Intervals: bootstrap over {unit}. p: two-sided sign-flip test on the {unit}’ mean "
         "differences, corrected over the conditions. d: mean over standard deviation of the "
         "differences. Relevance: the share of the other prompts that an answer is less like than "
@@ -84,25 +94,34 @@ def _blocks(
         Image.of(picture, f"{title}. {lead}"),
         Table(columns, tuple(map(_row, fits)), "Fit on held-out prompts", note),
         Heading("Answers"),
-        Cards(_examples(rows, [each.condition for each in fits])),
+        Cards(_examples(rows, [each.condition for each in fits if each.condition != REAL])),
     )
 
 
-def _lead(fits: Sequence[ConditionFit], condition: str) -> str:
-    """Say what a condition gains over the unsteered model, and whether that is clear."""
+def _best(run: Run) -> str:
+    """Return the mix that a search named best: the mean, unless the incumbent stood higher."""
+    rows = run.read("finalists")
+    finalists = [Value(row["value"], violation=row["violation"]).standing for row in rows]
+    return "incumbent" if len(finalists) > 1 and max(finalists[1:]) > finalists[0] else "mean"
+
+
+def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:
+    """Say what the fit is worth, what a condition gains over unsteered, and on how many seeds."""
     found = {each.condition: each for each in fits}
-    plain, steered = found.get("none"), found.get(condition)
+    plain, steered = found.get(UNSTEERED), found.get(condition)
     if plain is None or steered is None or steered.difference is None:
-        return "There is nothing to compare with."
+        return f"{order_line(fits)} There is nothing to compare with."
     gain = steered.difference
     clear = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
     verdict = "" if clear else " The interval holds 0: the change is not clear."
     name = name_of(condition)
-    return (
+    said = (
         f"{name[0].upper()}{name[1:]}: fit {wording.interval(steered.fit, 2)} against "
         f"{wording.interval(plain.fit, 2)} unsteered, a difference of "
         f"{wording.interval(gain, 2)} on held-out prompts.{verdict}"
     )
+    lines = (order_line(fits), constraints_line(steered), seeds_line(rows), said)
+    return " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
 
 
 def _row(each: ConditionFit) -> tuple[str, ...]:
@@ -110,12 +129,14 @@ def _row(each: ConditionFit) -> tuple[str, ...]:
         name_of(each.condition),
         wording.interval(each.fit, 2),
         str(each.fit.n_questions),
-        f"{100 * each.fit.coverage:.0f}%",
+        wording.percent(each.fit.coverage),
+        wording.percent(each.counted),
         wording.interval(each.difference, 2),
         wording.number(each.effect_size, 2),
         wording.p_value(each.p_holm),
         wording.interval(each.coherence),
         wording.interval(each.relevance),
+        wording.percent(each.feasible),
     )
 
 

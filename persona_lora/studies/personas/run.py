@@ -1,15 +1,19 @@
 """Which mix of trait directions speaks like a given person? Search, then report on held-out parts.
 
-The search sees the training prompts and a judge of the person's training conversations. What is
-reported is the fit on held-out prompts by a judge of the test conversations: of the unsteered
-model, of the distribution's mean, and of the incumbent (the luckiest of many samples).
+The search sees the training prompts and a judge of the person's training conversations. The best of
+many samples is a lucky one: before one is named best, the best few and the distribution's mean are
+measured again on fresh prompts. What is reported is the fit on held-out prompts by a judge of the
+test conversations: of the unsteered model, of the mean, of the incumbent, and of the floors and the
+ceiling (``bounds``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +23,19 @@ from persona_lora.core.files import ensure_writable_folder, write_json
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import Coefficients, Persona, PersonaPrompts
 from persona_lora.core.runs import Output, Run
+from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes, recorded
-from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of, fits_over_prompts
+from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, open_run
+from persona_lora.studies.personas.bounds import REAL, Embed, bound_answers
 from persona_lora.studies.personas.figure import render_search
+from persona_lora.studies.personas.fits import UNSTEERED, condition_fits
 from persona_lora.studies.personas.objective import (
     PersonaObjective,
     Relevance,
@@ -40,18 +47,23 @@ from persona_lora.studies.personas.search import (
     Generation,
     SearchOptions,
     SearchResult,
+    Standing,
+    evaluate_once,
     search,
 )
 from persona_lora.studies.report_page import write_report
 
-UNSTEERED, MEAN, INCUMBENT, PROMPT = "none", "mean", "incumbent", "prompt"
-HELD_OUT = "held_out"
-RECORDED = ("fit", "low", "high", "n", "coverage", "coherence", "relevance")
+MEAN, INCUMBENT, PROMPT = "mean", "incumbent", "prompt"
+HELD_OUT, FINALISTS, BOUND_ROWS = "held_out", "finalists", "bounds"
+NUM_FINALISTS = 3
+RECORDED = (
+    *("fit", "low", "high", "n", "coverage", "counted", "coherence", "relevance", "feasible"),
+)
 FIT_COLUMNS = columns_of(
     *("condition", "fit=fit.mean", "low=fit.low", "high=fit.high", "n=fit.n"),
     *("coverage=fit.coverage", "coherence=coherence.mean", "relevance=relevance.mean"),
     *("gain=difference.mean", "gain_low=difference.low", "gain_high=difference.high"),
-    *("effect_size", "p", "p_holm"),
+    *("effect_size", "p", "p_holm", "counted", "feasible"),
 )
 
 
@@ -70,6 +82,7 @@ class PersonaProblem:
     report_judge: Judge
     coherence: CoherenceScorer
     relevance: Relevance
+    embed: Embed
     generation: GenerationOptions
     processes: Processes = field(default_factory=Processes)
     checks: tuple[JudgeCheck, ...] = ()
@@ -82,6 +95,11 @@ class PersonaProblem:
             f"the persona {self.persona.id}": self.persona.content(),
             **self.judged_by,
         }
+
+    @cached_property
+    def bounds(self) -> list[dict[str, Any]]:
+        """The judged rows of the floors and the ceiling, measured once."""
+        return self.processes.from_main(lambda: bound_rows(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,17 +117,29 @@ class Method:
 class PersonaResult:
     """What a search found.
 
-    ``weights`` are the distribution's mean (random search: the best sample); ``fits`` hold the
-    held-out fit of "none", "mean" and "incumbent". ``rows`` are the held-out answers.
+    ``best`` is "mean" (of the distribution; random search: its best sample) or "incumbent": what
+    stood higher on fresh prompts, where ``finalists`` were measured. ``fits`` hold the held-out
+    fits of "none", "mean", "incumbent" and the bounds, ``rows`` the answers.
     """
 
     persona_id: str
     method: str
-    weights: Coefficients
+    best: str
+    finalists: Mapping[str, Candidate]
     search: SearchResult
     fits: tuple[ConditionFit, ...]
     rows: tuple[Mapping[str, Any], ...]
     folder: Path
+
+    @property
+    def weights(self) -> Coefficients:
+        """The mix that is named best."""
+        return self.finalists[self.best].coefficients
+
+    @property
+    def standing(self) -> Standing:
+        """How that mix stands on fresh prompts, where no search has seen it."""
+        return self.finalists[self.best].standing
 
     def fit_of(self, condition: str) -> ConditionFit:
         """Return the held-out fit of one condition."""
@@ -130,6 +160,7 @@ def optimise_persona(
     Writes the run folder (``generations.jsonl``, ``held_out.jsonl``) and beside it
     ``{persona}_optimization.json`` and ``{persona}_best_weights.json``.
     """
+    _check_fresh(problem.prompts, objective)
     processes = problem.processes
     run = processes.from_main(
         lambda: open_run(
@@ -143,64 +174,149 @@ def optimise_persona(
         )
     )
     speaker = speaker_of(problem, method)
-    goal = PersonaObjective(
-        speaker,
-        problem.prompts.train,
-        problem.search_judge,
-        objective,
-        coherence=lambda asked: problem.coherence.verdicts(asked, "embedding"),
-        relevance=problem.relevance,
-    )
     with recorded(run, processes):
         if processes.index == 0:
             run.write("judge_checks", [dataclasses.asdict(each) for each in problem.checks])
-        result = _optimise(problem, method, run, goal, searching, watch)
+        found = search(
+            objective_of(problem, speaker, problem.prompts.train, objective),
+            method.directions.names,
+            replace(searching, seed=own_seed(searching.seed, problem.persona.id)),
+            run,
+            searcher=method.searcher,
+            processes=processes,
+            watch=watch,
+        )
+        result = _reported(problem, method, speaker, found, objective, run, searching.seed)
     if processes.index == 0:
         _write_results(problem, method, result)
     return result
 
 
-def _optimise(
+def optimise_over_seeds(
     problem: PersonaProblem,
     method: Method,
+    output: Output,
+    *,
+    seeds: int = 1,
+    searching: SearchOptions = SearchOptions(),
+    objective: ObjectiveOptions = ObjectiveOptions(),
+    watch: Callable[[Generation], None] | None = None,
+) -> list[PersonaResult]:
+    """Repeat a search over seeds, the first of them in ``output``, and write the best mix.
+
+    The one that stands highest on fresh prompts is what the persona's two files hold in the end.
+    """
+    if seeds < 1:
+        raise UserError(f"a search needs at least one seed, got {seeds}")
+    first = output.path
+    results = [
+        optimise_persona(
+            problem,
+            method,
+            output.at(first if at == 0 else first.with_name(f"{first.name}_seed{seed}")),
+            searching=replace(searching, seed=seed),
+            objective=objective,
+            watch=watch,
+        )
+        for at, seed in enumerate(range(searching.seed, searching.seed + seeds))
+    ]
+    if problem.processes.index == 0 and seeds > 1:
+        _write_best(problem, method, best_of(results))
+    return results
+
+
+def best_of(results: Sequence[PersonaResult]) -> PersonaResult:
+    """Return the search whose best mix stands highest on fresh prompts."""
+    return max(results, key=lambda each: each.standing)
+
+
+def own_seed(seed: int, persona: str) -> int:
+    """Return the seed of a persona's search: every persona draws candidates of its own."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {persona}".encode()).digest()[:4])
+
+
+def objective_of(
+    problem: PersonaProblem, speaker: Speaker, prompts: Sequence[str], options: ObjectiveOptions
+) -> PersonaObjective:
+    """Return what a search maximises, on some prompts."""
+    return PersonaObjective(
+        speaker,
+        prompts,
+        problem.search_judge,
+        options,
+        coherence=lambda asked: problem.coherence.verdicts(asked, "embedding"),
+        relevance=problem.relevance,
+        learnt_from=problem.persona.utterances("train"),
+    )
+
+
+def _check_fresh(prompts: PersonaPrompts, objective: ObjectiveOptions) -> None:
+    least = 1 if objective.min_relevance is None else 2
+    if len(prompts.fresh) < least:
+        raise UserError(
+            f"the search leaves {len(prompts.fresh)} training prompts over, and what it finds is "
+            f"measured again on at least {least}; search on fewer (--num-prompts)"
+        )
+
+
+def _reported(
+    problem: PersonaProblem,
+    method: Method,
+    speaker: Speaker,
+    found: SearchResult,
+    objective: ObjectiveOptions,
     run: Run,
-    goal: PersonaObjective,
-    searching: SearchOptions,
-    watch: Callable[[Generation], None] | None,
+    seed: int,
 ) -> PersonaResult:
-    found = search(
-        goal,
-        method.directions.names,
-        searching,
-        run,
-        searcher=method.searcher,
-        processes=problem.processes,
-        watch=watch,
-    )
-    rows = held_out_rows(
-        problem,
-        goal.speaker,
-        {UNSTEERED: None, MEAN: found.mean, INCUMBENT: found.best.coefficients},
-        run,
-    )
+    """Name the best mix on fresh prompts, and score it on held-out ones."""
+    finalists = _finalists(problem, speaker, found, objective, run)
+    mixes = {name: each.coefficients for name, each in finalists.items()}
+    rows = held_out_rows(problem, speaker, {UNSTEERED: None, **mixes}, run, seed=seed)
+    kept = problem.processes.from_main(lambda: run.resume_rows(BOUND_ROWS)) or problem.bounds
+    if problem.processes.index == 0:
+        run.write(BOUND_ROWS, kept)
     return PersonaResult(
         problem.persona.id,
         method.name,
-        found.mean,
+        max(finalists, key=lambda name: finalists[name].standing),
+        finalists,
         found,
-        tuple(fits_over_prompts(rows, UNSTEERED)),
+        condition_fits([*rows, *kept], objective),
         tuple(rows),
         run.folder,
     )
+
+
+def _finalists(
+    problem: PersonaProblem,
+    speaker: Speaker,
+    found: SearchResult,
+    objective: ObjectiveOptions,
+    run: Run,
+) -> dict[str, Candidate]:
+    """Return the mean and the best of the best few candidates, measured on fresh prompts."""
+    ordered = sorted(found.candidates, key=lambda each: each.standing, reverse=True)
+    few = list(dict.fromkeys(each.coefficients for each in ordered))[:NUM_FINALISTS]
+    goal = objective_of(problem, speaker, problem.prompts.fresh, replace(objective, race=False))
+    mean, *others = evaluate_once(goal, [found.mean, *few], run, FINALISTS, problem.processes)
+    return {MEAN: mean, INCUMBENT: max(others, key=lambda each: each.standing)}
 
 
 Told = Coefficients | str | None  # a mix, a system prompt, or nothing at all
 
 
 def held_out_rows(
-    problem: PersonaProblem, speaker: Speaker, conditions: Mapping[str, Told], run: Run
+    problem: PersonaProblem,
+    speaker: Speaker,
+    conditions: Mapping[str, Told],
+    run: Run,
+    *,
+    seed: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer and judge the held-out prompts under every condition, and keep the rows in the run."""
+    """Answer and judge the held-out prompts under every condition, and keep the rows in the run.
+
+    ``seed`` is that of the search that found the mixes.
+    """
     mixes = {
         name: each if isinstance(each, Coefficients) else None for name, each in conditions.items()
     }
@@ -208,40 +324,91 @@ def held_out_rows(
     wanted = {name: None if mix is None else mix.as_dict() for name, mix in mixes.items()}
     if kept and {row["condition"]: row["weights"] for row in kept} == wanted:
         return kept
+    prompts = problem.prompts.held_out
     asked = [
         Row(prompt, mixes[name], told if isinstance(told, str) else None, at)
         for name, told in conditions.items()
-        for at, prompt in enumerate(problem.prompts.held_out)
+        for at, prompt in enumerate(prompts)
     ]
-    answers = speaker.answers(asked)
+    answers = iter(speaker.answers(asked))
 
     def judged() -> list[dict[str, Any]]:
-        exchanges = [Exchange(row.question, text) for row, text in zip(asked, answers, strict=True)]
-        fits = problem.report_judge.judge(exchanges, PERSONA_FIT)
-        coherence = problem.coherence.verdicts(exchanges, "embedding")
-        names = [name for name in conditions for _ in problem.prompts.held_out]
         rows = [
-            {
-                "persona": problem.persona.id,
-                "condition": name,
-                "prompt_id": row.stream,
-                "prompt": row.question,
-                "answer": answer,
-                "score": fit.score,
-                "reason": fit.reason,
-                "judge": fit.judge,
-                "coherence": coherent.score,
-                "relevance": relevant,
-                "weights": wanted[name],
-            }
-            for name, row, answer, fit, coherent, relevant in zip(
-                names, asked, answers, fits, coherence, problem.relevance(exchanges), strict=True
+            {**row, "seed": seed}
+            for name in conditions
+            for row in judged_rows(
+                problem, name, [Exchange(prompt, next(answers)) for prompt in prompts], wanted[name]
             )
         ]
         run.write(HELD_OUT, rows)
         return rows
 
     return problem.processes.from_main(judged)
+
+
+def judged_rows(
+    problem: PersonaProblem,
+    condition: str,
+    exchanges: Sequence[Exchange],
+    weights: Mapping[str, float] | None = None,
+    *,
+    first: int = 0,
+) -> list[dict[str, Any]]:
+    """Return the rows of one condition; ``first`` is the number of its first prompt.
+
+    ``score`` is the fit of an answer that counts (``judges.answer_gates``), ``manner`` that of its
+    manner alone, ``failed`` what is wrong with it, ``searched_by`` its manner by the judge of the
+    search.
+    """
+    manners = problem.report_judge.judge(exchanges, PERSONA_FIT)
+    coherence = [each.score for each in problem.coherence.verdicts(exchanges, "embedding")]
+    relevance = problem.relevance(exchanges)
+    failed = failures(exchanges, problem.persona.utterances("train"), coherence, relevance)
+    searched_by = _as_searched(problem, exchanges)
+    measured = zip(exchanges, manners, failed, coherence, relevance, searched_by, strict=True)
+    return [
+        {
+            "persona": problem.persona.id,
+            "condition": condition,
+            "prompt_id": at,
+            "prompt": asked.question,
+            "answer": asked.answer,
+            "score": counted(manner.score, wrong),
+            "manner": manner.score,
+            "failed": wrong,
+            "reason": manner.reason,
+            "judge": manner.judge,
+            "coherence": coherent,
+            "relevance": relevant,
+            "searched_by": searched,
+            "weights": weights,
+        }
+        for at, (asked, manner, wrong, coherent, relevant, searched) in enumerate(
+            measured, start=first
+        )
+    ]
+
+
+def _as_searched(problem: PersonaProblem, exchanges: Sequence[Exchange]) -> list[float | None]:
+    """Return what the judge of the search says, where it is another than the one that reports."""
+    if problem.search_judge.name == problem.report_judge.name:
+        return [None] * len(exchanges)
+    return [each.score for each in problem.search_judge.judge(exchanges, PERSONA_FIT)]
+
+
+def bound_rows(problem: PersonaProblem) -> list[dict[str, Any]]:
+    """Return the rows of the floors and of the ceiling (``bounds``), judged as all others are.
+
+    Real utterances answer prompts of their own, which are numbered after the held-out ones: what
+    was asked otherwise is paired with nothing.
+    """
+    prompts = problem.prompts.held_out
+    answers = bound_answers(problem.persona, prompts, problem.embed)
+    return [
+        row
+        for name, exchanges in answers.items()
+        for row in judged_rows(problem, name, exchanges, first=len(prompts) if name == REAL else 0)
+    ]
 
 
 def baseline_answers(
@@ -251,9 +418,10 @@ def baseline_answers(
     processes: Processes = Processes(),
 ) -> dict[str, str]:
     """Return the unsteered answer to every prompt, for judges that compare with it."""
-    everything = (*prompts.train, *prompts.held_out)
+    parts = (prompts.train, prompts.fresh, prompts.held_out)
+    everything = [prompt for part in parts for prompt in part]
     speaker = plain_speaker(chat_model, generation, processes)
-    places = [*range(len(prompts.train)), *range(len(prompts.held_out))]
+    places = [at for part in parts for at in range(len(part))]
     rows = [Row(prompt, None, stream=at) for at, prompt in zip(places, everything, strict=True)]
     return dict(zip(everything, speaker.answers(rows), strict=True))
 
@@ -269,10 +437,11 @@ def persona_system_prompt(persona: Persona) -> str:
 
 
 def first_prompts(prompts: PersonaPrompts, number: int | None) -> PersonaPrompts:
-    """Return the prompts with only the first ``number`` of the training ones."""
+    """Return the prompts with the first ``number`` of the training ones; the rest are fresh."""
     if number is not None and not 1 <= number <= len(prompts.train):
         raise UserError(f"there are {len(prompts.train)} training prompts; {number} were asked for")
-    return dataclasses.replace(prompts, train=prompts.train[:number])
+    fresh = (*prompts.train[number:], *prompts.fresh) if number is not None else prompts.fresh
+    return replace(prompts, train=prompts.train[:number], fresh=fresh)
 
 
 def speaker_of(problem: PersonaProblem, method: Method) -> Speaker:
@@ -304,25 +473,34 @@ def _config(
         "prompts": list(problem.prompts.train),
         "held_out_prompts": list(problem.prompts.held_out),
         "judge": problem.search_judge.name,
+        "report_judge": problem.report_judge.name,
+        "counts": THRESHOLDS,
         # A longer search goes on from a shorter one.
         "search": {
             key: value
             for key, value in dataclasses.asdict(searching).items()
             if key not in ("max_iterations", "max_evaluations", "target")
         },
-        "objective": {
-            key: each for key, each in dataclasses.asdict(objective).items() if key != "pause"
-        },
+        "objective": recorded_objective(objective),
         "generation": dataclasses.asdict(problem.generation),
     }
+
+
+def recorded_objective(objective: ObjectiveOptions) -> dict[str, Any]:
+    """Return what a run's configuration keeps of an objective: not how patient it is."""
+    return {key: each for key, each in dataclasses.asdict(objective).items() if key != "pause"}
 
 
 def _write_results(problem: PersonaProblem, method: Method, result: PersonaResult) -> None:
     """Write picture and report, and the two files that the search is known by."""
     render_search(Run(result.folder)).save(result.folder / "search.png")
     write_report([result.folder], result.folder / "report.html")
+    _write_best(problem, method, result)
+
+
+def _write_best(problem: PersonaProblem, method: Method, result: PersonaResult) -> None:
     folder = ensure_writable_folder(result.folder.parent)
-    best = result.fit_of(MEAN)
+    best = result.fit_of(result.best)
     by_iteration = _best_so_far(result.search.candidates)
     write_json(folder / f"{problem.persona.id}_best_weights.json", result.weights.as_dict())
     write_json(
@@ -334,15 +512,20 @@ def _write_results(problem: PersonaProblem, method: Method, result: PersonaResul
             "energy": method.directions.record.get("energy"),
             "alpha": method.alpha,
             "best_weights": result.weights.as_dict(),
+            "best": result.best,
             "best_score": best.fit.mean,
             "num_iterations": result.search.iterations,
             "num_evaluations": result.search.evaluations,
             "stopped": result.search.reason,
             "scales": dict(method.scales),
             "held_out": {each.condition: _fit_record(each) for each in result.fits},
-            "incumbent": {
-                "weights": result.search.best.coefficients.as_dict(),
-                "training_value": result.search.best.value,
+            "finalists": {
+                name: {
+                    "weights": each.coefficients.as_dict(),
+                    "fresh_value": each.value,
+                    "fresh_violation": each.violation,
+                }
+                for name, each in result.finalists.items()
             },
             "optimization_history": {
                 "iterations": list(by_iteration),
@@ -357,10 +540,9 @@ def _best_so_far(candidates: Sequence[Candidate]) -> dict[int, Candidate]:
     found: dict[int, Candidate] = {}
     best: Candidate | None = None
     for each in candidates:
-        if each.value is not None and (best is None or each.value > (best.value or 0.0)):
+        if best is None or each.standing > best.standing:
             best = each
-        if best is not None:
-            found[each.iteration] = best
+        found[each.iteration] = best
     return found
 
 

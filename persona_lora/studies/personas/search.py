@@ -1,8 +1,9 @@
 """Ask and tell: CMA-ES (or random search) over coefficient vectors, resumable at any point.
 
 The loop knows candidates and their values, neither models nor LoRA: every method is searched
-through the same objective. pycma turns an unscored candidate (NaN) into the generation's median;
-here it gets the generation's worst value, and is flagged.
+through the same objective. Constraints come first (Deb 2000): candidates that keep them are ordered
+by value, those that break them stand below all of these, by how far they break them. pycma turns an
+unscored candidate (NaN) into the generation's median; here it stands last, and is flagged.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cma
 import numpy as np
@@ -34,11 +35,27 @@ GENERATIONS = "generations"
 class Value:
     """What the objective says of one candidate: higher is better, None where unscored.
 
-    ``details`` are plain values kept with the candidate (mean score, coverage, penalty …).
+    ``violation`` is by how much it breaks the constraints, 0 where it keeps them; ``details`` are
+    plain values kept with the candidate (mean score, coverage, penalty …).
     """
 
     value: float | None
     details: Mapping[str, Any] = field(default_factory=dict)
+    violation: float = 0.0
+
+    @property
+    def standing(self) -> Standing:
+        """Where the candidate stands among others."""
+        if self.value is None:
+            return Standing(-math.inf, -math.inf)
+        return Standing(-self.violation, self.value)
+
+
+class Standing(NamedTuple):
+    """What candidates are compared by: first the constraints (0: kept), then the value."""
+
+    kept: float
+    value: float
 
 
 Objective = Callable[[Sequence[Coefficients], int], Sequence[Value]]
@@ -49,14 +66,12 @@ class SearchStopped(Exception):
     """Raised by an objective that cannot go on (a budget is spent); the search ends well."""
 
 
-@dataclass(frozen=True)
-class Candidate:
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Value):
     """One candidate of one generation, with its value."""
 
     iteration: int
     coefficients: Coefficients
-    value: float | None
-    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,11 +87,11 @@ class SearchResult:
 
 
 class Searcher(Protocol):
-    """Asks for candidates ``[P, K]`` and is told their values."""
+    """Asks for candidates ``[P, K]`` and is told how they stand."""
 
     def ask(self) -> list[Vector]: ...
 
-    def tell(self, candidates: Sequence[Vector], values: Sequence[float]) -> None: ...
+    def tell(self, candidates: Sequence[Vector], standings: Sequence[Standing]) -> None: ...
 
     def mean(self) -> Vector: ...
 
@@ -122,9 +137,9 @@ class CMAES:
         """Return the next generation."""
         return [np.asarray(each, dtype=float) for each in self._strategy.ask()]
 
-    def tell(self, candidates: Sequence[Vector], values: Sequence[float]) -> None:
-        """Take the values of the generation asked for last; pycma minimises."""
-        self._strategy.tell(list(candidates), [-value for value in values])
+    def tell(self, candidates: Sequence[Vector], standings: Sequence[Standing]) -> None:
+        """Take how the generation asked for last stands; pycma minimises."""
+        self._strategy.tell(list(candidates), _costs(standings))
 
     def mean(self) -> Vector:
         """Return the mean of the distribution, inside the bounds."""
@@ -150,7 +165,7 @@ class RandomSearch:
         self._fixed = {traits.index(trait): value for trait, value in options.fixed.items()}
         self._random = np.random.RandomState(options.seed)
         self._size = options.population_size or 4 + int(3 * math.log(len(traits)))
-        self._best: tuple[float, Vector] | None = None
+        self._best: tuple[Standing, Vector] | None = None
 
     def ask(self) -> list[Vector]:
         """Return as many fresh candidates as CMA-ES would ask for."""
@@ -161,11 +176,11 @@ class RandomSearch:
             candidates[:, at] = value
         return list(candidates)
 
-    def tell(self, candidates: Sequence[Vector], values: Sequence[float]) -> None:
+    def tell(self, candidates: Sequence[Vector], standings: Sequence[Standing]) -> None:
         """Remember the best."""
-        for candidate, value in zip(candidates, values, strict=True):
-            if self._best is None or value > self._best[0]:
-                self._best = (value, candidate)
+        for candidate, standing in zip(candidates, standings, strict=True):
+            if self._best is None or standing > self._best[0]:
+                self._best = (standing, candidate)
 
     def mean(self) -> Vector:
         """Return the best so far: there is no distribution that learns."""
@@ -192,8 +207,8 @@ SEARCHERS: dict[str, Callable[[Sequence[str], SearchOptions], Searcher]] = {
 class Generation:
     """What a generation showed, for whoever watches the search.
 
-    ``best`` is the best value so far, ``mean`` that of this generation; ``seconds`` is 0 for one
-    that was read from the disk.
+    ``best`` is the best value so far of candidates that keep the constraints, ``mean`` that of all
+    in this generation; ``seconds`` is 0 for one that was read from the disk.
     """
 
     iteration: int
@@ -250,7 +265,7 @@ def search(
         if processes.index == 0 and not replayed:
             run.append(GENERATIONS, [_row(each, len(mixes)) for each in generation])
         candidates += generation
-        strategy.tell(asked, _filled([each.value for each in generation]))
+        strategy.tell(asked, _standings(generation))
         if watch is not None:
             seconds = 0.0 if replayed else time.monotonic() - started
             watch(_summary(generation, candidates, options, strategy.sigma(), seconds))
@@ -263,6 +278,23 @@ def search(
     return _result(candidates, strategy, names, reason)
 
 
+def evaluate_once(
+    objective: Objective,
+    mixes: Sequence[Coefficients],
+    run: Run,
+    name: str,
+    processes: Processes = Processes(),
+) -> list[Candidate]:
+    """Return mixes with their values outside of the search; read where the run holds them."""
+    kept = processes.from_main(lambda: run.resume_rows(name))
+    if [row["values"] for row in kept] == [list(mix.values) for mix in mixes]:
+        return _replayed(kept, mixes, 0)
+    found = _evaluated(objective, mixes, 0)
+    if processes.index == 0:
+        run.write(name, [_row(each, len(mixes)) for each in found])
+    return found
+
+
 def _stopped(
     strategy: Searcher, candidates: Sequence[Candidate], options: SearchOptions
 ) -> str | None:
@@ -273,7 +305,8 @@ def _stopped(
 
 
 def _best_value(candidates: Sequence[Candidate]) -> float | None:
-    return max((each.value for each in candidates if each.value is not None), default=None)
+    kept = (each.value for each in candidates if each.value is not None and not each.violation)
+    return max(kept, default=None)
 
 
 def _evaluated(
@@ -283,7 +316,9 @@ def _evaluated(
     if len(values) != len(mixes):
         raise UserError(f"the objective gave {len(values)} values for {len(mixes)} candidates")
     return [
-        Candidate(iteration, mix, each.value, dict(each.details))
+        Candidate(
+            each.value, dict(each.details), each.violation, iteration=iteration, coefficients=mix
+        )
         for mix, each in zip(mixes, values, strict=True)
     ]
 
@@ -300,22 +335,38 @@ def _replayed(
             "of pycma; choose another --save-dir, or pass --overwrite"
         )
     return [
-        Candidate(iteration, mix, row["value"], row["details"])
+        Candidate(
+            row["value"], row["details"], row["violation"], iteration=iteration, coefficients=mix
+        )
         for row, mix in zip(rows, mixes, strict=True)
     ]
 
 
-def _filled(values: Sequence[float | None]) -> list[float]:
-    """Return the values with the worst one of the generation where there is none."""
-    scored = [value for value in values if value is not None]
-    if not scored:
+def _standings(generation: Sequence[Candidate]) -> list[Standing]:
+    missing = sum(each.value is None for each in generation)
+    if missing == len(generation):
         raise UserError(
             "not one candidate of a generation could be scored; check the judge (its log says why)"
         )
-    if len(scored) < len(values):
-        missing = len(values) - len(scored)
-        logger.warning("%d candidates could not be scored and get the worst value", missing)
-    return [min(scored) if value is None else value for value in values]
+    if missing:
+        logger.warning("%d candidates could not be scored and stand last", missing)
+    return [each.standing for each in generation]
+
+
+def _costs(standings: Sequence[Standing]) -> list[float]:
+    """Return numbers to minimise in the order of the standings, best first.
+
+    −value where the constraints are kept; above the largest of these by the violation where not.
+    """
+    kept = [each.value for each in standings if each.kept == 0]
+    edge = -min(kept, default=0.0)
+    known = [
+        -each.value if each.kept == 0 else edge - each.kept
+        for each in standings
+        if math.isfinite(each.kept)
+    ]
+    found = iter(known)
+    return [next(found) if math.isfinite(each.kept) else max(known) for each in standings]
 
 
 def _told(run: Run) -> dict[int, list[dict[str, Any]]]:
@@ -334,6 +385,7 @@ def _row(candidate: Candidate, size: int) -> dict[str, Any]:
         "size": size,
         "values": list(candidate.coefficients.values),
         "value": candidate.value,
+        "violation": candidate.violation,
         "details": dict(candidate.details),
     }
 
@@ -361,10 +413,8 @@ def _summary(
 def _result(
     candidates: Sequence[Candidate], strategy: Searcher, names: tuple[str, ...], reason: str
 ) -> SearchResult:
-    scored = [each for each in candidates if each.value is not None]
-    best = max(scored, key=lambda each: each.value or 0.0)
     return SearchResult(
-        best=best,
+        best=max(candidates, key=lambda each: each.standing),
         mean=Coefficients(names, tuple(map(float, strategy.mean()))),
         iterations=candidates[-1].iteration,
         evaluations=len(candidates),

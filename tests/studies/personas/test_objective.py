@@ -97,22 +97,34 @@ def test_the_penalty_is_that_of_the_squared_norm(speaker, judge):
     assert cuts == pytest.approx([0.25 * 0.5, 0.25 * 1.0, 0.0])
 
 
-def test_incoherent_candidates_lose_value(speaker, judge):
+def test_coherence_is_a_constraint_measured_on_every_answer(speaker, judge):
+    asked = []
+
     def coherence(exchanges):
-        return [Verdict("coherence", 30.0, "", "x") for _ in exchanges]
+        asked.append(len(exchanges))
+        return [Verdict("coherence", 70.0, "", "x") for _ in exchanges]
 
     plain = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
-    options = ObjectiveOptions(min_coherence=50.0)
-    cut = PersonaObjective(speaker, PROMPTS, judge, options, coherence=coherence)(MIXES, 1)
-    assert [one.value - other.value for one, other in zip(plain, cut, strict=True)] == (
-        pytest.approx([2.0] * 3)
-    )
-    assert cut[0].details["coherence"] == 30.0
+    options = ObjectiveOptions(min_coherence=75.0)
+    held = PersonaObjective(speaker, PROMPTS, judge, options, coherence=coherence)(MIXES, 1)
+    assert asked == [len(MIXES) * len(PROMPTS)]
+    assert [each.value for each in held] == [each.value for each in plain]
+    assert [each.violation for each in held] == [5.0] * 3
+    assert held[0].details["coherence"] == 70.0
     with pytest.raises(UserError, match="coherence"):
         PersonaObjective(speaker, PROMPTS, judge, options)
 
 
-def test_answers_that_could_be_to_anything_lose_value(speaker, judge):
+def test_answers_that_do_not_count_have_the_worst_fit(speaker, judge):
+    (plain,) = PersonaObjective(speaker, PROMPTS, judge)(MIXES[:1], 1)
+    said = plain.details["answers"][0]
+    (copied,) = PersonaObjective(speaker, PROMPTS, judge, learnt_from=[said])(MIXES[:1], 1)
+    assert copied.details["failed"][0] == "copy"
+    assert copied.details["scores"] == plain.details["scores"]
+    assert copied.value < plain.value
+
+
+def test_answers_that_could_be_to_anything_break_a_constraint(speaker, judge):
     asked = []
 
     def relevance(exchanges):
@@ -122,9 +134,8 @@ def test_answers_that_could_be_to_anything_lose_value(speaker, judge):
     plain = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
     options = ObjectiveOptions(min_relevance=55.0)
     cut = PersonaObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
-    assert [one.value - other.value for one, other in zip(plain, cut, strict=True)] == (
-        pytest.approx([1.5] * 3)
-    )
+    assert [each.value for each in cut] == [each.value for each in plain]
+    assert [each.violation for each in cut] == [15.0] * 3
     assert cut[0].details["relevance"] == 40.0  # without the answer that has none
     assert asked == [[*PROMPTS] * 3]
     assert "relevance" not in plain[0].details

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from persona_lora.judges.choice import JudgeOptions
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.profiles.conversations import load_conversations
 from persona_lora.profiles.folders import build_persona
-from persona_lora.report.comparisons import fits_over_personas, fits_over_prompts, strict_rows
+from persona_lora.report.comparisons import fits_over_prompts
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import default_layers, load_directions
@@ -31,18 +32,23 @@ from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
     PersonaBench,
 )
+from persona_lora.studies.personas.bounds import BOUNDS
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.method_comparison import compare_methods
 from persona_lora.studies.personas.run import (
     Method,
     PersonaProblem,
+    best_of,
     first_prompts,
+    optimise_over_seeds,
     optimise_persona,
     persona_system_prompt,
 )
 from persona_lora.studies.personas.search import SearchOptions
 
-PROMPTS = PersonaPrompts(("Hi there.", "Any plans?"), ("What now?", "And then?", "Why?"))
+PROMPTS = PersonaPrompts(
+    ("Hi there.", "Any plans?"), ("What now?", "And then?", "Why?"), ("Who's there?", "Since when?")
+)
 TRAITS = ("calm", "loud")
 OPTIONS = SearchOptions(max_iterations=3, population_size=4)
 
@@ -68,6 +74,12 @@ def even_relevance(exchanges):
     return [90.0] * len(exchanges)
 
 
+def letter_counts(texts):
+    """Unit vectors of texts by their letters."""
+    counts = np.array([[text.count(each) for each in "aeiou "] for text in texts]) + 0.1
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
 def talk(name, split, lines):
     turns = []
     for line in lines:
@@ -88,7 +100,7 @@ def personas(tmp_path_factory):
         read = load_conversations(root / name / "conversations.jsonl")
         build_persona(root / name, read, SentenceEmbedder().embed, num_samples=3)
     (root / "prompts.json").write_text(
-        json.dumps({"train": PROMPTS.train, "held_out": PROMPTS.held_out})
+        json.dumps({"train": PROMPTS.train + PROMPTS.fresh, "held_out": PROMPTS.held_out})
     )
     return root
 
@@ -103,6 +115,7 @@ def problem(chat_model, personas):
         LetterJudge(),
         EvenCoherence(),
         even_relevance,
+        letter_counts,
         GenerationOptions(max_new_tokens=6),
     )
 
@@ -121,17 +134,58 @@ def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
     weights = json.loads((tmp_path / "ann_best_weights.json").read_text())
     assert record["persona_id"] == "ann"
     assert record["best_weights"] == weights == result.weights.as_dict()
-    assert record["best_score"] == result.fit_of("mean").fit.mean
+    assert record["best_score"] == result.fit_of(result.best).fit.mean
+    assert record["best"] == result.best
     assert (record["num_iterations"], record["num_evaluations"]) == (3, 12)
     history = record["optimization_history"]
     assert history["iterations"] == [1, 2, 3]
     assert history["best_scores"] == sorted(history["best_scores"])
-    assert set(record["held_out"]) == {"none", "mean", "incumbent"}
+    assert set(record["held_out"]) == {"none", "mean", "incumbent", *BOUNDS}
     assert {row["prompt"] for row in result.rows} == set(PROMPTS.held_out)
+
+
+def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_path):
+    asked = []
+
+    class Watching(LetterJudge):
+        def judge(self, exchanges, criterion):
+            asked.append([each.question for each in exchanges])
+            return super().judge(exchanges, criterion)
+
+    watched = dataclasses.replace(problem, search_judge=Watching())
+    result = optimise_persona(watched, method, tmp_path / "run", searching=OPTIONS)
+    assert set(asked[-1]) <= set(PROMPTS.fresh)
+    rows = Run(tmp_path / "run").read("finalists")
+    assert {tuple(row["details"]["prompts"]) for row in rows} == {(0, 1)}
+    assert max(row["value"] for row in rows) == result.standing.value
+    assert result.weights == result.finalists[result.best].coefficients
+    few = dataclasses.replace(problem, prompts=dataclasses.replace(PROMPTS, fresh=()))
+    with pytest.raises(UserError, match="search on fewer"):
+        optimise_persona(few, method, tmp_path / "none", searching=OPTIONS)
+    assert not (tmp_path / "none").exists()
+
+
+def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, method, tmp_path):
+    bob = dataclasses.replace(problem.persona, id="bob")
+    drawn = []
+    for each in (problem, dataclasses.replace(problem, persona=bob)):
+        random = dataclasses.replace(method, searcher="random")
+        output = Output(tmp_path / each.persona.id / "run")
+        found = optimise_over_seeds(each, random, output, seeds=2, searching=OPTIONS)
+        drawn += [result.search.candidates[0].coefficients for result in found]
+        record = json.loads(
+            (output.path.parent / f"{each.persona.id}_optimization.json").read_text()
+        )
+        assert record["best_weights"] == best_of(found).weights.as_dict()
+    assert len(set(drawn)) == 4
+    assert (tmp_path / "ann" / "run_seed1" / "generations.jsonl").is_file()
+    with pytest.raises(UserError, match="at least one seed"):
+        optimise_over_seeds(problem, method, Output(tmp_path / "x"), seeds=0)
 
 
 def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch):
     first = optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
+    assert first.rows
     monkeypatch.setattr(
         "persona_lora.studies.asking.run.generate_answers",
         lambda *_, **__: pytest.fail("it generated"),
@@ -225,10 +279,11 @@ def test_methods_share_prompts_judge_and_budget(bench, tmp_path):
     comparison = compare_methods(
         bench, ["ann", "bob"], ["lora", "random", "prompt"], folder, searching=OPTIONS
     )
-    assert [each.condition for each in comparison.overall] == ["none", "prompt", "lora", "random"]
+    methods = ["none", "prompt", "lora", "random"]
+    assert [each.condition for each in comparison.overall] == [*methods, *BOUNDS]
     assert {each.fit.n_questions for each in comparison.overall} == {2}  # units are personas
     rows = [json.loads(line) for line in (comparison.folder / "held_out.jsonl").open()]
-    assert len(rows) == 2 * 4 * len(PROMPTS.held_out)
+    assert len(rows) == 2 * (4 + len(BOUNDS)) * len(PROMPTS.held_out)
     for persona in ("ann", "bob"):
         budgets = {
             name: (folder / name / f"{persona}_{name}" / "generations.jsonl")
@@ -239,30 +294,12 @@ def test_methods_share_prompts_judge_and_budget(bench, tmp_path):
         assert set(budgets.values()) == {12}
     plain = [each.fit for each in comparison.by_persona["ann"] if each.condition == "none"]
     assert plain[0].n == 3
-    for name in ("overall", "strict", "against_random", "strict_against_random"):
+    for name in ("overall", "against_random"):
         lines = (comparison.folder / f"{name}.csv").read_text().splitlines()
-        assert len(lines) == 1 + 4
-    assert comparison.strict == comparison.overall  # all answers are coherent to this scorer
-
-
-def test_an_incoherent_answer_counts_as_the_worst_fit():
-    rows = [
-        {
-            "persona": p,
-            "condition": c,
-            "prompt_id": 0,
-            "score": 4.0,
-            "coherence": coherence,
-            "relevance": 60.0,
-        }
-        for p in ("ann", "bob")
-        for c, coherence in (("none", 90.0), ("lora", 59.0 if p == "ann" else 60.0))
-    ]
-    found = {each.condition: each for each in fits_over_personas(strict_rows(rows, 60), "none")}
-    assert found["lora"].fit.mean == pytest.approx((1.0 + 4.0) / 2)
-    assert found["lora"].difference.mean == pytest.approx(-1.5)
-    assert found["lora"].effect_size == pytest.approx(-1.5 / (3 / 2**0.5))  # of −3 and 0
-    assert rows[1]["score"] == 4.0
+        assert len(lines) >= 1 + 4 + len(BOUNDS)
+    canned = next(each for each in comparison.overall if each.condition == "canned")
+    assert (canned.fit.mean, canned.counted) == (1.0, 0.0)
+    assert "canned 1.00" in comparison.lines[0]
 
 
 def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_path):
@@ -273,7 +310,7 @@ def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_p
         vector.save(folder / f"{trait}_response_avg_svd.safetensors")
     methods = ["equal", "svd@0", "svd@0-1"]
     comparison = compare_methods(bench, ["ann"], methods, tmp_path / "out", searching=OPTIONS)
-    assert [each.condition for each in comparison.overall] == ["none", *methods]
+    assert [each.condition for each in comparison.overall] == ["none", *methods, *BOUNDS]
     (mix,) = {
         tuple(sorted(row["weights"].items()))
         for row in map(json.loads, (tmp_path / "out/equal/ann/held_out.jsonl").open())
@@ -395,6 +432,7 @@ def test_missing_directions_and_prompts_are_named(tmp_path):
         load_directions("lora", ["calm"], tmp_path, ())
     with pytest.raises(UserError, match="mean_diff"):
         load_directions("mean-diff", ["calm"], tmp_path, (1,))
+    assert first_prompts(PROMPTS, 1).fresh == ("Any plans?", *PROMPTS.fresh)
     with pytest.raises(UserError, match="2 training prompts; 9"):
         first_prompts(PROMPTS, 9)
 
@@ -420,14 +458,14 @@ from persona_lora.models.loading import load_chat_model
 from persona_lora.core.personas import load_persona
 from persona_lora.core.lora_diff import LoRADiff
 from tests.studies.personas.test_run import (
-    EvenCoherence, LetterJudge, OPTIONS, PROMPTS, even_relevance
+    EvenCoherence, LetterJudge, OPTIONS, PROMPTS, even_relevance, letter_counts
 )
 
 own, personas, out, model = map(Path, sys.argv[1:])
 problem = PersonaProblem(
     load_chat_model(str(model), device_map="cpu", allow_other_base=True),
     load_persona("ann", personas), PROMPTS,
-    LetterJudge(), LetterJudge(), EvenCoherence(), even_relevance,
+    LetterJudge(), LetterJudge(), EvenCoherence(), even_relevance, letter_counts,
     GenerationOptions(max_new_tokens=6), current_processes(os.environ),
 )
 diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}

@@ -17,6 +17,7 @@ from persona_lora.studies.personas.search import (
     SearchOptions,
     SearchStopped,
     Value,
+    evaluate_once,
     search,
 )
 
@@ -119,6 +120,51 @@ def test_an_unscored_candidate_gets_the_worst_value_of_its_generation(run):
     assert all(each.coefficients.values[0] > 0 for each in flagged)
     assert found.best.coefficients.values[0] <= 0
     assert found.mean.values[0] < 0.5
+
+
+def walled(mixes, iteration):
+    """The parabola, and a better region behind a wall: there the constraint is broken."""
+    return [
+        Value(value.value + 50.0 * (mix.values[0] > 2), violation=max(0.0, mix.values[0] - 2.0))
+        for mix, value in zip(mixes, parabola(mixes, iteration), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("searcher", ["cmaes", "random"])
+def test_a_better_region_that_breaks_a_constraint_is_not_named_best(tmp_path, searcher):
+    run = Run.open(tmp_path / "run", command="optimize", config={}, seed=0)
+    options = SearchOptions(max_iterations=60, population_size=8, sigma0=2.0, initial={"a": 4.0})
+    found = search(walled, TRAITS, options, run, searcher=searcher)
+    tempted = [each for each in found.candidates if each.violation]
+    assert max(each.value for each in tempted) > found.best.value
+    assert found.best.violation == 0
+    assert found.mean.values[0] <= 2
+    if searcher == "cmaes":
+        assert np.allclose(found.best.coefficients.values, GOAL, atol=0.1)
+    assert search(walled, TRAITS, options, run, searcher=searcher) == found  # from rows
+
+
+def test_where_nothing_keeps_the_constraints_the_least_broken_is_best(run):
+    def far(mixes, iteration):
+        return [Value(mix.values[0], violation=10 + abs(mix.values[0])) for mix in mixes]
+
+    found = search(far, TRAITS, SearchOptions(max_iterations=30), run)
+    assert found.best.violation == min(each.violation for each in found.candidates)
+    assert abs(found.mean.values[0]) < 0.5
+
+
+def test_mixes_are_measured_once_outside_of_a_search(run):
+    asked = []
+
+    def watched(mixes, iteration):
+        asked.append(len(mixes))
+        return parabola(mixes, iteration)
+
+    mixes = [Coefficients(TRAITS, (x, 0.0, 0.0)) for x in (0.0, 1.0)]
+    first = evaluate_once(watched, mixes, run, "finalists")
+    assert evaluate_once(watched, mixes, run, "finalists") == first
+    assert evaluate_once(watched, mixes[1:], run, "finalists") == first[1:]
+    assert asked == [2, 1]
 
 
 def test_nothing_scored_is_an_error_not_a_result(run):

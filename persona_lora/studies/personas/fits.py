@@ -1,0 +1,139 @@
+"""The fits of a persona's conditions as every table has them, and what may be said of them.
+
+Floors and ceiling (``bounds``) stand beside the conditions that were tested. Reads rows; refuses to
+generate and to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from persona_lora.core.options import ObjectiveOptions
+from persona_lora.core.runs import Run
+from persona_lora.report import wording
+from persona_lora.report.comparisons import ConditionFit, Row, fits_over_prompts
+from persona_lora.studies.personas.bounds import BOUNDS, CANNED, REAL, SALAD
+
+UNSTEERED, WARNING = "none", "WARNING"
+Over = Callable[[Sequence[Row], str], list[ConditionFit]]
+NO_LIMITS = ObjectiveOptions()
+
+
+def rows_of(run: Run) -> list[Row]:
+    """Return the held-out rows of a search or of a comparison, with those of the bounds."""
+    return [*run.read("held_out"), *run.read("bounds")]
+
+
+def limits_of(run: Run) -> ObjectiveOptions:
+    """Return the constraints that the searches of a run had."""
+    kept = run.record["config"].get("objective", {})
+    names = ("min_coherence", "min_relevance")
+    return ObjectiveOptions(**{name: kept[name] for name in names if name in kept})
+
+
+def condition_fits(
+    rows: Sequence[Row],
+    limits: ObjectiveOptions = NO_LIMITS,
+    *,
+    reference: str = UNSTEERED,
+    over: Over = fits_over_prompts,
+) -> tuple[ConditionFit, ...]:
+    """Return the fit of every condition, the bounds last: what is not tested is not corrected for.
+
+    ``over`` takes the intervals over prompts or over personas.
+    """
+    tested = over([row for row in rows if row["condition"] not in BOUNDS], reference)
+    beside = over([row for row in rows if row["condition"] in (*BOUNDS, reference)], reference)
+    bounds = [replace(each, p=None, p_holm=None) for each in beside if each.condition in BOUNDS]
+    return tuple(_checked(each, rows, limits) for each in (*tested, *bounds))
+
+
+def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -> ConditionFit:
+    """Add the share of answers that count, and of searches' means that keep the constraints."""
+    own = [row for row in rows if row["condition"] == fit.condition]
+    failed = [row.get("failed") for row in own]
+    searches: dict[tuple[object, object], list[Row]] = {}
+    for row in own:
+        searches.setdefault((row["persona"], row.get("seed")), []).append(row)
+    kept = [
+        not limits.violation(_mean(each, "coherence"), _mean(each, "relevance"))
+        for each in searches.values()
+    ]
+    counted = None if None in failed else fmean(not each for each in failed)
+    limited = limits.min_coherence is not None or limits.min_relevance is not None
+    return replace(fit, counted=counted, feasible=fmean(kept) if limited else None)
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    known = [row[name] for row in rows if row[name] is not None]
+    return fmean(known) if known else None
+
+
+def order_line(fits: Sequence[ConditionFit]) -> str:
+    """Say whether the fit puts canned and salad below the unsteered model, and real ones on top.
+
+    A warning where it does not, and where that was not measured.
+    """
+    known = {each.condition: each.fit.mean for each in fits if each.fit.mean is not None}
+    if not {UNSTEERED, CANNED, SALAD, REAL} <= set(known):
+        return f"{WARNING}: without floors and ceiling, what this fit is worth is not known."
+    plain, real = known[UNSTEERED], known[REAL]
+    wrong = [f"{name} is not below unsteered" for name in (CANNED, SALAD) if known[name] >= plain]
+    wrong += [f"{name} is above real utterances" for name, fit in known.items() if fit > real]
+    said = ", ".join(f"{name} {known[name]:.2f}" for name in (*BOUNDS, UNSTEERED) if name in known)
+    if wrong:
+        return f"{WARNING}: do not trust this fit: {'; '.join(wrong)} ({said})."
+    return f"Canned and salad stand below the unsteered model, real utterances on top ({said})."
+
+
+def constraints_line(fit: ConditionFit) -> str:
+    """Say whether a mix keeps the constraints on the prompts that it is reported on."""
+    if fit.feasible is None:
+        return "The search had no constraints."
+    if fit.feasible == 1:
+        return "It keeps the constraints on held-out prompts."
+    share = f" in {100 * fit.feasible:.0f}% of searches" if fit.feasible else ""
+    return (
+        f"{WARNING}: on held-out prompts it keeps the constraints{share or ' nowhere'} (coherence "
+        f"{wording.number(fit.coherence.mean)}, relevance {wording.number(fit.relevance.mean)})."
+    )
+
+
+def seeds_line(rows: Sequence[Row]) -> str:
+    """Say on how many seeds the searches rest."""
+    seeds = {row.get("seed") for row in rows if row["condition"] not in BOUNDS} - {None}
+    return "One seed." if len(seeds) < 2 else f"{len(seeds)} seeds."
+
+
+def agreement_line(rows: Sequence[Row]) -> str:
+    """Say how a report's judge of another family and the search's agree on answers that count.
+
+    ρ is Spearman's within a condition, averaged; a warning where they disagree on the sign of a
+    condition's change from unsteered.
+    """
+    both: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("searched_by") is not None and row["score"] is not None and not row["failed"]:
+            both.setdefault(row["condition"], []).append((row["score"], row["searched_by"]))
+    rho = [
+        float(spearmanr(own).statistic) for own in both.values() if np.ptp(own, axis=0).min() > 0
+    ]
+    if not both:
+        return "Search and report are judged by one family."
+    if UNSTEERED not in both or not rho:
+        return "Of the two judges' agreement nothing can be said."
+    means = {name: np.mean(own, axis=0) for name, own in both.items()}
+    apart = [name for name, mean in means.items() if np.prod(mean - means[UNSTEERED]) < 0]
+    said = (
+        f"Within a condition the judge that reports and the one that searched have ρ "
+        f"{fmean(rho):.2f}."
+    )
+    if apart:
+        names = ", ".join(apart)
+        return f"{WARNING}: they disagree on the sign of what is gained by {names}. {said}"
+    return f"{said} They agree on the sign of every gain."

@@ -1,0 +1,132 @@
+"""Floors, ceiling and what is said of fits: orders that a reader must be warned of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from persona_lora.core.options import ObjectiveOptions
+from persona_lora.core.personas import Persona, PersonaConversation
+from persona_lora.report.comparisons import fits_over_personas
+from persona_lora.studies.personas.bounds import BOUNDS, bound_answers
+from persona_lora.studies.personas.fits import (
+    agreement_line,
+    condition_fits,
+    constraints_line,
+    order_line,
+    seeds_line,
+)
+
+PROMPTS = ("Did it rain?", "Any plans?", "Why?")
+
+
+def person(tmp_path):
+    def talk(split, lines):
+        said = [("assistant", f"line {at}") if at % 2 else ("user", text) for at, text in lines]
+        messages = [{"role": role, "content": text} for role, text in said]
+        return PersonaConversation(split, split, messages)
+
+    train = talk("train", [(0, "rain fell on us"), (1, ""), (2, "plans are for fools"), (3, "")])
+    test = talk("test", [(0, "first of all"), (1, ""), (2, "so i said"), (3, ""), (4, "and so on")])
+    return Persona("ann", tmp_path, (train, test))
+
+
+def embed(texts):
+    vectors = np.array([["rain" in t, "plans" in t, 0.1 + ("why" in t.lower())] for t in texts])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_floors_and_ceiling_are_made_of_what_the_person_said(tmp_path):
+    bounds = bound_answers(person(tmp_path), PROMPTS, embed)
+    assert tuple(bounds) == BOUNDS
+    assert len({each.answer for each in bounds["canned"]}) == 1
+    nearest = [each.answer for each in bounds["retrieval"]]
+    assert nearest[:2] == ["rain fell on us", "plans are for fools"]
+    words = {"rain", "fell", "on", "us", "plans", "are", "for", "fools"}
+    assert all(set(each.answer.split()) <= words for each in bounds["salad"])
+    assert bounds["salad"] == bound_answers(person(tmp_path), PROMPTS, embed)["salad"]
+    assert bounds["real"] == [("line 1", "so i said"), ("line 3", "and so on")]
+
+
+def rows(fits, *, coherence=90.0, persona="ann", **more):
+    return [
+        {"persona": persona, "condition": name, "prompt_id": at, "score": fit, "failed": "",
+         "coherence": coherence, "relevance": 90.0, **more}
+        for name, fit in fits.items()
+        for at in range(3)
+    ]  # fmt: skip
+
+
+GOOD = {"none": 2.0, "mean": 3.0, "canned": 1.0, "retrieval": 1.0, "salad": 1.2, "real": 4.4}
+
+
+def test_a_fit_that_orders_the_bounds_is_said_to():
+    assert order_line(condition_fits(rows(GOOD))).startswith("Canned and salad stand below")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"canned": 4.8}, "canned is not below unsteered"),
+        ({"salad": 2.0}, "salad is not below unsteered"),
+        ({"real": 2.5}, "mean is above real utterances"),
+    ],
+)
+def test_a_fit_that_does_not_warns_first(change, said):
+    line = order_line(condition_fits(rows({**GOOD, **change})))
+    assert line.startswith("WARNING: do not trust this fit")
+    assert said in line
+
+
+def test_without_bounds_nothing_is_known():
+    line = order_line(condition_fits(rows({"none": 2.0, "mean": 3.0})))
+    assert line.startswith("WARNING: without floors")
+
+
+def test_bounds_are_not_corrected_for():
+    alone = condition_fits(rows({"none": 2.0, "mean": 3.0}))
+    beside = {each.condition: each for each in condition_fits(rows(GOOD))}
+    assert beside["mean"].p_holm == alone[1].p_holm
+    assert beside["canned"].p_holm is None
+    assert beside["canned"].difference.mean == -1.0
+
+
+def test_searches_that_break_their_constraints_on_held_out_prompts_are_counted():
+    limits = ObjectiveOptions(min_coherence=80.0)
+    told = [
+        *rows({"none": 2.0, "lora": 3.0}, seed=0),
+        *rows({"lora": 3.0}, coherence=70.0, seed=1),
+        *rows({"lora": 3.0}, coherence=79.0, persona="bob", seed=0),
+        *rows({"lora": 3.0}, coherence=81.0, persona="bob", seed=1),
+    ]
+    plain, lora = condition_fits(told, limits, over=fits_over_personas)
+    assert (plain.feasible, lora.feasible) == (1.0, 0.5)
+    assert "in 50% of searches" in constraints_line(lora)
+    assert constraints_line(plain) == "It keeps the constraints on held-out prompts."
+    assert condition_fits(told)[0].feasible is None
+    assert [seeds_line(told), seeds_line(rows(GOOD, seed=3))] == ["2 seeds.", "One seed."]
+
+
+def test_answers_that_count_are_shared_out_and_unknown_where_nobody_looked():
+    told = rows({"none": 2.0, "mean": 3.0})
+    told[4]["failed"] = "copy"
+    plain, mean = condition_fits(told)
+    assert (plain.counted, mean.counted) == (1.0, pytest.approx(2 / 3))
+    for row in told:
+        del row["failed"]
+    assert condition_fits(told)[0].counted is None
+
+
+def test_judges_that_disagree_on_a_gain_are_warned_of():
+    def told(gain):
+        found = rows({"none": 2.0, "mean": 3.0})
+        for at, row in enumerate(found):
+            row["score"] += row["prompt_id"] / 10
+            row["searched_by"] = 3.0 + row["prompt_id"] / 5 + (gain if at > 2 else 0.0)
+        return found
+
+    assert agreement_line(told(0.5)).endswith("sign of every gain.")
+    assert "ρ 1.00" in agreement_line(told(0.5))
+    assert agreement_line(told(-0.5)).startswith("WARNING: they disagree on the sign of")
+    assert "one family" in agreement_line(rows(GOOD))
+    assert "nothing can be said" in agreement_line(told(0.5)[3:])
