@@ -592,9 +592,22 @@ def _show_validations(personas: Sequence[str], validations: Sequence[Any]) -> No
     from persona_lora.report import wording
     from persona_lora.report.sections import Table
 
-    headings = ["persona", *(f"AUC, fitted on {each.fitted_on}" for each in validations)]
+    headings = ["persona"]
+    for each in validations:
+        headings += [f"AUC, fitted on {each.fitted_on}", "nearest", "AUC of the two"]
     rows = (
-        [persona, *(wording.number(each.auc[persona], 2) for each in validations)]
+        [
+            persona,
+            *(
+                cell
+                for each in validations
+                for cell in (
+                    wording.number(each.auc[persona], 2),
+                    each.nearest[persona].persona_id,
+                    wording.number(each.nearest[persona].auc, 2),
+                )
+            ),
+        ]
         for persona in personas
     )
     show(Table.of(" | ".join(headings), rows))

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -25,6 +25,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.profiles.features import extract_features, words_of
+from persona_lora.report.separation import auc_of
 
 PERSONA_FIT = "persona_fit"
 LOWEST, HIGHEST = 1.0, 5.0
@@ -202,6 +203,13 @@ class StyleJudge:
         ]
 
 
+class Nearest(NamedTuple):
+    """The person that a judge tells from its own worst, and the AUC of the two alone."""
+
+    persona_id: str
+    auc: float
+
+
 @dataclass(frozen=True)
 class StyleValidation:
     """How well style judges know persons by utterances of conversations they were not fitted on.
@@ -209,6 +217,7 @@ class StyleValidation:
     ``top1``: the share of utterances whose highest logit is their own person's judge;
     ``top1_conversations``: the same for the mean logit over a conversation. ``auc``: for each
     person, the chance that an utterance of theirs gets a higher score than another person's.
+    ``nearest``: for each person, whom their judge tells from them worst, and that chance.
     """
 
     fitted_on: ConversationSplit
@@ -218,6 +227,7 @@ class StyleValidation:
     top1_conversations: float
     chance: float
     auc: dict[str, float]
+    nearest: dict[str, Nearest]
 
     @property
     def mean_auc(self) -> float:
@@ -287,8 +297,19 @@ def validate_judges(
         top1_conversations=float((by_conversation.argmax(axis=1) == owners).mean()),
         chance=1 / len(personas),
         auc={
-            persona.id: float(roc_auc_score(owner == index, logits[:, index]))
-            for index, persona in enumerate(personas)
+            persona.id: auc_of(own[owner == index], own[owner != index])
+            for index, (persona, own) in enumerate(zip(personas, logits.T, strict=True))
+        },
+        nearest={
+            persona.id: min(
+                (
+                    Nearest(other.id, auc_of(own[owner == index], own[owner == at]))
+                    for at, other in enumerate(personas)
+                    if at != index
+                ),
+                key=lambda each: each.auc,
+            )
+            for index, (persona, own) in enumerate(zip(personas, logits.T, strict=True))
         },
     )
 
