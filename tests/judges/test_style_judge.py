@@ -7,7 +7,12 @@ import pytest
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.core.personas import list_personas, load_persona
+from persona_lora.core.personas import (
+    Persona,
+    PersonaConversation,
+    list_personas,
+    load_persona,
+)
 from persona_lora.judges.style_judge import (
     FitScale,
     StyleJudge,
@@ -76,6 +81,24 @@ def test_what_it_was_fitted_on_is_scored_as_if_it_had_not_been(judge, features):
     assert judge.scale.own == pytest.approx(float(judge.logits(LOUD).mean()))
 
 
+def test_whom_a_judge_tells_worst_from_its_own_is_named(features, tmp_path):
+    def person(name, lines):
+        half = len(lines) // 2
+        talks = (
+            PersonaConversation(split, split, [{"role": "user", "content": each} for each in part])
+            for split, part in (("train", lines[:half]), ("test", lines[half:]))
+        )
+        return Persona(name, tmp_path, tuple(talks))
+
+    loud, calm = ([f"{line} {more}" for line in lines for more in ("So!", "Then.")]
+                  for lines in (LOUD, CALM))  # fmt: skip
+    hush = [line.replace("the", "that") for line in calm]
+    people = [person("loud", loud), person("calm", calm), person("hush", hush)]
+    found = validate_judges(people, fit_judges(people, "train", features=features), "train")
+    assert (found.nearest["calm"].persona_id, found.nearest["hush"].persona_id) == ("hush", "calm")
+    assert found.nearest["calm"].auc < found.auc["calm"]
+
+
 def test_too_few_utterances_and_other_criteria_are_named(judge, features):
     with pytest.raises(UserError, match="at least 10"):
         StyleJudge.fit("loud", LOUD[:9], CALM, features=features)
@@ -100,12 +123,9 @@ def test_the_shipped_personas_are_known_by_utterances_never_fitted_on(personas, 
     )
     assert len(personas) >= 12
     assert validation.chance == 1 / len(personas)
-    assert validation.top1 > 10 * validation.chance
-    assert validation.top1_conversations > 0.7
-    assert np.mean(list(validation.auc.values())) > 0.8
-    for persona_id, near in validation.nearest.items():
-        assert near.persona_id != persona_id
-        assert near.auc <= validation.auc[persona_id] + 1e-9
+    assert validation.top1 > 0.6
+    assert validation.top1_conversations > 0.9
+    assert min(validation.auc.values()) > 0.8
 
 
 def test_shipped_personas_are_as_large_as_they_must_be(personas):
