@@ -205,7 +205,7 @@ def _show_search(
 ) -> None:
     from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
-    from persona_lora.studies.personas.fits import (
+    from persona_lora.studies.personas.read_fits import (
         agreement_line,
         condition_fits,
         constraints_line,

@@ -42,7 +42,7 @@ from persona_lora.studies.drift.read_prediction import (
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.figure import render_comparison as render_personas
-from persona_lora.studies.personas.fits import condition_fits, order_line
+from persona_lora.studies.personas.read_fits import condition_fits, order_line
 from persona_lora.studies.steering.figure import (
     SPLITS,
     render_comparison,

@@ -6,7 +6,7 @@
 - *real*: held-out utterances, as answers to the lines that came before them.
 
 A measure of a voice is worth something where the real utterances stand on top, and canned and salad
-below the unsteered model (``fits.order_line``). Refuses to know how they are judged.
+below the unsteered model (``read_fits.order_line``). Refuses to know how they are judged.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from persona_lora.core.chat import Exchange
 from persona_lora.core.personas import Persona
 from persona_lora.profiles.folders import select_samples
+from persona_lora.studies.personas.read_fits import CANNED, REAL, RETRIEVAL, SALAD
 
-CANNED, RETRIEVAL, SALAD, REAL = "canned", "retrieval", "salad", "real"
-BOUNDS = (CANNED, RETRIEVAL, SALAD, REAL)
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]
 
 

@@ -22,8 +22,13 @@ from persona_lora.report.comparisons import (
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Array
 from persona_lora.report.wording import interval, number, title_of
-from persona_lora.studies.personas.bounds import BOUNDS
-from persona_lora.studies.personas.fits import condition_fits, limits_of, order_line, rows_of
+from persona_lora.studies.personas.read_fits import (
+    BOUNDS,
+    condition_fits,
+    limits_of,
+    order_line,
+    rows_of,
+)
 
 NAMES = {
     "none": "unsteered",

@@ -26,14 +26,14 @@ from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.personas.baselines import RANDOM, directions_of, sources
 from persona_lora.studies.personas.bench import PersonaBench
 from persona_lora.studies.personas.figure import render_comparison
-from persona_lora.studies.personas.fits import (
+from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
+from persona_lora.studies.personas.read_fits import (
     UNSTEERED,
     agreement_line,
     condition_fits,
     order_line,
     seeds_line,
 )
-from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.run import (
     FIT_COLUMNS,
     PROMPT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from persona_lora.core.runs import Run
@@ -19,9 +20,10 @@ from persona_lora.report.sections import (
     ReportOptions,
     Table,
 )
-from persona_lora.studies.personas.bounds import BOUNDS, REAL
 from persona_lora.studies.personas.figure import name_of, render_comparison, render_search
-from persona_lora.studies.personas.fits import (
+from persona_lora.studies.personas.read_fits import (
+    BOUNDS,
+    REAL,
     UNSTEERED,
     WARNING,
     condition_fits,
@@ -31,7 +33,6 @@ from persona_lora.studies.personas.fits import (
     rows_of,
     seeds_line,
 )
-from persona_lora.studies.personas.search import Value
 
 EXAMPLE_PROMPTS = 5
 
@@ -100,8 +101,10 @@ def _blocks(
 
 def _best(run: Run) -> str:
     """Return the mix that a search named best: the mean, unless the incumbent stood higher."""
-    rows = run.read("finalists")
-    finalists = [Value(row["value"], violation=row["violation"]).standing for row in rows]
+    finalists = [
+        (-math.inf, -math.inf) if row["value"] is None else (-row["violation"], row["value"])
+        for row in run.read("finalists")
+    ]
     return "incumbent" if len(finalists) > 1 and max(finalists[1:]) > finalists[0] else "mean"
 
 

@@ -33,15 +33,15 @@ from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, open_run
-from persona_lora.studies.personas.bounds import REAL, Embed, bound_answers
+from persona_lora.studies.personas.bounds import Embed, bound_answers
 from persona_lora.studies.personas.figure import render_search
-from persona_lora.studies.personas.fits import UNSTEERED, condition_fits
 from persona_lora.studies.personas.objective import (
     PersonaObjective,
     Relevance,
     Speaker,
     plain_speaker,
 )
+from persona_lora.studies.personas.read_fits import REAL, UNSTEERED, condition_fits
 from persona_lora.studies.personas.search import (
     Candidate,
     Generation,

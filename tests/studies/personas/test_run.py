@@ -32,9 +32,9 @@ from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
     PersonaBench,
 )
-from persona_lora.studies.personas.bounds import BOUNDS
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.method_comparison import compare_methods
+from persona_lora.studies.personas.read_fits import BOUNDS
 from persona_lora.studies.personas.run import (
     Method,
     PersonaProblem,

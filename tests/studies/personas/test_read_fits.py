@@ -8,8 +8,9 @@ import pytest
 from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.personas import Persona, PersonaConversation
 from persona_lora.report.comparisons import fits_over_personas
-from persona_lora.studies.personas.bounds import BOUNDS, bound_answers
-from persona_lora.studies.personas.fits import (
+from persona_lora.studies.personas.bounds import bound_answers
+from persona_lora.studies.personas.read_fits import (
+    BOUNDS,
     agreement_line,
     condition_fits,
     constraints_line,

@@ -17,9 +17,10 @@ from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, fits_over_prompts
-from persona_lora.studies.personas.bounds import BOUNDS, CANNED, REAL, SALAD
 
 UNSTEERED, WARNING = "none", "WARNING"
+CANNED, RETRIEVAL, SALAD, REAL = "canned", "retrieval", "salad", "real"
+BOUNDS = (CANNED, RETRIEVAL, SALAD, REAL)
 Over = Callable[[Sequence[Row], str], list[ConditionFit]]
 NO_LIMITS = ObjectiveOptions()
 
