@@ -44,6 +44,9 @@ class ExportOptions:
     )
     rank: Annotated[int | None, "Cut an adapter to this rank."] = None
     energy: Annotated[float | None, "Or to this share of its squared norm, as in 0.99."] = None
+    prompts: Annotated[
+        Path | None, "Cut where the model's inputs on these prompts notice it least (JSONL)."
+    ] = None
     trait_vector_dir: DirectionsDir = Path("checkpoints")
     converter: Annotated[Path | None, "llama.cpp's convert_hf_to_gguf.py, for gguf."] = None
 
@@ -51,7 +54,9 @@ class ExportOptions:
         """UserError for options that the form does not use."""
         if self.format in ("merged", "gguf") and (self.rank is not None or self.energy is not None):
             raise UserError("--rank and --energy cut adapters; a merged model has no rank")
-        if self.format == "peft":
+        if self.rank is None and self.energy is None:
+            refuse_useless("prompts", "without --rank or --energy")
+        if self.format == "peft" and self.prompts is None:
             refuse_useless("model revision", "with --format peft: the diffs know their base")
         if self.format != "gguf":
             refuse_useless("converter", f"with --format {self.format}")
@@ -72,7 +77,8 @@ def export(*, exported: ExportOptions, model: StoredModelOptions) -> None:
     show(f"{done.path}")
     if done.rank is not None and done.energy is not None:
         vllm = "" if done.vllm_rank is None else f"; vLLM: --max-lora-rank {done.vllm_rank}"
-        show(f"rank {done.rank}, {100 * done.energy:.2f}% of the squared norm{vllm}")
+        norm = "squared norm" if exported.prompts is None else "squared effect on the prompts"
+        show(f"rank {done.rank}, {100 * done.energy:.2f}% of the {norm}{vllm}")
 
 
 def _export(asked: ExportOptions, model: StoredModelOptions) -> Exported:
@@ -80,13 +86,18 @@ def _export(asked: ExportOptions, model: StoredModelOptions) -> Exported:
     from persona_lora.steering import export as exporting
 
     terms = exporting.read_mix(asked.mix, asked.trait_vector_dir)
+    cut: dict[str, Any] = {"rank": asked.rank, "energy": asked.energy}
+    if asked.prompts is not None:
+        loading = LoadOptions(revision=model.revision)
+        with progress_bars():
+            inputs = Weighing(asked.prompts).inputs_of(model.model, loading)
+        if inputs is not None:
+            cut["compress"] = inputs.compress
     if asked.format == "peft":
-        return exporting.export_peft(terms, asked.output, rank=asked.rank, energy=asked.energy)
+        return exporting.export_peft(terms, asked.output, **cut)
     base = weights_folder(model.model, model.revision)
     if asked.format == "gguf-lora":
-        return exporting.export_gguf_lora(
-            terms, base, asked.output, rank=asked.rank, energy=asked.energy
-        )
+        return exporting.export_gguf_lora(terms, base, asked.output, **cut)
     if asked.format == "gguf":
         return exporting.export_gguf(terms, base, asked.output, converter=asked.converter)
     with progress_bars(), progress.stage("shards"):

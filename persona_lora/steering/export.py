@@ -9,7 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError, checked_name
 from persona_lora.core.files import atomic_folder, atomic_path, read_json, scratch_folder
-from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient, mix
+from persona_lora.core.lora_diff import Compressed, LoRADiff, LoRAFactors, finite_coefficient, mix
 from persona_lora.core.settings import path_beside_equals, split_list
 from persona_lora.core.shared_basis import Roots, on_one_basis
 from persona_lora.models.weight_files import StoredWeights
@@ -84,13 +84,14 @@ def export_peft(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    compress: Callable[..., Compressed] = LoRADiff.compress,
 ) -> Exported:
     """Write the mix as one PEFT adapter with the coefficients baked in.
 
     As ``core.lora_diff.mix`` sums it, exactly; or cut to ``rank`` or to the share ``energy`` of
-    ‖·‖².
+    ‖·‖² by ``compress``: ``ModuleInputs.compress`` cuts where inputs notice it least.
     """
-    mixed, share = _compressed(terms, rank, energy)
+    mixed, share = _compressed(terms, rank, energy, compress)
     return Exported(mixed.save(folder), mixed.rank, share)
 
 
@@ -162,13 +163,14 @@ def export_gguf_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    compress: Callable[..., Compressed] = LoRADiff.compress,
 ) -> Exported:
     """Write the mix as a LoRA that llama.cpp loads (``--lora``), beside a GGUF of the base.
 
     The adapter's alpha is its rank, so that the scale is 1; smaller modules are padded with zeros.
     Raises UserError for an architecture whose layout is not known here.
     """
-    mixed, share = _compressed(terms, rank, energy)
+    mixed, share = _compressed(terms, rank, energy, compress)
     config = read_json(base / "config.json")
     kind = config.get("model_type")
     if kind not in GGUF_ARCHITECTURES:
@@ -234,12 +236,15 @@ def export_gguf(
 
 
 def _compressed(
-    terms: Mapping[LoRADiff, float], rank: int | None, energy: float | None
+    terms: Mapping[LoRADiff, float],
+    rank: int | None,
+    energy: float | None,
+    compress: Callable[..., Compressed],
 ) -> tuple[LoRADiff, float]:
     mixed = mix(terms)
     if rank is None and energy is None:
         return mixed, 1.0
-    cut = mixed.compress(rank=rank, energy=energy)
+    cut = compress(mixed, rank=rank, energy=energy)
     return cut.diff, cut.energy_kept
 
 

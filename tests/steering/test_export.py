@@ -14,9 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.lora_diff import LoRADiff, mix
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import linear_modules
+from persona_lora.projections.inputs import measure_inputs
 from persona_lora.steering.export import (
     export_gguf,
     export_gguf_lora,
@@ -66,6 +67,15 @@ def test_a_cut_adapter_states_what_it_keeps(terms, tmp_path):
     assert cut.rank == kept.rank == 3
     gap = (whole - kept).norm() ** 2 / whole.norm() ** 2
     assert cut.energy == pytest.approx(1 - gap, rel=1e-5)
+
+
+def test_a_cut_by_prompts_is_nearer_to_the_mix_on_their_inputs(chat_model, terms, tmp_path):
+    inputs, whole = measure_inputs(chat_model, ["Tell me about rain.", "Which tea?"]), mix(terms)
+    errors = []
+    for name, cut in (("plain", {}), ("weighted", {"compress": inputs.compress})):
+        done = export_peft(terms, tmp_path / name, rank=2, **cut)
+        errors.append(inputs.weigh(whole - LoRADiff.load(done.path), allow_other_base=True).norm())
+    assert errors[1] < 0.95 * errors[0]
 
 
 def test_merged_weights_are_the_merger_s_bit_for_bit(base, terms, tmp_path):
