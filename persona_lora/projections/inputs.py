@@ -41,6 +41,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_linear_modules, text_decoder, weight_fingerprint
 
 WEIGHTED, PLAIN = "weighted", "plain"  # the two geometries
+FORMAT = 1  # of what is kept; another number makes kept files be measured anew
 KEPT = 0.999  # of E‖x‖², what the columns of a root keep
 
 
@@ -159,10 +160,10 @@ def read_prompts(path: Path) -> list[str]:
 def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
     """Return the inputs over prompts from the user's cache, or measure them and keep them there.
 
-    They are known by the model's weights and by the tokens of the prompts.
+    They are known by the model's weights, by the tokens of the prompts and by what is kept of them.
     """
     fingerprint, asked = weight_fingerprint(chat_model.model), _tokenized(chat_model, prompts)
-    name = f"{fingerprint}-{digest_of(asked)[:16]}.safetensors"
+    name = f"{fingerprint}-{digest_of([asked, FORMAT, KEPT])[:16]}.safetensors"
     path = user_cache_path("persona_lora") / "inputs" / name
     if path.is_file():
         return ModuleInputs.load(path)

@@ -229,7 +229,8 @@ def coherence_floor(conditions: Iterable[ConditionSummary]) -> float:
     means = [each.coherence.mean for each in conditions if each.coefficient == 0]
     if not means or means[0] is None:
         return COHERENT
-    return min(COHERENT, max(SENSELESS, means[0] - TOLERATED))
+    # In whole points, so that what a report says of it is what was asked for.
+    return float(round(min(COHERENT, max(SENSELESS, means[0] - TOLERATED))))
 
 
 def _coherent_range(conditions: Iterable[ConditionSummary], threshold: float) -> CoherentRange:

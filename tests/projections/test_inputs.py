@@ -8,7 +8,8 @@ import torch
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models.structure import linear_modules
-from persona_lora.projections.inputs import ModuleInputs, measure_inputs
+from persona_lora.projections import inputs as projected
+from persona_lora.projections.inputs import ModuleInputs, kept_inputs, measure_inputs
 
 PROMPTS = ["What is a good name for a boat?", "Tell me about rain.", "Which tea do you drink?"]
 
@@ -33,6 +34,18 @@ def plain_inputs(chat_model, name):
             chat_model.model(torch.tensor([each]))
     handle.remove()
     return torch.cat(seen).double()
+
+
+@pytest.mark.parametrize("what", ["FORMAT", "KEPT"])
+def test_what_was_kept_in_another_form_is_measured_anew(chat_model, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(projected, "user_cache_path", lambda _: tmp_path)
+    first = kept_inputs(chat_model, PROMPTS)
+    assert len(list((tmp_path / "inputs").iterdir())) == 1
+    monkeypatch.setattr(projected, "measure_inputs", lambda *_: pytest.fail("measured again"))
+    assert kept_inputs(chat_model, PROMPTS).prompts == first.prompts
+    monkeypatch.setattr(projected, what, 0.9)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        kept_inputs(chat_model, PROMPTS)
 
 
 @pytest.mark.parametrize("kind", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
