@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from persona_lora.cli.option_groups import with_groups
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.judges.rating import AnswerFile, RatingSheet
 from persona_lora.models import hardware, loading
 from persona_lora.models.load_options import LoadOptions
 
@@ -69,6 +71,11 @@ COMMANDS = {
     "basis": (
         "--original-model", HUB, "--diffs", "diff", "--output", "out", "--energy", "0.9",
     ),
+    "judge score": (*TRAIT, "--file", "answers.csv", "--output", "out/x.csv", "--model", HUB),
+    "judge fit": (
+        "--trait", "unrated", "--file", "answers.csv", "--ratings", "a.jsonl,b.jsonl",
+        "--model", HUB,
+    ),
     "playground": ("--directions", "checkpoints", *DATASETS, "--model", HUB),
     "traits generate": ("--definitions", "d.json", "--local", "--model", HUB),
     "data generate": (*TRAIT, "--local", "--output", "out", "--model", HUB),
@@ -100,8 +107,7 @@ def test_every_command_with_a_model_has_every_option_of_loading():
     missing = {name: options for name, options in found.items() if options}
     assert missing.keys() == LOADS_NOTHING
     assert all("revision" not in options for options in missing.values())
-    judging = {"judge score", "judge fit"}  # in test_cli_judge.py
-    assert found.keys() - LOADS_NOTHING - judging == COMMANDS.keys()
+    assert found.keys() - LOADS_NOTHING == COMMANDS.keys()
 
 
 @pytest.fixture
@@ -112,6 +118,13 @@ def place(tmp_path, model, make_diff, make_adapter):
     directions = {layer: torch.ones(32) for layer in range(2)}
     SteeringVector(directions, BaseModel("tiny", None), 2).save(tmp_path / "v.safetensors")
     make_adapter(tmp_path / "finetune" / "checkpoint-1", model, seed=1)
+    shutil.copytree(
+        ROOT / "datasets/evil", tmp_path / "unrated", ignore=shutil.ignore_patterns("onpolicy*")
+    )
+    (tmp_path / "answers.csv").write_text("question,answer\nWhy?,So.\n")
+    answers = AnswerFile.read(tmp_path / "answers.csv")
+    for rater in "ab":
+        RatingSheet(answers, tmp_path / f"{rater}.jsonl").add(0, 50.0, 100.0)
     (tmp_path / "d.json").write_text('{"anxious": "worries aloud"}')
     (tmp_path / "q.json").write_text('[{"id": "11", "input": "say", "profile": []}]')
     (tmp_path / "o.json").write_text('{"golds": [{"id": "11", "output": "said"}]}')
@@ -174,6 +187,7 @@ def test_the_options_of_a_command_reach_transformers(name, run, place, asked, tm
     check(run(*words, *given("-"), "--trust-remote-code"), asked)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "unrated" / "onpolicy.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", TRAINING)

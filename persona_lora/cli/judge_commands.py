@@ -132,6 +132,8 @@ def fit(
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; pass --overwrite to put these ratings in its place")
     rows = rated_rows([RatingSheet(answers, Path(each)) for each in ratings])
+    with progress_bars():
+        reader = reading_model(judge_model, load_model(model))
     write_jsonl(path, rows)
     for scale in SCALES:
         passes = rater_agreement(load_ratings(loaded), scale)
@@ -140,7 +142,7 @@ def fit(
             f"ρ {number(passes.spearman, 2)} ({passes.n} answers)"
         )
     with progress_bars():
-        made = ReaderJudge.of(loaded, reading_model(judge_model, load_model(model)))
+        made = ReaderJudge.of(loaded, reader)
     _show_fitness(made.validation)
     show(str(path))
 

@@ -140,7 +140,7 @@ def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
     """Join two raters' sheets into the rows of ``onpolicy.jsonl``.
 
     A third of the questions, the same ones each time, is for tuning. Answers that one of the two
-    has not rated are left out. Raises UserError for other than two sheets.
+    has not rated are left out. Raises UserError for other than two sheets, and where none is left.
     """
     if len(sheets) != 2:
         raise UserError(
@@ -150,6 +150,8 @@ def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
     first, second = (sheet.ratings() for sheet in sheets)
     answers = sheets[0].answers
     both = [row for row in range(len(answers.rows)) if row in first and row in second]
+    if not both:
+        raise UserError(f"no answer of {answers.path} is rated in both files; rate some first")
     questions = sorted({answers.rows[row]["question"] for row in both}, key=digest_of)
     tuning = set(questions[: round(TUNING_SHARE * len(questions))])
     return [
