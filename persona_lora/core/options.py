@@ -65,6 +65,20 @@ class JudgeChoice:
     seed: Seed = 0
 
 
+NOBODY = "none"
+
+
+@dataclass(frozen=True)
+class JudgesChoice(JudgeChoice):
+    """Who judges, and who is asked beside, so that a result does not rest on one judge."""
+
+    second_judge: Annotated[
+        str | None,
+        "A judge of another kind, shown beside and never averaged in: a name, or none; by default "
+        "the best that needs no network.",
+    ] = None
+
+
 @dataclass(frozen=True)
 class SweepOptions:
     """What a sweep asks besides its population.
@@ -99,6 +113,11 @@ class ComparisonOptions:
     match: Annotated[
         Literal["mean", "p95"], "What is made equal of the divergence at each token."
     ] = "mean"
+    calibrate_on: Annotated[
+        Literal["questions", "prompts"],
+        "Where divergence is made equal: on each method's own answers to the trait's questions, or "
+        "on the plain answers to ordinary prompts.",
+    ] = "questions"
     split: Annotated[tuple[Split, ...], "Which of the trait's questions to ask."] = ("eval", "ood")
     max_questions: Annotated[int | None, "Use only the first N questions."] = None
 

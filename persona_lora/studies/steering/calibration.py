@@ -1,19 +1,25 @@
 """The coefficients at which different directions do the same to the model.
 
 Coefficients of different methods have nothing in common, and two diffs differ in length. What can
-be compared is the divergence of the model's next tokens from the unsteered ones on ordinary
-prompts. A search over mixes needs a common scale, so that its σ means the same along each
-direction: the coefficient that diverges by ``EQUAL_EFFECT`` nats per token. A comparison needs, for
-every method, the coefficient that diverges as a given one of the diff; a secant search finds it.
+be compared is the divergence KL(p₀ ‖ p) of the model's next tokens from the unsteered ones, on a
+text. A search over mixes needs a common scale, so that its σ means the same along each
+direction: the coefficient that diverges by ``EQUAL_EFFECT`` nats per token on the unsteered model's
+answers to ordinary prompts. A comparison needs, for every method, the coefficient that diverges as
+a given one of the diff; a secant search finds it, on the same answers or, where the effect is
+measured, on what each method itself answers to the trait's questions: what does the same to
+ordinary prompts may do more, or less, to these.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from persona_lora.core import progress
 from persona_lora.core.chat import Condition
@@ -24,7 +30,7 @@ from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, Coefficients
-from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
+from persona_lora.studies.steering.divergence import ordinary_texts, own_texts, row_divergences
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,7 @@ METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
 Statistic = Literal["mean", "p95"]
 ROUNDS = 8
 TOLERANCE = 0.03  # of the divergence asked for
+OWN_TOLERANCE = 0.1  # where each method answers for itself
 STEEPEST, FLATTEST = 4.0, 0.5  # of log KL over log c; the slope is 2 where steering is weak
 
 
@@ -122,8 +129,9 @@ def bank_of_methods(
 class Level:
     """One divergence, and the coefficient of a method that reaches it.
 
-    ``kl_mean`` and ``kl_p95`` are per token on ordinary prompts, in nats; ``matched`` is False
-    where the search did not come within ``TOLERANCE`` of ``target``.
+    ``kl_mean`` and ``kl_p95`` are per token, in nats, on what was calibrated on; ``ordinary_mean``
+    and ``ordinary_p95`` on ordinary prompts, None where that is the same. ``matched`` is False
+    where the search did not come near enough to ``target``.
     """
 
     level: int
@@ -133,6 +141,8 @@ class Level:
     kl_mean: float
     kl_p95: float
     matched: bool
+    ordinary_mean: float | None = None
+    ordinary_p95: float | None = None
 
     @property
     def condition(self) -> Condition:
@@ -140,13 +150,59 @@ class Level:
         return Condition(self.method, self.coefficient)
 
 
+class Divergences(NamedTuple):
+    """How KL(p₀ ‖ p) of rows is measured, and how near to one another they can be brought.
+
+    ``at`` returns the divergence at every token, a tensor a row.
+    """
+
+    at: Callable[[Sequence[Coefficients]], Sequence[Tensor]]
+    tolerance: float = TOLERANCE
+
+    def of(self, rows: Sequence[Coefficients]) -> list[dict[str, float]]:
+        """Return the mean and the 95th percentile over tokens, by row; NaN without a token."""
+        return [
+            {"mean": float(each.mean()), "p95": float(each.quantile(0.95))}
+            if len(each)
+            else {"mean": math.nan, "p95": math.nan}
+            for each in self.at(rows)
+        ]
+
+
+def on_prompts(
+    chat_model: ChatModel, bank: Bank, texts: Sequence[TokenizedExchange]
+) -> Divergences:
+    """Measure on texts that are the same for all rows: the unsteered model's answers."""
+    return Divergences(lambda rows: list(row_divergences(chat_model, bank, rows, texts)))
+
+
+def on_own_answers(chat_model: ChatModel, bank: Bank, questions: Sequence[str]) -> Divergences:
+    """Measure on what each row itself answers to the questions.
+
+    Answers change by whole words with a coefficient, and the divergence in steps with them.
+    """
+
+    def at(rows: Sequence[Coefficients]) -> list[Tensor]:
+        texts = own_texts(chat_model, bank, rows, questions)
+        return [
+            row_divergences(chat_model, bank, [row], own)[0] if own else torch.zeros(0)
+            for row, own in zip(rows, texts, strict=True)
+        ]
+
+    return Divergences(at, OWN_TOLERANCE)
+
+
+def beside_prompts(levels: Sequence[Level], ordinary: Divergences) -> list[Level]:
+    """Return the levels with what they do to ordinary prompts."""
+    found = ordinary.of([each.condition.coefficients for each in levels])
+    return [
+        replace(level, ordinary_mean=each["mean"], ordinary_p95=each["p95"])
+        for level, each in zip(levels, found, strict=True)
+    ]
+
+
 def match_divergence(
-    chat_model: ChatModel,
-    bank: Bank,
-    coefficients: Sequence[float],
-    texts: Sequence[TokenizedExchange],
-    *,
-    statistic: Statistic = "mean",
+    measured: Divergences, coefficients: Sequence[float], *, statistic: Statistic = "mean"
 ) -> list[Level]:
     """Return a level for every coefficient of the diff (0 left out) and every method.
 
@@ -157,25 +213,23 @@ def match_divergence(
     asked = [finite_coefficient(value) for value in coefficients if value]
     if not asked:
         raise UserError("a comparison needs at least one coefficient other than 0")
-    rows = [{LORA: value} for value in asked]
-    divergences = _divergences(chat_model, bank, rows, texts)
-    targets = [each[statistic] for each in divergences]
-    found = [
-        _level(number, LORA, value, target, divergence, statistic)
-        for number, (value, target, divergence) in enumerate(
-            zip(asked, targets, divergences, strict=True)
+    divergences = measured.of([{LORA: value} for value in asked])
+    found = []
+    for number, (value, divergence) in enumerate(zip(asked, divergences, strict=True)):
+        _check_moves(LORA, value, divergence[statistic])
+        target = divergence[statistic]
+        found.append(
+            Level(number, LORA, value, target, divergence["mean"], divergence["p95"], matched=True)
         )
-    ]
     searches = [_Search(level, method) for level in found for method in METHODS[1:]]
     for done in range(ROUNDS):
         pending = [search for search in searches if not search.done]
         progress.report(done, ROUNDS)
         if not pending:
             break
-        rows = [{each.method: each.coefficient} for each in pending]
-        divergences = _divergences(chat_model, bank, rows, texts)
+        divergences = measured.of([{each.method: each.coefficient} for each in pending])
         for search, divergence in zip(pending, divergences, strict=True):
-            search.take(divergence, statistic)
+            search.take(divergence, statistic, measured.tolerance)
     progress.report(ROUNDS, ROUNDS)
     found += [each.result(statistic) for each in searches]
     return sorted(found, key=lambda each: (each.level, METHODS.index(each.method)))
@@ -194,15 +248,11 @@ class _Search:
     def coefficient(self) -> float:
         return math.copysign(math.exp(self.log_c), self.like.coefficient)
 
-    def take(self, divergence: Mapping[str, float], statistic: Statistic) -> None:
+    def take(self, divergence: Mapping[str, float], statistic: Statistic, near: float) -> None:
         """Note how far the coefficient diverges; go on to a better one unless it is good enough."""
         kl = divergence[statistic]
-        if not (math.isfinite(kl) and kl > 0):
-            raise UserError(
-                f"{self.method} has a divergence of {kl} at coefficient {self.coefficient:g}: it "
-                "does nothing to this model, or breaks it"
-            )
-        self.done = abs(kl / self.target - 1) <= TOLERANCE
+        _check_moves(self.method, self.coefficient, kl)
+        self.done = abs(kl / self.target - 1) <= near
         self.points.append((self.log_c, divergence))
         if not self.done:
             self.log_c += (math.log(self.target) - math.log(kl)) / self._slope(statistic)
@@ -221,29 +271,16 @@ class _Search:
         self.log_c, divergence = min(
             self.points, key=lambda each: abs(math.log(each[1][statistic] / self.target))
         )
-        level, target = self.like.level, self.target
-        return _level(level, self.method, self.coefficient, target, divergence, statistic)
+        kl_mean, kl_p95 = divergence["mean"], divergence["p95"]
+        return Level(
+            *(self.like.level, self.method, self.coefficient, self.target),
+            *(kl_mean, kl_p95, self.done),
+        )
 
 
-def _level(
-    number: int,
-    method: str,
-    coefficient: float,
-    target: float,
-    divergence: Mapping[str, float],
-    statistic: Statistic,
-) -> Level:
-    matched = abs(divergence[statistic] / target - 1) <= TOLERANCE if target > 0 else False
-    return Level(
-        number, method, coefficient, target, divergence["mean"], divergence["p95"], matched
-    )
-
-
-def _divergences(
-    chat_model: ChatModel,
-    bank: Bank,
-    rows: Sequence[Coefficients],
-    texts: Sequence[TokenizedExchange],
-) -> list[dict[str, float]]:
-    divergences = row_divergences(chat_model, bank, rows, texts)
-    return [{"mean": float(row.mean()), "p95": float(row.quantile(0.95))} for row in divergences]
+def _check_moves(method: str, coefficient: float, kl: float) -> None:
+    if not (math.isfinite(kl) and kl > 0):
+        raise UserError(
+            f"{method} has a divergence of {kl} at coefficient {coefficient:g}: it does nothing to "
+            "this model, or breaks it"
+        )

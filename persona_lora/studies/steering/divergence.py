@@ -18,12 +18,19 @@ from persona_lora.core import progress
 from persona_lora.core.chat import Condition, Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.options import GenerationOptions
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_exchange
+from persona_lora.models.likelihood import (
+    TokenizedExchange,
+    token_divergences,
+    tokenize_exchange,
+    tokenize_rendered,
+)
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
 from persona_lora.steering.bank import Bank, Coefficients
+from persona_lora.studies.asking.run import Row, generate_rows
 
 ANSWER_TOKENS = 40
 ROWS_PER_PASS = 16
@@ -124,6 +131,23 @@ def ordinary_texts(chat_model: ChatModel, prompts: Sequence[str]) -> list[Tokeni
     if not exchanges:
         raise UserError(f"{chat_model.name} answers none of the ordinary prompts")
     return [tokenize_exchange(chat_model, exchange) for exchange in exchanges]
+
+
+def own_texts(
+    chat_model: ChatModel, bank: Bank, rows: Sequence[Coefficients], questions: Sequence[str]
+) -> list[list[TokenizedExchange]]:
+    """Return each row's own greedy answers to the questions, as token ids; empty ones left out."""
+    plan = [Row(question, at) for at in range(len(rows)) for question in questions]
+    steerer = bank.steerer(chat_model, [rows[each.condition] for each in plan])
+    with progress.silent():
+        options = GenerationOptions(max_new_tokens=ANSWER_TOKENS)
+        answers = generate_rows(chat_model, plan, steerer, options)
+    found: list[list[TokenizedExchange]] = [[] for _ in rows]
+    for row, answer in zip(plan, answers, strict=True):
+        text = tokenize_rendered(chat_model, answer.prompt, answer.text)
+        if text.answer:
+            found[row.condition].append(text)
+    return found
 
 
 def _response_mask(text: TokenizedExchange) -> Tensor:

@@ -222,6 +222,10 @@ NAMES = {
     "prompt_neg": "negative system prompt",
 }
 SPLITS = {"eval": "held-out questions", "ood": "out of distribution", "extract": "extraction set"}
+MADE_EQUAL_ON = {
+    "questions": "each method's own answers to the trait's questions",
+    "prompts": "its own answers to ordinary prompts",
+}
 _COLOURS = {
     "lora": draw.TRAIT,
     "activation": draw.COHERENCE,
@@ -261,8 +265,9 @@ def render_comparison(comparison: Comparison) -> Picture:
         for axes in (left, right) if row == 0 else ():
             draw.legend(axes, loc="best")
     note = (
-        "Each level brings all methods to the same divergence from the base model on ordinary "
-        "prompts; dots stand a little apart. Bars: 95% intervals over questions. Dashed: unsteered."
+        "Each level brings all methods to the same divergence from the base model on "
+        f"{MADE_EQUAL_ON[comparison.calibrated_on]}; dots stand a little apart. Bars: 95% "
+        "intervals over questions. Dashed: unsteered."
     )
     title = f"{title_of(comparison.trait)}: weights or activations?"
     return draw.finish(figure, panels, title=title, note=note)

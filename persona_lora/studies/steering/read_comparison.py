@@ -26,6 +26,7 @@ LORA, ACTIVATION = "lora", "activation"
 EFFECT = "effect"
 COLUMNS = columns_of(
     *("split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched"),
+    *("ordinary_mean", "ordinary_p95"),
     *("trait=trait.mean", "trait_low=trait.low", "trait_high=trait.high", "n=trait.n"),
     *("coverage=trait.coverage", "coherence=coherence.mean", "coherence_low=coherence.low"),
     *("coherence_high=coherence.high", *GAP_COLUMNS),
@@ -41,7 +42,8 @@ class Point:
 
     ``difference`` is the effect of the diff minus the effect of this method, paired by question;
     ``p`` a two-sided sign-flip test, ``p_holm`` corrected over all points. None for the diff
-    itself, for the unsteered model and for prompts, which are at no level.
+    itself, for the unsteered model and for prompts, which are at no level. ``ordinary_mean`` and
+    ``ordinary_p95`` are on ordinary prompts, where the divergence elsewhere was made equal.
     """
 
     split: str
@@ -56,6 +58,8 @@ class Point:
     difference: Interval | None = None
     p: float | None = None
     p_holm: float | None = None
+    ordinary_mean: float | None = None
+    ordinary_p95: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,24 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All points of a comparison, and the methods over all levels."""
+    """All points of a comparison, and the methods over all levels.
+
+    ``calibrated_on``: "questions" where the divergence of each method's own answers to the trait's
+    questions was made equal, "prompts" where that on ordinary prompts was.
+    """
 
     trait: str
     statistic: str
     points: tuple[Point, ...]
     overall: tuple[Overall, ...]
+    calibrated_on: str = "prompts"
 
 
-def read_comparison(run: Run) -> Comparison:
-    """Return the statistics of a comparison's folder; raises UserError where nothing was asked."""
+def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
+    """Return the statistics of a comparison's folder; raises UserError where nothing was asked.
+
+    ``by`` is the file of the verdicts on the trait; coherence is always the first judge's.
+    """
     config = run.record["config"]
     levels = run.read("levels")
     splits = [row["split"] for row in run.read("splits")]
@@ -108,19 +120,20 @@ def read_comparison(run: Run) -> Comparison:
     overall: list[Overall] = []
     for split in splits:
         part = Run(run.folder / split)
-        traits = _by_place(part, config["trait"])
+        traits = _by_place(part, config["trait"], by)
         coherences = _by_place(part, COHERENCE)
         points += _points(split, levels, traits, coherences)
         overall += _overall(split, levels, traits, coherences)
     tested = tuple(corrected(points)), tuple(corrected(overall))
-    return Comparison(config["trait"], config["statistic"], *tested)
+    on = config.get("calibrate_on", "prompts")
+    return Comparison(config["trait"], config["statistic"], *tested, calibrated_on=on)
 
 
-def _by_place(run: Run, criterion: str) -> dict[Place, Scores]:
+def _by_place(run: Run, criterion: str, file: str = "verdicts") -> dict[Place, Scores]:
     """Return scores by method and coefficient, and by question."""
     answers = {row["row"]: row for row in run.read("answers")}
     found: dict[Place, Scores] = {}
-    for verdict in run.read("verdicts"):
+    for verdict in run.read(file):
         if verdict["criterion"] == criterion:
             row = answers[verdict["row"]]
             scores = found.setdefault((row["method"], row["coefficient"]), {})
@@ -153,6 +166,7 @@ def _points(
                 split, row["level"], row["method"], row["coefficient"], row["kl_mean"],
                 row["kl_p95"], row["matched"], _mean(traits[place]),
                 _mean(coherences[place]), difference, p,
+                ordinary_mean=row.get("ordinary_mean"), ordinary_p95=row.get("ordinary_p95"),
             )
         )  # fmt: skip
     return points

@@ -10,7 +10,8 @@ base model first, and are asked held-out questions and ones out of distribution.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from persona_lora.core.options import ComparisonOptions, GenerationOptions, Swee
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import judge_answers, lazily
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.report.comparisons import write_found
@@ -35,7 +36,13 @@ from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, check_layers
 from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
 from persona_lora.studies.report_page import write_report
-from persona_lora.studies.steering.calibration import Level, match_divergence
+from persona_lora.studies.steering.calibration import (
+    Level,
+    beside_prompts,
+    match_divergence,
+    on_own_answers,
+    on_prompts,
+)
 from persona_lora.studies.steering.divergence import (
     measure_divergences,
     ordinary_texts,
@@ -50,6 +57,7 @@ from persona_lora.studies.steering.read_comparison import (
 from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_grid
 
 LEVELS = "levels"
+CALIBRATED_ON = 12  # questions, spread over those that are asked
 REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"))
 
 
@@ -224,7 +232,8 @@ def compare(
 ) -> Comparison:
     """Calibrate, ask, judge and compare; run again, it goes on where it stopped.
 
-    The other methods are brought to the divergences of the diff at its coefficients. Writes
+    The other methods are brought to the divergences of the diff at its coefficients, on what
+    ``comparing.calibrate_on`` names; what that does to ordinary prompts stands beside. Writes
     ``levels.jsonl``, a run folder a split with answers and verdicts, ``comparison.csv``,
     ``comparison.png`` and ``report.html``.
     """
@@ -233,6 +242,7 @@ def compare(
         "trait": trait.name,
         "coefficients": list(comparing.coefficients),
         "statistic": comparing.match,
+        "calibrate_on": comparing.calibrate_on,
         **bank.record,
         "generation": dataclasses.asdict(options),
     }
@@ -241,10 +251,10 @@ def compare(
     shared = lazily(judge)  # by both sets of questions
     output = Output.of(output)
     seed = options.seed
-    run = open_run(output, "compare", chat_model, record, read, seed=seed, parts=asked)
+    run = open_run(output, "compare", chat_model, record, read, seed=seed, parts=list(asked))
     with run:
-        levels = _calibrated(run, chat_model, bank, prompts, comparing)
         most = comparing.max_questions
+        levels = _calibrated(run, chat_model, bank, prompts, asked, comparing)
         conditions = [UNSTEERED, *(level.condition for level in levels), *REFERENCES]
         for split in asked:
             part = open_run(
@@ -271,12 +281,13 @@ def compare(
     return found
 
 
-def _asked(trait: Trait, comparing: ComparisonOptions) -> list[Split]:
-    """Return the splits that have questions; UserError where none has."""
-    asked = [split for split in comparing.split if trait.questions[split]]
-    if not asked:
+def _asked(trait: Trait, comparing: ComparisonOptions) -> dict[Split, tuple[str, ...]]:
+    """Return the questions of the splits that have any; UserError where none has."""
+    most = comparing.max_questions
+    asked = {each: tuple(trait.questions[each][:most]) for each in comparing.split}
+    if not any(asked.values()):
         raise UserError(f"the trait {trait.name} has no {' or '.join(comparing.split)} questions")
-    return asked
+    return {split: questions for split, questions in asked.items() if questions}
 
 
 def _calibrated(
@@ -284,17 +295,24 @@ def _calibrated(
     chat_model: ChatModel,
     bank: Bank,
     prompts: Sequence[str],
+    asked: Mapping[Split, Sequence[str]],
     comparing: ComparisonOptions,
 ) -> list[Level]:
-    """Return the levels of the run; they are calibrated where it has none yet."""
+    """Return the levels of the run; where it has none yet they are calibrated."""
     levels = levels_of(run.folder)
-    if not levels:
-        texts = ordinary_texts(chat_model, prompts)
-        with progress.stage("calibration"):
-            levels = match_divergence(
-                chat_model, bank, comparing.coefficients, texts, statistic=comparing.match
-            )
-        run.write(LEVELS, [dataclasses.asdict(level) for level in levels])
+    if levels:
+        return levels
+    with progress.stage("calibration"):
+        ordinary = on_prompts(chat_model, bank, ordinary_texts(chat_model, prompts))
+        if comparing.calibrate_on == "prompts":
+            levels = match_divergence(ordinary, comparing.coefficients, statistic=comparing.match)
+        else:
+            questions = [question for each in asked.values() for question in each]
+            step = max(1, math.ceil(len(questions) / CALIBRATED_ON))
+            measured = on_own_answers(chat_model, bank, questions[::step])
+            levels = match_divergence(measured, comparing.coefficients, statistic=comparing.match)
+            levels = beside_prompts(levels, ordinary)
+    run.write(LEVELS, [dataclasses.asdict(level) for level in levels])
     return levels
 
 

@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
+from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import BaseModel, random_diff_like
+from persona_lora.core.lora_diff import BaseModel, LoRAFactors, random_diff_like
 from persona_lora.core.options import ComparisonOptions
-from persona_lora.core.runs import Output
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
+from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.directions import random_like
@@ -20,9 +22,16 @@ from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.steering.calibration import (
     METHODS,
     bank_of_methods,
+    beside_prompts,
     match_divergence,
+    on_own_answers,
+    on_prompts,
 )
-from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
+from persona_lora.studies.steering.divergence import (
+    ANSWER_TOKENS,
+    ordinary_texts,
+    row_divergences,
+)
 from persona_lora.studies.steering.run import (
     SweepOptions,
     compare,
@@ -222,7 +231,7 @@ def texts(chat_model):
 
 
 def test_every_method_is_brought_to_the_divergence_of_the_diff(chat_model, methods, texts):
-    levels = match_divergence(chat_model, methods, [0.0, 0.5, -1.0], texts)
+    levels = match_divergence(on_prompts(chat_model, methods, texts), [0.0, 0.5, -1.0])
     assert [(each.level, each.method) for each in levels] == [
         (level, method) for level in (0, 1) for method in METHODS
     ]
@@ -251,7 +260,7 @@ def test_every_method_is_brought_to_the_divergence_of_the_diff(chat_model, metho
 
 
 def test_p95_can_be_what_is_equal(chat_model, methods, texts):
-    levels = match_divergence(chat_model, methods, [1.0], texts, statistic="p95")
+    levels = match_divergence(on_prompts(chat_model, methods, texts), [1.0], statistic="p95")
     assert all(each.kl_p95 == pytest.approx(levels[0].kl_p95, rel=0.03) for each in levels)
 
 
@@ -259,9 +268,57 @@ def test_a_method_that_does_nothing_is_named(chat_model, methods, texts):
     still = dataclasses.replace(methods.vectors["activation"], directions={1: torch.zeros(32)})
     vectors = {**methods.vectors, "activation": still}
     with pytest.raises(UserError, match="activation has a divergence of 0"):
-        match_divergence(chat_model, dataclasses.replace(methods, vectors=vectors), [1.0], texts)
+        bank = dataclasses.replace(methods, vectors=vectors)
+        match_divergence(on_prompts(chat_model, bank, texts), [1.0])
     with pytest.raises(UserError, match="other than 0"):
-        match_divergence(chat_model, methods, [0.0], texts)
+        match_divergence(on_prompts(chat_model, methods, texts), [0.0])
+
+
+def test_own_answers_are_those_that_a_method_alone_gives(chat_model, methods):
+    rows = [{"lora": 1.5}, {"activation": 2.0}]
+    questions = ["Why?", "Is rain wet?"]
+    found = on_own_answers(chat_model, methods, questions).of(rows)
+    for row, each in zip(rows, found, strict=True):
+        alone = []
+        for question in questions:
+            with methods.steerer(chat_model, [row]) as steerer:
+                (answer,) = generate_answers(
+                    chat_model,
+                    [user_question(question)],
+                    max_new_tokens=ANSWER_TOKENS,
+                    prepare_batch=steerer.select_rows,
+                )
+            text = tokenize_rendered(chat_model, answer.prompt, answer.text)
+            alone.append(row_divergences(chat_model, methods, [row], [text])[0])
+        assert each["mean"] == pytest.approx(float(torch.cat(alone).mean()), rel=1e-3)
+
+
+def test_what_acts_on_the_trait_s_questions_alone_is_calibrated_there(
+    chat_model, methods, texts, make_diff
+):
+    """A planted difference reads the letter z, which no ordinary text holds."""
+    embedded = chat_model.model.get_input_embeddings().weight.detach()
+    ordinary = sorted({token for text in texts for token in (*text.prompt, *text.answer)})
+    (z,) = chat_model.tokenizer("z", add_special_tokens=False)["input_ids"]
+    assert z not in ordinary
+    assert len(ordinary) < embedded.shape[1]
+    others = torch.linalg.qr(embedded[ordinary].T.double())[0]
+    reads = embedded[z].double() - others @ (others.T @ embedded[z].double())
+    name = next(
+        each for each in methods.diffs["lora"].factors if each.endswith("0.self_attn.v_proj")
+    )
+    width = methods.diffs["lora"].factors[name].shape[0]
+    B = torch.randn(width, 1, generator=torch.Generator().manual_seed(0))
+    factors = {name: LoRAFactors(reads.float()[None] / reads.norm().float(), B)}
+    planted = dataclasses.replace(methods.diffs["lora"], factors=factors)
+    bank = dataclasses.replace(methods, diffs={**methods.diffs, "random_lora": planted})
+    prompts = on_prompts(chat_model, bank, texts)
+    (kl,) = prompts.of([{"random_lora": 5.0}])
+    assert kl["mean"] < 1e-9
+    levels = match_divergence(on_own_answers(chat_model, bank, ["zzzz?", "Is zz z?"]), [0.05])
+    by_method = {each.method: each for each in beside_prompts(levels, prompts)}
+    assert by_method["random_lora"].kl_mean == pytest.approx(by_method["lora"].kl_mean, rel=0.11)
+    assert by_method["random_lora"].ordinary_mean < 0.01 * by_method["lora"].ordinary_mean
 
 
 def test_a_random_diff_has_the_spectrum_and_no_direction(make_diff, model):
@@ -305,6 +362,8 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
         assert all(each.trait.n == 2 for each in own)
     folder = tmp_path / "out"
     levels = [json.loads(line) for line in (folder / "levels.jsonl").open()]
+    assert all(row["ordinary_mean"] > 0 for row in levels)
+    assert Run(folder).record["config"]["calibrate_on"] == "questions"
     asked = {(row["method"], row["coefficient"]) for row in levels}
     answers = [json.loads(line) for line in (folder / "ood" / "answers.jsonl").open()]
     assert {
@@ -314,6 +373,7 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
         assert (folder / name).is_file()
     page = (folder / "report.html").read_text()
     assert "at equal divergence" in page
+    assert "on each method&#39;s own answers to the trait&#39;s questions" in page
     assert "random vector of the same norm" in page
     count = len(judge.asked)
     assert go() == found
