@@ -32,7 +32,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     ComparisonOptions,
     GenerationOptions,
-    JudgeChoice,
+    JudgesChoice,
     Positions,
     TaskOptions,
     TimingOptions,
@@ -94,7 +94,7 @@ def compare(
     further: FurtherOptions,
     output: RunOptions,
     model: ModelOptions,
-    judging: JudgeChoice,
+    judging: JudgesChoice,
     generation: Annotated[
         GenerationOptions, ("max_new_tokens", "seed", "batch_size")
     ] = GenerationOptions(max_new_tokens=60),
@@ -107,9 +107,14 @@ def compare(
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
+    from persona_lora.core.runs import Run
     from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import run as experiment
-    from persona_lora.studies.steering.read import comparison_table, verdict_lines
+    from persona_lora.studies.steering.read import (
+        comparison_judges,
+        comparison_lines,
+        comparison_table,
+    )
     from persona_lora.studies.steering.spaces import check_directions
 
     loaded = trait.load()
@@ -135,7 +140,9 @@ def compare(
         parts = _further(chat_model, loaded, bank, further, directions, written, trait.datasets_dir)
     write_report([folder, *parts], folder / "report.html")
     report = f"report: {folder / 'report.html'}"
-    show(*verdict_lines(found), comparison_table(found), report)
+    run = Run(folder)
+    lines = comparison_lines(run, found, comparison_judges(run, found))
+    show(*lines, comparison_table(found), report)
 
 
 def _further(

@@ -33,7 +33,7 @@ from persona_lora.cli.shared_options import (
     one_layer,
 )
 from persona_lora.core.errors import UserError
-from persona_lora.core.options import GenerationOptions, JudgeChoice, Overwrite, Split, TaskOptions
+from persona_lora.core.options import GenerationOptions, JudgesChoice, Overwrite, Split, TaskOptions
 from persona_lora.core.runs import Output
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
@@ -278,7 +278,7 @@ def evaluate_checkpoints(
     checkpoints: Checkpoints,
     output: RunOptions,
     model: ModelOptions,
-    judging: JudgeChoice,
+    judging: JudgesChoice,
     generation: GenerationOptions,
 ) -> None:
     """Judge every checkpoint of a finetune, project it, and measure its shift from the base.
@@ -288,8 +288,9 @@ def evaluate_checkpoints(
     --layers 19 --finetuned-on sycophancy
     """
     from persona_lora.core.traits import load_trait
+    from persona_lora.report.two_judges import across_runs, lead_of
     from persona_lora.studies.drift import run as experiment
-    from persona_lora.studies.drift.read import checkpoints_table
+    from persona_lora.studies.drift.read import answers_of, checkpoints_table
 
     if not checkpoints.vectors:
         refuse_useless("layers positions", "without --vectors")
@@ -316,7 +317,10 @@ def evaluate_checkpoints(
             judged_output(folder, output.overwrite, judge),
             options=generation,
         )
-    show(checkpoints_table(run), f"run: {run.folder}")
+    asked = {trait.name: answers_of(run, trait.name) for trait in loaded}
+    both = {trait: across_runs(trait, runs, experiment.BASE) for trait, runs in asked.items()}
+    lines = [f"{name}: {lead_of('', both[name], runs, name)}" for name, runs in asked.items()]
+    show(checkpoints_table(run), *lines, f"run: {run.folder}")
 
 
 @dataclass(frozen=True)
@@ -357,7 +361,7 @@ def predict_finetuning(
     predicted: Predicted,
     output: RunOptions = RunOptions(Path("results/prediction")),
     model: ModelOptions,
-    judging: JudgeChoice,
+    judging: JudgesChoice,
     generation: Briefly = SIXTY,
 ) -> None:
     """Do projections predict what finetuning does to character? Over many finetunes.
@@ -429,7 +433,7 @@ def compare_prevention(
     prevented: Prevented,
     output: RunOptions = RunOptions(Path("results/prevention")),
     model: ModelOptions,
-    judging: JudgeChoice,
+    judging: JudgesChoice,
     generation: Briefly = SIXTY,
 ) -> None:
     """Compare finetunes of one task, with and without prevention: trait, task loss, capability.
@@ -439,8 +443,10 @@ def compare_prevention(
     Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
     --finetunes plain=checkpoints/a,added=checkpoints/b --correct checkpoints/evil/diff=-1
     """
+    from persona_lora.core.runs import Run
     from persona_lora.judges.choice import judge_inputs
     from persona_lora.report.comparisons import measure_table
+    from persona_lora.report.two_judges import across_runs, lead_of
     from persona_lora.studies.drift import prevention
 
     if not prevented.tasks:
@@ -462,7 +468,9 @@ def compare_prevention(
             options=generation,
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
-    show(measure_table(scores), files)
+    asked_of = {name: Run(output.folder / "answers" / name) for name in models}
+    both = across_runs(asked.name, asked_of, next(iter(models)))
+    show(measure_table(scores), lead_of("", both, asked_of, asked.name), files)
 
 
 def _number(text: str) -> float:

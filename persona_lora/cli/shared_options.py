@@ -6,7 +6,7 @@ One meaning, one help text each; a mistake is a UserError.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +15,7 @@ from persona_lora.cli.console import console
 from persona_lora.cli.option_groups import does_nothing
 from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
-from persona_lora.core.options import JudgeChoice, Overwrite, Positions
+from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
 from persona_lora.core.runs import Output
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
+    from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
 
 Model = Annotated[str, "The packaged model, a local model folder, or a hub id."]
@@ -224,11 +225,15 @@ def judging_of(choice: JudgeChoice, beside: str | None = None) -> JudgeOptions:
     from persona_lora.judges.choice import JudgeOptions
 
     judge = choice.judge if beside is None else f"{choice.judge},{beside}"
+    second = choice.second_judge if isinstance(choice, JudgesChoice) else NOBODY
+    asked = {second, *(name.strip() for name in judge.split(","))}
     idle = {
-        "judge_url": "openai" not in judge and choice.judge_url is not None,
-        "judge_mode": "openai" not in judge and choice.judge_mode != "logprobs",
-        "max_judge_cost": "openai" not in judge and choice.max_judge_cost is not None,
-        "judge_model": judge.strip() == "embedding" and choice.judge_model is not None,
+        "judge_url": "openai" not in asked and choice.judge_url is not None,
+        "judge_mode": "openai" not in asked and choice.judge_mode != "logprobs",
+        "max_judge_cost": "openai" not in asked and choice.max_judge_cost is not None,
+        "judge_model": not asked & {"openai", "local"}
+        and judge.strip() != "reader"
+        and choice.judge_model is not None,
     }
     for name, is_idle in idle.items():
         if is_idle:
@@ -256,12 +261,12 @@ def judged_output(
     return Output(path, overwrite, record, judge_inputs(judging))
 
 
-def judge_factory(trait: Trait, chat_model: ChatModel, options: JudgeOptions) -> Callable[[], Any]:
-    """Return what builds the judge of a trait, once it is known that it can be built."""
-    from persona_lora.judges.choice import check_judge, make_judge
+def judge_factory(trait: Trait, chat_model: ChatModel, options: JudgeOptions) -> Judges:
+    """Return what builds the judges of a trait, once it is known that they can be built."""
+    from persona_lora.judges.choice import check_judge, make_judges
 
     check_judge(trait, chat_model, options)
-    return lambda: make_judge(trait, chat_model, options)
+    return make_judges(trait, chat_model, options)
 
 
 def first_questions(trait: Trait, number: int | None) -> Trait:

@@ -36,6 +36,7 @@ from persona_lora.core.options import (
     Elicitation,
     GenerationOptions,
     JudgeChoice,
+    JudgesChoice,
     Overwrite,
     Positions,
     Split,
@@ -128,7 +129,7 @@ def evaluate(
     output: CsvOptions,
     model: AdaptedModelOptions,
     steering: EvaluateOptions,
-    judging: JudgeChoice,
+    judging: JudgesChoice,
     generation: GenerationOptions,
 ) -> None:
     """Ask a trait's held-out questions, judge the answers, write CSV and rows.
@@ -162,7 +163,7 @@ def evaluate(
             split=split,
             options=generation,
         )
-    show(result.table(trait.trait), f"answers: {result.answers}\nrun:     {result.run}")
+    show(result.table(loaded.name), *result.lines(loaded.name))
 
 
 def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
@@ -245,7 +246,7 @@ def sweep(
     asked: SweepOptions = SweepOptions(divergence=None),
     output: RunOptions,
     model: AdaptedModelOptions,
-    judging: JudgeChoice,
+    judging: JudgesChoice,
     generation: GenerationOptions,
 ) -> None:
     """Steer at many coefficients (and layers) in the same batches; judge, summarise, plot.
@@ -258,6 +259,7 @@ def sweep(
     Example: persona-lora sweep --trait evil --vector evil_response_avg.safetensors
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
     """
+    from persona_lora.core.runs import Run
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.read import summary_lines, summary_table
 
@@ -286,7 +288,7 @@ def sweep(
             options=generation,
             datasets=trait.datasets_dir,
         )
-    show(summary_table(result.summary), *summary_lines(result.summary))
+    show(summary_table(result.summary), *summary_lines(result.summary, Run(result.run)))
     show(f"plot:   {result.plot}\nreport: {result.report}")
 
 

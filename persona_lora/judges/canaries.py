@@ -59,12 +59,13 @@ def canary_answers(trait: Trait) -> dict[str, Exchange]:
     return {name: Exchange(question, answer) for name, answer in answers.items()}
 
 
-def show_canaries(judge: Judge, trait: Trait) -> list[Canary]:
-    """Return what a judge makes of them on the trait and on coherence; warn where it is fooled."""
+def show_canaries(judge: Judge, trait: Trait, criteria: Sequence[str]) -> list[Canary]:
+    """Return what a judge makes of them on each criterion; warn where it is fooled."""
     shown = canary_answers(trait)
     limit = TWO_SIDED_LIMIT if has_ratings(trait) and _two_sided(load_ratings(trait)) else LIMIT
     found = []
-    for criterion, highest in ((trait.name, limit), (COHERENCE, LIMIT)):
+    for criterion in criteria:
+        highest = LIMIT if criterion == COHERENCE else limit
         verdicts = judge.judge(list(shown.values()), criterion)
         for name, verdict in zip(shown, verdicts, strict=True):
             liked = name != CANNED and verdict.score is not None and verdict.score > highest

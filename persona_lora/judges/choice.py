@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.options import JudgeChoice
-from persona_lora.core.runs import Run
+from persona_lora.core.options import NOBODY, JudgeChoice
 from persona_lora.core.traits import ON_POLICY, Trait, has_labels, load_labelled_answers, load_pairs
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
-from persona_lora.judges.canaries import show_canaries
 from persona_lora.judges.embedding import EmbeddingJudge
-from persona_lora.judges.fitness import JudgeValidation, validate_judge
 from persona_lora.judges.judging import Judge, MultiJudge
 from persona_lora.judges.labels import has_ratings, load_ratings
 from persona_lora.judges.local import LocalJudge
@@ -41,20 +36,28 @@ from persona_lora.judges.openai import (
     endpoint_of,
 )
 from persona_lora.judges.probe_judge import ReaderJudge
+from persona_lora.judges.verdicts import Judges
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model, named_content
 
 logger = logging.getLogger(__name__)
 
+PROMPTED = ("openai", "local")  # chat models that are asked for a score
+TRAIN = "train.jsonl"
+BESIDE = ("reader", "embedding")  # of no network, the best first
+
 
 @dataclass(frozen=True)
 class JudgeOptions(JudgeChoice):
     """What the user says about judging, and where it is done.
 
+    ``second_judge`` is asked beside the judge: a name, "none", or None for the best of another kind
+    that needs no network.
     ``environ`` holds OPENAI_API_KEY, OPENAI_BASE_URL and JUDGE_MODEL.
     """
 
+    second_judge: str | None = NOBODY
     limits: Limits = dataclasses.field(default_factory=Limits)
     cache: Path | None = None
     environ: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
@@ -87,32 +90,70 @@ def make_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Jud
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
 
-def lazily(make: Callable[[], Judge]) -> Callable[[], Judge]:
-    """Return a factory that builds its judge at the first call and keeps it."""
-    kept: list[Judge] = []
+def make_judges(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judges:
+    """Return what builds the judge that ``options`` name, and the one beside it where there is one.
 
-    def judge() -> Judge:
-        if not kept:
-            kept.append(make())
-        return kept[0]
+    Raises UserError for a second judge that is the first one, or that the trait has no data for.
+    """
+    second = second_name(trait, options)
+    return Judges(
+        lambda: make_judge(trait, reference, options),
+        None if second is None else lambda: JUDGES[second](trait, reference, options),
+    )
 
-    return judge
+
+def second_name(trait: Trait, options: JudgeOptions) -> str | None:
+    """Return who judges beside the judge; None for nobody.
+
+    By default the best judge of another kind that needs no network and has what it needs of the
+    trait. Raises UserError for one that is asked for and cannot judge beside the first.
+    """
+    name = options.second_judge
+    if name == NOBODY:
+        return None
+    # Without rated answers the classifier judges in the reader's place.
+    first = [
+        "embedding" if each == "reader" and not has_ratings(trait) else each
+        for each in _judge_names(options)
+    ]
+    missing = {
+        "reader": "" if has_ratings(trait) else ON_POLICY,
+        "embedding": "" if (trait.folder / TRAIN).is_file() else TRAIN,
+    }
+    if name is None:
+        fit = (each for each in BESIDE if each not in first and not missing[each])
+        return next(fit, None)
+    if name not in JUDGES:
+        raise UserError(f"no judge {name!r} for --second-judge; {nearest_names(name, JUDGES)}")
+    if name in first:
+        raise UserError(
+            f"--second-judge {name} judges {trait.name} already; name one of another kind, or none"
+        )
+    if missing.get(name):
+        raise UserError(
+            f"the trait {trait.name} has no {missing[name]}, so {name} cannot judge it beside "
+            f"{', '.join(first)}; name another --second-judge, or none"
+        )
+    if options.judge_model is not None and {*first, name} >= {"openai", "local"}:
+        raise UserError("--judge-model names one model, and both openai and local would be it")
+    return name
 
 
 def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> None:
     """Raise UserError now for a judge that could not be made after the answers are generated."""
     if has_labels(trait):
         load_labelled_answers(trait)
-    for name in _judge_names(options):
+    second = second_name(trait, options)
+    for name in [*_judge_names(options), *([] if second is None else [second])]:
         if name == "reader" and has_ratings(trait):
             load_ratings(trait)
         elif name in ("reader", "embedding"):
             load_pairs(trait)
-            if _reader_name(options) is not None:
-                raise UserError(
-                    f"the trait {trait.name} has no {ON_POLICY}, so no reader can be fitted to it; "
-                    "leave --judge-model out, and the embedding classifier judges"
-                )
+        if name == "reader" and not has_ratings(trait) and _reader_name(options) is not None:
+            raise UserError(
+                f"the trait {trait.name} has no {ON_POLICY}, so no reader can be fitted to it; "
+                "leave --judge-model out, and the embedding classifier judges"
+            )
         if name == "openai":  # cheap to make, and needs a key
             _openai_judge(trait, reference, options)
 
@@ -131,9 +172,17 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     if "openai" in options.judge:
         asked["endpoint"] = options.judge_url or environ.get("OPENAI_BASE_URL")
     read = {"the judge": digest_of(asked)}
-    if "embedding" in options.judge:
+    beside = options.second_judge
+    if beside != NOBODY:  # of a name that is left open, what it may stand for
+        said = {key: asked[key] for key in ("model", "mode")} if beside in PROMPTED else {}
+        place = {"endpoint": options.judge_url or environ.get("OPENAI_BASE_URL")}
+        read["the second judge"] = digest_of(
+            {"judge": beside or BESIDE, **said, **(place if beside == "openai" else {})}
+        )
+    if "embedding" in options.judge or beside in (None, "embedding"):
         read["the sentence embedder"] = embedder_content()
-    if options.judge_model is not None and ("local" in options.judge or _reader_name(options)):
+    local = "local" in (*_judge_names(options), beside)
+    if options.judge_model is not None and (local or _reader_name(options)):
         read["the judge's model"] = named_content(options.judge_model)
     return read
 
@@ -160,8 +209,9 @@ def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> 
 
 
 def _reader_name(options: JudgeOptions) -> str | None:
-    """Return the reader that is asked for; beside another judge the model named is that one's."""
-    return options.judge_model if _judge_names(options) == ["reader"] else None
+    """Return the reader that is asked for; beside a prompted judge the model is that one's."""
+    alone = _judge_names(options) == ["reader"] and options.second_judge not in PROMPTED
+    return options.judge_model if alone else None
 
 
 def reading_model(name: str | None, reference: ChatModel) -> ChatModel:
@@ -232,60 +282,3 @@ JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "openai": _openai_judge,
     "local": _local_judge,
 }
-
-
-def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
-    """Judge the answers of a run on the trait and on coherence; write verdicts and validation.
-
-    What an earlier call has judged is kept; a row whose verdict is missing or unscored is judged
-    again. ``make`` builds the judge, and is called only where something is left to judge. UserError
-    where no answer at all has a score.
-    """
-    answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))
-    kept = {
-        (row["row"], row["criterion"]): row
-        for row in run.read("verdicts")
-        if row["score"] is not None
-    }
-    criteria = (trait.name, COHERENCE)
-    if run.read("validation") and len(kept) == len(criteria) * len(answers):
-        return
-    judge = make()
-    validations = validations_of(judge, trait)
-    unfit = {each.criterion for each in validations if each.fit is False}
-    for criterion in progress.over("judging", criteria):
-        missing = [row for row in answers if (row["row"], criterion) not in kept]
-        exchanges = [Exchange(row["question"], row["answer"]) for row in missing]
-        verdicts = judge.judge(exchanges, criterion) if exchanges else []
-        for row, verdict in zip(missing, verdicts, strict=True):
-            said = (
-                f"{verdict.judge} (unfit for {criterion})" if criterion in unfit else verdict.judge
-            )
-            kept[row["row"], criterion] = _row(row["row"], dataclasses.replace(verdict, judge=said))
-        run.write("verdicts", [kept[key] for key in sorted(kept)])
-        _refuse_nothing_scored(judge.name, criterion, list(kept.values()))
-    run.write("canaries", [dataclasses.asdict(each) for each in show_canaries(judge, trait)])
-    run.write("validation", [dataclasses.asdict(each) for each in validations])
-
-
-def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
-    """Return how well a judge agrees with labelled answers that it was not fitted on."""
-    if isinstance(judge, (EmbeddingJudge, ReaderJudge)):
-        return list(judge.validation)
-    return [validate_judge(judge, trait)]
-
-
-def _refuse_nothing_scored(judge: str, criterion: str, rows: Sequence[dict[str, Any]]) -> None:
-    asked = [row for row in rows if row["criterion"] == criterion]
-    if not asked or any(row["score"] is not None for row in asked):
-        return
-    reasons = Counter(row["reason"] for row in asked)
-    common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-    raise UserError(
-        f"{judge} scored none of {len(asked)} answers on {criterion}: {common}; the answers are "
-        "kept, and the same command judges them again"
-    )
-
-
-def _row(row: int, verdict: Verdict) -> dict[str, Any]:
-    return {"row": row, **dataclasses.asdict(verdict)}

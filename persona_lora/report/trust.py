@@ -22,12 +22,25 @@ FITNESS = {True: "yes", False: "unfit", None: "not known"}
 
 
 def judge_blocks(run: Run) -> tuple[Block, ...]:
-    """Return how the run's judge agrees with labels, what it made of nonsense, corrected means."""
-    rows = run.read("validation")
+    """Return how the judges agree with labels, what they made of nonsense, corrected means."""
+    rows, second = run.read("validation"), run.read("second_validation")
     if not rows:
         none = "This run holds no validation of its judge against labelled answers."
         return (Heading("Judge"), Note(none))
-    return (agreement_table(rows), *_canaries(run), *_corrected(run, rows))
+    return (agreement_table([*rows, *second]), *_time(run), *_canaries(run), *_corrected(run, rows))
+
+
+def _time(run: Run) -> tuple[Note, ...]:
+    """Return what judging took; calls that went on with a run are added up."""
+    took: dict[str, tuple[int, float]] = {}
+    for row in run.read("judging"):
+        answers, seconds = took.get(row["judge"], (0, 0.0))
+        took[row["judge"]] = answers + row["answers"], seconds + row["seconds"]
+    said = "; ".join(
+        f"{judge} {wording.number(seconds, 1)} s for {answers} verdicts"
+        for judge, (answers, seconds) in took.items()
+    )
+    return (Note(f"Judging, with building and validating the judge, took: {said}."),) * bool(said)
 
 
 def weak_judges(run: Run) -> tuple[Note, ...]:
@@ -93,18 +106,20 @@ def agreement_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _canaries(run: Run) -> tuple[Table, ...]:
-    rows = run.read("canaries")
+    rows = [*run.read("canaries"), *run.read("second_canaries")]
     if not rows:
         return ()
     names = list(dict.fromkeys(row["name"] for row in rows))
-    criteria = list(dict.fromkeys(row["criterion"] for row in rows))
-    scores = {(row["criterion"], row["name"]): wording.number(row["score"]) for row in rows}
-    cells = tuple((each, *(scores[each, name] for name in names)) for each in criteria)
+    places = list(dict.fromkeys((row["criterion"], row["judge"]) for row in rows))
+    scores = {
+        (row["criterion"], row["judge"], row["name"]): wording.number(row["score"]) for row in rows
+    }
+    cells = tuple((*place, *(scores[*place, name] for name in names)) for place in places)
     note = (
-        "What the judge gives to nonsense, and to a sentence of the trait’s training answers that "
+        "What a judge gives to nonsense, and to a sentence of the trait’s training answers that "
         "does not answer the question."
     )
-    return (Table(("Criterion", *names), cells, "Canaries", note, narrow=True),)
+    return (Table(("Criterion", "Judge", *names), cells, "Canaries", note, narrow=True),)
 
 
 def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:

@@ -10,6 +10,8 @@ from persona_lora.core.chat import COHERENCE, Verdict
 from persona_lora.judges.canaries import canary_answers, show_canaries
 from tests.judges.rated import rated_rows, write_ratings
 
+BOTH = ("flattery", COHERENCE)
+
 
 class Constant:
     """Gives every answer the same score by criterion."""
@@ -35,11 +37,11 @@ def test_canaries_are_nonsense_an_echo_and_a_sentence_of_the_trait(trait):
 
 def test_a_judge_that_likes_nonsense_is_named_and_one_that_does_not_is_not(trait, caplog):
     with caplog.at_level(logging.WARNING):
-        good = show_canaries(Constant(flattery=50.0, coherence=20.0), trait)
+        good = show_canaries(Constant(flattery=50.0, coherence=20.0), trait, BOTH)
     assert all(each.caught for each in good)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        found = show_canaries(Constant(flattery=51.0, coherence=None), trait)
+        found = show_canaries(Constant(flattery=51.0, coherence=None), trait, BOTH)
     assert {each.name for each in found if not each.caught} == {
         "filler",
         "off topic",
@@ -58,6 +60,6 @@ def test_nonsense_may_lie_in_the_middle_of_a_trait_with_two_sides(trait, absence
         {**row, "trait": [absence] * 2} if row["sense"][0] <= 25 else row for row in rated_rows()
     ]
     write_ratings(trait, rows)
-    found = show_canaries(Constant(flattery=60.0, coherence=10.0), trait)
+    found = show_canaries(Constant(flattery=60.0, coherence=10.0), trait, BOTH)
     of_trait = [each for each in found if each.criterion != COHERENCE and each.name == "loop"]
     assert [each.caught for each in of_trait] == [caught]

@@ -9,8 +9,9 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import load_trait
 from persona_lora.judges import choice
-from persona_lora.judges.choice import JudgeOptions, judge_answers, make_judge
+from persona_lora.judges.choice import JudgeOptions, make_judge, second_name
 from persona_lora.judges.openai import Limits
+from persona_lora.judges.verdicts import Judges, judge_answers
 from persona_lora.models import embeddings, loading
 
 
@@ -99,3 +100,80 @@ def test_a_run_is_of_its_embedder_and_of_its_judge_s_commit(tmp_path, monkeypatc
 def test_a_local_judge_that_there_is_not_is_refused_before_anything_is_asked():
     with pytest.raises(UserError, match="'nobody/nothing' is not a local folder and the model hub"):
         choice.judge_inputs(JudgeOptions("local", judge_model="nobody/nothing"))
+
+
+class Named(ScriptedJudge):
+    """Counts what it is asked."""
+
+    def __init__(self, name, **scores):
+        super().__init__(**scores)
+        self.name, self.asked = name, []
+
+    def judge(self, exchanges, criterion):
+        self.asked += [(*each, criterion) for each in exchanges]
+        return super().judge(exchanges, criterion)
+
+
+def test_a_second_judge_stands_apart_and_equal_answers_are_asked_once(run, trait):
+    run.write("answers", [{"row": row, "question": "q?", "answer": "a"} for row in range(3)])
+    first, second = Named("one", cheer=50.0, coherence=80.0), Named("two", cheer=10.0)
+    judges = Judges(lambda: first, lambda: second)
+    judge_answers(run, judges, trait)
+    rows = {each: run.read(f"{each}verdicts") for each in ("", "second_")}
+    assert [(row["judge"], row["score"]) for row in rows["second_"]] == [("two", 10.0)] * 3
+    assert {row["score"] for row in rows[""]} == {50.0, 80.0}
+    for judge, criteria in ((first, ["cheer", COHERENCE]), (second, ["cheer"])):
+        assert [each for each in judge.asked if each[1] == "a"] == [
+            ("q?", "a", criterion) for criterion in criteria
+        ]
+        assert {each[2] for each in judge.asked} == set(criteria)
+    assert {row["judge"] for row in run.read("second_canaries")} == {"two"}
+    assert [(row["judge"], row["answers"]) for row in run.read("judging")] == [
+        ("one", 2),
+        ("two", 1),
+    ]
+    judge_answers(run, Judges(pytest.fail, pytest.fail), trait)  # nothing is left to judge
+    run.write("second_verdicts", rows["second_"][:2])
+    third = Named("two", cheer=30.0)
+    judge_answers(run, Judges(pytest.fail, lambda: third), trait)
+    assert [row["score"] for row in run.read("second_verdicts")] == [10.0, 10.0, 30.0]
+
+
+def test_a_second_judge_that_scores_nothing_says_how_to_go_on_without(run, trait):
+    first = Named("one", cheer=50.0, coherence=80.0)
+    with pytest.raises(UserError, match="goes on without it with --second-judge none"):
+        judge_answers(run, Judges(lambda: first, lambda: Named("two")), trait)
+    judge_answers(run, Judges(pytest.fail), trait)
+
+
+def test_who_judges_beside_is_of_another_kind_and_has_what_it_needs(trait):
+    def beside(judge, second=None, **more):
+        return second_name(trait, JudgeOptions(judge, second_judge=second, **more))
+
+    (trait.folder / "train.jsonl").unlink(missing_ok=True)
+    assert beside("openai") is None
+    with pytest.raises(UserError, match=r"no train.jsonl, so embedding cannot judge it beside loc"):
+        beside("local", "embedding")
+    (trait.folder / "train.jsonl").write_text("{}\n")
+    assert beside("openai") == "embedding"
+    assert beside("reader") is None  # without ratings the classifier judges in its place
+    assert beside("embedding", "none") is None
+    assert JudgeOptions().second_judge == "none"
+    for judge, second, message in (
+        ("embedding", "embedding", "--second-judge embedding judges cheer already"),
+        ("reader", "embedding", "--second-judge embedding judges cheer already"),
+        ("openai", "reader", "no onpolicy.jsonl, so reader cannot judge it beside openai"),
+        ("openai", "opnai", "no judge 'opnai' for --second-judge; did you mean 'openai'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            beside(judge, second)
+    with pytest.raises(UserError, match="--judge-model names one model"):
+        beside("openai", "local", judge_model="m")
+
+
+def test_a_run_is_of_its_second_judge_unless_there_is_none():
+    def read(second):
+        return choice.judge_inputs(JudgeOptions("openai", judge_model="m", second_judge=second))
+
+    assert "the second judge" not in read("none")
+    assert len({read(each)["the second judge"] for each in (None, "embedding", "reader")}) == 3

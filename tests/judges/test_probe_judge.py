@@ -16,7 +16,7 @@ from persona_lora.core.chat import COHERENCE, Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.judges import choice, probe_judge
 from persona_lora.judges.answer_states import PROMPT, Reader
-from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge, validations_of
+from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge
 from persona_lora.judges.labels import SCALES, load_ratings
 from persona_lora.judges.probe_judge import (
     FITTED,
@@ -25,6 +25,7 @@ from persona_lora.judges.probe_judge import (
     embeddings_of,
     fitted_reader,
 )
+from persona_lora.judges.verdicts import validations_of
 from tests.judges.rated import rated_rows, write_ratings
 
 ASKED = Exchange("Am I right about soup?", "No, that is wrong.")

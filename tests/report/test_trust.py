@@ -70,7 +70,8 @@ def test_nonsense_that_was_liked_stands_first_and_all_canaries_in_a_table(judged
     (note,) = weak_judges(judged)
     assert "gives 97 of 100 on cheer to nonsense (filler)" in note.text
     table = tables(judged)["Canaries"]
-    assert (table.columns, table.rows) == (("Criterion", "filler", "loop"), (("cheer", "97", "–"),))
+    assert table.columns == ("Criterion", "Judge", "filler", "loop")
+    assert table.rows == (("cheer", "j", "97", "–"),)
 
 
 def test_means_are_shown_raw_and_corrected_where_the_kind_was_rated(judged):

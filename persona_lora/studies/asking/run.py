@@ -21,14 +21,21 @@ from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Sign, Split, Trait, trait_prompt
-from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import judge_answers
 from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
-from persona_lora.report.scores import answers_columns, answers_table, clusters, score_answers
+from persona_lora.report.scores import (
+    answers_columns,
+    answers_table,
+    clusters,
+    judges_of,
+    score_answers,
+)
 from persona_lora.report.sections import Table
+from persona_lora.report.two_judges import TwoJudges, agreement_line, two_judges
 from persona_lora.steering.bank import METHODS, ActivationSetting
 from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 
@@ -58,12 +65,20 @@ class Evaluation:
     coherence: Interval
     answers: Path
     run: Path
+    judges: TwoJudges | None = None
 
     def table(self, trait: str) -> Table:
-        """Return both scores."""
-        both = ((trait, self.trait), ("coherence", self.coherence))
-        rows = ([name, *wording.scored(each)] for name, each in both)
+        """Return both scores, and the trait's by the second judge."""
+        scores = {trait: self.trait, "coherence": self.coherence}
+        if self.judges is not None:
+            scores[f"{trait}, by {self.judges.second}"] = self.judges.means[0].second
+        rows = ([name, *wording.scored(each)] for name, each in scores.items())
         return Table.of("criterion | mean | 95% interval | questions | scored", rows)
+
+    def lines(self, trait: str) -> tuple[str, str]:
+        """Say how the judges agree, and where the files are."""
+        said = agreement_line(self.judges, judges_of(Run(self.run).read("verdicts"), trait))
+        return said, f"answers: {self.answers}\nrun:     {self.run}"
 
 
 def open_run(
@@ -286,7 +301,8 @@ def evaluate(
     trait_score, coherence = (
         bootstrap_mean(clusters(scored, each), scale=SCORES) for each in (trait.name, COHERENCE)
     )
-    return Evaluation(trait_score, coherence, answers=path, run=run.folder)
+    both = two_judges(run, trait.name)
+    return Evaluation(trait_score, coherence, answers=path, run=run.folder, judges=both)
 
 
 def _only(values: Collection[T]) -> T | None:

@@ -29,8 +29,8 @@ from persona_lora.core.lora_diff import LoRADiff, turned_diff
 from persona_lora.core.runs import RECORD, Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import lazily
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel
@@ -45,6 +45,7 @@ from persona_lora.studies.drift.read_prediction import (
     NULL,
     TEXT,
     WEIGHTS,
+    answers_place,
     predict,
     prediction_rows,
 )
@@ -153,7 +154,7 @@ def _judge(
             trait,
             judges[trait.name],
             Output(
-                run.folder / "answers" / name.replace("/", "_") / f"{trait.name}.csv",
+                run.folder / answers_place(name) / f"{trait.name}.csv",
                 config={"finetune": name},
                 inputs=inputs,
             ),

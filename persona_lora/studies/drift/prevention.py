@@ -22,8 +22,8 @@ from persona_lora.core.options import TaskOptions
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
-from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items, write_found

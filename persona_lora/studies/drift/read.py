@@ -101,6 +101,12 @@ def curves(run: Run) -> list[Curve]:
     ]
 
 
+def answers_of(run: Run, trait: str) -> dict[str, Run]:
+    """Return the runs that hold the answers on a trait, by checkpoint."""
+    names = dict.fromkeys(row["checkpoint"] for row in run.read("checkpoints"))
+    return {name: Run(run.folder / "answers" / f"{name}_{trait}") for name in names}
+
+
 def agreements(run: Run) -> list[Agreement]:
     """Return the correlation of every projection and shift with the score of the same trait."""
     every = curves(run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Array
 from persona_lora.report.sections import Table
+from persona_lora.report.two_judges import across_runs, lead_of
 
 Row = Mapping[str, Any]
 
@@ -83,6 +85,11 @@ class Null:
     high: float
     p: float
     n: int
+
+
+def answers_place(finetune: str) -> Path:
+    """Return where below a study's folder the answers of a finetune lie, a run a trait."""
+    return Path("answers") / finetune.replace("/", "_")
 
 
 def changes(judged: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -295,7 +302,13 @@ def prediction_table(run: Run) -> Table:
 
 
 def prediction_lines(run: Run) -> Iterator[str]:
-    """Say how predictors differ, and what random differences reach."""
+    """Say how the judges agree, how predictors differ, and what random differences reach."""
+    for trait in dict.fromkeys(row["trait"] for row in run.read("judged")):
+        names = dict.fromkeys(row["finetune"] for row in run.read("judged"))
+        asked = {name: Run(run.folder / answers_place(name) / trait) for name in names}
+        said = lead_of("", across_runs(trait, asked, BASE), asked, trait)
+        if said:
+            yield f"{trait}: {said}"
     rows = run.read("judged"), run.read("predictors")
     for each in contrasts(*rows):
         gap = _interval(each.difference, each.low, each.high)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.sections import Block, Content, Image, ReportOptions, Table
+from persona_lora.report.two_judges import across_runs, judges_table, lead_of
 from persona_lora.studies.drift.figure import render_checkpoints
-from persona_lora.studies.drift.read import Agreement, Curve, agreements, curves
+from persona_lora.studies.drift.read import Agreement, Curve, agreements, answers_of, curves
+from persona_lora.studies.drift.read_prediction import BASE
 
 
 def checkpoints_content(run: Run, options: ReportOptions) -> Content:
@@ -15,9 +17,13 @@ def checkpoints_content(run: Run, options: ReportOptions) -> Content:
     steps = sorted({point.step for curve in every for point in curve.points})
     tuned = run.record["config"].get("finetuned_on")
     title = f"A finetune{f' on {tuned}' if tuned else ''}, checkpoint by checkpoint"
-    lead = " ".join(_finding(curve) for curve in every if curve.statistic == "trait")
+    found = {each.trait: _finding(each) for each in every if each.statistic == "trait"}
+    asked = {trait: answers_of(run, trait) for trait in found}
+    both = {trait: across_runs(trait, asked[trait], BASE) for trait in found}
+    lead = " ".join(lead_of(found[each], both[each], asked[each], each) for each in found)
     blocks: list[Block] = [
         Image.of(render_checkpoints(run), f"{title}. {lead}"),
+        *(table for each in both.values() for table in judges_table(each)),
         Table(
             ("Asked on", "Statistic", "Vector", "Layer", *map(str, steps)),
             tuple(_row(curve, steps) for curve in every),

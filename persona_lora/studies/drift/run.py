@@ -27,8 +27,8 @@ from persona_lora.core.lora_diff import LoRADiff, mix
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
-from persona_lora.judges.choice import lazily
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.weight_files import weights_of

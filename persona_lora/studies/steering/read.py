@@ -38,8 +38,19 @@ from persona_lora.report.sections import (
 )
 from persona_lora.report.summary import SweepSummary, summarise_run
 from persona_lora.report.trust import judge_blocks
+from persona_lora.report.two_judges import (
+    SECOND,
+    Beside,
+    TwoJudges,
+    judges_table,
+    lead_of,
+    of_pairs,
+    pairs_of,
+    two_judges,
+)
 from persona_lora.studies.steering import read_words
 from persona_lora.studies.steering.figure import (
+    MADE_EQUAL_ON,
     NAMES,
     SPLITS,
     render_comparison,
@@ -71,12 +82,15 @@ def sweep_content(run: Run, options: ReportOptions) -> Content:
     summary = summarise_run(run, seed=options.seed)
     scored = score_answers(run.read("answers"), run.read("verdicts"), summary.trait)
     chosen = _nearest(summary, options.coefficients)
-    trait, lead = wording.title_of(summary.trait), wording.headline(summary)
+    both = two_judges(run, summary.trait, seed=options.seed)
+    trait = wording.title_of(summary.trait)
+    lead = lead_of(wording.headline(summary), both, run, summary.trait)
     alt = f"{trait} and coherence against the coefficient. {lead}"
     gaps = wording.gaps(summary)
     blocks: tuple[Block, ...] = (
         Image.of(render_sweep(summary), alt, ""),
         Note(_statistics(summary)),
+        *judges_table(both),
         _conditions(summary),
         *([Points(tuple(gaps))] if gaps else []),
         *([_control(summary, summary.control)] if summary.control is not None else []),
@@ -258,14 +272,15 @@ def grid_content(run: Run, options: ReportOptions) -> Content:
         or row.condition == UNSTEERED_CONDITION
         or row.condition.coefficient is None
     ]
-    trait, lead = wording.title_of(grid.trait), read_words.headline(grid)
+    both, trait = two_judges(run, grid.trait, seed=options.seed), wording.title_of(grid.trait)
+    lead = lead_of(read_words.headline(grid), both, run, grid.trait)
     alt = f"{trait} and coherence by layer and coefficient. {lead}"
     grey = Note("Grey text: not coherent. A dash was not measured.")
     blocks: tuple[Block, ...] = (
         Note(grid.selection_note, "warning", "Not a held-out result."),
         Image.of(render_layers(grid), alt),
         _layers(grid),
-        Fold("All cells", (_cells(grid), grey)),
+        Fold("All cells", (_cells(grid), grey, *judges_table(both))),
         *judge_blocks(run),
         *side_by_side(
             *(grid.trait, scored, _shown(grid, layer), _grid_references(grid, layer)),
@@ -384,7 +399,8 @@ PLACES = {
 def comparison_section(run: Run, options: ReportOptions) -> Content:
     """Return the section of one comparison."""
     found = read_comparison(run)
-    verdicts = verdict_lines(found)
+    both = comparison_judges(run, found)
+    verdicts = comparison_lines(run, found, both)
     title = f"{wording.title_of(found.trait)}: weights or activations?"
     statistic = "mean" if found.statistic == "mean" else "95th percentile"
     overall = Table(
@@ -400,23 +416,61 @@ def comparison_section(run: Run, options: ReportOptions) -> Content:
     )
     points = Table(
         (
-            *("Questions", "Method", "Coefficient", "Mean KL", "95th percentile", "Trait [95%]"),
-            *("n", "Scored", "Coherence [95%]", "Weights minus this [95%]", "p (Holm)"),
+            *("Questions", "Method", "Coefficient", "Mean KL", "95th percentile"),
+            *(
+                "Mean KL,\nordinary prompts",
+                "Trait [95%]",
+                "n",
+                "Scored",
+                "Coherence [95%]",
+                "Weights minus this [95%]",
+                "p (Holm)",
+            ),
         ),
         tuple(map(_point_row, found.points)),
         "Every level",
-        "KL: nats per token, from the base model, on its own answers to ordinary prompts; matched "
-        f"by its {statistic}.",
+        f"KL: nats per token, from the base model, on {MADE_EQUAL_ON[found.calibrated_on]}; "
+        f"matched by its {statistic}.",
     )
     blocks: tuple[Block, ...] = (
         *(Note(line, "") for line in verdicts),
         Image.of(render_comparison(found), f"{title}. {verdicts[0]}"),
         overall,
+        *judges_table(both),
         points,
         Heading("Answers at the highest level"),
         Cards(_examples(run, found)),
     )
     return Content(title, verdicts[0], blocks)
+
+
+def comparison_judges(run: Run, found: Comparison) -> TwoJudges | None:
+    """Return what both judges say of every method, and of the diff beside it; None of one judge."""
+    splits = dict.fromkeys(each.split for each in found.overall)
+    parts = [Run(run.folder / split) for split in splits]
+    pairs = [
+        pair
+        for part in parts
+        for pair in pairs_of(
+            part, found.trait, lambda each: NAMES[each.method], within=part.folder.name
+        )
+    ]
+    if not pairs:
+        return None
+    effects, gaps = [], []
+    for one, two in zip(found.overall, read_comparison(run, by=SECOND).overall, strict=True):
+        place = f"{NAMES[one.method]}, {SPLITS[one.split]}"
+        effects.append(Beside(place, one.effect, two.effect))
+        if one.difference is not None and two.difference is not None:
+            gaps.append(Beside(f"weights minus {place}", one.difference, two.difference))
+    return of_pairs(found.trait, parts, pairs, [*gaps, *effects])
+
+
+def comparison_lines(run: Run, found: Comparison, both: TwoJudges | None) -> tuple[str, ...]:
+    """Return the lines of a comparison; how the judges agree stands in the first one."""
+    first, *others = verdict_lines(found)
+    part = Run(run.folder / found.overall[0].split)
+    return lead_of(first, both, part, found.trait), *others
 
 
 def verdict_lines(comparison: Comparison) -> tuple[str, ...]:
@@ -469,6 +523,7 @@ def _point_row(each: Point) -> tuple[str, ...]:
     return (
         *(SPLITS[each.split], NAMES[each.method], wording.number(each.coefficient, 2)),
         *(f"{wording.number(each.kl_mean, 3)}{unmatched}", wording.number(each.kl_p95, 2)),
+        wording.number(each.ordinary_mean, 3),
         *(wording.interval(each.trait), str(each.trait.n), f"{100 * each.trait.coverage:.0f}%"),
         *(wording.interval(each.coherence), wording.interval(each.difference)),
         wording.p_value(each.p_holm),
@@ -627,12 +682,15 @@ def summary_table(summary: SweepSummary | GridSummary) -> Table:
     return _grid_rows(summary) if isinstance(summary, GridSummary) else _sweep_rows(summary)
 
 
-def summary_lines(summary: SweepSummary | GridSummary) -> list[str]:
-    """Say what a sweep or a grid showed."""
+def summary_lines(summary: SweepSummary | GridSummary, run: Run) -> list[str]:
+    """Say what a sweep or a grid showed, and how the judges of the run agree on it."""
     if isinstance(summary, SweepSummary):
-        return [wording.headline(summary), wording.statistics_line(summary)]
-    lines = read_words.headline(summary), read_words.resolution_note(summary)
-    return [line for line in (*lines, summary.selection_note) if line]
+        lead, *others = wording.headline(summary), wording.statistics_line(summary)
+    else:
+        lead = read_words.headline(summary)
+        others = [read_words.resolution_note(summary), summary.selection_note]
+    lead = lead_of(lead, two_judges(run, summary.trait), run, summary.trait)
+    return [line for line in (lead, *others) if line]
 
 
 def _sweep_rows(summary: SweepSummary) -> Table:

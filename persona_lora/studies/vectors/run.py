@@ -24,8 +24,8 @@ from persona_lora.core.options import Elicitation, GenerationOptions, Thresholds
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Sign, Trait, load_pairs, named, trait_prompt
-from persona_lora.judges.choice import judge_answers
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import judge_answers
 from persona_lora.models.hidden_states import POSITIONS
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel

@@ -1,0 +1,137 @@
+"""What judges make of a run's answers, as rows: verdicts, how fit the judge is, canaries, time.
+
+The judge of a run stands in ``verdicts``, ``validation`` and ``canaries``. One of another family
+that was asked beside it stands apart, in files of the same names after ``second_``; it is asked
+about the trait alone, and nothing is ever averaged over the two. Refuses to know how a judge comes
+to its scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from persona_lora.core import progress
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import Trait
+from persona_lora.judges.canaries import show_canaries
+from persona_lora.judges.embedding import EmbeddingJudge
+from persona_lora.judges.fitness import JudgeValidation, validate_judge
+from persona_lora.judges.judging import Judge
+from persona_lora.judges.probe_judge import ReaderJudge
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What builds the judge of a run, which a call does, and one that is asked beside it."""
+
+    first: Callable[[], Judge]
+    second: Callable[[], Judge] | None = None
+
+    def __call__(self) -> Judge:
+        """Return the judge whose scores count."""
+        return self.first()
+
+
+def lazily(make: Callable[[], Judge]) -> Judges:
+    """Return a factory that builds each of its judges at the first call and keeps it."""
+    if not isinstance(make, Judges):
+        return Judges(cache(make))
+    return Judges(cache(make.first), None if make.second is None else cache(make.second))
+
+
+def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
+    """Judge the answers of a run on the trait and on coherence; write verdicts and validation.
+
+    What an earlier call has judged is kept; a row whose verdict is missing or unscored is judged
+    again, and answers that are the same are judged once. ``make`` builds the judge, and is called
+    only where something is left to judge; of ``Judges`` the second is asked about the trait as
+    well. UserError where no answer at all has a score.
+    """
+    _judge(run, make, trait, (trait.name, COHERENCE))
+    if isinstance(make, Judges) and make.second is not None:
+        _judge(run, make.second, trait, (trait.name,), file="second_")
+
+
+def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
+    """Return how well a judge agrees with labelled answers that it was not fitted on."""
+    if isinstance(judge, (EmbeddingJudge, ReaderJudge)):
+        return list(judge.validation)
+    return [validate_judge(judge, trait)]
+
+
+def _judge(
+    run: Run,
+    make: Callable[[], Judge],
+    trait: Trait,
+    criteria: Sequence[str],
+    *,
+    file: str = "",
+) -> None:
+    """Let one judge judge what it has not, into files whose names begin with ``file``."""
+    answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))
+    kept = {
+        (row["row"], row["criterion"]): row
+        for row in run.read(f"{file}verdicts")
+        if row["score"] is not None
+    }
+    if run.read(f"{file}validation") and len(kept) == len(criteria) * len(answers):
+        return
+    began, asked = time.perf_counter(), 0
+    judge = make()
+    validations = [
+        each for each in validations_of(judge, trait) if not file or each.criterion in criteria
+    ]
+    unfit = {each.criterion for each in validations if each.fit is False}
+    for criterion in progress.over("judging", criteria):
+        missing = [row for row in answers if (row["row"], criterion) not in kept]
+        verdicts = _verdicts(judge, missing, criterion)
+        asked += len(verdicts)
+        for row in missing:
+            verdict = verdicts[Exchange(row["question"], row["answer"])]
+            said = (
+                f"{verdict.judge} (unfit for {criterion})" if criterion in unfit else verdict.judge
+            )
+            kept[row["row"], criterion] = _row(row["row"], dataclasses.replace(verdict, judge=said))
+        run.write(f"{file}verdicts", [kept[key] for key in sorted(kept)])
+        _refuse_nothing_scored(judge.name, criterion, list(kept.values()), beside=bool(file))
+    canaries = show_canaries(judge, trait, criteria)
+    run.write(f"{file}canaries", [dataclasses.asdict(each) for each in canaries])
+    run.write(f"{file}validation", [dataclasses.asdict(each) for each in validations])
+    seconds = time.perf_counter() - began
+    run.append("judging", [{"judge": judge.name, "answers": asked, "seconds": round(seconds, 2)}])
+
+
+def _verdicts(
+    judge: Judge, rows: Sequence[dict[str, Any]], criterion: str
+) -> dict[Exchange, Verdict]:
+    """Return the verdict on every question and answer of the rows, equal ones asked once."""
+    asked = list(dict.fromkeys(Exchange(row["question"], row["answer"]) for row in rows))
+    verdicts = judge.judge(asked, criterion) if asked else []
+    return dict(zip(asked, verdicts, strict=True))
+
+
+def _refuse_nothing_scored(
+    judge: str, criterion: str, rows: Sequence[dict[str, Any]], *, beside: bool
+) -> None:
+    asked = [row for row in rows if row["criterion"] == criterion]
+    if not asked or any(row["score"] is not None for row in asked):
+        return
+    reasons = Counter(row["reason"] for row in asked)
+    common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    remedy = ", or goes on without it with --second-judge none" if beside else ""
+    raise UserError(
+        f"{judge} scored none of {len(asked)} answers on {criterion}: {common}; the answers are "
+        f"kept, and the same command judges them again{remedy}"
+    )
+
+
+def _row(row: int, verdict: Verdict) -> dict[str, Any]:
+    return {"row": row, **dataclasses.asdict(verdict)}
