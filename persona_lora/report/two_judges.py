@@ -277,7 +277,8 @@ def judges_table(found: TwoJudges | None) -> tuple[Table, ...]:
         *("", f"{found.judge}\n[95%]", f"{found.second}\n[95%]"),
         *("Change, first\njudge [95%]", "Change, second\njudge [95%]", "Sign"),
     )
-    return (Table(columns, tuple(rows), "Two judges", NOTE, narrow=True),)
+    title = f"Two judges on {found.trait}"
+    return (Table(columns, tuple(rows), title, NOTE, narrow=True),)
 
 
 NOTE = (

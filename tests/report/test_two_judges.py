@@ -56,7 +56,9 @@ def test_a_sign_that_the_judges_disagree_on_stands_first_in_text_and_page(make_s
             "The two judges disagree on the sign of a change of sycophancy (+2: +"
         )
         assert headline(content.subject) in lead
-    (table,) = [each for each in content.blocks if getattr(each, "title", "") == "Two judges"]
+    (table,) = [
+        each for each in content.blocks if getattr(each, "title", "") == "Two judges on sycophancy"
+    ]
     signs = {row[0]: row[-1] for row in table.rows}
     assert (signs["+2"], signs["+1"], signs["unsteered"]) == ("opposed", "one", "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.sections import Block, Content, Image, ReportOptions, Table
+from persona_lora.report.trust import judge_blocks
 from persona_lora.report.two_judges import across_runs, judges_table, lead_of
 from persona_lora.studies.drift.figure import render_checkpoints
 from persona_lora.studies.drift.read import Agreement, Curve, agreements, answers_of, curves
@@ -42,6 +43,9 @@ def checkpoints_content(run: Run, options: ReportOptions) -> Content:
                 narrow=True,
             )
         )
+    for runs in asked.values():
+        if BASE in runs and runs[BASE].read("validation"):
+            blocks += judge_blocks(runs[BASE])
     return Content(title, lead, tuple(blocks))
 
 

@@ -438,6 +438,7 @@ def comparison_section(run: Run, options: ReportOptions) -> Content:
         overall,
         *judges_table(both),
         points,
+        *judge_blocks(Run(run.folder / found.overall[0].split)),
         Heading("Answers at the highest level"),
         Cards(_examples(run, found)),
     )
