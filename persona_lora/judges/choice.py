@@ -121,7 +121,7 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
         "embedding": "" if (trait.folder / TRAIN).is_file() else TRAIN,
     }
     if name is None:
-        fit = (each for each in BESIDE if each not in first and not missing[each])
+        fit = (each for each in BESIDE if each not in first and not missing.get(each))
         return next(fit, None)
     if name not in JUDGES:
         raise UserError(f"no judge {name!r} for --second-judge; {nearest_names(name, JUDGES)}")
