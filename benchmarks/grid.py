@@ -25,7 +25,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.runs import package_versions
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import load_trait
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import decoder_layers, hidden_size
 from persona_lora.steering.activations import ActivationSteerer
@@ -65,6 +65,7 @@ def one_batch(
             questions * len(CELLS),
             max_new_tokens=tokens,
             prepare_batch=steerer.select_rows,
+            plan=RowPlan(keep_rows=steerer.keep_rows),
         )
     return [answer.text for answer in answers]
 

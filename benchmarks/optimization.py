@@ -75,6 +75,7 @@ def population(
             plan=RowPlan(
                 alike=[tuple(row) for row in rows] if shared else None,
                 prepare_prefix=partial(select_prefix, steerer),
+                keep_rows=steerer.keep_rows,
             ),
         )
     return texts(answers)

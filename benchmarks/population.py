@@ -24,7 +24,7 @@ from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import package_versions
 from persona_lora.core.traits import load_trait
-from persona_lora.models.generation import Generated, generate_answers
+from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRASteerer
@@ -52,6 +52,7 @@ def live(
             questions * len(COEFFICIENTS),
             max_new_tokens=tokens,
             prepare_batch=steerer.select_rows,
+            plan=RowPlan(keep_rows=steerer.keep_rows),
         )
     return texts(answers)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from persona_lora.core import progress
@@ -33,12 +35,14 @@ from persona_lora.models.caches import (
     plans_sharing,
     shares_prefix,
 )
+from persona_lora.models.decoding import Decoding, decodes, keeping_order
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     decoder_linear_modules,
     features,
     hidden_size,
     text_decoder,
+    unwrapped,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,13 +78,20 @@ class RowPlan:
     A model with recurrent layers shares nothing, one with sliding windows only among rows of one
     length.
 
-    ``on_batch`` is called with the row numbers and answers of each batch after it.
+    Where rows leave a batch when their answers end, ``keep_rows`` is called with the places in the
+    batch of those that go on, in their new order; where ``prepare_batch`` is given without it, all
+    stay to the end. ``on_batch`` is called with the row numbers and answers of each batch after it,
+    ``on_step`` whenever each row of a batch has a token more. ``endless`` rows end at the limit
+    alone.
     """
 
     streams: Sequence[int] | None = None
     alike: Sequence[Hashable] | None = None
     prepare_prefix: Callable[[Sequence[int], int], None] | None = None
+    keep_rows: Callable[[Sequence[int]], None] | None = None
     on_batch: Callable[[Sequence[int], Sequence[Generated]], None] | None = None
+    on_step: Callable[[], None] | None = None
+    endless: bool = False
 
 
 def generate_answers(
@@ -201,34 +212,104 @@ class _Job:
         if self.prepare_batch is not None:
             self.prepare_batch(rows)
         batch = self._padded(rows, prefix)
-        output = model.generate(
-            **batch,
-            **({} if kept is None else {kept.name: kept.cache}),
-            logits_processor=self._processors(rows, done_rows),
-            generation_config=_generation_config(self.chat_model, self.max_new_tokens),
-        )
+        answer = self._decode if decodes(model) else self._generate
+        ends = self.ends()
+        return [
+            _generated(self.prompts[row], ids, ends, self.chat_model)
+            for row, ids in zip(rows, answer(rows, done_rows, batch, kept), strict=True)
+        ]
+
+    def ends(self) -> set[int]:
+        """Return the tokens that end an answer: the tokenizer's and the model's own."""
+        if self.plan.endless:
+            return set()
+        configured = self.chat_model.model.generation_config.eos_token_id
+        ends = {self.chat_model.tokenizer.eos_token_id}
+        ends |= set(configured) if isinstance(configured, list) else {configured}
+        return {end for end in ends if end is not None}
+
+    def _decode(
+        self, rows: Sequence[int], done_rows: int, batch: _Padded, kept: KeptCache | None
+    ) -> list[list[int]]:
+        """Return the new tokens of every row; rows whose answer has ended leave the batch."""
+        decoding = Decoding(self.chat_model.model, *batch, kept, self.max_new_tokens)
+        sampler, ends = self._sampler(rows), self.ends()
+        new: list[list[int]] = [[] for _ in rows]
+        going = list(range(len(rows)))  # places in ``rows`` of those in the batch
+        left, open_rows = 0, set(going)
+        logits = decoding.begin()
+        for step in range(self.max_new_tokens):
+            self._check_finite(logits, [rows[place] for place in going])
+            tokens = logits.argmax(dim=-1) if sampler is None else sampler.draw(logits, going)
+            for place, token in zip(going, tokens.tolist(), strict=True):
+                new[place].append(token)
+                if token in ends:
+                    open_rows.discard(place)
+            self._count(done_rows * self.max_new_tokens, left, (step + 1) * len(going))
+            if not open_rows or step + 1 == self.max_new_tokens:
+                break
+            if self._rows_leave() and len(open_rows) < len(going):
+                left += (len(going) - len(open_rows)) * self.max_new_tokens
+                order = keeping_order([at for at, row in enumerate(going) if row in open_rows])
+                going, tokens = [going[at] for at in order], tokens[order]
+                decoding.keep(order)
+                if self.plan.keep_rows is not None:
+                    self.plan.keep_rows(order)
+            logits = decoding.step(tokens)
+        return new
+
+    def _rows_leave(self) -> bool:
+        return self.prepare_batch is None or self.plan.keep_rows is not None
+
+    def _generate(
+        self, rows: Sequence[int], done_rows: int, batch: _Padded, kept: KeptCache | None
+    ) -> list[list[int]]:
+        """Return the new tokens of every row, by transformers; a model that is not decoded here.
+
+        _PaddingMayMatter where padding might change answers.
+        """
+        model, ends = self.chat_model.model, self.ends()
+        with _nothing_beside(model):
+            output = model.generate(
+                input_ids=batch.tokens,
+                attention_mask=batch.mask,
+                **({} if kept is None else {kept.name: kept.cache}),
+                logits_processor=LogitsProcessorList([_Each(self, rows, done_rows)]),
+                generation_config=GenerationConfig(
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self.chat_model.tokenizer.pad_token_id,
+                    eos_token_id=sorted(ends) or None,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                ),
+            )
         used = kept_cache(output)
         if not self._of_one_length(rows) and (
             used is None or not ignores_padding(used.cache, model.config)
         ):
             raise _PaddingMayMatter
-        new = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
-        ends = _end_tokens(self.chat_model)
-        return [
-            _generated(self.prompts[row], ids, ends, self.chat_model)
-            for row, ids in zip(rows, new, strict=True)
-        ]
+        new: list[list[int]] = output.sequences[:, batch.tokens.shape[1] :].tolist()
+        return new
 
-    def _processors(self, rows: Sequence[int], done_rows: int) -> LogitsProcessorList:
-        processors = LogitsProcessorList([_FiniteCheck(self.chat_model, rows, self.prompts)])
-        if self.temperature > 0:
-            given = self.plan.streams
-            streams = list(rows) if given is None else [given[row] for row in rows]
-            processors.append(
-                SeededSampler(streams, self.seed, self.temperature, self.max_new_tokens)
-            )
-        processors.append(_ProgressCounter(done_rows, len(rows), self))
-        return processors
+    def _sampler(self, rows: Sequence[int]) -> SeededSampler | None:
+        if self.temperature == 0:
+            return None
+        given = self.plan.streams
+        streams = list(rows) if given is None else [given[row] for row in rows]
+        return SeededSampler(streams, self.seed, self.temperature, self.max_new_tokens)
+
+    def _check_finite(self, logits: Tensor, rows: Sequence[int]) -> None:
+        """Refuse rows of logits with NaN or without a largest value: no token is an answer."""
+        finite = logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
+        if not bool(finite.all()):
+            row = rows[int((~finite).nonzero()[0])]
+            raise self.chat_model.not_finite(f"row {row} (…{self.prompts[row][-60:]!r})")
+
+    def _count(self, *tokens: int) -> None:
+        progress.report(sum(tokens), len(self.tokens) * self.max_new_tokens)
+        if self.plan.on_step is not None:
+            self.plan.on_step()
 
     def _of_one_length(self, rows: Sequence[int]) -> bool:
         return len({len(self.tokens[row]) for row in rows}) == 1
@@ -258,7 +339,7 @@ class _Job:
         kept.cache.batch_select_indices(chosen)
         return prefix, kept
 
-    def _padded(self, rows: Sequence[int], prefix: list[int]) -> dict[str, Tensor]:
+    def _padded(self, rows: Sequence[int], prefix: list[int]) -> _Padded:
         """Return token ids and mask of the rows, with the padding after the shared prefix."""
         device = self.chat_model.model.device
         padded = self.chat_model.tokenizer.pad(
@@ -268,10 +349,31 @@ class _Job:
             return_tensors="pt",
         ).to(device)
         begin = torch.tensor([prefix] * len(rows), dtype=torch.long, device=device)
-        return {
-            "input_ids": torch.cat([begin, padded["input_ids"]], dim=1),
-            "attention_mask": torch.cat([torch.ones_like(begin), padded["attention_mask"]], dim=1),
-        }
+        return _Padded(
+            torch.cat([begin, padded["input_ids"]], dim=1),
+            torch.cat([torch.ones_like(begin), padded["attention_mask"]], dim=1),
+        )
+
+
+class _Padded(NamedTuple):
+    """Token ids and mask of a batch, ``[rows, length]``."""
+
+    tokens: Tensor
+    mask: Tensor
+
+
+@contextmanager
+def _nothing_beside(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out what a model's authors would have generation do beside: penalties, beams, bans."""
+    owners = dict.fromkeys([model, unwrapped(model)])
+    own = {owner: owner.generation_config for owner in owners}
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, configured in own.items():
+            owner.generation_config = configured
 
 
 def common_prefix(rows: Sequence[list[int]]) -> list[int]:
@@ -282,11 +384,10 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     return low[:length]
 
 
-class SeededSampler(LogitsProcessor):
+class SeededSampler:
     """Samples by inverse transform with one uniform number per row and step, drawn beforehand.
 
-    A row's numbers depend on ``seed`` and its stream alone. The drawn token is left as the only
-    possible one, so that greedy decoding takes it.
+    A row's numbers depend on ``seed`` and its stream alone.
     """
 
     def __init__(
@@ -301,61 +402,35 @@ class SeededSampler(LogitsProcessor):
             drawn[stream] = torch.rand(num_steps, generator=generator)
         self.uniform = torch.stack([drawn[stream] for stream in streams])  # [rows, steps]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores ``[rows, vocabulary]`` of −∞ but for the drawn token of each row."""
+    def draw(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return the next token ``[rows]`` of some rows, by their scores ``[rows, vocabulary]``."""
         weights = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(dim=-1)
-        uniform = self.uniform[:, self.step, None].to(scores.device)
+        uniform = self.uniform[list(rows), self.step, None].to(scores.device)
         self.step += 1
         token = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
-        token = token.clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+        return token[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
-class _FiniteCheck(LogitsProcessor):
-    """Refuses rows of logits that hold NaN or no largest value: no token of theirs is an answer."""
+class _Each(LogitsProcessor):
+    """What happens at each step inside transformers' loop: checked, drawn and counted.
 
-    def __init__(self, chat_model: ChatModel, rows: Sequence[int], prompts: Sequence[str]) -> None:
-        self.chat_model = chat_model
+    A drawn token is left as the only possible one, so that greedy decoding takes it.
+    """
+
+    def __init__(self, job: _Job, rows: Sequence[int], done_rows: int) -> None:
+        self.job = job
         self.rows = rows
-        self.prompts = prompts
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        finite = scores.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
-        if not bool(finite.all()):
-            row = self.rows[int((~finite).nonzero()[0])]
-            raise self.chat_model.not_finite(f"row {row} (…{self.prompts[row][-60:]!r})")
-        return scores
-
-
-class _ProgressCounter(LogitsProcessor):
-    def __init__(self, done_rows: int, batch_rows: int, job: _Job) -> None:
         self.done = done_rows * job.max_new_tokens
-        self.batch_rows = batch_rows
-        self.total = len(job.tokens) * job.max_new_tokens
+        self.sampler = job._sampler(rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.done += self.batch_rows
-        progress.report(self.done, self.total)
-        return scores
-
-
-def _generation_config(chat_model: ChatModel, max_new_tokens: int) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=chat_model.tokenizer.pad_token_id,
-        eos_token_id=sorted(_end_tokens(chat_model)),
-        use_cache=True,
-        return_dict_in_generate=True,
-    )
-
-
-def _end_tokens(chat_model: ChatModel) -> set[int]:
-    """Return the tokens that end an answer: the tokenizer's and the model's own."""
-    configured = chat_model.model.generation_config.eos_token_id
-    ends = {chat_model.tokenizer.eos_token_id}
-    ends |= set(configured) if isinstance(configured, list) else {configured}
-    return {end for end in ends if end is not None}
+        self.job._check_finite(scores, self.rows)
+        self.done += len(self.rows)
+        self.job._count(self.done)
+        if self.sampler is None:
+            return scores
+        token = self.sampler.draw(scores, range(len(self.rows)))
+        return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
 
 def _generated(prompt: str, ids: list[int], ends: set[int], chat_model: ChatModel) -> Generated:

@@ -172,7 +172,7 @@ class MixingDesk:
                 seed=seed,
                 batch_size=2,
                 prepare_batch=partial(select_batch, steerer),
-                plan=RowPlan(streams=[0, 0]),
+                plan=RowPlan(streams=[0, 0], keep_rows=steerer.keep_rows),
             )
         return Pair(steered.text, unsteered.text)
 

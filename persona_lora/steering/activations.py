@@ -192,6 +192,11 @@ class ActivationSteerer(_BlockSteerer):
         self._rows.choose(rows)
         self._deltas.clear()
 
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """Go on with some rows of the batch, by their places in it."""
+        self._rows.keep(places)
+        self._deltas.clear()
+
     def change(self, layer: int, hidden: Tensor) -> Tensor:
         """Return Σₖ cₖ·vₖ at a layer, ``[batch or 1, 1, hidden]`` in fp32."""
         coefficients = self._rows.of_batch(hidden.shape[0])

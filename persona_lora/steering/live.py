@@ -84,6 +84,10 @@ class LiveLoRA(Steerer):
         """Say which rows of ``coefficients`` the next batch consists of, in its order."""
         self._selection.choose(rows)
 
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """Go on with some rows of the batch, by their places in it."""
+        self._selection.keep(places)
+
 
 ROWS_TOGETHER = 4  # rows of a kind, on the mean, from which mixing B first is less work
 
@@ -122,6 +126,10 @@ class _Selection:
         if number > 1:
             self._check_rows(inputs)
         return self._runs if number == 1 or number * ROWS_TOGETHER <= rows else None
+
+    def keep(self, places: Sequence[int]) -> None:
+        self.rows.keep(places)
+        self._expanded.clear()
 
     def note_pass(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]

@@ -36,6 +36,10 @@ class RowCoefficients:
         """Say which rows the next batch consists of, in its order."""
         self.chosen = self.all[list(rows)] if len(self.all) > 1 else self.all
 
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with some rows of the batch, by their places in it, in this order."""
+        self.chosen = self.chosen[list(places)] if len(self.all) > 1 else self.all
+
     def of_batch(self, batch: int) -> Tensor:
         """Return the current coefficients ``[batch or 1, K]``.
 

@@ -102,6 +102,9 @@ class Steerer(Hooked):
     def select_rows(self, rows: Sequence[int]) -> None:
         """Take which rows the next batch consists of, in its order."""
 
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """Take which rows of the batch go on, by their places in it, in their new order."""
+
     def select_positions(self, response: Tensor | None) -> None:
         """Take where the responses of whole texts stand: ``[batch or 1, sequence]``.
 
@@ -134,6 +137,11 @@ class Together(Steerer):
         """Tell all of them which rows the next batch consists of."""
         for steerer in self.steerers:
             steerer.select_rows(rows)
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """Tell all of them which rows of the batch go on."""
+        for steerer in self.steerers:
+            steerer.keep_rows(places)
 
     def select_positions(self, response: Tensor | None) -> None:
         """Tell all of them where the responses stand."""

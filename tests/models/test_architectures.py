@@ -148,6 +148,7 @@ def check_population(subject: Subject) -> None:
                 asked * 2,
                 max_new_tokens=6,
                 prepare_batch=live.select_rows,
+                plan=RowPlan(keep_rows=live.keep_rows),
                 **settings,
             )
         return [each.text for each in found]
@@ -161,7 +162,11 @@ def check_population(subject: Subject) -> None:
             max_new_tokens=6,
             batch_size=6,
             prepare_batch=live.select_rows,
-            plan=RowPlan(alike=alike, prepare_prefix=lambda rows, _: live.select_rows(rows)),
+            plan=RowPlan(
+                alike=alike,
+                prepare_prefix=lambda rows, _: live.select_rows(rows),
+                keep_rows=live.keep_rows,
+            ),
         )
     assert [each.text for each in shared] == alone
 

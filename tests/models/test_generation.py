@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.models import caches, generation
+from persona_lora.models.decoding import Decoding
 from persona_lora.models.generation import (
     LARGEST_BATCH,
     SHORTEST_PREFIX,
@@ -76,7 +76,7 @@ def test_seeds_and_streams_decide_the_sample(chat_model):
 def test_the_sampler_draws_from_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, float("-inf")]]).expand(20_000, 4)
     sampler = SeededSampler(range(20_000), seed=0, temperature=0.7, num_steps=1)
-    drawn = sampler(torch.zeros(0), logits).argmax(-1)
+    drawn = sampler.draw(logits, range(20_000))
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.7, -1), atol=0.015, rtol=0)
 
@@ -86,34 +86,34 @@ def test_the_sampler_draws_from_the_softmax():
 )
 def test_out_of_memory_halves_the_batch_and_goes_on(chat_model, monkeypatch, error):
     expected = texts(generate_answers(chat_model, CONVERSATIONS, max_new_tokens=6))
-    plain = type(chat_model.model).generate
+    plain = Decoding.begin
     sizes = []
 
-    def generate(self, input_ids, **options):
-        sizes.append(len(input_ids))
-        if len(input_ids) > 2:
+    def begin(self):
+        sizes.append(len(self._tokens))
+        if len(self._tokens) > 2:
             raise error
-        return plain(self, input_ids=input_ids, **options)
+        return plain(self)
 
-    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    monkeypatch.setattr(Decoding, "begin", begin)
     assert texts(generate_answers(chat_model, CONVERSATIONS, max_new_tokens=6)) == expected
     assert sizes == [5, 2, 2, 1]
 
 
 def test_one_row_that_does_not_fit_is_an_error(chat_model, monkeypatch):
-    def generate(*_, **__):
+    def begin(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    monkeypatch.setattr(Decoding, "begin", begin)
     with pytest.raises(UserError, match="one row alone"):
         generate_answers(chat_model, CONVERSATIONS[:1])
 
 
 def test_other_runtime_errors_are_not_swallowed(chat_model, monkeypatch):
-    def generate(*_, **__):
+    def begin(self):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    monkeypatch.setattr(Decoding, "begin", begin)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         generate_answers(chat_model, CONVERSATIONS)
 
@@ -217,6 +217,7 @@ def test_nan_is_no_answer(chat_model, value, temperature):
 
 def test_a_model_that_padding_may_change_answers_rows_of_one_length(chat_model, monkeypatch):
     monkeypatch.setattr(caches, "ATTENTION", ())
+    monkeypatch.setattr(generation, "decodes", lambda model: False)
     lengths = []
     answers = generate_answers(
         chat_model,
@@ -246,11 +247,16 @@ def test_an_answer_knows_whether_it_ended(chat_model, monkeypatch):
     ends = chat_model.tokenizer.eos_token_id
     letter = chat_model.tokenizer("x")["input_ids"][0]
 
-    def generate(self, input_ids, **_):
-        tail = torch.tensor([[letter, ends, 0], [letter, letter, letter]])
-        return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, tail], dim=1))
+    tail = torch.tensor([[letter, ends, 0], [letter, letter, letter]])
 
-    monkeypatch.setattr(type(chat_model.model), "generate", generate)
+    def run(self, tokens, places):
+        step = run.step = run.step + 1
+        rows = tail[-len(tokens) :]  # the first leaves
+        return torch.nn.functional.one_hot(rows[:, step], 1000).float()
+
+    run.step = -1
+    monkeypatch.setattr(Decoding, "_run", run)
+    monkeypatch.setattr(Decoding, "keep", lambda self, order: None)
     first, second = generate_answers(chat_model, CONVERSATIONS[:1] * 2, max_new_tokens=3)
     assert (first.text, first.num_tokens, first.finished) == ("x", 1, True)
     assert (second.text, second.num_tokens, second.finished) == ("xxx", 3, False)

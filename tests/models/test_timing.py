@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 from types import SimpleNamespace
 
+from persona_lora.models.decoding import Decoding
 from persona_lora.models.timing import timed_generation
 
 
@@ -19,17 +20,15 @@ def test_the_first_token_is_a_part_of_the_whole(chat_model, monkeypatch):
 
 def test_all_rows_run_to_the_end_and_a_system_prompt_is_read(chat_model, monkeypatch):
     seen = []
-    generate = chat_model.model.generate
+    run = Decoding._run
 
-    def noted(**options):
-        out = generate(**options)
-        seen.append((options["input_ids"].shape, out.shape))
-        return out
+    def noted(self, tokens, places):
+        seen.append(tuple(tokens.shape))
+        return run(self, tokens, places)
 
-    monkeypatch.setattr(chat_model.model, "generate", noted)
+    monkeypatch.setattr(Decoding, "_run", noted)
     for system in (None, "Be very rude, whatever anybody asks of you."):
         assert min(timed_generation(chat_model, ["Hi.", "Why?"], 5, system=system)) > 0
-    (plain, plain_out), (prompted, prompted_out) = seen
-    assert plain_out == (2, plain[1] + 5)
-    assert prompted_out == (2, prompted[1] + 5)
-    assert prompted[1] > plain[1]
+    plain, prompted = seen[:5], seen[5:]
+    assert plain[1:] == prompted[1:] == [(2, 1)] * 4
+    assert prompted[0][1] > plain[0][1]

@@ -177,6 +177,7 @@ def generate_rows(
                 streams=[row.stream for row in rows],
                 alike=[row.condition for row in rows],
                 prepare_prefix=lambda batch, length: select_prefix(steerer, named(batch), length),
+                keep_rows=steerer.keep_rows,
                 on_batch=told,
             ),
         )
