@@ -82,6 +82,7 @@ STYLE_TRAITS = (
     "emotional_tone",
 )
 SCALE_PROMPTS = 8
+NUM_PROMPTS = 15
 
 
 def scales_of(
@@ -275,6 +276,7 @@ class PersonaBench:
             "train.jsonl of the traits": digest_of(traits),
             "the sentence embedder": embedder_content(),  # of relevance, whoever judges
             **judge_inputs(self.judging),
+            **judge_inputs(self._reporting),
         }
 
     def method(
@@ -302,10 +304,11 @@ class CMAESPersonaOptimizer:
     """Find the mix of trait directions that makes a model speak like a person.
 
     ``layer`` is one decoder layer or several (for vectors; None: three around two thirds of the
-    depth), ``alpha`` a factor on all coefficients, ``eval_prompts`` the prompts to search on (the
-    shipped ones by default), ``method`` "lora" (differences of LoRAs, held live), "svd",
-    "mean_diff" or "pca" (steering vectors). ``energy`` cuts the rank of the differences to what
-    keeps this share of their squared norm: faster, and nearly the same answers.
+    depth), ``alpha`` a factor on all coefficients, ``eval_prompts`` the prompts to search on (by
+    default the first ``num_prompts`` of the shipped ones, 15 if None), ``method`` "lora"
+    (differences of LoRAs, held live), "svd", "mean_diff" or "pca" (steering vectors). ``energy``
+    cuts the rank of the differences to what keeps this share of their squared norm: faster, and
+    nearly the same answers.
 
         optimizer = CMAESPersonaOptimizer("episode-000101_A", method="lora")
         result = optimizer.optimize(max_iterations=10, save_dir="optimization_results")
@@ -340,6 +343,8 @@ class CMAESPersonaOptimizer:
             chosen = tuple(self.eval_prompts)
             fresh = tuple(prompt for prompt in prompts.train if prompt not in chosen)
             prompts = dataclasses.replace(prompts, train=chosen, fresh=fresh)
+        elif self.num_prompts is None:
+            self.num_prompts = NUM_PROMPTS
         self.traits = tuple(self.traits)
         self.bench = PersonaBench(
             self.model if isinstance(self.model, ChatModel) else load_chat_model(self.model),

@@ -385,6 +385,24 @@ def test_embedded_and_endpoint_judges_are_averaged(bench, server):
     assert 3.0 < verdict.score < 4.2  # the endpoint's 3, and an embedded fit near 5
 
 
+def test_a_judge_of_another_family_reports_and_the_searching_one_stands_beside(bench, monkeypatch):
+    monkeypatch.setattr(
+        "persona_lora.studies.personas.bench.likelihood_contrast",
+        lambda *_: lambda exchanges: [each.answer.count("!") for each in exchanges],
+    )
+    bench.report_judge = "likelihood"
+    problem = bench.problem("ann")  # who shouts, unlike bob
+    assert [each.fitted_on for each in problem.checks] == ["train", "likelihood"]
+    assert problem.checks[-1].auc == 1
+    rows = problem.bounds
+    assert {row["judge"] for row in rows} == {"likelihood"}
+    assert all(1 <= row["searched_by"] <= 5 for row in rows)
+    with pytest.raises(UserError, match="no likelier than others"):
+        bench.problem("bob")
+    with pytest.raises(UserError, match="'oracle'"):
+        dataclasses.replace(bench, report_judge="oracle")
+
+
 def test_scales_are_kept_and_measured_once(bench, tmp_path, monkeypatch):
     prompts = tmp_path / "datasets" / "ordinary" / "prompts.jsonl"
     prompts.parent.mkdir(parents=True)
