@@ -129,7 +129,7 @@ PERSONA = {
     "persona_dir": flag("people"),
     "energy": flag(0.37),
     "search_seeds": flag(7),
-    "report_judge": flag("openai", beside="--judge-model m"),
+    "report_judge": flag("likelihood"),
 }
 WRITING = {
     "endpoint": flag("http://x/v1"),

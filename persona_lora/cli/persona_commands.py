@@ -594,7 +594,7 @@ def _show_validations(personas: Sequence[str], validations: Sequence[Any]) -> No
 
     headings = ["persona"]
     for each in validations:
-        headings += [f"AUC, fitted on {each.fitted_on}", "nearest", "AUC of the two"]
+        headings += [f"{each.fitted_on}: AUC", "nearest", "of the two"]
     rows = (
         [
             persona,
