@@ -56,15 +56,12 @@ class RoomyLayer(DynamicLayer):
         self._show(rows, end)
         return self.keys, self.values
 
-    def keep(self, order: Sequence[int]) -> None:
-        """Keep the rows ``order``, in this order; only rows that change their place are copied."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
         length = self.keys.shape[2]
-        moved = [place for place, row in enumerate(order) if place != row]
-        if moved:
-            come = [order[place] for place in moved]
-            for memory in self._memory:
-                memory[moved, :, :length] = memory[come, :, :length]
-        self._show(len(order), length)
+        for memory in self._memory:
+            memory[: len(rows), :, :length] = memory[list(rows), :, :length]
+        self._show(len(rows), length)
 
 
 def decodes(model: PreTrainedModel) -> bool:
@@ -81,14 +78,6 @@ def cache_name(model: PreTrainedModel) -> str:
     """Return the keyword under which a model that is decoded here takes its cache."""
     takes = inspect.signature(unwrapped(model).forward).parameters
     return next(name for name in CACHE_NAMES if name in takes)
-
-
-def keeping_order(kept: Sequence[int]) -> list[int]:
-    """Return the rows ``kept`` (ascending) with as many as can be in the places that they have."""
-    number = len(kept)
-    tail = iter([row for row in kept if row >= number])
-    stay = set(kept)
-    return [place if place in stay else next(tail) for place in range(number)]
 
 
 class Decoding:
@@ -134,11 +123,11 @@ class Decoding:
         self._places = self._places + 1
         return self._run(tokens[:, None], self._places)
 
-    def keep(self, order: Sequence[int]) -> None:
-        """Go on with these rows, in this order (that of ``keeping_order``)."""
-        self._mask, self._places = self._mask[list(order)], self._places[list(order)]
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; what is kept of them is copied."""
+        self._mask, self._places = self._mask[list(rows)], self._places[list(rows)]
         for layer in self._layers:
-            layer.keep(order)
+            layer.keep(rows)
 
     def _run(self, tokens: Tensor, places: Tensor) -> Tensor:
         output = self.model(

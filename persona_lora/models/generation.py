@@ -35,7 +35,7 @@ from persona_lora.models.caches import (
     plans_sharing,
     shares_prefix,
 )
-from persona_lora.models.decoding import Decoding, decodes, keeping_order
+from persona_lora.models.decoding import Decoding, decodes
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     decoder_linear_modules,
@@ -48,6 +48,7 @@ from persona_lora.models.structure import (
 logger = logging.getLogger(__name__)
 
 LARGEST_BATCH = 256
+LEAVING = 1 / 8  # of a batch have to end before they leave it: what is kept of the others is copied
 SHORTEST_PREFIX = 8  # tokens; sharing fewer is not worth a pass of its own
 
 
@@ -78,11 +79,10 @@ class RowPlan:
     A model with recurrent layers shares nothing, one with sliding windows only among rows of one
     length.
 
-    Where rows leave a batch when their answers end, ``keep_rows`` is called with the places in the
-    batch of those that go on, in their new order; where ``prepare_batch`` is given without it, all
-    stay to the end. ``on_batch`` is called with the row numbers and answers of each batch after it,
-    ``on_step`` whenever each row of a batch has a token more. ``endless`` rows end at the limit
-    alone.
+    Where rows leave a batch once some answers have ended, ``keep_rows`` is called with the places
+    in it of those that go on, in order; where ``prepare_batch`` is given without it, all stay.
+    ``on_batch`` is called with the row numbers and answers of each batch after it, ``on_step``
+    whenever each row of a batch has a token more. ``endless`` rows end at the limit alone.
     """
 
     streams: Sequence[int] | None = None
@@ -182,6 +182,7 @@ class _Job:
             if one_length:
                 first = len(self.tokens[rows[0]])
                 rows = [row for row in rows if len(self.tokens[row]) == first]
+            rows = self._by_kind(rows)
             try:
                 rows = self._alike_together(rows)
                 batch = self.run(rows, done_rows=done)
@@ -203,6 +204,14 @@ class _Job:
         for row in rows:
             places.setdefault(alike[row], len(places))
         return sorted(rows, key=lambda row: places[alike[row]])
+
+    def _by_kind(self, rows: list[int]) -> list[int]:
+        """Let rows that are steered alike stand together: one product may then serve them all."""
+        alike = self.plan.alike
+        if alike is None:
+            return rows
+        kinds = list(dict.fromkeys(alike[row] for row in rows))
+        return sorted(rows, key=lambda row: kinds.index(alike[row]))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], *, done_rows: int) -> list[Generated]:
@@ -248,13 +257,13 @@ class _Job:
             self._count(done_rows * self.max_new_tokens, left, (step + 1) * len(going))
             if not open_rows or step + 1 == self.max_new_tokens:
                 break
-            if self._rows_leave() and len(open_rows) < len(going):
+            if self._rows_leave() and len(open_rows) <= (1 - LEAVING) * len(going):
                 left += (len(going) - len(open_rows)) * self.max_new_tokens
-                order = keeping_order([at for at, row in enumerate(going) if row in open_rows])
-                going, tokens = [going[at] for at in order], tokens[order]
-                decoding.keep(order)
+                places = [at for at, row in enumerate(going) if row in open_rows]
+                going, tokens = [going[at] for at in places], tokens[places]
+                decoding.keep(places)
                 if self.plan.keep_rows is not None:
-                    self.plan.keep_rows(order)
+                    self.plan.keep_rows(places)
             logits = decoding.step(tokens)
         return new
 

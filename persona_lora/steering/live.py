@@ -129,7 +129,7 @@ class _Selection:
 
     def keep(self, places: Sequence[int]) -> None:
         self.rows.keep(places)
-        self._expanded.clear()
+        self.forget()
 
     def note_pass(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.lora_diff import BaseModel, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import decoding, generation
-from persona_lora.models.decoding import RoomyLayer, decodes, keeping_order
+from persona_lora.models.decoding import RoomyLayer, decodes
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.live import LiveLoRA
@@ -98,9 +97,16 @@ def test_nobody_leaves_where_a_steerer_could_not_be_told(ending, monkeypatch):
 
 
 def steerers(chat_model, make_diff, kind):
-    """Return a steerer with coefficients of its own for each of the five rows."""
-    rows = [[1.0], [-2.0], [0.0], [2.0], [0.5]]
+    """Return a steerer of twenty rows: each with its own coefficients, or two kinds on a basis."""
+    rows = [[at / 4 - 2.0] for at in range(20)]
     model = chat_model.model
+    if kind == "basis":
+        one, other = make_diff(model, seed=1), make_diff(model, seed=2)
+        factors = {
+            name: LoRAFactors(one.factors[name].A, each.B) for name, each in other.factors.items()
+        }
+        family = [one, dataclasses.replace(other, factors=factors)]
+        return LiveLoRA(model, family, [[1.0, -1.0]] * 10 + [[-2.0, 0.5]] * 10)
     vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     if kind == "lora":
         return LiveLoRA(model, [make_diff(model)], rows)
@@ -113,11 +119,12 @@ def steerers(chat_model, make_diff, kind):
     return ActivationSteerer(model, steering, rows, positions=kind)
 
 
-@pytest.mark.parametrize("kind", ["lora", "response", "prompt", "all", "both"])
+@pytest.mark.parametrize("kind", ["lora", "basis", "response", "prompt", "all", "both"])
 def test_steered_rows_keep_their_steering_when_others_leave(ending, make_diff, monkeypatch, kind):
     options = {"max_new_tokens": STEPS}
     alone = []
-    for row, asked in enumerate(ASKED):
+    asked_often = ASKED * 4
+    for row, asked in enumerate(asked_often):
         with steerers(ending, make_diff, kind) as steerer:
             told = lambda rows, row=row, steerer=steerer: select_batch(steerer, [row])  # noqa: E731
             alone += generate_answers(ending, [asked], prepare_batch=told, **options)
@@ -125,9 +132,9 @@ def test_steered_rows_keep_their_steering_when_others_leave(ending, make_diff, m
     with steerers(ending, make_diff, kind) as steerer:
         together = generate_answers(
             ending,
-            ASKED,
+            asked_often,
             prepare_batch=partial(select_batch, steerer),
-            plan=RowPlan(keep_rows=steerer.keep_rows),
+            plan=RowPlan(keep_rows=steerer.keep_rows, alike=[0] * 10 + [1] * 10),
             **options,
         )
     assert together == alone
@@ -150,14 +157,6 @@ def test_what_a_models_authors_would_have_generation_do_plays_no_part(
     assert chat_model.model.generation_config is before
 
 
-@given(st.sets(st.integers(0, 30), min_size=1))
-def test_the_order_keeps_all_and_moves_few(kept):
-    order = keeping_order(sorted(kept))
-    assert sorted(order) == sorted(kept)
-    moved = [place for place, row in enumerate(order) if place != row]
-    assert all(order[place] >= len(kept) for place in moved)
-
-
 def test_a_roomy_layer_holds_what_a_growing_one_holds():
     generator = torch.Generator().manual_seed(0)
     roomy, growing = RoomyLayer(9), DynamicLayer()
@@ -165,9 +164,8 @@ def test_a_roomy_layer_holds_what_a_growing_one_holds():
         states = [torch.randn(5, 2, length, 3, generator=generator) for _ in range(2)]
         for ours, theirs in zip(roomy.update(*states), growing.update(*states), strict=True):
             assert torch.equal(ours, theirs)
-    order = keeping_order([0, 2, 4])
-    roomy.keep(order)
-    growing.batch_select_indices(torch.tensor(order))
+    roomy.keep([0, 2, 4])
+    growing.batch_select_indices(torch.tensor([0, 2, 4]))
     states = [torch.randn(3, 2, 1, 3, generator=generator) for _ in range(2)]
     for ours, theirs in zip(roomy.update(*states), growing.update(*states), strict=True):
         assert torch.equal(ours, theirs)

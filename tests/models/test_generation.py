@@ -146,7 +146,7 @@ def test_rows_that_are_alike_share_the_beginning_of_their_prompts(chat_model, te
     asked = [[system, *conversation] for conversation in CONVERSATIONS] * 2
     options = {"max_new_tokens": 12, "temperature": temperature}
     plain = generate_answers(chat_model, asked, **options)
-    shapes, prefixes = [], []
+    shapes, prefixes, batches = [], [], []
     decoder = chat_model.model.get_decoder()
     handle = decoder.register_forward_pre_hook(
         lambda module, arguments, keywords: shapes.append(tuple(keywords["input_ids"].shape)),
@@ -158,11 +158,13 @@ def test_rows_that_are_alike_share_the_beginning_of_their_prompts(chat_model, te
         plan=RowPlan(
             alike=["one"] * 5 + ["two"] * 5,
             prepare_prefix=lambda rows, length: prefixes.append((len(rows), length)),
+            on_batch=lambda rows, _: batches.append(rows),
         ),
         **options,
     )
     handle.remove()
     assert shared == plain
+    assert [{row // 5 for row in half} for half in (batches[0][:5], batches[0][5:])] == [{0}, {1}]
     beginning = chat_model.render(asked[0]).index("a<|im_end|>")
     assert len(prefixes) == 1
     rows, length = prefixes[0]
