@@ -1,12 +1,14 @@
 """Evaluations a second of a persona search: one batch of candidates against the usual loops.
 
     python benchmarks/optimization.py
+    python benchmarks/optimization.py --steps-only  # one step of decoding, in CPU seconds
 
 Same model, dtype, directions, candidates, prompts and generation code, in turn, in one process:
 
 - population: all candidates and prompts are rows of one batch, each with its own coefficients, and
   the beginning that all prompts share runs once a candidate;
 - cut population: the same with differences cut to 99% of their squared norm;
+- basis population: the same with differences on one basis of rank ``--basis-rank`` per module;
 - whole prompts: the population without the shared beginning;
 - merging loop: PEFT merges a candidate's mix, generates, unmerges, one candidate after another;
 - unmerged loop: PEFT's adapters stay unmerged, with a candidate's coefficients, one after another;
@@ -15,7 +17,8 @@ Same model, dtype, directions, candidates, prompts and generation code, in turn,
 
 Printed: evaluations a second, ratios, the overhead of live LoRA, the share of decoding time that
 the model's own matrix products take (measured alone, at the same batch), and how the cost grows
-with the population.
+with the population; and what one step of decoding costs at several populations, in CPU seconds,
+which other work on the machine distorts least.
 """
 
 from __future__ import annotations
@@ -41,11 +44,12 @@ from persona_lora.core.chat import Conversation, user_question
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.personas import load_persona_prompts
 from persona_lora.core.runs import package_versions
-from persona_lora.models.generation import Generated, RowPlan, generate_answers
+from persona_lora.core.shared_basis import on_one_basis
+from persona_lora.models.generation import LARGEST_BATCH, Generated, RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules, weight_of
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.steerer import select_batch, select_prefix
+from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
 from persona_lora.studies.personas.bench import STYLE_TRAITS
 
 Texts = list[str]
@@ -135,6 +139,42 @@ def product_seconds(chat_model: ChatModel, rows: int, repeats: int = 20) -> floa
     return statistics.median(times)
 
 
+@torch.inference_mode()
+def step_seconds(
+    chat_model: ChatModel, banks: dict[str, list[LoRADiff]], candidates: int, prompts: int
+) -> dict[str, float]:
+    """Return the CPU seconds of one step of decoding: unsteered, and with each bank held live.
+
+    Each variant steps in turn, after 32 tokens of context; the least of seven turns of two steps.
+    """
+    mine = max(1, min(prompts, LARGEST_BATCH // candidates))  # rows of one candidate in a batch
+    random = np.random.default_rng(0)
+    model, times = chat_model.model, dict.fromkeys(("unsteered", *banks), float("inf"))
+    ids = torch.randint(3, 1000, (candidates * mine, 1), generator=torch.Generator().manual_seed(0))
+    context = torch.arange(3, 35)[None]
+    for _ in range(7):
+        for name in times:
+            kept = model(context, use_cache=True).past_key_values
+            kept.batch_repeat_interleave(len(ids))
+            steerer: Steerer = Unsteered()
+            if name in banks:
+                drawn = 0.5 * random.standard_normal((candidates, len(banks[name])))
+                rows = drawn.repeat(mine, axis=0).tolist()
+                steerer = LiveLoRA(model, banks[name], rows)
+            with steerer:
+                steerer.select_rows(range(len(ids)))
+                model(ids, past_key_values=kept)
+                start = time.process_time()
+                for _ in range(2):
+                    model(ids, past_key_values=kept)
+                times[name] = min(times[name], (time.process_time() - start) / 2)
+    return times
+
+
+def overheads(times: dict[str, float]) -> dict[str, float]:
+    return {name: each / times["unsteered"] - 1 for name, each in times.items()}
+
+
 def shares_of_operations(variant: Callable[[], Texts], most: int = 8) -> dict[str, float]:
     """Return what share of a variant's time torch's profiler gives to its largest operations."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -159,14 +199,32 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--traits", nargs="*", default=sorted(STYLE_TRAITS))
+    parser.add_argument("--basis-rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, nargs="*", default=[4, 16, 64])
+    parser.add_argument("--steps-only", action="store_true")
     parser.add_argument("--curve", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/optimization.json"))
     options = parser.parse_args()
 
-    traits = sorted(STYLE_TRAITS)
+    traits = sorted(options.traits)
     folders = {trait: options.directions / trait / "diff" for trait in traits}
     diffs = [LoRADiff.load(folder) for folder in folders.values()]
+    based = on_one_basis(dict(zip(traits, diffs, strict=True)), rank=options.basis_rank)
     chat_model = load_chat_model(dtype=options.dtype)
+    banks = {"stacked": diffs, "basis": [*based.diffs.values()]}
+    steps = {size: step_seconds(chat_model, banks, size, options.prompts) for size in options.steps}
+    of_steps = {
+        "traits": traits,
+        "step_ranks": {name: sum(diff.rank for diff in bank) for name, bank in banks.items()},
+        "basis_rank": options.basis_rank,
+        "basis_relative_error": based.errors,
+        "step_cpu_seconds": steps,
+        "step_overhead": {size: overheads(times) for size, times in steps.items()},
+    }
+    if options.steps_only:
+        print(json.dumps(of_steps, indent=2))
+        return
     wrapped = with_adapters(folders, options.dtype)
     asked = load_persona_prompts().train[: options.prompts]
     prompts = [user_question(text) for text in asked]
@@ -187,6 +245,7 @@ def main() -> None:
         "unsteered, whole prompts": lambda: plain(None),
         "population": lambda: population(chat_model, diffs, mixes, prompts, tokens),
         "cut population": lambda: population(chat_model, cut, mixes, prompts, tokens),
+        "basis population": lambda: population(chat_model, banks["basis"], mixes, prompts, tokens),
         "whole prompts": lambda: population(
             chat_model, diffs, mixes, prompts, tokens, shared=False
         ),
@@ -208,7 +267,7 @@ def main() -> None:
     rows = len(mixes) * len(prompts)
     equal = {
         name: sum(map(operator.eq, answers[name], answers["merging loop"])) / rows
-        for name in ("population", "cut population", "whole prompts")
+        for name in ("population", "cut population", "basis population", "whole prompts")
     }
     result: dict[str, Any] = {
         "dtype": options.dtype,
@@ -222,8 +281,9 @@ def main() -> None:
         "population_over_unmerged_loop": medians["unmerged loop"] / medians["population"],
         "live_overhead": {
             name: medians[name] / medians["unsteered"] - 1
-            for name in ("population", "cut population")
+            for name in ("population", "cut population", "basis population")
         },
+        **of_steps,
         "shares_of_operations": shares_of_operations(variants["unsteered"]),
         "ranks": {
             "population": sum(diff.rank for diff in diffs),

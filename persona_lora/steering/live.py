@@ -97,6 +97,12 @@ class _Runs(NamedTuple):
 
     coefficients: Tensor
     counts: list[int]
+    equal: bool  # in length
+
+    def flat(self, product: Tensor) -> Tensor:
+        """Return A·x as ``[runs, tokens, R]`` where runs are equally long, else ``[tokens, R]``."""
+        shape = (len(self.counts), -1) if self.equal else (-1,)
+        return product.view(*shape, product.shape[-1])
 
 
 class _Selection:
@@ -121,7 +127,8 @@ class _Selection:
         """Return the runs of the batch, or None where they are too short to be worth it."""
         if self._runs is None:
             found = torch.unique_consecutive(self.rows.chosen, dim=0, return_counts=True)
-            self._runs = _Runs(found[0], found[1].tolist())
+            counts = found[1].tolist()
+            self._runs = _Runs(found[0], counts, len(set(counts)) == 1)
         number, rows = len(self._runs.counts), len(self.rows.chosen)
         if number > 1:
             self._check_rows(inputs)
@@ -211,7 +218,7 @@ class _Member:
 
     def mixed(self, coefficients: Tensor, device: torch.device) -> Tensor:
         """Return Σ cₖ ΔBₖᵀ for every row of coefficients, ``[runs, rank, out]``, on a basis."""
-        if not torch.equal(coefficients, self._mixed_of):
+        if coefficients is not self._mixed_of:
             up = self.up.to(device)
             chosen = coefficients[:, self.indices].to(device)
             bank = up.view(len(self.indices), -1).float()
@@ -267,7 +274,9 @@ class _SharedInput:
         product = functional.linear(inputs.to(down.dtype), down)
         whole = torch.is_grad_enabled()
         self._runs = self.selection.runs(inputs) if self.on_basis and not whole else None
-        if self._runs is None:
+        if self._runs is not None:
+            product = self._runs.flat(product)
+        else:
             scale = self.selection.scale(self.columns, inputs)
             if self.spread is not None:
                 product = product[..., self.spread.to(product.device)]
@@ -301,13 +310,11 @@ def _with_runs(output: Tensor, product: Tensor, mixed: Tensor, runs: _Runs) -> T
     """Return the output with each run's own mixed B times its rows of A·x added, in place."""
     fits = output.dtype == mixed.dtype and output.is_contiguous()
     whole = output if fits else torch.zeros_like(output, dtype=mixed.dtype).contiguous()
-    number, tokens = len(runs.counts), product[..., 0].numel()
-    if len(set(runs.counts)) == 1:
-        shape = number, tokens // number, -1
-        whole.view(shape).baddbmm_(product.reshape(shape), mixed)
+    if runs.equal:
+        whole.view(*product.shape[:-1], -1).baddbmm_(product, mixed)
     else:
-        sizes = [count * (tokens // sum(runs.counts)) for count in runs.counts]
-        rows = whole.view(tokens, -1).split(sizes), product.reshape(tokens, -1).split(sizes)
+        sizes = [count * (len(product) // sum(runs.counts)) for count in runs.counts]
+        rows = whole.view(len(product), -1).split(sizes), product.split(sizes)
         for part, states, up in zip(*rows, mixed, strict=True):
             part.addmm_(states, up)
     return whole if fits else output + whole.to(output.dtype)

@@ -290,6 +290,20 @@ def test_rows_on_a_basis_do_not_see_others_and_may_be_permuted(model, family, ru
 
 
 @torch.no_grad()
+def test_rows_on_a_basis_that_stay_keep_their_own_mix(model, family, runs_seen):
+    kinds = [1] * 6 + [2] * 6
+    tokens = TOKENS[torch.arange(12) % 5]
+    stay = [0, 2, 3, 4, 5, 6, 8, 11]  # of the runs of six are left five and three
+    with LiveLoRA(model, family, COEFFICIENTS) as steerer:
+        steerer.select_rows(kinds)
+        whole = model(tokens).logits
+        steerer.keep_rows(stay)
+        left = model(tokens[stay]).logits
+    assert set(runs_seen) == {(6, 6), (5, 3)}
+    torch.testing.assert_close(left, whole[stay], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_one_mix_on_a_basis_serves_every_row(model, family, runs_seen):
     terms = dict(zip(family, (0.5, -1.0, 2.0), strict=True))
     with LiveLoRA(model, family, [list(terms.values())]):
