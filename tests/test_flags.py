@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import shutil
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -298,13 +299,19 @@ COMMANDS = {
     "judge rate": Command(
         (*EVIL, "--file", "answers.csv", "--rater", "ada"),
         (f"{X}judges.rating:RatingSheet.remaining", f"{X}judges.rating:RatingSheet"),
-        {"trait": None, "file": flag("others.csv"), "rater": flag("ben")},
+        {
+            "trait": None,  # is only shown
+            "datasets_dir": None,
+            "file": flag("others.csv"),
+            "rater": flag("ben"),
+        },
     ),
     "judge fit": Command(
-        (*EVIL, "--file", "answers.csv", "--ratings", "a.jsonl,b.jsonl", "--overwrite"),
+        ("--trait", "unrated", "--file", "answers.csv", "--ratings", "a.jsonl,b.jsonl"),
         (f"{X}judges.probe_judge:ReaderJudge.of",),
         {
-            "trait": flag("sycophancy"),
+            "trait": flag("unrated2"),
+            "datasets_dir": None,  # a folder's path needs none
             "file": flag("others.csv"),
             "ratings": flag("c.jsonl,d.jsonl", "c.jsonl"),
             "judge_model": flag("wise"),
@@ -614,6 +621,9 @@ def folder(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     for name in ("answers", "others"):
         (folder / f"{name}.csv").write_text(f"question,answer\nWhy {name}?,So.\n")
+    for name in ("unrated", "unrated2"):
+        (folder / name).mkdir()
+        shutil.copy(ROOT / "datasets/evil/trait.json", folder / name)
     (folder / "t.txt").write_text("judge {x}")
     (folder / "questions.txt").write_text("Why?\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "Why not?"}\n')

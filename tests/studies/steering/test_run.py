@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 
-from persona_lora.core.chat import user_question
+from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRAFactors, random_diff_like
 from persona_lora.core.options import ComparisonOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
-from persona_lora.models.likelihood import tokenize_rendered
+from persona_lora.models.likelihood import tokenize_exchange, tokenize_rendered
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.directions import random_like
@@ -91,6 +91,7 @@ def test_a_sweep_writes_rows_tables_plot_and_report(run_sweep):
         "verdicts.jsonl",
         "validation.jsonl",
         "canaries.jsonl",
+        "judging.jsonl",
         "divergence.jsonl",
         "sweep.csv",
         "sweep.png",
@@ -293,10 +294,9 @@ def test_own_answers_are_those_that_a_method_alone_gives(chat_model, methods):
         assert each["mean"] == pytest.approx(float(torch.cat(alone).mean()), rel=1e-3)
 
 
-def test_what_acts_on_the_trait_s_questions_alone_is_calibrated_there(
-    chat_model, methods, texts, make_diff
-):
+def test_what_acts_on_the_trait_s_questions_alone_is_calibrated_there(chat_model, methods):
     """A planted difference reads the letter z, which no ordinary text holds."""
+    texts = [tokenize_exchange(chat_model, Exchange("sure", "sure"))]
     embedded = chat_model.model.get_input_embeddings().weight.detach()
     ordinary = sorted({token for text in texts for token in (*text.prompt, *text.answer)})
     (z,) = chat_model.tokenizer("z", add_special_tokens=False)["input_ids"]
