@@ -27,6 +27,7 @@ import yaml
 from persona_lora import cli
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel
 from tests.conftest import byte_tokenizer, random_diff, tiny_llama
@@ -106,6 +107,7 @@ COMMON = {
     "output": flag("elsewhere.x"),
     "config": None,  # tested below, for every command
     "datasets_dir": flag("data2"),
+    "protocol": flag("protocol.yaml", "evaluate"),
 }
 VECTOR = "--vector v.safetensors"
 BOTH = {
@@ -210,6 +212,7 @@ COMMANDS = {
             "batches": flag("37", beside="--latency"),
             "rounds": flag(37, beside="--latency"),
             "spaces": flag("sycophancy", "sycophancy"),
+            "random_controls": flag(5, "random#5"),
             "trait_vector_dir": flag("vectors", beside="--spaces sycophancy"),
         },
         {
@@ -561,6 +564,37 @@ COMMANDS = {
             "threshold": flag(0.37),
         },
     ),
+    "plan": Command(
+        ("run", "--effect", "10"),
+        (f"{X}report.power:plan_power",),
+        {
+            "pilot": None,
+            "effect": flag(3.7),
+            "power": None,  # read where sizes are: tested in test_read_pilot.py
+            "level": flag(0.37, "0.63"),  # 1 − 0.37
+            "family": flag(37, None),
+            "simulations": flag(37),
+        },
+        {
+            f"{X}studies.read_pilot:read_pilot": (None, 1),
+            f"{X}core.runs:Run.record": {"command": "sweep"},
+        },
+    ),
+    "preregister": Command(
+        ("--command", "sweep", "--questions", "eval=20", "--output", "frozen.yaml"),
+        ("persona_lora.core.files:write_text",),
+        {
+            "command": flag("evaluate"),
+            "questions": flag("ood=37", "37"),
+            "family": flag("+37"),
+            "seeds": flag(37),
+            # what no report does: tested in test_protocol.py
+            **dict.fromkeys(("level", "units", "test", "correction")),
+            "least_scored": flag(0.37),
+            "settings": flag('{"seed": 37}', "37"),
+            "output": flag("elsewhere.yaml"),
+        },
+    ),
     "report": Command(("run",), ("persona_lora.studies.report_page:write_report",), {"runs": None}),
     "research-questions": Command(
         (),
@@ -625,6 +659,8 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         shutil.copy(ROOT / "datasets/evil/trait.json", folder / name)
     (folder / "t.txt").write_text("judge {x}")
+    frozen = FrozenProtocol("evaluate", {"eval": 37})
+    (folder / "protocol.yaml").write_text(yaml.safe_dump(frozen.as_dict()))
     (folder / "questions.txt").write_text("Why?\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "Why not?"}\n')
     (folder / "weights.json").write_text('{"formality": 3.7}')

@@ -63,7 +63,14 @@ def help_texts() -> dict[str, str]:
             "paired",
             "report",
             "research-questions",
-            *("benchmark", "predict-finetuning", "compare-prevention", "export"),
+            *(
+                "plan",
+                "preregister",
+                "benchmark",
+                "predict-finetuning",
+                "compare-prevention",
+                "export",
+            ),
         ),
         *(
             "traits",

@@ -9,6 +9,7 @@ from persona_lora.cli import (  # noqa: F401  (each makes its commands known)
     drift_commands,
     judge_commands,
     persona_commands,
+    protocol_commands,
     serving_commands,
     steering_commands,
 )

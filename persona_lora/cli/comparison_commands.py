@@ -14,6 +14,7 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import COMPARE, command
 from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
+    HeldOptions,
     Layers,
     MixOptions,
     ModelOptions,
@@ -54,6 +55,9 @@ class PairOfWays:
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
     allow_other_base: OtherBase = False
+    random_controls: Annotated[
+        int, "Random differences, and random vectors; 1, or 3 and more for an interval over them."
+    ] = 3
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the places of both."""
@@ -66,10 +70,15 @@ class PairOfWays:
         from persona_lora.steering.directions import random_like
         from persona_lora.studies.steering.calibration import bank_of_methods
 
+        number = self.random_controls
+        if number < 1 or number == 2:
+            raise UserError(f"--random-controls must be 1, or 3 and more, got {number}")
         weights, whole = LoRADiff.load(self.diff), load_vector(self.activation_vector)
         vector = whole.at(layer_numbers(self.layers, whole.num_layers))
-        controls = random_diff_like(weights, seed), random_like(vector, seed)
-        return bank_of_methods(weights, vector, *controls, self.positions), [weights, whole]
+        seeds = range(seed, seed + number)
+        diffs = [random_diff_like(weights, each) for each in seeds]
+        vectors = [random_like(vector, each) for each in seeds]
+        return bank_of_methods(weights, vector, diffs, vectors, self.positions), [weights, whole]
 
 
 @dataclass(frozen=True)
@@ -98,16 +107,18 @@ def compare(
     generation: Annotated[
         GenerationOptions, ("max_new_tokens", "seed", "batch_size")
     ] = GenerationOptions(max_new_tokens=60),
+    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Compare weight steering with activation steering at equal divergence from the base model.
 
-    A random difference and a random vector stand beside them, and the trait's own prompts. Run
+    Random differences and random vectors stand beside them, and the trait's own prompts. Run
     again, it goes on where it stopped.
 
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
     from persona_lora.core.runs import Run
+    from persona_lora.report.standing import standing
     from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.read import (
@@ -117,7 +128,7 @@ def compare(
     )
     from persona_lora.studies.steering.spaces import check_directions
 
-    loaded = trait.load()
+    loaded, protocol = trait.load(), held.load()
     bank, made = ways.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways)
     judge = judging_of(judging)
@@ -131,7 +142,7 @@ def compare(
             loaded,
             bank,
             judge_factory(loaded, chat_model, judge),
-            judged_output(folder, output.overwrite, judge, ways.record()),
+            judged_output(folder, output.overwrite, judge, ways.record(), protocol),
             comparing=compared,
             options=generation,
             datasets=trait.datasets_dir,
@@ -142,7 +153,7 @@ def compare(
     report = f"report: {folder / 'report.html'}"
     run = Run(folder)
     lines = comparison_lines(run, found, comparison_judges(run, found))
-    show(*lines, comparison_table(found), report)
+    show(standing(run), *lines, comparison_table(found), report)
 
 
 def _further(

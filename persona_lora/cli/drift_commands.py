@@ -17,6 +17,7 @@ from persona_lora.cli.program import DATA, DRIFT, command, data_app, project_app
 from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
     DatasetsDir,
+    HeldOptions,
     Layers,
     MaxQuestions,
     ModelOptions,
@@ -363,20 +364,26 @@ def predict_finetuning(
     model: ModelOptions,
     judging: JudgesChoice,
     generation: Briefly = SIXTY,
+    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Do projections predict what finetuning does to character? Over many finetunes.
 
     Every finetune is judged on every trait and projected on every direction, in weights and in
-    hidden states; the table holds correlations with intervals over finetunes.
+    hidden states; the table holds correlations with intervals over their data sets.
 
     Example: persona-lora predict-finetuning --finetunes checkpoints/a,checkpoints/b
     --traits evil,sycophancy --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
     from persona_lora.judges.choice import judge_inputs
+    from persona_lora.report.standing import standing
     from persona_lora.studies.drift import prediction
-    from persona_lora.studies.drift.read_prediction import prediction_lines, prediction_table
+    from persona_lora.studies.drift.read_prediction import (
+        prediction_lines,
+        prediction_table,
+        seeds_of,
+    )
 
-    study = predicted.load()
+    study, protocol = predicted.load(), held.load()
     judge = judging_of(judging)
     base = load_model(model, study.vectors.values())
     with progress_bars():
@@ -384,11 +391,11 @@ def predict_finetuning(
             base,
             study,
             lambda trait: judge_factory(trait, base, judge),
-            Output(output.folder, output.overwrite, inputs=judge_inputs(judge)),
+            Output(output.folder, output.overwrite, inputs=judge_inputs(judge), protocol=protocol),
             options=generation,
         )
     files = f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}"
-    show(prediction_table(run), *prediction_lines(run), files)
+    show(standing(run, seeds_of(run)), prediction_table(run), *prediction_lines(run), files)
 
 
 @dataclass(frozen=True)

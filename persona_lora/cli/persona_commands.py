@@ -17,6 +17,7 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PERSONAS, command, environment, persona_app
 from persona_lora.cli.shared_options import (
     DirectionsDir,
+    HeldOptions,
     ModelOptions,
     OtherBase,
     PersonaDir,
@@ -158,6 +159,7 @@ def optimize(
     model: ModelOptions,
     judging: JudgeChoice = STYLE_JUDGE,
     generation: Spoken = SHORT,
+    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Find the mix of trait directions that makes the model speak like a person.
 
@@ -172,6 +174,7 @@ def optimize(
     from persona_lora.studies.personas.run import optimise_over_seeds
 
     searched.check()
+    protocol = held.load()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
     opened = bench.open(model, generation, judging)
     persona, method, folder = searched.persona_id, searched.method, output.output
@@ -191,7 +194,11 @@ def optimize(
             results = optimise_over_seeds(
                 problem,
                 chosen,
-                Output(folder / f"{persona}_{method}{suffix}", output.overwrite),
+                dataclasses.replace(
+                    Output(folder / f"{persona}_{method}{suffix}", output.overwrite),
+                    protocol=protocol,
+                    seeds=searched.search_seeds,
+                ),
                 seeds=searched.search_seeds,
                 searching=dataclasses.replace(searching, inject=mixes),
                 objective=objective,
@@ -203,8 +210,10 @@ def optimize(
 def _show_search(
     results: Any, folder: Path, problem: PersonaProblem, objective: ObjectiveOptions
 ) -> None:
+    from persona_lora.core.runs import Run
     from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
+    from persona_lora.report.standing import standing
     from persona_lora.studies.personas.read_fits import (
         agreement_line,
         condition_fits,
@@ -223,6 +232,7 @@ def _show_search(
     )
     found = result.search
     show(
+        standing(Run(result.folder)),
         order_line(fits),
         f"{seeds_line(rows)} {constraints_line(reported)}",
         agreement_line(rows),

@@ -39,8 +39,8 @@ ORDER = (
     *("train", "extract", "evaluate", "sweep", "vectors"),
     *("persona", "optimize", "compare-methods"),
     *("finetune", "project", "evaluate-checkpoints", "predict-finetuning", "compare-prevention"),
-    *("compare", "paired", "benchmark", "report", "research-questions"),
-    *("traits", "data", "judge", "export", "basis", "playground", "schema"),
+    *("plan", "preregister", "compare", "paired", "benchmark", "report"),
+    *("research-questions", "traits", "data", "judge", "export", "basis", "playground", "schema"),
 )
 
 

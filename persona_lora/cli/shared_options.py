@@ -21,6 +21,7 @@ from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.core.protocol import FrozenProtocol
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
@@ -97,6 +98,21 @@ class RunOptions:
         if self.output is None:
             raise UserError("--output is missing; name the folder of the run")
         return self.output
+
+
+@dataclass(frozen=True)
+class HeldOptions:
+    """The protocol that a run is held to, where it was pre-registered."""
+
+    protocol: Annotated[
+        Path | None, "A file of preregister: the run must do what it says, and carries its hash."
+    ] = None
+
+    def load(self) -> FrozenProtocol | None:
+        """Return the protocol; UserError for a file that is none."""
+        from persona_lora.core.protocol import FrozenProtocol
+
+        return None if self.protocol is None else FrozenProtocol.read(self.protocol)
 
 
 Steering = Literal["lora", "activation", "prompt", "none"]
@@ -252,13 +268,17 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
 
 
 def judged_output(
-    path: Path, overwrite: bool, judging: JudgeOptions, config: Mapping[str, Any] | None = None
+    path: Path,
+    overwrite: bool,
+    judging: JudgeOptions,
+    config: Mapping[str, Any] | None = None,
+    protocol: FrozenProtocol | None = None,
 ) -> Output:
-    """Return where a run is written that records who judges it."""
+    """Return where a run is written that records who judges it, and is held to its protocol."""
     from persona_lora.judges.choice import judge_inputs
 
     record = {**(config or {}), "judge": judge_settings(judging)}
-    return Output(path, overwrite, record, judge_inputs(judging))
+    return Output(path, overwrite, record, judge_inputs(judging), protocol)
 
 
 def judge_factory(trait: Trait, chat_model: ChatModel, options: JudgeOptions) -> Judges:

@@ -15,6 +15,7 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
 from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
+    HeldOptions,
     Layers,
     Method,
     MixOptions,
@@ -80,8 +81,7 @@ def finetune(context: typer.Context) -> None:
     from persona_lora.training.finetune import main as finetune_main
 
     _say_what_happens()
-    result = finetune_main(context.args)
-    if result is not None:
+    for result in finetune_main(context.args):
         draw_drift(result.adapter.parent)
 
 
@@ -131,15 +131,18 @@ def evaluate(
     steering: EvaluateOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
+    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Ask a trait's held-out questions, judge the answers, write CSV and rows.
 
     Example: persona-lora evaluate --trait sycophancy --diff checkpoints/sycophancy/diff
     --coefficient 1.0 --output results/sycophancy_1.0.csv
     """
+    from persona_lora.core.runs import Run
+    from persona_lora.report.standing import standing
     from persona_lora.studies.asking import run as evaluation
 
-    loaded = trait.load()
+    loaded, protocol = trait.load(), held.load()
     chosen, prompt = _setting(steering)
     terms = load_terms(steering) if chosen != "activation" else {}
     activation = (
@@ -158,12 +161,13 @@ def evaluate(
                 output.overwrite,
                 judge,
                 {**steering.record(terms, activation), **model.worn()},
+                protocol,
             ),
             steering=evaluation.Steering(terms, steering.mode, activation, prompt),
             split=split,
             options=generation,
         )
-    show(result.table(loaded.name), *result.lines(loaded.name))
+    show(standing(Run(result.run)), result.table(loaded.name), *result.lines(loaded.name))
 
 
 def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
@@ -214,6 +218,14 @@ class VariedOptions:
     ] = None
     allow_other_base: OtherBase = False
 
+    def by_seed(self) -> dict[str, VariedOptions]:
+        """Return the options of every training seed in the diff's folder by its name.
+
+        Of a diff that is one they are its own.
+        """
+        found = sorted(self.diff.glob("seed*/diff")) if self.diff is not None else []
+        return {at.parent.name: dataclasses.replace(self, diff=at) for at in found} or {"": self}
+
     def load(self, method: str, seed: int) -> Any:
         """Load what is varied; a random control goes beside a vector at a single layer."""
         from persona_lora.core.lora_diff import LoRADiff
@@ -248,10 +260,12 @@ def sweep(
     model: AdaptedModelOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
+    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Steer at many coefficients (and layers) in the same batches; judge, summarise, plot.
 
-    The run goes to results/sweep/<trait>, or to …/<trait>_<method> for other methods than lora.
+    The run goes to results/sweep/<trait>, or to …/<trait>_<method> for other methods than lora. A
+    folder that train --seeds made is swept seed by seed, and the seeds are read together.
 
     Example: persona-lora sweep --trait sycophancy --diff checkpoints/sycophancy/diff
     --coefficients=-1.5,-1,-0.5,0,0.5,1,1.5
@@ -260,36 +274,64 @@ def sweep(
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
     """
     from persona_lora.core.runs import Run
+    from persona_lora.report.standing import standing
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.read import summary_lines, summary_table
 
-    loaded = trait.load()
+    loaded, protocol = trait.load(), held.load()
     judge = judging_of(judging)
     chosen = _swept_method(varied)
-    population = varied.load(chosen, generation.seed)
-    one_layer = len(population.bank.record.get("layers", [0])) == 1
-    divergence = one_layer if asked.divergence is None else asked.divergence
-    sweeping = dataclasses.replace(
-        asked,
-        references=asked.references and chosen != "none",
-        divergence=chosen in ("lora", "activation") and divergence,
-    )
-    chat_model = load_model(model, population.made, allow_other_base=varied.allow_other_base)
+    parts = varied.by_seed()
+    populations = [each.load(chosen, generation.seed) for each in parts.values()]
+    sweeping = _asked(asked, chosen, populations[0])
+    made = [direction for each in populations for direction in each.made]
+    chat_model = load_model(model, made, allow_other_base=varied.allow_other_base)
     suffix = "" if chosen == "lora" else f"_{chosen}"
     folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
+    runs = []
     with progress_bars():
-        result = experiment.sweep(
-            chat_model,
-            loaded,
-            population,
-            judge_factory(loaded, chat_model, judge),
-            judged_output(folder, output.overwrite, judge, {**varied.record(), **model.worn()}),
-            sweeping=sweeping,
-            options=generation,
-            datasets=trait.datasets_dir,
-        )
-    show(summary_table(result.summary), *summary_lines(result.summary, Run(result.run)))
+        for (name, each), population in zip(parts.items(), populations, strict=True):
+            record = {**each.record(), **model.worn()}
+            to = judged_output(folder / name, output.overwrite, judge, record, protocol)
+            result = experiment.sweep(
+                chat_model,
+                loaded,
+                population,
+                judge_factory(loaded, chat_model, judge),
+                dataclasses.replace(to, seeds=len(parts)),
+                sweeping=sweeping,
+                options=generation,
+                datasets=trait.datasets_dir,
+            )
+            runs.append(Run(result.run))
+    if len(runs) > 1:
+        _show_seeds(folder, runs)
+        return
+    said = summary_lines(result.summary, runs[0])
+    show(standing(runs[0]), summary_table(result.summary), *said)
     show(f"plot:   {result.plot}\nreport: {result.report}")
+
+
+def _asked(asked: SweepOptions, method: str, population: Any) -> SweepOptions:
+    """Return what a sweep asks: its defaults depend on the method, and on how many layers."""
+    one_layer = len(population.bank.record.get("layers", [0])) == 1
+    divergence = one_layer if asked.divergence is None else asked.divergence
+    return dataclasses.replace(
+        asked,
+        references=asked.references and method != "none",
+        divergence=method in ("lora", "activation") and divergence,
+    )
+
+
+def _show_seeds(folder: Path, runs: list[Any]) -> None:
+    """Read runs of several training seeds together; write their table and their page."""
+    from persona_lora.studies.read_seeds import seeds_lines, seeds_table, write_seeds
+    from persona_lora.studies.report_page import write_report
+
+    found = write_seeds(folder, runs)
+    first, line = seeds_lines(runs, found)
+    page = write_report([run.folder for run in runs], folder / "report.html")
+    show(first, seeds_table(found), line, f"report: {page}")
 
 
 def _swept_method(varied: VariedOptions) -> str:

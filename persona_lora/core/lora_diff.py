@@ -114,6 +114,18 @@ class LoRADiff:
             }
         )
 
+    def inputs(self, name: str) -> dict[str, str]:
+        """Return digests of the diff, and of all of its training but the seed, where it says so."""
+        found, training = {name: self.content()}, self.sources.get("training")
+        if training is None or self.sources.get("seed") is None:
+            return found
+        own = {key: each for key, each in training.get("training", {}).items() if key != "seed"}
+        return {
+            **found,
+            f"the training of {name}": digest_of({**training, "training": own}),
+            f"the seed of {name}": str(self.sources["seed"]),
+        }
+
     # -- making and keeping ----------------------------------------------------------------
 
     @classmethod

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from filelock import lock_descriptor
 
@@ -38,6 +38,9 @@ from persona_lora.core.files import (
     write_text,
 )
 from persona_lora.core.resources import checkout
+
+if TYPE_CHECKING:
+    from persona_lora.core.protocol import Design, FrozenProtocol
 
 LOCK = ".lock"
 NAMING_TRIES, NAMING_PAUSE = 50, 0.02  # a holder writes its name right after it took the lock
@@ -126,13 +129,16 @@ class Output:
     """Where a run is written, and whether a run that is there gives way.
 
     ``config`` is what it records beyond the settings of what is run, and ``inputs`` are digests of
-    what it reads beyond that: who judges, for one.
+    what it reads beyond that: who judges, for one. A run with a ``protocol`` is held to it;
+    ``seeds``: it is one of so many, of other training seeds, that are read together.
     """
 
     path: Path
     overwrite: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    protocol: FrozenProtocol | None = None
+    seeds: int = 1
 
     @classmethod
     def of(cls, given: Output | Path) -> Output:
@@ -174,6 +180,7 @@ class Run:
         inputs: Mapping[str, str] | None = None,
         parts: Sequence[str] = (),
         once: bool = False,
+        design: Design | None = None,
     ) -> Run:
         """Start a run, or resume the one that is there when it is the same.
 
@@ -181,17 +188,21 @@ class Run:
         the run has not read before is added to its record; one that has changed is another run.
         ``parts`` are the names (or patterns) of what the run makes below its folder beside rows:
         they are overwritten with the rows, and no killed call leaves some of both.
-        ``once``: a run that has ended well is not opened again.
+        ``once``: a run that has ended well is not opened again. ``design`` is what the output's
+        protocol is to freeze.
 
         Raises:
-            UserError: Another process works on the run; the folder holds a run of another
-                configuration or of other inputs (or, with ``once``, a finished one) that is not
-                to be overwritten; or it holds rows or parts that no run has recorded.
+            UserError: The run is not what its protocol says; another process works on the run;
+                the folder holds a run of another configuration or of other inputs (or, with
+                ``once``, a finished one) that is not to be overwritten; or it holds rows or parts
+                that no run has recorded.
         """
         output = Output.of(output)
+        config = {**config, **output.config}
+        held = None if output.protocol is None else output.protocol.hold(design, config)
         run = cls(ensure_writable_folder(output.path))
         read = {**(inputs or {}), **output.inputs}
-        fresh = _fresh_record(command, {**config, **output.config}, seed, read)
+        fresh = {**_fresh_record(command, config, seed, read), "protocol": held}
         run._lock.acquire()
         try:
             run._prepare(fresh, ("*.jsonl", *parts), overwrite=output.overwrite, once=once)
@@ -353,8 +364,9 @@ def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -
 
     Raises UserError where it is another.
     """
-    asked = ("command", "config", "seed")
-    found = first_difference({key: old[key] for key in asked}, {key: fresh[key] for key in asked})
+    asked = ("command", "config", "seed", "protocol")  # nothing is pre-registered afterwards
+    before, now = ({key: each.get(key) for key in asked} for each in (old, fresh))
+    found = first_difference(before, now)
     if found is not None:
         raise UserError(
             f"{folder} holds a run of another configuration ({found}); "

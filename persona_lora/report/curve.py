@@ -216,14 +216,17 @@ class TraitCurve:
 
     def against_prompts(self, coherent: CoherentRange) -> tuple[PromptComparison, ...]:
         """Compare the ends of the coherent range with the prompting references that were run."""
-        comparisons = []
+        wanted = []
         for prompt, end in (("prompt_neg", coherent.low), ("prompt_pos", coherent.high)):
             reference = Condition(prompt, None)
             steered = None if end is None else self.at(end)
             if reference in self.scores and end is not None and steered is not None:
-                difference = self.difference(steered, reference)
-                comparisons.append(PromptComparison(prompt, end, difference))
-        return tuple(comparisons)
+                wanted.append((prompt, end, self.difference(steered, reference)))
+        tested = corrected([difference for *_, difference in wanted])
+        return tuple(
+            PromptComparison(prompt, end, difference)
+            for (prompt, end, _), difference in zip(wanted, tested, strict=True)
+        )
 
     def _arrays(self, conditions: Sequence[Condition]) -> tuple[Array, Array, Array]:
         """Return coefficients ``[conditions]``, sums and counts ``[conditions, questions]``."""

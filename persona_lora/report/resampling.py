@@ -32,9 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from persona_lora.core.protocol import LEVEL
+
 Array = NDArray[np.float64]
 
-CONFIDENCE = 0.95
+CONFIDENCE = LEVEL
 RESAMPLES = 5000
 _EXACT_QUESTIONS = 13  # up to here, all sign flips are enumerated
 _RANDOM_FLIPS = 20_000
@@ -248,7 +250,7 @@ def rank_correlation(x: Array, means: Array) -> Array:
     """Return Spearman's rho between ``x [conditions]`` and each row of means; NaN if constant."""
     ranks_x = stats.rankdata(x)
     ranks = stats.rankdata(np.round(means, _DIGITS), axis=1)
-    return _correlation(ranks_x[None, :], ranks, np.ones_like(ranks))
+    return weighted_correlation(ranks_x[None, :], ranks, np.ones_like(ranks))
 
 
 def row_rank_correlation(
@@ -286,10 +288,24 @@ def sign_flip_p(differences: Array, *, seed: int = 0) -> float:
     questions; otherwise random ones are drawn, and the observed one counted among them (Phipson
     and Smyth 2010). Ties and zeros need no correction, unlike in the signed-rank test.
     """
-    observed = abs(differences.sum()) - 10**-_DIGITS
-    flips = _sign_flips(len(differences), seed)
-    as_far = int(np.sum(np.abs(flips @ differences) >= observed))
-    if len(differences) <= _EXACT_QUESTIONS:
+    return float(sign_flip_ps(differences[None, :], seed=seed)[0])
+
+
+def sign_flip_ps(differences: Array, *, seed: int = 0) -> Array:
+    """Return the p value of ``sign_flip_p`` for each row of ``[experiments, questions]``."""
+    observed = np.abs(differences.sum(axis=1)) - 10**-_DIGITS
+    questions = differences.shape[1]
+    flips = _sign_flips(questions, seed)
+    step = max(1, _CHUNK // len(flips))
+    as_far = np.concatenate(
+        [
+            np.sum(
+                np.abs(flips @ differences[at : at + step].T) >= observed[at : at + step], axis=0
+            )
+            for at in range(0, len(differences), step)
+        ]
+    )
+    if questions <= _EXACT_QUESTIONS:
         return as_far / len(flips)
     return (as_far + 1) / (_RANDOM_FLIPS + 1)
 
@@ -328,7 +344,7 @@ def _bounded(value: float, resampled: Array, n: int, questions: int) -> Estimate
 
 def _weighted_spearman(x: Array, y: Array, weights: Array) -> Array:
     """Return Spearman's rho of rows repeated ``weights [resamples, rows]`` times."""
-    return _correlation(_weighted_ranks(x, weights), _weighted_ranks(y, weights), weights)
+    return weighted_correlation(_weighted_ranks(x, weights), _weighted_ranks(y, weights), weights)
 
 
 def _weighted_ranks(values: Array, weights: Array) -> Array:
@@ -341,7 +357,7 @@ def _weighted_ranks(values: Array, weights: Array) -> Array:
     return np.asarray(ranks[:, inverse])
 
 
-def _correlation(x: Array, y: Array, weights: Array) -> Array:
+def weighted_correlation(x: Array, y: Array, weights: Array) -> Array:
     """Return the weighted Pearson correlation of each row; NaN where one side is constant."""
     total = weights.sum(axis=1, keepdims=True)
     x = x - (weights * x).sum(axis=1, keepdims=True) / total

@@ -11,7 +11,7 @@ from persona_lora.report.scores import CONTROL, UNSTEERED
 from persona_lora.report.summary import SweepSummary
 
 PROMPT_LABELS = {"prompt_pos": "positive prompt", "prompt_neg": "negative prompt"}
-CLEAR = 0.05  # a difference is called clear below this p value, and with an interval without 0
+CLEAR = 0.05  # a difference is called clear below this (corrected) p value
 NONE = "–"
 _MINUS = "\N{MINUS SIGN}"
 
@@ -79,10 +79,13 @@ def change(value: Interval | None) -> str:
 
 
 def clear_sign(gap: Interval | None, p: float | None) -> int:
-    """Return the sign of a difference whose interval and (corrected) test exclude 0, else 0."""
-    if gap is None or gap.low is None or gap.high is None or p is None or p >= CLEAR:
+    """Return the sign of a difference whose (corrected) test excludes 0, else 0.
+
+    The interval beside it is for one comparison, and decides nothing.
+    """
+    if gap is None or not gap.mean or p is None or p >= CLEAR:
         return 0
-    return 1 if gap.low > 0 else -1 if gap.high < 0 else 0
+    return 1 if gap.mean > 0 else -1
 
 
 def direction_of(difference: PairedDifference) -> int:
@@ -275,7 +278,7 @@ def _change(summary: SweepSummary) -> str:
         name if summary.layer is None else f"Steered at layer {summary.layer}, {summary.trait}"
     )
     return (
-        f"{subject} {_verb(low.trait, high.trait)}: {interval(low.trait)} at "
+        f"{subject} {_verb(low, high)}: {interval(low.trait)} at "
         f"{coefficient(low.coefficient)}, {interval(high.trait)} at "
         f"{coefficient(high.coefficient)}."
     )
@@ -308,14 +311,17 @@ def _control(summary: SweepSummary) -> str:
     )
 
 
-def _verb(low: Interval, high: Interval) -> str:
-    if low.low is None or low.high is None or high.low is None or high.high is None:
+def _verb(low: ConditionSummary, high: ConditionSummary) -> str:
+    """Return how the trait moves between two ends, by their corrected tests against 0."""
+    if low.trait.low is None or high.trait.low is None:
         return "has no intervals, so no change can be claimed"
-    if low.high < high.low:
+    ends = ((-1, low.from_zero), (1, high.from_zero))
+    moved = {side * direction_of(each) for side, each in ends if each is not None}
+    if 1 in moved and -1 not in moved:
         return "rises with the coefficient"
-    if high.high < low.low:
+    if -1 in moved and 1 not in moved:
         return "falls with the coefficient"
-    return "does not clearly change with the coefficient (the intervals overlap)"
+    return "does not clearly change with the coefficient"
 
 
 def coherent_line(summary: SweepSummary) -> str:
@@ -340,9 +346,9 @@ def _prompts(summary: SweepSummary) -> str:
     gap = compared[0].difference.interval if compared else None
     if gap is None or gap.mean is None or gap.low is None or gap.high is None:
         return sentence + "."
-    verdict = (
-        "scores higher" if gap.low > 0 else "scores lower" if gap.high < 0 else "is not clear of it"
-    )
+    verdict = {1: "scores higher", -1: "scores lower", 0: "is not clear of it"}[
+        direction_of(compared[0].difference)
+    ]
     steered = f"coefficient {coefficient(compared[0].coefficient)}"
     if summary.method == UNSTEERED:
         steered = "the unsteered model"

@@ -8,7 +8,7 @@ one template ``page.html.j2`` shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from persona_lora.core.errors import UserError
@@ -27,12 +27,14 @@ from persona_lora.report.sections import (
     provenance,
     text_of,
 )
+from persona_lora.report.standing import standing
 from persona_lora.report.summary import SweepSummary
 from persona_lora.report.trust import weak_judges
 from persona_lora.studies.drift.figure import render_cross_persona
 from persona_lora.studies.drift.read import cross_persona
 from persona_lora.studies.drift.read_section import checkpoints_content
 from persona_lora.studies.personas.read import comparison_content, search_content
+from persona_lora.studies.read_seeds import seeds_blocks
 from persona_lora.studies.steering.figure import render_sweeps
 from persona_lora.studies.steering.read import (
     comparison_section,
@@ -57,6 +59,8 @@ SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
     "latency": latency_content,
     "spaces": spaces_content,
 }
+
+DECIDES = ("sweep", "evaluate", "grid", "compare", "optimize")  # and so was planned, or was not
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ def write_report(
     page = fill_template(
         "page.html.j2",
         sections=sections,
-        overview=[*_overview(sections), *_across([Run(folder) for folder in folders])],
+        overview=[
+            *seeds_blocks([Run(folder) for folder in folders]),
+            *_overview(sections),
+            *_across([Run(folder) for folder in folders]),
+        ],
         heading=_heading(sections),
     )
     write_text(Path(path), page)
@@ -120,9 +128,12 @@ def _section(run: Run, anchor: str, options: ReportOptions) -> Section:
         "Incomplete.",
     )
     settings = tuple((key, text_of(value)) for key, value in record["config"].items())
+    content = SECTIONS[kind](run, options)
+    if kind in DECIDES:
+        content = replace(content, lead=f"{standing(run)} {content.lead}")
     return Section(
         anchor,
-        SECTIONS[kind](run, options),
+        content,
         bool(weak),
         (*weak, *([] if record["status"] == "finished" else [unfinished])),
         (Facts(provenance(run, record)), Fold("All settings", (Facts(settings),))),

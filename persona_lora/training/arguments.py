@@ -39,6 +39,14 @@ class TrainedModel(LoadOptions):
         },
     )
     overwrite: bool = option(False, "Delete a run in output_dir and train again.")
+    seeds: int | None = option(
+        None, "Train so many, of the seeds seed, seed + 1 …, into output_dir/seed0, seed1 …"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds is not None and self.seeds < 2:
+            raise UserError(f"seeds must be at least 2, got {self.seeds}; leave it out for one")
 
     def model_record(self) -> dict[str, Any]:
         """Return what a run records of its model."""

@@ -45,6 +45,7 @@ from persona_lora.training.examples import (
 from persona_lora.training.family import Family, open_family
 from persona_lora.training.lora import LoRAArguments
 from persona_lora.training.runner import (
+    by_seed,
     end_tokens,
     is_sharded,
     load_model,
@@ -82,16 +83,19 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises UserError for every mistake that the user can mend.
     """
-    options, given = parse_groups(arguments, GROUPS, PAGE)
-    with recorded_command("train", given):
-        result = train_contrastive(*options)
-    if PartialState().is_main_process:
-        logger.info(
-            "loss %.3f (pos), %.3f (neg); the diff is in %s",
-            result.pos_loss,
-            result.neg_loss,
-            result.diff_path,
-        )
+    parsed, given = parse_groups(arguments, GROUPS, PAGE)
+    options = TrainingOptions[ContrastiveArguments](*parsed)
+    folder = output_folder(options, _load_trait_pairs(options.arguments)[1])
+    for each in by_seed(options, folder):
+        with recorded_command("train", given):
+            result = train_contrastive(*each)
+        if PartialState().is_main_process:
+            logger.info(
+                "loss %.3f (pos), %.3f (neg); the diff is in %s",
+                result.pos_loss,
+                result.neg_loss,
+                result.diff_path,
+            )
 
 
 def train_contrastive(

@@ -47,6 +47,7 @@ from persona_lora.training.preventative import (
     read_preventative,
 )
 from persona_lora.training.runner import (
+    by_seed,
     end_tokens,
     load_model,
     open_run,
@@ -132,18 +133,21 @@ class FinetuneResult:
     loss: float
 
 
-def main(arguments: Sequence[str]) -> FinetuneResult | None:
-    """Parse the arguments and finetune; of several processes the main one returns the result.
+def main(arguments: Sequence[str]) -> list[FinetuneResult]:
+    """Parse the arguments and finetune; of several processes the main one returns the results.
 
     Raises UserError for every mistake that the user can mend.
     """
-    options, given = parse_groups(arguments, GROUPS, PAGE)
-    with recorded_command("finetune", given):
-        result = finetune(*options)
-    if not PartialState().is_main_process:
-        return None
-    logger.info("loss %.3f; the finetune is in %s", result.loss, result.adapter)
-    return result
+    parsed, given = parse_groups(arguments, GROUPS, PAGE)
+    options = TrainingOptions[FinetuneArguments](*parsed)
+    results = []
+    for each in by_seed(options, output_folder(options)):
+        with recorded_command("finetune", given):
+            result = finetune(*each)
+        if PartialState().is_main_process:
+            logger.info("loss %.3f; the finetune is in %s", result.loss, result.adapter)
+            results.append(result)
+    return results
 
 
 def finetune(

@@ -4,6 +4,7 @@ The record is what decides the numbers of a run, as JSON: compared on resume, ke
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -64,6 +65,19 @@ def train(
         detach_lora(model)
 
 
+def by_seed(options: TrainingOptions[Any], folder: Path) -> list[TrainingOptions[Any]]:
+    """Return the options of every training seed, each with a folder of its own in ``folder``.
+
+    Of a run without ``seeds`` they are its own options.
+    """
+    found = []
+    for number in range(options.arguments.seeds or 0):
+        config = copy.copy(options.config)
+        config.output_dir, config.seed = str(folder / f"seed{number}"), config.seed + number
+        found.append(options._replace(config=config))
+    return found or [options]
+
+
 def open_run(
     command: str,
     folder: Path,
@@ -87,7 +101,7 @@ def open_run(
             seed=options.config.seed,
             inputs=inputs(),
             parts=parts,
-            once=True,
+            once=options.arguments.seeds is None,  # those of several that are done are kept
         )
     )
 

@@ -16,6 +16,7 @@ from persona_lora.report.comparisons import (
     fits_over_prompts,
     score_items,
 )
+from persona_lora.studies.steering.read import comparison_table, verdict_lines
 from persona_lora.studies.steering.read_comparison import pooled, read_comparison
 
 RECORDED = Path(__file__).with_name("recorded_comparisons.json")
@@ -87,10 +88,12 @@ def held_out():
     ]  # fmt: skip
 
 
-def compared(folder, trait, seed):
+EFFECTS = {"lora": 25, "activation": 15, "random_lora": 3, "random": -2}
+
+
+def compared(folder, trait, seed, effects=EFFECTS):
     """A run of compare, of two sets of questions and two levels of either sign."""
     rng = np.random.default_rng(seed)
-    effects = {"lora": 25, "activation": 15, "random_lora": 3, "random": -2}
     coefficients = (-1.0, 0.5)
     steered = [(method, c) for c in coefficients for method in effects]
     with Run.open(
@@ -100,8 +103,8 @@ def compared(folder, trait, seed):
         run.write(
             "levels",
             [
-                {"level": at // 4, "method": method, "coefficient": c, "kl_mean": abs(c) / 10,
-                 "kl_p95": abs(c) / 3, "matched": True}
+                {"level": at // len(effects), "method": method, "coefficient": c,
+                 "kl_mean": abs(c) / 10, "kl_p95": abs(c) / 3, "matched": True}
                 for at, (method, c) in enumerate(steered)
             ],
         )  # fmt: skip
@@ -157,3 +160,46 @@ def test_numbers_are_those_that_were_recorded(tmp_path):
         # Within what another machine's linear algebra rounds differently.
         exact = not isinstance(wanted, float)
         assert value == (wanted if exact else pytest.approx(wanted, rel=1e-12, abs=1e-12)), place
+
+
+# -- several random controls ---------------------------------------------------------------------
+
+# As effective as the diff on average; the first by chance is not.
+CONTROLS = {"random_lora": 0, "random_lora#2": 22, "random_lora#3": 40, "random_lora#4": 38}
+
+
+def test_several_controls_are_drawn_and_one_is_taken_for_all(tmp_path):
+    effects = {"lora": 25, "activation": 15}
+    one = compared(tmp_path / "one", "evil", 3, {**effects, "random_lora": 0})
+    four = compared(tmp_path / "four", "evil", 3, {**effects, **CONTROLS})
+    alone, together = (
+        next(
+            each
+            for each in read_comparison(run).overall
+            if (each.split, each.method) == ("eval", "random_lora")
+        )
+        for run in (one, four)
+    )
+    assert alone.p < 0.05
+    assert alone.least is None
+    assert together.p > 0.2  # whatever the questions say of the first one
+    assert together.draws == 4
+    assert together.effect.mean == pytest.approx(25 * 0.75, abs=4)
+    assert together.least == pytest.approx(0, abs=4)
+    assert together.most == pytest.approx(30, abs=4)
+    widths = [each.difference.high - each.difference.low for each in (alone, together)]
+    assert widths[1] > 3 * widths[0]
+
+
+def test_a_diff_beyond_all_controls_is_found(tmp_path):
+    controls = {name: effect / 10 for name, effect in CONTROLS.items()}
+    run = compared(tmp_path, "evil", 4, {"lora": 25, "activation": 15, **controls})
+    found = read_comparison(run)
+    beyond = next(each for each in found.overall if each.draws == 4)
+    assert beyond.p_holm < 0.01
+    assert beyond.difference.low > 5
+    points = [each for each in found.points if each.method == "random_lora"]
+    assert [each.draws for each in points] == [4] * 4  # two levels, two sets of questions
+    assert all(0 <= each.trait.low <= each.trait.mean <= each.trait.high <= 100 for each in points)
+    assert comparison_table(found).rows[2][1] == "random_lora (4)"
+    assert ", mean of 4, held-out questions" in verdict_lines(found)[-1]

@@ -40,6 +40,20 @@ def test_headline_follows_the_intervals_at_the_ends(sweep_rows, slope, words):
     assert words in wording.headline(summary)
 
 
+@pytest.mark.parametrize(
+    ("interval", "p", "sign"),
+    [
+        (Interval(8, 2, 14, 20, 20, 1.0), 0.2, 0),  # clear alone, not among the others
+        (Interval(8, -1, 17, 20, 20, 1.0), 0.01, 1),
+        (Interval(-8, -17, 1, 20, 20, 1.0), 0.01, -1),
+        (Interval(8, 2, 14, 20, 20, 1.0), None, 0),
+        (None, 0.01, 0),
+    ],
+)
+def test_the_corrected_test_decides_alone(interval, p, sign):
+    assert wording.clear_sign(interval, p) == sign
+
+
 def test_headline_names_coherent_range_and_the_prompt_baseline(sweep_rows):
     answers, verdicts = sweep_rows()
     summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=200)

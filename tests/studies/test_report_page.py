@@ -77,7 +77,7 @@ def test_report_shows_the_nearest_coefficients_side_by_side(make_sweep_run, tmp_
 
 
 def test_report_states_provenance_statistics_and_judge(make_sweep_run, tmp_path):
-    run = make_sweep_run(questions=6)
+    run = make_sweep_run(questions=9)  # with six nothing could pass the correction
     text = " ".join("".join(_page(write_report(run.folder, tmp_path / "r.html")).text).split())
     for expected in (
         *("tiny-model", "checkpoints/tiny/diff", "Seed7", "torch", "0.92"),

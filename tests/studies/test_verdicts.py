@@ -26,12 +26,12 @@ def interval(mean, low, high):
 WHO = [
     ((10.0, 5.0, 15.0), 0.01, "weights"),
     ((-10.0, -15.0, -5.0), 0.01, "activations"),
-    ((10.0, -1.0, 21.0), 0.01, None),
-    ((-10.0, -21.0, 1.0), 0.01, None),
+    ((10.0, -1.0, 21.0), 0.01, "weights"),  # the test decides alone
+    ((-10.0, -21.0, 1.0), 0.01, "activations"),
     ((10.0, 5.0, 15.0), 0.2, None),
     ((-10.0, -15.0, -5.0), 0.2, None),
     ((10.0, 5.0, 15.0), None, None),
-    ((10.0, None, None), 0.01, None),
+    ((10.0, None, None), 0.01, "weights"),
 ]
 
 
@@ -62,7 +62,7 @@ def test_a_pooled_row_names_the_same_winner(gap, p, winner):
 
 
 @pytest.mark.parametrize(("gap", "p", "winner"), WHO)
-def test_a_direction_is_clear_by_interval_and_test(gap, p, winner):
+def test_a_direction_is_clear_by_its_corrected_test(gap, p, winner):
     sign = {"weights": 1, "activations": -1, None: 0}[winner]
     assert wording.direction_of(PairedDifference(interval(*gap), p)) == sign
     assert wording.direction_of(PairedDifference(interval(*gap), 0.001, p_holm=p or 1.0)) == sign
@@ -130,5 +130,7 @@ def test_merged_is_called_as_fast_only_where_its_whole_interval_is(low, high, sa
     ],
 )
 def test_prediction_is_answered_by_r_and_its_interval(r, low, p, said):
-    found = Prediction("all", "all", "weights", True, 12, r, low, 0.99, r, p, 0.5, 1.0, p)
+    found = Prediction(
+        "all", "all", "weights", True, 12, 12, r, low, 0.99, r, p, *[0.5, 1.0] * 2, p
+    )
     assert research_questions._predicts(found) == said

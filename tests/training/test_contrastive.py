@@ -144,6 +144,25 @@ def test_finished_run_is_refused_then_trained_again_with_overwrite(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_several_seeds_have_a_folder_each_and_are_gone_on_with(
+    run_arguments: Arguments, tmp_path: Path
+):
+    main(run_arguments(tmp_path / "two", "--seeds", "2", "--seed", "7"))
+    first = tmp_path / "two" / "seed0"
+    before = (first / "pos" / "adapter_model.safetensors").stat().st_mtime_ns
+    main(run_arguments(tmp_path / "two", "--seeds", "3", "--seed", "7"))  # one more
+    assert (first / "pos" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    diffs = [LoRADiff.load(tmp_path / "two" / f"seed{number}" / "diff") for number in range(3)]
+    inputs = [diff.inputs("the diff") for diff in diffs]
+    assert [each["the seed of the diff"] for each in inputs] == ["7", "8", "9"]
+    assert len({each["the training of the diff"] for each in inputs}) == 1
+    assert len({each["the diff"] for each in inputs}) == 3
+    main(run_arguments(tmp_path / "alone", "--seed", "8"))
+    assert LoRADiff.load(tmp_path / "alone" / "diff").content() == inputs[1]["the diff"]
+    with pytest.raises(UserError, match="seeds must be at least 2"):
+        main(run_arguments(tmp_path / "one", "--seeds", "1"))
+
+
 def test_same_seed_gives_the_same_adapters_as_does_the_written_config(
     run_arguments: Arguments, tmp_path: Path
 ):

@@ -18,6 +18,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
+from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Sign, Split, Trait, trait_prompt
@@ -89,13 +90,22 @@ def open_run(
     *read: Mapping[str, str],
     seed: int = 0,
     parts: Sequence[str] = (),
+    design: Design | None = None,
 ) -> Run:
     """Open the run of a command on a model, which it records; ``read`` are digests of the rest."""
     inputs = {
         name: each for digests in (chat_model.inputs(), *read) for name, each in digests.items()
     }
     config = {**chat_model.record(), **config}
-    return Run.open(output, command=command, config=config, seed=seed, inputs=inputs, parts=parts)
+    return Run.open(
+        output,
+        command=command,
+        config=config,
+        seed=seed,
+        inputs=inputs,
+        parts=parts,
+        design=design,
+    )
 
 
 def contents_of(
@@ -255,7 +265,11 @@ class Steering:
         """Return digests of the diffs and of the vectors."""
         vectors = [] if self.activation is None else list(self.activation.vectors)
         return {
-            **numbered("diff", [diff.content() for diff in self.terms]),
+            **(
+                next(iter(self.terms)).inputs("the diff")
+                if len(self.terms) == 1
+                else numbered("diff", [diff.content() for diff in self.terms])
+            ),
             **numbered("vector", [each.content() for each in vectors]),
         }
 
@@ -291,7 +305,8 @@ def evaluate(
         "generation": dataclasses.asdict(options),
     }
     read, at = (trait.inputs(), steering.inputs()), output.at(path.with_suffix(""))
-    run = open_run(at, "evaluate", chat_model, config, *read, seed=options.seed)
+    design = Design.of("evaluate", {split: len(trait.questions[split])}, ())
+    run = open_run(at, "evaluate", chat_model, config, *read, seed=options.seed, design=design)
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         judge_answers(run, judge, trait)

@@ -26,6 +26,7 @@ from persona_lora.core.content import digest_of, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.lora_diff import LoRADiff, turned_diff
+from persona_lora.core.protocol import Design
 from persona_lora.core.runs import RECORD, Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
@@ -104,7 +105,14 @@ def predict_finetuning(
         {"the ordinary prompts": digest_of(load_ordinary_prompts())} if study.diffs else {},
     )
     run = open_run(
-        output, "predict-finetuning", base, config, *read, seed=options.seed, parts=("answers",)
+        output,
+        "predict-finetuning",
+        base,
+        config,
+        *read,
+        seed=options.seed,
+        parts=("answers",),
+        design=_design(study),
     )
     with run:
         texts = _base_texts(base, study, options) if study.vectors else []
@@ -123,14 +131,29 @@ def predict_finetuning(
                 found = _predictors(study, name, folder, inputs, shift)
                 run.extend(PREDICTORS, found + _told_by_data(study, name, folder, judges))
         _project_on_random(run, study, inputs)
-        here = {BASE, *study.finetunes}
-        for name in (JUDGED, PREDICTORS):
-            run.write(name, [row for row in run.read(name) if row["finetune"] in here])
+        _keep_those_of(study, run)
         rows = run.read(JUDGED), run.read(PREDICTORS)
         table = prediction_rows(predict(*rows))
         write_csv(run.folder / "prediction.csv", list(table[0]), table)
         render_prediction(*rows).save(run.folder / "prediction.png")
     return run
+
+
+def _keep_those_of(study: DriftStudy, run: Run) -> None:
+    """Keep the rows of the study's finetunes, and say of each from which data and seed it is."""
+    told = {BASE: {}, **{name: _origin(folder) for name, folder in study.finetunes.items()}}
+    for name in (JUDGED, PREDICTORS):
+        kept = [row for row in run.read(name) if row["finetune"] in told]
+        run.write(name, [{**row, **told[row["finetune"]]} for row in kept])
+
+
+def _design(study: DriftStudy) -> Design:
+    directions = sorted({*study.diffs, *study.vectors})
+    return Design.of(
+        "predict-finetuning",
+        {trait.name: len(trait.questions[study.split]) for trait in study.traits},
+        tuple(f"{trait.name} by {name}" for trait in study.traits for name in directions),
+    )
 
 
 def _missing(run: Run, study: DriftStudy, name: str) -> list[Trait]:
@@ -216,6 +239,18 @@ def _predictors(
     return rows
 
 
+def _home(folder: Path) -> Path | None:
+    """Return the folder of the run that made a finetune; None where there is no record."""
+    return next((at for at in (folder, folder.parent) if (at / RECORD).is_file()), None)
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Return the data set and the seed of a finetune; None where no record tells."""
+    home = _home(folder)
+    record = {"config": {}, "seed": None} if home is None else Run(home).record
+    return {"data": record["config"].get("rows_sha256"), "seed": record["seed"]}
+
+
 def _told_by_data(
     study: DriftStudy, name: str, folder: Path, judges: Mapping[str, Callable[[], Judge]]
 ) -> list[dict[str, Any]]:
@@ -224,7 +259,7 @@ def _told_by_data(
     Nothing where the finetune's record does not name rows that are still there as they were; a
     predictor that not all finetunes have is left out of the predictions.
     """
-    home = next((at for at in (folder, folder.parent) if (at / RECORD).is_file()), None)
+    home = _home(folder)
     config = {} if home is None else Run(home).record["config"]
     path = Path(config.get("train_file", ""))
     if home is None or not path.is_file():

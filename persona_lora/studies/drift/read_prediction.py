@@ -1,7 +1,8 @@
 """How well projections predict judged drift, over finetunes: correlations and held-out errors.
 
 Knows rows of two kinds: ``judged`` (finetune, trait, score) and ``predictors`` (finetune,
-direction, kind, value). The units are finetunes: they are what is resampled and left out.
+direction, kind, value). The units are data sets: finetunes of one are drawn, shuffled and left out
+together, as ``judged`` names them (``data``). One whose data cannot be told is a unit of its own.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
-from persona_lora.report.resampling import Array
+from persona_lora.report.resampling import Array, weighted_correlation
 from persona_lora.report.sections import Table
 from persona_lora.report.two_judges import across_runs, lead_of
 
@@ -31,18 +33,20 @@ POOLED = "all traits"
 RESAMPLES = 2000
 PERMUTATIONS = 5000
 FEWEST = 4
+FEWEST_DATA_SETS = 3
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One predictor against the change of one judged trait, over ``n`` finetunes.
 
-    ``r`` and ``rho`` are Pearson's and Spearman's with 95% bootstrap intervals over finetunes,
-    ``p`` a permutation test of r, ``p_holm`` corrected over all predictions. ``error`` is the
-    root mean square error of a line fitted without the finetune that it predicts, ``plain_error``
-    that of the mean of the others. ``own``: direction and judged trait have one name. Pooled
-    predictions standardise predictor and change within each trait first; their units are
-    finetunes too: one is drawn, shuffled or left out with all its traits.
+    ``r`` is Pearson's with a 95% bootstrap interval over ``data_sets`` (−1 to 1 for fewer than
+    three), ``rho`` Spearman's, ``p`` a permutation test of r that shuffles the data sets' means,
+    ``p_holm`` corrected over all predictions. ``error`` is the root mean square error of a line
+    fitted without the finetune that it predicts, ``data_error`` without all of its data set;
+    ``plain_error`` and ``plain_data_error`` are those of the mean of the others. ``own``: direction
+    and judged trait have one name. Pooled predictions standardise predictor and change within each
+    trait first; a data set is drawn, shuffled or left out with all its traits.
     """
 
     judged: str
@@ -50,6 +54,7 @@ class Prediction:
     kind: str
     own: bool
     n: int
+    data_sets: int
     r: float
     r_low: float
     r_high: float
@@ -57,12 +62,14 @@ class Prediction:
     p: float
     error: float
     plain_error: float
+    data_error: float
+    plain_data_error: float
     p_holm: float | None = None
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """The difference of two kinds' pooled r, with a paired bootstrap interval over finetunes."""
+    """The difference of two kinds' pooled r, with a paired bootstrap interval over data sets."""
 
     first: str
     second: str
@@ -77,7 +84,8 @@ class Null:
     """A trait's own r in weight space among those of random directions of the same spectrum.
 
     ``p`` is the share of the ``n`` random directions, the own one counted among them, whose |r| is
-    at least as large; ``high`` their 95% quantile of |r|.
+    at least as large; ``high`` their 95% quantile of |r|. ``shuffled_p`` and ``shuffled_high`` are
+    the same of the own direction, with the scores shuffled over data sets.
     """
 
     judged: str
@@ -85,6 +93,8 @@ class Null:
     high: float
     p: float
     n: int
+    shuffled_high: float
+    shuffled_p: float
 
 
 def answers_place(finetune: str) -> Path:
@@ -105,18 +115,24 @@ def changes(judged: Sequence[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
+def data_sets(judged: Sequence[Row]) -> dict[str, str]:
+    """Return the data set of every finetune; one that cannot be told is a data set of its own."""
+    return {row["finetune"]: row.get("data") or f"finetune {row['finetune']}" for row in judged}
+
+
 def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Prediction]:
     """Return every trait × direction × kind, and the pooled prediction of each kind.
 
     UserError for fewer than four finetunes.
     """
-    drift = changes(judged)
+    drift, data = changes(judged), data_sets(judged)
     values = _by_place(predictors)
-    found = [
-        _prediction(trait, direction, kind, [_aligned(by_finetune, drift[trait])], seed)
-        for (kind, direction), by_finetune in values.items()
-        for trait in drift
-    ]
+    found = []
+    for (kind, direction), by_finetune in values.items():
+        for trait in drift:
+            both, x, y = _aligned(by_finetune, drift[trait])
+            units = _numbered(both, data)
+            found.append(_prediction(trait, direction, kind, [(x, y)], units, seed))
     names = sorted({name for by in values.values() for name in by})
     for kind in dict.fromkeys(kind for kind, _ in values):
         parts = _pooled_by_finetune(kind, values, drift, names)
@@ -124,39 +140,36 @@ def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) 
             raise UserError(
                 f"no trait has a direction of its own name among {kind}; nothing to pool"
             )
-        found.append(_prediction(POOLED, POOLED, kind, parts, seed))
+        found.append(_prediction(POOLED, POOLED, kind, parts, _numbered(names, data), seed))
     return corrected(found)
 
 
 def contrasts(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Contrast]:
-    """Compare the pooled correlations of all pairs of kinds, resampling the same finetunes."""
+    """Compare the pooled correlations of all pairs of kinds, resampling the same data sets."""
     drift, values = changes(judged), _by_place(predictors)
     kinds = list(dict.fromkeys(kind for kind, _ in values))
     names = sorted({name for by in values.values() for name in by})
     pooled = {kind: _pooled_by_finetune(kind, values, drift, names) for kind in kinds}
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(names), size=(RESAMPLES, len(names)))
+    weights = _drawn(_numbered(names, data_sets(judged)), np.random.default_rng(seed))
+    everything = np.ones((1, len(names)))
     found = []
     for at, first in enumerate(kinds):
         for second in kinds[at + 1 :]:
-            gaps = [
-                _r(*_stacked(pooled[first], d)) - _r(*_stacked(pooled[second], d)) for d in draws
-            ]
-            known = np.array([gap for gap in gaps if np.isfinite(gap)])
-            everything = np.arange(len(names))
-            difference = _r(*_stacked(pooled[first], everything)) - _r(
-                *_stacked(pooled[second], everything)
+            difference, gaps = (
+                _r_of(pooled[first], each) - _r_of(pooled[second], each)
+                for each in (everything, weights)
             )
-            low, high = np.quantile(known, [0.025, 0.975])
+            known = gaps[np.isfinite(gaps)]
+            low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-2.0, 2.0)
             found.append(
-                Contrast(first, second, float(difference), float(low), float(high), len(names))
+                Contrast(first, second, float(difference[0]), float(low), float(high), len(names))
             )
     return found
 
 
-def nulls(judged: Sequence[Row], predictors: Sequence[Row]) -> list[Null]:
-    """Compare every trait's own direction with random ones, named "trait#k"."""
-    drift = changes(judged)
+def nulls(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Null]:
+    """Compare every trait's own direction with random ones, named "trait#k", and with chance."""
+    drift, data = changes(judged), data_sets(judged)
     random: dict[str, dict[str, dict[str, float]]] = {}
     for row in predictors:
         if row["kind"] == NULL:
@@ -168,12 +181,80 @@ def nulls(judged: Sequence[Row], predictors: Sequence[Row]) -> list[Null]:
     for trait, directions in random.items():
         if trait not in drift or (WEIGHTS, trait) not in own:
             continue
-        r = _r(*_aligned(own[WEIGHTS, trait], drift[trait]))
-        others = np.array([abs(_r(*_aligned(x, drift[trait]))) for x in directions.values()])
-        as_far = int(np.sum(others >= abs(r) - 1e-12))
-        p = (as_far + 1) / (len(others) + 1)
-        found.append(Null(trait, r, float(np.quantile(others, 0.95)), p, len(others)))
+        names, *both = _aligned(own[WEIGHTS, trait], drift[trait])
+        r = _r(*both)
+        others = np.array([_r(*_aligned(x, drift[trait])[1:]) for x in directions.values()])
+        units = _numbered(names, data)
+        shuffled = _shuffled([(both[0], both[1])], units, np.random.default_rng(seed))
+        found.append(
+            Null(
+                trait, r, _high(others), _share_beyond(others, r), len(others),
+                _high(shuffled), _share_beyond(shuffled, r),
+            )
+        )  # fmt: skip
     return found
+
+
+def _high(values: Array) -> float:
+    """Return the 95% quantile of |r|."""
+    return float(np.nanquantile(np.abs(values), 0.95))
+
+
+def _share_beyond(values: Array, r: float) -> float:
+    """Return the share with as large an |r|, the observed one counted among them: never 0."""
+    as_far = int(np.sum(np.abs(values) >= abs(r) - 1e-12))
+    return (as_far + 1) / (len(values) + 1)
+
+
+def _numbered(names: Sequence[str], data: Mapping[str, str]) -> NDArray[np.intp]:
+    """Return the number of every finetune's data set."""
+    return np.unique([data[name] for name in names], return_inverse=True)[1]
+
+
+def _drawn(units: NDArray[np.intp], rng: np.random.Generator) -> Array:
+    """Draw whole data sets: how often each finetune is drawn, ``[resamples, finetunes]``.
+
+    No resamples of fewer than three data sets: they say nothing of others.
+    """
+    count = int(units.max()) + 1
+    resamples = RESAMPLES if count >= FEWEST_DATA_SETS else 0
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    return drawn[:, units].astype(np.float64)
+
+
+def _r_of(parts: Sequence[tuple[Array, Array]], weights: Array) -> Array:
+    """Return Pearson's r of finetunes drawn ``weights [resamples, finetunes]`` times."""
+    x, y = (np.concatenate([part[side] for part in parts])[None, :] for side in (0, 1))
+    return _rows_r(x, y, np.tile(weights, (1, len(parts))))
+
+
+def _rows_r(x: Array, y: Array, weights: Array) -> Array:
+    """Return the weighted r of each row; NaN for fewer than three values, or of constants."""
+    known = np.isfinite(x) & np.isfinite(y)
+    weights = weights * known
+    r, enough = np.full(len(weights), np.nan), (weights > 0).sum(axis=1) >= FEWEST - 1
+    x, y = (np.broadcast_to(np.nan_to_num(each), weights.shape)[enough] for each in (x, y))
+    r[enough] = weighted_correlation(x, y, weights[enough])
+    return r
+
+
+def _shuffled(
+    parts: Sequence[tuple[Array, Array]], units: NDArray[np.intp], rng: np.random.Generator
+) -> Array:
+    """Return r with the data sets' mean changes shuffled among them, ``[permutations]``.
+
+    What a finetune differs from the others of its data set stays with it.
+    """
+    count = int(units.max()) + 1
+    order = np.array([rng.permutation(count) for _ in range(PERMUTATIONS)])[:, units]
+    shuffled = []
+    for _, y in parts:
+        sums = np.bincount(units, np.nan_to_num(y), count)
+        known = np.bincount(units, np.isfinite(y), count)
+        means = np.divide(sums, known, out=np.full(count, np.nan), where=known > 0)
+        shuffled.append(means[order] + (y - means[units]))
+    x, y = np.concatenate([x for x, _ in parts])[None, :], np.concatenate(shuffled, axis=1)
+    return _rows_r(x, y, np.ones_like(y))
 
 
 def prediction_rows(found: Sequence[Prediction]) -> list[dict[str, Any]]:
@@ -195,11 +276,11 @@ def _by_place(predictors: Sequence[Row]) -> dict[tuple[str, str], dict[str, floa
     }
 
 
-def _aligned(x: Mapping[str, float], y: Mapping[str, float]) -> tuple[Array, Array]:
+def _aligned(x: Mapping[str, float], y: Mapping[str, float]) -> tuple[list[str], Array, Array]:
     names = sorted(set(x) & set(y))
     if len(names) < FEWEST:
         raise UserError(f"{len(names)} finetunes are too few to correlate; at least {FEWEST}")
-    return np.array([x[name] for name in names]), np.array([y[name] for name in names])
+    return names, np.array([x[name] for name in names]), np.array([y[name] for name in names])
 
 
 def _pooled_by_finetune(
@@ -238,53 +319,58 @@ def _r(x: Array, y: Array) -> float:
 
 
 def _prediction(
-    judged: str, direction: str, kind: str, parts: Sequence[tuple[Array, Array]], seed: int
+    judged: str,
+    direction: str,
+    kind: str,
+    parts: Sequence[tuple[Array, Array]],
+    units: NDArray[np.intp],
+    seed: int,
 ) -> Prediction:
     """Correlate the (x, y) of one or several traits; entry i of every part is finetune i."""
     rng = np.random.default_rng(seed)
-    n = len(parts[0][0])
+    n = len(units)
     x, y = _stacked(parts, np.arange(n))
     r = float(pearsonr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
-    resampled = np.array(
-        [_r(*_stacked(parts, each)) for each in rng.integers(n, size=(RESAMPLES, n))]
-    )
+    resampled = _r_of(parts, _drawn(units, rng))
     known = resampled[np.isfinite(resampled)]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (float("nan"),) * 2
-    shuffled = np.array([_shuffled_r(parts, rng.permutation(n)) for _ in range(PERMUTATIONS)])
-    as_far = int(np.sum(np.abs(shuffled) >= abs(r) - 1e-12))
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-1.0, 1.0)
+    alone = np.arange(n)
     return Prediction(
         judged=judged,
         direction=direction,
         kind=kind,
         own=judged == direction,
         n=n,
+        data_sets=int(units.max()) + 1,
         r=r,
         r_low=float(low),
         r_high=float(high),
         rho=float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0,
-        p=(as_far + 1) / (PERMUTATIONS + 1),
-        error=_left_out_error(parts, line=True),
-        plain_error=_left_out_error(parts, line=False),
+        p=_share_beyond(_shuffled(parts, units, rng), r),
+        error=_left_out_error(parts, alone, line=True),
+        plain_error=_left_out_error(parts, alone, line=False),
+        data_error=_left_out_error(parts, units, line=True),
+        plain_data_error=_left_out_error(parts, units, line=False),
     )
 
 
-def _shuffled_r(parts: Sequence[tuple[Array, Array]], order: Any) -> float:
-    return _r(*_stacked([(x, y[order]) for x, y in parts], np.arange(len(order))))
-
-
-def _left_out_error(parts: Sequence[tuple[Array, Array]], *, line: bool) -> float:
-    n = len(parts[0][0])
+def _left_out_error(
+    parts: Sequence[tuple[Array, Array]], units: NDArray[np.intp], *, line: bool
+) -> float:
+    """Return the error on units that a line (or the mean) was fitted without; NaN for one unit."""
     errors: list[float] = []
-    for at in range(n):
-        x, y = _stacked(parts, np.arange(n) != at)
-        out_x, out_y = _stacked(parts, np.array([at]))
+    for unit in np.unique(units):
+        x, y = _stacked(parts, units != unit)
+        out_x, out_y = _stacked(parts, units == unit)
+        if not len(y):
+            continue
         if line and np.ptp(x):
             slope, intercept = np.polyfit(x, y, 1)
             guess = slope * out_x + intercept
         else:
             guess = np.full_like(out_y, y.mean())
         errors += [float(each) for each in (out_y - guess) ** 2]
-    return float(np.sqrt(np.mean(errors)))
+    return float(np.sqrt(np.mean(errors))) if errors else float("nan")
 
 
 # -- in words ----------------------------------------------------------------------------------
@@ -293,12 +379,17 @@ def _left_out_error(parts: Sequence[tuple[Array, Array]], *, line: bool) -> floa
 def prediction_table(run: Run) -> Table:
     """Return what every direction predicts of every judged trait."""
     rows = (
-        [each.kind, each.judged, each.direction, str(each.n)]
+        [each.kind, each.judged, each.direction, f"{each.n} / {each.data_sets}"]
         + [_interval(each.r, each.r_low, each.r_high), wording.number(each.rho, 2)]
         + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
+        + [f"{each.data_error:.1f} / {each.plain_data_error:.1f}"]
         for each in predict(run.read("judged"), run.read("predictors"))
     )
-    return Table.of("predictor | judged | direction | n | r | ρ | p (Holm) | error", rows)
+    return Table.of(
+        "predictor | judged | direction | finetunes / data sets | r | ρ | p (Holm) | error | "
+        "error, data set left out",
+        rows,
+    )
 
 
 def prediction_lines(run: Run) -> Iterator[str]:
@@ -310,6 +401,7 @@ def prediction_lines(run: Run) -> Iterator[str]:
         if said:
             yield f"{trait}: {said}"
     rows = run.read("judged"), run.read("predictors")
+    yield _units_line(rows[0])
     for each in contrasts(*rows):
         gap = _interval(each.difference, each.low, each.high)
         yield f"pooled r, {each.first} minus {each.second}: {gap} over {each.n} finetunes"
@@ -317,8 +409,27 @@ def prediction_lines(run: Run) -> Iterator[str]:
         yield (
             f"{null.judged}: r {wording.number(null.r, 2)} with its own difference; random ones of "
             f"the same spectrum reach |r| {wording.number(null.high, 2)} in 95 of 100 (n {null.n}, "
-            f"p {wording.p_value(null.p)})"
+            f"p {wording.p_value(null.p)}), scores shuffled over data sets "
+            f"{wording.number(null.shuffled_high, 2)} (p {wording.p_value(null.shuffled_p)})"
         )
+
+
+def _units_line(judged: Sequence[Row]) -> str:
+    """Say of how many data sets the finetunes are, and what could not be told."""
+    rows = [row for row in judged if row["finetune"] != BASE]
+    known = {row["finetune"]: row["data"] for row in rows if row.get("data")}
+    finetunes = {row["finetune"] for row in rows}
+    unknown = len(finetunes) - len(known)
+    own = f"; the data of {unknown} cannot be told, each counts as its own" if unknown else ""
+    return (
+        f"{len(finetunes)} finetunes of {len(set(known.values())) + unknown} data sets, which are "
+        f"what is resampled, shuffled and left out{own}"
+    )
+
+
+def seeds_of(run: Run) -> int:
+    """Return how many training seeds the finetunes have, those that are recorded."""
+    return max(1, len({row["seed"] for row in run.read("judged") if row.get("seed") is not None}))
 
 
 def _interval(centre: float | None, low: float | None, high: float | None) -> str:

@@ -22,6 +22,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_json
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import Coefficients, Persona, PersonaPrompts
+from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
 from persona_lora.judges.coherence import CoherenceScorer
@@ -171,6 +172,9 @@ def optimise_persona(
             problem.inputs(),
             method.directions.inputs,
             seed=searching.seed,
+            design=Design.of(
+                "optimize", {"held out": len(problem.prompts.held_out)}, (MEAN, INCUMBENT)
+            ),
         )
     )
     speaker = speaker_of(problem, method)

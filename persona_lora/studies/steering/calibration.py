@@ -23,6 +23,7 @@ from torch import Tensor
 
 from persona_lora.core import progress
 from persona_lora.core.chat import Condition
+from persona_lora.core.content import numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
@@ -31,6 +32,15 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, Coefficients
 from persona_lora.studies.steering.divergence import ordinary_texts, own_texts, row_divergences
+from persona_lora.studies.steering.read_comparison import (
+    ACTIVATION,
+    LORA,
+    METHODS,
+    RANDOM,
+    RANDOM_LORA,
+    control_name,
+    method_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +48,6 @@ EQUAL_EFFECT = 0.03  # nats per token
 SCALE_ROUNDS = 4
 CLOSE_ENOUGH = 0.05
 
-LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
-METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
 Statistic = Literal["mean", "p95"]
 ROUNDS = 8
 TOLERANCE = 0.03  # of the divergence asked for
@@ -100,27 +108,32 @@ def _nearer(scale: Scale, effect: float) -> Scale:
 def bank_of_methods(
     diff: LoRADiff,
     vector: SteeringVector,
-    random_diff: LoRADiff,
-    random_vector: SteeringVector,
+    random_diffs: Sequence[LoRADiff],
+    random_vectors: Sequence[SteeringVector],
     positions: Positions = "response",
 ) -> Bank:
-    """Return a diff, a steering vector at its layers, and a random control of each."""
+    """Return a diff, a steering vector at its layers, and random controls of each."""
+    diffs = {control_name(RANDOM_LORA, at): each for at, each in enumerate(random_diffs)}
+    vectors = {control_name(RANDOM, at): each for at, each in enumerate(random_vectors)}
     return Bank(
-        diffs={LORA: diff, RANDOM_LORA: random_diff},
-        vectors={ACTIVATION: vector, RANDOM: random_vector},
+        diffs={LORA: diff, **diffs},
+        vectors={ACTIVATION: vector, **vectors},
         positions=positions,
         record={
             "diff_norm": diff.norm(),
             "vector_norms": list(vector.norms().values()),
             "layers": list(vector.layers),
             "positions": positions,
-            "controls": [dict(random_diff.sources), dict(random_vector.sources)],
+            "controls": [
+                *(dict(each.sources) for each in random_diffs),
+                *(dict(each.sources) for each in random_vectors),
+            ],
         },
         inputs={
-            "the diff": diff.content(),
+            **diff.inputs("the diff"),
             "the vector": vector.content(),
-            "the random diff": random_diff.content(),
-            "the random vector": random_vector.content(),
+            **numbered("random diff", [each.content() for each in random_diffs]),
+            **numbered("random vector", [each.content() for each in random_vectors]),
         },
     )
 
@@ -153,10 +166,11 @@ class Level:
 class Divergences(NamedTuple):
     """How KL(p₀ ‖ p) of rows is measured, and how near to one another they can be brought.
 
-    ``at`` returns the divergence at every token, a tensor a row.
+    ``at`` returns the divergence at every token, a tensor a row; ``names`` are the directions.
     """
 
     at: Callable[[Sequence[Coefficients]], Sequence[Tensor]]
+    names: tuple[str, ...]
     tolerance: float = TOLERANCE
 
     def of(self, rows: Sequence[Coefficients]) -> list[dict[str, float]]:
@@ -173,7 +187,9 @@ def on_prompts(
     chat_model: ChatModel, bank: Bank, texts: Sequence[TokenizedExchange]
 ) -> Divergences:
     """Measure on texts that are the same for all rows: the unsteered model's answers."""
-    return Divergences(lambda rows: list(row_divergences(chat_model, bank, rows, texts)))
+    return Divergences(
+        lambda rows: list(row_divergences(chat_model, bank, rows, texts)), bank.names
+    )
 
 
 def on_own_answers(chat_model: ChatModel, bank: Bank, questions: Sequence[str]) -> Divergences:
@@ -189,7 +205,7 @@ def on_own_answers(chat_model: ChatModel, bank: Bank, questions: Sequence[str]) 
             for row, own in zip(rows, texts, strict=True)
         ]
 
-    return Divergences(at, OWN_TOLERANCE)
+    return Divergences(at, bank.names, OWN_TOLERANCE)
 
 
 def beside_prompts(levels: Sequence[Level], ordinary: Divergences) -> list[Level]:
@@ -221,7 +237,8 @@ def match_divergence(
         found.append(
             Level(number, LORA, value, target, divergence["mean"], divergence["p95"], matched=True)
         )
-    searches = [_Search(level, method) for level in found for method in METHODS[1:]]
+    others = [method for method in measured.names if method != LORA]
+    searches = [_Search(level, method) for level in found for method in others]
     for done in range(ROUNDS):
         pending = [search for search in searches if not search.done]
         progress.report(done, ROUNDS)
@@ -232,7 +249,8 @@ def match_divergence(
             search.take(divergence, statistic, measured.tolerance)
     progress.report(ROUNDS, ROUNDS)
     found += [each.result(statistic) for each in searches]
-    return sorted(found, key=lambda each: (each.level, METHODS.index(each.method)))
+    places = {name: METHODS.index(method_of(name)) for name in measured.names}
+    return sorted(found, key=lambda each: (each.level, places[each.method]))
 
 
 class _Search:

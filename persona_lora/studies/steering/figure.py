@@ -264,10 +264,13 @@ def render_comparison(comparison: Comparison) -> Picture:
         left.locator_params(axis="x", nbins=6)
         for axes in (left, right) if row == 0 else ():
             draw.legend(axes, loc="best")
+    draws = max(each.draws for each in comparison.points)
     note = (
         "Each level brings all methods to the same divergence from the base model on "
         f"{MADE_EQUAL_ON[comparison.calibrated_on]}; dots stand a little apart. Bars: 95% "
-        "intervals over questions. Dashed: unsteered."
+        "intervals over questions"
+        + (f", of random controls over {draws} and questions" if draws > 1 else "")
+        + ". Dashed: unsteered."
     )
     title = f"{title_of(comparison.trait)}: weights or activations?"
     return draw.finish(figure, panels, title=title, note=note)

@@ -27,7 +27,8 @@ from persona_lora.steering.bank import METHODS, ActivationSetting, Bank
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRAMerger
 from persona_lora.studies.asking.run import open_run
-from persona_lora.studies.steering.calibration import ACTIVATION, LORA, RANDOM_LORA, Level
+from persona_lora.studies.steering.calibration import Level
+from persona_lora.studies.steering.read_comparison import ACTIVATION, LORA, RANDOM_LORA
 from persona_lora.studies.steering.read_latency import (
     ACTIVATIONS,
     LIVE,

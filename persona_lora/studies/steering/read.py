@@ -210,12 +210,12 @@ def _prompts(summary: SweepSummary) -> Table:
         return "unsteered" if summary.method == UNSTEERED else wording.coefficient(value)
 
     return Table(
-        (f"Paired difference in {summary.trait}", "[95%]", "p", "questions"),
+        (f"Paired difference in {summary.trait}", "[95%]", "p (Holm)", "questions"),
         tuple(
             (
                 f"{name(each.coefficient)} minus {wording.method_label(each.prompt)}",
                 wording.interval(each.difference.interval),
-                wording.p_value(each.difference.p),
+                wording.p_value(each.difference.p_holm),
                 str(each.difference.interval.n_questions),
             )
             for each in summary.prompt_comparisons
@@ -412,7 +412,9 @@ def comparison_section(run: Run, options: ReportOptions) -> Content:
         "Over all levels",
         "Effect: change of the trait score from the unsteered model, in the direction asked for; "
         "the mean over levels. Differences are paired by question; p: two-sided sign-flip test, "
-        "corrected over methods and splits.",
+        "corrected over methods and splits. Random controls, where there are several, are drawn as "
+        "the questions are: intervals and p (Student’s t) are over both, and from … to … are the "
+        "weakest and the strongest of them.",
     )
     points = Table(
         (
@@ -482,7 +484,7 @@ def verdict_lines(comparison: Comparison) -> tuple[str, ...]:
         lines.append(_verdict(own[LORA], own[ACTIVATION], split))
     controls = [each for each in comparison.overall if each.method.startswith("random")]
     said = "; ".join(
-        f"{NAMES[each.method]}, {SPLITS[each.split]}: {wording.interval(each.effect)}"
+        f"{_method(each)}, {SPLITS[each.split]}: {wording.interval(each.effect)}"
         for each in controls
     )
     return (*lines, f"Random controls at the same divergence moved it by: {said}.")
@@ -511,9 +513,22 @@ def _verdict(lora: Overall, activation: Overall, split: str) -> str:
     )
 
 
+def _method(each: Overall | Point) -> str:
+    """Return a method's name, and of how many random controls it is the mean."""
+    return NAMES[each.method] + (f", mean of {each.draws}" if each.draws > 1 else "")
+
+
+def _effect(each: Overall) -> str:
+    """Return the effect, and of several random controls that of the weakest and the strongest."""
+    said = wording.interval(each.effect)
+    if each.least is None:
+        return said
+    return f"{said}, from {wording.number(each.least)} to {wording.number(each.most)}"
+
+
 def _overall_row(each: Overall) -> tuple[str, ...]:
     return (
-        *(SPLITS[each.split], NAMES[each.method], wording.interval(each.effect)),
+        *(SPLITS[each.split], _method(each), _effect(each)),
         *(str(each.effect.n_questions), wording.interval(each.difference)),
         *(wording.p_value(each.p_holm), wording.interval(each.coherence)),
     )
@@ -522,7 +537,7 @@ def _overall_row(each: Overall) -> tuple[str, ...]:
 def _point_row(each: Point) -> tuple[str, ...]:
     unmatched = " (not matched)" if each.matched is False else ""
     return (
-        *(SPLITS[each.split], NAMES[each.method], wording.number(each.coefficient, 2)),
+        *(SPLITS[each.split], _method(each), wording.number(each.coefficient, 2)),
         *(f"{wording.number(each.kl_mean, 3)}{unmatched}", wording.number(each.kl_p95, 2)),
         wording.number(each.ordinary_mean, 3),
         *(wording.interval(each.trait), str(each.trait.n), f"{100 * each.trait.coverage:.0f}%"),
@@ -537,9 +552,9 @@ def _examples(run: Run, comparison: Comparison) -> tuple[Question, ...]:
     wanted: dict[tuple[str, float | None], str] = {
         (name, None): NAMES[name] for name in ("none", "prompt_pos")
     }
-    for each in comparison.points:
-        if each.level == highest:
-            wanted[each.method, each.coefficient] = NAMES[each.method]
+    for row in run.read("levels"):
+        if row["level"] == highest and row["method"] in NAMES:  # of several controls the first
+            wanted[row["method"], row["coefficient"]] = NAMES[row["method"]]
     answers = Run(run.folder / comparison.points[0].split).read("answers")
     by_question: dict[str, dict[str, str]] = {}
     for row in answers:
@@ -671,7 +686,8 @@ def _spaces_line(run: Run, shifts: Sequence[Row]) -> str:
 def comparison_table(found: Comparison) -> Table:
     """Return every method over all levels."""
     rows = (
-        [each.split, each.method, wording.interval(each.effect)]
+        [each.split, f"{each.method} ({each.draws})" if each.draws > 1 else each.method]
+        + [_effect(each)]
         + [*wording.gap(each.difference, each.p_holm)]
         for each in found.overall
     )

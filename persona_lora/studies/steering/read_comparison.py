@@ -8,9 +8,10 @@ the trait is more effect. Differences are paired by question.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,10 @@ from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean, holm
+from persona_lora.report.two_way import crossed_mean, scaled, shared_questions
 
-LORA, ACTIVATION = "lora", "activation"
+LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
+METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
 EFFECT = "effect"
 COLUMNS = columns_of(
     *("split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched"),
@@ -32,18 +35,31 @@ COLUMNS = columns_of(
     *("coherence_high=coherence.high", *GAP_COLUMNS),
 )
 
+T = TypeVar("T")
 Place = tuple[str, float | None]
 Scores = dict[int, list[float | None]]
+
+
+def control_name(method: str, number: int) -> str:
+    """Return the name of one of several random controls of a method: "random", "random#2" …"""
+    return f"{method}#{number + 1}" if number else method
+
+
+def method_of(name: str) -> str:
+    """Return the method that a control is one of."""
+    return name.partition("#")[0]
 
 
 @dataclass(frozen=True)
 class Point:
     """One method at one level, on the questions of one split.
 
-    ``difference`` is the effect of the diff minus the effect of this method, paired by question;
-    ``p`` a two-sided sign-flip test, ``p_holm`` corrected over all points. None for the diff
-    itself, for the unsteered model and for prompts, which are at no level. ``ordinary_mean`` and
-    ``ordinary_p95`` are on ordinary prompts, where the divergence elsewhere was made equal.
+    Of several random controls, ``draws``, everything is a mean over them, its interval over
+    controls and questions, both drawn. ``difference`` is the effect of the diff minus the effect
+    of this method, paired by question; ``p`` a two-sided sign-flip test (over several controls
+    Student's t), ``p_holm`` corrected over all points. None for the diff itself, for the unsteered
+    model and for prompts, which are at no level. ``ordinary_mean`` and ``ordinary_p95`` are on
+    ordinary prompts, where the divergence elsewhere was made equal.
     """
 
     split: str
@@ -60,6 +76,7 @@ class Point:
     p_holm: float | None = None
     ordinary_mean: float | None = None
     ordinary_p95: float | None = None
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,8 @@ class Overall:
     ``effect`` is the change from the unsteered model in the direction asked for, ``difference``
     the diff's effect minus it, ``coherence`` the diff's coherence minus its: means over levels,
     paired by question. ``p`` is a two-sided sign-flip test, ``p_holm`` corrected over methods and
-    splits.
+    splits. Of several random controls, ``draws``, all are over controls and questions, both drawn
+    (``p`` is Student's); ``least`` and ``most`` are the effects of the weakest and the strongest.
     """
 
     split: str
@@ -79,6 +97,9 @@ class Overall:
     coherence: Interval | None
     p: float | None
     p_holm: float | None = None
+    draws: int = 1
+    least: float | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -154,19 +175,24 @@ def _points(
         if (method, None) in traits
     ]  # fmt: skip
     diffs = {row["level"]: row for row in levels if row["method"] == LORA}
-    for row in levels:
-        place = row["method"], row["coefficient"]
+    for own in _together(levels, lambda row: (row["level"], method_of(row["method"]))):
+        first = own[0]
+        places = [(row["method"], row["coefficient"]) for row in own]
         difference, p = None, None
-        if row["method"] != LORA:
-            own = diffs[row["level"]]
-            gaps = _gaps(traits[LORA, own["coefficient"]], traits[place], _sign(row))
-            difference, p = _tested(gaps)
+        if first["method"] != LORA:
+            diff = traits[LORA, diffs[first["level"]]["coefficient"]]
+            gaps = [_gaps(diff, traits[place], _sign(first)) for place in places]
+            difference, p = _over(gaps)
         points.append(
             Point(
-                split, row["level"], row["method"], row["coefficient"], row["kl_mean"],
-                row["kl_p95"], row["matched"], _mean(traits[place]),
-                _mean(coherences[place]), difference, p,
-                ordinary_mean=row.get("ordinary_mean"), ordinary_p95=row.get("ordinary_p95"),
+                split, first["level"], method_of(first["method"]),
+                _average(own, "coefficient"), _average(own, "kl_mean"), _average(own, "kl_p95"),
+                all(row["matched"] for row in own),
+                _mean_over_draws([traits[place] for place in places]),
+                _mean_over_draws([coherences[place] for place in places]),
+                difference, p,
+                ordinary_mean=_average(own, "ordinary_mean"),
+                ordinary_p95=_average(own, "ordinary_p95"), draws=len(own),
             )
         )  # fmt: skip
     return points
@@ -180,12 +206,18 @@ def _overall(
 ) -> list[Overall]:
     found = []
     effects, coherence = _by_question(levels, traits, coherences)
-    for method, effect in effects.items():
+    for names in _together(list(effects), method_of):
+        method, own = method_of(names[0]), [effects[name] for name in names]
         gap, p, lost = None, None, None
         if method != LORA:
-            gap, p = _tested(_minus(effects[LORA], effect))
-            lost, _ = _tested(_minus(coherence[LORA], coherence[method]))
-        found.append(Overall(split, method, _mean_gap(effect), gap, lost, p))
+            gap, p = _over([_minus(effects[LORA], each) for each in own])
+            lost, _ = _over([_minus(coherence[LORA], coherence[name]) for name in names])
+        effect = (
+            _mean_gap(own[0]) if len(own) == 1 else crossed_mean(shared_questions(own)).interval
+        )
+        each = sorted(float(np.mean(list(one.values()))) for one in own if one)
+        ends = (each[0], each[-1]) if len(each) > 1 else (None, None)
+        found.append(Overall(split, method, effect, gap, lost, p, None, len(own), *ends))
     return found
 
 
@@ -222,6 +254,64 @@ def pooled(runs: Sequence[Run]) -> list[Pooled]:
         Pooled(split, what, difference, p)
         for ((split, what), (difference, _)), p in zip(tested.items(), adjusted, strict=True)
     ]
+
+
+def effects_of(run: Run) -> dict[tuple[str, str], Mapping[int, float]]:
+    """Return the effect of every method by question, by split and method.
+
+    Of several random controls it is their mean.
+    """
+    found: dict[tuple[str, str], Mapping[int, float]] = {}
+    for row in run.read("splits"):
+        part = Run(run.folder / row["split"])
+        traits = _by_place(part, run.record["config"]["trait"])
+        effects = {m: _effects(own, traits) for m, own in _by_method(run.read("levels")).items()}
+        for names in _together(list(effects), method_of):
+            own = [effects[name] for name in names]
+            found[row["split"], method_of(names[0])] = _mean_over(own)
+    return found
+
+
+def effect_gaps(run: Run) -> dict[str, Mapping[int, float]]:
+    """Return the diff's effect minus that of each other method by question, by split and method."""
+    effects = effects_of(run)
+    return {
+        f"{split}: {method}": _minus(effects[split, LORA], effect)
+        for (split, method), effect in effects.items()
+        if method != LORA
+    }
+
+
+def _together(items: Sequence[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Return items of one key together, in the order of their first."""
+    found: dict[Hashable, list[T]] = {}
+    for each in items:
+        found.setdefault(key(each), []).append(each)
+    return list(found.values())
+
+
+def _average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the mean of a measure; None where it was not measured."""
+    found = [row.get(name) for row in rows]
+    known = [each for each in found if each is not None]
+    return None if len(known) < len(found) else known[0] if len(known) == 1 else fmean(known)
+
+
+def _over(gaps: Sequence[Mapping[int, float]]) -> tuple[Interval | None, float | None]:
+    """Return a mean difference and its p: over questions, and over draws if there are several."""
+    if len(gaps) == 1:
+        return _tested(gaps[0])
+    found = crossed_mean(shared_questions(gaps))
+    return found.interval, found.p
+
+
+def _mean_over_draws(each: Sequence[Scores]) -> Interval:
+    if len(each) == 1:
+        return _mean(each[0])
+    found = crossed_mean(shared_questions([_means(scores) for scores in each])).interval
+    rows = [score for scores in each for own in scores.values() for score in own]
+    known = sum(score is not None for score in rows)
+    return replace(scaled(found, SCORES), n=known, coverage=known / len(rows))
 
 
 def _by_method(

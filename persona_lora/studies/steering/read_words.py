@@ -6,6 +6,7 @@ from persona_lora.report.wording import (
     CLEAR,
     answers_line,
     change,
+    clear_sign,
     coefficient,
     interval,
     judges_line,
@@ -139,8 +140,7 @@ def _from_to(grid: GridSummary) -> str:
 
 
 def _clear(best: DirectedGain) -> bool:
-    low, p = best.gain.low, best.p_holm
-    return low is not None and low > 0 and p is not None and p < CLEAR
+    return clear_sign(best.gain, best.p_holm) > 0
 
 
 def _corrected(grid: GridSummary, best: DirectedGain) -> str:

@@ -22,6 +22,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.options import ComparisonOptions, GenerationOptions, SweepOptions
+from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
@@ -30,7 +31,7 @@ from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.report.comparisons import write_found
-from persona_lora.report.scores import answers_columns, answers_table
+from persona_lora.report.scores import CONTROL, answers_columns, answers_table
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, check_layers
@@ -51,6 +52,8 @@ from persona_lora.studies.steering.figure import render_comparison, render_sweep
 from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_comparison import (
     COLUMNS,
+    LORA,
+    METHODS,
     Comparison,
     read_comparison,
 )
@@ -79,7 +82,7 @@ def diff_population(diff: LoRADiff, coefficients: Sequence[float]) -> Population
     bank = Bank(
         diffs={"lora": diff},
         record={"diff_norm": diff.norm(), "coefficients": values},
-        inputs={"the diff": diff.content()},
+        inputs=diff.inputs("the diff"),
     )
     return Population(tuple(Condition("lora", value) for value in values), bank, (diff,))
 
@@ -188,7 +191,10 @@ def sweep(
         "generation": dataclasses.asdict(options),
     }
     read = (trait.inputs(), bank.inputs, {"the ordinary prompts": digest_of(prompts)})
-    run = open_run(output, "sweep", chat_model, config, *read, seed=options.seed)
+    asked: dict[str, int] = {sweeping.split: len({row.question for row in plan})}
+    family = tuple(map(_named, _tested(population.conditions)))
+    design = Design.of("sweep", asked, family, Output.of(output).seeds)
+    run = open_run(output, "sweep", chat_model, config, *read, seed=options.seed, design=design)
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         if sweeping.divergence and not run.read("divergence"):
@@ -197,6 +203,17 @@ def sweep(
             run.write("divergence", [dataclasses.asdict(each) for each in divergences])
         judge_answers(run, judge, trait)
     return write_results(run, trait.name)
+
+
+def _tested(conditions: Sequence[Condition]) -> list[Condition]:
+    """Return the conditions that are compared with the unsteered model, in one family."""
+    return [each for each in conditions if each.coefficient and each.method != CONTROL]
+
+
+def _named(condition: Condition) -> str:
+    """Return a comparison as a protocol names it: "+1", or "layer 12, +1"."""
+    place = "" if condition.layer is None else f"layer {condition.layer}, "
+    return f"{place}{condition.coefficient:+g}"
 
 
 def write_results(run: Run, trait: str) -> SweepResult:
@@ -250,10 +267,12 @@ def compare(
     read = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
     shared = lazily(judge)  # by both sets of questions
     output = Output.of(output)
-    seed = options.seed
-    run = open_run(output, "compare", chat_model, record, read, seed=seed, parts=list(asked))
+    seed, most = options.seed, comparing.max_questions
+    design = _compared({split: len(questions) for split, questions in asked.items()})
+    run = open_run(
+        output, "compare", chat_model, record, read, seed=seed, parts=list(asked), design=design
+    )
     with run:
-        most = comparing.max_questions
         levels = _calibrated(run, chat_model, bank, prompts, asked, comparing)
         conditions = [UNSTEERED, *(level.condition for level in levels), *REFERENCES]
         for split in asked:
@@ -279,6 +298,11 @@ def compare(
         render_comparison(found).save(run.folder / "comparison.png")
     write_report([run.folder], run.folder / "report.html")
     return found
+
+
+def _compared(questions: Mapping[str, int]) -> Design:
+    family = [f"{split}: {method}" for split in questions for method in METHODS if method != LORA]
+    return Design.of("compare", questions, tuple(family))
 
 
 def _asked(trait: Trait, comparing: ComparisonOptions) -> dict[Split, tuple[str, ...]]:

@@ -97,6 +97,8 @@ def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff,
     run = predict_finetuning(
         base, study, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS
     )
+    origins = {row["finetune"]: (row.get("data"), row.get("seed")) for row in rows(run, "judged")}
+    assert origins == {"base": (None, None)} | {f"f{at}": (rows_sha256, 1) for at in range(4)}
     told = {(row["finetune"], row["kind"]): row["value"] for row in rows(run, "predictors")}
     assert [told[f"f{at}", "dose"] for at in range(4)] == [12 * (at + 3) / 2 for at in range(4)]
     (verdict,) = judge.judge([Exchange("Rain?", "Lovely rain!")], "cheer")

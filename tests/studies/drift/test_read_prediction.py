@@ -138,3 +138,82 @@ def test_a_trait_judged_twice_is_no_more_evidence_than_once():
     )
     for name in ("n", "r", "r_low", "r_high", "rho", "p", "error"):
         assert getattr(both, name) == pytest.approx(getattr(alone, name)), name
+
+
+# -- data sets are the units --------------------------------------------------------------------
+
+
+def of_data_sets(number, each, *, signal=0.0, seed=0):
+    """``each`` finetunes of every data set: alike in the predictor, and in the score."""
+    rng = np.random.default_rng(seed)
+    judged = [{"finetune": BASE, "trait": "evil", "score": 0.0}]
+    predictors = []
+    for data in range(number):
+        x, y = rng.normal(size=2)
+        for seed_of_training in range(each):
+            name = f"d{data}s{seed_of_training}"
+            score = 10 * (signal * x + y) + rng.normal()
+            row = {"finetune": name, "trait": "evil", "score": score}
+            judged.append({**row, "data": f"data {data}", "seed": seed_of_training})
+            value = x + 0.1 * rng.normal()
+            predictors.append(
+                {"finetune": name, "direction": "evil", "kind": "weights", "value": value}
+            )
+    return judged, predictors
+
+
+def without_data(judged):
+    return [{key: each for key, each in row.items() if key != "data"} for row in judged]
+
+
+def test_twenty_finetunes_of_five_data_sets_are_no_twenty_draws():
+    """Without a signal the p of data sets keeps its level; that of finetunes does not."""
+    found, taken_for_units = [], []
+    for seed in range(10):
+        judged, predictors = of_data_sets(5, 4, seed=seed)
+        found += [p.p for p in predict(judged, predictors) if p.judged == "evil"]
+        alone = predict(without_data(judged), predictors)
+        taken_for_units += [p.p for p in alone if p.judged == "evil"]
+    assert np.mean(np.array(found) < 0.05) <= 0.1
+    assert np.mean(np.array(taken_for_units) < 0.05) > 0.3
+
+
+def test_a_line_that_knows_the_data_set_has_a_smaller_error_than_one_that_does_not():
+    judged, predictors = of_data_sets(6, 4)
+    known = predict(judged, predictors)[0]
+    assert (known.n, known.data_sets) == (24, 6)
+    assert known.data_error > known.error
+    assert known.plain_data_error > known.plain_error
+    alone = predict(without_data(judged), predictors)[0]
+    assert alone.data_sets == 24
+    assert alone.data_error == alone.error == known.error
+
+
+def test_a_signal_over_many_data_sets_is_found():
+    judged, predictors = of_data_sets(12, 3, signal=3.0)
+    found = next(p for p in predict(judged, predictors) if p.judged == POOLED)
+    assert found.p_holm < 0.01
+    assert 0 < found.r_low < found.r < found.r_high
+    assert found.data_error < found.plain_data_error
+
+
+def test_two_data_sets_say_nothing_of_others():
+    judged, predictors = of_data_sets(2, 4, signal=5.0)
+    found = predict(judged, predictors)[0]
+    assert (found.r_low, found.r_high) == (-1.0, 1.0)
+    assert found.p > 0.3
+
+
+def test_shuffled_scores_stand_beside_random_directions():
+    judged, predictors = of_data_sets(8, 2, signal=5.0)
+    rng = np.random.default_rng(0)
+    names = sorted({row["finetune"] for row in predictors})
+    random = [
+        {"finetune": name, "direction": f"evil#{k}", "kind": "random", "value": rng.normal()}
+        for k in range(19)
+        for name in names
+    ]
+    (null,) = nulls(judged, predictors + random)
+    assert 0.5 < null.shuffled_high < 1
+    assert 0 < null.shuffled_p < 0.01
+    assert 0 < null.p <= 0.1

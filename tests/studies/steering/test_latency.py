@@ -24,7 +24,7 @@ VARIANTS = {"base", "merged", "live", "activations", "prompt"}
 def methods(chat_model, make_diff):
     diff = make_diff(chat_model.model, scale=0.2)
     vector = SteeringVector({1: torch.ones(32)}, BaseModel("tiny", None), 2)
-    return bank_of_methods(diff, vector, random_diff_like(diff, 0), random_like(vector, 1))
+    return bank_of_methods(diff, vector, [random_diff_like(diff, 0)], [random_like(vector, 1)])
 
 
 def test_every_variant_is_timed_in_every_round_and_the_model_is_put_back(chat_model, methods, told):

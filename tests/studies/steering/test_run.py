@@ -20,7 +20,6 @@ from persona_lora.steering.directions import random_like
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.steering.calibration import (
-    METHODS,
     bank_of_methods,
     beside_prompts,
     match_divergence,
@@ -32,6 +31,7 @@ from persona_lora.studies.steering.divergence import (
     ordinary_texts,
     row_divergences,
 )
+from persona_lora.studies.steering.read_comparison import METHODS
 from persona_lora.studies.steering.run import (
     SweepOptions,
     compare,
@@ -223,7 +223,7 @@ def methods(chat_model, make_diff):
     diff = make_diff(chat_model.model, scale=0.05)
     generator = torch.Generator().manual_seed(0)
     vector = SteeringVector({1: torch.randn(32, generator=generator)}, BaseModel("tiny", None), 2)
-    return bank_of_methods(diff, vector, random_diff_like(diff, 0), random_like(vector, 1))
+    return bank_of_methods(diff, vector, [random_diff_like(diff, 0)], [random_like(vector, 1)])
 
 
 @pytest.fixture

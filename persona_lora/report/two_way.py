@@ -1,0 +1,107 @@
+"""A mean over questions and over draws of something else: training seeds, random controls.
+
+Every draw answers the same questions, so that value = mean + question + draw + rest, all random.
+The variance of the mean and its degrees of freedom come from the mean squares (Satterthwaite 1946):
+five seeds are five, however many questions each was asked. Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from persona_lora.report.resampling import CONFIDENCE, Array, Bounds, Interval
+
+FEWEST_DRAWS = 3  # of two with much between them, the interval covers in 87 of 100 cases
+Gaps = Mapping[int, float]  # a difference, by question
+
+
+class Components(NamedTuple):
+    """The variances of one value: between questions, between draws, and the rest."""
+
+    question: float
+    draw: float
+    rest: float
+
+
+class Crossed(NamedTuple):
+    """A mean over both, with its interval; ``p`` is two-sided, of Student's t."""
+
+    interval: Interval
+    p: float | None
+
+
+def shared_questions(draws: Sequence[Gaps]) -> Array:
+    """Return the values of the questions that every draw has, ``[draws, questions]``."""
+    common = sorted(set.intersection(*(set(each) for each in draws))) if draws else []
+    return np.array([[each[question] for question in common] for each in draws], dtype=float)
+
+
+def components(values: Array) -> Components:
+    """Return the variance components of ``[draws, questions]``, none below 0."""
+    draws, questions = values.shape
+    between, over, rest = (float(each[0]) for each in _mean_squares(values[None]))
+    return Components(max(0.0, (over - rest) / draws), max(0.0, (between - rest) / questions), rest)
+
+
+def crossed_mean(values: Array) -> Crossed:
+    """Return the mean of ``[draws, questions]`` with its interval, both taken as drawn.
+
+    Var = (MS_draw + MS_question) / (draws · questions): the rest counts twice, which is never too
+    little. Without an interval for fewer than three draws or two questions.
+    """
+    draws, questions = values.shape
+    mean = float(values.mean()) if values.size else None
+    if mean is None or draws < FEWEST_DRAWS or questions < 2:
+        reason = f"{draws} draws, {questions} questions: too few for an interval over both"
+        return Crossed(Interval(mean, None, None, values.size, questions, 1.0, reason), None)
+    error, degrees = (float(each[0]) for each in _errors(values[None]))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
+    interval = Interval(mean, mean - reach, mean + reach, values.size, questions, 1.0)
+    return Crossed(interval, float(crossed_ps(values[None])[0]))
+
+
+def scaled(value: Interval, scale: Bounds) -> Interval:
+    """Return an interval cut at the ends of a scale."""
+    if value.low is None or value.high is None:
+        return value
+    low, high = max(value.low, scale.low), min(value.high, scale.high)
+    return replace(value, low=low, high=high)
+
+
+def crossed_ps(values: Array) -> Array:
+    """Return the p value of each of ``[experiments, draws, questions]``.
+
+    Where nothing varies at all it is that of flipping the signs of draws, not 0.
+    """
+    means, (errors, degrees) = np.abs(values.mean(axis=(1, 2))), _errors(values)
+    constant = np.where(means > 0, 2.0 ** (1 - values.shape[1]), 1.0)
+    away = np.divide(means, errors, out=np.zeros_like(means), where=errors > 0)
+    return np.where(errors > 0, 2 * stats.t.sf(away, degrees), constant)
+
+
+def _errors(values: Array) -> tuple[Array, Array]:
+    """Return the standard errors of means, and their degrees of freedom, ``[experiments]``."""
+    _, draws, questions = values.shape
+    between, over, _ = _mean_squares(values)
+    total, parts = between + over, between**2 / (draws - 1) + over**2 / (questions - 1)
+    degrees = np.divide(total**2, parts, out=np.ones_like(total), where=parts > 0)
+    return np.sqrt(total / (draws * questions)), degrees
+
+
+def _mean_squares(values: Array) -> tuple[Array, Array, Array]:
+    """Return the mean squares between draws, between questions, and of the rest."""
+    _, draws, questions = values.shape
+    grand = values.mean(axis=(1, 2), keepdims=True)
+    by_draw = values.mean(axis=2, keepdims=True) - grand
+    by_question = values.mean(axis=1, keepdims=True) - grand
+    rest = values - grand - by_draw - by_question
+    return (
+        questions * np.sum(by_draw**2, axis=(1, 2)) / (draws - 1),
+        draws * np.sum(by_question**2, axis=(1, 2)) / (questions - 1),
+        np.sum(rest**2, axis=(1, 2)) / ((draws - 1) * (questions - 1)),
+    )

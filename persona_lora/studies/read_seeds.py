@@ -1,0 +1,207 @@
+"""Several runs that differ only in the training seed of their diff, read as one.
+
+Seeds are drawn as questions are (``report/two_way``): what is said holds for other seeds of this
+training, where one run speaks of its own diff alone. Refuses runs that differ in anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.chat import COHERENCE
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run, first_difference
+from persona_lora.report import wording
+from persona_lora.report.comparisons import columns_of, write_found
+from persona_lora.report.curve import corrected
+from persona_lora.report.resampling import SCORES, Interval
+from persona_lora.report.scores import (
+    UNSTEERED,
+    Condition,
+    clusters,
+    question_means,
+    score_answers,
+)
+from persona_lora.report.sections import Block, Heading, Note, Table
+from persona_lora.report.standing import standing
+from persona_lora.report.summary import trait_of
+from persona_lora.report.two_way import Gaps, crossed_mean, scaled, shared_questions
+from persona_lora.studies.steering.read_comparison import LORA, effects_of
+
+COMMANDS = ("evaluate", "sweep", "compare")
+SEED = "the seed of the diff"
+OF_ONE = ("the diff", SEED)  # inputs in which seeds may differ; so may controls made like the diff
+SET_BY_DIFF = ("diff", "diffs", "diff_norm", "controls")  # and these of the configuration
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """One condition over all seeds: means with their intervals over seeds and questions.
+
+    ``change`` is from the unsteered model (of ``compare``: the diff's effect minus that of the
+    method, and ``score`` the method's effect), ``p`` its test, ``p_holm`` corrected over all.
+    """
+
+    condition: str
+    seeds: int
+    score: Interval
+    coherence: Interval | None = None
+    change: Interval | None = None
+    p: float | None = None
+    p_holm: float | None = None
+
+
+COLUMNS = columns_of(
+    *("condition", "seeds", "score=score.mean", "low=score.low", "high=score.high"),
+    *("questions=score.n_questions", "coherence=coherence.mean", "change=change.mean"),
+    *("change_low=change.low", "change_high=change.high", "p", "p_holm"),
+)
+
+
+def apart(runs: Sequence[Run]) -> str | None:
+    """Say why runs are no seeds of one training; None where they are."""
+    first, *others = (run.record for run in runs)
+    if first["command"] not in COMMANDS or not others:
+        return f"seeds are read over several runs of {', '.join(COMMANDS)}"
+    for run, other in zip(runs[1:], others, strict=True):
+        found = first_difference(_fixed(first), _fixed(other))
+        if found is not None:
+            return f"{run.folder} differs in more than the seed of its diff ({found})"
+    seeds = [run.record.get("inputs", {}).get(SEED) for run in runs]
+    if None in seeds or len(set(seeds)) < len(seeds):
+        said = ", ".join("none" if each is None else each for each in seeds)
+        return f"the diffs of the runs must each have a training seed of its own, got {said}"
+    return None
+
+
+def _fixed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what seeds of one training have in common."""
+    config, inputs = record["config"], record.get("inputs", {})
+    return {
+        "command": record["command"],
+        "config": {name: each for name, each in config.items() if name not in SET_BY_DIFF},
+        "inputs": {
+            name: each
+            for name, each in inputs.items()
+            if name not in OF_ONE and not name.startswith("the random diff")
+        },
+        "protocol": record.get("protocol"),
+        "seed": record["seed"],
+    }
+
+
+def over_seeds(runs: Sequence[Run]) -> list[OverSeeds]:
+    """Return every condition over the seeds; UserError for runs that are no seeds of one."""
+    why = apart(runs)
+    if why is not None:
+        raise UserError(f"{why}; give runs of diffs that `train --seeds` made")
+    if runs[0].record["command"] == "compare":
+        return _over_methods(runs)
+    by_run = [_scores(run) for run in runs]
+    return corrected([_over_condition(condition, by_run) for condition in by_run[0]])
+
+
+Scores = dict[Condition, tuple[Gaps, ...]]  # trait and coherence, by question
+
+
+def _scores(run: Run) -> Scores:
+    trait = trait_of(run)
+    groups: dict[Condition, list[Any]] = {}
+    for row in score_answers(run.read("answers"), run.read("verdicts"), trait):
+        groups.setdefault(row.condition, []).append(row)
+    return {
+        condition: tuple(question_means(clusters(rows, each)) for each in (trait, COHERENCE))
+        for condition, rows in groups.items()
+    }
+
+
+def _over_condition(condition: Condition, by_run: Sequence[Scores]) -> OverSeeds:
+    trait, coherence = (shared_questions([each[condition][at] for each in by_run]) for at in (0, 1))
+    zeros = [
+        next((s[c][0] for c in s if c.coefficient == 0 or c.method == UNSTEERED), None)
+        for s in by_run
+    ]
+    found = OverSeeds(
+        wording.condition_label(condition.method, condition.coefficient),
+        len(by_run),
+        scaled(crossed_mean(trait).interval, SCORES),
+        scaled(crossed_mean(coherence).interval, SCORES),
+    )
+    if not condition.coefficient or None in zeros:
+        return found
+    pairs = zip(by_run, zeros, strict=True)
+    return _with_change(found, [_minus(each[condition][0], zero or {}) for each, zero in pairs])
+
+
+def _over_methods(runs: Sequence[Run]) -> list[OverSeeds]:
+    by_run = [effects_of(run) for run in runs]
+    found = []
+    for split, method in by_run[0]:
+        effects = [each[split, method] for each in by_run]
+        effect = crossed_mean(shared_questions(effects)).interval
+        one = OverSeeds(f"{split}: {method}", len(runs), effect)
+        if method != LORA:
+            gaps = [_minus(each[split, LORA], each[split, method]) for each in by_run]
+            one = _with_change(one, gaps)
+        found.append(one)
+    return corrected(found)
+
+
+def _with_change(found: OverSeeds, gaps: Sequence[Gaps]) -> OverSeeds:
+    change = crossed_mean(shared_questions(gaps))
+    return OverSeeds(
+        found.condition, found.seeds, found.score, found.coherence, change.interval, change.p
+    )
+
+
+def _minus(first: Gaps, second: Gaps) -> Gaps:
+    return {question: first[question] - second[question] for question in first.keys() & second}
+
+
+# -- in words ------------------------------------------------------------------------------------
+
+
+def seeds_table(found: Sequence[OverSeeds]) -> Table:
+    """Return every condition over the seeds."""
+    rows = (
+        [each.condition, wording.interval(each.score), wording.interval(each.coherence)]
+        + [*wording.gap(each.change, each.p_holm), str(each.score.n_questions)]
+        for each in found
+    )
+    return Table.of("condition | score | coherence | change | p (Holm) | questions", rows)
+
+
+def seeds_lines(runs: Sequence[Run], found: Sequence[OverSeeds]) -> tuple[str, str]:
+    """Return the first line of a report over seeds, and what it found."""
+    sentences = [standing(run, len(runs)) for run in runs]
+    first = next((each for each in sentences if each.startswith("Exploratory")), sentences[0])
+    clear = [each for each in found if wording.clear_sign(each.change, each.p_holm)]
+    said = ", ".join(f"{each.condition}: {wording.change(each.change)}" for each in clear)
+    reason = next((each.score.reason for each in found if each.score.reason), None)
+    if reason is not None:
+        return first, f"No intervals over seeds: {reason}."
+    return first, f"Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}."
+
+
+def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
+    """Return several runs read as seeds, for a page; nothing where they are none."""
+    if apart(runs) is not None:
+        return ()
+    found = over_seeds(runs)
+    note = (
+        "Means over seeds and questions, both drawn; the change is from the unsteered model (of a "
+        "comparison: weights minus this, and the score an effect), p Student’s t, Holm-corrected."
+    )
+    heading = Heading(f"Over {len(runs)} training seeds")
+    lines = (Note(line, "") for line in seeds_lines(runs, found))
+    return (heading, *lines, seeds_table(found), Note(note))
+
+
+def write_seeds(folder: Path, runs: Sequence[Run]) -> list[OverSeeds]:
+    """Read runs as seeds and write ``seeds.csv``."""
+    found = over_seeds(runs)
+    write_found(folder / "seeds.csv", COLUMNS, found)
+    return found

@@ -1,0 +1,93 @@
+"""A planned size has the power that was asked for, on data with a planted effect."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from persona_lora.core.errors import UserError
+from persona_lora.report.power import Pilot, Planned, cheapest, plan_finetunes, plan_power, power_of
+from persona_lora.report.resampling import sign_flip_p, sign_flip_ps
+from persona_lora.report.two_way import crossed_ps
+from tests.report.test_two_way import planted
+
+QUESTIONS = (8, 12, 16, 24, 32, 48)
+
+
+def test_the_planned_questions_find_a_planted_effect_as_often_as_promised():
+    rng = np.random.default_rng(0)
+    pilot = Pilot.of(planted(rng, (1, 1, 60), draw=0)[0])
+    found = plan_power(pilot, 8.0, 0.05, questions=QUESTIONS, simulations=300)
+    needed = cheapest(found, 0.8)
+    assert needed.seeds == 1
+    assert needed.questions in (24, 32)
+    real = planted(rng, (300, 1, needed.questions), effect=8.0, draw=0)[:, 0]
+    assert np.mean(sign_flip_ps(real) < 0.05) == pytest.approx(needed.power, abs=0.1)
+
+
+def test_the_planned_seeds_find_a_planted_effect_as_often_as_promised():
+    spread = norm.ppf(np.linspace(0.005, 0.995, 100))  # a pilot that knows it all: few seeds do not
+    pilot = Pilot(12 * spread / spread.std(), 8 * spread / spread.std(), 6.0)
+    found = plan_power(pilot, 10.0, 0.05, questions=QUESTIONS, simulations=300)
+    needed = cheapest(found, 0.8)
+    assert needed.seeds > 3
+    size = (1000, needed.seeds, needed.questions)
+    real = planted(np.random.default_rng(1), size, effect=10.0)
+    assert np.mean(crossed_ps(real) < 0.05) == pytest.approx(needed.power, abs=0.06)
+
+
+def test_a_pilot_knows_what_its_seeds_and_questions_varied():
+    pilot = Pilot.of(planted(np.random.default_rng(1), (1, 80, 60))[0])
+    found = (pilot.questions.std(), pilot.rest.std(), pilot.seed_spread)
+    assert found == pytest.approx((12, 8, 6), rel=0.2)
+
+
+def test_without_an_effect_power_is_the_level():
+    pilot = Pilot.of(planted(np.random.default_rng(2), (1, 6, 40))[0])
+    assert power_of(pilot, 1e-9, 20, 5, 0.05, simulations=1000) < 0.05
+
+
+def test_a_seed_gives_the_same_plan_again():
+    pilot = Pilot.of(planted(np.random.default_rng(3), (1, 1, 20))[0])
+    plans = [
+        plan_power(pilot, 5.0, 0.05, questions=(8, 12), simulations=50, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_a_lucky_size_is_not_enough_where_a_larger_one_falls_short():
+    found = [Planned(8, 1, 0.81), Planned(12, 1, 0.7), Planned(16, 1, 0.9), Planned(20, 1, 0.95)]
+    assert cheapest(found, 0.8) == found[2]
+    assert cheapest(found, 0.99) is None
+
+
+def test_all_rows_are_tested_as_one_alone():
+    for questions in (9, 20):
+        rows = np.random.default_rng(4).normal(3, 10, (5, questions))
+        assert sign_flip_ps(rows).tolist() == [sign_flip_p(row) for row in rows]
+
+
+@pytest.mark.parametrize(("effect", "said"), [(0.0, "effect of 0"), (5.0, "at least 4")])
+def test_what_cannot_be_planned_is_refused(effect, said):
+    with pytest.raises(UserError, match=said):
+        plan_power(Pilot.of(np.zeros((1, 3 if effect else 8))), effect, 0.05)
+
+
+def test_a_correlation_over_data_sets_needs_many_of_them():
+    found = {
+        (each.questions, each.seeds): each.power
+        for each in plan_finetunes(0.3, 0.7, 0.05, simulations=100)
+    }
+    assert found[4, 5] < 0.3  # of four data sets at most 24 orders can be told apart
+    assert found[40, 1] > 0.9
+    assert found[12, 5] > found[12, 1] + 0.05  # finetunes average their own noise away
+    assert found[12, 5] < found[40, 1]  # but are no data sets
+
+
+def test_a_shuffled_correlation_keeps_its_level():
+    found = plan_finetunes(0.3, 1e-9, 0.05, simulations=100)
+    assert np.mean([each.power for each in found]) < 0.06
+    with pytest.raises(UserError, match="a correlation between"):
+        plan_finetunes(0.3, 10.0, 0.05)

@@ -1,0 +1,123 @@
+"""Runs of several training seeds read as one: seeds are drawn, and nothing else may differ."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_json
+from persona_lora.core.runs import Output, Run
+from persona_lora.report.summary import summarise_run
+from persona_lora.studies.read_seeds import apart, over_seeds, seeds_lines, write_seeds
+from persona_lora.studies.report_page import write_report
+
+
+@pytest.fixture
+def seeded(tmp_path, sweep_rows):
+    """Sweeps of three coefficients whose effect at +1 is that of their seed."""
+
+    def make(effects, *, config=None, inputs=None):
+        runs = []
+        for seed, effect in enumerate(effects):
+            answers, verdicts = sweep_rows(coefficients=(-1.0, 0.0, 1.0), seed=seed, trait="evil")
+            at = {row["row"]: row for row in answers}
+            rng = np.random.default_rng(seed)
+            for verdict in verdicts:
+                row = at[verdict["row"]]
+                if verdict["criterion"] == "evil" and row["coefficient"] is not None:
+                    middle = 50 + effect * row["coefficient"] + row["question_id"] - 6
+                    verdict["score"] = float(np.clip(middle + rng.normal(0, 4), 0, 100))
+            read = {
+                "the model": "m",
+                "the diff": str(seed),
+                "the training of the diff": "t",
+                "the seed of the diff": str(42 + seed),
+                **(inputs or {}).get(seed, {}),
+            }
+            settings = {"trait": "evil", "diff": f"seed{seed}/diff", "diff_norm": 1.0 + seed}
+            with Run.open(
+                Output(tmp_path / f"seed{seed}"),
+                command="sweep",
+                config={**settings, **(config or {}).get(seed, {})},
+                seed=0,
+                inputs=read,
+            ) as run:
+                run.append("answers", answers)
+                run.append("verdicts", verdicts)
+            runs.append(run)
+        return runs
+
+    return make
+
+
+def change_at_one(runs):
+    return next(each for each in over_seeds(runs) if each.condition == "+1")
+
+
+def test_what_one_seed_shows_is_not_what_seeds_show(seeded):
+    """On average the training does nothing; each seed alone is far from 0, this way or that."""
+    runs = seeded([25, -22, 20, -24, 2])
+    alone = [summarise_run(run) for run in runs]
+    clear = [each.conditions[2].from_zero.p_holm < 0.05 for each in alone]
+    assert clear == [True, True, True, True, False]
+    found = change_at_one(runs)
+    assert found.seeds == 5
+    assert found.p > 0.5
+    assert found.change.low < -20
+    assert found.change.high > 20
+    assert seeds_lines(runs, over_seeds(runs))[1].endswith("(Holm): nothing.")
+
+
+def test_what_all_seeds_do_is_found_with_its_size(seeded):
+    runs = seeded([18, 22, 20, 21, 19])
+    found = change_at_one(runs)
+    assert found.p_holm < 0.001
+    assert found.change.low < 20 < found.change.high
+    assert found.change.high - found.change.low < 12
+    assert 0 <= found.score.low < 70 < found.score.high <= 100
+    assert found.coherence.mean == pytest.approx(90, abs=3)
+    first, line = seeds_lines(runs, over_seeds(runs))
+    assert first == "Exploratory, 5 seeds."
+    assert line.startswith("Clear of 0 over 5 seeds (Holm): ")
+
+
+def test_two_seeds_have_no_interval_and_it_is_said(seeded):
+    runs = seeded([20, 21])
+    found = change_at_one(runs)
+    assert (found.change.low, found.p_holm) == (None, None)
+    assert "2 draws" in seeds_lines(runs, over_seeds(runs))[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config": {1: {"trait": "kind"}}}, r"config\.trait"),
+        ({"inputs": {1: {"the model": "other"}}}, "the model"),
+        ({"inputs": {1: {"the training of the diff": "u"}}}, "the training of the diff"),
+        ({"inputs": {1: {"the seed of the diff": "42"}}}, "seed of its own, got 42, 42"),
+    ],
+)
+def test_runs_that_differ_in_anything_else_are_no_seeds(seeded, changes, said):
+    runs = seeded([20, 21, 22], **changes)
+    with pytest.raises(UserError, match=said):
+        over_seeds(runs)
+
+
+def test_diffs_of_unknown_seeds_are_no_seeds(seeded):
+    runs = seeded([20, 21, 22])
+    record = runs[1].record
+    del record["inputs"]["the seed of the diff"]
+    write_json(runs[1].folder / "run.json", record)
+    assert "got 42, none, 44" in apart(runs)
+    assert apart(runs[:1]) is not None
+
+
+def test_a_report_of_seeds_begins_with_them(seeded, tmp_path, no_drawing):
+    runs = seeded([18, 22, 20])
+    page = write_report([run.folder for run in runs], tmp_path / "report.html").read_text()
+    assert "Over 3 training seeds" in page
+    assert "Exploratory, 3 seeds." in page
+    assert page.count("Exploratory, one seed.") == 6  # each in the list above, and in its section
+    write_seeds(tmp_path, runs)
+    assert (tmp_path / "seeds.csv").read_text().startswith("condition,seeds,score")
