@@ -509,8 +509,14 @@ COMMANDS = {
     "persona validate": Command(
         ("--output", "o.json"),
         ("persona_lora.core.files:write_json",),
-        {"persona_dir": flag("people"), "output": flag("p.json"), "seed": flag(37)},
         {
+            "persona_dir": flag("people"),
+            "output": flag("p.json"),
+            "seed": flag(37),
+            "judge": flag("letters", "LetterFeatures"),
+        },
+        {
+            "persona_lora.judges.style_judge:LetterFeatures": None,
             "persona_lora.core.personas:list_personas": [],
             "persona_lora.models.embeddings:SentenceEmbedder": None,
             "persona_lora.judges.style_judge:TextFeatures": None,

@@ -74,8 +74,8 @@ class BenchOptions:
         float | None, "Cut the rank of LoRA differences to this share of ‖·‖², as 0.99: faster."
     ] = None
     report_judge: Annotated[
-        Literal["likelihood", "embedding", "openai", "local"] | None,
-        "Who judges what is reported; the kind of --judge by default.",
+        Literal["letters", "embedding", "likelihood", "openai", "local"] | None,
+        "Who judges what is reported: letters by default, embedding where the search has another.",
     ] = None
     allow_other_base: OtherBase = False
 
@@ -567,6 +567,7 @@ def lamp(
 def validate_personas(
     *,
     persona_dir: PersonaDir = None,
+    judge: Annotated[Literal["embedding", "letters"], "The judges' family."] = "embedding",
     output: Annotated[Path | None, "A JSON file to write the numbers to."] = None,
     seed: Seed = 0,
 ) -> None:
@@ -578,14 +579,19 @@ def validate_personas(
     """
     from persona_lora.core.files import write_json
     from persona_lora.core.personas import list_personas, load_persona
-    from persona_lora.judges.style_judge import TextFeatures, fit_judges, validate_judges
+    from persona_lora.judges.style_judge import (
+        LetterFeatures,
+        TextFeatures,
+        fit_judges,
+        validate_judges,
+    )
     from persona_lora.models.embeddings import SentenceEmbedder
 
     personas: list[Persona] = []
     names = list_personas(persona_dir)
     bad = _failures(names, lambda name: personas.append(load_persona(name, persona_dir)))
     with console.status("embedding utterances"):
-        features = TextFeatures(SentenceEmbedder())
+        features = LetterFeatures() if judge == "letters" else TextFeatures(SentenceEmbedder())
         validations = [
             validate_judges(
                 personas, fit_judges(personas, split, features=features, seed=seed), split

@@ -1,8 +1,9 @@
 """The judges of a persona search: one for the search, another for what is reported.
 
 The embedded judge of the search is fitted on the persona's training conversations, the one that
-reports on its test conversations; each is validated on the conversations of the other split. The
-likelihood judge is of another family: it knows neither style features nor embeddings. A
+reports on its test conversations; each is validated on the conversations of the other split.
+Search and report are of different families unless told otherwise: style features with embeddings,
+letters, the likelihood of the unsteered model, or language models. A
 language model reads the same judge prompt for both: it sees ``final_judge_prompt.txt`` of the
 persona with the unsteered and the steered answer as A and B, in an order drawn for each answer, and
 says 1 (much worse) to 5. Language models favour a side; the drawn order turns that into noise.
@@ -34,9 +35,9 @@ from persona_lora.judges.style_judge import (
     LOWEST,
     NO_WORDS,
     PERSONA_FIT,
+    Features,
     FitScale,
     StyleJudge,
-    TextFeatures,
     has_words,
 )
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
@@ -177,7 +178,8 @@ def likelihood_contrast(chat_model: ChatModel, told: str) -> Contrast:
 
 COHERENCE_PAIRS = 16
 OTHERS = 40
-PERSONA_JUDGES = ("embedding", "openai", "local")
+FITTED = ("embedding", "letters")
+PERSONA_JUDGES = (*FITTED, "openai", "local")
 LIKELIHOOD: Literal["likelihood"] = "likelihood"
 
 
@@ -214,7 +216,7 @@ def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reade
     Raises UserError for an unknown judge.
     """
     names = judge_names(options.judge)
-    return {name: _reader(name, options, reference) for name in names if name != "embedding"}
+    return {name: _reader(name, options, reference) for name in names if name not in FITTED}
 
 
 def judge_names(judge: str) -> list[str]:
@@ -241,25 +243,21 @@ def make_persona_judge(
     split: ConversationSplit,
     options: JudgeOptions,
     *,
-    features: TextFeatures,
+    features: Mapping[str, Features],
     readers: Mapping[str, Reader],
     baselines: Mapping[str, str],
 ) -> Judge:
     """Build the judges that ``options.judge`` names; several are averaged."""
+
+    def made(name: str) -> Judge:
+        if name in FITTED:
+            return fit_style_judge(persona, personas, split, features[name], seed=options.seed)
+        reader = readers[name]
+        template = judge_prompt_of(persona)
+        return ComparisonJudge(reader.name, reader.read, template, baselines, seed=options.seed)
+
     names = judge_names(options.judge)
-    judges: list[Judge] = [
-        ComparisonJudge(
-            reader.name,
-            reader.read,
-            judge_prompt_of(persona),
-            baselines,
-            seed=options.seed,
-        )
-        for name, reader in readers.items()
-        if name in names
-    ]
-    if "embedding" in names:
-        judges.insert(0, fit_style_judge(persona, personas, split, features, seed=options.seed))
+    judges = [made(name) for name in sorted(names, key=lambda name: name not in FITTED)]
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
 
@@ -267,7 +265,7 @@ def fit_style_judge(
     persona: Persona,
     personas: Sequence[Persona],
     split: ConversationSplit,
-    features: TextFeatures,
+    features: Features,
     *,
     seed: int,
 ) -> StyleJudge:

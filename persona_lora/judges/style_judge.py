@@ -1,8 +1,8 @@
 """The embedded persona judge: does this text sound like that person? No network, no steered model.
 
-A text becomes a vector of style features (lengths, marks, pronouns, tone: ``features``) beside its
-sentence embedding; a logistic regression tells the person's utterances from other persons', both
-weighted alike. Its logit is put on a scale of 1–5 that the utterances themselves anchor: 4.5 for
+A text becomes a vector: of style features (lengths, marks, pronouns, tone: ``features``) beside its
+sentence embedding, or of the letters in it; a logistic regression tells the person's utterances
+from other persons', both weighted alike. Its logit is put on a scale of 1–5 that the utterances themselves anchor: 4.5 for
 the mean held-out utterance of the person, 1.5 for that of other persons (``FitScale``). Refuses to
 know what the answer says or whether it helps.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -33,6 +34,7 @@ FEWEST_UTTERANCES = 10
 FOLDS = 5
 NO_WORDS = "the answer holds no words"
 INVERSE_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LETTER_COLUMNS, LETTER_SCALE = 2048, 10.0
 EMBEDDING_SCALE = 4.0  # a unit embedding then varies about as much as the style features together
 
 STYLE_FEATURES = (
@@ -55,8 +57,40 @@ STYLE_FEATURES = (
 )
 
 
+class Features(Protocol):
+    """Vectors of texts; the first ``standardised`` columns are put on one scale before a fit."""
+
+    name: str
+    standardised: int
+
+    def of(self, texts: Sequence[str]) -> NDArray[np.float64]: ...
+
+
+class LetterFeatures:
+    """Which runs of one to four letters a text holds: neither words' meaning nor style counts.
+
+    Another family of evidence than ``TextFeatures``, of which a search through those knows nothing.
+    Rows are hashed counts of length ``LETTER_SCALE``.
+    """
+
+    name = "letters"
+    standardised = 0
+
+    def __init__(self) -> None:
+        self._hashed = HashingVectorizer(
+            analyzer="char_wb", ngram_range=(1, 4), n_features=LETTER_COLUMNS, lowercase=False
+        )
+
+    def of(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return ``[len(texts), LETTER_COLUMNS]``."""
+        return LETTER_SCALE * self._hashed.transform(texts).toarray().astype(np.float64)
+
+
 class TextFeatures:
     """Style features and embeddings of texts, computed once for each text."""
+
+    name = "embedding"
+    standardised = 1 + len(STYLE_FEATURES)
 
     def __init__(self, embedder: SentenceEmbedder) -> None:
         self._embedder = embedder
@@ -123,7 +157,7 @@ class StyleJudge:
     """
 
     persona_id: str
-    features: TextFeatures
+    features: Features
     center: NDArray[np.float64]
     spread: NDArray[np.float64]
     weights: NDArray[np.float64]
@@ -131,7 +165,7 @@ class StyleJudge:
     scale: FitScale
     log_loss: float
     fitted: Mapping[str, float]
-    name: str = "embedding"
+    name: str
 
     @classmethod
     def fit(
@@ -140,7 +174,7 @@ class StyleJudge:
         own: Sequence[str],
         others: Sequence[str],
         *,
-        features: TextFeatures,
+        features: Features,
         seed: int = 0,
     ) -> StyleJudge:
         """Fit to a person's utterances against other persons'; equal seeds give equal judges.
@@ -154,7 +188,7 @@ class StyleJudge:
                 f"{len(others)} of others; it needs at least {FEWEST_UTTERANCES} of each"
             )
         x = features.of([*own, *others])
-        style = 1 + len(STYLE_FEATURES)
+        style = features.standardised
         center, spread = np.zeros(x.shape[1]), np.ones(x.shape[1])
         center[:style] = x[:, :style].mean(axis=0)
         spread[:style] = np.maximum(x[:, :style].std(axis=0), 1e-6)
@@ -181,6 +215,7 @@ class StyleJudge:
             FitScale(*means),
             losses[chosen],
             dict(zip([*own, *others], map(float, held_out[chosen]), strict=True)),
+            features.name,
         )
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -239,7 +274,7 @@ def fit_judges(
     personas: Sequence[Persona],
     split: ConversationSplit,
     *,
-    features: TextFeatures,
+    features: Features,
     seed: int = 0,
 ) -> dict[str, StyleJudge]:
     """Fit one judge per persona on the utterances of one split, each against all others'."""

@@ -15,6 +15,7 @@ from persona_lora.core.personas import (
 )
 from persona_lora.judges.style_judge import (
     FitScale,
+    LetterFeatures,
     StyleJudge,
     TextFeatures,
     fit_judges,
@@ -97,6 +98,14 @@ def test_whom_a_judge_tells_worst_from_its_own_is_named(features, tmp_path):
     found = validate_judges(people, fit_judges(people, "train", features=features), "train")
     assert (found.nearest["calm"].persona_id, found.nearest["hush"].persona_id) == ("hush", "calm")
     assert found.nearest["calm"].auc < found.auc["calm"]
+
+
+def test_letters_alone_tell_voices_apart():
+    judge = StyleJudge.fit("loud", LOUD, CALM, features=LetterFeatures())
+    own, other = ask(judge, "Wow!! I love this soup so much!", "perhaps it was cold, i suppose")
+    assert judge.name == own.judge == "letters"
+    assert own.score > 4
+    assert other.score < 2
 
 
 def test_too_few_utterances_and_other_criteria_are_named(judge, features):

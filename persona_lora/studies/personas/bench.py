@@ -45,7 +45,7 @@ from persona_lora.judges.persona_judges import (
     make_persona_judge,
     make_readers,
 )
-from persona_lora.judges.style_judge import StyleJudge, TextFeatures
+from persona_lora.judges.style_judge import LetterFeatures, StyleJudge, TextFeatures
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Processes
@@ -177,10 +177,11 @@ class PersonaBench:
 
     @property
     def _reporting(self) -> JudgeOptions:
-        """How the report is judged where it is not by likelihood."""
-        if self.report_judge in (None, LIKELIHOOD):
-            return self.judging
-        return dataclasses.replace(self.judging, judge=self.report_judge)
+        """How the report is judged where not by likelihood: by another family, unless told."""
+        judge = self.report_judge
+        if judge is None or judge == LIKELIHOOD:
+            judge = "letters" if "embedding" in judge_names(self.judging.judge) else "embedding"
+        return dataclasses.replace(self.judging, judge=judge)
 
     def dollars(self) -> float | None:
         """Return the US dollars spent on judging; None where nothing is billed."""
@@ -235,7 +236,7 @@ class PersonaBench:
             personas,
             split,
             options,
-            features=self.features,
+            features={"embedding": self.features, "letters": LetterFeatures()},
             readers=self.readers,
             baselines=self._baselines_for(persona) if self.readers else {},
         )
@@ -276,7 +277,7 @@ class PersonaBench:
             "train.jsonl of the traits": digest_of(traits),
             "the sentence embedder": embedder_content(),  # of relevance, whoever judges
             **judge_inputs(self.judging),
-            **judge_inputs(self._reporting),
+            "the judge of the report": digest_of(judge_inputs(self._reporting)),
         }
 
     def method(

@@ -344,6 +344,9 @@ def test_cutting_the_rank_keeps_the_energy_and_is_recorded(bench):
 def test_judges_of_search_and_report_are_fitted_on_different_conversations(bench):
     problem = bench.problem("ann")
     assert problem.search_judge.bias != problem.report_judge.bias
+    assert (problem.search_judge.name, problem.report_judge.name) == ("embedding", "letters")
+    bench.judging = JudgeOptions("letters")
+    assert bench.problem("ann").report_judge.name == "embedding"
     assert [check.fitted_on for check in problem.checks] == ["train", "test"]
     assert all(check.auc > 0.9 for check in problem.checks)
 
@@ -354,6 +357,7 @@ def test_an_endpoint_judges_both_parts_through_one_reader(bench, server):
     bench.judging = JudgeOptions(
         judge="openai", judge_model="gpt-4o-mini", judge_url=server.url, judge_mode="number"
     )
+    bench.report_judge = "openai"
     problem = bench.problem("ann")
     exchanges = [Exchange(prompt, "So great!") for prompt in PROMPTS.held_out]
     verdicts = problem.report_judge.judge(exchanges, "persona_fit")
