@@ -2,9 +2,9 @@
 
 A text becomes a vector: of style features (lengths, marks, pronouns, tone: ``features``) beside its
 sentence embedding, or of the letters in it; a logistic regression tells the person's utterances
-from other persons', both weighted alike. Its logit is put on a scale of 1–5 that the utterances themselves anchor: 4.5 for
-the mean held-out utterance of the person, 1.5 for that of other persons (``FitScale``). Refuses to
-know what the answer says or whether it helps.
+from other persons', both weighted alike. Its logit is put on a scale of 1–5 that the utterances
+themselves anchor: 4.5 for the mean held-out utterance of the person, 1.5 for that of other persons
+(``FitScale``). Refuses to know what the answer says or whether it helps.
 """
 
 from __future__ import annotations
