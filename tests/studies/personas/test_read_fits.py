@@ -108,6 +108,21 @@ def test_searches_that_break_their_constraints_on_held_out_prompts_are_counted()
     assert [seeds_line(told), seeds_line(rows(GOOD, seed=3))] == ["2 seeds.", "One seed."]
 
 
+def test_a_gain_over_seeds_is_as_uncertain_as_they_differ():
+    def told(*gains):
+        found = [dict(row, seed=0) for row in rows({"none": 2.0})]
+        for seed, gain in enumerate(gains):
+            found += rows({"mean": 2.0 + gain}, seed=seed)
+        return condition_fits(found)[1]
+
+    one, alike, apart = told(1.0), told(1.0, 1.0, 1.0), told(0.0, 1.0, 2.0)
+    assert one.p is not None
+    assert (alike.difference.low, alike.difference.high, alike.p) == (1.0, 1.0, None)
+    assert apart.difference.mean == 1.0
+    assert apart.difference.low < 0.5
+    assert apart.difference.high > 1.5
+
+
 def test_answers_that_count_are_shared_out_and_unknown_where_nobody_looked():
     told = rows({"none": 2.0, "mean": 3.0})
     told[4]["failed"] = "copy"
