@@ -276,8 +276,8 @@ class PersonaBench:
             "the other personas": digest_of(others),
             "train.jsonl of the traits": digest_of(traits),
             "the sentence embedder": embedder_content(),  # of relevance, whoever judges
-            **judge_inputs(self.judging),
-            "the judge of the report": digest_of(judge_inputs(self._reporting)),
+            **_inputs_of(self.judging),
+            "the judge of the report": digest_of(_inputs_of(self._reporting)),
         }
 
     def method(
@@ -298,6 +298,12 @@ class PersonaBench:
             lambda: scales_of(self.chat_model, bank, cache=cache, datasets=self.datasets)
         )
         return Method(name, bank, scales, alpha, searcher)
+
+
+def _inputs_of(options: JudgeOptions) -> dict[str, str]:
+    """Return digests of what judges beside persons' own utterances, of which letters know all."""
+    asked = [name for name in judge_names(options.judge) if name != "letters"]
+    return judge_inputs(dataclasses.replace(options, judge=",".join(asked))) if asked else {}
 
 
 @dataclass(eq=False)
