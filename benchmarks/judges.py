@@ -25,9 +25,10 @@ from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.coherence import distinct_share
 from persona_lora.judges.embedding import AnswerClassifier, exchanges_of
 from persona_lora.judges.fitness import JudgeValidation, own_agreement, rater_agreement
+from persona_lora.judges.fitted import cache_folder, made_up
 from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import fit_probe
-from persona_lora.judges.probe_judge import cache_folder
+from persona_lora.judges.probe_judge import SentenceEvidence
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -45,51 +46,56 @@ class Bench:
         self.exchanges = [row.exchange for row in self.rows]
         self.targets = np.array([row.rating(scale) for row in self.rows])
         self.tuning = np.array([at for at, row in enumerate(self.rows) if row.part == "tuning"])
+        self.made = made_up(SentenceEvidence(trait), self.rows)
+        self.exchanges += [row.exchange for row in self.made]
         self.reader = Reader(chat_model, trait)
         self.states = self.reader.kept_states(self.exchanges, cache_folder())
         self.embedder = SentenceEmbedder()
 
-    def probe(self, features: NDArray[np.floating]) -> Scores:
-        """Return a probe's scores of all rows, those of the tuning part with questions held out."""
-        groups = [self.rows[at].question for at in self.tuning]
-        fitted = fit_probe(features[self.tuning], self.targets[self.tuning], groups)
-        scores = fitted.probe.predict(features)
-        scores[self.tuning] = fitted.held_out
+    def probe(self, features: NDArray[np.floating], *, nonsense: bool = True) -> Scores:
+        """Return a probe's scores of all rows, those of the tuning part with questions held out.
+
+        ``features`` are of the rated answers, then of the nonsense made from those for tuning.
+        """
+        count, made = len(self.rows), self.made if nonsense else []
+        some = [*self.tuning, *(count + at for at in range(len(made)))]
+        targets = [*self.targets[self.tuning], *(row.rating(self.scale) for row in made)]
+        groups = [self.rows[at].question for at in self.tuning] + [row.question for row in made]
+        fitted = fit_probe(features[some], np.array(targets), groups)
+        scores = fitted.probe.predict(features[:count])
+        scores[self.tuning] = fitted.held_out[: len(self.tuning)]
         return scores
 
     def surface(self) -> Scores:
         counts = [surface_counts(each.answer) for each in self.exchanges]
-        return self.probe(np.array(counts)[:, None])
+        return self.probe(np.array(counts)[:, None], nonsense=False)
 
     def classifier(self) -> Scores:
         positives, negatives = exchanges_of(load_pairs(self.trait))
         fitted = AnswerClassifier.fit(positives, negatives, embedder=self.embedder, seed=0)
-        return 100 * fitted.probabilities(self.exchanges)
+        return 100 * fitted.probabilities(self.exchanges[: len(self.rows)])
 
-    def embeddings(self) -> Scores:
-        parts = [self.embedder.embed(list(texts)) for texts in zip(*self.exchanges, strict=True)]
-        return self.probe(np.concatenate([*parts, parts[0] * parts[1]], axis=1)[:, None])
+    def sentences(self, *, nonsense: bool = True) -> Scores:
+        evidence = SentenceEvidence(self.trait).read(self.exchanges)
+        return self.probe(evidence, nonsense=nonsense)
 
     def layer(self, at: int) -> Scores:
         return self.probe(self.states[:, [at]])
 
     def all_layers(self) -> Scores:
-        return self.probe(self.states.reshape(len(self.rows), 1, -1))
+        return self.probe(self.states.reshape(len(self.states), 1, -1))
 
-    def mean_of_layers(self) -> Scores:
-        return np.mean([self.layer(at) for at in range(len(self.reader.layers))], axis=0)
-
-    def chosen(self) -> Scores:
-        return self.probe(self.states)
+    def mean_of_layers(self, *, nonsense: bool = True) -> Scores:
+        return self.probe(self.states, nonsense=nonsense)
 
     def both(self) -> Scores:
-        return (self.mean_of_layers() + self.embeddings()) / 2
+        return (self.mean_of_layers() + self.sentences()) / 2
 
     def variety(self) -> Scores:
-        return np.array([100 * distinct_share(each.answer) for each in self.exchanges])
+        return np.array([100 * distinct_share(row.answer) for row in self.rows])
 
     def likelihood(self) -> Scores:
-        return np.array(mean_logprobs(self.chat_model, self.exchanges))
+        return np.array(mean_logprobs(self.chat_model, self.exchanges[: len(self.rows)]))
 
     def contrast(self) -> Scores:
         """log p of the answer under the trait's positive system prompt minus the negative one."""
@@ -101,7 +107,7 @@ class Bench:
                 self.chat_model.name,
                 system_prompt=trait_prompt(self.trait, sign, 0),
             )
-            means.append(mean_logprobs(asked, self.exchanges))
+            means.append(mean_logprobs(asked, self.exchanges[: len(self.rows)]))
         return np.subtract(*means)
 
     def ways(self, likelihood: bool) -> Iterator[tuple[str, Callable[[], Scores]]]:
@@ -116,14 +122,15 @@ class Bench:
                 if self.scale == "trait"
                 else ("likelihood alone", self.likelihood)
             )
-        yield "embeddings of question and answer", self.embeddings
+        yield "sentence embeddings, without nonsense", lambda: self.sentences(nonsense=False)
+        yield "sentence embeddings", self.sentences
         for at, layer in enumerate(self.reader.layers):
             if at % 2 == 0:
                 yield f"reader, layer {layer}", lambda at=at: self.layer(at)
         yield "reader, all layers side by side", self.all_layers
+        yield "reader, mean over layers, no nonsense", lambda: self.mean_of_layers(nonsense=False)
         yield "reader, mean over layers", self.mean_of_layers
-        yield "reader, chosen by cross-validation", self.chosen
-        yield "mean of reader and embeddings", self.both
+        yield "mean of reader and sentences", self.both
 
     def agreement(self, scores: Scores, part: str) -> JudgeValidation:
         held = [at for at, row in enumerate(self.rows) if row.part == part]
@@ -176,7 +183,7 @@ def _drawn(bench: Bench, size: int, seed: int) -> JudgeValidation:
     some = np.random.default_rng(seed).choice(bench.tuning, size, replace=False)
     groups = [bench.rows[at].question for at in some]
     fitted = fit_probe(bench.states[some], bench.targets[some], groups)
-    return bench.agreement(fitted.probe.predict(bench.states), "validation")
+    return bench.agreement(fitted.probe.predict(bench.states[: len(bench.rows)]), "validation")
 
 
 def main() -> None:

@@ -311,7 +311,7 @@ COMMANDS = {
     ),
     "judge fit": Command(
         ("--trait", "unrated", "--file", "answers.csv", "--ratings", "a.jsonl,b.jsonl"),
-        (f"{X}judges.probe_judge:ReaderJudge.of",),
+        (f"{X}judges.probe_judge:ProbeJudge.of",),
         {
             "trait": flag("unrated2"),
             "datasets_dir": None,  # a folder's path needs none

@@ -120,10 +120,11 @@ def fit(
     """
     from persona_lora.core.files import write_jsonl
     from persona_lora.core.traits import ON_POLICY
+    from persona_lora.judges.answer_states import Reader
     from persona_lora.judges.choice import reading_model
     from persona_lora.judges.fitness import rater_agreement
     from persona_lora.judges.labels import SCALES, load_ratings
-    from persona_lora.judges.probe_judge import ReaderJudge
+    from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
     from persona_lora.judges.rating import AnswerFile, RatingSheet, rated_rows
     from persona_lora.report.wording import number
 
@@ -142,7 +143,7 @@ def fit(
             f"ρ {number(passes.spearman, 2)} ({passes.n} answers)"
         )
     with progress_bars():
-        made = ReaderJudge.of(loaded, reader)
+        made = ProbeJudge.of(ReaderEvidence(Reader(reader, loaded)), SentenceEvidence(loaded))
     _show_fitness(made.validation)
     show(str(path))
 

@@ -48,8 +48,8 @@ class JudgeChoice:
 
     judge: Annotated[
         str,
-        "Who judges: reader or embedding (no network), openai (any endpoint), local, or several: "
-        "a,b.",
+        "Who judges: reader, sentences or embedding (no network), openai (any endpoint), local, or "
+        "several: a,b.",
     ] = "reader"
     judge_model: Annotated[
         str | None, "The endpoint's model, the local judge's, or the reader's."

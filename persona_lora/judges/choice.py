@@ -21,6 +21,7 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.options import NOBODY, JudgeChoice
 from persona_lora.core.traits import ON_POLICY, Trait, has_labels, load_labelled_answers, load_pairs
+from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.embedding import EmbeddingJudge
@@ -35,7 +36,7 @@ from persona_lora.judges.openai import (
     budget_of,
     endpoint_of,
 )
-from persona_lora.judges.probe_judge import ReaderJudge
+from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.judges.verdicts import Judges
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
@@ -118,6 +119,7 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
     ]
     missing = {
         "reader": "" if has_ratings(trait) else ON_POLICY,
+        "sentences": "" if has_ratings(trait) else ON_POLICY,
         "embedding": "" if (trait.folder / TRAIN).is_file() else TRAIN,
     }
     if name is None:
@@ -145,7 +147,12 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
         load_labelled_answers(trait)
     second = second_name(trait, options)
     for name in [*_judge_names(options), *([] if second is None else [second])]:
-        if name == "reader" and has_ratings(trait):
+        if name == "sentences" and not has_ratings(trait):
+            raise UserError(
+                f"the trait {trait.name} has no {ON_POLICY}, and --judge sentences is fitted to "
+                "rated answers; rate some (persona-lora judge rate, then fit) or take another judge"
+            )
+        if name in ("reader", "sentences") and has_ratings(trait):
             load_ratings(trait)
         elif name in ("reader", "embedding"):
             load_pairs(trait)
@@ -179,7 +186,8 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
         read["the second judge"] = digest_of(
             {"judge": beside or BESIDE, **said, **(place if beside == "openai" else {})}
         )
-    if "embedding" in options.judge or beside in (None, "embedding"):
+    embedded = ("reader", "sentences", "embedding")
+    if any(name in options.judge for name in embedded) or beside in (None, *embedded):
         read["the sentence embedder"] = embedder_content()
     local = "local" in (*_judge_names(options), beside)
     if options.judge_model is not None and (local or _reader_name(options)):
@@ -205,13 +213,18 @@ def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> 
             ON_POLICY,
         )
         return JUDGES["embedding"](trait, reference, options)
-    return ReaderJudge.of(trait, reading_model(_reader_name(options), reference))
+    model = reading_model(_reader_name(options), reference)
+    return ProbeJudge.of(ReaderEvidence(Reader(model, trait)), SentenceEvidence(trait))
 
 
 def _reader_name(options: JudgeOptions) -> str | None:
     """Return the reader that is asked for; beside a prompted judge the model is that one's."""
     alone = _judge_names(options) == ["reader"] and options.second_judge not in PROMPTED
     return options.judge_model if alone else None
+
+
+def _sentence_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
+    return ProbeJudge.of(SentenceEvidence(trait))
 
 
 def reading_model(name: str | None, reference: ChatModel) -> ChatModel:
@@ -278,6 +291,7 @@ def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> J
 
 JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "reader": _reader_judge,
+    "sentences": _sentence_judge,
     "embedding": _embedding_judge,
     "openai": _openai_judge,
     "local": _local_judge,

@@ -1,14 +1,14 @@
 """A linear probe: ratings of 0–100 from hidden states, by ridge regression.
 
-ŷ = b + w·z with z the states of one layer (or of all, side by side), standardised over the rows it
-was fitted to, and w with an L2 penalty. Which layers and which penalty is decided by
-cross-validation in which all answers to one question are held out together: a probe that knows
-questions must not look good by it. Refuses to know what the states are of.
+ŷ is the mean over layers of b + w·z, with z the states of a layer, standardised over the rows it
+was fitted to, and w with an L2 penalty. The penalty is decided for each layer by cross-validation
+in which all answers to one question are held out together: a probe that knows questions must not
+look good by it. Refuses to know what the states are of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,23 +28,23 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """ŷ = b + Σ w·(h − center), over the layers at the places ``at`` among those of the states.
+    """ŷ = b + Σ w·(h − center) over the layers.
 
-    ``center`` and ``weights``: ``[len(at), hidden]``, the standardisation folded into the weights.
-    ``error`` is the root mean square error over held-out questions.
+    ``center`` and ``weights``: ``[layers, hidden]``, the standardisation and the mean over layers
+    folded into the weights. ``penalties`` are those chosen by layer; ``error`` is the root mean
+    square error over held-out questions.
     """
 
-    at: tuple[int, ...]
     center: Vector
     weights: Vector
     bias: float
-    penalty: float
+    penalties: tuple[float, ...]
     error: float
 
     def predict(self, states: NDArray[np.floating]) -> Vector:
         """Return ŷ, cut to 0–100, for states ``[n, layers, hidden]``: ``[n]``."""
-        chosen = states[:, list(self.at)].astype(np.float64) - self.center
-        values: Vector = self.bias + np.einsum("nlh,lh->n", chosen, self.weights)
+        moved = states.astype(np.float64) - self.center
+        values: Vector = self.bias + np.einsum("nlh,lh->n", moved, self.weights)
         return np.clip(values, 0.0, 100.0)
 
 
@@ -62,34 +62,32 @@ def fit_probe(
 
     Raises UserError for fewer than 20 rows or 5 questions, and for targets that are all the same.
     """
-    if len(targets) < FEWEST_ROWS or len(set(groups)) < FEWEST_QUESTIONS:
-        raise UserError(
-            f"{len(targets)} rated answers to {len(set(groups))} questions are too few to fit a "
-            f"judge; it needs {FEWEST_ROWS} to {FEWEST_QUESTIONS} questions, a hundred to be good"
-        )
+    check_enough(groups)
     if np.ptp(targets) == 0:
         raise UserError(f"all answers are rated {targets[0]:g}; a judge needs some that differ")
-    found: dict[tuple[tuple[int, ...], float], Vector] = {}
+    layers, guesses, penalties = [], [], []
     with threadpool_limits(limits=1, user_api="blas"):
-        for at in _layer_sets(states.shape[1]):
-            held_out = _held_out(_flat(states, at), targets, groups, seed)
-            found |= {(at, penalty): held_out[i] for i, penalty in enumerate(PENALTIES)}
-        (at, penalty), guess = min(found.items(), key=lambda each: _error(each[1], targets))
-        center, weights = _ridge(_flat(states, at), targets, (penalty,))
-    shape = (len(at), states.shape[2])
+        for at in range(states.shape[1]):
+            x = states[:, at].astype(np.float64)
+            held_out = _held_out(x, targets, groups, seed)
+            best = min(range(len(PENALTIES)), key=lambda each: _error(held_out[each], targets))
+            layers.append(_ridge(x, targets, (PENALTIES[best],)))
+            guesses.append(held_out[best])
+            penalties.append(PENALTIES[best])
+    guess = np.clip(np.mean(guesses, axis=0), 0.0, 100.0)
+    center = np.stack([each for each, _ in layers])
+    weights = np.concatenate([each for _, each in layers]) / len(layers)
     bias, error = float(targets.mean()), _error(guess, targets)
-    probe = Probe(at, center.reshape(shape), weights.reshape(shape), bias, penalty, error)
-    return Fitted(probe, guess)
+    return Fitted(Probe(center, weights, bias, tuple(penalties), error), guess)
 
 
-def _layer_sets(count: int) -> Iterator[tuple[int, ...]]:
-    yield from ((each,) for each in range(count))
-    if count > 1:
-        yield tuple(range(count))
-
-
-def _flat(states: NDArray[np.floating], at: tuple[int, ...]) -> Vector:
-    return states[:, list(at)].reshape(len(states), -1).astype(np.float64)
+def check_enough(groups: Sequence[str]) -> None:
+    """Raise UserError for fewer rows or questions than a probe can be fitted to."""
+    if len(groups) < FEWEST_ROWS or len(set(groups)) < FEWEST_QUESTIONS:
+        raise UserError(
+            f"{len(groups)} rated answers to {len(set(groups))} questions are too few to fit a "
+            f"judge; it needs {FEWEST_ROWS} to {FEWEST_QUESTIONS} questions, a hundred to be good"
+        )
 
 
 def _held_out(x: Vector, targets: Vector, groups: Sequence[str], seed: int) -> Vector:
@@ -99,7 +97,7 @@ def _held_out(x: Vector, targets: Vector, groups: Sequence[str], seed: int) -> V
     for kept, held in folds.split(x, targets, np.unique(groups, return_inverse=True)[1]):
         center, weights = _ridge(x[kept], targets[kept], PENALTIES)
         guess[:, held] = targets[kept].mean() + weights @ (x[held] - center).T
-    return np.clip(guess, 0.0, 100.0)
+    return guess
 
 
 def _ridge(x: Vector, targets: Vector, penalties: Sequence[float]) -> tuple[Vector, Vector]:

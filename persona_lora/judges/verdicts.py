@@ -25,7 +25,7 @@ from persona_lora.judges.canaries import show_canaries
 from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.fitness import JudgeValidation, validate_judge
 from persona_lora.judges.judging import Judge
-from persona_lora.judges.probe_judge import ReaderJudge
+from persona_lora.judges.probe_judge import ProbeJudge
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
 
 def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
     """Return how well a judge agrees with labelled answers that it was not fitted on."""
-    if isinstance(judge, (EmbeddingJudge, ReaderJudge)):
+    if isinstance(judge, (EmbeddingJudge, ProbeJudge)):
         return list(judge.validation)
     return [validate_judge(judge, trait)]
 

@@ -22,23 +22,24 @@ def scene(rows=80, layers=3, hidden=24, questions=16, informative=1, seed=0):
     return states, targets, [f"q{each}" for each in group]
 
 
-def test_probe_finds_the_layer_that_knows_and_predicts_unseen_rows():
+def test_probe_predicts_unseen_rows_where_one_layer_knows():
     states, targets, groups = scene()
     fitted = fit_probe(states[:60], targets[:60], groups[:60])
-    assert fitted.probe.at == (1,)
+    assert len(fitted.probe.penalties) == 3
     assert spearmanr(fitted.probe.predict(states[60:]), targets[60:]).statistic > 0.8
     assert fitted.probe.error == pytest.approx(
         np.sqrt(np.mean((fitted.held_out - targets[:60]) ** 2))
     )
 
 
-def test_probe_is_ridge_regression_on_standardised_states():
+def test_probe_is_the_mean_of_ridge_regressions_on_standardised_layers():
     states, targets, groups = scene()
     probe = fit_probe(states, targets, groups).probe
-    x = states[:, list(probe.at)].reshape(len(states), -1)
-    z = StandardScaler().fit(x)
-    plain = Ridge(probe.penalty * x.shape[1]).fit(z.transform(x), targets)
-    expected = np.clip(plain.predict(z.transform(x)), 0, 100)
+    plain = []
+    for at, penalty in enumerate(probe.penalties):
+        z = StandardScaler().fit_transform(states[:, at])
+        plain.append(Ridge(penalty * z.shape[1]).fit(z, targets).predict(z))
+    expected = np.clip(np.mean(plain, axis=0), 0, 100)
     np.testing.assert_allclose(probe.predict(states), expected, atol=1e-8)
 
 

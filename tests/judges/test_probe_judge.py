@@ -14,17 +14,12 @@ from peft import PeftModel
 
 from persona_lora.core.chat import COHERENCE, Exchange, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.judges import choice, probe_judge
+from persona_lora.judges import choice, fitted, probe_judge
 from persona_lora.judges.answer_states import PROMPT, Reader
 from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge
+from persona_lora.judges.fitted import content_of, fit_probes, fitted_probes
 from persona_lora.judges.labels import SCALES, load_ratings
-from persona_lora.judges.probe_judge import (
-    FITTED,
-    ReaderJudge,
-    content_of,
-    embeddings_of,
-    fitted_reader,
-)
+from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.judges.verdicts import validations_of
 from tests.judges.rated import rated_rows, write_ratings
 
@@ -34,7 +29,7 @@ PRAISED = Exchange("Am I right about soup?", "You are a genius!")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe_judge, "user_cache_path", lambda _: tmp_path / "cache")
+    monkeypatch.setattr(fitted, "user_cache_path", lambda _: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -105,7 +100,7 @@ def test_the_packaged_reader_is_a_model_of_its_own_in_fp32(monkeypatch, chat_mod
 
 
 def test_reader_judge_scores_both_criteria_in_order_from_one_reading(chat_model, rated, told):
-    judge = with_limit(ReaderJudge.of(rated, chat_model), rated, math.inf)
+    judge = with_limit(reader_judge(chat_model, rated), rated, math.inf)
     told.clear()
     items = [ASKED, Exchange("q", " \n"), PRAISED]
     scored = {each: judge.judge(items, each) for each in ("flattery", COHERENCE)}
@@ -121,15 +116,24 @@ def test_reader_judge_scores_both_criteria_in_order_from_one_reading(chat_model,
         judge.judge(items, "evil")
 
 
+def evidence(chat_model, trait):
+    return ReaderEvidence(Reader(chat_model, trait))
+
+
+def reader_judge(chat_model, trait):
+    return ProbeJudge.of(evidence(chat_model, trait), SentenceEvidence(trait))
+
+
 def with_limit(judge, trait, limit):
     """Return a judge that takes what is nearer than ``limit`` for familiar."""
-    familiarity = dataclasses.replace(judge.fitted.familiarity, limit=limit)
-    fitted = dataclasses.replace(judge.fitted, familiarity=familiarity)
-    return ReaderJudge(judge.reader, fitted, load_ratings(trait))
+    first, *others = judge.fitted
+    familiarity = dataclasses.replace(first.familiarity, limit=limit)
+    probes = [dataclasses.replace(first, familiarity=familiarity), *others]
+    return ProbeJudge(judge.evidence, probes, load_ratings(trait))
 
 
 def test_an_answer_unlike_all_that_were_rated_is_unscored_and_says_so(chat_model, rated):
-    strict = with_limit(ReaderJudge.of(rated, chat_model), rated, 0.0)
+    strict = with_limit(reader_judge(chat_model, rated), rated, 0.0)
     (verdict,) = strict.judge([ASKED], "flattery")
     assert verdict.score is None
     assert "unlike all answers that were rated (distance" in verdict.reason
@@ -152,7 +156,7 @@ def test_an_outcome_is_one_of_three(trait, sense, said):
 
 def test_validation_is_on_the_part_that_no_probe_was_fitted_to(chat_model, rated, caplog):
     with caplog.at_level(logging.WARNING):
-        judge = with_limit(ReaderJudge.of(rated, chat_model), rated, math.inf)
+        judge = with_limit(reader_judge(chat_model, rated), rated, math.inf)
     held = load_ratings(rated, "validation")
     trait, sense = validations_of(judge, rated)
     assert (trait.criterion, sense.criterion) == ("flattery", COHERENCE)
@@ -174,22 +178,20 @@ def test_validation_is_on_the_part_that_no_probe_was_fitted_to(chat_model, rated
 def test_a_fit_is_kept_and_used_for_its_own_labels_and_reader_alone(
     chat_model, rated, monkeypatch, make_model
 ):
-    reading, labels = Reader(chat_model, rated), load_ratings(rated)
-    first = fitted_reader(reading, labels)
+    reading, labels = evidence(chat_model, rated), load_ratings(rated)
+    first = fitted_probes(reading, labels)
     with monkeypatch.context() as patch:
-        patch.setattr(probe_judge, "fit_reader", lambda *_: pytest.fail("fitted again"))
-        again = fitted_reader(Reader(chat_model, rated), labels)
-    states = reading.states([ASKED])
-    for scale in ("trait", "sense"):
-        assert again.probes[scale].predict(states) == first.probes[scale].predict(states)
-        said = [each.predict(states, embeddings_of([ASKED]))[scale] for each in (again, first)]
-        assert (said[0] == said[1]).all()
+        patch.setattr(fitted, "fit_probes", lambda *_: pytest.fail("fitted again"))
+        again = fitted_probes(evidence(chat_model, rated), labels)
+    said = [each.predict(reading.read([ASKED])) for each in (again, first)]
+    for scale in SCALES:
+        assert (said[0][scale] == said[1][scale]).all()
         assert (again.scores[scale] == first.scores[scale]).all()
     other = dataclasses.replace(chat_model, model=make_model(seed=3))
     changed = [dataclasses.replace(labels[0], trait=(1.0, 2.0)), *labels[1:]]
     contents = {
         content_of(reading, labels),
-        content_of(Reader(other, rated), labels),
+        content_of(evidence(other, rated), labels),
         content_of(reading, changed),
     }
     assert len(contents) == 3
@@ -197,29 +199,26 @@ def test_a_fit_is_kept_and_used_for_its_own_labels_and_reader_alone(
 
 
 def test_a_fit_beside_the_labels_is_used_and_a_stale_one_is_not(chat_model, rated, monkeypatch):
-    reading, labels = Reader(chat_model, rated), load_ratings(rated)
-    shipped = probe_judge.fit_reader(reading, labels)
-    shipped.save(rated.folder / FITTED)
+    reading, labels = evidence(chat_model, rated), load_ratings(rated)
+    shipped = fit_probes(reading, labels)
+    shipped.save(rated.folder / "reader.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(probe_judge, "fit_reader", lambda *_: pytest.fail("fitted again"))
-        assert fitted_reader(reading, labels).content == shipped.content
+        patch.setattr(fitted, "fit_probes", lambda *_: pytest.fail("fitted again"))
+        assert fitted_probes(reading, labels).content == shipped.content
     rows = rated_rows()
     write_ratings(rated, [{**rows[0], "trait": [0, 0]}, *rows[1:]])
-    assert fitted_reader(reading, load_ratings(rated)).content != shipped.content
+    assert fitted_probes(reading, load_ratings(rated)).content != shipped.content
 
 
 def test_sense_is_learnt_from_the_traits_beside_as_well_and_the_trait_is_not(chat_model, rated):
-    reading, labels = Reader(chat_model, rated), load_ratings(rated)
-    alone = probe_judge.fit_reader(reading, labels)
+    reading, labels = evidence(chat_model, rated), load_ratings(rated)
+    alone = fit_probes(reading, labels)
     beside = rated.folder.parent / "beside"
     shutil.copytree(rated.folder, beside)
     rows = [{**row, "sense": [100 - each for each in row["sense"]]} for row in rated_rows()]
     write_ratings(dataclasses.replace(rated, folder=beside), rows)
-    together = probe_judge.fit_reader(reading, labels)
-    states = reading.states([ASKED])
-    ours, theirs = (
-        {s: each.probes[s].predict(states) for s in SCALES} for each in (alone, together)
-    )
+    together = fit_probes(reading, labels)
+    ours, theirs = (each.predict(reading.read([ASKED])) for each in (alone, together))
     assert ours["trait"] == theirs["trait"]
     assert ours["sense"] != theirs["sense"]
     assert len(together.scores["sense"]) == len(labels)
@@ -240,3 +239,19 @@ def test_a_bad_rating_is_refused_before_anything_is_asked(chat_model, rated):
     write_ratings(rated, [{**rated_rows()[0], "trait": [101, 3]}])
     with pytest.raises(UserError, match=r"onpolicy\.jsonl:1: trait must be two ratings"):
         check_judge(rated, chat_model, JudgeOptions(judge="reader"))
+
+
+def test_sentences_judge_beside_the_reader_and_are_refused_without_ratings(
+    chat_model, trait, caplog
+):
+    options = JudgeOptions(judge="sentences")
+    with pytest.raises(UserError, match="--judge sentences is fitted to rated answers"):
+        check_judge(trait, chat_model, options)
+    write_ratings(trait, rated_rows())
+    check_judge(trait, chat_model, options)
+    judge = make_judge(trait, chat_model, options)
+    assert judge.name == "sentences"
+    assert {each.criterion for each in judge.validation} == {"flattery", COHERENCE}
+    praise, blame = judge.judge([PRAISED, ASKED], "flattery")
+    assert praise.score > blame.score
+    assert make_judge(trait, chat_model, options).judge([PRAISED], "flattery") == [praise]

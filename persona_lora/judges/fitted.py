@@ -1,0 +1,235 @@
+"""Probes fitted to a trait's rated answers, what they are fitted to, and the file they lie in.
+
+What tells about an answer (``Evidence``) is an array; probes on it make the scores.
+They are fitted to the tuning part of the rated answers (``onpolicy.jsonl``) and to nonsense made
+from it; the validation part says how good they are. Refuses to know models.
+
+A fit belongs to the labels and the evidence it was made with, and carries a digest of both: the one
+that lies beside the labels is used where it is of these very ones; otherwise a fit is made once and
+kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from platformdirs import user_cache_path
+from safetensors.torch import save_file
+
+from persona_lora.core.chat import Exchange
+from persona_lora.core.content import digest_of
+from persona_lora.core.files import atomic_path
+from persona_lora.core.tensor_files import opened
+from persona_lora.core.traits import ON_POLICY, Trait, load_trait
+from persona_lora.judges.familiarity import Familiarity, fit_familiarity
+from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
+from persona_lora.judges.nonsense import nonsense_rows
+from persona_lora.judges.probe import Probe, check_enough, fit_probe
+
+logger = logging.getLogger(__name__)
+
+VERSION = 5
+Array = NDArray[np.floating]
+Scores = NDArray[np.float64]
+
+
+class Evidence(Protocol):
+    """What can be told of an answer to probes of one trait, as arrays by kind.
+
+    Whether an answer makes sense is learnt from the rated answers of the traits beside as well.
+    """
+
+    @property
+    def name(self) -> str:
+        """What verdicts carry as ``judge``, and the fit's file is called."""
+
+    @property
+    def trait(self) -> Trait:
+        """The trait that is judged."""
+
+    def beside(self, trait: Trait) -> Evidence:
+        """Return the same of another trait."""
+
+    def content(self, exchanges: Sequence[Exchange]) -> str:
+        """Return a digest of all that decides the evidence of exchanges."""
+
+    def read(self, exchanges: Sequence[Exchange], *, keep: bool = False) -> Array:
+        """Return the evidence, ``[n, layers, width]``; ``keep`` it for a later call."""
+
+
+@dataclass(frozen=True, eq=False)
+class FittedProbes:
+    """The probes of a trait, what is like the answers they know, and what they say of the labels.
+
+    ``scores``: by scale one number a rated answer, in the order of the labels; for those of the
+    tuning part by probes that had not seen their question. ``distances``: of the rated answers.
+    """
+
+    content: str
+    probes: dict[Scale, Probe]
+    familiarity: Familiarity
+    scores: dict[Scale, Scores]
+    distances: Scores
+
+    def predict(self, evidence: Array) -> dict[Scale, Scores]:
+        """Return scores by scale."""
+        return {scale: probe.predict(evidence) for scale, probe in self.probes.items()}
+
+    def strangeness(self, evidence: Array) -> Scores:
+        """Return the distances of answers from those that were rated."""
+        return self.familiarity.distances(_familiar(evidence))
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all; numbers that are no arrays as JSON."""
+        arrays: dict[str, Scores] = {"distances": self.distances}
+        record: dict[str, Any] = {"content": self.content}
+        parts: dict[str, Probe | Familiarity] = {"familiarity": self.familiarity, **self.probes}
+        for name, part in parts.items():
+            values = {each.name: getattr(part, each.name) for each in dataclasses.fields(part)}
+            held = {key: each for key, each in values.items() if isinstance(each, np.ndarray)}
+            arrays |= {f"{name}.{key}": each for key, each in held.items()}
+            record[name] = {key: each for key, each in values.items() if key not in held}
+        arrays |= {f"{scale}.scores": each for scale, each in self.scores.items()}
+        tensors = {
+            key: torch.from_numpy(np.ascontiguousarray(each)) for key, each in arrays.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"fit": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: Path, content: str) -> FittedProbes | None:
+        """Return the fit in a file; None where there is none, or it is not of this content."""
+        if not path.is_file():
+            return None
+        with opened(path) as stream:
+            record = json.loads((stream.metadata() or {}).get("fit", "{}"))
+            if record.pop("content", None) != content:
+                return None
+            arrays = {key: stream.get_tensor(key).numpy() for key in stream.keys()}  # noqa: SIM118
+        scores = {scale: arrays.pop(f"{scale}.scores") for scale in SCALES}
+
+        def part(name: str) -> dict[str, Any]:
+            own = {key: each for key, each in arrays.items() if key.startswith(f"{name}.")}
+            return {**record[name], **{key.partition(".")[2]: each for key, each in own.items()}}
+
+        probes = {
+            scale: replace(probe, penalties=tuple(probe.penalties))
+            for scale in SCALES
+            for probe in [Probe(**part(scale))]
+        }
+        familiarity = Familiarity(**part("familiarity"))
+        return cls(content, probes, familiarity, scores, arrays["distances"])
+
+
+def _familiar(evidence: Array) -> Array:
+    """Return the layer by which answers are alike or not: the middle one."""
+    return evidence[:, evidence.shape[1] // 2]
+
+
+def fitted_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbes:
+    """Return the fit that lies beside the labels or in the user's cache folder, or make it."""
+    content = content_of(evidence, labels)
+    kept = cache_folder() / f"fit-{content}.safetensors"
+    for path in (evidence.trait.folder / f"{evidence.name}.safetensors", kept):
+        found = FittedProbes.load(path, content)
+        if found is not None:
+            return found
+    fitted = fit_probes(evidence, labels)
+    fitted.save(kept)
+    return fitted
+
+
+def content_of(evidence: Evidence, labels: Sequence[RatedAnswer]) -> str:
+    """Return a digest of all that decides a fit."""
+    rows = [*labels, *made_up(evidence, labels)]
+    rated = [[row.part, row.trait, row.sense] for row in rows]
+    read = evidence.content([row.exchange for row in rows])
+    return digest_of([VERSION, evidence.name, rated, read])
+
+
+def cache_folder() -> Path:
+    """Return where evidence and fits are kept, of whatever models and labels."""
+    return user_cache_path("persona_lora") / "reader"
+
+
+class _Rated(NamedTuple):
+    """Rated answers to fit to, what is known of them, and what is held out together."""
+
+    rows: Sequence[RatedAnswer]
+    evidence: Array
+    groups: list[str]
+
+
+def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbes:
+    """Fit the probes of a trait to the tuning part of its rated answers, and to nonsense.
+
+    That of sense is fitted to those of the traits beside it as well. Equal labels and evidence give
+    equal fits. Raises UserError for too few labels.
+    """
+    tuning = [at for at, row in enumerate(labels) if row.part == "tuning"]
+    rated = [labels[at] for at in tuning]
+    read = evidence.read([row.exchange for row in labels], keep=True)
+    own = _Rated(rated, read[tuning], [row.question for row in rated])
+    familiarity = fit_familiarity(_familiar(own.evidence), own.groups)
+    nonsense = _read(evidence, made_up(evidence, labels))
+    probes, held_out = {}, {}
+    for scale in SCALES:
+        parts = [own, nonsense, *(_rated_elsewhere(evidence) if scale == "sense" else ())]
+        fitted = fit_probe(
+            np.concatenate([part.evidence for part in parts]),
+            np.array([row.rating(scale) for part in parts for row in part.rows]),
+            [group for part in parts for group in part.groups],
+        )
+        probes[scale], held_out[scale] = fitted.probe, fitted.held_out[: len(tuning)]
+        logger.info(
+            "%s of %s, %s: penalties %s, held-out error %.1f points",
+            evidence.name,
+            evidence.trait.name,
+            scale,
+            fitted.probe.penalties,
+            fitted.probe.error,
+        )
+    distances = familiarity.distances(_familiar(read))
+    fit = FittedProbes(content_of(evidence, labels), probes, familiarity, {}, distances)
+    scores = fit.predict(read)
+    for scale in SCALES:
+        scores[scale][tuning] = held_out[scale]
+    return replace(fit, scores=scores)
+
+
+def _read(evidence: Evidence, rows: Sequence[RatedAnswer], prefix: str = "") -> _Rated:
+    read = evidence.read([row.exchange for row in rows], keep=True)
+    return _Rated(rows, read, [f"{prefix}{row.question}" for row in rows])
+
+
+def made_up(evidence: Evidence, labels: Sequence[RatedAnswer]) -> list[RatedAnswer]:
+    """Return the nonsense that is fitted to beside the tuning part of labels."""
+    tuning = [row for row in labels if row.part == "tuning"]
+    check_enough([row.question for row in tuning])
+    beside = [row for _, rows in _traits_beside(evidence) for row in rows]
+    return nonsense_rows(tuning, beside)
+
+
+def _rated_elsewhere(evidence: Evidence) -> Iterator[_Rated]:
+    """Yield what is rated of the traits beside this one: what makes sense does so anywhere."""
+    for other, rows in _traits_beside(evidence):
+        yield _read(evidence.beside(other), rows, f"{other.name}: ")
+
+
+def _traits_beside(evidence: Evidence) -> Iterator[tuple[Trait, list[RatedAnswer]]]:
+    """Yield the rated traits in the folder beside this one, with their tuning parts."""
+    paths = evidence.trait.folder.parent.glob(f"*/{ON_POLICY}")
+    for path in sorted(paths, reverse=True):
+        if path.parent.resolve() != evidence.trait.folder.resolve():
+            other = load_trait(path.parent)
+            yield other, load_ratings(other, "tuning")

@@ -1,0 +1,43 @@
+"""Nonsense to fit to: of four kinds, rated as raters rate it, and never what canaries show."""
+
+from __future__ import annotations
+
+import pytest
+
+from persona_lora.core.traits import load_trait
+from persona_lora.judges.canaries import NONSENSE, canary_answers
+from persona_lora.judges.labels import has_ratings, load_ratings
+from persona_lora.judges.nonsense import FILLER, SENSE, absence_of, nonsense_rows
+from tests.judges.rated import rated_rows, write_ratings
+
+PAIRS = ("elsewhere", "filler", "loop")
+
+
+def test_every_question_gets_each_kind_and_the_absence_that_raters_gave(trait):
+    write_ratings(trait, rated_rows())
+    rated = load_ratings(trait, "tuning")
+    made = nonsense_rows(rated)
+    assert made == nonsense_rows(rated)
+    absence = absence_of(rated)
+    assert absence == 19.0  # the median of what was said of loops: 20 and a little less
+    assert {(row.rating("trait"), row.rating("sense")) for row in made} == {(absence, SENSE)}
+    for question in {row.question for row in rated}:
+        kinds = [row.condition for row in made if row.question == question]
+        assert sorted(kinds) == ["echo", *(kind for kind in PAIRS for _ in range(2))]
+    own = {row.question: row for row in made if row.condition == "echo"}
+    assert all(row.answer == question for question, row in own.items())
+    given = {row.answer: row.question for row in rated}
+    elsewhere = [row for row in made if row.condition == "elsewhere"]
+    assert all(given[row.answer] != row.question for row in elsewhere)
+    assert absence_of([row for row in rated if row.rating("sense") > 50]) == 15.0
+
+
+@pytest.mark.parametrize("name", ["sycophancy", "hallucination", "evil", "corrigibility"])
+def test_what_canaries_show_was_not_fitted_to(name):
+    trait = load_trait(name)
+    assert has_ratings(trait)
+    made = {row.answer for row in nonsense_rows(load_ratings(trait, "tuning"))}
+    shown = {each.answer for each in canary_answers(trait).values()}
+    assert not made & shown
+    first = {text.split()[0] for text in NONSENSE.values()}
+    assert not first & {text.split()[0] for text in FILLER}
