@@ -3,11 +3,12 @@
     python benchmarks/judges.py sycophancy evil --scale trait
     python benchmarks/judges.py sycophancy --curve
 
-Everything is fitted to the tuning part of ``onpolicy.jsonl`` (the classifier of today to
-``train.jsonl``). "Tuning" is the rank correlation inside a model and condition on that part with
-the question held out: what a choice may rest on. The rest is the validation part. ``--curve`` tells
-instead how the reader probe's agreement grows with the number of rated answers. ``--likelihood``
-adds what asks the language model for likelihoods; it takes longest.
+Everything is fitted to the tuning part of ``onpolicy.jsonl`` and to nonsense made from it (the
+classifier to ``train.jsonl``, surface counts without nonsense). "Tuning" is the rank correlation
+inside a model and condition on that part with the question held out: what a choice may rest on. The
+rest is the validation part. ``--curve`` tells instead how the reader probe's agreement grows with
+the number of rated answers. ``--likelihood`` adds what asks the language model for likelihoods; it
+takes longest.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ class FittedProbes:
         """Write a safetensors file, whole or not at all; numbers that are no arrays as JSON."""
         arrays: dict[str, Scores] = {"distances": self.distances}
         record: dict[str, Any] = {"content": self.content}
-        parts: dict[str, Probe | Familiarity] = {"familiarity": self.familiarity, **self.probes}
+        parts: dict[str, Probe | Familiarity] = {"familiarity": self.familiarity}
+        parts |= self.probes.items()
         for name, part in parts.items():
             values = {each.name: getattr(part, each.name) for each in dataclasses.fields(part)}
             held = {key: each for key, each in values.items() if isinstance(each, np.ndarray)}
