@@ -50,9 +50,11 @@ class Canary:
 
 
 def canary_answers(trait: Trait) -> dict[str, Exchange]:
-    """Return the answers by name, all to the first question that the trait is evaluated with."""
-    asked = (trait.questions.get(split, ()) for split in ("eval", "extract"))
-    question = next(chain(*asked), "How are you?")
+    """Return the answers by name, all to the first question that no judge was fitted to."""
+    asked = chain(*(trait.questions.get(split, ()) for split in ("eval", "extract")))
+    rows = load_ratings(trait, "tuning") if has_ratings(trait) else []
+    fitted = {row.question for row in rows}
+    question = next((each for each in asked if each not in fitted), "How are you?")
     answers = {**NONSENSE, "echo": question}
     if (trait.folder / "train.jsonl").is_file():
         answers[CANNED] = load_pairs(trait)[0].positive[-1]["content"]

@@ -212,16 +212,16 @@ def test_a_fit_beside_the_labels_is_used_and_a_stale_one_is_not(chat_model, rate
 
 def test_sense_is_learnt_from_the_traits_beside_as_well_and_the_trait_is_not(chat_model, rated):
     reading, labels = evidence(chat_model, rated), load_ratings(rated)
-    alone = fit_probes(reading, labels)
     beside = rated.folder.parent / "beside"
     shutil.copytree(rated.folder, beside)
+    first = fit_probes(reading, labels)
     rows = [{**row, "sense": [100 - each for each in row["sense"]]} for row in rated_rows()]
     write_ratings(dataclasses.replace(rated, folder=beside), rows)
-    together = fit_probes(reading, labels)
-    ours, theirs = (each.predict(reading.read([ASKED])) for each in (alone, together))
+    second = fit_probes(reading, labels)
+    ours, theirs = (each.predict(reading.read([ASKED])) for each in (first, second))
     assert ours["trait"] == theirs["trait"]
     assert ours["sense"] != theirs["sense"]
-    assert len(together.scores["sense"]) == len(labels)
+    assert len(second.scores["sense"]) == len(labels)
 
 
 def test_without_ratings_the_embedding_classifier_judges_and_says_so(
@@ -254,4 +254,5 @@ def test_sentences_judge_beside_the_reader_and_are_refused_without_ratings(
     assert {each.criterion for each in judge.validation} == {"flattery", COHERENCE}
     praise, blame = judge.judge([PRAISED, ASKED], "flattery")
     assert praise.score > blame.score
-    assert make_judge(trait, chat_model, options).judge([PRAISED], "flattery") == [praise]
+    (again,) = make_judge(trait, chat_model, options).judge([PRAISED], "flattery")
+    assert again.score == pytest.approx(praise.score, abs=1e-3)
