@@ -34,6 +34,7 @@ from persona_lora.report.scores import (
 from persona_lora.report.sections import Table
 
 SECOND = "second_verdicts"
+MOST_NAMED = 3  # of the changes that the judges disagree on, in a line
 VALIDATIONS = ("validation", "second_validation")
 
 
@@ -208,16 +209,17 @@ def _told(effect: Interval) -> int:
 
 
 def opposed_line(found: TwoJudges | None) -> str:
-    """Return a warning of every effect whose sign the judges disagree on; "" for none."""
+    """Return a warning of the effects whose sign the judges disagree on; "" for none."""
     opposed = [] if found is None else [each for each in found.effects if each.opposed]
     if found is None or not opposed:
         return ""
     told = "; ".join(
         f"{each.place}: {wording.change(each.first)} by {found.judge}, "
         f"{wording.change(each.second)} by {found.second}"
-        for each in opposed
+        for each in opposed[:MOST_NAMED]
     )
-    return f"The two judges disagree on the sign of a change of {found.trait} ({told})."
+    more = f"; and {len(opposed) - MOST_NAMED} more" if len(opposed) > MOST_NAMED else ""
+    return f"The two judges disagree on the sign of a change of {found.trait} ({told}{more})."
 
 
 def agreement_line(found: TwoJudges | None, judge: str) -> str:

@@ -6,7 +6,13 @@ import pytest
 
 from persona_lora.report.sections import ReportOptions, Table
 from persona_lora.report.trust import judge_blocks
-from persona_lora.report.two_judges import across_runs, agreement_line, lead_of, two_judges
+from persona_lora.report.two_judges import (
+    across_runs,
+    agreement_line,
+    lead_of,
+    opposed_line,
+    two_judges,
+)
 from persona_lora.report.wording import headline
 from persona_lora.studies.steering.read import summary_lines, sweep_content
 
@@ -61,6 +67,16 @@ def test_a_sign_that_the_judges_disagree_on_stands_first_in_text_and_page(make_s
     ]
     signs = {row[0]: row[-1] for row in table.rows}
     assert (signs["+2"], signs["+1"], signs["unsteered"]) == ("opposed", "one", "")
+
+
+def test_of_many_disagreements_the_largest_are_named(make_sweep_run):
+    run = make_sweep_run()
+    second_opinion(run, lambda score, _: 100 - score)
+    found = two_judges(run, TRAIT)
+    count = sum(each.opposed for each in found.effects)
+    line = opposed_line(found)
+    assert line.count(" by other") == 3
+    assert line.endswith(f"; and {count - 3} more).")
 
 
 def test_signs_that_neither_interval_tells_are_no_disagreement(make_sweep_run):
