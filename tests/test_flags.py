@@ -571,7 +571,7 @@ COMMANDS = {
         },
     ),
     "plan": Command(
-        ("run", "--effect", "10"),
+        ("pilot", "--effect", "10"),
         (f"{X}report.power:plan_power",),
         {
             "pilot": None,
@@ -581,10 +581,7 @@ COMMANDS = {
             "family": flag(37, None),
             "simulations": flag(37),
         },
-        {
-            f"{X}studies.read_pilot:read_pilot": (None, 1),
-            f"{X}core.runs:Run.record": {"command": "sweep"},
-        },
+        {f"{X}studies.read_pilot:read_pilot": (None, 1)},
     ),
     "preregister": Command(
         ("--command", "sweep", "--questions", "eval=20", "--output", "frozen.yaml"),
@@ -665,6 +662,9 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         shutil.copy(ROOT / "datasets/evil/trait.json", folder / name)
     (folder / "t.txt").write_text("judge {x}")
+    (folder / "pilot").mkdir()
+    pilot = {"command": "sweep", "config": {}, "seed": 0, "status": "finished"}
+    (folder / "pilot" / "run.json").write_text(json.dumps(pilot))
     frozen = FrozenProtocol("evaluate", {"eval": 37})
     (folder / "protocol.yaml").write_text(yaml.safe_dump(frozen.as_dict()))
     (folder / "questions.txt").write_text("Why?\n")
