@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 PROMPTED = ("openai", "local")  # chat models that are asked for a score
 TRAIN = "train.jsonl"
-BESIDE = ("reader", "embedding")  # of no network, the best first
+BESIDE = ("reader", "sentences", "embedding")  # of no network, the best first
 
 
 @dataclass(frozen=True)

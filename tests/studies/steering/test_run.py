@@ -314,7 +314,7 @@ def test_what_acts_on_the_trait_s_questions_alone_is_calibrated_there(chat_model
     bank = dataclasses.replace(methods, diffs={**methods.diffs, "random_lora": planted})
     prompts = on_prompts(chat_model, bank, texts)
     (kl,) = prompts.of([{"random_lora": 5.0}])
-    assert kl["mean"] < 1e-9
+    assert kl["mean"] < 1e-5
     levels = match_divergence(on_own_answers(chat_model, bank, ["zzzz?", "Is zz z?"]), [0.05])
     by_method = {each.method: each for each in beside_prompts(levels, prompts)}
     assert by_method["random_lora"].kl_mean == pytest.approx(by_method["lora"].kl_mean, rel=0.11)
