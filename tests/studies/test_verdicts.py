@@ -77,7 +77,7 @@ def test_a_gain_is_called_unclear_where_its_interval_holds_zero(gain, clear):
         ConditionFit(name, interval(fit, fit, fit), *[interval(90, 90, 90)] * 2, difference, None)
         for name, fit, difference in (("none", 2.0, None), ("lora", 3.0, interval(*gain)))
     ]
-    said = _lead(fits, "lora")
+    said = _lead([], fits, "lora")
     assert ("not clear" not in said) == clear
     assert "LoRA, CMA-ES: fit 3.00 [3.00, 3.00] against 2.00 [2.00, 2.00] unsteered" in said
     assert wording.interval(fits[1].difference, 2) in said

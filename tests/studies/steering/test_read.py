@@ -87,7 +87,7 @@ def test_methods_compared():
     )  # fmt: skip
     assert read._point_row(point) == (
         "held-out questions", "activations (steering vector)", "1.50", "0.125 (not matched)",
-        "0.50", "70 [69, 71]", "8", "50%", "90 [89, 91]", "10 [9, 11]", "0.300",
+        "0.50", "–", "70 [69, 71]", "8", "50%", "90 [89, 91]", "10 [9, 11]", "0.300",
     )  # fmt: skip
     overall = Overall("ood", "random", interval(3), interval(20), interval(-2), 0.01, 0.02)
     assert read._overall_row(overall) == (
