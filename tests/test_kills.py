@@ -159,11 +159,12 @@ def command(words: str) -> Callable[[], int]:
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """Return what is in a folder, by name; pictures and pages count by being there."""
+    """Return what is in a folder, by name; pictures, pages and times count by being there."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or path.suffix in (".png", ".html", ".bin", ".pt", ".pth"):
+        drawn = path.suffix in (".png", ".html", ".bin", ".pt", ".pth")
+        if path.is_dir() or drawn or path.name == "judging.jsonl":
             found[name] = None
         elif path.name == "run.json":
             record = json.loads(path.read_text())

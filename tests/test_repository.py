@@ -70,6 +70,7 @@ def help_texts() -> dict[str, str]:
                 "predict-finetuning",
                 "compare-prevention",
                 "export",
+                "basis",
             ),
         ),
         *(

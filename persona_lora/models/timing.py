@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
@@ -31,13 +32,14 @@ def timed_generation(
 
     wait_for_device()
     times.append(time.perf_counter())
-    generate_answers(
-        chat_model,
-        [user_question(prompt, system) for prompt in prompts],
-        max_new_tokens=new_tokens,
-        batch_size=len(prompts),
-        plan=RowPlan(on_step=note, endless=True),
-    )
+    with progress.silent():
+        generate_answers(
+            chat_model,
+            [user_question(prompt, system) for prompt in prompts],
+            max_new_tokens=new_tokens,
+            batch_size=len(prompts),
+            plan=RowPlan(on_step=note, endless=True),
+        )
     wait_for_device()
     end = time.perf_counter()
     start, first = times

@@ -17,6 +17,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.judges import choice, fitted, probe_judge
 from persona_lora.judges.answer_states import PROMPT, Reader
 from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge
+from persona_lora.judges.fitness import validate_judge
 from persona_lora.judges.fitted import content_of, fit_probes, fitted_probes
 from persona_lora.judges.labels import SCALES, load_ratings
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
@@ -162,7 +163,7 @@ def test_validation_is_on_the_part_that_no_probe_was_fitted_to(chat_model, rated
     assert (trait.criterion, sense.criterion) == ("flattery", COHERENCE)
     assert trait.n == sense.n == len(held)
     verdicts = judge.judge([row.exchange for row in held], "flattery")
-    direct = choice.validate_judge(judge, rated)
+    direct = validate_judge(judge, rated)
     assert direct.own.within == pytest.approx(trait.own.within)
     assert trait.own.bias["prompt"] == pytest.approx(
         np.mean(

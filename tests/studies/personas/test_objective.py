@@ -129,14 +129,14 @@ def test_answers_that_could_be_to_anything_break_a_constraint(speaker, judge):
 
     def relevance(exchanges):
         asked.append([each.question for each in exchanges])
-        return [None, *[40.0] * (len(exchanges) - 1)]
+        return [None, *[60.0] * (len(exchanges) - 1)]
 
     plain = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
-    options = ObjectiveOptions(min_relevance=55.0)
+    options = ObjectiveOptions(min_relevance=75.0)
     cut = PersonaObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
     assert [each.value for each in cut] == [each.value for each in plain]
     assert [each.violation for each in cut] == [15.0] * 3
-    assert cut[0].details["relevance"] == 40.0  # without the answer that has none
+    assert cut[0].details["relevance"] == 60.0  # without the answer that has none
     assert asked == [[*PROMPTS] * 3]
     assert "relevance" not in plain[0].details
     with pytest.raises(UserError, match="needs a measure"):
@@ -146,7 +146,7 @@ def test_answers_that_could_be_to_anything_break_a_constraint(speaker, judge):
 
 
 def test_a_race_measures_relevance_in_both_heats(speaker, judge):
-    options = ObjectiveOptions(min_relevance=55.0, race=True)
+    options = ObjectiveOptions(min_relevance=75.0, race=True)
     heats = []
 
     def relevance(exchanges):
