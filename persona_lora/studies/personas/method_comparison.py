@@ -110,18 +110,7 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
-        plain = plain_speaker(problem.chat_model, problem.generation, problem.processes)
-        at = output.at(folder / "plain" / persona)
-        rows += _unsearched(problem, plain, {UNSTEERED: None}, at, {"system_prompt": None})
-        if PROMPT in methods:
-            prompt = persona_system_prompt(problem.persona)
-            at = output.at(folder / PROMPT / persona)
-            rows += _unsearched(problem, plain, {PROMPT: prompt}, at, {"system_prompt": prompt})
-        if lora is not None:  # all directions at a weight of 1
-            speaker, at = speaker_of(problem, lora), output.at(folder / EQUAL / persona)
-            mix = Coefficients.of(dict.fromkeys(lora.directions.names, 1.0))
-            scaled = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
-            rows += _unsearched(problem, speaker, {EQUAL: mix}, at, scaled)
+        rows += _without_search(problem, PROMPT in methods, lora, output)
         for name, method in loaded.items():
             for result in optimise_over_seeds(
                 problem,
@@ -145,6 +134,26 @@ def compare_methods(
         "search_seeds": seeds,
     }
     return bench.processes.from_main(lambda: _written(rows, objective, config, folder))
+
+
+def _without_search(
+    problem: PersonaProblem, prompted: bool, lora: Method | None, output: Output
+) -> list[dict[str, Any]]:
+    """Return the rows of the unsteered model, of the prompt, of all directions at a weight of 1."""
+    folder, persona = output.path, problem.persona.id
+    plain = plain_speaker(problem.chat_model, problem.generation, problem.processes)
+    at = output.at(folder / "plain" / persona)
+    rows = [*_unsearched(problem, plain, {UNSTEERED: None}, at, {"system_prompt": None})]
+    if prompted:
+        prompt = persona_system_prompt(problem.persona)
+        at = output.at(folder / PROMPT / persona)
+        rows += _unsearched(problem, plain, {PROMPT: prompt}, at, {"system_prompt": prompt})
+    if lora is not None:
+        speaker, at = speaker_of(problem, lora), output.at(folder / EQUAL / persona)
+        mix = Coefficients.of(dict.fromkeys(lora.directions.names, 1.0))
+        scaled = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
+        rows += _unsearched(problem, speaker, {EQUAL: mix}, at, scaled)
+    return rows
 
 
 def _checked(method: str) -> str:

@@ -255,14 +255,7 @@ def compare(
     ``comparison.png`` and ``report.html``.
     """
     asked = _asked(trait, comparing)
-    record = {
-        "trait": trait.name,
-        "coefficients": list(comparing.coefficients),
-        "statistic": comparing.match,
-        "calibrate_on": comparing.calibrate_on,
-        **bank.record,
-        "generation": dataclasses.asdict(options),
-    }
+    record = _compare_record(trait, bank, comparing, options)
     prompts = load_ordinary_prompts(datasets)
     read = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
     shared = lazily(judge)  # by both sets of questions
@@ -288,8 +281,8 @@ def compare(
                 plan = plan_rows(
                     trait, split, conditions, samples=options.samples, max_questions=most
                 )
-                steerer = bank.steerer(chat_model, [row.condition.coefficients for row in plan])
-                answer_rows(chat_model, plan, steerer, part, options)
+                mixes = [row.condition.coefficients for row in plan]
+                answer_rows(chat_model, plan, bank.steerer(chat_model, mixes), part, options)
                 judge_answers(part, shared, trait)
             run.write("validation", part.read("validation"))  # of the judge, the same for all
         run.write("splits", [{"split": split} for split in asked])
@@ -298,6 +291,19 @@ def compare(
         render_comparison(found).save(run.folder / "comparison.png")
     write_report([run.folder], run.folder / "report.html")
     return found
+
+
+def _compare_record(
+    trait: Trait, bank: Bank, comparing: ComparisonOptions, options: GenerationOptions
+) -> dict[str, object]:
+    return {
+        "trait": trait.name,
+        "coefficients": list(comparing.coefficients),
+        "statistic": comparing.match,
+        "calibrate_on": comparing.calibrate_on,
+        **bank.record,
+        "generation": dataclasses.asdict(options),
+    }
 
 
 def _compared(questions: Mapping[str, int]) -> Design:
