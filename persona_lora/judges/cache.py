@@ -50,7 +50,10 @@ def cache_key(
 
 
 class VerdictCache:
-    """Scores by key, shared by threads (one lock) and by processes (WAL and a busy timeout).
+    """Scores by key, shared by threads (one lock) and by processes (a busy timeout).
+
+    The journal is SQLite's ordinary one: changing a new file to write-ahead logging fails at once,
+    without waiting, when another process opens it at the same moment.
 
     Without a path it is kept in memory. What has no score is not kept: it is asked for again. A
     fault while reading or writing is logged and counts as a miss: a cache never costs a
@@ -66,7 +69,6 @@ class VerdictCache:
             self._connection = sqlite3.connect(
                 self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute(_TABLE)
         except sqlite3.Error as error:

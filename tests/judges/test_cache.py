@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -71,6 +72,25 @@ def test_cache_is_shared_by_two_processes_writing_at_once(tmp_path):
     with VerdictCache(path) as cache:
         assert len(cache) == 400
         assert cache.get("b199") == Reading(199.0, "")
+
+
+def test_cache_can_be_opened_anew_by_several_at_the_same_moment(tmp_path):
+    """Runs that start together find no file: each creates it, none is turned away."""
+    writers, files = 6, 40
+    together = threading.Barrier(writers, timeout=60)
+
+    def write(name: int) -> None:
+        for number in range(files):
+            together.wait()
+            with VerdictCache(tmp_path / f"{number}.sqlite") as cache:
+                cache.put(str(name), Reading(1.0, ""))
+
+    with ThreadPoolExecutor(writers) as pool:
+        for future in [pool.submit(write, name) for name in range(writers)]:
+            future.result(timeout=120)
+    for number in range(files):
+        with VerdictCache(tmp_path / f"{number}.sqlite") as cache:
+            assert len(cache) == writers
 
 
 def test_cache_refuses_a_file_that_is_none(tmp_path):
