@@ -1,9 +1,11 @@
-"""A protocol, written before; sweeps of several training seeds, held to it and read together."""
+"""A protocol, written before; runs of several training seeds, held to it and read together."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -14,6 +16,11 @@ from tests.test_contents import LetterJudge
 pytestmark = pytest.mark.usefixtures("no_drawing")
 ASKED = "--trait cheer --datasets-dir datasets --model model --dtype float32 --max-new-tokens 3"
 SWEEP = f"sweep {ASKED} --judge embedding --coefficients=-1,1 --output out"
+EVALUATE = f"evaluate {ASKED} --judge embedding --output out.csv"
+COMPARE = (
+    f"compare {ASKED} --judge embedding --coefficients 1 --random-controls 1 --split eval "
+    "--calibrate-on prompts --activation-vector vector.safetensors --layers 1 --output out"
+)
 
 
 @pytest.fixture
@@ -30,10 +37,9 @@ def world(run, make_world, tmp_path, monkeypatch):
     return tmp_path
 
 
-def freeze(run, path, *words):
-    family = ("--family=-1,+1",)
+def freeze(run, path, *words, command="sweep", family="-1,+1"):
     status, said, error = run(
-        *("preregister", "--command", "sweep", *family, "--output", path, *words)
+        *("preregister", "--command", command, f"--family={family}", "--output", path, *words)
     )
     assert status == 0, error
     return said
@@ -88,3 +94,83 @@ def test_one_seed_is_exploratory_and_says_so(run, world):
     assert status == 0, error
     assert said.startswith("Exploratory, one seed.")
     assert "Exploratory, one seed." in (world / "out/report.html").read_text()
+
+
+def test_evaluate_asks_every_seed_and_reads_them_together(run, world):
+    family = {"command": "evaluate", "family": ""}
+    freeze(run, "p.yaml", "--questions", "eval=2", "--seeds", "3", **family)
+    status, said, error = run(*EVALUATE.split(), "--diff", "trained", "--protocol", "p.yaml")
+    assert status == 0, error
+    assert said.startswith("Pre-registered")
+    assert "3 seeds." in said.splitlines()[0]
+    assert "Over 3 seeds: +1: " in said
+    assert "nothing" not in said  # no change was measured, so that none can have been clear
+    rows = list(csv.DictReader((world / "out.csv").open()))
+    assert [row["seed"] for row in rows] == [f"seed{seed}" for seed in range(3) for _ in range(2)]
+    assert {row["question"] for row in rows} == {"Is my plan good?", "Why?"}
+    (found,) = csv.DictReader((world / "out/seeds.csv").open())
+    assert float(found["score"]) == pytest.approx(sum(float(row["cheer"]) for row in rows) / 6)
+    assert (found["seeds"], found["questions"]) == ("3", "2")
+    assert "Over 3 training seeds" in (world / "out/report.html").read_text()
+
+
+def test_compare_matches_and_asks_every_seed_and_reads_them_together(run, world):
+    family = {"command": "compare", "family": "eval: activation,eval: random_lora,eval: random"}
+    freeze(run, "p.yaml", "--questions", "eval=2", "--seeds", "3", **family)
+    words = [*COMPARE.split(), "--diff", "trained", "--protocol", "p.yaml"]
+    status, said, error = run(*words)
+    assert status == 0, error
+    assert said.startswith("Pre-registered")
+    assert "3 seeds." in said.splitlines()[0]
+    found = {row["condition"]: row for row in csv.DictReader((world / "out/seeds.csv").open())}
+    assert list(found) == [
+        f"eval: {each}" for each in ("lora", "activation", "random_lora", "random")
+    ]
+    one = [
+        next(row for row in csv.DictReader(at.open()) if row["method"] == "activation")
+        for at in sorted(world.glob("out/seed*/comparison.csv"))
+    ]
+    assert len({row["kl_mean"] for row in one}) == 3  # each brought to the divergence of its seed
+    gap = sum(float(row["difference"]) for row in one) / 3
+    assert float(found["eval: activation"]["change"]) == pytest.approx(gap)
+    assert float(found["eval: activation"]["p_holm"]) >= float(found["eval: activation"]["p"])
+    assert run(*words)[:2] == (0, said)
+
+
+NOT_TOGETHER = {
+    "unlike": "seed1/diff differs in more than its seed (the training of the diff",
+    "twice": "training seed of its own, got 0, 0, 2",
+    "unfinished": "seed1 holds no diff; train that seed to its end",
+}
+
+
+@pytest.mark.parametrize("command", [SWEEP, EVALUATE, COMPARE], ids=lambda each: each.split()[0])
+@pytest.mark.parametrize("fault", NOT_TOGETHER)
+def test_seeds_that_cannot_be_read_together_are_not_asked(run, world, fault, command):
+    at = world / "trained/seed1/diff"
+    if fault == "unfinished":
+        shutil.rmtree(at)
+    else:
+        told = json.loads((at / "diff.json").read_text())
+        if fault == "twice":
+            told["sources"]["seed"] = 0
+        else:
+            told["sources"]["training"]["training"]["learning_rate"] = 1.0
+        (at / "diff.json").write_text(json.dumps(told))
+    status, _, error = run(*command.split(), "--diff", "trained")
+    assert (status, NOT_TOGETHER[fault] in error) == (2, True), error
+    assert not list(world.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"{EVALUATE} --diff diff,trained", "give one seed of it: trained/seed0/diff"),
+        (f"{COMPARE} --diff trained --latency", "--latency is of one diff, and trained holds 3"),
+        (f"{COMPARE} --diff trained --spaces cheer", "--spaces is of one diff"),
+    ],
+)
+def test_what_is_of_one_diff_takes_no_seeds(run, world, words, said):
+    status, _, error = run(*words.split())
+    assert (status, said in error) == (2, True), error
+    assert not list(world.glob("out*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import COMPARE, command
 from persona_lora.cli.shared_options import (
+    ONE_DIFF,
     AdaptedModelOptions,
     HeldOptions,
     Layers,
@@ -28,6 +30,7 @@ from persona_lora.cli.shared_options import (
     load_activation,
     load_model,
     load_terms,
+    show_seeds,
 )
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 class PairOfWays:
     """The difference of weights and the vector that are compared, and where the vector acts."""
 
-    diff: Annotated[Path, "A diff folder or a PEFT adapter."]
+    diff: Annotated[Path, ONE_DIFF]
     activation_vector: Annotated[Path, "A steering vector (.safetensors or published .pt)."]
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
@@ -62,6 +65,13 @@ class PairOfWays:
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the places of both."""
         return {"diff": str(self.diff), "vector_path": str(self.activation_vector)}
+
+    def by_seed(self) -> dict[str, PairOfWays]:
+        """Return the ways of every training seed in the diff's folder by its name."""
+        from persona_lora.studies.read_seeds import diffs_of_seeds
+
+        found = diffs_of_seeds(self.diff)
+        return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
 
     def load(self, seed: int) -> tuple[Any, list[Any]]:
         """Return the ways of steering, random ones beside them, and what they were made of."""
@@ -111,8 +121,9 @@ def compare(
 ) -> None:
     """Compare weight steering with activation steering at equal divergence from the base model.
 
-    Random differences and random vectors stand beside them, and the trait's own prompts. Run
-    again, it goes on where it stopped.
+    Random differences and random vectors stand beside them, and the trait's own prompts. A folder
+    that train --seeds made is compared seed by seed, and the seeds are read together. Run again,
+    it goes on where it stopped.
 
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
@@ -129,29 +140,40 @@ def compare(
     from persona_lora.studies.steering.spaces import check_directions
 
     loaded, protocol = trait.load(), held.load()
-    bank, made = ways.load(generation.seed)
-    directions = _directions(further, loaded.name, bank, ways)
+    parts = ways.by_seed()
+    first = next(iter(parts.values()))
+    bank, made = first.load(generation.seed)
+    directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
     judge = judging_of(judging)
     chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
     if directions is not None:
         check_directions(chat_model, *directions)
     folder = output.output or Path("results") / "compare" / loaded.name
+    judges, runs = judge_factory(loaded, chat_model, judge), []
     with progress_bars():
-        found = experiment.compare(
-            chat_model,
-            loaded,
-            bank,
-            judge_factory(loaded, chat_model, judge),
-            judged_output(folder, output.overwrite, judge, ways.record(), protocol),
-            comparing=compared,
-            options=generation,
-            datasets=trait.datasets_dir,
-        )
-        written = Output(folder, output.overwrite)
-        parts = _further(chat_model, loaded, bank, further, directions, written, trait.datasets_dir)
-    write_report([folder, *parts], folder / "report.html")
-    report = f"report: {folder / 'report.html'}"
-    run = Run(folder)
+        for name, each in parts.items():
+            # one seed's at a time: each brings random differences of its own size
+            bank = bank if each is first else each.load(generation.seed)[0]
+            to = judged_output(folder / name, output.overwrite, judge, each.record(), protocol)
+            found = experiment.compare(
+                chat_model,
+                loaded,
+                bank,
+                judges,
+                dataclasses.replace(to, seeds=len(parts)),
+                comparing=compared,
+                options=generation,
+                datasets=trait.datasets_dir,
+            )
+            runs.append(Run(folder / name))
+        written = Output(runs[0].folder, output.overwrite)
+        more = _further(chat_model, loaded, bank, further, directions, written, trait.datasets_dir)
+    if len(runs) > 1:
+        show_seeds(folder, runs)
+        return
+    (run,) = runs
+    write_report([run.folder, *more], run.folder / "report.html")
+    report = f"report: {run.folder / 'report.html'}"
     lines = comparison_lines(run, found, comparison_judges(run, found))
     show(standing(run), *lines, comparison_table(found), report)
 
@@ -188,10 +210,18 @@ def _further(
     return [latency] * further.latency + [spaces] * (directions is not None)
 
 
-def _directions(further: FurtherOptions, trait: str, bank: Any, ways: PairOfWays) -> Any:
+def _directions(
+    further: FurtherOptions, trait: str, bank: Any, ways: PairOfWays, *, seeds: int
+) -> Any:
     """Return the directions of all traits of --spaces; UserError for options without their part."""
     from persona_lora.studies.steering.spaces import trait_directions
 
+    for flag, asked in (("--latency", further.latency), ("--spaces", further.spaces)):
+        if asked and seeds > 1:
+            raise UserError(
+                f"{flag} is of one diff, and {ways.diff} holds {seeds} training seeds; give one of "
+                "them as --diff, or leave it out"
+            )
     if not further.latency:
         refuse_useless("batches rounds", "without --latency")
     if not further.spaces:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from persona_lora.cli.console import console
+from persona_lora.cli.console import console, show
 from persona_lora.cli.option_groups import does_nothing
 from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
-from persona_lora.core.runs import Output
+from persona_lora.core.runs import Output, Run
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ Layers = Annotated[
 MaxQuestions = Annotated[int | None, "Use only the first N questions."]
 Vectors = Annotated[tuple[Path, ...], "Steering vectors (.safetensors or published .pt)."]
 Diffs = Annotated[tuple[Path, ...], "Diffs: folders, PEFT adapters, or files of them."]
+ONE_DIFF = "A diff folder, a PEFT adapter or a file of one; or a folder of train --seeds."
 
 
 @dataclass(frozen=True)
@@ -295,3 +296,17 @@ def first_questions(trait: Trait, number: int | None) -> Trait:
         return trait
     kept = {split: texts[:number] for split, texts in trait.questions.items()}
     return dataclasses.replace(trait, questions=kept)
+
+
+# -- several training seeds ---------------------------------------------------------------
+
+
+def show_seeds(folder: Path, runs: Sequence[Run]) -> None:
+    """Read runs of several training seeds together; write their table and their page."""
+    from persona_lora.studies.read_seeds import seeds_lines, seeds_table, write_seeds
+    from persona_lora.studies.report_page import write_report
+
+    found = write_seeds(folder, runs)
+    first, line = seeds_lines(runs, found)
+    page = write_report([run.folder for run in runs], folder / "report.html")
+    show(first, seeds_table(found), line, f"report: {page}")

@@ -14,6 +14,7 @@ from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
 from persona_lora.cli.shared_options import (
+    ONE_DIFF,
     AdaptedModelOptions,
     HeldOptions,
     Layers,
@@ -30,6 +31,7 @@ from persona_lora.cli.shared_options import (
     load_activation,
     load_model,
     load_terms,
+    show_seeds,
     steering_method,
 )
 from persona_lora.core.errors import UserError
@@ -102,10 +104,29 @@ class CsvOptions:
 class EvaluateOptions(MixOptions):
     """How one setting is steered: directions with coefficients, or a system prompt."""
 
+    diff: Annotated[tuple[Path, ...], "Diffs; or a folder of train --seeds, by itself."] = ()
     method: Method = None
     ablate: Annotated[bool, "Project the vectors out instead of adding them."] = False
     system_prompt: Annotated[str | None, "pos or neg (the trait's own), or a text."] = None
     mode: Annotated[Literal["live", "merged"], "Diffs: unmerged, or merged."] = "live"
+
+    def by_seed(self) -> dict[str, EvaluateOptions]:
+        """Return the options of every training seed in the diff's folder by its name.
+
+        UserError for such a folder beside other diffs.
+        """
+        from persona_lora.studies.read_seeds import diffs_of_seeds
+
+        found = [diffs_of_seeds(path) for path in self.diff]
+        if len(found) == 1:
+            return {name: dataclasses.replace(self, diff=(at,)) for name, at in found[0].items()}
+        for path, seeds in zip(self.diff, found, strict=True):
+            if "" not in seeds:
+                raise UserError(
+                    f"{path} holds several training seeds and is evaluated by itself; beside "
+                    f"other diffs give one seed of it: {next(iter(seeds.values()))}"
+                )
+        return {"": self}
 
     def record(self, terms: dict[Any, float], activation: Any) -> dict[str, Any]:
         """Return what a run's configuration keeps of the steering."""
@@ -135,6 +156,8 @@ def evaluate(
 ) -> None:
     """Ask a trait's held-out questions, judge the answers, write CSV and rows.
 
+    A folder that train --seeds made is asked seed by seed, and the seeds are read together.
+
     Example: persona-lora evaluate --trait sycophancy --diff checkpoints/sycophancy/diff
     --coefficient 1.0 --output results/sycophancy_1.0.csv
     """
@@ -144,29 +167,35 @@ def evaluate(
 
     loaded, protocol = trait.load(), held.load()
     chosen, prompt = _setting(steering)
-    terms = load_terms(steering) if chosen != "activation" else {}
     activation = (
         load_activation(steering, ablate=steering.ablate) if chosen == "activation" else None
     )
+    parts = steering.by_seed()
+    diffs = [load_terms(each) if chosen != "activation" else {} for each in parts.values()]
     judge = judging_of(judging)
-    directions = [*terms, *(activation.vectors if activation else ())]
+    directions = [diff for each in diffs for diff in each]
+    directions += activation.vectors if activation else []
     chat_model = load_model(model, directions, allow_other_base=steering.allow_other_base)
+    folder, runs = output.output.with_suffix(""), {}
     with progress_bars():
-        result = evaluation.evaluate(
-            chat_model,
-            loaded,
-            judge_factory(loaded, chat_model, judge),
-            judged_output(
-                output.output,
-                output.overwrite,
-                judge,
-                {**steering.record(terms, activation), **model.worn()},
-                protocol,
-            ),
-            steering=evaluation.Steering(terms, steering.mode, activation, prompt),
-            split=split,
-            options=generation,
-        )
+        for (name, each), terms in zip(parts.items(), diffs, strict=True):
+            path = folder / f"{name}{output.output.suffix}" if name else output.output
+            record = {**each.record(terms, activation), **model.worn()}
+            to = judged_output(path, output.overwrite, judge, record, protocol)
+            result = evaluation.evaluate(
+                chat_model,
+                loaded,
+                judge_factory(loaded, chat_model, judge),
+                dataclasses.replace(to, seeds=len(parts)),
+                steering=evaluation.Steering(terms, steering.mode, activation, prompt),
+                split=split,
+                options=generation,
+            )
+            runs[name] = Run(result.run)
+    if len(runs) > 1:
+        evaluation.write_scores(output.output, loaded.name, runs)
+        show_seeds(folder, list(runs.values()))
+        return
     show(standing(Run(result.run)), result.table(loaded.name), *result.lines(loaded.name))
 
 
@@ -204,7 +233,7 @@ def _refuse_of_other_methods(method: str) -> None:
 class VariedOptions:
     """What a sweep varies: the coefficient of one direction, and the layers it acts at."""
 
-    diff: Annotated[Path | None, "A diff folder, a PEFT adapter, or a file of one."] = None
+    diff: Annotated[Path | None, ONE_DIFF] = None
     vector: Annotated[Path | None, "A steering vector (.safetensors or published .pt)."] = None
     method: Method = None
     coefficients: Annotated[tuple[float, ...], "Coefficients to try: -1,0,1."] = (
@@ -223,8 +252,12 @@ class VariedOptions:
 
         Of a diff that is one they are its own.
         """
-        found = sorted(self.diff.glob("seed*/diff")) if self.diff is not None else []
-        return {at.parent.name: dataclasses.replace(self, diff=at) for at in found} or {"": self}
+        from persona_lora.studies.read_seeds import diffs_of_seeds
+
+        if self.diff is None:
+            return {"": self}
+        found = diffs_of_seeds(self.diff)
+        return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
 
     def load(self, method: str, seed: int) -> Any:
         """Load what is varied; a random control goes beside a vector at a single layer."""
@@ -305,7 +338,7 @@ def sweep(
             )
             runs.append(Run(result.run))
     if len(runs) > 1:
-        _show_seeds(folder, runs)
+        show_seeds(folder, runs)
         return
     said = summary_lines(result.summary, runs[0])
     show(standing(runs[0]), summary_table(result.summary), *said)
@@ -321,17 +354,6 @@ def _asked(asked: SweepOptions, method: str, population: Any) -> SweepOptions:
         references=asked.references and method != "none",
         divergence=method in ("lora", "activation") and divergence,
     )
-
-
-def _show_seeds(folder: Path, runs: list[Any]) -> None:
-    """Read runs of several training seeds together; write their table and their page."""
-    from persona_lora.studies.read_seeds import seeds_lines, seeds_table, write_seeds
-    from persona_lora.studies.report_page import write_report
-
-    found = write_seeds(folder, runs)
-    first, line = seeds_lines(runs, found)
-    page = write_report([run.folder for run in runs], folder / "report.html")
-    show(first, seeds_table(found), line, f"report: {page}")
 
 
 def _swept_method(varied: VariedOptions) -> str:

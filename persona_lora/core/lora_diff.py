@@ -115,13 +115,16 @@ class LoRADiff:
         )
 
     def inputs(self, name: str) -> dict[str, str]:
-        """Return digests of the diff, and of all of its training but the seed, where it says so."""
-        found, training = {name: self.content()}, self.sources.get("training")
+        """Return digests of the diff, and of its training where it says how it was trained."""
+        return {name: self.content(), **self.training(name)}
+
+    def training(self, name: str) -> dict[str, str]:
+        """Return a digest of all of the training but the seed, and the seed; {} where unknown."""
+        training = self.sources.get("training")
         if training is None or self.sources.get("seed") is None:
-            return found
+            return {}
         own = {key: each for key, each in training.get("training", {}).items() if key != "seed"}
         return {
-            **found,
             f"the training of {name}": digest_of({**training, "training": own}),
             f"the seed of {name}": str(self.sources["seed"]),
         }

@@ -1,7 +1,8 @@
 """Several runs that differ only in the training seed of their diff, read as one.
 
 Seeds are drawn as questions are (``report/two_way``): what is said holds for other seeds of this
-training, where one run speaks of its own diff alone. Refuses runs that differ in anything else.
+training, where one run speaks of its own diff alone. Refuses runs, and diffs before anything is run
+with them, that differ in anything else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run, first_difference
 from persona_lora.report import wording
 from persona_lora.report.comparisons import columns_of, write_found
@@ -34,6 +36,7 @@ from persona_lora.studies.steering.read_comparison import LORA, effects_of
 COMMANDS = ("evaluate", "sweep", "compare")
 SEED = "the seed of the diff"
 OF_ONE = ("the diff", SEED)  # inputs in which seeds may differ; so may controls made like the diff
+REMEDY = "give what `train --seeds` made"
 SET_BY_DIFF = ("diff", "diffs", "diff_norm", "controls")  # and these of the configuration
 
 
@@ -61,6 +64,44 @@ COLUMNS = columns_of(
 )
 
 
+def diffs_of_seeds(path: Path) -> dict[str, Path]:
+    """Return the diffs of a folder that ``train --seeds`` made by "seed0" …, or ``path`` by "".
+
+    Raises UserError for a seed whose training has not ended, and for diffs that are no seeds of
+    one training: they could not be read together.
+    """
+    folders = [each for each in sorted(path.glob("seed*")) if each.is_dir()]
+    found = {each.name: each / "diff" for each in folders if (each / "diff").is_dir()}
+    lacking = [each for each in folders if each.name not in found]
+    if not found:
+        return {"": path}
+    if lacking:
+        raise UserError(f"{lacking[0]} holds no diff; train that seed to its end, or move it away")
+    first, *others = (LoRADiff.load(each, on_disk=True) for each in found.values())
+    for at, other in zip(list(found.values())[1:], others, strict=True):
+        difference = first_difference(_trained(first), _trained(other))
+        if difference is not None:
+            raise UserError(f"{at} differs in more than its seed ({difference}); {REMEDY}")
+    why = _same_seeds([each.training("the diff").get(SEED) for each in (first, *others)])
+    if others and why is not None:
+        raise UserError(f"{path}: {why}; {REMEDY}")
+    return found
+
+
+def _trained(diff: LoRADiff) -> dict[str, Any]:
+    training = {name: each for name, each in diff.training("the diff").items() if name != SEED}
+    base = diff.base_model
+    return {**training, "trait": diff.trait, "base": [base.name, base.fingerprint]}
+
+
+def _same_seeds(seeds: Sequence[str | None]) -> str | None:
+    """Say why seeds are not each one of its own; None where they are."""
+    if None not in seeds and len(set(seeds)) == len(seeds):
+        return None
+    said = ", ".join("none" if each is None else each for each in seeds)
+    return f"the diffs of the runs must each have a training seed of its own, got {said}"
+
+
 def apart(runs: Sequence[Run]) -> str | None:
     """Say why runs are no seeds of one training; None where they are."""
     first, *others = (run.record for run in runs)
@@ -70,11 +111,7 @@ def apart(runs: Sequence[Run]) -> str | None:
         found = first_difference(_fixed(first), _fixed(other))
         if found is not None:
             return f"{run.folder} differs in more than the seed of its diff ({found})"
-    seeds = [run.record.get("inputs", {}).get(SEED) for run in runs]
-    if None in seeds or len(set(seeds)) < len(seeds):
-        said = ", ".join("none" if each is None else each for each in seeds)
-        return f"the diffs of the runs must each have a training seed of its own, got {said}"
-    return None
+    return _same_seeds([run.record.get("inputs", {}).get(SEED) for run in runs])
 
 
 def _fixed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +134,7 @@ def over_seeds(runs: Sequence[Run]) -> list[OverSeeds]:
     """Return every condition over the seeds; UserError for runs that are no seeds of one."""
     why = apart(runs)
     if why is not None:
-        raise UserError(f"{why}; give runs of diffs that `train --seeds` made")
+        raise UserError(f"{why}; {REMEDY}")
     if runs[0].record["command"] == "compare":
         return _over_methods(runs)
     by_run = [_scores(run) for run in runs]
@@ -183,6 +220,9 @@ def seeds_lines(runs: Sequence[Run], found: Sequence[OverSeeds]) -> tuple[str, s
     reason = next((each.score.reason for each in found if each.score.reason), None)
     if reason is not None:
         return first, f"No intervals over seeds: {reason}."
+    if all(each.change is None for each in found):  # of evaluate, which asks one condition
+        means = ", ".join(f"{each.condition}: {wording.interval(each.score)}" for each in found)
+        return first, f"Over {len(runs)} seeds: {means}."
     return first, f"Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}."
 
 

@@ -305,20 +305,29 @@ def evaluate(
         "generation": dataclasses.asdict(options),
     }
     read, at = (trait.inputs(), steering.inputs()), output.at(path.with_suffix(""))
-    design = Design.of("evaluate", {split: len(trait.questions[split])}, ())
+    design = Design.of("evaluate", {split: len(trait.questions[split])}, (), output.seeds)
     run = open_run(at, "evaluate", chat_model, config, *read, seed=options.seed, design=design)
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         judge_answers(run, judge, trait)
-        answers, verdicts = run.read("answers"), run.read("verdicts")
-        table = answers_table(answers, verdicts, trait.name)
-        write_csv(path, answers_columns(trait.name, sweep=False), table)
-    scored = score_answers(answers, verdicts, trait.name)
+        write_scores(path, trait.name, {"": run})
+    scored = score_answers(run.read("answers"), run.read("verdicts"), trait.name)
     trait_score, coherence = (
         bootstrap_mean(clusters(scored, each), scale=SCORES) for each in (trait.name, COHERENCE)
     )
     both = two_judges(run, trait.name)
     return Evaluation(trait_score, coherence, answers=path, run=run.folder, judges=both)
+
+
+def write_scores(path: Path, trait: str, runs: Mapping[str, Run]) -> None:
+    """Write every answer with its scores as CSV; of the runs of several seeds with their names."""
+    rows = [
+        {"seed": name, **row}
+        for name, run in runs.items()
+        for row in answers_table(run.read("answers"), run.read("verdicts"), trait)
+    ]
+    columns = answers_columns(trait, sweep=False)
+    write_csv(path, columns if "" in runs else ["seed", *columns], rows)
 
 
 def _only(values: Collection[T]) -> T | None:

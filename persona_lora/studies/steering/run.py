@@ -261,7 +261,7 @@ def compare(
     shared = lazily(judge)  # by both sets of questions
     output = Output.of(output)
     seed, most = options.seed, comparing.max_questions
-    design = _compared({split: len(questions) for split, questions in asked.items()})
+    design = _compared({split: len(each) for split, each in asked.items()}, output.seeds)
     run = open_run(
         output, "compare", chat_model, record, read, seed=seed, parts=list(asked), design=design
     )
@@ -306,9 +306,9 @@ def _compare_record(
     }
 
 
-def _compared(questions: Mapping[str, int]) -> Design:
+def _compared(questions: Mapping[str, int], seeds: int) -> Design:
     family = [f"{split}: {method}" for split in questions for method in METHODS if method != LORA]
-    return Design.of("compare", questions, tuple(family))
+    return Design.of("compare", questions, tuple(family), seeds)
 
 
 def _asked(trait: Trait, comparing: ComparisonOptions) -> dict[Split, tuple[str, ...]]:
