@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from persona_lora.core.runs import Run
+from persona_lora.report.scores import control_name, method_of
 
 COEFFICIENTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 PROMPTED = {"prompt_pos": 75.0, "prompt_neg": 25.0}
@@ -25,7 +26,7 @@ MakeRun = Callable[..., Run]
 def _trait_mean(method: str, layer: int | None, coefficient: float | None) -> float:
     if coefficient is None:
         return PROMPTED.get(method, 50.0)
-    height = {"random": 4.0}.get(method, 40.0)
+    height = {"random": 4.0}.get(method_of(method), 40.0)
     if layer is not None:
         height *= np.exp(-(((layer - PEAK) / 5) ** 2))
     return float(50 + height * np.tanh(coefficient))
@@ -85,13 +86,13 @@ def _places(
     coefficients: Sequence[float] = COEFFICIENTS,
     prompts: Sequence[str] = ("prompt_pos", "prompt_neg"),
     layers: Sequence[int] = (),
-    control: bool = False,
+    control: int = 0,
 ) -> list[Place]:
     """Return the conditions of a sweep of a diff, or of a vector where layers are given."""
     prompted: list[Place] = [(method, None, None) for method in prompts]
     if not layers:
         return [*(("lora", None, each) for each in coefficients), *prompted]
-    methods = ("activation", "random") if control else ("activation",)
+    methods = ("activation", *(control_name("random", at) for at in range(control)))
     cells = [(m, at, c) for m in methods for at in layers for c in coefficients if c]
     return [("none", None, 0.0), *cells, *prompted]
 

@@ -18,7 +18,7 @@ ASKED = "--trait cheer --datasets-dir datasets --model model --dtype float32 --m
 SWEEP = f"sweep {ASKED} --judge embedding --coefficients=-1,1 --output out"
 EVALUATE = f"evaluate {ASKED} --judge embedding --output out.csv"
 COMPARE = (
-    f"compare {ASKED} --judge embedding --coefficients 1 --random-controls 1 --split eval "
+    f"compare {ASKED} --judge local --coefficients 1 --second-judge embedding --split eval "
     "--calibrate-on prompts --activation-vector vector.safetensors --layers 1 --output out"
 )
 
@@ -33,7 +33,8 @@ def world(run, make_world, tmp_path, monkeypatch):
             sources={"training": {"trait": "cheer", "training": {"seed": seed}}, "seed": seed},
         )
         diff.save(tmp_path / f"trained/seed{seed}/diff")
-    monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: LetterJudge())
+    for name in ("embedding", "local"):
+        monkeypatch.setitem(choice.JUDGES, name, lambda *_: LetterJudge())
     return tmp_path
 
 

@@ -188,6 +188,7 @@ COMMANDS = {
             "vector": flag("w.safetensors", None, VECTOR, EVIL),
             "coefficients": flag("3.7"),
             "control": flag(False, None, VECTOR, EVIL),
+            "random_controls": flag(5, "random#5", VECTOR, EVIL),
             "references": flag(False, None),
             "divergence": flag(False, None),
             "max_questions": flag(7),

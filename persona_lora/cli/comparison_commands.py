@@ -21,8 +21,10 @@ from persona_lora.cli.shared_options import (
     MixOptions,
     ModelOptions,
     OtherBase,
+    RandomControls,
     RunOptions,
     TraitOptions,
+    control_seeds,
     judge_factory,
     judged_output,
     judging_of,
@@ -58,9 +60,7 @@ class PairOfWays:
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
     allow_other_base: OtherBase = False
-    random_controls: Annotated[
-        int, "Random differences, and random vectors; 1, or 3 and more for an interval over them."
-    ] = 3
+    random_controls: RandomControls = 3
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the places of both."""
@@ -80,12 +80,9 @@ class PairOfWays:
         from persona_lora.steering.directions import random_like
         from persona_lora.studies.steering.calibration import bank_of_methods
 
-        number = self.random_controls
-        if number < 1 or number == 2:
-            raise UserError(f"--random-controls must be 1, or 3 and more, got {number}")
+        seeds = control_seeds(seed, self.random_controls)
         weights, whole = LoRADiff.load(self.diff), load_vector(self.activation_vector)
         vector = whole.at(layer_numbers(self.layers, whole.num_layers))
-        seeds = range(seed, seed + number)
         diffs = [random_diff_like(weights, each) for each in seeds]
         vectors = [random_like(vector, each) for each in seeds]
         return bank_of_methods(weights, vector, diffs, vectors, self.positions), [weights, whole]

@@ -39,6 +39,9 @@ Layers = Annotated[
 MaxQuestions = Annotated[int | None, "Use only the first N questions."]
 Vectors = Annotated[tuple[Path, ...], "Steering vectors (.safetensors or published .pt)."]
 Diffs = Annotated[tuple[Path, ...], "Diffs: folders, PEFT adapters, or files of them."]
+RandomControls = Annotated[
+    int, "Random controls of each direction; 1, or 3 and more for an interval over them."
+]
 ONE_DIFF = "A diff folder, a PEFT adapter or a file of one; or a folder of train --seeds."
 
 
@@ -210,6 +213,13 @@ def _one_each(
     if coefficients and len(coefficients) != len(paths):
         raise UserError(f"{len(paths)} {flag} and {len(coefficients)} --coefficient; {remedy}")
     return coefficients or [1.0] * len(paths)
+
+
+def control_seeds(seed: int, number: int) -> range:
+    """Return the seeds of random controls; UserError for a number without an interval."""
+    if number < 1 or number == 2:
+        raise UserError(f"--random-controls must be 1, or 3 and more, got {number}")
+    return range(seed, seed + number)
 
 
 USUAL_DEPTH = 0.55  # of the layers: where published persona vectors steer best

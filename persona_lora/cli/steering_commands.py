@@ -22,8 +22,10 @@ from persona_lora.cli.shared_options import (
     MixOptions,
     ModelOptions,
     OtherBase,
+    RandomControls,
     RunOptions,
     TraitOptions,
+    control_seeds,
     judge_factory,
     judged_output,
     judging_of,
@@ -217,7 +219,7 @@ def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
 # What only some ways of steering use, in evaluate and in sweep.
 USED_BY = {
     "lora": "mode coefficient coefficients divergence allow_other_base",
-    "activation": "layers positions ablate control "
+    "activation": "layers positions ablate control random_controls "
     "coefficient coefficients divergence allow_other_base",
 }
 
@@ -243,8 +245,9 @@ class VariedOptions:
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
     control: Annotated[
-        bool | None, "A random direction of the same norm beside a vector; on for one layer."
+        bool | None, "Random directions of the same norm beside a vector; on for one layer."
     ] = None
+    random_controls: RandomControls = 3
     allow_other_base: OtherBase = False
 
     def by_seed(self) -> dict[str, VariedOptions]:
@@ -260,7 +263,7 @@ class VariedOptions:
         return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
 
     def load(self, method: str, seed: int) -> Any:
-        """Load what is varied; a random control goes beside a vector at a single layer."""
+        """Load what is varied; random controls go beside a vector at a single layer."""
         from persona_lora.core.lora_diff import LoRADiff
         from persona_lora.core.vector_files import load_vector
         from persona_lora.steering.directions import random_like
@@ -273,8 +276,11 @@ class VariedOptions:
         loaded = load_vector(self.vector)
         chosen = layer_numbers(self.layers, loaded.num_layers)
         wanted = len(chosen) == 1 if self.control is None else self.control
-        control = random_like(loaded, seed) if wanted else None
-        return run.vector_population(loaded, chosen, self.coefficients, self.positions, control)
+        if not wanted:
+            refuse_useless("random_controls", "without --control")
+        seeds = control_seeds(seed, self.random_controls) if wanted else ()
+        controls = [random_like(loaded, each) for each in seeds]
+        return run.vector_population(loaded, chosen, self.coefficients, self.positions, controls)
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the direction's place."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from persona_lora.core.chat import COHERENCE
-from persona_lora.report.curve import PairedDifference, TraitCurve, corrected
+from persona_lora.report.curve import PairedDifference, TraitCurve, corrected, gaps_between
 from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
     PROMPTS,
@@ -21,8 +21,9 @@ from persona_lora.report.scores import (
     Row,
     ScoredAnswer,
     clusters,
-    question_means,
+    method_of,
 )
+from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
 
 LONG_COLUMNS = (
     *("trait", "method", "layer", "coefficient", "statistic"),
@@ -98,18 +99,22 @@ def summarise_conditions(
 def divergence_of(condition: Condition, divergences: Iterable[Row]) -> Row:
     """Return the last row of a condition; coefficient 0 changes nothing, by definition.
 
-    Rows that name no method are of the method "lora" and steer at no layer.
+    Of several random controls it is the mean of theirs. Rows that name no method are of the method
+    "lora" and steer at no layer.
     """
     if condition.coefficient is None:
         return {}
     series = [
         row
         for row in divergences
-        if (row.get("method", "lora"), row.get("layer")) == (condition.method, condition.layer)
+        if (method_of(row.get("method", "lora")), row.get("layer"))
+        == (condition.method, condition.layer)
     ]
     matching = [row for row in series if np.isclose(row["coefficient"], condition.coefficient)]
     if matching:
-        return matching[-1]
+        own = list({row.get("method"): row for row in matching}.values())
+        known = [name for name in DIVERGENCE_NAMES if all(row.get(name) is not None for row in own)]
+        return {name: float(np.mean([row[name] for row in own])) for name in known}
     if condition.coefficient == 0 and series:
         return {name: 0.0 for name in DIVERGENCE_NAMES if series[-1].get(name) is not None}
     return {}
@@ -191,11 +196,13 @@ class ControlComparison:
 
 @dataclass(frozen=True)
 class ControlSummary:
-    """A control series beside a steered one.
+    """A control series beside a steered one; of several random directions, ``draws``, their mean.
 
     ``comparisons`` are steered minus control, Holm-corrected over the coefficients. ``overall``
     is one test of all of them: for every question the mean over coefficients c of
-    sign(c) · (steered − control), so that positive means further in the expected direction.
+    sign(c) · (steered − control), so that positive means further in the expected direction. Of
+    several directions all are over directions and questions, both drawn, with Student's p;
+    ``least`` and ``most`` are the overall differences from the strongest and the weakest of them.
     ``rho_means`` is Spearman's rho between coefficient and score of the control itself.
     """
 
@@ -203,43 +210,149 @@ class ControlSummary:
     comparisons: tuple[ControlComparison, ...]
     overall: PairedDifference
     rho_means: Estimate
+    draws: int = 1
+    least: float | None = None
+    most: float | None = None
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Random directions at the same coefficients: the rows of each, with the unsteered ones."""
+
+    draws: tuple[Groups, ...]
+    curves: tuple[TraitCurve, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[ScoredAnswer], *, seed: int, resamples: int) -> Controls:
+        """Return the controls that rows are of; the unsteered rows among them are of each."""
+        rows = list(rows)
+        names = dict.fromkeys(row.answer["method"] for row in rows if row.condition.coefficient)
+        draws = tuple(
+            group_by_condition(
+                row for row in rows if row.answer["method"] == name or not row.condition.coefficient
+            )
+            for name in names
+        )
+        curves = (TraitCurve.of(each, seed=seed, resamples=resamples) for each in draws)
+        return cls(draws, tuple(curves))
+
+    def at_layer(self, layer: int) -> Controls:
+        """Return the controls of one layer of a grid; none where there were none."""
+        curves = tuple(each.at_layer(layer) for each in self.curves)
+        ran = any(each.layer == layer for curve in curves for each in curve.scores)
+        return Controls(self.draws, curves if ran else ())
+
+    def tested(self, gaps: Sequence[Mapping[int, float]]) -> PairedDifference:
+        """Return differences by question, one of each control, over questions and controls."""
+        if len(gaps) == 1:
+            return self.curves[0].paired_values(gaps[0])
+        return PairedDifference(*crossed_mean(shared_questions(gaps)))
+
+    def conditions(self, divergences: Sequence[Row]) -> tuple[ConditionSummary, ...]:
+        """Summarise every condition over all controls."""
+        if not self.curves:
+            return ()
+        rows = [
+            row
+            for at, groups in enumerate(self.draws)
+            for own in groups.values()
+            for row in own
+            if at == 0 or row.condition.coefficient
+        ]
+        groups, first = group_by_condition(rows), self.curves[0]
+        whole = TraitCurve.of(groups, seed=first.seed, resamples=first.resamples)
+        found = summarise_conditions(groups, whole, divergences, self._from_zero(whole))
+        return tuple(map(self._over_draws, found))
+
+    def _from_zero(self, whole: TraitCurve) -> dict[Condition, PairedDifference]:
+        zero = whole.at(0.0)
+        others = [each for each in whole.scores if each.coefficient]
+        if zero is None:
+            return {}
+        plain = whole.scores[zero]
+        found = [
+            self.tested([gaps_between(one.scores.get(each, {}), plain) for one in self.curves])
+            for each in others
+        ]
+        return dict(zip(others, corrected(found), strict=True))
+
+    def _over_draws(self, each: ConditionSummary) -> ConditionSummary:
+        """Return a summary with its means over the controls that ran it."""
+        at = Condition(each.method, each.coefficient, each.layer)
+        own = [groups[at] for groups in self.draws if at in groups]
+        if not each.coefficient or len(own) == 1:
+            return each
+        seed, resamples = self.curves[0].seed, self.curves[0].resamples
+        trait, coherence = (
+            mean_over_draws(
+                [clusters(rows, criterion) for rows in own], seed=seed, resamples=resamples
+            )
+            for criterion in ("trait", COHERENCE)
+        )
+        return dataclasses.replace(each, trait=trait, coherence=coherence)
 
 
 def summarise_control(
-    curve: TraitCurve, control: TraitCurve, conditions: Sequence[ConditionSummary]
+    curve: TraitCurve, controls: Controls, divergences: Sequence[Row]
 ) -> ControlSummary:
-    """Compare a steered series with its control, whose conditions are summarised already."""
-    shared = shared_coefficients(curve, control)
-    gaps = [curve.paired(curve.scores_at(each), control.scores_at(each)) for each in shared]
+    """Compare a steered series with its controls."""
+    shared = shared_coefficients(curve, controls)
+    gaps = [
+        controls.tested(
+            [gaps_between(curve.scores_at(each), one.scores_at(each)) for one in controls.curves]
+        )
+        for each in shared
+    ]
+    overall = [overall_gaps(curve, one) for one in controls.curves]
+    ends = sorted(sum(own.values()) / len(own) for own in overall if own)
+    rhos = [one.rho_means() for one in controls.curves]
+    several = len(controls.curves) > 1
     return ControlSummary(
-        conditions=tuple(conditions),
+        conditions=controls.conditions(divergences),
         comparisons=tuple(map(ControlComparison, shared, corrected(gaps))),
-        overall=overall_difference(curve, control),
-        rho_means=control.rho_means(),
+        overall=controls.tested(overall),
+        rho_means=_mean_rho(rhos) if several else rhos[0],
+        draws=len(controls.curves),
+        least=ends[0] if several and ends else None,
+        most=ends[-1] if several and ends else None,
     )
 
 
-def overall_difference(curve: TraitCurve, control: TraitCurve) -> PairedDifference:
-    """Return the mean over coefficients c of sign(c) · (steered − control), by question.
+def _mean_rho(rhos: Sequence[Estimate]) -> Estimate:
+    """Return the mean rho of several controls, which has no interval, and their range."""
+    known = sorted(each.value for each in rhos if each.value is not None)
+    n, questions = sum(each.n for each in rhos), max(each.n_questions for each in rhos)
+    if not known:
+        return Estimate(None, None, None, n, questions, rhos[0].reason)
+    reason = f"the mean of {len(known)}, from {known[0]:.2f} to {known[-1]:.2f}"
+    return Estimate(float(np.mean(known)), None, None, n, questions, reason)
 
-    Of each question only the coefficients that were scored under both count.
+
+def overall_difference(curve: TraitCurve, controls: Controls) -> PairedDifference:
+    """Return the mean over coefficients c of sign(c) · (steered − control), by question."""
+    return controls.tested([overall_gaps(curve, one) for one in controls.curves])
+
+
+def overall_gaps(curve: TraitCurve, control: TraitCurve) -> dict[int, float]:
+    """Return sign(c) · (steered − control) of each question, the mean over coefficients c.
+
+    Only the coefficients that were scored under both count.
     """
     by_question: dict[int, list[float]] = {}
-    for coefficient in shared_coefficients(curve, control):
+    for coefficient in _both(curve, control):
         sign = 1.0 if coefficient > 0 else -1.0
-        steered = question_means(curve.scores_at(coefficient))
-        random = question_means(control.scores_at(coefficient))
-        for question in steered.keys() & random.keys():
-            by_question.setdefault(question, []).append(
-                sign * (steered[question] - random[question])
-            )
-    return curve.paired_values(
-        {question: sum(gains) / len(gains) for question, gains in sorted(by_question.items())}
-    )
+        gaps = gaps_between(curve.scores_at(coefficient), control.scores_at(coefficient))
+        for question, gap in gaps.items():
+            by_question.setdefault(question, []).append(sign * gap)
+    return {question: sum(gains) / len(gains) for question, gains in sorted(by_question.items())}
 
 
-def shared_coefficients(curve: TraitCurve, control: TraitCurve) -> list[float]:
-    """Return the coefficients other than 0 that both series ran, ascending."""
+def shared_coefficients(curve: TraitCurve, controls: Controls) -> list[float]:
+    """Return the coefficients other than 0 that the series and every control ran, ascending."""
+    return sorted(set.intersection(*(set(_both(curve, each)) for each in controls.curves)))
+
+
+def _both(curve: TraitCurve, control: TraitCurve) -> list[float]:
     ran = {each.coefficient for each in control.scores}
     both = {each.coefficient for each in curve.scores if each.coefficient} & ran
     return sorted(each for each in both if each is not None)

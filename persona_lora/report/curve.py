@@ -134,14 +134,7 @@ class TraitCurve:
 
     def paired(self, ones: Cluster, others: Cluster) -> PairedDifference:
         """Return the paired difference of scores over the questions that both hold."""
-        first, second = question_means(ones), question_means(others)
-        return self.paired_values(
-            {
-                question: first[question] - second[question]
-                for question in first
-                if question in second
-            }
-        )
+        return self.paired_values(gaps_between(ones, others))
 
     def paired_values(self, gaps: Mapping[int, float]) -> PairedDifference:
         """Return the mean of differences by question, with its interval and test."""
@@ -238,6 +231,12 @@ class TraitCurve:
         sums = np.array([[sum(cell) for cell in row] for row in scores], dtype=np.float64)
         counts = np.array([[len(cell) for cell in row] for row in scores], dtype=np.float64)
         return np.array([each.coefficient for each in conditions], dtype=float), sums, counts
+
+
+def gaps_between(ones: Cluster, others: Cluster) -> dict[int, float]:
+    """Return one minus the other for every question that both have scored."""
+    first, second = question_means(ones), question_means(others)
+    return {each: first[each] - second[each] for each in first if each in second}
 
 
 def _too_few(conditions: Sequence[Condition], what: str, *, least: str = "three") -> Estimate:

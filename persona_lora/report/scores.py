@@ -23,6 +23,21 @@ PROMPTS = ("prompt_neg", "prompt_pos")
 UNSTEERED_CONDITION = Condition(UNSTEERED, 0.0)
 
 
+def control_name(method: str, number: int) -> str:
+    """Return the name of one of several random controls of a method: "random", "random#2" …"""
+    return f"{method}#{number + 1}" if number else method
+
+
+def method_of(name: str) -> str:
+    """Return the method that a control is one of."""
+    return name.partition("#")[0]
+
+
+def control_number(name: str) -> str:
+    """Return what tells a control from others of its method; "" for the first, or the only one."""
+    return name.partition("#")[2]
+
+
 class ScoredAnswer(NamedTuple):
     """One answer row with its scores, 0–100; None is an answer without a score."""
 
@@ -63,13 +78,16 @@ def score_answers(
 
 
 def condition_of(answer: Row) -> Condition:
-    """Return what produced an answer row; rows without a ``layer`` steer at none."""
+    """Return what produced an answer row; rows without a ``layer`` steer at none.
+
+    Several random controls are draws of one condition: the row's own method tells which it is of.
+    """
     if answer["method"] == UNSTEERED:
         return UNSTEERED_CONDITION
     coefficient = answer["coefficient"]
     # Adding 0.0 turns -0.0 into 0.0, which would print as another coefficient.
     value = None if coefficient is None else float(coefficient) + 0.0
-    return Condition(answer["method"], value, answer.get("layer"))
+    return Condition(method_of(answer["method"]), value, answer.get("layer"))
 
 
 def steered_series(conditions: Iterable[Condition]) -> list[Series]:
@@ -136,7 +154,7 @@ def answers_table(
     """Return one row per answer for ``write_csv``; an unscored cell is None."""
     return [
         {
-            "method": row.condition.method,
+            "method": row.answer["method"],
             "layer": row.condition.layer,
             "coefficient": row.condition.coefficient,
             "question": row.answer["question"],

@@ -19,6 +19,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report.conditions import (
     LONG_COLUMNS,
     ConditionSummary,
+    Controls,
     ControlSummary,
     condition_rows,
     difference_rows,
@@ -115,7 +116,8 @@ def summarise_sweep(
     conditions = summarise_conditions(groups, curve, divergences, curve.from_zero())
     floor = coherence_floor(conditions) if coherent_threshold is None else coherent_threshold
     coherent = _coherent_range(conditions, floor)
-    control = None if control_series is None else rows_of_series(scored, control_series)
+    beside = [] if control_series is None else rows_of_series(scored, control_series)
+    control = Controls.of(beside, seed=seed, resamples=resamples)
     return SweepSummary(
         trait=trait,
         trait_judge=judges_of(verdicts, trait),
@@ -128,7 +130,7 @@ def summarise_sweep(
         coherent_range=coherent,
         fit=curve.fit(coherent),
         prompt_comparisons=curve.against_prompts(coherent),
-        control=None if control is None else _control(curve, control, divergences),
+        control=summarise_control(curve, control, divergences) if control.curves else None,
         confidence=CONFIDENCE,
         resamples=resamples,
         seed=seed,
@@ -146,15 +148,6 @@ def _series_of(scored: Sequence[ScoredAnswer]) -> tuple[Series, Series | None]:
         return Series(UNSTEERED, None), None
     control = Series(CONTROL, steered[0].layer)
     return steered[0], control if control in found and control != steered[0] else None
-
-
-def _control(
-    curve: TraitCurve, rows: Sequence[ScoredAnswer], divergences: Sequence[Row]
-) -> ControlSummary:
-    groups = group_by_condition(rows)
-    control = TraitCurve.of(groups, seed=curve.seed, resamples=curve.resamples)
-    conditions = summarise_conditions(groups, control, divergences, control.from_zero())
-    return summarise_control(curve, control, conditions)
 
 
 def summarise_run(run: Run, *, seed: int = 0) -> SweepSummary:

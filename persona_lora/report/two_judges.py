@@ -17,8 +17,8 @@ import numpy as np
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.curve import gaps_between
 from persona_lora.report.resampling import (
-    SCORES,
     Estimate,
     Interval,
     bootstrap_mean,
@@ -27,11 +27,12 @@ from persona_lora.report.resampling import (
 from persona_lora.report.scores import (
     Condition,
     condition_of,
+    control_number,
     judges_of,
-    question_means,
     score_answers,
 )
 from persona_lora.report.sections import Table
+from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
 
 SECOND = "second_verdicts"
 MOST_NAMED = 3  # of the changes that the judges disagree on, in a line
@@ -39,12 +40,16 @@ VALIDATIONS = ("validation", "second_validation")
 
 
 class Pair(NamedTuple):
-    """What two judges gave to one answer; ``place`` is what produced it, as a report calls it."""
+    """What two judges gave to one answer; ``place`` is what produced it, as a report calls it.
+
+    ``draw`` tells several random controls of one place apart.
+    """
 
     place: str
     question: Hashable
     first: float | None
     second: float | None
+    draw: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,11 @@ def pairs_of(
         return []
     both = (score_answers(answers, each, trait) for each in (run.read("verdicts"), second))
     return [
-        Pair(place(one.condition), (within, one.answer["question_id"]), one.trait, two.trait)
+        Pair(
+            place(one.condition),
+            (within, one.answer["question_id"]),
+            *(one.trait, two.trait, control_number(one.answer["method"])),
+        )
         for one, two in zip(*both, strict=True)
     ]
 
@@ -131,7 +140,7 @@ def of_pairs(
     )
     within = tuple(_within(runs[0].read(file), trait) for file in VALIDATIONS)
     means = tuple(
-        Beside(place, *(bootstrap_mean(each, scale=SCORES, seed=seed) for each in both))
+        Beside(place, *(mean_over_draws(each, seed=seed) for each in both))
         for place, both in _clusters(pairs).items()
     )
     rho = _agreement(pairs, seed)
@@ -153,13 +162,15 @@ def across_runs(trait: str, runs: Mapping[str, Run], reference: str) -> TwoJudge
 def effects_from(pairs: Sequence[Pair], reference: str, *, seed: int = 0) -> list[Beside]:
     """Return every place minus the reference, paired by question, the largest first."""
     clusters = _clusters(pairs)
-    plain = [question_means(each) for each in clusters[reference]]
+    plain = [each[0] for each in clusters[reference]]
     found = []
     for place, both in clusters.items():
         if place != reference:
-            means = zip(map(question_means, both), plain, strict=True)
-            gaps = [{q: [own[q] - zero[q]] for q in own if q in zero} for own, zero in means]
-            found.append(Beside(place, *(bootstrap_mean(each, seed=seed) for each in gaps)))
+            gaps = [
+                [gaps_between(draw, zero) for draw in draws]
+                for draws, zero in zip(both, plain, strict=True)
+            ]
+            found.append(Beside(place, *(_mean_gap(each, seed) for each in gaps)))
     return sorted(found, key=lambda each: -abs(each.first.mean or 0.0))
 
 
@@ -175,15 +186,23 @@ def _place(condition: Condition) -> str:
     return said if condition.layer is None else f"{said} at layer {condition.layer}"
 
 
-def _clusters(pairs: Sequence[Pair]) -> dict[str, tuple[dict[Any, Any], dict[Any, Any]]]:
-    """Return both judges' scores by place and question."""
-    found: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+def _clusters(pairs: Sequence[Pair]) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Return both judges' scores by place, by question, for each draw of the place."""
+    found: dict[str, dict[str, tuple[dict[Any, Any], dict[Any, Any]]]] = {}
     for pair in pairs:
-        for cluster, score in zip(
-            found.setdefault(pair.place, ({}, {})), (pair.first, pair.second), strict=True
-        ):
+        both = found.setdefault(pair.place, {}).setdefault(pair.draw, ({}, {}))
+        for cluster, score in zip(both, (pair.first, pair.second), strict=True):
             cluster.setdefault(pair.question, []).append(score)
-    return found
+    return {
+        place: ([one for one, _ in draws.values()], [two for _, two in draws.values()])
+        for place, draws in found.items()
+    }
+
+
+def _mean_gap(draws: Sequence[Mapping[Any, float]], seed: int) -> Interval:
+    if len(draws) > 1:
+        return crossed_mean(shared_questions(draws)).interval
+    return bootstrap_mean({question: [gap] for question, gap in draws[0].items()}, seed=seed)
 
 
 def _agreement(pairs: Sequence[Pair], seed: int) -> Estimate:

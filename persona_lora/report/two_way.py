@@ -2,7 +2,7 @@
 
 Every draw answers the same questions, so that value = mean + question + draw + rest, all random.
 The variance of the mean and its degrees of freedom come from the mean squares (Satterthwaite 1946):
-five seeds are five, however many questions each was asked. Knows arrays only.
+five seeds are five, however many questions each was asked. Knows scores and arrays.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from persona_lora.report.resampling import CONFIDENCE, Array, Bounds, Interval
+from persona_lora.report.resampling import (
+    CONFIDENCE,
+    RESAMPLES,
+    SCORES,
+    Array,
+    Bounds,
+    Interval,
+    bootstrap_mean,
+)
+from persona_lora.report.scores import Cluster, question_means
 
 FEWEST_DRAWS = 3  # of two with much between them, the interval covers in 87 of 100 cases
 Gaps = Mapping[int, float]  # a difference, by question
@@ -63,6 +72,18 @@ def crossed_mean(values: Array) -> Crossed:
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
     interval = Interval(mean, mean - reach, mean + reach, values.size, questions, 1.0)
     return Crossed(interval, float(crossed_ps(values[None])[0]))
+
+
+def mean_over_draws(
+    draws: Sequence[Cluster], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Return the mean score, its interval over questions and, of several draws, over both."""
+    if len(draws) == 1:
+        return bootstrap_mean(draws[0], scale=SCORES, seed=seed, resamples=resamples)
+    found = crossed_mean(shared_questions([question_means(each) for each in draws])).interval
+    rows = [score for each in draws for own in each.values() for score in own]
+    known = sum(score is not None for score in rows)
+    return replace(scaled(found, SCORES), n=known, coverage=known / len(rows))
 
 
 def scaled(value: Interval, scale: Bounds) -> Interval:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from persona_lora.report.conditions import ConditionSummary
+from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
 from persona_lora.report.resampling import Estimate, Interval
-from persona_lora.report.scores import CONTROL, UNSTEERED
+from persona_lora.report.scores import CONTROL, UNSTEERED, method_of
 from persona_lora.report.summary import SweepSummary
 
 PROMPT_LABELS = {"prompt_pos": "positive prompt", "prompt_neg": "negative prompt"}
@@ -127,10 +127,11 @@ def label(condition: ConditionSummary) -> str:
 
 
 def condition_label(method: str, value: float | None) -> str:
-    """Return "+1.5", "random +1.5" for the control, or the name of a reference."""
+    """Return "+1.5", "random +1.5" or "random 2 +1.5" for a control, or a reference's name."""
     if value is None:
         return method_label(method)
-    return f"random {coefficient(value)}" if method == CONTROL else coefficient(value)
+    own = f"{method.replace('#', ' ')} " if method_of(method) == CONTROL else ""
+    return f"{own}{coefficient(value)}"
 
 
 def method_label(method: str) -> str:
@@ -187,11 +188,17 @@ def control_line(summary: SweepSummary) -> str:
         return ""
     overall, rho = summary.control.overall, summary.control.rho_means
     if overall.interval.mean is None:
-        return f"random direction: no comparison ({overall.interval.reason})"
+        return f"{controls_name(summary.control)}: no comparison ({overall.interval.reason})"
     return (
-        f"random direction ρ {interval(rho, 2)}  ·  "
+        f"{controls_name(summary.control)} ρ {interval(rho, 2)}  ·  "
         f"beyond it {change(overall.interval)}, p {p_equals(overall.p)}"
     )
+
+
+def controls_name(control: ControlSummary) -> str:
+    """Return "random direction", or "mean of 3 random directions"."""
+    several = control.draws > 1
+    return f"mean of {control.draws} random directions" if several else "random direction"
 
 
 def questions_line(summary: SweepSummary) -> str:
@@ -300,10 +307,12 @@ def _control(summary: SweepSummary) -> str:
         return "It could not be compared with the random direction."
     if overall.interval.low is None:
         return "With one question it cannot be tested against the random direction."
+    draws = summary.control.draws
+    random = "a random direction" if draws == 1 else f"{draws} random directions"
     verdict = {
-        1: "It beats a random direction of the same norm",
-        -1: "It does worse than a random direction of the same norm",
-        0: "It is not clear of the random direction of the same norm",
+        1: f"It beats {random} of the same norm",
+        -1: f"It does worse than {random} of the same norm",
+        0: f"It is not clear of {random} of the same norm",
     }[direction_of(overall)]
     return (
         f"{verdict}: {change(overall.interval)} points in the expected direction, paired by "

@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 
 from persona_lora.report import wording
-from persona_lora.report.summary import summarise_sweep, write_summary
+from persona_lora.report.sections import ReportOptions
+from persona_lora.report.summary import summarise_run, summarise_sweep, write_summary
+from persona_lora.report.two_judges import two_judges
+from persona_lora.report.two_way import crossed_mean
+from persona_lora.studies.steering.read import sweep_content
 
 COEFFICIENTS = (-2.0, -1.0, 1.0, 2.0)
 LAYER = 12
 
 
-def _scored(sweep_rows, score, *, questions=12, **options):
+def _scored(sweep_rows, score, *, questions=12, control=1, **options):
     """Return the summary of a controlled sweep whose trait scores are a function of the row."""
     answers, verdicts = sweep_rows(
         layers=(LAYER,),
         coefficients=COEFFICIENTS,
-        control=True,
+        control=control,
         prompts=(),
         questions=questions,
         **options,
@@ -64,7 +68,7 @@ def test_differences_from_the_control_are_those_of_the_slopes(sweep_rows):
     [
         ({"activation": 8, "random": 1}, "It beats a random direction"),
         ({"activation": 1, "random": 8}, "It does worse than a random direction"),
-        ({"activation": 5, "random": 5}, "is not clear of the random direction"),
+        ({"activation": 5, "random": 5}, "is not clear of a random direction"),
     ],
 )
 def test_headline_says_whether_the_vector_beats_the_random_direction(sweep_rows, slopes, words):
@@ -135,3 +139,58 @@ def test_a_random_direction_alone_is_a_curve_of_its_own(sweep_rows):
     )
     assert (summary.method, summary.control) == ("random", None)
     assert len(summary.steered) == 5
+
+
+SLOPES = {"activation": 8, "random": -1, "random#2": 1, "random#3": 6}
+
+
+def test_several_random_directions_are_drawn_as_the_questions_are(sweep_rows):
+    """The middle one alone would be beaten beyond doubt; one of three does nearly as much."""
+    alone = _scored(sweep_rows, _line(SLOPES | {"random": 2})).control
+    assert (alone.draws, alone.least, alone.most) == (1, None, None)
+    summary = _scored(sweep_rows, _line(SLOPES), control=3)
+    control, size = summary.control, np.mean(np.abs(COEFFICIENTS))
+    gaps = np.array([[(8 - slope) * size] * 12 for slope in (-1, 1, 6)])
+    assert control.overall.interval.mean == pytest.approx(alone.overall.interval.mean)
+    assert control.overall.interval.low == pytest.approx(crossed_mean(gaps).interval.low)
+    assert control.overall.p == pytest.approx(crossed_mean(gaps).p)
+    assert control.overall.p > 0.05 > alone.overall.p
+    assert "is not clear of 3 random directions" in wording.headline(summary)
+    assert (control.draws, control.least, control.most) == pytest.approx((3, 2 * size, 9 * size))
+    assert control.rho_means.value == pytest.approx(1 / 3)
+    two = control.conditions[-1]
+    assert (two.coefficient, two.rows, two.trait.n) == (2.0, 36, 36)
+    assert two.trait.mean == pytest.approx(40 + 11 + 2 * 2)
+    assert two.trait.high - two.trait.low > 15  # the slopes differ by 7, and 2 · 7 is 14
+    assert two.from_zero.interval.mean == pytest.approx(4)
+    assert two.from_zero.p > 0.05
+    assert [each.difference.interval.mean for each in control.comparisons] == pytest.approx(
+        [6 * each for each in COEFFICIENTS]
+    )
+    assert control.conditions[2].trait == summary.steered[2].trait  # unsteered, once
+
+
+def test_a_page_says_how_many_random_directions_there_were(make_sweep_run):
+    run = make_sweep_run(layers=(LAYER,), coefficients=(-1.0, 1.0), control=3, questions=4)
+    content = sweep_content(run, ReportOptions())
+    (table,) = [each for each in content.blocks if "Against random" in getattr(each, "title", "")]
+    assert "minus mean of 3 random directions" in table.columns[0]
+    assert "The 3 directions are drawn as the questions are" in table.note
+    labels = {
+        card.label
+        for block in content.blocks
+        for fold in getattr(block, "blocks", ())
+        for question in getattr(fold, "questions", ())
+        for card in question.steered
+    }
+    assert {"random +1", "random 2 +1", "random 3 +1"} < labels
+
+
+def test_two_judges_count_random_directions_as_draws(make_sweep_run):
+    run = make_sweep_run(layers=(LAYER,), coefficients=(1.0,), control=3, questions=6)
+    own = [row for row in run.read("verdicts") if row["criterion"] == "sycophancy"]
+    run.write("second_verdicts", [{**row, "judge": "other"} for row in own])
+    found = two_judges(run, "sycophancy")
+    effects = {each.place: each.first for each in found.effects}
+    condition = summarise_run(run).control.conditions[-1]
+    assert effects["random +1 at layer 12"].low == pytest.approx(condition.from_zero.interval.low)

@@ -29,6 +29,7 @@ from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
+from persona_lora.report.scores import control_name, method_of
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, Coefficients
 from persona_lora.studies.steering.divergence import ordinary_texts, own_texts, row_divergences
@@ -38,8 +39,6 @@ from persona_lora.studies.steering.read_comparison import (
     METHODS,
     RANDOM,
     RANDOM_LORA,
-    control_name,
-    method_of,
 )
 
 logger = logging.getLogger(__name__)

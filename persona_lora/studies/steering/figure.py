@@ -24,6 +24,7 @@ from persona_lora.report.wording import (
     at_layer,
     coefficient,
     coherent_line,
+    controls_name,
     interval,
     method_label,
     number,
@@ -103,8 +104,9 @@ def _curves(summary: SweepSummary, *, brief: bool = False) -> list[Series]:
             label = f"{name} {told(found.trait)}"
             drawn.append(draw.series(name, [], [found.trait], look, label=label))
     control = () if summary.control is None else summary.control.conditions
+    random = "" if summary.control is None else controls_name(summary.control)
     for name, look, conditions, criterion in (
-        ("random direction", _THIN, control, "trait"),
+        (random, _THIN, control, "trait"),
         ("Coherence", _SECONDARY, summary.steered, "coherence"),
         (title_of(summary.trait), _PRIMARY, summary.steered, "trait"),
     ):

@@ -185,7 +185,8 @@ def _control(summary: SweepSummary, control: ControlSummary) -> Table:
         for each in control.comparisons
     ]
     compared.append(("all of them, in the expected direction", control.overall, wording.NONE))
-    heading = f"{wording.title_of(summary.trait)}, {summary.method} minus random direction"
+    name = wording.controls_name(control)
+    heading = f"{wording.title_of(summary.trait)}, {summary.method} minus {name}"
     return Table(
         (heading, "[95%]", "p", "p\n(Holm)", "questions"),
         tuple(
@@ -195,13 +196,25 @@ def _control(summary: SweepSummary, control: ControlSummary) -> Table:
             )
             for name, each, corrected in compared
         ),
-        "Against a random direction",
-        "The random direction has the norm of the vector, at the same layer and coefficients; "
-        "differences are paired by question. The last row is one test of all coefficients, "
-        "incoherent ones included: the mean of sign(c) · (vector − random direction). Spearman’s ρ "
-        f"of the random direction is {_rho(control.rho_means)}.",
+        "Against a random direction" if control.draws == 1 else "Against random directions",
+        "A random direction has the norm of the vector, at the same layer and coefficients; "
+        f"differences are paired by question.{_drawn(control)} The last row is one test of all "
+        "coefficients, incoherent ones included: the mean of sign(c) · (vector − random "
+        f"direction). Spearman’s ρ of the {name} is {_rho(control.rho_means)}.",
         ("",) * len(control.comparisons) + ("reference",),
         narrow=True,
+    )
+
+
+def _drawn(control: ControlSummary) -> str:
+    """Say of several random directions how they are counted; "" for one."""
+    if control.least is None:
+        return ""
+    return (
+        f" The {control.draws} directions are drawn as the questions are: intervals and p "
+        "(Student’s t) are over both; over all coefficients the difference is "
+        f"{wording.number(control.least)} from the strongest of them and "
+        f"{wording.number(control.most)} from the weakest."
     )
 
 
@@ -308,7 +321,7 @@ def _layers(grid: GridSummary) -> Table:
         "in the direction of the coefficient’s sign, its p value from a sign-flip permutation "
         f"test. {read_words.resolution_note(grid)} Resamples draw whole questions and repeat the "
         "choice. “Beyond random” is the mean over coefficients of sign(c) · (vector − random "
-        "direction of the same norm).",
+        "direction of the same norm); several directions are drawn as the questions are.",
         tuple(
             "best" if each.layer == grid.best_layer else "incoherent" if each.best is None else ""
             for each in ranked

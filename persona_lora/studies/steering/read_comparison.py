@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -22,7 +22,8 @@ from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean, holm
-from persona_lora.report.two_way import crossed_mean, scaled, shared_questions
+from persona_lora.report.scores import method_of
+from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
 METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
@@ -38,16 +39,6 @@ COLUMNS = columns_of(
 T = TypeVar("T")
 Place = tuple[str, float | None]
 Scores = dict[int, list[float | None]]
-
-
-def control_name(method: str, number: int) -> str:
-    """Return the name of one of several random controls of a method: "random", "random#2" …"""
-    return f"{method}#{number + 1}" if number else method
-
-
-def method_of(name: str) -> str:
-    """Return the method that a control is one of."""
-    return name.partition("#")[0]
 
 
 @dataclass(frozen=True)
@@ -188,8 +179,8 @@ def _points(
                 split, first["level"], method_of(first["method"]),
                 _average(own, "coefficient"), _average(own, "kl_mean"), _average(own, "kl_p95"),
                 all(row["matched"] for row in own),
-                _mean_over_draws([traits[place] for place in places]),
-                _mean_over_draws([coherences[place] for place in places]),
+                mean_over_draws([traits[place] for place in places]),
+                mean_over_draws([coherences[place] for place in places]),
                 difference, p,
                 ordinary_mean=_average(own, "ordinary_mean"),
                 ordinary_p95=_average(own, "ordinary_p95"), draws=len(own),
@@ -303,15 +294,6 @@ def _over(gaps: Sequence[Mapping[int, float]]) -> tuple[Interval | None, float |
         return _tested(gaps[0])
     found = crossed_mean(shared_questions(gaps))
     return found.interval, found.p
-
-
-def _mean_over_draws(each: Sequence[Scores]) -> Interval:
-    if len(each) == 1:
-        return _mean(each[0])
-    found = crossed_mean(shared_questions([_means(scores) for scores in each])).interval
-    rows = [score for scores in each for own in scores.values() for score in own]
-    known = sum(score is not None for score in rows)
-    return replace(scaled(found, SCORES), n=known, coverage=known / len(rows))
 
 
 def _by_method(

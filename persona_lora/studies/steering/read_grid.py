@@ -21,7 +21,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report.conditions import (
     LONG_COLUMNS,
     ConditionSummary,
-    Groups,
+    Controls,
     condition_rows,
     difference_rows,
     group_by_condition,
@@ -83,7 +83,8 @@ class LayerSummary:
 
     ``best`` is None, with a ``reason``, where no coefficient was coherent and scored.
     ``over_control`` is the mean over coefficients of sign(c) · (steered − random direction),
-    Holm-corrected over the layers; None where no control was run at this layer.
+    Holm-corrected over the layers, and of several directions over these as well; None where no
+    control was run at this layer.
     """
 
     layer: int
@@ -187,14 +188,14 @@ def summarise_grid(
     """
     scored = [_unsteered_at_zero(row) for row in score_answers(answers, verdicts, trait)]
     method, layers = _method_and_layers(scored, trait)
-    groups = _groups_of(scored, method)
+    groups = group_by_condition(_rows_of(scored, method))
     curve = TraitCurve.of(groups, seed=seed, resamples=resamples)
     conditions = summarise_conditions(groups, curve, divergences, curve.from_zero())
     if coherent_threshold is None:
         coherent_threshold = coherence_floor(conditions)
     cells = _by_place(conditions)
-    controls = _groups_of(scored, CONTROL) if method != CONTROL else {}
-    control = TraitCurve.of(controls, seed=seed, resamples=resamples)
+    beside = _rows_of(scored, CONTROL) if method != CONTROL else []
+    control = Controls.of(beside, seed=seed, resamples=resamples)
     by_layer = _summarise_layers(layers, cells, curve, control, coherent_threshold)
     ranking = _ranking(by_layer)
     best = next((each for each in by_layer if ranking and each.layer == ranking[0]), None)
@@ -215,10 +216,7 @@ def summarise_grid(
         by_layer=by_layer,
         unsteered=zero[0] if zero else None,
         references=tuple(each for each in conditions if each.coefficient is None),
-        cells=(
-            *cells,
-            *_by_place(summarise_conditions(controls, control, divergences, control.from_zero())),
-        ),
+        cells=(*cells, *_by_place(control.conditions(divergences))),
         coherent_threshold=coherent_threshold,
         confidence=CONFIDENCE,
         resamples=resamples,
@@ -279,16 +277,15 @@ def _method_and_layers(scored: Sequence[ScoredAnswer], trait: str) -> tuple[str,
     return method, known
 
 
-def _groups_of(scored: Sequence[ScoredAnswer], method: str) -> Groups:
-    """Return the cells of a method with the unsteered rows, and the references of the real one."""
-    kept = [
+def _rows_of(scored: Sequence[ScoredAnswer], method: str) -> list[ScoredAnswer]:
+    """Return the rows of a method and the unsteered ones, and the references of the real one."""
+    return [
         row
         for row in scored
         if row.condition.method == method
         or row.condition == UNSTEERED_CONDITION
         or (row.condition.coefficient is None and method != CONTROL)
     ]
-    return group_by_condition(kept)
 
 
 def _by_place(conditions: Sequence[ConditionSummary]) -> tuple[ConditionSummary, ...]:
@@ -300,11 +297,12 @@ def _summarise_layers(
     layers: Sequence[int],
     cells: Sequence[ConditionSummary],
     curve: TraitCurve,
-    control: TraitCurve,
+    control: Controls,
     threshold: float,
 ) -> tuple[LayerSummary, ...]:
-    controlled = [each for each in layers if any(at.layer == each for at in control.scores)]
-    over = [overall_difference(curve.at_layer(each), control.at_layer(each)) for each in controlled]
+    beside = {each: control.at_layer(each) for each in layers}
+    controlled = [each for each in layers if beside[each].curves]
+    over = [overall_difference(curve.at_layer(each), beside[each]) for each in controlled]
     over_control = dict(zip(controlled, corrected(over), strict=True))
     summaries = []
     for layer in layers:

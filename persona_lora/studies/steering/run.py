@@ -17,7 +17,7 @@ from pathlib import Path
 
 from persona_lora.core import progress
 from persona_lora.core.chat import UNSTEERED, Condition
-from persona_lora.core.content import digest_of
+from persona_lora.core.content import digest_of, numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
@@ -31,7 +31,13 @@ from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.report.comparisons import write_found
-from persona_lora.report.scores import CONTROL, answers_columns, answers_table
+from persona_lora.report.scores import (
+    CONTROL,
+    answers_columns,
+    answers_table,
+    control_name,
+    method_of,
+)
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, check_layers
@@ -92,16 +98,17 @@ def vector_population(
     layers: Sequence[int],
     coefficients: Sequence[float],
     positions: Positions = "response",
-    control: SteeringVector | None = None,
+    controls: Sequence[SteeringVector] = (),
 ) -> Population:
     """Return a steering vector at many coefficients at each of several layers, one layer per row.
 
-    ``control`` is a second vector (a random one of the same norm) that gets the same layers and
-    coefficients under the method "random".
+    ``controls`` are other vectors (random ones of the same norm) that get the same layers and
+    coefficients under the methods "random", "random#2" …
     """
     check_layers(layers)
     values = _values(coefficients)
-    vectors = {"activation": vector, **({} if control is None else {"random": control})}
+    random = {control_name(CONTROL, at): each for at, each in enumerate(controls)}
+    vectors = {"activation": vector, **random}
     places = [(method, layer) for method in vectors for layer in layers]
     bank = Bank(
         vectors={
@@ -120,11 +127,11 @@ def vector_population(
             "layers": list(layers),
             "coefficients": values,
             "positions": positions,
-            "control": None if control is None else dict(control.sources),
+            "controls": [dict(each.sources) for each in controls],
         },
         inputs={
             "the vector": vector.content(),
-            **({} if control is None else {"the control": control.content()}),
+            **numbered("random vector", [each.content() for each in controls]),
         },
     )
     steered = [
@@ -207,7 +214,7 @@ def sweep(
 
 def _tested(conditions: Sequence[Condition]) -> list[Condition]:
     """Return the conditions that are compared with the unsteered model, in one family."""
-    return [each for each in conditions if each.coefficient and each.method != CONTROL]
+    return [each for each in conditions if each.coefficient and method_of(each.method) != CONTROL]
 
 
 def _named(condition: Condition) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
@@ -183,13 +184,18 @@ def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
 
 
 def test_one_layer_with_its_random_control_is_a_curve_with_costs(run_population, vector):
-    control = random_like(vector, seed=0)
-    result = run_population(vector_population(vector, (1,), (-1.0, 1.0), control=control))
+    controls = [random_like(vector, seed) for seed in range(3)]
+    result = run_population(vector_population(vector, (1,), (-1.0, 1.0), controls=controls))
     assert [each.coefficient for each in result.summary.steered] == [-1.0, 0.0, 1.0]
     divergences = rows_of(result.run, "divergence")
     assert {(row["method"], row["layer"], row["coefficient"]) for row in divergences} == {
-        (method, 1, value) for method in ("activation", "random") for value in (-1.0, 1.0)
+        (method, 1, value)
+        for method in ("activation", "random", "random#2", "random#3")
+        for value in (-1.0, 1.0)
     }
+    assert result.summary.control.draws == 3
+    table = list(csv.DictReader((result.run / "sweep.csv").open()))
+    assert {"random", "random#2", "random#3"} < {row["method"] for row in table}
     assert {"sweep.png", "summary.json"} <= {path.name for path in result.run.iterdir()}
 
 
