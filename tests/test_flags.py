@@ -237,8 +237,7 @@ COMMANDS = {
             "allow_other_base": flag(True, None, "--diff diff"),
         },
         {
-            "persona_lora.steering.bank:steer_merged": "steerer",
-            "persona_lora.steering.bank:ActivationSetting.steerer": "steerer",
+            f"{X}studies.asking.run:Steering.steerer": "steerer",
         },
     ),
     "optimize": Command(

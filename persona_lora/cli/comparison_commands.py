@@ -16,7 +16,7 @@ from persona_lora.cli.program import COMPARE, command
 from persona_lora.cli.shared_options import (
     ONE_DIFF,
     AdaptedModelOptions,
-    HeldOptions,
+    HeldRunOptions,
     Layers,
     MixOptions,
     ModelOptions,
@@ -26,12 +26,9 @@ from persona_lora.cli.shared_options import (
     TraitOptions,
     control_seeds,
     judge_factory,
-    judged_output,
     judging_of,
     layer_numbers,
-    load_activation,
     load_model,
-    load_terms,
     show_seeds,
 )
 from persona_lora.core.errors import UserError
@@ -46,9 +43,11 @@ from persona_lora.core.options import (
 from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from persona_lora.core.runs import Run
     from persona_lora.models.loading import ChatModel
+    from persona_lora.studies.steering.read_comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -108,13 +107,12 @@ def compare(
     ways: PairOfWays,
     compared: ComparisonOptions,
     further: FurtherOptions,
-    output: RunOptions,
+    output: HeldRunOptions,
     model: ModelOptions,
     judging: JudgesChoice,
     generation: Annotated[
         GenerationOptions, ("max_new_tokens", "seed", "batch_size")
     ] = GenerationOptions(max_new_tokens=60),
-    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Compare weight steering with activation steering at equal divergence from the base model.
 
@@ -126,53 +124,54 @@ def compare(
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
     from persona_lora.core.runs import Run
-    from persona_lora.report.standing import standing
-    from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import run as experiment
-    from persona_lora.studies.steering.read import (
-        comparison_judges,
-        comparison_lines,
-        comparison_table,
-    )
     from persona_lora.studies.steering.spaces import check_directions
 
-    loaded, protocol = trait.load(), held.load()
-    parts = ways.by_seed()
+    loaded, parts = trait.load(), ways.by_seed()
     first = next(iter(parts.values()))
     bank, made = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
     judge = judging_of(judging)
-    chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
-    if directions is not None:
-        check_directions(chat_model, *directions)
     folder = output.output or Path("results") / "compare" / loaded.name
+    written = [
+        output.at(folder / name, judge, each.record(), seeds=len(parts))
+        for name, each in parts.items()
+    ]
+    chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
+    check_directions(chat_model, *directions)
     judges, runs = judge_factory(loaded, chat_model, judge), []
     with progress_bars():
-        for name, each in parts.items():
+        for to, each in zip(written, parts.values(), strict=True):
             # one seed's at a time: each brings random differences of its own size
             bank = bank if each is first else each.load(generation.seed)[0]
-            to = judged_output(folder / name, output.overwrite, judge, each.record(), protocol)
             found = experiment.compare(
                 chat_model,
                 loaded,
                 bank,
                 judges,
-                dataclasses.replace(to, seeds=len(parts)),
+                to,
                 comparing=compared,
                 options=generation,
                 datasets=trait.datasets_dir,
             )
-            runs.append(Run(folder / name))
-        written = Output(runs[0].folder, output.overwrite)
-        more = _further(chat_model, loaded, bank, further, directions, written, trait.datasets_dir)
+            runs.append(Run(to.path))
+        plain = Output(runs[0].folder, output.overwrite)
+        more = _further(chat_model, loaded, bank, further, directions, plain, trait.datasets_dir)
     if len(runs) > 1:
         show_seeds(folder, runs)
-        return
-    (run,) = runs
-    write_report([run.folder, *more], run.folder / "report.html")
-    report = f"report: {run.folder / 'report.html'}"
-    lines = comparison_lines(run, found, comparison_judges(run, found))
-    show(standing(run), *lines, comparison_table(found), report)
+    else:
+        _show_compared(runs[0], found, more)
+
+
+def _show_compared(run: Run, found: Comparison, more: Sequence[Path]) -> None:
+    """Write the report of a comparison, with what was measured beside it, and say what it holds."""
+    from persona_lora.report.standing import standing
+    from persona_lora.studies.report_page import write_report
+    from persona_lora.studies.steering import read
+
+    page = write_report([run.folder, *more], run.folder / "report.html")
+    lines = read.comparison_lines(run, found, read.comparison_judges(run, found))
+    show(standing(run), *lines, read.comparison_table(found), f"report: {page}")
 
 
 def _further(
@@ -200,11 +199,10 @@ def _further(
             timing=TimingOptions(further.batches, rounds=further.rounds),
             datasets=datasets,
         )
-    if directions is not None:
+    if further.spaces:
         (layer,) = bank.record["layers"]
-        diffs, vectors = directions
-        run_spaces(chat_model, diffs, vectors, layer, written.at(spaces), datasets=datasets)
-    return [latency] * further.latency + [spaces] * (directions is not None)
+        run_spaces(chat_model, *directions, layer, written.at(spaces), datasets=datasets)
+    return [latency] * further.latency + [spaces] * bool(further.spaces)
 
 
 def _directions(
@@ -223,7 +221,7 @@ def _directions(
         refuse_useless("batches rounds", "without --latency")
     if not further.spaces:
         refuse_useless("trait_vector_dir", "without --spaces")
-        return None
+        return {}, {}
     if len(bank.record["layers"]) > 1:
         raise UserError(f"--spaces compares at one layer; --layers {ways.layers!r} names several")
     named = dict.fromkeys([trait, *further.spaces])
@@ -254,13 +252,13 @@ def benchmark(
         refuse_useless("layers positions", "without --vector")
     if not mix.diff and not mix.vector:
         refuse_useless("coefficient allow_other_base", "without --diff or --vector")
-    chat_model = load_model(model, allow_other_base=mix.allow_other_base)
-    changed = _steerer(chat_model, mix)
-    if changed is None and model.adapter is None:
+    if not (mix.diff or mix.vector or model.adapter):
         raise UserError("there is nothing to compare; give --diff, --vector or --adapter")
+    steering = mix.load()
+    chat_model = load_model(model, steering.directions, allow_other_base=mix.allow_other_base)
     conditions: dict[str, AbstractContextManager[Any]] = {
         "plain": _plain(chat_model, model.adapter is not None),
-        "changed": changed if changed is not None else ExitStack(),
+        "changed": steering.steerer(chat_model),
     }
     record = {
         "diffs": [str(path) for path in mix.diff],
@@ -273,19 +271,6 @@ def benchmark(
     written = Output(output.folder, output.overwrite, record, inputs)
     scores = run_benchmarks(chat_model, conditions, tasks, written)
     show(task_table(scores), f"{output.folder / 'scores.csv'}")
-
-
-def _steerer(chat_model: ChatModel, mix: MixOptions) -> Any:
-    from persona_lora.steering.bank import steer_merged
-
-    if mix.diff and mix.vector:
-        raise UserError("a diff and a steering vector do not steer at once; choose one of them")
-    if mix.vector:
-        setting = load_activation(mix)
-        return setting.steerer(chat_model)
-    if mix.diff:
-        return steer_merged(chat_model, load_terms(mix))
-    return None
 
 
 @contextmanager

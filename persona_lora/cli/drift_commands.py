@@ -17,16 +17,16 @@ from persona_lora.cli.program import DATA, DRIFT, command, data_app, project_app
 from persona_lora.cli.shared_options import (
     AdaptedModelOptions,
     DatasetsDir,
-    HeldOptions,
+    HeldRunOptions,
     Layers,
     MaxQuestions,
     ModelOptions,
     RunOptions,
     TraitOptions,
     Vectors,
+    Written,
     first_questions,
     judge_factory,
-    judged_output,
     judging_of,
     layer_numbers,
     load_model,
@@ -34,7 +34,7 @@ from persona_lora.cli.shared_options import (
     one_layer,
 )
 from persona_lora.core.errors import UserError
-from persona_lora.core.options import GenerationOptions, JudgesChoice, Overwrite, Split, TaskOptions
+from persona_lora.core.options import GenerationOptions, JudgesChoice, Split, TaskOptions
 from persona_lora.core.runs import Output
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
@@ -82,11 +82,10 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class NamedRun:
+class NamedRun(Written):
     """The folder of a run, which must be named."""
 
     output: Annotated[Path, "The folder of the run."]
-    overwrite: Overwrite = False
 
 
 @command("activations", DRIFT, ("project", project_app))
@@ -113,7 +112,7 @@ def project_activations(
         **model.worn(),
         "base_model": shift.base_model,
     }
-    written = Output(output.output, output.overwrite, record)
+    written = output.at(output.output, record=record)
     places = [_tokens(texts.positions)]
     with progress_bars():
         if read is None:
@@ -315,7 +314,7 @@ def evaluate_checkpoints(
                 checkpoints.finetuned_on,
             ),
             lambda trait, reference: judge_factory(trait, reference, judge),
-            judged_output(folder, output.overwrite, judge),
+            output.at(folder, judge),
             options=generation,
         )
     asked = {trait.name: answers_of(run, trait.name) for trait in loaded}
@@ -360,11 +359,10 @@ class Predicted:
 def predict_finetuning(
     *,
     predicted: Predicted,
-    output: RunOptions = RunOptions(Path("results/prediction")),
+    output: HeldRunOptions = HeldRunOptions(Path("results/prediction")),
     model: ModelOptions,
     judging: JudgesChoice,
     generation: Briefly = SIXTY,
-    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Do projections predict what finetuning does to character? Over many finetunes.
 
@@ -383,15 +381,15 @@ def predict_finetuning(
         seeds_of,
     )
 
-    study, protocol = predicted.load(), held.load()
-    judge = judging_of(judging)
+    study, judge = predicted.load(), judging_of(judging)
+    written = dataclasses.replace(output.at(output.folder), inputs=judge_inputs(judge))
     base = load_model(model, study.vectors.values())
     with progress_bars():
         run = prediction.predict_finetuning(
             base,
             study,
             lambda trait: judge_factory(trait, base, judge),
-            Output(output.folder, output.overwrite, inputs=judge_inputs(judge), protocol=protocol),
+            written,
             options=generation,
         )
     files = f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}"

@@ -17,11 +17,12 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PERSONAS, command, environment, persona_app
 from persona_lora.cli.shared_options import (
     DirectionsDir,
-    HeldOptions,
     ModelOptions,
     OtherBase,
     PersonaDir,
+    Protocol,
     RunOptions,
+    Written,
     judging_of,
     load_model,
 )
@@ -49,9 +50,6 @@ GROUP = "persona", persona_app
 Spoken = Annotated[GenerationOptions, ("max_new_tokens", "temperature", "seed", "batch_size")]
 SHORT = GenerationOptions(max_new_tokens=40)
 STYLE_JUDGE = JudgeChoice(judge="embedding")
-
-
-SearchSeeds = Annotated[int, "Repeat every search with so many seeds: --seed and those after it."]
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,6 @@ class Searched:
         "cmaes"
     )
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
-    search_seeds: SearchSeeds = 1
 
     def check(self) -> None:
         """UserError for options that the method or the search does not use."""
@@ -141,11 +138,17 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class SavedOptions:
+class SavedOptions(Written):
     """The folder of results."""
 
     output: Annotated[Path, "Where results are written.", "--output", "--save-dir"]
-    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOptions(SavedOptions):
+    """The same of a search that can be held to a protocol."""
+
+    protocol: Protocol = None
 
 
 @command("optimize", PERSONAS)
@@ -155,11 +158,10 @@ def optimize(
     searching: SearchOptions,
     objective: ObjectiveOptions = SENSIBLE,
     bench: BenchOptions,
-    output: SavedOptions = SavedOptions(Path("optimization_results")),
+    output: HeldOptions = HeldOptions(Path("optimization_results")),
     model: ModelOptions,
     judging: JudgeChoice = STYLE_JUDGE,
     generation: Spoken = SHORT,
-    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Find the mix of trait directions that makes the model speak like a person.
 
@@ -174,10 +176,11 @@ def optimize(
     from persona_lora.studies.personas.run import optimise_over_seeds
 
     searched.check()
-    protocol = held.load()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
-    opened = bench.open(model, generation, judging)
     persona, method, folder = searched.persona_id, searched.method, output.output
+    suffix = "" if searched.search == "cmaes" else f"_{searched.search}"
+    written = output.at(folder / f"{persona}_{method}{suffix}")
+    opened = bench.open(model, generation, judging)
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
             load_persona(persona, bench.persona_dir)  # a wrong id fails before anything is measured
@@ -189,17 +192,11 @@ def optimize(
                 cache=folder / "scales" / f"{method}.json",
             )
             problem = opened.problem(persona)
-        suffix = "" if searched.search == "cmaes" else f"_{searched.search}"
         with _live(f"{persona}, {method}", opened) as watch:
             results = optimise_over_seeds(
                 problem,
                 chosen,
-                dataclasses.replace(
-                    Output(folder / f"{persona}_{method}{suffix}", output.overwrite),
-                    protocol=protocol,
-                    seeds=searched.search_seeds,
-                ),
-                seeds=searched.search_seeds,
+                written,
                 searching=dataclasses.replace(searching, inject=mixes),
                 objective=objective,
                 watch=watch,
@@ -258,7 +255,6 @@ class ComparedMethods:
     methods: Annotated[
         tuple[str, ...], "lora, svd, mean_diff, pca (or svd@20), random, equal, prompt."
     ] = ("lora", "random", "equal", "prompt", "svd", "mean_diff")
-    search_seeds: SearchSeeds = 1
 
     def check(self) -> None:
         """UserError for an option that none of the compared methods uses."""
@@ -277,7 +273,7 @@ class ComparedMethods:
             refuse_useless(f"{searching} search_seeds", f"{among}: no search")
 
 
-BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed"
+BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed", "seeds"
 
 
 @command("compare-methods", PERSONAS)
@@ -312,11 +308,10 @@ def compare_methods(
             opened,
             personas,
             compared.methods,
-            Output(output.output, output.overwrite),
+            output.at(output.output),
             acting=method_comparison.Acting(bench.layers_of(opened), bench.alpha),
             searching=searching,
             objective=objective,
-            seeds=compared.search_seeds,
             watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
         )
         show(*comparison.lines, fit_table(comparison.overall, f"over {len(personas)} personas"))
@@ -558,7 +553,7 @@ def lamp(
         chat_model, files.optimization, files.trait_vector_dir, generation
     )
     with console.status(f"{len(chosen)} questions"):
-        written = Output(output.folder, output.overwrite)
+        written = output.at(output.folder)
         scores = experiment.score_lamp(speaker, chosen, mix, written)
     show(scores.table(), f"answers and scores: {scores.folder}")
 

@@ -21,12 +21,12 @@ from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.core.lora_diff import LoRADiff
-    from persona_lora.core.protocol import FrozenProtocol
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
+    from persona_lora.studies.asking.run import Steering
 
 Model = Annotated[str, "The packaged model, a local model folder, or a hub id."]
 DatasetsDir = Annotated[Path | None, "Where trait folders are."]
@@ -85,8 +85,38 @@ class TraitOptions:
         return load_trait(self.trait, self.datasets_dir)
 
 
+Protocol = Annotated[
+    Path | None, "A file of preregister: the run must do what it says, and carries its hash."
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What becomes of a run that is there, and what the new one is held to where it can be."""
+
+    overwrite: Overwrite = False
+    protocol: Path | None = None
+
+    def at(
+        self,
+        path: Path,
+        judging: JudgeOptions | None = None,
+        record: Mapping[str, Any] | None = None,
+        seeds: int = 1,
+    ) -> Output:
+        """Return where a run is written, which records who judges it; UserError for no protocol."""
+        from persona_lora.core.protocol import FrozenProtocol
+        from persona_lora.judges.choice import judge_inputs
+
+        held = None if self.protocol is None else FrozenProtocol.read(self.protocol)
+        if judging is None:
+            return Output(path, self.overwrite, record or {}, protocol=held, seeds=seeds)
+        judged = {**(record or {}), "judge": judge_settings(judging)}
+        return Output(path, self.overwrite, judged, judge_inputs(judging), held, seeds)
+
+
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Written):
     """The folder of a run, and what becomes of another run in it."""
 
     output: Annotated[
@@ -94,7 +124,6 @@ class RunOptions:
         "The folder of the run; by default one in results/ named after the input.",
         *("--output", "--output-dir"),
     ] = None
-    overwrite: Overwrite = False
 
     @property
     def folder(self) -> Path:
@@ -104,23 +133,17 @@ class RunOptions:
         return self.output
 
 
-@dataclass(frozen=True)
-class HeldOptions:
-    """The protocol that a run is held to, where it was pre-registered."""
+@dataclass(frozen=True, kw_only=True)
+class HeldRunOptions(RunOptions):
+    """The same of a run that can be held to a protocol, where it was pre-registered."""
 
-    protocol: Annotated[
-        Path | None, "A file of preregister: the run must do what it says, and carries its hash."
-    ] = None
-
-    def load(self) -> FrozenProtocol | None:
-        """Return the protocol; UserError for a file that is none."""
-        from persona_lora.core.protocol import FrozenProtocol
-
-        return None if self.protocol is None else FrozenProtocol.read(self.protocol)
+    protocol: Protocol = None
 
 
-Steering = Literal["lora", "activation", "prompt", "none"]
-Method = Annotated[Steering | None, "The way of steering; told from the other options by default."]
+Method = Annotated[
+    Literal["lora", "activation", "prompt", "none"] | None,
+    "The way of steering; told from the other options by default.",
+]
 
 
 @dataclass(frozen=True)
@@ -135,6 +158,30 @@ class MixOptions:
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
     allow_other_base: OtherBase = False
+
+    def load(
+        self, mode: str = "merged", *, ablate: bool = False, prompt: str | None = None
+    ) -> Steering:
+        """Load diffs or vectors with their coefficients; UserError for both, or too few."""
+        from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.vector_files import load_vector
+        from persona_lora.steering.bank import ActivationSetting
+        from persona_lora.studies.asking.run import Steering
+
+        if self.diff and self.vector:
+            raise UserError("a diff and a steering vector do not steer at once; choose one of them")
+        flag, paths = ("--diff", self.diff) if self.diff else ("--vector", self.vector)
+        values = self.coefficient or (1.0,) * len(paths)
+        if len(values) != len(paths):
+            given = f"{len(paths)} {flag} and {len(values)} --coefficient"
+            raise UserError(f"{given}; give one for each")
+        if not self.vector:
+            terms = {LoRADiff.load(path): value for path, value in zip(paths, values, strict=True)}
+            return Steering(terms, mode, system_prompt=prompt)
+        vectors = {load_vector(path): value for path, value in zip(paths, values, strict=True)}
+        layers = layer_numbers(self.layers, next(iter(vectors)).num_layers)
+        setting = ActivationSetting(vectors, layers, self.positions, ablate)
+        return Steering(activation=setting, system_prompt=prompt)
 
 
 # -- what the library takes ---------------------------------------------------------------
@@ -186,33 +233,6 @@ def steering_method(method: str | None, given: Mapping[str, Any]) -> str:
         if other != method and given[other]:
             raise UserError(f"{option} has no part in --method {method}; leave one of them out")
     return method
-
-
-def load_activation(mix: MixOptions, *, ablate: bool = False) -> Any:
-    """Load steering vectors with their coefficients, and where they are to act."""
-    from persona_lora.core.vector_files import load_vector
-    from persona_lora.steering.bank import ActivationSetting
-
-    values = _one_each("--vector", mix.vector, mix.coefficient, "give one for each")
-    loaded = {load_vector(path): value for path, value in zip(mix.vector, values, strict=True)}
-    chosen = layer_numbers(mix.layers, next(iter(loaded)).num_layers)
-    return ActivationSetting(loaded, chosen, mix.positions, ablate)
-
-
-def load_terms(mix: MixOptions) -> dict[LoRADiff, float]:
-    """Load diffs with their coefficients."""
-    from persona_lora.core.lora_diff import LoRADiff
-
-    values = _one_each("--diff", mix.diff, mix.coefficient, "give one for each diff")
-    return {LoRADiff.load(path): value for path, value in zip(mix.diff, values, strict=True)}
-
-
-def _one_each(
-    flag: str, paths: Sequence[Path], coefficients: Sequence[float], remedy: str
-) -> Sequence[float]:
-    if coefficients and len(coefficients) != len(paths):
-        raise UserError(f"{len(paths)} {flag} and {len(coefficients)} --coefficient; {remedy}")
-    return coefficients or [1.0] * len(paths)
 
 
 def control_seeds(seed: int, number: int) -> range:
@@ -276,20 +296,6 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
         "model": options.judge_model or options.environ.get("JUDGE_MODEL") or None,
         "mode": options.judge_mode,
     }
-
-
-def judged_output(
-    path: Path,
-    overwrite: bool,
-    judging: JudgeOptions,
-    config: Mapping[str, Any] | None = None,
-    protocol: FrozenProtocol | None = None,
-) -> Output:
-    """Return where a run is written that records who judges it, and is held to its protocol."""
-    from persona_lora.judges.choice import judge_inputs
-
-    record = {**(config or {}), "judge": judge_settings(judging)}
-    return Output(path, overwrite, record, judge_inputs(judging), protocol)
 
 
 def judge_factory(trait: Trait, chat_model: ChatModel, options: JudgeOptions) -> Judges:

@@ -16,23 +16,22 @@ from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
 from persona_lora.cli.shared_options import (
     ONE_DIFF,
     AdaptedModelOptions,
-    HeldOptions,
+    HeldRunOptions,
     Layers,
     Method,
     MixOptions,
     ModelOptions,
     OtherBase,
+    Protocol,
     RandomControls,
     RunOptions,
     TraitOptions,
+    Written,
     control_seeds,
     judge_factory,
-    judged_output,
     judging_of,
     layer_numbers,
-    load_activation,
     load_model,
-    load_terms,
     show_seeds,
     steering_method,
 )
@@ -42,15 +41,14 @@ from persona_lora.core.options import (
     GenerationOptions,
     JudgeChoice,
     JudgesChoice,
-    Overwrite,
     Positions,
     Split,
     SweepOptions,
     Thresholds,
 )
-from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
+    from persona_lora.studies.asking.run import Steering
     from persona_lora.studies.vectors.run import Extracted
 
 OWN_PARSER: dict[str, Any] = {
@@ -94,12 +92,12 @@ def _say_what_happens() -> None:
     logging.getLogger("persona_lora").setLevel(logging.INFO)
 
 
-@dataclass(frozen=True)
-class CsvOptions:
+@dataclass(frozen=True, kw_only=True)
+class CsvOptions(Written):
     """The file that answers and scores are written to."""
 
     output: Annotated[Path, "The CSV to write; a run folder of the same name goes beside it."]
-    overwrite: Overwrite = False
+    protocol: Protocol = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,9 @@ class EvaluateOptions(MixOptions):
                 )
         return {"": self}
 
-    def record(self, terms: dict[Any, float], activation: Any) -> dict[str, Any]:
+    def record(self, steering: Steering) -> dict[str, Any]:
         """Return what a run's configuration keeps of the steering."""
+        terms, activation = steering.terms, steering.activation
         found = {"diffs": [str(path) for path in self.diff], "coefficients": list(terms.values())}
         if activation is None:
             return found
@@ -139,7 +138,7 @@ class EvaluateOptions(MixOptions):
             **found,
             "vectors": [str(path) for path in self.vector],
             "vector_coefficients": list(activation.vectors.values()),
-            "layers": list(activation.layers),
+            "layers": list(activation.layers or ()),
             "positions": activation.positions,
         }
 
@@ -154,7 +153,6 @@ def evaluate(
     steering: EvaluateOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
-    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Ask a trait's held-out questions, judge the answers, write CSV and rows.
 
@@ -167,29 +165,32 @@ def evaluate(
     from persona_lora.report.standing import standing
     from persona_lora.studies.asking import run as evaluation
 
-    loaded, protocol = trait.load(), held.load()
-    chosen, prompt = _setting(steering)
-    activation = (
-        load_activation(steering, ablate=steering.ablate) if chosen == "activation" else None
-    )
-    parts = steering.by_seed()
-    diffs = [load_terms(each) if chosen != "activation" else {} for each in parts.values()]
+    loaded, prompt = trait.load(), _prompt(steering)
+    mode, ablate, allowed = steering.mode, steering.ablate, steering.allow_other_base
     judge = judging_of(judging)
-    directions = [diff for each in diffs for diff in each]
-    directions += activation.vectors if activation else []
-    chat_model = load_model(model, directions, allow_other_base=steering.allow_other_base)
-    folder, runs = output.output.with_suffix(""), {}
+    folder = output.output.with_suffix("")
+    parts = steering.by_seed()
+    steered = [each.load(mode, ablate=ablate, prompt=prompt) for each in parts.values()]
+    written = [
+        output.at(
+            folder / f"{name}{output.output.suffix}" if name else output.output,
+            judge,
+            {**each.record(held), **model.worn()},
+            seeds=len(parts),
+        )
+        for (name, each), held in zip(parts.items(), steered, strict=True)
+    ]
+    directions = [direction for each in steered for direction in each.directions]
+    chat_model = load_model(model, directions, allow_other_base=allowed)
+    runs = {}
     with progress_bars():
-        for (name, each), terms in zip(parts.items(), diffs, strict=True):
-            path = folder / f"{name}{output.output.suffix}" if name else output.output
-            record = {**each.record(terms, activation), **model.worn()}
-            to = judged_output(path, output.overwrite, judge, record, protocol)
+        for name, held, to in zip(parts, steered, written, strict=True):
             result = evaluation.evaluate(
                 chat_model,
                 loaded,
                 judge_factory(loaded, chat_model, judge),
-                dataclasses.replace(to, seeds=len(parts)),
-                steering=evaluation.Steering(terms, steering.mode, activation, prompt),
+                to,
+                steering=held,
                 split=split,
                 options=generation,
             )
@@ -201,8 +202,8 @@ def evaluate(
     show(standing(Run(result.run)), result.table(loaded.name), *result.lines(loaded.name))
 
 
-def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
-    """Return the method and the system prompt of an evaluation; UserError for idle options."""
+def _prompt(steering: EvaluateOptions) -> str | None:
+    """Return the system prompt of an evaluation; UserError for idle options."""
     given = {
         "lora": steering.diff,
         "activation": steering.vector,
@@ -213,7 +214,7 @@ def _setting(steering: EvaluateOptions) -> tuple[str, str | None]:
     if steering.ablate:
         refuse_useless("coefficient", "with --ablate, which takes directions out whole")
     prompt = steering.system_prompt
-    return chosen, "pos" if chosen == "prompt" and prompt is None else prompt
+    return "pos" if chosen == "prompt" and prompt is None else prompt
 
 
 # What only some ways of steering use, in evaluate and in sweep.
@@ -295,11 +296,10 @@ def sweep(
     trait: TraitOptions,
     varied: VariedOptions,
     asked: SweepOptions = SweepOptions(divergence=None),
-    output: RunOptions,
+    output: HeldRunOptions,
     model: AdaptedModelOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
-    held: HeldOptions = HeldOptions(),
 ) -> None:
     """Steer at many coefficients (and layers) in the same batches; judge, summarise, plot.
 
@@ -317,27 +317,29 @@ def sweep(
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.read import summary_lines, summary_table
 
-    loaded, protocol = trait.load(), held.load()
+    loaded = trait.load()
     judge = judging_of(judging)
     chosen = _swept_method(varied)
     parts = varied.by_seed()
     populations = [each.load(chosen, generation.seed) for each in parts.values()]
     sweeping = _asked(asked, chosen, populations[0])
     made = [direction for each in populations for direction in each.made]
-    chat_model = load_model(model, made, allow_other_base=varied.allow_other_base)
     suffix = "" if chosen == "lora" else f"_{chosen}"
     folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
+    written = [
+        output.at(folder / name, judge, {**each.record(), **model.worn()}, seeds=len(parts))
+        for name, each in parts.items()
+    ]
+    chat_model = load_model(model, made, allow_other_base=varied.allow_other_base)
     runs = []
     with progress_bars():
-        for (name, each), population in zip(parts.items(), populations, strict=True):
-            record = {**each.record(), **model.worn()}
-            to = judged_output(folder / name, output.overwrite, judge, record, protocol)
+        for to, population in zip(written, populations, strict=True):
             result = experiment.sweep(
                 chat_model,
                 loaded,
                 population,
                 judge_factory(loaded, chat_model, judge),
-                dataclasses.replace(to, seeds=len(parts)),
+                to,
                 sweeping=sweeping,
                 options=generation,
                 datasets=trait.datasets_dir,
@@ -439,7 +441,7 @@ def extract(
         layer_numbers(pairs.layers, depth) if pairs.layers else None,
     )
     path = output.output or Path("checkpoints") / "vectors" / loaded.label
-    plain = Output(path, output.overwrite)
+    plain = output.at(path)
     with progress_bars():
         if chosen == "answers":
             result = extraction.from_answers(chat_model, loaded, plain, options)
@@ -453,7 +455,7 @@ def extract(
                 chat_model,
                 loaded,
                 judge_factory(loaded, chat_model, judge),
-                judged_output(path, output.overwrite, judge),
+                output.at(path, judge),
                 options,
                 elicitation=elicitation,
                 thresholds=thresholds,

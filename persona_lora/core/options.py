@@ -201,9 +201,16 @@ class SearchOptions:
     tolx: float = 1e-3
     tolfun: float = 1e-6
     seed: Seed = 0
+    seeds: Annotated[
+        int,
+        "Repeat every search with so many seeds: --seed and those after it.",
+        "--search-seeds",
+    ] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bound", self.bound or None)
+        if self.seeds < 1:
+            raise UserError(f"a search needs at least one seed, got {self.seeds}")
         if self.max_iterations < 1 or not self.sigma0 > 0:
             raise UserError(
                 f"max_iterations must be at least 1 and sigma0 positive, got "

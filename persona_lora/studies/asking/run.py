@@ -235,6 +235,11 @@ class Steering:
     activation: ActivationSetting | None = None
     system_prompt: str | None = None
 
+    @property
+    def directions(self) -> list[LoRADiff | SteeringVector]:
+        """The diffs, and the vectors."""
+        return [*self.terms, *(() if self.activation is None else self.activation.vectors)]
+
     def condition(self) -> Condition:
         """Return the condition that rows are of; UserError for diffs and vectors at once."""
         activation, system_prompt = self.activation, self.system_prompt

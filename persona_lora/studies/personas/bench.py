@@ -64,8 +64,9 @@ from persona_lora.studies.personas.run import (
     PersonaProblem,
     PersonaResult,
     baseline_answers,
+    best_of,
     first_prompts,
-    optimise_persona,
+    optimise_over_seeds,
     persona_system_prompt,
 )
 from persona_lora.studies.personas.search import Generation, SearchOptions
@@ -377,7 +378,7 @@ class CMAESPersonaOptimizer:
         overwrite: bool = False,
         watch: Callable[[Generation], None] | None = None,
     ) -> PersonaResult:
-        """Search and report; see ``optimise_persona``.
+        """Search and report; see ``optimise_over_seeds``.
 
         ``initial_weights`` are by trait, or in the order of ``traits``. ``searching`` holds the
         rest of the search's options; the three named ones here take precedence.
@@ -396,13 +397,11 @@ class CMAESPersonaOptimizer:
             searcher=self.searcher,
             cache=save_dir / "scales" / f"{self.method}.json",
         )
-        return optimise_persona(
-            problem,
-            method,
-            Output(save_dir / f"{self.persona_id}_{self.method}", overwrite),
-            searching=options,
-            objective=objective,
-            watch=watch,
+        output = Output(save_dir / f"{self.persona_id}_{self.method}", overwrite)
+        return best_of(
+            optimise_over_seeds(
+                problem, method, output, searching=options, objective=objective, watch=watch
+            )
         )
 
     def _initial(self, weights: Sequence[float] | Mapping[str, float]) -> dict[str, Any]:

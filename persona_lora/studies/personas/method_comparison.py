@@ -87,14 +87,13 @@ def compare_methods(
     acting: Acting = Acting(),
     searching: SearchOptions = SearchOptions(),
     objective: ObjectiveOptions = ObjectiveOptions(),
-    seeds: int = 1,
     watch: Watch | None = None,
 ) -> Comparison:
     """Run every method for every persona into a folder; run again, it goes on where it stopped.
 
     A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``acting``); several of
     these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is searched)
-    use the LoRA differences. Each search is repeated over ``seeds`` and is a run folder of its own
+    use the LoRA differences. Each search is repeated over its seeds and is a run folder of its own
     below the method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv``
     (by persona), ``overall.csv`` and ``against_random.csv``. Raises UserError for an unknown
     method.
@@ -116,7 +115,6 @@ def compare_methods(
                 problem,
                 replace(method, name=name),
                 output.at(folder / name / f"{persona}_{name}"),
-                seeds=seeds,
                 searching=searching,
                 objective=objective,
                 watch=None if watch is None else partial(watch, persona, name),
@@ -131,7 +129,7 @@ def compare_methods(
         "personas": list(personas),
         "conditions": sorted({row["condition"] for row in rows}),
         "objective": recorded_objective(objective),
-        "search_seeds": seeds,
+        "search_seeds": searching.seeds,
     }
     return bench.processes.from_main(lambda: _written(rows, objective, config, folder))
 

@@ -173,7 +173,10 @@ def optimise_persona(
             method.directions.inputs,
             seed=searching.seed,
             design=Design.of(
-                "optimize", {"held out": len(problem.prompts.held_out)}, (MEAN, INCUMBENT)
+                "optimize",
+                {"held out": len(problem.prompts.held_out)},
+                (MEAN, INCUMBENT),
+                searching.seeds,
             ),
         )
     )
@@ -201,17 +204,14 @@ def optimise_over_seeds(
     method: Method,
     output: Output,
     *,
-    seeds: int = 1,
     searching: SearchOptions = SearchOptions(),
     objective: ObjectiveOptions = ObjectiveOptions(),
     watch: Callable[[Generation], None] | None = None,
 ) -> list[PersonaResult]:
-    """Repeat a search over seeds, the first of them in ``output``, and write the best mix.
+    """Repeat a search over its seeds, the first of them in ``output``, and write the best mix.
 
     The one that stands highest on fresh prompts is what the persona's two files hold in the end.
     """
-    if seeds < 1:
-        raise UserError(f"a search needs at least one seed, got {seeds}")
     first = output.path
     results = [
         optimise_persona(
@@ -222,9 +222,9 @@ def optimise_over_seeds(
             objective=objective,
             watch=watch,
         )
-        for at, seed in enumerate(range(searching.seed, searching.seed + seeds))
+        for at, seed in enumerate(range(searching.seed, searching.seed + searching.seeds))
     ]
-    if problem.processes.index == 0 and seeds > 1:
+    if problem.processes.index == 0 and searching.seeds > 1:
         _write_best(problem, method, best_of(results))
     return results
 
@@ -483,7 +483,7 @@ def _config(
         "search": {
             key: value
             for key, value in dataclasses.asdict(searching).items()
-            if key not in ("max_iterations", "max_evaluations", "target")
+            if key not in ("max_iterations", "max_evaluations", "target", "seeds")
         },
         "objective": recorded_objective(objective),
         "generation": dataclasses.asdict(problem.generation),

@@ -167,11 +167,11 @@ def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_
 
 def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, method, tmp_path):
     bob = dataclasses.replace(problem.persona, id="bob")
-    drawn = []
+    drawn, twice = [], dataclasses.replace(OPTIONS, seeds=2)
     for each in (problem, dataclasses.replace(problem, persona=bob)):
         random = dataclasses.replace(method, searcher="random")
         output = Output(tmp_path / each.persona.id / "run")
-        found = optimise_over_seeds(each, random, output, seeds=2, searching=OPTIONS)
+        found = optimise_over_seeds(each, random, output, searching=twice)
         drawn += [result.search.candidates[0].coefficients for result in found]
         record = json.loads(
             (output.path.parent / f"{each.persona.id}_optimization.json").read_text()
@@ -180,7 +180,7 @@ def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, metho
     assert len(set(drawn)) == 4
     assert (tmp_path / "ann" / "run_seed1" / "generations.jsonl").is_file()
     with pytest.raises(UserError, match="at least one seed"):
-        optimise_over_seeds(problem, method, Output(tmp_path / "x"), seeds=0)
+        dataclasses.replace(OPTIONS, seeds=0)
 
 
 def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch):
