@@ -270,7 +270,8 @@ COMMANDS = {
     "extract": Command(
         EVIL,
         tuple(
-            f"{X}studies.vectors.run:from_{source}" for source in ("prompts", "answers", "files")
+            f"{X}studies.vectors.run:Extraction.from_{source}"
+            for source in ("prompts", "answers", "files")
         ),
         {
             "trait": flag("sycophancy"),

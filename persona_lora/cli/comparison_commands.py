@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from persona_lora.studies.steering.read_comparison import Comparison
 
 
+Spoken = Annotated[GenerationOptions, ("max_new_tokens", "seed", "batch_size")]
+
+
 @dataclass(frozen=True)
 class PairOfWays:
     """The difference of weights and the vector that are compared, and where the vector acts."""
@@ -110,9 +113,7 @@ def compare(
     output: HeldRunOptions,
     model: ModelOptions,
     judging: JudgesChoice,
-    generation: Annotated[
-        GenerationOptions, ("max_new_tokens", "seed", "batch_size")
-    ] = GenerationOptions(max_new_tokens=60),
+    generation: Spoken = GenerationOptions(max_new_tokens=60),
 ) -> None:
     """Compare weight steering with activation steering at equal divergence from the base model.
 
@@ -138,7 +139,8 @@ def compare(
         for name, each in parts.items()
     ]
     chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
-    check_directions(chat_model, *directions)
+    if further.spaces:
+        check_directions(chat_model, *directions)
     judges, runs = judge_factory(loaded, chat_model, judge), []
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
@@ -201,7 +203,8 @@ def _further(
         )
     if further.spaces:
         (layer,) = bank.record["layers"]
-        run_spaces(chat_model, *directions, layer, written.at(spaces), datasets=datasets)
+        diffs, vectors = directions
+        run_spaces(chat_model, diffs, vectors, layer, written.at(spaces), datasets=datasets)
     return [latency] * further.latency + [spaces] * bool(further.spaces)
 
 

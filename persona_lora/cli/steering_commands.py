@@ -435,28 +435,23 @@ def extract(
     judge = judging_of(judging)
     chat_model = load_model(model)
     depth = chat_model.model.config.get_text_config().num_hidden_layers
-    options = extraction.ExtractionOptions(
+    path = output.output or Path("checkpoints") / "vectors" / loaded.label
+    making = extraction.Extraction(
+        chat_model,
+        loaded,
+        output.at(path, judge if chosen == "prompts" else None),
         tuple(dict.fromkeys(pairs.methods)),
         tuple(dict.fromkeys(pairs.positions)),
         layer_numbers(pairs.layers, depth) if pairs.layers else None,
     )
-    path = output.output or Path("checkpoints") / "vectors" / loaded.label
-    plain = output.at(path)
     with progress_bars():
         if chosen == "answers":
-            result = extraction.from_answers(chat_model, loaded, plain, options)
+            result = making.from_answers()
         elif pairs.pos_path is not None and pairs.neg_path is not None:
-            files = pairs.pos_path, pairs.neg_path
-            result = extraction.from_files(
-                chat_model, loaded, *files, plain, options, thresholds=thresholds
-            )
+            result = making.from_files(pairs.pos_path, pairs.neg_path, thresholds=thresholds)
         else:
-            result = extraction.from_prompts(
-                chat_model,
-                loaded,
+            result = making.from_prompts(
                 judge_factory(loaded, chat_model, judge),
-                output.at(path, judge),
-                options,
                 elicitation=elicitation,
                 thresholds=thresholds,
                 generation=generation,

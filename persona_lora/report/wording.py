@@ -50,9 +50,14 @@ def interval(value: Interval | Estimate | None, digits: int = 0) -> str:
     if value is None:
         return NONE
     centre = value.mean if isinstance(value, Interval) else value.value
-    if value.low is None or value.high is None:
+    return between(centre, value.low, value.high, digits)
+
+
+def between(centre: float | None, low: float | None, high: float | None, digits: int = 0) -> str:
+    """Return a number with the ends of its interval: "71 [64, 77]", or alone where it has none."""
+    if low is None or high is None:
         return number(centre, digits)
-    return f"{number(centre, digits)} [{number(value.low, digits)}, {number(value.high, digits)}]"
+    return f"{number(centre, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
 def gap(difference: Interval | None, p: float | None, digits: int = 0) -> tuple[str, str]:

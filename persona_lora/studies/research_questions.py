@@ -23,6 +23,7 @@ from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.wording import (
     CLEAR,
     NONE,
+    between,
     clear_sign,
     interval,
     number,
@@ -197,22 +198,21 @@ def _prediction(run: Run, figures: Figures) -> Part | None:
         ("projection", "pooled r [95%]", "ρ", "p", "error left out", "of the mean")
     ]
     kinds += [
-        (each.kind, _r(each), number(each.rho, 2), p_value(each.p_holm), number(each.error, 2),
+        (each.kind, each.said, number(each.rho, 2), p_value(each.p_holm), number(each.error, 2),
          number(each.plain_error, 2))
         for each in pooled
     ]  # fmt: skip
     return {
         "answer": _predicts(best),
         "n": len({row["finetune"] for row in predictors}),
-        "r": _r(best),
+        "r": best.said,
         "p": p_equals(best.p_holm),
         "expected": EXPECTED_R,
         "error": number(best.error, 2),
         "plain_error": number(best.plain_error, 2),
         "kinds": kinds,
         "contrasts": "; ".join(
-            f"{each.first} − {each.second} {number(each.difference, 2)} "
-            f"[{number(each.low, 2)}, {number(each.high, 2)}]"
+            f"{each.first} − {each.second} {between(each.difference, each.low, each.high, 2)}"
             for each in contrasts(judged, predictors)
         ),
         "by_trait": _by_trait(found, judged, predictors),
@@ -251,17 +251,13 @@ def _by_trait(
         rows.append(
             (
                 title_of(own.judged),
-                _r(own),
-                NONE if best is None else f"{best.direction}: {_r(best)}",
+                own.said,
+                NONE if best is None else f"{best.direction}: {best.said}",
                 NONE if null is None else number(null.high, 2),
                 NONE if null is None else p_value(null.p),
             )
         )
     return rows
-
-
-def _r(each: Prediction) -> str:
-    return f"{number(each.r, 2)} [{number(each.r_low, 2)}, {number(each.r_high, 2)}]"
 
 
 def _prevention(folder: Path, figures: Figures) -> list[Part]:
@@ -483,7 +479,7 @@ def _above_zero(value: Interval) -> bool:
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{number(middle, digits)} [{number(low, digits)}, {number(high, digits)}]"
+    return between(middle, low, high, digits)
 
 
 def _markdown(rows: Sequence[tuple[str, ...]]) -> str:

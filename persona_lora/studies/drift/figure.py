@@ -297,8 +297,7 @@ def _predicted(
     found: Sequence[Prediction],
 ) -> Panel:
     pooled = next(each for each in found if each.judged == POOLED)
-    r = f"{number(pooled.r, 2)} [{number(pooled.r_low, 2)}, {number(pooled.r_high, 2)}]"
-    title = f"{pooled.kind}: pooled r {r}"
+    title = f"{pooled.kind}: pooled r {pooled.said}"
     axes = draw.add_axes(figure, inches, title=title, y="change of the judged score", size=10)
     drawn = []
     for at, (trait, by_finetune) in enumerate(drift.items()):

@@ -13,7 +13,7 @@ was trained on (text), the number of answers it saw (dose), and how far its weig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -48,7 +48,6 @@ from persona_lora.studies.drift.read_prediction import (
     WEIGHTS,
     answers_place,
     predict,
-    prediction_rows,
 )
 
 JUDGED, PREDICTORS = "judged", "predictors"
@@ -133,7 +132,7 @@ def predict_finetuning(
         _project_on_random(run, study, inputs)
         _keep_those_of(study, run)
         rows = run.read(JUDGED), run.read(PREDICTORS)
-        table = prediction_rows(predict(*rows))
+        table = [asdict(each) for each in predict(*rows)]
         write_csv(run.folder / "prediction.csv", list(table[0]), table)
         render_prediction(*rows).save(run.folder / "prediction.png")
     return run

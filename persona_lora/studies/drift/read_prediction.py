@@ -8,7 +8,7 @@ together, as ``judged`` names them (``data``). One whose data cannot be told is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ class Prediction:
     data_error: float
     plain_data_error: float
     p_holm: float | None = None
+
+    @property
+    def said(self) -> str:
+        """r with its interval."""
+        return wording.between(self.r, self.r_low, self.r_high, 2)
 
 
 @dataclass(frozen=True)
@@ -257,11 +262,6 @@ def _shuffled(
     return _rows_r(x, y, np.ones_like(y))
 
 
-def prediction_rows(found: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Return predictions as plain rows."""
-    return [asdict(each) for each in found]
-
-
 def _by_place(predictors: Sequence[Row]) -> dict[tuple[str, str], dict[str, float]]:
     values: dict[tuple[str, str], dict[str, float]] = {}
     for row in predictors:
@@ -380,7 +380,7 @@ def prediction_table(run: Run) -> Table:
     """Return what every direction predicts of every judged trait."""
     rows = (
         [each.kind, each.judged, each.direction, f"{each.n} / {each.data_sets}"]
-        + [_interval(each.r, each.r_low, each.r_high), wording.number(each.rho, 2)]
+        + [each.said, wording.number(each.rho, 2)]
         + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
         + [f"{each.data_error:.1f} / {each.plain_data_error:.1f}"]
         for each in predict(run.read("judged"), run.read("predictors"))
@@ -403,7 +403,7 @@ def prediction_lines(run: Run) -> Iterator[str]:
     rows = run.read("judged"), run.read("predictors")
     yield _units_line(rows[0])
     for each in contrasts(*rows):
-        gap = _interval(each.difference, each.low, each.high)
+        gap = wording.between(each.difference, each.low, each.high, 2)
         yield f"pooled r, {each.first} minus {each.second}: {gap} over {each.n} finetunes"
     for null in nulls(*rows):
         yield (
@@ -430,7 +430,3 @@ def _units_line(judged: Sequence[Row]) -> str:
 def seeds_of(run: Run) -> int:
     """Return how many training seeds the finetunes have, those that are recorded."""
     return max(1, len({row["seed"] for row in run.read("judged") if row.get("seed") is not None}))
-
-
-def _interval(centre: float | None, low: float | None, high: float | None) -> str:
-    return f"{wording.number(centre, 2)} [{wording.number(low, 2)}, {wording.number(high, 2)}]"

@@ -56,11 +56,8 @@ def _finding(curve: Curve) -> str:
         return f"{name} could not be scored at both ends."
     apart = (last.low or 0.0) > (first.high or 0.0) or (last.high or 0.0) < (first.low or 0.0)
     verb = "goes" if apart else "does not clearly change (the intervals overlap):"
-    return (
-        f"{name} {verb} from {wording.number(first.mean)} [{wording.number(first.low)}, "
-        f"{wording.number(first.high)}] at step {first.step} to {wording.number(last.mean)} "
-        f"[{wording.number(last.low)}, {wording.number(last.high)}] at step {last.step}."
-    )
+    before, after = (wording.between(each.mean, each.low, each.high) for each in (first, last))
+    return f"{name} {verb} from {before} at step {first.step} to {after} at step {last.step}."
 
 
 def _row(curve: Curve, steps: list[int]) -> tuple[str, ...]:

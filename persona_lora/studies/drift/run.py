@@ -242,21 +242,14 @@ def _cosines(measures: Measures) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Finetuned:
-    """One finetune: a model or an adapter, and its step where it is a checkpoint."""
-
-    name: str
-    step: int | None = None
-
-
-@dataclass(frozen=True)
 class Projected:
     """The projections of one finetune by geometry: weighted by inputs where there are, and plain.
 
-    The first is the one to read.
+    The first is the one to read. ``step`` is that of a checkpoint.
     """
 
-    finetuned: Finetuned
+    name: str
+    step: int | None
     by_geometry: Mapping[str, WeightProjection]
 
     @property
@@ -270,16 +263,19 @@ class Projected:
         return self.by_geometry[self.geometry]
 
 
-def expand(names: Sequence[str]) -> list[Finetuned]:
-    """Return the finetunes that are meant: a folder of checkpoints stands for all of them."""
-    found: list[Finetuned] = []
+def expand(names: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Return the finetunes that are meant, and their steps where they are checkpoints.
+
+    A folder of checkpoints stands for all of them.
+    """
+    found: list[tuple[str, int | None]] = []
     for name in names:
         folder = Path(name)
         if folder.is_dir() and not _is_model(folder) and any(folder.glob("checkpoint-*")):
             steps = [each for each in find_checkpoints(folder) if each.path is not None]
-            found += [Finetuned(str(each.path), each.step) for each in steps]
+            found += [(str(each.path), each.step) for each in steps]
         else:
-            found.append(Finetuned(name))
+            found.append((name, None))
     return found
 
 
@@ -318,20 +314,20 @@ def project_finetunes(
     control = _mean_change(controls) if controls else None
     geometries = {PLAIN: None} if inputs is None else {WEIGHTED: inputs, PLAIN: None}
     found = []
-    for each in expand(finetuned):
+    for name, step in expand(finetuned):
         by_geometry = {}
         for geometry, weights in geometries.items():
-            if (Path(each.name) / ADAPTER_CONFIG).is_file():
-                adapter = LoRADiff.load(each.name)
+            if (Path(name) / ADAPTER_CONFIG).is_file():
+                adapter = LoRADiff.load(name)
                 projection = project_adapter(adapter, diffs, inputs=weights, control=control)
             else:
-                before, after = weights_of(original, revision), weights_of(each.name)
-                with progress.stage(f"{each.name}, {geometry}"):
+                before, after = weights_of(original, revision), weights_of(name)
+                with progress.stage(f"{name}, {geometry}"):
                     projection = project_weights(
                         before, after, diffs, inputs=weights, control=control
                     )
             by_geometry[geometry] = projection
-        found.append(Projected(each, by_geometry))
+        found.append(Projected(name, step, by_geometry))
     record = {
         "original_model": original,
         "revision": revision,
@@ -358,7 +354,7 @@ def projection_rows(found: Sequence[Projected]) -> list[dict[str, Any]]:
     """Return long rows: one finetune, geometry, diff, and part (total, a layer, a kind) each."""
     rows: list[dict[str, Any]] = []
     for each, geometry, projection in (
-        (projected.finetuned, geometry, projection)
+        (projected, geometry, projection)
         for projected in found
         for geometry, projection in projected.by_geometry.items()
     ):
@@ -384,8 +380,8 @@ def projection_rows(found: Sequence[Projected]) -> list[dict[str, Any]]:
 def _summaries(each: Projected) -> list[dict[str, Any]]:
     return [
         {
-            "finetuned": each.finetuned.name,
-            "step": each.finetuned.step,
+            "finetuned": each.name,
+            "step": each.step,
             "geometry": geometry,
             "delta_norm": projection.delta_norm,
             "outside_norm": projection.other_square**0.5,
@@ -406,11 +402,11 @@ def weights_table(found: Sequence[Projected]) -> Table:
     }
     weighted = any(WEIGHTED in each.by_geometry for each in found)
     rows = (
-        [Path(each.finetuned.name).name, name, wording.number(value.coordinate, 3)]
+        [Path(each.name).name, name, wording.number(value.coordinate, 3)]
         + [wording.significant(value.null_sd), wording.number(value.cosine, 3)]
         + [wording.number(each.by_geometry[PLAIN].total[name].cosine, 3)] * weighted
         + [wording.number(each.headline.corrected[name], 3)]
-        + [wording.p_value(corrected_p[each.finetuned.name, each.geometry, name])]
+        + [wording.p_value(corrected_p[each.name, each.geometry, name])]
         for each in found
         for name, value in each.headline.total.items()
     )
@@ -422,7 +418,7 @@ def weights_table(found: Sequence[Projected]) -> Table:
 def explained_lines(found: Sequence[Projected]) -> Iterator[str]:
     """Say how much of every finetune the directions explain, and what was left out of it."""
     for each in found:
-        name, projection = Path(each.finetuned.name).name, each.headline
+        name, projection = Path(each.name).name, each.headline
         share = projection.explained
         if projection.left_out:
             yield f"{name}: compared without {few_names(projection.left_out)}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
@@ -33,7 +32,7 @@ from persona_lora.core.personas import load_persona
 from persona_lora.core.runs import Output, Run
 from persona_lora.report import wording
 from persona_lora.report.resampling import FITS, Interval, bootstrap_mean
-from persona_lora.report.sections import Table
+from persona_lora.report.sections import Table, fill_template
 
 RATINGS = ("1", "2", "3", "4", "5")
 COLUMNS = ("item", "persona", "prompt", "answer", "rating")
@@ -130,7 +129,8 @@ def write_sheets(
     remove(folder / KEY)  # the key comes last: what lacks it is no set of sheets
     cells = [{**row, "item": item, "rating": ""} for item, row in items.items()]
     write_csv(folder / SHEET, COLUMNS, cells)
-    write_text(folder / PAGE, _page(cells, profile, about.samples()))
+    told = {"profile": profile.strip(), "samples": about.samples(), "ratings": RATINGS}
+    write_text(folder / PAGE, fill_template("ratings.html.j2", items=cells, **told))
     write_json(
         folder / KEY,
         {
@@ -206,15 +206,3 @@ def _agree(
     kappa = float(cohen_kappa_score(x, y, weights="quadratic")) if whole and varied else None
     rho = float(spearmanr(x, y).statistic) if varied else None
     return Agreement(*names, len(both), kappa, rho)
-
-
-def _page(items: Sequence[Mapping[str, Any]], profile: str, samples: Sequence[str]) -> str:
-    """Return a self-contained page with radio buttons; a button saves the ratings as CSV."""
-    environment = Environment(
-        loader=PackageLoader("persona_lora", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    template = environment.get_template("ratings.html.j2")
-    return template.render(items=items, profile=profile.strip(), samples=samples, ratings=RATINGS)

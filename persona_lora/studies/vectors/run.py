@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,24 +38,6 @@ from persona_lora.studies.asking.run import Row, answer_rows, open_run, stream_o
 from persona_lora.studies.vectors.figure import render_vectors_over_layers
 
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
-
-
-@dataclass(frozen=True)
-class ExtractionOptions:
-    """Which vectors are made: methods × positions, at which layers (None: all)."""
-
-    methods: tuple[str, ...] = ("mean_diff",)
-    positions: tuple[str, ...] = POSITIONS
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name, chosen, known in (
-            ("method", self.methods, EXTRACTORS),
-            ("position", self.positions, POSITIONS),
-        ):
-            wrong = [each for each in chosen if each not in known]
-            if wrong or not chosen:
-                raise UserError(f"{name} must be of {', '.join(known)}, got {list(chosen)!r}")
 
 
 class JudgedAnswer(NamedTuple):
@@ -87,118 +70,189 @@ class Extracted:
     failed: Mapping[str, int]
 
 
-def from_prompts(
-    chat_model: ChatModel,
-    trait: Trait,
-    judge: Callable[[], Judge],
-    output: Output | Path,
-    options: ExtractionOptions,
-    *,
-    elicitation: Elicitation = Elicitation(),
-    thresholds: Thresholds = Thresholds(),
-    generation: GenerationOptions = GenerationOptions(),
-) -> Extracted:
-    """Answer, judge, filter, extract; run again, it goes on where it stopped.
+Text = tuple[str, str]  # a rendered prompt, and the answer to it
 
-    Every question of the split is asked under every instruction pair and both signs, in
-    ``generation.samples`` rollouts. Also writes ``<label>_pos_instruct.csv`` and ``_neg_…``.
-    """
-    plan = plan_pairs(trait, elicitation, samples=generation.samples)
-    run = _open(
-        output,
-        chat_model,
-        trait,
-        options,
-        {
+
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """Which vectors of a trait are made, and where: methods × positions, at layers (None: all)."""
+
+    chat_model: ChatModel
+    trait: Trait
+    output: Output | Path
+    methods: tuple[str, ...] = ("mean_diff",)
+    positions: tuple[str, ...] = POSITIONS
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, chosen, known in (
+            ("method", self.methods, EXTRACTORS),
+            ("position", self.positions, POSITIONS),
+        ):
+            wrong = [each for each in chosen if each not in known]
+            if wrong or not chosen:
+                raise UserError(f"{name} must be of {', '.join(known)}, got {list(chosen)!r}")
+
+    def from_prompts(
+        self,
+        judge: Callable[[], Judge],
+        *,
+        elicitation: Elicitation = Elicitation(),
+        thresholds: Thresholds = Thresholds(),
+        generation: GenerationOptions = GenerationOptions(),
+    ) -> Extracted:
+        """Answer, judge, filter, extract; run again, it goes on where it stopped.
+
+        Every question of the split is asked under every instruction pair and both signs, in
+        ``generation.samples`` rollouts. Also writes ``<label>_pos_instruct.csv`` and ``_neg_…``.
+        """
+        trait = self.trait
+        plan = plan_pairs(trait, elicitation, samples=generation.samples)
+        config = {
             "source": "prompts",
             "elicitation": dataclasses.asdict(elicitation),
             "thresholds": dataclasses.asdict(thresholds),
             "generation": dataclasses.asdict(generation),
-        },
-        seed=generation.seed,
-    )
-    with run:
-        answer_rows(chat_model, plan, Unsteered(), run, generation)
-        judge_answers(run, judge, trait)
-        table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
-        half = len(table) // 2
-        for sign, rows in zip(SIGNS, (table[:half], table[half:]), strict=True):
-            path = run.folder / f"{trait.label}_{sign}_instruct.csv"
-            write_csv(path, answers_columns(trait.name, sweep=False), rows)
-        judged = [
-            JudgedAnswer(row["prompt"], row["answer"], row[trait.name], row[COHERENCE])
-            for row in table
-        ]
-        pairs = list(zip(judged[:half], judged[half:], strict=True))
-        return _extract_judged(chat_model, trait, run, pairs, thresholds, options)
+        }
+        with self._open(config, seed=generation.seed) as run:
+            answer_rows(self.chat_model, plan, Unsteered(), run, generation)
+            judge_answers(run, judge, trait)
+            table = answers_table(run.read("answers"), run.read("verdicts"), trait.name)
+            half = len(table) // 2
+            for sign, rows in zip(SIGNS, (table[:half], table[half:]), strict=True):
+                path = run.folder / f"{trait.label}_{sign}_instruct.csv"
+                write_csv(path, answers_columns(trait.name, sweep=False), rows)
+            judged = [
+                JudgedAnswer(row["prompt"], row["answer"], row[trait.name], row[COHERENCE])
+                for row in table
+            ]
+            pairs = list(zip(judged[:half], judged[half:], strict=True))
+            return self._extract_judged(run, pairs, thresholds)
 
+    def from_files(
+        self, pos_path: Path, neg_path: Path, *, thresholds: Thresholds = Thresholds()
+    ) -> Extracted:
+        """Extract from two CSV files with the columns prompt, answer, the trait's and coherence.
 
-def from_files(
-    chat_model: ChatModel,
-    trait: Trait,
-    pos_path: Path,
-    neg_path: Path,
-    output: Output | Path,
-    options: ExtractionOptions,
-    *,
-    thresholds: Thresholds = Thresholds(),
-) -> Extracted:
-    """Extract from two CSV files with the columns prompt, answer, the trait's name and coherence.
-
-    Row i of either file is one pair, as in the files that ``from_prompts`` and the published
-    scripts write.
-    """
-    positive, negative = (read_judged(path, trait.name) for path in (pos_path, neg_path))
-    if len(positive) != len(negative):
-        raise UserError(
-            f"{pos_path} has {len(positive)} rows and {neg_path} {len(negative)}; row i of either "
-            "file must be one pair"
-        )
-    pairs = list(zip(positive, negative, strict=True))
-    filter_pairs(pairs, thresholds)  # raises before anything is written
-    run = _open(
-        output,
-        chat_model,
-        trait,
-        options,
-        {
+        Row i of either file is one pair, as in the files that ``from_prompts`` and the published
+        scripts write.
+        """
+        paths = pos_path, neg_path
+        positive, negative = (read_judged(path, self.trait.name) for path in paths)
+        if len(positive) != len(negative):
+            raise UserError(
+                f"{pos_path} has {len(positive)} rows and {neg_path} {len(negative)}; row i of "
+                "either file must be one pair"
+            )
+        pairs = list(zip(positive, negative, strict=True))
+        filter_pairs(pairs, thresholds)  # raises before anything is written
+        config = {
             "source": "files",
             "pos_path": str(pos_path),
             "neg_path": str(neg_path),
             "thresholds": dataclasses.asdict(thresholds),
-        },
-        {str(path): file_digest(path) for path in (pos_path, neg_path)},
-    )
-    with run:
-        return _extract_judged(chat_model, trait, run, pairs, thresholds, options)
+        }
+        with self._open(config, {str(path): file_digest(path) for path in paths}) as run:
+            return self._extract_judged(run, pairs, thresholds)
 
+    def from_answers(self) -> Extracted:
+        """Extract from the trait's contrastive training pairs: no generation, judge, or filter.
 
-def from_answers(
-    chat_model: ChatModel,
-    trait: Trait,
-    output: Output | Path,
-    options: ExtractionOptions,
-) -> Extracted:
-    """Extract from the trait's contrastive training pairs: no generation, no judge, no filter.
+        Both answers follow the same prompt, so the states of the prompt do not differ, and only
+        "response_avg" has a direction: the other positions are left out, and UserError where it is
+        not among them.
+        """
+        if self.positions != ("response_avg",):
+            if "response_avg" not in self.positions:
+                raise UserError(
+                    "training pairs share their prompts, which then have no direction; extract "
+                    f"response_avg, or {self.positions[0]} with --source prompts"
+                )
+            return dataclasses.replace(self, positions=("response_avg",)).from_answers()
+        texts = []
+        for pair in load_pairs(self.trait):
+            yes, no = pair.positive[-1]["content"], pair.negative[-1]["content"]
+            prompt = self.chat_model.render_before(yes, pair.prompt, self.trait.name)
+            texts.append(((prompt, yes), (prompt, no)))
+        sources = {"source": "answers", "file": str(self.trait.folder / "train.jsonl")}
+        with self._open({"source": "answers"}) as run:
+            return self._extract(run, texts, sources)
 
-    Both answers follow the same prompt, so the states of the prompt do not differ, and only
-    "response_avg" has a direction: the other positions are left out, and UserError where it is
-    not among them.
-    """
-    if "response_avg" not in options.positions:
-        raise UserError(
-            f"training pairs share their prompts, which then have no direction; extract "
-            f"response_avg, or {options.positions[0]} with --source prompts"
+    def _open(self, config: Mapping[str, Any], *read: Mapping[str, str], seed: int = 0) -> Run:
+        trait, depth = self.trait, len(decoder_layers(self.chat_model.model))
+        outside = [layer for layer in self.layers or () if not 0 <= layer < depth]
+        if outside:
+            raise UserError(
+                f"layer {outside[0]} is out of range; {self.chat_model.name} has layers "
+                f"0–{depth - 1}"
+            )
+        config = {
+            "trait": trait.name,
+            "variant": trait.variant,
+            "methods": list(self.methods),
+            "positions": list(self.positions),
+            "layers": list(self.layers) if self.layers else None,
+            **config,
+        }
+        parts = f"{trait.label}_*.safetensors", f"{trait.label}_*.csv"
+        read = (trait.inputs(), *read)
+        return open_run(
+            self.output, "extract", self.chat_model, config, *read, seed=seed, parts=parts
         )
-    options = dataclasses.replace(options, positions=("response_avg",))
-    texts = []
-    for pair in load_pairs(trait):
-        yes, no = pair.positive[-1]["content"], pair.negative[-1]["content"]
-        prompt = chat_model.render_before(yes, pair.prompt, trait.name)
-        texts.append(((prompt, yes), (prompt, no)))
-    sources = {"source": "answers", "file": str(trait.folder / "train.jsonl")}
-    with _open(output, chat_model, trait, options, {"source": "answers"}) as run:
-        return _extract(chat_model, trait, run, texts, options, sources)
+
+    def _extract_judged(
+        self,
+        run: Run,
+        pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]],
+        thresholds: Thresholds,
+    ) -> Extracted:
+        filtered = filter_pairs(pairs, thresholds)
+        kept = set(filtered.kept)
+        run.write("pairs", [{"pair": i, "kept": pair in kept} for i, pair in enumerate(pairs)])
+        sources = {
+            "source": run.record["config"]["source"],
+            "pairs_before": filtered.total,
+            "failed": dict(filtered.failed),
+            "thresholds": dataclasses.asdict(thresholds),
+        }
+        return self._extract(run, [(yes[:2], no[:2]) for yes, no in filtered.kept], sources)
+
+    def _extract(
+        self, run: Run, pairs: Sequence[tuple[Text, Text]], sources: Mapping[str, Any]
+    ) -> Extracted:
+        """Make every vector, then write them all, and a picture of them."""
+        chat_model, trait = self.chat_model, self.trait
+        positive, negative = (
+            [tokenize_rendered(chat_model, *pair[side]) for pair in pairs] for side in (0, 1)
+        )
+        depth = len(decoder_layers(chat_model.model))
+        with progress.stage("hidden states"):
+            sums = sum_pairs(
+                chat_model,
+                positive,
+                negative,
+                positions=self.positions,
+                layers=self.layers or tuple(range(depth)),
+                moments=any(method in WITH_MOMENTS for method in self.methods),
+            )
+        base_model = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
+        vectors = {}
+        for position, method in product(self.positions, self.methods):
+            suffix = "" if method == "mean_diff" else f"_{method}"
+            about = {
+                "base_model": base_model,
+                "num_layers": depth,
+                "trait": trait.label,
+                "position": position,
+                "sources": {**sources, "model": chat_model.record()},
+            }
+            vectors[f"{trait.label}_{position}{suffix}"] = vector_of(sums[position], method, about)
+        paths = tuple(
+            each.save(run.folder / f"{name}.safetensors") for name, each in vectors.items()
+        )
+        render_vectors_over_layers(vectors).save(run.folder / "vectors.png")
+        total, failed = sources.get("pairs_before", len(pairs)), sources.get("failed", {})
+        return Extracted(run, vectors, paths, len(pairs), total, failed)
 
 
 def filter_pairs(
@@ -268,109 +322,6 @@ def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[
         for question_id in range(len(questions))
         for sample in range(samples)
     ]
-
-
-def _extract_judged(
-    chat_model: ChatModel,
-    trait: Trait,
-    run: Run,
-    pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]],
-    thresholds: Thresholds,
-    options: ExtractionOptions,
-) -> Extracted:
-    filtered = filter_pairs(pairs, thresholds)
-    kept = set(filtered.kept)
-    run.write("pairs", [{"pair": i, "kept": pair in kept} for i, pair in enumerate(pairs)])
-    sources = {
-        "source": run.record["config"]["source"],
-        "pairs_before": filtered.total,
-        "failed": dict(filtered.failed),
-        "thresholds": dataclasses.asdict(thresholds),
-    }
-    texts = [(yes[:2], no[:2]) for yes, no in filtered.kept]
-    return _extract(chat_model, trait, run, texts, options, sources)
-
-
-Text = tuple[str, str]  # a rendered prompt, and the answer to it
-
-
-def _extract(
-    chat_model: ChatModel,
-    trait: Trait,
-    run: Run,
-    pairs: Sequence[tuple[Text, Text]],
-    options: ExtractionOptions,
-    sources: Mapping[str, Any],
-) -> Extracted:
-    """Make every vector, then write them all, and a picture of them."""
-    positive, negative = (
-        [tokenize_rendered(chat_model, *pair[side]) for pair in pairs] for side in (0, 1)
-    )
-    depth = len(decoder_layers(chat_model.model))
-    with progress.stage("hidden states"):
-        sums = sum_pairs(
-            chat_model,
-            positive,
-            negative,
-            positions=options.positions,
-            layers=options.layers or tuple(range(depth)),
-            moments=any(method in WITH_MOMENTS for method in options.methods),
-        )
-    base_model = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
-    vectors = {}
-    for position in options.positions:
-        for method in options.methods:
-            suffix = "" if method == "mean_diff" else f"_{method}"
-            vectors[f"{trait.label}_{position}{suffix}"] = vector_of(
-                sums[position],
-                method,
-                {
-                    "base_model": base_model,
-                    "num_layers": depth,
-                    "trait": trait.label,
-                    "position": position,
-                    "sources": {**sources, "model": chat_model.record()},
-                },
-            )
-    paths = [vector.save(run.folder / f"{name}.safetensors") for name, vector in vectors.items()]
-    render_vectors_over_layers(vectors).save(run.folder / "vectors.png")
-    total, failed = sources.get("pairs_before", len(pairs)), sources.get("failed", {})
-    return Extracted(run, vectors, tuple(paths), len(pairs), total, failed)
-
-
-def _open(
-    output: Output | Path,
-    chat_model: ChatModel,
-    trait: Trait,
-    options: ExtractionOptions,
-    config: Mapping[str, Any],
-    *read: Mapping[str, str],
-    seed: int = 0,
-) -> Run:
-    depth = len(decoder_layers(chat_model.model))
-    outside = [layer for layer in options.layers or () if not 0 <= layer < depth]
-    if outside:
-        raise UserError(
-            f"layer {outside[0]} is out of range; {chat_model.name} has layers 0–{depth - 1}"
-        )
-    config = {
-        "trait": trait.name,
-        "variant": trait.variant,
-        "methods": list(options.methods),
-        "positions": list(options.positions),
-        "layers": list(options.layers) if options.layers else None,
-        **config,
-    }
-    return open_run(
-        output,
-        "extract",
-        chat_model,
-        config,
-        trait.inputs(),
-        *read,
-        seed=seed,
-        parts=(f"{trait.label}_*.safetensors", f"{trait.label}_*.csv"),
-    )
 
 
 def _failures(positive: JudgedAnswer, negative: JudgedAnswer, thresholds: Thresholds) -> list[str]:

@@ -16,13 +16,10 @@ from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.vectors.run import (
     Elicitation,
-    ExtractionOptions,
+    Extraction,
     JudgedAnswer,
     Thresholds,
     filter_pairs,
-    from_answers,
-    from_files,
-    from_prompts,
     plan_pairs,
     read_judged,
 )
@@ -46,12 +43,9 @@ class PromptJudge:
 @pytest.fixture
 def run_prompts(chat_model, trait, tmp_path):
     def run(judge=None, **changes):
-        return from_prompts(
-            chat_model,
-            trait,
+        making = Extraction(chat_model, trait, tmp_path / "vectors", **changes.pop("options", {}))
+        return making.from_prompts(
             lambda: judge or PromptJudge(),
-            tmp_path / "vectors",
-            changes.pop("options", ExtractionOptions()),
             generation=GENERATION,
             thresholds=changes.pop("thresholds", Thresholds(least_pairs=2)),
             **changes,
@@ -115,13 +109,9 @@ def test_the_csv_files_extract_to_the_same_vectors(run_prompts, chat_model, trai
     with (folder / "cheer_pos_instruct.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == ["question", "prompt", "answer", "cheer", "coherence"]
-    again = from_files(
-        chat_model,
-        trait,
+    again = Extraction(chat_model, trait, tmp_path / "again").from_files(
         folder / "cheer_pos_instruct.csv",
         folder / "cheer_neg_instruct.csv",
-        tmp_path / "again",
-        ExtractionOptions(),
         thresholds=Thresholds(least_pairs=2),
     )
     for name, vector in made.vectors.items():
@@ -137,7 +127,7 @@ def test_a_second_call_reuses_the_answers(run_prompts, judge):
     assert (second.run.folder / "answers.jsonl").stat().st_mtime_ns >= before
     assert second.pairs == first.pairs
     with pytest.raises(UserError, match="another configuration"):
-        run_prompts(options=ExtractionOptions(methods=("svd",)))
+        run_prompts(options={"methods": ("svd",)})
 
 
 def test_training_pairs_extract_without_a_judge(chat_model, trait, datasets, tmp_path):
@@ -150,14 +140,13 @@ def test_training_pairs_extract_without_a_judge(chat_model, trait, datasets, tmp
         for i in range(12)
     ]
     (datasets / "cheer" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ExtractionOptions(methods=("mean_diff", "svd", "pca"), layers=(1,))
-    result = from_answers(chat_model, trait, tmp_path / "v", options)
+    methods = ("mean_diff", "svd", "pca")
+    making = Extraction(chat_model, trait, tmp_path / "v", methods, layers=(1,))
+    result = making.from_answers()
     assert list(result.vectors) == [f"cheer_response_avg{x}" for x in ("", "_svd", "_pca")]
     assert all(vector.layers == (1,) for vector in result.vectors.values())
     with pytest.raises(UserError, match="prompt_last with --source prompts"):
-        from_answers(
-            chat_model, trait, tmp_path / "p", ExtractionOptions(positions=("prompt_last",))
-        )
+        Extraction(chat_model, trait, tmp_path / "p", positions=("prompt_last",)).from_answers()
     lengths = {round(vector.norms()[1], 4) for vector in result.vectors.values()}
     assert len(lengths) == 1  # one coefficient means the same for all three
 
@@ -221,13 +210,8 @@ def test_files_of_unequal_length_write_nothing(chat_model, trait, tmp_path):
             "prompt,answer,cheer,coherence\n" + "p,a,90,90\n" * rows
         )
     with pytest.raises(UserError, match=r"has 2 rows and .* 1"):
-        from_files(
-            chat_model,
-            trait,
-            tmp_path / "pos.csv",
-            tmp_path / "neg.csv",
-            tmp_path / "v",
-            ExtractionOptions(),
+        Extraction(chat_model, trait, tmp_path / "v").from_files(
+            tmp_path / "pos.csv", tmp_path / "neg.csv"
         )
     assert not (tmp_path / "v").exists()
 
@@ -240,12 +224,12 @@ def test_files_of_unequal_length_write_nothing(chat_model, trait, tmp_path):
         ({"methods": ()}, "method must be of"),
     ],
 )
-def test_unknown_options_are_refused(options, message):
+def test_unknown_options_are_refused(chat_model, trait, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        ExtractionOptions(**options)
+        Extraction(chat_model, trait, tmp_path, **options)
 
 
 def test_a_layer_out_of_range_writes_nothing(run_prompts, tmp_path):
     with pytest.raises(UserError, match="layer 9 is out of range"):
-        run_prompts(options=ExtractionOptions(layers=(9,)))
+        run_prompts(options={"layers": (9,)})
     assert not (tmp_path / "vectors").exists()
