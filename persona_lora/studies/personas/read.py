@@ -26,6 +26,7 @@ from persona_lora.studies.personas.read_fits import (
     REAL,
     UNSTEERED,
     WARNING,
+    agreement_line,
     condition_fits,
     constraints_line,
     limits_of,
@@ -109,11 +110,14 @@ def _best(run: Run) -> str:
 
 
 def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:
-    """Say what the fit is worth, what a condition gains over unsteered, and on how many seeds."""
+    """Say what the fit is worth, what a condition gains over unsteered, and on how many seeds.
+
+    Warnings come first: that judges of two families disagree on a sign is one.
+    """
     found = {each.condition: each for each in fits}
     plain, steered = found.get(UNSTEERED), found.get(condition)
     if plain is None or steered is None or steered.difference is None:
-        return f"{order_line(fits)} There is nothing to compare with."
+        return f"{order_line(fits)} There is nothing to compare with. {agreement_line(rows)}"
     gain = steered.difference
     clear = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
     verdict = "" if clear else " The interval holds 0: the change is not clear."
@@ -123,7 +127,8 @@ def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> 
         f"{wording.interval(plain.fit, 2)} unsteered, a difference of "
         f"{wording.interval(gain, 2)} on held-out prompts.{verdict}"
     )
-    lines = (order_line(fits), constraints_line(steered), seeds_line(rows), said)
+    worth = (agreement_line(rows), order_line(fits), constraints_line(steered))
+    lines = (*worth, seeds_line(rows), said)
     return " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
 
 

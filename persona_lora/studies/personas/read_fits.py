@@ -18,6 +18,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, fits_over_prompts
 from persona_lora.report.resampling import RESAMPLES, Interval
+from persona_lora.report.two_judges import Pair, effects_from
 
 UNSTEERED, WARNING = "none", "WARNING"
 CANNED, RETRIEVAL, SALAD, REAL = "canned", "retrieval", "salad", "real"
@@ -144,27 +145,38 @@ def seeds_line(rows: Sequence[Row]) -> str:
 def agreement_line(rows: Sequence[Row]) -> str:
     """Say how a report's judge of another family and the search's agree on answers that count.
 
-    ρ is Spearman's within a condition, averaged; a warning where they disagree on the sign of a
-    condition's change from unsteered.
+    ρ is Spearman's within a condition, averaged; a warning of the conditions on whose change from
+    unsteered they are opposed (``report.two_judges``), over prompts or, of several, over personas.
     """
-    both: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.get("searched_by") is not None and row["score"] is not None and not row["failed"]:
-            both.setdefault(row["condition"], []).append((row["score"], row["searched_by"]))
-    rho = [
-        float(spearmanr(own).statistic) for own in both.values() if np.ptp(own, axis=0).min() > 0
+    both = [
+        row
+        for row in rows
+        if row.get("searched_by") is not None and row["score"] is not None and not row["failed"]
     ]
     if not both:
         return "Search and report are judged by one family."
-    if UNSTEERED not in both or not rho:
+    unit = "prompt_id" if len({row["persona"] for row in both}) == 1 else "persona"
+    pairs = [Pair(row["condition"], row[unit], row["score"], row["searched_by"]) for row in both]
+    rho = _rho_within(pairs)
+    if rho is None or not any(each.place == UNSTEERED for each in pairs):
         return "Of the two judges' agreement nothing can be said."
-    means = {name: np.mean(own, axis=0) for name, own in both.items()}
-    apart = [name for name, mean in means.items() if np.prod(mean - means[UNSTEERED]) < 0]
-    said = (
-        f"Within a condition the judge that reports and the one that searched have ρ "
-        f"{fmean(rho):.2f}."
+    said = f"Within a condition the judge that reports and the one that searched have ρ {rho:.2f}."
+    opposed = [each for each in effects_from(pairs, UNSTEERED) if each.opposed]
+    if not opposed:
+        return f"{said} They disagree on the sign of no gain."
+    told = "; ".join(
+        f"{each.place}: {wording.interval(each.first, 2)} as reported, "
+        f"{wording.interval(each.second, 2)} as searched"
+        for each in opposed
     )
-    if apart:
-        names = ", ".join(apart)
-        return f"{WARNING}: they disagree on the sign of what is gained by {names}. {said}"
-    return f"{said} They agree on the sign of every gain."
+    return f"{WARNING}: the two judges disagree on the sign of a gain ({told}). {said}"
+
+
+def _rho_within(pairs: Sequence[Pair]) -> float | None:
+    """Return Spearman's rho inside a condition, averaged; None where no condition varies."""
+    found: dict[str, list[tuple[float | None, float | None]]] = {}
+    for each in pairs:
+        found.setdefault(each.place, []).append((each.first, each.second))
+    values = [np.array(own, dtype=float) for own in found.values()]
+    varied = [own for own in values if np.ptp(own, axis=0).min() > 0]
+    return fmean(float(spearmanr(own).statistic) for own in varied) if varied else None

@@ -9,6 +9,7 @@ from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.personas import Persona, PersonaConversation
 from persona_lora.report.comparisons import fits_over_personas
 from persona_lora.studies.personas.bounds import bound_answers
+from persona_lora.studies.personas.read import _lead
 from persona_lora.studies.personas.read_fits import (
     BOUNDS,
     agreement_line,
@@ -141,8 +142,31 @@ def test_judges_that_disagree_on_a_gain_are_warned_of():
             row["searched_by"] = 3.0 + row["prompt_id"] / 5 + (gain if at > 2 else 0.0)
         return found
 
-    assert agreement_line(told(0.5)).endswith("sign of every gain.")
+    assert agreement_line(told(0.5)).endswith("disagree on the sign of no gain.")
     assert "ρ 1.00" in agreement_line(told(0.5))
-    assert agreement_line(told(-0.5)).startswith("WARNING: they disagree on the sign of")
+    opposed = agreement_line(told(-0.5))
+    assert opposed.startswith("WARNING: the two judges disagree on the sign of a gain (mean: 1.00")
+    assert "-0.50 [-0.50, -0.50] as searched" in opposed.replace("−", "-")
     assert "one family" in agreement_line(rows(GOOD))
+    unclear = told(0.1)  # neither interval is clear of 0: signs differ by chance
+    for at, row in enumerate(unclear[3:]):
+        row["score"], row["searched_by"] = 2.1 + at % 2, 3.5 - at % 2
+    assert "no gain" in agreement_line(unclear)
     assert "nothing can be said" in agreement_line(told(0.5)[3:])
+
+
+def test_the_lead_of_a_page_begins_with_a_sign_that_two_families_disagree_on():
+    found = rows(GOOD | {"mean": 3.0})
+    for row in found:
+        row["searched_by"] = 3.0 - (row["condition"] == "mean") + row["prompt_id"] / 5
+        row["score"] += row["prompt_id"] / 10
+    lead = _lead(found, condition_fits(found), "mean")
+    assert lead.startswith("WARNING: the two judges disagree on the sign of a gain (")
+    assert "mean: 1.00" in lead.split(")")[0]
+    for row in found:
+        row["searched_by"] = row["score"]
+    lead = _lead(found, condition_fits(found), "mean")
+    assert not lead.startswith("WARNING")
+    assert "have ρ 1.00. They disagree on the sign of no gain." in lead
+    others = [{**row, "persona": "bob"} for row in found]
+    assert "no gain" in agreement_line([*found, *others])
