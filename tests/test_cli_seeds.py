@@ -133,6 +133,8 @@ def test_compare_matches_and_asks_every_seed_and_reads_them_together(run, world)
     ]
     assert len({row["kl_mean"] for row in one}) == 3  # each brought to the divergence of its seed
     gap = sum(float(row["difference"]) for row in one) / 3
+    second = [float(row["difference_second"]) for row in one]  # the same judge by another name
+    assert second == pytest.approx([float(row["difference"]) for row in one])
     assert float(found["eval: activation"]["change"]) == pytest.approx(gap)
     assert float(found["eval: activation"]["p_holm"]) >= float(found["eval: activation"]["p"])
     assert run(*words)[:2] == (0, said)

@@ -17,6 +17,7 @@ from persona_lora.report.curve import PairedDifference, TraitCurve, corrected, g
 from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
     PROMPTS,
+    SECOND_SUFFIX,
     Condition,
     Row,
     ScoredAnswer,
@@ -30,6 +31,12 @@ LONG_COLUMNS = (
     *("value", "low", "high", "n", "n_questions", "coverage", "reason"),
 )
 DIVERGENCE_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "kl_p95")
+
+# What rests on the trait's judge alone, and so can be said by another as well.
+OF_THE_TRAIT = (
+    *("trait", "rho_means", "rho_rows", "random_rho_means", "p", "p_holm", "difference_from_zero"),
+    *("difference_from_random", "gain_over_random", "random_p", "random_p_holm"),
+)
 
 Groups = dict[Condition, list[ScoredAnswer]]
 
@@ -148,6 +155,15 @@ def difference_rows(
         {**place, "statistic": name, **interval_cells(difference.interval)},
         {**place, "statistic": f"{prefix}p", "value": difference.p},
         {**place, "statistic": f"{prefix}p_holm", "value": difference.p_holm},
+    ]
+
+
+def as_second(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the long rows of a second judge under names of their own, coherence left out."""
+    return [
+        {**row, "statistic": f"{row['statistic']}{SECOND_SUFFIX}"}
+        for row in rows
+        if row["statistic"] in OF_THE_TRAIT
     ]
 
 

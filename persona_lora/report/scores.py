@@ -15,6 +15,8 @@ from persona_lora.core.errors import UserError
 Row = Mapping[str, Any]
 Cluster = dict[int, list[float | None]]
 
+SECOND = "second_verdicts"  # the rows of the judge that is asked beside the first
+SECOND_SUFFIX = "_second"  # of a column or a statistic that is its
 UNSTEERED = "none"
 CONTROL = "random"
 PROMPTS = ("prompt_neg", "prompt_pos")
@@ -136,12 +138,15 @@ def judges_of(verdicts: Iterable[Row], criterion: str) -> str:
     return ", ".join(sorted({str(v["judge"]) for v in verdicts if v["criterion"] == criterion}))
 
 
-def answers_columns(trait: str, answers: Iterable[Row] = (), *, sweep: bool = True) -> list[str]:
-    """Return the columns of the answers table.
+def answers_columns(
+    trait: str, answers: Iterable[Row] = (), *, sweep: bool = True, second: bool = False
+) -> list[str]:
+    """Return the columns of the answers table, with one for a ``second`` judge.
 
     A sweep names method and coefficient first, and the layer where any of its ``answers`` has one.
     """
-    columns = ["question", "prompt", "answer", trait, COHERENCE]
+    beside = [f"{trait}{SECOND_SUFFIX}"] if second else []
+    columns = ["question", "prompt", "answer", trait, COHERENCE, *beside]
     if not sweep:
         return columns
     layered = any(answer.get("layer") is not None for answer in answers)
@@ -149,9 +154,13 @@ def answers_columns(trait: str, answers: Iterable[Row] = (), *, sweep: bool = Tr
 
 
 def answers_table(
-    answers: Sequence[Row], verdicts: Sequence[Row], trait: str
+    answers: Sequence[Row], verdicts: Sequence[Row], trait: str, second: Sequence[Row] = ()
 ) -> list[dict[str, Any]]:
-    """Return one row per answer for ``write_csv``; an unscored cell is None."""
+    """Return one row per answer for ``write_csv``; an unscored cell is None.
+
+    ``second`` are the verdicts of a second judge on the same answers.
+    """
+    beside = score_answers(answers, second, trait)
     return [
         {
             "method": row.answer["method"],
@@ -162,8 +171,9 @@ def answers_table(
             "answer": row.answer["answer"],
             trait: row.trait,
             COHERENCE: row.coherence,
+            f"{trait}{SECOND_SUFFIX}": other.trait,
         }
-        for row in score_answers(answers, verdicts, trait)
+        for row, other in zip(score_answers(answers, verdicts, trait), beside, strict=True)
     ]
 
 

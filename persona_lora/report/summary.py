@@ -21,6 +21,7 @@ from persona_lora.report.conditions import (
     ConditionSummary,
     Controls,
     ControlSummary,
+    as_second,
     condition_rows,
     difference_rows,
     group_by_condition,
@@ -36,6 +37,7 @@ from persona_lora.report.curve import (
 from persona_lora.report.resampling import CONFIDENCE, RESAMPLES, Estimate
 from persona_lora.report.scores import (
     CONTROL,
+    SECOND,
     UNSTEERED,
     Row,
     ScoredAnswer,
@@ -150,11 +152,14 @@ def _series_of(scored: Sequence[ScoredAnswer]) -> tuple[Series, Series | None]:
     return steered[0], control if control in found and control != steered[0] else None
 
 
-def summarise_run(run: Run, *, seed: int = 0) -> SweepSummary:
-    """Summarise the rows of a run folder; the trait is the one its configuration names."""
+def summarise_run(run: Run, *, seed: int = 0, by: str = "verdicts") -> SweepSummary:
+    """Summarise the rows of a run folder; the trait is the one its configuration names.
+
+    ``by`` is the file of the verdicts; a second judge's say nothing of coherence.
+    """
     return summarise_sweep(
         run.read("answers"),
-        run.read("verdicts"),
+        run.read(by),
         run.read("divergence"),
         trait=trait_of(run),
         seed=seed,
@@ -170,10 +175,16 @@ def trait_of(run: Run) -> str:
 
 
 def write_summary(run: Run) -> SweepSummary:
-    """Summarise a run and write ``summary.json`` and ``summary.csv`` (long format) into it."""
+    """Summarise a run and write ``summary.json`` and ``summary.csv`` (long format) into it.
+
+    What a second judge says of the trait stands in ``summary.csv`` as well.
+    """
     summary = summarise_run(run)
     write_json(run.folder / "summary.json", summary.as_dict())
-    write_csv(run.folder / "summary.csv", LONG_COLUMNS, long_rows(summary))
+    rows = long_rows(summary)
+    if run.read(SECOND):
+        rows += as_second(long_rows(summarise_run(run, by=SECOND)))
+    write_csv(run.folder / "summary.csv", LONG_COLUMNS, rows)
     return summary
 
 

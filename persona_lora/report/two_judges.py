@@ -25,6 +25,7 @@ from persona_lora.report.resampling import (
     row_rank_correlation,
 )
 from persona_lora.report.scores import (
+    SECOND,
     Condition,
     condition_of,
     control_number,
@@ -34,7 +35,6 @@ from persona_lora.report.scores import (
 from persona_lora.report.sections import Table
 from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
 
-SECOND = "second_verdicts"
 MOST_NAMED = 3  # of the changes that the judges disagree on, in a line
 VALIDATIONS = ("validation", "second_validation")
 

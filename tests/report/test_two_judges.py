@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
+from scipy.stats import spearmanr
 
 from persona_lora.report.sections import ReportOptions, Table
 from persona_lora.report.trust import judge_blocks
@@ -15,8 +18,14 @@ from persona_lora.report.two_judges import (
 )
 from persona_lora.report.wording import headline
 from persona_lora.studies.steering.read import summary_lines, sweep_content
+from persona_lora.studies.steering.run import write_results
 
 TRAIT = "sycophancy"
+
+
+def read_csv(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def second_opinion(run, change):
@@ -49,6 +58,31 @@ def test_judges_that_agree_stand_side_by_side_without_a_warning(make_sweep_run):
     assert lead.startswith("It rises. Two judges: ")
     assert "by embedding and" in lead
     assert "ρ 1.00 [1.00, 1.00] over 132 answers; one sign in 10 of 10 changes." in lead
+
+
+def test_the_tables_hold_what_the_second_judge_gave(make_sweep_run, no_drawing):
+    run = make_sweep_run(layers=(3,), coefficients=(-1.0, 1.0), control=3)
+    alone = write_results(run, TRAIT)
+    names = ("sweep.csv", "summary.csv")
+    assert not any("_second" in (alone.run / name).read_text() for name in names)
+    second_opinion(run, lambda score, _: 20 + score / 2)
+    write_results(run, TRAIT)
+    answers, long = (read_csv(run.folder / name) for name in names)
+    given = {row["row"]: row["score"] for row in run.read("second_verdicts")}
+    first, second = ([float(row[name]) for row in answers] for name in (TRAIT, f"{TRAIT}_second"))
+    assert second == [given[at] for at in sorted(given)]
+    found = two_judges(run, TRAIT)
+    assert spearmanr(first, second).statistic == pytest.approx(found.rho.value)
+    mean = next(each.second for each in found.means if each.place == "random +1 at layer 3")
+    at = {(row["method"], row["coefficient"], row["statistic"]): row for row in long}
+    assert len(at) == len(long)
+    assert float(at["random", "1.0", "trait_second"]["value"]) == pytest.approx(mean.mean)
+    assert float(at["random", "1.0", "trait_second"]["low"]) == pytest.approx(mean.low)
+    gain = [
+        float(at["activation", "", f"gain_over_random{end}"]["value"]) for end in ("", "_second")
+    ]
+    assert gain[1] == pytest.approx(gain[0] / 2)
+    assert not any("coheren" in row["statistic"] for row in long if "_second" in row["statistic"])
 
 
 def test_a_sign_that_the_judges_disagree_on_stands_first_in_text_and_page(make_sweep_run):

@@ -29,6 +29,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
 from persona_lora.report.scores import (
+    SECOND,
     answers_columns,
     answers_table,
     clusters,
@@ -326,12 +327,13 @@ def evaluate(
 
 def write_scores(path: Path, trait: str, runs: Mapping[str, Run]) -> None:
     """Write every answer with its scores as CSV; of the runs of several seeds with their names."""
+    second = {name: run.read(SECOND) for name, run in runs.items()}
     rows = [
         {"seed": name, **row}
         for name, run in runs.items()
-        for row in answers_table(run.read("answers"), run.read("verdicts"), trait)
+        for row in answers_table(run.read("answers"), run.read("verdicts"), trait, second[name])
     ]
-    columns = answers_columns(trait, sweep=False)
+    columns = answers_columns(trait, sweep=False, second=any(second.values()))
     write_csv(path, columns if "" in runs else ["seed", *columns], rows)
 
 

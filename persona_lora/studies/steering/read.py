@@ -13,6 +13,7 @@ from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
     CONTROL,
+    SECOND,
     UNSTEERED,
     UNSTEERED_CONDITION,
     Condition,
@@ -39,7 +40,6 @@ from persona_lora.report.sections import (
 from persona_lora.report.summary import SweepSummary, summarise_run
 from persona_lora.report.trust import judge_blocks
 from persona_lora.report.two_judges import (
-    SECOND,
     Beside,
     TwoJudges,
     judges_table,

@@ -18,23 +18,29 @@ import pandas as pd
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
-from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units
+from persona_lora.report.comparisons import GAP_COLUMNS, cells_of, columns_of, over_units
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean, holm
-from persona_lora.report.scores import method_of
+from persona_lora.report.scores import SECOND, SECOND_SUFFIX, method_of
 from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
 METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
 EFFECT = "effect"
-COLUMNS = columns_of(
-    *("split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched"),
-    *("ordinary_mean", "ordinary_p95"),
+OF_THE_TRAIT = columns_of(
     *("trait=trait.mean", "trait_low=trait.low", "trait_high=trait.high", "n=trait.n"),
-    *("coverage=trait.coverage", "coherence=coherence.mean", "coherence_low=coherence.low"),
-    *("coherence_high=coherence.high", *GAP_COLUMNS),
+    *("coverage=trait.coverage", *GAP_COLUMNS),
 )
+COLUMNS = {
+    **columns_of(
+        *("split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched"),
+        *("ordinary_mean", "ordinary_p95", "coherence=coherence.mean"),
+        *("coherence_low=coherence.low", "coherence_high=coherence.high"),
+    ),
+    **OF_THE_TRAIT,
+}
 
 T = TypeVar("T")
 Place = tuple[str, float | None]
@@ -139,6 +145,16 @@ def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
     tested = tuple(corrected(points)), tuple(corrected(overall))
     on = config.get("calibrate_on", "prompts")
     return Comparison(config["trait"], config["statistic"], *tested, calibrated_on=on)
+
+
+def write_points(run: Run, found: Comparison) -> None:
+    """Write ``comparison.csv``: every point, with what a second judge says of the trait there."""
+    rows = [cells_of(each, COLUMNS) for each in found.points]
+    if any(Run(run.folder / row["split"]).read(SECOND) for row in run.read("splits")):
+        for row, other in zip(rows, read_comparison(run, by=SECOND).points, strict=True):
+            own = cells_of(other, OF_THE_TRAIT)
+            row.update({f"{name}{SECOND_SUFFIX}": cell for name, cell in own.items()})
+    write_csv(run.folder / "comparison.csv", list(rows[0]), rows)
 
 
 def _by_place(run: Run, criterion: str, file: str = "verdicts") -> dict[Place, Scores]:

@@ -22,6 +22,7 @@ from persona_lora.report.conditions import (
     LONG_COLUMNS,
     ConditionSummary,
     Controls,
+    as_second,
     condition_rows,
     difference_rows,
     group_by_condition,
@@ -41,6 +42,7 @@ from persona_lora.report.resampling import (
 )
 from persona_lora.report.scores import (
     CONTROL,
+    SECOND,
     UNSTEERED_CONDITION,
     Cluster,
     Condition,
@@ -225,18 +227,27 @@ def summarise_grid(
 
 
 def write_grid(run: Run) -> GridSummary:
-    """Summarise a run and write ``grid.json`` and ``grid.csv`` (long format) into it."""
+    """Summarise a run and write ``grid.json`` and ``grid.csv`` (long format) into it.
+
+    What a second judge says of the trait stands in ``grid.csv`` as well.
+    """
     grid = grid_of(run)
     write_json(run.folder / "grid.json", grid.as_dict())
-    write_csv(run.folder / "grid.csv", LONG_COLUMNS, long_rows(grid))
+    rows = long_rows(grid)
+    if run.read(SECOND):
+        rows += as_second(long_rows(grid_of(run, by=SECOND)))
+    write_csv(run.folder / "grid.csv", LONG_COLUMNS, rows)
     return grid
 
 
-def grid_of(run: Run, *, seed: int = 0) -> GridSummary:
-    """Summarise the rows of a run folder; the trait is the one its configuration names."""
+def grid_of(run: Run, *, seed: int = 0, by: str = "verdicts") -> GridSummary:
+    """Summarise the rows of a run folder; the trait is the one its configuration names.
+
+    ``by`` is the file of the verdicts; a second judge's say nothing of coherence.
+    """
     return summarise_grid(
         run.read("answers"),
-        run.read("verdicts"),
+        run.read(by),
         run.read("divergence"),
         trait=trait_of(run),
         seed=seed,

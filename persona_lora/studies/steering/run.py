@@ -30,9 +30,9 @@ from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import load_ordinary_prompts
-from persona_lora.report.comparisons import write_found
 from persona_lora.report.scores import (
     CONTROL,
+    SECOND,
     answers_columns,
     answers_table,
     control_name,
@@ -57,11 +57,11 @@ from persona_lora.studies.steering.divergence import (
 from persona_lora.studies.steering.figure import render_comparison, render_sweep
 from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_comparison import (
-    COLUMNS,
     LORA,
     METHODS,
     Comparison,
     read_comparison,
+    write_points,
 )
 from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_grid
 
@@ -225,9 +225,10 @@ def _named(condition: Condition) -> str:
 
 def write_results(run: Run, trait: str) -> SweepResult:
     """Write tables, statistics, plot and report from the rows of a sweep."""
-    answers = run.read("answers")
-    table = answers_table(answers, run.read("verdicts"), trait)
-    write_csv(run.folder / "sweep.csv", answers_columns(trait, answers), table)
+    answers, second = run.read("answers"), run.read(SECOND)
+    table = answers_table(answers, run.read("verdicts"), trait, second)
+    columns = answers_columns(trait, answers, second=bool(second))
+    write_csv(run.folder / "sweep.csv", columns, table)
     page = run.folder / "report.html"
     summary: SweepSummary | GridSummary
     if is_grid(run):
@@ -294,7 +295,7 @@ def compare(
             run.write("validation", part.read("validation"))  # of the judge, the same for all
         run.write("splits", [{"split": split} for split in asked])
         found = read_comparison(run)
-        write_found(run.folder / "comparison.csv", COLUMNS, found.points)
+        write_points(run, found)
         render_comparison(found).save(run.folder / "comparison.png")
     write_report([run.folder], run.folder / "report.html")
     return found
