@@ -14,13 +14,16 @@ from typing import Any
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run, first_difference
 from persona_lora.report import wording
-from persona_lora.report.comparisons import columns_of, write_found
+from persona_lora.report.comparisons import cells_of, columns_of
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval
 from persona_lora.report.scores import (
+    SECOND,
+    SECOND_SUFFIX,
     UNSTEERED,
     Condition,
     clusters,
@@ -30,10 +33,20 @@ from persona_lora.report.scores import (
 from persona_lora.report.sections import Block, Heading, Note, Table
 from persona_lora.report.standing import standing
 from persona_lora.report.summary import trait_of
+from persona_lora.report.two_judges import (
+    Beside,
+    Pair,
+    TwoJudges,
+    judges_table,
+    lead_of,
+    of_pairs,
+    pairs_of,
+)
 from persona_lora.report.two_way import Gaps, crossed_mean, scaled, shared_questions
 from persona_lora.studies.steering.read_comparison import LORA, effects_of
 
 COMMANDS = ("evaluate", "sweep", "compare")
+VERDICTS = "verdicts"
 SEED = "the seed of the diff"
 OF_ONE = ("the diff", SEED)  # inputs in which seeds may differ; so may controls made like the diff
 REMEDY = "give what `train --seeds` made"
@@ -57,11 +70,16 @@ class OverSeeds:
     p_holm: float | None = None
 
 
-COLUMNS = columns_of(
-    *("condition", "seeds", "score=score.mean", "low=score.low", "high=score.high"),
-    *("questions=score.n_questions", "coherence=coherence.mean", "change=change.mean"),
+OF_THE_TRAIT = columns_of(
+    *("score=score.mean", "low=score.low", "high=score.high", "change=change.mean"),
     *("change_low=change.low", "change_high=change.high", "p", "p_holm"),
 )
+COLUMNS = {
+    **columns_of(
+        *("condition", "seeds", "questions=score.n_questions", "coherence=coherence.mean"),
+    ),
+    **OF_THE_TRAIT,
+}
 
 
 def diffs_of_seeds(path: Path) -> dict[str, Path]:
@@ -130,24 +148,27 @@ def _fixed(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def over_seeds(runs: Sequence[Run]) -> list[OverSeeds]:
-    """Return every condition over the seeds; UserError for runs that are no seeds of one."""
+def over_seeds(runs: Sequence[Run], *, by: str = VERDICTS) -> list[OverSeeds]:
+    """Return every condition over the seeds; UserError for runs that are no seeds of one.
+
+    ``by`` is the file of the verdicts on the trait.
+    """
     why = apart(runs)
     if why is not None:
         raise UserError(f"{why}; {REMEDY}")
     if runs[0].record["command"] == "compare":
-        return _over_methods(runs)
-    by_run = [_scores(run) for run in runs]
+        return _over_methods(runs, by)
+    by_run = [_scores(run, by) for run in runs]
     return corrected([_over_condition(condition, by_run) for condition in by_run[0]])
 
 
 Scores = dict[Condition, tuple[Gaps, ...]]  # trait and coherence, by question
 
 
-def _scores(run: Run) -> Scores:
+def _scores(run: Run, by: str) -> Scores:
     trait = trait_of(run)
     groups: dict[Condition, list[Any]] = {}
-    for row in score_answers(run.read("answers"), run.read("verdicts"), trait):
+    for row in score_answers(run.read("answers"), run.read(by), trait):
         groups.setdefault(row.condition, []).append(row)
     return {
         condition: tuple(question_means(clusters(rows, each)) for each in (trait, COHERENCE))
@@ -173,8 +194,8 @@ def _over_condition(condition: Condition, by_run: Sequence[Scores]) -> OverSeeds
     return _with_change(found, [_minus(each[condition][0], zero or {}) for each, zero in pairs])
 
 
-def _over_methods(runs: Sequence[Run]) -> list[OverSeeds]:
-    by_run = [effects_of(run) for run in runs]
+def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
+    by_run = [effects_of(run, by=by) for run in runs]
     found = []
     for split, method in by_run[0]:
         effects = [each[split, method] for each in by_run]
@@ -198,6 +219,39 @@ def _minus(first: Gaps, second: Gaps) -> Gaps:
     return {question: first[question] - second[question] for question in first.keys() & second}
 
 
+def seeds_judges(runs: Sequence[Run], found: Sequence[OverSeeds]) -> TwoJudges | None:
+    """Return what both judges say over the seeds; None where one judged alone."""
+    trait, parts = trait_of(runs[0]), [part for run in runs for part in _judged(run)]
+    if not all(part.read(SECOND) for part in parts):
+        return None
+    pairs = [pair for run in runs for part in _judged(run) for pair in _pairs(run, part, trait)]
+    second = {each.condition: each.change for each in over_seeds(runs, by=SECOND)}
+    effects = [
+        Beside(each.condition, each.change, other)
+        for each in found
+        if each.change is not None and (other := second[each.condition]) is not None
+    ]
+    return of_pairs(trait, parts, pairs, effects)
+
+
+def _pairs(run: Run, part: Run, trait: str) -> list[Pair]:
+    """Return both scores of a seed's answers, which are one draw of every condition."""
+    split = "" if part is run else part.folder.name
+    found = pairs_of(part, trait, lambda each: _name(each, split), within=split)
+    return [each._replace(draw=f"{run.folder} {each.draw}") for each in found]
+
+
+def _judged(run: Run) -> list[Run]:
+    """Return the runs that hold the answers of a run: of a comparison one for each split."""
+    return [Run(run.folder / row["split"]) for row in run.read("splits")] or [run]
+
+
+def _name(condition: Condition, split: str) -> str:
+    """Return a condition by the name that it has over seeds."""
+    label = wording.condition_label(condition.method, condition.coefficient)
+    return f"{split}: {condition.method}" if split else label
+
+
 # -- in words ------------------------------------------------------------------------------------
 
 
@@ -212,18 +266,23 @@ def seeds_table(found: Sequence[OverSeeds]) -> Table:
 
 
 def seeds_lines(runs: Sequence[Run], found: Sequence[OverSeeds]) -> tuple[str, str]:
-    """Return the first line of a report over seeds, and what it found."""
+    """Return the first line of a report over seeds, and what it found, by both judges."""
     sentences = [standing(run, len(runs)) for run in runs]
     first = next((each for each in sentences if each.startswith("Exploratory")), sentences[0])
+    both, trait = seeds_judges(runs, found), trait_of(runs[0])
+    return first, lead_of(_finding(runs, found), both, _judged(runs[0])[0], trait)
+
+
+def _finding(runs: Sequence[Run], found: Sequence[OverSeeds]) -> str:
     clear = [each for each in found if wording.clear_sign(each.change, each.p_holm)]
     said = ", ".join(f"{each.condition}: {wording.change(each.change)}" for each in clear)
     reason = next((each.score.reason for each in found if each.score.reason), None)
     if reason is not None:
-        return first, f"No intervals over seeds: {reason}."
+        return f"No intervals over seeds: {reason}."
     if all(each.change is None for each in found):  # of evaluate, which asks one condition
         means = ", ".join(f"{each.condition}: {wording.interval(each.score)}" for each in found)
-        return first, f"Over {len(runs)} seeds: {means}."
-    return first, f"Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}."
+        return f"Over {len(runs)} seeds: {means}."
+    return f"Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}."
 
 
 def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
@@ -237,11 +296,17 @@ def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
     )
     heading = Heading(f"Over {len(runs)} training seeds")
     lines = (Note(line, "") for line in seeds_lines(runs, found))
-    return (heading, *lines, seeds_table(found), Note(note))
+    judges = judges_table(seeds_judges(runs, found))
+    return (heading, *lines, seeds_table(found), Note(note), *judges)
 
 
 def write_seeds(folder: Path, runs: Sequence[Run]) -> list[OverSeeds]:
-    """Read runs as seeds and write ``seeds.csv``."""
+    """Read runs as seeds and write ``seeds.csv``, with what a second judge says."""
     found = over_seeds(runs)
-    write_found(folder / "seeds.csv", COLUMNS, found)
+    rows = [cells_of(each, COLUMNS) for each in found]
+    if all(part.read(SECOND) for run in runs for part in _judged(run)):
+        for row, other in zip(rows, over_seeds(runs, by=SECOND), strict=True):
+            own = cells_of(other, OF_THE_TRAIT)
+            row.update({f"{name}{SECOND_SUFFIX}": cell for name, cell in own.items()})
+    write_csv(folder / "seeds.csv", list(rows[0]), rows)
     return found

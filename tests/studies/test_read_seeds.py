@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import html
+
 import numpy as np
 import pytest
 
@@ -66,7 +69,7 @@ def test_what_one_seed_shows_is_not_what_seeds_show(seeded):
     assert found.p > 0.5
     assert found.change.low < -20
     assert found.change.high > 20
-    assert seeds_lines(runs, over_seeds(runs))[1].endswith("(Holm): nothing.")
+    assert seeds_lines(runs, over_seeds(runs))[1].endswith("(Holm): nothing. One judge: embedding.")
 
 
 def test_what_all_seeds_do_is_found_with_its_size(seeded):
@@ -120,4 +123,26 @@ def test_a_report_of_seeds_begins_with_them(seeded, tmp_path, no_drawing):
     assert "Exploratory, 3 seeds." in page
     assert page.count("Exploratory, one seed.") == 6  # each in the list above, and in its section
     write_seeds(tmp_path, runs)
-    assert (tmp_path / "seeds.csv").read_text().startswith("condition,seeds,score")
+    assert (tmp_path / "seeds.csv").read_text().startswith("condition,seeds,questions")
+
+
+def test_a_second_judge_is_read_over_the_seeds_as_well(seeded, tmp_path, no_drawing):
+    runs = seeded([18, 22, 20])
+    for run in runs:
+        at = {row["row"]: row["coefficient"] for row in run.read("answers")}
+        own = [row for row in run.read("verdicts") if row["criterion"] == "evil"]
+        rows = [
+            {**row, "judge": "other", "score": 100 - row["score"] if at[row["row"]] == 1 else 50.0}
+            for row in own
+        ]
+        run.write("second_verdicts", rows)
+    page = write_report([run.folder for run in runs], tmp_path / "report.html").read_text()
+    line = seeds_lines(runs, over_seeds(runs))[1]
+    assert line.startswith("The two judges disagree on the sign of a change of evil (+1: +20")
+    assert "Clear of 0 over 3 seeds" in line
+    assert line in html.unescape(page)
+    write_seeds(tmp_path, runs)
+    rows = {row["condition"]: row for row in csv.DictReader((tmp_path / "seeds.csv").open())}
+    row = rows["'+1"]
+    assert float(row["change_second"]) == pytest.approx(-float(row["score"]) + 50)
+    assert float(row["change_high_second"]) < 0 < float(row["change_low"])

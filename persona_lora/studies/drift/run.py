@@ -42,6 +42,7 @@ from persona_lora.projections.weight_space import (
 )
 from persona_lora.report import wording
 from persona_lora.report.resampling import Interval, bootstrap_mean, holm
+from persona_lora.report.scores import SECOND_SUFFIX
 from persona_lora.report.sections import Table
 from persona_lora.studies.asking.run import (
     Evaluation,
@@ -198,6 +199,9 @@ def _measure(
         _row({**place, "statistic": "trait"}, result.trait),
         _row({**place, "statistic": "coherence"}, result.coherence),
     ]
+    if result.judges is not None:
+        second = result.judges.means[0].second
+        rows.append(_row({**place, "statistic": f"trait{SECOND_SUFFIX}"}, second))
     answers = [row for row in Run(result.run).read("answers") if row["answer"].strip()]
     if not answers or not measures.vectors:
         return rows

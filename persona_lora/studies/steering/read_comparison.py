@@ -263,15 +263,15 @@ def pooled(runs: Sequence[Run]) -> list[Pooled]:
     ]
 
 
-def effects_of(run: Run) -> dict[tuple[str, str], Mapping[int, float]]:
+def effects_of(run: Run, *, by: str = "verdicts") -> dict[tuple[str, str], Mapping[int, float]]:
     """Return the effect of every method by question, by split and method.
 
-    Of several random controls it is their mean.
+    Of several random controls it is their mean. ``by`` is the file of the verdicts.
     """
     found: dict[tuple[str, str], Mapping[int, float]] = {}
     for row in run.read("splits"):
         part = Run(run.folder / row["split"])
-        traits = _by_place(part, run.record["config"]["trait"])
+        traits = _by_place(part, run.record["config"]["trait"], by)
         effects = {m: _effects(own, traits) for m, own in _by_method(run.read("levels")).items()}
         for names in _together(list(effects), method_of):
             own = [effects[name] for name in names]
