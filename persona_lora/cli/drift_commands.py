@@ -99,6 +99,7 @@ def project_activations(
     --output results/projection/evil
     """
     from persona_lora.core.traits import load_trait
+    from persona_lora.projections.activation_space import Along
     from persona_lora.studies.vectors import text_projection
     from persona_lora.studies.vectors.read import projections_table, separation_table
 
@@ -113,24 +114,15 @@ def project_activations(
         "base_model": shift.base_model,
     }
     written = output.at(output.output, record=record)
-    places = [_tokens(texts.positions)]
+    along = Along(vectors, layers, (_tokens(texts.positions),))
     with progress_bars():
         if read is None:
             trait = load_trait(str(texts.labelled), texts.datasets_dir)
-            run = text_projection.separate_labelled(
-                chat_model, trait, vectors, layers, written, positions=places
-            )
+            run = text_projection.separate_labelled(chat_model, trait, along, written)
         else:
             base = _base(chat_model, shift, adapted=model.adapter is not None)
             run = text_projection.project_texts(
-                chat_model,
-                read,
-                vectors,
-                layers,
-                written,
-                positions=places,
-                base=base,
-                columns=texts.columns,
+                chat_model, read, along, written, base=base, columns=texts.columns
             )
     show((separation_table if read is None else projections_table)(run), f"run: {run.folder}")
 
@@ -288,6 +280,7 @@ def evaluate_checkpoints(
     --layers 19 --finetuned-on sycophancy
     """
     from persona_lora.core.traits import load_trait
+    from persona_lora.projections.activation_space import Along
     from persona_lora.report.two_judges import across_runs, lead_of
     from persona_lora.studies.drift import run as experiment
     from persona_lora.studies.drift.read import answers_of, checkpoints_table
@@ -301,18 +294,13 @@ def evaluate_checkpoints(
     judge = judging_of(judging)
     base = load_model(model, directions.values())
     folder = output.output or Path("results") / "checkpoints" / checkpoints.folder.name
+    layers = layer_numbers(checkpoints.layers, depth) if directions else ()
+    along = Along(directions, layers, (_tokens(checkpoints.positions),))
     with progress_bars():
         run = experiment.evaluate_checkpoints(
             base,
             checkpoints.folder,
-            experiment.Measures(
-                tuple(loaded),
-                directions,
-                layer_numbers(checkpoints.layers, depth) if directions else (),
-                _tokens(checkpoints.positions),
-                checkpoints.split,
-                checkpoints.finetuned_on,
-            ),
+            experiment.Measures(tuple(loaded), along, checkpoints.split, checkpoints.finetuned_on),
             lambda trait, reference: judge_factory(trait, reference, judge),
             output.at(folder, judge),
             options=generation,

@@ -9,11 +9,15 @@ texts come from and what the projections are compared with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.hidden_states import stream_hidden_means
@@ -49,6 +53,38 @@ def project_hidden_states(
     for rows, means in stream_hidden_means(chat_model, texts, positions=positions, layers=layers):
         projections[rows] = torch.einsum("bplh,vlh->bvlp", means, units)
     return projections
+
+
+@dataclass(frozen=True)
+class Along:
+    """What texts are projected on: vectors by name, at layers, and from which of their tokens."""
+
+    vectors: Mapping[str, SteeringVector]
+    layers: Sequence[int]
+    positions: Sequence[str] = ("response_avg",)
+
+    def check(self, chat_model: ChatModel) -> None:
+        """Raise UserError for a vector of a model of another shape, or without a layer."""
+        for name, vector in self.vectors.items():
+            check_fits(chat_model, vector, name)
+            vector.at(self.layers)
+
+    def project(
+        self, chat_model: ChatModel, texts: Sequence[TokenizedExchange], stage: str = "projecting"
+    ) -> Tensor:
+        """Return the projections as ``project_hidden_states`` does, and report on them."""
+        with progress.stage(stage):
+            return project_hidden_states(
+                chat_model, texts, self.vectors, self.layers, positions=self.positions
+            )
+
+    def places(self) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
+        """Yield where a projection of a text stands among its own, and what it is of."""
+        for (v, name), (at, layer), (p, position) in product(
+            enumerate(self.vectors), enumerate(self.layers), enumerate(self.positions)
+        ):
+            trait = self.vectors[name].trait
+            yield (v, at, p), {"vector": name, "trait": trait, "layer": layer, "type": position}
 
 
 def check_fits(chat_model: ChatModel, vector: SteeringVector, name: str) -> None:

@@ -16,8 +16,6 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from persona_lora.core import progress
 from persona_lora.core.adapter_files import ADAPTER_CONFIG
 from persona_lora.core.content import model_folder_digest
@@ -25,14 +23,13 @@ from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.lora_diff import LoRADiff, mix
 from persona_lora.core.runs import Output, Run
-from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.weight_files import weights_of
-from persona_lora.projections.activation_space import check_fits, project_hidden_states
+from persona_lora.projections.activation_space import Along
 from persona_lora.projections.inputs import PLAIN, WEIGHTED, ModuleInputs
 from persona_lora.projections.weight_space import (
     Projection,
@@ -74,9 +71,7 @@ class Measures:
     """What is measured of every checkpoint."""
 
     traits: tuple[Trait, ...]
-    vectors: Mapping[str, SteeringVector]
-    layers: tuple[int, ...]
-    position: str = "response_avg"
+    along: Along
     split: Split = "eval"
     finetuned_on: str | None = None
 
@@ -84,9 +79,9 @@ class Measures:
         """Return the plain values for a run's configuration."""
         return {
             "traits": [trait.name for trait in self.traits],
-            "vectors": list(self.vectors),
-            "layers": list(self.layers),
-            "type": self.position,
+            "vectors": list(self.along.vectors),
+            "layers": list(self.along.layers),
+            "type": next(iter(self.along.positions)),
             "split": self.split,
             "finetuned_on": self.finetuned_on,
         }
@@ -131,15 +126,13 @@ def evaluate_checkpoints(
     is the mean difference on the same tokens.
     """
     checkpoints = find_checkpoints(folder)
-    for name, vector in measures.vectors.items():
-        check_fits(base, vector, name)
-        vector.at(measures.layers)
+    measures.along.check(base)
     judges = {trait.name: lazily(judge_of(trait, base)) for trait in measures.traits}
     output = Output.of(output)
     config = {"folder": str(folder), **measures.record()}
     read = (
         *(trait.inputs() for trait in measures.traits),
-        contents_of("vector", measures.vectors),
+        contents_of("vector", measures.along.vectors),
         {each.name: model_folder_digest(each.path) for each in checkpoints if each.path},
     )
     run = open_run(
@@ -163,7 +156,7 @@ def evaluate_checkpoints(
                     place = {"checkpoint": checkpoint.name, "step": checkpoint.step}
                     place["trait"] = trait.name
                     run.extend("checkpoints", _measure(base, model, measures, place, result))
-        run.write("cosines", _cosines(measures))
+        run.write("cosines", _cosines(measures.along))
         here = {checkpoint.name for checkpoint in checkpoints}
         rows = [row for row in run.read("checkpoints") if row["checkpoint"] in here]
         run.write("checkpoints", rows)
@@ -203,28 +196,17 @@ def _measure(
         second = result.judges.means[0].second
         rows.append(_row({**place, "statistic": f"trait{SECOND_SUFFIX}"}, second))
     answers = [row for row in Run(result.run).read("answers") if row["answer"].strip()]
-    if not answers or not measures.vectors:
+    if not answers or not measures.along.vectors:
         return rows
     texts = [tokenize_rendered(base, row["prompt"], row["answer"]) for row in answers]
-
-    def projected(by: ChatModel) -> Tensor:  # [texts, vectors, layers]
-        at = [measures.position]
-        return project_hidden_states(by, texts, measures.vectors, measures.layers, positions=at)[
-            ..., 0
-        ]
-
-    with progress.stage("projecting"):
-        own = projected(model)
-    below = own if model is base else projected(base)
+    own = measures.along.project(model, texts)
+    below = own if model is base else measures.along.project(base, texts)
     for statistic, values in (("projection", own), ("shift", own - below)):
-        for (v, name), (at, layer) in product(
-            enumerate(measures.vectors), enumerate(measures.layers)
-        ):
+        for at, where in measures.along.places():
             cluster: dict[int, list[float | None]] = {}
-            for answer, value in zip(answers, values[:, v, at].tolist(), strict=True):
+            for answer, value in zip(answers, values[:, *at].tolist(), strict=True):
                 cluster.setdefault(answer["question_id"], []).append(value)
-            where = {"vector": name, "layer": layer, "type": measures.position}
-            rows.append(_row({**place, "statistic": statistic, **where}, bootstrap_mean(cluster)))
+            rows.append(_row({**where, **place, "statistic": statistic}, bootstrap_mean(cluster)))
     return rows
 
 
@@ -233,12 +215,12 @@ def _row(place: Mapping[str, Any], interval: Interval) -> dict[str, Any]:
     return {name: place.get(name, found.get(name)) for name in COLUMNS}
 
 
-def _cosines(measures: Measures) -> list[dict[str, Any]]:
+def _cosines(along: Along) -> list[dict[str, Any]]:
     return [
         {"vector": one, "other": other, "layer": layer, "cosine": cosine}
-        for one, other in combinations(measures.vectors, 2)
-        for layer, cosine in measures.vectors[one].cosine(measures.vectors[other]).items()
-        if layer in measures.layers
+        for one, other in combinations(along.vectors, 2)
+        for layer, cosine in along.vectors[one].cosine(along.vectors[other]).items()
+        if layer in along.layers
     ]
 
 

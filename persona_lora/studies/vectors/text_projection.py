@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from persona_lora.models.likelihood import (
     tokenize_rendered,
 )
 from persona_lora.models.loading import ChatModel
-from persona_lora.projections.activation_space import check_fits, project_hidden_states
+from persona_lora.projections.activation_space import Along
 from persona_lora.report import wording
 from persona_lora.report.sections import Table
 from persona_lora.report.separation import separation
@@ -103,11 +102,9 @@ def read_texts(path: Path) -> Texts:
 def project_texts(
     chat_model: ChatModel,
     texts: Texts,
-    vectors: Mapping[str, SteeringVector],
-    layers: Sequence[int],
+    along: Along,
     output: Output | Path,
     *,
-    positions: Sequence[str] = ("response_avg",),
     base: AbstractContextManager[ChatModel] | None = None,
     columns: bool = False,
 ) -> Run:
@@ -119,20 +116,14 @@ def project_texts(
     is refused before anything is computed.
     """
     tokenized = texts.tokenized(chat_model)
-
-    def project(model: ChatModel, stage: str) -> Tensor:
-        with progress.stage(stage):
-            return project_hidden_states(model, tokenized, vectors, layers, positions=positions)
-
     content = digest_of([texts.exchanges, texts.columns if columns else None])
     config, read = {"source": texts.source}, {texts.source: content}
-    run = _open(output, chat_model, vectors, layers, positions, config, read)
-    with run:
-        own, below = project(chat_model, "projecting"), None
+    with _open(output, chat_model, along, config, read) as run:
+        own, below = along.project(chat_model, tokenized), None
         if base is not None:
             with base as base_model:
-                below = project(base_model, "projecting (base)")
-        rows = _long_rows(vectors, layers, positions, own, below)
+                below = along.project(base_model, tokenized, "projecting (base)")
+        rows = _long_rows(along, own, below)
         run.write("projections", rows)
         write_csv(run.folder / "projections.csv", COLUMNS, rows)
         if columns:
@@ -156,11 +147,8 @@ def _adapter_off(chat_model: ChatModel, adapted: PeftModel) -> Iterator[ChatMode
 def separate_labelled(
     chat_model: ChatModel,
     trait: Trait,
-    vectors: Mapping[str, SteeringVector],
-    layers: Sequence[int],
+    along: Along,
     output: Output | Path,
-    *,
-    positions: Sequence[str] = ("response_avg",),
 ) -> Run:
     """Project a trait's hand-labelled answers and write how well each projection tells them apart.
 
@@ -171,12 +159,8 @@ def separate_labelled(
         tokenize_exchange(chat_model, Exchange(each.question, each.answer)) for each in labelled
     ]
     config = {"trait": trait.name, "source": "judge_eval.jsonl"}
-    run = _open(output, chat_model, vectors, layers, positions, config, trait.inputs())
-    with run:
-        with progress.stage("projecting"):
-            values = project_hidden_states(
-                chat_model, tokenized, vectors, layers, positions=positions
-            )
+    with _open(output, chat_model, along, config, trait.inputs()) as run:
+        values = along.project(chat_model, tokenized)
         labels = [each.label for each in labelled]
         rows = [
             {
@@ -184,9 +168,9 @@ def separate_labelled(
                 "trait": trait.name,
                 **dataclasses.asdict(separation(values[:, *at].tolist(), labels)),
             }
-            for at, place in _places(vectors, layers, positions)
+            for at, place in along.places()
         ]
-        run.write("projections", _long_rows(vectors, layers, positions, values, None))
+        run.write("projections", _long_rows(along, values, None))
         run.write("separation", rows)
         write_csv(run.folder / "separation.csv", SEPARATION_COLUMNS, rows)
     return run
@@ -195,28 +179,14 @@ def separate_labelled(
 def _open(
     output: Output | Path,
     chat_model: ChatModel,
-    vectors: Mapping[str, SteeringVector],
-    layers: Sequence[int],
-    positions: Sequence[str],
+    along: Along,
     config: Mapping[str, Any],
     read: Mapping[str, str],
 ) -> Run:
-    for name, vector in vectors.items():
-        check_fits(chat_model, vector, name)
-        vector.at(layers)
-    config = {**config, "layers": list(layers), "types": list(positions)}
-    return open_run(output, "project", chat_model, config, contents_of("vector", vectors), read)
-
-
-def _places(
-    vectors: Mapping[str, SteeringVector], layers: Sequence[int], positions: Sequence[str]
-) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
-    """Yield where a projection stands in a tensor, and what it is of."""
-    for (v, name), (at, layer), (p, position) in product(
-        enumerate(vectors), enumerate(layers), enumerate(positions)
-    ):
-        place = {"vector": name, "trait": vectors[name].trait, "layer": layer, "type": position}
-        yield (v, at, p), place
+    along.check(chat_model)
+    config = {**config, "layers": list(along.layers), "types": list(along.positions)}
+    contents = contents_of("vector", along.vectors)
+    return open_run(output, "project", chat_model, config, contents, read)
 
 
 def _split(row: Mapping[str, Any], where: str) -> tuple[Conversation, str]:
@@ -226,13 +196,7 @@ def _split(row: Mapping[str, Any], where: str) -> tuple[Conversation, str]:
     return messages[:-1], messages[-1]["content"]
 
 
-def _long_rows(
-    vectors: Mapping[str, SteeringVector],
-    layers: Sequence[int],
-    positions: Sequence[str],
-    own: Tensor,
-    below: Tensor | None,
-) -> list[dict[str, Any]]:
+def _long_rows(along: Along, own: Tensor, below: Tensor | None) -> list[dict[str, Any]]:
     return [
         {
             "row": row,
@@ -242,7 +206,7 @@ def _long_rows(
             "shift": None if below is None else float(own[row, *at] - below[row, *at]),
         }
         for row in range(len(own))
-        for at, place in _places(vectors, layers, positions)
+        for at, place in along.places()
     ]
 
 
@@ -365,6 +329,5 @@ def _project(
         tokenize_rendered(chat_model, chat_model.render(conversation), answer or " ")
         for conversation, answer in zip(conversations, answers, strict=True)
     ]
-    with progress.stage(f"projecting {stage}"):
-        found = project_hidden_states(chat_model, texts, {"vector": vector}, [layer])
+    found = Along({"vector": vector}, [layer]).project(chat_model, texts, f"projecting {stage}")
     return np.asarray(found[:, 0, 0, 0].double())

@@ -12,6 +12,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import load_chat_model
+from persona_lora.projections.activation_space import Along
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.drift import run as module
 from persona_lora.studies.drift.run import (
@@ -51,7 +52,7 @@ def finetune(tmp_path, base, make_adapter):
 @pytest.fixture
 def run_all(base, finetune, trait, vectors, judge, tmp_path):
     def run(**changes):
-        measures = Measures((trait,), vectors, (0, 1), finetuned_on="cheer")
+        measures = Measures((trait,), Along(vectors, (0, 1)), finetuned_on="cheer")
         return evaluate_checkpoints(
             changes.pop("base", base),
             finetune,
@@ -147,12 +148,12 @@ def test_a_judge_is_built_once_a_trait_and_without_vectors_nothing_is_projected(
     def judge_of(trait, model):
         return lambda: built.append(trait.name) or judge
 
-    run = run_all(judge_of=judge_of, measures=Measures((trait,), {}, ()))
+    run = run_all(judge_of=judge_of, measures=Measures((trait,), Along({}, ())))
     assert built == ["cheer"]
     assert {row["statistic"] for row in run.read("checkpoints")} == {"trait", "coherence"}
 
 
 def test_vectors_that_do_not_fit_are_named_before_anything_is_written(run_all, trait, vectors):
-    measures = Measures((trait,), vectors, (5,))
+    measures = Measures((trait,), Along(vectors, (5,)))
     with pytest.raises(UserError, match="no layer 5"):
         run_all(measures=measures)

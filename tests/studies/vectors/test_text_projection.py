@@ -18,6 +18,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel
+from persona_lora.projections.activation_space import Along
 from persona_lora.studies.vectors.read import separation_table
 from persona_lora.studies.vectors.text_projection import (
     Texts,
@@ -63,7 +64,10 @@ def values(run, name="projection"):
 def test_both_forms_give_the_same_projections(chat_model, vector, files, tmp_path):
     runs = {
         form: project_texts(
-            chat_model, read_texts(path), {"v": vector, "w": vector * -1}, [0, 1], tmp_path / form
+            chat_model,
+            read_texts(path),
+            Along({"v": vector, "w": -vector}, [0, 1]),
+            tmp_path / form,
         )
         for form, path in files.items()
     }
@@ -81,10 +85,9 @@ def test_the_shift_is_finetuned_minus_base_on_the_same_tokens(
 ):
     texts = read_texts(files["jsonl"])
     other = ChatModel(make_model(seed=5), chat_model.tokenizer, "other")
-    plain = project_texts(chat_model, texts, {"v": vector}, [1], tmp_path / "plain")
-    moved = project_texts(
-        other, texts, {"v": vector}, [1], tmp_path / "moved", base=nullcontext(chat_model)
-    )
+    along = Along({"v": vector}, [1])
+    plain = project_texts(chat_model, texts, along, tmp_path / "plain")
+    moved = project_texts(other, texts, along, tmp_path / "moved", base=nullcontext(chat_model))
     assert values(moved, "base_projection") == values(plain)
     expected = [a - b for a, b in zip(values(moved), values(plain), strict=True)]
     assert values(moved, "shift") == pytest.approx(expected, abs=1e-6)
@@ -92,9 +95,7 @@ def test_the_shift_is_finetuned_minus_base_on_the_same_tokens(
     adapter = make_adapter(tmp_path / "adapter", chat_model.model, seed=1)
     wrapped = PeftModel.from_pretrained(chat_model.model, adapter).eval()
     tuned = ChatModel(wrapped, chat_model.tokenizer, "tuned")
-    run = project_texts(
-        tuned, texts, {"v": vector}, [1], tmp_path / "tuned", base=base_of_adapter(tuned)
-    )
+    run = project_texts(tuned, texts, along, tmp_path / "tuned", base=base_of_adapter(tuned))
     assert values(run, "base_projection") == pytest.approx(values(plain), abs=1e-5)
     assert any(abs(each) > 1e-4 for each in values(run, "shift"))
 
@@ -103,8 +104,7 @@ def test_a_model_against_itself_shifts_nothing(chat_model, vector, files, tmp_pa
     run = project_texts(
         chat_model,
         read_texts(files["csv"]),
-        {"v": vector},
-        [0],
+        Along({"v": vector}, [0]),
         tmp_path / "run",
         base=nullcontext(chat_model),
         columns=True,
@@ -120,7 +120,8 @@ def test_a_model_against_itself_shifts_nothing(chat_model, vector, files, tmp_pa
 def test_labelled_answers_are_separated_by_the_vector_that_orders_them(
     chat_model, trait, vector, tmp_path
 ):
-    run = separate_labelled(chat_model, trait, {"v": vector, "w": -vector}, [0, 1], tmp_path / "s")
+    along = Along({"v": vector, "w": -vector}, [0, 1])
+    run = separate_labelled(chat_model, trait, along, tmp_path / "s")
     rows = run.read("separation")
     assert len(rows) == 4
     assert rows[0]["auc"] == pytest.approx(1 - rows[2]["auc"])
@@ -153,13 +154,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, message):
 def test_mistakes_write_nothing(chat_model, vector, files, tmp_path):
     texts = read_texts(files["csv"])
     with pytest.raises(UserError, match="no layer 9"):
-        project_texts(chat_model, texts, {"v": vector}, [9], tmp_path / "run")
+        project_texts(chat_model, texts, Along({"v": vector}, [9]), tmp_path / "run")
     with pytest.raises(UserError, match="has no adapter"):
         project_texts(
             chat_model,
             texts,
-            {"v": vector},
-            [0],
+            Along({"v": vector}, [0]),
             tmp_path / "run",
             base=base_of_adapter(chat_model),
         )
