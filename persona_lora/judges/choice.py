@@ -64,7 +64,7 @@ class JudgeOptions(JudgeChoice):
     environ: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @cached_property
-    def endpoint(self) -> Endpoint:
+    def _endpoint(self) -> Endpoint:
         """The judge's endpoint: what is given here, then what ``environ`` names."""
         found = endpoint_of(self.environ)
         return {
@@ -76,8 +76,18 @@ class JudgeOptions(JudgeChoice):
     @cached_property
     def budget(self) -> Budget:
         """The one account of all judges that are made with these options."""
-        return budget_of(
-            dataclasses.replace(self.limits, max_cost=self.max_judge_cost), self.endpoint["model"]
+        limits = dataclasses.replace(self.limits, max_cost=self.max_judge_cost)
+        return budget_of(limits, self._endpoint["model"])
+
+    def reader(self, highest: int = 100) -> EndpointReader:
+        """Return what reads numbers from 0 to ``highest`` at the endpoint."""
+        return EndpointReader(
+            **self._endpoint,
+            mode=self.judge_mode,
+            limits=self.limits,
+            cache=VerdictCache(self.cache),
+            budget=self.budget,
+            highest=highest,
         )
 
 
@@ -261,14 +271,7 @@ def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) 
 
 
 def _openai_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
-    reader = EndpointReader(
-        **options.endpoint,
-        mode=options.judge_mode,
-        limits=options.limits,
-        budget=options.budget,
-        cache=VerdictCache(options.cache),
-    )
-    return OpenAIJudge(trait, reader)
+    return OpenAIJudge(trait, options.reader())
 
 
 def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:

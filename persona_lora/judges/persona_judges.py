@@ -24,12 +24,10 @@ from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.core.traits import load_pairs, load_trait
-from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.choice import JudgeOptions, local_judge_model
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judge_prompts import Reading, weighted_score
 from persona_lora.judges.judging import Judge, MultiJudge
-from persona_lora.judges.openai import EndpointReader
 from persona_lora.judges.style_judge import (
     HIGHEST,
     LOWEST,
@@ -321,14 +319,7 @@ def fit_coherence(
 
 def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
     if name == "openai":
-        endpoint = EndpointReader(
-            **options.endpoint,
-            mode=options.judge_mode,
-            limits=options.limits,
-            budget=options.budget,
-            cache=VerdictCache(options.cache),
-            highest=int(HIGHEST),
-        )
+        endpoint = options.reader(int(HIGHEST))
         return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.dollars)
     chosen = options.judge_model
     model = local_judge_model(chosen, reference)

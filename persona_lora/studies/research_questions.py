@@ -6,7 +6,7 @@ Where a run is missing, the page says so, and names the command that makes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,7 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
     }
     if not any(parts.values()):
         raise UserError(f"{results} holds no run behind the questions; run scripts/reproduce.sh")
-    filled = fill_template(
-        "research_questions.md.j2", **parts, table=_markdown, absent="Not measured yet."
-    )
+    filled = fill_template("research_questions.md.j2", **parts, absent="Not measured yet.")
     write_text(page, filled)
     return [name for name, found in parts.items() if not found]
 
@@ -120,11 +118,7 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
     runs = [Run(file.parent) for file in sorted(folder.glob("*/splits.jsonl"))]
     if not runs:
         return None
-    rows: list[tuple[str, ...]] = [
-        ("trait", "questions", "weights", "activations", "random difference", "random vector",
-         "weights − activations", "p", "coherence: weights − activations"),
-    ]  # fmt: skip
-    pictures, at_level, winners = [], [], []
+    rows, pictures, at_level, winners = [], [], [], []
     moved = {LORA: 0, ACTIVATION: 0}
     for run in runs:
         found = read_comparison(run)
@@ -151,12 +145,15 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
         "undecided": winners.count(None),
         "levels": len(at_level),
         "unmatched": at_level.count(False),
-        "rows": rows,
+        "rows": _table(
+            "trait | questions | weights | activations | random difference | random vector | "
+            "weights − activations | p | coherence: weights − activations",
+            rows,
+        ),
         "traits": len(runs),
-        "pooled": [
-            ("questions", "what", "weights − activations", "p", ""),
-            *(_pooled_row(each) for each in pooled(runs)),
-        ],
+        "pooled": _table(
+            "questions | what | weights − activations | p | ", map(_pooled_row, pooled(runs))
+        ),
         "pictures": pictures,
     }
 
@@ -194,10 +191,7 @@ def _prediction(run: Run, figures: Figures) -> Part | None:
     found = predict(judged, predictors)
     pooled = [each for each in found if each.judged == POOLED]
     best = next(each for each in pooled if each.kind == WEIGHTS)
-    kinds: list[tuple[str, ...]] = [
-        ("projection", "pooled r [95%]", "ρ", "p", "error left out", "of the mean")
-    ]
-    kinds += [
+    kinds = [
         (each.kind, each.said, number(each.rho, 2), p_value(each.p_holm), number(each.error, 2),
          number(each.plain_error, 2))
         for each in pooled
@@ -210,7 +204,9 @@ def _prediction(run: Run, figures: Figures) -> Part | None:
         "expected": EXPECTED_R,
         "error": number(best.error, 2),
         "plain_error": number(best.plain_error, 2),
-        "kinds": kinds,
+        "kinds": _table(
+            "projection | pooled r [95%] | ρ | p | error left out | of the mean", kinds
+        ),
         "contrasts": "; ".join(
             f"{each.first} − {each.second} {between(each.difference, each.low, each.high, 2)}"
             for each in contrasts(judged, predictors)
@@ -230,20 +226,10 @@ def _predicts(best: Prediction) -> str:
     return "Not shown here."
 
 
-def _by_trait(
-    found: Sequence[Prediction], judged: Sequence[Row], predictors: Sequence[Row]
-) -> list[tuple[str, ...]]:
+def _by_trait(found: Sequence[Prediction], judged: Sequence[Row], predictors: Sequence[Row]) -> str:
     chance = {each.judged: each for each in nulls(judged, predictors)}
     in_weights = [each for each in found if each.kind == WEIGHTS and each.judged != POOLED]
-    rows: list[tuple[str, ...]] = [
-        (
-            "judged trait",
-            "r of its own direction",
-            "best other direction",
-            "95% of random ones are below",
-            "share of random as far",
-        ),
-    ]
+    rows = []
     for own in (each for each in in_weights if each.own):
         others = [each for each in in_weights if each.judged == own.judged and not each.own]
         best = max(others, key=lambda each: abs(each.r), default=None)
@@ -257,7 +243,11 @@ def _by_trait(
                 NONE if null is None else p_value(null.p),
             )
         )
-    return rows
+    return _table(
+        "judged trait | r of its own direction | best other direction | "
+        "95% of random ones are below | share of random as far",
+        rows,
+    )
 
 
 def _prevention(folder: Path, figures: Figures) -> list[Part]:
@@ -275,8 +265,7 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
             and each.condition != BASE_MODEL
             and clear_sign(each.difference, each.p_holm) < 0
         ]
-        table: list[tuple[str, ...]] = [("model", *measures)]
-        table += [
+        table = [
             (model, *(_task_cell(cells.get((model, measure))) for measure in measures))
             for model in models
         ]
@@ -285,7 +274,7 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
             {
                 "trait": title_of(trait),
                 "lower": ", ".join(lower) or "none",
-                "rows": table,
+                "rows": _table(" | ".join(("model", *measures)), table),
                 "picture": figures.show(
                     f"prevention_{trait}", picture, "What prevention buys and costs"
                 ),
@@ -317,17 +306,13 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
     place = {(each.variant, each.batch, each.measure): each.ratio for each in found}
     batches = sorted({each.batch for each in found})
     variants = [name for name in dict.fromkeys(each.variant for each in found) if name != BASE]
-    rows: list[tuple[str, ...]] = [
-        ("variant", "batch", "time to the first token", "time for a token")
-    ]
-    rows += [
+    rows = [
         (name, str(batch), *(interval(place[name, batch, m], 2) for m in (FIRST_TOKEN, TOKENS)))
         for name in variants
         for batch in batches
     ]
     merged = speed_beside_base([place[MERGED, batch, TOKENS] for batch in batches])
-    times: list[tuple[str, ...]] = [("what", "time or memory")]
-    times += [time_or_memory(**row) for row in run.read("times")]
+    times = (time_or_memory(**row) for row in run.read("times"))
     largest = batches[-1]
     return {
         "answer": f"The model with merged weights {merged}, over all batch sizes.",
@@ -335,8 +320,8 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
         "said": ", ".join(
             f"{name} {interval(place[name, largest, TOKENS], 2)}" for name in variants
         ),
-        "rows": rows,
-        "times": times,
+        "rows": _table("variant | batch | time to the first token | time for a token", rows),
+        "times": _table("what | time or memory", times),
         "rounds": len({each.round for each in timings}),
         "picture": figures.show("latency", render_latency(found), "Time over the base model's"),
     }
@@ -352,10 +337,6 @@ def _personas(run: Run, figures: Figures) -> Part | None:
     lora = fits.get("lora")
     if lora is None or lora.difference is None:
         return None
-    table: list[tuple[str, ...]] = [
-        ("method", "fit [95%]", "gain over unsteered", "p", "coherence", "relevance"),
-        *(_fit_row(each) for each in fits.values()),
-    ]
     return {
         "answer": _yes(clear_sign(lora.difference, lora.p_holm) > 0, "Not shown here."),
         "gain": interval(lora.difference, 2),
@@ -364,7 +345,10 @@ def _personas(run: Run, figures: Figures) -> Part | None:
         "relevance": interval(lora.relevance),
         "plain_relevance": interval(fits["none"].relevance),
         "order": order_line(found),
-        "rows": table,
+        "rows": _table(
+            "method | fit [95%] | gain over unsteered | p | coherence | relevance",
+            map(_fit_row, fits.values()),
+        ),
         "picture": figures.show(
             "personas", render_personas(run), "Ways of giving a person's voice"
         ),
@@ -384,16 +368,15 @@ def _sums(folder: Path) -> Part | None:
     if run is None:
         return None
     lines, moves = run.read("linearity"), run.read("interference")
-    rows: list[tuple[str, ...]] = [
-        ("steered by", "distance from the sum", "pairs", "moved along another trait", "pairs"),
-    ]
+    rows = []
     for method in ("weights", "activations"):
         apart = [r["residual"] for r in lines if r["method"] == method and r["trait"] != r["other"]]
         along = [
             abs(r["value"]) for r in moves if r["method"] == method and r["steered"] != r["read"]
         ]
         rows.append((method, _spread(apart), str(len(apart)), _spread(along), str(len(along))))
-    return {"rows": rows}
+    columns = "steered by | distance from the sum | pairs | moved along another trait | pairs"
+    return {"rows": _table(columns, rows)}
 
 
 # -- 5. more interpretable? -----------------------------------------------------------------
@@ -411,10 +394,7 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
     nearest = _nearest(at)
     recognised = sum(trait == other for trait, other in nearest.items())
     (agreed,) = run.read("agreement")
-    rows: list[tuple[str, ...]] = [
-        ("trait", "effective rank", "largest direction's share", "where ‖ΔW‖² sits",
-         "cosine of the shift with its vector", "nearest vector"),
-    ]  # fmt: skip
+    rows = []
     for trait, name in nearest.items():
         cosine = next(r["cosine"] for r in at if r["trait"] == trait == r["other"])
         rows.append((*_spectrum(trait, spectra), number(cosine, 2), title_of(name)))
@@ -436,7 +416,11 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
         "pairs": agreed["n"],
         "rho": number(agreed["rho"], 2),
         "rho_p": p_equals(agreed["p"]),
-        "rows": rows,
+        "rows": _table(
+            "trait | effective rank | largest direction's share | where ‖ΔW‖² sits | "
+            "cosine of the shift with its vector | nearest vector",
+            rows,
+        ),
         "picture": figures.show("spaces", picture, "Weight space and activation space"),
     }
 
@@ -482,5 +466,5 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
     return between(middle, low, high, digits)
 
 
-def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
-    return Table(rows[0], tuple(rows[1:])).markdown()
+def _table(columns: str, rows: Iterable[Sequence[str]]) -> str:
+    return Table.of(columns, rows).markdown()
