@@ -38,6 +38,7 @@ from persona_lora.core.settings import (
     read_yaml,
     recorded_command,
     split_lists,
+    typed_value,
 )
 
 MAPPING = "JSON"  # how --help calls the value of a mapping of anything
@@ -113,7 +114,6 @@ CONFIG = Annotated[
         help="A YAML file of this command's options (max_iterations: 10); flags override it.",
     ),
 ]
-NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -223,21 +223,12 @@ class Option:
         return pairs
 
     def _read_one(self, value: Any, kinds: list[Any]) -> Any:
-        known = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
-        if value in known or (get_origin(kinds[0]) is dict):
+        if get_origin(kinds[0]) is dict:
             return value
-        for kind in (kind for kind in kinds if get_origin(kind) is not Literal):
-            try:
-                read = kind(value)
-            except ValueError:
-                continue
-            if isinstance(read, float) and not math.isfinite(read):
-                raise UserError(f"{self.flag} must be a finite number, got {value!r}")
-            return read
-        wanted = [NUMBERS[kind] for kind in kinds if kind in NUMBERS]
-        choices = f"one of {', '.join(known)}" if len(known) > 2 else " or ".join(known)
-        wanted += [choices] if known else []
-        raise UserError(f"{self.flag} must be {' or '.join(wanted)}, got {value!r}")
+        read = typed_value(Union[(*kinds,)], value, self.flag)
+        if isinstance(read, float) and not math.isfinite(read):
+            raise UserError(f"{self.flag} must be a finite number, got {value!r}")
+        return read
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of the option's value in a configuration file."""

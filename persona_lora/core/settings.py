@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -185,14 +186,14 @@ WORDS = {
 
 def _expected(hint: Any) -> str:
     """Return what a hint allows, in words."""
-    kinds = [hint] if get_origin(hint) in (list, tuple, dict) else get_args(hint) or [hint]
-    named = [
-        f"a list of {_expected(get_args(kind)[0])}"
-        if get_origin(kind) in (list, tuple)
-        else WORDS.get(get_origin(kind) or kind, "")
-        for kind in kinds
-    ]
-    return " or ".join(dict.fromkeys(filter(None, named))) or "one of its choices"
+    if get_origin(hint) in (list, tuple):
+        return f"a list of {_expected(get_args(hint)[0])}"
+    if get_origin(hint) is Literal:
+        choices = list(map(str, get_args(hint)))
+        return f"one of {', '.join(choices)}" if len(choices) > 2 else " or ".join(choices)
+    if get_origin(hint) not in (Union, UnionType):
+        return WORDS.get(get_origin(hint) or hint, "")
+    return " or ".join(dict.fromkeys(filter(None, map(_expected, get_args(hint)))))
 
 
 def _shortened(value: Any) -> str:

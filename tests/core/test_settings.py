@@ -131,7 +131,7 @@ def test_a_value_of_the_type_is_taken(hint, value, expected):
         (tuple[int, ...] | None, [1, True], "x must be a list of a whole number, got [1, True]"),
         (dict[str, float], {"a": False}, "x must be a mapping, got {'a': False}"),
         (dict[str, Any] | str, [1], "x must be a mapping or text, got [1]; put text that looks"),
-        (Literal["a", "b"], "c", "x must be one of its choices, got 'c'"),
+        (Literal["a", "b"], "c", "x must be a or b, got 'c'"),
         (int, "w" * 78, f"x must be a whole number, got '{'w' * 78}'"),
         (int, "w" * 79, f"x must be a whole number, got '{'w' * 76}…"),
     ],
