@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +43,7 @@ from persona_lora.core.options import (
 from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from persona_lora.core.runs import Run
     from persona_lora.models.loading import ChatModel
@@ -260,7 +260,7 @@ def benchmark(
     steering = mix.load()
     chat_model = load_model(model, steering.directions, allow_other_base=mix.allow_other_base)
     conditions: dict[str, AbstractContextManager[Any]] = {
-        "plain": _plain(chat_model, model.adapter is not None),
+        "plain": chat_model.base(),
         "changed": steering.steerer(chat_model),
     }
     record = {
@@ -274,13 +274,6 @@ def benchmark(
     written = Output(output.folder, output.overwrite, record, inputs)
     scores = run_benchmarks(chat_model, conditions, tasks, written)
     show(task_table(scores), f"{output.folder / 'scores.csv'}")
-
-
-@contextmanager
-def _plain(chat_model: ChatModel, wears_adapter: bool) -> Iterator[None]:
-    model: Any = chat_model.model
-    with model.disable_adapter() if wears_adapter else ExitStack():
-        yield
 
 
 @command("paired", COMPARE)

@@ -8,12 +8,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-
-from peft import PeftModel
 
 from persona_lora.core import progress
 from persona_lora.core.chat import Exchange
@@ -255,10 +252,8 @@ def _packaged_reader(device_map: str | None) -> ChatModel:
 
 def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
     def mean_logprob(exchanges: Sequence[Exchange]) -> list[float]:
-        model = reference.model
         # Coherence asks the base model, also where an adapter is being evaluated.
-        base = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-        with base, progress.stage("coherence"):
+        with reference.base(), progress.stage("coherence"):
             return mean_logprobs(reference, exchanges)
 
     with progress.stage("fitting the judge"):

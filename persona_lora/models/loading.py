@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +112,13 @@ class ChatModel:
             system_prompt=self.system_prompt,
             allow_other_base=self.allow_other_base,
         )
+
+    @contextmanager
+    def base(self) -> Iterator[ChatModel]:
+        """Yield the model without its adapter; as it is where it wears none."""
+        model = self.model
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            yield self
 
     def render(self, conversation: Conversation) -> str:
         """Return the prompt text of a conversation, up to where the assistant begins to speak."""

@@ -9,8 +9,8 @@ say how far, and which way, along the trait (both Chen et al. 2025, arXiv:2507.2
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,13 +135,7 @@ def base_of_adapter(chat_model: ChatModel) -> AbstractContextManager[ChatModel]:
     """Return the model under a PEFT adapter; raises UserError at once for a model that has none."""
     if not isinstance(chat_model.model, PeftModel):
         raise UserError(f"{chat_model.name} has no adapter; name its base with --base-model")
-    return _adapter_off(chat_model, chat_model.model)
-
-
-@contextmanager
-def _adapter_off(chat_model: ChatModel, adapted: PeftModel) -> Iterator[ChatModel]:
-    with adapted.disable_adapter():
-        yield chat_model
+    return chat_model.base()
 
 
 def separate_labelled(
