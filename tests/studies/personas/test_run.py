@@ -18,6 +18,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.personas import PersonaPrompts, load_persona
+from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges.choice import JudgeOptions
@@ -181,6 +182,15 @@ def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, metho
     assert (tmp_path / "ann" / "run_seed1" / "generations.jsonl").is_file()
     with pytest.raises(UserError, match="at least one seed"):
         dataclasses.replace(OPTIONS, seeds=0)
+
+
+def test_a_search_is_held_to_the_seeds_of_its_protocol(problem, method, tmp_path):
+    asked = {"held out": len(PROMPTS.held_out)}
+    frozen = FrozenProtocol("optimize", asked, ("incumbent", "mean"), 2, "prompts")
+    output = Output(tmp_path / "run", protocol=frozen)
+    with pytest.raises(UserError, match=r"seeds: 2, now 1"):
+        optimise_over_seeds(problem, method, output, searching=OPTIONS)
+    assert not output.path.exists()
 
 
 def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch):
