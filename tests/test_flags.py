@@ -513,7 +513,6 @@ COMMANDS = {
         {
             "persona_dir": flag("people"),
             "output": flag("p.json"),
-            "seed": flag(37),
             "judge": flag("letters", "LetterFeatures"),
         },
         {

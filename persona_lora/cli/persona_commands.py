@@ -564,11 +564,10 @@ def validate_personas(
     persona_dir: PersonaDir = None,
     judge: Annotated[Literal["embedding", "letters"], "The judges' family."] = "embedding",
     output: Annotated[Path | None, "A JSON file to write the numbers to."] = None,
-    seed: Seed = 0,
 ) -> None:
     """Test the embedded persona judge: does it know who speaks, in conversations it never saw?
 
-    One judge of each persona is fitted on the utterances of one split, and meets the other.
+    One regression over all persons is fitted on the utterances of one split, and meets the other.
 
     Example: persona-lora persona validate --output results/persona_judge.json
     """
@@ -588,9 +587,7 @@ def validate_personas(
     with console.status("embedding utterances"):
         features = LetterFeatures() if judge == "letters" else TextFeatures(SentenceEmbedder())
         validations = [
-            validate_judges(
-                personas, fit_judges(personas, split, features=features, seed=seed), split
-            )
+            validate_judges(personas, fit_judges(personas, split, features=features), split)
             for split in SPLITS
         ]
     _show_validations([persona.id for persona in personas], validations)

@@ -33,9 +33,9 @@ from persona_lora.judges.style_judge import (
     LOWEST,
     NO_WORDS,
     PERSONA_FIT,
-    Features,
     FitScale,
     StyleJudge,
+    Voices,
     has_words,
 )
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
@@ -237,19 +237,20 @@ def judge_prompt_of(persona: Persona) -> str:
 
 def make_persona_judge(
     persona: Persona,
-    personas: Sequence[Persona],
-    split: ConversationSplit,
     options: JudgeOptions,
     *,
-    features: Mapping[str, Features],
+    voices: Callable[[str], Voices],
     readers: Mapping[str, Reader],
     baselines: Mapping[str, str],
 ) -> Judge:
-    """Build the judges that ``options.judge`` names; several are averaged."""
+    """Build the judges that ``options.judge`` names; several are averaged.
+
+    ``voices`` are the fits of the embedded ones, by family.
+    """
 
     def made(name: str) -> Judge:
         if name in FITTED:
-            return fit_style_judge(persona, personas, split, features[name], seed=options.seed)
+            return voices(name).judge_of(persona.id)
         reader = readers[name]
         template = judge_prompt_of(persona)
         return ComparisonJudge(reader.name, reader.read, template, baselines, seed=options.seed)
@@ -257,21 +258,6 @@ def make_persona_judge(
     names = judge_names(options.judge)
     judges = [made(name) for name in sorted(names, key=lambda name: name not in FITTED)]
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
-
-
-def fit_style_judge(
-    persona: Persona,
-    personas: Sequence[Persona],
-    split: ConversationSplit,
-    features: Features,
-    *,
-    seed: int,
-) -> StyleJudge:
-    """Fit the persona's embedded judge on one split against all other personas."""
-    others = [text for each in personas if each.id != persona.id for text in each.utterances(split)]
-    return StyleJudge.fit(
-        persona.id, persona.utterances(split), others, features=features, seed=seed
-    )
 
 
 def check_style_judge(

@@ -1,10 +1,10 @@
 """The embedded persona judge: does this text sound like that person? No network, no steered model.
 
 A text becomes a vector: of style features (lengths, marks, pronouns, tone: ``features``) beside its
-sentence embedding, or of the letters in it; a logistic regression tells the person's utterances
-from other persons', both weighted alike. Its logit is put on a scale of 1–5 that the utterances
-themselves anchor: 4.5 for the mean held-out utterance of the person, 1.5 for that of other persons
-(``FitScale``). Refuses to know what the answer says or whether it helps.
+sentence embedding, or of the letters in it; one multinomial regression tells all persons apart. A
+person's logit in it is put on a scale of 1–5 that the utterances themselves anchor: 4.5 for the
+mean held-out utterance of the person, 1.5 for that of other persons (``FitScale``). Refuses to know
+what the answer says or whether it helps.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from persona_lora.core.chat import Exchange, Verdict
@@ -31,9 +31,11 @@ from persona_lora.report.separation import auc_of
 PERSONA_FIT = "persona_fit"
 LOWEST, HIGHEST = 1.0, 5.0
 FEWEST_UTTERANCES = 10
-FOLDS = 5
+FOLDS = 3
+REST = "the rest"  # persons who say too little, together; no folder has this name
 NO_WORDS = "the answer holds no words"
-INVERSE_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
+TOLERANCE = 1e-3
 LETTER_COLUMNS, LETTER_SCALE = 2048, 10.0
 EMBEDDING_SCALE = 4.0  # a unit embedding then varies about as much as the style features together
 
@@ -147,81 +149,112 @@ class FitScale:
 
 
 @dataclass(frozen=True, eq=False)
-class StyleJudge:
-    """The fit of texts to one person; a ``Judge`` of the criterion "persona_fit".
+class Voices:
+    """One regression that tells persons apart by single utterances; all weigh alike in the fit.
 
-    logit = w·z + b with z the features of the text, style parts standardised; an utterance that it
-    was fitted on (``fitted``) has the logit of a regression that did not see it. ``log_loss`` is
-    the mean cross-validated loss (both classes weighted alike) at the chosen penalty; a coin has
-    0.69.
+    s = W·z + b, a row for each person, with z the features of a text, style parts standardised;
+    p = softmax(s). A person's logit is log p/(1 − p): what sounds more like somebody else counts
+    against them. ``held_out`` are the logits of the utterances by regressions that did not see
+    them; ``log_loss`` is their mean loss, log(number of persons) for a guess.
     """
 
-    persona_id: str
+    persons: tuple[str, ...]
     features: Features
     center: NDArray[np.float64]
     spread: NDArray[np.float64]
-    weights: NDArray[np.float64]
-    bias: float
-    scale: FitScale
+    weights: NDArray[np.float64]  # [persons, features]
+    bias: NDArray[np.float64]
     log_loss: float
-    fitted: Mapping[str, float]
-    name: str
+    texts: tuple[str, ...]
+    owners: NDArray[np.int64]  # the row of who says each of the texts
+    held_out: NDArray[np.float64]  # [texts, persons]
 
     @classmethod
-    def fit(
-        cls,
-        persona_id: str,
-        own: Sequence[str],
-        others: Sequence[str],
-        *,
-        features: Features,
-        seed: int = 0,
-    ) -> StyleJudge:
-        """Fit to a person's utterances against other persons'; equal seeds give equal judges.
+    def fit(cls, said: Mapping[str, Sequence[str]], *, features: Features) -> Voices:
+        """Fit to what each person says.
 
-        Raises UserError for fewer than ten utterances on either side.
+        Persons with fewer than ten utterances are one voice together, or none where these are
+        fewer than ten. Raises UserError where there are not two voices.
         """
-        own, others = ([text for text in texts if has_words(text)] for texts in (own, others))
-        if min(len(own), len(others)) < FEWEST_UTTERANCES:
+        voices = _voices(said)
+        if len(voices) < 2:
             raise UserError(
-                f"the style judge of {persona_id} has {len(own)} utterances of the person and "
-                f"{len(others)} of others; it needs at least {FEWEST_UTTERANCES} of each"
+                "style judges tell persons apart; they need at least two personas with "
+                f"{FEWEST_UTTERANCES} utterances in the split, and there are {len(voices)}"
             )
-        x = features.of([*own, *others])
+        texts = tuple(text for own in voices.values() for text in own)
+        owners = np.repeat(np.arange(len(voices)), [len(own) for own in voices.values()])
+        x = features.of(texts)
         style = features.standardised
         center, spread = np.zeros(x.shape[1]), np.ones(x.shape[1])
         center[:style] = x[:, :style].mean(axis=0)
         spread[:style] = np.maximum(x[:, :style].std(axis=0), 1e-6)
         z = (x - center) / spread
-        labels = np.repeat([1, 0], [len(own), len(others)])
         with threadpool_limits(limits=1, user_api="blas"):
-            held_out = {each: _held_out_logits(z, labels, each, seed) for each in INVERSE_PENALTIES}
-            losses = {each: _balanced_loss(logits, labels) for each, logits in held_out.items()}
+            basis = _row_space(z)
+            z = z @ basis.T
+            held_out = {each: _held_out_scores(z, owners, each) for each in INVERSE_PENALTIES}
+            losses = {each: _balanced_loss(scores, owners) for each, scores in held_out.items()}
             chosen = min(losses, key=lambda each: losses[each])
-            model = _regression(chosen).fit(z, labels)
-        means = [float(held_out[chosen][labels == label].mean()) for label in (1, 0)]
-        if not means[0] > means[1]:
+            weights, bias = _regression(z, owners, chosen)
+        return cls(
+            tuple(voices),
+            features,
+            center,
+            spread,
+            weights @ basis,
+            bias,
+            losses[chosen],
+            texts,
+            owners,
+            _logits(held_out[chosen]),
+        )
+
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return log p/(1 − p) of texts with words in them: ``[len(texts), persons]``."""
+        z = (self.features.of(texts) - self.center) / self.spread
+        return _logits(z @ self.weights.T + self.bias)
+
+    def judge_of(self, persona_id: str) -> StyleJudge:
+        """Return the judge of one person.
+
+        Raises UserError for one with too few utterances, or who cannot be told from the others.
+        """
+        if persona_id not in self.persons:
+            raise UserError(
+                f"the style judge of {persona_id} needs at least {FEWEST_UTTERANCES} utterances "
+                "of the person in the split"
+            )
+        row = self.persons.index(persona_id)
+        held_out, own = self.held_out[:, row], self.owners == row
+        scale = FitScale(float(held_out[own].mean()), float(held_out[~own].mean()))
+        if not scale.own > scale.others:
             raise UserError(
                 f"the utterances of {persona_id} cannot be told from those of others; there is no "
                 "style to fit"
             )
-        return cls(
-            persona_id,
-            features,
-            center,
-            spread,
-            model.coef_[0],
-            float(model.intercept_[0]),
-            FitScale(*means),
-            losses[chosen],
-            dict(zip([*own, *others], map(float, held_out[chosen]), strict=True)),
-            features.name,
-        )
+        fitted = dict(zip(self.texts, map(float, held_out), strict=True))
+        return StyleJudge(persona_id, self, row, scale, fitted, self.features.name)
+
+
+@dataclass(frozen=True, eq=False)
+class StyleJudge:
+    """The fit of texts to one person among ``Voices``; a ``Judge`` of the criterion "persona_fit".
+
+    An utterance that it was fitted on (``fitted``) has the logit of a regression that did not see
+    it.
+    """
+
+    persona_id: str
+    voices: Voices
+    row: int
+    scale: FitScale
+    fitted: Mapping[str, float]
+    name: str
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return the logits of texts with words in them: ``[len(texts)]``."""
-        z = (self.features.of(texts) - self.center) / self.spread
-        logits: NDArray[np.float64] = z @ self.weights + self.bias
+        logits = self.voices.logits(texts)[:, self.row]
         return np.array([self.fitted.get(*each) for each in zip(texts, logits, strict=True)])
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
@@ -270,31 +303,20 @@ class StyleValidation:
         return float(np.mean(list(self.auc.values())))
 
 
+def fit_voices(
+    personas: Sequence[Persona], split: ConversationSplit, *, features: Features
+) -> Voices:
+    """Fit the regression that tells persons apart, on the utterances of one split."""
+    said = {persona.id: persona.utterances(split) for persona in personas}
+    return Voices.fit(said, features=features)
+
+
 def fit_judges(
-    personas: Sequence[Persona],
-    split: ConversationSplit,
-    *,
-    features: Features,
-    seed: int = 0,
+    personas: Sequence[Persona], split: ConversationSplit, *, features: Features
 ) -> dict[str, StyleJudge]:
-    """Fit one judge per persona on the utterances of one split, each against all others'."""
-    if len(personas) < 2:
-        raise UserError("style judges tell persons apart; they need at least two personas")
-    return {
-        persona.id: StyleJudge.fit(
-            persona.id,
-            persona.utterances(split),
-            [
-                text
-                for other in personas
-                if other is not persona
-                for text in other.utterances(split)
-            ],
-            features=features,
-            seed=seed,
-        )
-        for persona in personas
-    }
+    """Return the judge of every person, of one regression on the utterances of one split."""
+    voices = fit_voices(personas, split, features=features)
+    return {persona.id: voices.judge_of(persona.id) for persona in personas}
 
 
 def validate_judges(
@@ -349,21 +371,54 @@ def validate_judges(
     )
 
 
-def _held_out_logits(
-    z: NDArray[np.float64], labels: NDArray[np.int64], inverse_penalty: float, seed: int
+def _voices(said: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    worded = {name: [text for text in own if has_words(text)] for name, own in said.items()}
+    known = {name: own for name, own in worded.items() if len(own) >= FEWEST_UTTERANCES}
+    rest = [text for name, own in worded.items() if name not in known for text in own]
+    return known | ({REST: rest} if len(rest) >= FEWEST_UTTERANCES else {})
+
+
+def _row_space(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return unit rows that span those of ``z``: a penalised fit needs no other columns."""
+    _, lengths, rows = np.linalg.svd(z, full_matrices=False)
+    basis: NDArray[np.float64] = rows[lengths > 1e-9 * lengths[0]]
+    return basis
+
+
+def _held_out_scores(
+    z: NDArray[np.float64], owners: NDArray[np.int64], inverse_penalty: float
 ) -> NDArray[np.float64]:
-    """Return the logit of every row by a regression that did not see it."""
-    logits = np.zeros(len(labels))
-    for kept, held in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(z, labels):
-        model = _regression(inverse_penalty).fit(z[kept], labels[kept])
-        logits[held] = model.decision_function(z[held])
+    """Return the scores of every row by a regression that did not see it, nor its neighbours.
+
+    Utterances are in order: a third of each person's is held out at once, because what belongs to
+    one conversation shares its subject, and is told by that.
+    """
+    blocks = [np.arange(own) * FOLDS // own for own in np.bincount(owners)]
+    fold = np.concatenate(blocks)
+    scores = np.zeros((len(owners), len(blocks)))
+    for held in (fold == each for each in range(FOLDS)):
+        weights, bias = _regression(z[~held], owners[~held], inverse_penalty)
+        scores[held] = z[held] @ weights.T + bias
+    return scores
+
+
+def _logits(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    others = [logsumexp(np.delete(scores, row, 1), axis=1) for row in range(scores.shape[1])]
+    logits: NDArray[np.float64] = scores - np.stack(others, axis=1)
     return logits
 
 
-def _balanced_loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    losses = np.logaddexp(0.0, -np.where(labels == 1, logits, -logits))
-    return float(np.mean([losses[labels == label].mean() for label in (0, 1)]))
+def _balanced_loss(scores: NDArray[np.float64], owners: NDArray[np.int64]) -> float:
+    losses = logsumexp(scores, axis=1) - scores[np.arange(len(owners)), owners]
+    return float(np.mean([losses[owners == row].mean() for row in range(scores.shape[1])]))
 
 
-def _regression(inverse_penalty: float) -> LogisticRegression:
-    return LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=2000)
+def _regression(
+    z: NDArray[np.float64], owners: NDArray[np.int64], inverse_penalty: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    model = LogisticRegression(
+        C=inverse_penalty, class_weight="balanced", max_iter=2000, tol=TOLERANCE
+    ).fit(z, owners)
+    if len(model.classes_) == 2:  # one row tells two apart
+        return np.stack([0 * model.coef_[0], model.coef_[0]]), np.array([0, *model.intercept_])
+    return model.coef_, model.intercept_

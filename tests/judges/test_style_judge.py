@@ -16,8 +16,8 @@ from persona_lora.core.personas import (
 from persona_lora.judges.style_judge import (
     FitScale,
     LetterFeatures,
-    StyleJudge,
     TextFeatures,
+    Voices,
     fit_judges,
     validate_judges,
 )
@@ -32,9 +32,14 @@ def features():
     return TextFeatures(SentenceEmbedder())
 
 
+def fitted(said, features):
+    voices = Voices.fit(said, features=features)
+    return {name: voices.judge_of(name) for name in said}
+
+
 @pytest.fixture(scope="module")
 def judge(features):
-    return StyleJudge.fit("loud", LOUD, CALM, features=features)
+    return fitted({"loud": LOUD, "calm": CALM}, features)["loud"]
 
 
 def ask(judge, *answers):
@@ -65,8 +70,8 @@ def test_an_answer_without_words_has_no_score(judge):
 
 
 def test_equal_seeds_give_equal_judges(judge, features):
-    again = StyleJudge.fit("loud", LOUD, CALM, features=features)
-    assert np.array_equal(again.weights, judge.weights)
+    again = fitted({"loud": LOUD, "calm": CALM}, features)["loud"]
+    assert np.array_equal(again.voices.weights, judge.voices.weights)
     assert again.scale == judge.scale
 
 
@@ -100,8 +105,39 @@ def test_whom_a_judge_tells_worst_from_its_own_is_named(features, tmp_path):
     assert found.nearest["calm"].auc < found.auc["calm"]
 
 
+class Letters:
+    """How often "a", "b" and "c" stand in a text, with a little noise of its own."""
+
+    name, standardised = "abc", 0
+
+    def of(self, texts):
+        noise = [np.random.default_rng(list(each.encode())).normal(size=3) for each in texts]
+        return np.array([[each.count(x) for x in "abc"] for each in texts]) + 0.1 * np.array(noise)
+
+
+def test_who_sounds_like_a_third_person_does_not_sound_more_like_the_first():
+    """One against all others gives "b" to the second, and more "b" to whoever has more of it."""
+    said = {
+        name: [f"{letters} {at}" for at in range(12)]
+        for name, letters in (("ann", "b"), ("bob", "bbbb"), ("cat", "aa"), ("dan", "cc"))
+    }
+    ann = fitted(said, Letters())["ann"]
+    mine, stronger = ann.logits(["b here", "bbbb here"])
+    assert mine > 0 > stronger
+
+
+def test_persons_who_say_too_little_are_one_voice_together():
+    said = {"ann": [f"aa {at}" for at in range(12)], "bob": [f"b {at}" for at in range(6)],
+            "cat": [f"b {at} c" for at in range(6)]}  # fmt: skip
+    voices = Voices.fit(said, features=Letters())
+    assert len(voices.persons) == 2
+    assert voices.judge_of("ann").logits(["aa then"])[0] > 0
+    with pytest.raises(UserError, match="cat needs at least 10"):
+        voices.judge_of("cat")
+
+
 def test_letters_alone_tell_voices_apart():
-    judge = StyleJudge.fit("loud", LOUD, CALM, features=LetterFeatures())
+    judge = fitted({"loud": LOUD, "calm": CALM}, LetterFeatures())["loud"]
     own, other = ask(judge, "Wow!! I love this soup so much!", "perhaps it was cold, i suppose")
     assert judge.name == own.judge == "letters"
     assert own.score > 4
@@ -110,14 +146,14 @@ def test_letters_alone_tell_voices_apart():
 
 def test_too_few_utterances_and_other_criteria_are_named(judge, features):
     with pytest.raises(UserError, match="at least 10"):
-        StyleJudge.fit("loud", LOUD[:9], CALM, features=features)
+        fitted({"loud": LOUD[:9], "calm": CALM, "hush": CALM}, features)
     with pytest.raises(UserError, match="persona_fit"):
         judge.judge([Exchange("q", "a")], "evil")
 
 
 def test_one_and_the_same_voice_is_refused(features):
     with pytest.raises(UserError, match="cannot be told"):
-        StyleJudge.fit("echo", LOUD, LOUD, features=features)
+        fitted({"echo": LOUD, "loud": LOUD}, features)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,13 @@ from persona_lora.judges.persona_judges import (
     make_persona_judge,
     make_readers,
 )
-from persona_lora.judges.style_judge import LetterFeatures, StyleJudge, TextFeatures
+from persona_lora.judges.style_judge import (
+    LetterFeatures,
+    StyleJudge,
+    TextFeatures,
+    Voices,
+    fit_voices,
+)
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Processes
@@ -153,6 +159,7 @@ class PersonaBench:
     processes: Processes = field(default_factory=Processes)
     energy: float | None = None
     report_judge: str | None = None
+    _voices: dict[tuple[str, str], Voices] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.report_judge not in (None, LIKELIHOOD):
@@ -234,16 +241,23 @@ class PersonaBench:
         """Return a persona's judge of a split, and how well it does where it is an embedded one."""
         judge = make_persona_judge(
             persona,
-            personas,
-            split,
             options,
-            features={"embedding": self.features, "letters": LetterFeatures()},
+            voices=lambda family: self._voices_of(personas, family, split),
             readers=self.readers,
             baselines=self._baselines_for(persona) if self.readers else {},
         )
         if not isinstance(judge, StyleJudge):
             return judge, []
         return judge, [check_style_judge(judge, persona, personas, split)]
+
+    def _voices_of(
+        self, personas: Sequence[Persona], family: str, split: ConversationSplit
+    ) -> Voices:
+        """Return the regression that tells all persons apart: one for all of their judges."""
+        if (family, split) not in self._voices:
+            features = self.features if family == "embedding" else LetterFeatures()
+            self._voices[family, split] = fit_voices(personas, split, features=features)
+        return self._voices[family, split]
 
     def _baselines_for(self, persona: Persona) -> dict[str, str]:
         """Return the unsteered answers that a judge compares with, to the person's lines too."""
@@ -276,6 +290,7 @@ class PersonaBench:
         return {
             "the other personas": digest_of(others),
             "train.jsonl of the traits": digest_of(traits),
+            "the style judges' regression": digest_of("softmax over persons"),
             "the sentence embedder": embedder_content(),  # of relevance, whoever judges
             **_inputs_of(self.judging),
             "the judge of the report": digest_of(_inputs_of(self._reporting)),
