@@ -153,7 +153,7 @@ def agreement_line(rows: Sequence[Row]) -> str:
         for row in rows
         if row.get("searched_by") is not None and row["score"] is not None and not row["failed"]
     ]
-    if not both:
+    if all(row.get("searched_by") is None for row in rows):
         return "Search and report are judged by one family."
     unit = "prompt_id" if len({row["persona"] for row in both}) == 1 else "persona"
     pairs = [Pair(row["condition"], row[unit], row["score"], row["searched_by"]) for row in both]

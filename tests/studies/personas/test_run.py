@@ -353,7 +353,7 @@ def test_cutting_the_rank_keeps_the_energy_and_is_recorded(bench):
 
 def test_judges_of_search_and_report_are_fitted_on_different_conversations(bench):
     problem = bench.problem("ann")
-    assert problem.search_judge.bias != problem.report_judge.bias
+    assert problem.search_judge.scale.own != problem.report_judge.scale.own
     assert (problem.search_judge.name, problem.report_judge.name) == ("embedding", "letters")
     bench.judging = JudgeOptions("letters")
     assert bench.problem("ann").report_judge.name == "embedding"
