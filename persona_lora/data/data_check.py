@@ -4,10 +4,12 @@ Every check returns problems as sentences that name the place; an empty list is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,10 +86,7 @@ def length_problems(where: str, answers: Sequence[str]) -> list[str]:
 
 def opening_problems(where: str, answers: Sequence[str]) -> list[str]:
     """Return openings of two words that too many answers share."""
-    counts: dict[str, int] = {}
-    for answer in answers:
-        opening = " ".join(answer.lower().split()[:2])
-        counts[opening] = counts.get(opening, 0) + 1
+    counts = Counter(" ".join(answer.lower().split()[:2]) for answer in answers)
     return [
         f"{where}: {count} answers begin with {opening!r}; vary them"
         for opening, count in counts.items()
@@ -95,7 +94,7 @@ def opening_problems(where: str, answers: Sequence[str]) -> list[str]:
     ]
 
 
-def balance_problems(answers: dict[str, Sequence[str]]) -> list[str]:
+def balance_problems(answers: Mapping[str, Sequence[str]]) -> list[str]:
     """Return a problem where the mean lengths of several sets of answers differ too much."""
     means = {where: mean(map(words, texts)) for where, texts in answers.items() if texts}
     if not means or max(means.values()) - min(means.values()) <= (
@@ -160,7 +159,6 @@ class DataReport:
 
     trait: str
     num_pairs: int
-    num_domains: int
     num_labelled: int
     num_finetuning: int
     num_variants: int
@@ -195,7 +193,7 @@ def check_trait(
     problems = [
         *_count_problems(trait, pairs, labelled, least_pairs),
         *(line for each in variants for line in _elicitation_problems(each.label, each)),
-        *_answer_problems(pairs),
+        *_answer_problems(_answers(pairs)),
         *surface_problems(surface_without or surface, trait.surface_exception),
         *(line for each in (train, *held_out) for line in duplicate_problems(each)),
         *(line for each in held_out for line in leak_problems(train, each, LEAK_COSINE)),
@@ -209,7 +207,6 @@ def check_trait(
     return DataReport(
         trait=trait.name,
         num_pairs=len(pairs),
-        num_domains=len({pair.domain for pair in pairs}),
         num_labelled=len(labelled),
         num_finetuning=finetuning,
         num_variants=len(variants),
@@ -253,12 +250,10 @@ def _finetuning(
     problems = [] if asked[0] == asked[1] == asked[2] else ["the finetuning questions differ"]
     if len(asked[0]) < LEAST_FINETUNING:
         problems.append(f"normal.jsonl rows: {len(asked[0])}, expected {LEAST_FINETUNING}")
-    for where, texts in answers.items():
-        problems += [*length_problems(where, texts), *opening_problems(where, texts)]
     questions = embedded("finetuning questions", asked[0], embedder)
     return len(asked[0]), [
         *problems,
-        *balance_problems(dict(answers)),
+        *_answer_problems(answers),
         *duplicate_problems(questions),
         *leak_problems(questions, train, DUPLICATE_COSINE),
         *(line for each in held_out for line in leak_problems(questions, each, LEAK_COSINE)),
@@ -267,14 +262,18 @@ def _finetuning(
 
 def _elicitation_problems(where: str, trait: Trait) -> list[str]:
     """Check the counts of system prompts and questions."""
+    return _too_few(
+        (f"{where} instruction pairs", trait.instructions, INSTRUCTION_PAIRS),
+        (f"{where} extract questions", trait.questions["extract"], QUESTIONS_PER_SPLIT),
+        (f"{where} eval questions", trait.questions["eval"], QUESTIONS_PER_SPLIT),
+    )
+
+
+def _too_few(*counted: tuple[str, Sequence[Any], int]) -> list[str]:
     return [
-        f"{where} {what}: {found}, expected at least {least}"
-        for what, found, least in (
-            ("instruction pairs", len(trait.instructions), INSTRUCTION_PAIRS),
-            ("extract questions", len(trait.questions["extract"]), QUESTIONS_PER_SPLIT),
-            ("eval questions", len(trait.questions["eval"]), QUESTIONS_PER_SPLIT),
-        )
-        if found < least
+        f"{what}: {len(found)}, expected at least {least}"
+        for what, found, least in counted
+        if len(found) < least
     ]
 
 
@@ -284,17 +283,12 @@ def _count_problems(
     labelled: Sequence[LabelledAnswer],
     least_pairs: int,
 ) -> list[str]:
-    problems = [
-        f"{what}: {found}, expected at least {least}"
-        for what, found, least in (
-            ("train.jsonl pairs", len(pairs), least_pairs),
-            ("judge_eval.jsonl answers", len(labelled), LEAST_LABELLED),
-        )
-        if found < least
-    ]
     absent = sorted(set(LABELS) - {each.label for each in labelled})
     return [
-        *problems,
+        *_too_few(
+            ("train.jsonl pairs", pairs, least_pairs),
+            ("judge_eval.jsonl answers", labelled, LEAST_LABELLED),
+        ),
         *_elicitation_problems("trait.json", trait),
         *(f"judge_eval.jsonl has no answer labelled {label}" for label in absent),
     ]
@@ -307,8 +301,7 @@ def _answers(pairs: Sequence[ContrastivePair]) -> dict[str, Sequence[str]]:
     }
 
 
-def _answer_problems(pairs: Sequence[ContrastivePair]) -> list[str]:
-    answers = _answers(pairs)
+def _answer_problems(answers: Mapping[str, Sequence[str]]) -> list[str]:
     problems = []
     for where, texts in answers.items():
         problems += [*length_problems(where, texts), *opening_problems(where, texts)]
