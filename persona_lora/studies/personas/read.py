@@ -45,7 +45,7 @@ def search_content(run: Run, options: ReportOptions) -> Content:
     config = run.record["config"]
     title = f"A search for {config['persona']} with {name_of(config['method'])}"
     lead = _lead(rows, fits, _best(run))
-    checks = [_check(row) for row in run.read("judge_checks")]
+    checks = [_check(row) for row in run.read("judge_checks")] + _fresh(run)
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
 
 
@@ -86,7 +86,7 @@ def _blocks(
     )
     note = (
         "An answer that does not count (a copy of a training utterance, an echo of the prompt, a "
-        "repeat of another answer, broken text) has a fit of 1. "
+        "repeat of another answer, broken text, off topic) has a fit of 1. "
         f"Intervals: bootstrap over {unit}. p: two-sided sign-flip test on the {unit}’ mean "
         "differences, corrected over the conditions. d: mean over standard deviation of the "
         "differences. Relevance: the share of the other prompts that an answer is less like than "
@@ -149,16 +149,37 @@ def _row(each: ConditionFit) -> tuple[str, ...]:
 
 
 def _examples(rows: Sequence[Row], conditions: Sequence[str]) -> tuple[Question, ...]:
-    """Return the first prompts with the answer of every condition."""
-    answers = {(row["prompt_id"], row["condition"]): str(row["answer"]) for row in rows}
+    """Return the first prompts with the answer of every condition, and why it does not count."""
+    answers = {
+        (row["prompt_id"], row["condition"]): (
+            name_of(row["condition"])
+            + (f" (does not count: {row['failed']})" if row.get("failed") else ""),
+            str(row["answer"]),
+        )
+        for row in rows
+    }
     prompts = {row["prompt_id"]: str(row["prompt"]) for row in rows}
     return tuple(
         Question(
             prompts[at],
-            tuple(Card(name_of(name), answers.get((at, name), "")) for name in conditions),
+            tuple(Card(*answers.get((at, name), (name_of(name), ""))) for name in conditions),
         )
         for at in sorted(prompts)[:EXAMPLE_PROMPTS]
     )
+
+
+def _fresh(run: Run) -> list[str]:
+    """Say how the mean and the best few candidates stood on fresh prompts, where one is named."""
+    found = [
+        wording.number(row["value"], 2) + (" (breaks the constraints)" if row["violation"] else "")
+        for row in run.read("finalists")
+    ]
+    if not found:
+        return []
+    return [
+        f"On fresh prompts, by the judge of the search: the mean {found[0]}, the best candidates "
+        f"{', '.join(found[1:])}; what stands highest there is named best."
+    ]
 
 
 def _check(row: Row) -> str:
