@@ -14,6 +14,7 @@ takes longest.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.coherence import distinct_share
 from persona_lora.judges.embedding import AnswerClassifier, exchanges_of
 from persona_lora.judges.fitness import JudgeValidation, own_agreement, rater_agreement
-from persona_lora.judges.fitted import cache_folder, made_up
+from persona_lora.judges.fitted import cache_folder, counts_of, made_up
 from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import fit_probe
 from persona_lora.judges.probe_judge import SentenceEvidence
@@ -49,6 +50,7 @@ class Bench:
         self.tuning = np.array([at for at, row in enumerate(self.rows) if row.part == "tuning"])
         self.made = made_up(SentenceEvidence(trait), self.rows)
         self.exchanges += [row.exchange for row in self.made]
+        self.made_at: Sequence[int] = range(len(self.rows), len(self.exchanges))
         self.reader = Reader(chat_model, trait)
         self.states = self.reader.kept_states(self.exchanges, cache_folder())
         self.embedder = SentenceEmbedder()
@@ -58,14 +60,28 @@ class Bench:
 
         ``features`` are of the rated answers, then of the nonsense made from those for tuning.
         """
-        count, made = len(self.rows), self.made if nonsense else []
-        some = [*self.tuning, *(count + at for at in range(len(made)))]
-        targets = [*self.targets[self.tuning], *(row.rating(self.scale) for row in made)]
-        groups = [self.rows[at].question for at in self.tuning] + [row.question for row in made]
-        fitted = fit_probe(features[some], np.array(targets), groups)
-        scores = fitted.probe.predict(features[:count])
+        made = self.made_at if nonsense else []
+        some = [*self.tuning, *made]
+        rows = [[*self.rows, *self.made][at] for at in some]
+        fitted = fit_probe(
+            features[some],
+            np.array([row.rating(self.scale) for row in rows]),
+            [row.question for row in rows],
+            counts=counts_of(len(self.tuning), len(made)),
+        )
+        scores = fitted.probe.predict(features[: len(self.rows)])
         scores[self.tuning] = fitted.held_out[: len(self.tuning)]
         return scores
+
+    def narrowed(self, tuning: NDArray[np.integer]) -> Bench:
+        """Return the same with some of the rated answers to fit to, and their nonsense alone."""
+        asked = {self.rows[at].question for at in tuning}
+        twin = copy.copy(self)
+        twin.tuning = tuning
+        twin.made_at = [
+            at for at in self.made_at if self.made[at - len(self.rows)].question in asked
+        ]
+        return twin
 
     def surface(self) -> Scores:
         counts = [surface_counts(each.answer) for each in self.exchanges]
@@ -83,14 +99,20 @@ class Bench:
     def layer(self, at: int) -> Scores:
         return self.probe(self.states[:, [at]])
 
-    def all_layers(self) -> Scores:
-        return self.probe(self.states.reshape(len(self.states), 1, -1))
+    def last_token(self) -> Scores:
+        return self.probe(self.states[:, : len(self.reader.layers)])
+
+    def answer_tokens(self) -> Scores:
+        return self.probe(self.states[:, len(self.reader.layers) :])
 
     def mean_of_layers(self, *, nonsense: bool = True) -> Scores:
         return self.probe(self.states, nonsense=nonsense)
 
     def both(self) -> Scores:
         return (self.mean_of_layers() + self.sentences()) / 2
+
+    def last_and_sentences(self) -> Scores:
+        return (self.last_token() + self.sentences()) / 2
 
     def variety(self) -> Scores:
         return np.array([100 * distinct_share(row.answer) for row in self.rows])
@@ -126,12 +148,13 @@ class Bench:
         yield "sentence embeddings, without nonsense", lambda: self.sentences(nonsense=False)
         yield "sentence embeddings", self.sentences
         for at, layer in enumerate(self.reader.layers):
-            if at % 2 == 0:
-                yield f"reader, layer {layer}", lambda at=at: self.layer(at)
-        yield "reader, all layers side by side", self.all_layers
-        yield "reader, mean over layers, no nonsense", lambda: self.mean_of_layers(nonsense=False)
-        yield "reader, mean over layers", self.mean_of_layers
-        yield "mean of reader and sentences", self.both
+            yield f"last token, layer {layer}", lambda at=at: self.layer(at)
+        yield "last token, mean over layers", self.last_token
+        yield "answer's tokens, mean over layers", self.answer_tokens
+        yield "both, no nonsense", lambda: self.mean_of_layers(nonsense=False)
+        yield "both", self.mean_of_layers
+        yield "mean of last token and sentences", self.last_and_sentences
+        yield "mean of both and sentences", self.both
 
     def agreement(self, scores: Scores, part: str) -> JudgeValidation:
         held = [at for at, row in enumerate(self.rows) if row.part == part]
@@ -181,10 +204,9 @@ def curve(bench: Bench, sizes: Sequence[int], draws: int = 10) -> None:
 
 
 def _drawn(bench: Bench, size: int, seed: int) -> JudgeValidation:
+    """Return the agreement of the default judge fitted to so many ratings drawn by lot."""
     some = np.random.default_rng(seed).choice(bench.tuning, size, replace=False)
-    groups = [bench.rows[at].question for at in some]
-    fitted = fit_probe(bench.states[some], bench.targets[some], groups)
-    return bench.agreement(fitted.probe.predict(bench.states[: len(bench.rows)]), "validation")
+    return bench.agreement(bench.narrowed(some).mean_of_layers(), "validation")
 
 
 def main() -> None:

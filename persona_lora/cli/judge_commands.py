@@ -124,7 +124,7 @@ def fit(
     from persona_lora.judges.choice import reading_model
     from persona_lora.judges.fitness import rater_agreement
     from persona_lora.judges.labels import SCALES, load_ratings
-    from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
+    from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence
     from persona_lora.judges.rating import AnswerFile, RatingSheet, rated_rows
     from persona_lora.report.wording import number
 
@@ -143,7 +143,7 @@ def fit(
             f"ρ {number(passes.spearman, 2)} ({passes.n} answers)"
         )
     with progress_bars():
-        made = ProbeJudge.of(ReaderEvidence(Reader(reader, loaded)), SentenceEvidence(loaded))
+        made = ProbeJudge.of(ReaderEvidence(Reader(reader, loaded)))
     _show_fitness(made.validation)
     show(str(path))
 

@@ -221,7 +221,7 @@ def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> 
         )
         return JUDGES["embedding"](trait, reference, options)
     model = reading_model(_reader_name(options), reference)
-    return ProbeJudge.of(ReaderEvidence(Reader(model, trait)), SentenceEvidence(trait))
+    return ProbeJudge.of(ReaderEvidence(Reader(model, trait)))
 
 
 def _reader_name(options: JudgeOptions) -> str | None:

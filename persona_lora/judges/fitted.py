@@ -37,7 +37,7 @@ from persona_lora.judges.probe import Probe, check_enough, fit_probe
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 Array = NDArray[np.floating]
 Scores = NDArray[np.float64]
 
@@ -186,10 +186,12 @@ def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbe
     probes, held_out = {}, {}
     for scale in SCALES:
         parts = [own, nonsense, *(_rated_elsewhere(evidence) if scale == "sense" else ())]
+        beside = sum(len(part.rows) for part in parts[2:])
         fitted = fit_probe(
             np.concatenate([part.evidence for part in parts]),
             np.array([row.rating(scale) for part in parts for row in part.rows]),
             [group for part in parts for group in part.groups],
+            counts=counts_of(len(own.rows), len(nonsense.rows), beside),
         )
         probes[scale], held_out[scale] = fitted.probe, fitted.held_out[: len(tuning)]
         logger.info(
@@ -206,6 +208,15 @@ def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbe
     for scale in SCALES:
         scores[scale][tuning] = held_out[scale]
     return replace(fit, scores=scores)
+
+
+def counts_of(own: int, nonsense: int, beside: int = 0) -> Scores:
+    """Return how much each row counts: own ones, then nonsense, then those of other traits.
+
+    All nonsense together counts at most as much as what was rated of the trait.
+    """
+    less = np.full(nonsense, min(1.0, own / max(nonsense, 1)))
+    return np.concatenate([np.ones(own), less, np.ones(beside)])
 
 
 def _read(evidence: Evidence, rows: Sequence[RatedAnswer], prefix: str = "") -> _Rated:

@@ -17,6 +17,7 @@ from persona_lora.judges.labels import RatedAnswer
 MADE = "made up"
 SENSE = 8.0  # what the guidelines leave for text that does not answer
 SENSELESS = 25.0
+SHOWN = 60.0
 NO_TRAIT = 15.0
 LOOP_WORDS = 45
 FILLER = (
@@ -40,10 +41,10 @@ def nonsense_rows(
 ) -> list[RatedAnswer]:
     """Return senseless answers to the questions of rows, of four kinds (their ``condition``).
 
-    To every question an echo of it, and two each of filler, answers to another question (those
-    ``beside`` may be of other traits) and a clause of an answer over and over. On the trait they
-    get what raters gave to what makes no sense: the middle, where a trait has two sides. Equal rows
-    give equal nonsense. Rows are of two questions at least.
+    To every question an echo of it, filler, an answer to another question (one ``beside`` may be
+    of another trait) and a clause of an answer over and over. On the trait they get what raters
+    gave to what makes no sense: the middle, where a trait has two sides. Equal rows give equal
+    nonsense. Rows are of two questions at least.
     """
     absence = absence_of(rows)
     chance = random.Random(0)
@@ -56,9 +57,13 @@ def nonsense_rows(
 
 
 def absence_of(rows: Sequence[RatedAnswer]) -> float:
-    """Return what raters gave on the trait to answers without sense: their median."""
+    """Return what raters gave on the trait to answers without sense, their median.
+
+    Those that show the trait all the same (a loop of its sentences) are left out.
+    """
     senseless = [row.rating("trait") for row in rows if row.rating("sense") <= SENSELESS]
-    return float(np.median(senseless)) if senseless else NO_TRAIT
+    absent = [each for each in senseless if each < SHOWN]
+    return float(np.median(absent)) if absent else NO_TRAIT
 
 
 def _answers(
@@ -68,11 +73,8 @@ def _answers(
     own = [row.answer for row in rows if row.question == question]
     yield "echo", question
     yield "filler", FILLER[at % len(FILLER)]
-    yield "filler", FILLER[(at + len(FILLER) // 2) % len(FILLER)]
-    for answer in chance.sample(others, 2):
-        yield "elsewhere", answer
-    for answer in (chance.choice(own), chance.choice(others)):
-        words = answer.split()
-        start, size = chance.randrange(max(1, len(words) - 6)), chance.randint(2, 7)
-        clause = " ".join(words[start : start + size])
-        yield "loop", " ".join([clause] * (LOOP_WORDS // len(clause.split())))
+    yield "elsewhere", chance.choice(others)
+    words = chance.choice(own if at % 2 else others).split()
+    start, size = chance.randrange(max(1, len(words) - 6)), chance.randint(2, 7)
+    clause = " ".join(words[start : start + size])
+    yield "loop", " ".join([clause] * (LOOP_WORDS // len(clause.split())))

@@ -56,28 +56,38 @@ class Fitted(NamedTuple):
 
 
 def fit_probe(
-    states: NDArray[np.floating], targets: Vector, groups: Sequence[str], *, seed: int = 0
+    states: NDArray[np.floating],
+    targets: Vector,
+    groups: Sequence[str],
+    *,
+    counts: Vector | None = None,
+    seed: int = 0,
 ) -> Fitted:
     """Fit to states ``[n, layers, hidden]`` and targets of 0–100 by groups (the questions).
 
-    Raises UserError for fewer than 20 rows or 5 questions, and for targets that are all the same.
+    ``counts``, ``[n]``: how much a row counts beside the others, in the fit and in the choice of
+    the penalty; all alike by default. Raises UserError for fewer than 20 rows or 5 questions, and
+    for targets that are all the same.
     """
     check_enough(groups)
+    counts = np.ones(len(targets)) if counts is None else counts
     if np.ptp(targets) == 0:
         raise UserError(f"all answers are rated {targets[0]:g}; a judge needs some that differ")
     layers, guesses, penalties = [], [], []
     with threadpool_limits(limits=1, user_api="blas"):
         for at in range(states.shape[1]):
             x = states[:, at].astype(np.float64)
-            held_out = _held_out(x, targets, groups, seed)
-            best = min(range(len(PENALTIES)), key=lambda each: _error(held_out[each], targets))
-            layers.append(_ridge(x, targets, (PENALTIES[best],)))
+            held_out = _held_out(x, targets, counts, groups, seed)
+            errors = [_error(each, targets, counts) for each in held_out]
+            best = int(np.argmin(errors))
+            layers.append(_ridge(x, targets, counts, (PENALTIES[best],)))
             guesses.append(held_out[best])
             penalties.append(PENALTIES[best])
     guess = np.clip(np.mean(guesses, axis=0), 0.0, 100.0)
     center = np.stack([each for each, _ in layers])
     weights = np.concatenate([each for _, each in layers]) / len(layers)
-    bias, error = float(targets.mean()), _error(guess, targets)
+    bias = float(np.average(targets, weights=counts))
+    error = _error(guess, targets, counts)
     return Fitted(Probe(center, weights, bias, tuple(penalties), error), guess)
 
 
@@ -90,32 +100,37 @@ def check_enough(groups: Sequence[str]) -> None:
         )
 
 
-def _held_out(x: Vector, targets: Vector, groups: Sequence[str], seed: int) -> Vector:
+def _held_out(
+    x: Vector, targets: Vector, counts: Vector, groups: Sequence[str], seed: int
+) -> Vector:
     """Return what fits without a row's group say of it, by penalty: ``[len(PENALTIES), n]``."""
     guess = np.empty((len(PENALTIES), len(x)))
     folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
     for kept, held in folds.split(x, targets, np.unique(groups, return_inverse=True)[1]):
-        center, weights = _ridge(x[kept], targets[kept], PENALTIES)
-        guess[:, held] = targets[kept].mean() + weights @ (x[held] - center).T
+        center, weights = _ridge(x[kept], targets[kept], counts[kept], PENALTIES)
+        mean = np.average(targets[kept], weights=counts[kept])
+        guess[:, held] = mean + weights @ (x[held] - center).T
     return guess
 
 
-def _ridge(x: Vector, targets: Vector, penalties: Sequence[float]) -> tuple[Vector, Vector]:
+def _ridge(
+    x: Vector, targets: Vector, counts: Vector, penalties: Sequence[float]
+) -> tuple[Vector, Vector]:
     """Return the mean of x, and ridge regression's weights by penalty: ``[penalties, width]``.
 
-    With z standardised, w = zᵀ(zzᵀ + λI)⁻¹(y − ȳ) with λ the penalty times the width: one
-    eigendecomposition of ``[n, n]`` serves all penalties. The intercept is ȳ.
+    With z standardised and c the rows' counts, w = zᵀ√c(√c zzᵀ √c + λI)⁻¹√c(y − ȳ) with λ the
+    penalty times the width: one eigendecomposition of ``[n, n]`` serves all penalties. Means are
+    weighted by the counts; the intercept is ȳ.
     """
-    center, spread = x.mean(axis=0), x.std(axis=0)
-    z = (x - center) / np.where(spread > 0, spread, 1.0)
+    center = np.average(x, axis=0, weights=counts)
+    spread = np.sqrt(np.average((x - center) ** 2, axis=0, weights=counts))
+    roots = np.sqrt(counts)
+    z = roots[:, None] * (x - center) / np.where(spread > 0, spread, 1.0)
+    moved = roots * (targets - np.average(targets, weights=counts))
     values, vectors = np.linalg.eigh(z @ z.T)
-    damped = (
-        vectors.T
-        @ (targets - targets.mean())
-        / (values + np.array(penalties)[:, None] * x.shape[1])
-    )
+    damped = vectors.T @ moved / (values + np.array(penalties)[:, None] * x.shape[1])
     return center, damped @ vectors.T @ z / np.where(spread > 0, spread, 1.0)
 
 
-def _error(guess: Vector, targets: Vector) -> float:
-    return float(np.sqrt(np.mean((guess - targets) ** 2)))
+def _error(guess: Vector, targets: Vector, counts: Vector) -> float:
+    return float(np.sqrt(np.average((guess - targets) ** 2, weights=counts)))

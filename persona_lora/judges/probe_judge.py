@@ -1,9 +1,9 @@
 """Judges without a network: linear probes on what an unsteered model makes of an answer.
 
-Of two families: ``ReaderEvidence`` is how a language model reads question and answer,
-``SentenceEvidence`` what a sentence embedder makes of them. The default judge rests on both, the
-other one on sentences alone; scoring, abstention and the agreement with rated answers are the same.
-Refuses to know the models whose answers it scores.
+Of two families: ``ReaderEvidence`` is how a language model reads an answer, ``SentenceEvidence``
+what a sentence embedder makes of question and answer. Neither knows of the other; scoring,
+abstention and the agreement with rated answers are the same. Refuses to know the models whose
+answers it scores.
 """
 
 from __future__ import annotations
@@ -98,21 +98,16 @@ def _embedder() -> SentenceEmbedder:
 class ProbeJudge:
     """Scores the trait and coherence with fitted probes; both from one reading of an answer.
 
-    Several kinds of evidence count alike: the score is the mean of theirs, and what is like the
-    rated answers is told by the first, which names the judge. ``validation`` is the agreement with
-    the validation part of the trait's rated answers.
+    ``validation`` is the agreement with the validation part of the trait's rated answers.
     """
 
     def __init__(
-        self,
-        evidence: Sequence[Evidence],
-        fitted: Sequence[FittedProbes],
-        labels: Sequence[RatedAnswer],
+        self, evidence: Evidence, fitted: FittedProbes, labels: Sequence[RatedAnswer]
     ) -> None:
-        self.name = evidence[0].name
-        self.trait = evidence[0].trait
-        self.evidence = tuple(evidence)
-        self.fitted = tuple(fitted)
+        self.name = evidence.name
+        self.trait = evidence.trait
+        self.evidence = evidence
+        self.fitted = fitted
         self._known: dict[Exchange, dict[str, Verdict]] = {}
         self.validation = tuple(
             self._validation(each, labels) for each in (self.trait.name, COHERENCE)
@@ -121,10 +116,10 @@ class ProbeJudge:
             warn_if_untrusted(each)
 
     @classmethod
-    def of(cls, *evidence: Evidence) -> ProbeJudge:
+    def of(cls, evidence: Evidence) -> ProbeJudge:
         """Return the judge of a trait that has rated answers, fitted now where it never was."""
-        labels = load_ratings(evidence[0].trait)
-        return cls(evidence, [fitted_probes(each, labels) for each in evidence], labels)
+        labels = load_ratings(evidence.trait)
+        return cls(evidence, fitted_probes(evidence, labels), labels)
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
         """Return one verdict per exchange, in order; empty and unfamiliar answers are unscored.
@@ -135,10 +130,9 @@ class ProbeJudge:
         filled = [each for each in dict.fromkeys(exchanges) if each.answer.strip()]
         new = [each for each in filled if each not in self._known]
         if new:
-            read = [each.read(new) for each in self.evidence]
-            scores = [fit.predict(each) for fit, each in zip(self.fitted, read, strict=True)]
-            distances = self.fitted[0].strangeness(read[0])
-            self._known |= zip(new, self._said(scores, distances), strict=True)
+            read = self.evidence.read(new)
+            said = self._said(self.fitted.predict(read), self.fitted.strangeness(read))
+            self._known |= zip(new, said, strict=True)
         return [
             self._known[each][criterion]
             if each.answer.strip()
@@ -147,12 +141,12 @@ class ProbeJudge:
         ]
 
     def _said(
-        self, scores: Sequence[Mapping[Scale, Scores]], distances: Scores
+        self, scores: Mapping[Scale, Scores], distances: Scores
     ) -> Iterator[dict[str, Verdict]]:
         """Yield the verdicts on both criteria, answer by answer."""
-        limit = self.fitted[0].familiarity.limit
-        means = [np.mean([each[scale] for each in scores], axis=0).tolist() for scale in SCALES]
-        for trait, sense, distance in zip(*means, distances.tolist(), strict=True):
+        limit = self.fitted.familiarity.limit
+        by_scale = [scores[scale].tolist() for scale in SCALES]
+        for trait, sense, distance in zip(*by_scale, distances.tolist(), strict=True):
             far = f"distance {distance:.1f}, limit {limit:.1f}"
             strange = f"unlike all answers that were rated ({far})" if distance > limit else None
             yield {
@@ -163,10 +157,11 @@ class ProbeJudge:
             }
 
     def _validation(self, criterion: str, labels: Sequence[RatedAnswer]) -> JudgeValidation:
-        said = self._said([each.scores for each in self.fitted], self.fitted[0].distances)
         pairs = [
             (each[criterion], row)
-            for each, row in zip(said, labels, strict=True)
+            for each, row in zip(
+                self._said(self.fitted.scores, self.fitted.distances), labels, strict=True
+            )
             if row.part == "validation"
         ]
         return own_agreement([each for each, _ in pairs], [row for _, row in pairs])

@@ -1,4 +1,4 @@
-"""The hidden states of the last token of prompts, read once where prompts begin alike.
+"""The hidden states at the ends of prompts and over a span in them, where prompts begin alike.
 
 Many prompts that differ at their ends alone (one question, many answers to it) cost what their ends
 cost: what a group of them begins with goes through the model once, and its keys and values are
@@ -34,21 +34,25 @@ def last_states(
     prompts: Sequence[list[int]],
     groups: Sequence[str],
     layers: Sequence[int],
+    spans: Sequence[range],
 ) -> Tensor:
-    """Return the outputs of decoder layers at the last tokens: ``[prompts, layers, hidden]``, fp32.
+    """Return the outputs of decoder layers at the last tokens, then their means over the spans.
 
-    Prompts of one group begin alike. A row's numbers are those it gives alone, up to rounding.
-    Progress counts prompts. Raises UserError for a state that is NaN or infinite.
+    ``[prompts, 2 · layers, hidden]``, fp32. A span is a range of places in its prompt. Prompts of
+    one group begin alike. A row's numbers are those it gives alone, up to rounding. Progress counts
+    prompts. Raises UserError for a state that is NaN or infinite.
     """
-    states = torch.empty(len(prompts), len(layers), hidden_size(chat_model.model))
+    states = torch.empty(len(prompts), 2 * len(layers), hidden_size(chat_model.model))
     done = 0
     for group in dict.fromkeys(groups):
         rows = [row for row, each in enumerate(groups) if each == group]
-        prefix, kept = _shared_prefix(chat_model, [prompts[row] for row in rows])
+        longest = min(spans[row].start for row in rows)  # no span is cut
+        prefix, kept = _shared_prefix(chat_model, [prompts[row] for row in rows], longest)
         for batch in batches_by_length([len(prompts[row]) - len(prefix) for row in rows]):
             some = [rows[at] for at in batch]
             ends = [prompts[row][len(prefix) :] for row in some]
-            states[some] = _states_of(chat_model, ends, kept, layers)
+            own = [_moved(spans[row], -len(prefix)) for row in some]
+            states[some] = _states_of(chat_model, ends, kept, layers, own)
             done += len(some)
             progress.report(done, len(prompts))
     if not bool(states.isfinite().all()):
@@ -56,11 +60,15 @@ def last_states(
     return states
 
 
+def _moved(span: range, by: int) -> range:
+    return range(span.start + by, span.stop + by)
+
+
 def _shared_prefix(
-    chat_model: ChatModel, prompts: Sequence[list[int]]
+    chat_model: ChatModel, prompts: Sequence[list[int]], longest: int
 ) -> tuple[list[int], KeptCache | None]:
     """Return what all prompts begin with and its cache, of one row; nothing if not worth it."""
-    model, prefix = chat_model.model, common_prefix(prompts)
+    model, prefix = chat_model.model, common_prefix(prompts)[:longest]
     if (
         len(prompts) < 2
         or len(prefix) < SHORTEST_PREFIX
@@ -79,6 +87,7 @@ def _states_of(
     ends: Sequence[list[int]],
     kept: KeptCache | None,
     layers: Sequence[int],
+    spans: Sequence[range],
 ) -> Tensor:
     model = chat_model.model
     longest = max(map(len, ends))
@@ -90,7 +99,8 @@ def _states_of(
         cache = copy.deepcopy(kept.cache)
         cache.batch_repeat_interleave(len(ends))
         keywords = {"use_cache": True, kept.name: cache}
-    with _LastTokens(model, layers, [len(end) - 1 for end in ends]) as taken, suppress(_Done):
+    last = [range(len(end) - 1, len(end)) for end in ends]
+    with _SpanMeans(model, layers, [last, spans]) as taken, suppress(_Done):
         text_decoder(model).module(input_ids=ids.to(model.device), **keywords)
     silent = sorted(set(layers) - set(taken.states))
     if silent:
@@ -98,21 +108,27 @@ def _states_of(
             f"decoder layer {silent[0]} of {chat_model.name} did not run; its structure is not "
             "known here, see docs/models.md"
         )
-    return torch.stack([taken.states[layer] for layer in layers], dim=1)
+    by_layer = torch.stack([taken.states[layer] for layer in layers])  # [layers, 2, batch, hidden]
+    return by_layer.permute(2, 1, 0, 3).flatten(1, 2)
 
 
 class _Done(Exception):
     """Raised behind the last wanted layer: what comes after it is not needed."""
 
 
-class _LastTokens(Hooked):
-    """Context manager: hooks on blocks that keep their outputs at one position of each row."""
+class _SpanMeans(Hooked):
+    """Context manager: hooks on blocks that keep the means of their outputs over spans of each row.
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], positions: Sequence[int]) -> None:
+    ``spans`` holds lists of a span for each row.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], spans: Sequence[Sequence[range]]
+    ) -> None:
         super().__init__()
         self.blocks = {layer: decoder_layers(model)[layer] for layer in layers}
-        self.positions = list(positions)
-        self.states: dict[int, Tensor] = {}  # by layer: [batch, hidden]
+        self.spans = spans
+        self.states: dict[int, Tensor] = {}  # by layer: [lists of spans, batch, hidden]
 
     def hooks(self) -> list[Hook]:
         """Return a hook on every block of the layers."""
@@ -123,8 +139,10 @@ class _LastTokens(Hooked):
 
     def _take(self, layer: int, module: nn.Module, arguments: object, output: Any) -> None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        rows = torch.arange(len(self.positions), device=hidden.device)
-        at = torch.tensor(self.positions, device=hidden.device)
-        self.states[layer] = hidden[rows, at].float().cpu()
+        means = [
+            torch.stack([row[span.start : span.stop].float().mean(dim=0) for row, span in pairs])
+            for pairs in (zip(hidden, each, strict=True) for each in self.spans)
+        ]
+        self.states[layer] = torch.stack(means).cpu()
         if layer == max(self.blocks):
             raise _Done

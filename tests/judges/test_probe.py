@@ -43,6 +43,18 @@ def test_probe_is_the_mean_of_ridge_regressions_on_standardised_layers():
     np.testing.assert_allclose(probe.predict(states), expected, atol=1e-8)
 
 
+def test_a_row_that_counts_twice_is_a_row_given_twice():
+    states, targets, groups = scene()
+    counts = np.where(np.arange(80) % 3 == 0, 2.0, 1.0)
+    counted = fit_probe(states, targets, groups, counts=counts)
+    times = np.repeat(np.arange(80), counts.astype(int))
+    given = fit_probe(states[times], targets[times], [groups[each] for each in times])
+    assert counted.probe.penalties == given.probe.penalties
+    assert counted.probe.error == pytest.approx(given.probe.error)
+    np.testing.assert_allclose(counted.probe.predict(states), given.probe.predict(states))
+    np.testing.assert_allclose(counted.held_out[times], given.held_out, atol=1e-8)
+
+
 def test_what_only_tells_questions_apart_predicts_nothing_held_out():
     generator = np.random.default_rng(1)
     group = np.arange(80) % 16

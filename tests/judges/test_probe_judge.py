@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from persona_lora.core.chat import COHERENCE, Exchange, user_question
 from persona_lora.core.errors import UserError
@@ -20,7 +21,7 @@ from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge
 from persona_lora.judges.fitness import validate_judge
 from persona_lora.judges.fitted import content_of, fit_probes, fitted_probes
 from persona_lora.judges.labels import SCALES, load_ratings
-from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
+from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence
 from persona_lora.judges.verdicts import validations_of
 from tests.judges.rated import rated_rows, write_ratings
 
@@ -39,24 +40,43 @@ def rated(trait):
     return trait
 
 
-def test_states_are_those_of_the_last_token_of_the_question_about_the_answer(chat_model, trait):
+@pytest.mark.parametrize("answer", [ASKED.answer, f"  {ASKED.question} "])
+def test_states_are_the_last_token_of_a_question_about_an_answer_and_means_over_it(
+    chat_model, trait, answer
+):
+    """Of an echo, too, the means are those over the answer, not over the question before it."""
     reading = Reader(chat_model, trait)
     assert reading.layers == (1,)
-    states = reading.states([ASKED, ASKED])
+    states = reading.states([Exchange(ASKED.question, answer)] * 2)
+    said = answer.strip()
     asked = PROMPT.format(
-        question=ASKED.question,
-        answer=ASKED.answer,
-        name="flattery",
-        description="praises the user",
+        question=ASKED.question, answer=said, name="flattery", description="praises the user"
     )
     prompt = chat_model.render(user_question(asked))
-    ids = chat_model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    before = prompt[: prompt.rindex(said)]
+    tokenizer, blocks = chat_model.tokenizer, chat_model.model.model
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    start, end = (
+        len(tokenizer(each, add_special_tokens=False)["input_ids"])
+        for each in (before, before + said)
+    )
     with torch.no_grad():
-        blocks = chat_model.model.model
         hidden = blocks(input_ids=ids, output_hidden_states=True).hidden_states[1]
         last = blocks.layers[1](hidden, position_embeddings=blocks.rotary_emb(hidden, _at(ids)))
     np.testing.assert_allclose(states[0, 0], last[0, -1].numpy(), atol=1e-4)
+    np.testing.assert_allclose(states[0, 1], last[0, start:end].mean(dim=0).numpy(), atol=1e-4)
     assert (states[0] == states[1]).all()
+
+
+def test_a_template_that_changes_the_answer_is_refused(chat_model, trait, monkeypatch):
+    render = chat_model.tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        chat_model.tokenizer,
+        "apply_chat_template",
+        lambda *given, **options: render(*given, **options).upper(),
+    )
+    with pytest.raises(UserError, match="changes what it is given"):
+        Reader(chat_model, trait).states([ASKED])
 
 
 def _at(ids):
@@ -74,6 +94,15 @@ def test_states_that_were_kept_are_not_read_again(chat_model, trait, tmp_path, m
     assert (both[1] == first[0]).all()
     assert (Reader(chat_model, trait).kept_states(others, tmp_path) == both).all()
     assert len(read) == 1
+
+
+def test_states_that_an_earlier_version_kept_are_read_anew(chat_model, trait, tmp_path):
+    folder = tmp_path / "kept"
+    first = Reader(chat_model, trait).kept_states([ASKED], folder)
+    (path,) = folder.iterdir()
+    save_file({name: each[:1].clone() for name, each in load_file(path).items()}, path)
+    assert (Reader(chat_model, trait).kept_states([ASKED], folder) == first).all()
+    assert {tuple(each.shape) for each in load_file(path).values()} == {first.shape[1:]}
 
 
 def test_an_adapter_does_not_reach_the_reader(chat_model, trait, make_adapter, tmp_path):
@@ -122,14 +151,13 @@ def evidence(chat_model, trait):
 
 
 def reader_judge(chat_model, trait):
-    return ProbeJudge.of(evidence(chat_model, trait), SentenceEvidence(trait))
+    return ProbeJudge.of(evidence(chat_model, trait))
 
 
 def with_limit(judge, trait, limit):
     """Return a judge that takes what is nearer than ``limit`` for familiar."""
-    first, *others = judge.fitted
-    familiarity = dataclasses.replace(first.familiarity, limit=limit)
-    probes = [dataclasses.replace(first, familiarity=familiarity), *others]
+    familiarity = dataclasses.replace(judge.fitted.familiarity, limit=limit)
+    probes = dataclasses.replace(judge.fitted, familiarity=familiarity)
     return ProbeJudge(judge.evidence, probes, load_ratings(trait))
 
 
