@@ -6,7 +6,9 @@ standardised states, uᵢ the leading directions of the rows and λᵢ the varia
     d² = Σᵢ (uᵢ·z)² / λᵢ + ‖z − Σᵢ (uᵢ·z) uᵢ‖² / σ²,
 
 σ² the mean square of a held-out row's rest. The limit is the largest distance of a row while its
-question was held out. Refuses to know what was read.
+question was held out, or that which one in twenty of the fitted rows exceeds, if that is larger:
+where there are more features than rows, the directions tell the fitted questions from all others,
+and answers to just those lie farthest. Refuses to know what was read.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 FOLDS = 5
 DIRECTIONS = 16
+OWN = 0.95  # of the fitted rows are familiar
 
 Array = NDArray[np.float64]
 
@@ -66,7 +69,9 @@ def fit_familiarity(
         ]
         rest = float(np.mean(np.concatenate([fit.outside(held) for fit, held in fits])))
         distances = [replace(fit, rest=rest).distances(held) for fit, held in fits]
-        return replace(_fitted(states), rest=rest, limit=float(np.max(np.concatenate(distances))))
+        fit = replace(_fitted(states), rest=rest)
+        own = float(np.quantile(fit.distances(states), OWN))
+        return replace(fit, limit=max(float(np.max(np.concatenate(distances))), own))
 
 
 def _fitted(states: NDArray[np.floating]) -> Familiarity:

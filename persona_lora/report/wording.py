@@ -344,9 +344,9 @@ def coherent_line(summary: SweepSummary) -> str:
     if span.reason is not None:
         return f"There is no coherent range: {span.reason}."
     if len(span.coefficients) == len(summary.steered):
-        return f"Answers stay coherent (mean at least {span.threshold:g}) over the whole sweep."
+        return f"Coherence stays at {span.threshold:g} or more over the whole sweep."
     return (
-        f"Answers are coherent (mean at least {span.threshold:g}) from "
+        f"Coherence is {span.threshold:g} or more from "
         f"{coefficient(span.low)} to {coefficient(span.high)}."
     )
 

@@ -37,6 +37,17 @@ def test_the_limit_is_that_of_rows_held_out(rows):
     assert familiarity.limit > familiarity.distances(rows[:100]).max()
 
 
+def test_answers_to_the_fitted_questions_are_familiar_where_features_tell_the_questions():
+    """More features than rows, most of them the question's: no held-out row lies that far."""
+    generator = np.random.default_rng(3)
+    asked = generator.standard_normal((34, 800))
+    rows = asked[np.arange(170) % 34] + 0.4 * generator.standard_normal((170, 800))
+    familiarity = fit_familiarity(rows, [f"q{at % 34}" for at in range(170)])
+    again = asked[np.arange(68) % 34] + 0.4 * generator.standard_normal((68, 800))
+    assert (familiarity.distances(rows) <= familiarity.limit).mean() > 0.94
+    assert (familiarity.distances(again) <= familiarity.limit).mean() > 0.9
+
+
 def test_the_distance_inside_the_directions_is_that_of_mahalanobis(rows):
     familiarity = fit_familiarity(rows[:100], groups(100))
     z = (rows[100:] - familiarity.center) / familiarity.spread
