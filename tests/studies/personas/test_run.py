@@ -46,6 +46,7 @@ from persona_lora.studies.personas.run import (
     persona_system_prompt,
 )
 from persona_lora.studies.personas.search import SearchOptions
+from persona_lora.studies.report_page import write_report
 
 PROMPTS = PersonaPrompts(
     ("Hi there.", "Any plans?"), ("What now?", "And then?", "Why?"), ("Who's there?", "Since when?")
@@ -160,6 +161,14 @@ def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_
     assert {tuple(row["details"]["prompts"]) for row in rows} == {(0, 1)}
     assert max(row["value"] for row in rows) == result.standing.value
     assert result.weights == result.finalists[result.best].coefficients
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+    mean, *others = (f"{row['value']:.2f}" for row in rows)
+    assert f"the mean {mean}, the best candidates {', '.join(others)};" in page
+    assert "(does not count: echo)" not in page
+    kept = [{**row, "failed": "echo"} for row in Run(tmp_path / "run").read("held_out")]
+    write_jsonl(tmp_path / "run" / "held_out.jsonl", kept)
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+    assert "(does not count: echo)" in page
     few = dataclasses.replace(problem, prompts=dataclasses.replace(PROMPTS, fresh=()))
     with pytest.raises(UserError, match="search on fewer"):
         optimise_persona(few, method, tmp_path / "none", searching=OPTIONS)
@@ -484,6 +493,7 @@ from persona_lora.core.personas import Coefficients
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.search import SearchOptions
+from persona_lora.studies.report_page import write_report
 from persona_lora.studies.personas.run import Method, PersonaProblem, optimise_persona
 from persona_lora.models.processes import current_processes
 from persona_lora.models.loading import load_chat_model
