@@ -184,7 +184,7 @@ def optimize(
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
             load_persona(persona, bench.persona_dir)  # a wrong id fails before anything is measured
-            chosen = opened.method(
+            chosen = opened.methods(
                 method,
                 layers=bench.layers_of(opened),
                 alpha=bench.alpha,

@@ -203,7 +203,7 @@ class SearchOptions:
     seed: Seed = 0
     seeds: Annotated[
         int,
-        "Repeat every search with so many seeds: --seed and those after it.",
+        "Repeat every search with so many seeds, or once for each training seed of the diffs.",
         "--search-seeds",
     ] = 1
 

@@ -15,6 +15,7 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.vector_files import load_vector
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
+from persona_lora.studies.read_seeds import diffs_of_seeds
 
 LORA, RANDOM = "lora", "random"
 NEIGHBOURS = 1
@@ -25,24 +26,47 @@ class Wanted:
     """What directions are asked for: one per trait, from what lies below ``folder``.
 
     ``layers`` are those that vectors act at; ``energy`` is the share of the squared norm that the
-    rank of diffs is cut to, None for all of it.
+    rank of diffs is cut to, None for all of it; ``trained`` names their training seed ("seed0"),
+    where there are several.
     """
 
     traits: Sequence[str]
     folder: Path
     layers: Sequence[int] = ()
     energy: float | None = None
+    trained: str = ""
 
 
 def lora_diffs(wanted: Wanted) -> Bank:
-    """Load ``{folder}/{trait}/diff`` of every trait."""
+    """Load ``{folder}/{trait}/diff`` of every trait, or the diff of one training seed."""
     diffs = {
-        trait: LoRADiff.load(found(wanted.folder / trait / "diff", trait))
+        trait: LoRADiff.load(found(wanted.folder / trait / wanted.trained / "diff", trait))
         for trait in wanted.traits
     }
     if wanted.energy is not None:
         diffs = {trait: diff.compress(energy=wanted.energy).diff for trait, diff in diffs.items()}
     return bank_of_diffs(diffs, energy=wanted.energy)
+
+
+def trainings(method: str, folder: Path, traits: Sequence[str]) -> tuple[str, ...]:
+    """Return the training seeds of a method's diffs, "seed0" …; ("",) where there is one diff each.
+
+    Raises UserError where the traits have different ones, and for diffs that are no seeds of one
+    training.
+    """
+    at = {trait: folder / trait for trait in traits}
+    if method != LORA or all((path / "diff").exists() for path in at.values()):
+        return ("",)
+    own = {trait: tuple(diffs_of_seeds(path)) for trait, path in at.items()}
+    (first, seeds), *others = own.items()
+    for trait, other in others:
+        if other != seeds:
+            said = [f"{name} {', '.join(own[name]) or 'none'}" for name in (first, trait)]
+            raise UserError(
+                f"{folder}: the traits have different training seeds ({'; '.join(said)}); "
+                "give each the same with train --seeds"
+            )
+    return seeds
 
 
 def extracted_vectors(method: str, wanted: Wanted) -> Bank:
@@ -82,6 +106,7 @@ def load_directions(
     layers: Sequence[int],
     *,
     energy: float | None = None,
+    trained: str = "",
 ) -> Bank:
     """Load one direction per trait.
 
@@ -93,7 +118,7 @@ def load_directions(
         raise UserError(f"no method {method!r}; {nearest_names(method, known)}")
     if energy is not None and method != LORA:
         raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
-    return known[method](Wanted(tuple(traits), folder, tuple(layers), energy))
+    return known[method](Wanted(tuple(traits), folder, tuple(layers), energy, trained))
 
 
 def directions_of(method: str) -> str:

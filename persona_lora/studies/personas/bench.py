@@ -63,6 +63,7 @@ from persona_lora.studies.personas.baselines import (
     default_layers,
     directions_of,
     load_directions,
+    trainings,
 )
 from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.run import (
@@ -138,6 +139,7 @@ def load_optimization(
         trait_folder,
         found["layer"] or (),
         energy=found.get("energy"),
+        trained=found.get("trained", ""),
     )
     warn_of_other_template(chat_model, bank.directions)
     scales, alpha = found["scales"], found["alpha"]
@@ -296,7 +298,7 @@ class PersonaBench:
             "the judge of the report": digest_of(_inputs_of(self._reporting)),
         }
 
-    def method(
+    def methods(
         self,
         name: str,
         *,
@@ -304,16 +306,25 @@ class PersonaBench:
         alpha: float = 2.0,
         searcher: str = "cmaes",
         cache: Path | None = None,
-    ) -> Method:
-        """Load the directions of a method and measure their scales."""
+    ) -> list[Method]:
+        """Load the directions of a method and measure their scales: once for each training seed."""
         chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
         energy = self.energy if name == "lora" else None
-        bank = load_directions(name, self.traits, self.trait_folder, chosen, energy=energy)
-        warn_of_other_template(self.chat_model, bank.directions)
-        scales = self.processes.from_main(
-            lambda: scales_of(self.chat_model, bank, cache=cache, datasets=self.datasets)
+        found = []
+        for trained in trainings(name, self.trait_folder, self.traits):
+            bank = load_directions(
+                name, self.traits, self.trait_folder, chosen, energy=energy, trained=trained
+            )
+            warn_of_other_template(self.chat_model, bank.directions)
+            scales = self._scales(bank, trained, cache)
+            found.append(Method(name, bank, scales, alpha, searcher, trained))
+        return found
+
+    def _scales(self, bank: Bank, trained: str, cache: Path | None) -> dict[str, float]:
+        at = cache.with_stem(f"{cache.stem}_{trained}") if cache and trained else cache
+        return self.processes.from_main(
+            lambda: scales_of(self.chat_model, bank, cache=at, datasets=self.datasets)
         )
-        return Method(name, bank, scales, alpha, searcher)
 
 
 def _inputs_of(options: JudgeOptions) -> dict[str, str]:
@@ -405,7 +416,7 @@ class CMAESPersonaOptimizer:
         if initial_weights is not None:
             options = dataclasses.replace(options, initial=self._initial(initial_weights))
         problem = self.bench.problem(self.persona_id)
-        method = self.bench.method(
+        methods = self.bench.methods(
             self.method,
             layers=(self.layer,) if isinstance(self.layer, int) else self.layer,
             alpha=self.alpha,
@@ -415,7 +426,7 @@ class CMAESPersonaOptimizer:
         output = Output(save_dir / f"{self.persona_id}_{self.method}", overwrite)
         return best_of(
             optimise_over_seeds(
-                problem, method, output, searching=options, objective=objective, watch=watch
+                problem, methods, output, searching=options, objective=objective, watch=watch
             )
         )
 

@@ -36,6 +36,7 @@ from persona_lora.studies.personas.read_fits import (
 )
 from persona_lora.studies.personas.run import (
     FIT_COLUMNS,
+    NOT_DRAWN,
     PROMPT,
     Method,
     PersonaProblem,
@@ -45,6 +46,7 @@ from persona_lora.studies.personas.run import (
     optimise_over_seeds,
     persona_system_prompt,
     recorded_objective,
+    searches_of,
     speaker_of,
 )
 from persona_lora.studies.personas.search import Generation, SearchOptions
@@ -105,15 +107,16 @@ def compare_methods(
         for name in map(_checked, methods)
         if name not in (PROMPT, EQUAL)
     }
-    lora = _load(bench, "lora", acting, folder / "scales") if EQUAL in methods else None
+    loras = _load(bench, "lora", acting, folder / "scales") if EQUAL in methods else []
+    searching = searches_of(searching, max(map(len, (*loaded.values(), loras)), default=1))
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
-        rows += _without_search(problem, PROMPT in methods, lora, output)
-        for name, method in loaded.items():
+        rows += _without_search(problem, PROMPT in methods, loras, output)
+        for name, found in loaded.items():
             for result in optimise_over_seeds(
                 problem,
-                replace(method, name=name),
+                [replace(each, name=name) for each in found],
                 output.at(folder / name / f"{persona}_{name}"),
                 searching=searching,
                 objective=objective,
@@ -135,7 +138,7 @@ def compare_methods(
 
 
 def _without_search(
-    problem: PersonaProblem, prompted: bool, lora: Method | None, output: Output
+    problem: PersonaProblem, prompted: bool, loras: Sequence[Method], output: Output
 ) -> list[dict[str, Any]]:
     """Return the rows of the unsteered model, of the prompt, of all directions at a weight of 1."""
     folder, persona = output.path, problem.persona.id
@@ -146,11 +149,12 @@ def _without_search(
         prompt = persona_system_prompt(problem.persona)
         at = output.at(folder / PROMPT / persona)
         rows += _unsearched(problem, plain, {PROMPT: prompt}, at, {"system_prompt": prompt})
-    if lora is not None:
-        speaker, at = speaker_of(problem, lora), output.at(folder / EQUAL / persona)
+    for number, lora in enumerate(loras):
+        speaker, at = speaker_of(problem, lora), output.at(folder / EQUAL / persona / lora.trained)
         mix = Coefficients.of(dict.fromkeys(lora.directions.names, 1.0))
         scaled = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
-        rows += _unsearched(problem, speaker, {EQUAL: mix}, at, scaled)
+        drawn = {"seed": number, "trained": lora.trained} if lora.trained else NOT_DRAWN
+        rows += _unsearched(problem, speaker, {EQUAL: mix}, at, scaled, drawn)
     return rows
 
 
@@ -165,11 +169,11 @@ def _checked(method: str) -> str:
     return method
 
 
-def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> Method:
+def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> list[Method]:
     method, at, named = name.partition("@")
     directions = directions_of(name)
     depth = num_layers(bench.chat_model.model)
-    return bench.method(
+    return bench.methods(
         directions,
         layers=read_layers(named, depth, f"{name}: layers") if at else acting.layers,
         alpha=acting.alpha,
@@ -184,6 +188,7 @@ def _unsearched(
     conditions: Mapping[str, Told],
     output: Output,
     config: Mapping[str, Any],
+    drawn: Mapping[str, Any] = NOT_DRAWN,
 ) -> list[dict[str, Any]]:
     """Return the held-out rows of what no search is needed for, from a run of its own."""
     asked = {
@@ -206,7 +211,7 @@ def _unsearched(
         )
     )
     with recorded(run, problem.processes):
-        return held_out_rows(problem, speaker, conditions, run)
+        return held_out_rows(problem, speaker, conditions, run, drawn=drawn)
 
 
 def _written(

@@ -137,9 +137,16 @@ def constraints_line(fit: ConditionFit) -> str:
 
 
 def seeds_line(rows: Sequence[Row]) -> str:
-    """Say on how many seeds the searches rest."""
-    seeds = {row.get("seed") for row in rows if row["condition"] not in BOUNDS} - {None}
-    return "One seed." if len(seeds) < 2 else f"{len(seeds)} seeds."
+    """Say on how many seeds the searches rest, and the training of what they mix."""
+    seeds, trained = (
+        {row.get(name) for row in rows if row["condition"] not in BOUNDS} - {None, ""}
+        for name in ("seed", "trained")
+    )
+    if len(seeds) < 2:
+        return "One seed."
+    if len(trained) < 2:
+        return f"{len(seeds)} seeds of the search; the directions are of one training."
+    return f"{len(seeds)} seeds, of the search and of the differences' training."
 
 
 def agreement_line(rows: Sequence[Row]) -> str:

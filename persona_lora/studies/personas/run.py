@@ -105,13 +105,17 @@ class PersonaProblem:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way of searching: which directions, at which scales, by which searcher."""
+    """One way of searching: which directions, at which scales, by which searcher.
+
+    ``trained`` names the training seed of the directions where there are several.
+    """
 
     name: str
     directions: Bank
     scales: Mapping[str, float]
     alpha: float = 2.0
     searcher: str = "cmaes"
+    trained: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,8 @@ def optimise_persona(
             processes=processes,
             watch=watch,
         )
-        result = _reported(problem, method, speaker, found, objective, run, searching.seed)
+        drawn = {"seed": searching.seed, "trained": method.trained}
+        result = _reported(problem, method, speaker, found, objective, run, drawn)
     if processes.index == 0:
         _write_results(problem, method, result)
     return result
@@ -201,7 +206,7 @@ def optimise_persona(
 
 def optimise_over_seeds(
     problem: PersonaProblem,
-    method: Method,
+    methods: Sequence[Method],
     output: Output,
     *,
     searching: SearchOptions = SearchOptions(),
@@ -210,13 +215,15 @@ def optimise_over_seeds(
 ) -> list[PersonaResult]:
     """Repeat a search over its seeds, the first of them in ``output``, and write the best mix.
 
-    The one that stands highest on fresh prompts is what the persona's two files hold in the end.
+    ``methods`` are one for each training seed of its directions: every one has a search of its
+    own. The mix that stands highest on fresh prompts is what the persona's two files hold in the
+    end.
     """
-    first = output.path
+    first, searching = output.path, searches_of(searching, len(methods))
     results = [
         optimise_persona(
             problem,
-            method,
+            methods[at % len(methods)],
             output.at(first if at == 0 else first.with_name(f"{first.name}_seed{seed}")),
             searching=replace(searching, seed=seed),
             objective=objective,
@@ -225,8 +232,19 @@ def optimise_over_seeds(
         for at, seed in enumerate(range(searching.seed, searching.seed + searching.seeds))
     ]
     if problem.processes.index == 0 and searching.seeds > 1:
-        _write_best(problem, method, best_of(results))
+        best = best_of(results)
+        _write_best(problem, methods[results.index(best) % len(methods)], best)
     return results
+
+
+def searches_of(searching: SearchOptions, trainings: int) -> SearchOptions:
+    """Return the options with a search for every training seed; UserError for another number."""
+    if trainings > 1 and searching.seeds not in (1, trainings):
+        raise UserError(
+            f"the diffs have {trainings} training seeds, each with a search of its own, and "
+            f"{searching.seeds} search seeds were asked for; leave --search-seeds out"
+        )
+    return replace(searching, seeds=max(searching.seeds, trainings))
 
 
 def best_of(results: Sequence[PersonaResult]) -> PersonaResult:
@@ -270,12 +288,12 @@ def _reported(
     found: SearchResult,
     objective: ObjectiveOptions,
     run: Run,
-    seed: int,
+    drawn: Mapping[str, Any],
 ) -> PersonaResult:
     """Name the best mix on fresh prompts, and score it on held-out ones."""
     finalists = _finalists(problem, speaker, found, objective, run)
     mixes = {name: each.coefficients for name, each in finalists.items()}
-    rows = held_out_rows(problem, speaker, {UNSTEERED: None, **mixes}, run, seed=seed)
+    rows = held_out_rows(problem, speaker, {UNSTEERED: None, **mixes}, run, drawn=drawn)
     kept = problem.processes.from_main(lambda: run.resume_rows(BOUND_ROWS)) or problem.bounds
     if problem.processes.index == 0:
         run.write(BOUND_ROWS, kept)
@@ -306,6 +324,7 @@ def _finalists(
     return {MEAN: mean, INCUMBENT: max(others, key=lambda each: each.standing)}
 
 
+NOT_DRAWN = {"seed": None, "trained": ""}
 Told = Coefficients | str | None  # a mix, a system prompt, or nothing at all
 
 
@@ -315,11 +334,11 @@ def held_out_rows(
     conditions: Mapping[str, Told],
     run: Run,
     *,
-    seed: int | None = None,
+    drawn: Mapping[str, Any] = NOT_DRAWN,
 ) -> list[dict[str, Any]]:
     """Answer and judge the held-out prompts under every condition, and keep the rows in the run.
 
-    ``seed`` is that of the search that found the mixes.
+    ``drawn`` are the seeds of the search that found the mixes, and of what was mixed.
     """
     mixes = {
         name: each if isinstance(each, Coefficients) else None for name, each in conditions.items()
@@ -338,7 +357,7 @@ def held_out_rows(
 
     def judged() -> list[dict[str, Any]]:
         rows = [
-            {**row, "seed": seed}
+            {**row, **drawn}
             for name in conditions
             for row in judged_rows(
                 problem, name, [Exchange(prompt, next(answers)) for prompt in prompts], wanted[name]
@@ -515,6 +534,7 @@ def _write_best(problem: PersonaProblem, method: Method, result: PersonaResult) 
             "layer": method.directions.record.get("layers"),
             "energy": method.directions.record.get("energy"),
             "alpha": method.alpha,
+            "trained": method.trained,
             "best_weights": result.weights.as_dict(),
             "best": result.best,
             "best_score": best.fit.mean,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ from persona_lora.studies.personas.baselines import default_layers, load_directi
 from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
     PersonaBench,
+    load_optimization,
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.method_comparison import compare_methods
@@ -181,7 +183,7 @@ def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, metho
     for each in (problem, dataclasses.replace(problem, persona=bob)):
         random = dataclasses.replace(method, searcher="random")
         output = Output(tmp_path / each.persona.id / "run")
-        found = optimise_over_seeds(each, random, output, searching=twice)
+        found = optimise_over_seeds(each, [random], output, searching=twice)
         drawn += [result.search.candidates[0].coefficients for result in found]
         record = json.loads(
             (output.path.parent / f"{each.persona.id}_optimization.json").read_text()
@@ -198,7 +200,7 @@ def test_a_search_is_held_to_the_seeds_of_its_protocol(problem, method, tmp_path
     frozen = FrozenProtocol("optimize", asked, ("incumbent", "mean"), 2, "prompts")
     output = Output(tmp_path / "run", protocol=frozen)
     with pytest.raises(UserError, match=r"seeds: 2, now 1"):
-        optimise_over_seeds(problem, method, output, searching=OPTIONS)
+        optimise_over_seeds(problem, [method], output, searching=OPTIONS)
     assert not output.path.exists()
 
 
@@ -341,6 +343,54 @@ def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_p
     assert name_of("svd@0") == "SVD vectors, CMA-ES, at 0"
 
 
+def trained_thrice(bench, make_diff):
+    """Move the bench to a folder where every trait was trained with three seeds."""
+    bench.trait_folder = bench.trait_folder.with_name("thrice")
+    for at, trait in enumerate(TRAITS):
+        for seed in range(3):
+            diff = make_diff(bench.chat_model.model, seed=10 * at + seed, scale=0.2)
+            sources = {"training": {"training": {"seed": seed}}, "seed": seed}
+            named = dataclasses.replace(diff, trait=trait, sources=sources)
+            named.save(bench.trait_folder / trait / f"seed{seed}" / "diff")
+
+
+def test_every_training_seed_has_a_search_of_its_own(bench, make_diff, tmp_path):
+    trained_thrice(bench, make_diff)
+    methods = bench.methods("lora", cache=tmp_path / "scales.json")
+    assert [each.trained for each in methods] == ["seed0", "seed1", "seed2"]
+    comparison = compare_methods(
+        bench, ["ann"], ["lora", "equal"], tmp_path / "out", searching=OPTIONS
+    )
+    assert comparison.lines[1] == "3 seeds, of the search and of the differences' training."
+    rows = [json.loads(line) for line in (comparison.folder / "held_out.jsonl").open()]
+    for name in ("lora", "equal"):
+        drawn = {(row["seed"], row["trained"]) for row in rows if row["condition"] == name}
+        assert drawn == {(0, "seed0"), (1, "seed1"), (2, "seed2")}
+
+
+def test_the_best_mix_is_kept_with_the_training_that_it_is_of(bench, make_diff, tmp_path):
+    trained_thrice(bench, make_diff)
+    methods = bench.methods("lora")
+    found = optimise_over_seeds(
+        bench.problem("ann"), methods, Output(tmp_path / "ann_lora"), searching=OPTIONS
+    )
+    kept = tmp_path / "ann_optimization.json"
+    assert json.loads(kept.read_text())["trained"] == f"seed{found.index(best_of(found))}"
+    speaker, mix = load_optimization(bench.chat_model, kept, bench.trait_folder, bench.generation)
+    assert speaker.directions.inputs == methods[found.index(best_of(found))].directions.inputs
+    assert mix == best_of(found).weights
+
+
+def test_training_seeds_that_do_not_fit_together_are_refused(bench, make_diff, tmp_path):
+    trained_thrice(bench, make_diff)
+    twice = dataclasses.replace(OPTIONS, seeds=2)
+    with pytest.raises(UserError, match="3 training seeds"):
+        compare_methods(bench, ["ann"], ["lora"], tmp_path, searching=twice)
+    shutil.rmtree(bench.trait_folder / "loud" / "seed2")
+    with pytest.raises(UserError, match="calm seed0, seed1, seed2; loud seed0, seed1"):
+        bench.methods("lora")
+
+
 @pytest.mark.parametrize(
     ("method", "words"), [("magic", "'magic'"), ("lora@3", "chosen layers"), ("svd@9", "svd@9")]
 )
@@ -432,15 +482,15 @@ def test_scales_are_kept_and_measured_once(bench, tmp_path, monkeypatch):
     prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Why?"}\n')
     bench.datasets = tmp_path / "datasets"
     cache = tmp_path / "scales.json"
-    first = bench.method("lora", cache=cache)
+    (first,) = bench.methods("lora", cache=cache)
     monkeypatch.setattr(
         "persona_lora.studies.personas.bench.equal_effect_scales",
         lambda *_, **__: pytest.fail("measured again"),
     )
-    assert bench.method("lora", cache=cache).scales == first.scales
+    assert bench.methods("lora", cache=cache)[0].scales == first.scales
     prompts.write_text('{"prompt": "Hello?"}\n{"prompt": "Who?"}\n')
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        bench.method("lora", cache=cache)
+        bench.methods("lora", cache=cache)
 
 
 def test_the_optimiser_class_takes_weights_in_order(bench, chat_model, personas, tmp_path):
