@@ -156,7 +156,7 @@ class Command:
 
 X = "persona_lora."
 BENCH = {
-    f"{X}studies.personas.bench:PersonaBench.method": "method",
+    f"{X}studies.personas.bench:PersonaBench.methods": ["method"],
     f"{X}studies.personas.bench:PersonaBench.problem": "problem",
 }
 COMMANDS = {
