@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +42,7 @@ SAME = {
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-4,
     "bf16": False,
-    "use_cpu": True,
+    "use_cpu": not torch.cuda.is_available(),
     "activation_checkpointing": False,
     "report_to": "none",
     "save_strategy": "no",

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from persona_lora.core.chat import Exchange, Verdict
@@ -44,3 +51,21 @@ def test_training_sweeps_judges_and_vectors_run_on_a_cpu_with_bf16_units(
         status, _, error = run(*words.split())
         assert status == 0, error
     assert loaded == [torch.bfloat16]
+
+
+def test_the_benchmark_of_a_gpu_is_ready_to_run(tmp_path):
+    root = Path(__file__).parents[1]
+    output = tmp_path / "gpu.json"
+    found_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", root / "benchmarks/gpu.sh", "--dry-run", "--output", output],
+        env=os.environ | {"PATH": found_first},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(output.read_text())["tiny"]
+    assert all(math.isfinite(each) for each in found.values())
+    for part in ("decoding", "projection", "training", "live", "set_scale loop"):
+        assert any(name.startswith(part) for name in found)
