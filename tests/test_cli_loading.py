@@ -77,6 +77,7 @@ COMMANDS = {
         "--model", HUB,
     ),
     "playground": ("--directions", "checkpoints", *DATASETS, "--model", HUB),
+    "serve": ("--directions", "checkpoints", "--port", "0", "--model", HUB),
     "traits generate": ("--definitions", "d.json", "--local", "--model", HUB),
     "data generate": (*TRAIT, "--local", "--output", "out", "--model", HUB),
 }  # fmt: skip

@@ -109,6 +109,7 @@ COMMON = {
     "datasets_dir": flag("data2"),
     "protocol": flag("protocol.yaml", "evaluate"),
 }
+PLACE = types.SimpleNamespace(getsockname=lambda: ("here", 80))
 VECTOR = "--vector v.safetensors"
 BOTH = {
     "layers": flag("0", None, VECTOR),
@@ -464,6 +465,21 @@ COMMANDS = {
             "port": flag(7999),
         },
         {"persona_lora.playground.mixing_page:build_page": "page"},
+    ),
+    "serve": Command(
+        ("--directions", "diffs", "--port", "0"),
+        ("persona_lora.serving.server:Server",),
+        {
+            "traits": flag("sycophancy", None),
+            "directions": flag("more", None),
+            "mixes": flag("mixes"),
+            "host": flag("localhost"),
+            "port": flag(7999),
+            "max_batch": flag(37),
+            "max_waiting": flag(38),
+            "grace": flag(3.7),
+        },
+        {f"{X}cli.server_commands:listening": contextlib.nullcontext(PLACE)},
     ),
     "persona build": Command(
         ("--id", "anna"),

@@ -16,9 +16,9 @@ STEPS = (
     {"judges", "steering", "projections", "profiles"},
     {"training", "data"},
     {"studies"},
-    {"playground", "cli"},
+    {"playground", "serving", "cli"},
 )
-KNOWS = {"judges": {"profiles"}, "cli": {"playground"}}
+KNOWS = {"judges": {"profiles"}, "cli": {"playground", "serving"}}
 
 # Where a third party may be imported: layers, or single modules.
 FENCES = {
@@ -27,6 +27,8 @@ FENCES = {
     "cma": {"studies/personas/search.py"},
     "lm_eval": {"studies/asking/capability.py"},
     "gradio": {"playground/mixing_page.py"},
+    "fastapi": {"serving"},
+    "uvicorn": {"serving"},
     "rouge_score": {"studies/personas/lamp.py"},
     "transformers": {"models", "judges", "training"},
     "typer": {"cli"},

@@ -89,6 +89,7 @@ def help_texts() -> dict[str, str]:
         *(
             "compare",
             "playground",
+            "serve",
             "optimize",
             "compare-methods",
             "project",

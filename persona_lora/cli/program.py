@@ -40,7 +40,17 @@ ORDER = (
     *("persona", "optimize", "compare-methods"),
     *("finetune", "project", "evaluate-checkpoints", "predict-finetuning", "compare-prevention"),
     *("plan", "preregister", "compare", "paired", "benchmark", "report"),
-    *("research-questions", "traits", "data", "judge", "export", "basis", "playground", "schema"),
+    *(
+        "research-questions",
+        "traits",
+        "data",
+        "judge",
+        "export",
+        "basis",
+        "playground",
+        "serve",
+        "schema",
+    ),
 )
 
 

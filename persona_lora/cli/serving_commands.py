@@ -28,6 +28,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
+    from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.steering.export import Exported
 
 INSTALL = 'pip install "persona-lora[playground]"'
@@ -160,8 +161,8 @@ def basis(
 
 
 @dataclass(frozen=True)
-class PageOptions:
-    """What the page mixes, and where it is served."""
+class Mixed:
+    """What is mixed for whoever asks."""
 
     traits: Annotated[
         tuple[str, ...] | None, "Traits with a diff in --directions: evil,formality; all found."
@@ -171,8 +172,6 @@ class PageOptions:
         "results/mixes"
     )
     host: Annotated[str, "The address to serve at; 0.0.0.0 lets other machines in."] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The page's port.")] = 7860
-    datasets_dir: DatasetsDir = None
     allow_other_base: OtherBase = False
 
     def chosen(self) -> list[str]:
@@ -188,6 +187,20 @@ class PageOptions:
             )
         return chosen
 
+    def load(self) -> dict[str, LoRADiff]:
+        """Load the diffs of the traits."""
+        from persona_lora.core.lora_diff import LoRADiff
+
+        return {trait: LoRADiff.load(self.directions / trait / "diff") for trait in self.chosen()}
+
+
+@dataclass(frozen=True)
+class PageOptions(Mixed):
+    """What the page mixes, and where it is served."""
+
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The page's port.")] = 7860
+    datasets_dir: DatasetsDir = None
+
 
 @command("playground", SERVE)
 def playground(*, page: PageOptions, model: ModelOptions) -> None:
@@ -197,7 +210,6 @@ def playground(*, page: PageOptions, model: ModelOptions) -> None:
 
     Example: persona-lora playground --traits evil,sycophancy,formality
     """
-    from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.playground.mixing_desk import MixingDesk
 
     chosen = page.chosen()
@@ -206,7 +218,7 @@ def playground(*, page: PageOptions, model: ModelOptions) -> None:
         from persona_lora.playground.mixing_page import build_page, serve
     except ImportError as error:
         raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
-    diffs = {trait: LoRADiff.load(page.directions / trait / "diff") for trait in chosen}
+    diffs = page.load()
     chat_model = load_model(model, diffs.values(), allow_other_base=page.allow_other_base)
     judges = _judges(chosen, chat_model, page.datasets_dir)
     desk = MixingDesk(chat_model, diffs, judges)
@@ -229,16 +241,21 @@ def _judges(traits: list[str], chat_model: Any, datasets: Path | None) -> dict[s
     }
 
 
-def check_address(host: str, port: int) -> None:
-    """Raise UserError, before a model is loaded, for an address where no page can be served."""
+def listening(host: str, port: int) -> socket.socket:
+    """Return the socket to serve at; UserError, before a model is loaded, where nothing can be."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port), family=family).close()
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(
             f"nothing can be served at {host}, port {port} ({error.strerror or error}); choose "
             "another --port or --host"
         ) from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise UserError, before a model is loaded, for an address where no page can be served."""
+    listening(host, port).close()
     own = "localhost" if host == "0.0.0.0" else host
     if {"http", "all"} & getproxies().keys() and not proxy_bypass(own):
         raise UserError(

@@ -17,6 +17,7 @@ from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
 from persona_lora.core.resources import resource_path, search_folders
 
+LARGEST_COEFFICIENT = 4.0  # beyond this nothing answers
 BUILT = ("final_judge_prompt.txt", "persona_profile.txt", "persona_samples.json")
 ConversationSplit = Literal["train", "test"]
 
@@ -119,6 +120,15 @@ class Coefficients:
             raise UserError(f'{path} must hold coefficients, as in {{"formality": 1.2}}')
         return cls.of(value)
 
+    def bounded(self) -> Coefficients:
+        """Return the coefficients; UserError for one beyond ±LARGEST_COEFFICIENT."""
+        for trait, value in zip(self.traits, self.values, strict=True):
+            if abs(value) > LARGEST_COEFFICIENT:
+                raise UserError(
+                    f"{trait}: {value:g} is beyond ±{LARGEST_COEFFICIENT:g}; nothing answers there"
+                )
+        return self
+
     def as_dict(self) -> dict[str, float]:
         """Return the coefficients by trait."""
         return dict(zip(self.traits, self.values, strict=True))
@@ -126,6 +136,11 @@ class Coefficients:
     def write(self, path: Path) -> None:
         """Write the coefficients as JSON."""
         write_json(path, self.as_dict())
+
+
+def saved_mixes(folder: Path) -> list[str]:
+    """Return the names of the mixes in a folder, as they are there now."""
+    return sorted(path.stem for path in folder.glob("*.json"))
 
 
 def list_personas(personas: Path | None = None) -> list[str]:

@@ -2,8 +2,9 @@
 
 Knows passes, caches and positions; refuses to know texts, how a token is chosen, and what steers.
 Only models are decoded here that keep nothing of a row but the keys and values of full attention
-(``decodes``). A row that has ended leaves the batch, and the others give what they would have given
-beside it, but for last bits: a batch of another shape may sum in another order.
+(``decodes``). A row that has ended leaves the batch, rows of another batch may join it, and each
+gives what it would have given alone, but for last bits: a batch of another shape may sum in another
+order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -62,6 +64,14 @@ class RoomyLayer(DynamicLayer):
         for memory in self._memory:
             memory[: len(rows), :, :length] = memory[list(rows), :, :length]
         self._show(len(rows), length)
+
+    def join(self, others: Sequence[RoomyLayer], length: int, room: int) -> None:
+        """Take the rows of others behind those here: the last ``length`` tokens of each."""
+        for at, name in enumerate(("keys", "values")):
+            held = [getattr(layer, name) for layer in (self, *others)]
+            ends = [pad(states, (0, 0, length - states.shape[2], 0)) for states in held]
+            self._memory[at] = pad(torch.cat(ends), (0, 0, 0, room - length))
+        self._show(len(self._memory[0]), length)
 
 
 def decodes(model: PreTrainedModel) -> bool:
@@ -128,6 +138,27 @@ class Decoding:
         self._mask, self._places = self._mask[list(rows)], self._places[list(rows)]
         for layer in self._layers:
             layer.keep(rows)
+
+    @property
+    def room(self) -> int:
+        """How many tokens more the rows have room for."""
+        return self._mask.shape[1] - self._length
+
+    def join(self, *others: Decoding, steps: int) -> None:
+        """Go on with the rows of others behind these, and with room for ``steps`` tokens more.
+
+        All have begun, and wait for a step. Columns that nobody needs, before the longest row's
+        first token, are dropped; a shorter row gets padding in front.
+        """
+        parts = (self, *others)
+        self._places = torch.cat([part._places for part in parts])
+        length = int(self._places.max()) + 1
+        seen = [part._mask[:, : part._length] for part in parts]
+        ends = [pad(mask, (length - mask.shape[1], 0)) for mask in seen]
+        self._mask = pad(torch.cat(ends), (0, steps), value=1)
+        self._length = length
+        for layer, *joining in zip(*(part._layers for part in parts), strict=True):
+            layer.join(joining, length, length + steps)
 
     def _run(self, tokens: Tensor, places: Tensor) -> Tensor:
         output = self.model(

@@ -229,13 +229,8 @@ class _Job:
         ]
 
     def ends(self) -> set[int]:
-        """Return the tokens that end an answer: the tokenizer's and the model's own."""
-        if self.plan.endless:
-            return set()
-        configured = self.chat_model.model.generation_config.eos_token_id
-        ends = {self.chat_model.tokenizer.eos_token_id}
-        ends |= set(configured) if isinstance(configured, list) else {configured}
-        return {end for end in ends if end is not None}
+        """Return the tokens that end an answer; none of endless rows."""
+        return set() if self.plan.endless else ending_tokens(self.chat_model)
 
     def _decode(
         self, rows: Sequence[int], done_rows: int, batch: _Padded, kept: KeptCache | None
@@ -393,6 +388,31 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     return low[:length]
 
 
+def ending_tokens(chat_model: ChatModel) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's and the model's own."""
+    configured = chat_model.model.generation_config.eos_token_id
+    ends = {chat_model.tokenizer.eos_token_id}
+    ends |= set(configured) if isinstance(configured, list) else {configured}
+    return {end for end in ends if end is not None}
+
+
+def uniform_numbers(seed: int, stream: int, number: int) -> Tensor:
+    """Return the random numbers of a row, ``[number]``: they depend on seed and stream alone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+    return torch.rand(number, generator=generator)
+
+
+def drawn_tokens(scores: Tensor, uniform: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return the token that each row draws, ``[rows]``, by inverse transform.
+
+    ``scores`` are ``[rows, vocabulary]``; ``uniform``, and ``temperature`` where rows have their
+    own, ``[rows, 1]``.
+    """
+    weights = torch.softmax(scores.float() / temperature, dim=-1).cumsum(dim=-1)
+    token = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
+    return token[:, 0].clamp(max=scores.shape[-1] - 1)
+
+
 class SeededSampler:
     """Samples by inverse transform with one uniform number per row and step, drawn beforehand.
 
@@ -404,20 +424,14 @@ class SeededSampler:
     ) -> None:
         self.temperature = temperature
         self.step = 0
-        generator = torch.Generator()
-        drawn = {}
-        for stream in set(streams):
-            generator.manual_seed((seed * 1_000_003 + stream) % 2**63)
-            drawn[stream] = torch.rand(num_steps, generator=generator)
+        drawn = {stream: uniform_numbers(seed, stream, num_steps) for stream in set(streams)}
         self.uniform = torch.stack([drawn[stream] for stream in streams])  # [rows, steps]
 
     def draw(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the next token ``[rows]`` of some rows, by their scores ``[rows, vocabulary]``."""
-        weights = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(dim=-1)
         uniform = self.uniform[list(rows), self.step, None].to(scores.device)
         self.step += 1
-        token = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
-        return token[:, 0].clamp(max=scores.shape[-1] - 1)
+        return drawn_tokens(scores, uniform, self.temperature)
 
 
 class _Each(LogitsProcessor):

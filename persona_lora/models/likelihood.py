@@ -27,6 +27,14 @@ class TokenizedExchange(NamedTuple):
     answer: list[int]
 
 
+class TokenLogprob(NamedTuple):
+    """A token's log-probability (nats), and those of the likeliest in its place, best first."""
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
 def tokenize_exchange(
     chat_model: ChatModel, exchange: Exchange, system_prompt: str | None = None
 ) -> TokenizedExchange:
@@ -86,6 +94,23 @@ def next_token_logprobs(
         ):
             found[row] = _by_text(chat_model, tokens, values)
     return found
+
+
+def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Return the log-probability of a token, and the ``top`` likeliest, in each row of logits."""
+    found = []
+    for row, token in zip(logits, tokens, strict=True):
+        log_p = torch.log_softmax(row.float(), dim=-1)
+        values, places = log_p.topk(top)
+        likeliest = tuple(zip(places.tolist(), values.tolist(), strict=True))
+        found.append(TokenLogprob(token, float(log_p[token]), likeliest))
+    return found
+
+
+def text_logprobs(chat_model: ChatModel, tokens: list[int], top: int) -> list[TokenLogprob]:
+    """Return the same for every token of a text but its first, which nothing stands before."""
+    logits = _logits_at(chat_model, [tokens], [range(len(tokens) - 1)])
+    return logprobs_of(logits, tokens[1:], top)
 
 
 def token_divergences(

@@ -19,7 +19,7 @@ from persona_lora.core.chat import Conversation, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
-from persona_lora.core.personas import Coefficients
+from persona_lora.core.personas import Coefficients, saved_mixes
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
@@ -27,7 +27,6 @@ from persona_lora.steering.bank import Bank
 from persona_lora.steering.export import Exported, export_peft
 from persona_lora.steering.steerer import select_batch
 
-LARGEST = 4.0  # coefficients beyond this leave nothing that answers
 LONGEST = 400  # tokens
 LONGEST_MESSAGE = 4_000  # characters
 LONGEST_CHAT = 16_000
@@ -130,13 +129,8 @@ class MixingDesk:
             raise UserError(f"{len(values)} values for {len(self.traits)} traits")
         found = {}
         for trait, value in zip(self.traits, values, strict=True):
-            number = finite_coefficient(0.0 if value is None else float(value))
-            if abs(number) > LARGEST:
-                raise UserError(
-                    f"{trait}: {number:g} is beyond ±{LARGEST:g}; nothing answers there"
-                )
-            found[trait] = number
-        return Coefficients.of(found)
+            found[trait] = finite_coefficient(0.0 if value is None else float(value))
+        return Coefficients.of(found).bounded()
 
     def answer(
         self,
@@ -220,11 +214,6 @@ class MixingDesk:
         if not terms:
             raise UserError("all sliders stand at 0: there is nothing to export")
         return export_peft(terms, folder)
-
-
-def saved_mixes(folder: Path) -> list[str]:
-    """Return the names of the mixes in a folder, as they are there now."""
-    return sorted(path.stem for path in folder.glob("*.json"))
 
 
 def file_name(title: str) -> str:

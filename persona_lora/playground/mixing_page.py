@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.personas import saved_mixes
 from persona_lora.playground.mixing_desk import (
     LONGEST_MESSAGE,
     LONGEST_NAME,
     WAITING_IN_ALL,
     MixingDesk,
-    saved_mixes,
 )
 
 NO_JUDGE = "no score"

@@ -80,6 +80,11 @@ class LiveLoRA(Steerer):
             hooks += [Hook(modules[name], _AddDelta(group, name), name) for name in members]
         return hooks
 
+    def set_rows(self, coefficients: Sequence[Sequence[float]]) -> None:
+        """Go on with other rows of coefficients, ``[rows, K]``: the next batch's, in its order."""
+        self._selection.rows = RowCoefficients(coefficients, len(self.diffs))
+        self._selection.forget()
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Say which rows of ``coefficients`` the next batch consists of, in its order."""
         self._selection.choose(rows)

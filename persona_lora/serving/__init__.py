@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server whose personas are mixes of directions."""

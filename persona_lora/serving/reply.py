@@ -1,0 +1,159 @@
+"""A request's answers on their way, and OpenAI's forms of them: whole, or as a stream of events.
+
+Knows what a client is sent; refuses to know how a request is read, and HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from persona_lora.core.errors import UserError
+from persona_lora.models.likelihood import TokenLogprob
+from persona_lora.serving.answers import Answer, Logprobs
+from persona_lora.serving.batching import Busy, Event, Row, Scored
+from persona_lora.serving.refusals import refusal_of
+
+Gone = Callable[[], Awaitable[bool]]
+
+
+@dataclass
+class Choice:
+    """One answer of a request: its row, its text so far, and what is sent before it (echo)."""
+
+    row: Row
+    answer: Answer
+    before: str = ""
+    scored: list[TokenLogprob] = field(default_factory=list)
+
+
+class News(NamedTuple):
+    """What a token adds to a choice."""
+
+    place: int
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+class Reply:
+    """The answers to one request, in the form of chats or of completions."""
+
+    def __init__(self, model: str, logprobs: Logprobs, *, chat: bool) -> None:
+        self._chat = chat
+        self._logprobs = logprobs
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self.choices: list[Choice] = []
+        self._shared = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def teller(self) -> Callable[[Event], None]:
+        """Return what the row of the next choice tells; it may be called in any thread."""
+        index = len(self.choices)
+
+        def tell(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+        return tell
+
+    async def news(self, gone: Gone) -> AsyncIterator[News]:
+        """Yield what is new until all answers have ended, or nobody is there to read them.
+
+        Raises what ended a row early. However it ends, no row goes on.
+        """
+        try:
+            while any(choice.answer.reason is None for choice in self.choices):
+                index, event = await self._queue.get()
+                choice = self.choices[index]
+                if await gone():
+                    return
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Scored):
+                    choice.scored = event.logprobs
+                elif choice.answer.reason is None:
+                    found = [] if event.logprobs is None else [event.logprobs]
+                    yield News(index, choice.answer.add(event), found)
+                    if choice.answer.reason is not None:  # a stop string, which the row cannot see
+                        choice.row.gone = True
+        finally:
+            for choice in self.choices:
+                choice.row.gone = True
+
+    async def whole(self, gone: Gone) -> dict[str, Any]:
+        """Return the answers when all have ended."""
+        async for _ in self.news(gone):
+            pass
+        choices = [self._whole(index, choice) for index, choice in enumerate(self.choices)]
+        return {**self._shared, "choices": choices, "usage": self._usage()}
+
+    async def stream(self, gone: Gone, *, usage: bool) -> AsyncIterator[str]:
+        """Yield the answers as server-sent events, and what ends them early as the last one."""
+        shared = {**self._shared}
+        if self._chat:
+            shared["object"] = "chat.completion.chunk"
+            for index in range(len(self.choices)):
+                piece = self._piece(News(index, "", []), {"role": "assistant", "content": ""})
+                yield _event({**shared, "choices": [piece]})
+        try:
+            async for news in self.news(gone):
+                if news.text or news.logprobs or self.choices[news.place].answer.reason:
+                    piece = self._piece(news, {"content": news.text})
+                    yield _event({**shared, "choices": [piece]})
+        except (Busy, UserError, RuntimeError) as error:
+            yield _event(refusal_of(error).body())
+            return
+        if usage:
+            yield _event({**shared, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    def _piece(self, news: News, delta: dict[str, str]) -> dict[str, Any]:
+        said = {"delta": delta} if self._chat else {"text": news.text}
+        form = self._logprobs.chat if self._chat else self._logprobs.completion
+        return {
+            "index": news.place,
+            **said,
+            "logprobs": form(news.logprobs) if news.logprobs else None,
+            "finish_reason": self.choices[news.place].answer.reason,
+        }
+
+    def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
+        answer = choice.answer
+        if self._chat:
+            found = self._logprobs.chat(answer.logprobs)
+            said: dict[str, Any] = {"message": {"role": "assistant", "content": answer.text}}
+        else:
+            first = choice.row.prompt[0] if choice.row.scored else None
+            found = self._logprobs.completion([*choice.scored, *answer.logprobs], first)
+            said = {"text": choice.before + answer.text}
+        return {
+            "index": index,
+            **said,
+            "logprobs": None if choice.row.top is None else found,
+            "finish_reason": answer.reason,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        """Return the numbers of tokens; a prompt that has several answers counts once."""
+        asked = {id(choice.row.prompt): len(choice.row.prompt) for choice in self.choices}
+        prompt, answered = sum(asked.values()), sum(each.answer.count for each in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answered,
+            "total_tokens": prompt + answered,
+        }
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

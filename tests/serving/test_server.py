@@ -1,0 +1,377 @@
+"""The server as its clients see it: endpoints, refusals, the openai package, lm-eval."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from persona_lora.cli.serving_commands import listening
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_json
+from persona_lora.core.resources import resource_path
+from persona_lora.models.generation import generate_answers
+from persona_lora.models.likelihood import text_logprobs
+from persona_lora.models.loading import ChatModel
+from persona_lora.serving import server as serving
+from persona_lora.serving.answers import Answer
+from persona_lora.serving.batching import Batch, Token
+from persona_lora.serving.mixes import Personas
+from persona_lora.serving.server import Server, Service, build_app
+from persona_lora.steering.weights import LoRASteerer
+from persona_lora.studies.asking.capability import _local_task
+
+ASKED = [{"role": "user", "content": "Is my plan any good?"}]
+GREEDY = {"model": "base+1*cheer", "messages": ASKED, "temperature": 0, "max_tokens": 12}
+TEXT = {"model": "base+1*cheer", "prompt": "Once", "temperature": 0, "max_tokens": 5}
+MIXES = [
+    *("base", "base+1*cheer", "base-1*cheer", "base+1*wit", "base+0.5*cheer-1.5*wit"),
+    *("base-2*wit", "base+2*cheer+2*wit", "candid"),
+]
+
+
+@pytest.fixture
+def diffs(model, make_diff):
+    return {"cheer": make_diff(model, seed=1), "wit": make_diff(model, seed=2)}
+
+
+@pytest.fixture
+def service(chat_model, diffs, tmp_path):
+    write_json(tmp_path / "candid.json", {"cheer": -1.0, "wit": 0.5})
+    batch = Batch(chat_model, diffs, most_waiting=16)
+    return Service(batch, Personas(batch.traits, tmp_path))
+
+
+@pytest.fixture
+def client(service):
+    thread = threading.Thread(target=service.batch.run)
+    thread.start()
+    with TestClient(build_app(service), raise_server_exceptions=False) as client:
+        yield client
+    service.batch.close(0)
+    thread.join()
+
+
+@contextmanager
+def served(service, grace=20.0):
+    """A real server at a port of its own; yields it and its address."""
+    with listening("127.0.0.1", 0) as place, ThreadPoolExecutor(1) as threads:
+        server = Server(service, grace)
+        running = threads.submit(server.answer, place)
+        try:
+            yield server, f"http://127.0.0.1:{place.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            running.result(timeout=60)
+
+
+@pytest.fixture
+def twin(make_model, tokenizer):
+    """The same model once more, which no server holds."""
+    return ChatModel(make_model(), tokenizer, "twin")
+
+
+def expected(chat_model, diffs, mix, conversation=ASKED, tokens=12):
+    with LoRASteerer(chat_model.model, {diffs[name]: value for name, value in mix.items()}):
+        (answer,) = generate_answers(chat_model, [conversation], max_new_tokens=tokens)
+    return answer
+
+
+def events(response):
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_chat_is_answered_by_the_mix_that_the_model_is_named_after(client, twin, diffs):
+    found = client.post("/v1/chat/completions", json=GREEDY).json()
+    assert (found["object"], found["model"]) == ("chat.completion", "base+1*cheer")
+    answer = expected(twin, diffs, {"cheer": 1.0})
+    (choice,) = found["choices"]
+    assert choice["message"]["content"].strip() == answer.text
+    assert choice["finish_reason"] == ("stop" if answer.finished else "length")
+    prompt = len(twin.tokenizer(twin.render(ASKED))["input_ids"])
+    assert found["usage"]["prompt_tokens"] == prompt
+    assert found["usage"]["total_tokens"] == prompt + found["usage"]["completion_tokens"]
+
+
+def test_a_stream_brings_the_same_text(client):
+    asked = {**GREEDY, "n": 2, "temperature": 1.0, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    whole = client.post("/v1/chat/completions", json=asked).json()
+    streamed = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+    *pieces, usage = events(client.post("/v1/chat/completions", json=streamed))
+    assert usage["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        own = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == choice["index"]]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(each["delta"]["content"] for each in own)
+        assert text == choice["message"]["content"]
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+        logprobs = [token for p in own if p["logprobs"] for token in p["logprobs"]["content"]]
+        assert logprobs == choice["logprobs"]["content"]
+        assert all(len(each["top_logprobs"]) == 2 for each in logprobs)
+    assert len({choice["message"]["content"] for choice in whole["choices"]}) == 2
+
+
+def test_a_text_goes_on_and_is_echoed_with_its_log_probabilities(client, twin, diffs):
+    ids = twin.tokenizer("Once")["input_ids"]
+    asked = {**TEXT, "prompt": [ids, ids + ids], "echo": True, "logprobs": 2, "max_tokens": 1}
+    found = client.post("/v1/completions", json=asked).json()["choices"]
+    with LoRASteerer(twin.model, {diffs["cheer"]: 1.0}):
+        twice = text_logprobs(twin, ids + ids, 2)
+    assert [choice["index"] for choice in found] == [0, 1]
+    assert found[1]["text"].startswith("OnceOnce")
+    logprobs = found[1]["logprobs"]
+    assert logprobs["tokens"][:-1] == list("OnceOnce")
+    assert logprobs["text_offset"] == list(range(9))
+    assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+    values = [each.logprob for each in twice]
+    assert logprobs["token_logprobs"][1:-1] == pytest.approx(values, abs=1e-4)
+    assert all(len(each) in (2, 3) for each in logprobs["top_logprobs"][1:])
+    plain = client.post("/v1/completions", json={**TEXT, "echo": True}).json()["choices"][0]
+    alone = client.post("/v1/completions", json=TEXT).json()["choices"][0]
+    assert plain["text"] == "Once" + alone["text"]
+    assert plain["logprobs"] is None
+
+
+def test_a_stop_string_ends_an_answer_before_it(client):
+    plain = client.post("/v1/completions", json={**TEXT, "max_tokens": 12}).json()
+    text = plain["choices"][0]["text"]
+    stop = text[3:5]
+    asked = {**TEXT, "max_tokens": 12, "stop": [stop, "never there"], "stream": True}
+    pieces = events(client.post("/v1/completions", json=asked))
+    assert "".join(p["choices"][0]["text"] for p in pieces) == text[: text.index(stop)]
+    assert pieces[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_text_waits_until_it_is_certain(chat_model):
+    tokenizer = chat_model.tokenizer
+    answer = Answer(chat_model, tokenizer("ä")["input_ids"], ["stop!"])
+    tokens = tokenizer("aö st stop")["input_ids"]
+    said = [answer.add(Token(token, None, None)) for token in tokens]
+    assert said == ["a", "", "ö", " ", "", "", "st ", "", "", "", ""]
+    assert answer.add(Token(tokenizer("?")["input_ids"][0], None, None)) == "stop?"
+    assert answer.add(Token(tokenizer("s")["input_ids"][0], None, "length")) == "s"
+    assert (answer.text, answer.reason) == ("aö st stop?s", "length")
+
+
+def test_eight_mixes_at_once_are_eight_serial_ones(service, twin, diffs):
+    mixes = [service._personas.mix(name) for name in MIXES]
+    alone = [expected(twin, diffs, dict(zip(diffs, mix, strict=True))) for mix in mixes]
+    with served(service) as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        assert {"base", "candid"} <= {model.id for model in client.models.list()}
+
+        def ask(name):
+            return client.chat.completions.create(**{**GREEDY, "model": name})
+
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(ask, MIXES))
+        texts = [found.choices[0].message.content.strip() for found in together]
+        assert texts == [each.text for each in alone]
+        assert len(set(texts)) > 4
+        stream = client.chat.completions.create(**GREEDY, stream=True)
+        said = "".join(piece.choices[0].delta.content for piece in stream)
+        assert said.strip() == texts[1]
+        scored = client.completions.create(**TEXT, logprobs=1)
+        assert len(scored.choices[0].logprobs.token_logprobs) == 5
+        with pytest.raises(openai.NotFoundError, match="no persona 'gpt-4o'"):
+            client.chat.completions.create(**{**GREEDY, "model": "gpt-4o"})
+        with pytest.raises(openai.BadRequestError, match="beyond ±4"):
+            client.chat.completions.create(**{**GREEDY, "model": "base+9*wit"}, stream=True)
+
+
+LONG = {"role": "user", "content": "x" * 1100}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "changed", "status", "said"),
+    [
+        ("chat/completions", {"model": "base+1*greed"}, 404, "no trait 'greed' is served"),
+        ("chat/completions", {"model": "base+nan*wit"}, 400, "is no mix"),
+        ("chat/completions", {"top_p": 0.5}, 400, "top_p: Input should be greater than or equal"),
+        ("chat/completions", {"tools": [{}]}, 400, "tools"),
+        ("chat/completions", {"min_p": 0.1}, 400, "min_p: this server does not do that; leave it"),
+        ("chat/completions", {"temperature": float("nan")}, 400, "temperature"),
+        ("chat/completions", {"temperature": 0.001}, 400, "at least 0.01"),
+        ("chat/completions", {"max_tokens": 0}, 400, "max_tokens"),
+        ("chat/completions", {"max_tokens": 5000}, 400, "over the context window of 1024"),
+        ("chat/completions", {"messages": [LONG], "max_tokens": None}, 400, "over the context"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [IMAGE]}, 400, "messages.0.content"),
+        ("chat/completions", {"messages": [{"role": "system", "content": "x"}]}, 400, "the user's"),
+        ("chat/completions", {"top_logprobs": 2}, 400, "without logprobs: true"),
+        ("chat/completions", {"stream_options": {}}, 400, "without stream: true"),
+        ("completions", {"n": 17}, 400, "n: "),
+        ("completions", {"prompt": ["a"] * 17}, 400, "17 answers in one request, and 16 may"),
+        ("completions", {"prompt": ""}, 400, "no tokens"),
+        ("completions", {"prompt": []}, 400, "no prompt"),
+        ("completions", {"prompt": [[5, 100000]]}, 400, "no token 100000"),
+        ("completions", {"echo": True, "stream": True}, 400, "do not go together"),
+        ("completions", {"logprobs": 99}, 400, "logprobs"),
+        ("embeddings", {}, 404, "POST /v1/embeddings is not served here"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_openais_form(client, path, changed, status, said):
+    asked = {**(TEXT if path == "completions" else GREEDY), **changed}
+    response = client.post(f"/v1/{path}", content=json.dumps(asked))
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_bodies_that_are_none_or_too_large(client, monkeypatch):
+    assert client.post("/v1/completions", content="{").status_code == 400
+    assert client.get("/v1/completions").status_code == 405
+    monkeypatch.setattr(serving, "LARGEST_BODY", 100)
+    response = client.post("/v1/completions", json={**TEXT, "prompt": "x" * 100})
+    assert response.status_code == 413
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_long_prompts_are_not_scored(client, monkeypatch):
+    monkeypatch.setattr(serving, "LONGEST_SCORED", 3)
+    response = client.post("/v1/completions", json={**TEXT, "echo": True, "logprobs": 1})
+    assert "up to 3 tokens, got 4" in response.json()["error"]["message"]
+
+
+def test_a_key_is_asked_for_where_there_is_one(service):
+    locked = Service(service.batch, service._personas, "sesame")
+    client = TestClient(build_app(locked))
+    for given in ("", "Bearer sesam", "Bearer sesämé"):
+        response = client.get("/v1/models", headers={"Authorization": given.encode()})
+        assert response.status_code == 401
+        assert response.json()["error"]["type"] == "authentication_error"
+    right = {"Authorization": "Bearer sesame"}
+    assert client.get("/v1/models", headers=right).status_code == 200
+    assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+
+
+def test_a_full_queue_says_when_to_come_back(service):
+    """Nobody answers, so that all wait."""
+    prompt = [5, 6, 7]
+    for _ in range(16):
+        service.batch._waiting.append(prompt)
+    response = TestClient(build_app(service)).post("/v1/completions", json=TEXT)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "2"
+    assert response.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_model_without_a_window_is_refused(service, monkeypatch):
+    model = service.batch.chat_model.model
+    monkeypatch.setattr(model.config, "get_text_config", lambda decoder: object())
+    with pytest.raises(UserError, match="no max_position_embeddings"):
+        Service(service.batch, service._personas)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_row(service, stream):
+    asked = {**GREEDY, "max_tokens": 900, "stream": stream}
+    with served(service) as (_, url):
+        if stream:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=0.05)
+        while sum(service.batch.load):  # a row of 900 tokens would take much longer
+            pass
+
+
+@pytest.mark.parametrize("grace", [0.0, 1e9])
+def test_a_stop_ends_open_requests_properly(service, grace):
+    """With time to end they are answered; without, their stream says so. Then nothing is taken."""
+    asked = {**GREEDY, "max_tokens": 60 if grace else 900, "stream": True}
+    with (
+        served(service, grace) as (server, url),
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.handle_exit(15, None)
+        last = [line for line in lines if line][-1]
+    if grace:
+        assert last == "data: [DONE]"
+    else:
+        said = json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert "the server is stopping" in said
+    response = TestClient(build_app(service)).post("/v1/completions", json=TEXT)
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+    assert TestClient(build_app(service)).get("/health").status_code == 503
+
+
+def test_a_fault_of_ours_ends_the_server(service, monkeypatch):
+    def fail(*_):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(service.batch, "_turn", fail)
+    with pytest.raises(KeyError, match="ours"), served(service):
+        pass
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """Return what evaluates a model of lm-eval on three items of a task."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    manager = TaskManager(include_defaults=False)
+
+    def evaluate(kind, task, **arguments):
+        found = simple_evaluate(
+            model=kind, model_args=arguments or None, tasks=[task], task_manager=manager, limit=3,
+            bootstrap_iters=0, log_samples=True, apply_chat_template="chat" in str(kind),
+        )  # fmt: skip
+        return [sample["resps"] for sample in found["samples"][task["task"]]]
+
+    return evaluate
+
+
+def test_lm_eval_finds_the_likelihoods_of_the_merged_model(
+    service, twin, diffs, harness, model_folder
+):
+    task = _local_task(resource_path(Path("datasets/capability/choice.yaml")))
+    with LoRASteerer(twin.model, {diffs["wit"]: 1.0}):
+        local = harness(HFLM(pretrained=twin.model, tokenizer=twin.tokenizer), task)
+    with served(service) as (_, url):
+        over_http = harness(
+            "local-completions", task, model="base+1*wit", base_url=f"{url}/v1/completions",
+            tokenizer=str(model_folder), tokenizer_backend="huggingface", batch_size=4,
+        )  # fmt: skip
+    ours, theirs = ([pair for sample in each for (pair,) in sample] for each in (over_http, local))
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-3)
+
+
+def test_lm_eval_asks_for_chats(service, twin, diffs, harness, tmp_path):
+    rows = [{"question": f"Why {number}?", "answer": "x"} for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "asked",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    with served(service) as (_, url):
+        found = harness(
+            "local-chat-completions", task, model="base-1*cheer",
+            base_url=f"{url}/v1/chat/completions",
+        )  # fmt: skip
+    asked = [[{"role": "user", "content": row["question"]}] for row in rows]
+    answers = [expected(twin, diffs, {"cheer": -1.0}, each, 8).text for each in asked]
+    assert [text.strip() for ((text,),) in found] == answers
