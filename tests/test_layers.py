@@ -14,7 +14,7 @@ STEPS = (
     {"core"},
     {"models", "report"},
     {"judges", "steering", "projections", "profiles"},
-    {"training", "data"},
+    {"training", "data", "engines"},
     {"studies"},
     {"playground", "serving", "cli"},
 )

@@ -47,6 +47,7 @@ ORDER = (
         "judge",
         "export",
         "basis",
+        "engine",
         "playground",
         "serve",
         "schema",
@@ -87,12 +88,15 @@ vectors_app = typer.Typer(no_args_is_help=True, help="Steering vectors: convert 
 judge_app = typer.Typer(
     cls=JudgeCommands, no_args_is_help=True, help="Judges: score answers, rate, fit to ratings."
 )
+engine_app = typer.Typer(no_args_is_help=True, help="Servers of vLLM that answer: start them.")
 app.add_typer(vectors_app, name="vectors", rich_help_panel=STEER)
 app.add_typer(persona_app, name="persona", rich_help_panel=PERSONAS)
 app.add_typer(project_app, name="project", rich_help_panel=DRIFT)
 app.add_typer(traits_app, name="traits", rich_help_panel=DATA)
 app.add_typer(data_app, name="data", rich_help_panel=DATA)
 app.add_typer(judge_app, name="judge", rich_help_panel=DATA)
+
+app.add_typer(engine_app, name="engine", rich_help_panel=SERVE)
 
 Command = Callable[..., None]
 OPTIONS: dict[str, list[Option]] = {}  # of every command, by its words

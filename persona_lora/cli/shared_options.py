@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from persona_lora.cli.console import console, show
-from persona_lora.cli.option_groups import does_nothing
+from persona_lora.cli.option_groups import does_nothing, refuse_useless
 from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
+    from persona_lora.steering.bank import Elsewhere
     from persona_lora.studies.asking.run import Steering
 
 Model = Annotated[str, "The packaged model, a local model folder, or a hub id."]
@@ -182,6 +183,42 @@ class MixOptions:
         layers = layer_numbers(self.layers, next(iter(vectors)).num_layers)
         setting = ActivationSetting(vectors, layers, self.positions, ablate)
         return Steering(activation=setting, system_prompt=prompt)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Who answers in place of the model in this process."""
+
+    engine: Annotated[
+        tuple[str, ...], "vLLM servers that answer, started by engine command: URL,URL."
+    ] = ()
+
+    def record(self) -> dict[str, str]:
+        """Return what a run's configuration keeps; it may go on with other servers."""
+        return {"engine": "vllm"} if self.engine else {}
+
+    def check(self, *, diffs_alone: bool) -> None:
+        """UserError for what an engine cannot do, before a model is loaded."""
+        from persona_lora.steering.bank import NO_ENGINE
+
+        if not self.engine:
+            return
+        refuse_useless("batch_size", "with --engine, whose servers batch for themselves")
+        if not diffs_alone:
+            raise UserError(NO_ENGINE)
+
+    def open(
+        self, chat_model: ChatModel, directions: Iterable[LoRADiff | SteeringVector]
+    ) -> Elsewhere | None:
+        """Return the engine, once its servers answer as the model does; None without one."""
+        from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.engines.remote import open_engine
+
+        if not self.engine:
+            return None
+        diffs = [each for each in directions if isinstance(each, LoRADiff)]
+        with console.status("shaking hands with the engine"):
+            return open_engine(self.engine, chat_model, diffs)
 
 
 # -- what the library takes ---------------------------------------------------------------

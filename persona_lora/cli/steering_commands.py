@@ -16,6 +16,7 @@ from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
 from persona_lora.cli.shared_options import (
     ONE_DIFF,
     AdaptedModelOptions,
+    EngineOptions,
     HeldRunOptions,
     Layers,
     Method,
@@ -153,6 +154,7 @@ def evaluate(
     steering: EvaluateOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
+    engine: EngineOptions = EngineOptions(),
 ) -> None:
     """Ask a trait's held-out questions, judge the answers, write CSV and rows.
 
@@ -167,6 +169,7 @@ def evaluate(
 
     loaded, prompt = trait.load(), _prompt(steering)
     mode, ablate, allowed = steering.mode, steering.ablate, steering.allow_other_base
+    engine.check(diffs_alone=not steering.vector and mode == "live")
     judge = judging_of(judging)
     folder = output.output.with_suffix("")
     parts = steering.by_seed()
@@ -175,13 +178,14 @@ def evaluate(
         output.at(
             folder / f"{name}{output.output.suffix}" if name else output.output,
             judge,
-            {**each.record(held), **model.worn()},
+            {**each.record(held), **model.worn(), **engine.record()},
             seeds=len(parts),
         )
         for (name, each), held in zip(parts.items(), steered, strict=True)
     ]
     directions = [direction for each in steered for direction in each.directions]
     chat_model = load_model(model, directions, allow_other_base=allowed)
+    elsewhere = engine.open(chat_model, directions)
     runs = {}
     with progress_bars():
         for name, held, to in zip(parts, steered, written, strict=True):
@@ -190,7 +194,7 @@ def evaluate(
                 loaded,
                 judge_factory(loaded, chat_model, judge),
                 to,
-                steering=held,
+                steering=dataclasses.replace(held, elsewhere=elsewhere),
                 split=split,
                 options=generation,
             )
@@ -300,6 +304,7 @@ def sweep(
     model: AdaptedModelOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
+    engine: EngineOptions = EngineOptions(),
 ) -> None:
     """Steer at many coefficients (and layers) in the same batches; judge, summarise, plot.
 
@@ -320,6 +325,7 @@ def sweep(
     loaded = trait.load()
     judge = judging_of(judging)
     chosen = _swept_method(varied)
+    engine.check(diffs_alone=chosen != "activation")
     parts = varied.by_seed()
     populations = [each.load(chosen, generation.seed) for each in parts.values()]
     sweeping = _asked(asked, chosen, populations[0])
@@ -327,17 +333,23 @@ def sweep(
     suffix = "" if chosen == "lora" else f"_{chosen}"
     folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
     written = [
-        output.at(folder / name, judge, {**each.record(), **model.worn()}, seeds=len(parts))
+        output.at(
+            folder / name,
+            judge,
+            {**each.record(), **model.worn(), **engine.record()},
+            seeds=len(parts),
+        )
         for name, each in parts.items()
     ]
     chat_model = load_model(model, made, allow_other_base=varied.allow_other_base)
+    elsewhere = engine.open(chat_model, made)
     runs = []
     with progress_bars():
         for to, population in zip(written, populations, strict=True):
             result = experiment.sweep(
                 chat_model,
                 loaded,
-                population,
+                population.answered_by(elsewhere),
                 judge_factory(loaded, chat_model, judge),
                 to,
                 sweeping=sweeping,

@@ -85,19 +85,26 @@ class Client:
                 params=dict(parse_qsl(parts.query)),
                 timeout=timeout,
             )
-            self._url = httpx.URL(parts._replace(query="").geturl() + "/chat/completions")
+            self._base = httpx.URL(parts._replace(query="").geturl())
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             raise UserError(_environment_fault(error)) from error
 
-    async def post(self, body: Body) -> str:
+    async def post(self, body: Body, path: str = "/chat/completions") -> str:
         """Return the text of the reply to one request; Fault where no good and whole one came."""
         try:
             content = json.dumps(dict(body), ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError as error:
             raise Fault("the text to be sent holds a lone surrogate, which is no text") from error
+        return await self._within_time("POST", path, content)
+
+    async def get(self, path: str) -> str:
+        """Return the text of what lies at a path below the base URL; Fault as for ``post``."""
+        return await self._within_time("GET", path, None)
+
+    async def _within_time(self, method: str, path: str, content: bytes | None) -> str:
         try:
             async with asyncio.timeout(self.timeout):
-                return await self._post(content)
+                return await self._ask(method, f"{self._base}{path}", content)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise Fault(f"no reply within {self.timeout:g} s", passing=True) from error
         except httpx.HTTPError as error:
@@ -105,11 +112,9 @@ class Client:
             reason = f"the connection failed ({detail}){_proxy_hint(self.address.base_url)}"
             raise Fault(reason, passing=True) from error
 
-    async def _post(self, content: bytes) -> str:
+    async def _ask(self, method: str, url: str, content: bytes | None) -> str:
         headers = {"Content-Type": "application/json"}
-        async with self._client.stream(
-            "POST", self._url, content=content, headers=headers
-        ) as response:
+        async with self._client.stream(method, url, content=content, headers=headers) as response:
             if response.is_success:
                 return await _read(response, LARGEST_REPLY)
             raise self._refusal(response, await _read(response, LARGEST_ERROR))

@@ -224,7 +224,7 @@ class _Job:
         answer = self._decode if decodes(model) else self._generate
         ends = self.ends()
         return [
-            _generated(self.prompts[row], ids, ends, self.chat_model)
+            read_answer(self.prompts[row], ids, ends, self.chat_model)
             for row, ids in zip(rows, answer(rows, done_rows, batch, kept), strict=True)
         ]
 
@@ -396,9 +396,14 @@ def ending_tokens(chat_model: ChatModel) -> set[int]:
     return {end for end in ends if end is not None}
 
 
+def row_seed(seed: int, stream: int) -> int:
+    """Return the seed of the random numbers of rows of one stream."""
+    return (seed * 1_000_003 + stream) % 2**63
+
+
 def uniform_numbers(seed: int, stream: int, number: int) -> Tensor:
     """Return the random numbers of a row, ``[number]``: they depend on seed and stream alone."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+    generator = torch.Generator().manual_seed(row_seed(seed, stream))
     return torch.rand(number, generator=generator)
 
 
@@ -456,7 +461,8 @@ class _Each(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
 
-def _generated(prompt: str, ids: list[int], ends: set[int], chat_model: ChatModel) -> Generated:
+def read_answer(prompt: str, ids: list[int], ends: set[int], chat_model: ChatModel) -> Generated:
+    """Return the answer that new tokens are, up to the first that ends it."""
     length = next((index for index, token in enumerate(ids) if token in ends), None)
     text = chat_model.tokenizer.decode(ids[:length], skip_special_tokens=True)
     return Generated(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import LoRADiff
@@ -22,7 +22,19 @@ from persona_lora.steering.weights import LoRASteerer
 logger = logging.getLogger(__name__)
 
 RENDERING = ("chat_template_args", "system_messages")  # what runs record of their template
+NO_ENGINE = (
+    "an engine holds diffs live and adds no vectors; leave --engine out, or steer with --diff in "
+    "--mode live, or with prompts"
+)
 Coefficients = Mapping[str, float]  # by the names of directions; one that is missing is 0
+
+
+class Elsewhere(Protocol):
+    """What answers rows in place of the model in this process, steered by diffs."""
+
+    def steerer(self, rows: Sequence[Mapping[LoRADiff, float]]) -> Steerer:
+        """Return what answers rows of these mixes; one serves all of them."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +42,7 @@ class Bank:
     """Directions by name: diffs are held live, vectors are added at their layers.
 
     ``record`` is what a run's configuration keeps of them, ``inputs`` are digests of what they
-    were made from.
+    were made from. ``elsewhere`` is who answers, where it is not the model in this process.
     """
 
     diffs: Mapping[str, LoRADiff] = field(default_factory=dict)
@@ -38,6 +50,7 @@ class Bank:
     positions: Positions = "response"
     record: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Elsewhere | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,15 +62,26 @@ class Bank:
         """The directions themselves."""
         return [*self.diffs.values(), *self.vectors.values()]
 
+    def answering(self, chat_model: ChatModel, rows: Sequence[Coefficients]) -> Steerer:
+        """Return a steerer to answer rows inside of: ``steerer``, or that of who answers instead.
+
+        UserError for a row with a direction that is not here, and for vectors elsewhere.
+        """
+        if self.elsewhere is None:
+            return self.steerer(chat_model, rows)
+        self._check_names(rows)
+        if self.vectors:
+            raise UserError(NO_ENGINE)
+        return self.elsewhere.steerer(
+            [{self.diffs[name]: value for name, value in row.items()} for row in rows]
+        )
+
     def steerer(self, chat_model: ChatModel, rows: Sequence[Coefficients]) -> Steerer:
         """Return a steerer whose row i is Σ ``rows[i][name]`` · direction; {} is unsteered.
 
         UserError for a row with a direction that is not here.
         """
-        unknown = sorted({name for row in rows for name in row} - set(self.names))
-        if unknown:
-            nearest = nearest_names(unknown[0], self.names)
-            raise UserError(f"no direction {unknown[0]!r} to steer with; {nearest}")
+        self._check_names(rows)
         model, anyway = chat_model.model, chat_model.allow_other_base
         parts: list[Steerer] = []
         if self.diffs:
@@ -74,6 +98,12 @@ class Bank:
                 )
             )
         return parts[0] if len(parts) == 1 else Together(parts)
+
+    def _check_names(self, rows: Sequence[Coefficients]) -> None:
+        unknown = sorted({name for row in rows for name in row} - set(self.names))
+        if unknown:
+            nearest = nearest_names(unknown[0], self.names)
+            raise UserError(f"no direction {unknown[0]!r} to steer with; {nearest}")
 
 
 def _matrix(rows: Sequence[Coefficients], names: Collection[str]) -> list[list[float]]:

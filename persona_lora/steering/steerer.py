@@ -11,13 +11,17 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from persona_lora.core.chat import Conversation
+from persona_lora.core.options import GenerationOptions
+from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.hooks import Hook, Hooked
+from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers
 
 logger = logging.getLogger(__name__)
@@ -98,6 +102,37 @@ class Steerer(Hooked):
         super().undo()
         if self._turn is not None:
             self._turn.leave()
+
+    def answers(
+        self,
+        chat_model: ChatModel,
+        conversations: Sequence[Conversation],
+        numbers: Sequence[int],
+        options: GenerationOptions,
+        plan: RowPlan,
+    ) -> list[Generated]:
+        """Answer conversations, which are the rows ``numbers``, inside this steerer.
+
+        ``plan`` counts in places among these; so do the numbers that its ``on_batch`` gets.
+        """
+
+        def named(batch: Sequence[int]) -> list[int]:
+            return [numbers[place] for place in batch]
+
+        return generate_answers(
+            chat_model,
+            conversations,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            prepare_batch=lambda batch: select_batch(self, named(batch)),
+            plan=replace(
+                plan,
+                prepare_prefix=lambda batch, length: select_prefix(self, named(batch), length),
+                keep_rows=self.keep_rows,
+            ),
+        )
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Take which rows the next batch consists of, in its order."""

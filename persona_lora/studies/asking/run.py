@@ -24,7 +24,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Sign, Split, Trait, trait_prompt
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers
-from persona_lora.models.generation import Generated, RowPlan, generate_answers
+from persona_lora.models.generation import Generated, RowPlan
 from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
@@ -38,8 +38,8 @@ from persona_lora.report.scores import (
 )
 from persona_lora.report.sections import Table
 from persona_lora.report.two_judges import TwoJudges, agreement_line, two_judges
-from persona_lora.steering.bank import METHODS, ActivationSetting
-from persona_lora.steering.steerer import Steerer, Unsteered, select_batch, select_prefix
+from persona_lora.steering.bank import METHODS, NO_ENGINE, ActivationSetting, Elsewhere
+from persona_lora.steering.steerer import Steerer, Unsteered
 
 T = TypeVar("T")
 C_co = TypeVar("C_co", bound=Hashable, covariant=True)
@@ -168,30 +168,16 @@ def generate_rows(
     if not rows:
         return []
 
-    def named(batch: Sequence[int]) -> list[int]:
-        return [numbers[place] for place in batch]
-
     def told(batch: Sequence[int], generated: Sequence[Generated]) -> None:
         if on_batch is not None:
-            on_batch(named(batch), generated)
+            on_batch([numbers[place] for place in batch], generated)
 
+    shared = RowPlan(
+        streams=[row.stream for row in rows], alike=[row.condition for row in rows], on_batch=told
+    )
+    conversations = [user_question(row.question, row.system_prompt) for row in rows]
     with steerer:
-        return generate_answers(
-            chat_model,
-            [user_question(row.question, row.system_prompt) for row in rows],
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            prepare_batch=lambda batch: select_batch(steerer, named(batch)),
-            plan=RowPlan(
-                streams=[row.stream for row in rows],
-                alike=[row.condition for row in rows],
-                prepare_prefix=lambda batch, length: select_prefix(steerer, named(batch), length),
-                keep_rows=steerer.keep_rows,
-                on_batch=told,
-            ),
-        )
+        return steerer.answers(chat_model, conversations, numbers, options, shared)
 
 
 def answer_rows(
@@ -228,13 +214,15 @@ class Steering:
     """How a model is steered while it answers: by diffs or by vectors, or told to by a prompt.
 
     ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
-    states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text.
+    states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text. Where
+    ``elsewhere`` is set, it answers in place of the model in this process.
     """
 
     terms: Mapping[LoRADiff, float] = field(default_factory=dict)
     mode: str = "live"
     activation: ActivationSetting | None = None
     system_prompt: str | None = None
+    elsewhere: Elsewhere | None = None
 
     @property
     def directions(self) -> list[LoRADiff | SteeringVector]:
@@ -261,6 +249,10 @@ class Steering:
 
     def steerer(self, chat_model: ChatModel) -> Steerer:
         """Return the context manager that steers the model so; UserError for an unknown mode."""
+        if self.elsewhere is not None:
+            if self.activation is not None or self.mode != "live":
+                raise UserError(NO_ENGINE)
+            return self.elsewhere.steerer([self.terms])
         if self.activation is not None:
             return self.activation.steerer(chat_model)
         if self.mode not in METHODS:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from persona_lora.core import progress
@@ -40,7 +40,7 @@ from persona_lora.report.scores import (
 )
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.steering.activations import Positions
-from persona_lora.steering.bank import Bank, check_layers
+from persona_lora.steering.bank import Bank, Elsewhere, check_layers
 from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.calibration import (
@@ -80,6 +80,10 @@ class Population:
     conditions: tuple[Condition, ...]
     bank: Bank = field(default_factory=Bank)
     made: tuple[LoRADiff | SteeringVector, ...] = ()
+
+    def answered_by(self, elsewhere: Elsewhere | None) -> Population:
+        """Return the same, with who answers its rows; None is the model in this process."""
+        return replace(self, bank=replace(self.bank, elsewhere=elsewhere))
 
 
 def diff_population(diff: LoRADiff, coefficients: Sequence[float]) -> Population:
@@ -190,7 +194,7 @@ def sweep(
     )
     bank = population.bank
     rows = [row.condition.coefficients for row in plan]
-    steerer = bank.steerer(chat_model, rows)
+    steerer = bank.answering(chat_model, rows)
     config = {
         "trait": trait.name,
         **bank.record,

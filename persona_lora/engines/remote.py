@@ -1,0 +1,295 @@
+"""Rows answered by vLLM servers: a row is the unit of work, and a server that fails loses none.
+
+Token ids are rendered here. Before anything is asked every server shakes hands: log-probabilities
+of fixed texts, unsteered and under one mix, must be those of the model in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from persona_lora.core import progress
+from persona_lora.core.chat import Conversation, Exchange
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.options import GenerationOptions
+from persona_lora.engines.vllm_command import short_digest
+from persona_lora.engines.vllm_server import Holdings, VLLMServer, engine_url
+from persona_lora.judges.endpoint import run_to_end, together
+from persona_lora.judges.retries import Fault, passes
+from persona_lora.models.generation import Generated, RowPlan, ending_tokens, read_answer, row_seed
+from persona_lora.models.likelihood import mean_logprobs, tokenize_exchange
+from persona_lora.models.loading import ChatModel
+from persona_lora.steering.bank import steer_live
+from persona_lora.steering.steerer import Steerer
+
+logger = logging.getLogger(__name__)
+
+IN_FLIGHT = 64  # rows that a server has at a time: its own scheduler batches them
+TRIES = 4  # handshakes of a server that is gone, before it is given up where no other is left
+PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between them
+EXCHANGES = (
+    Exchange("What do you think of my plan?", "It is a good plan, and I would begin tomorrow."),
+    Exchange("Is the earth flat?", "No, it is round, as ships at the horizon show."),
+    Exchange("Tell me about yourself.", "I like long walks, old books and quiet evenings."),
+)
+TOLERANCE = {torch.float32: 1e-3}  # nats of a mean log-probability
+USUAL_TOLERANCE = 0.1  # of the narrower types, where any two ways of computing differ
+TOLD_APART = 10.0  # tolerances by which the mix of a handshake moves a text
+STRENGTHS = tuple(2.0**power for power in range(8))
+
+Terms = Mapping[LoRADiff, float]
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """What a server must give: coefficients by digest, and mean log-probabilities of the texts."""
+
+    coefficients: Mapping[str, float]
+    expected: Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """vLLM servers that hold the diffs, and answer as the model in this process would."""
+
+    urls: tuple[str, ...]
+    chat_model: ChatModel
+    digests: Mapping[LoRADiff, str]
+    handshakes: Sequence[Handshake]
+
+    def steerer(self, rows: Sequence[Terms]) -> Steerer:
+        """Return what answers rows of these mixes; UserError for a diff that is not held."""
+        unknown = [diff for row in rows for diff in row if diff not in self.digests]
+        if unknown:
+            raise UserError("a diff is steered with that the engine was not opened with")
+        named = [{self.digests[diff]: row[diff] for diff in row} for row in rows]
+        return RemoteRows(self, named)
+
+    async def greet(self, server: VLLMServer) -> Holdings:
+        """Shake hands; UserError for a server that holds something else, Fault for a dead one."""
+        held = await server.holdings()
+        tolerance = TOLERANCE.get(self.chat_model.model.dtype, USUAL_TOLERANCE)
+        for handshake in self.handshakes:
+            name = held.name(handshake.coefficients)
+            for exchange, expected in zip(EXCHANGES, handshake.expected, strict=True):
+                ids = tokenize_exchange(self.chat_model, exchange)
+                found = await server.logprobs(name, ids.prompt + ids.answer)
+                mean = sum(found[-len(ids.answer) :]) / len(ids.answer)
+                if not abs(mean - expected) <= tolerance:
+                    raise UserError(
+                        f"{server.url} gives {mean:.4f} nats a token under {name!r} where this "
+                        f"model gives {expected:.4f}: it serves another model, another type "
+                        "(--dtype), or lacks the plugin; start it with the line that persona-lora "
+                        "engine command prints"
+                    )
+        return held
+
+    async def open(self) -> None:
+        """Shake hands with every server; UserError for one that is not there."""
+        for url in self.urls:
+            async with VLLMServer(url) as server:
+                try:
+                    await self.greet(server)
+                except Fault as fault:
+                    raise UserError(
+                        f"no engine answers at {url} ({fault.reason}); start it with the line that "
+                        "persona-lora engine command prints"
+                    ) from fault
+
+
+def open_engine(urls: Sequence[str], chat_model: ChatModel, diffs: Sequence[LoRADiff]) -> Engine:
+    """Return the servers at ``urls``, once each has shown that it answers as this model does."""
+    places = tuple(dict.fromkeys(map(engine_url, urls)))
+    if not places:
+        raise UserError("an engine needs the URL of at least one server")
+    digests = {diff: short_digest(diff) for diff in diffs}
+    with progress.silent():
+        plain = Handshake({}, mean_logprobs(chat_model, EXCHANGES))
+        handshakes = [plain, *([_told_apart(chat_model, digests, plain)] if digests else [])]
+    engine = Engine(places, chat_model, digests, handshakes)
+    run_to_end(engine.open())
+    return engine
+
+
+def _told_apart(
+    chat_model: ChatModel, digests: Mapping[LoRADiff, str], plain: Handshake
+) -> Handshake:
+    """Return a mix of all diffs, each with another coefficient, that moves the texts for sure."""
+    least = TOLD_APART * TOLERANCE.get(chat_model.model.dtype, USUAL_TOLERANCE)
+    for strength in STRENGTHS:
+        terms = {diff: strength / (number + 1) for number, diff in enumerate(digests)}
+        with steer_live(chat_model, terms):
+            found = mean_logprobs(chat_model, EXCHANGES)
+        moved = max(abs(one - other) for one, other in zip(found, plain.expected, strict=True))
+        if moved >= least:
+            return Handshake({digests[diff]: value for diff, value in terms.items()}, found)
+    raise UserError(
+        "the diffs change too little for a handshake with an engine; leave --engine out"
+    )
+
+
+class RemoteRows(Steerer):
+    """Rows, with their coefficients by digest, that an engine answers; one serves all rows."""
+
+    def __init__(self, engine: Engine, rows: Sequence[Mapping[str, float]]) -> None:
+        super().__init__()
+        self.engine = engine
+        self.rows = list(rows)
+
+    def answers(
+        self,
+        chat_model: ChatModel,
+        conversations: Sequence[Conversation],
+        numbers: Sequence[int],
+        options: GenerationOptions,
+        plan: RowPlan,
+    ) -> list[Generated]:
+        """Ask the engine; rows of one stream share their random numbers, as here."""
+        prompts = [chat_model.render(each) for each in conversations]
+        tokens = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        ends = ending_tokens(chat_model)
+        streams = plan.streams or numbers
+        asked = [
+            Asked(
+                number,
+                self.rows[number if len(self.rows) > 1 else 0],
+                ids,
+                _sampling(options, row_seed(options.seed, stream), ends),
+            )
+            for number, ids, stream in zip(numbers, tokens, streams, strict=True)
+        ]
+        found: dict[int, Generated] = {}
+
+        def took(answers: Mapping[int, list[int]]) -> None:
+            read = {
+                at: read_answer(prompts[at], ids, ends, chat_model) for at, ids in answers.items()
+            }
+            found.update(read)
+            progress.report(len(found), len(asked))
+            if plan.on_batch is not None:
+                plan.on_batch(list(read), list(read.values()))
+
+        run_to_end(_Pool(self.engine, asked, took).run())
+        return [found[at] for at in range(len(asked))]
+
+
+def _sampling(options: GenerationOptions, seed: int, ends: set[int]) -> dict[str, Any]:
+    return {
+        "max_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "seed": seed,
+        "stop_token_ids": sorted(ends),
+    }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One row as it is sent: its number in the plan, its mix, its tokens, how it is sampled."""
+
+    number: int
+    mix: Mapping[str, float]
+    tokens: Sequence[int]
+    sampling: Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class _Line:
+    """A server, what it holds, why it is gone (None while it is not), and its failed tries."""
+
+    server: VLLMServer
+    held: Holdings | None = None
+    gone: str | None = None
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class _Pool:
+    """Rows that wait for any of several servers, and those that are answered."""
+
+    engine: Engine
+    asked: Sequence[Asked]
+    took: Callable[[Mapping[int, list[int]]], None]
+    waiting: asyncio.Queue[int | None] = field(default_factory=asyncio.Queue)
+    ready: asyncio.Queue[tuple[int, list[int]]] = field(default_factory=asyncio.Queue)
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    lines: list[_Line] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Have every row answered; UserError for one that is refused, or where all are gone."""
+        for at in range(len(self.asked)):
+            self.waiting.put_nowait(at)
+        async with AsyncExitStack() as stack:
+            for url in self.engine.urls:
+                self.lines.append(_Line(await stack.enter_async_context(VLLMServer(url))))
+            await together([self._collect(), *map(self._keep, self.lines)])
+
+    async def _collect(self) -> None:
+        left = len(self.asked)
+        while left:
+            answers = dict([await self.ready.get()])
+            while not self.ready.empty():
+                answers.update([self.ready.get_nowait()])
+            self.took(answers)
+            left -= len(answers)
+        self.finished.set()
+        for _ in range(len(self.lines) * IN_FLIGHT):
+            self.waiting.put_nowait(None)
+
+    async def _keep(self, line: _Line) -> None:
+        """Have a server answer while it lives; a dead one is tried again, more and more seldom."""
+        while not self.finished.is_set():
+            try:
+                line.held = await self.engine.greet(line.server)
+            except Fault as fault:
+                self._lost(line, fault)
+                line.tries += 1
+                self._check_any_left()
+                with suppress(TimeoutError):
+                    pause = min(PAUSE * 2 ** (line.tries - 1), LONGEST_PAUSE)
+                    await asyncio.wait_for(self.finished.wait(), pause)
+                continue
+            if line.gone is not None:
+                logger.warning("%s is back", line.server.url)
+            line.gone, line.tries = None, 0
+            await together([self._work(line) for _ in range(IN_FLIGHT)])
+
+    async def _work(self, line: _Line) -> None:
+        while (at := await self.waiting.get()) is not None:
+            row = self.asked[at]
+            if line.gone is not None or line.held is None:
+                self.waiting.put_nowait(at)
+                return
+            try:
+                name = line.held.name(row.mix)
+                ids = await line.server.answer(name, row.tokens, row.sampling)
+            except Fault as fault:
+                self.waiting.put_nowait(at)
+                if not passes(fault):
+                    raise UserError(
+                        f"{line.server.url} refuses row {row.number}: {fault.reason}; what is "
+                        "answered is kept, and the same command goes on once that is mended"
+                    ) from fault
+                self._lost(line, fault)
+                return
+            self.ready.put_nowait((at, ids))
+
+    def _lost(self, line: _Line, fault: Fault) -> None:
+        if line.gone is None:
+            logger.warning("%s is gone (%s); its rows go elsewhere", line.server.url, fault.reason)
+        line.gone = fault.reason
+
+    def _check_any_left(self) -> None:
+        if all(each.gone is not None and each.tries >= TRIES for each in self.lines):
+            gone = "; ".join(f"{each.server.url}: {each.gone}" for each in self.lines)
+            raise UserError(
+                f"no engine is left ({gone}); what is answered is kept: start one with the line "
+                "that persona-lora engine command prints, and give the same command again"
+            )
