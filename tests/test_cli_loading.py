@@ -32,7 +32,7 @@ TRAIT = ("--trait", "evil", *DATASETS)
 PERSONAS = ("--persona-dir", ROOT / "personas")
 VECTOR = ("--vector", "v.safetensors")
 # What reads weights as they lie on the disk, or asks an endpoint, and so loads no model.
-LOADS_NOTHING = {"export"}
+LOADS_NOTHING = {"export", "engine command"}
 COMMANDS = {
     "evaluate": (*TRAIT, "--output", "out/x.csv", "--model", HUB),
     "sweep": (*TRAIT, "--diff", "diff", "--output", "out", "--model", HUB),

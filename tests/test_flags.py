@@ -142,6 +142,8 @@ WRITING = {
     "attempts": flag(37),
 }
 LOCAL = {name: each._replace(beside="--local") for name, each in LOADING.items()}
+ENGINE = flag("http://x", None)
+OPENED = {"persona_lora.engines.remote:open_engine": "the engine"}
 LABELLED = ("--vectors", "v.safetensors", "--output", "o", "--labelled", "evil", *DATA)
 
 
@@ -175,7 +177,9 @@ COMMANDS = {
             "system_prompt": flag("Be odd."),
             "mode": flag("merged", beside="--diff diff"),
             "allow_other_base": flag(True, None, "--diff diff"),
+            "engine": ENGINE,
         },
+        OPENED,
     ),
     "sweep": Command(
         (*EVIL, "--diff", "diff"),
@@ -193,7 +197,9 @@ COMMANDS = {
             "references": flag(False, None),
             "divergence": flag(False, None),
             "max_questions": flag(7),
+            "engine": ENGINE,
         },
+        OPENED,
     ),
     "compare": Command(
         (*EVIL, "--diff", "diff", "--activation-vector", "v.safetensors"),
@@ -453,6 +459,21 @@ COMMANDS = {
             "plain": flag(True, None),
         },
         {f"{X}studies.drift.run:load_diffs": {}, f"{X}projections.inputs:kept_inputs": None},
+    ),
+    "engine command": Command(
+        (),
+        (
+            f"{X}engines.vllm_command:server_command",
+            f"{X}engines.vllm_command:BasisFolder.read",
+        ),
+        {
+            "basis": flag("basis"),
+            "tensor_parallel": flag(7),
+            "cpu": flag(True, None),
+            "host": flag("0.0.0.0"),
+            "port": flag(7999),
+            "revision": flag("v7", beside="--model somebody/else"),
+        },
     ),
     "playground": Command(
         ("--directions", "diffs"),

@@ -71,6 +71,8 @@ def help_texts() -> dict[str, str]:
                 "compare-prevention",
                 "export",
                 "basis",
+                "engine",
+                "engine command",
             ),
         ),
         *(
