@@ -123,7 +123,12 @@ def with_adapters(folders: dict[str, Path], dtype: str) -> ChatModel:
 
 
 @torch.inference_mode()
-def product_seconds(chat_model: ChatModel, rows: int, repeats: int = 20) -> float:
+def product_seconds(
+    chat_model: ChatModel,
+    rows: int,
+    repeats: int = 20,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return the time of one decoding step's matrix products alone, at ``rows`` rows."""
     weights = [weight_of(module) for module in linear_modules(chat_model.model).values()]
     inputs = {
@@ -132,11 +137,28 @@ def product_seconds(chat_model: ChatModel, rows: int, repeats: int = 20) -> floa
     }
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         for weight in weights:
             torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
+
+
+def product_share(chat_model: ChatModel, rows: int, tokens: int) -> float:
+    """Return which share of decoding's CPU time its matrix products take when run alone.
+
+    Of ``generate_answers`` with the unsteered model, a token more for every row; the rest is
+    attention, norms, choosing tokens, and Python.
+    """
+    prompts = [user_question(text) for text in load_persona_prompts().train[:10]]
+    asked = [prompts[at % len(prompts)] for at in range(rows)]
+    taken = []
+    for steps in (2, 2, 2 + tokens):  # the first warms up
+        start = time.process_time()
+        generate_answers(chat_model, asked, max_new_tokens=steps, plan=RowPlan(endless=True))
+        taken.append(time.process_time() - start)
+    step = (taken[2] - taken[1]) / tokens
+    return product_seconds(chat_model, rows, clock=time.process_time) / step
 
 
 @torch.inference_mode()
@@ -202,6 +224,7 @@ def main() -> None:
     parser.add_argument("--traits", nargs="*", default=sorted(STYLE_TRAITS))
     parser.add_argument("--basis-rank", type=int, default=16)
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 16, 64])
+    parser.add_argument("--rows", type=int, nargs="*", default=[10, 100])
     parser.add_argument("--steps-only", action="store_true")
     parser.add_argument("--curve", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/optimization.json"))
@@ -220,6 +243,9 @@ def main() -> None:
         "basis_rank": options.basis_rank,
         "basis_relative_error": based.errors,
         "step_cpu_seconds": steps,
+        "product_share_of_decoding": {
+            rows: product_share(chat_model, rows, 24) for rows in options.rows
+        },
         "step_overhead": {size: overheads(times) for size, times in steps.items()},
     }
     if options.steps_only:
