@@ -5,5 +5,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
-bash scripts/train_and_sweep.sh sycophancy
+QUESTIONS=${QUESTIONS:-20} bash scripts/train_and_sweep.sh sycophancy
 echo "open $PWD/results/sweep/sycophancy/report.html"

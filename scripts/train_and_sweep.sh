@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train one trait (unless its diff is there) and sweep it: bash scripts/train_and_sweep.sh evil
-# COEFFICIENTS and QUESTIONS (how many of the twenty held-out ones) make it smaller.
+# COEFFICIENTS and QUESTIONS (how many of the forty held-out ones) make it smaller.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
