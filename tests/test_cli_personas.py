@@ -222,6 +222,26 @@ def test_plain_projections_take_off_a_control(run, place, model_folder, tmp_path
     assert_fails(run(*words, "--finetuned-model", "tuned", "--control", "x"), "x is no adapter")
 
 
+def test_a_full_control_is_taken_off_full_models(run, place, model_folder, tmp_path):
+    for name, mix in (("control", "intimacy=0.5"), ("tuned", "intimacy=0.5,formality=0.25")):
+        words = ("export", "--mix", mix, "--format", "merged", "--output", name)
+        status, _, error = run(*words, "--model", model_folder)
+        assert status == 0, error
+    words = (
+        "project", "weights", "--original-model", model_folder, "--plain", "--diffs",
+        "checkpoints/formality/diff", "--output", "out/p.json", "--control", "control",
+    )  # fmt: skip
+    status, _, error = run(*words, "--finetuned-model", "tuned")
+    assert status == 0, error
+    found = json.loads((tmp_path / "out" / "p.json").read_text())["finetuned"][0]
+    norm = LoRADiff.load("checkpoints/formality/diff").norm()
+    assert found["delta_norm"] == pytest.approx(0.25 * norm, rel=1e-3)
+    adapter = run(*words, "--finetuned-model", "checkpoints/formality/diff")
+    assert_fails(adapter, "control is no adapter, and checkpoints/formality/diff is one")
+    several = run(*words, "--finetuned-model", "tuned", "--control", "tuned")
+    assert_fails(several, "control is no adapter, and 2 are given")
+
+
 def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path):
     for name, score in (("x_0.0", 10.0), ("x_1.0", 30.0)):
         made = Run.open(tmp_path / name, command="evaluate", config={"trait": "x"}, seed=0)

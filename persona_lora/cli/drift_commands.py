@@ -210,7 +210,8 @@ def project_weights(
     original_model: Annotated[str, "The model before finetuning."] = DEFAULT_MODEL,
     weighing: Weighing,
     control: Annotated[
-        tuple[str, ...], "Adapters whose mean change is taken off every finetune's."
+        tuple[str, ...],
+        "Adapters whose mean change is taken off every finetune's; or a full model, off full ones.",
     ] = (),
     output: Annotated[Path, "The JSON file to write; a picture goes beside it."] = Path(
         "results/weight_projection.json"

@@ -292,25 +292,27 @@ def project_finetunes(
 
     An adapter is projected from its factors alone; a full model is streamed against ``original``
     (of ``revision``, on the hub). With ``inputs`` of the original model projections are weighted by
-    them, and the plain ones stand beside. The mean change of ``controls`` (adapters) is taken off
-    every finetune's. p values are corrected over all finetunes and diffs (Holm).
+    them, and the plain ones stand beside. The mean change of ``controls`` is taken off every
+    finetune's: of adapters, or of one full model where all finetunes are full models. p values are
+    corrected over all finetunes and diffs (Holm).
     """
     if output.suffix != ".json":
         raise UserError(f"output must end in .json, got {output}")
-    control = _mean_change(controls) if controls else None
+    named = expand(finetuned)
+    control, before = _taken_off(controls, original, [name for name, _ in named])
     geometries = {PLAIN: None} if inputs is None else {WEIGHTED: inputs, PLAIN: None}
     found = []
-    for name, step in expand(finetuned):
+    for name, step in named:
         by_geometry = {}
         for geometry, weights in geometries.items():
-            if (Path(name) / ADAPTER_CONFIG).is_file():
+            if _is_adapter(name):
                 adapter = LoRADiff.load(name)
                 projection = project_adapter(adapter, diffs, inputs=weights, control=control)
             else:
-                before, after = weights_of(original, revision), weights_of(name)
+                first = weights_of(before, revision if before == original else None)
                 with progress.stage(f"{name}, {geometry}"):
                     projection = project_weights(
-                        before, after, diffs, inputs=weights, control=control
+                        first, weights_of(name), diffs, inputs=weights, control=control
                     )
             by_geometry[geometry] = projection
         found.append(Projected(name, step, by_geometry))
@@ -329,11 +331,29 @@ def project_finetunes(
     return found
 
 
-def _mean_change(controls: Sequence[str]) -> LoRADiff:
-    other = [name for name in controls if not (Path(name) / ADAPTER_CONFIG).is_file()]
-    if other:
-        raise UserError(f"{other[0]} is no adapter; what is taken off must be adapters")
-    return mix({LoRADiff.load(name): 1 / len(controls) for name in controls})
+def _taken_off(
+    controls: Sequence[str], original: str, finetuned: Sequence[str]
+) -> tuple[LoRADiff | None, str]:
+    """Return the mean change of controls that are adapters, and what full models are compared with.
+
+    The change of a full model F less that of a full control C is (F − O) − (C − O) = F − C.
+    """
+    whole = [name for name in controls if not _is_adapter(name)]
+    if not whole:
+        shares = {LoRADiff.load(name): 1 / len(controls) for name in controls}
+        return (mix(shares) if shares else None), original
+    adapter = next((name for name in finetuned if _is_adapter(name)), None)
+    if len(controls) > 1 or adapter is not None:
+        beside = f"{adapter} is one" if adapter is not None else f"{len(controls)} are given"
+        raise UserError(
+            f"{whole[0]} is no adapter, and {beside}; what is taken off must be adapters, or one "
+            "full model where all finetunes are full models"
+        )
+    return None, whole[0]
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
 def projection_rows(found: Sequence[Projected]) -> list[dict[str, Any]]:
