@@ -30,6 +30,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel
+from persona_lora.steering.bank import Bank
 from tests.conftest import byte_tokenizer, random_diff, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +160,9 @@ class Command:
 
 X = "persona_lora."
 BENCH = {
-    f"{X}studies.personas.bench:PersonaBench.methods": ["method"],
+    f"{X}studies.personas.bench:PersonaBench.methods": [
+        types.SimpleNamespace(directions=Bank(), answered_by=lambda elsewhere: elsewhere)
+    ],
     f"{X}studies.personas.bench:PersonaBench.problem": "problem",
 }
 COMMANDS = {
@@ -261,8 +264,9 @@ COMMANDS = {
             "fixed": flag("formality=3.7", 3.7),
             "inject": flag("weights.json", 3.7),
             "target": flag(3.7),
+            "engine": ENGINE,
         },
-        BENCH | {"persona_lora.core.personas:load_persona": None},
+        BENCH | OPENED | {"persona_lora.core.personas:load_persona": None},
     ),
     "compare-methods": Command(
         ("--persona-id", PERSON),

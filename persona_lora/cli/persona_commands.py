@@ -17,6 +17,8 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PERSONAS, command, environment, persona_app
 from persona_lora.cli.shared_options import (
     DirectionsDir,
+    EngineOptions,
+    Engines,
     ModelOptions,
     OtherBase,
     PersonaDir,
@@ -126,9 +128,13 @@ class Searched:
         "cmaes"
     )
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
+    engine: Engines = ()
 
     def check(self) -> None:
         """UserError for options that the method or the search does not use."""
+        EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
+        if self.engine:
+            refuse_useless("energy", "with --engine: cut its basis (persona-lora basis --energy)")
         if self.method == "lora":
             refuse_useless("layers", "with --method lora, which acts in all layers of its diff")
         else:
@@ -179,7 +185,8 @@ def optimize(
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
     persona, method, folder = searched.persona_id, searched.method, output.output
     suffix = "" if searched.search == "cmaes" else f"_{searched.search}"
-    written = output.at(folder / f"{persona}_{method}{suffix}")
+    engine = EngineOptions(searched.engine)
+    written = output.at(folder / f"{persona}_{method}{suffix}", record=engine.record())
     opened = bench.open(model, generation, judging)
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
@@ -191,11 +198,13 @@ def optimize(
                 searcher=searched.search,
                 cache=folder / "scales" / f"{method}.json",
             )
+            held = [diff for each in chosen for diff in each.directions.directions]
+            elsewhere = engine.open(opened.chat_model, held)
             problem = opened.problem(persona)
         with _live(f"{persona}, {method}", opened) as watch:
             results = optimise_over_seeds(
                 problem,
-                chosen,
+                [each.answered_by(elsewhere) for each in chosen],
                 written,
                 searching=dataclasses.replace(searching, inject=mixes),
                 objective=objective,

@@ -185,13 +185,16 @@ class MixOptions:
         return Steering(activation=setting, system_prompt=prompt)
 
 
+Engines = Annotated[
+    tuple[str, ...], "vLLM servers that answer, started by engine command: URL,URL."
+]
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Who answers in place of the model in this process."""
 
-    engine: Annotated[
-        tuple[str, ...], "vLLM servers that answer, started by engine command: URL,URL."
-    ] = ()
+    engine: Engines = ()
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps; it may go on with other servers."""

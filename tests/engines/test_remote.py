@@ -14,14 +14,18 @@ from persona_lora.core.chat import UNSTEERED, Condition
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.options import GenerationOptions
+from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Run
 from persona_lora.core.shared_basis import on_one_basis
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.engines import remote
 from persona_lora.engines.remote import open_engine
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import ActivationSetting, Bank
 from persona_lora.studies.asking.run import Row, Steering, answer_rows
+from persona_lora.studies.personas.objective import Speaker
+from persona_lora.studies.personas.run import Method
 from tests.conftest import random_diff, tiny_llama
 from tests.engines.stand_in import StandIn, served
 
@@ -260,3 +264,16 @@ def test_what_an_engine_cannot_do_is_refused(chat_model, bank, serve):
         Steering({bank.diffs["evil"]: 1.0}, mode="merged", elsewhere=engine).steerer(chat_model)
     with pytest.raises(UserError, match="not opened with"):
         engine.steerer([{bank.diffs["evil"] * 2.0: 1.0}])
+
+
+def test_a_search_asks_the_engine_for_its_candidates(chat_model, bank, serve):
+    server = StandIn(chat_model, [*bank.diffs.values()])
+    method = Method("lora", bank, dict.fromkeys(bank.names, 0.5), alpha=2.0)
+    held = method.answered_by(by_engine(chat_model, bank, serve(server)).elsewhere)
+    rows = [Row("Why?", Coefficients.of({"calm": 1.5, "evil": -1.0})), Row("Who?", None)]
+    spoken = [
+        Speaker(chat_model, each.directions, each.scales, each.alpha, OPTIONS, Processes())
+        for each in (method, held)
+    ]
+    assert spoken[0].answers(rows) == spoken[1].answers(rows)
+    assert sorted(server.rows) == ["mix:c0ffee:1.5,-1.0", "tiny"]

@@ -84,7 +84,7 @@ class Speaker:
                 on_batch(numbers, [each.text for each in generated])
 
         own = range(self.processes.index, len(rows), self.processes.count)
-        steerer = self.directions.steerer(
+        steerer = self.directions.answering(
             self.chat_model, [self.coefficients(row.condition) for row in rows]
         )
         with progress.stage("answering"):

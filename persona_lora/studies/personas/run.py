@@ -32,7 +32,7 @@ from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
-from persona_lora.steering.bank import Bank
+from persona_lora.steering.bank import Bank, Elsewhere
 from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.bounds import Embed, bound_answers
 from persona_lora.studies.personas.figure import render_search
@@ -116,6 +116,10 @@ class Method:
     alpha: float = 2.0
     searcher: str = "cmaes"
     trained: str = ""
+
+    def answered_by(self, elsewhere: Elsewhere | None) -> Method:
+        """Return the same, with who answers its mixes; None is the model in this process."""
+        return replace(self, directions=replace(self.directions, elsewhere=elsewhere))
 
 
 @dataclass(frozen=True)
