@@ -177,3 +177,31 @@ def test_what_is_of_one_diff_takes_no_seeds(run, world, words, said):
     status, _, error = run(*words.split())
     assert (status, said in error) == (2, True), error
     assert not list(world.glob("out*"))
+
+
+def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world):
+    words = [*EVALUATE.split(), "--diff", "diff", "--coefficient", "0.05nat"]
+
+    def refused(said, *given):
+        status, _, error = run(*given)
+        assert status == 2, error
+        assert said in error
+
+    refused("nats of diff were not measured", *words)
+    measured = "calibrate --diff diff --model model --dtype float32 --num-prompts 3"
+    status, said, error = run(*measured.split())
+    assert status == 0, error
+    assert "nats a token" in said
+    status, _, error = run(*words)
+    assert status == 0, error
+    (found,) = json.loads((world / "out/run.json").read_text())["config"]["coefficients"]
+    kept = json.loads((world / "diff.strength.json").read_text())["points"]
+    under, over = (
+        [each["coefficient"] for each in kept if each["coefficient"] > 0 and test(each["nats"])]
+        for test in ((0.05).__gt__, (0.05).__le__)
+    )
+    assert max(under) < found < min(over)
+    sweep = [*f"sweep {ASKED} --judge embedding --coefficients 0.05nat --output swept".split()]
+    refused("--allow-other-base takes another", *sweep, "--diff", "diff", "--allow-other-base")
+    refused("every training seed", *sweep, "--diff", "trained")
+    refused("name a direction", "calibrate")

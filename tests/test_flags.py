@@ -204,6 +204,21 @@ COMMANDS = {
         },
         OPENED,
     ),
+    "calibrate": Command(
+        ("--diff", "diff"),
+        (),
+        {
+            "diff": flag("diff2", None),
+            "vector": flag("w.safetensors", None),
+            "layers": flag("0", None, VECTOR),
+            "positions": flag("prompt", "prompt", VECTOR),
+            "num_prompts": flag(3, None),
+        },
+        {
+            f"{X}projections.inputs:load_ordinary_prompts": [*"abcdefghijklmnopqrst"],
+            f"{X}studies.steering.calibration:measure_strengths": [],
+        },
+    ),
     "compare": Command(
         (*EVIL, "--diff", "diff", "--activation-vector", "v.safetensors"),
         ("persona_lora.studies.report_page:write_report",),

@@ -266,7 +266,7 @@ def benchmark(
     record = {
         "diffs": [str(path) for path in mix.diff],
         "vectors": [str(path) for path in mix.vector],
-        "coefficients": list(mix.coefficient),
+        "coefficients": steering.coefficients,
         "layers": mix.layers,
         **model.worn(),
     }

@@ -17,6 +17,7 @@ from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
 from persona_lora.core.runs import Output, Run
+from persona_lora.core.strength import Nats, Strength, acting_at, coefficient_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ Diffs = Annotated[tuple[Path, ...], "Diffs: folders, PEFT adapters, or files of 
 RandomControls = Annotated[
     int, "Random controls of each direction; 1, or 3 and more for an interval over them."
 ]
+OTHER_MODEL = "nats are measured on the direction's own model, and --allow-other-base takes another"
+OTHER_SEEDS = "nats are another coefficient for every training seed, and seeds share theirs"
 ONE_DIFF = "A diff folder, a PEFT adapter or a file of one; or a folder of train --seeds."
 
 
@@ -154,7 +157,8 @@ class MixOptions:
     diff: Diffs = ()
     vector: Vectors = ()
     coefficient: Annotated[
-        tuple[float, ...], "A coefficient for each diff or vector; 1 by default."
+        tuple[Strength, ...],
+        "A coefficient for each diff or vector, or nats as in 0.05nat (calibrate); 1 by default.",
     ] = ()
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
@@ -176,11 +180,22 @@ class MixOptions:
         if len(values) != len(paths):
             given = f"{len(paths)} {flag} and {len(values)} --coefficient"
             raise UserError(f"{given}; give one for each")
+        if self.allow_other_base:
+            refuse_nats(values, OTHER_MODEL)
         if not self.vector:
-            terms = {LoRADiff.load(path): value for path, value in zip(paths, values, strict=True)}
+            diffs = {path: LoRADiff.load(path) for path in paths}
+            terms = {
+                diffs[path]: coefficient_of(value, path, diffs[path].content())
+                for path, value in zip(paths, values, strict=True)
+            }
             return Steering(terms, mode, system_prompt=prompt)
-        vectors = {load_vector(path): value for path, value in zip(paths, values, strict=True)}
-        layers = layer_numbers(self.layers, next(iter(vectors)).num_layers)
+        loaded = {path: load_vector(path) for path in paths}
+        layers = layer_numbers(self.layers, next(iter(loaded.values())).num_layers)
+        acting = acting_at(layers, self.positions)
+        vectors = {
+            loaded[path]: coefficient_of(value, path, loaded[path].content(), acting)
+            for path, value in zip(paths, values, strict=True)
+        }
         setting = ActivationSetting(vectors, layers, self.positions, ablate)
         return Steering(activation=setting, system_prompt=prompt)
 
@@ -283,6 +298,13 @@ def control_seeds(seed: int, number: int) -> range:
 
 
 USUAL_DEPTH = 0.55  # of the layers: where published persona vectors steer best
+
+
+def refuse_nats(strengths: Sequence[Strength], reason: str) -> None:
+    """UserError for the first of the strengths that is in nats."""
+    asked = next((each for each in strengths if isinstance(each, Nats)), None)
+    if asked is not None:
+        raise UserError(f"{asked.value:g}nat: {reason}; give a coefficient")
 
 
 def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:

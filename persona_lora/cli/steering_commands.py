@@ -15,7 +15,11 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
 from persona_lora.cli.shared_options import (
     ONE_DIFF,
+    OTHER_MODEL,
+    OTHER_SEEDS,
     AdaptedModelOptions,
+    DatasetsDir,
+    Diffs,
     EngineOptions,
     HeldRunOptions,
     Layers,
@@ -27,12 +31,14 @@ from persona_lora.cli.shared_options import (
     RandomControls,
     RunOptions,
     TraitOptions,
+    Vectors,
     Written,
     control_seeds,
     judge_factory,
     judging_of,
     layer_numbers,
     load_model,
+    refuse_nats,
     show_seeds,
     steering_method,
 )
@@ -47,6 +53,7 @@ from persona_lora.core.options import (
     SweepOptions,
     Thresholds,
 )
+from persona_lora.core.strength import Strength, Strengths, acting_at, coefficients_of
 
 if TYPE_CHECKING:
     from persona_lora.studies.asking.run import Steering
@@ -120,6 +127,8 @@ class EvaluateOptions(MixOptions):
 
         found = [diffs_of_seeds(path) for path in self.diff]
         if len(found) == 1:
+            if len(found[0]) > 1:
+                refuse_nats(self.coefficient, OTHER_SEEDS)
             return {name: dataclasses.replace(self, diff=(at,)) for name, at in found[0].items()}
         for path, seeds in zip(self.diff, found, strict=True):
             if "" not in seeds:
@@ -243,7 +252,9 @@ class VariedOptions:
     diff: Annotated[Path | None, ONE_DIFF] = None
     vector: Annotated[Path | None, "A steering vector (.safetensors or published .pt)."] = None
     method: Method = None
-    coefficients: Annotated[tuple[float, ...], "Coefficients to try: -1,0,1."] = (
+    coefficients: Annotated[
+        tuple[Strength, ...], "Coefficients to try: -1,0,1; or nats, as in 0.05nat (calibrate)."
+    ] = (
         *(-2.0, -1.5, -1.0, -0.5, 0.0),
         *(0.5, 1.0, 1.5, 2.0),
     )
@@ -265,6 +276,8 @@ class VariedOptions:
         if self.diff is None:
             return {"": self}
         found = diffs_of_seeds(self.diff)
+        if len(found) > 1:
+            refuse_nats(self.coefficients, OTHER_SEEDS)
         return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
 
     def load(self, method: str, seed: int) -> Any:
@@ -274,8 +287,12 @@ class VariedOptions:
         from persona_lora.steering.directions import random_like
         from persona_lora.studies.steering import run
 
+        if self.allow_other_base:
+            refuse_nats(self.coefficients, OTHER_MODEL)
         if method == "lora" and self.diff is not None:
-            return run.diff_population(LoRADiff.load(self.diff), self.coefficients)
+            diff = LoRADiff.load(self.diff)
+            values = coefficients_of(self.coefficients, self.diff, diff.content())
+            return run.diff_population(diff, values)
         if method != "activation" or self.vector is None:
             return run.prompt_population()
         loaded = load_vector(self.vector)
@@ -285,13 +302,78 @@ class VariedOptions:
             refuse_useless("random_controls", "without --control")
         seeds = control_seeds(seed, self.random_controls) if wanted else ()
         controls = [random_like(loaded, each) for each in seeds]
-        return run.vector_population(loaded, chosen, self.coefficients, self.positions, controls)
+        if len(chosen) > 1:
+            refuse_nats(self.coefficients, "nats belong to one layer, and there are several")
+        acting = acting_at(chosen, self.positions)
+        values = coefficients_of(self.coefficients, self.vector, loaded.content(), acting)
+        return run.vector_population(loaded, chosen, values, self.positions, controls)
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the direction's place."""
         if self.diff is not None:
             return {"diff": str(self.diff)}
         return {"vector_path": str(self.vector)} if self.vector is not None else {}
+
+
+@dataclass(frozen=True)
+class CalibratedOptions:
+    """The directions whose strength is measured, and where vectors act."""
+
+    diff: Diffs = ()
+    vector: Vectors = ()
+    layers: Layers = None
+    positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
+    num_prompts: Annotated[int, "Ordinary prompts to measure on."] = 16
+
+    def load(self) -> dict[Path, tuple[Any, str, str]]:
+        """Load every direction, with its digest and where it acts.
+
+        UserError for none, and for idle options.
+        """
+        from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.vector_files import load_vector
+
+        if not (self.diff or self.vector):
+            raise UserError("name a direction: --diff FOLDER, or --vector FILE")
+        if not self.vector:
+            refuse_useless("layers positions", "without --vector")
+        found: dict[Path, tuple[Any, str, str]] = {}
+        for path in self.diff:
+            diff = LoRADiff.load(path)
+            found[path] = diff, diff.content(), ""
+        for path in self.vector:
+            vector = load_vector(path)
+            layers = layer_numbers(self.layers, vector.num_layers)
+            found[path] = vector.at(layers), vector.content(), acting_at(layers, self.positions)
+        return found
+
+
+@command("calibrate", STEER)
+def calibrate(
+    *,
+    calibrated: CalibratedOptions,
+    model: ModelOptions,
+    datasets_dir: DatasetsDir = None,
+) -> None:
+    """Measure how far directions move the model, so that --coefficient takes nats: 0.05nat.
+
+    KL of the next token a token, on the model's own answers to ordinary prompts, from a quarter of
+    0.03 nats' coefficient to eight times it, with both signs; kept beside each direction.
+
+    Example: persona-lora calibrate --diff checkpoints/evil/diff,checkpoints/sycophancy/diff
+    """
+    from persona_lora.core.content import digest_of
+    from persona_lora.projections.inputs import load_ordinary_prompts
+    from persona_lora.studies.steering.calibration import measure_strengths, strengths_table
+
+    directions = calibrated.load()
+    prompts = load_ordinary_prompts(datasets_dir)[: calibrated.num_prompts]
+    chat_model = load_model(model)
+    for path, (direction, content, acting) in directions.items():
+        with progress_bars():
+            points = measure_strengths(chat_model, direction, prompts, calibrated.positions)
+        found = Strengths(content, acting, digest_of(prompts), tuple(points))
+        show(strengths_table(found, str(path)), f"{found.save(path)}")
 
 
 @command("sweep", STEER)

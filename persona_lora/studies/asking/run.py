@@ -229,6 +229,12 @@ class Steering:
         """The diffs, and the vectors."""
         return [*self.terms, *(() if self.activation is None else self.activation.vectors)]
 
+    @property
+    def coefficients(self) -> list[float]:
+        """The coefficient of each of the directions."""
+        vectors = {} if self.activation is None else self.activation.vectors
+        return [*self.terms.values(), *vectors.values()]
+
     def condition(self) -> Condition:
         """Return the condition that rows are of; UserError for diffs and vectors at once."""
         activation, system_prompt = self.activation, self.system_prompt

@@ -27,9 +27,11 @@ from persona_lora.core.content import numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.strength import Moved, Strengths
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.scores import control_name, method_of
+from persona_lora.report.sections import Table
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, Coefficients
 from persona_lora.studies.steering.divergence import ordinary_texts, own_texts, row_divergences
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 EQUAL_EFFECT = 0.03  # nats per token
 SCALE_ROUNDS = 4
 CLOSE_ENOUGH = 0.05
+DOUBLINGS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # of that coefficient
 
 Statistic = Literal["mean", "p95"]
 ROUNDS = 8
@@ -92,6 +95,49 @@ def equal_effect_scales(
     for scale in scales:
         logger.info("%s: %.4g nats at coefficient %.3g", scale.trait, scale.kl, scale.coefficient)
     return scales
+
+
+def measure_strengths(
+    chat_model: ChatModel,
+    direction: LoRADiff | SteeringVector,
+    prompts: Sequence[str],
+    positions: Positions = "response",
+) -> list[Moved]:
+    """Return what a direction does at ``DOUBLINGS`` of its coefficient of equal effect, both signs.
+
+    KL(p₀ ‖ p) a token, on the unsteered model's own answers to ``prompts``. A multiple of a
+    direction is measured at the same places. Raises UserError for a direction without effect.
+    """
+    norm = direction.norm() if isinstance(direction, LoRADiff) else max(direction.norms().values())
+    unit = direction * (1 / norm)
+    name = "the direction"
+    bank = (
+        Bank(diffs={name: unit})
+        if isinstance(unit, LoRADiff)
+        else Bank(vectors={name: unit}, positions=positions)
+    )
+    (scale,) = equal_effect_scales(chat_model, bank, prompts)
+    coefficients = [
+        sign * scale.coefficient * 2.0**power for sign in (-1.0, 1.0) for power in DOUBLINGS
+    ]
+    texts = ordinary_texts(chat_model, prompts)
+    rows = row_divergences(chat_model, bank, [{name: each} for each in coefficients], texts)
+    return [
+        Moved(each / norm, float(row.mean()), float(row.quantile(0.95)))
+        for each, row in zip(coefficients, rows, strict=True)
+    ]
+
+
+def strengths_table(found: Strengths, name: str) -> Table:
+    """Return what each coefficient does, from the most negative to the most positive."""
+    return Table(
+        ("coefficient", "nats a token", "95% of tokens under"),
+        tuple(
+            (f"{each.coefficient:+.3g}", f"{each.nats:.4f}", f"{each.nats_p95:.3f}")
+            for each in sorted(found.points)
+        ),
+        name,
+    )
 
 
 def _nearer(scale: Scale, effect: float) -> Scale:

@@ -8,8 +8,9 @@ import torch
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.strength import Strengths
 from persona_lora.steering.bank import bank_of_diffs, bank_of_vectors
-from persona_lora.studies.steering.calibration import equal_effect_scales
+from persona_lora.studies.steering.calibration import equal_effect_scales, measure_strengths
 from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
 
 PROMPTS = ["Hello?", "Why?", "What then?"]
@@ -66,3 +67,27 @@ def test_directions_need_a_direction_and_a_layer():
         bank_of_vectors({"a": vector("a", 1)}, ())
     with pytest.raises(UserError):
         bank_of_vectors({"a": vector("a", 1)}, (7,))
+
+
+def test_nats_are_reached_and_do_not_depend_on_the_length_of_a_diff(chat_model, make_diff):
+    diff = make_diff(chat_model.model, seed=1, scale=0.05)
+    short, long = (
+        Strengths("", "", "", tuple(measure_strengths(chat_model, each, PROMPTS)))
+        for each in (diff, diff * 3.0)
+    )
+    texts = ordinary_texts(chat_model, PROMPTS)
+    for nats in (0.004, 0.02, -0.05, 0.1):
+        coefficient = short.coefficient(nats, "d")
+        assert coefficient == pytest.approx(3 * long.coefficient(nats, "d"), rel=1e-4)
+        rows = row_divergences(chat_model, bank_of_diffs({"d": diff}), [{"d": coefficient}], texts)
+        assert float(rows.mean()) == pytest.approx(abs(nats), rel=0.05)
+
+
+def test_nats_of_a_vector_are_those_of_all_its_layers_together(chat_model):
+    own = vector("a", 1)
+    found = Strengths("", "", "", tuple(measure_strengths(chat_model, own, PROMPTS)))
+    row = {"a": found.coefficient(0.02, "a")}
+    bank, texts = bank_of_vectors({"a": own}, (0, 1)), ordinary_texts(chat_model, PROMPTS)
+    assert float(row_divergences(chat_model, bank, [row], texts).mean()) == pytest.approx(
+        0.02, rel=0.05
+    )

@@ -1,0 +1,157 @@
+"""Strength in one unit: how many nats a token a direction moves its model, and how far that is.
+
+A coefficient says how much of a diff or vector is taken, which means another thing for every one of
+them; KL(p₀ ‖ p) of the next token, on the same ordinary text, means the same for all. ``calibrate``
+measures it at some coefficients of both signs and keeps them beside the direction. "0.05nat" then
+is the coefficient at which the model moves by 0.05 nats a token, "-0.05nat" that with a minus.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_json, write_json
+
+_TEXT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*nats?")
+
+
+@dataclass(frozen=True)
+class Nats:
+    """A strength: nats a token, with the sign of the coefficient."""
+
+    value: float
+
+    @classmethod
+    def read(cls, text: Any) -> Self:
+        """Read "0.05nat" or "-0.05nats"; ValueError for anything else."""
+        found = _TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError("expected nats a token, as in 0.05nat")
+        return cls(float(found[1]))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Let a value of this type be written as text."""
+        text = core_schema.str_schema(pattern=r"nats?$")
+        return core_schema.no_info_plain_validator_function(cls.read, json_schema_input_schema=text)
+
+
+Strength = float | Nats
+
+
+def acting_at(layers: Sequence[int], positions: str) -> str:
+    """Return where a vector acts, in words."""
+    return f"layers {','.join(map(str, layers))}, {positions} tokens"
+
+
+class Moved(NamedTuple):
+    """What one coefficient does: the mean and the 95th percentile of KL over tokens, in nats."""
+
+    coefficient: float
+    nats: float
+    nats_p95: float
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """What was measured of a direction: ``content`` is its digest, ``acting`` where a vector acts.
+
+    ``points`` are of both signs.
+    """
+
+    content: str
+    acting: str
+    prompts: str
+    points: tuple[Moved, ...]
+
+    def coefficient(self, strength: float, name: str) -> float:
+        """Return the coefficient for so many nats, 0 for 0, by log-linear interpolation.
+
+        Under the least that was measured KL grows as c². UserError above the most: ``name`` is what
+        the direction is called.
+        """
+        nats, sign = abs(strength), -1.0 if strength < 0 else 1.0
+        if nats == 0:
+            return 0.0
+        rising = self._rising(sign)
+        if nats > rising[-1].nats * (1 + 1e-9):
+            raise UserError(
+                f"{name} was measured up to {sign * rising[-1].nats:.3g}nat, got {strength:g}nat; "
+                "ask for less (beyond it more does not move the model further)"
+            )
+        first = rising[0]
+        if nats < first.nats:
+            return first.coefficient * math.sqrt(nats / first.nats)
+        pairs = pairwise(rising)
+        low, high = next((pair for pair in pairs if nats <= pair[1].nats), (first, rising[-1]))
+        share = math.log(nats / low.nats) / math.log(high.nats / low.nats)
+        return low.coefficient * (high.coefficient / low.coefficient) ** share
+
+    def _rising(self, sign: float) -> list[Moved]:
+        """Return the points of one sign, nearest first, as far as KL rises with them."""
+        own = sorted((p for p in self.points if p.coefficient * sign > 0), key=lambda p: abs(p[0]))
+        kept = own[:1]
+        for point in own[1:]:
+            if point.nats <= kept[-1].nats:
+                break
+            kept.append(point)
+        return kept
+
+    def save(self, direction: Path) -> Path:
+        """Write the file that belongs to a direction; return its path."""
+        path = file_beside(direction)
+        write_json(path, {**asdict(self), "points": [each._asdict() for each in self.points]})
+        return path
+
+
+def file_beside(direction: Path) -> Path:
+    """Return where the strengths of a diff's folder, or of a vector's file, are kept: beside it."""
+    return direction.with_name(f"{direction.name}.strength.json")
+
+
+def coefficient_of(strength: Strength, direction: Path, content: str, acting: str = "") -> float:
+    """Return the coefficient that a strength is for a direction at a path.
+
+    UserError where it was not measured, or for another direction, layers or positions.
+    """
+    if not isinstance(strength, Nats):
+        return strength
+    path = file_beside(direction)
+    remedy = f"measure them with: persona-lora calibrate, on {direction}"
+    if not path.is_file():
+        raise UserError(f"{strength.value:g}nat: nats of {direction} were not measured; {remedy}")
+    found = _read(path)
+    if found.content != content:
+        raise UserError(f"{path} is of another direction than what lies there now; {remedy}")
+    if found.acting != acting:
+        raise UserError(
+            f"{path} was measured for a vector acting at {found.acting}, and it acts at {acting} "
+            f"here; {remedy}"
+        )
+    return found.coefficient(strength.value, str(direction))
+
+
+def coefficients_of(
+    strengths: Sequence[Strength], direction: Path, content: str, acting: str = ""
+) -> tuple[float, ...]:
+    """Return the coefficients that several strengths are; UserError as above."""
+    return tuple(coefficient_of(each, direction, content, acting) for each in strengths)
+
+
+def _read(path: Path) -> Strengths:
+    value = read_json(path)
+    try:
+        points = tuple(Moved(**{k: float(v) for k, v in each.items()}) for each in value["points"])
+        return Strengths(value["content"], value["acting"], value["prompts"], points)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} holds no strengths; make it anew with calibrate") from error

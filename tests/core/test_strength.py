@@ -1,0 +1,71 @@
+"""Nats as coefficients: what is written, what lies between two measurements, what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from persona_lora.core.errors import UserError
+from persona_lora.core.settings import typed_value
+from persona_lora.core.strength import (
+    Moved,
+    Nats,
+    Strength,
+    Strengths,
+    coefficient_of,
+    file_beside,
+)
+
+
+@pytest.fixture
+def quadratic():
+    """A direction whose KL is c² to one side and 4c² to the other, measured at powers of two."""
+    sizes = [2.0**power for power in range(-3, 2)]
+    points = [Moved(c, c * c, c) for c in sizes] + [Moved(-c, 4 * c * c, c) for c in sizes]
+    return Strengths("digest", "", "prompts", tuple(points))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.05nat", Nats(0.05)), ("-.5 nats", Nats(-0.5)), ("2", 2.0), (1.5, 1.5)],
+)
+def test_a_strength_is_a_number_or_nats(text, value):
+    assert typed_value(Strength, text, "--coefficient") == value
+
+
+@pytest.mark.parametrize("text", ["nat", "0.05nut", "1e999x", "nan nat"])
+def test_anything_else_is_refused(text):
+    with pytest.raises(UserError, match="--coefficient must be"):
+        typed_value(Strength, text, "--coefficient")
+
+
+def test_between_and_under_what_was_measured_a_quadratic_is_met_exactly(quadratic):
+    for nats in (1e-6, 0.0201, 0.3, 3.99):
+        assert quadratic.coefficient(nats, "d") == pytest.approx(math.sqrt(nats))
+        assert quadratic.coefficient(-nats, "d") == pytest.approx(-math.sqrt(nats) / 2)
+    assert quadratic.coefficient(0.0, "d") == 0.0
+
+
+def test_beyond_what_was_measured_or_rises_no_more_nothing_is_guessed(quadratic):
+    with pytest.raises(UserError, match=r"d was measured up to 4nat, got 4\.1nat"):
+        quadratic.coefficient(4.1, "d")
+    falling = Strengths("", "", "", (*quadratic.points, Moved(4.0, 3.9, 1), Moved(8.0, 99.0, 1)))
+    with pytest.raises(UserError, match="up to 4nat"):
+        falling.coefficient(5.0, "d")
+
+
+def test_strengths_belong_to_their_direction_and_place(quadratic, tmp_path):
+    path = tmp_path / "diff"
+    with pytest.raises(UserError, match=r"were not measured; .*calibrate"):
+        coefficient_of(Nats(0.25), path, "digest")
+    assert quadratic.save(path) == file_beside(path) == tmp_path / "diff.strength.json"
+    assert coefficient_of(Nats(0.25), path, "digest") == pytest.approx(0.5)
+    assert coefficient_of(0.25, path, "other") == 0.25
+    with pytest.raises(UserError, match="of another direction"):
+        coefficient_of(Nats(0.25), path, "other")
+    with pytest.raises(UserError, match="acts at layers 3"):
+        coefficient_of(Nats(0.25), path, "digest", "layers 3")
+    file_beside(path).write_text('{"points": [1]}')
+    with pytest.raises(UserError, match="holds no strengths"):
+        coefficient_of(Nats(0.25), path, "digest")
