@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 EQUAL_EFFECT = 0.03  # nats per token
 SCALE_ROUNDS = 4
 CLOSE_ENOUGH = 0.05
-DOUBLINGS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # of that coefficient
+DOUBLINGS = range(-2, 4)  # of that coefficient
 
 Statistic = Literal["mean", "p95"]
 ROUNDS = 8
@@ -121,7 +121,14 @@ def measure_strengths(
         sign * scale.coefficient * 2.0**power for sign in (-1.0, 1.0) for power in DOUBLINGS
     ]
     texts = ordinary_texts(chat_model, prompts)
-    rows = row_divergences(chat_model, bank, [{name: each} for each in coefficients], texts)
+    with progress.stage("nats"):
+        rows = row_divergences(
+            chat_model,
+            bank,
+            [{name: each} for each in coefficients],
+            texts,
+            before_text=lambda at: progress.report(at + 1, len(texts)),
+        )
     return [
         Moved(each / norm, float(row.mean()), float(row.quantile(0.95)))
         for each, row in zip(coefficients, rows, strict=True)
