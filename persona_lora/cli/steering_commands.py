@@ -323,7 +323,7 @@ class CalibratedOptions:
     vector: Vectors = ()
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
-    num_prompts: Annotated[int, "Ordinary prompts to measure on."] = 16
+    num_prompts: Annotated[int, "Ordinary prompts to measure on."] = 8
 
     def load(self) -> dict[Path, tuple[Any, str, str]]:
         """Load every direction, with its digest and where it acts.
