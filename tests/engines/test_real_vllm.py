@@ -50,11 +50,7 @@ class Scene:
     diffs: list[LoRADiff]
     running: dict[str, subprocess.Popen[bytes]]
 
-    @property
-    def urls(self) -> list[str]:
-        return list(self.running)
-
-    def start(self, name: str) -> str:
+    def start(self, name: str, *more: str) -> str:
         """Start a server by the line that the command prints, with less for a tiny model."""
         port = free_port()
         basis = BasisFolder.read(self.folder)
@@ -67,6 +63,7 @@ class Scene:
         small = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         quiet = {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
         words = [f"{VENV}/bin/python", *line[at + 1 :], "--enforce-eager", "--max-num-seqs", "16"]
+        words += more
         environment = {**os.environ, **settings, **small, **quiet}
         with (self.model.parent / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -140,13 +137,19 @@ def scene(tmp_path_factory) -> Iterator[Scene]:
     chat_model = load_chat_model(str(folder / "model"), dtype="float32")
     found = Scene(chat_model, folder / "basis", folder / "model", diffs, {})
     try:
-        names = {found.start(name): name for name in ("first", "second")}
-        for url, name in names.items():
-            found.wait(url, name)
         yield found
     finally:
-        for url in found.urls:
+        for url in [*found.running]:
             found.end(url)
+
+
+@pytest.fixture(scope="module")
+def urls(scene) -> list[str]:
+    """Two servers, started side by side."""
+    names = {scene.start(name): name for name in ("first", "second")}
+    for url, name in names.items():
+        scene.wait(url, name)
+    return list(names)
 
 
 def local_answers(scene: Scene, rows: list[dict[LoRADiff, float]], options=OPTIONS):
@@ -179,23 +182,23 @@ def mixes(scene: Scene, number: int) -> list[dict[LoRADiff, float]]:
     ]
 
 
-def test_mixes_and_base_rows_are_answered_as_live_lora_answers_them(scene):
+def test_mixes_and_base_rows_are_answered_as_live_lora_answers_them(scene, urls):
     """More mixes than slots, base rows among them, and a diff alone."""
     rows = [*mixes(scene, 30), {scene.diffs[1]: 1.0}]
-    found = remote_answers(scene, scene.urls[:1], rows)
+    found = remote_answers(scene, urls[:1], rows)
     assert found == local_answers(scene, rows)
     assert len({each.text for each in found}) > len(QUESTIONS)  # mixes do steer
 
 
-def test_sampled_rows_do_not_depend_on_their_neighbours(scene):
+def test_sampled_rows_do_not_depend_on_their_neighbours(scene, urls):
     options = GenerationOptions(max_new_tokens=12, temperature=1.0, seed=3)
     rows = mixes(scene, 12)
-    together = remote_answers(scene, scene.urls, rows, options)
-    assert remote_answers(scene, scene.urls[:1], rows[:4], options) == together[:4]
+    together = remote_answers(scene, urls, rows, options)
+    assert remote_answers(scene, urls[:1], rows[:4], options) == together[:4]
 
 
-def test_a_bad_mix_is_refused_and_a_good_one_is_answered_after_it(scene):
-    url = scene.urls[0]
+def test_a_bad_mix_is_refused_and_a_good_one_is_answered_after_it(scene, urls):
+    url = urls[0]
     sha = BasisFolder.read(scene.folder).served.sha
 
     def status(model: str) -> int:
@@ -210,18 +213,18 @@ def test_a_bad_mix_is_refused_and_a_good_one_is_answered_after_it(scene):
     assert remote_answers(scene, [url], rows) == local_answers(scene, rows)
 
 
-def test_a_server_without_the_basis_or_of_another_model_is_refused(scene):
+def test_a_server_without_the_basis_or_of_another_model_is_refused(scene, urls):
     other = ChatModel(vllm_llama(), scene.chat_model.tokenizer, "another")
     other.model.model.layers[0].mlp.up_proj.weight.data *= 1.3
     with pytest.raises(UserError, match="serves another model"):
-        open_engine(scene.urls[:1], other, [])
+        open_engine(urls[:1], other, [])
     with pytest.raises(UserError, match="does not hold the diffs"):
-        open_engine(scene.urls[:1], scene.chat_model, [scene.diffs[0] * 2.0])
+        open_engine(urls[:1], scene.chat_model, [scene.diffs[0] * 2.0])
 
 
-def test_rows_of_a_killed_server_are_answered_by_the_other(scene, monkeypatch):
+def test_rows_of_a_killed_server_are_answered_by_the_other(scene, urls, monkeypatch):
     monkeypatch.setattr(remote, "IN_FLIGHT", 4)
-    left, doomed = scene.urls
+    left, doomed = urls
     rows = mixes(scene, 60)
     seen: list[int] = []
 
@@ -234,3 +237,25 @@ def test_rows_of_a_killed_server_are_answered_by_the_other(scene, monkeypatch):
     assert doomed not in scene.running
     assert sorted(seen) == list(range(len(rows)))
     assert found == local_answers(scene, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("tensor", ("--tensor-parallel-size", "2")),
+        ("data", ("--data-parallel-size", "2", "--api-server-count", "1")),
+    ],
+)
+def test_several_processes_of_one_server_answer_alike(scene, name, more):
+    """A bad mix first: under tensor parallelism vLLM's own adapters fail after a failed one."""
+    url = scene.start(name, *more)
+    try:
+        scene.wait(url, name)
+        sha = BasisFolder.read(scene.folder).served.sha
+        body = {"model": f"mix:{sha}:1,2", "prompt": [40, 41], "max_tokens": 1}
+        path = f"{url}/v1/completions"
+        assert httpx.post(path, json=body, timeout=60, trust_env=False).status_code == 400
+        rows = mixes(scene, 12)
+        assert remote_answers(scene, [url], rows) == local_answers(scene, rows)
+    finally:
+        scene.end(url)
