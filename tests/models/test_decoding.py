@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 from persona_lora.core.lora_diff import BaseModel, LoRAFactors
@@ -170,3 +171,40 @@ def test_a_roomy_layer_holds_what_a_growing_one_holds():
     for ours, theirs in zip(roomy.update(*states), growing.update(*states), strict=True):
         assert torch.equal(ours, theirs)
     assert roomy.get_seq_length() == growing.get_seq_length() == 7
+
+
+@torch.inference_mode()
+def test_rows_that_join_give_the_logits_that_they_give_alone(model):
+    """A long row leaves, so that columns are dropped; shorter and longer rows join; room grows."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 200, (length,), generator=generator) for length in (30, 6, 11, 19)]
+
+    def begun(rows):
+        longest = max(len(texts[row]) for row in rows)
+        spare = [(longest - len(texts[row]), 0) for row in rows]
+        tokens = torch.stack([pad(texts[row], each) for row, each in zip(rows, spare, strict=True)])
+        mask = torch.stack([pad(torch.ones(longest - each[0]).long(), each) for each in spare])
+        going = decoding.Decoding(model, tokens, mask, None, 2)
+        return going, going.begin()
+
+    alone = []
+    for row in range(4):
+        going, logits = begun([row])
+        going.join(steps=9)
+        alone.append([logits, *(going.step(torch.tensor([5])) for _ in range(6))])
+    batch, _ = begun([0, 1])
+    first = batch.step(torch.tensor([5, 5]))
+    batch.keep([1])
+    batch.join(begun([2])[0], steps=1)
+    second = batch.step(torch.tensor([5, 5]))
+    assert batch.room == 0
+    batch.join(begun([3])[0], steps=2)
+    third, fourth = (batch.step(torch.tensor([5, 5, 5])) for _ in range(2))
+    for found, steps in (
+        (first, (1, 1)),
+        (second, (None, 2, 1)),
+        (third, (None, 3, 2, 1)),
+        (fourth, (None, 4, 3, 2)),
+    ):
+        expected = [alone[row][step] for row, step in enumerate(steps) if step is not None]
+        torch.testing.assert_close(found, torch.cat(expected), atol=2e-5, rtol=1e-5)
