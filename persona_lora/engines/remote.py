@@ -41,8 +41,8 @@ EXCHANGES = (
     Exchange("Tell me about yourself.", "I like long walks, old books and quiet evenings."),
 )
 TOLERANCE = {torch.float32: 1e-3}  # nats of a mean log-probability
-USUAL_TOLERANCE = 0.05  # of the narrower types, where any two ways of computing differ
-TOLD_APART = 8.0  # tolerances by which the mix of a handshake moves a text
+USUAL_TOLERANCE = 0.15  # of bf16: two ways of computing differed by 0.07 on the packaged model
+TOLD_APART = 5.0  # tolerances by which the mix of a handshake moves a text
 STRENGTHS = tuple(2.0**power for power in range(8))
 
 Terms = Mapping[LoRADiff, float]
