@@ -59,6 +59,7 @@ def help_texts() -> dict[str, str]:
             "finetune",
             "evaluate",
             "evaluate-checkpoints",
+            "calibrate",
             "sweep",
             "paired",
             "report",
@@ -138,7 +139,14 @@ def test_documented_commands_exist(path, help_texts):
 def test_every_command_shows_an_example(help_texts):
     page = (ROOT / "docs" / "commands.md").read_text()
     for command, text in help_texts.items():
-        if command not in ("data", "persona", "project", "traits", "vectors"):  # groups of commands
+        if command not in (
+            "data",
+            "engine",
+            "persona",
+            "project",
+            "traits",
+            "vectors",
+        ):  # groups of commands
             assert "Example" in text or "example" in text, command
             assert f"persona-lora {command} " in page or f"persona-lora {command}\n" in page, (
                 command
