@@ -35,6 +35,7 @@ VECTOR = ("--vector", "v.safetensors")
 LOADS_NOTHING = {"export", "engine command"}
 COMMANDS = {
     "evaluate": (*TRAIT, "--output", "out/x.csv", "--model", HUB),
+    "calibrate": ("--diff", "diff", *DATASETS, "--model", HUB),
     "sweep": (*TRAIT, "--diff", "diff", "--output", "out", "--model", HUB),
     "extract": (*TRAIT, "--output", "out", "--model", HUB),
     "compare": (

@@ -106,7 +106,10 @@ def test_searches_that_break_their_constraints_on_held_out_prompts_are_counted()
     assert "in 50% of searches" in constraints_line(lora)
     assert constraints_line(plain) == "It keeps the constraints on held-out prompts."
     assert condition_fits(told)[0].feasible is None
-    assert [seeds_line(told), seeds_line(rows(GOOD, seed=3))] == ["2 seeds.", "One seed."]
+    assert seeds_line(rows(GOOD, seed=3)) == "One seed."
+    assert seeds_line(told) == "2 seeds of the search; the directions are of one training."
+    trained = [{**row, "trained": f"seed{row['seed']}"} for row in told]
+    assert seeds_line(trained) == "2 seeds, of the search and of the differences' training."
 
 
 def test_a_gain_over_seeds_is_as_uncertain_as_they_differ():

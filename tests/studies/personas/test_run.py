@@ -208,7 +208,7 @@ def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch)
     first = optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS)
     assert first.rows
     monkeypatch.setattr(
-        "persona_lora.studies.asking.run.generate_answers",
+        "persona_lora.steering.steerer.generate_answers",
         lambda *_, **__: pytest.fail("it generated"),
     )
     assert optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS) == first
