@@ -205,3 +205,6 @@ def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world):
     refused("--allow-other-base takes another", *sweep, "--diff", "diff", "--allow-other-base")
     refused("every training seed", *sweep, "--diff", "trained")
     refused("name a direction", "calibrate")
+    refused("--num-prompts must be at least 1", *measured.split()[:-1], "0")
+    misspelt = [word.replace("nat", "nut") for word in sweep]
+    refused("a number or nats as in 0.05nat", *misspelt, "--diff", "diff")

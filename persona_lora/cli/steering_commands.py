@@ -336,6 +336,8 @@ class CalibratedOptions:
 
         if not (self.diff or self.vector):
             raise UserError("name a direction: --diff FOLDER, or --vector FILE")
+        if self.num_prompts < 1:
+            raise UserError(f"--num-prompts must be at least 1, got {self.num_prompts}")
         if not self.vector:
             refuse_useless("layers positions", "without --vector")
         found: dict[Path, tuple[Any, str, str]] = {}

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from persona_lora.core.errors import UserError, without_secrets
 from persona_lora.core.files import read_text
 from persona_lora.core.runs import COMMAND_CONFIG
+from persona_lora.core.strength import Nats
 
 NEVER_WRITTEN = ("config", "overwrite")  # a run that is given again replaces nothing
 
@@ -181,6 +182,7 @@ WORDS = {
     float: "a number",
     str: "text",
     dict: "a mapping",
+    Nats: "nats as in 0.05nat",
 }
 
 
