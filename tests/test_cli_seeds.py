@@ -204,6 +204,18 @@ def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world):
     sweep = [*f"sweep {ASKED} --judge embedding --coefficients 0.05nat --output swept".split()]
     refused("--allow-other-base takes another", *sweep, "--diff", "diff", "--allow-other-base")
     refused("every training seed", *sweep, "--diff", "trained")
+    compare = COMPARE.replace("--coefficients 1", "--coefficients 0.05nat").split()
+    compare[-1:] = ["compared", "--random-controls", "1"]
+    refused("every training seed", *compare, "--diff", "trained")
+    refused("--allow-other-base takes another", *compare, "--diff", "diff", "--allow-other-base")
+    refused("that --adapter puts on", *words, "--adapter", "diff")
+    refused("that --adapter puts on", *sweep, "--diff", "diff", "--adapter", "diff")
+    for flag, value in {"--bound": "0.05nat", "--alpha": "1nat", "--fixed": "evil=1nat"}.items():
+        refused(f"{flag} takes no nats", "optimize", "--persona-id", "x", flag, value)
+    status, _, error = run(*compare, "--diff", "diff")
+    assert status == 0, error
+    first, *_ = (world / "compared/levels.jsonl").read_text().splitlines()
+    assert json.loads(first)["coefficient"] == found
     refused("name a direction", "calibrate")
     refused("--num-prompts must be at least 1", *measured.split()[:-1], "0")
     misspelt = [word.replace("nat", "nut") for word in sweep]

@@ -15,6 +15,8 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import COMPARE, command
 from persona_lora.cli.shared_options import (
     ONE_DIFF,
+    OTHER_MODEL,
+    OTHER_SEEDS,
     AdaptedModelOptions,
     HeldRunOptions,
     Layers,
@@ -29,6 +31,7 @@ from persona_lora.cli.shared_options import (
     judging_of,
     layer_numbers,
     load_model,
+    refuse_nats,
     show_seeds,
 )
 from persona_lora.core.errors import UserError
@@ -41,6 +44,7 @@ from persona_lora.core.options import (
     TimingOptions,
 )
 from persona_lora.core.runs import Output
+from persona_lora.core.strength import Strength, coefficients_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +67,11 @@ class PairOfWays:
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
     allow_other_base: OtherBase = False
     random_controls: RandomControls = 3
+    coefficients: Annotated[
+        tuple[Strength, ...],
+        "Of the diff, or nats as in 0.05nat (calibrate); the vector is brought to the same "
+        "divergence.",
+    ] = ComparisonOptions.coefficients
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the places of both."""
@@ -73,21 +82,30 @@ class PairOfWays:
         from persona_lora.studies.read_seeds import diffs_of_seeds
 
         found = diffs_of_seeds(self.diff)
+        if len(found) > 1:
+            refuse_nats(self.coefficients, OTHER_SEEDS)
         return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
 
-    def load(self, seed: int) -> tuple[Any, list[Any]]:
-        """Return the ways of steering, random ones beside them, and what they were made of."""
+    def load(self, seed: int) -> tuple[Any, list[Any], tuple[float, ...]]:
+        """Return the ways of steering, random ones beside them, and what they were made of.
+
+        The coefficients of the diff come last; UserError for nats of none.
+        """
         from persona_lora.core.lora_diff import LoRADiff, random_diff_like
         from persona_lora.core.vector_files import load_vector
         from persona_lora.steering.directions import random_like
         from persona_lora.studies.steering.calibration import bank_of_methods
 
+        if self.allow_other_base:
+            refuse_nats(self.coefficients, OTHER_MODEL)
         seeds = control_seeds(seed, self.random_controls)
         weights, whole = LoRADiff.load(self.diff), load_vector(self.activation_vector)
         vector = whole.at(layer_numbers(self.layers, whole.num_layers))
         diffs = [random_diff_like(weights, each) for each in seeds]
         vectors = [random_like(vector, each) for each in seeds]
-        return bank_of_methods(weights, vector, diffs, vectors, self.positions), [weights, whole]
+        bank = bank_of_methods(weights, vector, diffs, vectors, self.positions)
+        values = coefficients_of(self.coefficients, self.diff, weights.content())
+        return bank, [weights, whole], values
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,7 @@ def compare(
     *,
     trait: TraitOptions,
     ways: PairOfWays,
-    compared: ComparisonOptions,
+    compared: Annotated[ComparisonOptions, ("match", "calibrate_on", "split", "max_questions")],
     further: FurtherOptions,
     output: HeldRunOptions,
     model: ModelOptions,
@@ -130,7 +148,7 @@ def compare(
 
     loaded, parts = trait.load(), ways.by_seed()
     first = next(iter(parts.values()))
-    bank, made = first.load(generation.seed)
+    bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
     judge = judging_of(judging)
     folder = output.output or Path("results") / "compare" / loaded.name
@@ -152,7 +170,7 @@ def compare(
                 bank,
                 judges,
                 to,
-                comparing=compared,
+                comparing=dataclasses.replace(compared, coefficients=coefficients),
                 options=generation,
                 datasets=trait.datasets_dir,
             )
@@ -257,6 +275,7 @@ def benchmark(
         refuse_useless("coefficient allow_other_base", "without --diff or --vector")
     if not (mix.diff or mix.vector or model.adapter):
         raise UserError("there is nothing to compare; give --diff, --vector or --adapter")
+    model.refuse_nats_beside_adapter(mix.coefficient)
     steering = mix.load()
     chat_model = load_model(model, steering.directions, allow_other_base=mix.allow_other_base)
     conditions: dict[str, AbstractContextManager[Any]] = {

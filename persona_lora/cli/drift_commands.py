@@ -36,6 +36,7 @@ from persona_lora.cli.shared_options import (
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import GenerationOptions, JudgesChoice, Split, TaskOptions
 from persona_lora.core.runs import Output
+from persona_lora.core.strength import refuse_nats_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -471,6 +472,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
+        refuse_nats_of("--correct", text)
         raise UserError(f"--correct needs a coefficient after =, got {text!r}") from error
 
 

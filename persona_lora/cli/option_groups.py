@@ -40,6 +40,7 @@ from persona_lora.core.settings import (
     split_lists,
     typed_value,
 )
+from persona_lora.core.strength import refuse_nats_of
 
 MAPPING = "JSON"  # how --help calls the value of a mapping of anything
 PAIRS = "NAME=VALUE,…"
@@ -155,6 +156,7 @@ class Option:
             *self.flags,
             help=self.help,
             metavar=metavar,
+            parser=_number if self.parts == [float] else None,
             rich_help_panel=self.panel or None,
             show_default=self.default is not False,
         )
@@ -219,6 +221,7 @@ class Option:
             try:
                 pairs[name] = kind(value)
             except ValueError as error:
+                refuse_nats_of(self.flag, value)
                 raise UserError(f'{self.flag} must be like "{example}", got {item!r}') from error
         return pairs
 
@@ -339,6 +342,14 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return EMPTY if field.default is dataclasses.MISSING else field.default
+
+
+def _number(text: Any) -> Any:
+    """Return a number, or the text that is none: the option's own type says what is wrong."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _is_pairs(kind: Any) -> bool:

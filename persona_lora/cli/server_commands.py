@@ -46,8 +46,9 @@ class ServerOptions(Mixed):
 def serve(*, served: ServerOptions, model: ModelOptions) -> None:
     """Serve mixes to any OpenAI client; the model's name is the mix. Needs the extra "serve".
 
-    base, base+0.8*formality-1*evil, or a saved mix; different ones run in one batch. The key, if
-    any, is PERSONA_LORA_API_KEY of the environment or .env; other machines are let in with one.
+    base, base+0.8*formality-0.05nat*evil (calibrate), or a saved mix; different ones run in one
+    batch. The key, if any, is PERSONA_LORA_API_KEY of the environment or .env; other machines are
+    let in with one.
 
     Example: persona-lora serve --traits evil,sycophancy,formality --dtype float32
     """
@@ -66,7 +67,7 @@ def serve(*, served: ServerOptions, model: ModelOptions) -> None:
         batch = Batch(
             chat_model, diffs, max_batch=served.max_batch, most_waiting=served.max_waiting
         )
-        personas = Personas(batch.traits, served.mixes)
+        personas = Personas(batch.traits, served.mixes, served.of_nats(diffs))
         host, port = place.getsockname()[:2]
         show(f"http://{host}:{port}/v1 answers as {', '.join(personas.names())} (Ctrl+C ends it)")
         Server(Service(batch, personas, key), served.grace).answer(place)

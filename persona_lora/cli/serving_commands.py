@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.request import getproxies, proxy_bypass
@@ -25,9 +26,12 @@ from persona_lora.cli.shared_options import (
 )
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
+from persona_lora.core.strength import OfNats, coefficient_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.steering.export import Exported
 
@@ -38,7 +42,9 @@ INSTALL = 'pip install "persona-lora[playground]"'
 class ExportOptions:
     """What is written, in which form."""
 
-    mix: Annotated[str, "Traits or paths with coefficients: evil=-1,sycophancy=-0.5."]
+    mix: Annotated[
+        str, "Traits or paths with coefficients, or nats (calibrate): evil=-1,sycophancy=0.05nat."
+    ]
     output: Annotated[Path, "The folder to write, or a .gguf file."]
     format: Annotated[Literal["peft", "merged", "gguf-lora", "gguf"], "The form; see above."] = (
         "peft"
@@ -191,7 +197,20 @@ class Mixed:
         """Load the diffs of the traits."""
         from persona_lora.core.lora_diff import LoRADiff
 
-        return {trait: LoRADiff.load(self.directions / trait / "diff") for trait in self.chosen()}
+        return {trait: LoRADiff.load(self.place(trait)) for trait in self.chosen()}
+
+    def place(self, trait: str) -> Path:
+        """Return where the diff of a trait is."""
+        return self.directions / trait / "diff"
+
+    def of_nats(self, diffs: Mapping[str, LoRADiff]) -> dict[str, OfNats]:
+        """Return what makes coefficients of nats, by trait; none on a model of another base."""
+        if self.allow_other_base:
+            return {}
+        return {
+            trait: partial(coefficient_of, direction=self.place(trait), content=diff.content())
+            for trait, diff in diffs.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class AdaptedModelOptions(ModelOptions):
         """Return what a run's configuration keeps of the adapter."""
         return {"adapter": None if self.adapter is None else str(self.adapter)}
 
+    def refuse_nats_beside_adapter(self, strengths: Sequence[Strength]) -> None:
+        """UserError for nats where there is an adapter."""
+        if self.adapter is not None:
+            refuse_nats(strengths, "nats are measured without the finetune that --adapter puts on")
+
 
 @dataclass(frozen=True)
 class TraitOptions:

@@ -180,6 +180,7 @@ def evaluate(
     loaded, prompt = trait.load(), _prompt(steering)
     mode, ablate, allowed = steering.mode, steering.ablate, steering.allow_other_base
     engine.check(diffs_alone=not steering.vector and mode == "live")
+    model.refuse_nats_beside_adapter(steering.coefficient)
     judge = judging_of(judging)
     folder = output.output.with_suffix("")
     parts = steering.by_seed()
@@ -408,6 +409,7 @@ def sweep(
     loaded = trait.load()
     judge = judging_of(judging)
     chosen = _swept_method(varied)
+    model.refuse_nats_beside_adapter(varied.coefficients)
     engine.check(diffs_alone=chosen != "activation")
     parts = varied.by_seed()
     populations = [each.load(chosen, generation.seed) for each in parts.values()]

@@ -107,9 +107,7 @@ class SweepOptions:
 class ComparisonOptions:
     """At which strengths weights and activations are compared, and on which questions."""
 
-    coefficients: Annotated[
-        tuple[float, ...], "Of the diff; the vector is brought to the same divergence."
-    ] = (0.5, 1.0, 1.5, 2.0)
+    coefficients: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # of the diff
     match: Annotated[
         Literal["mean", "p95"], "What is made equal of the divergence at each token."
     ] = "mean"

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from persona_lora.core.errors import UserError, without_secrets
 from persona_lora.core.files import read_text
 from persona_lora.core.runs import COMMAND_CONFIG
-from persona_lora.core.strength import Nats
+from persona_lora.core.strength import Nats, refuse_nats_of
 
 NEVER_WRITTEN = ("config", "overwrite")  # a run that is given again replaces nothing
 
@@ -134,6 +134,7 @@ def typed_value(hint: Any, value: Any, name: str) -> Any:
             return adapter.validate_python(each)
         except ValidationError:
             continue
+    refuse_nats_of(name, value)
     quotes = "; put text that looks like a number into quotes" if str in kinds else ""
     raise UserError(f"{name} must be {_expected(hint)}, got {_shortened(value)}{quotes}")
 

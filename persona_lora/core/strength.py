@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +47,23 @@ class Nats:
 
 
 Strength = float | Nats
+
+
+def read_strength(text: str) -> Strength:
+    """Read "-1.5" or "0.05nat"; ValueError for anything else."""
+    try:
+        return Nats.read(text)
+    except ValueError:
+        return float(text)
+
+
+def refuse_nats_of(name: str, value: Any) -> None:
+    """UserError for nats where ``name`` takes numbers alone."""
+    if isinstance(value, str) and _TEXT.fullmatch(value.strip()):
+        raise UserError(
+            f"{name} takes no nats, got {value!r}: they are for coefficients of directions "
+            "that calibrate measured (docs/concepts.md); give a number"
+        )
 
 
 def acting_at(layers: Sequence[int], positions: str) -> str:
@@ -116,7 +133,8 @@ class Strengths:
 
 def file_beside(direction: Path) -> Path:
     """Return where the strengths of a diff's folder, or of a vector's file, are kept: beside it."""
-    return direction.with_name(f"{direction.name}.strength.json")
+    whole = direction if direction.name else direction.resolve()  # "." has no name
+    return whole.with_name(f"{whole.name}.strength.json")
 
 
 def coefficient_of(strength: Strength, direction: Path, content: str, acting: str = "") -> float:
@@ -139,6 +157,9 @@ def coefficient_of(strength: Strength, direction: Path, content: str, acting: st
             f"here; {remedy}"
         )
     return found.coefficient(strength.value, str(direction))
+
+
+OfNats = Callable[[Nats], float]  # the coefficient that nats are, of one direction
 
 
 def coefficients_of(

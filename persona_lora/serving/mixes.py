@@ -1,4 +1,4 @@
-"""Personas by model names: "base", "base+0.8*formality-1*evil", or the name of a saved mix.
+"""Personas by model names: "base", "base+0.8*formality-0.05nat*evil", or a saved mix's name.
 
 Knows names and coefficients; refuses to know what is steered with them.
 """
@@ -6,15 +6,16 @@ Knows names and coefficients; refuses to know what is steered with them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.personas import Coefficients, saved_mixes
+from persona_lora.core.strength import Nats, OfNats, Strength, read_strength
 
 BASE = "base"
-TERM = re.compile(r"([+-](?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\*")
+TERM = re.compile(r"([+-](?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?:nats?)?)\*")
 LIKE = f"{BASE}+0.8*formality-1*evil"
 
 
@@ -24,10 +25,14 @@ class UnknownPersona(UserError):
 
 @dataclass(frozen=True)
 class Personas:
-    """What may stand in a request's ``model``: mixes of ``traits``, and mixes in a folder."""
+    """What may stand in a request's ``model``: mixes of ``traits``, and mixes in a folder.
+
+    ``of_nats`` makes coefficients of nats, by trait.
+    """
 
     traits: tuple[str, ...]
     folder: Path
+    of_nats: Mapping[str, OfNats] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Return "base", each trait alone, and the saved mixes that can be served now."""
@@ -38,24 +43,36 @@ class Personas:
         """Return a persona's coefficients in the order of the traits.
 
         UnknownPersona for a name or trait that is not here; UserError for a mix that is malformed
-        or out of bounds.
+        or out of bounds, which for nats are those that were measured.
         """
+        found: Mapping[str, Strength]
         if name == BASE or name.startswith((f"{BASE}+", f"{BASE}-")):
             found = _parsed(name)
         elif name in saved_mixes(self.folder):
-            found = Coefficients.read(self.folder / f"{name}.json")
+            found = Coefficients.read(self.folder / f"{name}.json").as_dict()
         else:
             known = nearest_names(name, self.names())
             raise UnknownPersona(
                 f"no persona {name!r}: name a mix, as in {LIKE}, or a saved one ({known})"
             )
-        for trait in found.traits:
+        for trait in found:
             if trait not in self.traits:
                 raise UnknownPersona(
                     f"{name}: no trait {trait!r} is served; {nearest_names(trait, self.traits)}"
                 )
-        values = found.bounded().as_dict()
+        plain = {trait: each for trait, each in found.items() if not isinstance(each, Nats)}
+        values = Coefficients.of(plain).bounded().as_dict()
+        values |= {
+            trait: self._coefficient(trait, each)
+            for trait, each in found.items()
+            if isinstance(each, Nats)
+        }
         return [values.get(trait, 0.0) for trait in self.traits]
+
+    def _coefficient(self, trait: str, nats: Nats) -> float:
+        if trait not in self.of_nats:
+            raise UserError(f"nats of {trait} are not served here; give a coefficient")
+        return self.of_nats[trait](nats)
 
     def _served(self, name: str) -> bool:
         try:
@@ -65,7 +82,7 @@ class Personas:
         return True
 
 
-def _parsed(name: str) -> Coefficients:
+def _parsed(name: str) -> dict[str, Strength]:
     """Read a mix from its name."""
     begin, *parts = TERM.split(name.removeprefix(BASE))
     numbers, traits = parts[::2], parts[1::2]
@@ -74,4 +91,4 @@ def _parsed(name: str) -> Coefficients:
     twice: Sequence[str] = [trait for trait in traits if traits.count(trait) > 1]
     if twice:
         raise UserError(f"{name!r} names {twice[0]} twice; add its coefficients up")
-    return Coefficients.of({trait: float(n) for trait, n in zip(traits, numbers, strict=True)})
+    return {trait: read_strength(each) for trait, each in zip(traits, numbers, strict=True)}

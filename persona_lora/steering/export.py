@@ -27,6 +27,7 @@ from persona_lora.core.files import atomic_folder, atomic_path, read_json, scrat
 from persona_lora.core.lora_diff import Compressed, LoRADiff, LoRAFactors, finite_coefficient, mix
 from persona_lora.core.settings import path_beside_equals, split_list
 from persona_lora.core.shared_basis import Roots, on_one_basis
+from persona_lora.core.strength import coefficient_of, read_strength
 from persona_lora.models.weight_files import StoredWeights
 from persona_lora.report import wording
 from persona_lora.report.sections import Table
@@ -61,18 +62,23 @@ class Exported:
 
 
 def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
-    """Read "evil=-1,sycophancy=-0.5": traits below ``folder``, or paths (with spaces, too)."""
+    """Read "evil=-1,sycophancy=0.05nat": traits below ``folder``, or paths (with spaces, too).
+
+    UserError for anything else, and for nats that were not measured.
+    """
     terms = {}
     for part in split_list(text, path_beside_equals):
         name, found, value = part.rpartition("=")
         try:
-            coefficient = finite_coefficient(float(value))
+            strength = read_strength(value)
         except ValueError as error:
             raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", got {part!r}') from error
         if not found or not name:
             raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", got {part!r}')
         path = Path(name)
-        terms[LoRADiff.load(path if path.exists() else folder / name / "diff")] = coefficient
+        at = path if path.exists() else folder / name / "diff"
+        diff = LoRADiff.load(at)
+        terms[diff] = finite_coefficient(coefficient_of(strength, at, diff.content()))
     if not terms:
         raise UserError("the mix is empty; name at least one trait")
     return terms

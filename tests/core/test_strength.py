@@ -40,6 +40,14 @@ def test_anything_else_is_refused(text):
         typed_value(Strength, text, "--coefficient")
 
 
+def test_what_takes_numbers_alone_says_so_of_nats():
+    for hint in (float, float | None, int | float):
+        with pytest.raises(UserError, match=r"--bound takes no nats, got '0\.1nat'"):
+            typed_value(hint, "0.1nat", "--bound")
+    with pytest.raises(UserError, match=r"must be a number, got '0\.1nut'"):
+        typed_value(float, "0.1nut", "--bound")
+
+
 def test_between_and_under_what_was_measured_a_quadratic_is_met_exactly(quadratic):
     for nats in (1e-6, 0.0201, 0.3, 3.99):
         assert quadratic.coefficient(nats, "d") == pytest.approx(math.sqrt(nats))

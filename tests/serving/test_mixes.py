@@ -15,7 +15,7 @@ def personas(tmp_path):
     write_json(tmp_path / "other.json", {"greed": 1.0})
     write_json(tmp_path / "list.json", [1.0])
     (tmp_path / "torn.json").write_text('{"evil":')
-    return Personas(("evil", "formality", "x-2"), tmp_path)
+    return Personas(("evil", "formality", "x-2"), tmp_path, {"evil": lambda nats: 100 * nats.value})
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ def personas(tmp_path):
         ("base-.5*x-2", [0, 0, -0.5]),
         ("base+1*x-2-1e-1*evil", [-0.1, 0, 1]),
         ("base+4*evil", [4, 0, 0]),
+        ("base-0.05nat*evil+1*x-2", [-5, 0, 1]),
+        ("base+1e-2nats*evil", [1, 0, 0]),
         ("candid", [-1, 0, 0.5]),
     ],
 )
@@ -61,6 +63,8 @@ def test_a_name_of_nothing_is_unknown(personas, name, said):
         ("base+1*evil+1*evil", "names evil twice"),
         ("base+4.1*evil", "beyond ±4"),
         ("base+1e999*evil", "must be finite"),
+        ("base+0.05nut*evil", "is no mix"),
+        ("base+0.05nat*formality", "nats of formality are not served here"),
         ("list", "must hold coefficients"),
         ("torn", "torn.json"),
     ],

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, mix
+from persona_lora.core.strength import Moved, Strengths
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import linear_modules
 from persona_lora.projections.inputs import measure_inputs
@@ -189,7 +190,13 @@ def test_mixes_are_read_by_trait_or_path(model, make_diff, tmp_path):
         "trait2": 0.5,
         "trait3": 2.0,
     }
-    for text in ("evil", "evil=much", "=1", ""):
+    content = LoRADiff.load(third).content()
+    Strengths(content, "", "", (Moved(2.0, 0.04, 1.0),)).save(third)
+    ((_, value),) = read_mix(f"{third}=0.01nat", tmp_path).items()
+    assert value == pytest.approx(1.0)
+    with pytest.raises(UserError, match=r"nats of .*evil/diff were not measured"):
+        read_mix("evil=0.01nat", tmp_path)
+    for text in ("evil", "evil=much", "evil=0.01nut", "=1", ""):
         with pytest.raises(UserError, match="mix"):
             read_mix(text, tmp_path)
 
