@@ -58,6 +58,7 @@ COMMANDS = {
     "project weights": (
         "--original-model", HUB, "--finetuned-model", "finetune/checkpoint-1", "--diffs", "diff",
     ),
+    "diagnose": ("finetune/checkpoint-1", "--base", HUB, "--diffs", "diff", "--output", "out"),
     "evaluate-checkpoints": (
         "finetune", "--traits", "evil", *DATASETS, "--output", "out", "--model", HUB,
     ),
@@ -104,7 +105,7 @@ def test_every_command_with_a_model_has_every_option_of_loading():
     found = {}
     for name, command in PROGRAM.items():
         options = {parameter.name for parameter in command.params}
-        if options & {"model", "original_model", "base_model"}:
+        if options & {"model", "original_model", "base_model", "base"}:
             found[name] = OPTIONS - options
     missing = {name: options for name, options in found.items() if options}
     assert missing.keys() == LOADS_NOTHING

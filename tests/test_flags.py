@@ -405,6 +405,18 @@ COMMANDS = {
         },
         {f"{X}studies.drift.run:load_diffs": {}, f"{X}projections.inputs:kept_inputs": None},
     ),
+    "diagnose": Command(
+        ("tuned", "--diffs", "diff", "--output", "o"),
+        (f"{X}studies.drift.diagnosis:diagnose",),
+        {
+            "finetune": None,
+            "diffs": flag("diff2"),
+            "base": flag("somebody/base"),
+            "controls": flag("other"),
+            "prompts": flag("prompts.jsonl", "Why not?"),
+        },
+        {f"{X}studies.drift.run:load_diffs": {"d": None}},
+    ),
     "evaluate-checkpoints": Command(
         ("run", "--traits", "evil", *DATA),
         (f"{X}studies.drift.run:evaluate_checkpoints",),

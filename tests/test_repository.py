@@ -59,6 +59,7 @@ def help_texts() -> dict[str, str]:
             "finetune",
             "evaluate",
             "evaluate-checkpoints",
+            "diagnose",
             "calibrate",
             "sweep",
             "paired",

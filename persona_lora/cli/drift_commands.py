@@ -252,6 +252,49 @@ def project_weights(
     show(f"{output} and {output.with_suffix('.png')}")
 
 
+@command("diagnose", DRIFT)
+def diagnose(
+    *,
+    finetune: Annotated[
+        str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="A PEFT adapter, or a full model.")
+    ],
+    diffs: Annotated[tuple[str, ...], "Diffs of the traits to look for; may be repeated."],
+    base: Annotated[str, "The model before finetuning."] = DEFAULT_MODEL,
+    controls: Annotated[
+        tuple[str, ...],
+        "Unrelated finetunes: their mean is taken off; five and more give the alarm's threshold.",
+    ] = (),
+    prompts: Annotated[
+        Path | None, "JSONL with a prompt a row, to read on; datasets/ordinary by default."
+    ] = None,
+    output: NamedRun,
+    loading: LoadOptions,
+) -> None:
+    """What did this adapter do? Traits with an alarm, places and words, on one page.
+
+    Of an adapter (of any seed, rank and modules) or a full model, ours or not. How often the alarm
+    is wrong is measured on the controls.
+
+    Example: persona-lora diagnose checkpoints/finetunes/sycophancy_misaligned_2
+    --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff --output results/diagnosis
+    """
+    from persona_lora.projections.inputs import load_ordinary_prompts, read_prompts
+    from persona_lora.report.sections import ReportOptions, Table
+    from persona_lora.studies.drift import diagnosis
+    from persona_lora.studies.drift.read_section import diagnosis_content
+    from persona_lora.studies.drift.run import load_diffs
+
+    named = [str(_adapter(Path(each))) for each in (finetune, *controls)]
+    subject = diagnosis.Subject.load(named[0], load_diffs(list(diffs), on_disk=True), named[1:])
+    asked = load_ordinary_prompts() if prompts is None else read_prompts(prompts)
+    chat_model = load_other(base, loading)
+    with progress_bars():
+        run = diagnosis.diagnose(chat_model, subject, output.at(output.output), prompts=asked)
+    content = diagnosis_content(run, ReportOptions())
+    tables = [each for each in content.blocks if isinstance(each, Table)]
+    show(*tables, content.lead, f"report: {run.folder / 'report.html'}")
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """Which checkpoints are judged on which traits, and projected on which vectors."""

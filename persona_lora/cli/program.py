@@ -38,7 +38,8 @@ DATA, MODELS, SERVE = "Data", "Models", "Serve"
 ORDER = (
     *("train", "extract", "evaluate", "calibrate", "sweep", "vectors"),
     *("persona", "optimize", "compare-methods"),
-    *("finetune", "project", "evaluate-checkpoints", "predict-finetuning", "compare-prevention"),
+    *("finetune", "project", "diagnose", "evaluate-checkpoints", "predict-finetuning"),
+    "compare-prevention",
     *("plan", "preregister", "compare", "paired", "benchmark", "report"),
     *(
         "research-questions",

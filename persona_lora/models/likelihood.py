@@ -113,6 +113,31 @@ def text_logprobs(chat_model: ChatModel, tokens: list[int], top: int) -> list[To
     return logprobs_of(logits, tokens[1:], top)
 
 
+class NextTokens(NamedTuple):
+    """Of every token as the next one, ``[prompts, vocabulary]``: log-probability and probability.
+
+    Both are means over some places of each prompt.
+    """
+
+    logprobs: Tensor
+    probabilities: Tensor
+
+
+def next_tokens(
+    chat_model: ChatModel, prompts: Sequence[list[int]], begins: int
+) -> tuple[NextTokens, NextTokens]:
+    """Return them over the places from ``begins`` on, and at the end, where an answer begins."""
+    found = []
+    for done, ids in enumerate(prompts, start=1):
+        logits = _logits_at(chat_model, [ids], [range(begins, len(ids))])
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        places = (log_p, log_p[-1:])
+        found.append([each.mean(dim=0).cpu() for at in places for each in (at, at.exp())])
+        progress.report(done, len(prompts))
+    reading, likely, answer, first = (torch.stack(each) for each in zip(*found, strict=True))
+    return NextTokens(reading, likely), NextTokens(answer, first)
+
+
 def token_divergences(
     chat_model: ChatModel, exchange: TokenizedExchange, *, num_rows: int
 ) -> Tensor:

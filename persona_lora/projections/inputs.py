@@ -162,7 +162,8 @@ def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
 
     They are known by the model's weights, by the tokens of the prompts and by what is kept of them.
     """
-    fingerprint, asked = weight_fingerprint(chat_model.model), _tokenized(chat_model, prompts)
+    fingerprint = weight_fingerprint(chat_model.model)
+    asked = tokenized_prompts(chat_model, prompts)
     name = f"{fingerprint}-{digest_of([asked, FORMAT, KEPT])[:16]}.safetensors"
     path = user_cache_path("persona_lora") / "inputs" / name
     if path.is_file():
@@ -173,7 +174,8 @@ def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
     return measured
 
 
-def _tokenized(chat_model: ChatModel, prompts: Sequence[str]) -> list[list[int]]:
+def tokenized_prompts(chat_model: ChatModel, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of prompts as the model is asked them; UserError for none."""
     if not prompts:
         raise UserError("inputs are measured on prompts; give at least one")
     rendered = [chat_model.render(user_question(prompt)) for prompt in prompts]
@@ -188,8 +190,8 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     first token, whose states are of another size than all others).
     Progress counts prompts. Raises UserError for no prompts, or an input that is not finite.
     """
-    tokenized = _tokenized(chat_model, prompts)
-    begins = _shared_beginning(tokenized)
+    tokenized = tokenized_prompts(chat_model, prompts)
+    begins = shared_beginning(tokenized)
     modules = decoder_linear_modules(chat_model.model)
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
     decoder = text_decoder(chat_model.model).module
@@ -236,7 +238,7 @@ class _Taken:
         return Hook(module, take, name, before=True)
 
 
-def _shared_beginning(texts: Sequence[Sequence[int]]) -> int:
+def shared_beginning(texts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all texts begin with; 0 for a single text."""
     if len(texts) == 1:
         return 0

@@ -119,6 +119,22 @@ class WeightProjection:
             for kind in kinds
         }
 
+    def shares(self) -> list[tuple[str, int | str, float]]:
+        """Return (part, of, share of ‖ΔW‖²) of every layer and of every kind of module.
+
+        What lies in weights that no diff touches is "elsewhere". Empty for ΔW = 0.
+        """
+        squares: dict[tuple[str, int | str], float] = {}
+        for each in self.modules:
+            layer = "elsewhere" if each.layer is None else each.layer
+            for place in (("layer", layer), ("kind", kind_of(each.module))):
+                squares[place] = squares.get(place, 0.0) + each.delta_square
+        for part in ("layer", "kind") if self.other_square else ():
+            place = (part, "elsewhere")
+            squares[place] = squares.get(place, 0.0) + self.other_square
+        whole = self.delta_norm**2
+        return [(*place, each / whole) for place, each in squares.items()] if whole else []
+
     @cached_property
     def corrected(self) -> dict[str, float]:
         """The coefficients c that minimise ‖ΔW − Σ cₖLₖ‖: directions are not orthogonal.

@@ -32,7 +32,7 @@ from persona_lora.report.summary import SweepSummary
 from persona_lora.report.trust import weak_judges
 from persona_lora.studies.drift.figure import render_cross_persona
 from persona_lora.studies.drift.read import cross_persona
-from persona_lora.studies.drift.read_section import checkpoints_content
+from persona_lora.studies.drift.read_section import checkpoints_content, diagnosis_content
 from persona_lora.studies.personas.read import comparison_content, search_content
 from persona_lora.studies.read_seeds import seeds_blocks
 from persona_lora.studies.steering.figure import render_sweeps
@@ -53,6 +53,7 @@ SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
     "extract": extract_content,
     "project": project_content,
     "evaluate-checkpoints": checkpoints_content,
+    "diagnose": diagnosis_content,
     "optimize": search_content,
     "compare-methods": comparison_content,
     "compare": comparison_section,

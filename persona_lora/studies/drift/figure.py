@@ -30,6 +30,7 @@ from persona_lora.studies.drift.read import (
     cross_persona,
     curves,
 )
+from persona_lora.studies.drift.read_diagnosis import Alarm, read_diagnosis
 from persona_lora.studies.drift.read_prediction import POOLED, Prediction, changes, predict
 
 Row = Mapping[str, Any]
@@ -354,3 +355,48 @@ def _model_row(name: str, each: TaskScore | None, reference: str) -> Series:
     clear = each is not None and each.p_holm is not None and each.p_holm < CLEAR
     score = None if each is None else each.score
     return draw.series(name, [0.0], [score], look, hollow=(not clear and name != reference,))
+
+
+# -- diagnosed ---------------------------------------------------------------------------------
+
+
+def render_diagnosis(run: Run) -> Picture:
+    """Return the traits against their thresholds, and where the change sits."""
+    found, shares = read_diagnosis(run), run.read("shares")
+    up = 0.45 + 0.42 * max(len(found.alarms), 5)
+    figure = draw.new_figure(14.6, up + 1.85)
+    axes = draw.add_axes(figure, (1.9, 0.95, 4.1, up), title="Traits", x="coordinate")
+    draw.rule(axes, 0, upright=True)
+    rows = [row for each in found.alarms for row in _alarm_rows(each)]
+    panels = [draw.forest(axes, rows)]
+    layers = [row for row in shares if row["part"] == "layer" and row["of"] != "elsewhere"]
+    axes = draw.add_axes(figure, (7.1, 0.95, 3.6, up), title="Share of ‖ΔW‖², %", x="layer")
+    x, y = ([row[key] for row in layers] for key in ("of", "share"))
+    panels.append(draw.bars(axes, Series("layers", tuple(x), tuple(100 * each for each in y))))
+    kinds = sorted((r for r in shares if r["part"] == "kind"), key=lambda row: row["share"])
+    axes = draw.add_axes(figure, (12.1, 0.95, 2.2, up), title="by kind of module")
+    y = [100 * row["share"] for row in kinds]
+    panels.append(draw.bars(axes, Series("kinds", (), tuple(y)), [row["of"] for row in kinds]))
+    axes.set_xlim(0, 1.35 * max([*y, 1.0]))
+    note = (
+        "Weighted by the base model's inputs. Grey bars: as far as another control may lie; grey "
+        "dots: each control, less the mean of the others."
+    )
+    return draw.finish(figure, panels, title="What this finetune did", note=note)
+
+
+def _alarm_rows(each: Alarm) -> list[Series]:
+    usual = Look(draw.FAINT, width=9, size=0)
+    controls = Look(draw.CONTROL, width=0, size=3.5)
+    look = Look(draw.COHERENCE if each.flagged else draw.TRAIT, width=1.6, size=6)
+    name, t, own, half = (
+        draw.short_title(each.trait),
+        each.threshold,
+        each.coordinate,
+        each.half or 0.0,
+    )
+    return [
+        Series(name, (), (0.0,), (-t,), (t,), usual),
+        Series(name, (), each.controls, look=controls),
+        Series(name, (), (own,), (own - half,), (own + half,), look, number(own, 3)),
+    ]

@@ -1,14 +1,32 @@
-"""The section of a report on a finetune: curves over its checkpoints, and what agrees."""
+"""The sections of a report on a finetune: curves over its checkpoints; what it did."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from persona_lora.core.errors import few_names
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.sections import Block, Content, Image, ReportOptions, Table
+from persona_lora.report.sections import Block, Content, Image, Note, ReportOptions, Table
 from persona_lora.report.trust import judge_blocks
 from persona_lora.report.two_judges import across_runs, judges_table, lead_of
-from persona_lora.studies.drift.figure import render_checkpoints
+from persona_lora.studies.drift.figure import render_checkpoints, render_diagnosis
 from persona_lora.studies.drift.read import Agreement, Curve, agreements, answers_of, curves
+from persona_lora.studies.drift.read_diagnosis import (
+    APART,
+    CONTROL,
+    ENOUGH,
+    PLACES,
+    WHOLE,
+    Diagnosis,
+    finetunes_of,
+    headline_of,
+    read_diagnosis,
+    totals,
+)
 from persona_lora.studies.drift.read_prediction import BASE
 
 
@@ -80,3 +98,147 @@ def _agreement_row(each: Agreement) -> tuple[str, ...]:
     else:
         cells = (wording.number(found.rho, 2), wording.p_value(found.p), wording.number(found.r, 2))
     return (each.trait, each.statistic, each.vector, str(each.layer), *cells, str(found.n))
+
+
+# -- diagnosed ---------------------------------------------------------------------------------
+
+NULL_SAYS_LITTLE = (
+    "The threshold is that of directions turned at random, which is too narrow for real finetunes: "
+    "all that were measured lie outside it, whatever they were trained on. How often it is wrong "
+    f"is not known. Give at least {ENOUGH} unrelated finetunes as --controls."
+)
+
+
+def diagnosis_content(run: Run, options: ReportOptions) -> Content:
+    """Return the section of one diagnosis."""
+    found, name = read_diagnosis(run), Path(run.record["config"]["finetune"])
+    lead = diagnosis_lead(found)
+    title = f"What {name.parent.name}/{name.name} did"
+    blocks: list[Block] = [
+        *_warnings(run, found),
+        Image.of(render_diagnosis(run), f"{title}. {lead}"),
+        coordinates_table(run),
+        *alarm_tables(found),
+        *(_words(run, place) for place in PLACES),
+    ]
+    return Content(title, lead, tuple(blocks))
+
+
+def diagnosis_lead(found: Diagnosis) -> str:
+    """Return the finding, with how far it is to be believed."""
+    flagged = [each for each in found.alarms if each.flagged]
+    told = ", ".join(
+        f"{each.trait} ({'more' if each.coordinate > 0 else 'less'}: "
+        f"{wording.number(each.coordinate, 3)}, threshold {wording.number(each.threshold, 3)})"
+        for each in flagged
+    )
+    if found.any_false is None:
+        return f"Over the null's threshold: {told or 'no trait'}. That is no alarm: see below."
+    return (
+        f"{'Flagged: ' + told if told else 'No trait is flagged'}. Of the controls, each judged by "
+        f"the others, {found.any_false} raise a false alarm for any trait."
+    )
+
+
+def _warnings(run: Run, found: Diagnosis) -> list[Block]:
+    (whole,), controls = finetunes_of(run, WHOLE), finetunes_of(run, CONTROL)
+    own, norms = whole["delta_norm"], [each["delta_norm"] for each in controls]
+    blocks: list[Block] = []
+    if found.any_false is None:
+        blocks.append(Note(NULL_SAYS_LITTLE, "warning", "False alarms: rate unknown."))
+    if norms and not min(norms) <= own <= max(norms):
+        blocks.append(
+            Note(
+                f"Its weighted norm is {wording.significant(own)}, those of the controls "
+                f"{wording.span(min(norms), max(norms), 2)}. Coordinates grow with the norm, so "
+                "that a threshold from finetunes of another size is no measure.",
+                "warning",
+                "Controls of another size.",
+            )
+        )
+    left_out = whole["left_out"]
+    if left_out:
+        blocks.append(Note(f"Compared without {few_names(left_out)}."))
+    return blocks
+
+
+def coordinates_table(run: Run) -> Table:
+    """Return the traits, nearest first; plain cosines and what the controls were taken off."""
+    what = headline_of(run)
+    by = {(row["what"], row["geometry"], row["diff"]): row for row in _all_totals(run)}
+    own = [row for (kind, geometry, _), row in by.items() if (kind, geometry) == (what, "weighted")]
+    rows = [
+        [
+            row["diff"],
+            wording.number(row["coordinate"], 3),
+            wording.significant(row["null_sd"]),
+            wording.number(row["cosine"], 3),
+            wording.p_value(row["p_holm"]),
+            wording.number(by[what, "plain", row["diff"]]["cosine"], 3),
+            wording.number(by[WHOLE, "weighted", row["diff"]]["coordinate"], 3),
+        ]
+        for row in sorted(own, key=lambda row: -row["cosine"])
+    ]
+    columns = "trait | coordinate | null sd | cosine | p (Holm) | plain cosine | controls left in"
+    (whole,) = finetunes_of(run, WHOLE)
+    off = "with the mean of the controls taken off" if what == APART else "no control taken off"
+    share = wording.percent(whole["explained"])
+    note = (
+        f"Weighted by the inputs of the base model, {off}; nearest trait first. p is against "
+        "directions of the same inputs turned at random: “not by chance”, not “the trait rose”. "
+        f"‖ΔW‖ is {wording.significant(whole['delta_norm'])}, of which all directions together "
+        f"explain {share}."
+    )
+    return Table(tuple(columns.split(" | ")), tuple(map(tuple, rows)), "Traits", note)
+
+
+def _all_totals(run: Run) -> list[dict[str, Any]]:
+    return [row for what in (WHOLE, APART) for row in totals(run, what)]
+
+
+def alarm_tables(found: Diagnosis) -> list[Table]:
+    """Return what is flagged against its threshold, with false alarms and what would be missed."""
+    if found.any_false is None:
+        return []
+    planted = [f"{wording.significant(dose)} planted:\nfound in" for dose in found.doses]
+    columns = ("trait", "coordinate", "threshold", "alarm", "false alarms", *planted, "found from")
+    rows = tuple(
+        (
+            each.trait,
+            f"{wording.number(each.coordinate, 3)} ± {wording.number(each.half, 3)}",
+            wording.number(each.threshold, 3),
+            "YES" if each.flagged else "no",
+            str(each.false),
+            *(f"{share.k} of {share.of}" for share in each.found),
+            wording.number(each.found_from, 3),
+        )
+        for each in found.alarms
+    )
+    note = (
+        "±: 95% over which controls were taken. The threshold lets 5% of "
+        "unrelated finetunes pass it on any trait, if they spread like a normal. False alarms are "
+        "the controls that would be flagged, each held against the others (exact 95% interval; "
+        "controls are shared, so it is a little too narrow). Planted: the direction, scaled to "
+        "that weighted norm and added to each control; the last column is found in all of them."
+    )
+    return [Table(columns, rows, "Alarm", note, tuple("best" * a.flagged for a in found.alarms))]
+
+
+def _words(run: Run, place: str) -> Table:
+    rows = [row for row in run.read("words") if row["place"] == place]
+    up = sorted((row for row in rows if row["change"] > 0), key=lambda row: -row["change"])
+    down = sorted((row for row in rows if row["change"] < 0), key=lambda row: row["change"])
+    cells = [(*_word(one), *_word(other)) for one, other in zip_longest(up, down)]
+    note = (
+        "Mean change of the log-probability (nats) with 95% over prompts, of tokens that the model "
+        "ever says, on prompts alone. The extremes of very many tokens: read them together."
+    )
+    columns = ("more likely", "change", "less likely", "change")
+    return Table(columns, tuple(cells), f"Words, {place}", note, narrow=True)
+
+
+def _word(row: Mapping[str, Any] | None) -> tuple[str, str]:
+    if row is None:
+        return "", ""
+    shown = row["text"].replace(" ", "␣").replace("\n", "⏎")
+    return shown, wording.between(row["change"], row["low"], row["high"], 2)

@@ -28,7 +28,7 @@ from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.models.weight_files import weights_of
+from persona_lora.models.weight_files import WeightSource, weights_of
 from persona_lora.projections.activation_space import Along
 from persona_lora.projections.inputs import PLAIN, WEIGHTED, ModuleInputs
 from persona_lora.projections.weight_space import (
@@ -144,7 +144,7 @@ def evaluate_checkpoints(
             missing = [t for t in measures.traits if (checkpoint.name, t.name) not in done]
             if not missing:
                 continue
-            with _loaded(base, checkpoint) as model:
+            with loaded_checkpoint(base, checkpoint) as model:
                 for trait in missing:
                     answers = Output(
                         run.folder / "answers" / f"{checkpoint.name}_{trait.name}.csv",
@@ -166,7 +166,7 @@ def evaluate_checkpoints(
 
 
 @contextmanager
-def _loaded(base: ChatModel, checkpoint: Checkpoint) -> Iterator[ChatModel]:
+def loaded_checkpoint(base: ChatModel, checkpoint: Checkpoint) -> Iterator[ChatModel]:
     """Yield the model of a checkpoint; an adapter goes on a fresh copy of the base."""
     if checkpoint.path is None:
         yield base
@@ -299,31 +299,26 @@ def project_finetunes(
     if output.suffix != ".json":
         raise UserError(f"output must end in .json, got {output}")
     named = expand(finetuned)
-    control, before = _taken_off(controls, original, [name for name, _ in named])
-    geometries = {PLAIN: None} if inputs is None else {WEIGHTED: inputs, PLAIN: None}
-    found = []
-    for name, step in named:
-        by_geometry = {}
-        for geometry, weights in geometries.items():
-            if _is_adapter(name):
-                adapter = LoRADiff.load(name)
-                projection = project_adapter(adapter, diffs, inputs=weights, control=control)
-            else:
-                first = weights_of(before, revision if before == original else None)
-                with progress.stage(f"{name}, {geometry}"):
-                    projection = project_weights(
-                        first, weights_of(name), diffs, inputs=weights, control=control
-                    )
-            by_geometry[geometry] = projection
-        found.append(Projected(name, step, by_geometry))
+    control, before = taken_off(controls, original, [name for name, _ in named])
+    found = [
+        project_finetune(
+            each,
+            lambda: weights_of(before, revision if before == original else None),
+            diffs,
+            inputs=inputs,
+            control=control,
+            step=step,
+        )
+        for each, step in named
+    ]
     record = {
         "original_model": original,
         "revision": revision,
-        "geometry": next(iter(geometries)),
+        "geometry": PLAIN if inputs is None else WEIGHTED,
         "inputs": None if inputs is None else {"prompts": inputs.prompts, "tokens": inputs.tokens},
         "controls": list(controls),
         "diffs": {name: {"norm": diff.norm(), "trait": diff.trait} for name, diff in diffs.items()},
-        "finetuned": [row for each in found for row in _summaries(each)],
+        "finetuned": [row for each in found for row in summaries(each)],
         "rows": projection_rows(found),
     }
     write_json(output, record)
@@ -331,18 +326,43 @@ def project_finetunes(
     return found
 
 
-def _taken_off(
+def project_finetune(
+    name: str,
+    before: Callable[[], WeightSource],
+    diffs: Mapping[str, LoRADiff],
+    *,
+    inputs: ModuleInputs | None = None,
+    control: LoRADiff | None = None,
+    step: int | None = None,
+) -> Projected:
+    """Project one finetune as ``project_finetunes`` does; a full model against ``before``."""
+    by_geometry = {}
+    adapter = LoRADiff.load(name) if is_adapter(name) else None
+    geometries = {PLAIN: None} if inputs is None else {WEIGHTED: inputs, PLAIN: None}
+    for geometry, weights in geometries.items():
+        if adapter is not None:
+            projection = project_adapter(adapter, diffs, inputs=weights, control=control)
+        else:
+            with progress.stage(f"{name}, {geometry}"):
+                projection = project_weights(
+                    before(), weights_of(name), diffs, inputs=weights, control=control
+                )
+        by_geometry[geometry] = projection
+    return Projected(name, step, by_geometry)
+
+
+def taken_off(
     controls: Sequence[str], original: str, finetuned: Sequence[str]
 ) -> tuple[LoRADiff | None, str]:
     """Return the mean change of controls that are adapters, and what full models are compared with.
 
     The change of a full model F less that of a full control C is (F − O) − (C − O) = F − C.
     """
-    whole = [name for name in controls if not _is_adapter(name)]
+    whole = [name for name in controls if not is_adapter(name)]
     if not whole:
         shares = {LoRADiff.load(name): 1 / len(controls) for name in controls}
         return (mix(shares) if shares else None), original
-    adapter = next((name for name in finetuned if _is_adapter(name)), None)
+    adapter = next((name for name in finetuned if is_adapter(name)), None)
     if len(controls) > 1 or adapter is not None:
         beside = f"{adapter} is one" if adapter is not None else f"{len(controls)} are given"
         raise UserError(
@@ -352,7 +372,8 @@ def _taken_off(
     return None, whole[0]
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str | Path) -> bool:
+    """Say whether a name is that of the folder of an adapter."""
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
@@ -383,7 +404,8 @@ def projection_rows(found: Sequence[Projected]) -> list[dict[str, Any]]:
     return rows
 
 
-def _summaries(each: Projected) -> list[dict[str, Any]]:
+def summaries(each: Projected) -> list[dict[str, Any]]:
+    """Return a row for each geometry: norms, the mix that explains most, what was left out."""
     return [
         {
             "finetuned": each.name,

@@ -122,7 +122,7 @@ def test_the_shift_is_what_both_models_say_of_the_same_answers(run_all, base, ve
 
 
 def test_a_killed_evaluation_does_only_what_is_missing(run_all, monkeypatch):
-    plain, loaded = module._loaded, []
+    plain, loaded = module.loaded_checkpoint, []
 
     def killed(base, checkpoint):
         loaded.append(checkpoint.name)
@@ -130,7 +130,7 @@ def test_a_killed_evaluation_does_only_what_is_missing(run_all, monkeypatch):
             raise KeyboardInterrupt
         return plain(base, checkpoint)
 
-    monkeypatch.setattr(module, "_loaded", killed)
+    monkeypatch.setattr(module, "loaded_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         run_all()
     run = run_all()

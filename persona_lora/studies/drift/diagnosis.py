@@ -1,0 +1,184 @@
+"""What did this adapter do? Its traits, where it sits, and the words it promotes, as one run.
+
+A finetune that is there already, ours or not, an adapter or a whole model, is projected on trait
+directions (``projections``), beside other finetunes that are unrelated to the traits: their mean
+change, which all finetunes share, is taken off, and how far they lie apart says what is usual. What
+it does to words is read from the model with and without it, over prompts that are there: forward
+passes, no answer is generated. Measures and keeps rows; ``read_diagnosis`` says what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from persona_lora.core import progress
+from persona_lora.core.content import path_digest
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_csv, write_json
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.runs import Output, Run
+from persona_lora.models.likelihood import NextTokens, next_tokens
+from persona_lora.models.loading import ChatModel
+from persona_lora.models.weight_files import weights_of
+from persona_lora.projections.inputs import (
+    WEIGHTED,
+    kept_inputs,
+    shared_beginning,
+    tokenized_prompts,
+)
+from persona_lora.report.resampling import bootstrap_mean
+from persona_lora.steering.bank import steer_live
+from persona_lora.studies.asking.run import contents_of, open_run
+from persona_lora.studies.drift.figure import render_diagnosis
+from persona_lora.studies.drift.read_diagnosis import (
+    APART,
+    CONTROL,
+    PLACES,
+    WHOLE,
+    diagnosis_record,
+)
+from persona_lora.studies.drift.run import (
+    Checkpoint,
+    Projected,
+    is_adapter,
+    loaded_checkpoint,
+    project_finetune,
+    projection_rows,
+    summaries,
+    taken_off,
+)
+from persona_lora.studies.report_page import write_report
+
+TOP = 15  # words of each kind
+EVER = 1e-4  # the mean probability from which a token counts as one that the model ever says
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The finetune that is asked about (an adapter or a full model), and what it stands beside.
+
+    ``controls`` are finetunes that are unrelated to the traits of ``diffs``.
+    """
+
+    name: str
+    diffs: Mapping[str, LoRADiff]
+    controls: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, name: str, diffs: Mapping[str, LoRADiff], controls: Sequence[str] = ()) -> Self:
+        """Return it once all adapters could be read: before a model is loaded.
+
+        Raises UserError for what is no plain low-rank adapter (DoRA, bias, …), for controls of
+        another kind than the finetune, and for one and the same adapter given twice.
+        """
+        taken_off(controls, "", [name])
+        names = (name, *controls)
+        contents = [LoRADiff.load(each).content() if is_adapter(each) else each for each in names]
+        for at, (each, content) in enumerate(zip(names, contents, strict=True)):
+            if content in contents[:at]:
+                raise UserError(
+                    f"{each} is the same as {names[contents.index(content)]}; --controls must be "
+                    "other finetunes, each once"
+                )
+        return cls(name, diffs, tuple(controls))
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of all that is read."""
+        paths = [Path(each) for each in (self.name, *self.controls)]
+        found = {f"the finetune {each}": path_digest(each) for each in paths if each.exists()}
+        return {**found, **contents_of("diff", self.diffs)}
+
+
+def diagnose(
+    base: ChatModel, subject: Subject, output: Output | Path, *, prompts: Sequence[str]
+) -> Run:
+    """Write rows, ``diagnosis.json`` and ``.png``, and ``report.html`` into ``output``.
+
+    ``base`` is the model before finetuning. Directions are weighted by its inputs on ``prompts``,
+    which are also what words are read on.
+    """
+    inputs = kept_inputs(base, prompts)
+    control, before = taken_off(subject.controls, base.name, [subject.name])
+    config = {
+        "finetune": subject.name,
+        "diffs": list(subject.diffs),
+        "controls": list(subject.controls),
+        "prompts": {"digest": inputs.prompts, "number": len(prompts), "tokens": inputs.tokens},
+    }
+    parts = ("diagnosis.*", "*.csv", "report.html")
+    run = open_run(output, "diagnose", base, config, subject.inputs(), parts=parts)
+
+    def projected(name: str, reference: str = base.name, less: LoRADiff | None = None) -> Projected:
+        revision = base.options.revision if reference == base.name else None
+        source = lambda: weights_of(reference, revision)  # noqa: E731
+        return project_finetune(name, source, subject.diffs, inputs=inputs, control=less)
+
+    with run:
+        found = [(WHOLE, projected(subject.name))]
+        if subject.controls:
+            found.append((APART, projected(subject.name, before, control)))
+        found += [(CONTROL, projected(each)) for each in subject.controls if is_adapter(each)]
+        for name, rows in {
+            "projections": [
+                {"what": what, **row} for what, each in found for row in projection_rows([each])
+            ],
+            "finetunes": [{"what": what, **row} for what, each in found for row in summaries(each)],
+            "shares": [
+                {"part": part, "of": of, "share": share}
+                for part, of, share in found[0][1].by_geometry[WEIGHTED].shares()
+            ],
+            "words": list(_words(base, subject, prompts)),
+        }.items():
+            run.write(name, rows)
+            write_csv(run.folder / f"{name}.csv", list(rows[0]) if rows else [], rows)
+        write_json(run.folder / "diagnosis.json", diagnosis_record(run))
+        render_diagnosis(run).save(run.folder / "diagnosis.png")
+    write_report([run.folder], run.folder / "report.html")
+    return run
+
+
+def _words(base: ChatModel, subject: Subject, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Return the tokens whose log-probability changed most, up and down, at either place.
+
+    Only tokens that either model gives ``EVER`` on the mean, and that are text by themselves.
+    """
+    ids = tokenized_prompts(base, prompts)
+    begins = shared_beginning(ids)
+    with progress.stage("words, without"):
+        without = next_tokens(base, ids, begins)
+    with progress.stage("words, with"):
+        after = _reading(base, subject, ids, begins)
+    for place, one, other in zip(PLACES, without, after, strict=True):
+        width = min(one.logprobs.shape[-1], other.logprobs.shape[-1])  # it may have been padded
+        texts = base.tokenizer.batch_decode([[token] for token in range(width)])
+        whole = torch.tensor(["\ufffd" not in text for text in texts])
+        likely = [each.probabilities[:, :width].mean(dim=0) for each in (one, other)]
+        kept = ((torch.maximum(*likely) >= EVER) & whole).nonzero()[:, 0]
+        changes = other.logprobs[:, kept] - one.logprobs[:, kept]  # [prompts, tokens]
+        order = changes.mean(dim=0).argsort(descending=True).tolist()
+        for at in dict.fromkeys([*order[:TOP], *order[::-1][:TOP]]):
+            change = bootstrap_mean(dict(enumerate([[each] for each in changes[:, at].tolist()])))
+            token = int(kept[at])
+            yield {
+                "place": place,
+                "token": token,
+                "text": texts[token],
+                "change": change.mean,
+                "low": change.low,
+                "high": change.high,
+            }
+
+
+def _reading(
+    base: ChatModel, subject: Subject, ids: list[list[int]], begins: int
+) -> tuple[NextTokens, NextTokens]:
+    if is_adapter(subject.name):
+        with steer_live(base, {LoRADiff.load(subject.name): 1.0}):
+            return next_tokens(base, ids, begins)
+    with loaded_checkpoint(base, Checkpoint(subject.name, 0, Path(subject.name))) as model:
+        return next_tokens(model, ids, begins)
