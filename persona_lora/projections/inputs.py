@@ -95,7 +95,9 @@ class ModuleInputs:
         if not allow_other_base:
             self.check_fits(diff)
         factors = {
-            name: LoRAFactors(each.A.float() @ self.root(name, each.shape[1]), each.B)
+            name: LoRAFactors(
+                each.A.float() @ self.root(name, each.shape[1]).to(each.A.device), each.B
+            )
             for name, each in diff.factors.items()
         }
         return replace(diff, factors=factors, base_model=BaseModel("", self._marked()))

@@ -313,9 +313,7 @@ class _Stack:
     def gram(self) -> Array:
         """⟨Lᵢ, Lⱼ⟩ within this module, ``[K, K]``."""
         products = (self.B.T @ self.B) * (self.A @ self.A.T)  # [R, R]
-        sums = torch.zeros(self.number, len(self.owner), dtype=torch.float64)
-        sums.index_add_(0, self.owner, products)
-        return np.asarray(self.summed(sums.T).T.numpy())
+        return np.asarray(self.summed(self.summed(products).T).T.cpu().numpy())
 
     @property
     def squares(self) -> tuple[float, ...]:
@@ -340,7 +338,7 @@ class _Stack:
     @property
     def rounding(self) -> tuple[float, ...]:
         """‖Lₖ Σ‖²: what the variance of an entry of ΔW is multiplied by in that of ⟨ΔW, Lₖ⟩."""
-        A = self.A if self.root is None else self.A @ self.root.double().T
+        A = self.A if self.root is None else self.A @ self.root.T
         return self._own_sums((self.B.T @ self.B) * (A @ A.T), 1)
 
     def _own_sums(self, products: Tensor, divisor: int) -> tuple[float, ...]:
@@ -351,7 +349,7 @@ class _Stack:
 
     def summed(self, by_rank: Tensor) -> Tensor:
         """Return sums over the ranks of each diff: ``[R, …]`` to ``[K, …]``."""
-        sums = torch.zeros(self.number, *by_rank.shape[1:], dtype=torch.float64)
+        sums = by_rank.new_zeros(self.number, *by_rank.shape[1:])
         return sums.index_add_(0, self.owner, by_rank)
 
 
@@ -473,11 +471,13 @@ def _stack(name: str, diffs: Mapping[str, LoRADiff], inputs: ModuleInputs | None
         if name in diff.factors
     ]
     A = torch.cat([factors.A.double() for _, factors in held])
-    root = None if inputs is None else inputs.root(name, A.shape[1])
+    root = None if inputs is None else inputs.root(name, A.shape[1]).to(A)
     return _Stack(
-        A if root is None else A @ root.double(),
+        A if root is None else A @ root,
         torch.cat([factors.B.double() for _, factors in held], dim=1),
-        torch.tensor([index for index, factors in held for _ in range(factors.rank)]),
+        torch.tensor(
+            [index for index, factors in held for _ in range(factors.rank)], device=A.device
+        ),
         len(diffs),
         root,
     )

@@ -234,6 +234,13 @@ class LossLog(TrainerCallback):
             rows = self.run.resume_rows(LOSS_ROWS)
             self.run.write(LOSS_ROWS, [row for row in rows if row["step"] <= state.global_step])
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log the last step, whichever steps are logged: every run has a last loss to tell."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -145,6 +145,13 @@ def test_an_adapter_needs_no_weights(model, diffs):
     assert factors.explained == pytest.approx(1.0)
 
 
+def test_projections_stay_where_the_factors_lie(diffs):
+    expected = project_adapter(diffs["two"], diffs, control=diffs["one"]).total
+    with torch.device("meta"):  # where a tensor lands that is made without naming a device
+        found = project_adapter(diffs["two"], diffs, control=diffs["one"]).total
+    assert found == expected
+
+
 def test_an_adapter_that_has_not_moved_yet_projects_to_zero(diffs):
     """B starts at zero, and a warm-up's first step leaves it there."""
     found = project_adapter(diffs["one"] * 0.0, diffs)

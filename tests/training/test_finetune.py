@@ -84,6 +84,16 @@ def test_every_checkpoint_is_an_adapter_and_the_loss_falls(options, tmp_path):
     assert record["config"]["num_rows"] == 16
 
 
+@pytest.mark.parametrize("logged", [{"logging_steps": 10}, {"logging_strategy": "no"}])
+def test_a_run_of_fewer_steps_than_are_logged_tells_its_last_loss(options, tmp_path, logged):
+    asked = options(tmp_path / "out")
+    for name, value in logged.items():
+        setattr(asked.config, name, value)
+    finetune(*asked)
+    (row,) = Run(tmp_path / "out").read("loss")
+    assert row["step"] == 6
+
+
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_a_killed_run_ends_as_an_uninterrupted_one_does(options, tmp_path, monkeypatch, use_peft):
     whole = finetune(*options(tmp_path / "whole", use_peft=use_peft))
