@@ -310,7 +310,10 @@ def forest(
         for low, high in zip(each.low, each.high, strict=True):
             if np.isfinite(low):
                 axes.plot(
-                    [low, high], [row, row], color=each.look.colour, linewidth=each.look.width
+                    *([low, high], [row, row]),
+                    color=each.look.colour,
+                    linewidth=each.look.width,
+                    solid_capstyle="butt",
                 )
         _dots(axes, each.y, (row,) * len(each.y), each, None)
         if each.label is not None:

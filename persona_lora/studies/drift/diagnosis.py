@@ -161,7 +161,9 @@ def _words(base: ChatModel, subject: Subject, prompts: Sequence[str]) -> Iterato
         kept = ((torch.maximum(*likely) >= EVER) & whole).nonzero()[:, 0]
         changes = other.logprobs[:, kept] - one.logprobs[:, kept]  # [prompts, tokens]
         order = changes.mean(dim=0).argsort(descending=True).tolist()
-        for at in dict.fromkeys([*order[:TOP], *order[::-1][:TOP]]):
+        ends = [at for at in order[:TOP] if changes[:, at].mean() > 0]
+        ends += [at for at in order[: -TOP - 1 : -1] if changes[:, at].mean() < 0]
+        for at in ends:
             change = bootstrap_mean(dict(enumerate([[each] for each in changes[:, at].tolist()])))
             token = int(kept[at])
             yield {

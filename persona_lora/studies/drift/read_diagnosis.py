@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from persona_lora.core.protocol import LEVEL
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.resampling import Array, Bounds
+from persona_lora.report.resampling import Array
 
 WHOLE, APART, CONTROL = "whole", "apart", "control"  # of rows: less the controls' mean, or not
 PLACES = ("while reading", "as the first word of the answer")
@@ -31,20 +32,24 @@ ENOUGH = 5  # controls, for a threshold
 DOSES = (0.1, 0.3, 1.0)  # planted, in mean norms of the controls
 
 
-class Share(NamedTuple):
-    """How many of so many; ``bounds`` is the exact 95% interval of a binomial share."""
+@dataclass(frozen=True)
+class Share:
+    """How many of so many, with the exact 95% interval of the share (Clopper and Pearson)."""
 
     k: int
     of: int
+    low: float
+    high: float
 
-    @property
-    def bounds(self) -> Bounds:
-        """The interval of Clopper and Pearson."""
-        found = stats.binomtest(self.k, self.of).proportion_ci(LEVEL)
-        return Bounds(float(found.low), float(found.high))
+    @classmethod
+    def count(cls, which: NDArray[np.bool_]) -> Self:
+        """Return how many are true."""
+        k, of = int(which.sum()), len(which)
+        found = stats.binomtest(k, of).proportion_ci(LEVEL)
+        return cls(k, of, float(found.low), float(found.high))
 
     def __str__(self) -> str:
-        low, high = (wording.percent(each) for each in self.bounds)
+        low, high = map(wording.percent, (self.low, self.high))
         return f"{self.k} of {self.of} [{low}, {high}]"
 
 
@@ -121,16 +126,14 @@ def read_diagnosis(run: Run) -> Diagnosis:
             rows[name]["coordinate"],
             max(float(_usual(usual)[1][at]), by_chance[name]),
             float(half[at]),
-            Share(int(flagged[:, at].sum()), n),
-            tuple(
-                Share(int((np.abs(apart[:, at] + dose) > limits[:, at]).sum()), n) for dose in doses
-            ),
+            Share.count(flagged[:, at]),
+            tuple(Share.count(np.abs(apart[:, at] + dose) > limits[:, at]) for dose in doses),
             float((limits - apart)[:, at].max()),
             tuple(apart[:, at].tolist()),
         )
         for at, name in enumerate(names)
     ]
-    return Diagnosis(tuple(alarms), Share(int(flagged.any(axis=1).sum()), n), doses)
+    return Diagnosis(tuple(alarms), Share.count(flagged.any(axis=1)), doses)
 
 
 def _of_controls(run: Run, names: Sequence[str], what: str) -> Array:

@@ -200,7 +200,7 @@ def alarm_tables(found: Diagnosis) -> list[Table]:
     """Return what is flagged against its threshold, with false alarms and what would be missed."""
     if found.any_false is None:
         return []
-    planted = [f"{wording.significant(dose)} planted:\nfound in" for dose in found.doses]
+    planted = [f"found in, norm\n{wording.significant(each)} planted" for each in found.doses]
     columns = ("trait", "coordinate", "threshold", "alarm", "false alarms", *planted, "found from")
     rows = tuple(
         (

@@ -146,7 +146,8 @@ def test_errors_of_the_alarm_are_those_of_planting_and_leaving_out(
                 flagged[place] += abs(value - np.mean(usual)) > limit
         assert [alarm.false.k, *(each.k for each in alarm.found)] == flagged
         assert flagged[1] < CONTROLS == flagged[-1]
-    assert Share(0, 5).bounds == pytest.approx((0, 0.5218), abs=1e-4)  # honest about five
+    five = Share.count(np.zeros(5, bool))
+    assert (five.k, five.low, five.high) == pytest.approx((0, 0, 0.5218), abs=1e-4)  # honest
 
 
 def test_a_full_model_reads_as_the_adapter_that_is_merged_into_it(
@@ -185,7 +186,10 @@ def test_words_are_the_largest_mean_changes_of_what_is_ever_said(ask, base, unre
         kept = [token for token in range(len(said)) if said[token] and whole[token]]
         order = sorted(kept, key=lambda token: float(before[token] - after[token]))
         found = [row for row in rows if row["place"] == place]
-        assert [row["token"] for row in found] == [*order[:15], *order[:-16:-1]]
+        up, down = ([row["token"] for row in found if sign * row["change"] > 0] for sign in (1, -1))
+        assert up == order[:15][: len(up)]
+        assert down == order[:-16:-1][: len(down)]
+        assert len(up) + len(down) >= 15
         for row in found:
             change = float(after[row["token"]] - before[row["token"]])
             assert row["change"] == pytest.approx(change, abs=1e-4)
