@@ -5,7 +5,7 @@
 
 The models have random weights of the usual shapes, made on the spot: nothing is downloaded, and
 speed does not depend on what weights say. Everything that a ratio compares runs in turn in one
-process. One table is printed, and written as JSON.
+process. A table is printed after each part, and all is written as JSON.
 """
 
 from __future__ import annotations
@@ -225,11 +225,13 @@ def of_projections(chat_model: ChatModel, rounds: int) -> Found:
     yield "projection: times forming matrices", found["matrices"] / found["factors"], "×"
 
 
-def measured(shape: str, device: str, dtype: torch.dtype, *, dry: bool) -> dict[str, float]:
-    """Run all parts on one shape, printing as they come."""
+def measured(
+    shape: str, device: str, dtype: torch.dtype, *, dry: bool
+) -> Iterator[dict[str, float]]:
+    """Run all parts on one shape; after each, print its numbers and yield all so far."""
     tokens, rounds, steps = (4, 1, 2) if dry else (32, 2, 5)
     chat_model = random_model(shape, device, dtype)
-    table, found = Table(f"{shape}, {str(dtype).removeprefix('torch.')}", ""), {}
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         parts = (
             of_decoding(chat_model, tokens, rounds),
@@ -239,11 +241,12 @@ def measured(shape: str, device: str, dtype: torch.dtype, *, dry: bool) -> dict[
             of_populations(chat_model, Path(folder), 2 if dry else 8, tokens, rounds),
         )
         for part in parts:
+            table = Table(f"{shape}, {str(dtype).removeprefix('torch.')}", "")
             for name, value, unit in part:
                 found[name] = value
                 table.add_row(name, f"{value:,.2f} {unit}".strip())
-    Console().print(table)
-    return found
+            Console().print(table)
+            yield found
 
 
 def main() -> None:
@@ -260,8 +263,9 @@ def main() -> None:
         "versions": package_versions(),
     }
     for shape in ["tiny"] if options.dry_run else options.shapes:
-        result[shape] = measured(shape, device, dtype, dry=options.dry_run)
-        write_json(options.output, result)  # a machine that is taken away leaves what it has done
+        for found in measured(shape, device, dtype, dry=options.dry_run):
+            result[shape] = found
+            write_json(options.output, result)  # what fails or is taken away leaves what is done
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
