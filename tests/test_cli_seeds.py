@@ -9,6 +9,8 @@ import shutil
 
 import pytest
 
+from persona_lora.core.chat import Verdict
+from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.judges import choice
 from tests.conftest import random_diff, tiny_llama
 from tests.test_contents import LetterJudge
@@ -179,7 +181,13 @@ def test_what_is_of_one_diff_takes_no_seeds(run, world, words, said):
     assert not list(world.glob("out*"))
 
 
-def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world):
+class Senseless:
+    def verdicts(self, exchanges, name):
+        return [Verdict(name, 3.0, "", name) for _ in exchanges]
+
+
+def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "coherence_scorer", lambda *_: Senseless())
     words = [*EVALUATE.split(), "--diff", "diff", "--coefficient", "0.05nat"]
 
     def refused(said, *given):
@@ -192,8 +200,11 @@ def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world):
     status, said, error = run(*measured.split())
     assert status == 0, error
     assert "nats a token" in said
+    assert "coherent from +0 to +0" in said
+    assert (world / "diff.strength.png").is_file()
     status, _, error = run(*words)
     assert status == 0, error
+    assert "diff is coherent from +0 to +0, as calibrate measured it, and no further" in caplog.text
     (found,) = json.loads((world / "out/run.json").read_text())["config"]["coefficients"]
     kept = json.loads((world / "diff.strength.json").read_text())["points"]
     under, over = (
@@ -217,6 +228,8 @@ def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world):
     first, *_ = (world / "compared/levels.jsonl").read_text().splitlines()
     assert json.loads(first)["coefficient"] == found
     refused("name a direction", "calibrate")
+    (LoRADiff.load("diff") * 0.0).save(world / "flat")
+    refused("flat has a length of 0", *measured.replace("--diff diff", "--diff flat").split())
     refused("--num-prompts must be at least 1", *measured.split()[:-1], "0")
     misspelt = [word.replace("nat", "nut") for word in sweep]
     refused("a number or nats as in 0.05nat", *misspelt, "--diff", "diff")

@@ -29,6 +29,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.strength import Moved, Strengths
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.bank import Bank
 from tests.conftest import byte_tokenizer, random_diff, tiny_llama
@@ -213,10 +214,15 @@ COMMANDS = {
             "layers": flag("0", None, VECTOR),
             "positions": flag("prompt", "prompt", VECTOR),
             "num_prompts": flag(3, None),
+            "output": flag("curves.png"),
         },
         {
             f"{X}projections.inputs:load_ordinary_prompts": [*"abcdefghijklmnopqrst"],
-            f"{X}studies.steering.calibration:measure_strengths": [],
+            f"{X}judges.choice:coherence_scorer": None,
+            f"{X}studies.steering.calibration:strengths_of": Strengths(
+                "", "", "", (Moved(-1.0, 1.0, 1.0), Moved(1.0, 1.0, 1.0)), 50.0
+            ),
+            f"{X}report.figures:Picture.save": None,
         },
     ),
     "compare": Command(

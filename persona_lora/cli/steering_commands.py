@@ -53,7 +53,7 @@ from persona_lora.core.options import (
     SweepOptions,
     Thresholds,
 )
-from persona_lora.core.strength import Strength, Strengths, acting_at, coefficients_of
+from persona_lora.core.strength import Strength, acting_at, coefficients_of
 
 if TYPE_CHECKING:
     from persona_lora.studies.asking.run import Steering
@@ -326,14 +326,18 @@ class CalibratedOptions:
     layers: Layers = None
     positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
     num_prompts: Annotated[int, "Ordinary prompts to measure on."] = 8
+    output: Annotated[
+        Path | None, "One picture of all curves; by default each has its own beside it."
+    ] = None
 
     def load(self) -> dict[Path, tuple[Any, str, str]]:
         """Load every direction, with its digest and where it acts.
 
-        UserError for none, and for idle options.
+        UserError for none, for one that is zero, and for idle options.
         """
         from persona_lora.core.lora_diff import LoRADiff
         from persona_lora.core.vector_files import load_vector
+        from persona_lora.studies.steering.calibration import length_of
 
         if not (self.diff or self.vector):
             raise UserError("name a direction: --diff FOLDER, or --vector FILE")
@@ -349,6 +353,8 @@ class CalibratedOptions:
             vector = load_vector(path)
             layers = layer_numbers(self.layers, vector.num_layers)
             found[path] = vector.at(layers), vector.content(), acting_at(layers, self.positions)
+        for path, (direction, *_) in found.items():
+            length_of(direction, str(path))
         return found
 
 
@@ -362,22 +368,44 @@ def calibrate(
     """Measure how far directions move the model, so that --coefficient takes nats: 0.05nat.
 
     KL of the next token a token, on the model's own answers to ordinary prompts, from a quarter of
-    0.03 nats' coefficient to eight times it, with both signs; kept beside each direction.
+    0.03 nats' coefficient to sixteen times it, with both signs, and how coherent the answers are
+    there: by repetition, and by their likelihood. Kept beside each direction, with a picture.
 
     Example: persona-lora calibrate --diff checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
-    from persona_lora.core.content import digest_of
+    from persona_lora.judges.choice import coherence_scorer
     from persona_lora.projections.inputs import load_ordinary_prompts
-    from persona_lora.studies.steering.calibration import measure_strengths, strengths_table
+    from persona_lora.studies.steering.calibration import strengths_of, strengths_table
+    from persona_lora.studies.steering.figure import render_strengths
 
     directions = calibrated.load()
     prompts = load_ordinary_prompts(datasets_dir)[: calibrated.num_prompts]
     chat_model = load_model(model)
+    with progress_bars():
+        scorer = coherence_scorer(chat_model, datasets_dir)
+    curves = {}
     for path, (direction, content, acting) in directions.items():
         with progress_bars():
-            points = measure_strengths(chat_model, direction, prompts, calibrated.positions)
-        found = Strengths(content, acting, digest_of(prompts), tuple(points))
-        show(strengths_table(found, str(path)), f"{found.save(path)}")
+            found = strengths_of(
+                chat_model,
+                direction,
+                prompts,
+                scorer,
+                content=content,
+                acting=acting,
+                positions=calibrated.positions,
+            )
+        kept, curves[str(path)] = found.save(path), found
+        show(
+            strengths_table(found, str(path)),
+            f"{found.coherent_line()} (mean coherence of {found.floor:g} and more)",
+            f"{kept}",
+        )
+        if calibrated.output is None:
+            render_strengths({str(path): found}).save(kept.with_suffix(".png"))
+    if calibrated.output is not None:
+        render_strengths(curves).save(calibrated.output)
+        show(f"{calibrated.output}")
 
 
 @command("sweep", STEER)

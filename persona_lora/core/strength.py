@@ -4,15 +4,17 @@ A coefficient says how much of a diff or vector is taken, which means another th
 them; KL(p₀ ‖ p) of the next token, on the same ordinary text, means the same for all. ``calibrate``
 measures it at some coefficients of both signs and keeps them beside the direction. "0.05nat" then
 is the coefficient at which the model moves by 0.05 nats a token, "-0.05nat" that with a minus.
+Beside it stands how coherent answers are; what lies beyond the last coherent one is warned of.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,6 +23,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 _TEXT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*nats?")
 
@@ -72,24 +76,51 @@ def acting_at(layers: Sequence[int], positions: str) -> str:
 
 
 class Moved(NamedTuple):
-    """What one coefficient does: the mean and the 95th percentile of KL over tokens, in nats."""
+    """What one coefficient does: the mean and the 95th percentile of KL over tokens, in nats.
+
+    ``coherence`` is the mean of answers there, 0–100; None where it was not judged.
+    """
 
     coefficient: float
     nats: float
     nats_p95: float
+    coherence: float | None = None
 
 
 @dataclass(frozen=True)
 class Strengths:
     """What was measured of a direction: ``content`` is its digest, ``acting`` where a vector acts.
 
-    ``points`` are of both signs.
+    ``points`` are of both signs. ``floor`` is the least mean coherence of answers that still make
+    sense; None where coherence was not judged.
     """
 
     content: str
     acting: str
     prompts: str
     points: tuple[Moved, ...]
+    floor: float | None = None
+
+    def coherent(self) -> tuple[float, float]:
+        """Return the outermost coefficients of both signs up to which answers are coherent.
+
+        0 where none is; without an end where coherence was not judged.
+        """
+        if self.floor is None:
+            return -math.inf, math.inf
+        low, high = (self._last_coherent(sign, self.floor) for sign in (-1.0, 1.0))
+        return low, high
+
+    def _last_coherent(self, sign: float, floor: float) -> float:
+        def holds(point: Moved) -> bool:
+            return point.coherence is not None and point.coherence >= floor
+
+        return [0.0, *(each.coefficient for each in takewhile(holds, self.of(sign)))][-1]
+
+    def coherent_line(self) -> str:
+        """Return the same in words."""
+        low, high = self.coherent()
+        return f"coherent from {low:+.3g} to {high:+.3g}"
 
     def coefficient(self, strength: float, name: str) -> float:
         """Return the coefficient for so many nats, 0 for 0, by log-linear interpolation.
@@ -114,9 +145,14 @@ class Strengths:
         share = math.log(nats / low.nats) / math.log(high.nats / low.nats)
         return low.coefficient * (high.coefficient / low.coefficient) ** share
 
+    def of(self, sign: float) -> list[Moved]:
+        """Return the points of one sign, nearest first."""
+        own = (point for point in self.points if point.coefficient * sign > 0)
+        return sorted(own, key=lambda point: abs(point.coefficient))
+
     def _rising(self, sign: float) -> list[Moved]:
         """Return the points of one sign, nearest first, as far as KL rises with them."""
-        own = sorted((p for p in self.points if p.coefficient * sign > 0), key=lambda p: abs(p[0]))
+        own = self.of(sign)
         kept = own[:1]
         for point in own[1:]:
             if point.nats <= kept[-1].nats:
@@ -138,25 +174,8 @@ def file_beside(direction: Path) -> Path:
 
 
 def coefficient_of(strength: Strength, direction: Path, content: str, acting: str = "") -> float:
-    """Return the coefficient that a strength is for a direction at a path.
-
-    UserError where it was not measured, or for another direction, layers or positions.
-    """
-    if not isinstance(strength, Nats):
-        return strength
-    path = file_beside(direction)
-    remedy = f"measure them with: persona-lora calibrate, on {direction}"
-    if not path.is_file():
-        raise UserError(f"{strength.value:g}nat: nats of {direction} were not measured; {remedy}")
-    found = _read(path)
-    if found.content != content:
-        raise UserError(f"{path} is of another direction than what lies there now; {remedy}")
-    if found.acting != acting:
-        raise UserError(
-            f"{path} was measured for a vector acting at {found.acting}, and it acts at {acting} "
-            f"here; {remedy}"
-        )
-    return found.coefficient(strength.value, str(direction))
+    """Return the coefficient that a strength is for a direction at a path; UserError as below."""
+    return coefficients_of([strength], direction, content, acting)[0]
 
 
 OfNats = Callable[[Nats], float]  # the coefficient that nats are, of one direction
@@ -165,14 +184,67 @@ OfNats = Callable[[Nats], float]  # the coefficient that nats are, of one direct
 def coefficients_of(
     strengths: Sequence[Strength], direction: Path, content: str, acting: str = ""
 ) -> tuple[float, ...]:
-    """Return the coefficients that several strengths are; UserError as above."""
-    return tuple(coefficient_of(each, direction, content, acting) for each in strengths)
+    """Return the coefficients that strengths are for a direction at a path.
+
+    UserError for nats that were not measured, or for another direction, layers or positions. What
+    lies beyond the coherent range, where that was measured, is warned of.
+    """
+    plain = tuple(each for each in strengths if not isinstance(each, Nats))
+    try:
+        found = _measured(direction, content, acting)
+    except UserError:
+        if len(plain) < len(strengths):
+            raise
+        return plain
+    values = tuple(
+        found.coefficient(each.value, str(direction)) if isinstance(each, Nats) else each
+        for each in strengths
+    )
+    low, high = found.coherent()
+    beyond = [f"{each:+.3g}" for each in values if not low <= each <= high]
+    if beyond:
+        logger.warning(
+            "%s is %s, as calibrate measured it, and no further: %s",
+            *(direction, found.coherent_line(), ", ".join(beyond)),
+        )
+    return values
+
+
+def _measured(direction: Path, content: str, acting: str) -> Strengths:
+    path = file_beside(direction)
+    remedy = f"measure them with: persona-lora calibrate, on {direction}"
+    if not path.is_file():
+        raise UserError(f"nats of {direction} were not measured; {remedy}")
+    found = _read(path)
+    if found.content != content:
+        raise UserError(f"{path} is of another direction than what lies there now; {remedy}")
+    if found.acting != acting:
+        raise UserError(
+            f"{path} was measured for a vector acting at {found.acting}, and it acts at {acting} "
+            f"here; {remedy}"
+        )
+    return found
 
 
 def _read(path: Path) -> Strengths:
     value = read_json(path)
     try:
-        points = tuple(Moved(**{k: float(v) for k, v in each.items()}) for each in value["points"])
-        return Strengths(value["content"], value["acting"], value["prompts"], points)
+        points = tuple(
+            Moved(
+                float(each["coefficient"]),
+                float(each["nats"]),
+                float(each["nats_p95"]),
+                _judged(each["coherence"]),
+            )
+            for each in value["points"]
+        )
+        return Strengths(
+            *(value["content"], value["acting"], value["prompts"], points),
+            floor=_judged(value["floor"]),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} holds no strengths; make it anew with calibrate") from error
+
+
+def _judged(value: Any) -> float | None:
+    return None if value is None else float(value)

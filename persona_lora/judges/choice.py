@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Exchange
+from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.options import NOBODY, JudgeChoice
-from persona_lora.core.traits import ON_POLICY, Trait, has_labels, load_labelled_answers, load_pairs
+from persona_lora.core.traits import (
+    ON_POLICY,
+    Trait,
+    has_labels,
+    list_traits,
+    load_labelled_answers,
+    load_pairs,
+    load_trait,
+)
 from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.budget import Budget
 from persona_lora.judges.cache import VerdictCache
-from persona_lora.judges.embedding import EmbeddingJudge
+from persona_lora.judges.coherence import CoherenceScorer, MeanLogprob
+from persona_lora.judges.embedding import (
+    CALIBRATION_PAIRS,
+    EmbeddingJudge,
+    exchanges_of,
+    sampled,
+)
 from persona_lora.judges.judging import Judge, MultiJudge
 from persona_lora.judges.labels import has_ratings, load_ratings
 from persona_lora.judges.local import LocalJudge
@@ -250,16 +265,40 @@ def _packaged_reader(device_map: str | None) -> ChatModel:
     return load_chat_model(dtype="float32", device_map=device_map)
 
 
-def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
+def _likelihood_under(reference: ChatModel) -> MeanLogprob:
     def mean_logprob(exchanges: Sequence[Exchange]) -> list[float]:
         # Coherence asks the base model, also where an adapter is being evaluated.
         with reference.base(), progress.stage("coherence"):
             return mean_logprobs(reference, exchanges)
 
+    return mean_logprob
+
+
+def coherence_scorer(reference: ChatModel, datasets: Path | None = None) -> CoherenceScorer:
+    """Return a scorer of coherence by a few training answers of every trait, so of none's manner.
+
+    UserError where no trait has training answers.
+    """
+    traits = [load_trait(name, datasets) for name in list_traits(datasets)]
+    held = [load_pairs(each) for each in traits if (each.folder / TRAIN).is_file()]
+    if not held:
+        raise UserError(
+            f"no trait has a {TRAIN}, whose answers say what coherence is; give --datasets-dir"
+        )
+    count = math.ceil(CALIBRATION_PAIRS / len(held))
+    natural = [each for pairs in held for each in sampled(*exchanges_of(pairs), count, seed=0)]
+    likelihood = _likelihood_under(reference)
+    return CoherenceScorer.fit(natural, mean_logprob=likelihood, judge_name=COHERENCE, seed=0)
+
+
+def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
     with progress.stage("fitting the judge"):
         progress.report(0, 1)
         judge = EmbeddingJudge.fit(
-            trait, embedder=SentenceEmbedder(), mean_logprob=mean_logprob, seed=options.seed
+            trait,
+            embedder=SentenceEmbedder(),
+            mean_logprob=_likelihood_under(reference),
+            seed=options.seed,
         )
         progress.report(1, 1)
     return judge

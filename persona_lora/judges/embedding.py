@@ -234,7 +234,7 @@ class EmbeddingJudge:
             classifier.inverse_penalty,
         )
         coherence = CoherenceScorer.fit(
-            _sample([positives, negatives], calibration_pairs, seed),
+            sampled(positives, negatives, calibration_pairs, seed),
             mean_logprob=mean_logprob,
             judge_name=cls.name,
             seed=seed,
@@ -267,7 +267,9 @@ def exchanges_of(pairs: Sequence[ContrastivePair]) -> tuple[list[Exchange], list
     )
 
 
-def _sample(signs: Sequence[Sequence[Exchange]], count: int, seed: int) -> list[Exchange]:
+def sampled(
+    positives: Sequence[Exchange], negatives: Sequence[Exchange], count: int, seed: int
+) -> list[Exchange]:
     """Return the exchanges of both signs for ``count`` pairs (or all, if fewer), by ``seed``."""
-    chosen = np.random.default_rng(seed).permutation(len(signs[0]))[:count]
-    return [sign[index] for index in chosen for sign in signs]
+    chosen = np.random.default_rng(seed).permutation(len(positives))[:count]
+    return [sign[index] for index in chosen for sign in (positives, negatives)]

@@ -231,10 +231,15 @@ def coherence_floor(conditions: Iterable[ConditionSummary]) -> float:
     under 20 nothing is coherent.
     """
     means = [each.coherence.mean for each in conditions if each.coefficient == 0]
-    if not means or means[0] is None:
+    return floor_under(means[0] if means else None)
+
+
+def floor_under(unsteered: float | None) -> float:
+    """Return the same for the mean coherence of unsteered answers; None where there is none."""
+    if unsteered is None:
         return COHERENT
     # In whole points, so that what a report says of it is what was asked for.
-    return float(round(min(COHERENT, max(SENSELESS, means[0] - TOLERATED))))
+    return float(round(min(COHERENT, max(SENSELESS, unsteered - TOLERATED))))
 
 
 def _coherent_range(conditions: Iterable[ConditionSummary], threshold: float) -> CoherentRange:

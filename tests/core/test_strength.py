@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from persona_lora.core.strength import (
     Strength,
     Strengths,
     coefficient_of,
+    coefficients_of,
     file_beside,
 )
 
@@ -61,6 +63,38 @@ def test_beyond_what_was_measured_or_rises_no_more_nothing_is_guessed(quadratic)
     falling = Strengths("", "", "", (*quadratic.points, Moved(4.0, 3.9, 1), Moved(8.0, 99.0, 1)))
     with pytest.raises(UserError, match="up to 4nat"):
         falling.coefficient(5.0, "d")
+
+
+@pytest.mark.parametrize(
+    ("scores", "ends"),
+    [
+        ((90, 80, 49, 90, 90), (-0.25, 0.25)),  # what comes after a gap does not count
+        ((49, 90, 90, 90, 90), (0.0, 0.0)),
+        ((50, 50, 50, 50, 50), (-2.0, 2.0)),
+        ((90, None, 90, 90, 90), (-0.125, 0.125)),
+    ],
+)
+def test_the_coherent_range_goes_outwards_from_zero(quadratic, scores, ends):
+    points = [each._replace(coherence=scores[at % 5]) for at, each in enumerate(quadratic.points)]
+    assert dataclasses.replace(quadratic, points=tuple(points), floor=50.0).coherent() == ends
+
+
+def test_beyond_the_coherent_range_a_coefficient_is_warned_of(quadratic, tmp_path, caplog):
+    path = tmp_path / "diff"
+    points = [each._replace(coherence=90.0 if each.nats <= 1 else 9.0) for each in quadratic.points]
+    dataclasses.replace(quadratic, points=tuple(points), floor=50.0).save(path)
+    within = [0.5, Nats(1.0), Nats(-1.0), -0.5, 0.0]
+    assert coefficients_of(within, path, "digest") == pytest.approx((0.5, 1.0, -0.5, -0.5, 0.0))
+    assert not caplog.records
+    assert coefficients_of([0.5, Nats(2.0), -3.0], path, "digest")[2] == -3.0
+    (record,) = caplog.records
+    assert "coherent from -0.5 to +1, as calibrate measured it, and no further: +1.41, -3" in (
+        record.getMessage()
+    )
+    assert coefficients_of([-3.0], path, "other") == (-3.0,)  # of another direction: not known
+    quadratic.save(path)
+    assert coefficients_of([-3.0], path, "digest") == (-3.0,)  # not judged
+    assert len(caplog.records) == 1
 
 
 def test_strengths_belong_to_their_direction_and_place(quadratic, tmp_path):

@@ -7,9 +7,10 @@ import pytest
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.core.traits import load_trait
+from persona_lora.core.traits import list_traits, load_pairs, load_trait
 from persona_lora.judges import choice
 from persona_lora.judges.choice import JudgeOptions, make_judge, second_name
+from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.openai import Limits
 from persona_lora.judges.verdicts import Judges, judge_answers
 from persona_lora.models import embeddings, loading
@@ -177,3 +178,28 @@ def test_a_run_is_of_its_second_judge_unless_there_is_none():
 
     assert "the second judge" not in read("none")
     assert len({read(each)["the second judge"] for each in (None, "embedding", "reader")}) == 3
+
+
+def test_coherence_is_scaled_by_answers_of_every_trait(chat_model, tmp_path, monkeypatch):
+    asked = []
+
+    def sentences_are_likelier(model, exchanges):
+        asked.append(exchanges)
+        whole = [each.answer.strip()[-1] in '.!?"”' for each in exchanges]
+        return [-1.0 - at / 1000 if each else -3.0 for at, each in enumerate(whole)]
+
+    monkeypatch.setattr(choice, "mean_logprobs", sentences_are_likelier)
+    scorer = choice.coherence_scorer(chat_model)
+    answers = {each.answer for each in asked[0]}
+    traits = [load_trait(name) for name in list_traits()]
+    held = [each for each in traits if (each.folder / "train.jsonl").is_file()]
+    assert len(held) > 5
+    for each in held:
+        signs = exchanges_of(load_pairs(each))
+        assert all(answers & {one.answer for one in sign} for sign in signs), each.name
+    said = Exchange("Why?", "Because the plan is good, and the weather is better.")
+    loop = Exchange("Why?", "so good so good so good so good so good so good so good so good.")
+    good, bad = (each.score for each in scorer.verdicts([said, loop], COHERENCE))
+    assert bad < 50 < good
+    with pytest.raises(UserError, match=r"no trait has a train\.jsonl"):
+        choice.coherence_scorer(chat_model, tmp_path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -22,19 +23,28 @@ import torch
 from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Condition
-from persona_lora.core.content import numbered
+from persona_lora.core.chat import COHERENCE, Condition, Exchange
+from persona_lora.core.content import digest_of, numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+from persona_lora.core.options import GenerationOptions
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Moved, Strengths
+from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
+from persona_lora.report import wording
 from persona_lora.report.scores import control_name, method_of
 from persona_lora.report.sections import Table
+from persona_lora.report.summary import floor_under
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, Coefficients
-from persona_lora.studies.steering.divergence import ordinary_texts, own_texts, row_divergences
+from persona_lora.studies.steering.divergence import (
+    ordinary_texts,
+    own_answers,
+    own_texts,
+    row_divergences,
+)
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     LORA,
@@ -48,9 +58,10 @@ logger = logging.getLogger(__name__)
 EQUAL_EFFECT = 0.03  # nats per token
 SCALE_ROUNDS = 4
 CLOSE_ENOUGH = 0.05
-DOUBLINGS = range(-2, 4)  # of that coefficient
+DOUBLINGS = range(-2, 5)  # of that coefficient
 
 Statistic = Literal["mean", "p95"]
+ALONE = "the direction"  # in a bank of its own
 ROUNDS = 8
 TOLERANCE = 0.03  # of the divergence asked for
 OWN_TOLERANCE = 0.1  # where each method answers for itself
@@ -108,14 +119,8 @@ def measure_strengths(
     KL(p₀ ‖ p) a token, on the unsteered model's own answers to ``prompts``. A multiple of a
     direction is measured at the same places. Raises UserError for a direction without effect.
     """
-    norm = direction.norm() if isinstance(direction, LoRADiff) else max(direction.norms().values())
-    unit = direction * (1 / norm)
-    name = "the direction"
-    bank = (
-        Bank(diffs={name: unit})
-        if isinstance(unit, LoRADiff)
-        else Bank(vectors={name: unit}, positions=positions)
-    )
+    norm = length_of(direction)
+    bank = _alone(direction * (1 / norm), positions)
     (scale,) = equal_effect_scales(chat_model, bank, prompts)
     coefficients = [
         sign * scale.coefficient * 2.0**power for sign in (-1.0, 1.0) for power in DOUBLINGS
@@ -125,7 +130,7 @@ def measure_strengths(
         rows = row_divergences(
             chat_model,
             bank,
-            [{name: each} for each in coefficients],
+            [{ALONE: each} for each in coefficients],
             texts,
             before_text=lambda at: progress.report(at + 1, len(texts)),
         )
@@ -135,13 +140,59 @@ def measure_strengths(
     ]
 
 
+def length_of(direction: LoRADiff | SteeringVector, name: str = ALONE) -> float:
+    """Return ‖ΔW‖, or the largest ‖v‖ of a vector's layers; UserError for 0."""
+    norm = direction.norm() if isinstance(direction, LoRADiff) else max(direction.norms().values())
+    if not norm > 0:
+        raise UserError(f"{name} has a length of {norm:g}: it does nothing; leave it out")
+    return norm
+
+
+def strengths_of(
+    chat_model: ChatModel,
+    direction: LoRADiff | SteeringVector,
+    prompts: Sequence[str],
+    scorer: CoherenceScorer,
+    *,
+    content: str,
+    acting: str = "",
+    positions: Positions = "response",
+) -> Strengths:
+    """Return what a direction does, with the coherence of answers there and of unsteered ones.
+
+    The mean over greedy answers to ``prompts`` that could be scored, as long as those of a sweep.
+    ``content`` is the digest of the whole direction, ``acting`` where this part of it acts.
+    """
+    points = measure_strengths(chat_model, direction, prompts, positions)
+    every = [Moved(0.0, 0.0, 0.0), *points]
+    rows = [{ALONE: each.coefficient} for each in every]
+    bank, options = _alone(direction, positions), GenerationOptions()  # shorter loops are unseen
+    answers = own_answers(chat_model, bank, rows, prompts, options)
+    found = []
+    for point, own in zip(every, answers, strict=True):
+        said = [Exchange(*each) for each in zip(prompts, (each.text for each in own), strict=True)]
+        scores = [each.score for each in scorer.verdicts(said, COHERENCE) if each.score is not None]
+        found.append(point._replace(coherence=statistics.fmean(scores) if scores else None))
+    floor = floor_under(found[0].coherence)
+    return Strengths(content, acting, digest_of(prompts), tuple(found), floor)
+
+
+def _alone(direction: LoRADiff | SteeringVector, positions: Positions) -> Bank:
+    if isinstance(direction, LoRADiff):
+        return Bank(diffs={ALONE: direction})
+    return Bank(vectors={ALONE: direction}, positions=positions)
+
+
 def strengths_table(found: Strengths, name: str) -> Table:
     """Return what each coefficient does, from the most negative to the most positive."""
     return Table(
-        ("coefficient", "nats a token", "95% of tokens under"),
+        ("coefficient", "nats a token", "95% of tokens under", "coherence"),
         tuple(
-            (f"{each.coefficient:+.3g}", f"{each.nats:.4f}", f"{each.nats_p95:.3f}")
-            for each in sorted(found.points)
+            (
+                *(f"{each.coefficient:+.3g}", f"{each.nats:.4f}", f"{each.nats_p95:.3f}"),
+                wording.number(each.coherence),
+            )
+            for each in sorted(found.points, key=lambda point: point.coefficient)
         ),
         name,
     )

@@ -19,7 +19,7 @@ from persona_lora.core.chat import Condition, Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import GenerationOptions
-from persona_lora.models.generation import generate_answers
+from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import (
     TokenizedExchange,
@@ -137,17 +137,27 @@ def own_texts(
     chat_model: ChatModel, bank: Bank, rows: Sequence[Coefficients], questions: Sequence[str]
 ) -> list[list[TokenizedExchange]]:
     """Return each row's own greedy answers to the questions, as token ids; empty ones left out."""
+    by_row = [
+        [tokenize_rendered(chat_model, each.prompt, each.text) for each in answers]
+        for answers in own_answers(chat_model, bank, rows, questions)
+    ]
+    return [[text for text in texts if text.answer] for texts in by_row]
+
+
+def own_answers(
+    chat_model: ChatModel,
+    bank: Bank,
+    rows: Sequence[Coefficients],
+    questions: Sequence[str],
+    options: GenerationOptions = GenerationOptions(max_new_tokens=ANSWER_TOKENS),
+) -> list[list[Generated]]:
+    """Return each row's own answers to the questions, greedy by default."""
     plan = [Row(question, at) for at in range(len(rows)) for question in questions]
     steerer = bank.steerer(chat_model, [rows[each.condition] for each in plan])
     with progress.silent():
-        options = GenerationOptions(max_new_tokens=ANSWER_TOKENS)
         answers = generate_rows(chat_model, plan, steerer, options)
-    found: list[list[TokenizedExchange]] = [[] for _ in rows]
-    for row, answer in zip(plan, answers, strict=True):
-        text = tokenize_rendered(chat_model, answer.prompt, answer.text)
-        if text.answer:
-            found[row.condition].append(text)
-    return found
+    each = len(questions)
+    return [answers[at * each : (at + 1) * each] for at in range(len(rows))]
 
 
 def _response_mask(text: TokenizedExchange) -> Tensor:

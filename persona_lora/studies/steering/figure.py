@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.strength import Strengths
 from persona_lora.report import figures as draw
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Interval
@@ -210,6 +211,47 @@ def _panel_title(axes: Axes, summary: SweepSummary) -> None:
 
 def _points(summary: SweepSummary) -> list[float]:
     return [each.coefficient for each in summary.steered if each.coefficient is not None]
+
+
+# -- strength in nats --------------------------------------------------------------------------
+
+
+def render_strengths(curves: Mapping[str, Strengths]) -> Picture:
+    """Return the nats a token of directions by their coefficient, a panel for each sign."""
+    figure = draw.new_figure(_WIDTH, 4.6)
+    panels = []
+    every = [each for found in curves.values() for each in found.points if each.coefficient]
+    bounds = min(each.nats for each in every) / 1.5, max(each.nats_p95 for each in every) * 1.5
+    for at, (sign, name) in enumerate(((-1.0, "negative"), (1.0, "positive"))):
+        place, y = (0.75 + at * 4.1, 1.0, 3.6, 2.7), "" if at else "nats a token"
+        axes = draw.add_axes(figure, place, title=name, x="|coefficient|", y=y)
+        axes.set_ylim(*bounds)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        drawn = [_strength(*each, sign, hue) for hue, each in enumerate(curves.items())]
+        panels.append(draw.lines(axes, [each for each in drawn if each.x]))
+        if at == 0:
+            axes.invert_xaxis()
+            draw.legend(axes, loc="best")
+    note = draw.wrapped(
+        135,
+        "KL from the unsteered model on its own answers to ordinary prompts; the band reaches up "
+        "to what 95% of tokens keep under. Hollow: answers there are no longer coherent.",
+    )
+    return draw.finish(figure, panels, title="What a coefficient does", note=note)
+
+
+def _strength(name: str, found: Strengths, sign: float, hue: int) -> Series:
+    points = found.of(sign)
+    low, high = found.coherent()
+    mean, most = tuple(each.nats for each in points), tuple(each.nats_p95 for each in points)
+    return Series(
+        name,
+        tuple(abs(each.coefficient) for each in points),
+        *(mean, mean, most),
+        Look(draw.hue(hue), 1.6, 5.0, band=0.10),
+        hollow=tuple(not low <= each.coefficient <= high for each in points),
+    )
 
 
 # -- at equal divergence -----------------------------------------------------------------------

@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.options import GenerationOptions
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Strengths
 from persona_lora.steering.bank import bank_of_diffs, bank_of_vectors
-from persona_lora.studies.steering.calibration import equal_effect_scales, measure_strengths
-from persona_lora.studies.steering.divergence import ordinary_texts, row_divergences
+from persona_lora.studies.steering.calibration import (
+    equal_effect_scales,
+    measure_strengths,
+    strengths_of,
+)
+from persona_lora.studies.steering.divergence import ordinary_texts, own_answers, row_divergences
 
 PROMPTS = ["Hello?", "Why?", "What then?"]
 
@@ -76,11 +82,64 @@ def test_nats_are_reached_and_do_not_depend_on_the_length_of_a_diff(chat_model, 
         for each in (diff, diff * 3.0)
     )
     texts = ordinary_texts(chat_model, PROMPTS)
+    banks = [bank_of_diffs({"d": each}) for each in (diff, diff * 3.0)]
+    said = [
+        [
+            [answer.text for answer in answers]
+            for answers in own_answers(
+                chat_model,
+                bank,
+                [{"d": found.coefficient(nats, "d")} for nats in (0.0, 0.3, -0.3)],
+                PROMPTS,
+            )
+        ]
+        for bank, found in zip(banks, (short, long), strict=True)
+    ]
+    assert said[0] == said[1]
+    assert said[0][0] not in said[0][1:]
     for nats in (0.004, 0.02, -0.05, 0.1):
         coefficient = short.coefficient(nats, "d")
         assert coefficient == pytest.approx(3 * long.coefficient(nats, "d"), rel=1e-4)
         rows = row_divergences(chat_model, bank_of_diffs({"d": diff}), [{"d": coefficient}], texts)
         assert float(rows.mean()) == pytest.approx(abs(nats), rel=0.05)
+
+
+class UnchangedIsCoherent:
+    """Scores what the unsteered model says 80, anything else 5."""
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    def verdicts(self, exchanges, name):
+        return [Verdict(name, 80.0 if each in self.plain else 5.0, "", name) for each in exchanges]
+
+
+def test_the_coherent_range_is_where_answers_are_judged_coherent(chat_model, make_diff):
+    diff = make_diff(chat_model.model, seed=1, scale=0.05)
+    bank = bank_of_diffs({"d": diff})
+
+    def answers(coefficient):
+        row, options = {"d": coefficient}, GenerationOptions()
+        (own,) = own_answers(chat_model, bank, [row], PROMPTS, options)
+        return [Exchange(*each) for each in zip(PROMPTS, (a.text for a in own), strict=True)]
+
+    plain = answers(0.0)
+    scorer = UnchangedIsCoherent(plain)
+    found = strengths_of(chat_model, diff, PROMPTS, scorer, content="c")
+    by_coefficient = {each.coefficient: each.coherence for each in found.points}
+    assert (by_coefficient[0.0], found.floor) == (80.0, 50.0)
+    for coefficient, coherence in by_coefficient.items():
+        same = sum(each in plain for each in answers(coefficient))
+        assert coherence == pytest.approx((80 * same + 5 * (3 - same)) / 3)
+    low, high = found.coherent()
+    assert min(by_coefficient) < low <= 0 <= high < max(by_coefficient)
+
+
+def test_a_direction_of_no_length_has_no_strength(chat_model, make_diff):
+    nothing = make_diff(chat_model.model, seed=1) * 0.0
+    for each in (nothing, vector("a", 1) * 0.0):
+        with pytest.raises(UserError, match="a length of 0: it does nothing"):
+            measure_strengths(chat_model, each, PROMPTS)
 
 
 def test_nats_of_a_vector_are_those_of_all_its_layers_together(chat_model):
