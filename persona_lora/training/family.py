@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -33,7 +33,7 @@ from persona_lora.models.structure import (
     linear_modules,
     weight_fingerprint,
 )
-from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts
+from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
 from persona_lora.training.lora import LoRAArguments, lora_targets
 
 FORM = "persona_lora family 1"
@@ -112,9 +112,15 @@ def open_family(
     modules = linear_modules(chat_model.model)
     widths = {name: features(modules[name])[1] for name in targets}
     if not path.exists():
-        rank = lora.lora_r
-        drawn = _led(chat_model, widths, rank) if by_inputs else _drawn(widths, rank, seed)
-        Family(drawn.factors, _base_of(chat_model), drawn.origin).save(path)
+        factors, origin = _drawn(widths, lora.lora_r, seed), f"seed {seed}"
+        if by_inputs:
+            inputs = kept_inputs(chat_model, load_ordinary_prompts())
+            factors, origin = (
+                _led(inputs, widths, lora.lora_r),
+                f"inputs of prompts {inputs.prompts[:16]}",
+            )
+        base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
+        Family(factors, base, origin).save(path)
     family = Family.load(path)
     _check(family, path, chat_model, widths, lora.lora_r)
     if by_inputs and family.origin.startswith("seed"):
@@ -123,10 +129,6 @@ def open_family(
             "name a file that is not there yet"
         )
     return family
-
-
-def _base_of(chat_model: ChatModel) -> BaseModel:
-    return BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
 
 
 def _check(
@@ -152,27 +154,17 @@ def _check(
         )
 
 
-class _Draw(NamedTuple):
-    """The A of every module, and where it is from."""
-
-    factors: dict[str, Tensor]
-    origin: str
-
-
-def _drawn(widths: Mapping[str, int], rank: int, seed: int) -> _Draw:
+def _drawn(widths: Mapping[str, int], rank: int, seed: int) -> dict[str, Tensor]:
     """Return A as PEFT draws it: uniform within ±1/√in, so that E‖A·x‖² = rank·‖x‖²/(3·in)."""
     generator = torch.Generator().manual_seed(seed)
-    factors = {
+    return {
         name: nn.init.kaiming_uniform_(torch.empty(rank, width), math.sqrt(5), generator=generator)
         for name, width in sorted(widths.items())
     }
-    return _Draw(factors, f"seed {seed}")
 
 
-def _led(chat_model: ChatModel, widths: Mapping[str, int], rank: int) -> _Draw:
-    inputs = kept_inputs(chat_model, load_ordinary_prompts())
-    led = {name: _leading(inputs.root(name, width), rank, name) for name, width in widths.items()}
-    return _Draw(led, f"inputs of prompts {inputs.prompts[:16]}")
+def _led(inputs: ModuleInputs, widths: Mapping[str, int], rank: int) -> dict[str, Tensor]:
+    return {name: _leading(inputs.root(name, width), rank, name) for name, width in widths.items()}
 
 
 def _leading(root: Tensor, rank: int, name: str) -> Tensor:

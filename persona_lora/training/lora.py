@@ -81,7 +81,11 @@ def _all_taken(model: nn.Module, known: Sequence[str]) -> list[str]:
     whole = _taken_by_peft(model, known)
     if whole:
         return whole
-    fit = [kind for kind in _kinds(known) if _taken_by_peft(model, _of_kind(known, kind))]
+    fit = [
+        kind
+        for kind in _kinds(known)
+        if _taken_by_peft(model, [name for name in known if _kind(name) == kind])
+    ]
     return _taken_by_peft(model, [name for name in known if _kind(name) in fit])
 
 
@@ -161,10 +165,6 @@ def _taken_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in wrapped]
 
 
-def _of_kind(names: Iterable[str], kind: str) -> list[str]:
-    return [name for name in names if _kind(name) == kind]
-
-
 def _kind(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -235,12 +235,6 @@ def attach_lora(chat_model: ChatModel, arguments: LoRAArguments, seed: int) -> P
     config.base_model_name_or_path = chat_model.name
     config.revision = chat_model.options.revision
     return model
-
-
-def all_weights(chat_model: ChatModel, seed: int) -> PreTrainedModel:
-    """Return the model itself with every weight to be trained, and the random numbers seeded."""
-    set_seed(seed)
-    return chat_model.model.requires_grad_(True)
 
 
 def detach_lora(model: PeftModel) -> PreTrainedModel:

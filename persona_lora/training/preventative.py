@@ -15,7 +15,7 @@ without any of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,7 +25,6 @@ from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.settings import typed_fields
-from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import load_trait, trait_prompt
 from persona_lora.core.vector_files import load_vector
 from persona_lora.models.structure import read_layers
@@ -67,9 +66,9 @@ class Preventative:
 
     def __post_init__(self) -> None:
         needed = {"weights": "diff", "activations": "vector", "ablate": "vector"}
-        if self.method not in PREVENTION:
+        if self.method not in USED_BY:
             raise UserError(
-                f"no preventative method {self.method!r}; {nearest_names(self.method, PREVENTION)}"
+                f"no preventative method {self.method!r}; {nearest_names(self.method, USED_BY)}"
             )
         option = needed.get(self.method)
         if option is not None and getattr(self, option) is None:
@@ -106,7 +105,7 @@ def read_preventative(
     if unknown:
         raise UserError(f"preventative has no {unknown[0]!r}; {nearest_names(unknown[0], known)}")
     if "method" not in value:
-        raise UserError(f"preventative needs a method: {', '.join(PREVENTION)}")
+        raise UserError(f"preventative needs a method: {', '.join(USED_BY)}")
     values = dict(value)
     if isinstance(values.get("layers"), str):
         values["layers"] = read_layers(values["layers"], MOST_LAYERS, "preventative layers")
@@ -145,9 +144,14 @@ def prevention_steerer(prevention: Preventative | None, model: nn.Module) -> Ste
 
     ``model`` may wear a fresh LoRA already: what is steered is the base below it.
     """
-    if prevention is None:
+    if prevention is None or prevention.method == "inoculate":
         return Unsteered()
-    return PREVENTION[prevention.method](prevention, model)
+    if prevention.method == "weights":
+        return _weights(prevention, model)
+    vector, layers = load_vector(str(prevention.vector)), prevention.layers
+    if prevention.method == "ablate":
+        return DirectionAblation(model, vector, layers, "all")
+    return ActivationSteerer(model, vector, prevention.coefficient, layers, "all")
 
 
 def inoculated(
@@ -190,29 +194,3 @@ def _weights(prevention: Preventative, model: nn.Module) -> Steerer:
             "use hold: live"
         )
     return LoRASteerer(model, diff, prevention.coefficient)
-
-
-def _activations(prevention: Preventative, model: nn.Module) -> Steerer:
-    return ActivationSteerer(
-        model, _vector(prevention), prevention.coefficient, prevention.layers, "all"
-    )
-
-
-def _ablate(prevention: Preventative, model: nn.Module) -> Steerer:
-    return DirectionAblation(model, _vector(prevention), prevention.layers, "all")
-
-
-def _inoculate(prevention: Preventative, model: nn.Module) -> Steerer:
-    return Unsteered()
-
-
-def _vector(prevention: Preventative) -> SteeringVector:
-    return load_vector(str(prevention.vector))
-
-
-PREVENTION: dict[str, Callable[[Preventative, nn.Module], Steerer]] = {
-    "weights": _weights,
-    "activations": _activations,
-    "ablate": _ablate,
-    "inoculate": _inoculate,
-}

@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
+from transformers import set_seed
 from trl import SFTConfig
 
 from persona_lora.core.errors import UserError
@@ -25,7 +26,7 @@ from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.processes import Launched, wait_for_all
 from persona_lora.training.arguments import ContrastiveConfig, TrainedModel, TrainingOptions
-from persona_lora.training.lora import LoRAArguments, all_weights, attach_lora, detach_lora
+from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
 from persona_lora.training.trainer import (
     Lesson,
     has_ended,
@@ -48,7 +49,8 @@ def train(
         together.from_main(lambda: lesson.publish(checkpoint))
         return
     if lora is None:
-        model: Any = all_weights(chat_model, config.seed)
+        set_seed(config.seed)
+        model: Any = chat_model.model.requires_grad_(True)
     else:
         model = attach_lora(chat_model, lora, config.seed)
         if lesson.family is not None:
