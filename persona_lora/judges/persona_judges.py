@@ -46,6 +46,7 @@ from persona_lora.report.separation import auc_of
 Read = Callable[[Sequence[str]], Mapping[str, Reading]]
 
 
+@dataclass(frozen=True, eq=False)
 class ComparisonJudge:
     """A ``Judge`` of the criterion "persona_fit" that asks a language model.
 
@@ -53,14 +54,11 @@ class ComparisonJudge:
     places for the message and both answers; ``baselines`` holds the unsteered answer by message.
     """
 
-    def __init__(
-        self, name: str, read: Read, template: str, baselines: Mapping[str, str], *, seed: int = 0
-    ) -> None:
-        self.name = name
-        self._read = read
-        self._template = template
-        self._baselines = baselines
-        self._seed = seed
+    name: str
+    read: Read
+    template: str
+    baselines: Mapping[str, str]
+    seed: int = 0
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
         """Return one verdict of 1–5 per exchange.
@@ -70,7 +68,7 @@ class ComparisonJudge:
         if criterion != PERSONA_FIT:
             raise UserError(f"a persona's judge scores {PERSONA_FIT!r}, not {criterion!r}")
         prompts = [self._prompt(exchange) for exchange in exchanges]
-        readings = self._read(prompts)
+        readings = self.read(prompts)
         return [
             self._verdict(readings[prompt], self._swapped(exchange))
             for prompt, exchange in zip(prompts, exchanges, strict=True)
@@ -78,18 +76,18 @@ class ComparisonJudge:
 
     def _swapped(self, exchange: Exchange) -> bool:
         """Tell whether the steered answer stands first: drawn by seed, message and answer."""
-        drawn = hashlib.sha256(f"{self._seed}\n{exchange.question}\n{exchange.answer}".encode())
+        drawn = hashlib.sha256(f"{self.seed}\n{exchange.question}\n{exchange.answer}".encode())
         return drawn.digest()[0] % 2 == 1
 
     def _prompt(self, exchange: Exchange) -> str:
-        baseline = self._baselines.get(exchange.question)
+        baseline = self.baselines.get(exchange.question)
         if baseline is None:
             raise UserError(
                 f"there is no unsteered answer to {exchange.question!r} to compare with"
             )
         answers = (baseline, exchange.answer)
         first, second = reversed(answers) if self._swapped(exchange) else answers
-        return fill_judge_prompt(self._template, exchange.question, first, second)
+        return fill_judge_prompt(self.template, exchange.question, first, second)
 
     def _verdict(self, reading: Reading, swapped: bool) -> Verdict:
         score = reading.score
