@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from persona_lora.report.resampling import (
     bootstrap_mean,
     sign_flip_p,
 )
+from persona_lora.report.scores import SECOND_SUFFIX
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
 
@@ -134,9 +136,22 @@ def cells_of(found: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     return {name: at(found, path) for name, path in columns.items()}
 
 
-def write_found(path: Path, columns: Mapping[str, str], found: Sequence[Any]) -> None:
-    """Write what was found as a table, a row each."""
-    write_csv(path, list(columns), [cells_of(each, columns) for each in found])
+def write_found(
+    path: Path,
+    columns: Mapping[str, str],
+    found: Sequence[Any],
+    second: Sequence[Any] = (),
+    of_the_trait: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write what was found as a table, a row each.
+
+    What was found by a ``second`` judge, where there is one, stands under ``of_the_trait`` beside.
+    """
+    rows = [cells_of(each, columns) for each in found]
+    for row, other in zip(rows, second, strict=True) if second else ():
+        own = cells_of(other, of_the_trait)
+        row.update({f"{name}{SECOND_SUFFIX}": cell for name, cell in own.items()})
+    write_csv(path, list(rows[0]) if rows else list(columns), rows)
 
 
 GAP_COLUMNS = (

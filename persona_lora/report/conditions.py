@@ -22,6 +22,7 @@ from persona_lora.report.scores import (
     Row,
     ScoredAnswer,
     clusters,
+    grouped,
     method_of,
 )
 from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
@@ -69,9 +70,7 @@ class ConditionSummary:
 
 def group_by_condition(scored: Iterable[ScoredAnswer]) -> Groups:
     """Group rows by condition: coefficients ascending, then layers, then the references."""
-    groups: Groups = {}
-    for row in scored:
-        groups.setdefault(row.condition, []).append(row)
+    groups = grouped(scored, lambda row: row.condition)
 
     def place(condition: Condition) -> tuple[bool, float, int, bool, str]:
         coefficient, layer = condition.coefficient, condition.layer
@@ -312,7 +311,7 @@ def summarise_control(
     curve: TraitCurve, controls: Controls, divergences: Sequence[Row]
 ) -> ControlSummary:
     """Compare a steered series with its controls."""
-    shared = shared_coefficients(curve, controls)
+    shared = sorted(set.intersection(*(set(_both(curve, each)) for each in controls.curves)))
     gaps = [
         controls.tested(
             [gaps_between(curve.scores_at(each), one.scores_at(each)) for one in controls.curves]
@@ -344,11 +343,6 @@ def _mean_rho(rhos: Sequence[Estimate]) -> Estimate:
     return Estimate(float(np.mean(known)), None, None, n, questions, reason)
 
 
-def overall_difference(curve: TraitCurve, controls: Controls) -> PairedDifference:
-    """Return the mean over coefficients c of sign(c) · (steered − control), by question."""
-    return controls.tested([overall_gaps(curve, one) for one in controls.curves])
-
-
 def overall_gaps(curve: TraitCurve, control: TraitCurve) -> dict[int, float]:
     """Return sign(c) · (steered − control) of each question, the mean over coefficients c.
 
@@ -363,12 +357,8 @@ def overall_gaps(curve: TraitCurve, control: TraitCurve) -> dict[int, float]:
     return {question: sum(gains) / len(gains) for question, gains in sorted(by_question.items())}
 
 
-def shared_coefficients(curve: TraitCurve, controls: Controls) -> list[float]:
-    """Return the coefficients other than 0 that the series and every control ran, ascending."""
-    return sorted(set.intersection(*(set(_both(curve, each)) for each in controls.curves)))
-
-
 def _both(curve: TraitCurve, control: TraitCurve) -> list[float]:
+    """Return the coefficients other than 0 that both ran, ascending."""
     ran = {each.coefficient for each in control.scores}
     both = {each.coefficient for each in curve.scores if each.coefficient} & ran
     return sorted(each for each in both if each is not None)

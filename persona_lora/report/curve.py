@@ -30,6 +30,7 @@ from persona_lora.report.scores import (
     Condition,
     ScoredAnswer,
     clusters,
+    minus,
     question_means,
 )
 
@@ -235,8 +236,7 @@ class TraitCurve:
 
 def gaps_between(ones: Cluster, others: Cluster) -> dict[int, float]:
     """Return one minus the other for every question that both have scored."""
-    first, second = question_means(ones), question_means(others)
-    return {each: first[each] - second[each] for each in first if each in second}
+    return minus(question_means(ones), question_means(others))
 
 
 def _too_few(conditions: Sequence[Condition], what: str, *, least: str = "three") -> Estimate:

@@ -124,15 +124,11 @@ def plan_power(
         for number in questions
         if seeds == 1 or seeds >= FEWEST_DRAWS
     ]
-    found = []
-    with progress.stage("simulating"):
-        for done, (number, seeds) in enumerate(sizes, start=1):
-            power = power_of(
-                pilot, effect, number, seeds, alpha, simulations=simulations, seed=seed
-            )
-            found.append(Planned(number, seeds, power))
-            progress.report(done, len(sizes))
-    return found
+    drawn = {"simulations": simulations, "seed": seed}
+    return [
+        Planned(number, seeds, power_of(pilot, effect, number, seeds, alpha, **drawn))
+        for number, seeds in progress.over("simulating", sizes)
+    ]
 
 
 def plan_finetunes(
@@ -148,16 +144,14 @@ def plan_finetunes(
         raise UserError(f"the effect on finetunes is a correlation between -1 and 1, got {r:g}")
     sizes = [(number, each) for each in FINETUNES for number in DATA_SETS]
     found = []
-    with progress.stage("simulating"):
-        for done, (number, each) in enumerate(sizes, start=1):
-            rng = np.random.default_rng([seed, number, each])
-            x = rng.normal(size=(simulations, number))
-            y = r * x + np.sqrt(1 - r**2) * rng.normal(size=x.shape)
-            noise = np.sqrt(within / each)
-            x, y = (side + noise * rng.normal(size=x.shape) for side in (x, y))
-            p = [_shuffled_p(*pair, rng) for pair in zip(x, y, strict=True)]
-            found.append(Planned(number, each, float(np.mean(np.array(p) < alpha))))
-            progress.report(done, len(sizes))
+    for number, each in progress.over("simulating", sizes):
+        rng = np.random.default_rng([seed, number, each])
+        x = rng.normal(size=(simulations, number))
+        y = r * x + np.sqrt(1 - r**2) * rng.normal(size=x.shape)
+        noise = np.sqrt(within / each)
+        x, y = (side + noise * rng.normal(size=x.shape) for side in (x, y))
+        p = [_shuffled_p(*pair, rng) for pair in zip(x, y, strict=True)]
+        found.append(Planned(number, each, float(np.mean(np.array(p) < alpha))))
     return found
 
 

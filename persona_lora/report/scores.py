@@ -6,12 +6,14 @@ Knows the rows of ``answers.jsonl`` and ``verdicts.jsonl``; refuses to know how 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from persona_lora.core.chat import COHERENCE, Condition, Series
 from persona_lora.core.errors import UserError
 
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 Row = Mapping[str, Any]
 Cluster = dict[int, list[float | None]]
 
@@ -33,11 +35,6 @@ def control_name(method: str, number: int) -> str:
 def method_of(name: str) -> str:
     """Return the method that a control is one of."""
     return name.partition("#")[0]
-
-
-def control_number(name: str) -> str:
-    """Return what tells a control from others of its method; "" for the first, or the only one."""
-    return name.partition("#")[2]
 
 
 class ScoredAnswer(NamedTuple):
@@ -118,13 +115,24 @@ def rows_of_series(scored: Iterable[ScoredAnswer], series: Series) -> list[Score
     ]
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return items by their key, in the order in which keys are first seen."""
+    found: dict[K, list[T]] = {}
+    for each in items:
+        found.setdefault(key(each), []).append(each)
+    return found
+
+
+def minus(first: Mapping[K, float], second: Mapping[K, float]) -> dict[K, float]:
+    """Return first minus second wherever both have a value."""
+    return {each: first[each] - second[each] for each in first if each in second}
+
+
 def clusters(scored: Iterable[ScoredAnswer], criterion: str) -> Cluster:
     """Return the scores on one criterion by question id; ``criterion`` "coherence" or the trait."""
-    by_question: Cluster = {}
-    for row in scored:
-        score = row.coherence if criterion == COHERENCE else row.trait
-        by_question.setdefault(row.answer["question_id"], []).append(score)
-    return dict(sorted(by_question.items()))
+    by_question = grouped(scored, lambda row: row.answer["question_id"])
+    judged = "coherence" if criterion == COHERENCE else "trait"
+    return {at: [getattr(row, judged) for row in by_question[at]] for at in sorted(by_question)}
 
 
 def question_means(cluster: Cluster) -> dict[int, float]:

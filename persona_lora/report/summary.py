@@ -7,10 +7,10 @@ question, nothing scored, no variation) is None with a reason, never NaN and nev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
@@ -49,6 +49,7 @@ from persona_lora.report.scores import (
 )
 
 COHERENT, SENSELESS, TOLERATED = 50.0, 20.0, 10.0
+S = TypeVar("S", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -175,16 +176,23 @@ def trait_of(run: Run) -> str:
 
 
 def write_summary(run: Run) -> SweepSummary:
-    """Summarise a run and write ``summary.json`` and ``summary.csv`` (long format) into it.
+    """Summarise a run and write ``summary.json`` and ``summary.csv`` into it."""
+    return write_both(run, "summary", summarise_run, long_rows)
 
-    What a second judge says of the trait stands in ``summary.csv`` as well.
+
+def write_both(
+    run: Run, name: str, summarise: Callable[..., S], rows_of: Callable[[S], list[dict[str, Any]]]
+) -> S:
+    """Summarise a run and write ``{name}.json`` and ``{name}.csv`` (long format) into it.
+
+    What a second judge says of the trait stands in the table as well.
     """
-    summary = summarise_run(run)
-    write_json(run.folder / "summary.json", summary.as_dict())
-    rows = long_rows(summary)
+    summary = summarise(run)
+    write_json(run.folder / f"{name}.json", summary.as_dict())
+    rows = rows_of(summary)
     if run.read(SECOND):
-        rows += as_second(long_rows(summarise_run(run, by=SECOND)))
-    write_csv(run.folder / "summary.csv", LONG_COLUMNS, rows)
+        rows += as_second(rows_of(summarise(run, by=SECOND)))
+    write_csv(run.folder / f"{name}.csv", LONG_COLUMNS, rows)
     return summary
 
 

@@ -18,22 +18,16 @@ import numpy as np
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import gaps_between
-from persona_lora.report.resampling import (
-    Estimate,
-    Interval,
-    bootstrap_mean,
-    row_rank_correlation,
-)
+from persona_lora.report.resampling import Estimate, Interval, row_rank_correlation
 from persona_lora.report.scores import (
     SECOND,
     Condition,
     condition_of,
-    control_number,
     judges_of,
     score_answers,
 )
 from persona_lora.report.sections import Table
-from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
+from persona_lora.report.two_way import mean_gap, mean_over_draws
 
 MOST_NAMED = 3  # of the changes that the judges disagree on, in a line
 VALIDATIONS = ("validation", "second_validation")
@@ -103,7 +97,7 @@ def pairs_of(
         Pair(
             place(one.condition),
             (within, one.answer["question_id"]),
-            *(one.trait, two.trait, control_number(one.answer["method"])),
+            *(one.trait, two.trait, one.answer["method"].partition("#")[2]),
         )
         for one, two in zip(*both, strict=True)
     ]
@@ -170,7 +164,7 @@ def effects_from(pairs: Sequence[Pair], reference: str, *, seed: int = 0) -> lis
                 [gaps_between(draw, zero) for draw in draws]
                 for draws, zero in zip(both, plain, strict=True)
             ]
-            found.append(Beside(place, *(_mean_gap(each, seed) for each in gaps)))
+            found.append(Beside(place, *(mean_gap(each, seed=seed) for each in gaps)))
     return sorted(found, key=lambda each: -abs(each.first.mean or 0.0))
 
 
@@ -197,12 +191,6 @@ def _clusters(pairs: Sequence[Pair]) -> dict[str, tuple[list[Any], list[Any]]]:
         place: ([one for one, _ in draws.values()], [two for _, two in draws.values()])
         for place, draws in found.items()
     }
-
-
-def _mean_gap(draws: Sequence[Mapping[Any, float]], seed: int) -> Interval:
-    if len(draws) > 1:
-        return crossed_mean(shared_questions(draws)).interval
-    return bootstrap_mean({question: [gap] for question, gap in draws[0].items()}, seed=seed)
 
 
 def _agreement(pairs: Sequence[Pair], seed: int) -> Estimate:

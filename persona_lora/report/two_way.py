@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -72,6 +72,13 @@ def crossed_mean(values: Array) -> Crossed:
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
     interval = Interval(mean, mean - reach, mean + reach, values.size, questions, 1.0)
     return Crossed(interval, float(crossed_ps(values[None])[0]))
+
+
+def mean_gap(draws: Sequence[Mapping[Any, float]], *, seed: int = 0) -> Interval:
+    """Return the mean difference, its interval over questions and, of several draws, over both."""
+    if len(draws) > 1:
+        return crossed_mean(shared_questions(draws)).interval
+    return bootstrap_mean({question: [gap] for question, gap in draws[0].items()}, seed=seed)
 
 
 def mean_over_draws(

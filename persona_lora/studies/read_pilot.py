@@ -17,6 +17,8 @@ from persona_lora.report.scores import (
     CONTROL,
     UNSTEERED_CONDITION,
     clusters,
+    grouped,
+    minus,
     question_means,
     score_answers,
 )
@@ -55,16 +57,14 @@ def _comparisons(run: Run) -> dict[str, Gaps]:
     rows = score_answers(run.read("answers"), run.read("verdicts"), trait)
     zero = UNSTEERED_CONDITION
     by_condition = {
-        condition: question_means(clusters([r for r in rows if r.condition == condition], trait))
-        for condition in dict.fromkeys(row.condition for row in rows)
+        condition: question_means(clusters(own, trait))
+        for condition, own in grouped(rows, lambda row: row.condition).items()
     }
     plain = next((by_condition[c] for c in by_condition if c == zero or c.coefficient == 0), None)
     if plain is None:
         raise UserError(f"{run.folder} did not ask the unsteered model; nothing can be compared")
     return {
-        f"{condition.layer} {condition.coefficient}": {
-            question: scores[question] - plain[question] for question in scores.keys() & plain
-        }
+        f"{condition.layer} {condition.coefficient}": minus(scores, plain)
         for condition, scores in by_condition.items()
         if condition.coefficient and condition.method != CONTROL
     }
@@ -80,17 +80,16 @@ def read_finetunes(run: Run) -> tuple[float, int]:
     tested = len(predict(judged, run.read("predictors")))
     data, shares = data_sets(judged), []
     for by_finetune in changes(judged).values():
-        groups: dict[str, list[float]] = {}
-        for name, change in by_finetune.items():
-            groups.setdefault(data[name], []).append(change)
-        several = [each for each in groups.values() if len(each) > 1]
+        named = grouped(by_finetune, lambda name: data[name])
+        groups = [[by_finetune[name] for name in own] for own in named.values()]
+        several = [each for each in groups if len(each) > 1]
         if not several or len(groups) < 2:
             raise UserError(
                 f"{run.folder} has no data set with two finetunes (of other seeds), or only one "
                 "data set: how they vary cannot be told; train such with finetune --seeds"
             )
         inside = fmean(variance(each) for each in several)
-        total = variance([fmean(each) for each in groups.values()])
+        total = variance([fmean(each) for each in groups])
         size = len(by_finetune) / len(groups)
         shares.append(inside / max(total - inside / size, total / len(groups)))
     return fmean(shares), tested

@@ -8,25 +8,25 @@ with them, that differ in anything else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run, first_difference
 from persona_lora.report import wording
-from persona_lora.report.comparisons import cells_of, columns_of
+from persona_lora.report.comparisons import columns_of, write_found
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval
 from persona_lora.report.scores import (
     SECOND,
-    SECOND_SUFFIX,
     UNSTEERED,
     Condition,
     clusters,
+    grouped,
+    minus,
     question_means,
     score_answers,
 )
@@ -75,9 +75,7 @@ OF_THE_TRAIT = columns_of(
     *("change_low=change.low", "change_high=change.high", "p", "p_holm"),
 )
 COLUMNS = {
-    **columns_of(
-        *("condition", "seeds", "questions=score.n_questions", "coherence=coherence.mean"),
-    ),
+    **columns_of("condition", "seeds", "questions=score.n_questions", "coherence=coherence.mean"),
     **OF_THE_TRAIT,
 }
 
@@ -167,12 +165,10 @@ Scores = dict[Condition, tuple[Gaps, ...]]  # trait and coherence, by question
 
 def _scores(run: Run, by: str) -> Scores:
     trait = trait_of(run)
-    groups: dict[Condition, list[Any]] = {}
-    for row in score_answers(run.read("answers"), run.read(by), trait):
-        groups.setdefault(row.condition, []).append(row)
+    scored = score_answers(run.read("answers"), run.read(by), trait)
     return {
         condition: tuple(question_means(clusters(rows, each)) for each in (trait, COHERENCE))
-        for condition, rows in groups.items()
+        for condition, rows in grouped(scored, lambda row: row.condition).items()
     }
 
 
@@ -191,7 +187,7 @@ def _over_condition(condition: Condition, by_run: Sequence[Scores]) -> OverSeeds
     if not condition.coefficient or None in zeros:
         return found
     pairs = zip(by_run, zeros, strict=True)
-    return _with_change(found, [_minus(each[condition][0], zero or {}) for each, zero in pairs])
+    return _with_change(found, [minus(each[condition][0], zero or {}) for each, zero in pairs])
 
 
 def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
@@ -202,7 +198,7 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
         effect = crossed_mean(shared_questions(effects)).interval
         one = OverSeeds(f"{split}: {method}", len(runs), effect)
         if method != LORA:
-            gaps = [_minus(each[split, LORA], each[split, method]) for each in by_run]
+            gaps = [minus(each[split, LORA], each[split, method]) for each in by_run]
             one = _with_change(one, gaps)
         found.append(one)
     return corrected(found)
@@ -210,13 +206,7 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
 
 def _with_change(found: OverSeeds, gaps: Sequence[Gaps]) -> OverSeeds:
     change = crossed_mean(shared_questions(gaps))
-    return OverSeeds(
-        found.condition, found.seeds, found.score, found.coherence, change.interval, change.p
-    )
-
-
-def _minus(first: Gaps, second: Gaps) -> Gaps:
-    return {question: first[question] - second[question] for question in first.keys() & second}
+    return replace(found, change=change.interval, p=change.p)
 
 
 def seeds_judges(runs: Sequence[Run], found: Sequence[OverSeeds]) -> TwoJudges | None:
@@ -303,10 +293,7 @@ def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
 def write_seeds(folder: Path, runs: Sequence[Run]) -> list[OverSeeds]:
     """Read runs as seeds and write ``seeds.csv``, with what a second judge says."""
     found = over_seeds(runs)
-    rows = [cells_of(each, COLUMNS) for each in found]
-    if all(part.read(SECOND) for run in runs for part in _judged(run)):
-        for row, other in zip(rows, over_seeds(runs, by=SECOND), strict=True):
-            own = cells_of(other, OF_THE_TRAIT)
-            row.update({f"{name}{SECOND_SUFFIX}": cell for name, cell in own.items()})
-    write_csv(folder / "seeds.csv", list(rows[0]), rows)
+    both = all(part.read(SECOND) for run in runs for part in _judged(run))
+    second = over_seeds(runs, by=SECOND) if both else ()
+    write_found(folder / "seeds.csv", COLUMNS, found, second, OF_THE_TRAIT)
     return found

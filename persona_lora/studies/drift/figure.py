@@ -20,6 +20,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import figures as draw
 from persona_lora.report.comparisons import TaskScore
 from persona_lora.report.figures import Cells, Inches, Look, Panel, Picture, Series
+from persona_lora.report.scores import grouped
 from persona_lora.report.wording import CLEAR, number, p_value, title_of
 from persona_lora.studies.drift.read import (
     Agreement,
@@ -62,10 +63,7 @@ def render_checkpoints(run: Run) -> Picture:
                 )
             )
         )
-        of: dict[str, list[Curve]] = {}
-        for curve in every:
-            if curve.trait == trait:
-                of.setdefault(curve.statistic, []).append(curve)
+        of = grouped([each for each in every if each.trait == trait], lambda each: each.statistic)
         panels += [
             _scores(scores, of),
             _shifts(shifts, of.get("shift", [])),

@@ -21,6 +21,7 @@ from persona_lora.report.comparisons import (
 )
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Array
+from persona_lora.report.scores import grouped
 from persona_lora.report.wording import interval, number, title_of
 from persona_lora.studies.personas.read_fits import (
     BOUNDS,
@@ -118,12 +119,12 @@ def render_comparison(run: Run) -> Picture:
 
 def _history(axes: Axes, generations: Sequence[Row]) -> Panel:
     scored = [row for row in generations if row["value"] is not None]
-    by_step: dict[int, list[float]] = {}
-    for row in sorted(scored, key=lambda row: row["iteration"]):
-        by_step.setdefault(row["iteration"], []).append(row["value"])
-    steps = tuple(by_step)
-    means = tuple(float(np.mean(values)) for values in by_step.values())
-    best = tuple(map(float, np.maximum.accumulate([max(values) for values in by_step.values()])))
+    by_step = grouped(
+        sorted(scored, key=lambda row: row["iteration"]), lambda row: int(row["iteration"])
+    )
+    values = [[row["value"] for row in rows] for rows in by_step.values()]
+    steps, means = tuple(by_step), tuple(float(np.mean(each)) for each in values)
+    best = tuple(map(float, np.maximum.accumulate([max(each) for each in values])))
     panel = draw.lines(
         axes,
         [
@@ -162,11 +163,9 @@ def _fits(axes: Axes, fits: Sequence[ConditionFit], rows: Sequence[Row] = ()) ->
 
 
 def _persona_means(rows: Sequence[Row], condition: str) -> tuple[float, ...]:
-    by_persona: dict[str, list[float]] = {}
-    for row in rows:
-        if row["condition"] == condition and row["score"] is not None:
-            by_persona.setdefault(row["persona"], []).append(row["score"])
-    return tuple(float(np.mean(scores)) for scores in by_persona.values())
+    own = [row for row in rows if row["condition"] == condition and row["score"] is not None]
+    by_persona = grouped(own, lambda row: row["persona"])
+    return tuple(float(np.mean([row["score"] for row in each])) for each in by_persona.values())
 
 
 def _weights(axes: Axes, rows: Sequence[Row]) -> Panel:

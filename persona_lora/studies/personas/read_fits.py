@@ -18,6 +18,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, fits_over_prompts
 from persona_lora.report.resampling import RESAMPLES, Interval
+from persona_lora.report.scores import grouped
 from persona_lora.report.two_judges import Pair, effects_from
 
 UNSTEERED, WARNING = "none", "WARNING"
@@ -89,9 +90,7 @@ def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -
     """Add the share of answers that count, and of searches' means that keep the constraints."""
     own = [row for row in rows if row["condition"] == fit.condition]
     failed = [row.get("failed") for row in own]
-    searches: dict[tuple[object, object], list[Row]] = {}
-    for row in own:
-        searches.setdefault((row["persona"], row.get("seed")), []).append(row)
+    searches = grouped(own, lambda row: (row["persona"], row.get("seed")))
     kept = [
         not limits.violation(_mean(each, "coherence"), _mean(each, "relevance"))
         for each in searches.values()
@@ -181,9 +180,9 @@ def agreement_line(rows: Sequence[Row]) -> str:
 
 def _rho_within(pairs: Sequence[Pair]) -> float | None:
     """Return Spearman's rho inside a condition, averaged; None where no condition varies."""
-    found: dict[str, list[tuple[float | None, float | None]]] = {}
-    for each in pairs:
-        found.setdefault(each.place, []).append((each.first, each.second))
-    values = [np.array(own, dtype=float) for own in found.values()]
+    values = [
+        np.array([(each.first, each.second) for each in own], dtype=float)
+        for own in grouped(pairs, lambda pair: pair.place).values()
+    ]
     varied = [own for own in values if np.ptp(own, axis=0).min() > 0]
     return fmean(float(spearmanr(own).statistic) for own in varied) if varied else None

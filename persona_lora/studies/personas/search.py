@@ -24,6 +24,7 @@ from persona_lora.core.options import SearchOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Run
 from persona_lora.models.processes import Processes
+from persona_lora.report.scores import grouped
 
 logger = logging.getLogger(__name__)
 
@@ -371,9 +372,7 @@ def _costs(standings: Sequence[Standing]) -> list[float]:
 
 def _told(run: Run) -> dict[int, list[dict[str, Any]]]:
     """Return the rows on disk by generation; one that a kill cut short is dropped there too."""
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for row in run.resume_rows(GENERATIONS):
-        groups.setdefault(row["iteration"], []).append(row)
+    groups = grouped(run.resume_rows(GENERATIONS), lambda row: row["iteration"])
     whole = {at: group for at, group in groups.items() if len(group) == group[0]["size"]}
     run.write(GENERATIONS, [row for group in whole.values() for row in group])
     return whole

@@ -8,23 +8,22 @@ the trait is more effect. Differences are paired by question.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
-from persona_lora.report.comparisons import GAP_COLUMNS, cells_of, columns_of, over_units
+from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units, write_found
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean, holm
-from persona_lora.report.scores import SECOND, SECOND_SUFFIX, method_of
-from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
+from persona_lora.report.scores import SECOND, grouped, method_of, minus
+from persona_lora.report.two_way import crossed_mean, mean_gap, mean_over_draws, shared_questions
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
 METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
@@ -42,7 +41,7 @@ COLUMNS = {
     **OF_THE_TRAIT,
 }
 
-T = TypeVar("T")
+Row = Mapping[str, Any]
 Place = tuple[str, float | None]
 Scores = dict[int, list[float | None]]
 
@@ -149,12 +148,9 @@ def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
 
 def write_points(run: Run, found: Comparison) -> None:
     """Write ``comparison.csv``: every point, with what a second judge says of the trait there."""
-    rows = [cells_of(each, COLUMNS) for each in found.points]
-    if any(Run(run.folder / row["split"]).read(SECOND) for row in run.read("splits")):
-        for row, other in zip(rows, read_comparison(run, by=SECOND).points, strict=True):
-            own = cells_of(other, OF_THE_TRAIT)
-            row.update({f"{name}{SECOND_SUFFIX}": cell for name, cell in own.items()})
-    write_csv(run.folder / "comparison.csv", list(rows[0]), rows)
+    both = any(Run(run.folder / row["split"]).read(SECOND) for row in run.read("splits"))
+    second = read_comparison(run, by=SECOND).points if both else ()
+    write_found(run.folder / "comparison.csv", COLUMNS, found.points, second, OF_THE_TRAIT)
 
 
 def _by_place(run: Run, criterion: str, file: str = "verdicts") -> dict[Place, Scores]:
@@ -171,18 +167,19 @@ def _by_place(run: Run, criterion: str, file: str = "verdicts") -> dict[Place, S
 
 def _points(
     split: str,
-    levels: Sequence[Mapping[str, Any]],
+    levels: Sequence[Row],
     traits: Mapping[Place, Scores],
     coherences: Mapping[Place, Scores],
 ) -> list[Point]:
     points = [
         Point(split, None, method, None, None, None, None,
-              _mean(traits[method, None]), _mean(coherences[method, None]))
+              bootstrap_mean(traits[method, None], scale=SCORES),
+              bootstrap_mean(coherences[method, None], scale=SCORES))
         for method in ("none", "prompt_neg", "prompt_pos")
         if (method, None) in traits
     ]  # fmt: skip
     diffs = {row["level"]: row for row in levels if row["method"] == LORA}
-    for own in _together(levels, lambda row: (row["level"], method_of(row["method"]))):
+    for own in grouped(levels, lambda row: (row["level"], method_of(row["method"]))).values():
         first = own[0]
         places = [(row["method"], row["coefficient"]) for row in own]
         difference, p = None, None
@@ -207,21 +204,19 @@ def _points(
 
 def _overall(
     split: str,
-    levels: Sequence[Mapping[str, Any]],
+    levels: Sequence[Row],
     traits: Mapping[Place, Scores],
     coherences: Mapping[Place, Scores],
 ) -> list[Overall]:
     found = []
     effects, coherence = _by_question(levels, traits, coherences)
-    for names in _together(list(effects), method_of):
-        method, own = method_of(names[0]), [effects[name] for name in names]
+    for method, names in grouped(effects, method_of).items():
+        own = [effects[name] for name in names]
         gap, p, lost = None, None, None
         if method != LORA:
-            gap, p = _over([_minus(effects[LORA], each) for each in own])
-            lost, _ = _over([_minus(coherence[LORA], coherence[name]) for name in names])
-        effect = (
-            _mean_gap(own[0]) if len(own) == 1 else crossed_mean(shared_questions(own)).interval
-        )
+            gap, p = _over([minus(effects[LORA], each) for each in own])
+            lost, _ = _over([minus(coherence[LORA], coherence[name]) for name in names])
+        effect = mean_gap(own)
         each = sorted(float(np.mean(list(one.values()))) for one in own if one)
         ends = (each[0], each[-1]) if len(each) > 1 else (None, None)
         found.append(Overall(split, method, effect, gap, lost, p, None, len(own), *ends))
@@ -229,7 +224,7 @@ def _overall(
 
 
 def _by_question(
-    levels: Sequence[Mapping[str, Any]],
+    levels: Sequence[Row],
     traits: Mapping[Place, Scores],
     coherences: Mapping[Place, Scores],
 ) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
@@ -253,7 +248,7 @@ def pooled(runs: Sequence[Run]) -> list[Pooled]:
             traits = _by_place(part, run.record["config"]["trait"])
             measured = _by_question(run.read("levels"), traits, _by_place(part, COHERENCE))
             for what, by_method in zip((EFFECT, COHERENCE), measured, strict=True):
-                gap = _minus(by_method[LORA], by_method[ACTIVATION])
+                gap = minus(by_method[LORA], by_method[ACTIVATION])
                 gaps.setdefault((row["split"], what), []).extend(gap.values())
     tested = {place: _tested(dict(enumerate(each))) for place, each in gaps.items()}
     adjusted = holm([p for _, p in tested.values()])
@@ -273,9 +268,8 @@ def effects_of(run: Run, *, by: str = "verdicts") -> dict[tuple[str, str], Mappi
         part = Run(run.folder / row["split"])
         traits = _by_place(part, run.record["config"]["trait"], by)
         effects = {m: _effects(own, traits) for m, own in _by_method(run.read("levels")).items()}
-        for names in _together(list(effects), method_of):
-            own = [effects[name] for name in names]
-            found[row["split"], method_of(names[0])] = _mean_over(own)
+        for method, names in grouped(effects, method_of).items():
+            found[row["split"], method] = _mean_over([effects[name] for name in names])
     return found
 
 
@@ -283,21 +277,13 @@ def effect_gaps(run: Run) -> dict[str, Mapping[int, float]]:
     """Return the diff's effect minus that of each other method by question, by split and method."""
     effects = effects_of(run)
     return {
-        f"{split}: {method}": _minus(effects[split, LORA], effect)
+        f"{split}: {method}": minus(effects[split, LORA], effect)
         for (split, method), effect in effects.items()
         if method != LORA
     }
 
 
-def _together(items: Sequence[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Return items of one key together, in the order of their first."""
-    found: dict[Hashable, list[T]] = {}
-    for each in items:
-        found.setdefault(key(each), []).append(each)
-    return list(found.values())
-
-
-def _average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def _average(rows: Sequence[Row], name: str) -> float | None:
     """Return the mean of a measure; None where it was not measured."""
     found = [row.get(name) for row in rows]
     known = [each for each in found if each is not None]
@@ -306,22 +292,14 @@ def _average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 def _over(gaps: Sequence[Mapping[int, float]]) -> tuple[Interval | None, float | None]:
     """Return a mean difference and its p: over questions, and over draws if there are several."""
-    if len(gaps) == 1:
-        return _tested(gaps[0])
-    found = crossed_mean(shared_questions(gaps))
-    return found.interval, found.p
+    return _tested(gaps[0]) if len(gaps) == 1 else crossed_mean(shared_questions(gaps))
 
 
-def _by_method(
-    levels: Sequence[Mapping[str, Any]],
-) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in levels:
-        found.setdefault(row["method"], []).append(row)
-    return found
+def _by_method(levels: Sequence[Row]) -> dict[str, list[Row]]:
+    return grouped(levels, lambda row: row["method"])
 
 
-def _effects(rows: Sequence[Mapping[str, Any]], traits: Mapping[Place, Scores]) -> dict[int, float]:
+def _effects(rows: Sequence[Row], traits: Mapping[Place, Scores]) -> dict[int, float]:
     """Return a method's mean effect over its levels, by question."""
     plain = traits["none", None]
     return _mean_over(
@@ -334,30 +312,17 @@ def _mean_over(each: Sequence[Mapping[int, float]]) -> dict[int, float]:
     return {item: float(np.mean([one[item] for one in each])) for item in sorted(common)}
 
 
-def _sign(row: Mapping[str, Any]) -> float:
+def _sign(row: Row) -> float:
     return math.copysign(1.0, row["coefficient"])
 
 
 def _gaps(first: Scores, second: Scores, sign: float) -> dict[int, float]:
-    gaps = _minus(_means(first), _means(second))
-    return {item: sign * gap for item, gap in gaps.items()}
-
-
-def _minus(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
-    return {item: first[item] - second[item] for item in sorted(set(first) & set(second))}
+    return {item: sign * gap for item, gap in minus(_means(first), _means(second)).items()}
 
 
 def _means(scores: Scores) -> dict[int, float]:
-    known = {item: [s for s in each if s is not None] for item, each in scores.items()}
+    known = {item: [s for s in scores[item] if s is not None] for item in sorted(scores)}
     return {item: float(np.mean(each)) for item, each in known.items() if each}
-
-
-def _mean(scores: Scores) -> Interval:
-    return bootstrap_mean(scores, scale=SCORES)
-
-
-def _mean_gap(gaps: Mapping[int, float]) -> Interval:
-    return bootstrap_mean({item: [gap] for item, gap in gaps.items()})
 
 
 def _tested(gaps: Mapping[int, float]) -> tuple[Interval | None, float | None]:

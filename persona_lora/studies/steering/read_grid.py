@@ -16,18 +16,15 @@ import numpy as np
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.runs import Run
 from persona_lora.report.conditions import (
-    LONG_COLUMNS,
     ConditionSummary,
     Controls,
-    as_second,
     condition_rows,
     difference_rows,
     group_by_condition,
     interval_cells,
-    overall_difference,
+    overall_gaps,
     summarise_conditions,
 )
 from persona_lora.report.curve import PairedDifference, TraitCurve, corrected
@@ -42,7 +39,6 @@ from persona_lora.report.resampling import (
 )
 from persona_lora.report.scores import (
     CONTROL,
-    SECOND,
     UNSTEERED_CONDITION,
     Cluster,
     Condition,
@@ -51,11 +47,12 @@ from persona_lora.report.scores import (
     clusters,
     condition_of,
     judges_of,
+    minus,
     question_means,
     score_answers,
     steered_series,
 )
-from persona_lora.report.summary import coherence_floor, trait_of
+from persona_lora.report.summary import coherence_floor, trait_of, write_both
 
 RULE = (
     "the layer with the largest paired gain in the expected direction, "
@@ -227,17 +224,8 @@ def summarise_grid(
 
 
 def write_grid(run: Run) -> GridSummary:
-    """Summarise a run and write ``grid.json`` and ``grid.csv`` (long format) into it.
-
-    What a second judge says of the trait stands in ``grid.csv`` as well.
-    """
-    grid = grid_of(run)
-    write_json(run.folder / "grid.json", grid.as_dict())
-    rows = long_rows(grid)
-    if run.read(SECOND):
-        rows += as_second(long_rows(grid_of(run, by=SECOND)))
-    write_csv(run.folder / "grid.csv", LONG_COLUMNS, rows)
-    return grid
+    """Summarise a run and write ``grid.json`` and ``grid.csv`` into it."""
+    return write_both(run, "grid", grid_of, long_rows)
 
 
 def grid_of(run: Run, *, seed: int = 0, by: str = "verdicts") -> GridSummary:
@@ -313,7 +301,12 @@ def _summarise_layers(
 ) -> tuple[LayerSummary, ...]:
     beside = {each: control.at_layer(each) for each in layers}
     controlled = [each for each in layers if beside[each].curves]
-    over = [overall_difference(curve.at_layer(each), beside[each]) for each in controlled]
+    over = [
+        beside[each].tested(
+            [overall_gaps(curve.at_layer(each), one) for one in beside[each].curves]
+        )
+        for each in controlled
+    ]
     over_control = dict(zip(controlled, corrected(over), strict=True))
     summaries = []
     for layer in layers:
@@ -415,11 +408,7 @@ def _question_gains(
 ) -> dict[int, float]:
     """Return sign(c) · (steered − unsteered) of every question scored under both."""
     sign = 1.0 if (cell.coefficient or 0.0) > 0 else -1.0
-    steered = question_means(scores)
-    return {
-        question: sign * (steered[question] - zero[question])
-        for question in steered.keys() & zero.keys()
-    }
+    return {at: sign * gap for at, gap in minus(question_means(scores), zero).items()}
 
 
 def _weighted_means(

@@ -10,6 +10,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.report import wording
+from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Block, Content, Facts, Fold, Image, ReportOptions, Table
 from persona_lora.studies.vectors.figure import (
     render_cosines,
@@ -30,9 +31,7 @@ def extract_content(run: Run, options: ReportOptions) -> Content:
     middle = first.layers[len(first.layers) * 2 // 3]
     config = run.record["config"]
     title = f"{wording.title_of(str(config.get('variant') or config['trait']))}: steering vectors"
-    blocks: list[Block] = [
-        Image.of(render_vectors_over_layers(vectors), f"{title} over layers"),
-    ]
+    blocks: list[Block] = [Image.of(render_vectors_over_layers(vectors), f"{title} over layers")]
     if len(vectors) > 1:
         blocks.append(Image.of(render_cosines(vectors, middle), f"{title}: cosines", "small"))
     table = Table(
@@ -90,9 +89,7 @@ def _vector_row(name: str, vector: SteeringVector, layer: int) -> tuple[str, ...
 
 
 def _projection_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], ...]:
-    groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["vector"], row["layer"], row["type"]), []).append(row)
+    groups = grouped(rows, lambda row: (row["vector"], row["layer"], row["type"]))
     table = []
     for (vector, layer, position), own in groups.items():
         values = [row["projection"] for row in own]
@@ -140,9 +137,7 @@ def norms_table(vectors: Mapping[str, SteeringVector]) -> Table:
 
 def projections_table(run: Run) -> Table:
     """Return the mean projection of the texts on every vector at every layer."""
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in run.read("projections"):
-        groups.setdefault((row["vector"], row["layer"]), []).append(row)
+    groups = grouped(run.read("projections"), lambda row: (row["vector"], row["layer"]))
     rows = []
     for (name, layer), own in groups.items():
         values = [row["projection"] for row in own]
