@@ -20,7 +20,7 @@ from persona_lora.cli.option_groups import with_groups
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.judges.rating import AnswerFile, RatingSheet
+from persona_lora.judges.labels import AnswerFile, RatingSheet
 from persona_lora.models import hardware, loading
 from persona_lora.models.load_options import LoadOptions
 

@@ -537,7 +537,7 @@ COMMANDS = {
             "max_waiting": flag(38),
             "grace": flag(3.7),
         },
-        {f"{X}cli.server_commands:listening": contextlib.nullcontext(PLACE)},
+        {f"{X}cli.serving_commands:listening": contextlib.nullcontext(PLACE)},
     ),
     "persona build": Command(
         ("--id", "anna"),

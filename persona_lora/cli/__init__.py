@@ -7,11 +7,9 @@ from persona_lora.cli import (  # noqa: F401  (each makes its commands known)
     comparison_commands,
     data_commands,
     drift_commands,
-    engine_commands,
     judge_commands,
     persona_commands,
     protocol_commands,
-    server_commands,
     serving_commands,
     steering_commands,
 )

@@ -185,7 +185,7 @@ def compare(
 
 def _show_compared(run: Run, found: Comparison, more: Sequence[Path]) -> None:
     """Write the report of a comparison, with what was measured beside it, and say what it holds."""
-    from persona_lora.report.standing import standing
+    from persona_lora.report.trust import standing
     from persona_lora.studies.report_page import write_report
     from persona_lora.studies.steering import read
 

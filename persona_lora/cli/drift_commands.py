@@ -406,7 +406,7 @@ def predict_finetuning(
     --traits evil,sycophancy --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
     from persona_lora.judges.choice import judge_inputs
-    from persona_lora.report.standing import standing
+    from persona_lora.report.trust import standing
     from persona_lora.studies.drift import prediction
     from persona_lora.studies.drift.read_prediction import (
         prediction_lines,

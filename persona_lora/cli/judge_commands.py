@@ -39,7 +39,7 @@ def score(
     """
     from persona_lora.judges.choice import check_judge, make_judge
     from persona_lora.judges.fitness import validate_judge
-    from persona_lora.judges.rating import AnswerFile, check_output, score_file
+    from persona_lora.judges.labels import AnswerFile, check_output, score_file
     from persona_lora.report.wording import number
 
     answers = AnswerFile.read(file)
@@ -75,7 +75,7 @@ def rate(
 
     Example: persona-lora judge rate --trait sycophancy --file answers.jsonl --rater ada
     """
-    from persona_lora.judges.rating import AnswerFile, RatingSheet, read_rating
+    from persona_lora.judges.labels import AnswerFile, RatingSheet, read_rating
 
     loaded, answers = trait.load(), AnswerFile.read(file)
     sheet = RatingSheet(answers, file.with_suffix(f".{rater}.jsonl"))
@@ -123,9 +123,8 @@ def fit(
     from persona_lora.judges.answer_states import Reader
     from persona_lora.judges.choice import reading_model
     from persona_lora.judges.fitness import rater_agreement
-    from persona_lora.judges.labels import SCALES, load_ratings
+    from persona_lora.judges.labels import SCALES, AnswerFile, RatingSheet, load_ratings, rated_rows
     from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence
-    from persona_lora.judges.rating import AnswerFile, RatingSheet, rated_rows
     from persona_lora.report.wording import number
 
     loaded, answers = trait.load(), AnswerFile.read(file)

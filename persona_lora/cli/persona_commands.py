@@ -219,7 +219,7 @@ def _show_search(
     from persona_lora.core.runs import Run
     from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
-    from persona_lora.report.standing import standing
+    from persona_lora.report.trust import standing
     from persona_lora.studies.personas.read_fits import (
         agreement_line,
         condition_fits,

@@ -1,9 +1,11 @@
-"""Commands that take a mix of diffs to people and to other tools: export, playground."""
+"""Commands that take diffs to people and to other tools: export, basis, playground, servers."""
 
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import socket
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ import typer
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.drift_commands import Weighing
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import MODELS, SERVE, command
+from persona_lora.cli.program import MODELS, SERVE, command, engine_app, environment
 from persona_lora.cli.shared_options import (
     DatasetsDir,
     DirectionsDir,
@@ -281,3 +283,104 @@ def check_address(host: str, port: int) -> None:
             "the page's own address would be reached through the environment's proxy; set "
             f"NO_PROXY={own} (beside what it holds) and give the same command again"
         )
+
+
+# -- a server of mixes ------------------------------------------------------------------------
+
+INSTALL_SERVER = 'pip install "persona-lora[serve]"'
+KEY = "PERSONA_LORA_API_KEY"
+
+
+@dataclass(frozen=True)
+class ServerOptions(Mixed):
+    """What is served where, to how many at once."""
+
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for any.")] = 8000
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers that run at once.")] = 16
+    max_waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; then 429.")] = 64
+    grace: Annotated[float, "Seconds that running answers get when it is stopped."] = 20.0
+
+    def check(self, key: str | None) -> None:
+        """UserError for an address that others reach without a key, and a negative grace."""
+        if self.grace < 0:
+            raise UserError(f"--grace must be 0 or more seconds, got {self.grace:g}")
+        try:
+            alone = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            alone = False
+        if not (alone or key):
+            raise UserError(
+                f"--host {self.host} lets other machines in; set {KEY} in the environment or .env "
+                "first, or leave --host out"
+            )
+
+
+@command("serve", SERVE)
+def serve(*, served: ServerOptions, model: ModelOptions) -> None:
+    """Serve mixes to any OpenAI client; the model's name is the mix. Needs the extra "serve".
+
+    base, base+0.8*formality-0.05nat*evil (calibrate), or a saved mix; different ones run in one
+    batch. The key, if any, is PERSONA_LORA_API_KEY of the environment or .env; other machines are
+    let in with one.
+
+    Example: persona-lora serve --traits evil,sycophancy,formality --dtype float32
+    """
+    try:
+        from persona_lora.serving.server import Server, Service
+    except ImportError as error:
+        raise UserError(
+            f"the server's libraries are not installed; run: {INSTALL_SERVER}"
+        ) from error
+    from persona_lora.serving.batching import Batch
+    from persona_lora.serving.mixes import Personas
+
+    key = environment().get(KEY)
+    served.check(key)
+    diffs = served.load()
+    with listening(served.host, served.port) as place:
+        chat_model = load_model(model, diffs.values(), allow_other_base=served.allow_other_base)
+        batch = Batch(
+            chat_model, diffs, max_batch=served.max_batch, most_waiting=served.max_waiting
+        )
+        personas = Personas(batch.traits, served.mixes, served.of_nats(diffs))
+        host, port = place.getsockname()[:2]
+        show(f"http://{host}:{port}/v1 answers as {', '.join(personas.names())} (Ctrl+C ends it)")
+        Server(Service(batch, personas, key), served.grace).answer(place)
+
+
+# -- servers that answer in place of the model in this process --------------------------------
+
+
+@dataclass(frozen=True)
+class EngineServer:
+    """What the server holds, and where it runs."""
+
+    basis: Annotated[
+        Path | None, "The folder that basis wrote; without it the model answers unsteered."
+    ] = None
+    tensor_parallel: Annotated[int, "GPUs that share one copy of the model."] = 1
+    cpu: Annotated[bool, "Without a GPU."] = False
+    dtype: Annotated[str | None, "float32 or bfloat16; float32 with --cpu by default."] = None
+    host: Annotated[str, "The address to serve at; 0.0.0.0 lets other machines in."] = "127.0.0.1"
+    port: Annotated[int, "Its port."] = 8000
+
+
+@command("command", SERVE, ("engine", engine_app))
+def engine_command(*, server: EngineServer, model: StoredModelOptions) -> None:
+    """Print the line that starts a vLLM server for --engine, where vLLM and persona_vllm are.
+
+    Example: persona-lora engine command --basis basis --model Qwen/Qwen2.5-7B-Instruct
+    """
+    from persona_lora.engines.vllm_server import BasisFolder, Machine, server_command
+    from persona_lora.models.loading import model_source
+
+    if server.tensor_parallel < 1 or not 1 <= server.port <= 65535:
+        raise UserError(
+            "--tensor-parallel must be at least 1 and --port from 1 to 65535, got "
+            f"{server.tensor_parallel} and {server.port}"
+        )
+    basis = None if server.basis is None else BasisFolder.read(server.basis)
+    machine = Machine(server.tensor_parallel, server.cpu, server.dtype, server.host, server.port)
+    source = model_source(model.model, model.revision)
+    place = str(Path(source).resolve()) if Path(source).is_dir() else source
+    sys.stdout.write(server_command(place, model.revision, basis, machine) + "\n")

@@ -174,7 +174,7 @@ def evaluate(
     --coefficient 1.0 --output results/sycophancy_1.0.csv
     """
     from persona_lora.core.runs import Run
-    from persona_lora.report.standing import standing
+    from persona_lora.report.trust import standing
     from persona_lora.studies.asking import run as evaluation
 
     loaded, prompt = trait.load(), _prompt(steering)
@@ -474,7 +474,7 @@ def sweep(
 
 def _show_swept(result: SweepResult) -> None:
     from persona_lora.core.runs import Run
-    from persona_lora.report.standing import standing
+    from persona_lora.report.trust import standing
     from persona_lora.studies.steering.read import summary_lines, summary_table
 
     run = Run(result.run)

@@ -20,8 +20,7 @@ from persona_lora.core.chat import Conversation, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import GenerationOptions
-from persona_lora.engines.vllm_command import short_digest
-from persona_lora.engines.vllm_server import Holdings, VLLMServer, engine_url
+from persona_lora.engines.vllm_server import Holdings, VLLMServer, engine_url, short_digest
 from persona_lora.judges.endpoint import run_to_end, together
 from persona_lora.judges.retries import Fault, passes
 from persona_lora.models.generation import Generated, RowPlan, ending_tokens, read_answer, row_seed

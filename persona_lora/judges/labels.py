@@ -1,20 +1,27 @@
 """Answers that models really gave, rated blind twice: what a judge is fitted to and checked on.
 
+How people rate a file of answers, and two sheets of theirs become those rows, stands below.
+
 A trait's ``onpolicy.jsonl`` holds one answer a row: {"question", "answer", "model", "condition",
 "part", "trait": [a, b], "sense": [a, b]}. Both scales are 0–100, a and b are of two passes that did
 not see each other. A judge may be fitted to the part "tuning" alone; "validation" is for telling
-how good it is. Refuses to know judges, and who rated.
+how good it is. Refuses to know how a judge scores, and who rated.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from persona_lora.core.chat import Exchange
+from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl
+from persona_lora.core.files import append_jsonl, read_csv, read_jsonl, write_csv, write_jsonl
 from persona_lora.core.traits import ON_POLICY, Trait
+from persona_lora.judges.judging import Judge
 
 Part = Literal["tuning", "validation"]
 Scale = Literal["trait", "sense"]
@@ -96,3 +103,151 @@ def _passes(value: Any, where: str) -> tuple[float, float]:
 
 def _is_rating(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 100
+
+
+# -- rating -----------------------------------------------------------------------------------
+
+UNKNOWN = "unknown"
+TUNING_SHARE = 1 / 3  # of the questions
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """The rows of a file of answers, as they stand there."""
+
+    path: Path
+    rows: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def read(cls, path: Path) -> AnswerFile:
+        """Read a .jsonl or .csv file; UserError naming the row that lacks a question or answer."""
+        if path.suffix not in (".jsonl", ".csv"):
+            raise UserError(f"{path} is neither .jsonl nor .csv; those two are read")
+        csv = path.suffix == ".csv"
+        rows: list[Any] = read_csv(path, ("question", "answer")) if csv else read_jsonl(path)
+        for number, row in enumerate(rows, start=1):
+            for name in ("question", "answer"):
+                if not isinstance(row.get(name), str):
+                    raise UserError(f"{path}: row {number} has no text {name!r}")
+        if not rows:
+            raise UserError(f"{path} holds no rows; expected answers with their questions")
+        return cls(path, tuple(rows))
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The questions and answers."""
+        return [Exchange(row["question"], row["answer"]) for row in self.rows]
+
+    def text(self, row: int) -> str:
+        """Return the digest of a row's question and answer."""
+        return digest_of([self.rows[row]["question"], self.rows[row]["answer"]])[:16]
+
+
+def score_file(judge: Judge, trait: str, answers: AnswerFile, output: Path) -> dict[str, Any]:
+    """Judge answers on the trait and on coherence, and write their rows with both scores.
+
+    The columns are named after the trait and ``coherence``; an empty cell is an unscored answer.
+    Returns the scores by criterion. Raises UserError for a column of that name, or another suffix.
+    """
+    taken = [name for name in (trait, COHERENCE) if name in answers.rows[0]]
+    if taken:
+        raise UserError(f"{answers.path} has a column {taken[0]!r} already; rename or drop it")
+    scores = {
+        criterion: [each.score for each in judge.judge(answers.exchanges, criterion)]
+        for criterion in (trait, COHERENCE)
+    }
+    rows = [
+        {**row, **{name: each[at] for name, each in scores.items()}}
+        for at, row in enumerate(answers.rows)
+    ]
+    check_output(output)
+    if output.suffix == ".csv":
+        write_csv(output, list(rows[0]), rows)
+    else:
+        write_jsonl(output, rows)
+    return scores
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError for a file of scores that ends neither in .jsonl nor in .csv."""
+    if output.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"output must end in .jsonl or .csv, got {output}")
+
+
+@dataclass(frozen=True)
+class RatingSheet:
+    """The ratings of one rater, answer by answer in an order of the rater's own; resumable."""
+
+    answers: AnswerFile
+    path: Path
+
+    def ratings(self) -> dict[int, tuple[float, float]]:
+        """Return trait and sense by row; UserError for ratings of other answers, or that are none.
+
+        Where an answer was rated twice, the last rating counts.
+        """
+        found: dict[int, tuple[float, float]] = {}
+        texts = {at + 1: self.answers.text(at) for at in range(len(self.answers.rows))}
+        for line, given in enumerate(read_jsonl(self.path) if self.path.is_file() else [], start=1):
+            row = given.get("row")
+            if row not in texts or given.get("text") != texts[row]:
+                raise UserError(
+                    f"{self.path}:{line} rates no answer of {self.answers.path}; the answers have "
+                    "changed, or the ratings are of another file"
+                )
+            found[row - 1] = read_rating(given.get("trait")), read_rating(given.get("sense"))
+        return found
+
+    def remaining(self) -> list[int]:
+        """Return the rows that are not rated yet, shuffled by the name of the rater's file."""
+        rated = self.ratings()
+        order = list(range(len(self.answers.rows)))
+        random.Random(self.path.name).shuffle(order)
+        return [row for row in order if row not in rated]
+
+    def add(self, row: int, trait: float, sense: float) -> None:
+        """Keep one answer's ratings."""
+        text = self.answers.text(row)
+        append_jsonl(self.path, [{"row": row + 1, "text": text, "trait": trait, "sense": sense}])
+
+
+def read_rating(value: Any) -> float:
+    """Return a rating as a number of 0–100; UserError for any other value."""
+    try:
+        rating = float(value)
+    except (TypeError, ValueError):
+        rating = float("nan")
+    if isinstance(value, bool) or not 0 <= rating <= 100:
+        raise UserError(f"a rating is a number from 0 to 100, got {value!r}")
+    return rating
+
+
+def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
+    """Join two raters' sheets into the rows of ``onpolicy.jsonl``.
+
+    A third of the questions, the same ones each time, is for tuning. Answers that one of the two
+    has not rated are left out. Raises UserError for other than two sheets, and where none is left.
+    """
+    if len(sheets) != 2:
+        raise UserError(
+            f"got {len(sheets)} files of ratings; a judge is fitted to two passes that did not see "
+            "each other: rate once more under another --rater"
+        )
+    first, second = (sheet.ratings() for sheet in sheets)
+    answers = sheets[0].answers
+    both = [row for row in range(len(answers.rows)) if row in first and row in second]
+    if not both:
+        raise UserError(f"no answer of {answers.path} is rated in both files; rate some first")
+    questions = sorted({answers.rows[row]["question"] for row in both}, key=digest_of)
+    tuning = set(questions[: round(TUNING_SHARE * len(questions))])
+    return [
+        {
+            "question": answers.rows[row]["question"],
+            "answer": answers.rows[row]["answer"],
+            "model": answers.rows[row].get("model") or UNKNOWN,
+            "condition": answers.rows[row].get("condition") or UNKNOWN,
+            "part": "tuning" if answers.rows[row]["question"] in tuning else "validation",
+            **{scale: [first[row][at], second[row][at]] for at, scale in enumerate(SCALES)},
+        }
+        for row in both
+    ]

@@ -41,7 +41,7 @@ from persona_lora.judges.style_judge import (
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.profiles.judge_prompt import checked_judge_prompt, fill_judge_prompt
-from persona_lora.report.separation import auc_of
+from persona_lora.report.resampling import auc_of
 
 Read = Callable[[Sequence[str]], Mapping[str, Reading]]
 

@@ -26,7 +26,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.profiles.features import extract_features, words_of
-from persona_lora.report.separation import auc_of
+from persona_lora.report.resampling import auc_of
 
 PERSONA_FIT = "persona_fit"
 LOWEST, HIGHEST = 1.0, 5.0

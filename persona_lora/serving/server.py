@@ -20,12 +20,10 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from persona_lora.core.errors import UserError
-from persona_lora.serving.answers import Answer, Logprobs
 from persona_lora.serving.batching import Batch, Busy, Row
 from persona_lora.serving.mixes import Personas
-from persona_lora.serving.refusals import Refusal, refusal_of
-from persona_lora.serving.reply import Choice, Reply
-from persona_lora.serving.schemas import Asked, AskedChat, AskedText
+from persona_lora.serving.reply import Answer, Choice, Logprobs, Reply
+from persona_lora.serving.schemas import Asked, AskedChat, AskedText, Refusal, refusal_of
 
 LARGEST_BODY = 4_000_000  # bytes
 USUAL_LENGTH = 512  # tokens of a chat's answer that asks for no number

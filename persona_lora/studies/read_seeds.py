@@ -31,8 +31,8 @@ from persona_lora.report.scores import (
     score_answers,
 )
 from persona_lora.report.sections import Block, Heading, Note, Table
-from persona_lora.report.standing import standing
 from persona_lora.report.summary import trait_of
+from persona_lora.report.trust import standing
 from persona_lora.report.two_judges import (
     Beside,
     Pair,

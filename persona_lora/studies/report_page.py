@@ -27,9 +27,8 @@ from persona_lora.report.sections import (
     provenance,
     text_of,
 )
-from persona_lora.report.standing import standing
 from persona_lora.report.summary import SweepSummary
-from persona_lora.report.trust import weak_judges
+from persona_lora.report.trust import standing, weak_judges
 from persona_lora.studies.drift.figure import render_cross_persona
 from persona_lora.studies.drift.read import cross_persona
 from persona_lora.studies.drift.read_section import checkpoints_content, diagnosis_content

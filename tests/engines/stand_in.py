@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.engines.vllm_command import MIX, ServedBasis, short_digest
+from persona_lora.engines.vllm_server import MIX, ServedBasis, short_digest
 from persona_lora.models.loading import ChatModel
 from persona_lora.steering.live import LiveLoRA
 

@@ -26,7 +26,7 @@ from persona_lora.core.options import GenerationOptions
 from persona_lora.core.shared_basis import on_one_basis
 from persona_lora.engines import remote
 from persona_lora.engines.remote import open_engine
-from persona_lora.engines.vllm_command import BasisFolder, Machine, server_command
+from persona_lora.engines.vllm_server import BasisFolder, Machine, server_command
 from persona_lora.models.generation import RowPlan
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import weight_fingerprint

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from persona_lora import cli
 from persona_lora.core.errors import UserError
 from persona_lora.core.shared_basis import on_one_basis
-from persona_lora.engines.vllm_command import BasisFolder, ServedBasis
+from persona_lora.engines.vllm_server import BasisFolder, ServedBasis
 from tests.conftest import random_diff
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
-from persona_lora.judges.rating import AnswerFile, RatingSheet, rated_rows, score_file
+from persona_lora.judges.labels import AnswerFile, RatingSheet, rated_rows, score_file
 
 ROWS = [
     {"question": f"Question {at // 2}?", "answer": f"Answer {at}.", "model": "m", "condition": "c"}

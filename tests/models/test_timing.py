@@ -6,13 +6,13 @@ from itertools import count
 from types import SimpleNamespace
 
 from persona_lora.models.decoding import Decoding
-from persona_lora.models.timing import timed_generation
+from persona_lora.studies.steering.latency import timed_generation
 
 
 def test_the_first_token_is_a_part_of_the_whole(chat_model, monkeypatch):
     """A clock that goes on by one at each look: at the start, the first token, the end."""
     clock = SimpleNamespace(perf_counter=map(float, count()).__next__)
-    monkeypatch.setattr("persona_lora.models.timing.time", clock)
+    monkeypatch.setattr("persona_lora.studies.steering.latency.time", clock)
     first, tokens = timed_generation(chat_model, ["Hi.", "A longer one?"], 4)
     assert first == 1.0
     assert tokens == 2 * 3 / 1.0  # two rows, three tokens after the first

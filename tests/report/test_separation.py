@@ -8,7 +8,7 @@ from scipy.stats import norm, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from persona_lora.core.errors import UserError
-from persona_lora.report.separation import auc_bounds, auc_of, separation
+from persona_lora.report.resampling import auc_bounds, auc_of, separation
 
 LABELS = [0, 0, 25, 25, 50, 50, 75, 75, 100, 100]
 

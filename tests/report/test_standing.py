@@ -5,7 +5,7 @@ import yaml
 
 from persona_lora.core.protocol import Design, FrozenProtocol
 from persona_lora.core.runs import Output, Run
-from persona_lora.report.standing import standing
+from persona_lora.report.trust import standing
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import text_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.serving import server as serving
-from persona_lora.serving.answers import Answer
 from persona_lora.serving.batching import Batch, Token
 from persona_lora.serving.mixes import Personas
+from persona_lora.serving.reply import Answer
 from persona_lora.serving.server import Server, Service, build_app
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.capability import _local_task

@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from persona_lora.core import progress
+from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import TimingOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
+from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.timing import timed_generation, wait_for_device
 from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.steering.bank import METHODS, ActivationSetting, Bank
 from persona_lora.steering.steerer import Steerer, Unsteered
@@ -171,3 +173,42 @@ def _steered(
         setting = ActivationSetting({bank.vectors[ACTIVATION]: coefficients["activation"]})
         return setting.steerer(chat_model)
     return Unsteered()
+
+
+# -- one generation ---------------------------------------------------------------------------
+
+
+def timed_generation(
+    chat_model: ChatModel, prompts: Sequence[str], new_tokens: int, *, system: str | None = None
+) -> tuple[float, float]:
+    """Answer all prompts as one batch, greedily and with exactly ``new_tokens`` tokens each.
+
+    Returns the seconds to the first token, and the tokens per second (of the batch) after it.
+    """
+    times: list[float] = []
+
+    def note() -> None:
+        if len(times) < 2:
+            wait_for_device()
+            times.append(time.perf_counter())
+
+    wait_for_device()
+    times.append(time.perf_counter())
+    with progress.silent():
+        generate_answers(
+            chat_model,
+            [user_question(prompt, system) for prompt in prompts],
+            max_new_tokens=new_tokens,
+            batch_size=len(prompts),
+            plan=RowPlan(on_step=note, endless=True),
+        )
+    wait_for_device()
+    end = time.perf_counter()
+    start, first = times
+    return first - start, len(prompts) * (new_tokens - 1) / (end - first)
+
+
+def wait_for_device() -> None:
+    """Wait until a GPU has done what it was asked for; a CPU has."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -37,8 +37,8 @@ from persona_lora.models.likelihood import (
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import Along
 from persona_lora.report import wording
+from persona_lora.report.resampling import separation
 from persona_lora.report.sections import Table
-from persona_lora.report.separation import separation
 from persona_lora.studies.asking.run import contents_of, open_run
 
 COLUMNS = (
