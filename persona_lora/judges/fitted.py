@@ -30,10 +30,9 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.files import atomic_path
 from persona_lora.core.tensor_files import opened
 from persona_lora.core.traits import ON_POLICY, Trait, load_trait
-from persona_lora.judges.familiarity import Familiarity, fit_familiarity
 from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
 from persona_lora.judges.nonsense import nonsense_rows
-from persona_lora.judges.probe import Probe, check_enough, fit_probe
+from persona_lora.judges.probe import Familiarity, Probe, check_enough, fit_familiarity, fit_probe
 
 logger = logging.getLogger(__name__)
 

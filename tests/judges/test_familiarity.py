@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from persona_lora.judges.familiarity import fit_familiarity
+from persona_lora.judges.probe import fit_familiarity
 
 
 @pytest.fixture

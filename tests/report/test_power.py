@@ -7,9 +7,16 @@ import pytest
 from scipy.stats import norm
 
 from persona_lora.core.errors import UserError
-from persona_lora.report.power import Pilot, Planned, cheapest, plan_finetunes, plan_power, power_of
 from persona_lora.report.resampling import sign_flip_p, sign_flip_ps
-from persona_lora.report.two_way import crossed_ps
+from persona_lora.report.two_way import (
+    Pilot,
+    Planned,
+    cheapest,
+    crossed_ps,
+    plan_finetunes,
+    plan_power,
+    power_of,
+)
 from tests.report.test_two_way import planted
 
 QUESTIONS = (8, 12, 16, 24, 32, 48)
