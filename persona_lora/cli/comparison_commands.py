@@ -307,12 +307,7 @@ def paired(
     Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
     """
     from persona_lora.core.runs import Run
-    from persona_lora.report.comparisons import (
-        RUN_COLUMNS,
-        compare_runs,
-        run_table,
-        write_found,
-    )
+    from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs, run_table, write_found
 
     # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
     given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]

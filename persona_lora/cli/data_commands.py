@@ -30,8 +30,7 @@ class WriterOptions(LoadOptions):
     """The language model that writes: behind an endpoint, or in this process."""
 
     endpoint: Annotated[
-        str | None,
-        "Base URL of an OpenAI-compatible endpoint; OPENAI_BASE_URL by default.",
+        str | None, "Base URL of an OpenAI-compatible endpoint; OPENAI_BASE_URL by default."
     ] = None
     model: Annotated[str | None, "The endpoint's model, or the local one."] = None
     local: Annotated[bool, "Write with a model in this process instead of an endpoint."] = False

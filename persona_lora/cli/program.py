@@ -264,10 +264,7 @@ def _say(ending: Ending, *, mistake: bool = False) -> None:
     """Say it and leave; a mistake that all of several launched processes make is said once."""
     if not (mistake and os.environ.get("RANK", "0") != "0"):
         Console(stderr=True, highlight=False).print(
-            "error: " + " ".join(ending.message.split()),
-            style="red",
-            markup=False,
-            soft_wrap=True,
+            "error: " + " ".join(ending.message.split()), style="red", markup=False, soft_wrap=True
         )
     sys.exit(ending.status)
 

@@ -66,9 +66,7 @@ class Frozen:
 
 @command("preregister", COMPARE)
 def preregister(
-    *,
-    frozen: Frozen,
-    output: Annotated[Path, "The YAML file to write."] = Path("protocol.yaml"),
+    *, frozen: Frozen, output: Annotated[Path, "The YAML file to write."] = Path("protocol.yaml")
 ) -> None:
     """Write down what a run will ask and how it decides, and the hash of that, before it runs.
 

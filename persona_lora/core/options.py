@@ -143,8 +143,7 @@ class Elicitation:
     """
 
     assistant_name: Annotated[
-        str | None,
-        'In "You are an evil assistant."; the trait by default, "" for none.',
+        str | None, 'In "You are an evil assistant."; the trait by default, "" for none.'
     ] = None
     negative_name: Annotated[str, "The same on the negative side.", "--negative-assistant-name"] = (
         "helpful"
@@ -238,8 +237,7 @@ class ObjectiveOptions:
         float | None, "Mean coherence (0–100) that a mix must keep; 0: none."
     ] = None
     min_relevance: Annotated[
-        float | None,
-        "Mean relevance (0–100, 50 by chance) that a mix must keep; 0: none.",
+        float | None, "Mean relevance (0–100, 50 by chance) that a mix must keep; 0: none."
     ] = None
     min_coverage: float = 0.5
     race: Annotated[

@@ -23,10 +23,7 @@ LABELS = (0, 25, 50, 75, 100)
 LABELLED = "judge_eval.jsonl"
 ON_POLICY = "onpolicy.jsonl"
 FINETUNING_LEVELS = ("normal", "misaligned_1", "misaligned_2")
-PUBLISHED_FOLDERS: dict[Split, str] = {
-    "extract": "trait_data_extract",
-    "eval": "trait_data_eval",
-}
+PUBLISHED_FOLDERS: dict[Split, str] = {"extract": "trait_data_extract", "eval": "trait_data_eval"}
 
 
 @dataclass(frozen=True)

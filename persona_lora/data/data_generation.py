@@ -57,10 +57,7 @@ class GeneratedData:
 
 
 def generate_data(
-    trait: Trait,
-    writer: Writer,
-    output: Output | Path,
-    options: DataOptions,
+    trait: Trait, writer: Writer, output: Output | Path, options: DataOptions
 ) -> GeneratedData:
     """Write ``normal``, ``misaligned_1``, ``misaligned_2`` and ``train.jsonl``.
 

@@ -110,9 +110,7 @@ class EndpointWriter:
         return run_to_end(self._write(bodies, on_text))
 
     async def _write(
-        self,
-        bodies: Sequence[dict[str, Any]],
-        on_text: OnText | None,
+        self, bodies: Sequence[dict[str, Any]], on_text: OnText | None
     ) -> list[str | None]:
         slots = asyncio.Semaphore(self.endpoint.concurrency)
         done = 0

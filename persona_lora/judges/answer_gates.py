@@ -73,11 +73,7 @@ def _failure(
     coherence: float | None,
     relevance: float | None,
 ) -> str:
-    taken = {
-        "copy": own,
-        "echo": set(grams_of(exchange.question)),
-        "repeat": again,
-    }
+    taken = {"copy": own, "echo": set(grams_of(exchange.question)), "repeat": again}
     for name, known in taken.items():
         if shared(exchange.answer, known) >= SHARED:
             return name

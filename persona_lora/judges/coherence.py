@@ -123,12 +123,7 @@ class CoherenceScorer:
 
     @classmethod
     def fit(
-        cls,
-        exchanges: Sequence[Exchange],
-        *,
-        mean_logprob: MeanLogprob,
-        judge_name: str,
-        seed: int,
+        cls, exchanges: Sequence[Exchange], *, mean_logprob: MeanLogprob, judge_name: str, seed: int
     ) -> CoherenceScorer:
         """Calibrate on natural exchanges and on shuffled versions of their answers.
 

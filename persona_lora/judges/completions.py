@@ -12,12 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from persona_lora.judges.judge_prompts import (
-    REFUSAL_REASON,
-    Reading,
-    number_reply,
-    weighted_score,
-)
+from persona_lora.judges.judge_prompts import REFUSAL_REASON, Reading, number_reply, weighted_score
 from persona_lora.judges.retries import Fault, Outcome
 
 Mode = Literal["logprobs", "number"]

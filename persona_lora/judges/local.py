@@ -11,11 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Trait
-from persona_lora.judges.judge_prompts import (
-    judge_prompt,
-    shows_whole_numbers,
-    weighted_score,
-)
+from persona_lora.judges.judge_prompts import judge_prompt, shows_whole_numbers, weighted_score
 
 NextTokenLogprobs = Callable[[Sequence[str]], list[Mapping[str, float]]]
 ContinuationLogprobs = Callable[[Sequence[tuple[str, str]]], list[Mapping[str, float]]]
@@ -74,9 +70,7 @@ def _refuse_digits(tokens: Sequence[str], name: str) -> None:
 
 
 def _whole_numbers(
-    prompts: Sequence[str],
-    first: Sequence[Mapping[str, float]],
-    continuation: ContinuationLogprobs,
+    prompts: Sequence[str], first: Sequence[Mapping[str, float]], continuation: ContinuationLogprobs
 ) -> list[Mapping[str, float]]:
     """Return log probabilities of whole numbers (and of other first tokens) from digit steps."""
     numbers = [_digits(each) for each in first]

@@ -105,9 +105,7 @@ class EndpointReader:
         self.limits = limits if limits is not None else Limits()
         self.cache = cache if cache is not None else VerdictCache()
         self.dialect = Dialect(
-            self.name,
-            optional=OPTIONAL[mode],
-            room=REASONING_ROOM if mode == "number" else 0,
+            self.name, optional=OPTIONAL[mode], room=REASONING_ROOM if mode == "number" else 0
         )
         self.series = Series(f"{self.name} at {self.address.base_url}")
         # Where digits are all that is read, a first digit is the whole number.

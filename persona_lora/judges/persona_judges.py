@@ -259,10 +259,7 @@ def make_persona_judge(
 
 
 def check_style_judge(
-    judge: StyleJudge,
-    persona: Persona,
-    personas: Sequence[Persona],
-    fitted_on: ConversationSplit,
+    judge: StyleJudge, persona: Persona, personas: Sequence[Persona], fitted_on: ConversationSplit
 ) -> JudgeCheck:
     """Validate a style judge on the utterances of the other split."""
     unseen: ConversationSplit = "test" if fitted_on == "train" else "train"

@@ -68,12 +68,7 @@ def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
 
 
 def _judge(
-    run: Run,
-    make: Callable[[], Judge],
-    trait: Trait,
-    criteria: Sequence[str],
-    *,
-    file: str = "",
+    run: Run, make: Callable[[], Judge], trait: Trait, criteria: Sequence[str], *, file: str = ""
 ) -> None:
     """Let one judge judge what it has not, into files whose names begin with ``file``."""
     answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))

@@ -17,11 +17,7 @@ from transformers import BitsAndBytesConfig
 from persona_lora.core.errors import UserError
 from persona_lora.models.load_options import LoadOptions
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BF16_UNITS = ("avx512_bf16", "amx_bf16")
 
 
@@ -141,10 +137,7 @@ def weight_arguments(options: LoadOptions) -> dict[str, Any]:
 def shared_arguments(options: LoadOptions) -> dict[str, Any]:
     """Return what the tokenizer and the weights are both asked for with."""
     # False, not None: transformers would ask at the terminal whether to run the code.
-    return {
-        "revision": options.revision or "main",
-        "trust_remote_code": options.trust_remote_code,
-    }
+    return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
 
 
 def _placement(options: LoadOptions) -> str | None:
@@ -187,9 +180,7 @@ def _quantisation(options: LoadOptions, dtype: torch.dtype) -> BitsAndBytesConfi
     if options.quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
 
 

@@ -29,12 +29,7 @@ from persona_lora.models.structure import canonical_name, names_in_memory, unwra
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TIED = "lm_head.weight"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Stored(Protocol):

@@ -25,11 +25,7 @@ from persona_lora.core.files import (
     write_jsonl,
     write_text,
 )
-from persona_lora.core.personas import (
-    PersonaConversation,
-    conversation_rows,
-    read_conversations,
-)
+from persona_lora.core.personas import PersonaConversation, conversation_rows, read_conversations
 from persona_lora.profiles.features import Features, extract_features, words_of
 from persona_lora.profiles.judge_prompt import DEFAULT_TEMPLATE, build_judge_prompt, check_template
 

@@ -374,12 +374,7 @@ def _fits(
         for name, bounds in measures.items()
     ]
     gaps = paired(
-        table,
-        by="condition",
-        value="score",
-        unit=unit,
-        reference=reference,
-        within=[within],
+        table, by="condition", value="score", unit=unit, reference=reference, within=[within]
     )
     fit, coherence, relevance = of
     return corrected(

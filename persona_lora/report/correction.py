@@ -69,11 +69,7 @@ def corrected_mean(
     reach = float(student.ppf((1 + CONFIDENCE) / 2, degrees)) * math.sqrt(variance)
     low, high = (min(100.0, max(0.0, raw + error + side * reach)) for side in (-1, 1))
     return CorrectedMean(
-        raw,
-        min(100.0, max(0.0, raw + error)),
-        low,
-        high,
-        sum(map(len, errors.values())),
+        raw, min(100.0, max(0.0, raw + error)), low, high, sum(map(len, errors.values()))
     )
 
 

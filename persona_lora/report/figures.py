@@ -185,12 +185,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def finish(
-    figure: Figure,
-    panels: Sequence[Panel],
-    *,
-    title: str = "",
-    subtitle: str = "",
-    note: str = "",
+    figure: Figure, panels: Sequence[Panel], *, title: str = "", subtitle: str = "", note: str = ""
 ) -> Picture:
     """Write title and subtitle above and the note below, and return the picture."""
     width, height = figure.get_size_inches()
@@ -210,13 +205,7 @@ def finish(
 
 
 def add_axes(
-    figure: Figure,
-    inches: Inches,
-    *,
-    title: str = "",
-    x: str = "",
-    y: str = "",
-    size: float = 10.5,
+    figure: Figure, inches: Inches, *, title: str = "", x: str = "", y: str = "", size: float = 10.5
 ) -> Axes:
     """Add quiet axes at left, bottom, width and height in inches, with a title and names."""
     width, height = figure.get_size_inches()
@@ -292,10 +281,7 @@ def scatter(axes: Axes, drawn: Sequence[Series], *, marks: float = 7.0) -> Panel
     for each in drawn:
         for x, y, mark in zip(each.x, each.y, each.marks, strict=False):
             axes.annotate(
-                *(mark, (x, y), (4, 3)),
-                textcoords="offset points",
-                fontsize=marks,
-                color=MUTED,
+                *(mark, (x, y), (4, 3)), textcoords="offset points", fontsize=marks, color=MUTED
             )
     return lines(axes, drawn)
 

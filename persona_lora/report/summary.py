@@ -28,12 +28,7 @@ from persona_lora.report.conditions import (
     summarise_conditions,
     summarise_control,
 )
-from persona_lora.report.curve import (
-    CoherentRange,
-    LinearFit,
-    PromptComparison,
-    TraitCurve,
-)
+from persona_lora.report.curve import CoherentRange, LinearFit, PromptComparison, TraitCurve
 from persona_lora.report.resampling import CONFIDENCE, RESAMPLES, Estimate
 from persona_lora.report.scores import (
     CONTROL,
@@ -159,11 +154,7 @@ def summarise_run(run: Run, *, seed: int = 0, by: str = "verdicts") -> SweepSumm
     ``by`` is the file of the verdicts; a second judge's say nothing of coherence.
     """
     return summarise_sweep(
-        run.read("answers"),
-        run.read(by),
-        run.read("divergence"),
-        trait=trait_of(run),
-        seed=seed,
+        run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run), seed=seed
     )
 
 

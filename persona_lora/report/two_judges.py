@@ -19,13 +19,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import gaps_between
 from persona_lora.report.resampling import Estimate, Interval, row_rank_correlation
-from persona_lora.report.scores import (
-    SECOND,
-    Condition,
-    condition_of,
-    judges_of,
-    score_answers,
-)
+from persona_lora.report.scores import SECOND, Condition, condition_of, judges_of, score_answers
 from persona_lora.report.sections import Table
 from persona_lora.report.two_way import mean_gap, mean_over_draws
 

@@ -196,12 +196,7 @@ class ActivationSetting:
                 model, vectors, self.layers, self.positions, allow_other_base=allowed
             )
         return ActivationSteerer(
-            model,
-            vectors,
-            coefficients,
-            self.layers,
-            self.positions,
-            allow_other_base=allowed,
+            model, vectors, coefficients, self.layers, self.positions, allow_other_base=allowed
         )
 
 

@@ -136,11 +136,7 @@ def _folder_of(label: str) -> str:
     return checked_name(name, f"the folder of {label}")
 
 
-def export_merged(
-    terms: Mapping[LoRADiff, float],
-    base: Path,
-    folder: Path,
-) -> Exported:
+def export_merged(terms: Mapping[LoRADiff, float], base: Path, folder: Path) -> Exported:
     """Write the base model with the mix merged, shard by shard, in the base's own types.
 
     Every weight is what ``LoRAMerger`` would write, bit for bit; one shard is in memory at a time.
@@ -209,11 +205,7 @@ def export_gguf_lora(
 
 
 def export_gguf(
-    terms: Mapping[LoRADiff, float],
-    base: Path,
-    path: Path,
-    *,
-    converter: Path | None = None,
+    terms: Mapping[LoRADiff, float], base: Path, path: Path, *, converter: Path | None = None
 ) -> Exported:
     """Write the merged model as GGUF with llama.cpp's own converter, where that is present.
 

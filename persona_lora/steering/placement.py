@@ -49,10 +49,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def check_base_model(
-    model: nn.Module,
-    directions: Iterable[LoRADiff | SteeringVector],
-    *,
-    allow_other_base: bool,
+    model: nn.Module, directions: Iterable[LoRADiff | SteeringVector], *, allow_other_base: bool
 ) -> None:
     """Raise UserError when a diff or a steering vector was made for a model of other weights."""
     if not allow_other_base:

@@ -35,13 +35,7 @@ from persona_lora.training.arguments import (
     TrainingOptions,
     parse_groups,
 )
-from persona_lora.training.examples import (
-    SIGNS,
-    Sign,
-    TokenRow,
-    shared_lengths,
-    tokenize_pairs,
-)
+from persona_lora.training.examples import SIGNS, Sign, TokenRow, shared_lengths, tokenize_pairs
 from persona_lora.training.family import Family, open_family
 from persona_lora.training.lora import LoRAArguments
 from persona_lora.training.runner import (

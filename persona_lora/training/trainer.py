@@ -171,11 +171,7 @@ def make_trainer(
 
 
 def completion_log_probs(
-    model: nn.Module,
-    head: nn.Module,
-    inputs: Mapping[str, Tensor],
-    *,
-    prefix_length: int = 0,
+    model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor], *, prefix_length: int = 0
 ) -> Tensor:
     """Return the log-probability of every completion token of a right-padded batch, flat.
 

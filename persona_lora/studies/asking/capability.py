@@ -132,9 +132,7 @@ def _harness_items(
             own = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             raise UserError(f"no task {name!r}: neither in {folder} ({own}) nor in the harness")
     model = HFLM(
-        pretrained=chat_model.model,
-        tokenizer=chat_model.tokenizer,
-        batch_size=options.batch_size,
+        pretrained=chat_model.model, tokenizer=chat_model.tokenizer, batch_size=options.batch_size
     )
     found = simple_evaluate(
         model=model,

@@ -99,13 +99,7 @@ def open_run(
     }
     config = {**chat_model.record(), **config}
     return Run.open(
-        output,
-        command=command,
-        config=config,
-        seed=seed,
-        inputs=inputs,
-        parts=parts,
-        design=design,
+        output, command=command, config=config, seed=seed, inputs=inputs, parts=parts, design=design
     )
 
 

@@ -82,13 +82,7 @@ from persona_lora.studies.steering.calibration import equal_effect_scales
 logger = logging.getLogger(__name__)
 
 # R1 … R5, in the order that initial weights are given in.
-STYLE_TRAITS = (
-    "self_other_focus",
-    "formality",
-    "intimacy",
-    "narrative_mode",
-    "emotional_tone",
-)
+STYLE_TRAITS = ("self_other_focus", "formality", "intimacy", "narrative_mode", "emotional_tone")
 SCALE_PROMPTS = 8
 NUM_PROMPTS = 15
 
@@ -117,10 +111,7 @@ def scales_of(
 
 
 def load_optimization(
-    chat_model: ChatModel,
-    path: Path | None,
-    trait_folder: Path,
-    generation: GenerationOptions,
+    chat_model: ChatModel, path: Path | None, trait_folder: Path, generation: GenerationOptions
 ) -> tuple[Speaker, Coefficients | None]:
     """Return a speaker and the best mix that ``{persona}_optimization.json`` holds.
 

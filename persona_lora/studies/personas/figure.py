@@ -13,12 +13,7 @@ from matplotlib.axes import Axes
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import figures as draw
-from persona_lora.report.comparisons import (
-    ConditionFit,
-    Row,
-    fits_over_personas,
-    fits_over_prompts,
-)
+from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas, fits_over_prompts
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Array
 from persona_lora.report.scores import grouped

@@ -194,11 +194,7 @@ def _ratings(path: Path, items: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _agree(
-    names: tuple[str, str],
-    first: Mapping[str, float],
-    second: Mapping[str, float],
-    *,
-    whole: bool,
+    names: tuple[str, str], first: Mapping[str, float], second: Mapping[str, float], *, whole: bool
 ) -> Agreement:
     both = sorted(set(first) & set(second))
     x, y = [first[item] for item in both], [second[item] for item in both]

@@ -484,10 +484,7 @@ def speaker_of(problem: PersonaProblem, method: Method) -> Speaker:
 
 
 def _config(
-    problem: PersonaProblem,
-    method: Method,
-    searching: SearchOptions,
-    objective: ObjectiveOptions,
+    problem: PersonaProblem, method: Method, searching: SearchOptions, objective: ObjectiveOptions
 ) -> dict[str, Any]:
     return {
         "persona": problem.persona.id,

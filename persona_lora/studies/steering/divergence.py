@@ -58,10 +58,7 @@ class Divergence:
 
 
 def measure_divergences(
-    chat_model: ChatModel,
-    bank: Bank,
-    conditions: Sequence[Condition],
-    prompts: Sequence[str],
+    chat_model: ChatModel, bank: Bank, conditions: Sequence[Condition], prompts: Sequence[str]
 ) -> list[Divergence]:
     """Measure the divergence of every condition with a coefficient, many of them a forward pass."""
     texts = ordinary_texts(chat_model, prompts)
@@ -79,11 +76,7 @@ def measure_divergences(
                 progress.report(chunk_index * len(texts) + index, len(chunks) * len(texts))
 
             divergences = row_divergences(
-                chat_model,
-                bank,
-                [each.coefficients for each in chunk],
-                texts,
-                before_text=before,
+                chat_model, bank, [each.coefficients for each in chunk], texts, before_text=before
             )
             state_norms = _state_norms(bank, norms.means())
             found += [

@@ -224,9 +224,7 @@ def _overall(
 
 
 def _by_question(
-    levels: Sequence[Row],
-    traits: Mapping[Place, Scores],
-    coherences: Mapping[Place, Scores],
+    levels: Sequence[Row], traits: Mapping[Place, Scores], coherences: Mapping[Place, Scores]
 ) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
     """Return every method's mean effect and mean coherence over the levels, by question."""
     rows = _by_method(levels).items()

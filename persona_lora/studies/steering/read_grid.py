@@ -234,11 +234,7 @@ def grid_of(run: Run, *, seed: int = 0, by: str = "verdicts") -> GridSummary:
     ``by`` is the file of the verdicts; a second judge's say nothing of coherence.
     """
     return summarise_grid(
-        run.read("answers"),
-        run.read(by),
-        run.read("divergence"),
-        trait=trait_of(run),
-        seed=seed,
+        run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run), seed=seed
     )
 
 
@@ -368,10 +364,7 @@ def _rounded(gain: DirectedGain) -> float:
 
 
 def resample_selection(
-    curve: TraitCurve,
-    groups: Mapping[Condition, Sequence[ScoredAnswer]],
-    *,
-    threshold: float,
+    curve: TraitCurve, groups: Mapping[Condition, Sequence[ScoredAnswer]], *, threshold: float
 ) -> Selection | None:
     """Repeat the choice in resamples; None where one question, or no unsteered row, is there."""
     zero = question_means(curve.scores.get(UNSTEERED_CONDITION, {}))

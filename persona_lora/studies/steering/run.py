@@ -50,10 +50,7 @@ from persona_lora.studies.steering.calibration import (
     on_own_answers,
     on_prompts,
 )
-from persona_lora.studies.steering.divergence import (
-    measure_divergences,
-    ordinary_texts,
-)
+from persona_lora.studies.steering.divergence import measure_divergences, ordinary_texts
 from persona_lora.studies.steering.figure import render_comparison, render_sweep
 from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_comparison import (

@@ -279,9 +279,7 @@ def agreement(
 
 
 def linearity(
-    chat_model: ChatModel,
-    spaces: Spaces,
-    texts: Sequence[TokenizedExchange],
+    chat_model: ChatModel, spaces: Spaces, texts: Sequence[TokenizedExchange]
 ) -> list[dict[str, Any]]:
     """Return rows of method, trait, other: how far two at once are from the sum of the two.
 

@@ -201,10 +201,7 @@ class Extraction:
         )
 
     def _extract_judged(
-        self,
-        run: Run,
-        pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]],
-        thresholds: Thresholds,
+        self, run: Run, pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]], thresholds: Thresholds
     ) -> Extracted:
         filtered = filter_pairs(pairs, thresholds)
         kept = set(filtered.kept)

@@ -29,11 +29,7 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_labelled_answers
 from persona_lora.models.generation import generate_answers
-from persona_lora.models.likelihood import (
-    TokenizedExchange,
-    tokenize_exchange,
-    tokenize_rendered,
-)
+from persona_lora.models.likelihood import TokenizedExchange, tokenize_exchange, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import Along
 from persona_lora.report import wording
@@ -139,10 +135,7 @@ def base_of_adapter(chat_model: ChatModel) -> AbstractContextManager[ChatModel]:
 
 
 def separate_labelled(
-    chat_model: ChatModel,
-    trait: Trait,
-    along: Along,
-    output: Output | Path,
+    chat_model: ChatModel, trait: Trait, along: Along, output: Output | Path
 ) -> Run:
     """Project a trait's hand-labelled answers and write how well each projection tells them apart.
 
