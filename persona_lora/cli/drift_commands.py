@@ -279,7 +279,7 @@ def diagnose(
     --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff --output results/diagnosis
     """
     from persona_lora.projections.inputs import load_ordinary_prompts, read_prompts
-    from persona_lora.report.sections import ReportOptions, Table
+    from persona_lora.report.sections import Table
     from persona_lora.studies.drift import diagnosis
     from persona_lora.studies.drift.read_section import diagnosis_content
     from persona_lora.studies.drift.run import load_diffs
@@ -290,7 +290,7 @@ def diagnose(
     chat_model = load_other(base, loading)
     with progress_bars():
         run = diagnosis.diagnose(chat_model, subject, output.at(output.output), prompts=asked)
-    content = diagnosis_content(run, ReportOptions())
+    content = diagnosis_content(run)
     tables = [each for each in content.blocks if isinstance(each, Table)]
     show(*tables, content.lead, f"report: {run.folder / 'report.html'}")
 

@@ -26,14 +26,6 @@ EXAMPLE_QUESTIONS = 4
 LISTED_ANSWERS = 3000
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """``coefficients`` whose answers stand side by side; the seed of all resampling."""
-
-    coefficients: tuple[float, ...] = EXAMPLE_COEFFICIENTS
-    seed: int = 0
-
-
 # -- blocks --------------------------------------------------------------------------------------
 
 

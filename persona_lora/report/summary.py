@@ -92,14 +92,10 @@ def summarise_sweep(
     divergences: Sequence[Row],
     *,
     trait: str,
-    coherent_threshold: float | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> SweepSummary:
     """Summarise the rows of a sweep of one series; see the module for what is resampled.
-
-    ``coherent_threshold`` is the mean coherence of a coherent condition; ``coherence_floor`` of
-    the unsteered answers by default.
 
     Raises UserError when there are no answers, when the verdicts are of another run, and when
     coefficients belong to several methods or layers.
@@ -112,8 +108,7 @@ def summarise_sweep(
     groups = group_by_condition([*rows_of_series(scored, series), *references])
     curve = TraitCurve.of(groups, seed=seed, resamples=resamples)
     conditions = summarise_conditions(groups, curve, divergences, curve.from_zero())
-    floor = coherence_floor(conditions) if coherent_threshold is None else coherent_threshold
-    coherent = _coherent_range(conditions, floor)
+    coherent = _coherent_range(conditions, coherence_floor(conditions))
     beside = [] if control_series is None else rows_of_series(scored, control_series)
     control = Controls.of(beside, seed=seed, resamples=resamples)
     return SweepSummary(
@@ -148,13 +143,13 @@ def _series_of(scored: Sequence[ScoredAnswer]) -> tuple[Series, Series | None]:
     return steered[0], control if control in found and control != steered[0] else None
 
 
-def summarise_run(run: Run, *, seed: int = 0, by: str = "verdicts") -> SweepSummary:
+def summarise_run(run: Run, *, by: str = "verdicts") -> SweepSummary:
     """Summarise the rows of a run folder; the trait is the one its configuration names.
 
     ``by`` is the file of the verdicts; a second judge's say nothing of coherence.
     """
     return summarise_sweep(
-        run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run), seed=seed
+        run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run)
     )
 
 

@@ -97,7 +97,7 @@ def pairs_of(
     ]
 
 
-def two_judges(run: Run, trait: str, *, seed: int = 0) -> TwoJudges | None:
+def two_judges(run: Run, trait: str) -> TwoJudges | None:
     """Return what both judges say of a run's conditions; None where one judged alone.
 
     Effects are changes from the unsteered answers.
@@ -107,17 +107,12 @@ def two_judges(run: Run, trait: str, *, seed: int = 0) -> TwoJudges | None:
         return None
     conditions = {_place(each): each for each in map(condition_of, run.read("answers"))}
     zero = next((name for name, each in conditions.items() if each.coefficient == 0), None)
-    effects = [] if zero is None else effects_from(pairs, zero, seed=seed)
-    return of_pairs(trait, [run], pairs, effects, seed=seed)
+    effects = [] if zero is None else effects_from(pairs, zero)
+    return of_pairs(trait, [run], pairs, effects)
 
 
 def of_pairs(
-    trait: str,
-    runs: Sequence[Run],
-    pairs: Sequence[Pair],
-    effects: Sequence[Beside],
-    *,
-    seed: int = 0,
+    trait: str, runs: Sequence[Run], pairs: Sequence[Pair], effects: Sequence[Beside]
 ) -> TwoJudges | None:
     """Return what both judges say of pairs and of the effects that were made of them."""
     if not pairs:
@@ -128,11 +123,10 @@ def of_pairs(
     )
     within = tuple(_within(runs[0].read(file), trait) for file in VALIDATIONS)
     means = tuple(
-        Beside(place, *(mean_over_draws(each, seed=seed) for each in both))
+        Beside(place, *(mean_over_draws(each) for each in both))
         for place, both in _clusters(pairs).items()
     )
-    rho = _agreement(pairs, seed)
-    return TwoJudges(trait, first, second, within, rho, means, tuple(effects))
+    return TwoJudges(trait, first, second, within, _agreement(pairs), means, tuple(effects))
 
 
 def across_runs(trait: str, runs: Mapping[str, Run], reference: str) -> TwoJudges | None:
@@ -147,7 +141,7 @@ def across_runs(trait: str, runs: Mapping[str, Run], reference: str) -> TwoJudge
     return of_pairs(trait, list(runs.values()), pairs, effects)
 
 
-def effects_from(pairs: Sequence[Pair], reference: str, *, seed: int = 0) -> list[Beside]:
+def effects_from(pairs: Sequence[Pair], reference: str) -> list[Beside]:
     """Return every place minus the reference, paired by question, the largest first."""
     clusters = _clusters(pairs)
     plain = [each[0] for each in clusters[reference]]
@@ -158,7 +152,7 @@ def effects_from(pairs: Sequence[Pair], reference: str, *, seed: int = 0) -> lis
                 [gaps_between(draw, zero) for draw in draws]
                 for draws, zero in zip(both, plain, strict=True)
             ]
-            found.append(Beside(place, *(mean_gap(each, seed=seed) for each in gaps)))
+            found.append(Beside(place, *(mean_gap(each) for each in gaps)))
     return sorted(found, key=lambda each: -abs(each.first.mean or 0.0))
 
 
@@ -187,7 +181,7 @@ def _clusters(pairs: Sequence[Pair]) -> dict[str, tuple[list[Any], list[Any]]]:
     }
 
 
-def _agreement(pairs: Sequence[Pair], seed: int) -> Estimate:
+def _agreement(pairs: Sequence[Pair]) -> Estimate:
     scored = [each for each in pairs if each.first is not None and each.second is not None]
     asked = dict.fromkeys(each.question for each in scored)
     questions = {question: at for at, question in enumerate(asked)}
@@ -195,7 +189,6 @@ def _agreement(pairs: Sequence[Pair], seed: int) -> Estimate:
         np.array([each.first for each in scored], dtype=float),
         np.array([each.second for each in scored], dtype=float),
         np.array([questions[each.question] for each in scored], dtype=np.intp),
-        seed=seed,
     )
 
 

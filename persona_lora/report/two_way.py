@@ -77,11 +77,11 @@ def crossed_mean(values: Array) -> Crossed:
     return Crossed(interval, float(crossed_ps(values[None])[0]))
 
 
-def mean_gap(draws: Sequence[Mapping[Any, float]], *, seed: int = 0) -> Interval:
+def mean_gap(draws: Sequence[Mapping[Any, float]]) -> Interval:
     """Return the mean difference, its interval over questions and, of several draws, over both."""
     if len(draws) > 1:
         return crossed_mean(shared_questions(draws)).interval
-    return bootstrap_mean({question: [gap] for question, gap in draws[0].items()}, seed=seed)
+    return bootstrap_mean({question: [gap] for question, gap in draws[0].items()})
 
 
 def mean_over_draws(

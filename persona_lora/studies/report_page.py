@@ -22,7 +22,6 @@ from persona_lora.report.sections import (
     Fold,
     Image,
     Note,
-    ReportOptions,
     fill_template,
     provenance,
     text_of,
@@ -45,7 +44,7 @@ from persona_lora.studies.steering.read import (
 from persona_lora.studies.steering.read_grid import is_grid
 from persona_lora.studies.vectors.read import extract_content, project_content
 
-SECTIONS: dict[str, Callable[[Run, ReportOptions], Content]] = {
+SECTIONS: dict[str, Callable[[Run], Content]] = {
     "sweep": sweep_content,
     "evaluate": sweep_content,  # one condition: a sweep of one point
     "grid": grid_content,
@@ -85,7 +84,6 @@ def write_report(
     path: Path,
     *,
     coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS,
-    seed: int = 0,
 ) -> Path:
     """Write the report of one or several run folders to ``path`` and return it.
 
@@ -95,9 +93,8 @@ def write_report(
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     if not folders:
         raise UserError("no run to report on; name at least one run folder")
-    options = ReportOptions(tuple(coefficients), seed)
     sections = [
-        _section(Run(folder), f"run-{index}", options)
+        _section(Run(folder), f"run-{index}", coefficients)
         for index, folder in enumerate(folders, start=1)
     ]
     page = fill_template(
@@ -114,7 +111,7 @@ def write_report(
     return Path(path)
 
 
-def _section(run: Run, anchor: str, options: ReportOptions) -> Section:
+def _section(run: Run, anchor: str, coefficients: Sequence[float]) -> Section:
     record, kind = run.record, run_kind(run)
     if kind not in SECTIONS:
         raise UserError(
@@ -128,7 +125,8 @@ def _section(run: Run, anchor: str, options: ReportOptions) -> Section:
         "Incomplete.",
     )
     settings = tuple((key, text_of(value)) for key, value in record["config"].items())
-    content = SECTIONS[kind](run, options)
+    show = SECTIONS[kind]
+    content = sweep_content(run, coefficients) if show is sweep_content else show(run)
     if kind in DECIDES:
         content = replace(content, lead=f"{standing(run)} {content.lead}")
     return Section(

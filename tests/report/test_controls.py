@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from persona_lora.report import wording
-from persona_lora.report.sections import ReportOptions
 from persona_lora.report.summary import summarise_run, summarise_sweep, write_summary
 from persona_lora.report.two_judges import two_judges
 from persona_lora.report.two_way import crossed_mean
@@ -172,7 +171,7 @@ def test_several_random_directions_are_drawn_as_the_questions_are(sweep_rows):
 
 def test_a_page_says_how_many_random_directions_there_were(make_sweep_run):
     run = make_sweep_run(layers=(LAYER,), coefficients=(-1.0, 1.0), control=3, questions=4)
-    content = sweep_content(run, ReportOptions())
+    content = sweep_content(run)
     (table,) = [each for each in content.blocks if "Against random" in getattr(each, "title", "")]
     assert "minus mean of 3 random directions" in table.columns[0]
     assert "The 3 directions are drawn as the questions are" in table.note

@@ -7,7 +7,7 @@ import csv
 import pytest
 from scipy.stats import spearmanr
 
-from persona_lora.report.sections import ReportOptions, Table
+from persona_lora.report.sections import Table
 from persona_lora.report.trust import judge_blocks
 from persona_lora.report.two_judges import (
     across_runs,
@@ -90,7 +90,7 @@ def test_a_sign_that_the_judges_disagree_on_stands_first_in_text_and_page(make_s
     second_opinion(run, flipped)
     found = two_judges(run, TRAIT)
     assert [each.place for each in found.effects if each.opposed] == ["+2"]
-    content = sweep_content(run, ReportOptions())
+    content = sweep_content(run)
     for lead in (content.lead, summary_lines(content.subject, run)[0]):
         assert lead.startswith(
             "The two judges disagree on the sign of a change of sycophancy (+2: +"
@@ -124,7 +124,7 @@ def test_signs_that_neither_interval_tells_are_no_disagreement(make_sweep_run):
 def test_one_judge_is_said_to_be_one_and_an_old_run_reads_as_before(make_sweep_run):
     run = make_sweep_run()
     assert two_judges(run, TRAIT) is None
-    content = sweep_content(run, ReportOptions())
+    content = sweep_content(run)
     assert content.lead == f"{headline(content.subject)} One judge: embedding."
     assert agreement_line(None, "") == ""
 

@@ -10,7 +10,7 @@ from typing import Any
 from persona_lora.core.errors import few_names
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.sections import Block, Content, Image, Note, ReportOptions, Table
+from persona_lora.report.sections import Block, Content, Image, Note, Table
 from persona_lora.report.trust import judge_blocks
 from persona_lora.report.two_judges import across_runs, judges_table, lead_of
 from persona_lora.studies.drift.figure import render_checkpoints, render_diagnosis
@@ -30,7 +30,7 @@ from persona_lora.studies.drift.read_diagnosis import (
 from persona_lora.studies.drift.read_prediction import BASE
 
 
-def checkpoints_content(run: Run, options: ReportOptions) -> Content:
+def checkpoints_content(run: Run) -> Content:
     """Return the section of one finetune."""
     every, agreeing = curves(run), agreements(run)
     steps = sorted({point.step for curve in every for point in curve.points})
@@ -109,7 +109,7 @@ NULL_SAYS_LITTLE = (
 )
 
 
-def diagnosis_content(run: Run, options: ReportOptions) -> Content:
+def diagnosis_content(run: Run) -> Content:
     """Return the section of one diagnosis."""
     found, name = read_diagnosis(run), Path(run.record["config"]["finetune"])
     lead = diagnosis_lead(found)

@@ -17,7 +17,6 @@ from persona_lora.report.sections import (
     Heading,
     Image,
     Question,
-    ReportOptions,
     Table,
 )
 from persona_lora.studies.personas.figure import name_of, render_comparison, render_search
@@ -38,7 +37,7 @@ from persona_lora.studies.personas.read_fits import (
 EXAMPLE_PROMPTS = 5
 
 
-def search_content(run: Run, options: ReportOptions) -> Content:
+def search_content(run: Run) -> Content:
     """Return the section of one search."""
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run))
@@ -49,7 +48,7 @@ def search_content(run: Run, options: ReportOptions) -> Content:
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
 
 
-def comparison_content(run: Run, options: ReportOptions) -> Content:
+def comparison_content(run: Run) -> Content:
     """Return the section of a comparison of methods."""
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run), over=fits_over_personas)

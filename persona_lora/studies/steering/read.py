@@ -23,6 +23,7 @@ from persona_lora.report.scores import (
     score_answers,
 )
 from persona_lora.report.sections import (
+    EXAMPLE_COEFFICIENTS,
     Block,
     Card,
     Cards,
@@ -33,7 +34,6 @@ from persona_lora.report.sections import (
     Note,
     Points,
     Question,
-    ReportOptions,
     Table,
     side_by_side,
 )
@@ -77,12 +77,15 @@ Row = Mapping[str, Any]
 # -- a sweep ---------------------------------------------------------------------------------------
 
 
-def sweep_content(run: Run, options: ReportOptions) -> Content:
-    """Return the section of a sweep; raises UserError for a folder that holds none."""
-    summary = summarise_run(run, seed=options.seed)
+def sweep_content(run: Run, coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS) -> Content:
+    """Return the section of a sweep; raises UserError for a folder that holds none.
+
+    The answers at the coefficients nearest to ``coefficients`` stand side by side.
+    """
+    summary = summarise_run(run)
     scored = score_answers(run.read("answers"), run.read("verdicts"), summary.trait)
-    chosen = _nearest(summary, options.coefficients)
-    both = two_judges(run, summary.trait, seed=options.seed)
+    chosen = _nearest(summary, coefficients)
+    both = two_judges(run, summary.trait)
     trait = wording.title_of(summary.trait)
     lead = lead_of(wording.headline(summary), both, run, summary.trait)
     alt = f"{trait} and coherence against the coefficient. {lead}"
@@ -274,9 +277,9 @@ def _references(summary: SweepSummary, chosen: set[float]) -> set[Condition]:
 # -- a grid ----------------------------------------------------------------------------------------
 
 
-def grid_content(run: Run, options: ReportOptions) -> Content:
+def grid_content(run: Run) -> Content:
     """Return the section of a grid."""
-    grid = grid_of(run, seed=options.seed)
+    grid = grid_of(run)
     layer = grid.layers[len(grid.layers) // 2] if grid.best_layer is None else grid.best_layer
     scored = [
         row
@@ -285,7 +288,7 @@ def grid_content(run: Run, options: ReportOptions) -> Content:
         or row.condition == UNSTEERED_CONDITION
         or row.condition.coefficient is None
     ]
-    both, trait = two_judges(run, grid.trait, seed=options.seed), wording.title_of(grid.trait)
+    both, trait = two_judges(run, grid.trait), wording.title_of(grid.trait)
     lead = lead_of(read_words.headline(grid), both, run, grid.trait)
     alt = f"{trait} and coherence by layer and coefficient. {lead}"
     grey = Note("Grey text: not coherent. A dash was not measured.")
@@ -409,7 +412,7 @@ PLACES = {
 }
 
 
-def comparison_section(run: Run, options: ReportOptions) -> Content:
+def comparison_section(run: Run) -> Content:
     """Return the section of one comparison."""
     found = read_comparison(run)
     both = comparison_judges(run, found)
@@ -583,7 +586,7 @@ def _examples(run: Run, comparison: Comparison) -> tuple[Question, ...]:
 # -- time ------------------------------------------------------------------------------------------
 
 
-def latency_content(run: Run, options: ReportOptions) -> Content:
+def latency_content(run: Run) -> Content:
     """Return the section on the time and memory that steering takes."""
     found = ratios([Timing(**row) for row in run.read("timings")])
     title, line = "What steering costs in time", _latency_line(found)
@@ -640,7 +643,7 @@ def _latency_row(each: Ratio) -> tuple[str, ...]:
 # -- two spaces ------------------------------------------------------------------------------------
 
 
-def spaces_content(run: Run, options: ReportOptions) -> Content:
+def spaces_content(run: Run) -> Content:
     """Return the section on weight space and activation space."""
     shifts, spectra, cosines = run.read("shifts"), run.read("spectra"), run.read("cosines")
     title, line = "Weights and activations: two spaces", _spaces_line(run, shifts)

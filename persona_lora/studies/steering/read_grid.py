@@ -228,13 +228,13 @@ def write_grid(run: Run) -> GridSummary:
     return write_both(run, "grid", grid_of, long_rows)
 
 
-def grid_of(run: Run, *, seed: int = 0, by: str = "verdicts") -> GridSummary:
+def grid_of(run: Run, *, by: str = "verdicts") -> GridSummary:
     """Summarise the rows of a run folder; the trait is the one its configuration names.
 
     ``by`` is the file of the verdicts; a second judge's say nothing of coherence.
     """
     return summarise_grid(
-        run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run), seed=seed
+        run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run)
     )
 
 

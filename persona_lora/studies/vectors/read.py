@@ -11,7 +11,7 @@ from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.report import wording
 from persona_lora.report.scores import grouped
-from persona_lora.report.sections import Block, Content, Facts, Fold, Image, ReportOptions, Table
+from persona_lora.report.sections import Block, Content, Facts, Fold, Image, Table
 from persona_lora.studies.vectors.figure import (
     render_cosines,
     render_separation,
@@ -21,7 +21,7 @@ from persona_lora.studies.vectors.figure import (
 Row = Mapping[str, Any]
 
 
-def extract_content(run: Run, options: ReportOptions) -> Content:
+def extract_content(run: Run) -> Content:
     """Return the section of an extraction; raises UserError where its vectors are gone."""
     paths = sorted(run.folder.glob("*.safetensors"))
     vectors = {path.stem: SteeringVector.read(path) for path in paths}
@@ -49,7 +49,7 @@ def extract_content(run: Run, options: ReportOptions) -> Content:
     return Content(title, lead, (*blocks, table, Facts(_counts(first.sources))))
 
 
-def project_content(run: Run, options: ReportOptions) -> Content:
+def project_content(run: Run) -> Content:
     """Return the section of projections."""
     rows = run.read("projections")
     if not rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from persona_lora.report import wording
 from persona_lora.report.resampling import Interval
-from persona_lora.report.sections import Fold, ReportOptions, Table
+from persona_lora.report.sections import Fold, Table
 from persona_lora.report.summary import summarise_run
 from persona_lora.studies.steering import read
 from persona_lora.studies.steering.read_comparison import Overall, Point
@@ -32,7 +32,7 @@ def column(table, name):
 def test_the_conditions_of_a_sweep(make_sweep_run):
     run = make_sweep_run(layers=(12,), coefficients=(-1.0, 1.0), control=True, questions=4)
     summary = summarise_run(run)
-    found = tables(read.sweep_content(run, ReportOptions()))
+    found = tables(read.sweep_content(run))
     every = wording.all_conditions(summary)
     conditions = found["Conditions"]
     wanted = {
@@ -63,7 +63,7 @@ def test_the_conditions_of_a_sweep(make_sweep_run):
 def test_the_layers_of_a_grid(make_sweep_run):
     run = make_sweep_run(layers=(4, 12), coefficients=(-1.0, 2.0), control=True, questions=6)
     grid = grid_of(run)
-    layers = tables(read.grid_content(run, ReportOptions()))["Layers, the best first"]
+    layers = tables(read.grid_content(run))["Layers, the best first"]
     ranked = [grid.at_layer(layer) for layer in grid.ranking]
     wanted = {
         "Layer": [str(each.layer) for each in ranked],
