@@ -245,10 +245,6 @@ def _reader_name(options: JudgeOptions) -> str | None:
     return options.judge_model if alone else None
 
 
-def _sentence_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
-    return ProbeJudge.of(SentenceEvidence(trait))
-
-
 def reading_model(name: str | None, reference: ChatModel) -> ChatModel:
     """Return the model that reads answers: the packaged one in fp32, or another by its name.
 
@@ -328,7 +324,7 @@ def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> J
 
 JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "reader": _reader_judge,
-    "sentences": _sentence_judge,
+    "sentences": lambda trait, reference, options: ProbeJudge.of(SentenceEvidence(trait)),
     "embedding": _embedding_judge,
     "openai": _openai_judge,
     "local": _local_judge,

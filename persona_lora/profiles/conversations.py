@@ -134,7 +134,7 @@ def load_conversations(
     path = Path(path)
     sessions = [each for each in _sessions(path) if each.turns]
     if episode is not None:
-        sessions = [each for each in sessions if each.id == episode or _below(each.id, episode)]
+        sessions = [each for each in sessions if f"{each.id}-".startswith(f"{episode}-")]
     if not sessions:
         chosen = "" if episode is None else f" of the episode {episode!r}"
         raise UserError(f"{path} holds no conversation{chosen}")
@@ -319,10 +319,6 @@ def _as_chat(session: Session, speaker: Speaker) -> Conversation:
         for who, text in session.turns
         if text.strip()
     ]
-
-
-def _below(session: str, episode: str) -> bool:
-    return session.startswith(f"{episode}-")
 
 
 def _split(index: int, number: int) -> ConversationSplit:

@@ -201,7 +201,7 @@ def build_persona(
     if (folder / PROFILE).is_file() and not overwrite and not built_before:
         profile = read_text(folder / PROFILE)
     else:
-        profile = (write_profile or _from_template)(features, samples)
+        profile = write_profile(features, samples) if write_profile else describe(features)
     ensure_writable_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build.") as name:
         new = Path(name)
@@ -261,7 +261,3 @@ def _refuse(paths: Sequence[Path]) -> None:
             f"{paths[0]} exists and would change; pass --overwrite to make it anew, or choose "
             "another --id"
         )
-
-
-def _from_template(features: Features, samples: Sequence[str]) -> str:
-    return describe(features)

@@ -120,7 +120,8 @@ def bootstrap_mean(
     if scale is None:
         weights = question_weights(questions, resamples=resamples, seed=seed)
         resampled = weighted_means(sums, counts, weights)[:, 0]
-        left_out = weighted_means(sums, counts, left_out_weights(questions))[:, 0]
+        jackknife = np.ones((questions, questions)) - np.eye(questions)  # row i: without question i
+        left_out = weighted_means(sums, counts, jackknife)[:, 0]
         bounds = bca_bounds(mean, resampled, left_out)
     else:
         outside = [value for values in scored for value in values if not _within(value, scale)]
@@ -177,11 +178,6 @@ def question_weights(questions: int, *, resamples: int = RESAMPLES, seed: int = 
     weights = rng.multinomial(questions, shares, size=resamples).astype(np.float64)
     weights.flags.writeable = False
     return weights
-
-
-def left_out_weights(questions: int) -> Array:
-    """Return the jackknife as weights: row i leaves out question i, ``[questions, questions]``."""
-    return np.ones((questions, questions)) - np.eye(questions)
 
 
 def weighted_means(sums: Array, counts: Array, weights: Array) -> Array:

@@ -76,7 +76,8 @@ class Image:
 
     @classmethod
     def of(cls, picture: Picture, alt: str, style: str = "wide") -> Image:
-        return cls(data_uri(picture), alt, style)
+        data = base64.b64encode(picture.png()).decode("ascii")
+        return cls(f"data:image/png;base64,{data}", alt, style)
 
 
 @dataclass(frozen=True)
@@ -315,8 +316,3 @@ def text_of(value: Any) -> str:
     if value is None:
         return "not recorded"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def data_uri(picture: Picture) -> str:
-    """Return a picture as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(picture.png()).decode("ascii")

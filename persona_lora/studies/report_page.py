@@ -105,7 +105,7 @@ def write_report(
             *_overview(sections),
             *_across([Run(folder) for folder in folders]),
         ],
-        heading=_heading(sections),
+        heading=f"{len(sections)} {'persona sweeps' if all(map(_is_sweep, sections)) else 'runs'}",
     )
     write_text(Path(path), page)
     return Path(path)
@@ -155,11 +155,6 @@ def _across(runs: Sequence[Run]) -> list[Image]:
         return []
     alt = "Cosine of vectors against what finetunes did to other traits"
     return [Image.of(render_cross_persona(told), alt, "")]
-
-
-def _heading(sections: Sequence[Section]) -> str:
-    sweeps = all(_is_sweep(section) for section in sections)
-    return f"{len(sections)} {'persona sweeps' if sweeps else 'runs'}"
 
 
 def _is_sweep(section: Section) -> bool:

@@ -18,7 +18,6 @@ from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import ConditionFit, TaskScore, fits_over_personas, score_items
 from persona_lora.report.figures import Picture
-from persona_lora.report.resampling import Interval
 from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.wording import (
     CLEAR,
@@ -131,7 +130,7 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
         for split in dict.fromkeys(each.split for each in found.overall):
             own = {each.method: each for each in found.overall if each.split == split}
             for method in moved:
-                moved[method] += _above_zero(own[method].effect)
+                moved[method] += (own[method].effect.low or 0.0) > 0
             winners.append(_winner(own[ACTIVATION]))
             rows.append((trait, SPLITS[split], *_effects(own)))
     n = len(winners)
@@ -455,10 +454,6 @@ def _spaces_run(folder: Path) -> Run | None:
 
 def _yes(value: bool, otherwise: str) -> str:
     return "Yes." if value else otherwise
-
-
-def _above_zero(value: Interval) -> bool:
-    return value.low is not None and value.low > 0
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:

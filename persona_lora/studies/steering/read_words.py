@@ -36,7 +36,8 @@ def best_line(grid: GridSummary) -> str:
             f"least bad is layer {grid.best_layer} ({change(best.gain)} at "
             f"{coefficient(best.coefficient)})."
         )
-    verdict = "" if _clear(best) else "; that is not clear of chance"
+    clear = clear_sign(best.gain, best.p_holm) > 0
+    verdict = "" if clear else "; that is not clear of chance"
     if verdict and resolution_note(grid):
         verdict = "; with so few questions no cell could pass that correction"
     return (
@@ -137,10 +138,6 @@ def _from_to(grid: GridSummary) -> str:
     if cell is None:
         return ""
     return f" (from {number(grid.unsteered.trait.mean)} to {number(cell.trait.mean)})"
-
-
-def _clear(best: DirectedGain) -> bool:
-    return clear_sign(best.gain, best.p_holm) > 0
 
 
 def _corrected(grid: GridSummary, best: DirectedGain) -> str:

@@ -270,7 +270,9 @@ def compare(
     shared = lazily(judge)  # by both sets of questions
     output = Output.of(output)
     seed, most = options.seed, comparing.max_questions
-    design = _compared({split: len(each) for split, each in asked.items()}, output.seeds)
+    family = [f"{split}: {method}" for split in asked for method in METHODS if method != LORA]
+    numbers: dict[str, int] = {split: len(each) for split, each in asked.items()}
+    design = Design.of("compare", numbers, tuple(family), output.seeds)
     run = open_run(
         output, "compare", chat_model, record, read, seed=seed, parts=list(asked), design=design
     )
@@ -313,11 +315,6 @@ def _compare_record(
         **bank.record,
         "generation": dataclasses.asdict(options),
     }
-
-
-def _compared(questions: Mapping[str, int], seeds: int) -> Design:
-    family = [f"{split}: {method}" for split in questions for method in METHODS if method != LORA]
-    return Design.of("compare", questions, tuple(family), seeds)
 
 
 def _asked(trait: Trait, comparing: ComparisonOptions) -> dict[Split, tuple[str, ...]]:
