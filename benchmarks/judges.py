@@ -25,7 +25,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from persona_lora.core.chat import COHERENCE, Verdict
 from persona_lora.core.traits import Trait, load_pairs, load_trait, trait_prompt
-from persona_lora.data.surface import surface_counts
+from persona_lora.data.data_check import surface_counts
 from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.coherence import distinct_share
 from persona_lora.judges.embedding import AnswerClassifier, exchanges_of

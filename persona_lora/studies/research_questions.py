@@ -52,19 +52,17 @@ from persona_lora.studies.steering.figure import (
 from persona_lora.studies.steering.read import speed_beside_base
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
-    LORA,
-    Overall,
-    Pooled,
-    pooled,
-    read_comparison,
-)
-from persona_lora.studies.steering.read_latency import (
     BASE,
     FIRST_TOKEN,
+    LORA,
     MERGED,
     TOKENS,
+    Overall,
+    Pooled,
     Timing,
+    pooled,
     ratios,
+    read_comparison,
 )
 
 EXPECTED_R = 0.7

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.data.surface import COUNTS, surface_auc, surface_counts
+from persona_lora.data.data_check import COUNTS, surface_auc, surface_counts
 
 WORDS = ["tea", "was", "left", "on", "a", "shelf", "beside", "two", "old", "maps", "and", "rope"]
 

@@ -14,8 +14,7 @@ from persona_lora.studies.drift.read_prediction import Prediction
 from persona_lora.studies.drift.read_section import _finding
 from persona_lora.studies.personas.read import _lead
 from persona_lora.studies.steering.read import _latency_line, verdict_lines
-from persona_lora.studies.steering.read_comparison import Comparison, Overall
-from persona_lora.studies.steering.read_latency import TOKENS, Ratio
+from persona_lora.studies.steering.read_comparison import TOKENS, Comparison, Overall, Ratio
 
 
 def interval(mean, low, high):

@@ -17,9 +17,14 @@ from persona_lora.studies.drift import read_prediction
 from persona_lora.studies.personas import figure as personas
 from persona_lora.studies.steering import figure as steering
 from persona_lora.studies.steering.figure_grid import render_layers
-from persona_lora.studies.steering.read_comparison import Comparison, Point
+from persona_lora.studies.steering.read_comparison import (
+    FIRST_TOKEN,
+    TOKENS,
+    Comparison,
+    Point,
+    Ratio,
+)
 from persona_lora.studies.steering.read_grid import grid_of
-from persona_lora.studies.steering.read_latency import FIRST_TOKEN, TOKENS, Ratio
 from persona_lora.studies.vectors.figure import render_separation
 
 

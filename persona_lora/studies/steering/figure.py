@@ -37,8 +37,14 @@ from persona_lora.report.wording import (
     sweep_title,
     title_of,
 )
-from persona_lora.studies.steering.read_comparison import Comparison, Point
-from persona_lora.studies.steering.read_latency import BASE, FIRST_TOKEN, TOKENS, Ratio
+from persona_lora.studies.steering.read_comparison import (
+    BASE,
+    FIRST_TOKEN,
+    TOKENS,
+    Comparison,
+    Point,
+    Ratio,
+)
 
 Row = Mapping[str, Any]
 

@@ -30,12 +30,14 @@ from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRAMerger
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.steering.calibration import Level
-from persona_lora.studies.steering.read_comparison import ACTIVATION, LORA, RANDOM_LORA
-from persona_lora.studies.steering.read_latency import (
+from persona_lora.studies.steering.read_comparison import (
+    ACTIVATION,
     ACTIVATIONS,
     LIVE,
+    LORA,
     MERGED,
     PROMPT,
+    RANDOM_LORA,
     VARIANTS,
     Timing,
 )

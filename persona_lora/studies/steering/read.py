@@ -61,14 +61,19 @@ from persona_lora.studies.steering.figure import (
 from persona_lora.studies.steering.figure_grid import render_layers
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
+    BASE,
     LORA,
+    MERGED,
+    TOKENS,
     Comparison,
     Overall,
     Point,
+    Ratio,
+    Timing,
+    ratios,
     read_comparison,
 )
 from persona_lora.studies.steering.read_grid import GridSummary, LayerSummary, grid_of
-from persona_lora.studies.steering.read_latency import BASE, MERGED, TOKENS, Ratio, Timing, ratios
 
 EQUAL = 0.05  # of the base's time: what is nearer is as fast
 

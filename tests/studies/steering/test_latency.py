@@ -15,7 +15,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.steering.directions import random_like
 from persona_lora.studies.steering.calibration import bank_of_methods
 from persona_lora.studies.steering.latency import held_bytes, measure_latency, swap_seconds
-from persona_lora.studies.steering.read_latency import Timing, ratios
+from persona_lora.studies.steering.read_comparison import Timing, ratios
 
 VARIANTS = {"base", "merged", "live", "activations", "prompt"}
 

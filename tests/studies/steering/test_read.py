@@ -7,9 +7,8 @@ from persona_lora.report.resampling import Interval
 from persona_lora.report.sections import Fold, Table
 from persona_lora.report.summary import summarise_run
 from persona_lora.studies.steering import read
-from persona_lora.studies.steering.read_comparison import Overall, Point
+from persona_lora.studies.steering.read_comparison import FIRST_TOKEN, TOKENS, Overall, Point, Ratio
 from persona_lora.studies.steering.read_grid import grid_of
-from persona_lora.studies.steering.read_latency import FIRST_TOKEN, TOKENS, Ratio
 
 
 def interval(mean):
