@@ -42,6 +42,7 @@ from persona_lora.judges.coherence import EMPTY_REASON, CoherenceScorer, MeanLog
 from persona_lora.judges.fitness import JudgeValidation, validate_judge, warn_if_untrusted
 from persona_lora.judges.judge_prompts import check_criterion
 from persona_lora.models.embeddings import SentenceEmbedder
+from persona_lora.report.resampling import Array
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class AnswerClassifier:
     """
 
     embedder: SentenceEmbedder
-    weights: NDArray[np.float64]
+    weights: Array
     bias: float
     inverse_penalty: float
     log_loss: float
@@ -114,15 +115,13 @@ class AnswerClassifier:
         loss = float(losses[chosen].mean())
         return cls(embedder, model.coef_[0], float(model.intercept_[0]), chosen, loss)
 
-    def probabilities(self, exchanges: Sequence[Exchange]) -> NDArray[np.float64]:
+    def probabilities(self, exchanges: Sequence[Exchange]) -> Array:
         """Return p(trait | exchange) for exchanges with non-empty answers: ``[len(exchanges)]``."""
         logits = exchange_features(exchanges, self.embedder) @ self.weights + self.bias
         return 1.0 / (1.0 + np.exp(-logits))
 
 
-def exchange_features(
-    exchanges: Sequence[Exchange], embedder: SentenceEmbedder
-) -> NDArray[np.float64]:
+def exchange_features(exchanges: Sequence[Exchange], embedder: SentenceEmbedder) -> Array:
     """Return the features x: ``[len(exchanges), len(PASSAGES) · dimension]``."""
     empty = [exchange.question for exchange in exchanges if not exchange.answer.strip()]
     if empty:
@@ -137,9 +136,7 @@ def exchange_features(
     return np.concatenate(parts, axis=1)
 
 
-def _mean_embeddings(
-    passages: Sequence[Sequence[str]], embedder: SentenceEmbedder
-) -> NDArray[np.float64]:
+def _mean_embeddings(passages: Sequence[Sequence[str]], embedder: SentenceEmbedder) -> Array:
     """Return the mean embedding of each group of passages: ``[len(passages), dimension]``."""
     rows = iter(embedder.embed([text for each in passages for text in each]).astype(np.float64))
     means = [np.mean([next(rows) for _ in each], axis=0) for each in passages]
@@ -147,12 +144,12 @@ def _mean_embeddings(
 
 
 def _held_out_losses(
-    features: NDArray[np.float64],
+    features: Array,
     labels: NDArray[np.int64],
     pair_of: NDArray[np.int64],
     inverse_penalty: float,
     seed: int,
-) -> NDArray[np.float64]:
+) -> Array:
     """Return the log loss of each pair, predicted while it was held out: ``[pairs]``."""
     losses = np.zeros(len(labels))
     folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
@@ -163,7 +160,7 @@ def _held_out_losses(
     return losses.reshape(2, -1).mean(axis=0)
 
 
-def _one_standard_error(losses: dict[float, NDArray[np.float64]]) -> float:
+def _one_standard_error(losses: dict[float, Array]) -> float:
     """Return the smallest inverse penalty whose mean loss is within one SE of the best one's."""
     best = min(losses.values(), key=lambda each: float(each.mean()))
     bound = float(best.mean() + best.std(ddof=1) / np.sqrt(len(best)))

@@ -26,7 +26,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.profiles.features import extract_features, words_of
-from persona_lora.report.resampling import auc_of
+from persona_lora.report.resampling import Array, auc_of
 
 PERSONA_FIT = "persona_fit"
 LOWEST, HIGHEST = 1.0, 5.0
@@ -65,7 +65,7 @@ class Features(Protocol):
     name: str
     standardised: int
 
-    def of(self, texts: Sequence[str]) -> NDArray[np.float64]: ...
+    def of(self, texts: Sequence[str]) -> Array: ...
 
 
 class LetterFeatures:
@@ -83,7 +83,7 @@ class LetterFeatures:
             analyzer="char_wb", ngram_range=(1, 4), n_features=LETTER_COLUMNS, lowercase=False
         )
 
-    def of(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def of(self, texts: Sequence[str]) -> Array:
         """Return ``[len(texts), LETTER_COLUMNS]``."""
         return LETTER_SCALE * self._hashed.transform(texts).toarray().astype(np.float64)
 
@@ -96,10 +96,10 @@ class TextFeatures:
 
     def __init__(self, embedder: SentenceEmbedder) -> None:
         self._embedder = embedder
-        self._rows: dict[str, NDArray[np.float64]] = {}
-        self._embedded: dict[str, NDArray[np.float64]] = {}
+        self._rows: dict[str, Array] = {}
+        self._embedded: dict[str, Array] = {}
 
-    def of(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def of(self, texts: Sequence[str]) -> Array:
         """Return ``[len(texts), 1 + style + embedding]``: log words, style rates, embedding."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if missing:
@@ -107,7 +107,7 @@ class TextFeatures:
                 self._rows[text] = np.concatenate([_style(text), EMBEDDING_SCALE * row])
         return np.stack([self._rows[text] for text in texts])
 
-    def embeddings(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def embeddings(self, texts: Sequence[str]) -> Array:
         """Return the unit sentence embeddings of texts, ``[len(texts), dimension]``."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._embedded]
         if missing:
@@ -116,7 +116,7 @@ class TextFeatures:
         return np.stack([self._embedded[text] for text in texts])
 
 
-def _style(text: str) -> NDArray[np.float64]:
+def _style(text: str) -> Array:
     features = extract_features([text])
     rates = [float(getattr(features, name)) for name in STYLE_FEATURES]
     return np.array([math.log(features.avg_words), *rates])
@@ -138,13 +138,11 @@ class FitScale:
     own: float
     others: float
 
-    def scores(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def scores(self, logits: Array) -> Array:
         """Return the fit of logits, 1–5."""
         middle = (self.own + self.others) / 2
         width = (self.own - self.others) / (2 * math.log(7))  # σ(log 7) = 0.875: 4.5 of 5
-        scores: NDArray[np.float64] = LOWEST + (HIGHEST - LOWEST) / (
-            1 + np.exp(-(logits - middle) / width)
-        )
+        scores: Array = LOWEST + (HIGHEST - LOWEST) / (1 + np.exp(-(logits - middle) / width))
         return scores
 
 
@@ -160,14 +158,14 @@ class Voices:
 
     persons: tuple[str, ...]
     features: Features
-    center: NDArray[np.float64]
-    spread: NDArray[np.float64]
-    weights: NDArray[np.float64]  # [persons, features]
-    bias: NDArray[np.float64]
+    center: Array
+    spread: Array
+    weights: Array  # [persons, features]
+    bias: Array
     log_loss: float
     texts: tuple[str, ...]
     owners: NDArray[np.int64]  # the row of who says each of the texts
-    held_out: NDArray[np.float64]  # [texts, persons]
+    held_out: Array  # [texts, persons]
 
     @classmethod
     def fit(cls, said: Mapping[str, Sequence[str]], *, features: Features) -> Voices:
@@ -210,7 +208,7 @@ class Voices:
             _logits(held_out[chosen]),
         )
 
-    def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def logits(self, texts: Sequence[str]) -> Array:
         """Return log p/(1 − p) of texts with words in them: ``[len(texts), persons]``."""
         z = (self.features.of(texts) - self.center) / self.spread
         return _logits(z @ self.weights.T + self.bias)
@@ -252,7 +250,7 @@ class StyleJudge:
     fitted: Mapping[str, float]
     name: str
 
-    def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def logits(self, texts: Sequence[str]) -> Array:
         """Return the logits of texts with words in them: ``[len(texts)]``."""
         logits = self.voices.logits(texts)[:, self.row]
         return np.array([self.fitted.get(*each) for each in zip(texts, logits, strict=True)])
@@ -378,16 +376,14 @@ def _voices(said: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return known | ({REST: rest} if len(rest) >= FEWEST_UTTERANCES else {})
 
 
-def _row_space(z: NDArray[np.float64]) -> NDArray[np.float64]:
+def _row_space(z: Array) -> Array:
     """Return unit rows that span those of ``z``: a penalised fit needs no other columns."""
     _, lengths, rows = np.linalg.svd(z, full_matrices=False)
-    basis: NDArray[np.float64] = rows[lengths > 1e-9 * lengths[0]]
+    basis: Array = rows[lengths > 1e-9 * lengths[0]]
     return basis
 
 
-def _held_out_scores(
-    z: NDArray[np.float64], owners: NDArray[np.int64], inverse_penalty: float
-) -> NDArray[np.float64]:
+def _held_out_scores(z: Array, owners: NDArray[np.int64], inverse_penalty: float) -> Array:
     """Return the scores of every row by a regression that did not see it, nor its neighbours.
 
     Utterances are in order: a third of each person's is held out at once, because what belongs to
@@ -402,20 +398,18 @@ def _held_out_scores(
     return scores
 
 
-def _logits(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def _logits(scores: Array) -> Array:
     others = [logsumexp(np.delete(scores, row, 1), axis=1) for row in range(scores.shape[1])]
-    logits: NDArray[np.float64] = scores - np.stack(others, axis=1)
+    logits: Array = scores - np.stack(others, axis=1)
     return logits
 
 
-def _balanced_loss(scores: NDArray[np.float64], owners: NDArray[np.int64]) -> float:
+def _balanced_loss(scores: Array, owners: NDArray[np.int64]) -> float:
     losses = logsumexp(scores, axis=1) - scores[np.arange(len(owners)), owners]
     return float(np.mean([losses[owners == row].mean() for row in range(scores.shape[1])]))
 
 
-def _regression(
-    z: NDArray[np.float64], owners: NDArray[np.int64], inverse_penalty: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _regression(z: Array, owners: NDArray[np.int64], inverse_penalty: float) -> tuple[Array, Array]:
     model = LogisticRegression(
         C=inverse_penalty, class_weight="balanced", max_iter=2000, tol=TOLERANCE
     ).fit(z, owners)

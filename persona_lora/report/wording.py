@@ -352,18 +352,22 @@ def coherent_line(summary: SweepSummary) -> str:
 
 
 def _prompts(summary: SweepSummary) -> str:
-    reference = summary.reference("prompt_pos")
-    if reference is None or reference.trait.mean is None:
-        return ""
-    sentence = f"The positive system prompt alone reaches {interval(reference.trait)}"
+    sentence = prompt_alone(summary.reference("prompt_pos"))
     compared = [each for each in summary.prompt_comparisons if each.prompt == "prompt_pos"]
     gap = compared[0].difference.interval if compared else None
-    if gap is None or gap.mean is None or gap.low is None or gap.high is None:
-        return sentence + "."
+    if not sentence or gap is None or gap.mean is None or gap.low is None or gap.high is None:
+        return sentence
     verdict = {1: "scores higher", -1: "scores lower", 0: "is not clear of it"}[
         direction_of(compared[0].difference)
     ]
     steered = f"coefficient {coefficient(compared[0].coefficient)}"
     if summary.method == UNSTEERED:
         steered = "the unsteered model"
-    return f"{sentence}; {steered} {verdict} (paired difference {interval(gap)})."
+    return f"{sentence[:-1]}; {steered} {verdict} (paired difference {interval(gap)})."
+
+
+def prompt_alone(reference: ConditionSummary | None) -> str:
+    """Return what the positive system prompt alone reaches; "" where it was not asked."""
+    if reference is None or reference.trait.mean is None:
+        return ""
+    return f"The positive system prompt alone reaches {interval(reference.trait)}."

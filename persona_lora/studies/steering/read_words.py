@@ -8,11 +8,11 @@ from persona_lora.report.wording import (
     change,
     clear_sign,
     coefficient,
-    interval,
     judges_line,
     number,
     p_equals,
     p_value,
+    prompt_alone,
     title_of,
 )
 from persona_lora.studies.steering.read_grid import DirectedGain, GridSummary, LayerSummary
@@ -20,8 +20,9 @@ from persona_lora.studies.steering.read_grid import DirectedGain, GridSummary, L
 
 def headline(grid: GridSummary) -> str:
     """Return the finding in a few sentences, with intervals and without overstatement."""
-    sentences = [best_line(grid), control_line(grid), stability_line(grid), prompt_line(grid)]
-    return " ".join(sentence for sentence in sentences if sentence)
+    sentences = [best_line(grid), control_line(grid), stability_line(grid)]
+    prompted = prompt_alone(grid.reference("prompt_pos"))
+    return " ".join(sentence for sentence in (*sentences, prompted) if sentence)
 
 
 def best_line(grid: GridSummary) -> str:
@@ -73,14 +74,6 @@ def stability_line(grid: GridSummary) -> str:
     return (
         f"In resamples of the questions that layer wins {number(100 * share)}% of the time{honest}."
     )
-
-
-def prompt_line(grid: GridSummary) -> str:
-    """Return what the positive system prompt alone reaches; "" where it was not asked."""
-    reference = grid.reference("prompt_pos")
-    if reference is None or reference.trait.mean is None:
-        return ""
-    return f"The positive system prompt alone reaches {interval(reference.trait)}."
 
 
 def resolution_note(grid: GridSummary) -> str:
