@@ -18,25 +18,10 @@ from matplotlib.axes import Axes
 from persona_lora.core.errors import UserError
 from persona_lora.core.strength import Strengths
 from persona_lora.report import figures as draw
+from persona_lora.report import wording
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Interval
 from persona_lora.report.summary import SweepSummary
-from persona_lora.report.wording import (
-    at_layer,
-    coefficient,
-    coherent_line,
-    controls_name,
-    interval,
-    method_label,
-    number,
-    place_line,
-    questions_line,
-    sample_line,
-    significant,
-    statistics_line,
-    sweep_title,
-    title_of,
-)
 from persona_lora.studies.steering.read_comparison import (
     BASE,
     FIRST_TOKEN,
@@ -63,15 +48,15 @@ _TICK_INCHES = 0.42  # least distance of labelled coefficients
 def render_sweep(summary: SweepSummary) -> Picture:
     """Return one sweep: curves, prompting references, coherent range, divergence rows."""
     rows, drawn = _divergence_rows(summary), _curves(summary)
-    told = draw.wrapped(118, statistics_line(summary), place_line(summary))
+    told = draw.wrapped(118, wording.statistics_line(summary), wording.place_line(summary))
     figure = draw.new_figure(_WIDTH, _HEIGHT + 0.19 * told.count("\n"))
     left, bottom, top = 0.63, 1.0 + 0.215 * len(rows), 4.22  # inches
     right = _WIDTH - max(draw.label_width(drawn, size=9.0), 1.2)
     axes = draw.add_axes(figure, (left, bottom, right - left, top - bottom))
     panel = _sweep_panel(axes, summary, drawn, size=9.0)
     _draw_divergence_rows(axes, summary, rows)
-    note = f"Mean scores 0–100. {sample_line(summary)}. {coherent_line(summary)}"
-    title, note = sweep_title(summary), draw.wrapped(135, note)
+    note = f"Mean scores 0–100. {wording.sample_line(summary)}. {wording.coherent_line(summary)}"
+    title, note = wording.sweep_title(summary), draw.wrapped(135, note)
     return draw.finish(figure, [panel], title=title, subtitle=told, note=note)
 
 
@@ -100,22 +85,22 @@ def _curves(summary: SweepSummary, *, brief: bool = False) -> list[Series]:
     """Return the references, the control, coherence and the trait, the trait on top."""
 
     def told(value: Interval) -> str:
-        return number(value.mean) if brief else interval(value)
+        return wording.number(value.mean) if brief else wording.interval(value)
 
     drawn = []
     for method, colour in draw.PROMPTS.items():
         found = summary.reference(method)
         if found is not None and found.trait.mean is not None:
             look = Look(colour, 1.1, dashes=draw.DOTTED, band=0.08)
-            name = method_label(method)
+            name = wording.method_label(method)
             label = f"{name} {told(found.trait)}"
             drawn.append(draw.series(name, [], [found.trait], look, label=label))
     control = () if summary.control is None else summary.control.conditions
-    random = "" if summary.control is None else controls_name(summary.control)
+    random = "" if summary.control is None else wording.controls_name(summary.control)
     for name, look, conditions, criterion in (
         (random, _THIN, control, "trait"),
         ("Coherence", _SECONDARY, summary.steered, "coherence"),
-        (title_of(summary.trait), _PRIMARY, summary.steered, "trait"),
+        (wording.title_of(summary.trait), _PRIMARY, summary.steered, "trait"),
     ):
         known = [each for each in conditions if each.coefficient is not None]
         values = [getattr(each, criterion) for each in known]
@@ -138,7 +123,7 @@ def _sweep_panel(
     draw.score_scale(axes)
     scale = (high - low + 2 * margin) / draw.inches_of(axes, "width")
     ticks = draw.spread_ticks(points, gap=scale * _TICK_INCHES)
-    axes.set_xticks(ticks, [coefficient(tick) for tick in ticks])
+    axes.set_xticks(ticks, [wording.coefficient(tick) for tick in ticks])
     axes.set_xticks(points, minor=True)
     _draw_incoherent(axes, summary)
     return draw.lines(axes, drawn, labels=size)
@@ -175,7 +160,7 @@ def _divergence_rows(summary: SweepSummary) -> list[tuple[str, list[str]]]:
         ("KL p95, nats", [each.kl_p95 for each in summary.steered]),
     )
     return [
-        (name, [significant(value) for value in values])
+        (name, [wording.significant(value) for value in values])
         for name, values in rows
         if any(value is not None for value in values)
     ]
@@ -199,9 +184,9 @@ def _draw_divergence_rows(
 
 def _panel_title(axes: Axes, summary: SweepSummary) -> None:
     rho = summary.rho_means
-    text = "no ρ" if rho.value is None else f"ρ {interval(rho, 2)}"
-    notes = [text, questions_line(summary), f"judge {summary.trait_judge or 'none'}"]
-    title = draw.short_title(summary.trait) + at_layer(summary)
+    text = "no ρ" if rho.value is None else f"ρ {wording.interval(rho, 2)}"
+    notes = [text, wording.questions_line(summary), f"judge {summary.trait_judge or 'none'}"]
+    title = draw.short_title(summary.trait) + wording.at_layer(summary)
     for line, up, colour, size, weight in (
         (title, 38, draw.INK, 11.5, "bold"),
         ("  ·  ".join(notes), 25, draw.MUTED, 8.5, "normal"),
@@ -299,7 +284,7 @@ def render_comparison(comparison: Comparison) -> Picture:
     for row, split in enumerate(splits):
         bottom = height - 0.95 - (row + 1) * _HIGH - row * _GAP
         points = [each for each in comparison.points if each.split == split]
-        names = {"title": SPLITS[split], "x": across, "y": title_of(comparison.trait)}
+        names = {"title": SPLITS[split], "x": across, "y": wording.title_of(comparison.trait)}
         left = draw.add_axes(figure, (0.85, bottom, _WIDE, _HIGH), **names, size=10)
         right = draw.add_axes(figure, (0.85 + _WIDE + _GAP, bottom, _WIDE, _HIGH), x="coherence")
         right.set_xlim(-2, 102)
@@ -322,7 +307,7 @@ def render_comparison(comparison: Comparison) -> Picture:
         + (f", of random controls over {draws} and questions" if draws > 1 else "")
         + ". Dashed: unsteered."
     )
-    title = f"{title_of(comparison.trait)}: weights or activations?"
+    title = f"{wording.title_of(comparison.trait)}: weights or activations?"
     return draw.finish(figure, panels, title=title, note=note)
 
 
