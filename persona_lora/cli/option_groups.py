@@ -32,7 +32,7 @@ from pydantic import TypeAdapter
 from typer.core import TyperOption
 
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.files import resource_path
+from persona_lora.core.resources import resource_path
 from persona_lora.core.settings import (
     path_beside_equals,
     read_yaml,

@@ -447,7 +447,8 @@ def build_persona(
     --episode episode-184019 --speaker A
     """
     from persona_lora.core.errors import checked_name
-    from persona_lora.core.files import read_text, resource_path
+    from persona_lora.core.files import read_text
+    from persona_lora.core.resources import resource_path
     from persona_lora.models.embeddings import SentenceEmbedder
     from persona_lora.profiles import folders
     from persona_lora.profiles.conversations import load_conversations

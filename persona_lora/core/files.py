@@ -1,7 +1,6 @@
 """Files that are whole or absent: written to a temporary name, then renamed.
 
-Knows nothing of what the files mean. Knows the folders of the checkout too, and the copy of them
-that a built wheel carries.
+Knows nothing of what the files mean.
 """
 
 from __future__ import annotations
@@ -311,40 +310,3 @@ def _as_written(cell: Any) -> Any:
     """Undo ``_harmless``; None stands for a cell that is not there, a list for those too many."""
     armed = isinstance(cell, str) and cell.startswith("'") and _FORMULA.match(cell)
     return cell[1:] if armed else cell
-
-
-# -- where traits, personas and configurations lie --------------------------------------------
-
-PACKAGE = Path(__file__).resolve().parents[1]
-FOLDERS = ("datasets", "personas", "train_configs")
-
-
-def checkout() -> Path | None:
-    """Return the checkout that this package runs from, or None for an installed wheel."""
-    return None if _carried().is_dir() else PACKAGE.parent
-
-
-def search_folders(name: str, given: Path | None = None) -> list[Path]:
-    """Return the folders in which to look for an item of ``datasets``, ``personas``, …, in order.
-
-    Only the ``given`` one; without it that of the working folder, then the one that comes along.
-    """
-    if given is not None:
-        return [given]
-    own, along = Path(name), (checkout() or _carried()) / name
-    return [own] if own.resolve() == along else [own, along]
-
-
-def resource_path(path: Path) -> Path:
-    """Return a path as it is where it exists, else what comes along under it, if anything does.
-
-    ``train_configs/sycophancy.yaml`` can so be named from any folder.
-    """
-    if path.exists() or path.is_absolute() or not path.parts or path.parts[0] not in FOLDERS:
-        return path
-    along = (checkout() or _carried()) / path
-    return along if along.exists() else path
-
-
-def _carried() -> Path:
-    return PACKAGE / "shipped"

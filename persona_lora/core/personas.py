@@ -14,14 +14,8 @@ from typing import Any, Literal
 from persona_lora.core.chat import Conversation, Exchange, parse_messages
 from persona_lora.core.content import digest_of, folder_digest
 from persona_lora.core.errors import UserError, checked_name, nearest_names
-from persona_lora.core.files import (
-    read_json,
-    read_jsonl,
-    read_text,
-    resource_path,
-    search_folders,
-    write_json,
-)
+from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
+from persona_lora.core.resources import resource_path, search_folders
 
 LARGEST_COEFFICIENT = 4.0  # beyond this nothing answers
 BUILT = ("final_judge_prompt.txt", "persona_profile.txt", "persona_samples.json")

@@ -27,7 +27,6 @@ from filelock import lock_descriptor
 from persona_lora.core.errors import UserError, arguments_without_secrets, without_secrets
 from persona_lora.core.files import (
     append_jsonl,
-    checkout,
     drop_cut_line,
     ensure_writable_folder,
     is_alive,
@@ -38,6 +37,7 @@ from persona_lora.core.files import (
     write_jsonl,
     write_text,
 )
+from persona_lora.core.resources import checkout
 
 if TYPE_CHECKING:
     from persona_lora.core.protocol import Design, FrozenProtocol

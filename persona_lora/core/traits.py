@@ -13,8 +13,9 @@ from typing import Any, Literal
 from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, checked_name, nearest_names
-from persona_lora.core.files import read_json, read_jsonl, search_folders
+from persona_lora.core.files import read_json, read_jsonl
 from persona_lora.core.options import Split
+from persona_lora.core.resources import search_folders
 
 Sign = Literal["pos", "neg"]
 SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")

@@ -26,7 +26,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_path
 from persona_lora.core.tensor_files import load_safetensors
 from persona_lora.core.traits import Trait
-from persona_lora.models.hidden_states import last_states
+from persona_lora.models.last_states import last_states
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import hidden_size, num_layers, weight_fingerprint
 

@@ -31,8 +31,9 @@ from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_path, read_jsonl, resource_path
+from persona_lora.core.files import atomic_path, read_jsonl
 from persona_lora.core.lora_diff import BaseModel, Compressed, LoRADiff, LoRAFactors
+from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_safetensors, opened
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.likelihood import tokenize_rendered

@@ -245,11 +245,11 @@ def plan_power(
         for number in questions
         if seeds == 1 or seeds >= FEWEST_DRAWS
     ]
-    drawn = {"simulations": simulations, "seed": seed}
-    return [
-        Planned(number, seeds, power_of(pilot, effect, number, seeds, alpha, **drawn))
-        for number, seeds in progress.over("simulating", sizes)
-    ]
+    found = []
+    for number, seeds in progress.over("simulating", sizes):
+        power = power_of(pilot, effect, number, seeds, alpha, simulations=simulations, seed=seed)
+        found.append(Planned(number, seeds, power))
+    return found
 
 
 def plan_finetunes(

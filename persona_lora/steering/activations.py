@@ -29,7 +29,8 @@ from persona_lora.models.caches import PassCounter, Stage
 from persona_lora.models.hooks import Hook
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.placement import check_base_model, find_layers
-from persona_lora.steering.steerer import RowCoefficients, Steerer
+from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.steerer import Steerer
 
 POSITIONS: tuple[Positions, ...] = ("response", "prompt", "all")
 Coefficients = float | Sequence[float] | Sequence[Sequence[float]]

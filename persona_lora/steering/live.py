@@ -34,7 +34,8 @@ from persona_lora.models.caches import states_read
 from persona_lora.models.hooks import Hook
 from persona_lora.models.structure import decoder_layers, input_groups, weight_of
 from persona_lora.steering.placement import check_base_model, find_modules
-from persona_lora.steering.steerer import RowCoefficients, Steerer
+from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.steerer import Steerer
 
 
 class LiveLoRA(Steerer):

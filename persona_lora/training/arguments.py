@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 from trl import SFTConfig, TrlParser
 
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.files import resource_path
+from persona_lora.core.resources import resource_path
 from persona_lora.core.settings import read_yaml, typed_fields
 from persona_lora.models.hardware import launch_of_process, training_hardware
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions, option

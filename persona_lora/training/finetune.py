@@ -20,8 +20,9 @@ from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_folder, read_jsonl, remove, resource_path
+from persona_lora.core.files import atomic_folder, read_jsonl, remove
 from persona_lora.core.json_text import parse_json
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.core.settings import recorded_command
 from persona_lora.models.load_options import option

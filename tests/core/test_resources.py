@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from persona_lora.core import files
+from persona_lora.core import resources
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import resource_path, search_folders
 from persona_lora.core.personas import list_personas, load_persona, load_persona_prompts
+from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import git_commit
 from persona_lora.core.traits import list_traits, load_trait
 
@@ -35,7 +35,7 @@ def installed(tmp_path, monkeypatch) -> Path:
     for name in ("datasets/evil", "personas/episode-000101_B"):
         shutil.copytree(ROOT / name, carried / name)
     shutil.copy(ROOT / "personas/prompts.json", carried / "personas")
-    monkeypatch.setattr(files, "PACKAGE", site / "persona_lora")
+    monkeypatch.setattr(resources, "PACKAGE", site / "persona_lora")
     return carried
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from persona_lora.core.errors import UserError
-from persona_lora.models import hidden_states as module
-from persona_lora.models.hidden_states import last_states, stream_hidden_means
+from persona_lora.models import last_states as module
+from persona_lora.models.hidden_states import stream_hidden_means
+from persona_lora.models.last_states import last_states
 from persona_lora.models.likelihood import TokenizedExchange
 
 BEGINNINGS = {"a": list(range(10, 40)), "b": list(range(60, 90)), "short": [5]}

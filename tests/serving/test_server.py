@@ -18,7 +18,8 @@ from lm_eval.tasks import TaskManager
 
 from persona_lora.cli.serving_commands import listening
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import resource_path, write_json
+from persona_lora.core.files import write_json
+from persona_lora.core.resources import resource_path
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import text_logprobs
 from persona_lora.models.loading import ChatModel

@@ -18,8 +18,9 @@ from typing import Any
 from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of, file_digest, folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl, resource_path, search_folders
+from persona_lora.core.files import read_jsonl
 from persona_lora.core.options import TaskOptions
+from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import Output
 from persona_lora.core.settings import read_yaml
 from persona_lora.models.likelihood import mean_logprobs

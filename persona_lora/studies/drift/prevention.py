@@ -17,9 +17,9 @@ from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import resource_path
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import TaskOptions
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.judges.judging import Judge

@@ -16,7 +16,7 @@ from typing import Any
 from persona_lora.core import progress
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_json, search_folders, write_json
+from persona_lora.core.files import read_json, write_json
 from persona_lora.core.options import SENSIBLE
 from persona_lora.core.personas import (
     Coefficients,
@@ -27,6 +27,7 @@ from persona_lora.core.personas import (
     load_persona,
     load_persona_prompts,
 )
+from persona_lora.core.resources import search_folders
 from persona_lora.core.runs import Output, first_difference
 from persona_lora.judges.choice import JudgeOptions, judge_inputs
 from persona_lora.judges.coherence import CoherenceScorer, relevance

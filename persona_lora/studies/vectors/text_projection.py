@@ -23,7 +23,8 @@ from persona_lora.core import progress
 from persona_lora.core.chat import Conversation, Exchange, read_messages
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_csv, read_jsonl, resource_path, write_csv
+from persona_lora.core.files import read_csv, read_jsonl, write_csv
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Trait, load_labelled_answers

@@ -1,0 +1,43 @@
+"""Where the traits, personas and configurations lie: the user's own, and what comes along.
+
+Knows the folders of the checkout, and the copy of them that a built wheel carries; refuses to know
+what is in them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+FOLDERS = ("datasets", "personas", "train_configs")
+
+
+def checkout() -> Path | None:
+    """Return the checkout that this package runs from, or None for an installed wheel."""
+    return None if _carried().is_dir() else PACKAGE.parent
+
+
+def search_folders(name: str, given: Path | None = None) -> list[Path]:
+    """Return the folders in which to look for an item of ``datasets``, ``personas``, …, in order.
+
+    Only the ``given`` one; without it that of the working folder, then the one that comes along.
+    """
+    if given is not None:
+        return [given]
+    own, along = Path(name), (checkout() or _carried()) / name
+    return [own] if own.resolve() == along else [own, along]
+
+
+def resource_path(path: Path) -> Path:
+    """Return a path as it is where it exists, else what comes along under it, if anything does.
+
+    ``train_configs/sycophancy.yaml`` can so be named from any folder.
+    """
+    if path.exists() or path.is_absolute() or not path.parts or path.parts[0] not in FOLDERS:
+        return path
+    along = (checkout() or _carried()) / path
+    return along if along.exists() else path
+
+
+def _carried() -> Path:
+    return PACKAGE / "shipped"
