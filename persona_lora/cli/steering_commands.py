@@ -436,8 +436,7 @@ def sweep(
 
     loaded = trait.load()
     judge = judging_of(judging)
-    chosen = _swept_method(varied)
-    model.refuse_nats_beside_adapter(varied.coefficients)
+    chosen = _swept_method(varied, model)
     engine.check(diffs_alone=chosen != "activation")
     parts = varied.by_seed()
     populations = [each.load(chosen, generation.seed) for each in parts.values()]
@@ -493,7 +492,8 @@ def _asked(asked: SweepOptions, method: str, population: Any) -> SweepOptions:
     )
 
 
-def _swept_method(varied: VariedOptions) -> str:
+def _swept_method(varied: VariedOptions, model: AdaptedModelOptions) -> str:
+    model.refuse_nats_beside_adapter(varied.coefficients)
     given = {"lora": varied.diff, "activation": varied.vector, "prompt": None}
     chosen = steering_method(varied.method, given)
     if varied.method is None and chosen == "none":
