@@ -421,7 +421,10 @@ COMMANDS = {
             "controls": flag("other"),
             "prompts": flag("prompts.jsonl", "Why not?"),
         },
-        {f"{X}studies.drift.run:load_diffs": {"d": None}},
+        {
+            f"{X}studies.drift.run:load_diffs": {"d": None},
+            f"{X}studies.drift.diagnosis:weights_of": None,
+        },
     ),
     "evaluate-checkpoints": Command(
         ("run", "--traits", "evil", *DATA),

@@ -71,12 +71,14 @@ class Subject:
 
     @classmethod
     def load(cls, name: str, diffs: Mapping[str, LoRADiff], controls: Sequence[str] = ()) -> Self:
-        """Return it once all adapters could be read: before a model is loaded.
+        """Return it once all adapters, and what a full model holds, could be read: before any load.
 
         Raises UserError for what is no plain low-rank adapter (DoRA, bias, …), for controls of
         another kind than the finetune, and for one and the same adapter given twice.
         """
         taken_off(controls, "", [name])
+        if not is_adapter(name):
+            weights_of(name)
         names = (name, *controls)
         contents = [LoRADiff.load(each).content() if is_adapter(each) else each for each in names]
         for at, (each, content) in enumerate(zip(names, contents, strict=True)):

@@ -105,7 +105,7 @@ def _agreement_row(each: Agreement) -> tuple[str, ...]:
 NULL_SAYS_LITTLE = (
     "The threshold is that of directions turned at random, which is too narrow for real finetunes: "
     "all that were measured lie outside it, whatever they were trained on. How often it is wrong "
-    f"is not known. Give at least {ENOUGH} unrelated finetunes as --controls."
+    f"is not known. An adapter's is measured from {ENOUGH} unrelated adapters on (--controls)."
 )
 
 

@@ -225,7 +225,7 @@ def test_the_page_says_how_far_the_alarm_is_to_be_trusted(ask, unrelated, tmp_pa
     assert [each["flagged"] for each in record["alarms"]] == [False] * 3
     ask(unrelated[-1] * 3, controls=4, to="few")
     page = (tmp_path / "few" / "report.html").read_text()
-    for words in ("Controls of another size", "False alarms: rate unknown.", "at least 5"):
+    for words in ("Controls of another size", "False alarms: rate unknown.", "from 5 unrelated"):
         assert words in page
     assert json.loads((tmp_path / "few" / "diagnosis.json").read_text())["any_false"] is None
 
@@ -240,3 +240,20 @@ def test_what_cannot_be_read_is_named(ask, base, unrelated, make_adapter, tmp_pa
         Subject.load(str(folders[0]), {}, [str(folders[1])])
     with pytest.raises(UserError, match="nowhere is no adapter"):
         Subject.load(str(folders[0]), {}, ["nowhere"])
+
+
+def test_the_command_prints_what_the_page_shows(run, base, directions, unrelated, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "Hello"}\n')
+    unrelated[0].save(tmp_path / "tuned" / "adapter")  # the folder of a finetune
+    directions["calm"].save(tmp_path / "calm")
+    status, out, error = run(
+        "diagnose", "tuned", "--base", base.name, "--diffs", "calm", "--prompts", "prompts.jsonl",
+        "--output", "out",
+    )  # fmt: skip
+    assert status == 0, error
+    for words in ("calm", "Words, while reading", "Over the null's threshold", "report.html"):
+        assert words in out
+    words = ("diagnose", "none", "--diffs", "calm", "--output", "o")
+    status, _, error = run(*words, "--base", "no-base-either")  # which is not loaded yet
+    assert status == 2
+    assert "none is no folder" in error
