@@ -45,9 +45,18 @@ def page(chat_model, make_diff, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    blocks = build_page(desk, tmp_path / "mixes")
+    blocks = build_page(desk, tmp_path / "mixes", {"calm": "+0.05nat at +1.4"})
     yield serve(blocks, "127.0.0.1", port, wait=False)
     blocks.close()
+
+
+def test_a_slider_says_what_its_coefficients_are_in_nats(page):
+    sliders = {
+        each["props"]["label"]: each["props"].get("info")
+        for each in httpx.get(f"{page}config", trust_env=False).json()["components"]
+        if each["type"] == "slider"
+    }
+    assert (sliders["calm"], sliders["loud"]) == ("+0.05nat at +1.4", None)
 
 
 def ask(client, text, *values, judge="no score", tokens=12):

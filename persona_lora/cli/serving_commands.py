@@ -28,7 +28,7 @@ from persona_lora.cli.shared_options import (
 )
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
-from persona_lora.core.strength import OfNats, coefficient_of
+from persona_lora.core.strength import OfNats, coefficient_of, strength_line
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -205,6 +205,11 @@ class Mixed:
         """Return where the diff of a trait is."""
         return self.directions / trait / "diff"
 
+    def told(self, diffs: Mapping[str, LoRADiff]) -> dict[str, str]:
+        """Return what calibrate says of the diffs, by trait; nothing on a model of another base."""
+        known = {} if self.allow_other_base else diffs
+        return {trait: strength_line(self.place(trait), known[trait].content()) for trait in known}
+
     def of_nats(self, diffs: Mapping[str, LoRADiff]) -> dict[str, OfNats]:
         """Return what makes coefficients of nats, by trait; none on a model of another base."""
         if self.allow_other_base:
@@ -244,7 +249,7 @@ def playground(*, page: PageOptions, model: ModelOptions) -> None:
     judges = _judges(chosen, chat_model, page.datasets_dir)
     desk = MixingDesk(chat_model, diffs, judges)
     show(f"open http://{page.host}:{page.port} (Ctrl+C ends it)")
-    serve(build_page(desk, page.mixes), page.host, page.port)
+    serve(build_page(desk, page.mixes, page.told(diffs)), page.host, page.port)
 
 
 def _judges(traits: list[str], chat_model: Any, datasets: Path | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from persona_lora.core.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+TOLD = (-0.05, 0.05)  # nats
 _TEXT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*nats?")
 
 
@@ -208,6 +209,16 @@ def coefficients_of(
             *(direction, found.coherent_line(), ", ".join(beyond)),
         )
     return values
+
+
+def strength_line(direction: Path, content: str) -> str:
+    """Return in words what was measured of a direction at a path; "" where nothing was."""
+    try:
+        found = _measured(direction, content, "")
+        at = ", ".join(f"{n:+g}nat at {found.coefficient(n, str(direction)):+.3g}" for n in TOLD)
+    except UserError:
+        return ""
+    return f"{at}; {found.coherent_line()}"
 
 
 def _measured(direction: Path, content: str, acting: str) -> Strengths:

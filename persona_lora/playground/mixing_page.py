@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,22 +92,33 @@ class _Chats(NamedTuple):
     clear: gr.Button
 
 
-def build_page(desk: MixingDesk, mixes: Path) -> gr.Blocks:
-    """Return the Gradio page of a desk. All state is in its components: one set a visitor."""
+def build_page(desk: MixingDesk, mixes: Path, told: Mapping[str, str]) -> gr.Blocks:
+    """Return the Gradio page of a desk. All state is in its components: one set a visitor.
+
+    ``told`` stands under the sliders, by trait.
+    """
     with gr.Blocks(title="persona_lora: the mixing desk", analytics_enabled=False) as page:
         gr.Markdown(f"## The mixing desk\n{desk.chat_model.name}, live LoRA: nothing is merged.")
         with gr.Row():
             with gr.Column(scale=1):
-                controls = _controls(desk, mixes)
+                controls = _controls(desk, mixes, told)
             with gr.Column(scale=3):
                 chats = _chats()
         _connect(page, controls, chats, _Answers(desk, mixes))
     return page
 
 
-def _controls(desk: MixingDesk, mixes: Path) -> _Controls:
+def _controls(desk: MixingDesk, mixes: Path, told: Mapping[str, str]) -> _Controls:
     sliders = [
-        gr.Slider(-REACH, REACH, 0.0, step=0.05, label=trait, elem_id=f"s-{trait}")
+        gr.Slider(
+            -REACH,
+            REACH,
+            0.0,
+            step=0.05,
+            label=trait,
+            info=told.get(trait) or None,
+            elem_id=f"s-{trait}",
+        )
         for trait in desk.traits
     ]
     judge = gr.Dropdown(

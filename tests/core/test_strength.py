@@ -17,6 +17,7 @@ from persona_lora.core.strength import (
     coefficient_of,
     coefficients_of,
     file_beside,
+    strength_line,
 )
 
 
@@ -95,6 +96,15 @@ def test_beyond_the_coherent_range_a_coefficient_is_warned_of(quadratic, tmp_pat
     quadratic.save(path)
     assert coefficients_of([-3.0], path, "digest") == (-3.0,)  # not judged
     assert len(caplog.records) == 1
+
+
+def test_what_was_measured_is_told_in_a_line(quadratic, tmp_path):
+    path = tmp_path / "diff"
+    assert strength_line(path, "digest") == ""
+    dataclasses.replace(quadratic, floor=50.0).save(path)
+    line = "-0.05nat at -0.112, +0.05nat at +0.224; coherent from +0 to +0"
+    assert strength_line(path, "digest") == line
+    assert strength_line(path, "other") == ""
 
 
 def test_strengths_belong_to_their_direction_and_place(quadratic, tmp_path):

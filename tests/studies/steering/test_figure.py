@@ -7,8 +7,9 @@ import pytest
 from matplotlib import image
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.strength import Moved, Strengths
 from persona_lora.report.summary import summarise_run, summarise_sweep
-from persona_lora.studies.steering.figure import render_sweep, render_sweeps
+from persona_lora.studies.steering.figure import render_strengths, render_sweep, render_sweeps
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -67,6 +68,21 @@ def test_sweeps_draws_a_panel_per_trait(make_sweep_run, tmp_path):
         render_sweeps(summaries[:count]).save(tmp_path / "all.png")
         heights.append(image.imread(tmp_path / "all.png").shape[0])
     assert heights[0] == heights[1] < heights[2]
+
+
+def test_strengths_are_drawn_by_sign_hollow_where_answers_are_not_coherent(tmp_path):
+    points = [Moved(s * c, c * c, 3 * c * c, 90 - 40 * c) for s in (-1, 1) for c in (0.5, 1, 2)]
+    found = Strengths("", "", "", (Moved(0.0, 0.0, 0.0, 90.0), *points), 50.0)
+    picture = render_strengths({"a": found, "b": found})
+    left, right = picture.panels
+    assert (left.title, right.title) == ("negative", "positive")
+    for panel in (left, right):
+        for name in "ab":
+            drawn = panel.of(name)
+            assert (drawn.x, drawn.y) == ((0.5, 1, 2), (0.25, 1, 4))
+            assert (drawn.low, drawn.high) == (drawn.y, (0.75, 3, 12))
+            assert drawn.hollow == (False, False, True)
+    assert picture.save(tmp_path / "a.png") == (tmp_path / "a.png").read_bytes()
 
 
 def test_sweeps_refuses_nothing_to_plot():
