@@ -323,7 +323,7 @@ COMMANDS = {
     ),
     "judge score": Command(
         (*EVIL, "--file", "answers.csv", "--output", "o.csv"),
-        (f"{X}judges.rating:score_file",),
+        (f"{X}judges.labels:score_file",),
         {
             "trait": flag("sycophancy"),
             "file": flag("others.csv"),
@@ -334,7 +334,7 @@ COMMANDS = {
     ),
     "judge rate": Command(
         (*EVIL, "--file", "answers.csv", "--rater", "ada"),
-        (f"{X}judges.rating:RatingSheet.remaining", f"{X}judges.rating:RatingSheet"),
+        (f"{X}judges.labels:RatingSheet.remaining", f"{X}judges.labels:RatingSheet"),
         {
             "trait": None,  # is only shown
             "datasets_dir": None,
@@ -355,7 +355,7 @@ COMMANDS = {
         },
         {
             f"{X}core.files:write_jsonl": None,
-            f"{X}judges.rating:rated_rows": [],
+            f"{X}judges.labels:rated_rows": [],
             f"{X}judges.labels:load_ratings": [],
             f"{X}judges.fitness:rater_agreement": types.SimpleNamespace(
                 kappa=0.37, spearman=0.37, n=3
@@ -503,8 +503,8 @@ COMMANDS = {
     "engine command": Command(
         (),
         (
-            f"{X}engines.vllm_command:server_command",
-            f"{X}engines.vllm_command:BasisFolder.read",
+            f"{X}engines.vllm_server:server_command",
+            f"{X}engines.vllm_server:BasisFolder.read",
         ),
         {
             "basis": flag("basis"),
@@ -649,7 +649,7 @@ COMMANDS = {
     ),
     "plan": Command(
         ("pilot", "--effect", "10"),
-        (f"{X}report.power:plan_power",),
+        (f"{X}report.two_way:plan_power",),
         {
             "pilot": None,
             "effect": flag(3.7),
