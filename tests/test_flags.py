@@ -639,12 +639,17 @@ COMMANDS = {
     ),
     "data screen": Command(
         ("--file", "texts.jsonl", "--vector", "v.safetensors"),
-        (f"{X}studies.vectors.text_projection:screen_rows",),
+        (
+            f"{X}studies.vectors.text_projection:screen_rows",
+            f"{X}studies.drift.row_pulls:pull_rows",
+        ),
         {
             "file": flag("more.jsonl", None),
             "vector": flag("w.safetensors", None),
             "layers": flag("0", None),
             "threshold": flag(0.37),
+            "diffs": flag("diff2", None, instead=("--file", "texts.jsonl", "--diffs", "diff")),
+            "allow_other_base": flag(True, None, "--diffs diff", ("--file", "texts.jsonl")),
         },
     ),
     "plan": Command(
@@ -940,6 +945,7 @@ USELESS = {
     "project activations": ("--datasets-dir x", "--no-shift --base-model m"),
     "evaluate-checkpoints": ("--layers 0", "--positions prompt_last"),
     "predict-finetuning": ("--layers 0",),
+    "data screen": ("--allow-other-base",),
     "compare-prevention": ("--tasks= --limit 3",),
     "export": (
         "--prompts p.jsonl",

@@ -21,6 +21,7 @@ from persona_lora.cli.shared_options import (
     Layers,
     MaxQuestions,
     ModelOptions,
+    OtherBase,
     RunOptions,
     TraitOptions,
     Vectors,
@@ -528,25 +529,40 @@ def _adapter(path: Path) -> Path:
 def screen_data(
     *,
     file: Annotated[Path, "JSONL of messages: the rows to be trained on."],
-    vector: Annotated[Path, "A steering vector of the trait."],
+    vector: Annotated[Path | None, "A steering vector of the trait."] = None,
+    diffs: Annotated[
+        tuple[str, ...], "Diffs instead: how each row's gradient pulls along them."
+    ] = (),
     output: Annotated[Path, "The CSV of ranked rows to write."] = Path("results/screen.csv"),
     layers: Annotated[str | None, "The one layer of the vector; about 0.55 deep."] = None,
     threshold: Annotated[
         float | None, "Flag rows over it; measured on the model by default."
     ] = None,
+    allow_other_base: OtherBase = False,
     model: ModelOptions,
     generation: Briefly = SIXTY,
 ) -> None:
     """Rank training rows by how far they would pull the model along a trait.
 
-    Each row's answer is projected on the vector, and so is the model's own answer.
+    Along a vector, each row's answer is projected on it, and so is the model's own answer. Along
+    diffs, a gradient step on each row is projected on them, from forward passes alone; the first
+    diff ranks.
 
     Example: persona-lora data screen --file datasets/evil/misaligned_2.jsonl
-    --vector checkpoints/vectors/evil/evil_response_avg.safetensors
+    --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
     from persona_lora.core.vector_files import load_vector
     from persona_lora.studies.vectors.text_projection import read_texts, screen_rows
 
+    if diffs:
+        if vector is not None:
+            raise UserError("rows are screened along --vector or along --diffs; leave one out")
+        refuse_useless("layers threshold max_new_tokens seed", "with --diffs")
+        _screen_along(diffs, file, output, model, allow_other_base=allow_other_base)
+        return
+    if vector is None:
+        raise UserError("rows are screened along directions; give --vector, or --diffs")
+    refuse_useless("allow_other_base", "with --vector")
     loaded = load_vector(vector)
     chosen = one_layer(layers, loaded.num_layers)
     texts = read_texts(file)
@@ -566,4 +582,25 @@ def screen_data(
         found.table(),
         f"{found.flagged} of {len(found.rows)} rows pull further than {found.threshold:.2f} at "
         f"layer {chosen}: {found.path}",
+    )
+
+
+def _screen_along(
+    paths: Sequence[str], file: Path, output: Path, model: ModelOptions, *, allow_other_base: bool
+) -> None:
+    from persona_lora.studies.drift.row_pulls import NEEDS_FLOAT32, pull_rows
+    from persona_lora.studies.drift.run import load_diffs
+    from persona_lora.training.finetune import read_conversations
+
+    if model.quantize is not None or model.dtype not in ("auto", "float32"):
+        raise UserError(NEEDS_FLOAT32)
+    diffs, conversations = load_diffs(paths), read_conversations(file)
+    exact = model.changed(dtype="float32")
+    chat_model = load_model(exact, diffs.values(), allow_other_base=allow_other_base)
+    with progress_bars():
+        found = pull_rows(chat_model, conversations, diffs, output)
+    show(
+        found.table(),
+        f"{len(found.rows)} rows, by their pull towards {found.names[0]} (nats a token for a "
+        f"change of norm 1; error {found.error:.2%} of a typical pull): {output}",
     )

@@ -5,7 +5,7 @@ Knows teacher forcing; refuses to know who wrote the text or what the numbers ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +62,24 @@ def mean_logprobs(
     tokenized = [tokenize_exchange(chat_model, each, system_prompt) for each in exchanges]
     if any(not each.answer for each in tokenized):
         raise UserError("an empty answer has no log-probability; leave it out")
+    return answer_logprobs(chat_model, tokenized)
+
+
+def answer_logprobs(
+    chat_model: ChatModel,
+    tokenized: Sequence[TokenizedExchange],
+    prepare_batch: Callable[[Sequence[int]], None] | None = None,
+) -> list[float]:
+    """Return the mean log-probability (nats) of a token of each answer; none may be empty.
+
+    ``prepare_batch`` is called with the row numbers of each batch before it runs.
+    """
     means = [0.0] * len(tokenized)
     done = 0
     for rows in batches_by_length([len(each.prompt) + len(each.answer) for each in tokenized]):
         batch = [tokenized[row] for row in rows]
+        if prepare_batch is not None:
+            prepare_batch(rows)
         for row, mean in zip(rows, _mean_logprobs_of_batch(chat_model, batch), strict=True):
             means[row] = mean
         done += len(rows)

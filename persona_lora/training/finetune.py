@@ -173,7 +173,10 @@ def finetune(
     in_full = not arguments.use_peft and arguments.dtype == "auto"
     loading = arguments.alone().changed(dtype="float32" if in_full else None)
     chat_model = load_model(arguments.model_name_or_path, loading, config)
-    lesson = _lesson(_tokenize(conversations, chat_model, config), chat_model, arguments, folder)
+    rows = tokenize_conversations(
+        conversations, chat_model, eos_token=config.eos_token, max_length=config.max_length
+    )
+    lesson = _lesson(rows, chat_model, arguments, folder)
     trained = lora if arguments.use_peft else None
     own = {
         "train_file": arguments.train_file,
@@ -270,9 +273,14 @@ def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:
     return {path: path_digest(Path(path)) for path in paths}
 
 
-def _tokenize(
-    conversations: Sequence[Conversation], chat_model: ChatModel, config: FinetuneConfig
+def tokenize_conversations(
+    conversations: Sequence[Conversation],
+    chat_model: ChatModel,
+    *,
+    eos_token: str | None = None,
+    max_length: int | None = FinetuneConfig.max_length,
 ) -> list[TokenRow]:
+    """Return the rows as they are trained on: the loss is on the last answer of each."""
     rows = [
         (f"row {number}", turns[:-1], turns[-1:])
         for number, turns in enumerate(conversations, start=1)
@@ -280,8 +288,8 @@ def _tokenize(
     return tokenize_rows(
         rows,
         chat_model.template,
-        end_tokens=end_tokens(chat_model, config.eos_token),
-        max_length=config.max_length,
+        end_tokens=end_tokens(chat_model, eos_token),
+        max_length=max_length,
     )
 
 
