@@ -595,7 +595,7 @@ def _screen_along(
     if model.quantize is not None or model.dtype not in ("auto", "float32"):
         raise UserError(NEEDS_FLOAT32)
     diffs, conversations = load_diffs(paths), read_conversations(file)
-    exact = model.changed(dtype="float32")
+    exact = dataclasses.replace(model, dtype="float32")
     chat_model = load_model(exact, diffs.values(), allow_other_base=allow_other_base)
     with progress_bars():
         found = pull_rows(chat_model, conversations, diffs, output)
