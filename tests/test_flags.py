@@ -692,6 +692,18 @@ COMMANDS = {
         {"reference": None, "runs": None},
         {"persona_lora.report.comparisons:compare_runs": []},
     ),
+    # what they do, and what they refuse: tests/test_packing.py
+    "pack": Command(
+        ("run", "--output", "a.zip"),
+        (f"{X}studies.packing:pack_run",),
+        {"folder": None, "output": flag("b.zip"), "overwrite": flag(True)},
+    ),
+    "verify": Command(("run",), (f"{X}core.archives:opened",), {"archive": None}),
+    "reproduce": Command(
+        ("run", "--output", "again"),
+        (f"{X}core.archives:opened",),
+        {"archive": None, "output": None},
+    ),
     "schema": Command(("sweep",), (), {"words": None}),
     "persona ratings": Command(
         ("folder", "a.csv"),

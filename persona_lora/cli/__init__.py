@@ -10,6 +10,7 @@ from persona_lora.cli import (  # noqa: F401  (each makes its commands known)
     judge_commands,
     persona_commands,
     protocol_commands,
+    run_commands,
     serving_commands,
     steering_commands,
 )

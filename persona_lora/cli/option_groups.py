@@ -277,7 +277,9 @@ def with_groups(command: Callable[..., None]) -> tuple[Callable[..., None], list
             name: _build(kind, default, {field: values[option] for field, option in fields[name]})
             for name, (kind, default) in groups.items()
         }
-        with recorded_command(" ".join(context.command_path.split()[1:]), context.params):
+        program = context.find_root().command_path  # of several words where Python runs it
+        words = context.command_path.removeprefix(program).strip()
+        with recorded_command(words, context.params):
             command(**{name: values[name] for name in singles}, **made)
 
     # typer reads the signature, and would otherwise look through the wrapper.

@@ -41,6 +41,7 @@ ORDER = (
     *("finetune", "project", "diagnose", "evaluate-checkpoints", "predict-finetuning"),
     "compare-prevention",
     *("plan", "preregister", "compare", "paired", "benchmark", "report"),
+    *("pack", "verify", "reproduce"),
     *(
         "research-questions",
         "traits",

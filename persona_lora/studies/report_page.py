@@ -94,7 +94,7 @@ def write_report(
     if not folders:
         raise UserError("no run to report on; name at least one run folder")
     sections = [
-        _section(Run(folder), f"run-{index}", coefficients)
+        section_of(Run(folder), f"run-{index}", coefficients)
         for index, folder in enumerate(folders, start=1)
     ]
     page = fill_template(
@@ -111,7 +111,10 @@ def write_report(
     return Path(path)
 
 
-def _section(run: Run, anchor: str, coefficients: Sequence[float]) -> Section:
+def section_of(
+    run: Run, anchor: str, coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS
+) -> Section:
+    """Return what the page says of one run; UserError for a kind of run that it does not show."""
     record, kind = run.record, run_kind(run)
     if kind not in SECTIONS:
         raise UserError(

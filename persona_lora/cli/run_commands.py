@@ -1,0 +1,138 @@
+"""Commands on finished runs: an archive of one, whether it is whole, the same once more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_lora.cli.console import show
+from persona_lora.cli.program import COMPARE, OPTIONS, TRAINING, app, command
+from persona_lora.core.errors import HIDDEN, UserError, few_names
+from persona_lora.core.files import read_text, write_text
+from persona_lora.core.options import Overwrite
+from persona_lora.core.runs import CONFIG, package_versions
+from persona_lora.core.settings import read_yaml
+
+if TYPE_CHECKING:
+    from persona_lora.core.runs import Run
+
+Archive = Annotated[Path, typer.Argument(help="An archive of pack, or a folder of its files.")]
+
+
+@command("pack", COMPARE)
+def pack(
+    *,
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    output: Annotated[Path | None, "The .zip to write; beside the run by default."] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Pack a finished run into one archive: its rows and pages, a card, and every file's digest.
+
+    The same run gives the same bytes. Adapters and other weights stay outside.
+
+    Example: persona-lora pack results/sweep/evil --output evil.zip
+    """
+    from persona_lora.studies.packing import pack_run
+
+    whole = folder.resolve()
+    target = output or whole.with_name(f"{whole.name}.zip")
+    left_out, digest = pack_run(folder, target, overwrite=overwrite)
+    if left_out:
+        show(f"not packed, being neither rows nor pages: {few_names(left_out)}")
+    show(f"archive: {target}", f"sha256 of its manifest: {digest}")
+
+
+@command("verify", COMPARE)
+def verify(*, archive: Archive) -> None:
+    """Check an archive of a run: every file, that the run is finished, the inputs that are here.
+
+    Ends with status 1 where something has changed. Digests say what changed, not who made it.
+
+    Example: persona-lora verify evil.zip
+    """
+    from persona_lora.report.sections import Table
+    from persona_lora.studies.packing import CHANGED, inputs_now
+
+    with _whole_run(archive) as run:
+        path = run.folder / CONFIG
+        inputs = inputs_now(run.record, read_yaml(path) if path.is_file() else {})
+    show("every file is as it was packed, and the run is finished")
+    show(Table.of("input | now | looked for", inputs))
+    changed = [name for name, state, _ in inputs if state == CHANGED]
+    if changed:
+        show(f"changed since the run: {', '.join(changed)}")
+        raise typer.Exit(1)
+
+
+@command("reproduce", COMPARE)
+def reproduce(*, archive: Archive, output: Annotated[Path, "A new folder for the run."]) -> None:
+    """Run the command of an archive again from its options, and compare the rows.
+
+    Paths are those of the options, from the working folder. Ends with status 1 where rows differ.
+
+    Example: persona-lora reproduce evil.zip --output results/again/evil
+    """
+    from persona_lora.report.sections import Table
+    from persona_lora.studies.packing import compare_rows, same_run
+
+    if output.exists():
+        raise UserError(f"{output} exists; name a new folder for --output")
+    with _whole_run(archive) as run:
+        before, now = run.record["versions"], package_versions()
+        for name in (each for each in now if before.get(each) != now[each]):
+            show(f"another version of {name}: {before.get(name)} then, {now[name]} now")
+        _run_again(run, output)
+        again, difference = same_run(run, output)
+        found = compare_rows(run.folder, again.folder)
+    if difference is not None:
+        show(f"this is another run than the recorded one: {difference}")
+    rows = [
+        (name, f"{equal} of {number}", "" if gap is None else f"{gap:.3g}")
+        for name, equal, number, gap in found
+    ]
+    show(Table.of("rows | equal | largest difference of scores", rows))
+    if difference is not None or any(each.equal < each.rows for each in found):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _whole_run(archive: Path) -> Iterator[Run]:
+    """Yield the finished run of an archive; what is wrong with its files ends the command."""
+    from persona_lora.core.archives import faults_of, opened
+    from persona_lora.studies.packing import finished_run
+
+    with opened(archive) as (folder, damaged):
+        faults = faults_of(folder, damaged, archive)
+        if faults:
+            show(f"{archive} is not as it was packed", *faults)
+            raise typer.Exit(1)
+        yield finished_run(folder)
+
+
+def _run_again(run: Run, output: Path) -> None:
+    """Run the command of a run into ``output``; UserError where that cannot be done."""
+    from persona_lora.studies.packing import command_of
+
+    words = command_of(run.folder)
+    if words is None:
+        raise UserError(f"the run has no {CONFIG} of a command, so that nothing can be run again")
+    flag = "--output_dir" if words in TRAINING else "--output"
+    if words not in TRAINING and not any(each.flag == flag for each in OPTIONS.get(words, ())):
+        raise UserError(f"{words!r} is no command that writes a run")
+    text = read_text(run.folder / CONFIG)
+    if HIDDEN in text:
+        raise UserError(f"{CONFIG} has a secret taken out ({HIDDEN}); run the command by hand")
+    file = Path(str(read_yaml(run.folder / CONFIG).get("output"))).name
+    place = output / file if file.endswith(".csv") else output
+    with TemporaryDirectory() as folder:
+        config = Path(folder) / CONFIG
+        write_text(config, text)
+        arguments = [*words.split(), "--config", str(config), flag, str(place)]
+        status = app(arguments, standalone_mode=False)
+    if status:
+        raise typer.Exit(status)

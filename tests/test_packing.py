@@ -1,0 +1,219 @@
+"""A finished run as an archive: packed, checked, run again; archives that are broken or hostile."""
+
+from __future__ import annotations
+
+import json
+import stat
+import zipfile
+
+import pytest
+
+from persona_lora.core.archives import MANIFEST, faults_of, opened
+from persona_lora.core.chat import Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
+from persona_lora.judges import choice
+from persona_lora.studies.packing import compare_rows, pack_run
+
+ASKED = (
+    *("--trait", "cheer", "--diff", "diff", "--model", "model", "--dtype", "float32"),
+    *("--datasets-dir", "datasets", "--max-new-tokens", 3),
+)
+SWEEP = (*("sweep", "--coefficients", "-1,1", "--no-references"), *ASKED)
+
+
+class LetterJudge:
+    name = "letters"
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
+            for each in exchanges
+        ]
+
+
+@pytest.fixture
+def world(run, make_world, no_drawing, tmp_path, monkeypatch):
+    make_world(tmp_path)
+    monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: LetterJudge())
+    return tmp_path
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A finished run with nothing behind it."""
+    with Run.open(tmp_path / "small", command="lamp", config={"model": "tiny"}, seed=3) as made:
+        made.write("answers", [{"question_id": 0, "answer": "Yes.", "score": 50.0}])
+    return made.folder
+
+
+def call(run, *words):
+    status, out, error = run(*words)
+    assert "error:" not in error, error
+    return status, out
+
+
+def test_a_sweep_is_packed_checked_and_run_again(run, world):
+    assert run(*SWEEP, "--output", "out")[0] == 0
+    (world / "out/diff").mkdir()
+    (world / "out/diff/adapter_model.safetensors").write_bytes(b"weights")
+    status, out = call(run, "pack", "out", "--output", "out.zip")
+    assert status == 0
+    assert "not packed, being neither rows nor pages: diff/adapter_model.safetensors" in out
+    with zipfile.ZipFile("out.zip") as archive:
+        names, card = archive.namelist(), archive.read("README.md").decode()
+    assert {"run.json", "config.yaml", "answers.jsonl", "report.html", MANIFEST} < {*names}
+    record = Run(world / "out").record
+    assert record["inputs"]["the model's weights"] in card
+    for said in ("persona-lora sweep", "Exploratory, one seed.", "`answers.jsonl`: n = 6, on 2"):
+        assert said in card
+    assert "## Caveats" in card
+    assert "Left out: diff/adapter_model.safetensors" in card
+    status, out = call(run, "verify", "out.zip")
+    assert status == 0
+    for name in ("the diff", "the model's weights", "the model's tokenizer", "the trait cheer"):
+        (line,) = (each for each in out.splitlines() if each.strip().startswith(f"{name} "))
+        assert " same " in line
+    status, out = call(run, "reproduce", "out.zip", "--output", "again")
+    assert status == 0, out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["verdicts.jsonl", "12", "of", "12", "0"] in rows
+    assert "6 of 6" in out
+    # the same of a folder that it was unpacked into
+    with zipfile.ZipFile("out.zip") as archive:
+        archive.extractall("unpacked")
+    assert call(run, "verify", "unpacked")[0] == 0
+    (world / "diff").rename(world / "elsewhere")
+    status, out = call(run, "verify", "out.zip")
+    (line,) = (each for each in out.splitlines() if each.strip().startswith("the diff "))
+    assert (status, " not here " in line) == (0, True)
+
+
+def test_an_input_that_changed_is_named(run, world, make_diff, model):
+    assert run("evaluate", *ASKED, "--output", "out.csv")[0] == 0
+    assert call(run, "pack", "out")[0] == 0
+    assert call(run, "reproduce", "out.zip", "--output", "again")[0] == 0
+    assert (world / "again/out.csv").is_file()
+    make_diff(model, seed=9).save(world / "diff")
+    status, out = call(run, "verify", "out.zip")
+    assert status == 1
+    assert "changed since the run: the diff" in out
+    status, out = call(run, "reproduce", "out.zip", "--output", "other")
+    assert status == 1
+    assert "this is another run than the recorded one: inputs.the diff" in out
+
+
+def test_packing_twice_gives_the_same_bytes(small):
+    first, second = (small.with_name(f"{at}.zip") for at in "ab")
+    digests = [pack_run(small, path)[1] for path in (first, second)]
+    assert digests[0] == digests[1]
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_changed_byte_is_named(run, small, tmp_path):
+    call(run, "pack", small, "--output", "a.zip")
+    whole = (tmp_path / "a.zip").read_bytes()
+    at = whole.index(b"answers.jsonl") + len("answers.jsonl") + 5
+    (tmp_path / "b.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    status, out = call(run, "verify", "b.zip")
+    assert status == 1
+    assert "answers.jsonl: damaged" in out
+    with zipfile.ZipFile("a.zip") as archive:
+        archive.extractall("c")
+    (tmp_path / "c/answers.jsonl").write_text("{}\n")
+    (tmp_path / "c/new.txt").write_text("new")
+    (tmp_path / "c/README.md").unlink()
+    status, out = call(run, "verify", "c")
+    assert status == 1
+    said = ["README.md: missing", "answers.jsonl: changed", f"new.txt: not in {MANIFEST}"]
+    assert out.splitlines()[1:] == said
+
+
+def entry(name, kind=stat.S_IFREG):
+    found = zipfile.ZipInfo(name)
+    found.external_attr = (kind | 0o644) << 16
+    return found
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ([entry("../evil.txt")], "no name inside"),
+        ([entry("/etc/evil")], "no name inside"),
+        ([entry("a/../../b")], "no name inside"),
+        ([entry("..\\evil")], "no name inside"),
+        ([entry("C:evil")], "no name inside"),
+        ([entry("a//b")], "no name inside"),
+        ([entry("folder/")], "no name inside"),
+        ([entry("a", stat.S_IFLNK)], "no plain file"),
+        ([entry("a.txt"), entry("A.txt")], "there twice"),
+        ([entry("a"), entry("a/b")], "there twice"),
+    ],
+)
+def test_hostile_archives_are_refused(entries, reason, tmp_path):
+    path = tmp_path / "hostile.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for each in entries:
+            archive.writestr(each, "x")
+    with pytest.raises(UserError, match=reason), opened(path):
+        pytest.fail("it was unpacked")
+    assert [each.name for each in tmp_path.rglob("*")] == ["hostile.zip"]
+
+
+def test_what_is_no_archive_of_ours_is_refused(run, small, tmp_path):
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr(entry("a.txt"), "x")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / MANIFEST).write_text('{"format": 2, "files": {}}')
+    for name, reason in (
+        ("cut.zip", "no whole archive"),
+        ("other.zip", f"no whole {MANIFEST}"),
+        ("odd", "not one that pack writes"),
+        ("absent.zip", "does not exist"),
+    ):
+        status, _, error = run("verify", name)
+        assert (status, reason in error) == (2, True), error
+    call(run, "pack", small)
+    status, _, error = run("reproduce", "small.zip", "--output", "again")
+    assert (status, "no config.yaml" in error) == (2, True)
+
+
+def test_what_cannot_be_packed_is_refused(small, tmp_path):
+    target = tmp_path / "a.zip"
+    with pytest.raises(UserError, match=r"no run\.json"):
+        pack_run(tmp_path, target)
+    with pytest.raises(UserError, match="lies inside"):
+        pack_run(small, small / "a.zip")
+    pack_run(small, target)
+    with pytest.raises(UserError, match="exists"):
+        pack_run(small, target)
+    pack_run(small, target, overwrite=True)
+    (small / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="rename it"):
+        pack_run(small, tmp_path / "b.zip")
+    (small / "README.md").unlink()
+    (small / "link.txt").symlink_to("/etc/hosts")
+    with pytest.raises(UserError, match="is a link"):
+        pack_run(small, tmp_path / "b.zip")
+    (small / "link.txt").unlink()
+    with pytest.raises(KeyError), Run(small):
+        raise KeyError
+    with pytest.raises(UserError, match="'failed'"):
+        pack_run(small, tmp_path / "b.zip")
+    assert not (tmp_path / "b.zip").exists()
+
+
+def test_rows_are_compared_in_order(tmp_path):
+    for name, rows in (
+        ("old", [{"score": 1.0}, {"score": None}, {"score": 3.0}]),
+        ("new", [{"score": 1.0}, {"score": None}, {"score": 5.0}, {"score": 1.0}]),
+    ):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(each) + "\n" for each in rows)
+        (tmp_path / name / "verdicts.jsonl").write_text(text)
+    assert compare_rows(tmp_path / "old", tmp_path / "new") == [("verdicts.jsonl", 2, 4, 2.0)]
+    (tmp_path / "new/verdicts.jsonl").unlink()
+    assert compare_rows(tmp_path / "old", tmp_path / "new") == [("verdicts.jsonl", 0, 3, None)]
+    with pytest.raises(UserError, match=MANIFEST):
+        faults_of(tmp_path / "old", {}, tmp_path / "old")
