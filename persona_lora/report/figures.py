@@ -184,15 +184,19 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white")
 
 
+_NOTE_LETTERS = 16  # that an inch of the note holds
+
+
 def finish(
     figure: Figure, panels: Sequence[Panel], *, title: str = "", subtitle: str = "", note: str = ""
 ) -> Picture:
-    """Write title and subtitle above and the note below, and return the picture."""
+    """Write title and subtitle above, the note in lines that fit below; return the picture."""
     width, height = figure.get_size_inches()
+    note_lines = wrapped(int(width * _NOTE_LETTERS), *note.splitlines())
     for inches, text, colour, size, weight, anchor in (
         (height - 0.4, title, INK, 14, "bold", "bottom"),
         (height - 0.47, subtitle, MUTED, 9, "normal", "top"),
-        (0.13, note, MUTED, 7.8, "normal", "bottom"),
+        (0.13, note_lines, MUTED, 7.8, "normal", "bottom"),
     ):
         style: dict[str, Any] = {
             "color": colour,

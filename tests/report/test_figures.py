@@ -12,6 +12,7 @@ from persona_lora.report.figures import (
     Series,
     add_axes,
     bars,
+    finish,
     forest,
     heat_map,
     lines,
@@ -100,6 +101,15 @@ def test_a_heat_map_says_each_value_in_its_own_cell(axes):
     warm, cold = axes.patches[2].get_facecolor(), axes.patches[3].get_facecolor()
     assert warm[0] > warm[2]
     assert cold[2] > cold[0]
+
+
+@pytest.mark.parametrize("width", [5.0, 14.2])
+def test_a_long_note_stays_inside_the_picture(width):
+    figure = new_figure(width, 4.0)
+    finish(figure, [], note="WARNING: do not trust this fit. " * 12 + "\nThe second line.")
+    (note,) = [text for text in figure.texts if text.get_text().startswith("WARNING")]
+    assert note.get_window_extent().x1 <= figure.bbox.x1
+    assert note.get_text().endswith("\nThe second line.")
 
 
 def test_equal_pictures_have_equal_bytes(tmp_path):

@@ -64,7 +64,7 @@ def render_search(run: Run) -> Picture:
     history, found, mix = (
         draw.add_axes(figure, (left, 0.95, width, 2.6), title=title, x=x)
         for left, width, title, x in (
-            (0.62, 4.1, "Value on training prompts", "generation"),
+            (0.62, 3.4, "Value on training prompts", "generation"),
             (6.6, 2.3, FITS, ""),
             (11.6, 2.2, "Weights of the mean", ""),
         )

@@ -56,7 +56,7 @@ def render_sweep(summary: SweepSummary) -> Picture:
     panel = _sweep_panel(axes, summary, drawn, size=9.0)
     _draw_divergence_rows(axes, summary, rows)
     note = f"Mean scores 0–100. {wording.sample_line(summary)}. {wording.coherent_line(summary)}"
-    title, note = wording.sweep_title(summary), draw.wrapped(135, note)
+    title = wording.sweep_title(summary)
     return draw.finish(figure, [panel], title=title, subtitle=told, note=note)
 
 
@@ -224,10 +224,9 @@ def render_strengths(curves: Mapping[str, Strengths]) -> Picture:
         if at == 0:
             axes.invert_xaxis()
             draw.legend(axes, loc="best")
-    note = draw.wrapped(
-        135,
+    note = (
         "KL from the unsteered model on its own answers to ordinary prompts; the band reaches up "
-        "to what 95% of tokens keep under. Hollow: answers there are no longer coherent.",
+        "to what 95% of tokens keep under. Hollow: answers there are no longer coherent."
     )
     return draw.finish(figure, panels, title="What a coefficient does", note=note)
 
