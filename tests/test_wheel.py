@@ -47,7 +47,7 @@ def test_the_wheel_carries_the_package_and_its_data(unpacked):
 READ_EVERYTHING = """
 import persona_lora.cli
 from persona_lora.core.personas import list_personas, load_persona, load_persona_prompts
-from persona_lora.core.files import resource_path
+from persona_lora.core.resources import resource_path
 from persona_lora.core.traits import Path, list_traits, load_pairs, load_trait
 print(load_persona_prompts().train[0])
 for name in list_personas():
