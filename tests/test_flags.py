@@ -654,7 +654,7 @@ COMMANDS = {
     ),
     "plan": Command(
         ("pilot", "--effect", "10"),
-        (f"{X}report.two_way:plan_power",),
+        (f"{X}report.power:plan_power",),
         {
             "pilot": None,
             "effect": flag(3.7),

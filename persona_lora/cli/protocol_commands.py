@@ -111,7 +111,7 @@ def plan(
     Example: persona-lora plan results/sweep/evil --effect 10
     """
     from persona_lora.core.runs import Run
-    from persona_lora.report.two_way import plan_finetunes, plan_power
+    from persona_lora.report.power import plan_finetunes, plan_power
     from persona_lora.studies import read_pilot
 
     for name, share in (("power", power), ("level", level)):

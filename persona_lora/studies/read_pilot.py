@@ -12,6 +12,7 @@ from statistics import fmean, variance
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.power import Pilot, Planned, cheapest
 from persona_lora.report.scores import (
     CONTROL,
     UNSTEERED_CONDITION,
@@ -23,7 +24,7 @@ from persona_lora.report.scores import (
 )
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
-from persona_lora.report.two_way import Gaps, Pilot, Planned, cheapest, shared_questions
+from persona_lora.report.two_way import Gaps, shared_questions
 from persona_lora.studies.drift.read_prediction import changes, data_sets, predict
 from persona_lora.studies.steering.read_comparison import effect_gaps
 

@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from persona_lora.core.errors import UserError
-from persona_lora.report.resampling import sign_flip_p, sign_flip_ps
-from persona_lora.report.two_way import (
+from persona_lora.report.power import (
     Pilot,
     Planned,
     cheapest,
@@ -17,6 +16,7 @@ from persona_lora.report.two_way import (
     plan_power,
     power_of,
 )
+from persona_lora.report.resampling import sign_flip_p, sign_flip_ps
 from tests.report.test_two_way import planted
 
 QUESTIONS = (8, 12, 16, 24, 32, 48)

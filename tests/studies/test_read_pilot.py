@@ -6,7 +6,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.report.two_way import Planned
+from persona_lora.report.power import Planned
 from persona_lora.studies.read_pilot import (
     finetunes_line,
     power_line,

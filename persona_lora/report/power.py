@@ -1,0 +1,176 @@
+"""How many questions and seeds an effect needs, by simulation from what a pilot varied.
+
+A planned experiment is drawn many times: its questions' effects and its rest from the pilot's own,
+its seeds' from a normal distribution of the pilot's variance between seeds, and the planned effect
+on top; then it is tested as a report tests it: by sign flips for one seed, over seeds and questions
+for several. The share of the draws that is found is the power. Of finetunes the effect is a
+correlation over data sets, tested by shuffling these. Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from persona_lora.core import progress
+from persona_lora.core.errors import UserError
+from persona_lora.report.resampling import Array, sign_flip_ps
+from persona_lora.report.two_way import FEWEST_DRAWS, components, crossed_ps
+
+QUESTIONS = (8, 12, 16, 20, 30, 40, 60, 80, 120, 160)
+SEEDS = (3, 5, 8, 12)
+DATA_SETS = (4, 6, 8, 12, 16, 24, 40)
+FINETUNES = (1, 2, 3, 5)
+SHUFFLES = 999
+SIMULATIONS = 400
+FEWEST_QUESTIONS = 4
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The share of simulated experiments of this size in which the effect is found.
+
+    Of finetunes, ``questions`` are data sets and ``seeds`` the finetunes of each.
+    """
+
+    questions: int
+    seeds: int
+    power: float
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot varied, in points: deviations of questions, of the rest, and over seeds.
+
+    ``questions`` and ``rest`` are drawn from, ``seed_spread`` is the standard deviation between
+    seeds; None of a pilot with one.
+    """
+
+    questions: Array
+    rest: Array
+    seed_spread: float | None
+
+    @classmethod
+    def of(cls, values: Array) -> Pilot:
+        """Return that of differences ``[seeds, questions]``; UserError for too few questions."""
+        seeds, questions = values.shape
+        if questions < FEWEST_QUESTIONS:
+            raise UserError(
+                f"the pilot has {questions} questions in common; at least {FEWEST_QUESTIONS} are "
+                "needed to know how questions differ"
+            )
+        by_question = values.mean(axis=0) - values.mean()
+        if seeds == 1:
+            return cls(by_question * np.sqrt(questions / (questions - 1)), np.zeros(1), None)
+        found = components(values)
+        rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+        return cls(
+            _spread(by_question, found.question),
+            _spread(rest.ravel(), found.rest),
+            float(np.sqrt(found.draw)),
+        )
+
+    def draw(self, rng: np.random.Generator, size: tuple[int, int, int], effect: float) -> Array:
+        """Draw differences ``[experiments, seeds, questions]`` around an effect."""
+        experiments, seeds, questions = size
+        by_seed = rng.normal(0, self.seed_spread or 0.0, (experiments, seeds, 1))
+        by_question = rng.choice(self.questions, (experiments, 1, questions))
+        return effect + by_seed + by_question + rng.choice(self.rest, size)
+
+
+def _spread(values: Array, variance: float) -> Array:
+    """Return deviations scaled to a variance; none where they do not vary."""
+    own = float(values.std())
+    return values * (np.sqrt(variance) / own) if own > 0 else np.zeros(1)
+
+
+def power_of(
+    pilot: Pilot,
+    effect: float,
+    questions: int,
+    seeds: int,
+    alpha: float,
+    *,
+    simulations: int = SIMULATIONS,
+    seed: int = 0,
+) -> float:
+    """Return the share of experiments whose p is below ``alpha``, with the right sign."""
+    rng = np.random.default_rng([seed, questions, seeds])
+    drawn = pilot.draw(rng, (simulations, seeds, questions), effect)
+    p = sign_flip_ps(drawn[:, 0]) if seeds == 1 else crossed_ps(drawn)
+    return float(np.mean((p < alpha) & (drawn.mean(axis=(1, 2)) * effect > 0)))
+
+
+def plan_power(
+    pilot: Pilot,
+    effect: float,
+    alpha: float,
+    *,
+    questions: Sequence[int] = QUESTIONS,
+    simulations: int = SIMULATIONS,
+    seed: int = 0,
+) -> list[Planned]:
+    """Return the power of every size: one seed for a pilot of one, else ``SEEDS``.
+
+    UserError for an effect of 0: nothing finds that.
+    """
+    if not effect:
+        raise UserError("an effect of 0 cannot be found; name the smallest one that matters")
+    sizes = [
+        (number, seeds)
+        for seeds in ((1,) if pilot.seed_spread is None else SEEDS)
+        for number in questions
+        if seeds == 1 or seeds >= FEWEST_DRAWS
+    ]
+    found = []
+    for number, seeds in progress.over("simulating", sizes):
+        power = power_of(pilot, effect, number, seeds, alpha, simulations=simulations, seed=seed)
+        found.append(Planned(number, seeds, power))
+    return found
+
+
+def plan_finetunes(
+    within: float, r: float, alpha: float, *, simulations: int = SIMULATIONS, seed: int = 0
+) -> list[Planned]:
+    """Return the power to find a correlation of r over data sets, tested by shuffling these.
+
+    ``within`` is the variance between finetunes of one data set over that between data sets, of
+    score and predictor alike: several finetunes of each average it away. UserError for an r that
+    is none.
+    """
+    if not 0 < abs(r) < 1:
+        raise UserError(f"the effect on finetunes is a correlation between -1 and 1, got {r:g}")
+    sizes = [(number, each) for each in FINETUNES for number in DATA_SETS]
+    found = []
+    for number, each in progress.over("simulating", sizes):
+        rng = np.random.default_rng([seed, number, each])
+        x = rng.normal(size=(simulations, number))
+        y = r * x + np.sqrt(1 - r**2) * rng.normal(size=x.shape)
+        noise = np.sqrt(within / each)
+        x, y = (side + noise * rng.normal(size=x.shape) for side in (x, y))
+        p = [_shuffled_p(*pair, rng) for pair in zip(x, y, strict=True)]
+        found.append(Planned(number, each, float(np.mean(np.array(p) < alpha))))
+    return found
+
+
+def _shuffled_p(x: Array, y: Array, rng: np.random.Generator) -> float:
+    """Return the two-sided p of a correlation over shuffles, the observed one counted in."""
+    x, y = x - x.mean(), y - y.mean()
+    shuffled = rng.permuted(np.tile(y, (SHUFFLES, 1)), axis=1) @ x
+    return float((1 + np.sum(np.abs(shuffled) >= abs(y @ x) - 1e-12)) / (1 + SHUFFLES))
+
+
+def cheapest(found: Sequence[Planned], power: float) -> Planned | None:
+    """Return the size of the fewest answers that reaches a power, and so do all larger ones."""
+    enough = [
+        each
+        for each in found
+        if all(
+            other.power >= power
+            for other in found
+            if other.seeds == each.seeds and other.questions >= each.questions
+        )
+    ]
+    return min(enough, key=lambda each: each.questions * each.seeds, default=None)
