@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -266,16 +266,34 @@ def expand(names: Sequence[str]) -> list[tuple[str, int | None]]:
 
 
 def load_diffs(paths: Sequence[Path | str], *, on_disk: bool = False) -> dict[str, LoRADiff]:
-    """Open diffs by a name each: the trait, or the path where two are of one trait.
+    """Open diffs by a name each: the trait, with what tells their paths apart where two are of one.
 
     With ``on_disk`` their factors stay there, for one pass over models that are large.
     """
     loaded = [(str(path), LoRADiff.load(path, on_disk=on_disk)) for path in paths]
-    traits = [diff.trait for _, diff in loaded]
-    return {
-        path if diff.trait is None or traits.count(diff.trait) > 1 else diff.trait: diff
-        for path, diff in loaded
-    }
+    named = {}
+    for path, diff in loaded:
+        alike = [other for other, each in loaded if each.trait == diff.trait]
+        if diff.trait is None:
+            named[path] = diff
+        else:
+            apart = f" ({_apart(path, alike)})" if len(alike) > 1 else ""
+            named[diff.trait + apart] = diff
+    return named
+
+
+def _apart(path: str, alike: Sequence[str]) -> str:
+    """Return the part of a path in which some differ; all of it where that is nothing."""
+    parts = [Path(each).parts for each in alike]
+    ahead = _shared(parts)
+    behind = _shared([each[ahead:][::-1] for each in parts])
+    own = Path(path).parts
+    return "/".join(own[ahead : len(own) - behind]) or path
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """Return how many parts all begin with."""
+    return sum(1 for _ in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
 
 
 def project_finetunes(

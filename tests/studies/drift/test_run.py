@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -157,3 +158,16 @@ def test_vectors_that_do_not_fit_are_named_before_anything_is_written(run_all, t
     measures = Measures((trait,), Along(vectors, (5,)))
     with pytest.raises(UserError, match="no layer 5"):
         run_all(measures=measures)
+
+
+def test_diffs_are_named_by_trait_and_by_what_tells_their_paths_apart(tmp_path, make_diff, model):
+    def saved(place, trait):
+        diff = dataclasses.replace(make_diff(model), trait=trait)
+        diff.save(tmp_path / place)
+        return tmp_path / place
+
+    paths = [saved(f"runs/{name}/diff", "calm") for name in ("seed0", "seed1/late")]
+    paths += [saved("evil", "evil"), saved("other", None)]
+    named = module.load_diffs(paths)
+    expected = ["calm (seed0)", "calm (seed1/late)", "evil", str(tmp_path / "other")]
+    assert list(named) == expected
