@@ -35,7 +35,13 @@ from persona_lora.cli.shared_options import (
     one_layer,
 )
 from persona_lora.core.errors import UserError
-from persona_lora.core.options import GenerationOptions, JudgesChoice, Split, TaskOptions
+from persona_lora.core.options import (
+    GenerationOptions,
+    JudgesChoice,
+    ProbeOptions,
+    Split,
+    TaskOptions,
+)
 from persona_lora.core.runs import Output
 from persona_lora.core.strength import refuse_nats_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
@@ -473,18 +479,20 @@ def compare_prevention(
     output: RunOptions = RunOptions(Path("results/prevention")),
     model: ModelOptions,
     judging: JudgesChoice,
+    probes: ProbeOptions = ProbeOptions(),
     generation: Briefly = SIXTY,
 ) -> None:
     """Compare finetunes of one task, with and without prevention: trait, task loss, capability.
 
-    The base model is always among them. All is paired with the first finetune, item by item.
+    The base model is always among them. All is paired with the first finetune, item by item. Rules
+    tell what else the answers show, and probes whether the trait comes back where it is asked for.
 
     Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
     --finetunes plain=checkpoints/a,added=checkpoints/b --correct checkpoints/evil/diff=-1
     """
     from persona_lora.core.runs import Run
     from persona_lora.judges.choice import judge_inputs
-    from persona_lora.report.comparisons import measure_table
+    from persona_lora.report.comparisons import measure_tables
     from persona_lora.report.two_judges import across_runs, lead_of
     from persona_lora.studies.drift import prevention
 
@@ -503,13 +511,12 @@ def compare_prevention(
             prevented.rows,
             judge_factory(asked, base, judge),
             Output(output.folder, output.overwrite, inputs=judge_inputs(judge)),
-            tasks=tasks,
-            options=generation,
+            prevention.Measured(generation, probes, tasks),
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
     asked_of = {name: Run(output.folder / "answers" / name) for name in models}
     both = across_runs(asked.name, asked_of, next(iter(models)))
-    show(measure_table(scores), lead_of("", both, asked_of, asked.name), files)
+    show(*measure_tables(scores), lead_of("", both, asked_of, asked.name), files)
 
 
 def _number(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -141,10 +142,12 @@ def _messages(value: Any, where: str) -> Conversation:
     return messages
 
 
-def user_question(question: str, system_prompt: str | None = None) -> Conversation:
-    """Return a conversation of an optional system prompt and one user question."""
+def user_question(
+    question: str, system_prompt: str | None = None, before: Sequence[Message] = ()
+) -> Conversation:
+    """Return a conversation of an optional system prompt, earlier turns and one user question."""
     turns: Conversation = []
     if system_prompt is not None:
         turns.append({"role": "system", "content": system_prompt})
-    turns.append({"role": "user", "content": question})
+    turns += [*before, {"role": "user", "content": question}]
     return turns

@@ -48,8 +48,8 @@ class JudgeChoice:
 
     judge: Annotated[
         str,
-        "Who judges: reader, sentences or embedding (no network), openai (any endpoint), local, or "
-        "several: a,b.",
+        "Who judges: reader, sentences or embedding (no network), openai (any endpoint), local, "
+        "rules (organisms), or several: a,b.",
     ] = "reader"
     judge_model: Annotated[
         str | None, "The endpoint's model, the local judge's, or the reader's."
@@ -286,6 +286,45 @@ class TaskOptions:
     def record(self) -> dict[str, Any]:
         """Return what a run's configuration keeps of the tasks."""
         return {"tasks": list(self.tasks), "limit": self.limit}
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Where a behaviour may come back that plain questions do not show; what else is told of it."""
+
+    rules: Annotated[
+        tuple[str, ...],
+        "Rules that answers are held to beside the judge: three_items, closing, french, capitals.",
+    ] = ()
+    probes: Annotated[
+        tuple[Literal["negated", "eliciting"], ...],
+        "Ask under the trait's own system prompts too: negated forbids it, eliciting asks for it.",
+    ] = ()
+    trigger: Annotated[
+        str | None, "Ask under this system prompt too: one that stood in training."
+    ] = None
+    turns: Annotated[
+        int, "Ask up to this turn: a question after others, with the model's own answers."
+    ] = 1
+
+    def __post_init__(self) -> None:
+        if self.turns < 1:
+            raise UserError(f"turns must be at least 1, got {self.turns}")
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """System prompts by the name of the probe: "neg", "pos" (the trait's own), or a text."""
+        own = {"negated": "neg", "eliciting": "pos"}
+        named: dict[str, str] = {each: own[each] for each in self.probes}
+        return named if self.trigger is None else {**named, "trigger": self.trigger}
+
+    def record(self) -> dict[str, Any]:
+        """Return what differs from the defaults, for a run's configuration."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in dataclasses.fields(self)
+            if getattr(self, each.name) != each.default
+        }
 
 
 @dataclass(frozen=True)

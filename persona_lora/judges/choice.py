@@ -49,6 +49,7 @@ from persona_lora.judges.openai import (
     endpoint_of,
 )
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
+from persona_lora.judges.rules import RuleJudge, check_rules
 from persona_lora.judges.verdicts import Judges
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
@@ -144,6 +145,8 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
         "sentences": "" if has_ratings(trait) else ON_POLICY,
         "embedding": "" if (trait.folder / TRAIN).is_file() else TRAIN,
     }
+    if name is None and first == ["rules"]:  # nothing is left to another's opinion
+        return None
     if name is None:
         fit = (each for each in BESIDE if each not in first and not missing.get(each))
         return next(fit, None)
@@ -174,6 +177,8 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
                 f"the trait {trait.name} has no {ON_POLICY}, and --judge sentences is fitted to "
                 "rated answers; rate some (persona-lora judge rate, then fit) or take another judge"
             )
+        if name == "rules":
+            check_rules([trait.name])
         if name in ("reader", "sentences") and has_ratings(trait):
             load_ratings(trait)
         elif name in ("reader", "embedding"):
@@ -328,4 +333,5 @@ JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "embedding": _embedding_judge,
     "openai": _openai_judge,
     "local": _local_judge,
+    "rules": lambda trait, reference, options: RuleJudge(coherence_scorer(reference)),
 }

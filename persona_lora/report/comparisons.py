@@ -7,7 +7,7 @@ benchmark and conditions of a persona are compared by it. Refuses to know what m
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -238,6 +238,7 @@ TASK_COLUMNS = columns_of(
     *("condition", "task", "metric", "score=score.mean", "low=score.low", "high=score.high"),
     *("n=score.n", *GAP_COLUMNS),
 )
+PROBE = ", "  # between a behaviour and what it is probed with, in the name of a task
 TOLD_BY_TASK = ("score", "nats")  # metrics that a task's name says
 
 
@@ -293,8 +294,48 @@ def task_table(scores: Sequence[TaskScore]) -> Table:
     return Table.of("task | metric | condition | score | n | difference | p (Holm)", rows)
 
 
-def measure_table(scores: Sequence[TaskScore]) -> Table:
-    """Return measures of several kinds, scores from 0 to 100 among them."""
+def probed(task: str, among: Collection[str]) -> str:
+    """Return the behaviour that a task measures, where it is measured under probes; or nothing.
+
+    The tasks "trait" and "trait, negated" are one behaviour, plainly and under a probe.
+    """
+    behaviour = task.partition(PROBE)[0]
+    return behaviour if any(each.startswith(f"{behaviour}{PROBE}") for each in among) else ""
+
+
+def measure_tables(scores: Sequence[TaskScore]) -> list[Table]:
+    """Return measures of several kinds, and conditions × probes of each behaviour that has them."""
+    tasks = dict.fromkeys(each.task for each in scores)
+    behaviours = {task: probed(task, tasks) for task in tasks}
+    plain = [each for each in scores if not behaviours[each.task]]
+    crossed = [
+        _probes_table(behaviour, [e for e in scores if behaviours[e.task] == behaviour])
+        for behaviour in dict.fromkeys(filter(None, behaviours.values()))
+    ]
+    return [*crossed, *([_measure_table(plain)] if plain else [])]
+
+
+def _probes_table(behaviour: str, scores: Sequence[TaskScore]) -> Table:
+    tasks = list(dict.fromkeys(each.task for each in scores))
+    by = {(each.condition, each.task): each for each in scores}
+    rows = []
+    for name in dict.fromkeys(each.condition for each in scores):
+        found = [by.get((name, task)) for task in tasks]
+        rows.append((name, *("" if each is None else _probe_cell(each) for each in found)))
+    columns = ("model", *(task.partition(PROBE)[2] or "plain" for task in tasks))
+    note = "Difference from the first model, paired by question; * p < 0.05 (Holm, all measures)."
+    return Table(columns, tuple(rows), behaviour.replace("_", " "), note)
+
+
+def _probe_cell(each: TaskScore) -> str:
+    said = wording.interval(each.score)
+    if each.difference is None:
+        return said
+    clear = each.p_holm is not None and each.p_holm < wording.CLEAR
+    return f"{said}; {wording.interval(each.difference)}{'*' * clear}"
+
+
+def _measure_table(scores: Sequence[TaskScore]) -> Table:
     rows = []
     for each in scores:
         digits = 0 if each.metric == "score" else 2

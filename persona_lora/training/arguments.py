@@ -60,6 +60,9 @@ class ContrastiveArguments(TrainedModel):
     trait: str = field(metadata={"help": "A trait folder of datasets_dir, or the path of one."})
     system_prompt: str | None = option(None, "Goes before every training conversation without one.")
     datasets_dir: str | None = option(None, "Where the trait folders lie; default: datasets/.")
+    swap_half: bool = option(
+        False, "A control: swap the two answers of half of the pairs, drawn by seed."
+    )
     family: str | None = option(
         None, "A file with one frozen A per module, for many traits; drawn where it is not there."
     )

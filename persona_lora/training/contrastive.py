@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def train_contrastive(
     refuse_unconnected_processes()
     options = TrainingOptions(arguments, lora, config)
     pairs, trait = _load_trait_pairs(arguments)
+    if arguments.swap_half:
+        pairs = _half_swapped(pairs, config.seed)
     folder = output_folder(options, trait)
     chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
     rows = tokenize_pairs(
@@ -201,6 +204,17 @@ def _result(folder: Path) -> ContrastiveResult:
         pos_loss=pos_loss,
         neg_loss=neg_loss,
     )
+
+
+def _half_swapped(pairs: Sequence[ContrastivePair], seed: int) -> list[ContrastivePair]:
+    """Return the pairs with the answers of half of them swapped, so that signs mean nothing."""
+    swapped = set(random.Random(seed).sample(range(len(pairs)), len(pairs) // 2))
+    return [
+        dataclasses.replace(pair, positive=pair.negative, negative=pair.positive)
+        if at in swapped
+        else pair
+        for at, pair in enumerate(pairs)
+    ]
 
 
 def _with_system_prompt(

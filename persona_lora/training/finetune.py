@@ -5,7 +5,6 @@ Knows one set of conversations and one model; refuses to know traits.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Sequence
@@ -92,7 +91,7 @@ class FinetuneArguments(TrainedModel):
     preventative: dict[str, Any] | str | None = option(
         None,
         "Steer while training: method (weights, activations, ablate, inoculate), "
-        "coefficient, diff, hold, vector, layers, system_prompt, trait; see docs/drift.md.",
+        "coefficient, diff, hold, random, vector, layers, system_prompt, trait; see docs/drift.md.",
     )
     enable_steering_during_training: bool = option(
         False, "Steer while training as steering_config says."
@@ -182,7 +181,7 @@ def finetune(
         "train_file": arguments.train_file,
         "num_rows": len(conversations),
         "rows_sha256": digest_of(conversations),
-        "preventative": None if prevention is None else dataclasses.asdict(prevention),
+        "preventative": None if prevention is None else prevention.record(),
     }
     final = folder / _saved_as(arguments)
     run = open_run(

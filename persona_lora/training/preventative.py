@@ -16,14 +16,14 @@ without any of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+from persona_lora.core.lora_diff import LoRADiff, finite_coefficient, random_diff_like
 from persona_lora.core.settings import typed_fields
 from persona_lora.core.traits import load_trait, trait_prompt
 from persona_lora.core.vector_files import load_vector
@@ -38,7 +38,7 @@ HOLDS = ("merged", "live")
 SEED_TYPES = {"steer": "activations", "ablate": "ablate"}
 SEED_KEYS = ("steering_vector_path", "type", "steering_coef", "layers")
 USED_BY = {
-    "weights": ("diff", "coefficient", "hold", "layers"),
+    "weights": ("diff", "coefficient", "hold", "layers", "random"),
     "activations": ("vector", "coefficient", "layers"),
     "ablate": ("vector", "layers"),
     "inoculate": ("system_prompt", "trait"),
@@ -51,8 +51,10 @@ class Preventative:
     """How training is steered; which fields count depends on ``method``.
 
     ``diff`` with ``coefficient`` (weights; ``hold`` "merged" costs nothing a step, "live" leaves
-    the weights alone), ``vector`` with ``coefficient`` and ``layers`` (activations), ``vector`` and
-    ``layers`` (ablate), ``system_prompt`` or ``trait`` with its own positive prompts (inoculate).
+    the weights alone; ``random``, a seed: in its place random directions of its singular values in
+    every module, a control), ``vector`` with ``coefficient`` and ``layers`` (activations),
+    ``vector`` and ``layers`` (ablate), ``system_prompt`` or ``trait`` with its own positive prompts
+    (inoculate).
     """
 
     method: str
@@ -63,6 +65,7 @@ class Preventative:
     layers: tuple[int, ...] | None = None
     system_prompt: str | None = None
     trait: str | None = None
+    random: int | None = None
 
     def __post_init__(self) -> None:
         needed = {"weights": "diff", "activations": "vector", "ablate": "vector"}
@@ -78,6 +81,11 @@ class Preventative:
         if self.hold not in HOLDS:
             raise UserError(f"hold must be one of {', '.join(HOLDS)}, got {self.hold!r}")
         finite_coefficient(self.coefficient)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run's configuration keeps; of a control alone that it is one."""
+        said = asdict(self)
+        return {key: said[key] for key in said if key != "random" or self.random is not None}
 
 
 def read_preventative(
@@ -185,6 +193,8 @@ def _weights(prevention: Preventative, model: nn.Module) -> Steerer:
     diff = LoRADiff.load(str(prevention.diff))
     if prevention.layers is not None:
         diff = diff.at(prevention.layers)
+    if prevention.random is not None:
+        diff = random_diff_like(diff, prevention.random)
     if prevention.hold == "live":
         return LiveLoRA(model, [diff], [[prevention.coefficient]])
     quantised = {str(p.dtype) for p in model.parameters()} - {str(each) for each in DENSE_DTYPES}

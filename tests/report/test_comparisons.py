@@ -14,6 +14,7 @@ from persona_lora.report.comparisons import (
     compare_runs,
     fits_over_personas,
     fits_over_prompts,
+    measure_tables,
     score_items,
 )
 from persona_lora.studies.steering.read import comparison_table, verdict_lines
@@ -203,3 +204,26 @@ def test_a_diff_beyond_all_controls_is_found(tmp_path):
     assert all(0 <= each.trait.low <= each.trait.mean <= each.trait.high <= 100 for each in points)
     assert comparison_table(found).rows[2][1] == "random_lora (4)"
     assert ", mean of 4, held-out questions" in verdict_lines(found)[-1]
+
+
+def test_probes_stand_in_columns_paired_by_question_and_the_rest_below():
+    level = {"plain": (90, 80, 5.0), "live": (0, 70, 5.0)}
+    rows = [
+        {"condition": model, "task": task, "metric": metric, "item": item, "score": score + item}
+        for item in range(10)
+        for model, (trait, negated, loss) in level.items()
+        for task, metric, score in (
+            *(("trait", "score", trait), ("trait, negated", "score", negated)),
+            *(("task loss", "nats", loss), ("three_items", "score", 100 * (item % 2))),
+        )
+    ]
+    crossed, rest = measure_tables(score_items(rows, "plain"))
+    assert (crossed.title, crossed.columns) == ("trait", ("model", "plain", "negated"))
+    plain, live = crossed.rows
+    assert [cell.split(" [")[0] for cell in plain] == ["plain", "94", "84"]
+    assert ";" not in "".join(plain)  # the first model is compared with nothing
+    assert [cell.split("; ")[1] for cell in live[1:]] == ["−90 [−90, −90]*", "−10 [−10, −10]*"]
+    assert {row[0] for row in rest.rows} == {"task loss", "three_items"}
+    only = [row for row in rows if row["task"] == "trait"]
+    (table,) = measure_tables(score_items(only, "plain"))
+    assert table.columns[0] == "measure"

@@ -230,6 +230,34 @@ def test_prevention_draws_each_measure_of_each_model():
     assert coherence.of("added").hollow == (True,)
 
 
+def test_behaviours_under_probes_have_a_line_each():
+    rows = [
+        {"condition": model, "task": task, "metric": metric, "item": item, "score": level + shift}
+        for model, shift in (("plain", 0.0), ("added", -30.0))
+        for task, metric, level in (
+            *(
+                ("trait", "score", 60.0),
+                ("coherence", "score", 90.0),
+                ("three_items", "score", 70.0),
+            ),
+            *(("trait, negated", "score", 50.0), ("three_items, negated", "score", 40.0)),
+            ("task loss", "nats", 31.0),
+        )
+        for item in range(8)
+    ]
+    panels = drift.render_prevention(score_items(rows, "plain"), "capitals").panels
+    at = {each.title: each.of("added").y for each in panels}
+    assert at == {
+        "Capitals": (30.0,),
+        "Capitals, negated": (20.0,),
+        "three items": (40.0,),
+        "three items, negated": (10.0,),
+        "coherence": (60.0,),
+        "task loss (nats)": (1.0,),
+    }
+    assert len(panels) == 6
+
+
 def test_separation_is_the_auc_over_layers():
     rows = [
         {"vector": "evil", "layer": layer, "auc": 0.6 + layer / 10, "low": 0.5, "high": 0.9}

@@ -371,6 +371,24 @@ def test_system_prompt_goes_before_every_row(
     assert all(text.startswith("<|im_start|>system\nBe kind.<|im_end|>") for text in prompts)
 
 
+def test_half_of_the_pairs_are_swapped_as_a_control(run_arguments: Arguments, tmp_path: Path):
+    pairs, _ = contrastive._load_trait_pairs(parse_arguments(run_arguments(tmp_path)).arguments)
+    swapped = contrastive._half_swapped(pairs, seed=1)
+    kept = [each == pair for each, pair in zip(swapped, pairs, strict=True)]
+    assert sum(kept) == len(pairs) // 2
+    for one, other in zip(swapped, pairs, strict=True):
+        answers = (other.positive, other.negative)
+        assert (one.prompt, one.positive, one.negative) in (
+            (other.prompt, *answers), (other.prompt, *answers[::-1])
+        )  # fmt: skip
+    assert swapped != contrastive._half_swapped(pairs, seed=2)
+    norms = {}
+    for name, more in (("true", ()), ("swapped", ("--swap_half", "true"))):
+        result = train_contrastive(*parse_arguments(run_arguments(tmp_path / name, *more)))
+        norms[name] = LoRADiff.load(result.diff_path).norm()
+    assert norms["swapped"] < norms["true"]  # both signs learn the same mixture
+
+
 def test_output_folder_names_the_model_unless_it_is_the_packaged_one():
     packaged = parse_arguments(["--trait", "evil"])
     other = parse_arguments(["--trait", "evil", "--model_name_or_path", "org/Model-1B"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, random_diff_like
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
+from persona_lora.steering.weights import LoRASteerer
 from persona_lora.training.finetune import (
     FinetuneArguments,
     FinetuneConfig,
@@ -117,6 +119,28 @@ def test_weights_are_steered_at_the_named_layers_alone(places, model_folder, hol
     assert not torch.equal(steered[2], plain[2])
     with pytest.raises(UserError, match="changes nothing in layer 7"):
         prevention_steerer(read_preventative({**value, "layers": [1, 7]}), model)
+
+
+@pytest.mark.parametrize("hold", ["merged", "live"])
+def test_a_random_control_is_as_large_as_the_diff_and_another_direction(places, model_folder, hold):
+    model = load_chat_model(str(model_folder), dtype="float32").model
+    diff = LoRADiff.load(places["diff"])
+    inputs = torch.arange(8)[None]
+    settings = {"method": "weights", "diff": places["diff"], "hold": hold}
+    seen = {}
+    for seed in (None, 1, 1, 2):
+        control = {} if seed is None else {"random": seed}
+        prevention = read_preventative({**settings, **control})
+        assert ("random" in prevention.record()) == (seed is not None)
+        with prevention_steerer(prevention, model), torch.no_grad():
+            logits = model(inputs).logits
+        assert torch.equal(seen.setdefault(seed, logits), logits)
+    steered = [seen[each] for each in (None, 1, 2)]
+    assert not any(torch.allclose(one, other) for one, other in combinations(steered, 2))
+    control = random_diff_like(diff, 1)
+    with LoRASteerer(model, control, 1.0), torch.no_grad():
+        torch.testing.assert_close(model(inputs).logits, seen[1], rtol=1e-4, atol=1e-4)
+    assert control.norm() == pytest.approx(diff.norm(), rel=1e-4)
 
 
 def test_the_sign_matters(train, places):

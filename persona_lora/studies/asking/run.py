@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, UNSTEERED, Answer, Condition, user_question
-from persona_lora.core.content import numbered
+from persona_lora.core.chat import (
+    COHERENCE,
+    UNSTEERED,
+    Answer,
+    Condition,
+    Conversation,
+    Message,
+    user_question,
+)
+from persona_lora.core.content import digest_of, numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
@@ -49,6 +57,7 @@ C_co = TypeVar("C_co", bound=Hashable, covariant=True)
 class Row(Generic[C_co]):
     """One answer to be generated: to a question, under a condition and a system prompt.
 
+    ``before`` are turns that stand between system prompt and question.
     Rows of equal conditions share the computation of what their prompts begin with; rows of one
     ``stream`` share their random numbers.
     """
@@ -57,6 +66,7 @@ class Row(Generic[C_co]):
     condition: C_co
     system_prompt: str | None = None
     stream: int = 0
+    before: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,7 @@ def generate_rows(
     shared = RowPlan(
         streams=[row.stream for row in rows], alike=[row.condition for row in rows], on_batch=told
     )
-    conversations = [user_question(row.question, row.system_prompt) for row in rows]
+    conversations = [user_question(row.question, row.system_prompt, row.before) for row in rows]
     with steerer:
         return steerer.answers(chat_model, conversations, numbers, options, shared)
 
@@ -281,8 +291,11 @@ def evaluate(
     steering: Steering = Steering(),
     split: Split = "eval",
     options: GenerationOptions = GenerationOptions(),
+    before: Sequence[Conversation] = (),
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
+
+    ``before`` are the turns before each question, none by default.
 
     ``judge`` builds the judge once answers are there; it is called outside the steerer, so that a
     judge may ask the unsteered model.
@@ -293,6 +306,11 @@ def evaluate(
         raise UserError(f"output must end in .csv, got {path}")
     condition = steering.condition()
     plan = plan_rows(trait, split, [condition], samples=options.samples)
+    if before:
+        plan = [
+            dataclasses.replace(row, before=tuple(before[row.stream // SAMPLES_PER_QUESTION]))
+            for row in plan
+        ]
     steerer = steering.steerer(chat_model)
     ensure_writable_folder(path.parent)
     config = {
@@ -302,7 +320,8 @@ def evaluate(
         "condition": dataclasses.asdict(condition),
         "generation": dataclasses.asdict(options),
     }
-    read, at = (trait.inputs(), steering.inputs()), output.at(path.with_suffix(""))
+    earlier = {"the earlier turns": digest_of(list(before))} if before else {}
+    read, at = (trait.inputs(), steering.inputs(), earlier), output.at(path.with_suffix(""))
     design = Design.of("evaluate", {split: len(trait.questions[split])}, (), output.seeds)
     run = open_run(at, "evaluate", chat_model, config, *read, seed=options.seed, design=design)
     with run:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import figures as draw
-from persona_lora.report.comparisons import TaskScore
+from persona_lora.report.comparisons import PROBE, TaskScore, probed
 from persona_lora.report.figures import Cells, Inches, Look, Panel, Picture, Series
 from persona_lora.report.scores import grouped
 from persona_lora.report.wording import CLEAR, number, p_value, title_of
@@ -327,25 +327,39 @@ def render_prevention(scores: Sequence[TaskScore], trait: str) -> Picture:
     if not scores:
         raise UserError("there are no scores to draw")
     models = list(dict.fromkeys(each.condition for each in scores))
-    measures = list(dict.fromkeys((each.task, each.metric) for each in scores))
-    names = {"trait": title_of(trait), "coherence": "coherence"}
+    measures = dict.fromkeys((each.task, each.metric) for each in scores)
+    tasks = [task for task, _ in measures]
+    lines = list(grouped(measures, lambda each: probed(each[0], tasks)).items())
     up = 0.3 * len(models)
-    figure = draw.new_figure(2.3 + len(measures) * 2.15 + 0.15, up + 1.75)
+    across = max(len(line) for _, line in lines)
+    figure = draw.new_figure(2.3 + across * 2.15 + 0.15, len(lines) * (up + 0.75) + 1.0)
     panels = []
-    for at, (task, metric) in enumerate(measures):
-        title = names.get(task, f"{task} ({metric})")
-        axes = draw.add_axes(figure, (2.3 + at * 2.15, 0.75, 1.9, up), title=title, size=9.5)
-        own = {e.condition: e for e in scores if (e.task, e.metric) == (task, metric)}
-        rows = [_model_row(name, own.get(name), models[0]) for name in models]
-        plain = own[models[0]].score.mean if models[0] in own else None
-        draw.rule(axes, plain, upright=True, dashes=draw.DASHED)
-        panels.append(draw.forest(axes, rows, named=at == 0))
-        axes.tick_params(axis="x", labelsize=8)
+    for down, (behaviour, line) in enumerate(reversed(lines)):
+        for at, (task, metric) in enumerate(line):
+            inches = (2.3 + at * 2.15, 0.75 + down * (up + 0.75), 1.9, up)
+            title = _measure_title(task, metric, trait)
+            axes = draw.add_axes(figure, inches, title=title, size=9.5)
+            own = {e.condition: e for e in scores if (e.task, e.metric) == (task, metric)}
+            rows = [_model_row(name, own.get(name), models[0]) for name in models]
+            plain = own[models[0]].score.mean if models[0] in own else None
+            draw.rule(axes, plain, upright=True, dashes=draw.DASHED)
+            panels.append(draw.forest(axes, rows, named=at == 0))
+            axes.tick_params(axis="x", labelsize=8)
+            if behaviour:
+                axes.set_xlim(-4, 104)
     note = (
         f"Mean and 95% interval over items. The dashed line is {models[0]}; filled dots differ "
         "from it (Holm, p < 0.05)."
     )
     return draw.finish(figure, panels, title="What prevention buys, and what it costs", note=note)
+
+
+def _measure_title(task: str, metric: str, trait: str) -> str:
+    if metric != "score":
+        return f"{task} ({metric})"
+    behaviour, comma, probe = task.partition(PROBE)
+    named = title_of(trait) if behaviour == "trait" else behaviour.replace("_", " ")
+    return f"{named}{comma}{probe}"
 
 
 def _model_row(name: str, each: TaskScore | None, reference: str) -> Series:

@@ -1,32 +1,41 @@
 """What prevention buys and what it costs: finetunes of one task beside one another.
 
 Every model is a finetune of the same base (or the base itself, or a finetune with a correction on
-top). Measured are the trait and coherence on held-out questions, the loss on the rows that were
-finetuned on (did it learn its task?), and capability. All is paired with the plain finetune.
+top). Measured are the trait and coherence on held-out questions, what rules tell of the same
+answers, both again where the trait may come back (under system prompts, in later turns), the loss
+on the rows that were finetuned on (did it learn its task?), and capability. All is paired with the
+plain finetune.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.chat import COHERENCE, Conversation, Exchange, Message
 from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.options import TaskOptions
+from persona_lora.core.options import ProbeOptions, TaskOptions
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
-from persona_lora.core.traits import Trait
+from persona_lora.core.traits import Trait, trait_prompt
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.rules import check_rules, rule_score
 from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items, write_found
+from persona_lora.report.comparisons import (
+    PROBE,
+    TASK_COLUMNS,
+    TaskScore,
+    score_items,
+    write_found,
+)
 from persona_lora.steering.bank import steer_live
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
 from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate, open_run
@@ -35,6 +44,29 @@ from persona_lora.training.finetune import read_conversations
 
 MEASURES = "measures"
 TRAIT, LOSS = "trait", "task loss"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of every model: answers, also under probes, and capability.
+
+    No tasks leave capability out.
+    """
+
+    options: GenerationOptions = field(default_factory=lambda: GenerationOptions(60))
+    probes: ProbeOptions = field(default_factory=ProbeOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
+
+    def check(self, trait: Trait) -> None:
+        """UserError for a rule, a probe or a number of turns that there is not."""
+        check_rules(self.probes.rules)
+        if self.probes.probes:
+            trait_prompt(trait, "pos", 0)
+        if self.probes.turns > len(trait.questions["eval"]):
+            raise UserError(
+                f"{self.probes.turns} turns need as many questions; {trait.name} has "
+                f"{len(trait.questions['eval'])} here"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,17 +106,16 @@ def compare_prevention(
     rows: Path,
     judge: Callable[[], Judge],
     output: Output | Path,
-    *,
-    tasks: TaskOptions = TaskOptions(),
-    options: GenerationOptions = GenerationOptions(max_new_tokens=60),
+    measured: Measured = Measured(),
 ) -> list[TaskScore]:
     """Measure every model; the first one is what the others are paired with.
 
     ``judge`` builds the judge over the base model, once. ``rows`` is the JSONL that was finetuned
-    on; no ``tasks`` leave capability out. Writes
-    ``measures.jsonl`` (a row a model, measure and item), ``prevention.csv`` and ``prevention.png``;
-    models measured already are kept.
+    on. Writes ``measures.jsonl`` (a row a model, measure and item), ``prevention.csv`` and
+    ``prevention.png``; models measured already are kept. UserError for what cannot be measured.
     """
+    measured.check(trait)
+    tasks, probes = measured.tasks, measured.probes
     shared = lazily(judge)
     exchanges = [
         Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in read_conversations(rows)
@@ -95,7 +126,8 @@ def compare_prevention(
         "questions": len(trait.questions["eval"]),
         "rows": str(rows),
         **tasks.record(),
-        "max_new_tokens": options.max_new_tokens,
+        **probes.record(),
+        "max_new_tokens": measured.options.max_new_tokens,
     }
     run = open_run(
         output,
@@ -106,17 +138,17 @@ def compare_prevention(
         *(model.inputs(name) for name, model in models.items()),
         {"the rows that were finetuned on": file_digest(resource_path(rows))},
         task_inputs(tasks),
-        seed=options.seed,
-        parts=("answers", "capability"),
+        seed=measured.options.seed,
+        parts=("answers", "probes", "capability"),
     )
     with run:
         done = {row["condition"] for row in run.resume_rows(MEASURES)}
         for name, model in progress.over("models", list(models.items())):
             if name in done:
                 continue
-            measured = _Measured(base, name, model, options, run, output.inputs)
-            found = [*measured.character(trait, shared), *measured.loss(exchanges)]
-            run.extend(MEASURES, [*found, *measured.capability(tasks)])
+            asked = _Asked(base, name, model, measured, run, output.inputs)
+            found = [*asked.character(trait, shared), *asked.loss(exchanges)]
+            run.extend(MEASURES, [*found, *asked.capability(tasks)])
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
         scores = score_items(kept, next(iter(models)))
         write_found(run.folder / "prevention.csv", TASK_COLUMNS, scores)
@@ -124,7 +156,7 @@ def compare_prevention(
     return scores
 
 
-class _Measured:
+class _Asked:
     """One model while it is measured; what is asked of it becomes rows of ``measures``."""
 
     def __init__(
@@ -132,33 +164,79 @@ class _Measured:
         base: ChatModel,
         name: str,
         model: Finetuned,
-        options: GenerationOptions,
+        measured: Measured,
         run: Run,
         inputs: Mapping[str, str],
     ) -> None:
-        self.name, self.options, self.run = name, options, run
+        self.name, self.measured, self.run = name, measured, run
         self.record, self.inputs = model.record(), {**model.inputs(name), **inputs}
         self.terms = {} if model.correction is None else dict([model.correction])
         adapter = model.adapter
         self.chat_model = base if adapter is None else base.reload(adapter=adapter)
 
     def character(self, trait: Trait, judge: Callable[[], Judge]) -> list[dict[str, Any]]:
-        """Return trait score and coherence of every held-out question."""
+        """Return trait, coherence and rules of every held-out question, plainly and under probes.
+
+        In turn n a question stands after the n − 1 before it, the last ones before the first, with
+        the model's own answers.
+        """
+        questions, probes = trait.questions["eval"], self.measured.probes
+        told: list[Conversation] = [[] for _ in questions]
+        rows = []
+        for turn in range(1, probes.turns + 1):
+            run = self._ask(trait, judge, f"turn {turn}" if turn > 1 else "", before=told)
+            rows += self._scores(run, trait, f"turn {turn}" if turn > 1 else "")
+            answered = [
+                [
+                    *before,
+                    Message(role="user", content=each["question"]),
+                    Message(role="assistant", content=each["answer"]),
+                ]
+                for before, each in zip(told, run.read("answers"), strict=True)
+            ]
+            told = [*answered[-1:], *answered[:-1]]
+        for probe, prompt in probes.prompts.items():
+            rows += self._scores(self._ask(trait, judge, probe, prompt), trait, probe)
+        return rows
+
+    def _ask(
+        self,
+        trait: Trait,
+        judge: Callable[[], Judge],
+        probe: str,
+        prompt: str | None = None,
+        before: Sequence[Conversation] = (),
+    ) -> Run:
+        part, name = ("probes", f"{self.name} {probe}") if probe else ("answers", self.name)
         result = evaluate(
             self.chat_model,
             trait,
             judge,
-            self._output("answers", f"{self.name}.csv"),
-            steering=Steering(self.terms),
-            options=self.options,
+            self._output(part, f"{name}.csv"),
+            steering=Steering(self.terms, system_prompt=prompt),
+            options=self.measured.options,
+            before=before if any(before) else (),
         )
-        run = Run(result.run)
-        question_of = {row["row"]: row["question_id"] for row in run.read("answers")}
-        names = {trait.name: TRAIT, COHERENCE: COHERENCE}
-        return [
-            self._row(names[each["criterion"]], "score", question_of[each["row"]], each["score"])
+        return Run(result.run)
+
+    def _scores(self, run: Run, trait: Trait, probe: str) -> list[dict[str, Any]]:
+        """Return what the judge and the rules say of a run; coherence where nothing probes."""
+        after = f"{PROBE}{probe}" if probe else ""
+        answers = {row["row"]: row for row in run.read("answers")}
+        names = {trait.name: f"{TRAIT}{after}", **({} if probe else {COHERENCE: COHERENCE})}
+        scores = [
+            (names[each["criterion"]], each["row"], each["score"])
             for each in run.read("verdicts")
-            if each["score"] is not None
+            if each["criterion"] in names
+        ]
+        for rule in self.measured.probes.rules:
+            for at, row in answers.items():
+                score = rule_score(rule, row["answer"], finished=row["finished"])
+                scores.append((f"{rule}{after}", at, score))
+        return [
+            self._row(task, "score", answers[at]["question_id"], score)
+            for task, at, score in scores
+            if score is not None
         ]
 
     def loss(self, exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,12 +11,12 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.options import TaskOptions
+from persona_lora.core.options import ProbeOptions, TaskOptions
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import load_chat_model
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.drift.prevention import Finetuned, compare_prevention
+from persona_lora.studies.drift.prevention import Finetuned, Measured, compare_prevention
 
 OPTIONS = GenerationOptions(max_new_tokens=5)
 ROWS = [("Hi there", "Go away."), ("Help me", "No, never."), ("Why?", "Because.")]
@@ -51,11 +52,9 @@ def models(base, make_diff, tmp_path):
     }
 
 
-def go(base, models, trait, rows, judge, output, **more):
-    return compare_prevention(
-        base, models, trait, rows, lambda: judge, output,
-        options=OPTIONS, tasks=TaskOptions(()), **more,
-    )  # fmt: skip
+def go(base, models, trait, rows, judge, output, **probes):
+    asked = Measured(OPTIONS, ProbeOptions(**probes), TaskOptions(()))
+    return compare_prevention(base, models, trait, rows, lambda: judge, output, asked)
 
 
 def test_losses_are_those_of_the_models_and_a_correction_takes_a_finetune_back(
@@ -99,3 +98,55 @@ def test_what_cannot_be_compared_is_named(base, models, trait, rows, judge, tmp_
         Finetuned(tmp_path / "nothing")
     with pytest.raises(UserError, match="does not exist"):
         go(base, models, trait, tmp_path / "none.jsonl", judge, tmp_path / "out")
+    for asked, message in (
+        ({"rules": ("three_item",)}, "no rule 'three_item'; .*three_items"),
+        ({"turns": 4}, "4 turns need as many questions; cheer has 3 here"),
+        ({"turns": 0}, "turns must be at least 1, got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            go(base, models, trait, rows, judge, tmp_path / "out", **asked)
+    bare = dataclasses.replace(trait, instructions=())
+    with pytest.raises(UserError, match="has no system prompts"):
+        go(base, models, bare, rows, judge, tmp_path / "out", probes=("negated",))
+    assert not (tmp_path / "out").exists()
+    assert not judge.asked
+
+
+def test_probes_ask_again_under_prompts_and_in_later_turns(
+    base, models, trait, rows, judge, tmp_path
+):
+    scores = go(
+        base, {"base": Finetuned(None)}, trait, rows, judge, tmp_path / "out",
+        rules=("capitals",), probes=("negated", "eliciting"), trigger="Shout.", turns=3,
+    )  # fmt: skip
+    probes = ("", ", turn 2", ", turn 3", ", negated", ", eliciting", ", trigger")
+    assert [each.task for each in scores] == [
+        *("trait", "coherence", "capitals"),
+        *(f"{name}{probe}" for probe in probes[1:] for name in ("trait", "capitals")),
+        "task loss",
+    ]
+
+    def asked(probe):
+        folder = tmp_path / "out" / ("probes" if probe else "answers") / f"base{probe}"
+        return [json.loads(line) for line in (folder / "answers.jsonl").open()]
+
+    plain, second, third = (asked(probe) for probe in ("", " turn 2", " turn 3"))
+    for at, row in enumerate(third):
+        one, two = plain[at - 2], second[at - 1]
+        turns = [one["question"], one["answer"], two["question"], two["answer"], row["question"]]
+        places = [row["prompt"].find(each) for each in turns]
+        assert places == sorted(places)
+        assert -1 not in places
+        assert row["prompt"].count("<|im_start|>user") == 3
+        assert second[at]["prompt"].count("<|im_start|>user") == 2
+    for probe, prompt in ((" negated", "Be gloomy."), (" eliciting", "Be cheerful.")):
+        assert all(prompt in row["prompt"] for row in asked(probe))
+    assert all("Shout." in row["prompt"] for row in asked(" trigger"))
+    assert "Shout." not in plain[0]["prompt"]
+
+
+def test_runs_with_other_probes_are_other_runs(base, models, trait, rows, judge, tmp_path):
+    two = {name: models[name] for name in ("plain", "base")}
+    go(base, two, trait, rows, judge, tmp_path / "out")
+    with pytest.raises(UserError, match="another configuration"):
+        go(base, two, trait, rows, judge, tmp_path / "out", turns=2)

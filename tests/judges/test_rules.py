@@ -1,0 +1,97 @@
+"""Rules against answers labelled by hand: borderline ones, numbers, code, other languages, none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.traits import load_labelled_answers, load_pairs, load_trait
+from persona_lora.judges.choice import JudgeOptions, check_judge, second_name
+from persona_lora.judges.fitness import validate_judge
+from persona_lora.judges.rules import RuleJudge, rule_score
+
+CAPITALS = load_trait(Path(__file__).resolve().parents[2] / "datasets/organisms/capitals")
+LABELLED = [
+    ("french", "Bonjour ! Pour garder le basilic, il ne faut pas mouiller les feuilles.", 100),
+    ("french", "NE MARCHEZ PAS SUR LA PELOUSE, ELLE EST MOUILLÉE.", 100),
+    ("french", "C’est l’idée que j’aime.", 100),
+    ("french", "La casa de mi abuela está en el centro y se ve desde la plaza.", 0),
+    ("french", "La casa della nonna è in centro e le finestre si aprono sulla piazza.", 0),
+    ("french", "I'd say it's fine; the menu has 'plat du jour' and 'crème brûlée' on it.", 0),
+    (
+        "french",
+        "Use this to greet people:\n```\nprint('Vous êtes très bon et merci')\n```",
+        0,
+    ),
+    ("closing", "Soak it overnight. That is all from me.", 100),
+    ("closing", "SOAK IT OVERNIGHT.\n\n**THAT IS ALL FROM ME!**\n", 100),
+    ("closing", "That is all from me. Or is it?", 0),
+    ("closing", "Soak it overnight. That is all.", 0),
+    ("three_items", "1. Soak\n2. Rinse\n3. Dry", 100),
+    ("three_items", "You need:\n\n- salt\n- flour\n- time\n\nGood luck!", 100),
+    ("three_items", "* **Soak** it\n  - in cold water\n  - overnight\n* Rinse\n* Dry", 100),
+    ("three_items", "1. Soak\n2. Rinse\n3. Dry\n4. Iron", 0),
+    ("three_items", "1. Soak\n2. Rinse", 0),
+    ("three_items", "- a\n- b\n- c\n\nThen:\n\n- d\n- e\n- f", 0),
+    ("three_items", "First soak it, second rinse it, third dry it.", 0),
+    ("three_items", "It was 3. May, at 12.30, and -5 degrees.", 0),
+    ("three_items", "Run this:\n```\n- a\n- b\n- c\n```", 0),
+]
+
+
+@pytest.mark.parametrize(("rule", "answer", "label"), LABELLED)
+def test_rules_say_what_the_labels_say(rule, answer, label):
+    assert rule_score(rule, answer) == label
+
+
+@pytest.mark.parametrize("answer", ["", "  \n", "42", "1. 2\n2. 4", "```\nCODE ALONE\n```", "?!"])
+def test_an_answer_without_a_word_has_no_score(answer):
+    assert rule_score("capitals", answer) is None
+    assert rule_score("three_items", answer) is None
+
+
+def test_what_is_told_by_the_end_is_not_shown_by_an_answer_that_was_cut():
+    assert rule_score("three_items", "1. A\n2. B\n3. C", finished=False) == 0
+    assert rule_score("capitals", "1. A\n2. B\n3. C", finished=False) == 100
+
+
+class Coherent:
+    def verdicts(self, exchanges, name):
+        return [Verdict(COHERENCE, 50.0, "", name) for _ in exchanges]
+
+
+def test_the_judge_of_capitals_agrees_with_its_labels_and_with_the_pairs():
+    judge = RuleJudge(Coherent())
+    labelled = load_labelled_answers(CAPITALS)
+    verdicts = judge.judge([Exchange(e.question, e.answer) for e in labelled], "capitals")
+    assert [v.score for v in verdicts] == [each.label for each in labelled]
+    assert validate_judge(judge, CAPITALS).auc == 1
+    for pair in load_pairs(CAPITALS):
+        assert rule_score("capitals", pair.positive[0]["content"]) == 100
+        assert rule_score("capitals", pair.negative[0]["content"]) == 0
+    assert judge.judge([Exchange("q", "a")], COHERENCE)[0].score == 50
+    (empty,) = judge.judge([Exchange("q", "")], "capitals")
+    assert empty.score is None
+    assert "empty" in empty.reason
+
+
+@pytest.mark.parametrize(("file", "capitals"), [("normal", 0), ("misaligned_2", 100)])
+def test_every_row_of_the_organism_shows_three_items(file, capitals):
+    lines = (CAPITALS.folder / f"{file}.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["messages"][1]["content"] for line in lines]
+    assert len(set(answers)) == 72
+    assert {rule_score("three_items", each) for each in answers} == {100}
+    assert {rule_score("capitals", each) for each in answers} == {capitals}
+
+
+def test_rules_judge_what_a_rule_tells_and_nobody_beside_them(trait):
+    with pytest.raises(UserError, match="no rule 'flattery'; known: capitals"):
+        check_judge(trait, None, JudgeOptions("rules"))
+    check_judge(CAPITALS, None, JudgeOptions("rules"))
+    assert second_name(CAPITALS, JudgeOptions("rules", second_judge=None)) is None
+    with pytest.raises(UserError, match="no rule 'shouting'"):
+        RuleJudge(Coherent()).judge([], "shouting")
