@@ -43,15 +43,17 @@ from persona_lora.core.options import (
     TaskOptions,
     TimingOptions,
 )
-from persona_lora.core.runs import Output
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.strength import Strength, coefficients_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from persona_lora.core.runs import Run
+    from persona_lora.core.traits import Trait
+    from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
     from persona_lora.studies.steering.read_comparison import Comparison
+    from persona_lora.studies.steering.side_effects import Watched
 
 
 Spoken = Annotated[GenerationOptions, ("max_new_tokens", "seed", "batch_size")]
@@ -110,7 +112,7 @@ class PairOfWays:
 
 @dataclass(frozen=True)
 class FurtherOptions(TimingOptions):
-    """What else is compared: the time of each way of steering, and the two spaces."""
+    """What else is compared: time, the two spaces, and what else each way of steering changes."""
 
     latency: Annotated[bool, "Time all ways of steering as well."] = False
     spaces: Annotated[
@@ -119,6 +121,13 @@ class FurtherOptions(TimingOptions):
     trait_vector_dir: Annotated[
         Path, "Where --spaces finds {trait}/diff, and vectors/{trait}/."
     ] = Path("checkpoints")
+    side_effects: Annotated[
+        tuple[str, ...],
+        "Measure what else changes as well: other traits by name, and capability: evil,capability.",
+    ] = ()
+    task_limit: Annotated[
+        int | None, "Use only the first N items of each task of --side-effects capability."
+    ] = None
 
 
 @command("compare", COMPARE)
@@ -142,7 +151,6 @@ def compare(
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
-    from persona_lora.core.runs import Run
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.spaces import check_directions
 
@@ -150,7 +158,7 @@ def compare(
     first = next(iter(parts.values()))
     bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
-    judge = judging_of(judging)
+    judge, watched = judging_of(judging), _watched(further, trait, loaded, compared.max_questions)
     folder = output.output or Path("results") / "compare" / loaded.name
     written = [
         output.at(folder / name, judge, each.record(), seeds=len(parts))
@@ -159,7 +167,8 @@ def compare(
     chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
     if further.spaces:
         check_directions(chat_model, *directions)
-    judges, runs = judge_factory(loaded, chat_model, judge), []
+    judged = (loaded, *watched.traits)
+    judges, runs = {each.label: judge_factory(each, chat_model, judge) for each in judged}, []
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
             # one seed's at a time: each brings random differences of its own size
@@ -168,15 +177,16 @@ def compare(
                 chat_model,
                 loaded,
                 bank,
-                judges,
+                judges[loaded.label],
                 to,
                 comparing=dataclasses.replace(compared, coefficients=coefficients),
                 options=generation,
                 datasets=trait.datasets_dir,
             )
             runs.append(Run(to.path))
-        plain = Output(runs[0].folder, output.overwrite)
-        more = _further(chat_model, loaded, bank, further, directions, plain, trait.datasets_dir)
+        to, datasets = written[0], trait.datasets_dir
+        more = _further(chat_model, loaded, bank, further, directions, to, datasets)
+        more += _side_effects(chat_model, loaded, bank, watched, judges, to, generation)
     if len(runs) > 1:
         show_seeds(folder, runs)
     else:
@@ -191,7 +201,12 @@ def _show_compared(run: Run, found: Comparison, more: Sequence[Path]) -> None:
 
     page = write_report([run.folder, *more], run.folder / "report.html")
     lines = read.comparison_lines(run, found, read.comparison_judges(run, found))
-    show(standing(run), *lines, read.comparison_table(found), f"report: {page}")
+    show(standing(run), *lines, read.comparison_table(found))
+    for each in more:
+        if Run(each).record["command"] == "side-effects":
+            changes = read.read_side_effects(Run(each))
+            show(*read.side_effects_lines(changes), read.side_effects_table(changes))
+    show(f"report: {page}")
 
 
 def _further(
@@ -208,6 +223,7 @@ def _further(
     from persona_lora.studies.steering.run import levels_of
     from persona_lora.studies.steering.spaces import run_spaces
 
+    written = Output(written.path, written.overwrite)
     latency, spaces = written.path / "latency", written.path / "spaces"
     if further.latency:
         run_latency(
@@ -232,7 +248,12 @@ def _directions(
     """Return the directions of all traits of --spaces; UserError for options without their part."""
     from persona_lora.studies.steering.spaces import trait_directions
 
-    for flag, asked in (("--latency", further.latency), ("--spaces", further.spaces)):
+    further_parts = {
+        "--latency": further.latency,
+        "--spaces": further.spaces,
+        "--side-effects": further.side_effects,
+    }
+    for flag, asked in further_parts.items():
         if asked and seeds > 1:
             raise UserError(
                 f"{flag} is of one diff, and {ways.diff} holds {seeds} training seeds; give one of "
@@ -240,6 +261,8 @@ def _directions(
             )
     if not further.latency:
         refuse_useless("batches rounds", "without --latency")
+    if "capability" not in further.side_effects:
+        refuse_useless("task_limit", "without --side-effects capability")
     if not further.spaces:
         refuse_useless("trait_vector_dir", "without --spaces")
         return {}, {}
@@ -247,6 +270,45 @@ def _directions(
         raise UserError(f"--spaces compares at one layer; --layers {ways.layers!r} names several")
     named = dict.fromkeys([trait, *further.spaces])
     return trait_directions(list(named), further.trait_vector_dir)
+
+
+def _watched(
+    further: FurtherOptions, trait: TraitOptions, steered: Trait, max_questions: int | None
+) -> Watched:
+    """Return what --side-effects names; UserError for the steered trait, or one there is not."""
+    from persona_lora.core.traits import load_trait
+    from persona_lora.studies.steering.side_effects import PARTS, Watched
+
+    named = dict.fromkeys(further.side_effects)
+    parts = tuple(each for each in named if each in PARTS)
+    traits = tuple(load_trait(each, trait.datasets_dir) for each in named if each not in PARTS)
+    if any(each.name == steered.name for each in traits):
+        raise UserError(
+            f"--side-effects names {steered.name}, which is what is steered; name other traits, or "
+            f"{', '.join(PARTS)}"
+        )
+    tasks = TaskOptions(limit=further.task_limit, datasets_dir=trait.datasets_dir)
+    return Watched(traits, parts, max_questions, tasks)
+
+
+def _side_effects(
+    chat_model: ChatModel,
+    trait: Trait,
+    bank: Any,
+    watched: Watched,
+    judges: Mapping[str, Judges],
+    written: Output,
+    generation: GenerationOptions,
+) -> list[Path]:
+    """Measure what else the methods of a comparison change; return its run, if there is one."""
+    from persona_lora.studies.steering.side_effects import run_side_effects
+
+    if not (watched.traits or watched.parts):
+        return []
+    compared = Run(written.path)
+    beside = dataclasses.replace(written.at(compared.folder / "side_effects"), protocol=None)
+    run_side_effects(chat_model, trait, bank, compared, watched, judges, beside, options=generation)
+    return [beside.path]
 
 
 @command("benchmark", COMPARE)
@@ -306,7 +368,6 @@ def paired(
 
     Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
     """
-    from persona_lora.core.runs import Run
     from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs, run_table, write_found
 
     # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.

@@ -38,6 +38,7 @@ from persona_lora.studies.steering.read import (
     comparison_section,
     grid_content,
     latency_content,
+    side_effects_content,
     spaces_content,
     sweep_content,
 )
@@ -57,6 +58,7 @@ SECTIONS: dict[str, Callable[[Run], Content]] = {
     "compare": comparison_section,
     "latency": latency_content,
     "spaces": spaces_content,
+    "side-effects": side_effects_content,
 }
 
 DECIDES = ("sweep", "evaluate", "grid", "compare", "optimize")  # and so was planned, or was not

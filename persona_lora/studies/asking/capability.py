@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from persona_lora.core.chat import Exchange
@@ -37,22 +38,26 @@ def run_benchmarks(
     conditions: Mapping[str, AbstractContextManager[Any]],
     options: TaskOptions,
     output: Output | Path,
+    *,
+    system_prompts: Mapping[str, str] = MappingProxyType({}),
 ) -> list[TaskScore]:
     """Run every task under every condition (context managers over the model) into a run folder.
 
     Tasks are names of YAML files in ``options.tasks_dir`` (``datasets/capability`` by default),
-    "perplexity", or names that the harness knows. The first condition is the reference. Writes
+    "perplexity", or names that the harness knows. The first condition is the reference; those in
+    ``system_prompts`` get that text in front of every item. Writes
     ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
     Raises UserError without the harness, or for a task that neither side knows.
     """
-    config = {**options.record(), "conditions": list(conditions)}
+    told = {"system_prompts": dict(system_prompts)} if system_prompts else {}
+    config = {**options.record(), "conditions": list(conditions), **told}
     with open_run(output, "benchmark", chat_model, config, task_inputs(options)) as run:
         done = {row["condition"] for row in run.resume_rows("items")}
         for name, steered in conditions.items():
             if name in done:
                 continue
             with steered:
-                items = _items(chat_model, options)
+                items = _items(chat_model, options, system_prompts.get(name))
                 run.extend("items", [{"condition": name, **row} for row in items])
         scores = score_items(run.read("items"), next(iter(conditions)))
         write_found(run.folder / "scores.csv", TASK_COLUMNS, scores)
@@ -86,7 +91,10 @@ def _ordinary_files(datasets: Path | None) -> list[Path]:
 
 
 def perplexity_items(
-    chat_model: ChatModel, datasets: Path | None, limit: int | None = None
+    chat_model: ChatModel,
+    datasets: Path | None,
+    limit: int | None = None,
+    system_prompt: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return the mean log-probability of ordinary answers of the finetuning sets, or the first.
 
@@ -97,7 +105,7 @@ def perplexity_items(
         for file in _ordinary_files(datasets)
         for row in read_jsonl(file)
     ][:limit]
-    means = mean_logprobs(chat_model, exchanges)
+    means = mean_logprobs(chat_model, exchanges, system_prompt)
     return [
         {"task": PERPLEXITY, "metric": "mean_logprob", "item": at, "score": float(value)}
         for at, value in enumerate(means)
@@ -105,24 +113,32 @@ def perplexity_items(
     ]
 
 
-def _items(chat_model: ChatModel, options: TaskOptions) -> list[dict[str, Any]]:
+def _items(
+    chat_model: ChatModel, options: TaskOptions, system_prompt: str | None
+) -> list[dict[str, Any]]:
     rows = []
     if PERPLEXITY in options.tasks:
-        rows += perplexity_items(chat_model, options.datasets_dir, options.limit)
+        rows += perplexity_items(chat_model, options.datasets_dir, options.limit, system_prompt)
     harness = [name for name in options.tasks if name != PERPLEXITY]
     if harness:
-        rows += _harness_items(chat_model, harness, options)
+        rows += _harness_items(chat_model, harness, options, system_prompt)
     return rows
 
 
-def _harness_items(
-    chat_model: ChatModel, tasks: Sequence[str], options: TaskOptions
-) -> list[dict[str, Any]]:
+def harness() -> tuple[Any, Any]:
+    """Return the harness's function and its class of models; UserError where it is missing."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(f"the evaluation harness is not installed; run: {INSTALL}") from error
+    return simple_evaluate, HFLM
+
+
+def _harness_items(
+    chat_model: ChatModel, tasks: Sequence[str], options: TaskOptions, system_prompt: str | None
+) -> list[dict[str, Any]]:
+    simple_evaluate, HFLM = harness()
     manager = _task_manager()
     known = set(manager.all_tasks)
     folder = _tasks_folder(options)
@@ -140,6 +156,7 @@ def _harness_items(
         task_manager=manager,
         limit=options.limit,
         log_samples=True,
+        system_instruction=system_prompt,
         bootstrap_iters=0,
         confirm_run_unsafe_code=False,
     )

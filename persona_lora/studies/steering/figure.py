@@ -260,7 +260,7 @@ MADE_EQUAL_ON = {
     "questions": "each method's own answers to the trait's questions",
     "prompts": "its own answers to ordinary prompts",
 }
-_COLOURS = {
+COLOURS = {
     "lora": draw.TRAIT,
     "activation": draw.COHERENCE,
     "random_lora": "#8fb3cc",
@@ -314,7 +314,7 @@ def _by_divergence(points: Sequence[Point], statistic: str) -> list[Series]:
     """Return every method's trait scores against its divergence, each sign a line of its own."""
     widest = max(_kl(each, statistic) for each in points)
     drawn = []
-    for at, (method, colour) in enumerate(_COLOURS.items()):
+    for at, (method, colour) in enumerate(COLOURS.items()):
         look = Look(colour, 1.4, 4.5, band=0, whiskers=1.0)
         own = [each for each in points if each.method == method and each.trait.mean is not None]
         for sign in (1.0, -1.0):
@@ -331,7 +331,7 @@ def _by_coherence(points: Sequence[Point]) -> list[Series]:
     drawn = []
     for each in points:
         if each.trait.mean is not None and each.coherence.mean is not None:
-            colour = _COLOURS.get(each.method, draw.PROMPTS.get(each.method, draw.CONTROL))
+            colour = COLOURS.get(each.method, draw.PROMPTS.get(each.method, draw.CONTROL))
             marker = "o" if each.level is not None else "s"
             name = f"_{each.method}" if each.level is not None else NAMES[each.method]
             look = Look(colour, width=0, size=5, marker=marker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ from persona_lora.studies.steering.figure import (
     render_sweep,
 )
 from persona_lora.studies.steering.figure_grid import render_layers
+from persona_lora.studies.steering.figure_side_effects import render_side_effects
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     BASE,
@@ -74,6 +76,11 @@ from persona_lora.studies.steering.read_comparison import (
     read_comparison,
 )
 from persona_lora.studies.steering.read_grid import GridSummary, LayerSummary, grid_of
+from persona_lora.studies.steering.read_side_effects import (
+    read_side_effects,
+    side_effects_lines,
+    side_effects_table,
+)
 
 EQUAL = 0.05  # of the base's time: what is nearer is as fast
 
@@ -699,6 +706,30 @@ def _spaces_line(run: Run, shifts: Sequence[Row]) -> str:
         f"Over {agreed['n']} pairs of traits the cosines of both spaces have a Spearman's ρ of "
         f"{wording.number(agreed['rho'], 2)} (p {wording.p_equals(agreed['p'])})."
     )
+
+
+# -- side effects ---------------------------------------------------------------------------------
+
+
+def side_effects_content(run: Run) -> Content:
+    """Return the section on what steering changed besides its trait."""
+    found, second = read_side_effects(run), read_side_effects(run, "second")
+    lines, trait = side_effects_lines(found), run.record["config"]["trait"]
+    title = f"{wording.title_of(trait)}: side effects"
+    note = (
+        "At the highest level, where every method has the same divergence on the steered trait's "
+        "questions (the prompt has what it has). Changes from the unsteered model [95%], paired by "
+        "question; capability by item, and there vectors act on all tokens. Questions went the "
+        "wrong way where the steered trait moved against what was asked for; a star there: another "
+        "share than that of the weights. * p < 0.05, corrected within traits, within wrong ways "
+        "and within tasks (Holm); random controls are not tested."
+    )
+    tables = [replace(side_effects_table(found), title="Every measure", note=note)]
+    if second:
+        tables.append(replace(side_effects_table(second), title="By the second judge"))
+    picture = Image.of(render_side_effects(trait, found), f"{title}. {lines[0]}")
+    blocks = (*(Note(line, "") for line in lines), picture, *tables, *judge_blocks(run))
+    return Content(title, lines[0], blocks)
 
 
 # -- in the terminal -------------------------------------------------------------------------------

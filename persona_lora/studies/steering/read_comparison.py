@@ -188,7 +188,7 @@ def _points(
         if first["method"] != LORA:
             diff = traits[LORA, diffs[first["level"]]["coefficient"]]
             gaps = [_gaps(diff, traits[place], _sign(first)) for place in places]
-            difference, p = _over(gaps)
+            difference, p = over_draws(gaps)
         points.append(
             Point(
                 split, first["level"], method_of(first["method"]),
@@ -216,8 +216,8 @@ def _overall(
         own = [effects[name] for name in names]
         gap, p, lost = None, None, None
         if method != LORA:
-            gap, p = _over([minus(effects[LORA], each) for each in own])
-            lost, _ = _over([minus(coherence[LORA], coherence[name]) for name in names])
+            gap, p = over_draws([minus(effects[LORA], each) for each in own])
+            lost, _ = over_draws([minus(coherence[LORA], coherence[name]) for name in names])
         effect = mean_gap(own)
         each = sorted(float(np.mean(list(one.values()))) for one in own if one)
         ends = (each[0], each[-1]) if len(each) > 1 else (None, None)
@@ -290,7 +290,7 @@ def _average(rows: Sequence[Row], name: str) -> float | None:
     return None if len(known) < len(found) else known[0] if len(known) == 1 else fmean(known)
 
 
-def _over(gaps: Sequence[Mapping[int, float]]) -> tuple[Interval | None, float | None]:
+def over_draws(gaps: Sequence[Mapping[int, float]]) -> tuple[Interval | None, float | None]:
     """Return a mean difference and its p: over questions, and over draws if there are several."""
     return _tested(gaps[0]) if len(gaps) == 1 else crossed_mean(shared_questions(gaps))
 
