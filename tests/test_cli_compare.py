@@ -81,6 +81,24 @@ def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monke
     assert (folder / "spaces" / "linearity.jsonl").is_file()
 
 
+def test_side_effects_stand_in_the_terminal_and_on_the_page(run, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_commands, "judge_factory", lambda *_: LetterJudge)
+    more = ("--side-effects", "sycophancy,anxious,capability", "--task-limit", 2)
+    status, out, error = run(*words, *more)
+    assert status == 0, error
+    for said in ("other traits", "went the wrong way", "sycophancy", "exact_match", "report:"):
+        assert said in out
+    folder = tmp_path / "results" / "compare" / "evil"
+    assert "Evil: side effects" in (folder / "report.html").read_text()
+    beside = folder / "side_effects"
+    for name in ("anxious/verdicts.jsonl", "capability/items.jsonl", "side_effects.png"):
+        assert (beside / name).is_file()
+    assert json.loads((beside / "run.json").read_text())["config"]["judge"]["judge"] == "reader"
+    header, *rows = (beside / "changes.csv").read_text().splitlines()
+    assert header.startswith("group,measure,method,unsteered,value,low,high")
+    assert len(rows) == 5 * (2 + 1 + 2 + 4)  # traits, coherence, wrong ways, measures of tasks
+
+
 def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison_commands, "judge_factory", lambda *_: LetterJudge)
     status, _, error = run(*words, "--spaces", "sycophancy")
@@ -107,6 +125,9 @@ def test_a_trait_of_another_base_is_refused_before_the_comparison(
         (("--latency", "--batches", "many"), ("--batches", "'many'")),
         (("--spaces", "humour"), ("humour", "does not exist")),
         (("--layers", "7"), ("--layers", "0–1")),
+        (("--side-effects", "humour"), ("humour",)),
+        (("--side-effects", "sycophancy,evil"), ("--side-effects", "evil", "capability")),
+        (("--task-limit", "2"), ("--task-limit", "--side-effects capability")),
     ],
 )
 def test_mistakes_are_one_line(run, words, more, said):

@@ -246,8 +246,11 @@ COMMANDS = {
             "spaces": flag("sycophancy", "sycophancy"),
             "random_controls": flag(5, "random#5"),
             "trait_vector_dir": flag("vectors", beside="--spaces sycophancy"),
+            "side_effects": flag("sycophancy,capability", None),
+            "task_limit": flag(37, beside="--side-effects capability"),
         },
         {
+            f"{X}studies.steering.side_effects:run_side_effects": None,
             f"{X}studies.steering.run:compare": None,
             f"{X}studies.steering.run:levels_of": {},
             f"{X}studies.steering.spaces:trait_directions": ({}, {}),
