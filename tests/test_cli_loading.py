@@ -78,6 +78,7 @@ COMMANDS = {
         "--trait", "unrated", "--file", "answers.csv", "--ratings", "a.jsonl,b.jsonl",
         "--model", HUB,
     ),
+    "selfcheck": (*DATASETS, "--output", "out", "--model", HUB),
     "playground": ("--directions", "checkpoints", *DATASETS, "--model", HUB),
     "serve": ("--directions", "checkpoints", "--port", "0", "--model", HUB),
     "traits generate": ("--definitions", "d.json", "--local", "--model", HUB),

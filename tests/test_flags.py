@@ -711,6 +711,9 @@ COMMANDS = {
         (f"{X}core.archives:opened",),
         {"archive": None, "output": None},
     ),
+    "selfcheck": Command(
+        DATA, (f"{X}studies.selfcheck:selfcheck",), {"trait": flag("evil")}
+    ),
     "schema": Command(("sweep",), (), {"words": None}),
     "persona ratings": Command(
         ("folder", "a.csv"),

@@ -101,7 +101,7 @@ def help_texts() -> dict[str, str]:
             "project weights",
         ),
         *("extract", "vectors", "vectors convert", "schema"),
-        *("pack", "verify", "reproduce"),
+        *("pack", "verify", "reproduce", "selfcheck"),
     )
     return {command: ask(*command.split()) for command in commands}
 

@@ -41,7 +41,7 @@ ORDER = (
     *("finetune", "project", "diagnose", "evaluate-checkpoints", "predict-finetuning"),
     "compare-prevention",
     *("plan", "preregister", "compare", "paired", "benchmark", "report"),
-    *("pack", "verify", "reproduce"),
+    *("pack", "verify", "reproduce", "selfcheck"),
     *(
         "research-questions",
         "traits",

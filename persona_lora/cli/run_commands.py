@@ -1,4 +1,4 @@
-"""Commands on finished runs: an archive of one, whether it is whole, the same once more."""
+"""Commands on finished runs (pack, check, run again), and on whether instruments are right here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lora.cli.console import show
+from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.program import COMPARE, OPTIONS, TRAINING, app, command
+from persona_lora.cli.shared_options import DatasetsDir, ModelOptions, RunOptions, load_model
 from persona_lora.core.errors import HIDDEN, UserError, few_names
 from persona_lora.core.files import read_text, write_text
 from persona_lora.core.options import Overwrite
@@ -97,6 +98,40 @@ def reproduce(*, archive: Archive, output: Annotated[Path, "A new folder for the
     ]
     show(Table.of("rows | equal | largest difference of scores", rows))
     if difference is not None or any(each.equal < each.rows for each in found):
+        raise typer.Exit(1)
+
+
+@command("selfcheck", COMPARE)
+def selfcheck(
+    *,
+    trait: Annotated[str, "The trait whose pairs and rated answers judges are shown."] = (
+        "sycophancy"
+    ),
+    datasets_dir: DatasetsDir = None,
+    output: RunOptions,
+    model: ModelOptions,
+) -> None:
+    """Is every instrument right on this machine? Each must find what is planted, and no more.
+
+    Directions, labels and an optimum are planted, and the same with their order or directions drawn
+    at random beside them. Nothing is trained. Ends with status 1 where an instrument fails.
+
+    Example: persona-lora selfcheck --output results/selfcheck
+    """
+    from persona_lora.core.traits import load_trait
+    from persona_lora.projections.inputs import load_ordinary_prompts
+    from persona_lora.studies import selfcheck as study
+
+    loaded = load_trait(trait, datasets_dir)
+    prompts = load_ordinary_prompts(datasets_dir)[: study.PROMPTS]
+    place = output.at(output.output or Path("results") / "selfcheck")
+    chat_model = load_model(model)
+    with progress_bars():
+        run = study.selfcheck(chat_model, loaded, prompts, place)
+    failed = study.failed_instruments(run)
+    said = f"FAILED: {', '.join(failed)}" if failed else "every instrument passed"
+    show(study.instruments_table(run), said, f"run: {run.folder}")
+    if failed:
         raise typer.Exit(1)
 
 
