@@ -711,9 +711,7 @@ COMMANDS = {
         (f"{X}core.archives:opened",),
         {"archive": None, "output": None},
     ),
-    "selfcheck": Command(
-        DATA, (f"{X}studies.selfcheck:selfcheck",), {"trait": flag("evil")}
-    ),
+    "selfcheck": Command(DATA, (f"{X}studies.selfcheck:selfcheck",), {"trait": flag("evil")}),
     "schema": Command(("sweep",), (), {"words": None}),
     "persona ratings": Command(
         ("folder", "a.csv"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
+import types
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,9 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.judges import choice
 from persona_lora.studies.packing import compare_rows, pack_run
+from persona_lora.studies.personas import bench
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ASKED = (
     *("--trait", "cheer", "--diff", "diff", "--model", "model", "--dtype", "float32"),
@@ -87,6 +93,56 @@ def test_a_sweep_is_packed_checked_and_run_again(run, world):
     status, out = call(run, "verify", "out.zip")
     (line,) = (each for each in out.splitlines() if each.strip().startswith("the diff "))
     assert (status, " not here " in line) == (0, True)
+
+
+TRAINED = (
+    *("--model_name_or_path", "model", "--lora_r", 2, "--max_steps", 2, "--dtype", "float32"),
+    *("--report_to", "none", "--use_cpu", "true", "--output_dir", "out"),
+)
+VOICE = (
+    *("--model", "model", "--dtype", "float32", "--traits", "cheer", "--num-prompts", 2),
+    *("--max-iterations", 2, "--population-size", 4, "--max-new-tokens", 4, "--output", "out"),
+)
+COMPARED = ("--activation-vector", "vector.safetensors", "--layers", 1, "--coefficients", "1")
+RUNS = {
+    "train": ("train", "--trait", "cheer", "--datasets_dir", "datasets", *TRAINED),
+    "finetune": ("finetune", "--train_file", "datasets/cheer/normal.jsonl", *TRAINED),
+    "optimize": (
+        "optimize",
+        "--persona-id",
+        "episode-000101_B",
+        "--persona-dir",
+        "personas",
+        *VOICE,
+    ),
+    "compare": ("compare", *ASKED, *COMPARED, "--max-questions", 2, "--output", "out"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_of_other_commands_are_packed_checked_and_run_again(name, run, world, monkeypatch):
+    coherent = types.SimpleNamespace(
+        verdicts=lambda exchanges, judge: [Verdict("coherence", 80.0, "", judge) for _ in exchanges]
+    )
+    monkeypatch.setattr(bench, "fit_coherence", lambda *_, **__: coherent)
+    (world / "personas").mkdir()
+    for each in ("episode-000101_B", "episode-000117_B", "episode-000142_B", "prompts.json"):
+        source, target = ROOT / "personas" / each, world / "personas" / each
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    shutil.copytree(world / "diff", world / "checkpoints/cheer/diff")
+    status, _, error = run(*RUNS[name])
+    assert status == 0, error
+    folder = min(
+        (path.parent for path in (world / "out").rglob("run.json")), key=lambda f: len(f.parts)
+    )
+    status, out = call(run, "pack", folder, "--output", "out.zip")
+    assert status == 0
+    status, out = call(run, "verify", "out.zip")
+    assert status == 0, out
+    (line,) = (each for each in out.splitlines() if each.strip().startswith("the model's weights"))
+    assert " same " in line
+    status, out = call(run, "reproduce", "out.zip", "--output", "again")
+    assert status == 0, out
 
 
 def test_an_input_that_changed_is_named(run, world, make_diff, model):

@@ -281,13 +281,14 @@ def diagnosing(bench: Bench) -> Found:
         subject = Subject.load(str((own + added).save(folder / name)), {"it": diff}, controls)
         run = diagnose(bench.chat_model, subject, folder / f"{name}_run", prompts=asked)
         (found[name],) = read_diagnosis(run).alarms
-    said = [
+    first, second = [
         f"{each.coordinate:.3g}, threshold {each.threshold:.3g}"
         for each in (found[PLANTED], found[SHUFFLED])
     ]
     return Found(
         "a direction in an unrelated adapter, beside others",
-        *said,
+        first,
+        second,
         found[PLANTED].flagged and found[PLANTED].coordinate > 0,
         not found[SHUFFLED].flagged,
     )
