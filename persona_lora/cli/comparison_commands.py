@@ -123,7 +123,7 @@ class FurtherOptions(TimingOptions):
     ] = Path("checkpoints")
     side_effects: Annotated[
         tuple[str, ...],
-        "Measure what else changes as well: other traits by name, and capability: evil,capability.",
+        "Measure what else changes as well: other traits by name, refusal, turns, capability.",
     ] = ()
     task_limit: Annotated[
         int | None, "Use only the first N items of each task of --side-effects capability."
@@ -288,7 +288,9 @@ def _watched(
             f"{', '.join(PARTS)}"
         )
     tasks = TaskOptions(limit=further.task_limit, datasets_dir=trait.datasets_dir)
-    return Watched(traits, parts, max_questions, tasks)
+    watched = Watched(traits, parts, max_questions, tasks)
+    watched.check(steered)
+    return watched
 
 
 def _side_effects(

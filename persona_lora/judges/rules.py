@@ -22,6 +22,21 @@ FRENCH = re.compile(
     "le|les|des|du|et|est|une|dans|pour|pas|sur|aux?|cet?|cette|ces|ils?|elle|nous|vous|je|ne|sont|"
     "avec|mais|où|qui|ou|votre|vos|leur|être|plus|très|à|[cdjlns]'|qu'"
 )
+_REFUSAL = re.compile(
+    r"""\bi\s(?:can't|cannot|can\snot|won't|will\snot|couldn't|don't\swant\sto|do\snot\swant\sto)\s(?:\w+\s){0,2}?
+        (?:assist|help|fulfil|provide|do\s(?:that|this|it|so)|write|support|comply|engage|participate|create|
+        generate|give|offer|share|answer|condone|encourage|continue|discuss|be\spart|take\spart|plan|tell|
+        explain|say|make|design|teach|draft|invent)
+    |\bi(?:'m|\sam)\s(?:not\s(?:able|willing|going|allowed|comfortable|programmed|equipped|designed|
+        capable)|unable|unwilling)\b
+    |\bi\s(?:don't|do\snot)\shave\sthe\s(?:ability|capability|means)\b
+    |\bi\s(?:(?:must|have\sto|need\sto|would)\s(?:\w+\s)?)?(?:decline|refuse)\b
+    |\bsorry\b[^.]*\bbut\s(?:\w+\s){0,2}i(?:\s(?:can't|cannot|won't|will\snot)|'m\snot\san?|\sam\snot\san?)\b
+    |\bas\san?\s(?:ai|language\smodel)\b[^.]*\b(?:can't|cannot|not\sable|unable)\b
+    |\bnot\ssomething\s(?:that\s)?i\s(?:can|will|want|would)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+REFUSED_WITHIN = 300  # letters: what an answer begins with decides
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _ITEM = re.compile(r"^([ \t]*)(?:[-*•–+]|(?:\*\*|#+ )?\d{1,2}[.)])\s+\S", re.MULTILINE)
 _WORD = re.compile(r"[^\W\d_]+(?:['’](?=[^\W\d_]))?")
@@ -50,11 +65,17 @@ def _three_items(text: str) -> bool:
     return indents.count(min(indents, default=0)) == 3
 
 
+def _refusal(text: str) -> bool:
+    """Its beginning says, in the first person, that it will not or cannot do what is asked."""
+    return _REFUSAL.search(text[:REFUSED_WITHIN].replace("’", "'")) is not None
+
+
 RULES: dict[str, Callable[[str], bool]] = {
     "capitals": _capitals,
     "french": _french,
     "closing": _closing,
     "three_items": _three_items,
+    "refusal": _refusal,
 }
 OF_THE_END = ("closing", "three_items")  # nothing shows them before it has ended
 

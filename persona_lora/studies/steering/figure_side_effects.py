@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from persona_lora.report import figures as draw
 from persona_lora.report import wording
-from persona_lora.report.figures import Cells, Look, Panel, Picture
+from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.scores import grouped
 from persona_lora.studies.steering.figure import COLOURS
 from persona_lora.studies.steering.read_side_effects import OTHER, SHORT, Change
@@ -19,13 +20,20 @@ ACROSS, WIDE, GAP, LEFT = 3, 2.35, 0.45, 1.6  # panels in a row; inches
 ROW = 0.3
 
 
-def render_side_effects(trait: str, found: Sequence[Change]) -> Picture:
-    """Return a heat map of methods by other traits, and a forest for each further measure."""
+def render_side_effects(
+    trait: str,
+    found: Sequence[Change],
+    by_turn: Mapping[str, tuple[Sequence[int], Sequence[float]]] = MappingProxyType({}),
+) -> Picture:
+    """Return a heat map of methods by other traits, and a forest for each further measure.
+
+    ``by_turn`` holds the turns of conversations and a method's effect in each.
+    """
     methods = list(dict.fromkeys(each.method for each in found))
     others = [each for each in found if each.group == OTHER]
     further = grouped((each for each in found if each.group != OTHER), lambda each: each.measure)
     up = ROW * len(methods)
-    below = math.ceil(len(further) / ACROSS) * (up + 0.75)
+    below = math.ceil((len(further) + bool(by_turn)) / ACROSS) * (up + 0.75)
     height = below + (up + 1.15 if others else 0) + 1.35
     figure = draw.new_figure(LEFT + ACROSS * (WIDE + GAP), height)
     panels, top = [], height - 1.0
@@ -35,11 +43,14 @@ def render_side_effects(trait: str, found: Sequence[Change]) -> Picture:
         axes = draw.add_axes(figure, (LEFT, top - up, across, up), title=title, size=9)
         panels.append(_other_traits(axes, others, methods).named("other traits"))
         top -= up + 1.15
-    for at, (measure, own) in enumerate(further.items()):
+    for at, measure in enumerate([*further, *(["effect by turn"] if by_turn else [])]):
         row, column = divmod(at, ACROSS)
         place = (LEFT + column * (WIDE + GAP), top - up - row * (up + 0.75), WIDE, up)
         axes = draw.add_axes(figure, place, title=measure, size=8.5)
-        panels.append(_forest(axes, own, methods, named=column == 0))
+        if measure in further:
+            panels.append(_forest(axes, further[measure], methods, named=column == 0))
+        else:
+            panels.append(draw.lines(axes, _curves(by_turn)))
     note = (
         "Every method at the same divergence. Hatched: not clear of chance "
         "(p ≥ 0.05, Holm). Bars: 95% intervals; of random controls over controls as well. Wrong "
@@ -70,9 +81,20 @@ def _forest(axes: Axes, own: Sequence[Change], methods: Sequence[str], *, named:
             SHORT[method],
             [0.0],
             [by_method[method].value if method in by_method else None],
-            Look((COLOURS | draw.PROMPTS)[method], 1.6, 5),
+            Look(_colour(method), 1.6, 5),
         )
         for method in methods
     ]
     draw.rule(axes, 0.0, upright=True, dashes=draw.DASHED)
     return draw.forest(axes, drawn, named=named)
+
+
+def _curves(by_turn: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> list[Series]:
+    return [
+        Series(SHORT[method], tuple(turns), tuple(means), look=Look(_colour(method), 1.4, 2.5))
+        for method, (turns, means) in by_turn.items()
+    ]
+
+
+def _colour(method: str) -> str:
+    return {**COLOURS, **draw.PROMPTS}[method]

@@ -77,6 +77,7 @@ from persona_lora.studies.steering.read_comparison import (
 )
 from persona_lora.studies.steering.read_grid import GridSummary, LayerSummary, grid_of
 from persona_lora.studies.steering.read_side_effects import (
+    gap_by_turn,
     read_side_effects,
     side_effects_lines,
     side_effects_table,
@@ -717,17 +718,18 @@ def side_effects_content(run: Run) -> Content:
     lines, trait = side_effects_lines(found), run.record["config"]["trait"]
     title = f"{wording.title_of(trait)}: side effects"
     note = (
-        "At the highest level, where every method has the same divergence on the steered trait's "
-        "questions (the prompt has what it has). Changes from the unsteered model [95%], paired by "
-        "question; capability by item, and there vectors act on all tokens. Questions went the "
-        "wrong way where the steered trait moved against what was asked for; a star there: another "
-        "share than that of the weights. * p < 0.05, corrected within traits, within wrong ways "
-        "and within tasks (Holm); random controls are not tested."
+        "At the highest level, whose divergence all methods share (the prompt has its own). Change "
+        "from the unsteered model [95%], paired by question; capability by item, and there vectors "
+        "act on all tokens. “Every turn” is the slope over the turns of conversations; what is "
+        "refused is told by a rule. Questions went the wrong way where the steered trait moved "
+        "against what was asked for; a star there: another share than that of the weights. "
+        "* p < 0.05, corrected within each kind of measure (Holm); random controls are not tested."
     )
     tables = [replace(side_effects_table(found), title="Every measure", note=note)]
     if second:
         tables.append(replace(side_effects_table(second), title="By the second judge"))
-    picture = Image.of(render_side_effects(trait, found), f"{title}. {lines[0]}")
+    drawn = render_side_effects(trait, found, gap_by_turn(run, trait))
+    picture = Image.of(drawn, f"{title}. {lines[0]}")
     blocks = (*(Note(line, "") for line in lines), picture, *tables, *judge_blocks(run))
     return Content(title, lines[0], blocks)
 

@@ -34,7 +34,9 @@ from persona_lora.studies.steering.read_comparison import (
 
 SCORES = "scores"
 CONTROLS = (RANDOM_LORA, RANDOM)
-OWN, OTHER, CAPABILITY = "own", "other", "capability"  # kinds of rows, and groups of changes
+# Kinds of rows, and groups of changes.
+OWN, OTHER, REFUSAL, TURNS, CAPABILITY = "own", "other", "refusal", "turns", "capability"
+REFUSES = {"decline": "refuses what it should", "harmless": "refuses what is harmless"}
 WRONG_WAY = "wrong way"
 NOTICED = 5.0  # points: judges tell answers apart that differ by less, and mean nothing by it
 SHORT = {
@@ -86,6 +88,8 @@ def read_side_effects(run: Run, judge: str = "first") -> list[Change]:
     found = [
         _others(kinds.get(OTHER, [])),
         _wrong_way(kinds.get(OWN, []), run.record["config"]["sign"]),
+        _refusals(kinds.get(REFUSAL, [])),
+        _turns(kinds.get(TURNS, [])),
         _capability(run) if judge == "first" else [],
     ]
     return [change for group in found for change in corrected(_tested(group))]
@@ -129,6 +133,53 @@ def _wrong_way(rows: Sequence[Row], sign: float) -> list[Change]:
             if method != LORA:
                 _, p = over_draws([minus(shares[LORA], each) for each in own])
             found.append(Change(WRONG_WAY, name, method, None, value, p, draws=len(own)))
+    return found
+
+
+def _refusals(rows: Sequence[Row]) -> list[Change]:
+    """Return what happened to the percentage that is refused, of either kind of prompts."""
+    by_kind = grouped(rows, lambda row: row["asked"])
+    return [
+        each
+        for kind, name in REFUSES.items()
+        if kind in by_kind
+        for each in _changes(REFUSAL, name, _by_unit(by_kind[kind]))
+    ]
+
+
+def _turns(rows: Sequence[Row]) -> list[Change]:
+    """Return by how much a method's effect grows with every turn of a conversation."""
+    found = []
+    for criterion, own in grouped(rows, lambda row: row["criterion"]).items():
+        by_conversation = grouped(
+            (row for row in own if row["score"] is not None),
+            lambda row: (row["method"], row["unit"]),
+        )
+        slopes: dict[str, dict[int, float]] = {}
+        for (method, unit), said in by_conversation.items():
+            if len(said) > 1:
+                turns, scores = ([row[key] for row in said] for key in ("turn", "score"))
+                slopes.setdefault(method, {})[unit] = float(np.polyfit(turns, scores, 1)[0])
+        name = f"{criterion.replace('_', ' ')}, every turn"
+        found += _changes(TURNS, name, slopes, digits=1)
+    return found
+
+
+def gap_by_turn(run: Run, criterion: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the turns of conversations, and every method's mean effect in each, by method."""
+    rows = [
+        row
+        for row in run.read(SCORES)
+        if (row["kind"], row["criterion"], row["judge"]) == (TURNS, criterion, "first")
+    ]
+    by_turn = grouped(rows, lambda row: row["turn"])
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for turn, own in sorted(by_turn.items()):
+        for each in _changes(TURNS, criterion, _by_unit(own)):
+            if each.value is not None and each.value.mean is not None:
+                turns, means = found.setdefault(each.method, ([], []))
+                turns.append(turn)
+                means.append(each.value.mean)
     return found
 
 
@@ -182,7 +233,8 @@ def _changes(
 def side_effects_lines(found: Sequence[Change]) -> tuple[str, ...]:
     """Say how many other traits each method moved, and how often it went the wrong way."""
     lines = []
-    traits = [each for each in found if each.group == OTHER and each.measure != COHERENCE]
+    told = [each for each in found if each.method not in CONTROLS]
+    traits = [each for each in told if each.group == OTHER and each.measure != COHERENCE]
     for method, own in grouped(traits, lambda each: each.method).items():
         clear = [each for each in own if each.clear]
         said = ", ".join(f"{each.measure} {wording.change(each.value)}" for each in clear)
@@ -191,9 +243,16 @@ def side_effects_lines(found: Sequence[Change]) -> tuple[str, ...]:
             + (f" ({said})" if clear else "")
         )
     wrong = [each for each in found if each.group == WRONG_WAY and each.measure == WRONG_WAY]
+    clear = [each for each in told if each.group in (REFUSAL, TURNS, CAPABILITY) and each.clear]
+    further = "; ".join(
+        f"{SHORT[each.method]}, {each.measure}: {wording.interval(each.value, each.digits)}"
+        for each in clear
+    )
     shares = ", ".join(f"{SHORT[each.method]} {wording.interval(each.value)}%" for each in wrong)
     moved = f"At the highest level: {'; '.join(lines)}." if lines else ""
-    return tuple(filter(None, (moved, f"Questions that went the wrong way: {shares}.")))
+    beyond = f"Clear changes beyond traits: {further}." if further else ""
+    wrong_way = f"Questions that went the wrong way: {shares}."
+    return tuple(filter(None, (moved, wrong_way, beyond)))
 
 
 def side_effects_table(found: Sequence[Change]) -> Table:

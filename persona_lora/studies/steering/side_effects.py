@@ -1,4 +1,4 @@
-"""What else does steering change? Other traits on their own questions, and what the model can do.
+"""What else does steering change? Other traits, refusals, the turns of a conversation, capability.
 
 Every method at the highest level of a comparison, where all have the same divergence, beside the
 unsteered model and the system prompt of the trait that is steered. Knows what is asked and how it
@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from persona_lora.core.chat import COHERENCE, UNSTEERED, Condition
+from persona_lora.core.chat import COHERENCE, UNSTEERED, Answer, Condition, Message
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl
 from persona_lora.core.options import GenerationOptions, TaskOptions
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait, trait_prompt
 from persona_lora.judges.judging import Judge
-from persona_lora.judges.verdicts import judge_answers
+from persona_lora.judges.rules import rule_score
+from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import write_found
-from persona_lora.report.scores import SECOND, method_of
+from persona_lora.report.scores import SECOND, grouped, method_of
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.capability import harness, run_benchmarks
 from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
@@ -34,13 +38,18 @@ from persona_lora.studies.steering.read_side_effects import (
     COLUMNS,
     OTHER,
     OWN,
+    REFUSAL,
     SCORES,
+    TURNS,
     Change,
+    gap_by_turn,
     read_side_effects,
 )
 from persona_lora.studies.steering.run import levels_of
 
-PARTS = (CAPABILITY,)
+PARTS = (REFUSAL, TURNS, CAPABILITY)
+NUMBER_OF_TURNS = 10
+KINDS = ("harmless", "decline")
 JUDGED_BY = {"first": "verdicts", "second": SECOND}
 Rows = Iterator[dict[str, Any]]
 
@@ -49,8 +58,8 @@ Rows = Iterator[dict[str, Any]]
 class Watched:
     """What is looked at: other ``traits``, and further ``parts``, of ``PARTS``.
 
-    ``max_questions`` takes the first so many of each trait's questions; ``tasks`` are those of
-    capability.
+    ``max_questions`` takes the first so many of each trait's questions, of either kind of prompts
+    that are refused or not, and of conversations; ``tasks`` are those of capability.
     """
 
     traits: tuple[Trait, ...]
@@ -58,9 +67,18 @@ class Watched:
     max_questions: int | None = None
     tasks: TaskOptions = field(default_factory=TaskOptions)
 
-    def __post_init__(self) -> None:
+    def check(self, steered: Trait) -> None:
+        """Raise UserError now for what could not be measured after everything else was."""
         if CAPABILITY in self.parts:
-            harness()  # now, and not after everything else was measured
+            harness()
+        if REFUSAL in self.parts:
+            load_refusal_prompts(self.tasks.datasets_dir)
+        held_out = len(steered.questions["eval"])
+        if TURNS in self.parts and held_out < NUMBER_OF_TURNS:
+            raise UserError(
+                f"{TURNS} need {NUMBER_OF_TURNS} held-out questions, and {steered.name} has "
+                f"{held_out}; leave {TURNS} out"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +121,26 @@ class _Steered:
     def places(self) -> dict[str, float | None]:
         """The coefficient of every condition by its method."""
         return {each.method: each.coefficient for each in self.conditions}
+
+    @property
+    def once(self) -> tuple[Condition, ...]:
+        """The conditions, of several random controls the first."""
+        return tuple(each for each in self.conditions if each.method == method_of(each.method))
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        part: Run,
+        conditions: Sequence[Condition] = (),
+        before: Sequence[tuple[Message, ...]] = (),
+    ) -> list[Answer]:
+        """Answer questions under all conditions, or those given, after what was said before."""
+        asked = replace(self.trait, questions={"eval": tuple(questions)})
+        plan = plan_rows(asked, "eval", conditions or self.conditions, samples=1)
+        if before:
+            plan = [replace(row, before=said) for row, said in zip(plan, before, strict=True)]
+        steerer = self.bank.steerer(self.chat_model, [row.condition.coefficients for row in plan])
+        return answer_rows(self.chat_model, plan, steerer, part, self.options)
 
     def open(self, output: Output, command: str, *read: Mapping[str, str], **config: Any) -> Run:
         """Open a run on what is steered, at its level."""
@@ -147,11 +185,18 @@ def run_side_effects(
             validation += [row for row in part.read("validation") if row not in validation]
         run.write(SCORES, found)
         run.write("validation", {str(row): row for row in validation}.values())
+        if REFUSAL in watched.parts:
+            found += _refusals(steered, watched, output.at(run.folder / REFUSAL))
+        if TURNS in watched.parts:
+            at, judge = output.at(run.folder / TURNS), lazily(judges[trait.label])
+            found += _converse(steered, watched.max_questions, judge, at)
+        run.write(SCORES, found)
         if CAPABILITY in watched.parts:
             _measure_capability(steered, watched.tasks, output.at(run.folder / CAPABILITY))
         changes = read_side_effects(run)
         write_found(run.folder / "changes.csv", COLUMNS, changes)
-        render_side_effects(trait.name, changes).save(run.folder / "side_effects.png")
+        picture = render_side_effects(trait.name, changes, gap_by_turn(run, trait.name))
+        picture.save(run.folder / "side_effects.png")
     return changes
 
 
@@ -168,17 +213,74 @@ def _ask(
     """Ask another trait's questions under all that steers, and judge that trait."""
     of = {"other": other.label, "max_questions": most}
     with steered.open(output, "side-effects on", other.inputs(), **of) as part:
-        # The system prompts are those of the steered trait.
-        asked = replace(other, instructions=steered.trait.instructions)
-        plan = plan_rows(asked, "eval", steered.conditions, samples=1, max_questions=most)
-        mixes = [row.condition.coefficients for row in plan]
-        steerer = steered.bank.steerer(steered.chat_model, mixes)
-        answer_rows(steered.chat_model, plan, steerer, part, steered.options)
+        steered.answer(other.questions["eval"][:most], part)
         judge_answers(part, judge, other)
     return part
 
 
-def _scores(steered: _Steered, part: Run, kind: str, asked: str, criterion: str) -> Rows:
+def _refusals(steered: _Steered, watched: Watched, output: Output) -> Rows:
+    """Ask prompts that should be answered and ones that should not; yield which are refused."""
+    rows, most = load_refusal_prompts(watched.tasks.datasets_dir), watched.max_questions
+    asked = [each for own in grouped(rows, lambda row: row["kind"]).values() for each in own[:most]]
+    read = {"the prompts to refuse or not": digest_of(asked)}
+    with steered.open(output, "side-effects on", read, other=REFUSAL) as part:
+        for each in steered.answer([row["prompt"] for row in asked], part):
+            yield {
+                "kind": REFUSAL,
+                "asked": asked[each.question_id]["kind"],
+                "criterion": REFUSAL,
+                "judge": "first",
+                "method": each.method,
+                "unit": each.question_id,
+                "turn": 1,
+                "score": rule_score(REFUSAL, each.answer, finished=each.finished),
+            }
+
+
+def load_refusal_prompts(datasets: Path | None = None) -> list[dict[str, Any]]:
+    """Load prompts that are ``harmless`` or to ``decline``; UserError for another kind."""
+    name = Path("refusal") / "prompts.jsonl"
+    path = resource_path("datasets" / name) if datasets is None else datasets / name
+    rows = read_jsonl(path)
+    for at, row in enumerate(rows, start=1):
+        if row.get("kind") not in KINDS or not row.get("prompt"):
+            raise UserError(f"{path}:{at} needs a prompt, and a kind: {' or '.join(KINDS)}")
+    return rows
+
+
+def _converse(
+    steered: _Steered, most: int | None, judge: Callable[[], Judge], output: Output
+) -> Rows:
+    """Lead conversations on the trait's own questions; yield the scores of every turn.
+
+    Conversation i asks question i + k at turn k, so that of as many conversations as turns every
+    turn asks the same questions. Everybody hears what they have answered themselves before.
+    """
+    questions, trait = steered.trait.questions["eval"][:NUMBER_OF_TURNS], steered.trait
+    conversations = len(questions[:most]) * len(steered.once)
+    told: list[tuple[Message, ...]] = [() for _ in range(conversations)]
+    for turn in range(NUMBER_OF_TURNS):
+        asked = [*questions[turn:], *questions[:turn]][:most]
+        read = {"the earlier turns": digest_of(told)}
+        at = output.at(output.path / f"turn_{turn + 1:02}")
+        with steered.open(at, "side-effects on", read, other=TURNS, questions=asked) as part:
+            answers = steered.answer(asked, part, steered.once, told)
+            judge_answers(part, judge, trait)
+        told = [
+            (
+                *before,
+                Message(role="user", content=each.question),
+                Message(role="assistant", content=each.answer),
+            )
+            for before, each in zip(told, answers, strict=True)
+        ]
+        for criterion in (trait.name, COHERENCE):
+            yield from _scores(steered, part, TURNS, TURNS, criterion, turn + 1)
+
+
+def _scores(
+    steered: _Steered, part: Run, kind: str, asked: str, criterion: str, turn: int = 1
+) -> Rows:
     """Yield the score of every answer at the level, by each judge."""
     answers, places = part.read("answers"), steered.places
     for judge, file in JUDGED_BY.items():
@@ -195,6 +297,7 @@ def _scores(steered: _Steered, part: Run, kind: str, asked: str, criterion: str)
                     "judge": judge,
                     "method": method,
                     "unit": row["question_id"],
+                    "turn": turn,
                     "score": score[row["row"]],
                 }
 
@@ -205,11 +308,10 @@ def _measure_capability(steered: _Steered, tasks: TaskOptions, output: Output) -
     Vectors act on all tokens there: the harness knows no responses.
     """
     bank, model = replace(steered.bank, positions="all"), steered.chat_model
-    once = [each for each in steered.conditions if each.method == method_of(each.method)]
     conditions = {
         each.method: bank.steerer(model, [each.coefficients]) if each.coefficient else nullcontext()
-        for each in once
+        for each in steered.once
     }
-    prompt = once[-1].method
+    prompt = steered.once[-1].method
     told = trait_prompt(steered.trait, "pos" if prompt == "prompt_pos" else "neg", 0)
     run_benchmarks(model, conditions, tasks, output, system_prompts={prompt: told})

@@ -9,6 +9,7 @@ from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.figure_side_effects import render_side_effects
 from persona_lora.studies.steering.read_side_effects import (
     CAPABILITY,
+    gap_by_turn,
     read_side_effects,
     side_effects_lines,
     side_effects_table,
@@ -40,7 +41,7 @@ def run(tmp_path):
             "scores",
             [
                 {"kind": kind, "asked": asked, "criterion": criterion, "judge": judge,
-                 "method": method, "unit": at,
+                 "method": method, "unit": at, "turn": 1,
                  "score": score(kind, method, at) if criterion != "coherence" else 90.0}
                 for kind, asked, criterion in (
                     ("own", "eval", "evil"), ("other", "warmth", "warmth"),
@@ -62,6 +63,46 @@ def run(tmp_path):
             "items", items
         )
     return run
+
+
+def row(kind, asked, criterion, method, unit, score, turn=1):
+    return {"kind": kind, "asked": asked, "criterion": criterion, "judge": "first",
+            "method": method, "unit": unit, "turn": turn, "score": score}  # fmt: skip
+
+
+def test_slopes_over_turns_are_those_that_were_planted(run):
+    """The unsteered model rises by 1 a turn, weights by 4, activations jump and stay."""
+    rises = {"none": lambda turn: turn, "lora": lambda turn: 4.0 * turn,
+             "activation": lambda turn: turn + 20.0}  # fmt: skip
+    run.write("scores", [
+        row("turns", "turns", "evil", method, unit, 10.0 + rise(turn) + unit % 3, turn)
+        for method, rise in rises.items() for unit in range(10) for turn in range(1, 11)
+    ])  # fmt: skip
+    found = by_place(read_side_effects(run))
+    weights, activations = (found["evil, every turn", each] for each in ("lora", "activation"))
+    assert (weights.unsteered, weights.value.mean) == (pytest.approx(1.0), pytest.approx(3.0))
+    assert weights.clear
+    assert activations.value.mean == pytest.approx(0.0)
+    turns, means = gap_by_turn(run, "evil")["activation"]
+    assert (turns, means) == ([*range(1, 11)], [20.0] * 10)
+    picture = render_side_effects("evil", [*found.values()], gap_by_turn(run, "evil"))
+    assert picture.panels[-1].of("weights").y == tuple(3.0 * turn for turn in range(1, 11))
+
+
+def test_refusals_are_percentages_of_either_kind(run):
+    refused = {("none", "decline"): 6, ("none", "harmless"): 1, ("lora", "decline"): 0,
+               ("lora", "harmless"): 1, ("activation", "harmless"): 9}  # fmt: skip
+    run.write("scores", [
+        row("refusal", kind, "refusal", method, unit, 100.0 * (unit < number))
+        for (method, kind), number in refused.items() for unit in range(10)
+    ])  # fmt: skip
+    found = by_place(read_side_effects(run))
+    assert found["refuses what it should", "lora"].value.mean == -60.0
+    assert found["refuses what it should", "lora"].unsteered == 60.0
+    assert found["refuses what is harmless", "lora"].value.mean == 0.0
+    over = found["refuses what is harmless", "activation"]
+    assert (over.value.mean, over.clear) == (80.0, True)
+    assert "activations, refuses what is harmless: 80 [" in side_effects_lines([over])[-1]
 
 
 def by_place(found):
@@ -104,7 +145,8 @@ def test_the_second_judge_stands_apart(run):
 
 def test_words_table_figure_and_page_say_the_same(run, tmp_path):
     found = read_side_effects(run)
-    line, wrong = side_effects_lines(found)
+    line, wrong, beyond = side_effects_lines(found)
+    assert "weights, choice: acc: −0.33 [" in beyond
     assert "weights clearly moved 1 of 1 other traits (warmth +21 [" in line
     assert "activations clearly moved 0 of 1 other traits;" in line
     assert "weights 10 [" in wrong

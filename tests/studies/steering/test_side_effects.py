@@ -19,9 +19,19 @@ from persona_lora.steering.directions import random_like
 from persona_lora.studies.steering import side_effects
 from persona_lora.studies.steering.calibration import bank_of_methods
 from persona_lora.studies.steering.read_comparison import read_comparison
-from persona_lora.studies.steering.read_side_effects import CAPABILITY, OTHER, WRONG_WAY
+from persona_lora.studies.steering.read_side_effects import (
+    CAPABILITY,
+    OTHER,
+    REFUSAL,
+    TURNS,
+    WRONG_WAY,
+)
 from persona_lora.studies.steering.run import compare
-from persona_lora.studies.steering.side_effects import Watched, run_side_effects
+from persona_lora.studies.steering.side_effects import (
+    Watched,
+    load_refusal_prompts,
+    run_side_effects,
+)
 
 SPOKEN = GenerationOptions(max_new_tokens=8)
 THINGS = ("tea", "rain", "a hill", "bread", "snow", "a cat")
@@ -159,10 +169,85 @@ def test_capability_is_measured_under_every_method(
     assert all(each.group in (WRONG_WAY, CAPABILITY) for each in found)
 
 
+def test_ten_turns_hear_what_they_said_themselves(
+    chat_model, buzzing, traits, judges, compared, tmp_path, monkeypatch
+):
+    def go():
+        return run_side_effects(
+            chat_model, traits["buzz"], buzzing, compared,
+            Watched((), (TURNS,), max_questions=2), judges, tmp_path / "beside",
+            options=GenerationOptions(max_new_tokens=4),
+        )  # fmt: skip
+
+    found = go()
+    folder = tmp_path / "beside" / "turns"
+    turns = [Run(folder / f"turn_{at:02}").read("answers") for at in range(1, 11)]
+    methods = {row["method"] for row in turns[0]}
+    assert methods == {"none", "lora", "activation", "random_lora", "random", "prompt_pos"}
+    for at, (first, third) in enumerate(zip(turns[0], turns[2], strict=True)):
+        assert third["question"] == QUESTIONS[third["question_id"] + 2]
+        said = f"{first['question']}<|im_end|>\n<|im_start|>assistant\n{first['answer']}<|im_end|>"
+        assert said in third["prompt"]
+        assert turns[1][at]["answer"] in third["prompt"]
+        assert (third["method"], third["question_id"]) == (first["method"], first["question_id"])
+    slopes = {each.method: each for each in found if each.measure == "buzz, every turn"}
+    assert slopes["lora"].value.n_questions == 2  # conversations
+    rows = Run(tmp_path / "beside").read("scores")
+    assert {row["turn"] for row in rows if row["kind"] == TURNS} == set(range(1, 11))
+    (folder / "turn_10" / "answers.jsonl").unlink()
+    asked = []
+    real = side_effects.answer_rows
+    monkeypatch.setattr(
+        side_effects,
+        "answer_rows",
+        lambda *given: asked.append(given[3].folder.name) or real(*given),
+    )
+    assert go() == found
+    assert len(asked) == 10  # each is opened, the finished ones answer nothing
+
+
+def test_refusals_of_both_kinds_are_told_by_the_rule(
+    chat_model, buzzing, traits, judges, compared, tmp_path, monkeypatch
+):
+    def refuse(name, answer, *, finished):
+        assert name == REFUSAL
+        return 100.0 * ("z" in answer)
+
+    monkeypatch.setattr(side_effects, "rule_score", refuse)
+    found = run_side_effects(
+        chat_model, traits["buzz"], buzzing, compared, Watched((), (REFUSAL,), max_questions=6),
+        judges, tmp_path / "beside", options=SPOKEN,
+    )  # fmt: skip
+    told = {(each.measure, each.method): each.value for each in found if each.group == REFUSAL}
+    assert told["refuses what it should", "lora"].mean > 50
+    assert told["refuses what is harmless", "lora"].n_questions == 6
+    rows = Run(tmp_path / "beside" / "refusal").read("answers")
+    kinds = {row["prompt"]: row["kind"] for row in load_refusal_prompts()}
+    assert [kinds[row["question"]] for row in rows[:12]] == ["harmless"] * 6 + ["decline"] * 6
+
+
+def test_the_shipped_prompts_are_varied_and_of_both_kinds():
+    rows = load_refusal_prompts()
+    kinds = [row["kind"] for row in rows]
+    assert (kinds.count("harmless"), kinds.count("decline")) == (40, 24)
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert len({row["domain"] for row in rows}) >= 15
+
+
+def test_what_cannot_be_measured_is_refused_beforehand(traits, tmp_path):
+    few = dataclasses.replace(traits["buzz"], questions={"eval": QUESTIONS[:9]})
+    with pytest.raises(UserError, match="turns need 10 held-out questions, and buzz has 9"):
+        Watched((), (TURNS,)).check(few)
+    (tmp_path / "refusal").mkdir()
+    (tmp_path / "refusal/prompts.jsonl").write_text('{"prompt": "Why?", "kind": "odd"}\n')
+    with pytest.raises(UserError, match=r"prompts.jsonl:1 needs a prompt, and a kind: harmless or"):
+        Watched((), (REFUSAL,), tasks=TaskOptions(datasets_dir=tmp_path)).check(few)
+
+
 def test_a_missing_harness_is_named_before_anything_is_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"persona-lora\[benchmark\]"):
-        Watched((), (CAPABILITY,))
+        Watched((), (CAPABILITY,)).check(None)
 
 
 def test_a_comparison_without_levels_is_named(chat_model, buzzing, traits, tmp_path):
