@@ -73,6 +73,7 @@ def help_texts() -> dict[str, str]:
                 "compare-prevention",
                 "export",
                 "basis",
+                "push",
                 "engine",
                 "engine command",
             ),

@@ -49,6 +49,7 @@ ORDER = (
         "judge",
         "export",
         "basis",
+        "push",
         "engine",
         "playground",
         "serve",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lora.cli.console import progress_bars, show
-from persona_lora.cli.program import COMPARE, OPTIONS, TRAINING, app, command
+from persona_lora.cli.program import COMPARE, MODELS, OPTIONS, TRAINING, app, command
 from persona_lora.cli.shared_options import DatasetsDir, ModelOptions, RunOptions, load_model
 from persona_lora.core.errors import HIDDEN, UserError, few_names
 from persona_lora.core.files import read_text, write_text
@@ -133,6 +133,35 @@ def selfcheck(
     show(study.instruments_table(run), said, f"run: {run.folder}")
     if failed:
         raise typer.Exit(1)
+
+
+@command("push", MODELS)
+def push(
+    *,
+    direction: Annotated[Path, typer.Argument(help="A diff's folder, or a vector's file.")],
+    repo: Annotated[str, "The repository of the hub: owner/name."],
+    base: Annotated[str | None, "The base model's id on the hub, where it was a folder."] = None,
+    public: Annotated[bool, "Let everybody see the repository; private without."] = False,
+    yes: Annotated[bool, "Push. Without it, say what would be pushed."] = False,
+) -> None:
+    """Push a diff or a vector to a model hub, with a card; without --yes, only show what would be.
+
+    The token is HF_TOKEN of the environment or .env. Paths of this machine stay here.
+
+    Example: persona-lora push checkpoints/evil/diff --repo somebody/evil-diff
+    """
+    from persona_lora.studies import publishing
+
+    publishing.check_repository(repo)
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "direction"
+        publishing.write_publication(direction, folder, base)
+        for path in sorted(folder.glob("*")):
+            show(f"{path.name}: {path.stat().st_size:,} bytes")
+        if not yes:
+            show("", read_text(folder / publishing.CARD), "nothing was pushed: add --yes")
+            return
+        show(publishing.push(folder, repo, private=not public))
 
 
 @contextmanager
