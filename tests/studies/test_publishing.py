@@ -22,7 +22,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Moved, Strengths
 from persona_lora.studies.publishing import PACKAGED_ON_HUB, hub_id, push, write_publication
 
-HERE = "/home/somebody/secret-project"
+HERE = "/srv/somebody/secret-project"
 TRAINING = {
     "model": HERE,
     "num_pairs": 7,
@@ -127,7 +127,7 @@ def hub(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
+    monkeypatch.setenv("HF_TOKEN", "token of somebody")
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     yield handler
@@ -146,7 +146,7 @@ def test_only_with_yes_anything_leaves(direction, hub):
     made = hub.asked["/api/repos/create"]
     assert (made["name"], made["organization"], made["token"]) == (
         *("evil", "somebody"),
-        "Bearer hf_of_somebody",
+        "Bearer token of somebody",
     )
     assert made.get("private") is True or made.get("visibility") == "private"
     wanted = {"README.md", "adapter_config.json", "adapter_model.safetensors", "diff.json"}
@@ -161,7 +161,7 @@ def test_what_the_hub_refuses_is_one_sentence(direction, hub, tmp_path):
         UserError, match=r"somebody/evil was not pushed: .*403.*HF_TOKEN"
     ) as refused:
         push(tmp_path / "out", "somebody/evil", private=True)
-    assert "hf_of_somebody" not in str(refused.value)
+    assert "token of somebody" not in str(refused.value)
     with pytest.raises(UserError, match="--repo must be like owner/name, got 'evil'"):
         CliRunner().invoke(
             cli.app, ["push", str(direction), "--repo", "evil"], catch_exceptions=False
