@@ -508,16 +508,13 @@ COMMANDS = {
         {f"{X}studies.drift.run:load_diffs": {}, f"{X}projections.inputs:kept_inputs": None},
     ),
     "push": Command(
-        ("diff", "--repo", "somebody/evil", "--yes"),
-        (f"{X}studies.publishing:push",),
+        ("diff", "--repo", "somebody/evil"),
+        (f"{X}studies.publishing:check_repository",),
+        # the others are in tests/studies/test_publishing.py
         {
-            "direction": None,
+            **dict.fromkeys(("direction", "base", "public", "yes")),
             "repo": flag("somebody/else"),
-            "base": flag("somebody/base"),
-            "public": flag(True, None),
-            "yes": None,  # tests/studies/test_publishing.py
         },
-        {f"{X}studies.publishing:write_publication": None},
     ),
     "engine command": Command(
         (),

@@ -148,7 +148,9 @@ def test_only_with_yes_anything_leaves(direction, hub):
         *("evil", "somebody"),
         "Bearer token of somebody",
     )
-    assert made.get("private") is True or made.get("visibility") == "private"
+    assert made["visibility"] == "private"
+    CliRunner().invoke(cli.app, [*words, "--yes", "--public"], catch_exceptions=False)
+    assert hub.asked["/api/repos/create"]["visibility"] == "public"
     wanted = {"README.md", "adapter_config.json", "adapter_model.safetensors", "diff.json"}
     assert hub.files.keys() == wanted
     assert b"secret-project" not in b"".join(hub.files.values())
