@@ -512,7 +512,7 @@ COMMANDS = {
         (f"{X}studies.publishing:check_repository",),
         # the others are in tests/studies/test_publishing.py
         {
-            **dict.fromkeys(("direction", "base", "public", "yes")),
+            **dict.fromkeys(("direction", "base_id", "public", "yes")),
             "repo": flag("somebody/else"),
         },
     ),

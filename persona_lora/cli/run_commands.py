@@ -140,7 +140,7 @@ def push(
     *,
     direction: Annotated[Path, typer.Argument(help="A diff's folder, or a vector's file.")],
     repo: Annotated[str, "The repository of the hub: owner/name."],
-    base: Annotated[str | None, "The base model's id on the hub, where it was a folder."] = None,
+    base_id: Annotated[str | None, "The base model's id on the hub, where it was a folder."] = None,
     public: Annotated[bool, "Let everybody see the repository; private without."] = False,
     yes: Annotated[bool, "Push. Without it, say what would be pushed."] = False,
 ) -> None:
@@ -155,7 +155,7 @@ def push(
     publishing.check_repository(repo)
     with TemporaryDirectory() as place:
         folder = Path(place) / "direction"
-        publishing.write_publication(direction, folder, base)
+        publishing.write_publication(direction, folder, base_id)
         for path in sorted(folder.glob("*")):
             show(f"{path.name}: {path.stat().st_size:,} bytes")
         if not yes:

@@ -43,8 +43,8 @@ def hub_id(base: BaseModel, given: str | None) -> str:
     name = given or known
     if _ID.fullmatch(name) is None or (given is None and Path(name).exists()):
         raise UserError(
-            f"the base model is {name!r} here, which is no model of a hub; name it with --base, as "
-            "in --base meta-llama/Llama-3.1-8B-Instruct"
+            f"the base model is {name!r} here, which is no model of a hub; name it, as in "
+            "--base-id meta-llama/Llama-3.1-8B-Instruct"
         )
     return name
 

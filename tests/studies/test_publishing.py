@@ -78,7 +78,7 @@ def test_the_base_is_a_models_id_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     for name in ("models/mine", HERE, "", "mine", "a/b/c"):
-        with pytest.raises(UserError, match="no model of a hub; name it with --base"):
+        with pytest.raises(UserError, match="no model of a hub; name it, as in --base-id"):
             hub_id(BaseModel(name), None)
         assert hub_id(BaseModel(name), "somebody/base") == "somebody/base"
 
@@ -136,7 +136,7 @@ def hub(monkeypatch):
 
 
 def test_only_with_yes_anything_leaves(direction, hub):
-    words = ["push", str(direction), "--repo", "somebody/evil", "--base", "somebody/base"]
+    words = ["push", str(direction), "--repo", "somebody/evil", "--base-id", "somebody/base"]
     shown = CliRunner().invoke(cli.app, words)
     assert "nothing was pushed: add --yes" in shown.output
     assert "base_model: somebody/base" in shown.output
