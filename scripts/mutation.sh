@@ -68,7 +68,7 @@ def forked(work, seconds):
     child = os.fork()
     if not child:
         os.setsid()
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        os.dup2(os.open(KEPT / "last.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
         os._exit(int(work()))
     end = time.monotonic() + seconds
@@ -140,7 +140,7 @@ def reached():
         digest = hashlib.sha256(tests.read_bytes() + package.digest()).hexdigest()[:16]
         file = KEPT / f"reached-{tests.stem}-{digest}.json"
         if not file.exists() and forked(lambda t=tests, f=file: Reached().run(t, f), 1800) not in (0, 5):
-            sys.exit(f"{tests}: fails before any change")
+            sys.exit(f"{tests}: fails before any change: {KEPT / 'last.log'}")
         known = json.loads(file.read_text())
         seconds |= known["seconds"]
         for module, by_line in known["lines"].items():
