@@ -122,7 +122,7 @@ def test_whole_texts_with_a_mask_equal_cached_decoding(model, positions):
         recorder.close()
     for layer in (0, 1):
         joined = torch.cat([each[layer] for each in stepwise], dim=1)
-        torch.testing.assert_close(recorder.passes[0][layer], joined, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(recorder.passes[0][layer], joined, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()
