@@ -52,12 +52,15 @@ from cosmic_ray.mutating import mutate_code
 ROOMS = ("core", "steering", "projections", "report", "cli")
 TESTS = [
     *(path for room in ROOMS[:-1] for path in sorted(Path("tests", room).glob("test_*.py"))),
-    *sorted(Path("tests/studies").rglob("test_*.py")),
+    # of studies what reads and draws: their runs take minutes and guard what is not changed here
+    *(path for kind in ("read", "figure", "report", "research", "what", "verdicts", "objective")
+      for path in sorted(Path("tests/studies").rglob(f"test_{kind}*.py"))),
     *sorted(Path("tests").glob("test_*.py")),
     *(Path("tests/serving/test_server_commands.py"), Path("tests/engines/test_vllm_command.py")),
 ]
-# They start processes of their own, a browser, a build: nothing of theirs is seen by coverage.
-APART = ("kills", "endings", "machines", "playground", "repository", "site", "wheel", "docs", "extending")
+# They start processes of their own, a browser, a build, or trace as coverage does: it sees none of it.
+APART = ("interruption", "kills", "endings", "machines", "playground", "repository", "site", "wheel",
+         "docs", "extending")
 SECONDS = 30  # of tests for one change
 KEPT = Path(os.environ["MUTATION_FOLDER"])
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={os.environ['PYTHONPATH']}/temporary"]
