@@ -11,9 +11,9 @@
 # Which tests reach a line is measured, not guessed: every test of the rooms is run once under
 # coverage. For a change those of its statement are run, the room's own first and then the quickest,
 # up to 30 seconds' worth; a statement that runs at import alone (a default, a constant) is tried on
-# all tests of its module in that order. So what is called unnoticed is so by these tests: an upper
-# bound. Left out is what is no change by construction: "|" inside annotations that nothing
-# evaluates, and what the compiler makes the same of, or nothing.
+# what looks at every module, and then on all tests of its own in that order. So what is called
+# unnoticed is so by these tests: an upper bound. Left out is what is no change by construction: "|"
+# inside annotations that nothing evaluates, and what the compiler makes the same of, or nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
@@ -61,6 +61,7 @@ TESTS = [
 # They start processes of their own, a browser, a build, or trace as coverage does: it sees none of it.
 APART = ("interruption", "kills", "endings", "machines", "playground", "repository", "site", "wheel",
          "docs", "extending")
+EVERYWHERE = "tests/test_values.py"  # looks at all modules, once they are imported
 SECONDS = 30  # of tests for one change
 KEPT = Path(os.environ["MUTATION_FOLDER"])
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={os.environ['PYTHONPATH']}/temporary"]
@@ -203,12 +204,12 @@ def guards(module, source, line, lines, seconds):
                 statement = start, node.end_lineno if whole else max(start, body[0].lineno - 1)
     first, last = statement or (line, line)
     found = {test for at in range(first, max(last, line) + 1) for test in known.get(at, ())}
+    chosen, spent = ([], 0.0) if found else ([EVERYWHERE], 3.0)
     found = found or {test for tests in known.values() for test in tests}
     room = Path(module).parts[1]
     home = "tests/test_" if room == "cli" else f"tests/{room}/"
-    chosen, spent = [], 0.0
     for test in sorted(found, key=lambda each: (not each.startswith(home), seconds[each])):
-        if not chosen or spent + seconds[test] <= SECONDS:
+        if spent == 0 or spent + seconds[test] <= SECONDS:
             chosen.append(test)
             spent += seconds[test]
     return chosen, spent

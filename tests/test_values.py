@@ -1,0 +1,60 @@
+"""What could change in silence: values, which are frozen, and what flags are by default."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import typer
+
+from persona_lora import cli
+from tests.pinned import hold
+
+PACKAGE = Path(__file__).resolve().parents[1] / "persona_lora"
+ROOMS = ("core", "steering", "projections", "report", "cli")
+MODULES = sorted(path for room in ROOMS for path in (PACKAGE / room).glob("*.py"))
+# A book of what is merged, sums that grow over batches, and a place in a queue.
+GROWING = {"PairSums", "MergedWeight", "_Holding"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_values_are_frozen(path):
+    name = f"persona_lora.{path.parent.name}.{path.stem}".removesuffix(".__init__")
+    module = importlib.import_module(name)
+    own = [each for each in vars(module).values() if getattr(each, "__module__", "") == name]
+    for each in own:
+        if (
+            inspect.isclass(each)
+            and dataclasses.is_dataclass(each)
+            and each.__name__ not in GROWING
+        ):
+            assert each.__dataclass_params__.frozen, f"{name}.{each.__name__} can be changed"
+
+
+def defaults(command, name=()):
+    """Yield every flag of every command with what it is by default."""
+    for word, each in getattr(command, "commands", {}).items():
+        yield from defaults(each, (*name, word))
+    if not getattr(command, "commands", {}):
+        for parameter in command.params:
+            value = parameter.default() if callable(parameter.default) else parameter.default
+            if isinstance(value, list | tuple):
+                value = [str(part) for part in value]
+            elif not isinstance(value, bool | int | float | None):
+                value = str(value)
+            yield f"{' '.join(name)}: {parameter.opts[-1]}", value
+
+
+def test_what_a_flag_is_by_default_stays():
+    """Runs that name no flag are the same runs in the next version, or this table says so."""
+    hold(
+        "defaults",
+        {
+            name: value
+            for name, value in defaults(typer.main.get_command(cli.app))
+            if value is not None
+        },
+    )
