@@ -29,6 +29,7 @@ export PYTHONPATH=$copy HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELIS
 import ast
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -39,16 +40,17 @@ from pathlib import Path
 
 import cosmic_ray.plugins
 import coverage
-import matplotlib.pyplot  # noqa: F401  what takes seconds to import is imported once: each run is a fork
-import pandas  # noqa: F401
-import peft  # noqa: F401
 import pytest
-import scipy.stats  # noqa: F401
-import torch  # noqa: F401
-import transformers  # noqa: F401
+import scipy.stats
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
+for name in (  # what takes seconds to import is imported once: each run is a fork
+    "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers", "peft",
+    "trl", "pandas", "sklearn.linear_model", "matplotlib.pyplot", "typer.testing", "rich.progress",
+    "jinja2", "pydantic", "hypothesis",
+):
+    importlib.import_module(name)
 ROOMS = ("core", "steering", "projections", "report", "cli")
 TESTS = [
     *(path for room in ROOMS[:-1] for path in sorted(Path("tests", room).glob("test_*.py"))),

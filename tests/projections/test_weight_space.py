@@ -129,6 +129,16 @@ def test_layers_and_kinds_add_up(model, diffs):
         assert total == pytest.approx(found.total["one"].inner)
     assert list(found.by_layer()) == [0, 1]
     assert "q_proj" in found.by_kind()
+    whole = found.delta_norm**2
+    shares = {(part, of): share for part, of, share in found.shares()}
+    for part in ("layer", "kind"):
+        assert sum(each for (name, _), each in shares.items() if name == part) == pytest.approx(1)
+        assert shares[part, "elsewhere"] == pytest.approx(found.other_square / whole)
+    for layer in (0, 1):
+        own = sum(each.delta_square for each in found.modules if each.layer == layer)
+        assert shares["layer", layer] == pytest.approx(own / whole)
+    same = project_weights(LoadedWeights(model, "a"), LoadedWeights(model, "b"), diffs)
+    assert same.shares() == []
 
 
 def test_an_adapter_needs_no_weights(model, diffs):
