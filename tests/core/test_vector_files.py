@@ -168,6 +168,7 @@ def broken_files(folder):
         ("zero.pt", "without layers"),
         ("nan.pt", "NaN"),
         ("v.npz", "no vector file"),
+        ("v.txt", "no vector file"),
         ("nowhere.pt", "does not exist"),
         ("nowhere.safetensors", "does not exist"),
     ],

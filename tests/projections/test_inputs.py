@@ -38,9 +38,9 @@ def plain_inputs(chat_model, name):
 
 @pytest.mark.parametrize("what", ["FORMAT", "KEPT"])
 def test_what_was_kept_in_another_form_is_measured_anew(chat_model, tmp_path, monkeypatch, what):
-    monkeypatch.setattr(projected, "user_cache_path", lambda _: tmp_path)
+    monkeypatch.setattr(projected, "user_cache_path", lambda _: tmp_path / "new" / "cache")
     first = kept_inputs(chat_model, PROMPTS)
-    assert len(list((tmp_path / "inputs").iterdir())) == 1
+    assert len(list((tmp_path / "new" / "cache" / "inputs").iterdir())) == 1
     monkeypatch.setattr(projected, "measure_inputs", lambda *_: pytest.fail("measured again"))
     assert kept_inputs(chat_model, PROMPTS).prompts == first.prompts
     monkeypatch.setattr(projected, what, 0.9)

@@ -122,6 +122,16 @@ def test_a_model_does_not_drift_from_itself(model, diffs):
     assert all(each.inner == 0 and each.p is None for each in found.total.values())
 
 
+def test_a_change_of_weights_of_64_bits_is_found_whatever_the_other_has(make_model, diffs):
+    model = make_model()
+    after = perturbed(model)
+    expected = project_weights(LoadedWeights(model, "a"), LoadedWeights(after, "b"), diffs)
+    wide = copy.deepcopy(model).double(), copy.deepcopy(after).double()
+    for pair in (wide, (wide[0], after), (model, wide[1])):
+        found = project_weights(*(LoadedWeights(each, "w") for each in pair), diffs)
+        assert found.total["one"].inner == pytest.approx(expected.total["one"].inner, rel=1e-5)
+
+
 def test_layers_and_kinds_add_up(model, diffs):
     found = project_weights(LoadedWeights(model, "a"), LoadedWeights(perturbed(model), "b"), diffs)
     for parts in (found.by_layer(), found.by_kind()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from functools import partial
@@ -14,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff, mix
+from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, mix
 from persona_lora.core.strength import Moved, Strengths
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import linear_modules
@@ -141,6 +142,18 @@ def test_a_gguf_lora_holds_the_mix_in_llama_cpp_s_layout(base, terms, model, tmp
         expected = mixed.factors[f"model.layers.1.{own}"].delta()
         assert torch.allclose(delta, expected, atol=1e-5), own
     assert len(tensors) == 2 * sum("layers" in name for name in linear_modules(model))
+
+
+def test_a_module_of_a_lower_rank_is_padded_to_that_of_the_mix(base, model, make_diff, tmp_path):
+    diff = make_diff(model, rank=4)
+    low = "model.layers.1.mlp.down_proj"
+    A, B = diff.factors[low].A, diff.factors[low].B
+    factors = {**diff.factors, low: LoRAFactors(A[:1], B[:, :1])}
+    done = export_gguf_lora({dataclasses.replace(diff, factors=factors): 1.0}, base, tmp_path / "x")
+    found = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(done.path).tensors}
+    A, B = (found[f"blk.1.ffn_down.weight.lora_{side}"] for side in "ab")
+    assert (A.shape[0], B.shape[1], done.rank) == (4, 4, 4)
+    assert np.allclose(B @ A, factors[low].delta(), atol=1e-6)
 
 
 def test_a_whole_gguf_needs_llama_cpp_s_converter(base, terms, tmp_path, monkeypatch):

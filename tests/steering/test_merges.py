@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.steering import steerer as steerers
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.ledger import MERGED
 from persona_lora.steering.live import LiveLoRA
@@ -52,7 +53,9 @@ class Compiled(torch.nn.Module):
         self._orig_mod = model
 
 
-def test_a_merger_that_is_dropped_takes_its_diffs_with_it(model, before, make_diff):
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_merger_that_is_dropped_takes_its_diffs_with_it(model, before, make_diff, trainable):
+    model.requires_grad_(trainable)
     other = LoRAMerger(model)
     LoRAMerger(model).merge_lora_diff(make_diff(model))
     assert as_before(model, before)
@@ -269,3 +272,21 @@ def test_threads_take_turns_at_a_model(model, before, make_diff):
     assert not wrong
     assert as_before(model, before)
     assert not HOLDINGS
+
+
+def test_who_waits_for_a_model_says_so_once(model, make_diff, monkeypatch, caplog):
+    monkeypatch.setattr(steerers, "NOTICE", 2 * steerers.PAUSE)
+
+    def wait():
+        with LoRASteerer(model, make_diff(model)):
+            pass
+
+    waiting = threading.Thread(target=wait)
+    with LoRASteerer(model, make_diff(model)):
+        waiting.start()
+        time.sleep(20 * steerers.PAUSE)
+        assert waiting.is_alive()
+    waiting.join()
+    assert [each.message for each in caplog.records] == [
+        "waiting for another thread to leave its steering of this model"
+    ]
