@@ -167,7 +167,7 @@ def test_conditions_beside_one():
                 "tables": [
                     *(comparisons.fit_table(each, "Fits").rows for each in fits),
                     comparisons.task_table(tasks).rows,
-                    comparisons.measure_table(tasks).rows,
+                    *(each.rows for each in comparisons.measure_tables(tasks)),
                 ],
             }
         ),
