@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.vector_files import load_vector
 from persona_lora.models.structure import weight_fingerprint
@@ -216,3 +216,24 @@ def test_personas_name_their_mistakes(run, tmp_path):
     )
     assert_fails(run(*words, "--conversations", "few.jsonl"), "1 utterances", "at least 5")
     assert not (tmp_path / "ann").exists()
+
+
+def test_a_diff_without_training_is_taken_by_commands_that_take_diffs(run, make_world, tmp_path):
+    make_world(tmp_path)
+    model = ("--model", "model", "--dtype", "float32")
+    words = ("extract", "--trait", "cheer", "--datasets-dir", "datasets", *model)
+    status, out, error = run(*words, "--source", "answers", "--form", "diff", "--output", "out")
+    assert (status, "out/diff" in out) == (0, True), error
+    diff = LoRADiff.load(tmp_path / "out/diff")
+    assert (diff.trait, diff.rank) == ("cheer", 1)
+    layer = ("--form", "diff", "--layers", 1, "--source", "answers", "--output", "one")
+    assert run(*words, *layer)[0] == 0
+    assert (LoRADiff.load(tmp_path / "one/diff") - diff.at(1)).norm() == 0
+    assert_fails(
+        run(*words, "--form", "diff", "--source", "answers", "--methods", "svd"),
+        "--methods",
+        "--form diff",
+    )
+    assert not (tmp_path / "checkpoints").exists()
+    status, _, error = run("export", "--mix", "out/diff=1", "--output", "mixed")
+    assert status == 0, error

@@ -322,6 +322,7 @@ COMMANDS = {
             "negative_threshold": flag(37.0),
             "coherence_threshold": flag(37.0),
             "min_pairs": flag(37),
+            "form": flag("diff"),
         },
     ),
     "judge score": Command(

@@ -519,6 +519,10 @@ class PairOptions:
         tuple[str, ...], "Which tokens: response_avg, prompt_avg, prompt_last, or several."
     ] = ("response_avg", "prompt_avg", "prompt_last")
     layers: Annotated[str | None, 'Decoder layers, as in "16", "10,20" or "0-29"; all.'] = None
+    form: Annotated[
+        Literal["vectors", "diff"],
+        "Steering vectors, or one diff of rank 1 for --diff of every command: no training.",
+    ] = "vectors"
 
     def checked(self) -> str:
         """Return the source; UserError for what it does not use, and for what it lacks."""
@@ -527,6 +531,8 @@ class PairOptions:
             raise UserError("--source files needs both --pos-path and --neg-path")
         others = " ".join(name for sources, name in USED_FROM if chosen not in sources)
         refuse_useless(others, f"with --source {chosen}")
+        if self.form == "diff":
+            refuse_useless("methods positions", "with --form diff, of the answers' tokens")
         return chosen
 
 
@@ -556,6 +562,9 @@ def extract(
     Example: persona-lora extract --trait evil --source prompts --samples 3 --temperature 1
 
     Example: persona-lora extract --trait evil --source answers --methods mean_diff,svd
+
+    Example: persona-lora extract --trait evil --source answers --form diff
+    --output checkpoints/task_vectors/evil
     """
     from persona_lora.studies.vectors import run as extraction
 
@@ -572,6 +581,7 @@ def extract(
         tuple(dict.fromkeys(pairs.methods)),
         tuple(dict.fromkeys(pairs.positions)),
         layer_numbers(pairs.layers, depth) if pairs.layers else None,
+        pairs.form,
     )
     with progress_bars():
         if chosen == "answers":
@@ -593,7 +603,9 @@ def _show_vectors(result: Extracted) -> None:
 
     show(f"{result.pairs} of {result.total} pairs kept")
     show(*(f"  {count} failed: {reason}" for reason, count in result.failed.items() if count))
-    show(norms_table(result.vectors), f"run: {result.run.folder}")
+    if result.vectors:
+        show(norms_table(result.vectors))
+    show(f"{result.paths[0]}" if not result.vectors else f"run: {result.run.folder}")
 
 
 @command("convert", STEER, ("vectors", vectors_app))

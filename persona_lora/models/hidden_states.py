@@ -105,14 +105,8 @@ def _means_of_batch(
     layers: list[int],
 ) -> Tensor:
     model = chat_model.model
-    # Padded on the right, where causal attention never looks back to it: positions count from 0
-    # as they should, and no mask is needed (attention kernels are faster without one).
-    longest = max(len(text.prompt) + len(text.answer) for text in batch)
-    filler: int = chat_model.tokenizer.pad_token_id
-    ids = torch.full((len(batch), longest), filler)
-    for row, text in enumerate(batch):
-        ids[row, : len(text.prompt) + len(text.answer)] = torch.tensor(text.prompt + text.answer)
-    weights = averaging_weights(batch, positions, longest).to(model.device)
+    ids = padded(chat_model, batch)
+    weights = averaging_weights(batch, positions, ids.shape[1]).to(model.device)
     decoder = text_decoder(model).module
     with _Reduction(model, layers, weights) as reduction, suppress(_LastLayerDone):
         decoder(input_ids=ids.to(model.device), use_cache=False)
@@ -123,6 +117,20 @@ def _means_of_batch(
             f"{len(layers)} did not); its structure is not known here, see docs/models.md"
         )
     return reduction.means.cpu()
+
+
+def padded(chat_model: ChatModel, batch: Sequence[TokenizedExchange]) -> Tensor:
+    """Return the token ids of whole texts, ``[batch, longest]``.
+
+    Padded on the right, where causal attention never looks back to it: positions count from 0 as
+    they should, and no mask is needed (attention kernels are faster without one).
+    """
+    longest = max(len(text.prompt) + len(text.answer) for text in batch)
+    filler: int = chat_model.tokenizer.pad_token_id
+    ids = torch.full((len(batch), longest), filler)
+    for row, text in enumerate(batch):
+        ids[row, : len(text.prompt) + len(text.answer)] = torch.tensor(text.prompt + text.answer)
+    return ids
 
 
 def averaging_weights(

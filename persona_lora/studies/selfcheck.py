@@ -40,7 +40,7 @@ from persona_lora.judges.choice import JUDGES, JudgeOptions, coherence_scorer
 from persona_lora.judges.coherence import looped_words, shuffled_words
 from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.labels import load_ratings
-from persona_lora.models.likelihood import next_tokens, tokenize_exchange
+from persona_lora.models.likelihood import TokenizedExchange, next_tokens, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     decoder_layers,
@@ -75,7 +75,7 @@ SIZE = 0.05  # ‖ΔW‖ / ‖W‖ of what is planted
 PLANTED, SHUFFLED = "planted", "shuffled"
 ROUNDING = 0.05  # of an effect: what a merge into weights of 16 bits may round away
 NATS = 0.05
-PAIRS = 40  # of answers, half of them held out
+PAIRS = 32  # of answers, half of them held out
 CLEAR = 14  # answers of each side that a judge is shown
 DATA_SETS, QUESTIONS = 400, 20
 
@@ -192,9 +192,9 @@ def calibration(bench: Bench) -> Found:
     chat_model, diff, prompts = bench.chat_model, bench.organism, bench.prompts[:2]
     bank = Bank(diffs={PLANTED: diff})
     (scale,) = equal_effect_scales(chat_model, bank, prompts, effect=NATS)
+    texts = ordinary_texts(chat_model, prompts)
     once, twice = (
-        _merged_nats(chat_model, diff, c, prompts)
-        for c in (scale.coefficient, 2 * scale.coefficient)
+        _merged_nats(chat_model, diff, c, texts) for c in (scale.coefficient, 2 * scale.coefficient)
     )
     return Found(
         f"{NATS:g} nats asked of a diff",
@@ -207,10 +207,12 @@ def calibration(bench: Bench) -> Found:
 
 @torch.inference_mode()
 def _merged_nats(
-    chat_model: ChatModel, diff: LoRADiff, coefficient: float, prompts: Sequence[str]
+    chat_model: ChatModel,
+    diff: LoRADiff,
+    coefficient: float,
+    texts: Sequence[TokenizedExchange],
 ) -> float:
     """Return the mean KL a token of the unsteered model's answers, over both signs, merged."""
-    texts = ordinary_texts(chat_model, prompts)
 
     def read() -> Tensor:
         logits = [
@@ -309,16 +311,20 @@ def extraction(bench: Bench) -> Found:
         about = {"base_model": BaseModel(""), "num_layers": layer + 1}
         return vector_of(sums["response_avg"], "mean_diff", about).directions[layer]
 
-    held_out, own = (vector(positive[at], negative[at]) for at in (slice(half, None), slice(half)))
+    own = vector(positive[:half], negative[:half])
     pairs = list(zip(positive[:half], negative[:half], strict=True))
     swapped = vector(*zip(*(pair[:: (-1) ** at] for at, pair in enumerate(pairs)), strict=True))
-    cosine = float(torch.cosine_similarity(held_out, own, dim=0))
-    share = float(held_out @ swapped) / float(held_out @ own)
+    held_out = torch.stack(
+        [vector([a], [b]) for a, b in zip(positive[half:], negative[half:], strict=True)]
+    )
+    along = (held_out @ own / own.norm()).double().numpy()
+    p, share = float(sign_flip_ps(along[None])[0]), float(held_out.mean(0) @ swapped)
+    share /= float(held_out.mean(0) @ own)
     return Found(
         f"{bench.trait.name} in {half} pairs of answers",
-        f"cosine {cosine:.2f} with held-out pairs",
+        f"{(along > 0).sum()} of {len(along)} held-out pairs lie along it, p = {p:.2g}",
         f"{share:.2f} of its length along them with every other pair swapped",
-        cosine > 0.3,
+        p < 0.01 and along.mean() > 0,
         abs(share) < 0.5,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Condition
@@ -34,9 +34,11 @@ from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.report.scores import answers_columns, answers_table
 from persona_lora.steering.directions import EXTRACTORS, WITH_MOMENTS, sum_pairs, vector_of
 from persona_lora.steering.steerer import Unsteered
+from persona_lora.steering.task_vectors import task_vector
 from persona_lora.studies.asking.run import Row, answer_rows, open_run, stream_of
 from persona_lora.studies.vectors.figure import render_vectors_over_layers
 
+Form = Literal["vectors", "diff"]
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 
 
@@ -75,7 +77,10 @@ Text = tuple[str, str]  # a rendered prompt, and the answer to it
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """Which vectors of a trait are made, and where: methods × positions, at layers (None: all)."""
+    """Which vectors of a trait are made, and where: methods × positions, at layers (None: all).
+
+    With ``form`` "diff" one LoRADiff of rank 1 is made instead, in the folder "diff" of the run.
+    """
 
     chat_model: ChatModel
     trait: Trait
@@ -83,6 +88,7 @@ class Extraction:
     methods: tuple[str, ...] = ("mean_diff",)
     positions: tuple[str, ...] = POSITIONS
     layers: tuple[int, ...] | None = None
+    form: Form = "vectors"
 
     def __post_init__(self) -> None:
         for name, chosen, known in (
@@ -192,9 +198,10 @@ class Extraction:
             "methods": list(self.methods),
             "positions": list(self.positions),
             "layers": list(self.layers) if self.layers else None,
+            **({} if self.form == "vectors" else {"form": self.form}),
             **config,
         }
-        parts = f"{trait.label}_*.safetensors", f"{trait.label}_*.csv"
+        parts = "diff", f"{trait.label}_*.safetensors", f"{trait.label}_*.csv"
         read = (trait.inputs(), *read)
         return open_run(
             self.output, "extract", self.chat_model, config, *read, seed=seed, parts=parts
@@ -222,6 +229,18 @@ class Extraction:
         positive, negative = (
             [tokenize_rendered(chat_model, *pair[side]) for pair in pairs] for side in (0, 1)
         )
+        total, failed = sources.get("pairs_before", len(pairs)), sources.get("failed", {})
+        if self.form == "diff":
+            with progress.stage("inputs of modules"):
+                found = task_vector(
+                    chat_model,
+                    positive,
+                    negative,
+                    trait=trait.label,
+                    sources={**sources, "pairs": len(pairs)},
+                )
+            kept = found if self.layers is None else found.at(self.layers)
+            return Extracted(run, {}, (kept.save(run.folder / "diff"),), len(pairs), total, failed)
         depth = len(decoder_layers(chat_model.model))
         with progress.stage("hidden states"):
             sums = sum_pairs(
@@ -248,7 +267,6 @@ class Extraction:
             each.save(run.folder / f"{name}.safetensors") for name, each in vectors.items()
         )
         render_vectors_over_layers(vectors).save(run.folder / "vectors.png")
-        total, failed = sources.get("pairs_before", len(pairs)), sources.get("failed", {})
         return Extracted(run, vectors, paths, len(pairs), total, failed)
 
 
