@@ -9,10 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
+from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.vector_files import load_vector
+from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
+
+
+class LetterJudge:
+    name = "letters"
+
+    def judge(self, exchanges, criterion):
+        return [Verdict(criterion, float(len(each.answer) % 101), "", "l") for each in exchanges]
 
 
 @pytest.fixture
@@ -237,3 +247,36 @@ def test_a_diff_without_training_is_taken_by_commands_that_take_diffs(run, make_
     assert not (tmp_path / "checkpoints").exists()
     status, _, error = run("export", "--mix", "out/diff=1", "--output", "mixed")
     assert status == 0, error
+
+
+def test_vectors_with_a_condition_or_bounds_are_evaluated(run, make_world, tmp_path, monkeypatch):
+    make_world(tmp_path)
+    judge = lambda *_: LetterJudge()  # noqa: E731
+    monkeypatch.setitem(choice.JUDGES, "embedding", judge)
+    words = ("evaluate", "--trait", "cheer", "--datasets-dir", "datasets", "--model", "model",
+             "--dtype", "float32", "--max-new-tokens", 8, "--vector", "vector.safetensors",
+             "--layers", "0,1", "--coefficient")  # fmt: skip
+    ways = {
+        "plain": (3,),
+        "floor": ("--floor", 9),
+        "never": (3, "--condition", "vector.safetensors", "--threshold", 0.99),
+        "always": (3, "--condition", "vector.safetensors", "--threshold", -1),
+        "unsteered": (0,),
+    }
+    said = {}
+    for name, more in ways.items():
+        own = words[:-1] if name == "floor" else words
+        status, _, error = run(*own, *more, "--output", f"{name}.csv")
+        assert status == 0, error
+        said[name] = [row["answer"] for row in Run(tmp_path / name).read("answers")]
+    assert said["never"] == said["unsteered"]
+    assert said["always"] == said["plain"] != said["unsteered"]
+    assert said["floor"] != said["unsteered"]
+    record = Run(tmp_path / "always").record
+    assert record["config"]["threshold"] == -1
+    assert "the condition" in record["inputs"]
+    assert Run(tmp_path / "floor").read("answers")[0]["method"] == "bounded"
+    both = ("--ablate", "--floor", 1, "--output", "x.csv")
+    assert_fails(run(*words[:-1], *both), "--ablate and --floor or --ceiling", "choose one")
+    assert_fails(run(*words, 3, "--threshold", 0.3, "--output", "x.csv"), "without --condition")
+    assert_fails(run(*words, 3, "--ceiling", 0.3, "--output", "x.csv"), "--coefficient")

@@ -116,8 +116,42 @@ class EvaluateOptions(MixOptions):
     diff: Annotated[tuple[Path, ...], "Diffs; or a folder of train --seeds, by itself."] = ()
     method: Method = None
     ablate: Annotated[bool, "Project the vectors out instead of adding them."] = False
+    floor: Annotated[
+        float | None, "Hold states at no less than this along the vector, instead of adding it."
+    ] = None
+    ceiling: Annotated[float | None, "The same: at no more than this."] = None
+    condition: Annotated[
+        Path | None, "A steering vector: add --vector only to states that are like it."
+    ] = None
+    threshold: Annotated[float, "With --condition: the cosine from which a state is like it."] = 0.0
     system_prompt: Annotated[str | None, "pos or neg (the trait's own), or a text."] = None
     mode: Annotated[Literal["live", "merged"], "Diffs: unmerged, or merged."] = "live"
+
+    def steering(self, prompt: str | None) -> Steering:
+        """Return what is loaded of these options; UserError for vectors used in two ways."""
+        from persona_lora.core.vector_files import load_vector
+
+        ways = {
+            "--ablate": self.ablate,
+            "--floor or --ceiling": self.floor is not None or self.ceiling is not None,
+            "--condition": self.condition is not None,
+        }
+        chosen = [name for name, used in ways.items() if used]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} use vectors in different ways; choose one")
+        if not ways["--condition"]:
+            refuse_useless("threshold", "without --condition")
+        found = self.load(self.mode, ablate=self.ablate, prompt=prompt)
+        if found.activation is None:
+            return found
+        setting = dataclasses.replace(
+            found.activation,
+            floor=self.floor,
+            ceiling=self.ceiling,
+            condition=None if self.condition is None else load_vector(self.condition),
+            threshold=self.threshold,
+        )
+        return dataclasses.replace(found, activation=setting)
 
     def by_seed(self) -> dict[str, EvaluateOptions]:
         """Return the options of every training seed in the diff's folder by its name.
@@ -145,8 +179,12 @@ class EvaluateOptions(MixOptions):
         found = {"diffs": [str(path) for path in self.diff], "coefficients": list(terms.values())}
         if activation is None:
             return found
+        limits: dict[str, Any] = {"floor": self.floor, "ceiling": self.ceiling}
+        if self.condition is not None:
+            limits |= {"condition": str(self.condition), "threshold": self.threshold}
         return {
             **found,
+            **{name: each for name, each in limits.items() if each is not None},
             "vectors": [str(path) for path in self.vector],
             "vector_coefficients": list(activation.vectors.values()),
             "layers": list(activation.layers or ()),
@@ -178,13 +216,13 @@ def evaluate(
     from persona_lora.studies.asking import run as evaluation
 
     loaded, prompt = trait.load(), _prompt(steering)
-    mode, ablate, allowed = steering.mode, steering.ablate, steering.allow_other_base
+    mode, allowed = steering.mode, steering.allow_other_base
     engine.check(diffs_alone=not steering.vector and mode == "live")
     model.refuse_nats_beside_adapter(steering.coefficient)
     judge = judging_of(judging)
     folder = output.output.with_suffix("")
     parts = steering.by_seed()
-    steered = [each.load(mode, ablate=ablate, prompt=prompt) for each in parts.values()]
+    steered = [each.steering(prompt) for each in parts.values()]
     written = [
         output.at(
             folder / f"{name}{output.output.suffix}" if name else output.output,
@@ -228,6 +266,8 @@ def _prompt(steering: EvaluateOptions) -> str | None:
     _refuse_of_other_methods(chosen)
     if steering.ablate:
         refuse_useless("coefficient", "with --ablate, which takes directions out whole")
+    if steering.floor is not None or steering.ceiling is not None:
+        refuse_useless("coefficient", "with --floor or --ceiling, which say where states are held")
     prompt = steering.system_prompt
     return "pos" if chosen == "prompt" and prompt is None else prompt
 
@@ -235,7 +275,8 @@ def _prompt(steering: EvaluateOptions) -> str | None:
 # What only some ways of steering use, in evaluate and in sweep.
 USED_BY = {
     "lora": "mode coefficient coefficients divergence allow_other_base",
-    "activation": "layers positions ablate control random_controls "
+    "activation": "layers positions ablate floor ceiling condition threshold control "
+    "random_controls "
     "coefficient coefficients divergence allow_other_base",
 }
 

@@ -37,9 +37,10 @@ class Series(NamedTuple):
 class Condition:
     """One setting in which questions are asked: what produces an answer.
 
-    ``method`` is "none", "lora", "activation", "ablation", "random" (a random direction),
-    "prompt" (with ``system_prompt``), or "prompt_pos" and "prompt_neg" (the trait's own system
-    prompts, taken in turn over the questions). ``layer`` is where a single layer is steered.
+    ``method`` is "none", "lora", "activation", "ablation", "bounded" (states held along a vector),
+    "random" (a random direction), "prompt" (with ``system_prompt``), or "prompt_pos" and
+    "prompt_neg" (the trait's own system prompts, taken in turn over the questions). ``layer`` is
+    where a single layer is steered.
     """
 
     method: str

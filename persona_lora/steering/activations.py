@@ -3,6 +3,8 @@
 At the output h of a chosen decoder block, and at the chosen positions,
 
     h ← h + Σₖ cₖ[row]·vₖ            (activation addition, arXiv:2308.10248; arXiv:2507.21509)
+    h ← h + [cos(h, u) > θ]·Σₖ cₖ·vₖ  (conditional; u a condition vector, arXiv:2409.05907)
+    h ← h + (clip(h·v̂, a, b) − h·v̂)v̂  (bounded along v̂ = v/‖v‖, arXiv:2601.10387)
     h ← h − Q Qᵀ h                   (ablation; Q an orthonormal basis of the directions)
 
 Positions are "response", "prompt" or "all". In generation, "response" is the last prompt position
@@ -14,6 +16,7 @@ on any exit.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
@@ -208,6 +211,98 @@ class ActivationSteerer(_BlockSteerer):
         return self._deltas[layer]
 
 
+class ConditionalSteerer(ActivationSteerer):
+    """Context manager: adds steering vectors to those states alone that are like a condition.
+
+    Like ``ActivationSteerer``, where the cosine of a state with ``condition`` at its layer is over
+    ``threshold``. Every position decides for itself, before anything is added at its layer.
+
+    Source:
+        Conditional activation steering (CAST; Lee et al. 2025, arXiv:2409.05907), which decides
+        once, on the prompt.
+
+    Raises:
+        UserError: Also for a condition without one of the layers, or of length 0, and a threshold
+            that is no cosine.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vector: SteeringVector | Sequence[SteeringVector],
+        coefficient: Coefficients,
+        condition: SteeringVector,
+        *,
+        threshold: float = 0.0,
+        layers: int | Sequence[int] | None = None,
+        positions: Positions = "response",
+        allow_other_base: bool = False,
+    ) -> None:
+        super().__init__(
+            model, vector, coefficient, layers, positions, allow_other_base=allow_other_base
+        )
+        if not -1 <= threshold < 1:
+            raise UserError(f"--threshold is a cosine from -1 to under 1, got {threshold:g}")
+        check_base_model(model, [condition], allow_other_base=allow_other_base)
+        own = condition.at(sorted(self._blocks))
+        find_layers(model, own)
+        self._units = {layer: _unit(each, layer) for layer, each in own.directions.items()}
+        self.threshold = threshold
+
+    def change(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return Σₖ cₖ·vₖ where the state is like the condition, 0 elsewhere, in fp32."""
+        states = hidden.float()
+        alike = states @ self._units[layer].to(states.device) > self.threshold * states.norm(dim=-1)
+        return super().change(layer, hidden) * alike[..., None]
+
+
+class BoundedSteerer(_BlockSteerer):
+    """Context manager: holds the coordinate of states along a vector's direction within bounds.
+
+    ``floor`` and ``ceiling`` are coordinates h·v̂, in units of hidden states, as projections are;
+    None is no bound. States within them keep their bits.
+
+    Source:
+        Activation capping along the assistant axis (Lu et al. 2026, arXiv:2601.10387).
+
+    Raises:
+        UserError: Several vectors, no bound, a floor above the ceiling, or a vector of length 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vector: SteeringVector | Sequence[SteeringVector],
+        floor: float | None,
+        ceiling: float | None,
+        *,
+        layers: int | Sequence[int] | None = None,
+        positions: Positions = "response",
+        allow_other_base: bool = False,
+    ) -> None:
+        super().__init__(model, vector, layers, positions, allow_other_base)
+        if len(self.vectors) > 1:
+            raise UserError("states are held along one vector; give a single --vector")
+        low, high = (
+            -math.inf if floor is None else floor,
+            math.inf if ceiling is None else ceiling,
+        )
+        if not low <= high or (floor is None and ceiling is None):
+            raise UserError(
+                f"--floor {floor} and --ceiling {ceiling} hold nothing; give one of them, or a "
+                "floor under the ceiling"
+            )
+        self.low, self.high = low, high
+        directions = self.vectors[0].directions
+        self._units = {layer: _unit(each, layer) for layer, each in directions.items()}
+
+    def change(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return what moves states into the bounds along the direction, in fp32."""
+        unit = self._units[layer].to(hidden.device)
+        along = hidden.float() @ unit
+        return (along.clamp(self.low, self.high) - along)[..., None] * unit
+
+
 class DirectionAblation(_BlockSteerer):
     """Context manager: projects directions out of hidden states at their layers.
 
@@ -239,6 +334,14 @@ class DirectionAblation(_BlockSteerer):
         """Return −Q Qᵀ h at a layer, in fp32; Q is ``[hidden, rank]``."""
         basis = self._bases[layer].to(hidden.device)
         return -(hidden.float() @ basis) @ basis.T
+
+
+def _unit(direction: Tensor, layer: int) -> Tensor:
+    """Return a direction of length 1 in fp32; UserError where it has none."""
+    length = float(direction.norm())
+    if not length > 0:
+        raise UserError(f"the vector has length 0 at layer {layer}; it has no direction")
+    return direction.float() / length
 
 
 def _by_row(coefficient: Coefficients, num_vectors: int) -> list[list[float]]:

@@ -14,7 +14,13 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import ChatModel
-from persona_lora.steering.activations import ActivationSteerer, DirectionAblation, Positions
+from persona_lora.steering.activations import (
+    ActivationSteerer,
+    BoundedSteerer,
+    ConditionalSteerer,
+    DirectionAblation,
+    Positions,
+)
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import Steerer, Together
 from persona_lora.steering.weights import LoRASteerer
@@ -179,13 +185,24 @@ class ActivationSetting:
     """Steering vectors with their coefficients, and where they act.
 
     ``layers`` None means every layer that a vector has. With ``ablate`` the directions are
-    projected out instead, and the coefficients play no part.
+    projected out instead, and with ``floor`` or ``ceiling`` states are held there along the
+    vector: the coefficients play no part. With ``condition`` vectors are added to states whose
+    cosine with it is over ``threshold``.
     """
 
     vectors: Mapping[SteeringVector, float]
     layers: tuple[int, ...] | None = None
     positions: Positions = "response"
     ablate: bool = False
+    floor: float | None = None
+    ceiling: float | None = None
+    condition: SteeringVector | None = None
+    threshold: float = 0.0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether states are held along the vector."""
+        return self.floor is not None or self.ceiling is not None
 
     def steerer(self, chat_model: ChatModel) -> Steerer:
         """Return the context manager that steers the model so."""
@@ -194,6 +211,14 @@ class ActivationSetting:
         if self.ablate:
             return DirectionAblation(
                 model, vectors, self.layers, self.positions, allow_other_base=allowed
+            )
+        where: Any = {"layers": self.layers, "positions": self.positions}
+        where["allow_other_base"] = allowed
+        if self.bounded:
+            return BoundedSteerer(model, vectors, self.floor, self.ceiling, **where)
+        if self.condition is not None:
+            return ConditionalSteerer(
+                *(model, vectors, coefficients, self.condition), threshold=self.threshold, **where
             )
         return ActivationSteerer(
             model, vectors, coefficients, self.layers, self.positions, allow_other_base=allowed

@@ -15,7 +15,12 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import kept_cache
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
-from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
+from persona_lora.steering.activations import (
+    ActivationSteerer,
+    BoundedSteerer,
+    ConditionalSteerer,
+    DirectionAblation,
+)
 from persona_lora.steering.steerer import select_batch, select_prefix
 
 TOKENS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(0))
@@ -294,3 +299,67 @@ def test_a_mask_of_another_length_is_refused(model):
             model(TOKENS)
         steerer.select_positions(None)
         model(TOKENS)
+
+
+def test_states_are_held_between_floor_and_ceiling(model):
+    vector = make_vector(1)
+    unit = vector.directions[1] / vector.directions[1].norm()
+    plain = [each[1] for each in decode(model, TOKENS, split=6)]
+    along = torch.cat([(each @ unit).flatten() for each in plain])
+    low, high = along.quantile(0.3).item(), along.quantile(0.6).item()
+    with BoundedSteerer(model, vector, low, high, layers=1, positions="all"):
+        held = [each[1] for each in decode(model, TOKENS, split=6)]
+    for before, after in zip(plain, held, strict=True):
+        was = before @ unit
+        torch.testing.assert_close(after @ unit, was.clamp(low, high), rtol=1e-4, atol=1e-4)
+        inside = (was > low) & (was < high)
+        assert torch.equal(after[inside], before[inside])
+        rest = after - before - ((after - before) @ unit)[..., None] * unit
+        assert rest.norm() < 1e-4  # nothing but the coordinate has moved
+    assert any(not torch.equal(a, b) for a, b in zip(plain, held, strict=True))
+    with BoundedSteerer(model, vector, None, high, layers=1, positions="all"):
+        capped = torch.cat([(each[1] @ unit).flatten() for each in decode(model, TOKENS, split=6)])
+    assert capped.max() <= high + 1e-4
+    assert capped.min() == pytest.approx(along.min().item(), abs=1e-4)
+
+
+def test_vectors_are_added_to_states_like_the_condition_alone(model):
+    vector, condition = make_vector(1), make_vector(2)
+    unit = condition.directions[0] / condition.directions[0].norm()
+    plain = [each[0] for each in decode(model, TOKENS, split=6)]
+    cosines = [each @ unit / each.norm(dim=-1) for each in plain]
+    threshold = torch.cat([each.flatten() for each in cosines]).median().item()
+    rows = torch.tensor(COEFFICIENTS)[:, :1].tolist()
+    steerer = ConditionalSteerer(
+        model, vector, rows, condition, threshold=threshold, layers=0, positions="all"
+    )
+    with steerer:
+        steerer.select_rows(range(5))
+        steered = [each[0] for each in decode(model, TOKENS, split=6)]
+    scale = torch.tensor(rows)[:, :, None]
+    for before, after, cosine in zip(plain, steered, cosines, strict=True):
+        expected = scale * vector.directions[0] * (cosine > threshold)[..., None]
+        torch.testing.assert_close(after - before, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(after[cosine < threshold], before[cosine < threshold])
+
+
+def test_bounds_and_conditions_that_say_nothing_are_refused(model):
+    vector = make_vector(1)
+    zero = dataclasses.replace(vector, directions={0: torch.zeros(32), 1: torch.zeros(32)})
+    for floor, ceiling in ((None, None), (2.0, 1.0), (float("nan"), None)):
+        with pytest.raises(UserError, match="hold nothing"):
+            BoundedSteerer(model, vector, floor, ceiling)
+    with pytest.raises(UserError, match="one vector"):
+        BoundedSteerer(model, [vector, vector], 0.0, None)
+    with pytest.raises(UserError, match="length 0"):
+        BoundedSteerer(model, zero, 0.0, None)
+    with pytest.raises(UserError, match="length 0"):
+        ConditionalSteerer(model, vector, 1.0, zero)
+    for threshold in (1.0, -1.5, float("nan")):
+        with pytest.raises(UserError, match="is a cosine"):
+            ConditionalSteerer(model, vector, 1.0, vector, threshold=threshold)
+    with pytest.raises(UserError, match="layer"):
+        ConditionalSteerer(model, vector, 1.0, make_vector(2, layers=(0,)), layers=1)
+    foreign = make_vector(2, fingerprint="0" * 32)
+    with pytest.raises(UserError, match="allow-other-base"):
+        ConditionalSteerer(model, vector, 1.0, foreign)

@@ -15,7 +15,12 @@ from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import structure
 from persona_lora.steering import placement, weights
-from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
+from persona_lora.steering.activations import (
+    ActivationSteerer,
+    BoundedSteerer,
+    ConditionalSteerer,
+    DirectionAblation,
+)
 from persona_lora.steering.ledger import MERGED
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import HOLDINGS, Together
@@ -80,6 +85,8 @@ STEERERS = {
     "live": lambda model: LiveLoRA(model, [DIFF], [[1.0]]),
     "activations": lambda model: ActivationSteerer(model, VECTOR),
     "ablation": lambda model: DirectionAblation(model, VECTOR),
+    "bounded": lambda model: BoundedSteerer(model, VECTOR, 0.0, None),
+    "conditional": lambda model: ConditionalSteerer(model, VECTOR, 1.0, VECTOR),
     "together": lambda model: Together(
         [ActivationSteerer(model, VECTOR), LoRASteerer(model, DIFF)]
     ),

@@ -250,6 +250,8 @@ class Steering:
             layer = _only(activation.layers or ())
             if activation.ablate:
                 return Condition("ablation", None, layer, system_prompt)
+            if activation.bounded:
+                return Condition("bounded", None, layer, system_prompt)
             return Condition("activation", _only(activation.vectors.values()), layer, system_prompt)
         if system_prompt in ("pos", "neg"):
             return Condition(f"prompt_{system_prompt}")
@@ -272,7 +274,9 @@ class Steering:
     def inputs(self) -> dict[str, str]:
         """Return digests of the diffs and of the vectors."""
         vectors = [] if self.activation is None else list(self.activation.vectors)
+        condition = None if self.activation is None else self.activation.condition
         return {
+            **({} if condition is None else {"the condition": condition.content()}),
             **(
                 next(iter(self.terms)).inputs("the diff")
                 if len(self.terms) == 1
