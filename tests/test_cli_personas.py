@@ -12,6 +12,7 @@ import pytest
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
+from persona_lora.judges import choice
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.studies.personas import bench
@@ -163,6 +164,86 @@ def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
     status, out, error = run("persona", "ratings", "sheets", "ann.csv")
     assert status == 0, error
     assert "people and judge" in out
+
+
+class Shout:
+    """A score from the letters of an answer."""
+
+    name = "shout"
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
+            for each in exchanges
+        ]
+
+
+@pytest.fixture
+def goal(place, monkeypatch):
+    """The same place without people; traits are judged by letters, by both kinds of judge."""
+    for name in ("reader", "sentences"):
+        monkeypatch.setitem(choice.JUDGES, name, lambda *_: Shout())
+    few = ("--population-size", 4, "--datasets-dir", ROOT / "datasets", "--save-dir", "out")
+    return (*place[: place.index("--persona-dir")], *few)
+
+
+def test_scores_of_traits_are_searched_on_their_own_questions(run, goal, tmp_path):
+    words = ("optimize", "--targets", "sycophancy=0,formality=70", *goal)
+    more = ("--constraint", "kl <= 5nat", "--constraint", "coherence>=70", "--min-relevance", 0)
+    status, out, error = run(*words, *more, "--race")
+    assert status == 0, error
+    assert "scores on held-out prompts" in out
+    assert "over random mixes of its length" in " ".join(out.split()), out
+    assert "keeps the constraints on held-out prompts" in out
+    folder = tmp_path / "out" / "formality70_sycophancy0_lora"
+    record = Run(folder).record
+    assert record["config"]["goal"] == {"targets": {"formality": 70.0, "sycophancy": 0.0}}
+    assert record["config"]["objective"]["max_kl"] == 5.0
+    assert "the trait sycophancy" in record["inputs"]
+    asked = json.loads((ROOT / "datasets/formality/trait.json").read_text())["questions"]
+    rows = Run(folder).read("held_out")
+    assert {row["prompt"] for row in rows} >= set(asked["eval"])
+    own = [row for row in rows if row["prompt"] in asked["eval"]]
+    assert {tuple(row["parts"]) for row in own} == {("formality",)}
+    weights = json.loads((tmp_path / "out/formality70_sycophancy0_best_weights.json").read_text())
+    assert sorted(weights) == sorted(TRAITS)  # of --traits
+    assert run(*words, *more, "--race")[0] == 0  # read from the disk
+
+
+def test_any_function_is_searched_and_belongs_to_the_run(run, goal, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(q, a):\n    return [float(len(x)) for x in a]\n")
+    prompts = {"train": ["A?", "B?", "C?", "D?"], "held_out": ["E?", "F?"]}
+    (tmp_path / "p.json").write_text(json.dumps(prompts))
+    words = ("optimize", "--scorer", "mine.py:score", "--prompts", "p.json", *goal)
+    status, out, error = run(*words)
+    assert status == 0, error
+    assert "gains" in out
+    folder = tmp_path / "out" / "mine_score_lora"
+    assert {row["prompt"] for row in Run(folder).read("held_out")} == {"E?", "F?"}
+    (tmp_path / "mine.py").write_text("def score(q, a):\n    return [0.0] * len(a)\n")
+    assert_fails(run(*words), "the scorer", "has changed")
+    (tmp_path / "mine.py").write_text("def score(q, a):\n    return [None] * len(a)\n")
+    assert_fails(run(*words, "--overwrite"), "mine:score gave no score")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), ("--persona-id, --targets and --scorer",)),
+        (("--targets", "evil=1", "--scorer", "m.py:s"), ("give one of",)),
+        (("--targets", "evil=101"), ("evil", "0 to 100", "101")),
+        (("--targets", "evill=1"), ("'evill'", "evil")),
+        (("--scorer", "m.py:s"), ("m.py does not exist",)),
+        (("--targets", "evil=1", "--report-judge", "letters"), ("--report-judge", "--persona-id")),
+        (("--targets", "evil=1", "--persona-dir", "x"), ("--persona-dir",)),
+        (("--scorer", "m.py:s", "--judge", "reader"), ("--judge does nothing",)),
+        (("--targets", "evil=1", "--constraint", "kl<=3"), ("kl<=0.1nat",)),
+        (("--targets", "evil=1", "--prompts", "none.json"), ("none.json does not exist",)),
+    ],
+)
+def test_what_cannot_be_sought_is_one_line(run, words, said):
+    datasets = ("--datasets-dir", ROOT / "datasets")
+    assert_fails(run("optimize", *words, *datasets, "--model", "nowhere"), *said)
 
 
 @pytest.mark.parametrize(

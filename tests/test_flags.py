@@ -165,6 +165,7 @@ BENCH = {
         types.SimpleNamespace(directions=Bank(), answered_by=lambda elsewhere: elsewhere)
     ],
     f"{X}studies.personas.bench:PersonaBench.problem": "problem",
+    f"{X}studies.personas.bench:PersonaBench.sought": "problem",
 }
 COMMANDS = {
     "evaluate": Command(
@@ -284,6 +285,10 @@ COMMANDS = {
         {
             **PERSONA,
             "persona_id": flag("somebody"),
+            "targets": flag("evil=37", 37.0, instead=("--targets", "sycophancy=0", *DATA)),
+            "scorer": flag("mine.py:other", None, instead=("--scorer", "mine.py:score")),
+            "prompts": flag("said.json", None, instead=("--scorer", "mine.py:score")),
+            "constraint": flag("kl<=0.37nat", 0.37),
             "method": flag("svd"),
             "search": flag("random"),
             "layers": flag("0", None, "--method svd"),
@@ -785,6 +790,11 @@ def folder(tmp_path_factory):
     (folder / "protocol.yaml").write_text(yaml.safe_dump(frozen.as_dict()))
     (folder / "questions.txt").write_text("Why?\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "Why not?"}\n')
+    (folder / "mine.py").write_text(
+        "def score(q, a):\n    return [0.0] * len(a)\n\nother = score\n"
+    )
+    said = {"train": [f"Why {at}?" for at in range(15)], "held_out": ["Who?"]}
+    (folder / "said.json").write_text(json.dumps(said))
     (folder / "weights.json").write_text('{"formality": 3.7}')
     (folder / "data2").symlink_to(ROOT / "datasets")
     for name in ("adapter", "adapter2"):
@@ -955,6 +965,8 @@ USELESS = {
         "--method svd --energy 0.9",
         "--search random --inject weights.json",
         "--num-prompts 1 --race",
+        "--prompts said.json",
+        "--min-coherence 80 --constraint coherence>=70",
     ),
     "compare-methods": (
         "--methods lora --layers 0",

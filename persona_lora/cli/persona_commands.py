@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from persona_lora.cli.console import console, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PERSONAS, command, environment, persona_app
 from persona_lora.cli.shared_options import (
+    DatasetsDir,
     DirectionsDir,
     EngineOptions,
     Engines,
@@ -41,10 +42,11 @@ from persona_lora.core.options import (
 from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
-    from persona_lora.core.personas import Persona
+    from persona_lora.core.personas import Persona, PersonaPrompts
     from persona_lora.models.processes import Processes
     from persona_lora.studies.personas.bench import PersonaBench
-    from persona_lora.studies.personas.run import PersonaProblem
+    from persona_lora.studies.personas.goals import Scorer
+    from persona_lora.studies.personas.run import Problem
     from persona_lora.studies.personas.search import Generation
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -52,6 +54,7 @@ GROUP = "persona", persona_app
 Spoken = Annotated[GenerationOptions, ("max_new_tokens", "temperature", "seed", "batch_size")]
 SHORT = GenerationOptions(max_new_tokens=40)
 STYLE_JUDGE = JudgeChoice(judge="embedding")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,18 @@ class BenchOptions:
     allow_other_base: OtherBase = False
 
     def open(
-        self, model: ModelOptions, generation: GenerationOptions, judging: JudgeChoice
+        self,
+        model: ModelOptions,
+        generation: GenerationOptions,
+        judging: JudgeChoice,
+        *,
+        prompts: PersonaPrompts | None = None,
+        datasets: Path | None = None,
     ) -> PersonaBench:
-        """Load the model, and return what all personas and methods share."""
+        """Load the model, and return what all personas and methods share.
+
+        ``prompts`` are those of --persona-dir unless given, ``datasets`` where trait folders are.
+        """
         import os
 
         from persona_lora.core.personas import load_persona_prompts
@@ -99,12 +111,13 @@ class BenchOptions:
         path = own if own is not None and own.is_file() else None
         return PersonaBench(
             chat_model,
-            first_prompts(load_persona_prompts(path), self.num_prompts),
+            first_prompts(prompts or load_persona_prompts(path), self.num_prompts),
             generation,
             judge,
             STYLE_TRAITS if self.traits is None else self.traits,
             self.trait_vector_dir,
             self.persona_dir,
+            datasets,
             processes=processes,
             energy=self.energy,
             report_judge=self.report_judge,
@@ -119,10 +132,78 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
-class Searched:
-    """Whose voice is searched, by which directions, from where."""
+class Sought:
+    """What is searched for: a person's voice, scores of traits, or any function's highest value."""
 
-    persona_id: Annotated[str, "A persona's id: a folder in personas/."]
+    persona_id: Annotated[str | None, "A persona's id: a folder in personas/."] = None
+    targets: Annotated[
+        Mapping[str, float], "Scores of traits to be had (0–100): sycophancy=0,formality=70."
+    ] = field(default_factory=dict)
+    scorer: Annotated[
+        str | None,
+        'A function of your own, as "my.py:score": score(questions, answers) returns a number for '
+        "each answer, higher is better.",
+    ] = None
+    prompts: Annotated[
+        Path | None,
+        "A JSON file of train and held_out prompts, for --targets (the traits' own questions by "
+        "default) or --scorer (those of personas by default).",
+    ] = None
+    constraint: Annotated[
+        tuple[Annotated[str, "may hold spaces"], ...],
+        "What comes before the value: coherence>=80, relevance>=85, kl<=0.1nat (a token, on the "
+        "mix's own answers).",
+    ] = ()
+    datasets_dir: DatasetsDir = None
+
+    def check(self) -> None:
+        """UserError unless one thing is sought, and for options that it does not use."""
+        given = [self.persona_id is not None, bool(self.targets), self.scorer is not None]
+        if sum(given) != 1:
+            raise UserError("give one of --persona-id, --targets and --scorer")
+        if self.persona_id is not None:
+            refuse_useless(
+                "prompts", "with --persona-id: they are in prompts.json of --persona-dir"
+            )
+            return
+        refuse_useless("persona_dir report_judge", "without --persona-id")
+        if self.scorer is not None:
+            judges = "judge judge_model judge_url judge_mode max_judge_cost"
+            refuse_useless(judges, "with --scorer, which judges")
+
+    def judging(self, choice: JudgeChoice) -> JudgeChoice:
+        """Return who judges, where that is left to what is sought."""
+        usual = "reader" if self.targets else "embedding"
+        return choice if choice.judge != AUTO else dataclasses.replace(choice, judge=usual)
+
+    def limited(self, objective: ObjectiveOptions) -> ObjectiveOptions:
+        """Return the objective with the constraints; UserError for one that is given elsewhere."""
+        for text in self.constraint:
+            if not text.startswith("kl"):
+                name = text.partition(">")[0].strip()
+                refuse_useless(f"min_{name}", f"beside --constraint {text}")
+        found = objective.constrained(self.constraint)
+        # A function that scores nothing is wrong, not out of reach for a while.
+        return found if self.scorer is None else dataclasses.replace(found, pause=0.0)
+
+    def read(self) -> tuple[dict[str, float], Scorer | None, PersonaPrompts | None]:
+        """Return targets, scorer and prompts as they are read; UserError for a mistake in them."""
+        from persona_lora.core.personas import load_persona_prompts
+        from persona_lora.core.traits import load_trait
+        from persona_lora.studies.personas.goals import Scorer, checked_targets, prompts_of
+
+        wanted = checked_targets(self.targets)
+        traits = [load_trait(trait, self.datasets_dir) for trait in wanted]
+        scorer = None if self.scorer is None else Scorer.load(self.scorer)
+        if self.prompts is not None:
+            return wanted, scorer, load_persona_prompts(self.prompts)
+        return wanted, scorer, prompts_of(traits) if traits else None
+
+
+@dataclass(frozen=True)
+class Searched:
+    """By which directions is searched, and from where."""
+
     method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
     search: Annotated[Literal["cmaes", "random"], "How mixes are found; random is the control."] = (
         "cmaes"
@@ -160,37 +241,49 @@ class HeldOptions(SavedOptions):
 @command("optimize", PERSONAS)
 def optimize(
     *,
+    sought: Sought,
     searched: Searched,
     searching: SearchOptions,
     objective: ObjectiveOptions = SENSIBLE,
     bench: BenchOptions,
     output: HeldOptions = HeldOptions(Path("optimization_results")),
     model: ModelOptions,
-    judging: JudgeChoice = STYLE_JUDGE,
+    judging: JudgeChoice = JudgeChoice(judge=AUTO),
     generation: Spoken = SHORT,
 ) -> None:
-    """Find the mix of trait directions that makes the model speak like a person.
+    """Find the mix of directions that speaks like a person, has target scores, or any you score.
 
     A generation is one batch: every candidate answers every prompt with coefficients of its own.
-    What is reported is the fit on prompts and conversations that the search did not see. Run
-    again, it goes on where it stopped; under accelerate launch the rows are shared out.
+    What is reported is the value on prompts (and conversations) that the search did not see. Run
+    again, it goes on where it stopped; under accelerate launch the rows are shared out. --judge
+    auto is the style judge of a persona, and the reader for --targets.
 
     Example: persona-lora optimize --persona-id episode-000101_A --method lora
     --max-iterations 10 --num-prompts 10
     """
     from persona_lora.core.personas import Coefficients, load_persona
+    from persona_lora.studies.personas.goals import name_of_goal
     from persona_lora.studies.personas.run import optimise_over_seeds
 
+    sought.check()
     searched.check()
+    objective = sought.limited(objective)
+    wanted, scorer, prompts = sought.read()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
-    persona, method, folder = searched.persona_id, searched.method, output.output
+    name = sought.persona_id or name_of_goal(wanted, scorer)
+    method, folder = searched.method, output.output
     suffix = "" if searched.search == "cmaes" else f"_{searched.search}"
     engine = EngineOptions(searched.engine)
-    written = output.at(folder / f"{persona}_{method}{suffix}", record=engine.record())
-    opened = bench.open(model, generation, judging)
+    written = output.at(folder / f"{name}_{method}{suffix}", record=engine.record())
+    if wanted and bench.traits is None:
+        bench = dataclasses.replace(bench, traits=tuple(wanted))
+    opened = bench.open(
+        *(model, generation, sought.judging(judging)), prompts=prompts, datasets=sought.datasets_dir
+    )
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
-            load_persona(persona, bench.persona_dir)  # a wrong id fails before anything is measured
+            if sought.persona_id is not None:
+                load_persona(name, bench.persona_dir)  # a wrong id fails before all measuring
             chosen = opened.methods(
                 method,
                 layers=bench.layers_of(opened),
@@ -200,8 +293,12 @@ def optimize(
             )
             held = [diff for each in chosen for diff in each.directions.directions]
             elsewhere = engine.open(opened.chat_model, held)
-            problem = opened.problem(persona)
-        with _live(f"{persona}, {method}", opened) as watch:
+            problem = (
+                opened.problem(name)
+                if sought.persona_id is not None
+                else opened.sought(wanted, scorer, on_questions=sought.prompts is None)
+            )
+        with _live(f"{name}, {method}", opened) as watch:
             results = optimise_over_seeds(
                 problem,
                 [each.answered_by(elsewhere) for each in chosen],
@@ -213,9 +310,7 @@ def optimize(
         _show_search(results, folder, problem, objective)
 
 
-def _show_search(
-    results: Any, folder: Path, problem: PersonaProblem, objective: ObjectiveOptions
-) -> None:
+def _show_search(results: Any, folder: Path, problem: Problem, objective: ObjectiveOptions) -> None:
     from persona_lora.core.runs import Run
     from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
@@ -227,11 +322,21 @@ def _show_search(
         order_line,
         seeds_line,
     )
+    from persona_lora.studies.personas.read_goals import goal_fits, goal_line, goal_tables
     from persona_lora.studies.personas.run import best_of
 
     result = best_of(results)
     rows = [*(row for each in results for row in each.rows), *problem.bounds]
-    fits = condition_fits(rows, objective)
+    worth: tuple[str, ...]
+    if problem.kind == "goal":
+        config = problem.record()
+        fits = goal_fits(rows, config, objective)
+        worth = (goal_line(rows, config, result.best),)
+        tables = goal_tables(rows, config, objective)
+    else:
+        fits = condition_fits(rows, objective)
+        worth = (order_line(fits), agreement_line(rows))
+        tables = [fit_table(fits, "held-out prompts and conversations")]
     (reported,) = (each for each in fits if each.condition == result.best)
     weights = ", ".join(
         f"{trait} {value:+.2f}" for trait, value in result.weights.as_dict().items()
@@ -239,10 +344,9 @@ def _show_search(
     found = result.search
     show(
         standing(Run(result.folder)),
-        order_line(fits),
         f"{seeds_line(rows)} {constraints_line(reported)}",
-        agreement_line(rows),
-        fit_table(fits, "held-out prompts and conversations"),
+        *worth,
+        *tables,
         f"weights (the {result.best}, which stood highest on fresh prompts): {weights}",
         f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
         f"{found.reason}; best training value {wording.number(found.best.value, 2)}",

@@ -8,12 +8,15 @@ library alone. Knows what an option means and what contradicts itself; refuses t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.strength import Nats
 
 SAMPLES_PER_QUESTION = 1000
 Seed = Annotated[int, "The seed of everything that is drawn."]
@@ -225,7 +228,8 @@ class ObjectiveOptions:
 
     value = mean fit − ``penalty``·‖x‖²; an answer that does not count (``judges.answer_gates``) has
     the worst fit. ``min_coherence`` and ``min_relevance`` are constraints on the means over all
-    prompts that a candidate answered: one that breaks them stands below all that keep them.
+    prompts that a candidate answered, ``max_kl`` one on KL(p₀ ‖ p), nats a token on its own
+    answers: a candidate that breaks them stands below all that keep them.
     None (or 0): not measured. A candidate with a scored share of answers under ``min_coverage``
     has no value. ``race``: all candidates answer half of the prompts, drawn anew for each
     generation, and only the better half of them answers the rest. ``pause``: seconds to wait for a
@@ -239,6 +243,7 @@ class ObjectiveOptions:
     min_relevance: Annotated[
         float | None, "Mean relevance (0–100, 50 by chance) that a mix must keep; 0: none."
     ] = None
+    max_kl: float | None = None
     min_coverage: float = 0.5
     race: Annotated[
         bool, "Ask half of the prompts first, and the rest of the better half of candidates only."
@@ -258,14 +263,57 @@ class ObjectiveOptions:
             if least is not None and not 0 <= least <= 100:
                 raise UserError(f"{name} must lie between 0 and 100, got {least:g}")
 
-    def violation(self, coherence: float | None, relevance: float | None) -> float:
+    @property
+    def limited(self) -> bool:
+        """Whether there is any constraint."""
+        limits = (self.min_coherence, self.min_relevance, self.max_kl)
+        return any(limit is not None for limit in limits)
+
+    def violation(
+        self, coherence: float | None, relevance: float | None, kl: float | None = None
+    ) -> float:
         """Return by how many points the constraints are broken, 0 where they are kept.
 
-        None is a mean that was not measured, or of nothing: it breaks no constraint that is off.
+        A point of divergence is a hundredth of its limit. None is a mean that was not measured, or
+        of nothing: it breaks no constraint that is off.
         """
         asked = ((self.min_coherence, coherence), (self.min_relevance, relevance))
-        return sum(max(0.0, least - (found or 0.0)) for least, found in asked if least is not None)
+        over = 0.0 if self.max_kl is None else max(0.0, 100 * ((kl or 0.0) / self.max_kl - 1))
+        return over + sum(
+            max(0.0, least - (found or 0.0)) for least, found in asked if least is not None
+        )
 
+    def constrained(self, texts: Sequence[str]) -> ObjectiveOptions:
+        """Return the options with constraints as they are typed: "coherence>=80", "kl<=0.1nat".
+
+        UserError for any other measure or direction, and for one that is given twice.
+        """
+        found: dict[str, Any] = {}
+        for text in texts:
+            name, sign, limit = (*re.split("([<>]=)", text.replace(" ", ""), maxsplit=1), "", "")[
+                :3
+            ]
+            option, right = CONSTRAINTS.get(name, ("", ""))
+            try:
+                value = Nats.read(limit).value if name == "kl" else float(limit)
+            except ValueError:
+                value = math.nan
+            if sign != right or not (math.isfinite(value) and value > 0):
+                raise UserError(
+                    f"--constraint {text!r}: there are coherence>=80, relevance>=85 (of 100) and "
+                    "kl<=0.1nat, with numbers above 0"
+                )
+            if option in found:
+                raise UserError(f"--constraint limits {name} twice; give it once")
+            found[option] = value
+        return dataclasses.replace(self, **found)
+
+
+CONSTRAINTS = {
+    "coherence": ("min_coherence", ">="),
+    "relevance": ("min_relevance", ">="),
+    "kl": ("max_kl", "<="),
+}
 
 # What a search keeps unless it is told otherwise: the voice is to answer, in sentences.
 SENSIBLE = ObjectiveOptions(min_coherence=80.0, min_relevance=85.0)

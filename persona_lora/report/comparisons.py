@@ -356,7 +356,8 @@ class ConditionFit:
     sign-flip test on the units' means, ``p_holm`` corrected over the conditions compared, and
     ``effect_size`` the mean of the units' differences over their standard deviation (Cohen's d_z).
     All four are None for the reference itself. ``counted`` is the share of its answers that count,
-    ``feasible`` that of its searches that keep their constraints; None where there is none.
+    ``feasible`` that of its searches that keep their constraints; None where there is none. ``kl``
+    is its mean divergence, nats a token, where it was measured.
     """
 
     condition: str
@@ -369,15 +370,18 @@ class ConditionFit:
     p_holm: float | None = None
     counted: float | None = None
     feasible: float | None = None
+    kl: float | None = None
 
 
-def fits_over_prompts(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
+def fits_over_prompts(
+    rows: Sequence[Row], reference: str, *, scale: Bounds | None = FITS
+) -> list[ConditionFit]:
     """Return the fit of every condition of one persona; the units are prompts.
 
     A row is one answer to one held-out prompt: ``persona``, ``condition``, ``prompt_id``, ``score``
-    (1–5 or None), ``coherence`` and ``relevance`` (0–100 or None).
+    (on ``scale``, 1–5 unless told, or None), ``coherence`` and ``relevance`` (0–100 or None).
     """
-    return _fits(rows, reference, "prompt_id", "persona")
+    return _fits(rows, reference, "prompt_id", "persona", scale)
 
 
 def fits_over_personas(
@@ -405,7 +409,7 @@ def fit_table(fits: Sequence[ConditionFit], title: str) -> Table:
 
 
 def _fits(
-    rows: Sequence[Row], reference: str, unit: str, within: str, scale: Bounds = FITS
+    rows: Sequence[Row], reference: str, unit: str, within: str, scale: Bounds | None = FITS
 ) -> list[ConditionFit]:
     measures = {"score": scale, "coherence": SCORES, "relevance": SCORES}
     columns = ("condition", unit, within, *measures)

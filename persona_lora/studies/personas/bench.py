@@ -29,7 +29,14 @@ from persona_lora.core.personas import (
 )
 from persona_lora.core.resources import search_folders
 from persona_lora.core.runs import Output, first_difference
-from persona_lora.judges.choice import JudgeOptions, judge_inputs
+from persona_lora.core.traits import Trait, load_trait
+from persona_lora.judges.choice import (
+    JudgeOptions,
+    check_judge,
+    judge_inputs,
+    make_judge,
+    second_name,
+)
 from persona_lora.judges.coherence import CoherenceScorer, relevance
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import (
@@ -64,6 +71,14 @@ from persona_lora.studies.personas.baselines import (
     directions_of,
     load_directions,
     trainings,
+)
+from persona_lora.studies.personas.goals import (
+    Goal,
+    GoalProblem,
+    Scorer,
+    Targets,
+    name_of_goal,
+    questions_of,
 )
 from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.run import (
@@ -153,6 +168,7 @@ class PersonaBench:
     energy: float | None = None
     report_judge: str | None = None
     _voices: dict[tuple[str, str], Voices] = field(default_factory=dict, init=False, repr=False)
+    _seeks_goal: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.report_judge not in (None, LIKELIHOOD):
@@ -168,6 +184,58 @@ class PersonaBench:
         """The coherence of answers, fitted to the traits' own training answers."""
         return fit_coherence(
             self.chat_model, self.traits, datasets=self.datasets, seed=self.judging.seed
+        )
+
+    def sought(
+        self, wanted: Mapping[str, float], scorer: Scorer | None, *, on_questions: bool
+    ) -> GoalProblem:
+        """Return the problem of target scores, or of a function of the user's.
+
+        Each trait is scored on questions of its own where the prompts are the traits' questions, on
+        all prompts where they are not.
+        """
+        self._seeks_goal = True
+        second, read = None, {}
+        goal: Goal
+        if scorer is not None:
+            goal, read = scorer, {"the scorer": scorer.content}
+        else:
+            traits = [load_trait(trait, self.datasets) for trait in wanted]
+            goal = self._targets(wanted, traits, self.judging, on_questions)
+            beside = dataclasses.replace(self.judging, second_judge=None)
+            others = {second_name(trait, beside) for trait in traits}
+            if len(others) == 1 and (other := others.pop()) is not None:
+                told = dataclasses.replace(self.judging, judge=other, judge_model=None)
+                second = self._targets(wanted, traits, told, on_questions)
+            for trait in traits:
+                read |= trait.inputs()
+            read |= judge_inputs(beside)
+        return GoalProblem(
+            self.chat_model,
+            name_of_goal(wanted, scorer),
+            goal,
+            self.prompts,
+            self.coherence,
+            lambda exchanges: relevance(exchanges, self.features.embeddings),
+            self.generation,
+            self.processes,
+            read,
+            second,
+        )
+
+    def _targets(
+        self,
+        wanted: Mapping[str, float],
+        traits: Sequence[Trait],
+        options: JudgeOptions,
+        on_questions: bool,
+    ) -> Targets:
+        for trait in traits:
+            check_judge(trait, self.chat_model, options)
+        return Targets(
+            wanted,
+            {trait.name: make_judge(trait, self.chat_model, options) for trait in traits},
+            {trait.name: questions_of(trait) for trait in traits} if on_questions else {},
         )
 
     @cached_property
@@ -186,6 +254,9 @@ class PersonaBench:
 
     def dollars(self) -> float | None:
         """Return the US dollars spent on judging; None where nothing is billed."""
+        if self._seeks_goal:
+            asked = "openai" in self.judging.judge
+            return self.judging.budget.usage().dollars if asked else None
         spent = [each.dollars() for each in self.readers.values()]
         billed = [dollars for dollars in spent if dollars is not None]
         return sum(billed) if billed else None

@@ -15,7 +15,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import figures as draw
 from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas, fits_over_prompts
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
-from persona_lora.report.resampling import Array
+from persona_lora.report.resampling import Array, Interval
 from persona_lora.report.scores import grouped
 from persona_lora.report.wording import interval, number, title_of
 from persona_lora.studies.personas.read_fits import (
@@ -25,6 +25,7 @@ from persona_lora.studies.personas.read_fits import (
     order_line,
     rows_of,
 )
+from persona_lora.studies.personas.read_goals import goal_fits, sought, targets_of, trait_means
 
 NAMES = {
     "none": "unsteered",
@@ -32,6 +33,7 @@ NAMES = {
     "incumbent": "incumbent",
     "lora": "LoRA, CMA-ES",
     "random": "LoRA, random search",
+    "random_mix": "random mixes of its length",
     "equal": "LoRA, equal weights",
     "svd": "SVD vectors, CMA-ES",
     "mean_diff": "mean-difference vectors, CMA-ES",
@@ -77,6 +79,58 @@ def render_search(run: Run) -> Picture:
     )
     title = f"{config['persona']}: the search with {name_of(config['method'])}"
     return draw.finish(figure, panels, title=title, note=note)
+
+
+def render_goal(run: Run) -> Picture:
+    """Return the search, the held-out values, scores beside targets, the weights."""
+    generations, rows, config = run.read("generations"), run.read("held_out"), run.record["config"]
+    if not generations or not rows:
+        raise UserError(f"{run.folder} holds no finished search")
+    fits = goal_fits(rows, config, limits_of(run))
+    traits = trait_means(rows)
+    up = max(2.6, _ROW * len(next(iter(_mixes(rows, "mean").values()), {})))
+    figure = draw.new_figure(14.2 + 3.1 * len(traits), up + 1.9)
+    history = draw.add_axes(
+        figure, (0.62, 0.95, 3.4, up), title="Value on training prompts", x="generation"
+    )
+    panels = [_history(history, generations)]
+    names = [name_of(each.condition) for each in fits]
+    found = draw.add_axes(figure, (6.6, 0.95, 1.9, up), title="Value on held-out prompts")
+    panels.append(_levels(found, names, [each.fit for each in fits]))
+    for at, (trait, scores) in enumerate(traits.items()):
+        axes = draw.add_axes(figure, (10.0 + 3.1 * at, 0.95, 1.9, up), title=title_of(trait))
+        own = [scores.get(each.condition) for each in fits]
+        panels.append(_levels(axes, [""] * len(names), own))
+        axes.set_xlim(0, 100)
+        draw.rule(axes, targets_of(config)[trait], upright=True, dashes=draw.DASHED)
+    mix = draw.add_axes(
+        figure, (11.8 + 3.1 * len(traits), 0.95, 2.0, up), title="Weights of the mean"
+    )
+    panels.append(_weights(mix, rows))
+    note = (
+        f"Search: {len(config['prompts'])} training prompts, judge {config['judge']}. Held-out: "
+        f"{fits[0].fit.n_questions} other prompts, the same judge; bars: 95% bootstrap over "
+        "prompts. Dashed: the target. Random mixes: another for every prompt."
+    )
+    return draw.finish(figure, panels, title=f"A search for {sought(config)}", note=note)
+
+
+def _levels(axes: Axes, names: Sequence[str], values: Sequence[Interval | None]) -> Panel:
+    """Draw a row for every condition, of which only the mixes that were searched are coloured."""
+    drawn = [
+        draw.series(
+            str(at),
+            [0.0],
+            [each],
+            Look(draw.TRAIT if at in (1, 2) else draw.CONTROL, width=2, size=6),
+            label=None if each is None else interval(each, 1),
+        )
+        for at, each in enumerate(values)
+    ]
+    panel = draw.forest(axes, drawn, upwards=True)
+    axes.set_yticklabels(names)
+    axes.grid(axis="x", color=draw.FAINT, linewidth=0.7)
+    return panel
 
 
 def render_comparison(run: Run) -> Picture:

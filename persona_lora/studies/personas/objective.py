@@ -1,4 +1,4 @@
-"""The objective of a persona search: how well a mix of directions fits the person, on prompts.
+"""The objective of a search: how well the answers under a mix of directions are judged, on prompts.
 
 All candidates of a generation answer all prompts as the rows of as few batches as fit; a judge
 reads the answers while the next batch is generated. An answer that could not be judged has no
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -30,11 +31,13 @@ from persona_lora.judges.budget import COST_CAP, REQUEST_CAP
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.generation import Generated
+from persona_lora.models.likelihood import tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, generate_rows
 from persona_lora.studies.personas.search import SearchStopped, Value
+from persona_lora.studies.steering.divergence import row_divergences
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,20 @@ class Speaker:
             for trait in self.directions.names
         }
 
+    def divergences(
+        self, mix: Coefficients | None, exchanges: Sequence[Exchange]
+    ) -> list[list[float]]:
+        """Return KL(p₀ ‖ p) in nats at every token of each answer, under the mix that gave it.
+
+        Empty for an empty answer.
+        """
+        texts = [tokenize_exchange(self.chat_model, each) for each in exchanges]
+        told, rows = [text for text in texts if text.answer], [self.coefficients(mix)]
+        if not told or not any(rows[0].values()):
+            return [[0.0] * len(text.answer) for text in texts]
+        found = iter(row_divergences(self.chat_model, self.directions, rows, told)[0].tolist())
+        return [list(islice(found, len(text.answer))) for text in texts]
+
 
 def plain_speaker(
     chat_model: ChatModel, options: GenerationOptions, processes: Processes = Processes()
@@ -114,8 +131,8 @@ def plain_speaker(
 class RememberingJudge:
     """A judge's scored verdicts by exchange; what was asked for ahead is waited for, not asked."""
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, judge: Judge, criterion: str = PERSONA_FIT) -> None:
+        self.judge, self.criterion = judge, criterion
         self._known: dict[Exchange, Verdict] = {}
         self._ahead: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(max_workers=1)
@@ -135,7 +152,7 @@ class RememberingJudge:
     def _ask(self, exchanges: Sequence[Exchange]) -> Any:
         """Judge what is not known; keep scored verdicts, return the others by exchange."""
         new = [each for each in dict.fromkeys(exchanges) if each not in self._known]
-        verdicts = self.judge.judge(new, PERSONA_FIT) if new else []
+        verdicts = self.judge.judge(new, self.criterion) if new else []
         found = dict(zip(new, verdicts, strict=True))
         self._known |= {
             each: verdict for each, verdict in found.items() if verdict.score is not None
@@ -143,8 +160,11 @@ class RememberingJudge:
         return {each: verdict for each, verdict in found.items() if verdict.score is None}
 
 
-class PersonaObjective:
-    """Maps the candidates of a generation to values; see ``ObjectiveOptions``."""
+class MixObjective:
+    """Maps the candidates of a generation to values; see ``ObjectiveOptions``.
+
+    ``learnt_from`` are the utterances that no answer may copy; None: whatever is judged counts.
+    """
 
     def __init__(
         self,
@@ -155,11 +175,12 @@ class PersonaObjective:
         *,
         coherence: Coherence | None = None,
         relevance: Relevance | None = None,
-        learnt_from: Sequence[str] = (),
+        learnt_from: Sequence[str] | None = (),
+        criterion: str = PERSONA_FIT,
     ) -> None:
         self.options = options
         if not prompts:
-            raise UserError("a persona search needs at least one prompt")
+            raise UserError("a search needs at least one prompt")
         if self.options.min_coherence is not None and coherence is None:
             raise UserError("min_coherence needs a measure of coherence")
         if self.options.min_relevance is not None and relevance is None:
@@ -173,10 +194,10 @@ class PersonaObjective:
             raise UserError("a race is over two prompts at least, and there is one; leave it out")
         self.speaker = speaker
         self.prompts = tuple(prompts)
-        self._judge = RememberingJudge(judge)
+        self._judge = RememberingJudge(judge, criterion)
         self._coherence = coherence
         self._relevance = relevance
-        self._learnt_from = tuple(learnt_from)
+        self._learnt_from = learnt_from
 
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
         """Return a value per candidate; ``iteration`` seeds which prompts a race begins with."""
@@ -222,10 +243,20 @@ class PersonaObjective:
         coherence = processes.from_main(lambda: self._coherence_of(exchanges))
         relevance = processes.from_main(lambda: self._relevance_of(exchanges))
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
+        own = [exchanges[span] for span in spans]
+        kl = processes.from_main(lambda: list(map(self._kl_of, mixes, own)))
         return [
-            Measured(list(prompts), answers[span], scores[span], coherence[span], relevance[span])
-            for span in spans
+            Measured(
+                *(list(prompts), answers[span], scores[span], coherence[span], relevance[span]),
+                each,
+            )
+            for span, each in zip(spans, kl, strict=True)
         ]
+
+    def _kl_of(self, mix: Coefficients, exchanges: Sequence[Exchange]) -> list[float]:
+        if self.options.max_kl is None:
+            return []
+        return [each for answer in self.speaker.divergences(mix, exchanges) for each in answer]
 
     def _scores(self, exchanges: Sequence[Exchange]) -> list[float | None]:
         return [each.score for each in self._patiently(exchanges)]
@@ -264,7 +295,10 @@ class PersonaObjective:
     def _value(self, mix: Coefficients, measured: Measured) -> Value:
         asked = [self.prompts[at] for at in measured.prompts]
         exchanges = list(map(Exchange, asked, measured.answers))
-        failed = failures(exchanges, self._learnt_from, measured.coherence, measured.relevance)
+        failed = [""] * len(exchanges)
+        if self._learnt_from is not None:
+            told = measured.coherence, measured.relevance
+            failed = failures(exchanges, self._learnt_from, *told)
         fits = list(map(counted, measured.scores, failed))
         scored = [each for each in fits if each is not None]
         coverage = len(scored) / len(fits)
@@ -283,8 +317,10 @@ class PersonaObjective:
             details["coherence"] = mean_or(measured.coherence, 0.0)
         if self.options.min_relevance is not None:
             details["relevance"] = mean_or(measured.relevance, 0.0)
-        broken = self.options.violation(details.get("coherence"), details.get("relevance"))
-        return Value(value, details, broken)
+        if self.options.max_kl is not None:
+            details["kl"] = mean_or(measured.kl, 0.0)
+        limited = (details.get(name) for name in ("coherence", "relevance", "kl"))
+        return Value(value, details, self.options.violation(*limited))
 
 
 @dataclass(frozen=True)
@@ -296,6 +332,7 @@ class Measured:
     scores: list[float | None]
     coherence: list[float | None]
     relevance: list[float | None]
+    kl: list[float]  # of every token of all answers
 
     def __add__(self, other: Measured) -> Measured:
         return Measured(
@@ -304,6 +341,7 @@ class Measured:
             self.scores + other.scores,
             self.coherence + other.coherence,
             self.relevance + other.relevance,
+            self.kl + other.kl,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
@@ -19,7 +20,12 @@ from persona_lora.report.sections import (
     Question,
     Table,
 )
-from persona_lora.studies.personas.figure import name_of, render_comparison, render_search
+from persona_lora.studies.personas.figure import (
+    name_of,
+    render_comparison,
+    render_goal,
+    render_search,
+)
 from persona_lora.studies.personas.read_fits import (
     BOUNDS,
     REAL,
@@ -33,19 +39,45 @@ from persona_lora.studies.personas.read_fits import (
     rows_of,
     seeds_line,
 )
+from persona_lora.studies.personas.read_goals import goal_fits, goal_line, goal_tables, sought
 
 EXAMPLE_PROMPTS = 5
 
 
 def search_content(run: Run) -> Content:
     """Return the section of one search."""
+    config = run.record["config"]
+    if "goal" in config:
+        return _goal_content(run)
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run))
-    config = run.record["config"]
     title = f"A search for {config['persona']} with {name_of(config['method'])}"
     lead = _lead(rows, fits, _best(run))
     checks = [_check(row) for row in run.read("judge_checks")] + _fresh(run)
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
+
+
+def _goal_content(run: Run) -> Content:
+    rows, config = run.read("held_out"), run.record["config"]
+    values, *traits = goal_tables(rows, config, limits_of(run))
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    title = f"A search for {sought(config)} with {name_of(config['method'])}"
+    best = next(e for e in goal_fits(rows, config, limits_of(run)) if e.condition == _best(run))
+    lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
+    lead = " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
+    note = (
+        "Random mix: another for every prompt, as long as the best mix. Intervals: bootstrap over "
+        "prompts. p: two-sided sign-flip test on the prompts’ differences from the unsteered "
+        f"model, corrected over the conditions. {' '.join(_fresh(run))}"
+    )
+    blocks: tuple[Block, ...] = (
+        Image.of(render_goal(run), f"{title}. {lead}"),
+        replace(values, note=note),
+        *traits,
+        Heading("Answers"),
+        Cards(_examples(rows, conditions)),
+    )
+    return Content(title, lead, blocks)
 
 
 def comparison_content(run: Run) -> Content:

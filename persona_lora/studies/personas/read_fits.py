@@ -17,7 +17,7 @@ from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, fits_over_prompts
-from persona_lora.report.resampling import RESAMPLES, Interval
+from persona_lora.report.resampling import FITS, RESAMPLES, Bounds, Interval
 from persona_lora.report.scores import grouped
 from persona_lora.report.two_judges import Pair, effects_from
 
@@ -36,13 +36,16 @@ def rows_of(run: Run) -> list[Row]:
 def limits_of(run: Run) -> ObjectiveOptions:
     """Return the constraints that the searches of a run had."""
     kept = run.record["config"].get("objective", {})
-    names = ("min_coherence", "min_relevance")
+    names = ("min_coherence", "min_relevance", "max_kl")
     return ObjectiveOptions(**{name: kept[name] for name in names if name in kept})
 
 
-def over_prompts(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
+def over_prompts(
+    rows: Sequence[Row], reference: str, *, scale: Bounds | None = FITS
+) -> list[ConditionFit]:
     """Return the fits of one person: over prompts, and over seeds where a search was repeated."""
-    return [_over_seeds(each, rows, reference) for each in fits_over_prompts(rows, reference)]
+    fits = fits_over_prompts(rows, reference, scale=scale)
+    return [_over_seeds(each, rows, reference) for each in fits]
 
 
 def _over_seeds(fit: ConditionFit, rows: Sequence[Row], reference: str) -> ConditionFit:
@@ -92,16 +95,16 @@ def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -
     failed = [row.get("failed") for row in own]
     searches = grouped(own, lambda row: (row["persona"], row.get("seed")))
     kept = [
-        not limits.violation(_mean(each, "coherence"), _mean(each, "relevance"))
+        not limits.violation(*(_mean(each, name) for name in ("coherence", "relevance", "kl")))
         for each in searches.values()
     ]
     counted = None if None in failed else fmean(not each for each in failed)
-    limited = limits.min_coherence is not None or limits.min_relevance is not None
-    return replace(fit, counted=counted, feasible=fmean(kept) if limited else None)
+    feasible = fmean(kept) if limits.limited else None
+    return replace(fit, counted=counted, feasible=feasible, kl=_mean(own, "kl"))
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:
-    known = [row[name] for row in rows if row[name] is not None]
+    known = [row[name] for row in rows if row.get(name) is not None]
     return fmean(known) if known else None
 
 
@@ -129,9 +132,11 @@ def constraints_line(fit: ConditionFit) -> str:
     if fit.feasible == 1:
         return "It keeps the constraints on held-out prompts."
     share = f" in {100 * fit.feasible:.0f}% of searches" if fit.feasible else ""
+    kl = "" if fit.kl is None else f", {fit.kl:.2g} nats a token"
+    coherence, relevance = (wording.number(each.mean) for each in (fit.coherence, fit.relevance))
     return (
         f"{WARNING}: on held-out prompts it keeps the constraints{share or ' nowhere'} (coherence "
-        f"{wording.number(fit.coherence.mean)}, relevance {wording.number(fit.relevance.mean)})."
+        f"{coherence}, relevance {relevance}{kl})."
     )
 
 

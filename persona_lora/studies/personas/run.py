@@ -13,9 +13,9 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
@@ -32,17 +32,20 @@ from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
+from persona_lora.report.resampling import FITS
 from persona_lora.steering.bank import Bank, Elsewhere
 from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.bounds import Embed, bound_answers
-from persona_lora.studies.personas.figure import render_search
+from persona_lora.studies.personas.figure import render_goal, render_search
+from persona_lora.studies.personas.goals import GoalProblem
 from persona_lora.studies.personas.objective import (
-    PersonaObjective,
+    MixObjective,
     Relevance,
     Speaker,
+    mean_or,
     plain_speaker,
 )
-from persona_lora.studies.personas.read_fits import REAL, UNSTEERED, condition_fits
+from persona_lora.studies.personas.read_fits import REAL, UNSTEERED, condition_fits, over_prompts
 from persona_lora.studies.personas.search import (
     Candidate,
     Generation,
@@ -97,10 +100,43 @@ class PersonaProblem:
             **self.judged_by,
         }
 
+    kind, criterion, scale = "persona_id", PERSONA_FIT, FITS
+    controls: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        """What the search is called."""
+        return self.persona.id
+
+    @property
+    def learnt_from(self) -> Sequence[str]:
+        """The utterances that no answer may copy."""
+        return self.persona.utterances("train")
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run's configuration keeps of what is sought."""
+        return {
+            "persona": self.persona.id,
+            "judge": self.search_judge.name,
+            "report_judge": self.report_judge.name,
+            "counts": THRESHOLDS,
+        }
+
+    def beside(self, best: Coefficients, seed: int) -> dict[str, Told]:
+        """Nothing stands beside: a comparison of methods has controls of its own."""
+        return {}
+
+    def judged(self, condition: str, exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
+        """Return the rows of one condition."""
+        return judged_rows(self, condition, exchanges)
+
     @cached_property
     def bounds(self) -> list[dict[str, Any]]:
         """The judged rows of the floors and the ceiling, measured once."""
         return self.processes.from_main(lambda: bound_rows(self))
+
+
+Problem = PersonaProblem | GoalProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +192,7 @@ class PersonaResult:
 
 
 def optimise_persona(
-    problem: PersonaProblem,
+    problem: Problem,
     method: Method,
     output: Output | Path,
     *,
@@ -183,7 +219,7 @@ def optimise_persona(
             design=Design.of(
                 "optimize",
                 {"held out": len(problem.prompts.held_out)},
-                (MEAN, INCUMBENT),
+                (MEAN, INCUMBENT, *problem.controls),
                 searching.seeds,
             ),
         )
@@ -195,7 +231,7 @@ def optimise_persona(
         found = search(
             objective_of(problem, speaker, problem.prompts.train, objective),
             method.directions.names,
-            replace(searching, seed=own_seed(searching.seed, problem.persona.id)),
+            replace(searching, seed=own_seed(searching.seed, problem.name)),
             run,
             searcher=method.searcher,
             processes=processes,
@@ -209,7 +245,7 @@ def optimise_persona(
 
 
 def optimise_over_seeds(
-    problem: PersonaProblem,
+    problem: Problem,
     methods: Sequence[Method],
     output: Output,
     *,
@@ -262,17 +298,18 @@ def own_seed(seed: int, persona: str) -> int:
 
 
 def objective_of(
-    problem: PersonaProblem, speaker: Speaker, prompts: Sequence[str], options: ObjectiveOptions
-) -> PersonaObjective:
+    problem: Problem, speaker: Speaker, prompts: Sequence[str], options: ObjectiveOptions
+) -> MixObjective:
     """Return what a search maximises, on some prompts."""
-    return PersonaObjective(
+    return MixObjective(
         speaker,
         prompts,
         problem.search_judge,
         options,
         coherence=lambda asked: problem.coherence.verdicts(asked, "embedding"),
         relevance=problem.relevance,
-        learnt_from=problem.persona.utterances("train"),
+        learnt_from=problem.learnt_from,
+        criterion=problem.criterion,
     )
 
 
@@ -286,7 +323,7 @@ def _check_fresh(prompts: PersonaPrompts, objective: ObjectiveOptions) -> None:
 
 
 def _reported(
-    problem: PersonaProblem,
+    problem: Problem,
     method: Method,
     speaker: Speaker,
     found: SearchResult,
@@ -297,24 +334,26 @@ def _reported(
     """Name the best mix on fresh prompts, and score it on held-out ones."""
     finalists = _finalists(problem, speaker, found, objective, run)
     mixes = {name: each.coefficients for name, each in finalists.items()}
-    rows = held_out_rows(problem, speaker, {UNSTEERED: None, **mixes}, run, drawn=drawn)
+    best = max(finalists, key=lambda name: finalists[name].standing)
+    conditions = {UNSTEERED: None, **mixes, **problem.beside(mixes[best], drawn["seed"])}
+    rows = held_out_rows(problem, speaker, conditions, run, drawn=drawn, limits=objective)
     kept = problem.processes.from_main(lambda: run.resume_rows(BOUND_ROWS)) or problem.bounds
     if problem.processes.index == 0:
         run.write(BOUND_ROWS, kept)
     return PersonaResult(
-        problem.persona.id,
+        problem.name,
         method.name,
-        max(finalists, key=lambda name: finalists[name].standing),
+        best,
         finalists,
         found,
-        condition_fits([*rows, *kept], objective),
+        condition_fits([*rows, *kept], objective, over=partial(over_prompts, scale=problem.scale)),
         tuple(rows),
         run.folder,
     )
 
 
 def _finalists(
-    problem: PersonaProblem,
+    problem: Problem,
     speaker: Speaker,
     found: SearchResult,
     objective: ObjectiveOptions,
@@ -329,55 +368,68 @@ def _finalists(
 
 
 NOT_DRAWN = {"seed": None, "trained": ""}
-Told = Coefficients | str | None  # a mix, a system prompt, or nothing at all
+# A mix, one for each prompt, a system prompt, or nothing at all.
+Told = Coefficients | tuple[Coefficients, ...] | str | None
 
 
 def held_out_rows(
-    problem: PersonaProblem,
+    problem: Problem,
     speaker: Speaker,
     conditions: Mapping[str, Told],
     run: Run,
     *,
     drawn: Mapping[str, Any] = NOT_DRAWN,
+    limits: ObjectiveOptions = ObjectiveOptions(),
 ) -> list[dict[str, Any]]:
     """Answer and judge the held-out prompts under every condition, and keep the rows in the run.
 
-    ``drawn`` are the seeds of the search that found the mixes, and of what was mixed.
+    ``drawn`` are the seeds of the search that found the mixes, and of what was mixed. Divergence is
+    measured of a goal, and where ``limits`` limit it.
     """
-    mixes = {
-        name: each if isinstance(each, Coefficients) else None for name, each in conditions.items()
-    }
     kept = problem.processes.from_main(lambda: run.resume_rows(HELD_OUT))
-    wanted = {name: None if mix is None else mix.as_dict() for name, mix in mixes.items()}
-    if kept and {row["condition"]: row["weights"] for row in kept} == wanted:
-        return kept
     prompts = problem.prompts.held_out
     asked = [
-        Row(prompt, mixes[name], told if isinstance(told, str) else None, at)
-        for name, told in conditions.items()
+        Row(prompt, _mix_at(told, at), told if isinstance(told, str) else None, at)
+        for told in conditions.values()
         for at, prompt in enumerate(prompts)
     ]
-    answers = iter(speaker.answers(asked))
+    weights = [None if row.condition is None else row.condition.as_dict() for row in asked]
+    names = [name for name in conditions for _ in prompts]
+    wanted = list(zip(names, weights, strict=True))
+    if kept and [(row["condition"], row["weights"]) for row in kept] == wanted:
+        return kept
+    answers = list(map(Exchange, (row.question for row in asked), speaker.answers(asked)))
+    diverged = isinstance(problem, GoalProblem) or limits.max_kl is not None
 
     def judged() -> list[dict[str, Any]]:
+        spans = range(0, len(answers), len(prompts))
         rows = [
-            {**row, **drawn}
-            for name in conditions
-            for row in judged_rows(
-                problem, name, [Exchange(prompt, next(answers)) for prompt in prompts], wanted[name]
+            {**row, "weights": mix, **drawn}
+            for name, start in zip(conditions, spans, strict=True)
+            for row, mix in zip(
+                problem.judged(name, answers[start : start + len(prompts)]),
+                weights[start : start + len(prompts)],
+                strict=True,
             )
         ]
+        if diverged:
+            for row, plan, answer in zip(rows, asked, answers, strict=True):
+                row["kl"] = mean_or(speaker.divergences(plan.condition, [answer])[0], 0.0)
         run.write(HELD_OUT, rows)
         return rows
 
     return problem.processes.from_main(judged)
 
 
+def _mix_at(told: Told, at: int) -> Coefficients | None:
+    one = told[at] if isinstance(told, tuple) else told
+    return one if isinstance(one, Coefficients) else None
+
+
 def judged_rows(
     problem: PersonaProblem,
     condition: str,
     exchanges: Sequence[Exchange],
-    weights: Mapping[str, float] | None = None,
     *,
     first: int = 0,
 ) -> list[dict[str, Any]]:
@@ -408,7 +460,7 @@ def judged_rows(
             "coherence": coherent,
             "relevance": relevant,
             "searched_by": searched,
-            "weights": weights,
+            "weights": None,
         }
         for at, (asked, manner, wrong, coherent, relevant, searched) in enumerate(
             measured, start=first
@@ -471,7 +523,7 @@ def first_prompts(prompts: PersonaPrompts, number: int | None) -> PersonaPrompts
     return replace(prompts, train=prompts.train[:number], fresh=fresh)
 
 
-def speaker_of(problem: PersonaProblem, method: Method) -> Speaker:
+def speaker_of(problem: Problem, method: Method) -> Speaker:
     """Return the problem's model, speaking under mixes of the method's directions."""
     return Speaker(
         problem.chat_model,
@@ -484,10 +536,10 @@ def speaker_of(problem: PersonaProblem, method: Method) -> Speaker:
 
 
 def _config(
-    problem: PersonaProblem, method: Method, searching: SearchOptions, objective: ObjectiveOptions
+    problem: Problem, method: Method, searching: SearchOptions, objective: ObjectiveOptions
 ) -> dict[str, Any]:
     return {
-        "persona": problem.persona.id,
+        **problem.record(),
         **problem.chat_model.record(),
         "method": method.name,
         "searcher": method.searcher,
@@ -496,9 +548,6 @@ def _config(
         "directions": dict(method.directions.record),
         "prompts": list(problem.prompts.train),
         "held_out_prompts": list(problem.prompts.held_out),
-        "judge": problem.search_judge.name,
-        "report_judge": problem.report_judge.name,
-        "counts": THRESHOLDS,
         # A longer search goes on from a shorter one.
         "search": {
             key: value
@@ -512,31 +561,35 @@ def _config(
 
 def recorded_objective(objective: ObjectiveOptions) -> dict[str, Any]:
     """Return what a run's configuration keeps of an objective: not how patient it is."""
-    return {key: each for key, each in dataclasses.asdict(objective).items() if key != "pause"}
+    kept = dataclasses.asdict(objective)
+    unsaid = ("pause",) if objective.max_kl is not None else ("pause", "max_kl")
+    return {key: each for key, each in kept.items() if key not in unsaid}
 
 
-def _write_results(problem: PersonaProblem, method: Method, result: PersonaResult) -> None:
+def _write_results(problem: Problem, method: Method, result: PersonaResult) -> None:
     """Write picture and report, and the two files that the search is known by."""
-    render_search(Run(result.folder)).save(result.folder / "search.png")
+    render = render_search if isinstance(problem, PersonaProblem) else render_goal
+    render(Run(result.folder)).save(result.folder / "search.png")
     write_report([result.folder], result.folder / "report.html")
     _write_best(problem, method, result)
 
 
-def _write_best(problem: PersonaProblem, method: Method, result: PersonaResult) -> None:
+def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None:
     folder = ensure_writable_folder(result.folder.parent)
     best = result.fit_of(result.best)
     by_iteration = _best_so_far(result.search.candidates)
-    write_json(folder / f"{problem.persona.id}_best_weights.json", result.weights.as_dict())
+    write_json(folder / f"{problem.name}_best_weights.json", result.weights.as_dict())
     write_json(
-        folder / f"{problem.persona.id}_optimization.json",
+        folder / f"{problem.name}_optimization.json",
         {
-            "persona_id": problem.persona.id,
+            problem.kind: problem.name,
             "method": method.name,
             "layer": method.directions.record.get("layers"),
             "energy": method.directions.record.get("energy"),
             "alpha": method.alpha,
             "trained": method.trained,
             "best_weights": result.weights.as_dict(),
+            "best_coefficients": speaker_of(problem, method).coefficients(result.weights),
             "best": result.best,
             "best_score": best.fit.mean,
             "num_iterations": result.search.iterations,

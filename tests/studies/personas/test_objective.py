@@ -14,7 +14,7 @@ from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.studies.asking.run import GenerationOptions, Row
 from persona_lora.studies.personas import objective
-from persona_lora.studies.personas.objective import ObjectiveOptions, PersonaObjective, Speaker
+from persona_lora.studies.personas.objective import MixObjective, ObjectiveOptions, Speaker
 from persona_lora.studies.personas.search import SearchStopped
 
 PROMPTS = ("How are you?", "Any news?", "What's for lunch?", "Did it rain?")
@@ -60,9 +60,9 @@ MIXES = [Coefficients(("calm", "loud"), values) for values in ((0.5, -0.5), (1.0
 
 
 def test_a_population_equals_its_candidates_one_by_one(speaker, judge):
-    together = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
+    together = MixObjective(speaker, PROMPTS, judge)(MIXES, 1)
     for mix, value in zip(MIXES, together, strict=True):
-        (alone,) = PersonaObjective(speaker, PROMPTS, CountingJudge())([mix], 1)
+        (alone,) = MixObjective(speaker, PROMPTS, CountingJudge())([mix], 1)
         assert alone == value
 
 
@@ -81,7 +81,7 @@ def test_zero_weights_answer_as_the_unsteered_model(speaker, chat_model):
 
 
 def test_an_answer_is_judged_once(speaker, judge):
-    objective = PersonaObjective(speaker, PROMPTS, judge)
+    objective = MixObjective(speaker, PROMPTS, judge)
     first = objective(MIXES, 1)
     assert len(judge.asked) == len(set(judge.asked))
     before = len(judge.asked)
@@ -90,9 +90,9 @@ def test_an_answer_is_judged_once(speaker, judge):
 
 
 def test_the_penalty_is_that_of_the_squared_norm(speaker, judge):
-    plain = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
+    plain = MixObjective(speaker, PROMPTS, judge)(MIXES, 1)
     options = ObjectiveOptions(penalty=0.25)
-    punished = PersonaObjective(speaker, PROMPTS, judge, options)(MIXES, 1)
+    punished = MixObjective(speaker, PROMPTS, judge, options)(MIXES, 1)
     cuts = [one.value - other.value for one, other in zip(plain, punished, strict=True)]
     assert cuts == pytest.approx([0.25 * 0.5, 0.25 * 1.0, 0.0])
 
@@ -104,21 +104,21 @@ def test_coherence_is_a_constraint_measured_on_every_answer(speaker, judge):
         asked.append(len(exchanges))
         return [Verdict("coherence", 70.0, "", "x") for _ in exchanges]
 
-    plain = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
+    plain = MixObjective(speaker, PROMPTS, judge)(MIXES, 1)
     options = ObjectiveOptions(min_coherence=75.0)
-    held = PersonaObjective(speaker, PROMPTS, judge, options, coherence=coherence)(MIXES, 1)
+    held = MixObjective(speaker, PROMPTS, judge, options, coherence=coherence)(MIXES, 1)
     assert asked == [len(MIXES) * len(PROMPTS)]
     assert [each.value for each in held] == [each.value for each in plain]
     assert [each.violation for each in held] == [5.0] * 3
     assert held[0].details["coherence"] == 70.0
     with pytest.raises(UserError, match="coherence"):
-        PersonaObjective(speaker, PROMPTS, judge, options)
+        MixObjective(speaker, PROMPTS, judge, options)
 
 
 def test_answers_that_do_not_count_have_the_worst_fit(speaker, judge):
-    (plain,) = PersonaObjective(speaker, PROMPTS, judge)(MIXES[:1], 1)
+    (plain,) = MixObjective(speaker, PROMPTS, judge)(MIXES[:1], 1)
     said = plain.details["answers"][0]
-    (copied,) = PersonaObjective(speaker, PROMPTS, judge, learnt_from=[said])(MIXES[:1], 1)
+    (copied,) = MixObjective(speaker, PROMPTS, judge, learnt_from=[said])(MIXES[:1], 1)
     assert copied.details["failed"][0] == "copy"
     assert copied.details["scores"] == plain.details["scores"]
     assert copied.value < plain.value
@@ -131,18 +131,18 @@ def test_answers_that_could_be_to_anything_break_a_constraint(speaker, judge):
         asked.append([each.question for each in exchanges])
         return [None, *[60.0] * (len(exchanges) - 1)]
 
-    plain = PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
+    plain = MixObjective(speaker, PROMPTS, judge)(MIXES, 1)
     options = ObjectiveOptions(min_relevance=75.0)
-    cut = PersonaObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
+    cut = MixObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
     assert [each.value for each in cut] == [each.value for each in plain]
     assert [each.violation for each in cut] == [15.0] * 3
     assert cut[0].details["relevance"] == 60.0  # without the answer that has none
     assert asked == [[*PROMPTS] * 3]
     assert "relevance" not in plain[0].details
     with pytest.raises(UserError, match="needs a measure"):
-        PersonaObjective(speaker, PROMPTS, judge, options)
+        MixObjective(speaker, PROMPTS, judge, options)
     with pytest.raises(UserError, match="--min-relevance 0"):
-        PersonaObjective(speaker, PROMPTS[:1], judge, options, relevance=relevance)
+        MixObjective(speaker, PROMPTS[:1], judge, options, relevance=relevance)
 
 
 def test_a_race_measures_relevance_in_both_heats(speaker, judge):
@@ -153,14 +153,14 @@ def test_a_race_measures_relevance_in_both_heats(speaker, judge):
         heats.append(len(exchanges))
         return [50.0 + 10 * len(heats)] * len(exchanges)
 
-    found = PersonaObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
+    found = MixObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
     assert heats == [3 * 2, 2 * 2]
     assert sorted(each.details["relevance"] for each in found) == [60.0, 65.0, 65.0]
 
 
 def test_a_race_over_one_prompt_is_refused(speaker, judge):
     with pytest.raises(UserError, match="a race is over two prompts at least"):
-        PersonaObjective(speaker, PROMPTS[:1], judge, ObjectiveOptions(race=True))
+        MixObjective(speaker, PROMPTS[:1], judge, ObjectiveOptions(race=True))
 
 
 @pytest.mark.parametrize("name", ["min_coherence", "min_relevance"])
@@ -180,18 +180,18 @@ def test_too_little_coverage_is_no_value(speaker, judge):
                 for each, verdict in zip(exchanges, verdicts, strict=True)
             ]
 
-    values = PersonaObjective(speaker, PROMPTS, Half())(MIXES, 1)
+    values = MixObjective(speaker, PROMPTS, Half())(MIXES, 1)
     assert [each.value for each in values] == [None] * 3
     assert values[0].details["coverage"] == 0.25
     lenient = ObjectiveOptions(min_coverage=0.25)
-    kept = PersonaObjective(speaker, PROMPTS, Half(), lenient)(MIXES, 1)
+    kept = MixObjective(speaker, PROMPTS, Half(), lenient)(MIXES, 1)
     assert all(each.value == each.details["fit"] for each in kept)  # over the scored ones alone
 
 
 def test_a_race_finishes_the_better_half_over_all_prompts(speaker, judge):
     mixes = [Coefficients(("calm", "loud"), (x, -x)) for x in (0.0, 0.4, 0.8, 1.2)]
-    raced = PersonaObjective(speaker, PROMPTS, judge, ObjectiveOptions(race=True))(mixes, 1)
-    whole = PersonaObjective(speaker, PROMPTS, judge)(mixes, 1)
+    raced = MixObjective(speaker, PROMPTS, judge, ObjectiveOptions(race=True))(mixes, 1)
+    whole = MixObjective(speaker, PROMPTS, judge)(mixes, 1)
     out = [each.details.get("raced_out", False) for each in raced]
     assert out.count(True) == 2
     survivors = [each.value for each, left in zip(raced, out, strict=True) if not left]
@@ -204,7 +204,7 @@ def test_a_race_finishes_the_better_half_over_all_prompts(speaker, judge):
 
 
 def test_a_race_draws_its_first_prompts_anew_for_each_generation(speaker, judge):
-    objective = PersonaObjective(speaker, PROMPTS, judge, ObjectiveOptions(race=True))
+    objective = MixObjective(speaker, PROMPTS, judge, ObjectiveOptions(race=True))
     drawn = {tuple(objective._heats(iteration)[0]) for iteration in range(20)}
     assert len(drawn) > 1
     assert objective._heats(3) == objective._heats(3)
@@ -213,20 +213,20 @@ def test_a_race_draws_its_first_prompts_anew_for_each_generation(speaker, judge)
 def test_an_outage_is_waited_out_and_loses_nothing(speaker, judge, monkeypatch):
     pauses = []
     monkeypatch.setattr(objective.time, "sleep", pauses.append)
-    expected = PersonaObjective(speaker, PROMPTS, CountingJudge())(MIXES, 1)
+    expected = MixObjective(speaker, PROMPTS, CountingJudge())(MIXES, 1)
     judge.faults = ["the connection failed"] * 4
-    assert PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1) == expected
+    assert MixObjective(speaker, PROMPTS, judge)(MIXES, 1) == expected
     assert pauses
     judge.faults = ["the connection failed"] * 1000
     with pytest.raises(UserError, match="run the same command again"):
-        PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
+        MixObjective(speaker, PROMPTS, judge)(MIXES, 1)
     assert sum(pauses[1:]) >= 600
 
 
 def test_a_spent_judge_budget_stops_the_search(speaker, judge):
     judge.faults = [COST_CAP] * 10
     with pytest.raises(SearchStopped, match="cost cap"):
-        PersonaObjective(speaker, PROMPTS, judge)(MIXES, 1)
+        MixObjective(speaker, PROMPTS, judge)(MIXES, 1)
 
 
 def test_what_was_asked_ahead_is_not_asked_again(judge):
@@ -241,4 +241,4 @@ def test_impossible_options_are_named(speaker, judge):
     with pytest.raises(UserError, match="penalty"):
         ObjectiveOptions(penalty=-1.0)
     with pytest.raises(UserError, match="at least one prompt"):
-        PersonaObjective(speaker, (), judge)
+        MixObjective(speaker, (), judge)

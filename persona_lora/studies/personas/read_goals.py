@@ -1,0 +1,120 @@
+"""What a search for a goal found, in numbers and words.
+
+Values are those of the goal (``goals``), higher is better; beside the mixes stand the unsteered
+model and random mixes as long as the best. Reads rows; refuses to generate and to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from persona_lora.core.options import ObjectiveOptions
+from persona_lora.report import wording
+from persona_lora.report.comparisons import ConditionFit, Row, frame, means
+from persona_lora.report.resampling import SCORES, Bounds, Interval
+from persona_lora.report.sections import Table
+from persona_lora.studies.personas.read_fits import UNSTEERED, condition_fits, over_prompts
+
+DISTANCE = Bounds(-100.0, 0.0)  # the scale of minus a distance between scores
+RANDOM_MIX = "random_mix"
+Config = Mapping[str, Any]  # of a run
+
+
+def targets_of(config: Config) -> dict[str, float]:
+    """Return the targets that a run sought, by trait; {} where it sought something else."""
+    found: dict[str, float] = config["goal"].get("targets", {})
+    return found
+
+
+def sought(config: Config) -> str:
+    """Return in words what a run sought."""
+    targets = ", ".join(f"{trait} {target:g}" for trait, target in targets_of(config).items())
+    return targets or f"the highest {config['goal']['scorer']}"
+
+
+def goal_fits(
+    rows: Sequence[Row],
+    config: Config,
+    limits: ObjectiveOptions,
+    *,
+    reference: str = UNSTEERED,
+    value: str = "score",
+) -> tuple[ConditionFit, ...]:
+    """Return the mean value of every condition; ``value`` "second" is that by the second judge."""
+    scale = DISTANCE if targets_of(config) else None
+    told = [{**row, "score": row[value]} for row in rows]
+    over = partial(over_prompts, scale=scale)
+    return condition_fits(told, limits, reference=reference, over=over)
+
+
+def trait_means(rows: Sequence[Row], parts: str = "parts") -> dict[str, dict[str, Interval]]:
+    """Return the mean score of each trait under each condition; intervals over prompts."""
+    flat = [
+        {"trait": trait, "condition": row["condition"], "prompt": row["prompt_id"], "score": score}
+        for row in rows
+        for trait, score in row[parts].items()
+    ]
+    found: dict[str, dict[str, Interval]] = {}
+    for trait in sorted({row["trait"] for row in flat}):
+        own = frame([row for row in flat if row["trait"] == trait], ["score"])
+        by = means(own, by="condition", value="score", unit="prompt", scale=SCORES)
+        found[trait] = {str(name): each for name, each in by.items()}
+    return found
+
+
+def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -> list[Table]:
+    """Return every condition with its value and constraints; each trait's scores, where it has any.
+
+    Of the second judge, which searched nothing, stand rows of its own.
+    """
+    digits = _digits(config)
+    fits = goal_fits(rows, config, limits)
+    columns = "condition | value [95%] | n | scored | change [95%] | p (Holm) | coherence | "
+    cells = (
+        [each.condition.replace("_", " "), wording.interval(each.fit, digits)]
+        + [str(each.fit.n_questions), wording.percent(each.fit.coverage)]
+        + [*wording.gap(each.difference, each.p_holm, digits)]
+        + [wording.number(each.coherence.mean), wording.number(each.relevance.mean)]
+        + [wording.number(each.kl, 3), wording.percent(each.feasible)]
+        for each in fits
+    )
+    found = [Table.of(f"{columns}relevance | KL | keeps constraints", cells, "held-out prompts")]
+    judges = (("parts", config["judge"]), ("second_parts", config["second_judge"]))
+    traits = [
+        [trait, f"{targets_of(config)[trait]:g}", judge]
+        + [wording.interval(scores.get(each.condition), 1) for each in fits]
+        for parts, judge in judges
+        for trait, scores in trait_means(rows, parts).items()
+    ]
+    names = " | ".join(each.condition.replace("_", " ") for each in fits)
+    title = "scores on held-out prompts"
+    return [
+        *found,
+        *([Table.of(f"trait | target | judge | {names}", traits, title)] * bool(traits)),
+    ]
+
+
+def goal_line(rows: Sequence[Row], config: Config, condition: str) -> str:
+    """Say what a mix gains over the unsteered model and over random mixes, by both judges."""
+    gain = partial(_gain, rows, config, condition)
+    said = f"On held-out prompts the {condition} gains {gain(UNSTEERED)} over the unsteered model"
+    said += f" and {gain(RANDOM_MIX)} over random mixes of its length"
+    if config["second_judge"] is None:
+        return f"{said}."
+    return (
+        f"{said}; by {config['second_judge']} {gain(UNSTEERED, 'second')} over the unsteered one."
+    )
+
+
+def _gain(
+    rows: Sequence[Row], config: Config, condition: str, reference: str, value: str = "score"
+) -> str:
+    fits = goal_fits(rows, config, ObjectiveOptions(), reference=reference, value=value)
+    (found,) = (each.difference for each in fits if each.condition == condition)
+    return wording.interval(found, _digits(config))
+
+
+def _digits(config: Config) -> int:
+    return 1 if targets_of(config) else 3

@@ -1,0 +1,304 @@
+"""Goals other than a person: planted optima are found, constraints hold, bad files are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.personas import Coefficients, PersonaPrompts
+from persona_lora.core.runs import Run
+from persona_lora.core.traits import Trait
+from persona_lora.models.processes import Processes
+from persona_lora.steering.bank import bank_of_diffs
+from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas.goals import (
+    GoalProblem,
+    Scorer,
+    Targets,
+    checked_targets,
+    prompts_of,
+)
+from persona_lora.studies.personas.objective import ObjectiveOptions
+from persona_lora.studies.personas.run import (
+    Method,
+    objective_of,
+    optimise_persona,
+    speaker_of,
+)
+from persona_lora.studies.personas.search import SearchOptions
+from persona_lora.studies.report_page import write_report
+from persona_lora.studies.steering.calibration import on_own_answers
+
+PROMPTS = PersonaPrompts(
+    train=("Hi there.", "Any plans?", "What now?"),
+    fresh=("And then?", "Why?", "Who is it?"),
+    held_out=("Who's there?", "Since when?", "Is it far?", "What for?"),
+)
+LETTERS = ("e", "o")
+SEARCH = SearchOptions(max_iterations=8, population_size=8, bound=4.0)
+
+
+class Even:
+    """Coherence of 90, and less for every "e" in an answer."""
+
+    def __init__(self, loss=0.0):
+        self.loss = loss
+
+    def verdicts(self, exchanges, name):
+        lost = [self.loss * each.answer.count("e") for each in exchanges]
+        return [Verdict("coherence", 90.0 - each, "", name) for each in lost]
+
+
+class LetterShare:
+    """The share of a letter in an answer, 0–100."""
+
+    def __init__(self, letter):
+        self.name, self.letter, self.asked = "letters", letter, []
+
+    def judge(self, exchanges, criterion):
+        self.asked += exchanges
+        return [Verdict(criterion, self._score(each.answer), "", self.name) for each in exchanges]
+
+    def _score(self, answer):
+        return 100 * answer.count(self.letter) / len(answer) if answer else None
+
+
+def planted(chat_model, letter):
+    """A diff along whose positive side answers are made of that letter."""
+    module, seen = "model.layers.1.self_attn.o_proj", []
+    taken = chat_model.model.get_submodule(module).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].flatten(0, 1))
+    )
+    ids = chat_model.tokenizer("Any plans at all? Why", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        chat_model.model(input_ids=ids)
+    taken.remove()
+    at = chat_model.tokenizer(letter)["input_ids"][0]
+    states = torch.cat(seen).mean(dim=0, keepdim=True)
+    out = chat_model.model.get_output_embeddings().weight[at][:, None]
+    A, B = states / states.norm() ** 2, out / out.norm() * 200
+    return LoRADiff({module: LoRAFactors(A, B)}, BaseModel("tiny", None), trait=letter)
+
+
+@pytest.fixture
+def method(chat_model):
+    diffs = {letter: planted(chat_model, letter) for letter in LETTERS}
+    return Method("lora", bank_of_diffs(diffs), dict.fromkeys(LETTERS, 1.0), alpha=1.0)
+
+
+@pytest.fixture
+def scorer(tmp_path):
+    """More "e" and less "o" is better."""
+    (tmp_path / "mine.py").write_text(
+        "def score(questions, answers):\n"
+        "    return [a.count('e') - a.count('o') for a in answers]\n"
+    )
+    return Scorer.load(f"{tmp_path}/mine.py:score")
+
+
+def problem_of(chat_model, goal, name="mine", coherence=None, second=None):
+    return GoalProblem(
+        chat_model,
+        name,
+        goal,
+        PROMPTS,
+        coherence or Even(),
+        lambda exchanges: [90.0] * len(exchanges),
+        GenerationOptions(max_new_tokens=8),
+        Processes(),
+        {"the scorer": getattr(goal, "content", "")},
+        second,
+    )
+
+
+def test_a_planted_optimum_is_found_and_reported_on_held_out_prompts(
+    chat_model, method, scorer, tmp_path
+):
+    problem = problem_of(chat_model, scorer)
+    result = optimise_persona(problem, method, tmp_path / "out" / "run", searching=SEARCH)
+    found = result.weights.as_dict()
+    assert found["e"] > 1 > found["o"]
+    plain, best, random = map(result.fit_of, ("none", result.best, "random_mix"))
+    assert best.fit.mean > random.fit.mean
+    points = [Coefficients(LETTERS, (e, o)) for e in (-3.0, 0.0, 3.0) for o in (-3.0, 0.0, 3.0)]
+    grid = objective_of(problem, speaker_of(problem, method), PROMPTS.train, ObjectiveOptions())
+    values = [each.value for each in grid(points, 1)]
+    assert max(values) == max(values[-3:]) <= result.search.best.value
+    assert best.difference.low > 0
+    assert plain.kl == 0 < best.kl
+    rows = Run(tmp_path / "out" / "run").read("held_out")
+    assert {row["prompt"] for row in rows} == set(PROMPTS.held_out)
+    mixes = [row["weights"] for row in rows if row["condition"] == "random_mix"]
+    assert len({mix["e"] for mix in mixes}) == len(PROMPTS.held_out)
+    length = sum(value**2 for value in found.values())
+    assert [sum(v**2 for v in mix.values()) for mix in mixes] == pytest.approx([length] * 4)
+    kept = json.loads((tmp_path / "out" / "mine_optimization.json").read_text())
+    assert (kept["goal"], kept["best_weights"]) == ("mine", found)
+    assert kept["best_coefficients"] == found  # alpha and scales are 1
+    page = write_report([tmp_path / "out" / "run"], tmp_path / "page.html").read_text()
+    assert "the highest mine:score" in page
+    assert "over random mixes of its length" in page
+
+
+def test_a_search_that_was_cut_goes_on_as_if_it_had_not_been(chat_model, method, scorer, tmp_path):
+    problem = problem_of(chat_model, scorer)
+    whole = optimise_persona(problem, method, tmp_path / "whole", searching=SEARCH)
+    short = dataclasses.replace(SEARCH, max_iterations=2)
+    optimise_persona(problem, method, tmp_path / "cut", searching=short)
+    cut = optimise_persona(problem, method, tmp_path / "cut", searching=SEARCH)
+    assert cut.search == whole.search
+    assert cut.fits == whole.fits
+    other = dataclasses.replace(problem, judged_by={"the scorer": "another text"})
+    with pytest.raises(UserError, match="the scorer"):
+        optimise_persona(other, method, tmp_path / "cut", searching=SEARCH)
+
+
+def test_targets_between_the_ends_are_met(chat_model, method, tmp_path):
+    judges = {f"much_{letter}": LetterShare(letter) for letter in LETTERS}
+    targets = Targets({"much_e": 100.0, "much_o": 0.0}, judges, {})
+    problem = problem_of(chat_model, targets, "both", second=targets)
+    result = optimise_persona(problem, method, tmp_path / "out" / "run", searching=SEARCH)
+    assert result.fit_of(result.best).fit.mean > -30
+    assert result.fit_of("none").fit.mean == -50
+    page = write_report([tmp_path / "out" / "run"], tmp_path / "page.html").read_text()
+    assert page.count("<td>much_e</td>") == 2  # by both judges
+    assert "over the unsteered model" in page
+    assert "by letters " in page
+
+
+def test_a_trait_is_scored_on_its_own_questions():
+    judges = {letter: LetterShare(letter) for letter in LETTERS}
+    asked = {"e": frozenset(["E?", "both?"]), "o": frozenset(["O?", "both?"])}
+    targets = Targets({"e": 50.0, "o": 25.0}, judges, asked)
+    said = [Exchange(question, "eeoo") for question in ("E?", "O?", "both?", "neither?")]
+    scores = [each.score for each in targets.judge(said, "value")]
+    assert scores == [0.0, -25.0, -12.5, -12.5]
+    assert [each.question for each in judges["e"].asked] == ["E?", "both?", "neither?"]
+    (unscored,) = targets.judge([Exchange("both?", "")], "value")
+    assert (unscored.score, unscored.reason) == (None, "no score of e")
+    with pytest.raises(UserError, match=r"target of e .* got 130"):
+        checked_targets({"e": 130.0})
+
+
+def test_constraints_come_before_the_value(chat_model, method, scorer, tmp_path):
+    """Every "e" costs coherence, and strength costs divergence: the best keeps both limits."""
+    free = objective_of(
+        problem_of(chat_model, scorer),
+        speaker_of(problem_of(chat_model, scorer), method),
+        PROMPTS.train,
+        ObjectiveOptions(max_kl=100.0),
+    )
+    mixes = [Coefficients(LETTERS, values) for values in ((3.0, -2.0), (0.25, 0.0), (0.0, 0.0))]
+    loud, quiet, off = free(mixes, 1)
+    assert loud.value > quiet.value
+    bank = method.directions
+    same = on_own_answers(chat_model, bank, PROMPTS.train)
+    for mix in mixes[:2]:
+        generation = GenerationOptions(max_new_tokens=40)
+        problem = dataclasses.replace(problem_of(chat_model, scorer), generation=generation)
+        goal = objective_of(
+            problem, speaker_of(problem, method), PROMPTS.train, ObjectiveOptions(max_kl=100.0)
+        )
+        (measured,) = goal([mix], 1)
+        (expected,) = same.of([mix.as_dict()])
+        assert measured.details["kl"] == pytest.approx(expected["mean"], rel=1e-4)
+    assert off.details["kl"] == 0
+    limits = ObjectiveOptions().constrained(
+        [f"kl<={loud.details['kl'] / 4:.4f}nat", "coherence >= 80"]
+    )
+    assert limits.violation(80.0, None, 1.1 * limits.max_kl) == pytest.approx(10.0)
+    problem = problem_of(chat_model, scorer, coherence=Even(loss=2.0))
+    result = optimise_persona(
+        problem, method, tmp_path / "out" / "run", searching=SEARCH, objective=limits
+    )
+    best = result.search.best
+    assert best.value > 0
+    assert best.violation == 0
+    assert best.details["kl"] <= limits.max_kl
+    assert best.details["coherence"] >= 80
+    assert result.fit_of("none").feasible == 1.0
+    held_out = result.fit_of(result.best)
+    assert held_out.feasible == float(held_out.kl <= limits.max_kl)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("coherence<=80", "coherence>=80"),
+        ("kl<=0.1", "kl<=0.1nat"),
+        ("kl>=0.1nat", "kl<=0.1nat"),
+        ("humour>=3", "humour>=3"),
+        ("coherence", "there are coherence"),
+        ("kl<=0nat", "above 0"),
+        ("coherence>=180", "between 0 and 100"),
+    ],
+)
+def test_a_constraint_that_there_is_not_is_named(text, words):
+    with pytest.raises(UserError, match=words):
+        ObjectiveOptions().constrained([text])
+    with pytest.raises(UserError, match="twice"):
+        ObjectiveOptions().constrained(["kl<=1nat", "kl<=2nat"])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return [len(a) for a in answers][:-1]", "gave 1 scores for 2 answers"),
+        ("return 3", "gave 3 for 2 answers"),
+        ("return 'ab'", "gave 'ab' for 2 answers"),
+        ("return [1.0, float('nan')]", "gave nan to the answer 'B'"),
+        ("return [1.0, '7']", "gave '7' to the answer"),
+        ("return [1 / len(q) for q in ('', '')]", r"ZeroDivisionError.*\(line 2\)"),
+    ],
+)
+def test_a_function_that_fails_is_named(tmp_path, body, words):
+    (tmp_path / "mine.py").write_text(f"def score(questions, answers):\n    {body}\n")
+    scorer = Scorer.load(f"{tmp_path}/mine.py:score")
+    with pytest.raises(UserError, match=rf"mine.py:score.*{words}"):
+        scorer.judge([Exchange("a", "A"), Exchange("b", "B")])
+
+
+def test_a_function_may_leave_an_answer_unscored(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n\n@dataclass\nclass N:\n    n: 'int'\n\n"
+        "def score(questions, answers):\n    return [None, len(questions[1])]\n"
+    )
+    scorer = Scorer.load(f"{tmp_path}/mine.py:score")
+    first, second = scorer.judge([Exchange("a", "A"), Exchange("bb", "B")])
+    assert (first.score, first.reason) == (None, "mine:score gave no score")
+    assert second.score == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "words"),
+    [
+        ("mine.py", "", 'as in "my.py:score"'),
+        ("other.py:score", "", "other.py does not exist"),
+        ("mine.py:score", "x = 1", "no function 'score'"),
+        ("mine.py:x", "x = 1", "no function 'x'"),
+        ("mine.py:score", "import nothing_of_that_name", r"ModuleNotFoundError.*\(line 1\)"),
+        ("mine.py:score", "def score(:", "mine.py cannot be run: SyntaxError"),
+    ],
+)
+def test_a_file_without_a_function_is_named(tmp_path, monkeypatch, text, source, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(UserError, match=words):
+        Scorer.load(text)
+
+
+def test_questions_of_traits_stand_in_turn(tmp_path):
+    def trait(name, train, held_out):
+        questions = {"extract": train, "eval": held_out, "ood": ()}
+        return Trait(name, "", (), questions, "", tmp_path)
+
+    found = prompts_of([trait("a", ("1", "2", "3"), ("7", "2")), trait("b", ("4", "1"), ("8",))])
+    assert (found.train, found.held_out) == (("1", "4", "2", "3"), ("7", "8"))
+    with pytest.raises(UserError, match="c has no eval questions"):
+        prompts_of([trait("c", ("1",), ())])
