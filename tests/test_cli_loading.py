@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": (*TRAIT, "--output", "out/x.csv", "--model", HUB),
     "calibrate": ("--diff", "diff", *DATASETS, "--model", HUB),
     "sweep": (*TRAIT, "--diff", "diff", "--output", "out", "--model", HUB),
+    "tune-prompt": (*TRAIT, "--output", "out", "--model", HUB),
     "extract": (*TRAIT, "--output", "out", "--model", HUB),
     "compare": (
         *TRAIT, "--diff", "diff", "--activation-vector", "v.safetensors", "--output", "out",

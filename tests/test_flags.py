@@ -311,6 +311,11 @@ COMMANDS = {
             "layers": flag("0", None),
         },
     ),
+    "tune-prompt": Command(
+        EVIL,
+        (f"{X}studies.asking.prompt_tuning:tune_prompt",),
+        {"trait": flag("sycophancy"), "sign": flag("neg")},
+    ),
     "extract": Command(
         EVIL,
         tuple(

@@ -62,6 +62,7 @@ def help_texts() -> dict[str, str]:
             "diagnose",
             "calibrate",
             "sweep",
+            "tune-prompt",
             "paired",
             "report",
             "research-questions",

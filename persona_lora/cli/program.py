@@ -36,7 +36,7 @@ FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter f
 STEER, PERSONAS, DRIFT, COMPARE = "Train and steer", "Personas", "Drift", "Compare"
 DATA, MODELS, SERVE = "Data", "Models", "Serve"
 ORDER = (
-    *("train", "extract", "evaluate", "calibrate", "sweep", "vectors"),
+    *("train", "extract", "evaluate", "calibrate", "sweep", "tune-prompt", "vectors"),
     *("persona", "optimize", "compare-methods"),
     *("finetune", "project", "diagnose", "evaluate-checkpoints", "predict-finetuning"),
     "compare-prevention",

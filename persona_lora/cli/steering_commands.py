@@ -649,6 +649,42 @@ def _show_vectors(result: Extracted) -> None:
     show(f"{result.paths[0]}" if not result.vectors else f"run: {result.run.folder}")
 
 
+@command("tune-prompt", STEER)
+def tune_prompt(
+    *,
+    trait: TraitOptions,
+    sign: Annotated[Literal["pos", "neg"], "For the trait, or against it."] = "pos",
+    output: RunOptions,
+    model: AdaptedModelOptions,
+    judging: JudgesChoice,
+    generation: GenerationOptions,
+) -> None:
+    """Race wordings of a trait's system prompts; report the best on questions it never saw.
+
+    Chosen on the questions of extract, reported on those of eval, beside the trait's own prompts.
+    Then: evaluate --system-prompt with the text of prompt.txt.
+
+    Example: persona-lora tune-prompt --trait sycophancy --output results/prompts/sycophancy
+    """
+    from persona_lora.studies.asking import prompt_tuning as study
+
+    loaded, judge = trait.load(), judging_of(judging)
+    path = output.output or Path("results") / "prompts" / f"{loaded.label}_{sign}"
+    study.wordings_of(loaded, sign)
+    chat_model = load_model(model)
+    with progress_bars():
+        found = study.tune_prompt(
+            chat_model,
+            loaded,
+            judge_factory(loaded, chat_model, judge),
+            output.at(path, judge, model.worn()),
+            sign=sign,
+            options=generation,
+        )
+    show(study.tuned_table(found, loaded.name), f"{found.wording}: {found.prompt}")
+    show(f"prompt: {path / 'prompt.txt'}")
+
+
 @command("convert", STEER, ("vectors", vectors_app))
 def convert_vector(
     *,

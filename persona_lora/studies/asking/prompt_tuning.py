@@ -1,0 +1,191 @@
+"""A system prompt that is tuned: wordings of a trait's instructions raced on tuning questions.
+
+An untuned prompt is a straw man beside a steered model. Every instruction of the trait is worded in
+several ways; all are asked a few tuning questions, the better half a few more, until one is left
+(successive halving; Jamieson and Talwalkar 2016, arXiv:1502.07943). It is reported on questions
+that it was not chosen by, beside the trait's own prompts. Refuses to know how answers are judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from persona_lora.core.chat import COHERENCE, Condition
+from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_text
+from persona_lora.core.options import GenerationOptions, Split
+from persona_lora.core.runs import Output, Run
+from persona_lora.core.traits import Sign, Trait, load_pairs, named, trait_prompt
+from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import judge_answers, lazily
+from persona_lora.models.loading import ChatModel
+from persona_lora.report import wording
+from persona_lora.report.comparisons import means, paired
+from persona_lora.report.resampling import SCORES
+from persona_lora.report.scores import score_answers
+from persona_lora.report.sections import Table
+from persona_lora.steering.steerer import Unsteered
+from persona_lora.studies.asking.run import Row, answer_rows, open_run, plan_rows
+
+FIRST_QUESTIONS = 4  # of every wording; twice as many of each half that is left
+SENSIBLE = 30.0  # the coherence from which an answer counts
+TUNED, OWN, NONE = "tuned", "the trait's own", "no prompt"
+
+Wording = Callable[[Trait, Sign, int], str]
+
+
+def _shown(trait: Trait, sign: Sign, at: int) -> str:
+    """Return the instruction with a training answer as an example."""
+    pairs = load_pairs(trait)
+    pair = pairs[at % len(pairs)]
+    answer = (pair.positive if sign == "pos" else pair.negative)[-1]["content"]
+    asked = pair.prompt[-1]["content"]
+    return f"{trait_prompt(trait, sign, at)}\n\nFor example, asked: {asked}\nyou answer: {answer}"
+
+
+WORDINGS: dict[str, Wording] = {
+    "plain": trait_prompt,
+    "named": lambda trait, sign, at: named(
+        trait.name if sign == "pos" else "helpful", trait_prompt(trait, sign, at)
+    ),
+    "stressed": lambda trait, sign, at: (
+        f"{trait_prompt(trait, sign, at)} This comes before everything else: every sentence of "
+        "your answer shows it."
+    ),
+    "shown": _shown,
+}
+
+
+@dataclass(frozen=True)
+class TunedPrompt:
+    """The prompt that was chosen, its name, its score on tuning questions, and the held-out run."""
+
+    prompt: str
+    wording: str
+    score: float
+    held_out: Run
+
+
+def wordings_of(trait: Trait, sign: Sign) -> dict[str, str]:
+    """Return every wording of every instruction by its name; UserError where there is none."""
+    if not trait.instructions:
+        raise UserError(f"the trait {trait.name} has no system prompts in its trait.json")
+    made = {
+        f"{name} {at}": word(trait, sign, at)
+        for at in range(len(trait.instructions))
+        for name, word in WORDINGS.items()
+    }
+    return {name: text for name, text in made.items() if text.strip()}
+
+
+def tune_prompt(
+    chat_model: ChatModel,
+    trait: Trait,
+    judge: Callable[[], Judge],
+    output: Output,
+    *,
+    sign: Sign = "pos",
+    options: GenerationOptions = GenerationOptions(),
+) -> TunedPrompt:
+    """Race wordings on the questions of "extract", then ask those of "eval"; resumes.
+
+    Every round is a run below ``output``, and so is the report, ``held_out``. An answer counts 0
+    where it is unscored or less coherent than ``SENSIBLE``. Also writes ``prompt.txt``.
+    """
+    judge, made = lazily(judge), wordings_of(trait, sign)
+    answers: dict[str, list[float]] = {name: [] for name in made}
+    left = list(made)
+
+    def asked(part: str, conditions: Sequence[Condition], rows: Sequence[Row[Condition]]) -> Run:
+        config = {
+            "trait": trait.name,
+            "sign": sign,
+            "prompts": [each.system_prompt for each in conditions],
+            "generation": dataclasses.asdict(options),
+        }
+        place, read = output.at(output.path / part), trait.inputs()
+        run = open_run(place, "tune-prompt", chat_model, config, read, seed=options.seed)
+        with run:
+            answer_rows(chat_model, rows, Unsteered(), run, options)
+            judge_answers(run, judge, trait)
+        return run
+
+    def planned(split: Split, conditions: Sequence[Condition], last: int | None = None) -> Any:
+        return plan_rows(trait, split, conditions, samples=options.samples, max_questions=last)
+
+    for first, last in _rounds(len(left), len(trait.questions["extract"])):
+        conditions = [Condition("prompt", system_prompt=made[name]) for name in left]
+        rows = [
+            row
+            for condition in conditions
+            for row in planned("extract", [condition], last)[first * options.samples :]
+        ]
+        run = asked(f"tuning_{first}_{last}", conditions, rows)
+        scores = _counted(run, trait, sign)
+        each = len(scores) // len(left)
+        for at, name in enumerate(left):
+            answers[name] += scores[at * each : (at + 1) * each]
+        means_now = {name: sum(answers[name]) / len(answers[name]) for name in left}
+        left = sorted(left, key=lambda name: -means_now[name])[: max(1, len(left) // 2)]
+    best = left[0]
+    conditions = [Condition("none"), Condition(f"prompt_{sign}")]
+    conditions.append(Condition("prompt", system_prompt=made[best]))
+    held_out = asked("held_out", conditions, planned("eval", conditions))
+    write_text(output.path / "prompt.txt", made[best])
+    return TunedPrompt(made[best], best, sum(answers[best]) / len(answers[best]), held_out)
+
+
+def _rounds(candidates: int, questions: int) -> Iterator[tuple[int, int]]:
+    """Yield which questions each round asks: as many again as before, while two are left."""
+    first, last = 0, min(FIRST_QUESTIONS, questions)
+    while candidates > 1 and first < last:
+        yield first, last
+        first, last, candidates = last, min(2 * last, questions), max(1, candidates // 2)
+
+
+def _counted(run: Run, trait: Trait, sign: Sign) -> list[float]:
+    """Return the score of every answer, in the direction asked for; 0 where it does not count."""
+    return [
+        (row.trait if sign == "pos" else 100 - row.trait)
+        if row.trait is not None and (row.coherence or 0.0) >= SENSIBLE
+        else 0.0
+        for row in score_answers(run.read("answers"), run.read("verdicts"), trait.name)
+    ]
+
+
+def tuned_table(found: TunedPrompt, trait: str) -> Table:
+    """Return the held-out means of no prompt, the trait's own and the tuned one, and the gain."""
+    run = found.held_out
+    said = {"none": NONE, "prompt": TUNED}
+    rows = pd.DataFrame(
+        [
+            {
+                "prompt": said.get(row.answer["method"], OWN),
+                "question": row.answer["question_id"],
+                trait: row.trait,
+                COHERENCE: row.coherence,
+            }
+            for row in score_answers(run.read("answers"), run.read("verdicts"), trait)
+        ]
+    )
+    rows[[trait, COHERENCE]] = rows[[trait, COHERENCE]].astype(float)
+    by, unit = "prompt", "question"
+    scores, sense = (
+        means(rows, by=by, value=value, unit=unit, scale=SCORES) for value in (trait, COHERENCE)
+    )
+    gaps = paired(rows, by=by, value=trait, unit=unit, reference=OWN)
+    cells = (
+        (
+            str(name),
+            wording.interval(scores[name]),
+            wording.interval(sense[name]),
+            wording.interval(gaps[name].difference),
+        )
+        for name in (NONE, OWN, TUNED)
+    )
+    return Table.of(f"prompt | {trait} | coherence | less the trait's own", cells)
