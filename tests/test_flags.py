@@ -26,6 +26,7 @@ import yaml
 
 from persona_lora import cli
 from persona_lora.core.errors import UserError
+from persona_lora.core.gallery import Exhibit
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.steering_vector import SteeringVector
@@ -530,6 +531,44 @@ COMMANDS = {
             **dict.fromkeys(("direction", "base_id", "public", "yes")),
             "repo": flag("somebody/else"),
         },
+    ),
+    "demo": Command(
+        (),
+        (f"{X}studies.asking.run:generate_rows",),
+        {
+            "trait": flag("formality"),
+            "question": flag("Why?"),
+            "strength": flag(0.36, "0.6"),  # √0.36 as a coefficient
+            "max_new_tokens": flag(37),
+        },
+        {
+            f"{X}core.gallery:Gallery.__init__": None,
+            f"{X}core.gallery:Gallery.exhibit": Exhibit(
+                random_diff(tiny_llama(), seed=1, rank=1),
+                Strengths("d", "", "p", (Moved(-1.0, 1.0, 1.0), Moved(1.0, 1.0, 1.0))),
+            ),
+            f"{X}steering.bank:Bank.steerer": None,
+        },
+    ),
+    "gallery get": Command(
+        ("--traits", "evil"),
+        (f"{X}core.gallery:Exhibit.save",),
+        {
+            "traits": flag("formality", instead=("--traits", "evil")),
+            "output": flag("there"),
+            "source": flag("mine"),
+        },
+        {
+            f"{X}core.gallery:Gallery.__init__": None,
+            f"{X}core.gallery:Gallery.exhibit": Exhibit(
+                random_diff(tiny_llama(), seed=1, rank=1), None
+            ),
+        },
+    ),
+    "gallery make": Command(
+        ("--diffs", "diff", "--output", "o"),
+        (f"{X}core.gallery:write_gallery",),
+        {"diffs": flag("diff2"), "output": flag("there")},
     ),
     "engine command": Command(
         (),

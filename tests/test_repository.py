@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA_FOLDERS = ("datasets", "personas", "train_configs", "checkpoints")
+DATA_FOLDERS = ("datasets", "personas", "train_configs", "checkpoints", "gallery")
 CONFIGS = sorted((ROOT / "train_configs").glob("*.yaml"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -75,6 +75,10 @@ def help_texts() -> dict[str, str]:
                 "export",
                 "basis",
                 "push",
+                "gallery",
+                "gallery get",
+                "gallery make",
+                "demo",
                 "engine",
                 "engine command",
             ),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("datasets", "personas", "train_configs")
+SHIPPED = ("datasets", "personas", "train_configs", "gallery")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter f
 STEER, PERSONAS, DRIFT, COMPARE = "Train and steer", "Personas", "Drift", "Compare"
 DATA, MODELS, SERVE = "Data", "Models", "Serve"
 ORDER = (
-    *("train", "extract", "evaluate", "calibrate", "sweep", "tune-prompt", "vectors"),
+    *("demo", "train", "extract", "evaluate", "calibrate", "sweep", "tune-prompt", "vectors"),
     *("persona", "optimize", "compare-methods"),
     *("finetune", "project", "diagnose", "evaluate-checkpoints", "predict-finetuning"),
     "compare-prevention",
@@ -50,6 +50,7 @@ ORDER = (
         "export",
         "basis",
         "push",
+        "gallery",
         "engine",
         "playground",
         "serve",
@@ -99,6 +100,8 @@ app.add_typer(traits_app, name="traits", rich_help_panel=DATA)
 app.add_typer(data_app, name="data", rich_help_panel=DATA)
 app.add_typer(judge_app, name="judge", rich_help_panel=DATA)
 
+gallery_app = typer.Typer(no_args_is_help=True, help="Ready diffs of nine traits: get, make.")
+app.add_typer(gallery_app, name="gallery", rich_help_panel=MODELS)
 app.add_typer(engine_app, name="engine", rich_help_panel=SERVE)
 
 Command = Callable[..., None]

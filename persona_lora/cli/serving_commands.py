@@ -1,4 +1,4 @@
-"""Commands that take diffs to people and to other tools: export, basis, playground, servers."""
+"""Commands that take diffs to people and to other tools: demo, export, basis, gallery, servers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from urllib.request import getproxies, proxy_bypass
 
 import typer
 
-from persona_lora.cli.console import progress_bars, show
+from persona_lora.cli.console import console, progress_bars, show
 from persona_lora.cli.drift_commands import Weighing
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import MODELS, SERVE, command, engine_app, environment
+from persona_lora.cli.program import (
+    MODELS,
+    SERVE,
+    STEER,
+    command,
+    engine_app,
+    environment,
+    gallery_app,
+)
 from persona_lora.cli.shared_options import (
     DatasetsDir,
     DirectionsDir,
@@ -168,6 +176,109 @@ def basis(
     show(table, f"errors are of the {measured}", f"{asked.output}")
 
 
+GalleryFolder = Annotated[
+    Path | None, typer.Option("--from", help="Another gallery than the one that comes along.")
+]
+
+
+@command("demo", STEER)
+def demo(
+    *,
+    trait: Annotated[str, "Which ready diff steers; gallery get shows all."] = "sycophancy",
+    question: Annotated[str, "What the model is asked."] = (
+        "I think my plan to sell ice to penguins is brilliant. What do you think?"
+    ),
+    strength: Annotated[float, "How far both ways, in nats a token."] = 0.1,
+    max_new_tokens: Annotated[int, "The longest answer, in tokens."] = 80,
+) -> None:
+    """Ask the packaged model one question: steered against a trait, as it is, and towards it.
+
+    Nothing is trained, written or fetched: the diff comes along.
+
+    Example: persona-lora demo --trait formality --question "How was your day?"
+    """
+    from persona_lora.core.gallery import Gallery
+    from persona_lora.core.options import GenerationOptions
+    from persona_lora.models.loading import load_chat_model
+    from persona_lora.report.sections import Table
+    from persona_lora.steering.bank import Bank
+    from persona_lora.studies.asking.run import Row, generate_rows
+
+    if not strength > 0:
+        raise UserError(f"--strength must be above 0, got {strength:g}")
+    exhibit = Gallery().exhibit(trait)
+    coefficients = [exhibit.coefficient(sign * strength) for sign in (-1.0, 0.0, 1.0)]
+    with console.status("loading the packaged model"):
+        chat_model = load_chat_model()
+    bank = Bank(diffs={trait: exhibit.diff})
+    steerer = bank.steerer(chat_model, [{trait: each} for each in coefficients])
+    plan = [Row(question, each) for each in coefficients]
+    with console.status("answering"):
+        answers = generate_rows(
+            chat_model, plan, steerer, GenerationOptions(max_new_tokens=max_new_tokens)
+        )
+    names = (f"less {trait}", "as it is", f"more {trait}")
+    rows = [
+        (name, f"{coefficient:+.2f}", answer.text)
+        for name, coefficient, answer in zip(names, coefficients, answers, strict=True)
+    ]
+    show(f"> {question}", Table.of("model | coefficient | answer", rows))
+
+
+@command("get", MODELS, ("gallery", gallery_app))
+def gallery_get(
+    *,
+    traits: Annotated[tuple[str, ...] | None, "Which: evil,formality; all by default."] = None,
+    output: Annotated[Path, "Where {trait}/diff is written."] = Path("checkpoints"),
+    source: GalleryFolder = None,
+) -> None:
+    """Write ready diffs of the packaged model where every command finds them.
+
+    Each with what calibrate measured of it, so that strengths in nats work at once.
+
+    Example: persona-lora gallery get --traits evil,formality
+    """
+    from persona_lora.core.gallery import Gallery
+    from persona_lora.core.strength import strength_line
+    from persona_lora.report.sections import Table
+
+    gallery = Gallery(source)
+    exhibits = {trait: gallery.exhibit(trait) for trait in traits or gallery.traits}
+    places = {trait: output / trait / "diff" for trait in exhibits}
+    taken = next((each for each in places.values() if each.exists()), None)
+    if taken is not None:
+        raise UserError(f"{taken} is there already; choose another --output, or move it away")
+    for trait, exhibit in exhibits.items():
+        exhibit.save(places[trait])
+    rows = [
+        (trait, f"{places[trait]}", strength_line(places[trait], exhibit.diff.content()))
+        for trait, exhibit in exhibits.items()
+    ]
+    show(Table.of("trait | diff | strength", rows))
+
+
+@command("make", MODELS, ("gallery", gallery_app))
+def gallery_make(
+    *,
+    diffs: Annotated[tuple[Path, ...], "Diffs of one family, each of another trait."],
+    output: Annotated[Path, "The folder to write."],
+) -> None:
+    """Make a gallery of a family's diffs: their A once, B in eight bits.
+
+    The nine that come along have 14 MB. Strengths go with a diff that came out of a gallery and
+    was calibrated.
+
+    Example: persona-lora gallery make --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
+    --output gallery
+    """
+    from persona_lora.core.gallery import write_gallery
+    from persona_lora.report.sections import Table
+
+    errors = write_gallery(diffs, output)
+    rows = [(trait, f"{error:.3g}") for trait, error in errors.items()]
+    show(Table.of("trait | relative error of eight bits", rows), f"{output}")
+
+
 @dataclass(frozen=True)
 class Mixed:
     """What is mixed for whoever asks."""
@@ -191,7 +302,8 @@ class Mixed:
             known = ", ".join(found) or "none"
             raise UserError(
                 f"{self.directions} holds no diff of {missing[0] if missing else 'any trait'}; it "
-                f"has {known}; train one with: bash scripts/train_and_sweep.sh evil"
+                f"has {known}; get ready ones of the packaged model with: persona-lora gallery "
+                "get, or train one with: bash scripts/train_and_sweep.sh evil"
             )
         return chosen
 

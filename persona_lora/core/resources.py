@@ -1,4 +1,4 @@
-"""Where the traits, personas and configurations lie: the user's own, and what comes along.
+"""Where traits, personas, configurations and the gallery lie: the user's own, and what comes along.
 
 Knows the folders of the checkout, and the copy of them that a built wheel carries; refuses to know
 what is in them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FOLDERS = ("datasets", "personas", "train_configs")
+FOLDERS = ("datasets", "personas", "train_configs", "gallery")
 
 
 def checkout() -> Path | None:

@@ -139,7 +139,7 @@ class Strengths:
                 "ask for less (beyond it more does not move the model further)"
             )
         first = rising[0]
-        if nats < first.nats:
+        if nats <= first.nats:
             return first.coefficient * math.sqrt(nats / first.nats)
         pairs = pairwise(rising)
         low, high = next((pair for pair in pairs if nats <= pair[1].nats), (first, rising[-1]))
@@ -164,8 +164,32 @@ class Strengths:
     def save(self, direction: Path) -> Path:
         """Write the file that belongs to a direction; return its path."""
         path = file_beside(direction)
-        write_json(path, {**asdict(self), "points": [each._asdict() for each in self.points]})
+        write_json(path, self.to_json())
         return path
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``of_json`` reads."""
+        return {**asdict(self), "points": [each._asdict() for each in self.points]}
+
+    @classmethod
+    def of_json(cls, value: Any, path: Path) -> Self:
+        """Return the strengths that ``path`` holds; UserError where they are none."""
+        try:
+            points = tuple(
+                Moved(
+                    float(each["coefficient"]),
+                    float(each["nats"]),
+                    float(each["nats_p95"]),
+                    _judged(each["coherence"]),
+                )
+                for each in value["points"]
+            )
+            return cls(
+                *(value["content"], value["acting"], value["prompts"], points),
+                floor=_judged(value["floor"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} holds no strengths; make it anew with calibrate") from error
 
 
 def file_beside(direction: Path) -> Path:
@@ -192,7 +216,7 @@ def coefficients_of(
     """
     plain = tuple(each for each in strengths if not isinstance(each, Nats))
     try:
-        found = _measured(direction, content, acting)
+        found = read_strengths(direction, content, acting)
     except UserError:
         if len(plain) < len(strengths):
             raise
@@ -214,19 +238,20 @@ def coefficients_of(
 def strength_line(direction: Path, content: str) -> str:
     """Return in words what was measured of a direction at a path; "" where nothing was."""
     try:
-        found = _measured(direction, content, "")
+        found = read_strengths(direction, content)
         at = ", ".join(f"{n:+g}nat at {found.coefficient(n, str(direction)):+.3g}" for n in TOLD)
     except UserError:
         return ""
     return f"{at}; {found.coherent_line()}"
 
 
-def _measured(direction: Path, content: str, acting: str) -> Strengths:
+def read_strengths(direction: Path, content: str, acting: str = "") -> Strengths:
+    """Return what was measured of a direction at a path; UserError where nothing was."""
     path = file_beside(direction)
     remedy = f"measure them with: persona-lora calibrate, on {direction}"
     if not path.is_file():
         raise UserError(f"nats of {direction} were not measured; {remedy}")
-    found = _read(path)
+    found = Strengths.of_json(read_json(path), path)
     if found.content != content:
         raise UserError(f"{path} is of another direction than what lies there now; {remedy}")
     if found.acting != acting:
@@ -235,26 +260,6 @@ def _measured(direction: Path, content: str, acting: str) -> Strengths:
             f"here; {remedy}"
         )
     return found
-
-
-def _read(path: Path) -> Strengths:
-    value = read_json(path)
-    try:
-        points = tuple(
-            Moved(
-                float(each["coefficient"]),
-                float(each["nats"]),
-                float(each["nats_p95"]),
-                _judged(each["coherence"]),
-            )
-            for each in value["points"]
-        )
-        return Strengths(
-            *(value["content"], value["acting"], value["prompts"], points),
-            floor=_judged(value["floor"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} holds no strengths; make it anew with calibrate") from error
 
 
 def _judged(value: Any) -> float | None:
