@@ -150,6 +150,7 @@ def test_every_command_shows_an_example(help_texts):
         if command not in (
             "data",
             "engine",
+            "gallery",
             "persona",
             "project",
             "traits",
