@@ -291,6 +291,7 @@ COMMANDS = {
             "prompts": flag("said.json", None, instead=("--scorer", "mine.py:score")),
             "constraint": flag("kl<=0.37nat", 0.37),
             "method": flag("svd"),
+            "by": flag("layers"),
             "search": flag("random"),
             "layers": flag("0", None, "--method svd"),
             "max_evaluations": flag(37),
@@ -1010,6 +1011,7 @@ USELESS = {
         "--search random --inject weights.json",
         "--num-prompts 1 --race",
         "--prompts said.json",
+        "--method svd --by layers",
         "--min-coherence 80 --constraint coherence>=70",
     ),
     "compare-methods": (

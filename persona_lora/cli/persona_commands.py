@@ -209,12 +209,20 @@ class Searched:
         "cmaes"
     )
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
+    by: Annotated[
+        Literal["trait", "layers", "modules"],
+        "A coefficient for each trait, or for each third of its layers or kind of block.",
+    ] = "trait"
     engine: Engines = ()
 
     def check(self) -> None:
         """UserError for options that the method or the search does not use."""
         EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
+        if self.method != "lora":
+            refuse_useless("by", f"with --method {self.method}, whose vectors are not cut")
         if self.engine:
+            if self.by != "trait":
+                raise UserError("an engine holds whole diffs; leave --engine or --by out")
             refuse_useless("energy", "with --engine: cut its basis (persona-lora basis --energy)")
         if self.method == "lora":
             refuse_useless("layers", "with --method lora, which acts in all layers of its diff")
@@ -272,7 +280,8 @@ def optimize(
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
     name = sought.persona_id or name_of_goal(wanted, scorer)
     method, folder = searched.method, output.output
-    suffix = "" if searched.search == "cmaes" else f"_{searched.search}"
+    parts = "" if searched.by == "trait" else f"_{searched.by}"
+    suffix = parts if searched.search == "cmaes" else f"{parts}_{searched.search}"
     engine = EngineOptions(searched.engine)
     written = output.at(folder / f"{name}_{method}{suffix}", record=engine.record())
     if wanted and bench.traits is None:
@@ -280,6 +289,7 @@ def optimize(
     opened = bench.open(
         *(model, generation, sought.judging(judging)), prompts=prompts, datasets=sought.datasets_dir
     )
+    opened.by = searched.by
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
             if sought.persona_id is not None:
@@ -289,7 +299,7 @@ def optimize(
                 layers=bench.layers_of(opened),
                 alpha=bench.alpha,
                 searcher=searched.search,
-                cache=folder / "scales" / f"{method}.json",
+                cache=folder / "scales" / f"{method}{parts}.json",
             )
             held = [diff for each in chosen for diff in each.directions.directions]
             elsewhere = engine.open(opened.chat_model, held)

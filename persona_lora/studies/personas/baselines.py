@@ -6,12 +6,14 @@ Knows names and folders; refuses to know how mixes of the directions are searche
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.lora_diff import LoRADiff, layer_number
 from persona_lora.core.vector_files import load_vector
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
@@ -19,6 +21,8 @@ from persona_lora.studies.read_seeds import diffs_of_seeds
 
 LORA, RANDOM = "lora", "random"
 NEIGHBOURS = 1
+BANDS = 3  # of layers
+By = Literal["trait", "layers", "modules"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Wanted:
 
     ``layers`` are those that vectors act at; ``energy`` is the share of the squared norm that the
     rank of diffs is cut to, None for all of it; ``trained`` names their training seed ("seed0"),
-    where there are several.
+    where there are several. ``by`` cuts every diff into bands of layers, or into what it changes in
+    each kind of block, as directions of their own: "evil@0-9", "evil@mlp". Traits may be such too.
     """
 
     traits: Sequence[str]
@@ -35,17 +40,47 @@ class Wanted:
     layers: Sequence[int] = ()
     energy: float | None = None
     trained: str = ""
+    by: By = "trait"
 
 
 def lora_diffs(wanted: Wanted) -> Bank:
     """Load ``{folder}/{trait}/diff`` of every trait, or the diff of one training seed."""
-    diffs = {
-        trait: LoRADiff.load(found(wanted.folder / trait / wanted.trained / "diff", trait))
-        for trait in wanted.traits
-    }
+    diffs = {}
+    for name in wanted.traits:
+        trait, _, part = name.partition("@")
+        whole = LoRADiff.load(found(wanted.folder / trait / wanted.trained / "diff", trait))
+        for own in [part] if part else parts_of(whole, wanted.by):
+            diffs[f"{trait}@{own}" if own else trait] = part_of(whole, own) if own else whole
     if wanted.energy is not None:
         diffs = {trait: diff.compress(energy=wanted.energy).diff for trait, diff in diffs.items()}
     return bank_of_diffs(diffs, energy=wanted.energy)
+
+
+def parts_of(diff: LoRADiff, by: By) -> list[str]:
+    """Return the names of what a diff is cut into: bands "0-9" …, blocks "mlp" …, or "" for all."""
+    if by == "trait":
+        return [""]
+    if by == "modules":
+        return sorted({_block(module) for module in diff.factors})
+    layers = sorted({at for module in diff.factors if (at := layer_number(module)) is not None})
+    edges = sorted({round(len(layers) * at / BANDS) for at in range(BANDS + 1)})
+    return [f"{layers[low]}-{layers[high - 1]}" for low, high in pairwise(edges)]
+
+
+def part_of(diff: LoRADiff, part: str) -> LoRADiff:
+    """Return a diff in a band of layers "0-9", or in one kind of block; UserError for no such."""
+    first, _, last = part.partition("-")
+    if first.isdigit() and last.isdigit():
+        return diff.at(range(int(first), int(last) + 1))
+    kept = {module: each for module, each in diff.factors.items() if _block(module) == part}
+    if not kept:
+        blocks = parts_of(diff, "modules")
+        raise UserError(f"the diff changes nothing in {part!r}; {nearest_names(part, blocks)}")
+    return replace(diff, factors=kept)
+
+
+def _block(module: str) -> str:
+    return module.split(".")[-2]
 
 
 def trainings(method: str, folder: Path, traits: Sequence[str]) -> tuple[str, ...]:
@@ -107,6 +142,7 @@ def load_directions(
     *,
     energy: float | None = None,
     trained: str = "",
+    by: By = "trait",
 ) -> Bank:
     """Load one direction per trait.
 
@@ -118,7 +154,7 @@ def load_directions(
         raise UserError(f"no method {method!r}; {nearest_names(method, known)}")
     if energy is not None and method != LORA:
         raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
-    return known[method](Wanted(tuple(traits), folder, tuple(layers), energy, trained))
+    return known[method](Wanted(tuple(traits), folder, tuple(layers), energy, trained, by))
 
 
 def directions_of(method: str) -> str:

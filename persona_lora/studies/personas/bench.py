@@ -67,6 +67,8 @@ from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.steering.bank import Bank, warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import (
+    LORA,
+    By,
     default_layers,
     directions_of,
     load_directions,
@@ -167,6 +169,7 @@ class PersonaBench:
     processes: Processes = field(default_factory=Processes)
     energy: float | None = None
     report_judge: str | None = None
+    by: By = "trait"
     _voices: dict[tuple[str, str], Voices] = field(default_factory=dict, init=False, repr=False)
     _seeks_goal: bool = field(default=False, init=False, repr=False)
 
@@ -375,7 +378,10 @@ class PersonaBench:
         found = []
         for trained in trainings(name, self.trait_folder, self.traits):
             bank = load_directions(
-                name, self.traits, self.trait_folder, chosen, energy=energy, trained=trained
+                *(name, self.traits, self.trait_folder, chosen),
+                energy=energy,
+                trained=trained,
+                by=self.by if name == LORA else "trait",
             )
             warn_of_other_template(self.chat_model, bank.directions)
             scales = self._scales(bank, trained, cache)

@@ -10,13 +10,14 @@ import torch
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, mix
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas.baselines import load_directions, part_of, parts_of
 from persona_lora.studies.personas.goals import (
     GoalProblem,
     Scorer,
@@ -199,14 +200,14 @@ def test_constraints_come_before_the_value(chat_model, method, scorer, tmp_path)
     assert loud.value > quiet.value
     bank = method.directions
     same = on_own_answers(chat_model, bank, PROMPTS.train)
-    for mix in mixes[:2]:
+    for each in mixes[:2]:
         generation = GenerationOptions(max_new_tokens=40)
         problem = dataclasses.replace(problem_of(chat_model, scorer), generation=generation)
         goal = objective_of(
             problem, speaker_of(problem, method), PROMPTS.train, ObjectiveOptions(max_kl=100.0)
         )
-        (measured,) = goal([mix], 1)
-        (expected,) = same.of([mix.as_dict()])
+        (measured,) = goal([each], 1)
+        (expected,) = same.of([each.as_dict()])
         assert measured.details["kl"] == pytest.approx(expected["mean"], rel=1e-4)
     assert off.details["kl"] == 0
     limits = ObjectiveOptions().constrained(
@@ -302,3 +303,40 @@ def test_questions_of_traits_stand_in_turn(tmp_path):
     assert (found.train, found.held_out) == (("1", "4", "2", "3"), ("7", "8"))
     with pytest.raises(UserError, match="c has no eval questions"):
         prompts_of([trait("c", ("1",), ())])
+
+
+def test_a_diff_is_searched_by_parts_that_make_up_the_whole(chat_model, make_diff, tmp_path):
+    whole = make_diff(chat_model.model, seed=3)
+    whole.save(tmp_path / "calm" / "diff")
+    for by, names in (("layers", {"0-0", "1-1"}), ("modules", {"mlp", "self_attn"})):
+        bank = load_directions("lora", ["calm"], tmp_path, (), by=by)
+        assert set(bank.names) == {f"calm@{name}" for name in names}
+        summed = mix(dict.fromkeys(bank.diffs.values(), 1.0))
+        assert (summed - whole).norm() == 0
+        again = load_directions("lora", bank.names, tmp_path, ())  # as a result names them
+        assert again.inputs == bank.inputs
+    assert parts_of(deep(10), "layers") == ["0-2", "3-6", "7-9"]
+    with pytest.raises(UserError, match="nothing in layer 2"):
+        part_of(whole, "0-7")
+    with pytest.raises(UserError, match=r"'attn'.*self_attn"):
+        part_of(whole, "attn")
+
+
+def deep(layers):
+    one = LoRAFactors(torch.ones(1, 2), torch.ones(2, 1))
+    factors = {f"model.layers.{at}.mlp.up_proj": one for at in range(layers)}
+    return LoRADiff(factors, BaseModel("tiny", None))
+
+
+def test_where_a_trait_must_act_is_found_by_parts(chat_model, scorer, tmp_path):
+    """The letter is planted in attention alone: its coefficient there is what counts."""
+    diff = planted(chat_model, "e")
+    idle = LoRAFactors(torch.ones(1, 32) * 1e-3, torch.ones(64, 1) * 1e-3)
+    factors = {**diff.factors, "model.layers.1.mlp.up_proj": idle}
+    dataclasses.replace(diff, factors=factors).save(tmp_path / "e" / "diff")
+    bank = load_directions("lora", ["e"], tmp_path, (), by="modules")
+    method = Method("lora", bank, dict.fromkeys(bank.names, 1.0), alpha=1.0)
+    problem = problem_of(chat_model, scorer)
+    result = optimise_persona(problem, method, tmp_path / "out" / "run", searching=SEARCH)
+    assert result.weights.as_dict()["e@self_attn"] > 0.5
+    assert result.fit_of(result.best).difference.mean > 1
