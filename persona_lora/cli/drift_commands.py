@@ -532,20 +532,27 @@ def _adapter(path: Path) -> Path:
     return path / "adapter" if (path / "adapter").is_dir() else path
 
 
+@dataclass(frozen=True)
+class Directions:
+    """What rows are screened along: a vector at a layer, or diffs."""
+
+    vector: Annotated[Path | None, "A steering vector of the trait."] = None
+    diffs: Annotated[
+        tuple[str, ...], "Diffs instead: how each row's gradient pulls along them."
+    ] = ()
+    layers: Annotated[str | None, "The one layer of the vector; about 0.55 deep."] = None
+    threshold: Annotated[float | None, "Flag rows over it; measured on the model by default."] = (
+        None
+    )
+    allow_other_base: OtherBase = False
+
+
 @command("screen", DATA, ("data", data_app))
 def screen_data(
     *,
     file: Annotated[Path, "JSONL of messages: the rows to be trained on."],
-    vector: Annotated[Path | None, "A steering vector of the trait."] = None,
-    diffs: Annotated[
-        tuple[str, ...], "Diffs instead: how each row's gradient pulls along them."
-    ] = (),
     output: Annotated[Path, "The CSV of ranked rows to write."] = Path("results/screen.csv"),
-    layers: Annotated[str | None, "The one layer of the vector; about 0.55 deep."] = None,
-    threshold: Annotated[
-        float | None, "Flag rows over it; measured on the model by default."
-    ] = None,
-    allow_other_base: OtherBase = False,
+    along: Directions,
     model: ModelOptions,
     generation: Briefly = SIXTY,
 ) -> None:
@@ -561,17 +568,17 @@ def screen_data(
     from persona_lora.core.vector_files import load_vector
     from persona_lora.studies.vectors.text_projection import read_texts, screen_rows
 
-    if diffs:
-        if vector is not None:
+    if along.diffs:
+        if along.vector is not None:
             raise UserError("rows are screened along --vector or along --diffs; leave one out")
         refuse_useless("layers threshold max_new_tokens seed", "with --diffs")
-        _screen_along(diffs, file, output, model, allow_other_base=allow_other_base)
+        _screen_along(along, file, output, model)
         return
-    if vector is None:
+    if along.vector is None:
         raise UserError("rows are screened along directions; give --vector, or --diffs")
     refuse_useless("allow_other_base", "with --vector")
-    loaded = load_vector(vector)
-    chosen = one_layer(layers, loaded.num_layers)
+    loaded = load_vector(along.vector)
+    chosen = one_layer(along.layers, loaded.num_layers)
     texts = read_texts(file)
     chat_model = load_model(model, [loaded])
     with progress_bars():
@@ -581,7 +588,7 @@ def screen_data(
             loaded,
             chosen,
             output,
-            threshold=threshold,
+            threshold=along.threshold,
             max_new_tokens=generation.max_new_tokens,
             seed=generation.seed,
         )
@@ -592,18 +599,16 @@ def screen_data(
     )
 
 
-def _screen_along(
-    paths: Sequence[str], file: Path, output: Path, model: ModelOptions, *, allow_other_base: bool
-) -> None:
+def _screen_along(along: Directions, file: Path, output: Path, model: ModelOptions) -> None:
     from persona_lora.studies.drift.row_pulls import NEEDS_FLOAT32, pull_rows
     from persona_lora.studies.drift.run import load_diffs
     from persona_lora.training.finetune import read_conversations
 
     if model.quantize is not None or model.dtype not in ("auto", "float32"):
         raise UserError(NEEDS_FLOAT32)
-    diffs, conversations = load_diffs(paths), read_conversations(file)
+    diffs, conversations = load_diffs(along.diffs), read_conversations(file)
     exact = dataclasses.replace(model, dtype="float32")
-    chat_model = load_model(exact, diffs.values(), allow_other_base=allow_other_base)
+    chat_model = load_model(exact, diffs.values(), allow_other_base=along.allow_other_base)
     with progress_bars():
         found = pull_rows(chat_model, conversations, diffs, output)
     show(
