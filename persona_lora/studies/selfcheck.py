@@ -530,6 +530,7 @@ def selfcheck(
         for done, (name, instrument) in enumerate(INSTRUMENTS.items(), start=1):
             with progress.stage(name):
                 found = _tried(instrument, bench)
+            found = found._replace(finds=bool(found.finds), rejects=bool(found.rejects))
             passed = found.finds and found.rejects
             rows.append({"instrument": name, **found._asdict(), "passed": passed})
             run.write("instruments", rows)

@@ -202,6 +202,14 @@ def test_every_instrument_is_broken_once():
     assert {name for name, _, _ in BREAKS} == INSTRUMENTS.keys()
 
 
+def test_all_instruments_are_one_run(bench, tmp_path):
+    run = selfcheck.selfcheck(bench.chat_model, bench.trait, PROMPTS, tmp_path / "out")
+    assert selfcheck.failed_instruments(run) == []
+    table = selfcheck.instruments_table(run)
+    assert [row[0] for row in table.rows] == list(INSTRUMENTS)
+    assert {row[-1] for row in table.rows} == {"passed"}
+
+
 def test_the_command_ends_with_status_1_where_one_fails(run, bench, model_folder, monkeypatch):
     for name in INSTRUMENTS.keys() - {"optimize", "paired tests"}:
         monkeypatch.delitem(INSTRUMENTS, name)
