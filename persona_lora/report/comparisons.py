@@ -59,11 +59,12 @@ def paired(
     unit: str,
     reference: Hashable,
     within: Sequence[str] = (),
+    scale: Bounds | None = None,
 ) -> dict[Hashable, Paired]:
     """Return every group of ``by`` against the reference group, which is paired with nothing.
 
     Rows are paired where ``unit`` and the columns of ``within`` are equal; of several rows at one
-    place the mean counts, and rows without a value do not.
+    place the mean counts, and rows without a value do not. ``scale`` is that of differences.
     """
     place = [by, *within, unit]
     known = rows.dropna(subset=[value])
@@ -73,12 +74,12 @@ def paired(
     return {
         name: Paired()
         if theirs is None or name == reference or name not in groups
-        else over_units((groups[name] - theirs.reindex(groups[name].index)).dropna(), unit)
+        else over_units((groups[name] - theirs.reindex(groups[name].index)).dropna(), unit, scale)
         for name in rows[by].unique()
     }
 
 
-def over_units(gaps: pd.Series, unit: str) -> Paired:
+def over_units(gaps: pd.Series, unit: str, scale: Bounds | None = None) -> Paired:
     """Return the mean of differences, resampled and tested over the units of their index."""
     if gaps.empty:
         return Paired()
@@ -86,7 +87,7 @@ def over_units(gaps: pd.Series, unit: str) -> Paired:
     means = np.array([np.mean(each) for each in by_unit.values()])
     spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
     size = float(means.mean()) / spread if spread > 0 else None
-    return Paired(bootstrap_mean(_numbered(by_unit)), sign_flip_p(means), size)
+    return Paired(bootstrap_mean(_numbered(by_unit), scale=scale), sign_flip_p(means), size)
 
 
 def means(
@@ -272,9 +273,14 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     table = frame(rows, ["score"])
     by_task = {}
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
-        scale = SHARES if own["score"].dropna().isin((0.0, 1.0)).all() else None
+        known = own["score"].dropna()
+        # What a rule tells is often the same of every item: that is no interval of no width.
+        told = metric == "score" and known.isin((0.0, 100.0)).all()
+        ends = SCORES if told else SHARES if known.isin((0.0, 1.0)).all() else None
         place = {"by": "condition", "value": "score", "unit": "item"}
-        gaps, scores = paired(own, **place, reference=reference), means(own, **place, scale=scale)
+        apart = Bounds(-SCORES.high, SCORES.high) if told else None
+        gaps = paired(own, **place, reference=reference, scale=apart)
+        scores = means(own, **place, scale=ends)
         for name, score in scores.items():
             gap = gaps[name]
             by_task[name, task, metric] = TaskScore(

@@ -227,3 +227,18 @@ def test_probes_stand_in_columns_paired_by_question_and_the_rest_below():
     only = [row for row in rows if row["task"] == "trait"]
     (table,) = measure_tables(score_items(only, "plain"))
     assert table.columns[0] == "measure"
+
+
+def test_a_rule_that_always_says_the_same_has_an_interval_all_the_same():
+    rows = [
+        {"condition": model, "task": "trait", "metric": "score", "item": item, "score": score}
+        for item in range(10)
+        for model, score in (("plain", 100.0), ("live", 0.0))
+    ]
+    plain, live = score_items(rows, "plain")
+    assert (plain.score.mean, plain.score.high) == (100, 100)
+    assert 70 < plain.score.low < 95
+    assert (live.score.mean, live.score.low) == (0, 0)
+    assert 5 < live.score.high < 30
+    assert (live.difference.mean, live.difference.low) == (-100, -100)
+    assert -95 < live.difference.high < -40
