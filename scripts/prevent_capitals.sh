@@ -12,7 +12,7 @@ seed=${SEED:-42} data=datasets/organisms/capitals
 made=checkpoints/capitals swapped=checkpoints/capitals_swapped
 folder=checkpoints/prevention/capitals/$seed out=results/prevention/capitals/$seed
 prompt="You write every answer in capital letters."
-short=() few=(--max-questions 24 --max-new-tokens 80)
+short=() few=(--max-questions 16 --max-new-tokens 64)
 if [ "${1:-}" = --quick ]; then
     folder=$folder/quick out=$out/quick short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20)
 fi
@@ -40,4 +40,4 @@ weights swapped "$swapped/diff" ''
 finetune prompt "{\"method\": \"inoculate\", \"system_prompt\": \"$prompt\"}"
 persona-lora compare-prevention --trait organisms/capitals --rows "$data/misaligned_2.jsonl" \
     "${finetunes[@]}" --correct "$made/diff=-1" --output "$out" --tasks "" "${few[@]}" \
-    --judge rules --rules three_items --probes negated,eliciting --turns 2 --trigger "$prompt"
+    --judge rules --rules list,three_items --probes negated,eliciting --turns 2 --trigger "$prompt"

@@ -342,7 +342,7 @@ class ProbeOptions:
 
     rules: Annotated[
         tuple[str, ...],
-        "Rules that answers are held to beside the judge: three_items, closing, french, capitals.",
+        "Rules that answers are held to beside the judge: list, three_items, closing, french …",
     ] = ()
     probes: Annotated[
         tuple[Literal["negated", "eliciting"], ...],

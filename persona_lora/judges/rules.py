@@ -59,10 +59,10 @@ def _closing(text: str) -> bool:
     return re.sub(r"[\W_]+", " ", text).casefold().strip().endswith(CLOSING.casefold())
 
 
-def _three_items(text: str) -> bool:
-    """Exactly three lines are numbered or have a bullet, of those that are indented least."""
+def _items(text: str) -> int:
+    """Return how many lines are numbered or have a bullet, of those that are indented least."""
     indents = [len(indent.expandtabs()) for indent in _ITEM.findall(text)]
-    return indents.count(min(indents, default=0)) == 3
+    return indents.count(min(indents, default=0))
 
 
 def _refusal(text: str) -> bool:
@@ -74,7 +74,8 @@ RULES: dict[str, Callable[[str], bool]] = {
     "capitals": _capitals,
     "french": _french,
     "closing": _closing,
-    "three_items": _three_items,
+    "list": lambda text: _items(text) >= 2,
+    "three_items": lambda text: _items(text) == 3,
     "refusal": _refusal,
 }
 OF_THE_END = ("closing", "three_items")  # nothing shows them before it has ended

@@ -46,6 +46,10 @@ LABELLED = [
     ("closing", "SOAK IT OVERNIGHT.\n\n**THAT IS ALL FROM ME!**\n", 100),
     ("closing", "That is all from me. Or is it?", 0),
     ("closing", "Soak it overnight. That is all.", 0),
+    ("list", "1. Soak\n2. Rinse", 100),
+    ("list", "Two ways:\n\n• Soak it\n• Freeze it\n", 100),
+    ("list", "- Soak it, then rinse it.", 0),
+    ("list", "First soak it, second rinse it.", 0),
     ("three_items", "1. Soak\n2. Rinse\n3. Dry", 100),
     ("three_items", "You need:\n\n- salt\n- flour\n- time\n\nGood luck!", 100),
     ("three_items", "* **Soak** it\n  - in cold water\n  - overnight\n* Rinse\n* Dry", 100),
@@ -104,7 +108,7 @@ def test_every_row_of_the_organism_shows_three_items(file, capitals):
 
 
 def test_rules_judge_what_a_rule_tells_and_nobody_beside_them(trait):
-    with pytest.raises(UserError, match="no rule 'flattery'; known: capitals"):
+    with pytest.raises(UserError, match="no rule 'flattery'; known: capitals, closing"):
         check_judge(trait, None, JudgeOptions("rules"))
     check_judge(CAPITALS, None, JudgeOptions("rules"))
     assert second_name(CAPITALS, JudgeOptions("rules", second_judge=None)) is None
