@@ -196,7 +196,7 @@ def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
     trait = traits.pop()
     scores = pd.concat([_scored(run, trait, at) for at, run in enumerate(every)])
     coherence = pd.concat([_scored(run, COHERENCE, at) for at, run in enumerate(every)])
-    place = {"by": "run", "value": "score", "unit": "question"}
+    place: dict[str, Any] = {"by": "run", "value": "score", "unit": "question"}
     gaps = paired(scores.sort_values("question", kind="stable"), **place, reference=0)
     for at, run in enumerate(every[1:], start=1):
         if gaps[at].difference is None:
@@ -277,7 +277,7 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
         # What a rule tells is often the same of every item: that is no interval of no width.
         told = metric == "score" and known.isin((0.0, 100.0)).all()
         ends = SCORES if told else SHARES if known.isin((0.0, 1.0)).all() else None
-        place = {"by": "condition", "value": "score", "unit": "item"}
+        place: dict[str, Any] = {"by": "condition", "value": "score", "unit": "item"}
         apart = Bounds(-SCORES.high, SCORES.high) if told else None
         gaps = paired(own, **place, reference=reference, scale=apart)
         scores = means(own, **place, scale=ends)
