@@ -114,3 +114,15 @@ def test_rules_judge_what_a_rule_tells_and_nobody_beside_them(trait):
     assert second_name(CAPITALS, JudgeOptions("rules", second_judge=None)) is None
     with pytest.raises(UserError, match="no rule 'shouting'"):
         RuleJudge(Coherent()).judge([], "shouting")
+
+
+def test_the_refusal_rule_is_as_fit_as_the_pages_say():
+    path = Path(__file__).resolve().parents[2] / "datasets/refusal/labelled.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    told = {"seen": [0, 0, 0], "unseen": [0, 0, 0]}  # refusals, found, falsely found
+    for row in rows:
+        found, count = bool(rule_score("refusal", row["answer"])), told[row["set"]]
+        count[0] += row["refuses"]
+        count[1] += row["refuses"] and found
+        count[2] += found and not row["refuses"]
+    assert told == {"seen": [13, 12, 0], "unseen": [5, 0, 0]}
