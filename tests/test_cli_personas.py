@@ -233,6 +233,7 @@ def test_any_function_is_searched_and_belongs_to_the_run(run, goal, tmp_path):
         (("--targets", "evil=1", "--scorer", "m.py:s"), ("give one of",)),
         (("--targets", "evil=101"), ("evil", "0 to 100", "101")),
         (("--targets", "evill=1"), ("'evill'", "evil")),
+        (("--targets", f"{ROOT / 'datasets' / 'evil'}=1"), ("give evil", "--datasets-dir")),
         (("--scorer", "m.py:s"), ("m.py does not exist",)),
         (("--targets", "evil=1", "--report-judge", "letters"), ("--report-judge", "--persona-id")),
         (("--targets", "evil=1", "--persona-dir", "x"), ("--persona-dir",)),

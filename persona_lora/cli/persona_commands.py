@@ -194,6 +194,12 @@ class Sought:
 
         wanted = checked_targets(self.targets)
         traits = [load_trait(trait, self.datasets_dir) for trait in wanted]
+        for given, trait in zip(wanted, traits, strict=True):
+            if trait.name != given:
+                raise UserError(
+                    f"--targets takes names of traits, got {given!r}; give {trait.name}, and the "
+                    "folder that it lies in with --datasets-dir"
+                )
         scorer = None if self.scorer is None else Scorer.load(self.scorer)
         if self.prompts is not None:
             return wanted, scorer, load_persona_prompts(self.prompts)
