@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from persona_lora.models.processes import Processes
     from persona_lora.studies.personas.bench import PersonaBench
     from persona_lora.studies.personas.goals import Scorer
-    from persona_lora.studies.personas.run import Problem
+    from persona_lora.studies.personas.run import Method, Problem
     from persona_lora.studies.personas.search import Generation
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -207,8 +207,8 @@ class Sought:
 
 
 @dataclass(frozen=True)
-class Searched:
-    """By which directions is searched, and from where."""
+class Searched(Sought):
+    """What is searched for, by which directions, and from where."""
 
     method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
     search: Annotated[Literal["cmaes", "random"], "How mixes are found; random is the control."] = (
@@ -222,7 +222,8 @@ class Searched:
     engine: Engines = ()
 
     def check(self) -> None:
-        """UserError for options that the method or the search does not use."""
+        """UserError for options that what is sought, the method or the search does not use."""
+        super().check()
         EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
         if self.method != "lora":
             refuse_useless("by", f"with --method {self.method}, whose vectors are not cut")
@@ -236,6 +237,33 @@ class Searched:
             refuse_useless("energy", f"with --method {self.method}, whose vectors have no rank")
         if self.search == "random":
             refuse_useless("inject", "with --search random, which draws every candidate")
+
+    def parts(self) -> str:
+        """Return what the names of files say of the parts that have a coefficient of their own."""
+        return "" if self.by == "trait" else f"_{self.by}"
+
+    def folder(self, goal: str) -> str:
+        """Return the name of the run's folder."""
+        searcher = "" if self.search == "cmaes" else f"_{self.search}"
+        return f"{goal}_{self.method}{self.parts()}{searcher}"
+
+    def methods(self, bench: BenchOptions, opened: PersonaBench, folder: Path) -> list[Method]:
+        """Return the ways of searching; one for each training seed of the diffs."""
+        return opened.methods(
+            self.method,
+            layers=bench.layers_of(opened),
+            alpha=bench.alpha,
+            searcher=self.search,
+            cache=folder / "scales" / f"{self.method}{self.parts()}.json",
+        )
+
+    def problem(
+        self, opened: PersonaBench, wanted: dict[str, float], scorer: Scorer | None
+    ) -> Problem:
+        """Return what is searched for, with its judges."""
+        if self.persona_id is not None:
+            return opened.problem(self.persona_id)
+        return opened.sought(wanted, scorer, on_questions=self.prompts is None)
 
 
 @dataclass(frozen=True)
@@ -255,7 +283,6 @@ class HeldOptions(SavedOptions):
 @command("optimize", PERSONAS)
 def optimize(
     *,
-    sought: Sought,
     searched: Searched,
     searching: SearchOptions,
     objective: ObjectiveOptions = SENSIBLE,
@@ -279,42 +306,31 @@ def optimize(
     from persona_lora.studies.personas.goals import name_of_goal
     from persona_lora.studies.personas.run import optimise_over_seeds
 
-    sought.check()
     searched.check()
-    objective = sought.limited(objective)
-    wanted, scorer, prompts = sought.read()
+    objective = searched.limited(objective)
+    wanted, scorer, prompts = searched.read()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
-    name = sought.persona_id or name_of_goal(wanted, scorer)
-    method, folder = searched.method, output.output
-    parts = "" if searched.by == "trait" else f"_{searched.by}"
-    suffix = parts if searched.search == "cmaes" else f"{parts}_{searched.search}"
+    name = searched.persona_id or name_of_goal(wanted, scorer)
+    folder = output.output
     engine = EngineOptions(searched.engine)
-    written = output.at(folder / f"{name}_{method}{suffix}", record=engine.record())
+    written = output.at(folder / searched.folder(name), record=engine.record())
     if wanted and bench.traits is None:
         bench = dataclasses.replace(bench, traits=tuple(wanted))
     opened = bench.open(
-        *(model, generation, sought.judging(judging)), prompts=prompts, datasets=sought.datasets_dir
+        *(model, generation, searched.judging(judging)),
+        prompts=prompts,
+        datasets=searched.datasets_dir,
     )
     opened.by = searched.by
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
-            if sought.persona_id is not None:
+            if searched.persona_id is not None:
                 load_persona(name, bench.persona_dir)  # a wrong id fails before all measuring
-            chosen = opened.methods(
-                method,
-                layers=bench.layers_of(opened),
-                alpha=bench.alpha,
-                searcher=searched.search,
-                cache=folder / "scales" / f"{method}{parts}.json",
-            )
+            chosen = searched.methods(bench, opened, folder)
             held = [diff for each in chosen for diff in each.directions.directions]
             elsewhere = engine.open(opened.chat_model, held)
-            problem = (
-                opened.problem(name)
-                if sought.persona_id is not None
-                else opened.sought(wanted, scorer, on_questions=sought.prompts is None)
-            )
-        with _live(f"{name}, {method}", opened) as watch:
+            problem = searched.problem(opened, wanted, scorer)
+        with _live(f"{name}, {searched.method}", opened) as watch:
             results = optimise_over_seeds(
                 problem,
                 [each.answered_by(elsewhere) for each in chosen],
