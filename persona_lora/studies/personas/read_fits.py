@@ -57,7 +57,9 @@ def _over_seeds(fit: ConditionFit, rows: Sequence[Row], reference: str) -> Condi
     for row in rows:
         if row["condition"] == fit.condition and row.get("seed") is not None:
             own.setdefault(row["seed"], {})[row["prompt_id"]] = row["score"]
-    plain = {row["prompt_id"]: row["score"] for row in rows if row["condition"] == reference}
+    theirs = [row for row in rows if row["condition"] == reference]  # of several, their mean
+    by_prompt = grouped(theirs, lambda row: row["prompt_id"])
+    plain = {at: _mean(each, "score") for at, each in by_prompt.items()}
     by_seed = [plain, *own.values()]
     shared = [at for at in plain if all(each.get(at) is not None for each in by_seed)]
     if fit.difference is None or len(own) < 2 or not shared:

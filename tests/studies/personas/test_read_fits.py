@@ -16,6 +16,7 @@ from persona_lora.studies.personas.read_fits import (
     condition_fits,
     constraints_line,
     order_line,
+    over_prompts,
     seeds_line,
 )
 
@@ -173,3 +174,16 @@ def test_the_lead_of_a_page_begins_with_a_sign_that_two_families_disagree_on():
     assert "have ρ 1.00. They disagree on the sign of no gain." in lead
     others = [{**row, "persona": "bob"} for row in found]
     assert "no gain" in agreement_line([*found, *others])
+
+
+def test_a_reference_that_differs_by_seed_counts_with_its_mean():
+    told = {"mean": (4.0, 4.0), "other": (1.0, 3.0)}
+    rows = [
+        {"persona": "p", "condition": name, "prompt_id": at, "score": score, "seed": seed}
+        | {"coherence": 90.0, "relevance": 90.0}
+        for name, scores in told.items()
+        for seed, score in enumerate(scores)
+        for at in range(4)
+    ]
+    found = {each.condition: each for each in over_prompts(rows, "other")}
+    assert found["mean"].difference.mean == 2.0
