@@ -10,7 +10,7 @@
 #
 # Which tests reach a line is measured, not guessed: every test of the rooms is run once under
 # coverage. For a change those of its statement are run, the room's own first and then the quickest,
-# up to 30 seconds' worth; a statement that runs at import alone (a default, a constant) is tried on
+# up to 20 seconds' worth; a statement that runs at import alone (a default, a constant) is tried on
 # what looks at every module, and then on all tests of its own in that order. So what is called
 # unnoticed is so by these tests: an upper bound. Left out is what is no change by construction: "|"
 # inside annotations that nothing evaluates, and what the compiler makes the same of, or nothing.
@@ -33,6 +33,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -64,24 +65,30 @@ TESTS = [
 APART = ("interruption", "kills", "endings", "machines", "playground", "repository", "site", "wheel",
          "docs", "extending")
 EVERYWHERE = "tests/test_values.py"  # looks at all modules, once they are imported
-SECONDS = 30  # of tests for one change
+SECONDS = 20  # of the processor, of tests for one change
 KEPT = Path(os.environ["MUTATION_FOLDER"])
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={os.environ['PYTHONPATH']}/temporary"]
 
 
 def forked(work, seconds):
-    """The exit status of ``work()`` in a process of its own; None where it takes longer."""
+    """The exit status of ``work()`` in a process of its own; None where it takes longer.
+
+    ``seconds`` are of the processor, so that a busy machine notices no more than an idle one; ten
+    times as many may pass.
+    """
     child = os.fork()
     if not child:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
         os.dup2(os.open(KEPT / "last.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
         os._exit(int(work()))
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 10 * seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            status = os.waitstatus_to_exitcode(status)
+            return None if status in (-signal.SIGXCPU, -signal.SIGKILL) else status
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -103,9 +110,9 @@ class Reached:
     def pytest_runtest_protocol(self, item):
         self.test = item.nodeid.split("[")[0]
         self.coverage.switch_context(self.test)
-        start = time.perf_counter()
+        start = time.process_time()
         result = yield
-        took = time.perf_counter() - start
+        took = time.process_time() - start
         self.seconds[self.test] = self.seconds.get(self.test, 0) + took
         self.coverage.switch_context("")
         return result
@@ -224,13 +231,13 @@ def tried(change, new, source, tests, spent, number):
     try:
         path.write_text(new)
         os.utime(path, (before.st_mtime + number, before.st_mtime + number))  # no stale bytecode
-        status = forked(lambda: pytest.main([*OPTIONS, *tests]), 30 + 4 * spent) if tests else 0
+        status = forked(lambda: pytest.main([*OPTIONS, *tests]), 20 + 3 * spent) if tests else 0
     finally:
         path.write_text(source)
         os.utime(path, (before.st_mtime, before.st_mtime))
     named = [f"{change[0]}:{change[3]}", change[1]]
     diff = difflib.unified_diff(source.split("\n"), new.split("\n"), *named, lineterm="", n=2)
-    return {"change": change, "noticed": status != 0, "tests": len(tests), "diff": "\n".join(diff)}
+    return {"change": change, "noticed": status != 0, "late": status is None, "tests": len(tests), "diff": "\n".join(diff)}
 
 
 def main(wanted):
@@ -263,11 +270,12 @@ def main(wanted):
                 out.write(json.dumps(known[change]) + "\n")
         results.append(known[change])
     missed = [each for each in results if not each["noticed"]]
+    late = sum(each["late"] for each in results)
     print(*(each["diff"] for each in missed), sep="\n\n")
     low, high = scipy.stats.binomtest(len(missed), len(results)).proportion_ci(method="wilson")
     print(
         f"\nseed {seed}: of {len(results)} changes out of {len(drawn)}, {len(missed)} unnoticed: "
-        f"{len(missed) / len(results):.1%} [{low:.1%}, {high:.1%}]"
+        f"{len(missed) / len(results):.1%} [{low:.1%}, {high:.1%}]; {late} ran for too long, which is noticed"
     )
 
 
