@@ -68,6 +68,7 @@ def test_a_sweep_is_packed_checked_and_run_again(run, world):
     assert "not packed, being neither rows nor pages: diff/adapter_model.safetensors" in out
     with zipfile.ZipFile("out.zip") as archive:
         names, card = archive.namelist(), archive.read("README.md").decode()
+        assert {each.external_attr >> 16 for each in archive.infolist()} == {0o100644}
     assert {"run.json", "config.yaml", "answers.jsonl", "report.html", MANIFEST} < {*names}
     record = Run(world / "out").record
     assert record["inputs"]["the model's weights"] in card

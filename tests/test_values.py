@@ -58,3 +58,26 @@ def test_what_a_flag_is_by_default_stays():
             if value is not None
         },
     )
+
+
+def signatures(name, module):
+    """Yield what the public functions of a module do where nothing is said, with their places."""
+    for each in vars(module).values():
+        own = getattr(each, "__module__", "") == name and not getattr(
+            each, "__name__", "_"
+        ).startswith("_")
+        for call in (each, *vars(each).values()) if inspect.isclass(each) else (each,):
+            call = getattr(call, "__func__", call)
+            if own and inspect.isfunction(call):
+                for key, value in inspect.signature(call).parameters.items():
+                    if isinstance(value.default, bool | int | float | str | tuple):
+                        yield f"{name}.{call.__qualname__}: {key}", value.default
+
+
+def test_what_a_function_does_by_default_stays():
+    names = [f"persona_lora.{path.parent.name}.{path.stem}" for path in MODULES]
+    names = [name for name in names if not name.endswith("__init__") and ".cli." not in name]
+    hold(
+        "signatures",
+        dict(each for n in names for each in signatures(n, importlib.import_module(n))),
+    )
