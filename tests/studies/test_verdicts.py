@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit
 from persona_lora.report.curve import PairedDifference
 from persona_lora.report.resampling import Interval
 from persona_lora.studies import research_questions
+from persona_lora.studies.drift.figure import _alarm_rows
 from persona_lora.studies.drift.read import Curve, Point
+from persona_lora.studies.drift.read_diagnosis import Alarm
 from persona_lora.studies.drift.read_prediction import Prediction
 from persona_lora.studies.drift.read_section import _finding
+from persona_lora.studies.personas import read as personas
 from persona_lora.studies.personas.read import _lead
-from persona_lora.studies.steering.read import _latency_line, verdict_lines
+from persona_lora.studies.steering.read import _cells, _latency_line, _layers, verdict_lines
 from persona_lora.studies.steering.read_comparison import TOKENS, Comparison, Overall, Ratio
+from persona_lora.studies.steering.read_grid import grid_of
 
 
 def interval(mean, low, high):
@@ -133,3 +138,91 @@ def test_prediction_is_answered_by_r_and_its_interval(r, low, p, said):
         "all", "all", "weights", True, 12, 12, r, low, 0.99, r, p, *[0.5, 1.0] * 2, p
     )
     assert research_questions._predicts(found) == said
+
+
+# -- tables: each column is the quantity that its heading names ---------------------------------
+
+
+def shown(at):
+    """An interval whose words are like no other's: "30 [29, 32]" of 30."""
+    return interval(float(at), at - 1.0, at + 2.0)
+
+
+def test_a_fit_stands_under_its_headings():
+    fit = ConditionFit("lora", shown(3), shown(80), shown(60), shown(1), 0.5, 0.7, 0.04, 0.9, 0.3)
+    assert personas._row(fit) == (
+        *("LoRA, CMA-ES", "3.00 [2.00, 5.00]", "8", "100%", "90%", "1.00 [0.00, 3.00]", "0.70"),
+        *("0.040", "80 [79, 82]", "60 [59, 62]", "30%"),
+    )
+
+
+def test_the_effects_of_a_comparison_stand_in_their_order():
+    methods = ("lora", "activation", "random_lora", "random")
+    own = {
+        name: Overall("eval", name, shown(10 * at), shown(55), shown(77), 0.5, p_holm=0.03)
+        for at, name in enumerate(methods, start=1)
+    }
+    assert research_questions._effects(own) == (
+        *("10 [9, 12]", "20 [19, 22]", "30 [29, 32]", "40 [39, 42]", "55 [54, 57]", "0.030"),
+        "77 [76, 79]",
+    )
+
+
+def test_cells_and_layers_of_a_grid_stand_under_their_headings(make_sweep_run):
+    grid = grid_of(make_sweep_run(layers=(4, 8), coefficients=(-1.0, 2.0), questions=4, control=1))
+    for table, rows in (
+        (
+            _cells(grid),
+            {
+                f"{cell.layer}, {wording.label(cell)}": [
+                    wording.interval(cell.trait), wording.interval(cell.coherence),
+                    wording.change(cell.from_zero.interval), wording.p_value(cell.from_zero.p),
+                    wording.p_value(cell.from_zero.p_holm),
+                ]
+                for cell in grid.cells
+            },
+        ),
+        (
+            _layers(grid),
+            {
+                str(each.layer): [
+                    wording.change(each.best.gain), wording.coefficient(each.best.coefficient),
+                    wording.p_value(each.best.p), wording.p_value(each.best.p_holm),
+                    wording.number(each.best.coherence), wording.interval(each.rho_means, 2),
+                    wording.number(100 * grid.selection.layer_shares.get(each.layer, 0)),
+                    wording.change(each.over_control.interval),
+                    wording.p_value(each.over_control.p_holm),
+                ]
+                for each in grid.by_layer
+            },
+        ),
+    ):  # fmt: skip
+        found = {row[0]: list(row[1:]) for row in table.rows}
+        for name, wanted in rows.items():
+            assert found[name][: len(wanted)] == wanted, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([(0, 3.0), (0, 3.5)], "incumbent"),
+        ([(0, 3.0), (0, 2.9), (0, 3.1)], "incumbent"),
+        ([(0, 3.0), (0, 3.0)], "mean"),
+        ([(0, 3.0), (1, 9.0)], "mean"),  # it breaks the constraints
+        ([(1, 9.0), (0, 2.0)], "incumbent"),
+        ([(0, 3.0), (0, None)], "mean"),
+        ([(0, None), (0, 1.0)], "incumbent"),
+        ([(0, 3.0)], "mean"),
+        ([], "mean"),
+    ],
+)
+def test_the_mean_of_a_search_is_best_unless_another_stood_higher(tmp_path, rows, best):
+    run = Run.open(tmp_path / "run", command="optimize", config={}, seed=0)
+    run.write("finalists", [{"violation": broken, "value": value} for broken, value in rows])
+    assert personas._best(run) == best
+
+
+def test_an_alarm_is_drawn_at_its_coordinate_over_its_threshold():
+    usual, controls, own = _alarm_rows(Alarm("evil", 5.0, 2.0, 0.5, controls=(1.0, -1.5)))
+    assert (usual.low, usual.high, controls.y) == ((-2.0,), (2.0,), (1.0, -1.5))
+    assert (own.low, own.y, own.high, own.label) == ((4.5,), (5.0,), (5.5,), "5.000")
