@@ -178,7 +178,9 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> SteeringVector:
-        return self * (1.0 / divisor)
+        if divisor == 0:
+            raise UserError("a vector cannot be divided by 0")
+        return self * (1.0 / finite_coefficient(divisor))
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0

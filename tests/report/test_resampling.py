@@ -11,6 +11,7 @@ from scipy import stats
 from persona_lora.report.resampling import (
     SCORES,
     Bounds,
+    bca_bounds,
     bootstrap_mean,
     holm,
     question_weights,
@@ -44,6 +45,13 @@ def test_bootstrap_of_degenerate_scores_gives_a_reason_instead_of_bounds(values,
     assert interval.low is None
     assert interval.high is None
     assert reason in interval.reason
+
+
+@pytest.mark.parametrize("value", [-50.0, 50.0])
+def test_an_estimate_outside_all_resamples_still_has_bounds(value):
+    rng = np.random.default_rng(0)
+    found = bca_bounds(value, rng.normal(size=400), rng.normal(size=12))
+    assert np.isfinite(found).all()
 
 
 def test_expanded_bca_is_the_bca_of_scipy_at_the_expanded_level():
