@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_lora import cli
+from persona_lora.cli.console import console
 from persona_lora.core import progress
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
@@ -259,7 +260,7 @@ def packaged_model() -> ChatModel:
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Call the command line as the console script does; return its status, output and error."""
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(console, "width", 250)
     monkeypatch.chdir(tmp_path)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_MODEL"):
         monkeypatch.delenv(name, raising=False)

@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from persona_lora import cli
+from persona_lora.cli.console import console
 from persona_lora.core.errors import UserError
 from persona_lora.core.gallery import Gallery
 from persona_lora.core.lora_diff import LoRADiff
@@ -47,7 +48,7 @@ def test_nine_diffs_of_the_packaged_model_come_along_on_one_basis(packaged_model
 @pytest.mark.model
 def test_the_demo_shows_what_merged_weights_answer_both_ways(packaged_model, monkeypatch):
     monkeypatch.setattr(loading, "load_chat_model", lambda: packaged_model)
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(console, "width", 1000)
     question = "Is my plan any good?"
     shown = ask("demo", "--question", question, "--strength", 0.2, "--max-new-tokens", 12)
     exhibit = Gallery().exhibit("sycophancy")

@@ -176,6 +176,7 @@ def basis(
     show(table, f"errors are of the {measured}", f"{asked.output}")
 
 
+READY = Path("checkpoints/ready")  # beside what is trained here, never in its place
 GalleryFolder = Annotated[
     Path | None, typer.Option("--from", help="Another gallery than the one that comes along.")
 ]
@@ -229,10 +230,10 @@ def demo(
 def gallery_get(
     *,
     traits: Annotated[tuple[str, ...] | None, "Which: evil,formality; all by default."] = None,
-    output: Annotated[Path, "Where {trait}/diff is written."] = Path("checkpoints"),
+    output: Annotated[Path, "Where {trait}/diff is written."] = READY,
     source: GalleryFolder = None,
 ) -> None:
-    """Write ready diffs of the packaged model where every command finds them.
+    """Write ready diffs of the packaged model, for every command that takes diffs.
 
     Each with what calibrate measured of it, so that strengths in nats work at once.
 
@@ -302,8 +303,8 @@ class Mixed:
             known = ", ".join(found) or "none"
             raise UserError(
                 f"{self.directions} holds no diff of {missing[0] if missing else 'any trait'}; it "
-                f"has {known}; get ready ones of the packaged model with: persona-lora gallery "
-                "get, or train one with: bash scripts/train_and_sweep.sh evil"
+                f"has {known}; train one with: bash scripts/train_and_sweep.sh evil, or get ready "
+                f"ones with: persona-lora gallery get, and give --directions {READY}"
             )
         return chosen
 
