@@ -37,6 +37,7 @@ from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_safetensors, opened
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.likelihood import tokenize_rendered
+from persona_lora.models.loaded_model import weights_content
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_linear_modules, text_decoder, weight_fingerprint
 
@@ -162,11 +163,12 @@ def read_prompts(path: Path) -> list[str]:
 def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
     """Return the inputs over prompts from the user's cache, or measure them and keep them there.
 
-    They are known by the model's weights, by the tokens of the prompts and by what is kept of them.
+    They are known by every weight of the model as it is loaded (one in bf16 has other inputs than
+    the same in fp32), by the tokens of the prompts and by what is kept of them.
     """
-    fingerprint = weight_fingerprint(chat_model.model)
     asked = tokenized_prompts(chat_model, prompts)
-    name = f"{fingerprint}-{digest_of([asked, FORMAT, KEPT])[:16]}.safetensors"
+    content = [weights_content(chat_model.model), asked, FORMAT, KEPT]
+    name = f"{digest_of(content)[:32]}.safetensors"
     path = user_cache_path("persona_lora") / "inputs" / name
     if path.is_file():
         return ModuleInputs.load(path)

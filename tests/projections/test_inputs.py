@@ -7,6 +7,7 @@ import torch
 
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
+from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import linear_modules
 from persona_lora.projections import inputs as projected
 from persona_lora.projections.inputs import ModuleInputs, kept_inputs, measure_inputs
@@ -46,6 +47,14 @@ def test_what_was_kept_in_another_form_is_measured_anew(chat_model, tmp_path, mo
     monkeypatch.setattr(projected, what, 0.9)
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         kept_inputs(chat_model, PROMPTS)
+
+
+def test_each_type_of_the_same_weights_has_inputs_of_its_own(model_folder):
+    """Fingerprints of the two agree, by design; what flows through them does not."""
+    for dtype in ("bfloat16", "float32", "bfloat16"):
+        chat_model = load_chat_model(str(model_folder), dtype=dtype)
+        kept, measured = (each(chat_model, PROMPTS).roots for each in (kept_inputs, measure_inputs))
+        assert all(torch.equal(kept[name], measured[name]) for name in measured)
 
 
 @pytest.mark.parametrize("kind", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
