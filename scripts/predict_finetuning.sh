@@ -1,38 +1,53 @@
 #!/usr/bin/env bash
-# Do projections predict what finetuning does to character? Finetune on plain, mild and strong
-# answers of several traits, judge every finetune on every trait, project, correlate:
-# bash scripts/predict_finetuning.sh            (an hour or two on two cores; resumable)
+# Do projections predict what finetuning does to character? Finetune on fourteen files of answers
+# (three traits and anxious at three levels, capitals at two), with two seeds, and on four of them with
+# half the steps, rank 4 or a quarter of the learning rate; judge every finetune, project, correlate:
+# bash scripts/predict_finetuning.sh            (about two hours on two cores; resumable)
 # bash scripts/predict_finetuning.sh --quick    (four short finetunes, few questions: does it run?)
+# PROTOCOL names a file of `persona-lora preregister`; FINETUNE_ONLY=1 stops before anything is judged.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
-traits=${TRAITS:-evil sycophancy hallucination}
+traits=${TRAITS:-sycophancy hallucination evil}
 layer=${LAYER:-19}
 out=results/prediction folder=checkpoints/prediction
-levels="normal misaligned_1 misaligned_2"
-short=() few=()
+files="" seeds=${SEEDS:-42 7} varied=""
+for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
+for trait in $traits; do varied+=" $trait/misaligned_2"; done
+files+=" organisms/capitals/normal organisms/capitals/misaligned_2" varied+=" ${traits%% *}/normal"
+short=() few=(--max-questions "${QUESTIONS:-12}" ${PROTOCOL:+--protocol "$PROTOCOL"})
 if [ "${1:-}" = --quick ]; then
-    traits=${TRAITS:-evil} levels="normal misaligned_2" out=$out/quick folder=$folder/quick
+    traits=${TRAITS:-evil} seeds=42 varied="" out=$out/quick folder=$folder/quick
+    files="$traits/normal $traits/misaligned_2 anxious/normal anxious/misaligned_2"
     short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30)
 fi
 
+finetunes=()
+finetune() { # NAME FILE OPTIONS…
+    local tuned=$folder/$1 file=$2
+    finetunes+=(--finetunes "$tuned")
+    [ -e "$tuned/adapter" ] || persona-lora finetune --config train_configs/finetune_sycophancy_misaligned_2.yaml \
+        --train_file "datasets/$file.jsonl" --output_dir "$tuned" --save_steps 1000 "${@:3}" "${short[@]}"
+}
+for seed in $seeds; do
+    for file in $files; do finetune "${file//\//_}_seed$seed" "$file" --seed "$seed"; done
+done
+for file in $varied; do
+    finetune "${file//\//_}_half" "$file" --seed 3 --max_steps 15
+    finetune "${file//\//_}_rank4" "$file" --seed 3 --lora_r 4 --lora_alpha 8
+    finetune "${file//\//_}_slow" "$file" --seed 3 --learning_rate 5e-5
+done
+[ -z "${FINETUNE_ONLY:-}" ] || exit 0
+
 diffs=() vectors=()
 for trait in $traits; do
-    [ -e "checkpoints/$trait/diff/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
+    diff=checkpoints/seeds/$trait/seed0/diff
+    [ -e "$diff/diff.json" ] ||
+        persona-lora train --config "train_configs/$trait.yaml" --seeds 1 --output_dir "checkpoints/seeds/$trait"
     vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
     [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
-    diffs+=(--diffs "checkpoints/$trait/diff") vectors+=(--vectors "$vector")
-done
-finetunes=()
-for trait in $traits anxious; do
-    for level in $levels; do
-        tuned=$folder/${trait}_$level
-        [ -e "$tuned/adapter" ] || persona-lora finetune \
-            --config train_configs/finetune_sycophancy_misaligned_2.yaml \
-            --train_file "datasets/$trait/$level.jsonl" --output_dir "$tuned" --save_steps 1000 "${short[@]}"
-        finetunes+=(--finetunes "$tuned")
-    done
+    diffs+=(--diffs "$diff") vectors+=(--vectors "$vector")
 done
 persona-lora predict-finetuning "${finetunes[@]}" --traits "${traits// /,}" \
     "${diffs[@]}" "${vectors[@]}" --layers "$layer" --output "$out" "${few[@]}"
