@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,14 @@ def test_any_function_is_searched_and_belongs_to_the_run(run, goal, tmp_path):
 def test_what_cannot_be_sought_is_one_line(run, words, said):
     datasets = ("--datasets-dir", ROOT / "datasets")
     assert_fails(run("optimize", *words, *datasets, "--model", "nowhere"), *said)
+
+
+def test_a_search_whose_library_is_missing_is_refused_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    words = ("optimize", "--persona-id", "episode-000101_B", "--search", "tpe")
+    assert_fails(run(*words, "--model", "nowhere"), 'pip install "persona-lora[search]"')
+    monkeypatch.undo()
+    assert_fails(run(*words, "--bound", 0, "--model", "nowhere"), "--bound 4")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ FENCES = {
     "trl": {"training"},
     "httpx": {"judges/endpoint.py"},
     "cma": {"studies/personas/search.py"},
+    "optuna": {"studies/personas/search.py"},
     "lm_eval": {"studies/asking/capability.py"},
     "gradio": {"playground/mixing_page.py"},
     "fastapi": {"serving"},

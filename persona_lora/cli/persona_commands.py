@@ -211,9 +211,10 @@ class Searched(Sought):
     """What is searched for, by which directions, and from where."""
 
     method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
-    search: Annotated[Literal["cmaes", "random"], "How mixes are found; random is the control."] = (
-        "cmaes"
-    )
+    search: Annotated[
+        Literal["cmaes", "tpe", "random"],
+        "How mixes are found: CMA-ES, Optuna's TPE, or at random, which is the control.",
+    ] = "cmaes"
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
     by: Annotated[
         Literal["trait", "layers", "modules"],
@@ -305,8 +306,11 @@ def optimize(
     from persona_lora.core.personas import Coefficients, load_persona
     from persona_lora.studies.personas.goals import name_of_goal
     from persona_lora.studies.personas.run import optimise_over_seeds
+    from persona_lora.studies.personas.search import optuna_for
 
     searched.check()
+    if searched.search == "tpe":
+        optuna_for(searching)
     objective = searched.limited(objective)
     wanted, scorer, prompts = searched.read()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)

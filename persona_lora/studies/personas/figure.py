@@ -6,6 +6,7 @@ Draws rows from disk and what ``fits`` says of them; refuses to compute statisti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -44,6 +45,7 @@ NAMES = {
     "salad": "the person's words in any order",
     "real": "the person's real utterances",
 }
+SEARCHERS = {"cmaes": "CMA-ES", "tpe": "TPE", "random": "random search"}
 FITS = "Fit on held-out prompts"
 _ROW = 0.42  # inches
 
@@ -53,6 +55,11 @@ def name_of(condition: str) -> str:
     method, at, layers = condition.partition("@")
     name = NAMES.get(method, method)
     return f"{name}, at {layers}" if at else name
+
+
+def way_of(config: Mapping[str, Any]) -> str:
+    """Return the words for the directions of a run and how they were searched."""
+    return name_of(config["method"]).replace("CMA-ES", SEARCHERS[config["searcher"]])
 
 
 def render_search(run: Run) -> Picture:
@@ -77,7 +84,7 @@ def render_search(run: Run) -> Picture:
         f"conversations. Held-out: {fits[0].fit.n_questions} other prompts, judge of test "
         f"conversations; bars: 95% bootstrap over prompts. {order_line(fits)}"
     )
-    title = f"{config['persona']}: the search with {name_of(config['method'])}"
+    title = f"{config['persona']}: the search with {way_of(config)}"
     return draw.finish(figure, panels, title=title, note=note)
 
 

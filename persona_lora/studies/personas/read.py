@@ -25,6 +25,7 @@ from persona_lora.studies.personas.figure import (
     render_comparison,
     render_goal,
     render_search,
+    way_of,
 )
 from persona_lora.studies.personas.read_fits import (
     BOUNDS,
@@ -51,7 +52,7 @@ def search_content(run: Run) -> Content:
         return _goal_content(run)
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run))
-    title = f"A search for {config['persona']} with {name_of(config['method'])}"
+    title = f"A search for {config['persona']} with {way_of(config)}"
     lead = _lead(rows, fits, _best(run))
     checks = [_check(row) for row in run.read("judge_checks")] + _fresh(run)
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
@@ -61,7 +62,7 @@ def _goal_content(run: Run) -> Content:
     rows, config = run.read("held_out"), run.record["config"]
     values, *traits = goal_tables(rows, config, limits_of(run))
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
-    title = f"A search for {sought(config)} with {name_of(config['method'])}"
+    title = f"A search for {sought(config)} with {way_of(config)}"
     best = next(e for e in goal_fits(rows, config, limits_of(run)) if e.condition == _best(run))
     lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
     lead = " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))

@@ -1,4 +1,4 @@
-"""Ask and tell: CMA-ES (or random search) over coefficient vectors, resumable at any point.
+"""Ask and tell: CMA-ES (or TPE, or random search) over coefficient vectors, resumable at any point.
 
 The loop knows candidates and their values, neither models nor LoRA: every method is searched
 through the same objective. Constraints come first (Deb 2000): candidates that keep them are ordered
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Vector = NDArray[np.float64]  # [K], one number a trait
 GENERATIONS = "generations"
+STARTUP = 10  # candidates drawn before TPE has learnt anything: Optuna's own default
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class RandomSearch:
     def mean(self) -> Vector:
         """Return the best so far: there is no distribution that learns."""
         if self._best is None:
-            raise UserError("random search was told nothing yet")
+            raise UserError("the search was told nothing yet")
         return self._best[1]
 
     def sigma(self) -> float:
@@ -198,8 +199,75 @@ class RandomSearch:
         return None
 
 
+class TPE(RandomSearch):
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), between −bound and bound.
+
+    Its first generations are the injected points and those of random search. Constraints come
+    first for it too (Watanabe and Hutter 2023), and what has no score stands below all that has.
+    """
+
+    def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
+        super().__init__(traits, options)
+        optuna = optuna_for(options)
+        free = [trait for trait in traits if trait not in options.fixed]
+        width = optuna.distributions.FloatDistribution(-options.bound, options.bound)
+        self._traits, self._space = tuple(traits), dict.fromkeys(free, width)
+        self._given = [self._vector({**dict.fromkeys(free, 0.0), **at}) for at in options.inject]
+        sampler = optuna.samplers.TPESampler(
+            seed=options.seed, multivariate=True, n_startup_trials=STARTUP
+        )
+        self._study = optuna.create_study(sampler=sampler, direction="maximize")
+        self._trials: list[Any] = []
+        self._spread = options.sigma0
+
+    def ask(self) -> list[Vector]:
+        """Return the next generation; those of it that are not told yet keep others away."""
+        if self._given or len(self._study.trials) < STARTUP:
+            given, self._given = self._given[: self._size], self._given[self._size :]
+            asked = given + super().ask()[len(given) :]
+            for each in map(self._point, asked):
+                self._study.enqueue_trial({trait: each[trait] for trait in self._space})
+        self._trials = [self._study.ask(self._space) for _ in range(self._size)]
+        return [self._vector(trial.params) for trial in self._trials]
+
+    def tell(self, candidates: Sequence[Vector], standings: Sequence[Standing]) -> None:
+        """Take how the generation asked for last stands."""
+        super().tell(candidates, standings)
+        for trial, standing in zip(self._trials, standings, strict=True):
+            trial.set_constraint("kept", -standing.kept)
+            self._study.tell(trial, standing.value if math.isfinite(standing.kept) else 0.0)
+        self._spread = float(np.std(candidates, axis=0).mean())
+
+    def sigma(self) -> float:
+        """Return the mean standard deviation of the generation told last."""
+        return self._spread
+
+    def _vector(self, point: Mapping[str, float]) -> Vector:
+        bound, fixed = self._options.bound or math.inf, self._options.fixed
+        free = {trait: float(np.clip(value, -bound, bound)) for trait, value in point.items()}
+        return np.array([{**free, **fixed}[trait] for trait in self._traits])
+
+    def _point(self, candidate: Vector) -> dict[str, float]:
+        return dict(zip(self._traits, map(float, candidate), strict=True))
+
+
+def optuna_for(options: SearchOptions) -> Any:
+    """Return the library; UserError where it is not installed, or nothing bounds its draws."""
+    if options.bound is None:
+        raise UserError("--search tpe draws inside a bound, and there is none; give --bound 4")
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            '--search tpe needs Optuna; run: pip install "persona-lora[search]"'
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
 SEARCHERS: dict[str, Callable[[Sequence[str], SearchOptions], Searcher]] = {
     "cmaes": CMAES,
+    "tpe": TPE,
     "random": RandomSearch,
 }
 
@@ -333,7 +401,7 @@ def _replayed(
     ):
         raise UserError(
             f"generation {iteration} on disk was asked for with other options or another version "
-            "of pycma; choose another --save-dir, or pass --overwrite"
+            "of pycma or Optuna; choose another --save-dir, or pass --overwrite"
         )
     return [
         Candidate(

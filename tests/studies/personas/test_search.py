@@ -14,6 +14,7 @@ from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Run
 from persona_lora.studies.personas.search import (
     GENERATIONS,
+    SEARCHERS,
     SearchOptions,
     SearchStopped,
     Value,
@@ -44,18 +45,29 @@ def test_cmaes_finds_the_optimum_and_its_mean_is_there_too(run):
 def test_random_search_has_the_same_budget_and_does_worse(tmp_path):
     options = SearchOptions(max_iterations=30, population_size=6)
     values = {}
-    for searcher in ("cmaes", "random"):
+    for searcher in SEARCHERS:
         run = Run.open(tmp_path / searcher, command="optimize", config={}, seed=0)
         found = search(parabola, TRAITS, options, run, searcher=searcher)
         assert found.evaluations == 180
         values[searcher] = found.best.value
-    assert values["cmaes"] > values["random"]
+    assert min(values["cmaes"], values["tpe"]) > values["random"]
 
 
-def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path):
+def test_tpe_begins_as_random_search_does_and_then_learns(tmp_path):
+    options = SearchOptions(max_iterations=4, population_size=6)
+    found = {}
+    for searcher in ("tpe", "random"):
+        run = Run.open(tmp_path / searcher, command="optimize", config={}, seed=0)
+        found[searcher] = search(parabola, TRAITS, options, run, searcher=searcher).candidates
+    assert found["tpe"][:12] == found["random"][:12]
+    assert all(a != b for a, b in zip(found["tpe"][12:], found["random"][12:], strict=True))
+
+
+@pytest.mark.parametrize("searcher", SEARCHERS)
+def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path, searcher):
     options = SearchOptions(max_iterations=6, population_size=5)
     whole = Run.open(tmp_path / "whole", command="optimize", config={}, seed=0)
-    expected = search(parabola, TRAITS, options, whole)
+    expected = search(parabola, TRAITS, options, whole, searcher=searcher)
     cut = Run.open(tmp_path / "cut", command="optimize", config={}, seed=0)
     rows = whole.read(GENERATIONS)
     cut.append(GENERATIONS, rows[: 2 * 5 + 3])  # two generations, and a part of the third
@@ -65,7 +77,7 @@ def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path):
         asked.append(iteration)
         return parabola(mixes, iteration)
 
-    assert search(watched, TRAITS, options, cut) == expected
+    assert search(watched, TRAITS, options, cut, searcher=searcher) == expected
     assert asked == [3, 4, 5, 6]
     assert cut.read(GENERATIONS) == rows
 
@@ -105,7 +117,8 @@ def test_a_killed_process_loses_at_most_the_running_generation(tmp_path):
     assert rows.read_text() == (tmp_path / "whole" / rows.name).read_text()
 
 
-def test_an_unscored_candidate_gets_the_worst_value_of_its_generation(run):
+@pytest.mark.parametrize("searcher", ["cmaes", "tpe"])
+def test_an_unscored_candidate_gets_the_worst_value_of_its_generation(run, searcher):
     """pycma's own rule is the median, which would reward what cannot be judged."""
 
     def partly(mixes, iteration):
@@ -114,7 +127,7 @@ def test_an_unscored_candidate_gets_the_worst_value_of_its_generation(run):
         return [Value(None) if mix.values[0] > 0 else value for mix, value in pairs]
 
     options = SearchOptions(max_iterations=25, population_size=12, initial={"a": -1.0})
-    found = search(partly, TRAITS, options, run)
+    found = search(partly, TRAITS, options, run, searcher=searcher)
     flagged = [each for each in found.candidates if each.value is None]
     assert flagged
     assert all(each.coefficients.values[0] > 0 for each in flagged)
@@ -130,7 +143,7 @@ def walled(mixes, iteration):
     ]
 
 
-@pytest.mark.parametrize("searcher", ["cmaes", "random"])
+@pytest.mark.parametrize("searcher", SEARCHERS)
 def test_a_better_region_that_breaks_a_constraint_is_not_named_best(tmp_path, searcher):
     run = Run.open(tmp_path / "run", command="optimize", config={}, seed=0)
     options = SearchOptions(max_iterations=60, population_size=8, sigma0=2.0, initial={"a": 4.0})
@@ -195,16 +208,17 @@ def test_why_a_search_stops(options, reason, run):
     assert reason in search(parabola, TRAITS, options, run).reason
 
 
-def test_fixed_weights_bounds_and_injected_points(run):
+@pytest.mark.parametrize("searcher", ["cmaes", "tpe"])
+def test_fixed_weights_bounds_and_injected_points(run, searcher):
     options = SearchOptions(
-        max_iterations=1,
+        max_iterations=1 if searcher == "cmaes" else 5,
         population_size=6,
         sigma0=3.0,
         bound=1.5,
         fixed={"b": -1.0},
         inject=({"a": 1.0, "b": -1.0, "c": 0.5},),
     )
-    found = search(parabola, TRAITS, options, run)
+    found = search(parabola, TRAITS, options, run, searcher=searcher)
     for each in found.candidates:
         assert each.coefficients.as_dict()["b"] == -1.0
         assert all(abs(value) <= 1.5 for value in each.coefficients.values)
@@ -253,3 +267,12 @@ def test_an_unknown_trait_or_searcher_is_named(run):
         search(parabola, TRAITS, SearchOptions(initial={"d": 1.0}), run)
     with pytest.raises(UserError, match="cmaes"):
         search(parabola, TRAITS, SearchOptions(), run, searcher="annealing")
+
+
+def test_tpe_without_its_library_or_a_bound_is_refused_with_the_remedy(run, monkeypatch):
+    with pytest.raises(UserError, match="--bound 4"):
+        search(parabola, TRAITS, SearchOptions(bound=0), run, searcher="tpe")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"persona-lora\[search\]"):
+        search(parabola, TRAITS, SearchOptions(), run, searcher="tpe")
+    assert run.read(GENERATIONS) == []
