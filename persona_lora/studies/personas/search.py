@@ -210,7 +210,8 @@ class TPE(RandomSearch):
         super().__init__(traits, options)
         optuna = optuna_for(options)
         free = [trait for trait in traits if trait not in options.fixed]
-        width = optuna.distributions.FloatDistribution(-options.bound, options.bound)
+        self._bound = options.bound or math.inf  # one that ends: see optuna_for
+        width = optuna.distributions.FloatDistribution(-self._bound, self._bound)
         self._traits, self._space = tuple(traits), dict.fromkeys(free, width)
         self._given = [self._vector({**dict.fromkeys(free, 0.0), **at}) for at in options.inject]
         sampler = optuna.samplers.TPESampler(
@@ -243,9 +244,8 @@ class TPE(RandomSearch):
         return self._spread
 
     def _vector(self, point: Mapping[str, float]) -> Vector:
-        bound, fixed = self._options.bound or math.inf, self._options.fixed
-        free = {trait: float(np.clip(value, -bound, bound)) for trait, value in point.items()}
-        return np.array([{**free, **fixed}[trait] for trait in self._traits])
+        free = {trait: np.clip(value, -self._bound, self._bound) for trait, value in point.items()}
+        return np.array([{**free, **self._options.fixed}[trait] for trait in self._traits])
 
     def _point(self, candidate: Vector) -> dict[str, float]:
         return dict(zip(self._traits, map(float, candidate), strict=True))
