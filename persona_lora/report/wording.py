@@ -149,7 +149,10 @@ def headline(summary: SweepSummary) -> str:
     if summary.method == UNSTEERED:
         sentences = [_unsteered(summary), _prompts(summary)]
     else:
-        sentences = [_change(summary), _control(summary), coherent_line(summary), _prompts(summary)]
+        found = [_change(summary), _control(summary)]
+        if summary.control is not None and direction_of(summary.control.overall) < 1:
+            found.reverse()  # what random directions do as well is said first
+        sentences = [*found, coherent_line(summary), _prompts(summary)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -309,15 +312,15 @@ def _control(summary: SweepSummary) -> str:
         return ""
     overall = summary.control.overall
     if overall.interval.mean is None:
-        return "It could not be compared with the random direction."
+        return "The vector could not be compared with the random direction."
     if overall.interval.low is None:
-        return "With one question it cannot be tested against the random direction."
+        return "With one question the vector cannot be tested against the random direction."
     draws = summary.control.draws
     random = "a random direction" if draws == 1 else f"{draws} random directions"
     verdict = {
-        1: f"It beats {random} of the same norm",
-        -1: f"It does worse than {random} of the same norm",
-        0: f"It is not clear of {random} of the same norm",
+        1: f"The vector beats {random} of the same norm",
+        -1: f"The vector does worse than {random} of the same norm",
+        0: f"The vector is not clear of {random} of the same norm",
     }[direction_of(overall)]
     return (
         f"{verdict}: {change(overall.interval)} points in the expected direction, paired by "

@@ -43,10 +43,17 @@ from persona_lora.report.two_judges import (
     pairs_of,
 )
 from persona_lora.report.two_way import Gaps, crossed_mean, scaled, shared_questions
-from persona_lora.studies.steering.read_comparison import LORA, effects_of
+from persona_lora.studies.steering.read_comparison import (
+    ACTIVATION,
+    LORA,
+    RANDOM,
+    RANDOM_LORA,
+    effects_of,
+)
 
 COMMANDS = ("evaluate", "sweep", "compare")
 VERDICTS = "verdicts"
+VECTOR = f"{ACTIVATION} beside {RANDOM}"
 SEED = "the seed of the diff"
 OF_ONE = ("the diff", SEED)  # inputs in which seeds may differ; so may controls made like the diff
 REMEDY = "give what `train --seeds` made"
@@ -58,7 +65,8 @@ class OverSeeds:
     """One condition over all seeds: means with their intervals over seeds and questions.
 
     ``change`` is from the unsteered model (of ``compare``: the diff's effect minus that of the
-    method, and ``score`` the method's effect), ``p`` its test, ``p_holm`` corrected over all.
+    method, and ``score`` the method's effect; of ``VECTOR`` the vector's minus that of random
+    ones), ``p`` its test, ``p_holm`` corrected over all.
     """
 
     condition: str
@@ -201,6 +209,11 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
             gaps = [minus(each[split, LORA], each[split, method]) for each in by_run]
             one = _with_change(one, gaps)
         found.append(one)
+        if method == RANDOM:
+            vectors = [each[split, ACTIVATION] for each in by_run]
+            effect = crossed_mean(shared_questions(vectors)).interval
+            gaps = [minus(each[split, ACTIVATION], each[split, RANDOM]) for each in by_run]
+            found.append(_with_change(OverSeeds(f"{split}: {VECTOR}", len(runs), effect), gaps))
     return corrected(found)
 
 
@@ -272,7 +285,18 @@ def _finding(runs: Sequence[Run], found: Sequence[OverSeeds]) -> str:
     if all(each.change is None for each in found):  # of evaluate, which asks one condition
         means = ", ".join(f"{each.condition}: {wording.interval(each.score)}" for each in found)
         return f"Over {len(runs)} seeds: {means}."
-    return f"Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}."
+    return f"{_short(found)}Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}."
+
+
+def _short(found: Sequence[OverSeeds]) -> str:
+    """Say which directions of a comparison did not beat their random controls; "" for none."""
+    directions, said = {RANDOM_LORA: "weights", VECTOR: "activations"}, []
+    for each in found:
+        split, _, name = each.condition.partition(": ")
+        if name in directions and wording.clear_sign(each.change, each.p_holm) < 1:
+            gap = f"{wording.change(each.change)}, p {wording.p_value(each.p_holm)}"
+            said.append(f"{split}: {directions[name]} ({gap})")
+    return f"Not clearly further than random controls: {', '.join(said)}. " if said else ""
 
 
 def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
@@ -282,7 +306,8 @@ def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
     found = over_seeds(runs)
     note = (
         "Means over seeds and questions, both drawn; the change is from the unsteered model (of a "
-        "comparison: weights minus this, and the score an effect), p Student’s t, Holm-corrected."
+        "comparison: weights minus this, the vector minus random ones in a row of its own, and the "
+        "score an effect), p Student’s t, Holm-corrected."
     )
     heading = Heading(f"Over {len(runs)} training seeds")
     lines = (Note(line, "") for line in seeds_lines(runs, found))

@@ -92,7 +92,7 @@ def held_out():
 EFFECTS = {"lora": 25, "activation": 15, "random_lora": 3, "random": -2}
 
 
-def compared(folder, trait, seed, effects=EFFECTS):
+def compared(folder, trait, seed, effects=EFFECTS, questions=(7, 5)):
     """A run of compare, of two sets of questions and two levels of either sign."""
     rng = np.random.default_rng(seed)
     coefficients = (-1.0, 0.5)
@@ -109,7 +109,7 @@ def compared(folder, trait, seed, effects=EFFECTS):
                 for at, (method, c) in enumerate(steered)
             ],
         )  # fmt: skip
-    for split, count in (("eval", 7), ("ood", 5)):
+    for split, count in zip(("eval", "ood"), questions, strict=True):
         asked = [
             (method, c, question)
             for method, c in [("none", None), ("prompt_pos", None), *steered]
@@ -204,6 +204,29 @@ def test_a_diff_beyond_all_controls_is_found(tmp_path):
     assert all(0 <= each.trait.low <= each.trait.mean <= each.trait.high <= 100 for each in points)
     assert comparison_table(found).rows[2][1] == "random_lora (4)"
     assert ", mean of 4, held-out questions" in verdict_lines(found)[-1]
+
+
+@pytest.mark.parametrize(
+    ("effects", "first"),
+    [
+        ({"lora": 40, "activation": 30, "random_lora": 0, "random": 0}, "weights steered further:"),
+        ({"lora": 40, "activation": 5, "random_lora": 40, "random": -20}, "weights did not"),
+        ({"lora": 40, "activation": 30, "random_lora": 0, "random": 30}, "activations did not"),
+        ({"lora": 5, "activation": 0, "random_lora": 45, "random": -40}, "weights steered less"),
+    ],
+)
+def test_the_first_line_begins_with_what_was_planted_beside_random_controls(
+    tmp_path, effects, first
+):
+    found = read_comparison(compared(tmp_path, "evil", 5, effects, (12, 12)))
+    assert verdict_lines(found)[0].split("divergence, ")[1].startswith(first)
+    gaps = {each.method: each for each in found.overall if each.split == "eval"}
+    assert gaps["random"].vector_gap.mean == pytest.approx(
+        gaps["activation"].effect.mean - gaps["random"].effect.mean
+    )
+    tested = [*(each.p_holm for each in found.overall), *(each.vector_p for each in found.overall)]
+    least = min(each for each in tested if each is not None)
+    assert least == 8 * 2 / 2**12  # four tests on each of two sets of questions are one family
 
 
 def test_probes_stand_in_columns_paired_by_question_and_the_rest_below():

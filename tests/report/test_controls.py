@@ -65,9 +65,9 @@ def test_differences_from_the_control_are_those_of_the_slopes(sweep_rows):
 @pytest.mark.parametrize(
     ("slopes", "words"),
     [
-        ({"activation": 8, "random": 1}, "It beats a random direction"),
-        ({"activation": 1, "random": 8}, "It does worse than a random direction"),
-        ({"activation": 5, "random": 5}, "is not clear of a random direction"),
+        ({"activation": 8, "random": 1}, "The vector beats a random direction"),
+        ({"activation": 1, "random": 8}, "The vector does worse than a random direction"),
+        ({"activation": 5, "random": 5}, "The vector is not clear of a random direction"),
     ],
 )
 def test_headline_says_whether_the_vector_beats_the_random_direction(sweep_rows, slopes, words):
@@ -75,8 +75,11 @@ def test_headline_says_whether_the_vector_beats_the_random_direction(sweep_rows,
     line = _line(slopes)
     summary = _scored(sweep_rows, lambda row: line(row) + noise[row["row"]])
     text = wording.headline(summary)
-    assert text.startswith("Steered at layer 12, sycophancy")
-    assert words in text
+    first, second = "Steered at layer 12, sycophancy", words
+    if "beats" not in words:
+        first, second = second, first
+    assert text.startswith(first)
+    assert second in text
     assert "activation at layer 12  ·  random direction ρ" in wording.place_line(summary)
 
 

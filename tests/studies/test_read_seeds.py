@@ -146,3 +146,56 @@ def test_a_second_judge_is_read_over_the_seeds_as_well(seeded, tmp_path, no_draw
     row = rows["'+1"]
     assert float(row["change_second"]) == pytest.approx(-float(row["score"]) + 50)
     assert float(row["change_high_second"]) < 0 < float(row["change_low"])
+
+
+@pytest.mark.parametrize(
+    ("effects", "said"),
+    [
+        ({"lora": 30, "activation": 25, "random_lora": 2, "random": 2}, "Clear of 0 over 4 seeds"),
+        (
+            {"lora": 30, "activation": 25, "random_lora": 30, "random": 2},
+            "Not clearly further than random controls: eval: weights (",
+        ),
+        (
+            {"lora": 30, "activation": 25, "random_lora": 2, "random": 25},
+            "Not clearly further than random controls: eval: activations (",
+        ),
+    ],
+)
+def test_directions_that_do_no_more_than_random_ones_stand_first(tmp_path, effects, said):
+    """Comparisons of four seeds; every effect is planted, with noise of seeds and questions."""
+    rng, runs = np.random.default_rng(3), []
+    for seed in range(4):
+        folder = tmp_path / f"seed{seed}"
+        run = Run.open(
+            folder, command="compare", config={"trait": "evil"}, seed=0,
+            inputs={"the seed of the diff": str(seed)},
+        )  # fmt: skip
+        run.write("splits", [{"split": "eval"}])
+        run.write("levels", [{"level": 0, "method": name, "coefficient": 1.0} for name in effects])
+        of_seed = {name: effect + rng.normal() for name, effect in effects.items()}
+        asked = [(name, at) for name in ("none", *effects) for at in range(8)]
+        part = Run.open(folder / "eval", command="evaluate", config={}, seed=0)
+        part.write(
+            "answers",
+            [
+                {"row": row, "method": name, "question_id": at,
+                 "coefficient": None if name == "none" else 1.0}
+                for row, (name, at) in enumerate(asked)
+            ],
+        )  # fmt: skip
+        part.write(
+            "verdicts",
+            [
+                {"row": row, "criterion": "evil", "judge": "embedding",
+                 "score": 40 + at + of_seed.get(name, 0) + rng.normal()}
+                for row, (name, at) in enumerate(asked)
+            ],
+        )  # fmt: skip
+        runs.append(run)
+    found = over_seeds(runs)
+    assert seeds_lines(runs, found)[1].startswith(said)
+    assert "Clear of 0 over 4 seeds (Holm): eval: " in seeds_lines(runs, found)[1]
+    beside = next(each for each in found if each.condition == "eval: activation beside random")
+    assert beside.change.mean == pytest.approx(effects["activation"] - effects["random"], abs=3)
+    assert beside.score.mean == pytest.approx(effects["activation"], abs=3)

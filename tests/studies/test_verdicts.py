@@ -56,6 +56,47 @@ def test_who_steered_further_is_the_one_with_the_larger_effect(gap, p, winner):
     assert research_questions._winner(other) == winner
 
 
+# the gap of a direction to its random controls, p after Holm, how many there are, and what is said
+CLEAR, UNCLEAR = ((10.0, 5.0, 15.0), 0.01), ((2.0, -8.0, 15.0), 0.7)
+BESIDE_RANDOM = [
+    (*CLEAR, 1, "further than a random"),
+    (*CLEAR, 3, "further than 3 random"),
+    (*UNCLEAR, 1, "did not steer clearly further than a random"),
+    (*UNCLEAR, 3, "did not steer clearly further than 3 random"),
+    ((-10.0, -15.0, -5.0), 0.01, 1, "steered less far than a random"),
+    ((10.0, None, None), None, 2, "did not steer clearly further than 2 random"),
+    (None, None, 1, "could not be compared with a random"),
+]
+
+
+@pytest.mark.parametrize("of", ["random_lora", "random"])
+@pytest.mark.parametrize(("gap", "p", "draws", "said"), BESIDE_RANDOM)
+def test_what_random_controls_do_as_well_is_said_before_the_winner(of, gap, p, draws, said):
+    lora = Overall("eval", "lora", shown(30), None, None, None)
+    vector = Overall("eval", "activation", shown(20), shown(10), None, 0.01, p_holm=0.01)
+    found = None if gap is None else interval(*gap)
+    # The other direction is clear of its own; "difference" of random vectors is the diff's gap.
+    mine, clear = (found, p, p, draws), (shown(25), 0.01, 0.01, 1)
+    gaps, own = (mine, (shown(15), 0.02)) if of == "random_lora" else (clear, (found, p))
+    controls = [
+        Overall("eval", "random_lora", shown(5), gaps[0], None, *gaps[1:]),
+        Overall("eval", "random", shown(5), shown(-9), None, 0.9, 0.9, draws, 0, 0, *own),
+    ]
+    line, _ = verdict_lines(Comparison("evil", "mean", (), (lora, vector, *controls)))
+    who = "weights" if of == "random_lora" else "activations"
+    name = "difference" if of == "random_lora" else "vector"
+    assert f"{said} {name}{'s' * (draws > 1)}" in line
+    first = "On held-out questions, at equal divergence, "
+    if said.startswith("further"):
+        assert line.startswith(f"{first}weights steered further: ")
+        assert line.index("weights moved") < line.index(said)
+    else:
+        assert line.startswith(f"{first}{who} {said}")
+        assert line.index(said) < line.index(". Between the two, weights steered further: ")
+    if gap is not None:
+        assert f"({wording.change(found)} points, p {wording.p_value(p)})" in line
+
+
 @pytest.mark.parametrize(("gap", "p", "winner"), WHO)
 def test_a_pooled_row_names_the_same_winner(gap, p, winner):
     row = research_questions._pooled_row(

@@ -66,6 +66,8 @@ from persona_lora.studies.steering.read_comparison import (
     BASE,
     LORA,
     MERGED,
+    RANDOM,
+    RANDOM_LORA,
     TOKENS,
     Comparison,
     Overall,
@@ -495,6 +497,8 @@ def comparison_judges(run: Run, found: Comparison) -> TwoJudges | None:
         effects.append(Beside(place, one.effect, two.effect))
         if one.difference is not None and two.difference is not None:
             gaps.append(Beside(f"weights minus {place}", one.difference, two.difference))
+        if one.vector_gap is not None and two.vector_gap is not None:
+            gaps.append(Beside(f"activations minus {place}", one.vector_gap, two.vector_gap))
     return of_pairs(found.trait, parts, pairs, [*gaps, *effects])
 
 
@@ -510,7 +514,7 @@ def verdict_lines(comparison: Comparison) -> tuple[str, ...]:
     lines = []
     for split in dict.fromkeys(each.split for each in comparison.overall):
         own = {each.method: each for each in comparison.overall if each.split == split}
-        lines.append(_verdict(own[LORA], own[ACTIVATION], split))
+        lines.append(_verdict(own, split))
     controls = [each for each in comparison.overall if each.method.startswith("random")]
     said = "; ".join(
         f"{_method(each)}, {SPLITS[each.split]}: {wording.interval(each.effect)}"
@@ -519,7 +523,9 @@ def verdict_lines(comparison: Comparison) -> tuple[str, ...]:
     return (*lines, f"Random controls at the same divergence moved it by: {said}.")
 
 
-def _verdict(lora: Overall, activation: Overall, split: str) -> str:
+def _verdict(own: Mapping[str, Overall], split: str) -> str:
+    """Say who steered further; before it which of both did not beat its random controls."""
+    lora, activation = own[LORA], own[ACTIVATION]
     gap = activation.difference
     where = PLACES[split]
     if gap is None or gap.mean is None:
@@ -534,12 +540,39 @@ def _verdict(lora: Overall, activation: Overall, split: str) -> str:
         if activation.coherence is None
         else (f"; coherence with weights is {wording.interval(activation.coherence)} higher")
     )
+    beyond = [_beyond(own[each]) for each in RANDOMS if each in own]
+    short = " and ".join(line for sign, line in beyond if sign < 1)
+    clear = " and ".join(line for sign, line in beyond if sign == 1)
     return (
-        f"{where}, at equal divergence, {said}: weights moved the trait by "
+        f"{where}, at equal divergence, {f'{short}. Between the two, ' if short else ''}"
+        f"{said}: weights moved the trait by "
         f"{wording.interval(lora.effect)} points, activations by "
         f"{wording.interval(activation.effect)}, a paired difference of {wording.interval(gap)} "
         f"(p {wording.p_value(activation.p_holm)}, Holm){lost}."
+        f"{f' {clear[0].upper()}{clear[1:]}.' if clear else ''}"
     )
+
+
+RANDOMS = {RANDOM_LORA: ("weights", "random difference"), RANDOM: ("activations", "random vector")}
+
+
+def _beyond(control: Overall) -> tuple[int, str]:
+    """Return whether a direction clearly beat its random controls (1, 0 or −1), in words."""
+    direction, name = RANDOMS[control.method]
+    of_weights = control.method == RANDOM_LORA
+    gap = control.difference if of_weights else control.vector_gap
+    p = control.p_holm if of_weights else control.vector_p
+    random = f"a {name}" if control.draws == 1 else f"{control.draws} {name}s"
+    if gap is None or gap.mean is None:
+        return 0, f"{direction} could not be compared with {random}"
+    sign = wording.clear_sign(gap, p)
+    said = {
+        1: "steered further than",
+        0: "did not steer clearly further than",
+        -1: "steered less far than",
+    }[sign]
+    points = f"{wording.change(gap)} points, p {wording.p_value(p)}"
+    return sign, f"{direction} {said} {random} ({points})"
 
 
 def _method(each: Overall | Point) -> str:

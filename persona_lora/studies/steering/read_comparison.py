@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -86,6 +86,8 @@ class Overall:
     paired by question. ``p`` is a two-sided sign-flip test, ``p_holm`` corrected over methods and
     splits. Of several random controls, ``draws``, all are over controls and questions, both drawn
     (``p`` is Student's); ``least`` and ``most`` are the effects of the weakest and the strongest.
+    Of random vectors, ``vector_gap`` is the vector's effect minus theirs, ``vector_p`` its test,
+    corrected with the others.
     """
 
     split: str
@@ -98,6 +100,8 @@ class Overall:
     draws: int = 1
     least: float | None = None
     most: float | None = None
+    vector_gap: Interval | None = None
+    vector_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
         coherences = _by_place(part, COHERENCE)
         points += _points(split, levels, traits, coherences)
         overall += _overall(split, levels, traits, coherences)
-    tested = tuple(corrected(points)), tuple(corrected(overall))
+    tested = tuple(corrected(points)), _corrected(overall)
     on = config.get("calibrate_on", "prompts")
     return Comparison(config["trait"], config["statistic"], *tested, calibrated_on=on)
 
@@ -214,15 +218,31 @@ def _overall(
     effects, coherence = _by_question(levels, traits, coherences)
     for method, names in grouped(effects, method_of).items():
         own = [effects[name] for name in names]
-        gap, p, lost = None, None, None
+        gap, p, lost, vector_gap, vector_p = None, None, None, None, None
         if method != LORA:
             gap, p = over_draws([minus(effects[LORA], each) for each in own])
             lost, _ = over_draws([minus(coherence[LORA], coherence[name]) for name in names])
+        if method == RANDOM:
+            vector_gap, vector_p = over_draws([minus(effects[ACTIVATION], each) for each in own])
         effect = mean_gap(own)
         each = sorted(float(np.mean(list(one.values()))) for one in own if one)
         ends = (each[0], each[-1]) if len(each) > 1 else (None, None)
-        found.append(Overall(split, method, effect, gap, lost, p, None, len(own), *ends))
+        found.append(
+            Overall(
+                *(split, method, effect, gap, lost, p, None, len(own), ends[0], ends[1]),
+                vector_gap=vector_gap,
+                vector_p=vector_p,
+            )
+        )
     return found
+
+
+def _corrected(found: Sequence[Overall]) -> tuple[Overall, ...]:
+    """Return the methods with all their tests corrected as one family."""
+    ps = holm([*(each.p for each in found), *(each.vector_p for each in found)])
+    return tuple(
+        replace(each, p_holm=ps[at], vector_p=ps[at + len(found)]) for at, each in enumerate(found)
+    )
 
 
 def _by_question(

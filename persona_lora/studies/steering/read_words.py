@@ -8,6 +8,7 @@ from persona_lora.report.wording import (
     change,
     clear_sign,
     coefficient,
+    direction_of,
     judges_line,
     number,
     p_equals,
@@ -17,10 +18,14 @@ from persona_lora.report.wording import (
 )
 from persona_lora.studies.steering.read_grid import DirectedGain, GridSummary, LayerSummary
 
+BEYOND = "Beyond a random direction"
+
 
 def headline(grid: GridSummary) -> str:
     """Return the finding in a few sentences, with intervals and without overstatement."""
-    sentences = [best_line(grid), control_line(grid), stability_line(grid)]
+    best, control = best_line(grid), control_line(grid)
+    first = (best, control) if control.startswith(BEYOND) else (control, best)
+    sentences = [*first, stability_line(grid)]
     prompted = prompt_alone(grid.reference("prompt_pos"))
     return " ".join(sentence for sentence in (*sentences, prompted) if sentence)
 
@@ -50,13 +55,22 @@ def best_line(grid: GridSummary) -> str:
 
 
 def control_line(grid: GridSummary) -> str:
-    """Return how the best layer compares with a random direction there; "" without one."""
+    """Return how the best layer compares with a random direction there; "" without one.
+
+    A headline says it first where it is not clearly beyond one.
+    """
     over = None if grid.best_layer is None else grid.at_layer(grid.best_layer).over_control
     if over is None or over.interval.mean is None:
         return ""
+    layer = grid.best_layer
+    said = (
+        f"{BEYOND} at layer {layer} the vector gains"
+        if direction_of(over) > 0
+        else f"At layer {layer} the vector does not clearly beat a random direction:"
+    )
     return (
-        f"Beyond a random direction at that layer it gains {change(over.interval)} points over all "
-        f"its coefficients (p {p_equals(over.p_holm)}, Holm over layers)."
+        f"{said} {change(over.interval)} points over all its coefficients (p "
+        f"{p_equals(over.p_holm)}, Holm over layers)."
     )
 
 

@@ -135,11 +135,32 @@ def test_a_grid_with_a_control_compares_every_layer_with_it(grid_rows):
     over = {each.layer: each.over_control for each in grid.by_layer}
     assert over[12].interval.low > 20
     assert [each.p_holm for each in over.values()] == holm([each.p for each in over.values()])
-    assert "Beyond a random direction" in read_words.headline(grid)
+    said = read_words.headline(grid)
+    assert said.startswith("Steering works best at layer 12")
+    assert "Beyond a random direction at layer 12 the vector gains" in said
     # The control's cells are corrected among themselves, and never the best layer.
     alone = _grid(*grid_rows())
     assert len(alone.cells) == 16
     assert alone.at_layer(12).over_control is None
+
+
+def test_a_random_direction_that_does_as_much_stands_first(grid_rows):
+    answers, verdicts = grid_rows(control=True)
+    at = {row["row"]: row for row in answers}
+    own = {
+        (row["layer"], row["coefficient"], row["question_id"]): verdict["score"]
+        for verdict in verdicts
+        if (row := at[verdict["row"]])["method"] == "activation"
+        and verdict["criterion"] == "sycophancy"
+    }
+    for verdict in verdicts:  # the random direction's scores are the vector's, on another question
+        row = at[verdict["row"]]
+        if row["method"] == "random" and verdict["criterion"] == "sycophancy":
+            other = row["question_id"] ^ 1
+            verdict["score"] = own[row["layer"], row["coefficient"], other]
+    said = read_words.headline(_grid(answers, verdicts))
+    assert said.startswith("At layer 12 the vector does not clearly beat a random direction: ")
+    assert "Steering works best at layer 12" in said
 
 
 def test_missing_cells_and_scores_are_left_out_with_reasons(grid_rows):
