@@ -274,11 +274,11 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     by_task = {}
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
         known = own["score"].dropna()
-        # What a rule tells is often the same of every item: that is no interval of no width.
+        # What a rule tells is often the same of every item: the ends of its scale are reached.
         told = metric == "score" and known.isin((0.0, 100.0)).all()
         ends = SCORES if told else SHARES if known.isin((0.0, 1.0)).all() else None
         place: dict[str, Any] = {"by": "condition", "value": "score", "unit": "item"}
-        apart = Bounds(-SCORES.high, SCORES.high) if told else None
+        apart = None if ends is None else Bounds(-ends.high, ends.high)
         gaps = paired(own, **place, reference=reference, scale=apart)
         scores = means(own, **place, scale=ends)
         for name, score in scores.items():

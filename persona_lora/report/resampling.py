@@ -14,7 +14,9 @@ Two intervals of a mean, for what is known of the scale:
 - Without, and for differences (whose ends, -100 and 100, are so far away that they would hide every
   effect), the expanded BCa bootstrap (Efron 1987, with the quantiles of
   Hesterberg 2015): BCa whose tails are those of a t distribution, widened by √(n/(n−1)). It covers
-  too little where nearly all values are equal and the rest are far away.
+  too little where nearly all values are equal and the rest are far away. Where all are equal there
+  is none, with the reason ``EQUAL``: ten prompts that no change moved do not show that it moves
+  none. Differences of shares, whose ends are often reached, are given their scale.
 
 ``benchmarks/coverage.py`` prints how often each covers.
 """
@@ -45,6 +47,7 @@ _EXACT_QUESTIONS = 13  # up to here, all sign flips are enumerated
 _RANDOM_FLIPS = 20_000
 _DIGITS = 9  # scores that differ by less are rounding noise, and count as ties
 END_WEIGHT = 0.4  # of a question, that each end of a known scale counts
+EQUAL = "all values are equal, which does not show how far others lie"
 _CHUNK = 2_000_000  # numbers held at once by the row-wise rank correlation
 
 
@@ -117,6 +120,8 @@ def bootstrap_mean(
     if questions == 1:
         reason = "one question: no interval over questions"
         return Interval(mean, None, None, n, 1, coverage, reason)
+    if scale is None and np.ptp(sums / counts) < 10**-_DIGITS:
+        return Interval(mean, None, None, n, questions, coverage, EQUAL)
     if scale is None:
         weights = question_weights(questions, resamples=resamples, seed=seed)
         resampled = weighted_means(sums, counts, weights)[:, 0]

@@ -16,6 +16,7 @@ from scipy import stats
 
 from persona_lora.report.resampling import (
     CONFIDENCE,
+    EQUAL,
     RESAMPLES,
     SCORES,
     Array,
@@ -61,7 +62,7 @@ def crossed_mean(values: Array) -> Crossed:
     """Return the mean of ``[draws, questions]`` with its interval, both taken as drawn.
 
     Var = (MS_draw + MS_question) / (draws · questions): the rest counts twice, which is never too
-    little. Without an interval for fewer than three draws or two questions.
+    little. Without an interval for fewer than three draws or two questions, and of equal values.
     """
     draws, questions = values.shape
     mean = float(values.mean()) if values.size else None
@@ -69,9 +70,12 @@ def crossed_mean(values: Array) -> Crossed:
         reason = f"{draws} draws, {questions} questions: too few for an interval over both"
         return Crossed(Interval(mean, None, None, values.size, questions, 1.0, reason), None)
     error, degrees = (float(each[0]) for each in _errors(values[None]))
+    p = float(crossed_ps(values[None])[0])
+    if error < 1e-9:
+        return Crossed(Interval(mean, None, None, values.size, questions, 1.0, EQUAL), p)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
     interval = Interval(mean, mean - reach, mean + reach, values.size, questions, 1.0)
-    return Crossed(interval, float(crossed_ps(values[None])[0]))
+    return Crossed(interval, p)
 
 
 def mean_gap(draws: Sequence[Mapping[Any, float]]) -> Interval:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
-from persona_lora.report.resampling import Estimate, Interval
+from persona_lora.report.resampling import EQUAL, Estimate, Interval
 from persona_lora.report.scores import CONTROL, UNSTEERED, method_of
 from persona_lora.report.summary import SweepSummary
 
@@ -46,10 +46,15 @@ def coefficient(value: float | None) -> str:
 
 
 def interval(value: Interval | Estimate | None, digits: int = 0) -> str:
-    """Return "71 [64, 77]", without brackets where there is no interval; a dash for None."""
+    """Return "71 [64, 77]", without brackets where there is no interval; a dash for None.
+
+    Equal values, whose interval is not known, are told from one value: "0 [not known: all equal]".
+    """
     if value is None:
         return NONE
     centre = value.mean if isinstance(value, Interval) else value.value
+    if value.reason == EQUAL:
+        return f"{number(centre, digits)} [not known: all equal]"
     return between(centre, value.low, value.high, digits)
 
 
@@ -313,7 +318,7 @@ def _control(summary: SweepSummary) -> str:
     overall = summary.control.overall
     if overall.interval.mean is None:
         return "The vector could not be compared with the random direction."
-    if overall.interval.low is None:
+    if overall.p is None:
         return "With one question the vector cannot be tested against the random direction."
     draws = summary.control.draws
     random = "a random direction" if draws == 1 else f"{draws} random directions"
@@ -358,7 +363,7 @@ def _prompts(summary: SweepSummary) -> str:
     sentence = prompt_alone(summary.reference("prompt_pos"))
     compared = [each for each in summary.prompt_comparisons if each.prompt == "prompt_pos"]
     gap = compared[0].difference.interval if compared else None
-    if not sentence or gap is None or gap.mean is None or gap.low is None or gap.high is None:
+    if not sentence or gap is None or gap.mean is None or compared[0].difference.p is None:
         return sentence
     verdict = {1: "scores higher", -1: "scores lower", 0: "is not clear of it"}[
         direction_of(compared[0].difference)

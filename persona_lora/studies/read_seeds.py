@@ -279,9 +279,8 @@ def seeds_lines(runs: Sequence[Run], found: Sequence[OverSeeds]) -> tuple[str, s
 def _finding(runs: Sequence[Run], found: Sequence[OverSeeds]) -> str:
     clear = [each for each in found if wording.clear_sign(each.change, each.p_holm)]
     said = ", ".join(f"{each.condition}: {wording.change(each.change)}" for each in clear)
-    reason = next((each.score.reason for each in found if each.score.reason), None)
-    if reason is not None:
-        return f"No intervals over seeds: {reason}."
+    if all(each.score.low is None for each in found):
+        return f"No intervals over seeds: {found[0].score.reason}."
     if all(each.change is None for each in found):  # of evaluate, which asks one condition
         means = ", ".join(f"{each.condition}: {wording.interval(each.score)}" for each in found)
         return f"Over {len(runs)} seeds: {means}."

@@ -245,7 +245,9 @@ def test_probes_stand_in_columns_paired_by_question_and_the_rest_below():
     plain, live = crossed.rows
     assert [cell.split(" [")[0] for cell in plain] == ["plain", "94", "84"]
     assert ";" not in "".join(plain)  # the first model is compared with nothing
-    assert [cell.split("; ")[1] for cell in live[1:]] == ["−90 [−90, −90]*", "−10 [−10, −10]*"]
+    assert [cell.split("; ")[1] for cell in live[1:]] == [
+        f"−{gap} [not known: all equal]*" for gap in (90, 10)
+    ]
     assert {row[0] for row in rest.rows} == {"task loss", "three_items"}
     only = [row for row in rows if row["task"] == "trait"]
     (table,) = measure_tables(score_items(only, "plain"))
@@ -265,3 +267,8 @@ def test_a_rule_that_always_says_the_same_has_an_interval_all_the_same():
     assert 5 < live.score.high < 30
     assert (live.difference.mean, live.difference.low) == (-100, -100)
     assert -95 < live.difference.high < -40
+    right = [{**row, "metric": "acc", "score": 0.0} for row in rows]
+    _, live = score_items(right, "plain")
+    assert live.difference.mean == 0
+    assert -0.5 < live.difference.low < -0.1
+    assert 0.1 < live.difference.high < 0.5

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from persona_lora.report import wording
+from persona_lora.report.comparisons import score_items
 from persona_lora.report.resampling import (
+    EQUAL,
     SCORES,
     Bounds,
     bca_bounds,
@@ -21,12 +24,15 @@ from persona_lora.report.resampling import (
     sign_flip_p,
     weighted_means,
 )
+from persona_lora.studies.steering.read_comparison import over_draws
 
 
-def test_bootstrap_of_constant_scores_has_zero_width():
-    interval = bootstrap_mean({question: [70.3] for question in range(20)})
+def test_equal_scores_have_no_interval_of_no_width():
+    interval = bootstrap_mean({question: [70.3, 70.3 + 1e-12] for question in range(20)})
     assert interval.mean == pytest.approx(70.3)
-    assert interval.low == interval.high == interval.mean
+    assert (interval.low, interval.high, interval.reason) == (None, None, EQUAL)
+    assert wording.interval(interval, 1) == "70.3 [not known: all equal]"
+    assert bootstrap_mean({question: [70.0 + question % 2] for question in range(20)}).low < 70.5
 
 
 def test_bootstrap_counts_scored_rows_questions_and_coverage():
@@ -110,6 +116,51 @@ def test_without_the_ends_of_the_scale_rare_failures_are_not_covered():
 @pytest.mark.parametrize("n", [12, 20])
 def test_expanded_bca_covers_where_scores_are_in_the_middle(n):
     assert _coverage(_middle, n, scale=None) >= 0.92
+
+
+@pytest.mark.parametrize("n", [10, 20])
+@pytest.mark.parametrize(
+    ("before", "after"), [(0, 0.02), (0, 0.05), (0, 0.1), (0.1, 0.1), (1, 0.95)]
+)
+def test_differences_of_shares_cover_where_events_are_rare(n, before, after):
+    """A change that happens to one prompt in twenty is not seen in most samples of ten."""
+    items = range(n)
+    rng, hits, equal, draws = np.random.default_rng(n), 0, 0, 400
+    found = {}
+    for _ in range(draws):
+        one, two = rng.random(n) < before, rng.random(n) < after
+        gaps = tuple(sorted((100.0 * two - 100.0 * one).tolist()))
+        if gaps not in found:
+            rows = [
+                {"condition": name, "task": "refusal", "metric": "score", "item": at, "score": told}
+                for name, scores in (("plain", [0.0] * n), ("steered", gaps))
+                for at, told in zip(items, scores, strict=True)
+            ]
+            found[gaps] = over_draws([dict(enumerate(gaps))], Bounds(-100.0, 100.0))[0]
+            if min(gaps) >= 0:
+                assert found[gaps] == score_items(rows, "plain")[1].difference
+        hits += found[gaps].low <= 100 * (after - before) <= found[gaps].high
+        equal += bootstrap_mean(dict(enumerate([[gap] for gap in gaps]))).reason == EQUAL
+    assert hits / draws >= 0.94
+    assert equal / draws == pytest.approx(
+        (before * after + (1 - before) * (1 - after)) ** n, abs=0.08
+    )
+
+
+@pytest.mark.parametrize("n", [10, 20])
+def test_a_share_that_changed_is_covered_whatever_it_is(n):
+    """By enumeration: how often k of n change, and whether the interval of k of n holds p."""
+    of = [
+        over_draws([{at: 100.0 * (at < k) for at in range(n)}], Bounds(-100.0, 100.0))[0]
+        for k in range(n + 1)
+    ]
+    low, high = (np.array([getattr(each, end) for each in of])[:, None] for end in ("low", "high"))
+    p = np.arange(0.01, 1, 0.01)
+    chance = stats.binom.pmf(np.arange(n + 1)[:, None], n, p)
+    covered = (chance * ((low <= 100 * p) & (100 * p <= high))).sum(axis=0)
+    assert covered.mean() > 0.96
+    assert covered.min() > 0.89
+    assert covered[:5].min() > 0.99  # rare events: most samples hold none
 
 
 def test_equal_scores_at_an_end_of_the_scale_leave_room_on_the_other_side_only():

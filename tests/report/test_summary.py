@@ -10,6 +10,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.report.conditions import divergence_of
+from persona_lora.report.resampling import EQUAL
 from persona_lora.report.scores import Condition
 from persona_lora.report.summary import summarise_run, summarise_sweep, write_summary
 
@@ -104,7 +105,8 @@ def test_summary_pairs_differences_by_question(sweep_rows):
     change = by_coefficient[1.0].from_zero
     # The questions differ widely, their differences not at all.
     assert by_coefficient[1.0].trait.high - by_coefficient[1.0].trait.low > 10
-    assert change.interval.low == change.interval.high == pytest.approx(10.0)
+    assert change.interval.mean == pytest.approx(10.0)
+    assert (change.interval.low, change.interval.reason) == (None, EQUAL)
     assert change.interval.n_questions == 10
     assert change.p == pytest.approx(2 / 2**10)
     assert change.p_holm == pytest.approx(4 * 2 / 2**10)

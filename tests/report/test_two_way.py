@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from persona_lora.report.two_way import components, crossed_mean, crossed_ps, shared_questions
+from persona_lora.report import wording
+from persona_lora.report.resampling import EQUAL
+from persona_lora.report.two_way import (
+    components,
+    crossed_mean,
+    crossed_ps,
+    mean_over_draws,
+    shared_questions,
+)
 
 
 def planted(rng, size, *, effect=0.0, draw=6.0, question=12.0, rest=8.0):
@@ -48,6 +56,14 @@ def test_too_few_of_either_have_no_interval(size):
     assert found.p is None
     assert found.interval.low is None
     assert "too few" in found.interval.reason
+
+
+def test_equal_values_of_all_draws_have_no_interval_of_no_width():
+    found = crossed_mean(np.full((5, 4), 3.0))
+    assert (found.interval.low, found.interval.reason) == (None, EQUAL)
+    of_scores = mean_over_draws([{at: [0.0] for at in range(10)}] * 3)
+    assert wording.interval(of_scores) == "0 [not known: all equal]"
+    assert crossed_mean(np.arange(20.0).reshape(5, 4)).interval.low is not None
 
 
 def test_no_p_is_0():

@@ -23,7 +23,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units, write_found
 from persona_lora.report.curve import corrected
-from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean, holm
+from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
 from persona_lora.report.scores import SECOND, grouped, method_of, minus
 from persona_lora.report.two_way import crossed_mean, mean_gap, mean_over_draws, shared_questions
 
@@ -310,9 +310,14 @@ def _average(rows: Sequence[Row], name: str) -> float | None:
     return None if len(known) < len(found) else known[0] if len(known) == 1 else fmean(known)
 
 
-def over_draws(gaps: Sequence[Mapping[int, float]]) -> tuple[Interval | None, float | None]:
-    """Return a mean difference and its p: over questions, and over draws if there are several."""
-    return _tested(gaps[0]) if len(gaps) == 1 else crossed_mean(shared_questions(gaps))
+def over_draws(
+    gaps: Sequence[Mapping[int, float]], scale: Bounds | None = None
+) -> tuple[Interval | None, float | None]:
+    """Return a mean difference and its p: over questions, and over draws if there are several.
+
+    ``scale`` is that of differences of shares.
+    """
+    return _tested(gaps[0], scale) if len(gaps) == 1 else crossed_mean(shared_questions(gaps))
 
 
 def _by_method(levels: Sequence[Row]) -> dict[str, list[Row]]:
@@ -345,8 +350,10 @@ def _means(scores: Scores) -> dict[int, float]:
     return {item: float(np.mean(each)) for item, each in known.items() if each}
 
 
-def _tested(gaps: Mapping[int, float]) -> tuple[Interval | None, float | None]:
-    found = over_units(pd.Series(gaps, dtype=float).rename_axis("question"), "question")
+def _tested(
+    gaps: Mapping[int, float], scale: Bounds | None = None
+) -> tuple[Interval | None, float | None]:
+    found = over_units(pd.Series(gaps, dtype=float).rename_axis("question"), "question", scale)
     return found.difference, found.p
 
 

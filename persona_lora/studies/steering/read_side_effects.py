@@ -20,7 +20,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import columns_of, score_items
 from persona_lora.report.curve import corrected
-from persona_lora.report.resampling import Interval
+from persona_lora.report.resampling import Bounds, Interval
 from persona_lora.report.scores import UNSTEERED, grouped, method_of, minus
 from persona_lora.report.sections import Table
 from persona_lora.report.two_way import mean_over_draws
@@ -143,7 +143,7 @@ def _refusals(rows: Sequence[Row]) -> list[Change]:
         each
         for kind, name in REFUSES.items()
         if kind in by_kind
-        for each in _changes(REFUSAL, name, _by_unit(by_kind[kind]))
+        for each in _changes(REFUSAL, name, _by_unit(by_kind[kind]), scale=Bounds(-100.0, 100.0))
     ]
 
 
@@ -212,7 +212,11 @@ def _by_unit(rows: Iterable[Row]) -> dict[str, dict[int, float]]:
 
 
 def _changes(
-    group: str, measure: str, scores: Mapping[str, ByUnit], digits: int = 0
+    group: str,
+    measure: str,
+    scores: Mapping[str, ByUnit],
+    digits: int = 0,
+    scale: Bounds | None = None,
 ) -> list[Change]:
     """Return how far every method moved a measure from the unsteered model's."""
     plain = scores.get(UNSTEERED, {})
@@ -220,7 +224,7 @@ def _changes(
     mean = float(np.mean([*plain.values()])) if plain else None
     found = []
     for method, names in grouped(gaps, method_of).items():
-        value, p = over_draws([gaps[name] for name in names])
+        value, p = over_draws([gaps[name] for name in names], scale)
         found.append(
             Change(group, measure, method, mean, value, p, draws=len(names), digits=digits)
         )

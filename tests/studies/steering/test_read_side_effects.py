@@ -99,7 +99,9 @@ def test_refusals_are_percentages_of_either_kind(run):
     found = by_place(read_side_effects(run))
     assert found["refuses what it should", "lora"].value.mean == -60.0
     assert found["refuses what it should", "lora"].unsteered == 60.0
-    assert found["refuses what is harmless", "lora"].value.mean == 0.0
+    same = found["refuses what is harmless", "lora"].value  # none of ten changed
+    assert same.mean == 0.0
+    assert -50 < same.low < -15 < 15 < same.high < 50
     over = found["refuses what is harmless", "activation"]
     assert (over.value.mean, over.clear) == (80.0, True)
     assert "activations, refuses what is harmless: 80 [" in side_effects_lines([over])[-1]
