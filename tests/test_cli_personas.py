@@ -20,6 +20,7 @@ from persona_lora.studies.personas import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAITS = ("formality", "intimacy")
+TWO = ("--targets", "evil=1,sycophancy=0", "--pareto")
 
 
 def assert_fails(result, *words):
@@ -211,6 +212,18 @@ def test_scores_of_traits_are_searched_on_their_own_questions(run, goal, tmp_pat
     assert run(*words, *more, "--race")[0] == 0  # read from the disk
 
 
+def test_a_front_of_two_targets_is_searched_and_shown(run, goal, tmp_path):
+    words = ("optimize", "--targets", "sycophancy=0,formality=70", "--pareto", *goal)
+    status, out, error = run(*words, "--min-relevance", 0, "--min-coherence", 0)
+    assert status == 0, error
+    assert "front, held-out prompts" in out
+    assert "stood in the front on training" in " ".join(out.split())
+    folder = tmp_path / "out" / "formality70_sycophancy0_pareto_lora"
+    assert Run(folder).record["config"]["searcher"] == "tpe"
+    assert (folder / "search.png").is_file()
+    assert (tmp_path / "out/formality70_sycophancy0_pareto_best_weights.json").is_file()
+
+
 def test_any_function_is_searched_and_belongs_to_the_run(run, goal, tmp_path):
     (tmp_path / "mine.py").write_text("def score(q, a):\n    return [float(len(x)) for x in a]\n")
     prompts = {"train": ["A?", "B?", "C?", "D?"], "held_out": ["E?", "F?"]}
@@ -240,6 +253,15 @@ def test_any_function_is_searched_and_belongs_to_the_run(run, goal, tmp_path):
         (("--targets", "evil=1", "--persona-dir", "x"), ("--persona-dir",)),
         (("--scorer", "m.py:s", "--judge", "reader"), ("--judge does nothing",)),
         (("--targets", "evil=1", "--constraint", "kl<=3"), ("kl<=0.1nat",)),
+        (("--targets", "evil=1", "--pareto"), ("two --targets",)),
+        ((*TWO, "--search", "cmaes"), ("tpe or random",)),
+        ((*TWO, "--race"), ("--race", "one order")),
+        ((*TWO, "--search-seeds", 2), ("--search-seeds", "one search")),
+        (("--scorer", "m.py:s", "--pareto"), ("two --targets",)),
+        (
+            ("--targets", "evil=1,sycophancy=0,formality=3", "--num-prompts", 2),
+            ("--num-prompts 3",),
+        ),
         (("--targets", "evil=1", "--prompts", "none.json"), ("none.json does not exist",)),
     ],
 )

@@ -139,6 +139,9 @@ class Sought:
     targets: Annotated[
         Mapping[str, float], "Scores of traits to be had (0–100): sycophancy=0,formality=70."
     ] = field(default_factory=dict)
+    pareto: Annotated[
+        bool, "Find the mixes that no other is nearer than to all targets, in place of one mix."
+    ] = False
     scorer: Annotated[
         str | None,
         'A function of your own, as "my.py:score": score(questions, answers) returns a number for '
@@ -158,6 +161,11 @@ class Sought:
 
     def check(self) -> None:
         """UserError unless one thing is sought, and for options that it does not use."""
+        if self.pareto:
+            if len(self.targets) < 2:
+                raise UserError("--pareto needs two --targets at least: sycophancy=0,formality=70")
+            refuse_useless("race", "with --pareto: a race needs one order of its candidates")
+            refuse_useless("search_seeds protocol", "with --pareto, of one search and open end")
         given = [self.persona_id is not None, bool(self.targets), self.scorer is not None]
         if sum(given) != 1:
             raise UserError("give one of --persona-id, --targets and --scorer")
@@ -212,9 +220,9 @@ class Searched(Sought):
 
     method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
     search: Annotated[
-        Literal["cmaes", "tpe", "random"],
-        "How mixes are found: CMA-ES, Optuna's TPE, or at random, which is the control.",
-    ] = "cmaes"
+        Literal["cmaes", "tpe", "random"] | None,
+        "How mixes are found: cmaes, tpe (Optuna; what --pareto takes), or random, the control.",
+    ] = None
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
     by: Annotated[
         Literal["trait", "layers", "modules"],
@@ -236,8 +244,15 @@ class Searched(Sought):
             refuse_useless("layers", "with --method lora, which acts in all layers of its diff")
         else:
             refuse_useless("energy", f"with --method {self.method}, whose vectors have no rank")
+        if self.pareto and self.search == "cmaes":
+            raise UserError("--search cmaes has one objective; with --pareto give tpe or random")
         if self.search == "random":
             refuse_useless("inject", "with --search random, which draws every candidate")
+
+    @property
+    def searcher(self) -> str:
+        """What asks for mixes."""
+        return self.search or ("tpe" if self.pareto else "cmaes")
 
     def parts(self) -> str:
         """Return what the names of files say of the parts that have a coefficient of their own."""
@@ -245,7 +260,7 @@ class Searched(Sought):
 
     def folder(self, goal: str) -> str:
         """Return the name of the run's folder."""
-        searcher = "" if self.search == "cmaes" else f"_{self.search}"
+        searcher = f"_{self.search}" if self.search in ("tpe", "random") else ""
         return f"{goal}_{self.method}{self.parts()}{searcher}"
 
     def methods(self, bench: BenchOptions, opened: PersonaBench, folder: Path) -> list[Method]:
@@ -254,7 +269,7 @@ class Searched(Sought):
             self.method,
             layers=bench.layers_of(opened),
             alpha=bench.alpha,
-            searcher=self.search,
+            searcher=self.searcher,
             cache=folder / "scales" / f"{self.method}{self.parts()}.json",
         )
 
@@ -264,7 +279,8 @@ class Searched(Sought):
         """Return what is searched for, with its judges."""
         if self.persona_id is not None:
             return opened.problem(self.persona_id)
-        return opened.sought(wanted, scorer, on_questions=self.prompts is None)
+        asked = self.prompts is None
+        return opened.sought(wanted, scorer, on_questions=asked, pareto=self.pareto)
 
 
 @dataclass(frozen=True)
@@ -309,12 +325,17 @@ def optimize(
     from persona_lora.studies.personas.search import optuna_for
 
     searched.check()
-    if searched.search == "tpe":
+    if searched.searcher == "tpe":
         optuna_for(searching)
     objective = searched.limited(objective)
     wanted, scorer, prompts = searched.read()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
-    name = searched.persona_id or name_of_goal(wanted, scorer)
+    name = searched.persona_id or name_of_goal(wanted, scorer, searched.pareto)
+    if wanted and searched.prompts is None and bench.num_prompts < len(wanted):
+        raise UserError(
+            f"{bench.num_prompts} training prompts hold no question of each of the traits; give "
+            f"--num-prompts {len(wanted)} at least"
+        )
     folder = output.output
     engine = EngineOptions(searched.engine)
     written = output.at(folder / searched.folder(name), record=engine.record())
@@ -358,7 +379,13 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         order_line,
         seeds_line,
     )
-    from persona_lora.studies.personas.read_goals import goal_fits, goal_line, goal_tables
+    from persona_lora.studies.personas.read_goals import (
+        front_line,
+        goal_fits,
+        goal_line,
+        goal_tables,
+        is_front,
+    )
     from persona_lora.studies.personas.run import best_of
 
     result = best_of(results)
@@ -368,6 +395,7 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         config = problem.record()
         fits = goal_fits(rows, config, objective)
         worth = (goal_line(rows, config, result.best),)
+        worth += (front_line(rows, config),) * is_front(config)
         tables = goal_tables(rows, config, objective)
     else:
         fits = condition_fits(rows, objective)

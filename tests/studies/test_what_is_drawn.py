@@ -283,6 +283,7 @@ def held_out():
 
 def test_a_search_draws_values_fits_and_weights(tmp_path):
     config = {"persona": "p", "method": "lora", "prompts": ["x"], "judge": "style"}
+    config["searcher"] = "random"
     run = Run.open(tmp_path / "run", command="optimize", config=config, seed=0)
     run.write("held_out", [row for row in held_out() if row["persona"] == "p-01_A"])
     values = [(0, 1.0), (0, 3.0), (1, 2.0), (1, None)]

@@ -190,12 +190,17 @@ class PersonaBench:
         )
 
     def sought(
-        self, wanted: Mapping[str, float], scorer: Scorer | None, *, on_questions: bool
+        self,
+        wanted: Mapping[str, float],
+        scorer: Scorer | None,
+        *,
+        on_questions: bool,
+        pareto: bool = False,
     ) -> GoalProblem:
         """Return the problem of target scores, or of a function of the user's.
 
         Each trait is scored on questions of its own where the prompts are the traits' questions, on
-        all prompts where they are not.
+        all prompts where they are not. ``pareto``: each target is an objective of its own.
         """
         self._seeks_goal = True
         second, read = None, {}
@@ -204,7 +209,8 @@ class PersonaBench:
             goal, read = scorer, {"the scorer": scorer.content}
         else:
             traits = [load_trait(trait, self.datasets) for trait in wanted]
-            goal = self._targets(wanted, traits, self.judging, on_questions)
+            found = self._targets(wanted, traits, self.judging, on_questions)
+            goal = dataclasses.replace(found, pareto=pareto)
             beside = dataclasses.replace(self.judging, second_judge=None)
             others = {second_name(trait, beside) for trait in traits}
             if len(others) == 1 and (other := others.pop()) is not None:
@@ -215,7 +221,7 @@ class PersonaBench:
             read |= judge_inputs(beside)
         return GoalProblem(
             self.chat_model,
-            name_of_goal(wanted, scorer),
+            name_of_goal(wanted, scorer, pareto),
             goal,
             self.prompts,
             self.coherence,

@@ -6,6 +6,7 @@ Draws rows from disk and what ``fits`` says of them; refuses to compute statisti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,22 @@ from persona_lora.report.scores import grouped
 from persona_lora.report.wording import interval, number, title_of
 from persona_lora.studies.personas.read_fits import (
     BOUNDS,
+    UNSTEERED,
     condition_fits,
     limits_of,
     order_line,
     rows_of,
 )
-from persona_lora.studies.personas.read_goals import goal_fits, sought, targets_of, trait_means
+from persona_lora.studies.personas.read_goals import (
+    RANDOM_MIX,
+    front_means,
+    goal_fits,
+    is_front,
+    sought,
+    targets_of,
+    trait_means,
+    undominated,
+)
 
 NAMES = {
     "none": "unsteered",
@@ -53,7 +64,7 @@ _ROW = 0.42  # inches
 def name_of(condition: str) -> str:
     """Return the words for a condition; "svd@20" is the SVD vectors at layer 20."""
     method, at, layers = condition.partition("@")
-    name = NAMES.get(method, method)
+    name = NAMES.get(method, method.replace("_", " "))
     return f"{name}, at {layers}" if at else name
 
 
@@ -94,13 +105,16 @@ def render_goal(run: Run) -> Picture:
     if not generations or not rows:
         raise UserError(f"{run.folder} holds no finished search")
     fits = goal_fits(rows, config, limits_of(run))
-    traits = trait_means(rows)
-    up = max(2.6, _ROW * len(next(iter(_mixes(rows, "mean").values()), {})))
+    traits, several = trait_means(rows), is_front(config)
+    mixes = {each["condition"]: each["weights"] for each in rows if each["weights"]}
+    mixes.pop(RANDOM_MIX)
+    up = max(2.6, _ROW * max(len(fits), *map(len, mixes.values())))
     figure = draw.new_figure(14.2 + 3.1 * len(traits), up + 1.9)
-    history = draw.add_axes(
-        figure, (0.62, 0.95, 3.4, up), title="Value on training prompts", x="generation"
-    )
-    panels = [_history(history, generations)]
+    title, x = ("Candidates", "") if several else ("Value on training prompts", "generation")
+    searched = draw.add_axes(figure, (0.62, 0.95, 3.4, up), title=title, x=x)
+    panels = [
+        _front(searched, generations, rows, config) if several else _history(searched, generations)
+    ]
     names = [name_of(each.condition) for each in fits]
     found = draw.add_axes(figure, (6.6, 0.95, 1.9, up), title="Value on held-out prompts")
     panels.append(_levels(found, names, [each.fit for each in fits]))
@@ -110,16 +124,61 @@ def render_goal(run: Run) -> Picture:
         panels.append(_levels(axes, [""] * len(names), own))
         axes.set_xlim(0, 100)
         draw.rule(axes, targets_of(config)[trait], upright=True, dashes=draw.DASHED)
-    mix = draw.add_axes(
-        figure, (11.8 + 3.1 * len(traits), 0.95, 2.0, up), title="Weights of the mean"
+    title = "Weights of the front" if several else "Weights of the mean"
+    mix = draw.add_axes(figure, (11.8 + 3.1 * len(traits), 0.95, 2.0, up), title=title)
+    panels.append(_front_weights(mix, mixes) if several else _weights(mix, rows))
+    front = (
+        " Line: what no other candidate that keeps the constraints is nearer than to every target."
     )
-    panels.append(_weights(mix, rows))
     note = (
         f"Search: {len(config['prompts'])} training prompts, judge {config['judge']}. Held-out: "
         f"{fits[0].fit.n_questions} other prompts, the same judge; bars: 95% bootstrap over "
-        "prompts. Dashed: the target. Random mixes: another for every prompt."
+        f"prompts. Dashed: the target. Random mixes: another for every prompt.{front * several}"
     )
     return draw.finish(figure, panels, title=f"A search for {sought(config)}", note=note)
+
+
+def _front(axes: Axes, generations: Sequence[Row], rows: Sequence[Row], config: Any) -> Panel:
+    """Draw how far candidates are from the first two targets; of two, the front as steps."""
+    known = [
+        (tuple(row["details"]["parts"].values()), row["violation"])
+        for row in generations
+        if row["value"] is not None
+    ]
+    kept = [point for point, broken in known if not broken]
+    edge = sorted(p for p, on in zip(kept, undominated(kept), strict=True) if on)[::-1]
+    steps = [corner for a, b in pairwise(edge) for corner in (a, (b[0], a[1]))] + edge[-1:]
+    means = {
+        name: tuple(-(each.mean or 0.0) for each in by.values())
+        for name, by in front_means(rows, config).items()
+    }
+    drawn = {
+        "breaks a constraint": Look(draw.CONTROL, width=0, size=3, alpha=0.35),
+        "candidates": Look(draw.CONTROL, width=0, size=3),
+        "front": Look(draw.TRAIT, width=1.8 if len(targets_of(config)) == 2 else 0, size=0),
+        "front, held-out": Look(draw.COHERENCE, width=0, size=5),
+        "unsteered, held-out": Look(draw.INK, width=0, size=5, marker="s"),
+    }
+    points = (
+        [point for point, broken in known if broken],
+        kept,
+        steps,
+        [point for name, point in means.items() if name.startswith("front")],
+        [means[UNSTEERED]],
+    )
+    panel = draw.lines(
+        axes,
+        [
+            Series(name, tuple(-x for x, *_ in own), tuple(-y for _, y, *_ in own), look=look)
+            for (name, look), own in zip(drawn.items(), points, strict=True)
+            if own
+        ],
+    )
+    (first, x), (second, y) = list(targets_of(config).items())[:2]
+    axes.set_xlabel(f"distance from {title_of(first)} {x:g}", fontsize=9, color=draw.MUTED)
+    axes.set_ylabel(f"distance from {title_of(second)} {y:g}", fontsize=9, color=draw.MUTED)
+    draw.legend(axes, loc="upper right")
+    return panel
 
 
 def _levels(axes: Axes, names: Sequence[str], values: Sequence[Interval | None]) -> Panel:
@@ -129,7 +188,7 @@ def _levels(axes: Axes, names: Sequence[str], values: Sequence[Interval | None])
             str(at),
             [0.0],
             [each],
-            Look(draw.TRAIT if at in (1, 2) else draw.CONTROL, width=2, size=6),
+            Look(draw.TRAIT if 0 < at < len(values) - 1 else draw.CONTROL, width=2, size=6),
             label=None if each is None else interval(each, 1),
         )
         for at, each in enumerate(values)
@@ -229,6 +288,12 @@ def _weights(axes: Axes, rows: Sequence[Row]) -> Panel:
     weights = sorted(next(mixes, {}).items(), reverse=True)
     drawn = Series("weights", tuple(range(len(weights))), tuple(value for _, value in weights))
     return draw.bars(axes, drawn, [title_of(trait) for trait, _ in weights])
+
+
+def _front_weights(axes: Axes, mixes: Mapping[str, Mapping[str, float]]) -> Panel:
+    values = np.array([list(each.values()) for each in mixes.values()])
+    traits = tuple(map(title_of, next(iter(mixes.values()))))
+    return _map(axes, values, list(map(name_of, mixes)), traits)
 
 
 def _mixes(rows: Sequence[Row], condition: str) -> Mapping[str, Mapping[str, float]]:

@@ -12,7 +12,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from numbers import Real
 from pathlib import Path
@@ -32,7 +32,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes
 from persona_lora.report.resampling import Bounds
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.objective import Relevance
+from persona_lora.studies.personas.objective import Parts, Relevance
 from persona_lora.studies.personas.read_goals import DISTANCE, RANDOM_MIX
 
 VALUE = "value"  # the criterion of a goal's verdicts
@@ -71,12 +71,14 @@ class Targets:
 
     The value of an answer is −mean |score − target| over its traits, from −100 to 0; None where one
     of them could not be scored. ``asked`` are the questions of each trait, on which alone it is
-    scored; a question of none is scored on all.
+    scored; a question of none is scored on all. ``pareto``: each target is an objective of its own.
     """
 
     wanted: Mapping[str, float]
     judges: Mapping[str, Judge]
     asked: Mapping[str, frozenset[str]]
+    pareto: bool = False
+    _known: dict[Exchange, Valued] = field(default_factory=dict, init=False, repr=False)
 
     scale = DISTANCE
 
@@ -86,7 +88,19 @@ class Targets:
         return ",".join(dict.fromkeys(each.name for each in self.judges.values()))
 
     def record(self) -> dict[str, Any]:
-        return {"targets": dict(self.wanted)}
+        return {"targets": dict(self.wanted), **({"pareto": True} if self.pareto else {})}
+
+    def parts(self, exchanges: Sequence[Exchange]) -> list[dict[str, float | None]]:
+        """Return minus the distance of each answer from each target; None where not scored."""
+        new = [each for each in dict.fromkeys(exchanges) if each not in self._known]
+        self.valued(new)
+        return [
+            {
+                trait: None if (score := scores.get(trait)) is None else -abs(score - target)
+                for trait, target in sorted(self.wanted.items())
+            }
+            for scores in (self._known[each].parts for each in exchanges)
+        ]
 
     def valued(self, exchanges: Sequence[Exchange]) -> list[Valued]:
         """Return the value of each answer, and its score by trait."""
@@ -96,7 +110,10 @@ class Targets:
             verdicts = judge.judge([exchanges[at] for at in own], trait) if own else []
             for at, verdict in zip(own, verdicts, strict=True):
                 found[at][trait] = verdict.score
-        return [Valued(self._verdict(each), each) for each in found]
+        valued = [Valued(self._verdict(each), each) for each in found]
+        if self.pareto:
+            self._known.update(zip(exchanges, valued, strict=True))
+        return valued
 
     def _scored_on(self, exchange: Exchange, trait: str) -> bool:
         owners = [name for name, own in self.asked.items() if exchange.question in own]
@@ -235,11 +252,12 @@ def _said(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def name_of_goal(wanted: Mapping[str, float], scorer: Scorer | None) -> str:
+def name_of_goal(wanted: Mapping[str, float], scorer: Scorer | None, pareto: bool = False) -> str:
     """Return what a search is called: "formality70_sycophancy0", or "my_score"."""
     if scorer is not None:
         return scorer.name.replace(":", "_")
-    return "_".join(f"{trait}{target:g}" for trait, target in wanted.items())
+    told = [f"{trait}{target:g}" for trait, target in wanted.items()]
+    return "_".join([*told, "pareto"] if pareto else told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,7 +279,7 @@ class GoalProblem:
     judged_by: Mapping[str, str]
     second: Goal | None = None
 
-    kind, criterion, controls = "goal", VALUE, (RANDOM_MIX,)
+    kind, controls = "goal", (RANDOM_MIX,)
     learnt_from, checks, bounds = None, (), ()
 
     @property
@@ -273,6 +291,12 @@ class GoalProblem:
     def scale(self) -> Bounds | None:
         """The ends of the values, where there are any."""
         return self.goal.scale
+
+    @property
+    def parts(self) -> Parts | None:
+        """What gives the values of answers by objective, where several are searched at once."""
+        goal = self.goal
+        return goal.parts if isinstance(goal, Targets) and goal.pareto else None
 
     def inputs(self) -> dict[str, str]:
         """Return digests of the model, and of what judges."""

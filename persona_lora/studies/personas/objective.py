@@ -36,7 +36,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, generate_rows
-from persona_lora.studies.personas.search import SearchStopped, Value
+from persona_lora.studies.personas.search import PARTS, SearchStopped, Value
 from persona_lora.studies.steering.divergence import row_divergences
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0
 Coherence = Callable[[Sequence[Exchange]], Sequence[Verdict]]
 Relevance = Callable[[Sequence[Exchange]], Sequence[float | None]]
+Parts = Callable[[Sequence[Exchange]], list[dict[str, float | None]]]
 
 
 Mixed = Row[Coefficients | None]  # None: unsteered
@@ -131,8 +132,8 @@ def plain_speaker(
 class RememberingJudge:
     """A judge's scored verdicts by exchange; what was asked for ahead is waited for, not asked."""
 
-    def __init__(self, judge: Judge, criterion: str = PERSONA_FIT) -> None:
-        self.judge, self.criterion = judge, criterion
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
         self._known: dict[Exchange, Verdict] = {}
         self._ahead: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(max_workers=1)
@@ -152,7 +153,7 @@ class RememberingJudge:
     def _ask(self, exchanges: Sequence[Exchange]) -> Any:
         """Judge what is not known; keep scored verdicts, return the others by exchange."""
         new = [each for each in dict.fromkeys(exchanges) if each not in self._known]
-        verdicts = self.judge.judge(new, self.criterion) if new else []
+        verdicts = self.judge.judge(new, PERSONA_FIT) if new else []
         found = dict(zip(new, verdicts, strict=True))
         self._known |= {
             each: verdict for each, verdict in found.items() if verdict.score is not None
@@ -164,6 +165,7 @@ class MixObjective:
     """Maps the candidates of a generation to values; see ``ObjectiveOptions``.
 
     ``learnt_from`` are the utterances that no answer may copy; None: whatever is judged counts.
+    ``parts`` gives the values of every answer by objective, where several are searched at once.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class MixObjective:
         coherence: Coherence | None = None,
         relevance: Relevance | None = None,
         learnt_from: Sequence[str] | None = (),
-        criterion: str = PERSONA_FIT,
+        parts: Parts | None = None,
     ) -> None:
         self.options = options
         if not prompts:
@@ -192,9 +194,12 @@ class MixObjective:
             )
         if self.options.race and len(prompts) < 2:
             raise UserError("a race is over two prompts at least, and there is one; leave it out")
+        if self.options.race and parts is not None:
+            raise UserError("a race needs one order of its candidates, and a front has none")
         self.speaker = speaker
         self.prompts = tuple(prompts)
-        self._judge = RememberingJudge(judge, criterion)
+        self._judge = RememberingJudge(judge)
+        self._parts = parts
         self._coherence = coherence
         self._relevance = relevance
         self._learnt_from = learnt_from
@@ -242,6 +247,7 @@ class MixObjective:
         scores = processes.from_main(lambda: self._scores(exchanges))
         coherence = processes.from_main(lambda: self._coherence_of(exchanges))
         relevance = processes.from_main(lambda: self._relevance_of(exchanges))
+        parts = processes.from_main(lambda: self._parts(exchanges) if self._parts else [])
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
         own = [exchanges[span] for span in spans]
         kl = processes.from_main(lambda: list(map(self._kl_of, mixes, own)))
@@ -249,6 +255,7 @@ class MixObjective:
             Measured(
                 *(list(prompts), answers[span], scores[span], coherence[span], relevance[span]),
                 each,
+                parts[span],
             )
             for span, each in zip(spans, kl, strict=True)
         ]
@@ -312,7 +319,13 @@ class MixObjective:
         }
         if not scored or coverage < self.options.min_coverage:
             return Value(None, details)
-        value = fmean(scored) - self.options.penalty * math.fsum(x * x for x in mix.values)
+        penalty = self.options.penalty * math.fsum(x * x for x in mix.values)
+        value = fmean(scored) - penalty
+        if measured.parts:
+            by = {name: [each[name] for each in measured.parts] for name in measured.parts[0]}
+            if not all(any(each is not None for each in own) for own in by.values()):
+                return Value(None, details)
+            details[PARTS] = {name: mean_or(own, 0.0) - penalty for name, own in by.items()}
         if self.options.min_coherence is not None:
             details["coherence"] = mean_or(measured.coherence, 0.0)
         if self.options.min_relevance is not None:
@@ -333,6 +346,7 @@ class Measured:
     coherence: list[float | None]
     relevance: list[float | None]
     kl: list[float]  # of every token of all answers
+    parts: list[dict[str, float | None]]  # of every answer, where there are several objectives
 
     def __add__(self, other: Measured) -> Measured:
         return Measured(
@@ -342,6 +356,7 @@ class Measured:
             self.coherence + other.coherence,
             self.relevance + other.relevance,
             self.kl + other.kl,
+            self.parts + other.parts,
         )
 
 

@@ -40,7 +40,14 @@ from persona_lora.studies.personas.read_fits import (
     rows_of,
     seeds_line,
 )
-from persona_lora.studies.personas.read_goals import goal_fits, goal_line, goal_tables, sought
+from persona_lora.studies.personas.read_goals import (
+    front_line,
+    goal_fits,
+    goal_line,
+    goal_tables,
+    is_front,
+    sought,
+)
 
 EXAMPLE_PROMPTS = 5
 
@@ -65,11 +72,13 @@ def _goal_content(run: Run) -> Content:
     title = f"A search for {sought(config)} with {way_of(config)}"
     best = next(e for e in goal_fits(rows, config, limits_of(run)) if e.condition == _best(run))
     lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
+    lines += [front_line(rows, config)] * is_front(config)
     lead = " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
     note = (
         "Random mix: another for every prompt, as long as the best mix. Intervals: bootstrap over "
         "prompts. p: two-sided sign-flip test on the prompts’ differences from the unsteered "
-        f"model, corrected over the conditions. {' '.join(_fresh(run))}"
+        "model, corrected over the conditions. "
+        f"{'' if is_front(config) else ' '.join(_fresh(run))}"
     )
     blocks: tuple[Block, ...] = (
         Image.of(render_goal(run), f"{title}. {lead}"),
@@ -133,11 +142,15 @@ def _blocks(
 
 
 def _best(run: Run) -> str:
-    """Return the mix that a search named best: the mean, unless the incumbent stood higher."""
+    """Return the mix that a search named best: what stood highest on fresh prompts."""
     finalists = [
         (-math.inf, -math.inf) if row["value"] is None else (-row["violation"], row["value"])
         for row in run.read("finalists")
     ]
+    if is_front(run.record["config"]):
+        best = run.read("finalists")[finalists.index(max(finalists))]["values"]
+        mixes = {row["condition"]: row["weights"] for row in run.read("held_out")}
+        return next(name for name, mix in mixes.items() if mix and list(mix.values()) == best)
     return "incumbent" if len(finalists) > 1 and max(finalists[1:]) > finalists[0] else "mean"
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from persona_lora.core.options import ObjectiveOptions
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, frame, means
@@ -28,10 +30,21 @@ def targets_of(config: Config) -> dict[str, float]:
     return found
 
 
+def is_front(config: Config) -> bool:
+    """Return whether each target was an objective of its own."""
+    return bool(config["goal"].get("pareto"))
+
+
 def sought(config: Config) -> str:
     """Return in words what a run sought."""
     targets = ", ".join(f"{trait} {target:g}" for trait, target in targets_of(config).items())
     return targets or f"the highest {config['goal']['scorer']}"
+
+
+def undominated(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Return which points ``[N, K]`` no other is at least as high as, and higher than in one."""
+    own = np.asarray(points, dtype=float)
+    return [not ((own >= each).all(axis=1) & (own > each).any(axis=1)).any() for each in own]
 
 
 def goal_fits(
@@ -49,10 +62,20 @@ def goal_fits(
     return condition_fits(told, limits, reference=reference, over=over)
 
 
-def trait_means(rows: Sequence[Row], parts: str = "parts") -> dict[str, dict[str, Interval]]:
-    """Return the mean score of each trait under each condition; intervals over prompts."""
+def trait_means(
+    rows: Sequence[Row], parts: str = "parts", targets: Mapping[str, float] | None = None
+) -> dict[str, dict[str, Interval]]:
+    """Return the mean score of each trait under each condition; intervals over prompts.
+
+    With ``targets`` the mean distance from them.
+    """
     flat = [
-        {"trait": trait, "condition": row["condition"], "prompt": row["prompt_id"], "score": score}
+        {
+            "trait": trait,
+            "condition": row["condition"],
+            "prompt": row["prompt_id"],
+            "score": score if targets is None or score is None else abs(score - targets[trait]),
+        }
         for row in rows
         for trait, score in row[parts].items()
     ]
@@ -90,16 +113,59 @@ def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -
     ]
     names = " | ".join(each.condition.replace("_", " ") for each in fits)
     title = "scores on held-out prompts"
+    found += [_front_table(rows, config)] if is_front(config) else []
     return [
         *found,
         *([Table.of(f"trait | target | judge | {names}", traits, title)] * bool(traits)),
     ]
 
 
+def front_means(rows: Sequence[Row], config: Config) -> dict[str, dict[str, Interval]]:
+    """Return the mean distance from each target, by condition: the front, unsteered, random."""
+    by = trait_means(rows, targets=targets_of(config))
+    conditions = dict.fromkeys(row["condition"] for row in rows)
+    return {name: {trait: by[trait][name] for trait in by} for name in conditions}
+
+
+def front_held(rows: Sequence[Row], config: Config) -> dict[str, bool]:
+    """Return which mixes of a front no other mix and no control dominates on these rows' means."""
+    found = front_means(rows, config)
+    points = [[-(each.mean or 0.0) for each in by.values()] for by in found.values()]
+    kept = dict(zip(found, undominated(points), strict=True))
+    return {name: kept[name] for name in found if name not in (UNSTEERED, RANDOM_MIX)}
+
+
+def _front_table(rows: Sequence[Row], config: Config) -> Table:
+    """Return every mix of the front: its weights, and how far from each target it is."""
+    found, held = front_means(rows, config), front_held(rows, config)
+    weights = {row["condition"]: row["weights"] for row in rows if row["condition"] in held}
+    cells = (
+        [name.replace("_", " "), *(f"{value:+.2f}" for value in weights[name].values())]
+        + [wording.interval(each, 1) for each in found[name].values()]
+        + ["yes" if held[name] else "no"]
+        for name in held
+    )
+    mixed = " | ".join(f"weight of {trait}" for trait in next(iter(weights.values())))
+    away = " | ".join(f"from {trait} {to:g} [95%]" for trait, to in targets_of(config).items())
+    return Table.of(
+        f"mix | {mixed} | {away} | still in the front", cells, "front, held-out prompts"
+    )
+
+
+def front_line(rows: Sequence[Row], config: Config) -> str:
+    """Say how much of a front is left on held-out prompts."""
+    held = front_held(rows, config)
+    return (
+        f"{len(held)} mixes stood in the front on training and on fresh prompts; "
+        f"{sum(held.values())} of them still do on held-out ones, by their means."
+    )
+
+
 def goal_line(rows: Sequence[Row], config: Config, condition: str) -> str:
     """Say what a mix gains over the unsteered model and over random mixes, by both judges."""
     gain = partial(_gain, rows, config, condition)
-    said = f"On held-out prompts the {condition} gains {gain(UNSTEERED)} over the unsteered model"
+    mix = condition.replace("_", " ")
+    said = f"On held-out prompts the {mix} gains {gain(UNSTEERED)} over the unsteered model"
     said += f" and {gain(RANDOM_MIX)} over random mixes of its length"
     if config["second_judge"] is None:
         return f"{said}."

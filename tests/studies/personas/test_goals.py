@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,12 +13,13 @@ from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, mix
 from persona_lora.core.personas import Coefficients, PersonaPrompts
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import load_directions, part_of, parts_of
+from persona_lora.studies.personas.figure import render_goal
 from persona_lora.studies.personas.goals import (
     GoalProblem,
     Scorer,
@@ -26,9 +28,11 @@ from persona_lora.studies.personas.goals import (
     prompts_of,
 )
 from persona_lora.studies.personas.objective import ObjectiveOptions
+from persona_lora.studies.personas.read_goals import front_means, undominated
 from persona_lora.studies.personas.run import (
     Method,
     objective_of,
+    optimise_over_seeds,
     optimise_persona,
     speaker_of,
 )
@@ -171,6 +175,76 @@ def test_targets_between_the_ends_are_met(chat_model, method, tmp_path):
     assert page.count("<td>much_e</td>") == 2  # by both judges
     assert "over the unsteered model" in page
     assert "by letters " in page
+
+
+def test_a_front_of_two_targets_that_exclude_each_other(chat_model, method, tmp_path):
+    """No answer is all "e" and all "o": distances of 0 and 100, and of 100 and 0, are the ends."""
+    judges = {f"much_{letter}": LetterShare(letter) for letter in LETTERS}
+    targets = Targets({"much_o": 100.0, "much_e": 100.0}, judges, {}, pareto=True)
+    problem = problem_of(chat_model, targets, "both")
+    way = dataclasses.replace(method, searcher="tpe")
+    result = optimise_persona(problem, way, tmp_path / "out" / "run", searching=SEARCH)
+    assert list(result.finalists) == [f"front_{at}" for at in range(1, len(result.finalists) + 1)]
+    (first, *_), (*_, last) = ([*each.standing.parts] for each in ends(result))
+    assert min(first, last) > -45  # "e" first: a half each would be −50
+    asked = len(judges["much_e"].asked)
+    assert asked == len(judges["much_o"].asked)
+    run = Run(tmp_path / "out" / "run")
+    rows = run.read("held_out")
+    shown = list(dict.fromkeys(row["condition"] for row in rows))
+    assert shown == ["none", *result.finalists, "random_mix"]
+    config = run.record["config"]
+    assert config["goal"]["pareto"] is True
+    means = front_means(rows, config)
+    for name in result.finalists:
+        own = [row for row in rows if row["condition"] == name]
+        away = np.mean([100 - 100 * row["answer"].count("e") / len(row["answer"]) for row in own])
+        assert means[name]["much_e"].mean == pytest.approx(away)
+    page = write_report([run.folder], tmp_path / "page.html").read_text()
+    assert "front, held-out prompts" in page
+    assert f"{len(result.finalists)} mixes stood in the front" in page
+    drawn = render_goal(run).panels[0]
+    kept = [row for row in run.read("generations") if row["value"] is not None]
+    assert len(drawn.of("candidates").x) == len(kept)
+    edge = drawn.of("front")
+    assert list(edge.x) == sorted(edge.x)
+    assert list(edge.y) == sorted(edge.y, reverse=True)
+    known = json.loads((tmp_path / "out" / "both_optimization.json").read_text())
+    assert known["best"] == result.best
+    assert known["finalists"]["front_1"]["weights"] == known["finalists"]["front_1"]["coefficients"]
+    again = optimise_persona(problem, way, tmp_path / "out" / "run", searching=SEARCH)
+    assert (again.search, again.finalists, again.fits) == (
+        result.search,
+        result.finalists,
+        result.fits,
+    )
+    assert len(judges["much_e"].asked) == asked  # read from the disk
+
+
+def ends(result):
+    first, *_, last = result.finalists.values()
+    return first, last
+
+
+def test_what_a_front_cannot_be_searched_with_is_named(chat_model, method, tmp_path):
+    judges = {f"much_{letter}": LetterShare(letter) for letter in LETTERS}
+    targets = Targets({"much_e": 100.0, "much_o": 100.0}, judges, {}, pareto=True)
+    problem = problem_of(chat_model, targets, "both")
+    way = dataclasses.replace(method, searcher="tpe")
+    with pytest.raises(UserError, match="a front has none"):
+        race = ObjectiveOptions(race=True)
+        optimise_persona(problem, way, tmp_path / "run", searching=SEARCH, objective=race)
+    with pytest.raises(UserError, match="a front is of one search"):
+        optimise_over_seeds(problem, [way, way], Output(tmp_path / "two"), searching=SEARCH)
+    with pytest.raises(UserError, match="cmaes"):
+        optimise_persona(problem, method, tmp_path / "cma", searching=SEARCH)
+
+
+def test_a_mix_is_in_a_front_where_no_other_is_better_in_all():
+    assert undominated([(1, 0), (0, 1), (0, 0), (1, 0), (0.5, 0.5)]) == [
+        *(True, True, False, True, True)
+    ]
+    assert undominated([]) == []
 
 
 def test_a_trait_is_scored_on_its_own_questions():

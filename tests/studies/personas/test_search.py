@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from persona_lora.studies.personas.search import (
     SearchStopped,
     Value,
     evaluate_once,
+    front_of,
     search,
 )
 
@@ -63,11 +66,82 @@ def test_tpe_begins_as_random_search_does_and_then_learns(tmp_path):
     assert all(a != b for a, b in zip(found["tpe"][12:], found["random"][12:], strict=True))
 
 
-@pytest.mark.parametrize("searcher", SEARCHERS)
-def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path, searcher):
+ENDS = np.array([[1.5, -1.0, 0.0], [-1.5, 1.0, 0.0]])
+SEGMENT = float(np.linalg.norm(ENDS[0] - ENDS[1]))
+
+
+def two_ends(mixes, iteration, wall=np.inf):
+    """Two objectives, best at one end each: the segment between is the front, √f₁ + √f₂ its length.
+
+    Beyond a wall across it a constraint is broken.
+    """
+    away = [((np.array(mix.values) - ENDS) ** 2).sum(axis=1) for mix in mixes]
+    return [
+        Value(-float(each.mean()), {"parts": {"a": -float(each[0]), "b": -float(each[1])}}, beyond)
+        for each, mix in zip(away, mixes, strict=True)
+        for beyond in [max(0.0, mix.values[0] - wall)]
+    ]
+
+
+def excess(front):
+    """How much longer the way from end to end is through each mix of a front."""
+    points = np.sqrt([[-part for part in each.standing.parts] for each in front])
+    return points.sum(axis=1) - SEGMENT
+
+
+def test_a_planted_front_is_found_from_end_to_end(tmp_path):
+    options = SearchOptions(max_iterations=15, population_size=8, seed=3)
+    dominated = Coefficients(TRAITS, (0.0, 0.0, 2.0))
+    options = dataclasses.replace(options, inject=(dominated.as_dict(),))
+    found = {}
+    for searcher in ("tpe", "random"):
+        run = Run.open(tmp_path / searcher, command="optimize", config={}, seed=0)
+        result = search(two_ends, TRAITS, options, run, searcher=searcher)
+        found[searcher] = front_of(result.candidates)
+        if searcher == "tpe":
+            assert result.candidates[0].coefficients == dominated
+            assert dominated not in [each.coefficients for each in found["tpe"]]
+    assert excess(found["tpe"]).mean() < 0.15 < excess(found["random"]).mean()
+    first, *_, last = (each.standing.parts for each in found["tpe"])
+    assert first[0] > -0.2
+    assert last[1] > -0.2
+    ordered = [each.standing.parts for each in found["tpe"]]
+    assert ordered == sorted(ordered, reverse=True)
+    assert [b for _, b in ordered] == sorted(b for _, b in ordered)  # as one falls, one rises
+
+
+def test_a_front_holds_only_what_keeps_the_constraints(run):
+    walled = partial(two_ends, wall=0.0)
+    options = SearchOptions(max_iterations=15, population_size=8)
+    result = search(walled, TRAITS, options, run, searcher="tpe")
+    front = front_of(result.candidates)
+    assert all(each.coefficients.values[0] <= 0 for each in front)
+    tempted = [each for each in result.candidates if each.violation]
+    assert max(each.standing.parts for each in tempted)[0] > front[0].standing.parts[0]
+    broken = front_of(tempted)
+    assert [each.violation for each in broken] == [min(each.violation for each in tempted)]
+
+
+def test_what_has_one_objective_or_no_score_is_in_no_front(run):
+    assert front_of(search(parabola, TRAITS, SearchOptions(max_iterations=1), run).candidates) == []
+
+    def partly(mixes, iteration):
+        values = two_ends(mixes, iteration)
+        return [Value(None), *values[1:]]
+
+    options = SearchOptions(max_iterations=4, population_size=6)
+    run = Run.open(run.folder.with_name("partly"), command="optimize", config={}, seed=0)
+    result = search(partly, TRAITS, options, run, searcher="tpe")
+    assert None not in [each.value for each in front_of(result.candidates)]
+
+
+@pytest.mark.parametrize(
+    ("searcher", "objective"), [*((each, parabola) for each in SEARCHERS), ("tpe", two_ends)]
+)
+def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path, searcher, objective):
     options = SearchOptions(max_iterations=6, population_size=5)
     whole = Run.open(tmp_path / "whole", command="optimize", config={}, seed=0)
-    expected = search(parabola, TRAITS, options, whole, searcher=searcher)
+    expected = search(objective, TRAITS, options, whole, searcher=searcher)
     cut = Run.open(tmp_path / "cut", command="optimize", config={}, seed=0)
     rows = whole.read(GENERATIONS)
     cut.append(GENERATIONS, rows[: 2 * 5 + 3])  # two generations, and a part of the third
@@ -75,7 +149,7 @@ def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(tmp_path, searcher
 
     def watched(mixes, iteration):
         asked.append(iteration)
-        return parabola(mixes, iteration)
+        return objective(mixes, iteration)
 
     assert search(watched, TRAITS, options, cut, searcher=searcher) == expected
     assert asked == [3, 4, 5, 6]
