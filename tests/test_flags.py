@@ -287,6 +287,7 @@ COMMANDS = {
             **PERSONA,
             "persona_id": flag("somebody"),
             "targets": flag("evil=37", 37.0, instead=("--targets", "sycophancy=0", *DATA)),
+            "pareto": flag(True, instead=("--targets", "evil=0,sycophancy=0", *DATA)),
             "scorer": flag("mine.py:other", None, instead=("--scorer", "mine.py:score")),
             "prompts": flag("said.json", None, instead=("--scorer", "mine.py:score")),
             "constraint": flag("kl<=0.37nat", 0.37),

@@ -395,7 +395,8 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         config = problem.record()
         fits = goal_fits(rows, config, objective)
         worth = (goal_line(rows, config, result.best),)
-        worth += (front_line(rows, config),) * is_front(config)
+        if is_front(config):
+            worth = (front_line(rows, config), *worth)
         tables = goal_tables(rows, config, objective)
     else:
         fits = condition_fits(rows, objective)

@@ -72,7 +72,8 @@ def _goal_content(run: Run) -> Content:
     title = f"A search for {sought(config)} with {way_of(config)}"
     best = next(e for e in goal_fits(rows, config, limits_of(run)) if e.condition == _best(run))
     lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
-    lines += [front_line(rows, config)] * is_front(config)
+    if is_front(config):
+        lines.append(front_line(rows, config))
     lead = " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
     note = (
         "Random mix: another for every prompt, as long as the best mix. Intervals: bootstrap over "

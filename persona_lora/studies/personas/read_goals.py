@@ -32,7 +32,7 @@ def targets_of(config: Config) -> dict[str, float]:
 
 def is_front(config: Config) -> bool:
     """Return whether each target was an objective of its own."""
-    return bool(config["goal"].get("pareto"))
+    return bool(config.get("goal", {}).get("pareto"))
 
 
 def sought(config: Config) -> str:
