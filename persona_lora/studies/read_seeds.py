@@ -48,7 +48,9 @@ from persona_lora.studies.steering.read_comparison import (
     LORA,
     RANDOM,
     RANDOM_LORA,
+    MethodEffect,
     effects_of,
+    read_comparison,
 )
 
 COMMANDS = ("evaluate", "sweep", "compare")
@@ -215,6 +217,29 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
             gaps = [minus(each[split, ACTIVATION], each[split, RANDOM]) for each in by_run]
             found.append(_with_change(OverSeeds(f"{split}: {VECTOR}", len(runs), effect), gaps))
     return corrected(found)
+
+
+def effects_over(runs: Sequence[Run]) -> dict[tuple[str, str], MethodEffect]:
+    """Return every method's effect by split and method: of one comparison, or over its seeds."""
+    alone = [read_comparison(run).overall for run in runs]
+    if len(runs) == 1:
+        found = {
+            (each.split, each.method): MethodEffect(each.effect, each.difference, each.p_holm)
+            for each in alone[0]
+        }
+    else:
+        found = {}
+        for each in over_seeds(runs):
+            split, _, method = each.condition.partition(": ")
+            found[split, method] = MethodEffect(each.score, each.change, each.p_holm)
+    strongest: dict[tuple[str, str], list[float]] = {}
+    for one in (each for overall in alone for each in overall):
+        if one.most is not None:
+            strongest.setdefault((one.split, one.method), []).append(one.most)
+    return {
+        place: replace(each, most=max(strongest[place]) if place in strongest else None)
+        for place, each in found.items()
+    }
 
 
 def _with_change(found: OverSeeds, gaps: Sequence[Gaps]) -> OverSeeds:

@@ -19,6 +19,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import ConditionFit, TaskScore, fits_over_personas, score_items
 from persona_lora.report.figures import Picture
 from persona_lora.report.sections import Table, fill_template
+from persona_lora.report.trust import standing
 from persona_lora.report.wording import (
     CLEAR,
     NONE,
@@ -34,30 +35,42 @@ from persona_lora.report.wording import (
 from persona_lora.studies.drift.figure import render_prediction, render_prevention
 from persona_lora.studies.drift.read_prediction import (
     POOLED,
+    TEXT,
     WEIGHTS,
+    Contrast,
     Prediction,
     contrasts,
     nulls,
     predict,
+    prediction_lines,
+    seeds_of,
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.figure import render_comparison as render_personas
 from persona_lora.studies.personas.read_fits import condition_fits, order_line
+from persona_lora.studies.read_seeds import effects_over, over_seeds, seeds_lines
 from persona_lora.studies.steering.figure import (
     SPLITS,
-    render_comparison,
+    render_effects,
     render_latency,
     render_spaces,
 )
-from persona_lora.studies.steering.read import speed_beside_base
+from persona_lora.studies.steering.read import (
+    comparison_judges,
+    comparison_lines,
+    speed_beside_base,
+)
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     BASE,
     FIRST_TOKEN,
     LORA,
     MERGED,
+    RANDOM,
+    RANDOM_LORA,
     TOKENS,
-    Overall,
+    Comparison,
+    MethodEffect,
     Pooled,
     Timing,
     pooled,
@@ -70,6 +83,7 @@ BASE_MODEL = "base"  # stands among the prevented ones for comparison
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Row = Mapping[str, Any]
 Part = dict[str, Any]
+Place = tuple[str, str]  # a set of questions, a method
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ class Figures:
 def write_research_questions(results: Path, page: Path) -> list[str]:
     """Write the page and its pictures; return the parts that were not measured yet.
 
-    ``results`` holds ``compare/<trait>`` (with ``latency`` and ``spaces`` below one of them),
+    ``results`` holds ``compare/<trait>`` (or its seeds below), ``latency`` and ``spaces`` anywhere,
     ``prediction``, ``prevention/<trait>`` and ``personas/comparison``. Raises UserError if none is
     there.
     """
@@ -96,10 +110,10 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
         "behaviour": _behaviour(results / "compare", figures),
         "prediction": _prediction(Run(results / "prediction"), figures),
         "prevention": _prevention(results / "prevention", figures),
-        "latency": _latency(results / "compare", figures),
+        "latency": _latency(results, figures),
         "personas": _personas(Run(results / "personas" / "comparison"), figures),
-        "sums": _sums(results / "compare"),
-        "spaces": _spaces(results / "compare", figures),
+        "sums": _sums(results),
+        "spaces": _spaces(results, figures),
     }
     if not any(parts.values()):
         raise UserError(f"{results} holds no run behind the questions; run scripts/reproduce.sh")
@@ -112,57 +126,80 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
 
 
 def _behaviour(folder: Path, figures: Figures) -> Part | None:
-    runs = [Run(file.parent) for file in sorted(folder.glob("*/splits.jsonl"))]
-    if not runs:
+    compared = [each for at in sorted(folder.glob("*")) if (each := _runs_in(at))]
+    if not compared:
         return None
-    rows, pictures, at_level, winners = [], [], [], []
+    rows, lines, at_level, winners = [], [], [], []
     moved = {LORA: 0, ACTIVATION: 0}
-    for run in runs:
-        found = read_comparison(run)
-        trait = title_of(found.trait)
-        at_level += [each.matched for each in found.points if each.matched is not None]
-        picture = render_comparison(found)
-        pictures.append(
-            figures.show(f"compare_{found.trait}", picture, f"{trait}: at equal divergence")
-        )
-        for split in dict.fromkeys(each.split for each in found.overall):
-            own = {each.method: each for each in found.overall if each.split == split}
+    effects: dict[str, dict[Place, MethodEffect]] = {}
+    for runs in compared:
+        found = [read_comparison(run) for run in runs]
+        trait, own = title_of(found[0].trait), effects_over(runs)
+        effects[trait] = own
+        at_level += [p.matched for each in found for p in each.points if p.matched is not None]
+        lines.append((trait, " ".join(_said(runs, found))))
+        for split in dict.fromkeys(split for split, _ in own):
             for method in moved:
-                moved[method] += (own[method].effect.low or 0.0) > 0
-            winners.append(_winner(own[ACTIVATION]))
-            rows.append((trait, SPLITS[split], *_effects(own)))
+                moved[method] += (own[split, method].effect.low or 0.0) > 0
+            activation = own[split, ACTIVATION]
+            winners.append(clear_sign(activation.difference, activation.p_holm))
+            rows.append((trait, SPLITS[split], *_effects(split, own)))
     n = len(winners)
     return {
         "answer": _yes(moved[LORA] == moved[ACTIVATION] == n, "Not in every case."),
         "n": n,
         "by_weights": moved[LORA],
         "by_activations": moved[ACTIVATION],
-        "weights_further": winners.count("weights"),
-        "activations_further": winners.count("activations"),
-        "undecided": winners.count(None),
+        "weights_further": winners.count(1),
+        "activations_further": winners.count(-1),
+        "undecided": winners.count(0),
+        "beyond_random": sum(
+            clear_sign(each.difference, each.p_holm) > 0
+            for own in effects.values()
+            for (_, method), each in own.items()
+            if method == RANDOM_LORA
+        ),
         "levels": len(at_level),
         "unmatched": at_level.count(False),
+        "seeds": _range([len(runs) for runs in compared]),
         "rows": _table(
-            "trait | questions | weights | activations | random difference | random vector | "
-            "weights − activations | p | coherence: weights − activations",
+            "trait | questions | weights | activations | random differences (strongest) | "
+            "random vectors (strongest) | weights − activations | weights − random differences",
             rows,
         ),
-        "traits": len(runs),
+        "traits": len(compared),
         "pooled": _table(
-            "questions | what | weights − activations | p | ", map(_pooled_row, pooled(runs))
+            "questions | what | weights − activations | p | ", map(_pooled_row, pooled(compared))
         ),
-        "pictures": pictures,
+        "lines": lines,
+        "picture": figures.show(
+            "same_traits", render_effects(effects), "What each way of steering moved"
+        ),
     }
 
 
-def _effects(own: Mapping[str, Overall]) -> tuple[str, ...]:
-    activation = own[ACTIVATION]
-    return (
-        *(interval(own[name].effect) for name in (LORA, ACTIVATION, "random_lora", "random")),
-        interval(activation.difference),
-        p_value(activation.p_holm),
-        interval(activation.coherence),
-    )
+def _runs_in(folder: Path) -> list[Run]:
+    """Return the comparison in a folder, or those of its training seeds."""
+    files = [*folder.glob("splits.jsonl"), *folder.glob("seed*/splits.jsonl")]
+    return [Run(file.parent) for file in sorted(files)]
+
+
+def _said(runs: Sequence[Run], found: Sequence[Comparison]) -> Sequence[str]:
+    """Say on what a trait's comparison rests, what it found, and what both judges make of it."""
+    if len(runs) > 1:
+        return seeds_lines(runs, over_seeds(runs))
+    both = comparison_judges(runs[0], found[0])
+    return (standing(runs[0]), *comparison_lines(runs[0], found[0], both)[:1])
+
+
+def _effects(split: str, own: Mapping[Place, MethodEffect]) -> Iterable[str]:
+    for method in (LORA, ACTIVATION, RANDOM_LORA, RANDOM):
+        each = own[split, method]
+        most = "" if each.most is None else f" ({number(each.most)})"
+        yield interval(each.effect) + most
+    for method in (ACTIVATION, RANDOM_LORA):
+        each = own[split, method]
+        yield f"{interval(each.difference)}, p {p_value(each.p_holm)}"
 
 
 def _pooled_row(each: Pooled) -> tuple[str, ...]:
@@ -173,9 +210,9 @@ def _pooled_row(each: Pooled) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _winner(activation: Overall) -> str | None:
-    sign = clear_sign(activation.difference, activation.p_holm)
-    return {1: "weights", -1: "activations"}.get(sign)
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 # -- 2. prediction and prevention -----------------------------------------------------------
@@ -186,33 +223,53 @@ def _prediction(run: Run, figures: Figures) -> Part | None:
     if not judged or not predictors:
         return None
     found = predict(judged, predictors)
-    pooled = [each for each in found if each.judged == POOLED]
-    best = next(each for each in pooled if each.kind == WEIGHTS)
+    pooled = {each.kind: each for each in found if each.judged == POOLED}
+    best, text = pooled[WEIGHTS], pooled.get(TEXT)
     kinds = [
-        (each.kind, each.said, number(each.rho, 2), p_value(each.p_holm), number(each.error, 2),
-         number(each.plain_error, 2))
-        for each in pooled
+        (each.kind, each.said, number(each.rho, 2), p_value(each.p_holm),
+         f"{number(each.error, 2)} / {number(each.plain_error, 2)}",
+         f"{number(each.data_error, 2)} / {number(each.plain_data_error, 2)}")
+        for each in pooled.values()
     ]  # fmt: skip
+    gaps = {(each.first, each.second): each for each in contrasts(judged, predictors)}
+    lines = list(prediction_lines(run))
     return {
         "answer": _predicts(best),
-        "n": len({row["finetune"] for row in predictors}),
+        "standing": standing(run, seeds_of(run)),
+        "n": best.n,
+        "data_sets": best.data_sets,
         "r": best.said,
         "p": p_equals(best.p_holm),
         "expected": EXPECTED_R,
-        "error": number(best.error, 2),
-        "plain_error": number(best.plain_error, 2),
+        "error": number(best.data_error, 2),
+        "plain_error": number(best.plain_data_error, 2),
+        "text": text and _beside_text(best, text, gaps[WEIGHTS, TEXT]),
         "kinds": _table(
-            "projection | pooled r [95%] | ρ | p | error left out | of the mean", kinds
+            "predictor | pooled r [95%] | ρ | p | error, finetune left out / of the mean | "
+            "error, data set left out / of the mean",
+            kinds,
         ),
         "contrasts": "; ".join(
             f"{each.first} − {each.second} {between(each.difference, each.low, each.high, 2)}"
-            for each in contrasts(judged, predictors)
+            for each in gaps.values()
+            if WEIGHTS in (each.first, each.second)
         ),
         "by_trait": _by_trait(found, judged, predictors),
+        "judges": [line for line in lines if "judge" in line],
         "picture": figures.show(
             "prediction", render_prediction(judged, predictors), "Predicted against judged drift"
         ),
     }
+
+
+def _beside_text(best: Prediction, text: Prediction, gap: Contrast) -> str:
+    """Say how weights stand beside the mean score of what was trained on."""
+    told = "no better than" if gap.low <= 0 <= gap.high else "better than"
+    told = "worse than" if gap.high < 0 else told
+    return (
+        f"{told} the mean score of the training text (r {text.said}; weights minus text "
+        f"{between(gap.difference, gap.low, gap.high, 2)})"
+    )
 
 
 def _predicts(best: Prediction) -> str:
@@ -294,7 +351,7 @@ def _task_cell(each: TaskScore | None) -> str:
 
 
 def _latency(folder: Path, figures: Figures) -> Part | None:
-    files = sorted(folder.glob("*/latency/timings.jsonl"))
+    files = sorted(folder.rglob("latency/timings.jsonl"))
     if not files:
         return None
     run = Run(files[0].parent)
@@ -443,7 +500,7 @@ def _nearest(at: Sequence[Row]) -> dict[str, str]:
 
 
 def _spaces_run(folder: Path) -> Run | None:
-    files = sorted(folder.glob("*/spaces/linearity.jsonl"))
+    files = sorted(folder.rglob("spaces/linearity.jsonl"))
     return Run(files[0].parent) if files else None
 
 

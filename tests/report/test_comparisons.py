@@ -149,7 +149,7 @@ def everything(folder):
             "over prompts": fits_over_prompts(rows, "none"),
             "over personas": fits_over_personas(rows, "none"),
             "comparison": read_comparison(comparisons[0]),
-            "pooled": pooled(comparisons),
+            "pooled": pooled([[each] for each in comparisons]),
         }
     )
 

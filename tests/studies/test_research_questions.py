@@ -9,6 +9,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.studies.read_seeds import SEED
 from persona_lora.studies.research_questions import write_research_questions
 
 PLAIN = 50.0
@@ -18,9 +19,13 @@ PLAIN = 50.0
 def write(tmp_path):
     """Write a run with rows by name below ``results``."""
 
-    def make(place, config=None, **rows):
+    def make(place, config=None, command="made", inputs=None, **rows):
         with Run.open(
-            tmp_path / "results" / place, command="made", config=config or {}, seed=0
+            tmp_path / "results" / place,
+            command=command,
+            config=config or {},
+            seed=0,
+            inputs=inputs or {},
         ) as run:
             for name, each in rows.items():
                 run.write(name, each)
@@ -33,9 +38,11 @@ def answer(tmp_path):
     return missing, (tmp_path / "docs" / "results.md").read_text()
 
 
-def behaviour(write, trait, effects):
+def behaviour(write, trait, effects, seed=None):
     """A comparison at one level, with the effect of each method and a little noise by question."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed or 0)
+    made = {} if seed is None else {SEED: str(seed)}
+    place = f"compare/{trait}" if seed is None else f"compare/{trait}/seed{seed}"
     places = [("none", None), *((method, 1.0) for method in effects)]
     answers, verdicts = [], []
     for method, coefficient in places:
@@ -46,15 +53,17 @@ def behaviour(write, trait, effects):
             )
             score = PLAIN + effects.get(method, 0.0) + rng.normal()
             for criterion, value in ((trait, score), ("coherence", 90.0)):
-                verdicts.append({"row": row, "criterion": criterion, "score": value})
+                verdicts.append(
+                    {"row": row, "criterion": criterion, "score": value, "judge": "planted"}
+                )
     levels = [
         {"level": 0, "method": method, "coefficient": 1.0, "kl_mean": 0.1, "kl_p95": 0.3,
          "matched": method != "random"}
         for method in effects
     ]  # fmt: skip
     config = {"trait": trait, "statistic": "mean"}
-    write(f"compare/{trait}", config, levels=levels, splits=[{"split": "eval"}])
-    write(f"compare/{trait}/eval", answers=answers, verdicts=verdicts)
+    write(place, config, "compare", made, levels=levels, splits=[{"split": "eval"}])
+    write(f"{place}/eval", answers=answers, verdicts=verdicts)
 
 
 def test_an_empty_folder_has_no_answers(tmp_path):
@@ -73,7 +82,36 @@ def test_who_steers_further_follows_the_effects(write, tmp_path):
     assert "in 2 of 2 comparisons (a trait, a set of questions) with weights, and in 2" in text
     assert "further in 1, activations in 1; 0 are undecided" in text
     assert "2 of 8 coefficients missed their level" in text
-    assert (tmp_path / "docs" / "figures" / "compare_kind.png").stat().st_size > 1000
+    assert (tmp_path / "docs" / "figures" / "same_traits.png").stat().st_size > 1000
+
+
+def test_training_seeds_are_read_together_and_the_strongest_control_is_named(write, tmp_path):
+    # The vector is ahead in two of three seeds; one of all random differences is as far as weights.
+    for seed, weights in enumerate((30, 12, 14)):
+        strays = {"random_lora": 0, "random_lora#2": 29 if seed == 1 else 1}
+        planted = {"lora": weights, "activation": 16, **strays, "random": 0}
+        behaviour(write, "evil", planted, seed)
+    _, page = answer(tmp_path)
+    text = " ".join(page.split())
+    assert "Training seeds of each difference: 3." in text
+    row = next(line for line in page.split("\n") if line.startswith("| Evil | held-out"))
+    assert re.match(r"\| Evil \| held-out questions \| 1[89] \[", row)  # (30 + 12 + 14) / 3
+    assert "(29)" in row.split(" | ")[4]
+    assert "Weights steered clearly further in 0, activations in 0; 1 are undecided" in text
+    assert "- **Evil.** Exploratory, 3 seeds." in page
+    assert "over 3 seeds (Holm)" in text.split("**Evil.**")[1]
+
+
+def test_pooled_over_traits_takes_seeds_as_drawn(write, tmp_path):
+    # Every question says that weights are ahead by 5; the seeds say by −5, 5 and 15.
+    for seed, more in enumerate((-5, 5, 15)):
+        for trait in ("evil", "kind"):
+            both = {"lora": 20 + more, "activation": 20, "random_lora": 0, "random": 0}
+            behaviour(write, trait, both, seed)
+    _, page = answer(tmp_path)
+    pooled = next(line for line in page.split("\n") if "| held-out questions | effect |" in line)
+    assert "| 5 [" in pooled
+    assert "undecided" in pooled
 
 
 def test_traits_together_say_what_each_alone_cannot(write, tmp_path):
@@ -115,7 +153,25 @@ def test_prediction_is_judged_by_its_interval(write, tmp_path, noise, said):
     write("prediction", judged=judged, predictors=predictors)
     _, page = answer(tmp_path)
     assert said in page
-    assert "Over 12 finetunes" in page
+    assert "Over 12 finetunes of 12 data sets" in " ".join(page.split())
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [(0.05, "worse than"), (1.0, "no better than"), (20.0, "better than")],
+)
+def test_weights_are_held_against_the_training_text(write, tmp_path, noise, said):
+    rng = np.random.default_rng(2)
+    judged = [{"finetune": "base", "trait": "evil", "score": 10.0}]
+    predictors = []
+    for number, x in enumerate(rng.normal(size=30)):
+        name, score = f"f{number}", 10 + x + rng.normal()
+        judged.append({"finetune": name, "trait": "evil", "score": score})
+        for kind, value in (("weights", x), ("training text", score + noise * rng.normal())):
+            predictors.append({"finetune": name, "direction": "evil", "kind": kind, "value": value})
+    write("prediction", judged=judged, predictors=predictors)
+    _, page = answer(tmp_path)
+    assert f"By this measure weights are {said} the mean score" in " ".join(page.split())
 
 
 def test_prevention_names_what_is_clearly_lower(write, tmp_path):

@@ -105,6 +105,19 @@ class Overall:
 
 
 @dataclass(frozen=True)
+class MethodEffect:
+    """A method's effect over all levels, of one training seed or of several; as ``Overall``.
+
+    ``most`` is the effect of the strongest of all random controls.
+    """
+
+    effect: Interval
+    difference: Interval | None
+    p_holm: float | None
+    most: float | None = None
+
+
+@dataclass(frozen=True)
 class Pooled:
     """Weights minus activations over several traits: in ``EFFECT``, or in coherence."""
 
@@ -256,21 +269,28 @@ def _by_question(
     }
 
 
-def pooled(runs: Sequence[Run]) -> list[Pooled]:
-    """Return the differences over several comparisons, of other traits, by set of questions.
+def pooled(compared: Sequence[Sequence[Run]]) -> list[Pooled]:
+    """Return the differences over comparisons of several traits, by set of questions.
 
-    The units are the questions of all traits; that the traits are drawn is not allowed for.
+    Each trait has one run, or one for every training seed. The units are the questions of all
+    traits, and the seeds; that the traits are drawn is not allowed for.
     """
-    gaps: dict[tuple[str, str], list[float]] = {}
-    for run in runs:
-        for row in run.read("splits"):
-            part = Run(run.folder / row["split"])
-            traits = _by_place(part, run.record["config"]["trait"])
-            measured = _by_question(run.read("levels"), traits, _by_place(part, COHERENCE))
-            for what, by_method in zip((EFFECT, COHERENCE), measured, strict=True):
-                gap = minus(by_method[LORA], by_method[ACTIVATION])
-                gaps.setdefault((row["split"], what), []).extend(gap.values())
-    tested = {place: _tested(dict(enumerate(each))) for place, each in gaps.items()}
+    gaps: dict[tuple[str, str], list[dict[Any, float]]] = {}
+    seeds = min(map(len, compared))
+    for trait, runs in enumerate(compared):
+        for seed, run in enumerate(runs[:seeds]):
+            for row in run.read("splits"):
+                part = Run(run.folder / row["split"])
+                traits = _by_place(part, run.record["config"]["trait"])
+                measured = _by_question(run.read("levels"), traits, _by_place(part, COHERENCE))
+                for what, by_method in zip((EFFECT, COHERENCE), measured, strict=True):
+                    each = gaps.setdefault((row["split"], what), [{} for _ in range(seeds)])
+                    gap = minus(by_method[LORA], by_method[ACTIVATION])
+                    each[seed].update({(trait, question): own for question, own in gap.items()})
+    tested = {
+        place: over_draws(each if seeds > 1 else [dict(enumerate(each[0].values()))])
+        for place, each in gaps.items()
+    }
     adjusted = holm([p for _, p in tested.values()])
     return [
         Pooled(split, what, difference, p)
@@ -311,7 +331,7 @@ def _average(rows: Sequence[Row], name: str) -> float | None:
 
 
 def over_draws(
-    gaps: Sequence[Mapping[int, float]], scale: Bounds | None = None
+    gaps: Sequence[Mapping[Any, float]], scale: Bounds | None = None
 ) -> tuple[Interval | None, float | None]:
     """Return a mean difference and its p: over questions, and over draws if there are several.
 
