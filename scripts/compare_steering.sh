@@ -5,7 +5,7 @@
 # (about half an hour a trait on two cores, training aside; resumable):
 # bash scripts/compare_steering.sh sycophancy hallucination
 # With --quick first: one trait and seed, two levels, few questions.
-# LAYER, COEFFICIENTS and SEEDS set other values; the run is exploratory then.
+# LAYER, COEFFICIENTS, QUESTIONS and SEEDS set other values; the run is exploratory then.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -24,7 +24,7 @@ declare -A strengths=([evil]=2.5,-2.5 [sycophancy]=2,-2 [hallucination]=0.75,-0.
 
 for trait in "$@"; do
     diffs=checkpoints/seeds/$trait vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
-    options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60)
+    options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60 --max-questions "${QUESTIONS:-20}")
     if [ -n "$quick" ]; then
         diffs=checkpoints/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30)
         [ -e "$diffs/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
@@ -32,7 +32,7 @@ for trait in "$@"; do
         [ -e "$diffs/seed2/diff/diff.json" ] ||
             persona-lora train --config "train_configs/$trait.yaml" --seeds "${SEEDS:-3}" --output_dir "$diffs"
         protocol=docs/protocols/compare_$trait.yaml
-        [ -n "${LAYER:-}${COEFFICIENTS:-}${SEEDS:-}" ] || [ ! -e "$protocol" ] || options+=(--protocol "$protocol")
+        [ -n "${LAYER:-}${COEFFICIENTS:-}${QUESTIONS:-}${SEEDS:-}" ] || [ ! -e "$protocol" ] || options+=(--protocol "$protocol")
     fi
     [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
     persona-lora compare --trait "$trait" --diff "$diffs" --activation-vector "$vector" \

@@ -44,7 +44,7 @@ diffs=() vectors=()
 for trait in $traits; do
     diff=checkpoints/seeds/$trait/seed0/diff
     [ -e "$diff/diff.json" ] ||
-        persona-lora train --config "train_configs/$trait.yaml" --seeds 1 --output_dir "checkpoints/seeds/$trait"
+        persona-lora train --config "train_configs/$trait.yaml" --output_dir "checkpoints/seeds/$trait/seed0"
     vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
     [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
     diffs+=(--diffs "$diff") vectors+=(--vectors "$vector")
