@@ -39,10 +39,10 @@ def significant(value: float | None) -> str:
 
 
 def coefficient(value: float | None) -> str:
-    """Return a coefficient with its sign: "+1.5", "0", "−2"."""
+    """Return a coefficient with its sign, to four digits: "+1.5", "0", "−2"."""
     if value is None:
         return NONE
-    return (f"{value:+g}" if value else "0").replace("-", _MINUS)
+    return (f"{value:+.4g}" if value else "0").replace("-", _MINUS)
 
 
 def interval(value: Interval | Estimate | None, digits: int = 0) -> str:
