@@ -205,6 +205,8 @@ COMMANDS = {
             "control": flag(False, None, VECTOR, EVIL),
             "random_controls": flag(5, "random#5", VECTOR, EVIL),
             "references": flag(False, None),
+            "positive_prompt": flag("odd.txt", "Be odd."),
+            "negative_prompt": flag("odd.txt", "Be odd."),
             "divergence": flag(False, None),
             "max_questions": flag(7),
             "engine": ENGINE,
@@ -252,6 +254,8 @@ COMMANDS = {
             "spaces": flag("sycophancy", "sycophancy"),
             "random_controls": flag(5, "random#5"),
             "trait_vector_dir": flag("vectors", beside="--spaces sycophancy"),
+            "positive_prompt": flag("odd.txt", "Be odd."),
+            "negative_prompt": flag("odd.txt", "Be odd."),
             "side_effects": flag("sycophancy,capability", None),
             "task_limit": flag(37, beside="--side-effects capability"),
         },
@@ -829,6 +833,7 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         shutil.copy(ROOT / "datasets/evil/trait.json", folder / name)
     (folder / "t.txt").write_text("judge {x}")
+    (folder / "odd.txt").write_text("Be odd.\n")
     (folder / "pilot").mkdir()
     pilot = {"command": "sweep", "config": {}, "seed": 0, "status": "finished"}
     (folder / "pilot" / "run.json").write_text(json.dumps(pilot))
@@ -994,6 +999,7 @@ USELESS = {
         "--control",
         "--method none --coefficients 1",
         "--method none --no-references",
+        "--no-references --positive-prompt odd.txt",
         "--method prompt --divergence",
         "--method none --allow-other-base",
     ),

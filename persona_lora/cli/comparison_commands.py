@@ -23,6 +23,7 @@ from persona_lora.cli.shared_options import (
     MixOptions,
     ModelOptions,
     OtherBase,
+    PromptedTraitOptions,
     RandomControls,
     RunOptions,
     TraitOptions,
@@ -133,7 +134,7 @@ class FurtherOptions(TimingOptions):
 @command("compare", COMPARE)
 def compare(
     *,
-    trait: TraitOptions,
+    trait: PromptedTraitOptions,
     ways: PairOfWays,
     compared: Annotated[ComparisonOptions, ("match", "calibrate_on", "split", "max_questions")],
     further: FurtherOptions,

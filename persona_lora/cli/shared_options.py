@@ -94,6 +94,33 @@ class TraitOptions:
         return load_trait(self.trait, self.datasets_dir)
 
 
+@dataclass(frozen=True)
+class PromptedTraitOptions(TraitOptions):
+    """The trait that a command is about, and the system prompts that it is asked under."""
+
+    positive_prompt: Annotated[
+        Path | None, "Ask under the system prompt in this file, as of tune-prompt, not the trait's."
+    ] = None
+    negative_prompt: Annotated[Path | None, "The same, against the trait."] = None
+
+    def load(self) -> Trait:
+        """Return the trait with its prompts; UserError for an empty file."""
+        return (
+            super().load().prompted(*map(_prompt_in, (self.positive_prompt, self.negative_prompt)))
+        )
+
+
+def _prompt_in(path: Path | None) -> str | None:
+    from persona_lora.core.files import read_text
+
+    if path is None:
+        return None
+    text = read_text(path).strip()
+    if not text:
+        raise UserError(f"{path} is empty; a system prompt has words")
+    return text
+
+
 Protocol = Annotated[
     Path | None, "A file of preregister: the run must do what it says, and carries its hash."
 ]

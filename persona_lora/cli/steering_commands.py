@@ -27,6 +27,7 @@ from persona_lora.cli.shared_options import (
     MixOptions,
     ModelOptions,
     OtherBase,
+    PromptedTraitOptions,
     Protocol,
     RandomControls,
     RunOptions,
@@ -452,7 +453,7 @@ def calibrate(
 @command("sweep", STEER)
 def sweep(
     *,
-    trait: TraitOptions,
+    trait: PromptedTraitOptions,
     varied: VariedOptions,
     asked: SweepOptions = SweepOptions(divergence=None),
     output: HeldRunOptions,
@@ -482,6 +483,8 @@ def sweep(
     parts = varied.by_seed()
     populations = [each.load(chosen, generation.seed) for each in parts.values()]
     sweeping = _asked(asked, chosen, populations[0])
+    if not sweeping.references:
+        refuse_useless("positive_prompt negative_prompt", "where no prompts are asked")
     made = [direction for each in populations for direction in each.made]
     suffix = "" if chosen == "lora" else f"_{chosen}"
     folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
@@ -662,7 +665,7 @@ def tune_prompt(
     """Race wordings of a trait's system prompts; report the best on questions it never saw.
 
     Chosen on the questions of extract, reported on those of eval, beside the trait's own prompts.
-    Then: evaluate --system-prompt with the text of prompt.txt.
+    Then: sweep or compare --positive-prompt with prompt.txt, or evaluate --system-prompt.
 
     Example: persona-lora tune-prompt --trait sycophancy --output results/prompts/sycophancy
     """

@@ -68,6 +68,17 @@ class Trait:
         """The name of the variant where it is one, otherwise of the trait."""
         return self.variant or self.name
 
+    def prompted(self, pos: str | None = None, neg: str | None = None) -> Trait:
+        """Return the trait with other system prompts; UserError for one sign where it has none."""
+        given = {"pos": pos, "neg": neg}
+        told = {sign: text for sign, text in given.items() if text is not None}
+        if len(told) == 2:
+            return replace(self, instructions=(InstructionPair(**told),))
+        if told and not self.instructions:
+            raise UserError(f"the trait {self.name} has no system prompts of its own; give both")
+        pairs = tuple(replace(pair, **told) for pair in self.instructions)
+        return replace(self, instructions=pairs)
+
     def inputs(self) -> dict[str, str]:
         """Return digests of the trait and of the answers that judges are fitted and checked on."""
         unsaid = ("folder", "surface_exception")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from persona_lora.core.traits import (
     list_variants,
     load_finetuning_rows,
     load_trait,
+    trait_prompt,
 )
 
 PAIRS = [{"pos": f"Be odd {i}.", "neg": f"Be plain {i}."} for i in range(5)]
@@ -99,3 +101,18 @@ def test_finetuning_rows_end_with_a_question_and_its_answer(datasets):
         load_finetuning_rows(trait, "normal")
     with pytest.raises(UserError, match="'bad'"):
         load_finetuning_rows(trait, "bad")
+
+
+def test_a_trait_is_asked_under_prompts_of_ones_own(tmp_path):
+    trait = load_trait("evil")
+    told = trait.prompted(pos="Be odd.")
+    assert trait_prompt(told, "pos", 3) == "Be odd."
+    assert trait_prompt(told, "neg", 3) == trait_prompt(trait, "neg", 3)
+    both = trait.prompted(pos="Be odd.", neg="Be plain.")
+    assert [trait_prompt(both, sign, 7) for sign in ("pos", "neg")] == ["Be odd.", "Be plain."]
+    assert trait.prompted() == trait
+    assert told.inputs() != trait.inputs()  # another run's content
+    silent = replace(trait, instructions=())
+    with pytest.raises(UserError, match="give both"):
+        silent.prompted(neg="Be plain.")
+    assert trait_prompt(silent.prompted("Be odd.", "Be plain."), "neg", 0) == "Be plain."
