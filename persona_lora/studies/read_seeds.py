@@ -202,7 +202,7 @@ def _over_condition(condition: Condition, by_run: Sequence[Scores]) -> OverSeeds
 
 def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
     by_run = [effects_of(run, by=by) for run in runs]
-    found = []
+    found, beside = [], []
     for split, method in by_run[0]:
         effects = [each[split, method] for each in by_run]
         effect = crossed_mean(shared_questions(effects)).interval
@@ -215,8 +215,9 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
             vectors = [each[split, ACTIVATION] for each in by_run]
             effect = crossed_mean(shared_questions(vectors)).interval
             gaps = [minus(each[split, ACTIVATION], each[split, RANDOM]) for each in by_run]
-            found.append(_with_change(OverSeeds(f"{split}: {VECTOR}", len(runs), effect), gaps))
-    return corrected(found)
+            beside.append(_with_change(OverSeeds(f"{split}: {VECTOR}", len(runs), effect), gaps))
+    # The vector's own tests are a family of their own: a protocol names those of the diff.
+    return [*corrected(found), *corrected(beside)]
 
 
 def effects_over(runs: Sequence[Run]) -> dict[tuple[str, str], MethodEffect]:

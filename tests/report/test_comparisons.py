@@ -224,9 +224,14 @@ def test_the_first_line_begins_with_what_was_planted_beside_random_controls(
     assert gaps["random"].vector_gap.mean == pytest.approx(
         gaps["activation"].effect.mean - gaps["random"].effect.mean
     )
-    tested = [*(each.p_holm for each in found.overall), *(each.vector_p for each in found.overall)]
-    least = min(each for each in tested if each is not None)
-    assert least == 8 * 2 / 2**12  # four tests on each of two sets of questions are one family
+    least, beside = (
+        min(p for one in found.overall if (p := getattr(one, each)) is not None)
+        for each in ("p_holm", "vector_p")
+    )
+    assert least == 6 * 2 / 2**12  # three tests on each of two sets of questions are one family
+    assert beside >= 2 * 2 / 2**12  # those of the vector another
+    if first.startswith("weights steered further"):
+        assert beside == 2 * 2 / 2**12
 
 
 def test_probes_stand_in_columns_paired_by_question_and_the_rest_below():

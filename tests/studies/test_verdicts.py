@@ -18,7 +18,13 @@ from persona_lora.studies.drift.read_section import _finding
 from persona_lora.studies.personas import read as personas
 from persona_lora.studies.personas.read import _lead
 from persona_lora.studies.steering.read import _cells, _latency_line, _layers, verdict_lines
-from persona_lora.studies.steering.read_comparison import TOKENS, Comparison, Overall, Ratio
+from persona_lora.studies.steering.read_comparison import (
+    TOKENS,
+    Comparison,
+    MethodEffect,
+    Overall,
+    Ratio,
+)
 from persona_lora.studies.steering.read_grid import grid_of
 
 
@@ -53,7 +59,6 @@ def test_who_steered_further_is_the_one_with_the_larger_effect(gap, p, winner):
     }
     assert [name for name, text in said.items() if f", {text}" in line] == [winner]
     assert "weights moved the trait by 30 [25, 35] points, activations by 20 [15, 25]" in line
-    assert research_questions._winner(other) == winner
 
 
 # the gap of a direction to its random controls, p after Holm, how many there are, and what is said
@@ -200,12 +205,14 @@ def test_a_fit_stands_under_its_headings():
 def test_the_effects_of_a_comparison_stand_in_their_order():
     methods = ("lora", "activation", "random_lora", "random")
     own = {
-        name: Overall("eval", name, shown(10 * at), shown(55), shown(77), 0.5, p_holm=0.03)
-        for at, name in enumerate(methods, start=1)
+        ("eval", name): MethodEffect(shown(10 * at), shown(50 + at), at / 100, most)
+        for at, (name, most) in enumerate(
+            zip(methods, (None, None, 61.0, 62.0), strict=True), start=1
+        )
     }
-    assert research_questions._effects(own) == (
-        *("10 [9, 12]", "20 [19, 22]", "30 [29, 32]", "40 [39, 42]", "55 [54, 57]", "0.030"),
-        "77 [76, 79]",
+    assert tuple(research_questions._effects("eval", own)) == (
+        *("10 [9, 12]", "20 [19, 22]", "30 [29, 32] (61)", "40 [39, 42] (62)"),
+        *("52 [51, 54], p 0.020", "53 [52, 55], p 0.030"),
     )
 
 

@@ -443,7 +443,8 @@ def comparison_section(run: Run) -> Content:
         "Over all levels",
         "Effect: change of the trait score from the unsteered model, in the direction asked for; "
         "the mean over levels. Differences are paired by question; p: two-sided sign-flip test, "
-        "corrected over methods and splits. Random controls, where there are several, are drawn as "
+        "corrected over methods and splits (of the vector beside its controls for themselves). "
+        "Random controls, where there are several, are drawn as "
         "the questions are: intervals and p (Student’s t) are over both, and from … to … are the "
         "weakest and the strongest of them.",
     )

@@ -87,7 +87,7 @@ class Overall:
     splits. Of several random controls, ``draws``, all are over controls and questions, both drawn
     (``p`` is Student's); ``least`` and ``most`` are the effects of the weakest and the strongest.
     Of random vectors, ``vector_gap`` is the vector's effect minus theirs, ``vector_p`` its test,
-    corrected with the others.
+    corrected over splits.
     """
 
     split: str
@@ -251,11 +251,10 @@ def _overall(
 
 
 def _corrected(found: Sequence[Overall]) -> tuple[Overall, ...]:
-    """Return the methods with all their tests corrected as one family."""
-    ps = holm([*(each.p for each in found), *(each.vector_p for each in found)])
-    return tuple(
-        replace(each, p_holm=ps[at], vector_p=ps[at + len(found)]) for at, each in enumerate(found)
-    )
+    """Return the methods with their tests corrected; those of the vector are their own family."""
+    beside = holm([each.vector_p for each in found])
+    pairs = zip(corrected(found), beside, strict=True)
+    return tuple(replace(each, vector_p=p) for each, p in pairs)
 
 
 def _by_question(
