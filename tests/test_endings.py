@@ -81,6 +81,30 @@ def test_a_status_that_a_command_sets_passes_through(run, monkeypatch, status):
     assert run("sweep")[0] == status
 
 
+@pytest.mark.parametrize(
+    ("ending", "status", "said"),
+    [
+        (typer.Exit(7), 7, ""),
+        (typer.Exit(0), 0, ""),
+        (typer.Abort(), 130, "error: interrupted; run the same command again to go on"),
+        (130, 130, "error: interrupted; run the same command again to go on"),
+        (129, 129, ""),
+        (131, 131, ""),
+        (True, 1, ""),
+        ("what a command returned", 0, ""),
+    ],
+)
+def test_how_a_command_ends_is_the_status_of_the_program(run, monkeypatch, ending, status, said):
+    def app(**_):
+        if isinstance(ending, BaseException):
+            raise ending
+        return ending
+
+    monkeypatch.setattr("persona_lora.cli.program.app", app)
+    found, _, told = run("sweep")
+    assert (found, told.strip()) == (status, said)
+
+
 def test_a_mistake_of_several_processes_is_said_once(run, monkeypatch):
     monkeypatch.setattr("persona_lora.cli.program.app", raising(UserError("no such trait")))
     monkeypatch.setenv("RANK", "1")

@@ -155,6 +155,16 @@ def test_the_first_difference_of_two_records_is_named(old, new, found):
     assert first_difference(old, new) == found
 
 
+def test_runs_are_the_same_where_their_folders_are(tmp_path):
+    """Whoever holds the lock: it is no part of what a run is."""
+    with opened(tmp_path / "one") as held:
+        same, other = Run(tmp_path / "one"), Run(tmp_path / "two")
+        assert held == same == pickle.loads(pickle.dumps(held))
+        assert same != other
+        assert len({held, same, other}) == 2
+        assert repr(held) == repr(same)
+
+
 def test_a_run_records_how_it_ended(tmp_path):
     run = opened(tmp_path / "run")
     with pytest.raises(KeyError), run:

@@ -22,6 +22,7 @@ from persona_lora.models.structure import (
 from persona_lora.models.weight_files import LoadedWeights, StoredWeights, weights_of
 from persona_lora.projections.inputs import ModuleInputs
 from persona_lora.projections.weight_space import (
+    Projection,
     WeightProjector,
     project_adapter,
     project_weights,
@@ -177,6 +178,17 @@ def test_an_adapter_that_has_not_moved_yet_projects_to_zero(diffs):
     found = project_adapter(diffs["one"] * 0.0, diffs)
     assert found.delta_norm == 0
     assert all((each.coordinate, each.p) == (0.0, None) for each in found.total.values())
+
+
+def test_a_direction_of_no_length_has_no_projection_and_no_test(diffs):
+    """Beside one that has a length as small as any: its own coordinate is what was planted."""
+    names = {"nothing": diffs["one"] * 0.0, "one": diffs["one"] * 1e-6}
+    found = project_adapter(diffs["two"] + diffs["one"] * 0.5, names).total
+    assert found["nothing"] == Projection(0.0, 0.0, 0.0, 0.0, None, 0.0)
+    whole = project_adapter(diffs["two"] + diffs["one"] * 0.5, {"one": diffs["one"]}).total["one"]
+    assert found["one"].coordinate == pytest.approx(whole.coordinate, rel=1e-4)
+    assert found["one"].p == pytest.approx(whole.p, rel=1e-3)
+    assert whole.coordinate > 0
 
 
 def turned(diff, seed):

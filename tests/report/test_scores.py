@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 
 import pytest
@@ -74,6 +75,14 @@ def test_coefficients_of_two_methods_are_refused_but_not_those_of_the_control():
         steered_series([lora, vector])
     assert steered_series([control, vector]) == [("activation", 3), ("random", 3)]
     assert steered_series([UNSTEERED_CONDITION, Condition("prompt_pos", None)]) == []
+
+
+@pytest.mark.parametrize("method", ["activation", "zeal"])  # before and after "random" in order
+def test_series_stand_by_their_layers_and_all_controls_after_them(method):
+    places = [("random", 0), ("random", 12), (method, 12), (method, 1), (method, 0), ("random", 1)]
+    wanted = [(method, 0), (method, 1), (method, 12), ("random", 0), ("random", 1), ("random", 12)]
+    for order in itertools.permutations(places):
+        assert steered_series(Condition(name, 1.0, layer) for name, layer in order) == wanted
 
 
 def test_the_answers_table_names_layers_where_there_are_any(sweep_rows):

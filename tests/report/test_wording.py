@@ -63,6 +63,26 @@ def test_headline_names_coherent_range_and_the_prompt_baseline(sweep_rows):
     assert "coefficient +1.5 scores higher" in text
 
 
+@pytest.mark.parametrize(
+    ("questions", "counted", "intervals"),
+    [
+        (1, "1 question, ", "no intervals from one question"),
+        (2, "2 questions, ", "intervals: 95% bootstrap over questions"),
+        (3, "3 questions, ", "intervals: 95% bootstrap over questions"),
+    ],
+)
+def test_what_is_said_of_few_questions_is_how_many_there_are(
+    sweep_rows, questions, counted, intervals
+):
+    answers, verdicts = sweep_rows(questions=questions, coefficients=(0.0, 1.0))
+    summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=100)
+    said = wording.sample_line(summary)
+    assert said.startswith(counted)
+    assert said.endswith(f"; {intervals}")
+    assert ("no intervals" in wording.headline(summary)) == (questions == 1)
+    assert (summary.conditions[0].trait.low is None) == (questions == 1)
+
+
 def test_headline_of_unscored_answers_claims_nothing(sweep_rows):
     answers, _ = sweep_rows()
     summary = summarise_sweep(answers, [], [], trait="self_doubt", resamples=200)

@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from persona_lora import cli
+from persona_lora.cli.serving_commands import ServerOptions
+from persona_lora.core.errors import UserError
 
 
 @pytest.fixture
@@ -44,6 +46,12 @@ def test_what_cannot_be_served_is_refused_first(served, tmp_path, capsys, monkey
     ):
         assert said in said_of([*served, "--model", "nobody/nothing", *words], capsys, monkeypatch)
     taken.close()
+
+
+def test_running_answers_may_be_given_no_time_at_all_and_no_less():
+    ServerOptions(grace=0.0).check(key=None)
+    with pytest.raises(UserError, match=r"--grace must be 0 or more seconds, got -0\.1"):
+        ServerOptions(grace=-0.1).check(key=None)
 
 
 def test_a_program_that_is_told_to_end_has_served_and_ends_well(served, tmp_path):
