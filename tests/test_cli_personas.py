@@ -75,6 +75,19 @@ def test_a_search_ends_with_weights_and_a_report(run, place, tmp_path):
         "--inject", "out/episode-000101_B_best_weights.json", "--fixed", "formality=0.5",
     )  # fmt: skip
     assert again[0] == 0, again[2]
+    raced = {
+        name: [
+            bool(row["details"].get("raced_out"))
+            for row in Run(tmp_path / name / "episode-000101_B_lora").read("generations")
+        ]
+        for name in ("out", "again")
+    }
+    assert True not in raced["out"]
+    assert raced["again"].count(True) == raced["again"].count(False) > 0  # the better half is left
+    finalists = Run(tmp_path / "again" / "episode-000101_B_lora").read("finalists")
+    asked = {len(row["details"]["scores"]) for row in finalists}
+    assert len(asked) == 1  # of these none is raced
+    assert not any(row["details"].get("raced_out") for row in finalists)
     fixed = json.loads((tmp_path / "again" / "episode-000101_B_best_weights.json").read_text())
     assert fixed["formality"] == 0.5
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from persona_lora.cli.steering_commands import VariedOptions
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.runs import Run
@@ -100,6 +101,41 @@ def test_nan_in_a_vector_is_named(run, model_folder, vector_file, tmp_path):
 def test_what_cannot_be_meant_is_refused(run, model_folder, vector_file, words, expected, tmp_path):
     assert_fails(run(*evaluation(model_folder, "--vector", vector_file, *words)), *expected)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "control", "number", "drawn"),
+    [
+        ("1", None, 3, 3),
+        ("1", None, 1, 1),
+        ("1", True, 4, 4),
+        ("1", False, 3, 0),
+        ("0,1", None, 3, 0),
+        ("0,1", True, 3, 3),
+        ("0,1", False, 3, 0),
+    ],
+)
+def test_random_directions_stand_beside_a_vector_where_they_are_wanted(
+    vector_file, vector, monkeypatch, layers, control, number, drawn
+):
+    monkeypatch.setattr("persona_lora.cli.steering_commands.refuse_useless", lambda *_: None)
+    varied = VariedOptions(
+        vector=vector_file, layers=layers, control=control, random_controls=number,
+        coefficients=(1.0,),
+    )  # fmt: skip
+    found = varied.load("activation", seed=5)
+    methods = [each.method for each in found.conditions if each.coefficient]
+    names = ["random", *(f"random#{at}" for at in range(2, drawn + 1))][:drawn]
+    assert sorted(methods) == sorted(["activation", *names] * len(layers.split(",")))
+    lengths = {
+        float(each.directions[1].norm())
+        for each in found.bank.vectors.values()
+        if 1 in each.directions
+    }
+    assert all(each == pytest.approx(float(vector.directions[1].norm())) for each in lengths)
+    directions = {tuple(each.directions[at].tolist()) for each in found.bank.vectors.values()
+                  for at in each.directions}  # fmt: skip
+    assert len(directions) == len(methods)  # every one drawn for itself
 
 
 def test_a_missing_vector_and_no_vector_are_named(run, model_folder):

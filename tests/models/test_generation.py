@@ -16,6 +16,7 @@ from persona_lora.models.generation import (
     _affordable_rows,
     common_prefix,
     generate_answers,
+    row_seed,
 )
 from persona_lora.models.loading import ChatModel
 
@@ -71,6 +72,22 @@ def test_seeds_and_streams_decide_the_sample(chat_model):
     assert shared[0].text == shared[1].text != shared[2].text
     other = generate_answers(chat_model, same, seed=2, **options)
     assert other[0].text != shared[0].text
+
+
+def test_no_stream_of_one_seed_is_a_stream_of_another(chat_model):
+    """A sum of both would give question 8 of seed 1 the numbers of question 9 of seed 0."""
+    seeds = {row_seed(seed, stream) for seed in range(40) for stream in range(0, 40_000, 97)}
+    assert len(seeds) == 40 * len(range(0, 40_000, 97))
+    near = {row_seed(seed, stream) for seed in range(40) for stream in range(40)}
+    assert len(near) == 40 * 40
+    one, other = (
+        generate_answers(
+            chat_model, [CONVERSATIONS[0]], max_new_tokens=12, temperature=1.0, seed=seed,
+            plan=RowPlan(streams=[9 - seed]),
+        )
+        for seed in (0, 1)
+    )  # fmt: skip
+    assert one[0].text != other[0].text
 
 
 def test_the_sampler_draws_from_the_softmax():

@@ -8,6 +8,7 @@ import torch
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import generation
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
@@ -136,6 +137,25 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
     evaluate(chat_model, trait, lambda: judge, tmp_path / "cut.csv", options=options)
     assert len(calls) == 4  # two kept, one lost, one done again
     assert (tmp_path / "cut.csv").read_text() == (tmp_path / "whole.csv").read_text()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.5])
+def test_answers_are_drawn_at_the_temperature_that_is_asked_for(
+    chat_model, trait, judge, tmp_path, temperature
+):
+    told = {"max_new_tokens": 12, "temperature": temperature, "seed": 4}
+    options = GenerationOptions(**told, samples=2 if temperature else 1)
+    evaluate(chat_model, trait, lambda: judge, tmp_path / "x.csv", options=options)
+    plan = plan_rows(trait, "eval", [Condition("none")], samples=options.samples)
+    wanted = generation.generate_answers(
+        chat_model,
+        [[{"role": "user", "content": row.question}] for row in plan],
+        plan=generation.RowPlan(streams=[row.stream for row in plan]),
+        **told,
+    )
+    rows = Run(tmp_path / "x").read("answers")
+    assert [row["answer"] for row in rows] == [each.text for each in wanted]
+    assert len({each.text for each in wanted}) > len(trait.questions["eval"]) - 1
 
 
 def test_a_finished_evaluation_is_not_judged_again(chat_model, trait, judge, tmp_path):

@@ -20,6 +20,7 @@ from persona_lora.steering.bank import Bank
 from persona_lora.steering.directions import random_like
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.steering import run as study
 from persona_lora.studies.steering.calibration import (
     bank_of_methods,
     beside_prompts,
@@ -384,6 +385,36 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
     count = len(judge.asked)
     assert go() == found
     assert len(judge.asked) == count
+
+
+@pytest.mark.parametrize("match", ["mean", "p95"])
+@pytest.mark.parametrize("on", ["prompts", "questions"])
+def test_what_a_comparison_makes_equal_is_what_is_asked_for(
+    chat_model, methods, trait, judge, tmp_path, monkeypatch, on, match
+):
+    asked = []
+    plain = study.match_divergence
+
+    def noted(*given, **more):
+        asked.append(more["statistic"])
+        return plain(*given, **more)
+
+    monkeypatch.setattr(study, "match_divergence", noted)
+    compare(
+        chat_model, trait, methods, lambda: judge, tmp_path / "out",
+        comparing=ComparisonOptions(
+            (1.0,), match=match, calibrate_on=on, max_questions=2, split=("eval",)
+        ),
+        options=GenerationOptions(max_new_tokens=6),
+    )  # fmt: skip
+    assert asked == [match]
+    equal = f"kl_{match}"
+    levels = Run(tmp_path / "out").read("levels")
+    near = 0.03 if on == "prompts" else 0.1
+    for row in levels:
+        if row["matched"]:
+            assert row[equal] == pytest.approx(levels[0][equal], rel=near), row["method"]
+    assert any(row["matched"] for row in levels[1:])
 
 
 def test_a_trait_without_such_questions_is_named(chat_model, methods, trait, judge, tmp_path):
