@@ -149,7 +149,7 @@ def _front(axes: Axes, generations: Sequence[Row], rows: Sequence[Row], config: 
     edge = sorted(p for p, on in zip(kept, undominated(kept), strict=True) if on)[::-1]
     steps = [corner for a, b in pairwise(edge) for corner in (a, (b[0], a[1]))] + edge[-1:]
     means = {
-        name: tuple(-(each.mean or 0.0) for each in by.values())
+        name: tuple(np.nan if each.mean is None else -each.mean for each in by.values())
         for name, by in front_means(rows, config).items()
     }
     drawn = {

@@ -6,6 +6,7 @@ model and random mixes as long as the best. Reads rows; refuses to generate and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -130,7 +131,10 @@ def front_means(rows: Sequence[Row], config: Config) -> dict[str, dict[str, Inte
 def front_held(rows: Sequence[Row], config: Config) -> dict[str, bool]:
     """Return which mixes of a front no other mix and no control dominates on these rows' means."""
     found = front_means(rows, config)
-    points = [[-(each.mean or 0.0) for each in by.values()] for by in found.values()]
+    points = [
+        [-math.inf if each.mean is None else -each.mean for each in by.values()]
+        for by in found.values()
+    ]
     kept = dict(zip(found, undominated(points), strict=True))
     return {name: kept[name] for name in found if name not in (UNSTEERED, RANDOM_MIX)}
 

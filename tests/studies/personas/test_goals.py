@@ -28,7 +28,7 @@ from persona_lora.studies.personas.goals import (
     prompts_of,
 )
 from persona_lora.studies.personas.objective import ObjectiveOptions
-from persona_lora.studies.personas.read_goals import front_means, undominated
+from persona_lora.studies.personas.read_goals import front_held, front_means, undominated
 from persona_lora.studies.personas.run import (
     Method,
     objective_of,
@@ -245,6 +245,17 @@ def test_a_mix_is_in_a_front_where_no_other_is_better_in_all():
         *(True, True, False, True, True)
     ]
     assert undominated([]) == []
+
+
+def test_a_mix_without_scores_is_no_front():
+    """What could not be scored is not near to anything."""
+    rows = [
+        {"condition": name, "prompt_id": at, "parts": {"calm": calm, "loud": 5.0}}
+        for name, calm in (("none", 9.0), ("front_1", None), ("front_2", 1.0), ("random_mix", 9.0))
+        for at in range(3)
+    ]
+    config = {"goal": {"targets": {"calm": 0.0, "loud": 0.0}, "pareto": True}}
+    assert front_held(rows, config) == {"front_1": False, "front_2": True}
 
 
 def test_a_trait_is_scored_on_its_own_questions():
