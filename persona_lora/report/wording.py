@@ -78,8 +78,10 @@ def scored(value: Interval) -> tuple[str, str, str, str]:
 
 
 def span(low: float | None, high: float | None, digits: int = 1) -> str:
-    """Return "64.0 … 77.0"."""
-    return f"{number(low, digits)} … {number(high, digits)}"
+    """Return "64.0 … 77.0"; a dash where there is none."""
+    return (
+        "–" if low is None and high is None else f"{number(low, digits)} … {number(high, digits)}"
+    )
 
 
 def change(value: Interval | None) -> str:
@@ -351,10 +353,12 @@ def coherent_line(summary: SweepSummary) -> str:
     span = summary.coherent_range
     if span.reason is not None:
         return f"There is no coherent range: {span.reason}."
+    zero = next((each.coherence for each in summary.steered if each.coefficient == 0), None)
+    beside = f" ({number(zero.mean)} unsteered)" if zero is not None else ""
     if len(span.coefficients) == len(summary.steered):
-        return f"Coherence stays at {span.threshold:g} or more over the whole sweep."
+        return f"Coherence stays at {span.threshold:g} or more{beside} over the whole sweep."
     return (
-        f"Coherence is {span.threshold:g} or more from "
+        f"Coherence is {span.threshold:g} or more{beside} from "
         f"{coefficient(span.low)} to {coefficient(span.high)}."
     )
 
