@@ -37,26 +37,33 @@ def score(
 
     Example: persona-lora judge --trait sycophancy --file answers.jsonl --output scored.jsonl
     """
+    from persona_lora.core.files import ensure_writable_folder
     from persona_lora.judges.choice import check_judge, make_judge
     from persona_lora.judges.fitness import validate_judge
     from persona_lora.judges.labels import AnswerFile, check_output, score_file
-    from persona_lora.report.wording import number
+    from persona_lora.report.resampling import SCORES, bootstrap_mean
+    from persona_lora.report.scores import grouped
+    from persona_lora.report.sections import Table
+    from persona_lora.report.wording import scored
 
-    answers = AnswerFile.read(file)
-    check_output(output)
+    answers, loaded = AnswerFile.read(file), trait.load()
+    check_output(output, answers, loaded.name)
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists; choose another --output or pass --overwrite")
-    loaded, options = trait.load(), judging_of(judge)
+    options = judging_of(judge)
     with progress_bars():
         reference = load_model(model)
+        ensure_writable_folder(output.parent)
         check_judge(loaded, reference, options)
         made = make_judge(loaded, reference, options)
         validation = validate_judge(made, loaded)
         scores = score_file(made, loaded.name, answers, output)
+    asked = grouped(range(len(answers.rows)), lambda row: answers.rows[row]["question"])
+    cells = []
     for criterion, each in scores.items():
-        known = [value for value in each if value is not None]
-        mean = number(sum(known) / len(known)) if known else "–"
-        show(f"{criterion}: mean {mean}, {len(known)} of {len(each)} answers scored")
+        values = {at: [each[row] for row in rows] for at, rows in enumerate(asked.values())}
+        cells.append([criterion, *scored(bootstrap_mean(values, scale=SCORES))])
+    show(Table.of("criterion | mean | 95% interval | questions | scored", cells))
     _show_fitness([validation])
     show(str(output))
 

@@ -19,7 +19,13 @@ from typing import Any, Literal, get_args
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import append_jsonl, read_csv, read_jsonl, write_csv, write_jsonl
+from persona_lora.core.files import (
+    append_jsonl,
+    read_csv,
+    read_jsonl,
+    write_csv,
+    write_jsonl,
+)
 from persona_lora.core.traits import ON_POLICY, Trait
 from persona_lora.judges.judging import Judge
 
@@ -147,11 +153,9 @@ def score_file(judge: Judge, trait: str, answers: AnswerFile, output: Path) -> d
     """Judge answers on the trait and on coherence, and write their rows with both scores.
 
     The columns are named after the trait and ``coherence``; an empty cell is an unscored answer.
-    Returns the scores by criterion. Raises UserError for a column of that name, or another suffix.
+    Returns the scores by criterion. Raises UserError for what ``check_output`` refuses.
     """
-    taken = [name for name in (trait, COHERENCE) if name in answers.rows[0]]
-    if taken:
-        raise UserError(f"{answers.path} has a column {taken[0]!r} already; rename or drop it")
+    check_output(output, answers, trait)
     scores = {
         criterion: [each.score for each in judge.judge(answers.exchanges, criterion)]
         for criterion in (trait, COHERENCE)
@@ -160,7 +164,6 @@ def score_file(judge: Judge, trait: str, answers: AnswerFile, output: Path) -> d
         {**row, **{name: each[at] for name, each in scores.items()}}
         for at, row in enumerate(answers.rows)
     ]
-    check_output(output)
     if output.suffix == ".csv":
         write_csv(output, list(rows[0]), rows)
     else:
@@ -168,10 +171,13 @@ def score_file(judge: Judge, trait: str, answers: AnswerFile, output: Path) -> d
     return scores
 
 
-def check_output(output: Path) -> None:
-    """Raise UserError for a file of scores that ends neither in .jsonl nor in .csv."""
+def check_output(output: Path, answers: AnswerFile, trait: str) -> None:
+    """Raise UserError for a file that scores cannot go to, and for answers that have some."""
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"output must end in .jsonl or .csv, got {output}")
+    taken = next((name for name in (trait, COHERENCE) if name in answers.rows[0]), None)
+    if taken is not None:
+        raise UserError(f"{answers.path} has a column {taken!r} already; rename or drop it")
 
 
 @dataclass(frozen=True)
