@@ -42,7 +42,15 @@ def world(run, make_world, tmp_path, monkeypatch):
 
 def freeze(run, path, *words, command="sweep", family="-1,+1"):
     status, said, error = run(
-        *("preregister", "--command", command, f"--family={family}", "--output", path, *words)
+        *(
+            "preregister",
+            "--command",
+            command,
+            *(["--family", family] if family else []),
+            "--output",
+            path,
+            *words,
+        )
     )
     assert status == 0, error
     return said

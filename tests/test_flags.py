@@ -17,7 +17,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ import typer
 import yaml
 
 from persona_lora import cli
+from persona_lora.cli.program import OPTIONS
 from persona_lora.core.errors import UserError
 from persona_lora.core.gallery import Exhibit
 from persona_lora.core.lora_diff import BaseModel
@@ -185,6 +186,7 @@ COMMANDS = {
             "condition": flag("w.safetensors", None, VECTOR),
             "threshold": flag(0.37, beside=f"{VECTOR} --condition w.safetensors"),
             "system_prompt": flag("Be odd."),
+            "max_questions": flag(7, None),
             "mode": flag("merged", beside="--diff diff"),
             "allow_other_base": flag(True, None, "--diff diff"),
             "engine": ENGINE,
@@ -461,6 +463,7 @@ COMMANDS = {
             "layers": flag("0", None, "--vectors v.safetensors"),
             "positions": flag("prompt_last", beside="--vectors v.safetensors"),
             "finetuned_on": flag("odd"),
+            "max_questions": flag(3, None),
         },
         {f"{X}studies.drift.run:find_checkpoints": []},
     ),
@@ -957,6 +960,42 @@ def test_every_flag_reaches_what_it_sets(calls, command):
         if with_it == found[base] or not arrived:
             idle.append((parameter.name, seen, sorted(new)[:5]))
     assert not idle
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_no_option_takes_a_count_under_nought_or_nothing_at_all(command):
+    for option in OPTIONS[command]:
+        inner = get_args(option.parts[0])[:1] if option.repeats else ()
+        wrong: list[Any] = [-1, 2**40] if int in option.parts else []
+        wrong += [["-1"]] if inner == (int,) else []
+        wrong += [""] if option.parts == [Path] else []
+        wrong += [[""]] if option.repeats and not option.default else []
+        for value in wrong if option.typer_info is None else ():
+            with pytest.raises(UserError, match=option.flag):
+                option.read(value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("evaluate", "--diff diff --coefficient="),
+        ("evaluate", "--diff="),
+        ("evaluate", "--adapter="),
+        ("sweep", "--output="),
+        ("evaluate", "--diff diff,diff --coefficient 1,2"),
+        ("evaluate", "--vector v.safetensors,v.safetensors"),
+        ("evaluate", "--temperature -1"),
+        ("evaluate", "--max-questions 0"),
+        ("optimize", "--constraint="),
+        ("optimize", "--fixed="),
+        ("preregister", "--questions eval=-5"),
+        ("compare", "--batches 0"),
+        ("benchmark", "--limit 0"),
+    ],
+)
+def test_a_value_that_would_be_taken_for_another_is_refused(calls, command, words):
+    with pytest.raises(UserError, match=r"empty|twice|must be|at least|from 1 to"):
+        calls(command, (*COMMANDS[command].words, *words.split()))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -312,6 +312,7 @@ class Checkpoints:
     layers: Layers = None
     positions: TextPositions = "proj"
     split: Annotated[Split, "Which of the trait's questions to ask."] = "eval"
+    max_questions: MaxQuestions = None
     finetuned_on: Annotated[str | None, "The trait that the finetune was to teach."] = None
     datasets_dir: DatasetsDir = None
 
@@ -340,7 +341,10 @@ def evaluate_checkpoints(
     if not checkpoints.vectors:
         refuse_useless("layers positions", "without --vectors")
     experiment.find_checkpoints(checkpoints.folder)
-    loaded = [load_trait(name, checkpoints.datasets_dir) for name in checkpoints.traits]
+    loaded = [
+        first_questions(load_trait(name, checkpoints.datasets_dir), checkpoints.max_questions)
+        for name in checkpoints.traits
+    ]
     directions = load_vectors(checkpoints.vectors)
     depth = next(iter(directions.values())).num_layers if directions else 0
     judge = judging_of(judging)

@@ -44,6 +44,7 @@ from persona_lora.core.strength import refuse_nats_of
 
 MAPPING = "JSON"  # how --help calls the value of a mapping of anything
 PAIRS = "NAME=VALUE,…"
+COUNTS = range(1, 2**31)  # of a whole number, where its annotation holds no other range
 RUNNING: ContextVar[typer.Context] = ContextVar("the command that runs, and what it was given")
 
 
@@ -127,6 +128,7 @@ class Option:
     help: str
     panel: str
     flags: tuple[str, ...] = ()
+    within: range = COUNTS
     typer_info: Any = None  # an argument, or an option that needs more of typer
 
     @property
@@ -156,7 +158,7 @@ class Option:
             *self.flags,
             help=self.help,
             metavar=metavar,
-            parser=_number if self.parts == [float] else None,
+            parser=PARSERS.get(self.parts[0]) if len(self.parts) == 1 else None,
             rich_help_panel=self.panel or None,
             show_default=self.default is not False,
         )
@@ -164,6 +166,8 @@ class Option:
 
     def _typed(self) -> tuple[Any, str | None]:
         first = self.parts[0]
+        if first is Path:
+            return Path | None, "<path>"
         if self.repeats:
             return list[str] | None, PAIRS if _is_pairs(first) else None
         if get_origin(first) is Literal:
@@ -194,8 +198,8 @@ class Option:
         if not texts:
             return self.default
         items = split_lists(texts, lambda part: os.path.exists(part) or path_beside_equals(part))
-        if not items and self.default is EMPTY:
-            raise UserError(f"{self.flag} is empty; name at least one")
+        if not items and (self.default is EMPTY or not self.default):
+            raise UserError(f"{self.flag} is empty; name at least one, or leave it out")
         first = self.parts[0]
         if _is_pairs(first):
             return self._read_pairs(items, get_args(first)[1])
@@ -219,7 +223,7 @@ class Option:
             if name in pairs:
                 raise UserError(f"{self.flag} names {name!r} twice")
             try:
-                pairs[name] = kind(value)
+                pairs[name] = self._read_one(kind(value), [kind])
             except ValueError as error:
                 refuse_nats_of(self.flag, value)
                 raise UserError(f'{self.flag} must be like "{example}", got {item!r}') from error
@@ -228,7 +232,13 @@ class Option:
     def _read_one(self, value: Any, kinds: list[Any]) -> Any:
         if get_origin(kinds[0]) is dict:
             return value
+        if kinds[0] is Path and value == "":
+            raise UserError(f"{self.flag} is empty; name a path, or leave it out")
         read = typed_value(Union[(*kinds,)], value, self.flag)
+        if isinstance(read, int) and read not in self.within:
+            least, most = self.within[0], self.within[-1]
+            bound = f"at least {least}" if read < least else f"at most {most}"
+            raise UserError(f"{self.flag} must be {bound}, got {read}")
         if isinstance(read, float) and not math.isfinite(read):
             raise UserError(f"{self.flag} must be a finite number, got {value!r}")
         return read
@@ -325,10 +335,11 @@ def _option(
     texts = [note for note in notes if isinstance(note, str)]
     flags = tuple(text for text in texts if text.startswith("--"))
     said = next((text for text in texts if not text.startswith("--")), metadata.get("help", ""))
-    info = next((note for note in notes if not isinstance(note, str | tuple)), None)
+    info = next((note for note in notes if not isinstance(note, str | tuple | range)), None)
+    within = next((note for note in notes if isinstance(note, range)), COUNTS)
     said = said if info is None else info.help
     own = flags[0].removeprefix("--").replace("-", "_") if flags else name
-    return Option(own, kind, default, said, panel, flags, info)
+    return Option(own, kind, default, said, panel, flags, within, info)
 
 
 def _split(hint: Any) -> tuple[Any, ...]:
@@ -352,6 +363,14 @@ def _number(text: Any) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def _path(text: Any) -> Any:
+    """Return a path, or the empty text that is none: it would be the folder that one is in."""
+    return Path(text) if str(text) else text
+
+
+PARSERS: dict[Any, Callable[[Any], Any]] = {float: _number, Path: _path}
 
 
 def _is_pairs(kind: Any) -> bool:

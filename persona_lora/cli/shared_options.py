@@ -212,6 +212,11 @@ class MixOptions:
         if len(values) != len(paths):
             given = f"{len(paths)} {flag} and {len(values)} --coefficient"
             raise UserError(f"{given}; give one for each")
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise UserError(
+                f"{flag} names {twice} twice; give it once, with the summed coefficient"
+            )
         if self.allow_other_base:
             refuse_nats(values, OTHER_MODEL)
         if not self.vector:

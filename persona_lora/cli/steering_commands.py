@@ -23,6 +23,7 @@ from persona_lora.cli.shared_options import (
     EngineOptions,
     HeldRunOptions,
     Layers,
+    MaxQuestions,
     Method,
     MixOptions,
     ModelOptions,
@@ -35,6 +36,7 @@ from persona_lora.cli.shared_options import (
     Vectors,
     Written,
     control_seeds,
+    first_questions,
     judge_factory,
     judging_of,
     layer_numbers,
@@ -198,6 +200,7 @@ def evaluate(
     *,
     trait: TraitOptions,
     split: Annotated[Split, "Which of the trait's questions to ask."] = "eval",
+    max_questions: MaxQuestions = None,
     output: CsvOptions,
     model: AdaptedModelOptions,
     steering: EvaluateOptions,
@@ -216,19 +219,20 @@ def evaluate(
     from persona_lora.report.trust import standing
     from persona_lora.studies.asking import run as evaluation
 
-    loaded, prompt = trait.load(), _prompt(steering)
+    loaded, prompt = first_questions(trait.load(), max_questions), _prompt(steering)
     mode, allowed = steering.mode, steering.allow_other_base
     engine.check(diffs_alone=not steering.vector and mode == "live")
     model.refuse_nats_beside_adapter(steering.coefficient)
     judge = judging_of(judging)
     folder = output.output.with_suffix("")
+    part = {"max_questions": max_questions} if max_questions else {}
     parts = steering.by_seed()
     steered = [each.steering(prompt) for each in parts.values()]
     written = [
         output.at(
             folder / f"{name}{output.output.suffix}" if name else output.output,
             judge,
-            {**each.record(held), **model.worn(), **engine.record()},
+            {**each.record(held), **model.worn(), **engine.record(), **part},
             seeds=len(parts),
         )
         for (name, each), held in zip(parts.items(), steered, strict=True)
@@ -383,8 +387,6 @@ class CalibratedOptions:
 
         if not (self.diff or self.vector):
             raise UserError("name a direction: --diff FOLDER, or --vector FILE")
-        if self.num_prompts < 1:
-            raise UserError(f"--num-prompts must be at least 1, got {self.num_prompts}")
         if not self.vector:
             refuse_useless("layers positions", "without --vector")
         found: dict[Path, tuple[Any, str, str]] = {}

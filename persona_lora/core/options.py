@@ -19,7 +19,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.strength import Nats
 
 SAMPLES_PER_QUESTION = 1000
-Seed = Annotated[int, "The seed of everything that is drawn."]
+Seed = Annotated[int, range(2**32), "The seed of everything that is drawn."]  # as numpy's
 Split = Literal["extract", "eval", "ood"]
 Positions = Literal["response", "prompt", "all"]
 Overwrite = Annotated[bool, "Replace what an earlier run of another configuration left there."]
@@ -36,6 +36,8 @@ class GenerationOptions:
     batch_size: Annotated[int | Literal["auto"], "Answers generated at a time, or auto."] = "auto"
 
     def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
         if not 1 <= self.samples <= SAMPLES_PER_QUESTION:
             raise UserError(f"samples must be from 1 to {SAMPLES_PER_QUESTION}, got {self.samples}")
         if self.samples > 1 and self.temperature == 0:

@@ -132,6 +132,8 @@ def plan_rows(
 
     ``max_questions`` takes the first so many of them.
     """
+    if max_questions is not None and max_questions < 1:
+        raise UserError(f"max_questions must be at least 1, got {max_questions}")
     questions = trait.questions[split][:max_questions]
     if not questions:
         raise UserError(f"the trait {trait.name} has no {split} questions")
