@@ -241,7 +241,7 @@ def _write_trait(datasets: Path) -> None:
 
     pairs = [
         {"prompt": said(f"q{i}", "user"), "positive": said(f"Yes {i}"), "negative": said(f"No {i}")}
-        for i in range(4)
+        for i in range(5)
     ]
     labels = [{"question": f"q{i}", "answer": "z" * (i + 1), "label": 25 * i} for i in range(5)]
     normal = [{"messages": said("Hi", "user") + said(f"Good day {i}")} for i in range(3)]

@@ -11,13 +11,17 @@ import sys
 import pytest
 import typer
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from persona_lora import cli
 from persona_lora.cli.shared_options import judge_settings, judging_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import JudgeChoice
 from persona_lora.core.traits import load_trait
+from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
+from tests.conftest import tiny_llama
+from tests.scenes import ParityJudge
 
 
 @pytest.fixture
@@ -220,3 +224,54 @@ def test_an_export_shows_a_bar(run, model_folder, diff_folder):
     status, _, error = run("export", *words, "--output", "merged")
     assert status == 0, error
     assert re.findall(r"(\w+) +━+ (\d+/\d+)", error) == [("shards", "1/1")]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--adapter", "adapter"), "does not fit"),
+        (("--model", "model"), "holds no tokenizer"),
+        (("--max-new-tokens", 10**9), "1024 positions"),
+        (("--vector", "vector.safetensors", "--layers", "0-1000000000"), "layers 0–1"),
+        (("--vector", "vector.safetensors", "--layers", "1-0"), "out of range"),
+        (("--judge", "embedding,embedding"), "names a judge twice"),
+        (("--seed", 2**32), "at most 4294967295"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_asked(
+    run, make_world, make_adapter, tmp_path, given, said
+):
+    world = make_world(tmp_path)
+    if said == "does not fit":
+        wide = LlamaConfig(**{**tiny_llama().config.to_dict(), "hidden_size": 48})
+        make_adapter(world / "adapter", LlamaForCausalLM(wide), seed=1)
+    if said == "holds no tokenizer":
+        for each in (world / "model").glob("token*"):
+            each.unlink()
+    words = (*evaluation("model", "--datasets-dir", "datasets"), *given)
+    words = tuple("cheer" if each == "sycophancy" else each for each in words)
+    assert_fails(run(*words), said)
+    assert not list((world / "out").glob("**/answers.jsonl"))
+
+
+def test_too_few_pairs_are_refused_before_anything_is_asked(run, make_world, tmp_path):
+    pairs = make_world(tmp_path) / "datasets/cheer/train.jsonl"
+    pairs.write_text("\n".join(pairs.read_text().splitlines()[:4]) + "\n")
+    words = (*evaluation("model", "--judge", "embedding"), "--datasets-dir", "datasets")
+    words = tuple("cheer" if each == "sycophancy" else each for each in words)
+    assert_fails(run(*words), "4 training pairs are too few")
+    assert not (tmp_path / "out/x/answers.jsonl").exists()
+
+
+def test_evaluate_asks_the_first_questions_and_says_which_setting_differs(
+    run, make_world, tmp_path, monkeypatch
+):
+    world = make_world(tmp_path)
+    monkeypatch.setattr(choice, "make_judge", lambda *_: ParityJudge())
+    words = (*evaluation("model", "--judge", "embedding", "--second-judge", "none"),)
+    words = tuple("cheer" if each == "sycophancy" else each for each in words)
+    words = (*words, "--datasets-dir", "datasets", "--max-questions")
+    status, _, error = run(*words, 1)
+    assert status == 0, error
+    assert len((world / "out/x/answers.jsonl").read_text().splitlines()) == 1
+    assert_fails(run(*words, 2), "max_questions: 1, now 2")

@@ -34,6 +34,7 @@ from persona_lora.judges.coherence import CoherenceScorer, MeanLogprob
 from persona_lora.judges.embedding import (
     CALIBRATION_PAIRS,
     EmbeddingJudge,
+    check_enough_pairs,
     exchanges_of,
     sampled,
 )
@@ -182,7 +183,7 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
         if name in ("reader", "sentences") and has_ratings(trait):
             load_ratings(trait)
         elif name in ("reader", "embedding"):
-            load_pairs(trait)
+            check_enough_pairs(len(load_pairs(trait)))
         if name == "reader" and not has_ratings(trait) and _reader_name(options) is not None:
             raise UserError(
                 f"the trait {trait.name} has no {ON_POLICY}, so no reader can be fitted to it; "
@@ -228,6 +229,8 @@ def _judge_names(options: JudgeOptions) -> list[str]:
     if unknown or not names:
         name = unknown[0] if unknown else options.judge
         raise UserError(f"no judge {name!r}; {nearest_names(name, JUDGES)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--judge {options.judge} names a judge twice; name each once")
     return names
 
 

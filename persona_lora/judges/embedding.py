@@ -96,11 +96,7 @@ class AnswerClassifier:
 
         Raises UserError for fewer than five pairs, or an empty answer.
         """
-        if len(positives) < FOLDS:
-            raise UserError(
-                f"{len(positives)} training pairs are too few for the embedding judge; it needs "
-                f"at least {FOLDS}, and over a hundred to be good"
-            )
+        check_enough_pairs(len(positives))
         x = exchange_features([*positives, *negatives], embedder)
         labels = np.repeat([1, 0], len(positives))
         pair_of = np.tile(np.arange(len(positives)), 2)
@@ -119,6 +115,15 @@ class AnswerClassifier:
         """Return p(trait | exchange) for exchanges with non-empty answers: ``[len(exchanges)]``."""
         logits = exchange_features(exchanges, self.embedder) @ self.weights + self.bias
         return 1.0 / (1.0 + np.exp(-logits))
+
+
+def check_enough_pairs(number: int) -> None:
+    """Raise UserError for fewer pairs than the judge can be fitted to."""
+    if number < FOLDS:
+        raise UserError(
+            f"{number} training pairs are too few for the embedding judge; it needs at least "
+            f"{FOLDS}, and over a hundred to be good"
+        )
 
 
 def exchange_features(exchanges: Sequence[Exchange], embedder: SentenceEmbedder) -> Array:

@@ -38,6 +38,7 @@ from persona_lora.models.caches import (
 from persona_lora.models.decoding import Decoding, decodes
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
+    context_window,
     decoder_linear_modules,
     features,
     hidden_size,
@@ -115,7 +116,8 @@ def generate_answers(
     A batch that runs out of memory is split in half and tried again.
 
     Raises:
-        UserError: A single row does not fit into memory, or its logits are NaN or infinite.
+        UserError: A prompt and its answer pass the model's context window, a single row does not
+            fit into memory, or its logits are NaN or infinite.
     """
     if not conversations:
         raise UserError("there are no conversations to answer; the list of questions is empty")
@@ -126,6 +128,12 @@ def generate_answers(
     prompts = [chat_model.render(conversation) for conversation in conversations]
     tokens: list[list[int]] = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     longest = max(map(len, tokens)) + max_new_tokens
+    window = context_window(chat_model.model)
+    if window is not None and longest > window:
+        raise UserError(
+            f"a prompt of {longest - max_new_tokens} tokens and max_new_tokens {max_new_tokens} "
+            f"pass the {window} positions of {chat_model.name}; ask for fewer, or a shorter prompt"
+        )
     size = _affordable_rows(chat_model, longest) if batch_size == "auto" else batch_size
     if size < 1:
         raise UserError(f"batch_size must be at least 1 or auto, got {batch_size}")

@@ -197,8 +197,15 @@ def load_chat_model(
     model = _load_weights(source, name, arguments, options)
     if adapter is not None:
         config = peft_config(Path(adapter))
-        with quiet_peft():
-            model = PeftModel.from_pretrained(model, str(adapter), config=config)
+        try:
+            with quiet_peft():
+                model = PeftModel.from_pretrained(model, str(adapter), config=config)
+        except (RuntimeError, ValueError) as error:  # sizes, or modules that the model has not
+            said = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"the adapter {adapter} does not fit {name} ({said}); load the model that it was "
+                "trained on"
+            ) from error
         check_adapter_whole(model, Path(adapter))
     model.requires_grad_(False)
     model.eval()
@@ -325,6 +332,8 @@ def _explain(name: str, options: LoadOptions, error: BaseException) -> str:
         return f"{name} is gated; ask for access on its page and set HF_TOKEN (or .env)"
     if any(isinstance(each, RepositoryNotFoundError) for each in causes):
         return f"the hub knows no model {name!r}; check the name, or set HF_TOKEN if it is private"
+    if Path(name).is_dir() and "backend tokenizer" in said:
+        return f"{name} holds no tokenizer; copy its files beside the weights (tokenizer.json …)"
     if Path(name).is_dir():
         return f"{name} cannot be loaded: {str(error).splitlines()[0]}"
     if any(isinstance(each, HFValidationError) for each in causes):

@@ -47,9 +47,12 @@ def read_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
         if found is None or found[3] == "0":
             raise UserError(f'{name} must be like "16", "10 20", "0-29" or "0-29:3", got {text!r}')
         first = int(found[1])
-        layers += range(first, int(found[2] or first) + 1, int(found[3] or 1))
-    outside = [layer for layer in layers if layer >= num_layers]
-    if outside or not layers:
+        last = int(found[2] or first)
+        if not first <= last < num_layers:
+            layers = []
+            break
+        layers += range(first, last + 1, int(found[3] or 1))
+    if not layers:
         raise UserError(f"{name} {text!r} is out of range; the model has layers 0–{num_layers - 1}")
     return tuple(dict.fromkeys(layers))
 
@@ -71,6 +74,12 @@ def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
         )
         found[name] = renamed if converter is None and renamed in held else name
     return found
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model has positions for; None where its configuration is silent."""
+    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return window if isinstance(window, int) else None
 
 
 def same_kind(model: nn.Module) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from persona_lora.core.errors import UserError
+from persona_lora.models.structure import context_window
 from persona_lora.serving.batching import Batch, Busy, Row
 from persona_lora.serving.mixes import Personas
 from persona_lora.serving.reply import Answer, Choice, Logprobs, Reply
@@ -49,10 +50,8 @@ class Service:
         self._personas = personas
         self._key = key
         self._tokenizer = tokenizer
-        window = getattr(
-            model.config.get_text_config(decoder=True), "max_position_embeddings", None
-        )
-        if not isinstance(window, int):
+        window = context_window(model)
+        if window is None:
             raise UserError(
                 f"the configuration of {batch.chat_model.name} names no max_position_embeddings, "
                 "and no request could be held to the context window; add it to config.json"
