@@ -135,7 +135,8 @@ def test_compare_matches_and_asks_every_seed_and_reads_them_together(run, world)
     assert "3 seeds." in said.splitlines()[0]
     found = {row["condition"]: row for row in csv.DictReader((world / "out/seeds.csv").open())}
     assert list(found) == [
-        f"eval: {each}" for each in ("lora", "activation", "random_lora", "random")
+        f"eval: {each}"
+        for each in ("lora", "activation", "random_lora", "random", "activation beside random")
     ]
     one = [
         next(row for row in csv.DictReader(at.open()) if row["method"] == "activation")
