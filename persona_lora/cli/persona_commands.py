@@ -396,7 +396,7 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         fits = goal_fits(rows, config, objective)
         worth = (goal_line(rows, config, result.best),)
         if is_front(config):
-            worth = (front_line(rows, config), *worth)
+            worth = (front_line(rows, config, objective), *worth)
         tables = goal_tables(rows, config, objective)
     else:
         fits = condition_fits(rows, objective)

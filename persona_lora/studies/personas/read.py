@@ -73,7 +73,7 @@ def _goal_content(run: Run) -> Content:
     best = next(e for e in goal_fits(rows, config, limits_of(run)) if e.condition == _best(run))
     lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
     if is_front(config):
-        lines.append(front_line(rows, config))
+        lines.append(front_line(rows, config, limits_of(run)))
     lead = " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
     note = (
         "Random mix: another for every prompt, as long as the best mix. Intervals: bootstrap over "

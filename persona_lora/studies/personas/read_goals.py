@@ -114,7 +114,7 @@ def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -
     ]
     names = " | ".join(each.condition.replace("_", " ") for each in fits)
     title = "scores on held-out prompts"
-    found += [_front_table(rows, config)] if is_front(config) else []
+    found += [_front_table(rows, config, limits)] if is_front(config) else []
     return [
         *found,
         *([Table.of(f"trait | target | judge | {names}", traits, title)] * bool(traits)),
@@ -128,20 +128,27 @@ def front_means(rows: Sequence[Row], config: Config) -> dict[str, dict[str, Inte
     return {name: {trait: by[trait][name] for trait in by} for name in conditions}
 
 
-def front_held(rows: Sequence[Row], config: Config) -> dict[str, bool]:
-    """Return which mixes of a front no other mix and no control dominates on these rows' means."""
+def front_held(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -> dict[str, bool]:
+    """Return which mixes of a front no other mix and no control dominates on these rows' means.
+
+    What breaks the constraints on them is in no front.
+    """
     found = front_means(rows, config)
+    broken = {each.condition for each in goal_fits(rows, config, limits) if each.feasible == 0}
     points = [
         [-math.inf if each.mean is None else -each.mean for each in by.values()]
-        for by in found.values()
+        for name, by in found.items()
+        if name not in broken
     ]
-    kept = dict(zip(found, undominated(points), strict=True))
-    return {name: kept[name] for name in found if name not in (UNSTEERED, RANDOM_MIX)}
+    kept = dict(
+        zip((each for each in found if each not in broken), undominated(points), strict=True)
+    )
+    return {n: kept.get(n, False) for n in found if n not in (UNSTEERED, RANDOM_MIX)}
 
 
-def _front_table(rows: Sequence[Row], config: Config) -> Table:
+def _front_table(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -> Table:
     """Return every mix of the front: its weights, and how far from each target it is."""
-    found, held = front_means(rows, config), front_held(rows, config)
+    found, held = front_means(rows, config), front_held(rows, config, limits)
     weights = {row["condition"]: row["weights"] for row in rows if row["condition"] in held}
     cells = (
         [name.replace("_", " "), *(f"{value:+.2f}" for value in weights[name].values())]
@@ -156,9 +163,9 @@ def _front_table(rows: Sequence[Row], config: Config) -> Table:
     )
 
 
-def front_line(rows: Sequence[Row], config: Config) -> str:
+def front_line(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -> str:
     """Say how much of a front is left on held-out prompts."""
-    held = front_held(rows, config)
+    held = front_held(rows, config, limits)
     return (
         f"{len(held)} mixes stood in the front on training and on fresh prompts; "
         f"{sum(held.values())} of them still do on held-out ones, by their means."

@@ -247,15 +247,21 @@ def test_a_mix_is_in_a_front_where_no_other_is_better_in_all():
     assert undominated([]) == []
 
 
-def test_a_mix_without_scores_is_no_front():
+def test_a_mix_without_scores_or_that_breaks_a_constraint_is_in_no_front():
     """What could not be scored is not near to anything."""
+    measured = (
+        *(("none", 9.0, 95.0), ("front_1", None, 95.0), ("front_2", 1.0, 95.0)),
+        *(("front_3", 0.0, 70.0), ("random_mix", 9.0, 95.0)),
+    )
     rows = [
-        {"condition": name, "prompt_id": at, "parts": {"calm": calm, "loud": 5.0}}
-        for name, calm in (("none", 9.0), ("front_1", None), ("front_2", 1.0), ("random_mix", 9.0))
+        {"persona": "p", "condition": name, "prompt_id": at, "score": calm and -calm, "kl": 0.0,
+         "parts": {"calm": calm, "loud": 5.0}, "coherence": coherence, "relevance": 90.0}
+        for name, calm, coherence in measured
         for at in range(3)
-    ]
+    ]  # fmt: skip
     config = {"goal": {"targets": {"calm": 0.0, "loud": 0.0}, "pareto": True}}
-    assert front_held(rows, config) == {"front_1": False, "front_2": True}
+    held = front_held(rows, config, ObjectiveOptions(min_coherence=80.0))
+    assert held == {"front_1": False, "front_2": True, "front_3": False}
 
 
 def test_a_trait_is_scored_on_its_own_questions():
