@@ -81,7 +81,7 @@ def test_who_steers_further_follows_the_effects(write, tmp_path):
     assert "**Yes.** At equal divergence" in text
     assert "in 2 of 2 comparisons (a trait, a set of questions) with weights, and in 2" in text
     assert "further in 1, activations in 1; 0 are undecided" in text
-    assert "2 of 8 coefficients missed their level" in text
+    assert "2 of 8 coefficients missed theirs" in text
     assert (tmp_path / "docs" / "figures" / "same_traits.png").stat().st_size > 1000
 
 
