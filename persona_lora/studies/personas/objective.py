@@ -142,11 +142,19 @@ class RememberingJudge:
         """Have exchanges judged in the background."""
         self._ahead.append(self._pool.submit(copy_context().run, self._ask, list(exchanges)))
 
+    def leave(self) -> None:
+        """Ask for nothing more: a program that is told to end waits for no more than one batch."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Return one verdict per exchange, in order."""
         ahead, self._ahead = self._ahead, []
-        for future in ahead:
-            future.result()
+        try:
+            for future in ahead:
+                future.result()
+        except (KeyboardInterrupt, SystemExit):
+            self.leave()
+            raise
         missing = self._ask(exchanges)
         return [self._known.get(each) or missing[each] for each in exchanges]
 
@@ -241,7 +249,11 @@ class MixObjective:
                 [Exchange(rows[at].question, text) for at, text in zip(places, texts, strict=True)]
             )
 
-        answers = self.speaker.answers(rows, on_batch=ahead if judge_here else None)
+        try:
+            answers = self.speaker.answers(rows, on_batch=ahead if judge_here else None)
+        except (KeyboardInterrupt, SystemExit):
+            self._judge.leave()
+            raise
         exchanges = [Exchange(row.question, text) for row, text in zip(rows, answers, strict=True)]
         processes = self.speaker.processes
         scores = processes.from_main(lambda: self._scores(exchanges))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Event
+
 import pytest
 
 from persona_lora.core.chat import Exchange, Verdict, user_question
@@ -235,6 +237,47 @@ def test_what_was_asked_ahead_is_not_asked_again(judge):
     remembering.ask_ahead(exchanges[:2])
     verdicts = remembering.verdicts(exchanges)
     assert [len(judge.asked), verdicts[0]] == [2, verdicts[2]]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("while_it", ["answers", "waits for the judge"])
+def test_a_search_that_is_told_to_end_waits_for_one_batch_of_the_judge(
+    speaker, monkeypatch, ending, while_it
+):
+    begun, goes_on, asked = Event(), Event(), []
+
+    class Slow(CountingJudge):
+        def judge(self, exchanges, criterion):
+            asked.append(exchanges)
+            begun.set()
+            assert goes_on.wait(60)
+            return super().judge(exchanges, criterion)
+
+    goal = MixObjective(speaker, PROMPTS, Slow())
+    plain = goal._judge.verdicts
+
+    def answers(rows, *, on_batch):
+        for at in range(len(rows)):
+            on_batch([at], [f"answer {at}"])
+        assert begun.wait(60)
+        if while_it == "answers":
+            raise ending
+        return [f"answer {at}" for at in range(len(rows))]
+
+    def verdicts(exchanges):
+        def told(*_):
+            raise ending
+
+        monkeypatch.setattr(objective.Future, "result", told)  # as a signal in the main thread
+        return plain(exchanges)
+
+    monkeypatch.setattr(Speaker, "answers", lambda _, rows, **more: answers(rows, **more))
+    monkeypatch.setattr(goal._judge, "verdicts", verdicts)
+    with pytest.raises(ending):
+        goal(MIXES, 1)
+    goes_on.set()
+    goal._judge._pool.shutdown(wait=True)
+    assert len(asked) == 1  # of twelve that were asked ahead
 
 
 def test_impossible_options_are_named(speaker, judge):
