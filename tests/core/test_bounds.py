@@ -8,7 +8,7 @@ import torch
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.options import SearchOptions
-from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.steering_vector import SteeringVector, _spans
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,16 @@ def test_a_vector_is_divided_as_its_numbers_are(divisor):
     with pytest.raises(UserError, match="divided by 0"):
         vector / 0
     assert torch.equal((vector * divisor).directions[0], vector.directions[0] * divisor)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ({3}, "3"),
+        ({4, 3}, "3–4"),
+        ({0, 1, 2, 3, 9, 11, 12}, "0–3, 9, 11–12"),
+        ({0, 2, 4}, "0, 2, 4"),
+    ],
+)
+def test_layers_are_named_in_spans(layers, said):
+    assert _spans(layers) == f"layers {said}"

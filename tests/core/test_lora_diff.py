@@ -76,7 +76,9 @@ def test_compress_is_the_best_approximation_of_its_rank():
     assert diff.compress(energy=0.5).energy_kept >= 0.5
 
 
-@pytest.mark.parametrize("arguments", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 2}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 2}, {"energy": 0.0}]
+)
 def test_compress_refuses_senseless_arguments(arguments):
     with pytest.raises(UserError):
         small_diff(0).compress(**arguments)

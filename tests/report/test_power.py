@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from persona_lora.core.errors import UserError
+from persona_lora.report import power
 from persona_lora.report.power import (
     Pilot,
     Planned,
@@ -98,3 +99,10 @@ def test_a_shuffled_correlation_keeps_its_level():
     assert np.mean([each.power for each in found]) < 0.06
     with pytest.raises(UserError, match="a correlation between"):
         plan_finetunes(0.3, 10.0, 0.05)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 30.0])
+def test_deviations_have_the_variance_that_is_asked_for_however_small_they_were(scale):
+    values = scale * np.array([-1.0, 0.0, 3.0, -2.0])
+    assert power._spread(values, 4.0).var() == pytest.approx(4.0)
+    assert power._spread(np.zeros(4), 4.0).tolist() == [0.0]

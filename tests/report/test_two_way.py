@@ -58,6 +58,13 @@ def test_too_few_of_either_have_no_interval(size):
     assert "too few" in found.interval.reason
 
 
+def test_what_is_rest_alone_is_no_variance_of_questions_or_draws():
+    noise = planted(np.random.default_rng(1), (1, 3, 300), draw=0.0, question=0.0)[0]
+    found = components(noise)
+    assert found.question < 10 < 50 < found.rest < 80  # 64 was planted
+    assert found.draw < 2
+
+
 def test_equal_values_of_all_draws_have_no_interval_of_no_width():
     found = crossed_mean(np.full((5, 4), 3.0))
     assert (found.interval.low, found.interval.reason) == (None, EQUAL)
