@@ -80,7 +80,7 @@ def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool 
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         initializer_range=0.4,  # large enough that layers matter and answers are not copies
         tie_word_embeddings=tied,
         bos_token_id=0,

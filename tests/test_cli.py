@@ -231,7 +231,7 @@ def test_an_export_shows_a_bar(run, model_folder, diff_folder):
     [
         (("--adapter", "adapter"), "does not fit"),
         (("--model", "model"), "holds no tokenizer"),
-        (("--max-new-tokens", 10**9), "1024 positions"),
+        (("--max-new-tokens", 10**9), "2048 positions"),
         (("--vector", "vector.safetensors", "--layers", "0-1000000000"), "layers 0–1"),
         (("--vector", "vector.safetensors", "--layers", "1-0"), "out of range"),
         (("--judge", "embedding,embedding"), "names a judge twice"),
