@@ -190,7 +190,7 @@ def test_eight_mixes_at_once_are_eight_serial_ones(service, twin, diffs):
             client.chat.completions.create(**{**GREEDY, "model": "base+9*wit"}, stream=True)
 
 
-LONG = {"role": "user", "content": "x" * 1100}
+LONG = {"role": "user", "content": "x" * 4000}
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 
 
@@ -205,7 +205,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ("chat/completions", {"temperature": float("nan")}, 400, "temperature"),
         ("chat/completions", {"temperature": 0.001}, 400, "at least 0.01"),
         ("chat/completions", {"max_tokens": 0}, 400, "max_tokens"),
-        ("chat/completions", {"max_tokens": 5000}, 400, "over the context window of 1024"),
+        ("chat/completions", {"max_tokens": 5000}, 400, "over the context window of 2048"),
         ("chat/completions", {"messages": [LONG], "max_tokens": None}, 400, "over the context"),
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [IMAGE]}, 400, "messages.0.content"),
