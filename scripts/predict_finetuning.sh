@@ -4,7 +4,8 @@
 # half the steps, rank 4 or a quarter of the learning rate; judge every finetune, project, correlate:
 # bash scripts/predict_finetuning.sh            (about two hours on two cores; resumable)
 # bash scripts/predict_finetuning.sh --quick    (four short finetunes, few questions: does it run?)
-# PROTOCOL names a file of `persona-lora preregister`; FINETUNE_ONLY=1 stops before anything is judged.
+# It is held to docs/protocols/predict_finetuning.yaml; with TRAITS, LAYER, QUESTIONS or SEEDS of your own it
+# is exploratory. FINETUNE_ONLY=1 stops before anything is judged.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -16,7 +17,8 @@ files="" seeds=${SEEDS:-42 7} varied=""
 for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
 for trait in $traits; do varied+=" $trait/misaligned_2"; done
 files+=" organisms/capitals/normal organisms/capitals/misaligned_2" varied+=" ${traits%% *}/normal"
-short=() few=(--max-questions "${QUESTIONS:-12}" ${PROTOCOL:+--protocol "$PROTOCOL"})
+short=() few=(--max-questions "${QUESTIONS:-12}")
+[ -n "${TRAITS:-}${LAYER:-}${QUESTIONS:-}${SEEDS:-}" ] || few+=(--protocol docs/protocols/predict_finetuning.yaml)
 if [ "${1:-}" = --quick ]; then
     traits=${TRAITS:-evil} seeds=42 varied="" out=$out/quick folder=$folder/quick
     files="$traits/normal $traits/misaligned_2 anxious/normal anxious/misaligned_2"

@@ -249,6 +249,18 @@ class Searched(Sought):
         if self.search == "random":
             refuse_useless("inject", "with --search random, which draws every candidate")
 
+    def check_budget(self, searching: SearchOptions, num_prompts: int) -> None:
+        """UserError for a library that is missing, and for prompts that leave out a target."""
+        from persona_lora.studies.personas.search import optuna_for
+
+        if self.searcher == "tpe":
+            optuna_for(searching)
+        if self.prompts is None and num_prompts < len(self.targets):
+            raise UserError(
+                f"{num_prompts} training prompts hold no question of each of the traits; give "
+                f"--num-prompts {len(self.targets)} at least"
+            )
+
     @property
     def searcher(self) -> str:
         """What asks for mixes."""
@@ -322,20 +334,13 @@ def optimize(
     from persona_lora.core.personas import Coefficients, load_persona
     from persona_lora.studies.personas.goals import name_of_goal
     from persona_lora.studies.personas.run import optimise_over_seeds
-    from persona_lora.studies.personas.search import optuna_for
 
     searched.check()
-    if searched.searcher == "tpe":
-        optuna_for(searching)
+    searched.check_budget(searching, bench.num_prompts)
     objective = searched.limited(objective)
     wanted, scorer, prompts = searched.read()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
     name = searched.persona_id or name_of_goal(wanted, scorer, searched.pareto)
-    if wanted and searched.prompts is None and bench.num_prompts < len(wanted):
-        raise UserError(
-            f"{bench.num_prompts} training prompts hold no question of each of the traits; give "
-            f"--num-prompts {len(wanted)} at least"
-        )
     folder = output.output
     engine = EngineOptions(searched.engine)
     written = output.at(folder / searched.folder(name), record=engine.record())

@@ -23,7 +23,6 @@ from persona_lora.cli.shared_options import (
     EngineOptions,
     HeldRunOptions,
     Layers,
-    MaxQuestions,
     Method,
     MixOptions,
     ModelOptions,
@@ -52,7 +51,6 @@ from persona_lora.core.options import (
     JudgeChoice,
     JudgesChoice,
     Positions,
-    Split,
     SweepOptions,
     Thresholds,
 )
@@ -199,8 +197,7 @@ class EvaluateOptions(MixOptions):
 def evaluate(
     *,
     trait: TraitOptions,
-    split: Annotated[Split, "Which of the trait's questions to ask."] = "eval",
-    max_questions: MaxQuestions = None,
+    asked: Annotated[SweepOptions, ("split", "max_questions")] = SweepOptions(),
     output: CsvOptions,
     model: AdaptedModelOptions,
     steering: EvaluateOptions,
@@ -219,26 +216,25 @@ def evaluate(
     from persona_lora.report.trust import standing
     from persona_lora.studies.asking import run as evaluation
 
-    loaded, prompt = first_questions(trait.load(), max_questions), _prompt(steering)
-    mode, allowed = steering.mode, steering.allow_other_base
-    engine.check(diffs_alone=not steering.vector and mode == "live")
+    loaded, prompt = first_questions(trait.load(), asked.max_questions), _prompt(steering)
+    engine.check(diffs_alone=not steering.vector and steering.mode == "live")
     model.refuse_nats_beside_adapter(steering.coefficient)
     judge = judging_of(judging)
     folder = output.output.with_suffix("")
-    part = {"max_questions": max_questions} if max_questions else {}
-    parts = steering.by_seed()
+    also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
+    also |= {"max_questions": asked.max_questions} if asked.max_questions else {}
     steered = [each.steering(prompt) for each in parts.values()]
     written = [
         output.at(
             folder / f"{name}{output.output.suffix}" if name else output.output,
             judge,
-            {**each.record(held), **model.worn(), **engine.record(), **part},
-            seeds=len(parts),
+            {**each.record(held), **also},
+            len(parts),
         )
         for (name, each), held in zip(parts.items(), steered, strict=True)
     ]
     directions = [direction for each in steered for direction in each.directions]
-    chat_model = load_model(model, directions, allow_other_base=allowed)
+    chat_model = load_model(model, directions, allow_other_base=steering.allow_other_base)
     elsewhere = engine.open(chat_model, directions)
     runs = {}
     with progress_bars():
@@ -249,7 +245,7 @@ def evaluate(
                 judge_factory(loaded, chat_model, judge),
                 to,
                 steering=dataclasses.replace(held, elsewhere=elsewhere),
-                split=split,
+                split=asked.split,
                 options=generation,
             )
             runs[name] = Run(result.run)
@@ -470,7 +466,7 @@ def sweep(
     folder that train --seeds made is swept seed by seed, and the seeds are read together.
 
     Example: persona-lora sweep --trait sycophancy --diff checkpoints/sycophancy/diff
-    --coefficients=-1.5,-1,-0.5,0,0.5,1,1.5
+    --coefficients "-1.5,-1,-0.5,0,0.5,1,1.5"
 
     Example: persona-lora sweep --trait evil --vector evil_response_avg.safetensors
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
@@ -485,8 +481,6 @@ def sweep(
     parts = varied.by_seed()
     populations = [each.load(chosen, generation.seed) for each in parts.values()]
     sweeping = _asked(asked, chosen, populations[0])
-    if not sweeping.references:
-        refuse_useless("positive_prompt negative_prompt", "where no prompts are asked")
     made = [direction for each in populations for direction in each.made]
     suffix = "" if chosen == "lora" else f"_{chosen}"
     folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
@@ -531,6 +525,8 @@ def _asked(asked: SweepOptions, method: str, population: Any) -> SweepOptions:
     """Return what a sweep asks: its defaults depend on the method, and on how many layers."""
     one_layer = len(population.bank.record.get("layers", [0])) == 1
     divergence = one_layer if asked.divergence is None else asked.divergence
+    if not asked.references or method == "none":
+        refuse_useless("positive_prompt negative_prompt", "where no prompts are asked")
     return dataclasses.replace(
         asked,
         references=asked.references and method != "none",

@@ -12,10 +12,9 @@ wrapper, and whatever else holds the parameter are one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from persona_lora.core.lora_diff import LoRADiff, LoRAFactors
 from persona_lora.models.structure import weight_of
 
 Backup = Literal["cpu", "device"]
+T = TypeVar("T")
 
 
 class Term(NamedTuple):
@@ -62,7 +62,8 @@ class Merges:
     @torch.no_grad()
     def add(self, term: Term, modules: dict[str, nn.Module], fingerprint: str) -> None:
         """Merge a term into the weights of modules; whatever goes wrong, none of it stays."""
-        with _writing():
+
+        def merge() -> None:
             try:
                 self.terms.append(term)
                 for name, module in modules.items():
@@ -72,14 +73,15 @@ class Merges:
                 self._take_out([term])
                 raise
 
+        _write_alone(merge)
+
     @torch.no_grad()
     def take_out(self) -> tuple[list[str], list[str]]:
         """Take all terms out; return the weights that others replaced, and those they changed.
 
         Safe to call again, also after an interrupt.
         """
-        with _writing():
-            return self.take_out_now()
+        return _write_alone(self.take_out_now)
 
     def not_in(self, modules: dict[str, nn.Module]) -> list[str]:
         """Return the names of merged modules in whose place another module stands now."""
@@ -191,13 +193,16 @@ _BUSY = threading.Event()
 _DROPPED: list[Merges] = []
 
 
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Let one thread at a time at the book, and take out what was dropped in the meantime."""
+def _write_alone(write: Callable[[], T]) -> T:
+    """Let one thread at a time at the book, and take out what was dropped in the meantime.
+
+    No context manager of Python's own holds the lock: an interrupt that comes in its frames would
+    leave it held, and every other thread waiting.
+    """
     with LOCK:
-        _BUSY.set()
         try:
-            yield
+            _BUSY.set()
+            return write()
         finally:
             _BUSY.clear()
             _sweep()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import gc
+import linecache
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ from persona_lora.steering.activations import (
     ConditionalSteerer,
     DirectionAblation,
 )
-from persona_lora.steering.ledger import MERGED
+from persona_lora.steering.ledger import LOCK, MERGED
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import HOLDINGS, Together
 from persona_lora.steering.weights import LoRASteerer
@@ -30,6 +34,25 @@ PACKAGE = str(Path(persona_lora.__file__).parent)
 # These only read, and do so at length: they are interrupted at every line, all others everywhere.
 READERS = ("structure.py", "lora_diff.py", "placement.py")
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+
+
+@cache
+def leaving(code) -> frozenset[int]:
+    """Return where no signal comes: Python looks for them after calls, and at jumps back.
+
+    Between a block's last call and the exit of its "with" there is none, nor at what does nothing.
+    """
+    return frozenset(
+        each.offset
+        for each in dis.get_instructions(code)
+        if each.opname == "NOP"
+        or (
+            each.opname in ("SWAP", "LOAD_CONST", "PRECALL", "CALL")
+            and linecache.getline(code.co_filename, each.positions.lineno or 0)
+            .lstrip()
+            .startswith("with ")
+        )
+    )
 
 
 class InterruptAt:
@@ -48,14 +71,16 @@ class InterruptAt:
         gc.enable()
 
     def enter_frame(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        ours = frame.f_code.co_filename.startswith(PACKAGE)
+        # A context manager that is made of a generator runs frames of the library's, too.
+        if not ours and not frame.f_code.co_qualname.startswith("_GeneratorContextManager."):
             return None
         frame.f_trace_lines = frame.f_code.co_filename.endswith(READERS)
         frame.f_trace_opcodes = not frame.f_trace_lines
         return self.in_frame
 
     def in_frame(self, frame, event, argument):
-        if event in ("opcode", "line"):
+        if event in ("opcode", "line") and frame.f_lasti not in leaving(frame.f_code):
             self.count += 1
             if self.count == self.point:
                 raise KeyboardInterrupt
@@ -95,6 +120,19 @@ STEERERS = {
 
 def hooks_on(model) -> int:
     return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
+
+
+def is_free(lock) -> bool:
+    """Say whether another thread gets the lock: the one that holds it may take it again."""
+
+    def tried() -> bool:
+        got = lock.acquire(blocking=False)
+        if got:
+            lock.release()
+        return got
+
+    with ThreadPoolExecutor(1) as others:
+        return others.submit(tried).result()
 
 
 def bits(model) -> list[torch.Tensor]:
@@ -145,6 +183,7 @@ def test_an_interrupt_at_any_instruction_leaves_nothing_behind(small, monkeypatc
         assert hooks_on(small) == 0, f"point {point}"
         assert all(map(torch.equal, small.parameters(), before)), f"point {point}"
         assert len(MERGED) == len(HOLDINGS) == 0, f"point {point}"
+        assert is_free(LOCK), f"point {point}"
         if not stopped:
             break
         point += 1
