@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
@@ -17,8 +18,8 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """Return a rounded number with a true minus sign, or a dash for None."""
-    if value is None:
+    """Return a rounded number with a true minus sign, or a dash for None and NaN."""
+    if value is None or math.isnan(value):
         return NONE
     # Rounding first, and adding 0.0, keeps "−0" from being printed.
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", _MINUS)

@@ -201,13 +201,17 @@ def nulls(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) ->
 
 
 def _high(values: Array) -> float:
-    """Return the 95% quantile of |r|."""
-    return float(np.nanquantile(np.abs(values), 0.95))
+    """Return the 95% quantile of |r|; NaN where there is none."""
+    known = np.abs(values[np.isfinite(values)])
+    return float(np.quantile(known, 0.95)) if len(known) else float("nan")
 
 
 def _share_beyond(values: Array, r: float) -> float:
-    """Return the share with as large an |r|, the observed one counted among them: never 0."""
-    as_far = int(np.sum(np.abs(values) >= abs(r) - 1e-12))
+    """Return the share with as large an |r|, the observed one counted among them: never 0.
+
+    What has no r counts as far, so that values that do not vary are no finding.
+    """
+    as_far = int(np.sum(~(np.abs(values) < abs(r) - 1e-12)))
     return (as_far + 1) / (len(values) + 1)
 
 

@@ -252,7 +252,7 @@ def agreement(
 
     Pairs share traits, so that the p-value permutes the traits of one space (Mantel 1967),
     two-sided: over all orders of up to seven traits, over 5000 random ones of more. None, None
-    below three traits.
+    below three traits, and where all cosines of a space are equal.
     """
     traits = sorted({row[end] for row in rows for end in ("trait", "other")})
     if len(traits) < 3:
@@ -268,6 +268,8 @@ def agreement(
         moved = matrices[1][np.ix_(order, order)]
         return float(spearmanr(matrices[0][upper], moved[upper]).statistic)
 
+    if any(np.ptp(each[upper]) == 0 for each in matrices):
+        return None, None
     found = rho(range(len(traits)))
     if len(traits) <= EXACT_TRAITS:
         orders = list(permutations(range(len(traits))))  # the true order is one of them

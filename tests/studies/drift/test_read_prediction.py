@@ -46,6 +46,22 @@ def test_a_perfect_predictor_is_found_with_its_sign():
     assert found["weights", "evil", "evil"].p < 0.001
 
 
+@pytest.mark.parametrize("constant", ["score", "value"])
+def test_what_does_not_vary_is_no_finding(constant):
+    judged, predictors = study()
+    rows = judged if constant == "score" else predictors
+    for row in rows:
+        row[constant] = 10.0
+    predictors += [
+        {"finetune": name, "direction": f"evil#{at}", "kind": "random", "value": float(at + x)}
+        for at in range(9)
+        for x, name in enumerate(NAMES)
+    ]
+    assert {each.p for each in predict(judged, predictors)} == {1.0}
+    (null,) = nulls(judged, predictors)
+    assert (null.p, null.shuffled_p) == (1.0, 1.0)
+
+
 def test_intervals_hold_r_and_the_correction_only_raises_p():
     for each in predict(*study(noise=1.0)):
         assert each.r_low - 1e-9 <= each.r <= each.r_high + 1e-9

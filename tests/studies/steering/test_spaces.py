@@ -140,6 +140,7 @@ def test_pairs_of_traits_in_both_spaces(chat_model, spaces):
     as_far = [order for order in orders if abs(_reordered(same, order)) > 1 - 1e-9]
     assert p == pytest.approx(len(as_far) / len(orders))
     assert agreement(rows[:1]) == (None, None)  # one pair says nothing
+    assert agreement([{**row, "weights": 0.5} for row in rows]) == (None, None)  # nor do equal ones
 
 
 def _reordered(rows, order):
