@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, TrlParser
 
 from persona_lora.core.errors import UserError, nearest_names
@@ -47,6 +49,7 @@ class TrainedModel(LoadOptions):
         super().__post_init__()
         if self.seeds is not None and self.seeds < 2:
             raise UserError(f"seeds must be at least 2, got {self.seeds}; leave it out for one")
+        _refuse_out_of_range(self)
 
     def model_record(self) -> dict[str, Any]:
         """Return what a run records of its model."""
@@ -134,17 +137,24 @@ class ContrastiveConfig(SFTConfig):
         self.completion_only_loss = True
         asked_for = self.output_dir
         super().__post_init__()
+        missing = sorted({*self.report_to} - {*get_available_reporting_integrations()})
+        if missing:
+            raise UserError(f"report_to {missing[0]}: it is not installed; install it, or use none")
         if asked_for is None:  # transformers would put every run into one folder
             self.output_dir = None
 
     def _refuse_what_does_not_fit(self) -> None:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+        for name in ("learning_rate", "save_steps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < BY_EPOCHS:
+            raise UserError(
+                f"max_steps must be at least 1, got {self.max_steps}; leave it out, and "
+                "num_train_epochs counts"
+            )
+        if self.max_steps == BY_EPOCHS and not self.num_train_epochs > 0:
             raise UserError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
+        _refuse_out_of_range(self)
         unfit = {
             "packing": (self.packing, "pairs are short; batches are grouped by length instead"),
             "padding_free": (self.padding_free, "batches are grouped by length instead"),
@@ -156,6 +166,15 @@ class ContrastiveConfig(SFTConfig):
             "resume_from_checkpoint": (
                 self.resume_from_checkpoint is not None,
                 "running the same command again resumes",
+            ),
+            "save_strategy: best": (
+                str(self.save_strategy).lower().endswith("best"),
+                "nothing is evaluated while training; use steps or epoch",
+            ),
+            "auto_find_batch_size": (
+                self.auto_find_batch_size,
+                "it would change the batches halfway; lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps",
             ),
             "push_to_hub": (self.push_to_hub, "upload the finished folder yourself"),
             "hub_token": (
@@ -178,6 +197,33 @@ class ContrastiveConfig(SFTConfig):
 
 
 _NO = ("no", "IntervalStrategy.NO")
+BY_EPOCHS = -1  # TRL's max_steps where num_train_epochs counts
+SEEDS = 2**32
+_AT_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_length", "save_total_limit"), 1),
+    **dict.fromkeys(("seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
+    **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers"), 0),
+}
+_BELOW = {
+    **dict.fromkeys(("seed", "data_seed"), SEEDS),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 1),
+}
+
+
+def _refuse_out_of_range(group: Any) -> None:
+    """Raises UserError for a number that is not finite, or out of its range above."""
+    for each in dataclasses.fields(group):
+        value, least = getattr(group, each.name, None), _AT_LEAST.get(each.name, -math.inf)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"{each.name} must be a finite number, got {value}")
+        if value < least:
+            raise UserError(f"{each.name} must be at least {least}, got {value}")
+        if value >= _BELOW.get(each.name, math.inf):
+            raise UserError(f"{each.name} must be below {_BELOW[each.name]}, got {value}")
 
 
 Arguments = TypeVar("Arguments", bound=TrainedModel)

@@ -31,6 +31,7 @@ from persona_lora.models.loaded_model import quiet_peft
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     canonical_name,
+    features,
     linear_modules,
     plain_linear_modules,
     same_kind,
@@ -219,6 +220,12 @@ def attach_lora(chat_model: ChatModel, arguments: LoRAArguments, seed: int) -> P
     """
     targets = lora_targets(chat_model, arguments.lora_target_modules or [])
     modules = linear_modules(chat_model.model)
+    most = max(min(features(modules[name])) for name in targets)
+    if arguments.lora_r > most:
+        raise UserError(
+            f"lora_r {arguments.lora_r} is more than the rank {most} of the largest matrix of "
+            f"{chat_model.name}; lower lora_r"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,

@@ -25,7 +25,12 @@ from persona_lora.models.hardware import launcher_says, resolve_dtype
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.processes import Launched, wait_for_all
-from persona_lora.training.arguments import ContrastiveConfig, TrainedModel, TrainingOptions
+from persona_lora.training.arguments import (
+    SEEDS,
+    ContrastiveConfig,
+    TrainedModel,
+    TrainingOptions,
+)
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
 from persona_lora.training.trainer import (
     Lesson,
@@ -72,7 +77,10 @@ def by_seed(options: TrainingOptions[Any], folder: Path) -> list[TrainingOptions
 
     Of a run without ``seeds`` they are its own options.
     """
-    found = []
+    found: list[TrainingOptions[Any]] = []
+    last = options.config.seed + (options.arguments.seeds or 1) - 1
+    if last >= SEEDS:
+        raise UserError(f"the last of the seeds is {last}, it must be below {SEEDS}; lower seed")
     for number in range(options.arguments.seeds or 0):
         config = copy.copy(options.config)
         config.output_dir, config.seed = str(folder / f"seed{number}"), config.seed + number
@@ -188,11 +196,15 @@ FREE_OPTIONS = {
     "save_total_limit",
     "dataloader_pin_memory",
     "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "torch_empty_cache_steps",
     "ddp_backend",
     "ddp_timeout",
     "ddp_find_unused_parameters",
     "hub_token",
     "gradient_checkpointing",
+    "activation_checkpointing",
     "gradient_checkpointing_kwargs",
 }
 

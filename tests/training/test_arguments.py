@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import typing
@@ -16,6 +17,7 @@ from persona_lora.training.arguments import ContrastiveConfig
 from persona_lora.training.contrastive import PAGE
 from persona_lora.training.finetune import FinetuneArguments
 from persona_lora.training.lora import LoRAArguments
+from persona_lora.training.runner import by_seed
 from tests.training.conftest import parse_arguments
 
 
@@ -100,6 +102,24 @@ def test_mistakes_in_the_file_are_named_on_one_line(tmp_path: Path, text, messag
         (["--push_to_hub", "true"], "push_to_hub"),
         (["--hub_token", "s3cret"], "hub_token is not for LoRA training here; HF_TOKEN"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),
+        (["--learning_rate", "inf"], "learning_rate must be a finite number, got inf"),
+        (["--num_train_epochs", "inf"], "num_train_epochs must be a finite number, got inf"),
+        (["--weight_decay", "nan"], "weight_decay must be a finite number, got nan"),
+        (["--weight_decay", "-1"], r"weight_decay must be at least 0, got -1\.0"),
+        (["--neftune_noise_alpha", "nan"], "neftune_noise_alpha must be a finite number"),
+        (["--max_steps", "0"], "max_steps must be at least 1, got 0; leave it out"),
+        (["--max_steps", "-5"], "max_steps must be at least 1, got -5; leave it out"),
+        (["--save_steps", "0"], r"save_steps must be positive, got 0\.0"),
+        (["--save_steps", "nan"], "save_steps must be positive, got nan"),
+        (["--save_total_limit", "0"], "save_total_limit must be at least 1, got 0"),
+        (["--max_length", "-3"], "max_length must be at least 1, got -3"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--data_seed", "4294967296"], "data_seed must be below 4294967296, got 4294967296"),
+        (["--adam_beta1", "2"], r"adam_beta1 must be below 1, got 2\.0"),
+        (["--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0, got -1"),
+        (["--save_strategy", "best"], "save_strategy: best .* use steps or epoch"),
+        (["--auto_find_batch_size", "true"], "auto_find_batch_size .* per_device_train_batch_size"),
+        (["--report_to", "neptune"], "report_to neptune: it is not installed; install it"),
         (["--config"], "--config needs"),
         (["--config", "no/such.yaml"], "does not exist"),
     ],
@@ -108,6 +128,17 @@ def test_mistakes_in_flags_are_named_on_one_line(flags, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_arguments(["--trait", "evil", *flags])
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_no_training_group_is_infinite():
+    with pytest.raises(UserError, match="stop_above must be a finite number, got nan"):
+        FinetuneArguments(train_file="x", stop_above=math.nan)
+
+
+def test_the_last_of_several_seeds_is_held_to_the_range_of_seeds():
+    options = parse_arguments(["--trait", "evil", "--seeds", "2", "--seed", f"{2**32 - 1}"])
+    with pytest.raises(UserError, match="the last of the seeds is 4294967296, .* lower seed"):
+        by_seed(options, Path("out"))
 
 
 @pytest.mark.parametrize("group", [ContrastiveConfig, LoRAArguments, FinetuneArguments])

@@ -100,3 +100,9 @@ def test_unusable_lora_options_are_named(options, named):
 def test_target_modules_that_no_module_has_are_refused(chat_model):
     with pytest.raises(UserError, match=r"no_such.*a-canonical-name"):
         attach_lora(chat_model, LoRAArguments(lora_target_modules=["no_such"]), seed=0)
+
+
+def test_a_rank_beyond_that_of_every_matrix_is_refused(chat_model):
+    attach_lora(chat_model, LoRAArguments(lora_r=32), seed=0).unload()
+    with pytest.raises(UserError, match=r"lora_r 33 is more than the rank 32 of .* lower lora_r"):
+        attach_lora(chat_model, LoRAArguments(lora_r=33), seed=0)

@@ -22,7 +22,10 @@ def test_record_is_plain_json_and_holds_no_placeholder():
 
 def test_record_changes_with_what_changes_numbers_and_with_nothing_else():
     same = _record()
-    for flags in (["--output_dir", "x"], ["--save_steps", "3"], ["--disable_tqdm", "true"]):
+    for flags in (
+        *(["--output_dir", "x"], ["--save_steps", "3"], ["--disable_tqdm", "true"]),
+        *(["--activation_checkpointing", "true"], ["--torch_empty_cache_steps", "3"]),
+    ):
         assert _record(*flags) == same
     for flags in (["--seed", "1"], ["--lora_r", "4"], ["--eos_token", "x"], ["--dtype", "float32"]):
         assert _record(*flags) != same
