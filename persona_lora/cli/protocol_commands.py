@@ -131,5 +131,12 @@ def plan(
     found, comparisons = read_pilot.read_pilot(runs)
     with progress_bars():
         alpha = (1 - level) / (family or comparisons)
-        sizes = plan_power(found, effect, alpha, simulations=simulations, seed=seed)
-    show(read_pilot.power_table(sizes), read_pilot.power_line(sizes, effect, power))
+        sizes, wider = (
+            plan_power(each, effect, alpha, simulations=simulations, seed=seed)
+            for each in (found, found.wider())
+        )
+    show(
+        read_pilot.power_table(sizes),
+        read_pilot.power_line(sizes, effect, power),
+        read_pilot.wider_line(found, sizes, wider, power),
+    )

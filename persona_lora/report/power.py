@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import chi2
 
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
@@ -51,6 +52,7 @@ class Pilot:
     questions: Array
     rest: Array
     seed_spread: float | None
+    size: tuple[int, int]  # seeds, questions
 
     @classmethod
     def of(cls, values: Array) -> Pilot:
@@ -63,13 +65,31 @@ class Pilot:
             )
         by_question = values.mean(axis=0) - values.mean()
         if seeds == 1:
-            return cls(by_question * np.sqrt(questions / (questions - 1)), np.zeros(1), None)
+            return cls(
+                by_question * np.sqrt(questions / (questions - 1)), np.zeros(1), None, values.shape
+            )
         found = components(values)
         rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
         return cls(
             _spread(by_question, found.question),
             _spread(rest.ravel(), found.rest),
             float(np.sqrt(found.draw)),
+            values.shape,
+        )
+
+    def wider(self) -> Pilot:
+        """Return the same with its deviations at their upper limits, of 80% confidence.
+
+        A pilot of few tells its own variance badly; planned by the limit, an experiment reaches the
+        power asked for in four of five cases (Browne 1995).
+        """
+        seeds, questions = self.size
+        spread = self.seed_spread
+        return Pilot(
+            self.questions * _upper(questions - 1),
+            self.rest * _upper((questions - 1) * (seeds - 1)),
+            None if spread is None else spread * _upper(seeds - 1),
+            self.size,
         )
 
     def draw(self, rng: np.random.Generator, size: tuple[int, int, int], effect: float) -> Array:
@@ -78,6 +98,11 @@ class Pilot:
         by_seed = rng.normal(0, self.seed_spread or 0.0, (experiments, seeds, 1))
         by_question = rng.choice(self.questions, (experiments, 1, questions))
         return effect + by_seed + by_question + rng.choice(self.rest, size)
+
+
+def _upper(freedom: int) -> float:
+    """Return the 80% upper limit of a standard deviation over its estimate; 1 without any."""
+    return float(np.sqrt(freedom / chi2.ppf(0.2, freedom))) if freedom else 1.0
 
 
 def _spread(values: Array, variance: float) -> Array:

@@ -301,7 +301,7 @@ def _change(summary: SweepSummary) -> str:
         name if summary.layer is None else f"Steered at layer {summary.layer}, {summary.trait}"
     )
     return (
-        f"{subject} {_verb(low, high)}: {interval(low.trait)} at "
+        f"{subject} {_verb(summary, low, high)}: {interval(low.trait)} at "
         f"{coefficient(low.coefficient)}, {interval(high.trait)} at "
         f"{coefficient(high.coefficient)}."
     )
@@ -336,7 +336,12 @@ def _control(summary: SweepSummary) -> str:
     )
 
 
-def _verb(low: ConditionSummary, high: ConditionSummary) -> str:
+def least_p(questions: int, tests: int) -> float:
+    """Return the least p value that a sign-flip test can reach, after Holm's correction."""
+    return min(1.0, tests * 2 / 2**questions)
+
+
+def _verb(summary: SweepSummary, low: ConditionSummary, high: ConditionSummary) -> str:
     """Return how the trait moves between two ends, by their corrected tests against 0."""
     if low.trait.low is None or high.trait.low is None:
         return "has no intervals, so no change can be claimed"
@@ -346,6 +351,13 @@ def _verb(low: ConditionSummary, high: ConditionSummary) -> str:
         return "rises with the coefficient"
     if -1 in moved and 1 not in moved:
         return "falls with the coefficient"
+    tests = sum(each.from_zero is not None for each in summary.steered)
+    least = least_p(_questions(summary), tests)
+    if least >= CLEAR:
+        return (
+            f"cannot be shown to change by {_questions(summary)} questions (the least p value "
+            f"possible is {p_value(least)})"
+        )
     return "does not clearly change with the coefficient"
 
 

@@ -6,6 +6,7 @@ A pilot is a sweep or a comparison; several are the same one with other training
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from statistics import fmean, variance
 
@@ -134,6 +135,22 @@ def power_line(found: Sequence[Planned], effect: float, power: float) -> str:
         f"{_counted(least.seeds, 'seed')}: it is then found in {100 * least.power:.0f} of 100 "
         f"experiments.{only}"
     )
+
+
+def wider_line(
+    pilot: Pilot, found: Sequence[Planned], wider: Sequence[Planned], power: float
+) -> str:
+    """Say what is needed where the spread is as large as so small a pilot allows."""
+    seeds, questions = pilot.size
+    of = f"{questions} questions" + (f" and {seeds} seeds" if seeds > 1 else "")
+    least, other = cheapest(found, power), cheapest(wider, power)
+    if other is None:
+        needs = f"none of these sizes finds it in {100 * power:g} of 100"
+    elif least == dataclasses.replace(other, power=least.power if least else 0.0):
+        needs = "it needs no more"
+    else:
+        needs = f"it needs {other.questions} questions with {_counted(other.seeds, 'seed')}"
+    return f"{of} tell how they vary only roughly: at the upper limit of that (80%), {needs}."
 
 
 def _counted(number: int, what: str) -> str:

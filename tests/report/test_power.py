@@ -36,7 +36,7 @@ def test_the_planned_questions_find_a_planted_effect_as_often_as_promised():
 
 def test_the_planned_seeds_find_a_planted_effect_as_often_as_promised():
     spread = norm.ppf(np.linspace(0.005, 0.995, 100))  # a pilot that knows it all: few seeds do not
-    pilot = Pilot(12 * spread / spread.std(), 8 * spread / spread.std(), 6.0)
+    pilot = Pilot(12 * spread / spread.std(), 8 * spread / spread.std(), 6.0, (100, 100))
     found = plan_power(pilot, 10.0, 0.05, questions=QUESTIONS, simulations=300)
     needed = cheapest(found, 0.8)
     assert needed.seeds > 3
@@ -49,6 +49,20 @@ def test_a_pilot_knows_what_its_seeds_and_questions_varied():
     pilot = Pilot.of(planted(np.random.default_rng(1), (1, 80, 60))[0])
     found = (pilot.questions.std(), pilot.rest.std(), pilot.seed_spread)
     assert found == pytest.approx((12, 8, 6), rel=0.2)
+
+
+def test_the_upper_limits_hold_the_true_spread_in_four_of_five_pilots():
+    rng = np.random.default_rng(4)
+    one = [Pilot.of(planted(rng, (1, 1, 5), draw=0)[0]) for _ in range(1000)]
+    true = (12**2 + 8**2) ** 0.5  # questions and what is left
+    assert np.mean([each.wider().questions.std() >= true for each in one]) == pytest.approx(
+        0.8, abs=0.04
+    )
+    assert np.mean([each.questions.std() >= true for each in one]) < 0.5
+    several = Pilot.of(planted(rng, (1, 3, 200))[0])
+    scaled = several.wider()
+    assert scaled.seed_spread / several.seed_spread == pytest.approx(2.117, abs=0.001)
+    assert scaled.rest.std() / several.rest.std() == pytest.approx(1.03, abs=0.01)
 
 
 def test_without_an_effect_power_is_the_level():

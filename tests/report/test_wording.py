@@ -40,6 +40,14 @@ def test_headline_follows_the_intervals_at_the_ends(sweep_rows, slope, words):
     assert words in wording.headline(summary)
 
 
+def test_headline_blames_too_few_questions_where_no_answers_could_pass_the_test(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=(-1.0, 0.0, 1.0), prompts=(), questions=4)
+    summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=200)
+    said = wording.headline(summary)
+    assert "cannot be shown to change by 4 questions (the least p value possible is 0.250)" in said
+    assert wording.least_p(6, 2) == 2 / 32 > wording.CLEAR > wording.least_p(7, 2)
+
+
 @pytest.mark.parametrize(
     ("interval", "p", "sign"),
     [

@@ -13,6 +13,7 @@ from persona_lora.studies.read_pilot import (
     power_table,
     read_finetunes,
     read_pilot,
+    wider_line,
 )
 from tests.studies.drift.test_read_prediction import of_data_sets, without_data
 
@@ -63,11 +64,24 @@ def test_the_plan_in_words():
     assert "nothing is known of others" in power_line([Planned(8, 1, 0.9)], 10, 0.8)
 
 
+def test_a_small_pilot_says_what_it_leaves_open(pilot):
+    small, _ = read_pilot([pilot()])
+    least, more = [Planned(8, 1, 0.9)], [Planned(20, 1, 0.8)]
+    said = wider_line(small, least, more, 0.8)
+    assert said.startswith(f"{small.size[1]} questions tell how they vary only roughly: ")
+    assert said.endswith("(80%), it needs 20 questions with one seed.")
+    assert wider_line(small, least, least, 0.9).endswith("it needs no more.")
+    assert wider_line(small, least, more, 0.9).endswith(
+        "none of these sizes finds it in 90 of 100."
+    )
+
+
 def test_plan_on_the_command_line(pilot, run):
     folder = pilot().folder
     status, said, _ = run("plan", folder, "--effect", 10, "--simulations", 20)
     assert status == 0
     assert re.search(r"A difference of 10\.0 points needs \d+ questions with one seed", said)
+    assert "upper limit of that (80%)" in said
     status, _, error = run("plan", folder, "--effect", 10, "--power", 80)
     assert status == 2
     assert "--power must be between" in error

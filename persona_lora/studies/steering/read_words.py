@@ -10,6 +10,7 @@ from persona_lora.report.wording import (
     coefficient,
     direction_of,
     judges_line,
+    least_p,
     number,
     p_equals,
     p_value,
@@ -94,7 +95,7 @@ def resolution_note(grid: GridSummary) -> str:
     """Return a warning where too few questions were asked for any cell to pass the correction."""
     questions = max((each.questions for each in grid.steered), default=0)
     cells = len(grid.steered)
-    least = min(1.0, cells * 2 / 2**questions)
+    least = least_p(questions, cells)
     if least < CLEAR:
         return ""
     return (
