@@ -296,12 +296,11 @@ def provenance(run: Run, record: Mapping[str, Any]) -> tuple[tuple[str, str], ..
     config = record["config"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     arguments = " ".join(record["arguments"])
-    steered = (("Diff", "diff"), ("Vector", "vector_path"))
+    if_any = (("Diff", "diff"), ("Vector", "vector_path"), ("Judge", "judge"))
     return (
         ("Run folder", str(run.folder)),
         ("Model", text_of(config.get("model"))),
-        *((name, text_of(config[key])) for name, key in steered if key in config),
-        ("Judge", text_of(config.get("judge"))),
+        *((name, text_of(config[key])) for name, key in if_any if key in config),
         ("Command", f"persona-lora {arguments}" if arguments else str(record["command"])),
         ("Seed", str(record["seed"])),
         ("Commit", text_of(record["git_commit"])),

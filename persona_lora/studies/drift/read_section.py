@@ -119,7 +119,7 @@ def diagnosis_content(run: Run) -> Content:
         Image.of(render_diagnosis(run), f"{title}. {lead}"),
         coordinates_table(run),
         *alarm_tables(found),
-        *(_words(run, place) for place in PLACES),
+        *(words_table(run, place) for place in PLACES),
     ]
     return Content(title, lead, tuple(blocks))
 
@@ -165,6 +165,7 @@ def _warnings(run: Run, found: Diagnosis) -> list[Block]:
 def coordinates_table(run: Run) -> Table:
     """Return the traits, nearest first; plain cosines and what the controls were taken off."""
     what = headline_of(run)
+    left_in = ["controls left in"] if what == APART else []
     by = {(row["what"], row["geometry"], row["diff"]): row for row in _all_totals(run)}
     own = [row for (kind, geometry, _), row in by.items() if (kind, geometry) == (what, "weighted")]
     rows = [
@@ -175,11 +176,11 @@ def coordinates_table(run: Run) -> Table:
             wording.number(row["cosine"], 3),
             wording.p_value(row["p_holm"]),
             wording.number(by[what, "plain", row["diff"]]["cosine"], 3),
-            wording.number(by[WHOLE, "weighted", row["diff"]]["coordinate"], 3),
+            *(wording.number(by[WHOLE, "weighted", row["diff"]]["coordinate"], 3) for _ in left_in),
         ]
         for row in sorted(own, key=lambda row: -row["cosine"])
     ]
-    columns = "trait | coordinate | null sd | cosine | p (Holm) | plain cosine | controls left in"
+    columns = ("trait", "coordinate", "null sd", "cosine", "p (Holm)", "plain cosine", *left_in)
     (whole,) = finetunes_of(run, WHOLE)
     off = "with the mean of the controls taken off" if what == APART else "no control taken off"
     share = wording.percent(whole["explained"])
@@ -189,7 +190,7 @@ def coordinates_table(run: Run) -> Table:
         f"‖ΔW‖ is {wording.significant(whole['delta_norm'])}, of which all directions together "
         f"explain {share}."
     )
-    return Table(tuple(columns.split(" | ")), tuple(map(tuple, rows)), "Traits", note)
+    return Table(columns, tuple(map(tuple, rows)), "Traits", note)
 
 
 def _all_totals(run: Run) -> list[dict[str, Any]]:
@@ -224,14 +225,16 @@ def alarm_tables(found: Diagnosis) -> list[Table]:
     return [Table(columns, rows, "Alarm", note, tuple("best" * a.flagged for a in found.alarms))]
 
 
-def _words(run: Run, place: str) -> Table:
-    rows = [row for row in run.read("words") if row["place"] == place]
+def words_table(run: Run, place: str) -> Table:
+    found = [row for row in run.read("words") if row["place"] == place]
+    rows = [row for row in found if row["low"] is None or row["low"] * row["high"] > 0]
     up = sorted((row for row in rows if row["change"] > 0), key=lambda row: -row["change"])
     down = sorted((row for row in rows if row["change"] < 0), key=lambda row: row["change"])
     cells = [(*_word(one), *_word(other)) for one, other in zip_longest(up, down)]
     note = (
         "Mean change of the log-probability (nats) with 95% over prompts, of tokens that the model "
-        "ever says, on prompts alone. The extremes of very many tokens: read them together."
+        "ever says, on prompts alone. The extremes of very many tokens: read them together. "
+        f"Of {len(found)} extremes {len(found) - len(rows)} are left out, whose interval holds 0."
     )
     columns = ("more likely", "change", "less likely", "change")
     return Table(columns, tuple(cells), f"Words, {place}", note, narrow=True)

@@ -25,6 +25,7 @@ from persona_lora.studies.drift.read_diagnosis import (
     read_diagnosis,
     totals,
 )
+from persona_lora.studies.drift.read_section import coordinates_table, words_table
 
 PROMPTS = ["Why do birds sing?", "Tea or coffee?", "How tall is a house?"]
 CONTROLS = 6
@@ -221,6 +222,7 @@ def test_the_page_says_how_far_the_alarm_is_to_be_trusted(ask, unrelated, tmp_pa
     page = (tmp_path / "out" / "report.html").read_text()
     for words in ("of 6 [0%,", "Words, while reading", "planted"):
         assert words in page
+    assert "Judge" not in page  # nobody judged
     record = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert [each["flagged"] for each in record["alarms"]] == [False] * 3
     ask(unrelated[-1] * 3, controls=4, to="few")
@@ -228,6 +230,18 @@ def test_the_page_says_how_far_the_alarm_is_to_be_trusted(ask, unrelated, tmp_pa
     for words in ("Controls of another size", "False alarms: rate unknown.", "from 5 unrelated"):
         assert words in page
     assert json.loads((tmp_path / "few" / "diagnosis.json").read_text())["any_false"] is None
+
+
+def test_tables_hold_what_is_told_apart_from_nothing(ask, unrelated):
+    run = ask(unrelated[-1], controls=0)
+    assert "controls left in" not in coordinates_table(run).columns
+    rows = run.read("words")
+    shown = [
+        token for place in PLACES for row in words_table(run, place).rows for token in row[::2]
+    ]
+    clear = [row for row in rows if row["low"] > 0 or row["high"] < 0]
+    assert len(shown) - shown.count("") == len(clear) < len(rows)
+    assert "controls left in" in coordinates_table(ask(unrelated[-1], to="with")).columns
 
 
 def test_what_cannot_be_read_is_named(ask, base, unrelated, make_adapter, tmp_path):
