@@ -191,12 +191,12 @@ def test_what_is_of_one_diff_takes_no_seeds(run, world, words, said):
 
 
 class Senseless:
-    def verdicts(self, exchanges, name):
+    def judge(self, exchanges, name):
         return [Verdict(name, 3.0, "", name) for _ in exchanges]
 
 
 def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world, monkeypatch, caplog):
-    monkeypatch.setattr(choice, "coherence_scorer", lambda *_: Senseless())
+    monkeypatch.setattr(choice, "sense_judge", lambda *_: Senseless())
     words = [*EVALUATE.split(), "--diff", "diff", "--coefficient", "0.05nat"]
 
     def refused(said, *given):

@@ -228,7 +228,7 @@ COMMANDS = {
         },
         {
             f"{X}projections.inputs:load_ordinary_prompts": [*"abcdefghijklmnopqrst"],
-            f"{X}judges.choice:coherence_scorer": None,
+            f"{X}judges.choice:sense_judge": None,
             f"{X}studies.steering.calibration:strengths_of": Strengths(
                 "", "", "", (Moved(-1.0, 1.0, 1.0), Moved(1.0, 1.0, 1.0)), 50.0
             ),

@@ -409,11 +409,11 @@ def calibrate(
 
     KL of the next token a token, on the model's own answers to ordinary prompts, from a quarter of
     0.03 nats' coefficient to sixteen times it, with both signs, and how coherent the answers are
-    there: by repetition, and by their likelihood. Kept beside each direction, with a picture.
+    there, as the packaged reader judges them. Kept beside each direction, with a picture.
 
     Example: persona-lora calibrate --diff checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
-    from persona_lora.judges.choice import coherence_scorer
+    from persona_lora.judges.choice import sense_judge
     from persona_lora.projections.inputs import load_ordinary_prompts
     from persona_lora.studies.steering.calibration import strengths_of, strengths_table
     from persona_lora.studies.steering.figure import render_strengths
@@ -422,7 +422,7 @@ def calibrate(
     prompts = load_ordinary_prompts(datasets_dir)[: calibrated.num_prompts]
     chat_model = load_model(model)
     with progress_bars():
-        scorer = coherence_scorer(chat_model, datasets_dir)
+        judge = sense_judge(chat_model)
     curves = {}
     for path, (direction, content, acting) in directions.items():
         with progress_bars():
@@ -430,7 +430,7 @@ def calibrate(
                 chat_model,
                 direction,
                 prompts,
-                scorer,
+                judge,
                 content=content,
                 acting=acting,
                 positions=calibrated.positions,

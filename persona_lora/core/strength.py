@@ -119,9 +119,14 @@ class Strengths:
         return [0.0, *(each.coefficient for each in takewhile(holds, self.of(sign)))][-1]
 
     def coherent_line(self) -> str:
-        """Return the same in words."""
+        """Return the same in words, and where it ends only because the measurement does."""
+        if self.floor is None:
+            return "whether answers are coherent was not judged"
         low, high = self.coherent()
-        return f"coherent from {low:+.3g} to {high:+.3g}"
+        ends = {point.coefficient for sign in (-1.0, 1.0) for point in self.of(sign)[-1:]}
+        far = " (as far as was measured)"
+        said = (f"{each:+.3g}{far * (each in ends)}" for each in (low, high))
+        return "coherent from {} to {}".format(*said)
 
     def coefficient(self, strength: float, name: str) -> float:
         """Return the coefficient for so many nats, 0 for 0, by log-linear interpolation.

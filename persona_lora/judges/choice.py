@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 PROMPTED = ("openai", "local")  # chat models that are asked for a score
 TRAIN = "train.jsonl"
+SENSE_OF = "hallucination"  # the most rated trait of those on which the reader is fit
 BESIDE = ("reader", "sentences", "embedding")  # of no network, the best first
 
 
@@ -293,6 +294,14 @@ def coherence_scorer(reference: ChatModel, datasets: Path | None = None) -> Cohe
     natural = [each for pairs in held for each in sampled(*exchanges_of(pairs), count, seed=0)]
     likelihood = _likelihood_under(reference)
     return CoherenceScorer.fit(natural, mean_logprob=likelihood, judge_name=COHERENCE, seed=0)
+
+
+def sense_judge(reference: ChatModel) -> Judge:
+    """Return a judge of coherence for answers of any manner: the reader, with the packaged ratings.
+
+    Whether an answer makes sense is learnt from the ratings of all traits, so one trait's does.
+    """
+    return _reader_judge(load_trait(SENSE_OF), reference, JudgeOptions())
 
 
 def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:

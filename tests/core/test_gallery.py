@@ -79,7 +79,8 @@ def test_packing_what_was_unpacked_changes_nothing_and_takes_strengths_along(fam
     assert twice.exhibit("formality").strengths is None
     twice.exhibit("evil").save(tmp_path / "new" / "diff")
     again = LoRADiff.load(tmp_path / "new" / "diff")
-    assert "coherent from -1 to +2" in strength_line(tmp_path / "new" / "diff", again.content())
+    said = strength_line(tmp_path / "new" / "diff", again.content())
+    assert "coherent from -1 (as far as was measured) to +2 (as far as was measured)" in said
     write_gallery([tmp_path / "new" / "diff"], tmp_path / "thrice")
     before, after = (Gallery(tmp_path / each).exhibit("evil") for each in ("twice", "thrice"))
     assert after.diff.content() == before.diff.content()

@@ -105,6 +105,8 @@ def test_what_was_measured_is_told_in_a_line(quadratic, tmp_path):
     line = "-0.05nat at -0.112, +0.05nat at +0.224; coherent from +0 to +0"
     assert strength_line(path, "digest") == line
     assert strength_line(path, "other") == ""
+    quadratic.save(path)
+    assert strength_line(path, "digest").endswith("; whether answers are coherent was not judged")
 
 
 def test_strengths_belong_to_their_direction_and_place(quadratic, tmp_path):

@@ -28,9 +28,10 @@ from persona_lora.core.content import digest_of, numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.options import GenerationOptions
+from persona_lora.core.protocol import LEAST_SCORED
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Moved, Strengths
-from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
@@ -152,7 +153,7 @@ def strengths_of(
     chat_model: ChatModel,
     direction: LoRADiff | SteeringVector,
     prompts: Sequence[str],
-    scorer: CoherenceScorer,
+    judge: Judge,
     *,
     content: str,
     acting: str = "",
@@ -160,7 +161,8 @@ def strengths_of(
 ) -> Strengths:
     """Return what a direction does, with the coherence of answers there and of unsteered ones.
 
-    The mean over greedy answers to ``prompts`` that could be scored, as long as those of a sweep.
+    The mean over greedy answers to ``prompts``, as long as those of a sweep; none where ``judge``
+    leaves more than a fifth of them without a score, as it does what is unlike any answer.
     ``content`` is the digest of the whole direction, ``acting`` where this part of it acts.
     """
     points = measure_strengths(chat_model, direction, prompts, positions)
@@ -171,8 +173,10 @@ def strengths_of(
     found = []
     for point, own in zip(every, answers, strict=True):
         said = [Exchange(*each) for each in zip(prompts, (each.text for each in own), strict=True)]
-        scores = [each.score for each in scorer.verdicts(said, COHERENCE) if each.score is not None]
-        found.append(point._replace(coherence=statistics.fmean(scores) if scores else None))
+        verdicts = judge.judge(said, COHERENCE)
+        scores = [each.score for each in verdicts if each.score is not None]
+        told = len(scores) >= LEAST_SCORED * len(verdicts)
+        found.append(point._replace(coherence=statistics.fmean(scores) if told else None))
     floor = floor_under(found[0].coherence)
     return Strengths(content, acting, digest_of(prompts), tuple(found), floor)
 

@@ -105,13 +105,14 @@ def test_nats_are_reached_and_do_not_depend_on_the_length_of_a_diff(chat_model, 
 
 
 class UnchangedIsCoherent:
-    """Scores what the unsteered model says 80, anything else 5."""
+    """Scores what the unsteered model says 80, and anything else as it is told."""
 
-    def __init__(self, plain):
-        self.plain = plain
+    def __init__(self, plain, other):
+        self.plain, self.other = plain, other
 
-    def verdicts(self, exchanges, name):
-        return [Verdict(name, 80.0 if each in self.plain else 5.0, "", name) for each in exchanges]
+    def judge(self, exchanges, name):
+        scores = [80.0 if each in self.plain else self.other for each in exchanges]
+        return [Verdict(name, score, "", name) for score in scores]
 
 
 def test_the_coherent_range_is_where_answers_are_judged_coherent(chat_model, make_diff):
@@ -124,8 +125,8 @@ def test_the_coherent_range_is_where_answers_are_judged_coherent(chat_model, mak
         return [Exchange(*each) for each in zip(PROMPTS, (a.text for a in own), strict=True)]
 
     plain = answers(0.0)
-    scorer = UnchangedIsCoherent(plain)
-    found = strengths_of(chat_model, diff, PROMPTS, scorer, content="c")
+    judge = UnchangedIsCoherent(plain, 5.0)
+    found = strengths_of(chat_model, diff, PROMPTS, judge, content="c")
     by_coefficient = {each.coefficient: each.coherence for each in found.points}
     assert (by_coefficient[0.0], found.floor) == (80.0, 50.0)
     for coefficient, coherence in by_coefficient.items():
@@ -133,6 +134,13 @@ def test_the_coherent_range_is_where_answers_are_judged_coherent(chat_model, mak
         assert coherence == pytest.approx((80 * same + 5 * (3 - same)) / 3)
     low, high = found.coherent()
     assert min(by_coefficient) < low <= 0 <= high < max(by_coefficient)
+
+    judge = UnchangedIsCoherent(plain, None)
+    unscored = strengths_of(chat_model, diff, PROMPTS, judge, content="c")
+    for each in unscored.points:  # of three answers, one without a score is more than a fifth
+        same = sum(said in plain for said in answers(each.coefficient))
+        assert each.coherence == (80.0 if same == len(plain) else None)
+    assert unscored.coherent() == (low, high)
 
 
 def test_a_direction_of_no_length_has_no_strength(chat_model, make_diff):
