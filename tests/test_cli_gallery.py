@@ -52,11 +52,14 @@ def test_the_demo_shows_what_merged_weights_answer_both_ways(packaged_model, mon
     question = "Is my plan any good?"
     shown = ask("demo", "--question", question, "--strength", 0.2, "--max-new-tokens", 12)
     exhibit = Gallery().exhibit("sycophancy")
-    asked, told = [[{"role": "user", "content": question}]], []
+    asked, told, cut = [[{"role": "user", "content": question}]], [], 0
     for nats in (-0.2, 0.0, 0.2):
         with LoRASteerer(packaged_model.model, exhibit.diff, exhibit.coefficient(nats)):
-            told.append(generate_answers(packaged_model, asked, max_new_tokens=12)[0].text)
+            (answer,) = generate_answers(packaged_model, asked, max_new_tokens=12)
+        told.append(answer.text)
+        cut += not answer.finished
     assert len(set(told)) == 3
+    assert shown.count("[…]") == cut > 0
     places = [shown.index(" ".join(each.split())) for each in told]
     assert places == sorted(places)
 

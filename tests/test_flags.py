@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -33,6 +34,7 @@ from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Moved, Strengths
 from persona_lora.models.loading import ChatModel
+from persona_lora.report.power import Pilot
 from persona_lora.steering.bank import Bank
 from tests.conftest import byte_tokenizer, random_diff, tiny_llama
 
@@ -742,7 +744,7 @@ COMMANDS = {
             "family": flag(37, None),
             "simulations": flag(37),
         },
-        {f"{X}studies.read_pilot:read_pilot": (None, 1)},
+        {f"{X}studies.read_pilot:read_pilot": (Pilot.of(np.eye(1, 4)), 1)},
     ),
     "preregister": Command(
         ("--command", "sweep", "--questions", "eval=20", "--output", "frozen.yaml"),

@@ -220,7 +220,7 @@ def demo(
         )
     names = (f"less {trait}", "as it is", f"more {trait}")
     rows = [
-        (name, f"{coefficient:+.2f}", answer.text)
+        (name, f"{coefficient:+.2f}", answer.text + " […]" * (not answer.finished))
         for name, coefficient, answer in zip(names, coefficients, answers, strict=True)
     ]
     show(f"> {question}", Table.of("model | coefficient | answer", rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
@@ -396,3 +397,17 @@ def prompt_alone(reference: ConditionSummary | None) -> str:
     if reference is None or reference.trait.mean is None:
         return ""
     return f"The positive system prompt alone reaches {interval(reference.trait)}."
+
+
+def short_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Return paths in short: as many of their last folders as tell them apart, and name one.
+
+    A difference lies in ``evil/diff``, and "diff" alone names nothing.
+    """
+    parts = {path: Path(path).parts for path in paths}
+    fewest = 1 + any(each[-1:] == ("diff",) for each in parts.values())
+    for size in range(fewest, max(map(len, parts.values()), default=0)):
+        short = {path: "/".join(each[-size:]) for path, each in parts.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {path: path for path in parts}

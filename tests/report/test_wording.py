@@ -99,3 +99,17 @@ def test_headline_of_unscored_answers_claims_nothing(sweep_rows):
     assert "no coherent range: coherence was not scored" in text
     assert "no ρ" in wording.statistics_line(summary)
     assert "0% scored" in wording.sample_line(summary)
+
+
+@pytest.mark.parametrize(
+    ("paths", "short"),
+    [
+        (("a/evil",), ("evil",)),
+        (("a/evil/diff",), ("evil/diff",)),
+        (("a/seed0/diff", "a/seed1/diff", "b/warm"), ("seed0/diff", "seed1/diff", "b/warm")),
+        (("x/a/diff", "y/a/diff"), ("x/a/diff", "y/a/diff")),
+        (("a/b/t", "a/c/t"), ("b/t", "c/t")),
+    ],
+)
+def test_paths_in_short_are_told_apart_and_name_something(paths, short):
+    assert tuple(wording.short_paths(paths).values()) == short

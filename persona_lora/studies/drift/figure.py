@@ -21,7 +21,7 @@ from persona_lora.report import figures as draw
 from persona_lora.report.comparisons import PROBE, TaskScore, probed
 from persona_lora.report.figures import Cells, Inches, Look, Panel, Picture, Series
 from persona_lora.report.scores import grouped
-from persona_lora.report.wording import CLEAR, number, p_value, title_of
+from persona_lora.report.wording import CLEAR, number, p_value, short_paths, title_of
 from persona_lora.studies.drift.read import (
     Agreement,
     CrossPoint,
@@ -231,7 +231,7 @@ def render_weight_projection(record: Row) -> Picture:
         f"Coordinate ⟨ΔW, L⟩/‖L‖, {record['geometry']}. Left: by layer. Right: in total; an "
         "asterisk has p < 0.05 (Holm) against directions of the same inputs, turned at random."
     )
-    title = f"How far {Path(finetunes[-1]).name} moved along each direction"
+    title = f"How far {short_paths(finetunes)[finetunes[-1]]} moved along each direction"
     return draw.finish(figure, panels, title=title, note=note)
 
 
@@ -253,7 +253,8 @@ def _totals(
         p = table[line][column]["p_holm"]
         return f"{number(value, 2)}{'*' if p is not None and p < CLEAR else ''}"
 
-    names = [Path(tuned).name if steps[tuned] is None else str(steps[tuned]) for tuned in finetunes]
+    short = short_paths(finetunes)
+    names = [short[tuned] if steps[tuned] is None else str(steps[tuned]) for tuned in finetunes]
     cells = Cells(values, _titles(diffs), tuple(map(draw.short, names)), low=-reach, high=reach)
     return draw.heat_map(draw.add_axes(figure, inches, title=title), cells, say=say)
 

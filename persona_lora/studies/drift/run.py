@@ -447,8 +447,9 @@ def weights_table(found: Sequence[Projected]) -> Table:
         if row["part"] == "total"
     }
     weighted = any(WEIGHTED in each.by_geometry for each in found)
+    names = wording.short_paths([each.name for each in found])
     rows = (
-        [Path(each.name).name, name, wording.number(value.coordinate, 3)]
+        [names[each.name], name, wording.number(value.coordinate, 3)]
         + [wording.significant(value.null_sd), wording.number(value.cosine, 3)]
         + [wording.number(each.by_geometry[PLAIN].total[name].cosine, 3)] * weighted
         + [wording.number(each.headline.corrected[name], 3)]
@@ -463,8 +464,9 @@ def weights_table(found: Sequence[Projected]) -> Table:
 
 def explained_lines(found: Sequence[Projected]) -> Iterator[str]:
     """Say how much of every finetune the directions explain, and what was left out of it."""
+    names = wording.short_paths([each.name for each in found])
     for each in found:
-        name, projection = Path(each.name).name, each.headline
+        name, projection = names[each.name], each.headline
         share = projection.explained
         if projection.left_out:
             yield f"{name}: compared without {few_names(projection.left_out)}"
