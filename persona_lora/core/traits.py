@@ -289,12 +289,18 @@ def _filled(value: Any, where: Path | str) -> str:
 
 
 def _parse_pair(row: dict[str, Any], where: str) -> ContrastivePair:
-    return ContrastivePair(
+    pair = ContrastivePair(
         prompt=_conversation(row, "prompt", where),
         positive=_conversation(row, "positive", where),
         negative=_conversation(row, "negative", where),
         domain=str(row.get("domain", "")),
     )
+    for sign, turns in (("positive", pair.positive), ("negative", pair.negative)):
+        if turns[-1]["role"] != "assistant":
+            raise UserError(f"{where}: {sign!r} must end with the assistant's answer")
+    if pair.positive == pair.negative:
+        raise UserError(f"{where}: both answers are the same and teach nothing; leave the row out")
+    return pair
 
 
 def _conversation(row: dict[str, Any], key: str, where: str) -> Conversation:

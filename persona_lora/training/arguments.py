@@ -201,7 +201,7 @@ BY_EPOCHS = -1  # TRL's max_steps where num_train_epochs counts
 SEEDS = 2**32
 _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("max_length", "save_total_limit"), 1),
+    **dict.fromkeys(("max_length", "save_total_limit", "drift_every"), 1),
     **dict.fromkeys(("seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
     **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers"), 0),

@@ -5,6 +5,7 @@ Knows one set of conversations and one model; refuses to know traits.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, read_jsonl, remove
 from persona_lora.core.json_text import parse_json
+from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
 from persona_lora.core.settings import recorded_command
+from persona_lora.core.vector_files import load_vector
 from persona_lora.models.load_options import option
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Launched, recorded
@@ -73,6 +76,7 @@ ADAPTER, MODEL, WORK = "adapter", "model", ".work"
 KEPT = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPLETE}
 KEPT_OF_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", COMPLETE)
 TRAINING_STATE = "trainer_state.json"
+WATCHING = ("drift_plain", "drift_every", "stop_above")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,15 @@ class FinetuneArguments(TrainedModel):
     )
     drift_every: int = option(5, "Steps between two drift measurements.")
     stop_above: float | None = option(None, "Stop where the drift along a diff passes this.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_above is not None and not self.stop_above > 0:
+            raise UserError(f"stop_above must be positive, got {self.stop_above}")
+        for each in dataclasses.fields(self):
+            idle = each.name in WATCHING and getattr(self, each.name) != each.default
+            if idle and not self.drift_diffs:
+                raise UserError(f"{each.name} does nothing without drift_diffs; name them")
 
 
 @dataclass
@@ -166,6 +179,7 @@ def finetune(
     prevention = prevention_of(arguments)
     if not arguments.use_peft:
         _refuse_for_all_weights(arguments, prevention)
+    _read_directions(arguments, prevention)
     conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
     options = TrainingOptions(arguments, lora, config)
     folder = output_folder(options)
@@ -262,6 +276,17 @@ def output_folder(options: TrainingOptions[FinetuneArguments]) -> Path:
         return Path(options.config.output_dir)
     data = Path(options.arguments.train_file).resolve()
     return CHECKPOINTS / "finetunes" / f"{data.parent.name}_{data.stem}"
+
+
+def _read_directions(arguments: FinetuneArguments, prevention: Preventative | None) -> None:
+    """Raises UserError for a diff or vector that cannot be read, before a model is loaded."""
+    diffs = [*(arguments.drift_diffs or ())]
+    if prevention is not None and prevention.diff is not None:
+        diffs.append(prevention.diff)
+    for path in diffs:
+        LoRADiff.load(path)
+    if prevention is not None and prevention.vector is not None:
+        load_vector(prevention.vector)
 
 
 def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:

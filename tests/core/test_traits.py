@@ -12,6 +12,7 @@ from persona_lora.core.traits import (
     list_traits,
     list_variants,
     load_finetuning_rows,
+    load_pairs,
     load_trait,
     trait_prompt,
 )
@@ -116,3 +117,23 @@ def test_a_trait_is_asked_under_prompts_of_ones_own(tmp_path):
     with pytest.raises(UserError, match="give both"):
         silent.prompted(neg="Be plain.")
     assert trait_prompt(silent.prompted("Be odd.", "Be plain."), "neg", 0) == "Be plain."
+
+
+@pytest.mark.parametrize(
+    ("positive", "message"),
+    [
+        ({"role": "user", "content": "Yes"}, r"train.jsonl:1: 'positive' must end with the assist"),
+        ({"role": "assistant", "content": "No"}, r"train.jsonl:1: both answers are the same"),
+    ],
+)
+def test_a_pair_without_two_answers_is_refused(tmp_path, positive, message):
+    said = [{"role": "user", "content": "Is it?"}], [{"role": "assistant", "content": "No"}]
+    row = {"prompt": said[0], "positive": [positive], "negative": said[1]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    write(
+        tmp_path / "trait.json",
+        {"instruction": PAIRS, "questions": {"extract": [], "eval": ["b"]}, "eval_prompt": PROMPT},
+    )
+    trait = load_trait(str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        load_pairs(trait)

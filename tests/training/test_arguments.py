@@ -130,14 +130,24 @@ def test_mistakes_in_flags_are_named_on_one_line(flags, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_number_of_no_training_group_is_infinite():
-    with pytest.raises(UserError, match="stop_above must be a finite number, got nan"):
-        FinetuneArguments(train_file="x", stop_above=math.nan)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stop_above": math.nan, "drift_diffs": ["d"]}, "stop_above must be a finite number"),
+        ({"stop_above": -1.0, "drift_diffs": ["d"]}, r"stop_above must be positive, got -1\.0"),
+        ({"drift_every": 0, "drift_diffs": ["d"]}, "drift_every must be at least 1, got 0"),
+        ({"stop_above": 1.0}, "stop_above does nothing without drift_diffs; name them"),
+        ({"drift_plain": True}, "drift_plain does nothing without drift_diffs"),
+    ],
+)
+def test_drift_is_watched_as_it_is_asked_for_or_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        FinetuneArguments(train_file="x", **given)
 
 
 def test_the_last_of_several_seeds_is_held_to_the_range_of_seeds():
     options = parse_arguments(["--trait", "evil", "--seeds", "2", "--seed", f"{2**32 - 1}"])
-    with pytest.raises(UserError, match="the last of the seeds is 4294967296, .* lower seed"):
+    with pytest.raises(UserError, match=r"the last of the seeds is 4294967296, .* lower seed"):
         by_seed(options, Path("out"))
 
 

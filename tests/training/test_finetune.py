@@ -50,9 +50,7 @@ def options(train_file, model_folder):
     def build(output, **changes) -> TrainingOptions:
         arguments = FinetuneArguments(
             train_file=str(train_file),
-            model_name_or_path=str(model_folder),
-            dtype="float32",
-            **changes,
+            **{"model_name_or_path": str(model_folder), "dtype": "float32", **changes},
         )
         config = FinetuneConfig(
             output_dir=str(output),
@@ -200,6 +198,19 @@ def test_the_adapter_loads_on_its_base(options, tmp_path, model_folder):
     result = finetune(*options(tmp_path / "run"))
     chat = load_chat_model(str(model_folder), adapter=result.adapter, dtype="float32")
     assert type(chat.model).__name__ == "PeftModelForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"drift_diffs": ["nowhere"]},
+        {"preventative": {"method": "weights", "diff": "nowhere"}},
+        {"preventative": {"method": "ablate", "vector": "nowhere"}},
+    ],
+)
+def test_a_direction_that_is_not_there_is_refused_before_the_model_loads(options, tmp_path, asked):
+    with pytest.raises(UserError, match="nowhere"):
+        finetune(*options(tmp_path / "run", model_name_or_path="no/model", **asked))
 
 
 def test_the_folder_is_named_after_the_data(options, train_file, tmp_path):

@@ -266,15 +266,16 @@ def test_the_command_draws_the_drift_that_it_watched(run, train, places, model_f
             "false",
             "--max_steps",
             2,
-            "--drift_every",
-            1,
             "--lora_r",
             2,
             "--use_cpu",
             "true",
         ),
     )
-    for name, watched in (("watched", ("--drift_diffs", places["diff"])), ("alone", ())):
+    for name, watched in (
+        ("watched", ("--drift_diffs", places["diff"], "--drift_every", 1)),
+        ("alone", ()),
+    ):
         status, _, error = run("finetune", *words, "--output_dir", name, *watched)
         assert status == 0, error
         assert (train.folder / name / "drift.png").is_file() == (name == "watched")
