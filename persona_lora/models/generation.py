@@ -38,7 +38,6 @@ from persona_lora.models.caches import (
 from persona_lora.models.decoding import Decoding, decodes
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
-    context_window,
     decoder_linear_modules,
     features,
     hidden_size,
@@ -128,12 +127,7 @@ def generate_answers(
     prompts = [chat_model.render(conversation) for conversation in conversations]
     tokens: list[list[int]] = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     longest = max(map(len, tokens)) + max_new_tokens
-    window = context_window(chat_model.model)
-    if window is not None and longest > window:
-        raise UserError(
-            f"a prompt of {longest - max_new_tokens} tokens and max_new_tokens {max_new_tokens} "
-            f"pass the {window} positions of {chat_model.name}; ask for fewer, or a shorter prompt"
-        )
+    chat_model.check_length(longest, f"a prompt and {max_new_tokens} new tokens,")
     size = _affordable_rows(chat_model, longest) if batch_size == "auto" else batch_size
     if size < 1:
         raise UserError(f"batch_size must be at least 1 or auto, got {batch_size}")

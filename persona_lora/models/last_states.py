@@ -40,8 +40,9 @@ def last_states(
 
     ``[prompts, 2 · layers, hidden]``, fp32. A span is a range of places in its prompt. Prompts of
     one group begin alike. A row's numbers are those it gives alone, up to rounding. Progress counts
-    prompts. Raises UserError for a state that is NaN or infinite.
+    prompts. Raises UserError for a state that is NaN or infinite, and for a prompt over the window.
     """
+    chat_model.check_length(max(map(len, prompts), default=0))
     states = torch.empty(len(prompts), 2 * len(layers), hidden_size(chat_model.model))
     done = 0
     for group in dict.fromkeys(groups):

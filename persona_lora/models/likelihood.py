@@ -44,12 +44,17 @@ def tokenize_exchange(
 
 
 def tokenize_rendered(chat_model: ChatModel, prompt: str, answer: str) -> TokenizedExchange:
-    """Return the token ids of a prompt that is rendered already, and of the answer to it."""
+    """Return the token ids of a prompt that is rendered already, and of the answer to it.
+
+    UserError for more of both than the model has positions for.
+    """
     encode = chat_model.tokenizer
-    return TokenizedExchange(
+    tokenized = TokenizedExchange(
         encode(prompt, add_special_tokens=False)["input_ids"],
         encode(answer, add_special_tokens=False)["input_ids"],
     )
+    chat_model.check_length(sum(map(len, tokenized)))
+    return tokenized
 
 
 def mean_logprobs(
@@ -98,6 +103,7 @@ def next_token_logprobs(
         chat_model.render(user_question(message)) + beginning for message, beginning in replies
     ]
     ids = chat_model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    chat_model.check_length(max(map(len, ids), default=0))
     found: list[Mapping[str, float]] = [{} for _ in ids]
     for rows in batches_by_length([len(each) for each in ids]):
         asked = [ids[row] for row in rows]

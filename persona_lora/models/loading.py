@@ -61,6 +61,7 @@ from persona_lora.models.loaded_model import (
     tokenizer_content,
     weights_content,
 )
+from persona_lora.models.structure import context_window
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,15 @@ class ChatModel:
             f"{self.name} in {dtype} gives NaN or infinity for {what}: use --dtype float32 or "
             "bfloat16, steer with a smaller coefficient, or check its weights"
         )
+
+    def check_length(self, tokens: int, what: str = "a text") -> None:
+        """Raise UserError for more tokens than the model has positions for."""
+        window = context_window(self.model)
+        if window is not None and tokens > window:
+            raise UserError(
+                f"{what} of {tokens} tokens passes the {window} positions of {self.name}; ask for "
+                "less, or leave it out"
+            )
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         if self.system_prompt is None or conversation[0]["role"] == "system":

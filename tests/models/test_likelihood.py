@@ -3,15 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from persona_lora.core.chat import Exchange
+from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models import likelihood
+from persona_lora.models.generation import generate_answers
+from persona_lora.models.last_states import last_states
 from persona_lora.models.likelihood import (
     mean_logprobs,
     next_token_logprobs,
     token_divergences,
     tokenize_exchange,
 )
+from persona_lora.projections.inputs import tokenized_prompts
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRASteerer
 
@@ -69,3 +72,17 @@ def test_divergence_is_zero_for_equal_rows_and_matches_merged_weights(chat_model
     assert divergences.shape == (2, len(tokenized.answer))
     assert torch.equal(divergences[0], torch.zeros_like(divergences[0]))
     torch.testing.assert_close(divergences[1], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_text_over_the_context_window_is_refused_by_all_that_reads(chat_model):
+    window = chat_model.model.config.max_position_embeddings
+    long, said = "a" * window, f"tokens passes the {window} positions of tiny; ask for less"
+    for reads in (
+        lambda: mean_logprobs(chat_model, [Exchange("why?", long)]),
+        lambda: next_token_logprobs(chat_model, [(long, "")]),
+        lambda: tokenized_prompts(chat_model, [long]),
+        lambda: last_states(chat_model, [[1] * (window + 1)], ["a"], [0], [range(1)]),
+        lambda: generate_answers(chat_model, [user_question("why?")], max_new_tokens=window),
+    ):
+        with pytest.raises(UserError, match=said):
+            reads()
