@@ -17,10 +17,10 @@ if [ "${1:-}" = --quick ]; then
     set -- "${@:-evil}"
 fi
 [ $# -gt 0 ] || set -- sycophancy hallucination corrigibility evil
-# Layers: by each vector's own sweep (section 7 of the lab book). Coefficients: about 0.1 nats a token
-# on ordinary prompts (section 21).
-declare -A layers=([evil]=19 [sycophancy]=20 [hallucination]=20 [corrigibility]=15)
-declare -A strengths=([evil]=2.5,-2.5 [sycophancy]=2,-2 [hallucination]=0.75,-0.75 [corrigibility]=2,-2)
+# Layers: by each vector's own sweep (section 7 of the lab book; formality on extract questions).
+# Coefficients: about 0.1 nats a token on ordinary prompts (section 21).
+declare -A layers=([evil]=19 [sycophancy]=20 [hallucination]=20 [corrigibility]=15 [formality]=13)
+declare -A strengths=([evil]=2.5,-2.5 [sycophancy]=2,-2 [hallucination]=0.75,-0.75 [corrigibility]=2,-2 [formality]=0.55,-0.55)
 
 for trait in "$@"; do
     diffs=checkpoints/seeds/$trait vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
