@@ -119,6 +119,7 @@ COMMAND_CONFIG: ContextVar[str | None] = ContextVar("the options of the command"
 RECORDED = ("command", "config", "seed", "status")
 EMPTYING = "emptying"  # the status while rows of an overwritten run may still be there
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
+FREE = ("batch_size",)  # keys of a configuration that decide memory and time, and no number
 ROUNDING = 1e-9
 LISTS = (list, tuple)  # a tuple comes back from JSON as a list
 SHOWN = 60
@@ -365,7 +366,7 @@ def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -
     Raises UserError where it is another.
     """
     asked = ("command", "config", "seed", "protocol")  # nothing is pre-registered afterwards
-    before, now = ({key: each.get(key) for key in asked} for each in (old, fresh))
+    before, now = (_deciding({key: each.get(key) for key in asked}) for each in (old, fresh))
     found = first_difference(before, now)
     if found is not None:
         raise UserError(
@@ -387,6 +388,12 @@ def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -
             "changed since; choose another output or pass --overwrite"
         )
     return {"inputs": {**known, **fresh["inputs"]}}
+
+
+def _deciding(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _deciding(each) for key, each in value.items() if key not in FREE}
 
 
 def _fresh_record(

@@ -76,6 +76,18 @@ def test_a_run_resumes_with_the_same_configuration_only(tmp_path):
         assert fresh.read("rows") == []
 
 
+def test_a_run_goes_on_with_batches_of_another_size(tmp_path):
+    config = {"generation": {"batch_size": "auto", "temperature": 0.0}}
+    with opened(tmp_path, config=config) as run:
+        run.append("rows", [{"row": 0}])
+    smaller = {"generation": {"batch_size": 1, "temperature": 0.0}}
+    with opened(tmp_path, config=smaller) as again:
+        assert again.read("rows") == [{"row": 0}]
+    hotter = {"generation": {"batch_size": 1, "temperature": 0.5}}
+    with pytest.raises(UserError, match=r"config.generation.temperature: 0.0, now 0.5"):
+        opened(tmp_path, config=hotter)
+
+
 def test_a_changed_input_is_named_and_a_new_one_is_added(tmp_path):
     with opened(tmp_path, inputs={"the trait": "1", "the diff": "2"}):
         pass

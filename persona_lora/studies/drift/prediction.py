@@ -96,11 +96,16 @@ def predict_finetuning(
         "layer": study.layer,
         "max_new_tokens": options.max_new_tokens,
     }
+    contents = {name: model_folder_digest(at) for name, at in study.finetunes.items()}
+    first = {content: name for name, content in reversed(contents.items())}
+    for name, content in contents.items():
+        if first[content] != name:
+            raise UserError(f"{name} is the finetune {first[content]} once more; leave one out")
     read = (
         *(trait.inputs() for trait in study.traits),
         contents_of("diff", study.diffs),
         contents_of("vector", study.vectors),
-        {f"the finetune {name}": model_folder_digest(at) for name, at in study.finetunes.items()},
+        {f"the finetune {name}": content for name, content in contents.items()},
         {"the ordinary prompts": digest_of(load_ordinary_prompts())} if study.diffs else {},
     )
     run = open_run(

@@ -149,3 +149,11 @@ def test_a_second_run_judges_only_what_is_new(base, study, judge, make_diff, tmp
 def test_a_finetune_that_is_no_adapter_is_named(study, tmp_path):
     with pytest.raises(UserError, match="f7 is no adapter"):
         dataclasses.replace(study, finetunes={"f7": tmp_path})
+
+
+def test_a_finetune_that_is_given_twice_under_other_names_is_named(base, study, judge, tmp_path):
+    twice = dataclasses.replace(
+        study, finetunes={**study.finetunes, "again": study.finetunes["f0"]}
+    )
+    with pytest.raises(UserError, match="again is the finetune f0 once more; leave one out"):
+        predict_finetuning(base, twice, lambda _: judge, tmp_path / "run")
