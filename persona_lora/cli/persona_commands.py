@@ -340,6 +340,7 @@ def optimize(
     objective = searched.limited(objective)
     wanted, scorer, prompts = searched.read()
     mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
+    searching = dataclasses.replace(searching, inject=mixes)
     name = searched.persona_id or name_of_goal(wanted, scorer, searched.pareto)
     folder = output.output
     engine = EngineOptions(searched.engine)
@@ -365,7 +366,7 @@ def optimize(
                 problem,
                 [each.answered_by(elsewhere) for each in chosen],
                 written,
-                searching=dataclasses.replace(searching, inject=mixes),
+                searching=searching,
                 objective=objective,
                 watch=watch,
             )

@@ -222,6 +222,13 @@ class SearchOptions:
             raise UserError(f"population_size must be at least 3, got {self.population_size}")
         if self.bound is not None and not self.bound > 0:
             raise UserError(f"bound must be positive, got {self.bound}")
+        for start in (self.initial, *self.inject):
+            for trait, value in start.items():
+                if self.bound is not None and not abs(value) <= self.bound:
+                    raise UserError(
+                        f"a search within the bound {self.bound:g} cannot start from "
+                        f"{trait}={value:g}; raise --bound, or start from less"
+                    )
 
 
 @dataclass(frozen=True)

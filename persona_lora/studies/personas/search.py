@@ -530,3 +530,5 @@ def _check_traits(traits: Sequence[str], options: SearchOptions) -> None:
         raise UserError(f"no direction {unknown[0]!r} in the search; it has {', '.join(traits)}")
     if not traits:
         raise UserError("a search needs at least one direction")
+    if set(traits) <= set(options.fixed):
+        raise UserError("every direction of the search is fixed; leave one of them free")

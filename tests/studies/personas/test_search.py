@@ -329,6 +329,8 @@ def test_rows_of_other_options_are_refused(run):
         ({"max_iterations": 0}, "max_iterations"),
         ({"population_size": 2}, "population_size"),
         ({"bound": -1.0}, "bound"),
+        ({"initial": {"a": 9.0}}, "bound 4 cannot start from a=9; raise --bound"),
+        ({"bound": 1.0, "inject": ({"b": -2.0},)}, "bound 1 cannot start from b=-2"),
     ],
 )
 def test_impossible_options_are_named(options, message):
@@ -339,6 +341,9 @@ def test_impossible_options_are_named(options, message):
 def test_an_unknown_trait_or_searcher_is_named(run):
     with pytest.raises(UserError, match="'d'"):
         search(parabola, TRAITS, SearchOptions(initial={"d": 1.0}), run)
+    held = SearchOptions(fixed=dict.fromkeys(TRAITS, 1.0))
+    with pytest.raises(UserError, match="every direction of the search is fixed; leave one"):
+        search(parabola, TRAITS, held, run)
     with pytest.raises(UserError, match="cmaes"):
         search(parabola, TRAITS, SearchOptions(), run, searcher="annealing")
 
