@@ -151,6 +151,7 @@ def test_lamp_files_are_scored_by_overlap(run, model_folder, tmp_path):
         ("max_iteration: 3", ("'max_iteration'", "max_iterations")),
         ("config: other.yaml", ("'config'",)),
         ("alpha: 1\nsection:\n  alpha: 2", ("'alpha' twice",)),
+        ("alpha: 0", ("--alpha 0 makes every mix the unsteered model; use another factor",)),
         ("max_iterations: soon", ("--max-iterations", "integer")),
     ],
 )

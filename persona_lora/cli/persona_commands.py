@@ -82,6 +82,10 @@ class BenchOptions:
     ] = None
     allow_other_base: OtherBase = False
 
+    def __post_init__(self) -> None:
+        if self.alpha == 0:
+            raise UserError("--alpha 0 makes every mix the unsteered model; use another factor")
+
     def open(
         self,
         model: ModelOptions,

@@ -272,7 +272,10 @@ def check_style_judge(
         if has_words(text)
     ]
     if not own or not others:
-        raise UserError(f"{persona.id} or the other personas have no {unseen} conversations")
+        raise UserError(
+            f"{persona.id} has {len(own)} utterances in {unseen} conversations and the other "
+            f"personas {len(others)}, both need some: mark conversations with split {unseen!r}"
+        )
     auc = auc_of(np.asarray(judge.logits(own)), np.asarray(judge.logits(others)))
     return JudgeCheck(fitted_on, float(auc), len(own), len(others))
 

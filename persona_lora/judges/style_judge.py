@@ -221,7 +221,7 @@ class Voices:
         if persona_id not in self.persons:
             raise UserError(
                 f"the style judge of {persona_id} needs at least {FEWEST_UTTERANCES} utterances "
-                "of the person in the split"
+                "of the person in the split; add conversations of theirs"
             )
         row = self.persons.index(persona_id)
         held_out, own = self.held_out[:, row], self.owners == row

@@ -144,6 +144,8 @@ class ContrastiveConfig(SFTConfig):
             self.output_dir = None
 
     def _refuse_what_does_not_fit(self) -> None:
+        if self.output_dir == "":
+            raise UserError("output_dir is empty; name a path, or leave it out")
         for name in ("learning_rate", "save_steps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")

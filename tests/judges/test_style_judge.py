@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from persona_lora.core.personas import (
     list_personas,
     load_persona,
 )
+from persona_lora.judges.persona_judges import check_style_judge
 from persona_lora.judges.style_judge import (
     FitScale,
     LetterFeatures,
@@ -205,3 +208,9 @@ def test_shipped_personas_are_as_large_as_they_must_be(personas):
 def test_a_single_persona_has_nobody_to_be_told_from(personas, features):
     with pytest.raises(UserError, match="two personas"):
         fit_judges(personas[:1], "train", features=features)
+
+
+def test_a_judge_that_no_unseen_conversation_can_check_names_whose_are_missing():
+    silent = Persona("ann", Path("ann"), ())
+    with pytest.raises(UserError, match=r"ann has 0 utterances in test .* split 'test'"):
+        check_style_judge(None, silent, [silent], "train")

@@ -102,6 +102,7 @@ def test_mistakes_in_the_file_are_named_on_one_line(tmp_path: Path, text, messag
         (["--push_to_hub", "true"], "push_to_hub"),
         (["--hub_token", "s3cret"], "hub_token is not for LoRA training here; HF_TOKEN"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),
+        (["--output_dir", ""], "output_dir is empty; name a path, or leave it out"),
         (["--learning_rate", "inf"], "learning_rate must be a finite number, got inf"),
         (["--num_train_epochs", "inf"], "num_train_epochs must be a finite number, got inf"),
         (["--weight_decay", "nan"], "weight_decay must be a finite number, got nan"),
