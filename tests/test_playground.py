@@ -131,10 +131,12 @@ def test_a_mix_is_saved_loaded_and_exported(page, tmp_path):
 def test_a_mix_that_appears_is_loaded_without_a_restart(page, tmp_path):
     """Saved by somebody else, or by a search, after the page was built."""
     (tmp_path / "mixes").mkdir()
-    (tmp_path / "mixes" / "ann_best_weights.json").write_text('{"calm": 0.5}')
-    assert list(Client(page, verbose=False).predict("ann_best_weights", api_name="/load")) == [
-        *(0.5, 0.0)
-    ]
+    (tmp_path / "mixes" / "ann.json").write_text('{"calm": 0.5}')
+    client = Client(page, verbose=False)
+    assert list(client.predict("ann", api_name="/load")) == [0.5, 0.0]
+    (tmp_path / "mixes" / "ann_best_weights.json").write_text('{"calm": 0.5}')  # no coefficients
+    with pytest.raises(AppError):
+        client.predict("ann_best_weights", api_name="/load")
 
 
 def test_only_the_last_exports_are_kept(tmp_path):

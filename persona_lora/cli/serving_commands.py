@@ -288,7 +288,7 @@ class Mixed:
         tuple[str, ...] | None, "Traits with a diff in --directions: evil,formality; all found."
     ] = None
     directions: Annotated[Path, "Where {trait}/diff is."] = Path("checkpoints")
-    mixes: Annotated[Path, "Where mixes are kept and found: *_best_weights.json, *.json."] = Path(
+    mixes: Annotated[Path, "Where mixes are kept and found: coefficients by trait, *.json."] = Path(
         "results/mixes"
     )
     host: Annotated[str, "The address to serve at; 0.0.0.0 lets other machines in."] = "127.0.0.1"
@@ -366,7 +366,7 @@ def playground(*, page: PageOptions, model: ModelOptions) -> None:
 
 
 def _judges(traits: list[str], chat_model: Any, datasets: Path | None) -> dict[str, Any]:
-    """Return what builds the embedded judge of every trait that has labelled answers."""
+    """Return what builds the default judge of every trait that is known."""
     from persona_lora.core.traits import list_traits, load_trait
     from persona_lora.judges.choice import JudgeOptions, make_judge
 

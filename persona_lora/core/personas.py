@@ -18,6 +18,7 @@ from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
 from persona_lora.core.resources import resource_path, search_folders
 
 LARGEST_COEFFICIENT = 4.0  # beyond this nothing answers
+WEIGHTS = "_best_weights"  # how the file of a search's weights ends
 BUILT = ("final_judge_prompt.txt", "persona_profile.txt", "persona_samples.json")
 ConversationSplit = Literal["train", "test"]
 
@@ -139,8 +140,12 @@ class Coefficients:
 
 
 def saved_mixes(folder: Path) -> list[str]:
-    """Return the names of the mixes in a folder, as they are there now."""
-    return sorted(path.stem for path in folder.glob("*.json"))
+    """Return the names of the mixes in a folder, as they are there now: of coefficients.
+
+    The weights of a search are none, being in units of the search.
+    """
+    paths = (path for path in folder.glob("*.json") if not path.stem.endswith(WEIGHTS))
+    return sorted(path.stem for path in paths)
 
 
 def list_personas(personas: Path | None = None) -> list[str]:

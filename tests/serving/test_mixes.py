@@ -13,6 +13,7 @@ from persona_lora.serving.mixes import Personas, UnknownPersona
 def personas(tmp_path):
     write_json(tmp_path / "candid.json", {"evil": -1.0, "x-2": 0.5})
     write_json(tmp_path / "other.json", {"greed": 1.0})
+    write_json(tmp_path / "ann_best_weights.json", {"evil": 0.5})  # in units of the search
     write_json(tmp_path / "list.json", [1.0])
     (tmp_path / "torn.json").write_text('{"evil":')
     return Personas(("evil", "formality", "x-2"), tmp_path, {"evil": lambda nats: 100 * nats.value})

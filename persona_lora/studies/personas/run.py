@@ -21,7 +21,7 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_json
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
-from persona_lora.core.personas import Coefficients, Persona, PersonaPrompts
+from persona_lora.core.personas import WEIGHTS, Coefficients, Persona, PersonaPrompts
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
@@ -596,7 +596,7 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
     best = result.fit_of(result.best)
     by_iteration = _best_so_far(result.search.candidates)
     speaker = speaker_of(problem, method)
-    write_json(folder / f"{problem.name}_best_weights.json", result.weights.as_dict())
+    write_json(folder / f"{problem.name}{WEIGHTS}.json", result.weights.as_dict())
     write_json(
         folder / f"{problem.name}_optimization.json",
         {
