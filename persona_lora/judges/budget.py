@@ -83,8 +83,8 @@ class Budget:
                 raise UserError(f"{name} is {cap}; expected a number of at least 0, or none")
         if self.max_cost is not None and self.prices is None:
             raise UserError(
-                "a cost cap needs the model's prices, which are not known here; give the dollars "
-                "per million prompt and completion tokens, or cap the requests instead"
+                "a cost cap needs the model's prices, which are not known here; leave out "
+                f"--max-judge-cost, or ask one of {', '.join(KNOWN_PRICES)}"
             )
 
     def reserve(self, prompt: str, completion_tokens: int) -> Reservation:

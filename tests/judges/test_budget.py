@@ -55,7 +55,7 @@ def test_budget_cost_cap_holds_for_requests_on_their_way():
 
 
 def test_budget_refuses_a_cost_cap_without_prices_and_caps_that_are_no_numbers():
-    with pytest.raises(UserError, match="prices"):
+    with pytest.raises(UserError, match="leave out --max-judge-cost"):
         Budget(max_cost=1.0)
     for cap in (-1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="max_cost"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Run
+from persona_lora.core.settings import read_yaml
 from persona_lora.core.traits import list_traits, load_pairs, load_trait
 from persona_lora.judges import choice
 from persona_lora.judges.choice import JudgeOptions, make_judge, second_name
@@ -203,3 +207,9 @@ def test_coherence_is_scaled_by_answers_of_every_trait(chat_model, tmp_path, mon
     assert bad < 50 < good
     with pytest.raises(UserError, match=r"no trait has a train\.jsonl"):
         choice.coherence_scorer(chat_model, tmp_path)
+
+
+def test_the_configuration_for_an_endpoint_takes_a_model_of_unknown_prices():
+    path = resource_path(Path("train_configs/optimize_svd_endpoint.yaml"))
+    options = JudgeOptions(**read_yaml(path)["judge"], judge_model="my-model")
+    assert options.budget.usage().dollars is None
