@@ -9,7 +9,8 @@ Everything is fitted to the tuning part of ``onpolicy.jsonl`` and to nonsense ma
 classifier to ``train.jsonl``, surface counts without nonsense). "Tuning" is the rank correlation
 inside a model and condition on that part with the question held out: what a choice may rest on. The
 rest is the validation part. ``--curve`` tells instead how the reader probe's agreement grows with
-the number of rated answers, ``--surface`` what nine surface counts explain of it, ``--asked`` how a
+the number of rated answers, ``--surface`` what nine surface counts explain of it, ``--spread`` how
+much there is to tell inside a condition, ``--asked`` how a
 language model agrees that is asked for a digit, in two wordings. ``--likelihood`` adds what asks
 the language model for likelihoods; it takes longest.
 """
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
@@ -41,10 +43,11 @@ from persona_lora.judges.fitted import cache_folder, counts_of, made_up
 from persona_lora.judges.judge_prompts import weighted_score
 from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import fit_probe
-from persona_lora.judges.probe_judge import SentenceEvidence
+from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.report.scores import grouped
 
 Scores = NDArray[np.float64]
 Rows = Sequence[RatedAnswer]
@@ -265,6 +268,42 @@ def _within(scores: Scores, ratings: Scores, places: NDArray[np.integer]) -> flo
     return within_groups(scores.tolist(), ratings.tolist(), list(map(str, places)))
 
 
+def spread(traits: Sequence[Trait], chat_model: ChatModel, wide: float = 10.0) -> None:
+    """Print how much the answers of a condition differ at all, and what is told where they do.
+
+    Of the validation part, conditions with eight answers and more: medians over them of the
+    standard deviation of ratings and of one pass's error; then the default reader's rank
+    correlation inside conditions, all and those with at least ``wide`` points of deviation, and
+    the two passes' there.
+    """
+    print("| trait | SD | a pass's error | within | where SD ≥ 10 (conditions) | passes there |")
+    print("|---|---|---|---|---|---|")
+    for trait in traits:
+        judge = ProbeJudge.of(ReaderEvidence(Reader(chat_model, trait)))
+        rows, scores = load_ratings(trait), judge.fitted.scores["trait"]
+        held = [at for at, row in enumerate(rows) if row.part == "validation"]
+        by_condition = grouped(held, lambda at, rows=rows: (rows[at].model, rows[at].condition))
+        found = []
+        for places in by_condition.values():
+            passes = np.array([rows[at].trait for at in places], float)
+            if len(places) < 8 or np.ptp(passes.mean(axis=1)) == 0:
+                continue
+            rho = spearmanr(scores[places], passes.mean(axis=1)).statistic
+            error = np.std(passes[:, 0] - passes[:, 1]) / 2**0.5
+            own = spearmanr(*passes.T).statistic
+            found.append((len(places), np.std(passes.mean(axis=1)), error, rho, own))
+        size, deviation, error, rho, own = np.array(found).T
+        some = deviation >= wide
+        cells = [
+            f"{np.median(deviation):.0f}",
+            f"{np.median(error):.0f}",
+            number(np.average(rho, weights=size)),
+            f"{number(np.average(rho[some], weights=size[some]))} ({some.sum()} of {len(some)})",
+            number(np.average(own[some], weights=size[some])),
+        ]
+        print(f"| {trait.name} | {' | '.join(cells)} |", flush=True)
+
+
 DIGIT = """{shots}Question: {question}
 Answer: {answer}
 
@@ -316,6 +355,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("trait", "sense"), default="trait")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--surface", action="store_true")
+    parser.add_argument("--spread", action="store_true")
     parser.add_argument("--asked", default=None, help="a language model that is asked for a number")
     parser.add_argument("--sample", type=int, default=100, help="answers that --asked is asked on")
     parser.add_argument("--likelihood", action="store_true")
@@ -323,6 +363,9 @@ def main() -> None:
     options = parser.parse_args()
     named = {} if options.reader is None else {"name": options.reader}
     chat_model = load_chat_model(dtype="float32", **named)
+    if options.spread:
+        spread([load_trait(name) for name in options.traits], chat_model)
+        return
     benches = [Bench(load_trait(name), options.scale, chat_model) for name in options.traits]
     if options.surface:
         surface(benches)
