@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -103,7 +103,7 @@ class Strengths:
     floor: float | None = None
 
     def coherent(self) -> tuple[float, float]:
-        """Return the outermost coefficients of both signs up to which answers are coherent.
+        """Return the coefficients of both signs up to which answers are coherent.
 
         0 where none is; without an end where coherence was not judged.
         """
@@ -113,10 +113,16 @@ class Strengths:
         return low, high
 
     def _last_coherent(self, sign: float, floor: float) -> float:
-        def holds(point: Moved) -> bool:
-            return point.coherence is not None and point.coherence >= floor
-
-        return [0.0, *(each.coefficient for each in takewhile(holds, self.of(sign)))][-1]
+        """Return where coherence falls under the floor: between two points, log-linearly."""
+        last, before = 0.0, floor
+        for point in self.of(sign):
+            if point.coherence is None or (point.coherence < floor and not last):
+                break
+            if point.coherence < floor:
+                share = (before - floor) / (before - point.coherence)
+                return last * (point.coefficient / last) ** share
+            last, before = point.coefficient, point.coherence
+        return last
 
     def coherent_line(self) -> str:
         """Return the same in words, and where it ends only because the measurement does."""

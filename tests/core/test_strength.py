@@ -69,7 +69,9 @@ def test_beyond_what_was_measured_or_rises_no_more_nothing_is_guessed(quadratic)
 @pytest.mark.parametrize(
     ("scores", "ends"),
     [
-        ((90, 80, 49, 90, 90), (-0.25, 0.25)),  # what comes after a gap does not count
+        # between 80 and 49, by the logarithm; what comes after a gap does not count
+        ((90, 80, 49, 90, 90), (-0.25 * 2 ** (30 / 31), 0.25 * 2 ** (30 / 31))),
+        ((90, 90, 80, 20, 90), (-0.5 * 2**0.5, 0.5 * 2**0.5)),
         ((49, 90, 90, 90, 90), (0.0, 0.0)),
         ((50, 50, 50, 50, 50), (-2.0, 2.0)),
         ((90, None, 90, 90, 90), (-0.125, 0.125)),
@@ -77,12 +79,14 @@ def test_beyond_what_was_measured_or_rises_no_more_nothing_is_guessed(quadratic)
 )
 def test_the_coherent_range_goes_outwards_from_zero(quadratic, scores, ends):
     points = [each._replace(coherence=scores[at % 5]) for at, each in enumerate(quadratic.points)]
-    assert dataclasses.replace(quadratic, points=tuple(points), floor=50.0).coherent() == ends
+    assert dataclasses.replace(quadratic, points=tuple(points), floor=50.0).coherent() == (
+        pytest.approx(ends)
+    )
 
 
 def test_beyond_the_coherent_range_a_coefficient_is_warned_of(quadratic, tmp_path, caplog):
     path = tmp_path / "diff"
-    points = [each._replace(coherence=90.0 if each.nats <= 1 else 9.0) for each in quadratic.points]
+    points = [each._replace(coherence=50.0 if each.nats <= 1 else 9.0) for each in quadratic.points]
     dataclasses.replace(quadratic, points=tuple(points), floor=50.0).save(path)
     within = [0.5, Nats(1.0), Nats(-1.0), -0.5, 0.0]
     assert coefficients_of(within, path, "digest") == pytest.approx((0.5, 1.0, -0.5, -0.5, 0.0))
