@@ -87,7 +87,8 @@ def test_an_unknown_trait_names_its_neighbours(tmp_path):
     ],
 )
 def test_a_malformed_pair_is_named_by_file_and_line(tmp_path, row, message):
-    good = {key: [{"role": "user", "content": "x"}] for key in ("prompt", "positive", "negative")}
+    roles = {"prompt": "user", "positive": "assistant", "negative": "assistant"}
+    good = {key: [{"role": role, "content": key}] for key, role in roles.items()}
     trait = write_trait(tmp_path, [good, {**good, **row}])
     with pytest.raises(UserError, match=rf"train\.jsonl:2.*{message}"):
         load_pairs(trait)
