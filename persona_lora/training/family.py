@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_path
+from persona_lora.core.files import atomic_path, ensure_writable_folder
 from persona_lora.core.json_text import parse_json
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.tensor_files import load_safetensors, opened
@@ -111,16 +112,10 @@ def open_family(
     targets = lora_targets(chat_model, lora.lora_target_modules or [])
     modules = linear_modules(chat_model.model)
     widths = {name: features(modules[name])[1] for name in targets}
-    if not path.exists():
-        factors, origin = _drawn(widths, lora.lora_r, seed), f"seed {seed}"
-        if by_inputs:
-            inputs = kept_inputs(chat_model, load_ordinary_prompts())
-            factors, origin = (
-                _led(inputs, widths, lora.lora_r),
-                f"inputs of prompts {inputs.prompts[:16]}",
-            )
-        base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
-        Family(factors, base, origin).save(path)
+    ensure_writable_folder(path.parent)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # two runs at once have one family
+        if not path.exists():
+            _draw(chat_model, widths, lora.lora_r, seed, by_inputs).save(path)
     family = Family.load(path)
     _check(family, path, chat_model, widths, lora.lora_r)
     if by_inputs and family.origin.startswith("seed"):
@@ -129,6 +124,16 @@ def open_family(
             "name a file that is not there yet"
         )
     return family
+
+
+def _draw(
+    chat_model: ChatModel, widths: Mapping[str, int], rank: int, seed: int, by_inputs: bool
+) -> Family:
+    base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
+    if not by_inputs:
+        return Family(_drawn(widths, rank, seed), base, f"seed {seed}")
+    inputs = kept_inputs(chat_model, load_ordinary_prompts())
+    return Family(_led(inputs, widths, rank), base, f"inputs of prompts {inputs.prompts[:16]}")
 
 
 def _check(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, mix
 from persona_lora.models.loading import load_chat_model
 from persona_lora.projections import inputs
-from persona_lora.training import trainer
+from persona_lora.training import family, trainer
 from persona_lora.training.contrastive import main
 from persona_lora.training.family import Family
+from persona_lora.training.lora import LoRAArguments
 from persona_lora.training.trainer import CompletionTrainer
 
 Arguments = Callable[..., list[str]]
@@ -147,3 +150,21 @@ def test_another_A_is_another_run(run_arguments: Arguments, tmp_path: Path):
     path.unlink()
     with pytest.raises(UserError, match=r"another configuration .*family"):
         main(run_arguments(tmp_path / "run", "--family", str(path), "--seed", "3"))
+
+
+def test_two_runs_at_once_draw_one_family(chat_model, tmp_path: Path, monkeypatch):
+    draw = family._draw
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        return draw(*arguments)
+
+    monkeypatch.setattr(family, "_draw", slowly)
+    lora = LoRAArguments(lora_r=2, lora_target_modules=["q_proj"])
+
+    def opened(seed: int) -> str:
+        path = tmp_path / "base.safetensors"
+        return family.open_family(path, chat_model, lora, seed=seed, by_inputs=False).content()
+
+    with ThreadPoolExecutor(3) as threads:
+        assert len(set(threads.map(opened, range(3)))) == 1
