@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from persona_lora.core.runs import Run
+from persona_lora.models.hardware import gpu_available
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Launched(Processes):
     """The processes that ``accelerate launch`` started."""
 
     def __init__(self) -> None:
-        state = PartialState()
+        state = PartialState(cpu=not gpu_available())  # else each would take itself for the only one
         self.index = int(state.process_index)
         self.count = int(state.num_processes)
 

@@ -553,12 +553,14 @@ from tests.studies.personas.test_run import (
     EvenCoherence, LetterJudge, OPTIONS, PROMPTS, even_relevance, letter_counts
 )
 
-own, personas, out, model = map(Path, sys.argv[1:])
+own, personas, out, model = map(Path, sys.argv[1:5])
+processes = current_processes(os.environ)
+assert processes.count == int(sys.argv[5]), processes.count
 problem = PersonaProblem(
     load_chat_model(str(model), device_map="cpu", allow_other_base=True),
     load_persona("ann", personas), PROMPTS,
     LetterJudge(), LetterJudge(), EvenCoherence(), even_relevance, letter_counts,
-    GenerationOptions(max_new_tokens=6), current_processes(os.environ),
+    GenerationOptions(max_new_tokens=6), processes,
 )
 diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}
 method = Method("lora", bank_of_diffs(diffs), {"calm": 1.0, "loud": 0.5})
@@ -572,19 +574,20 @@ def test_two_processes_find_what_one_finds(bench, personas, model_folder, tmp_pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     root = Path(__file__).resolve().parents[3]
     for number in (1, 2):
-        arguments = [str(script), tmp_path / "own", personas, tmp_path / str(number), model_folder]
+        arguments = [script, tmp_path / "own", personas, tmp_path / str(number), model_folder]
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-        setting = ["--cpu", "--num_processes", str(number), "--num_machines", "1"]
-        quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        # With --cpu one process would be started, whatever the number.
+        config = "train_configs/accelerate/two_processes_cpu.yaml"
+        setting = ["--config_file", config, "--num_processes", str(number)]
         done = subprocess.run(
-            [*launch, *setting, *quiet, *map(str, arguments)],
+            [*launch, *setting, *map(str, arguments), str(number)],
             env=environment,
             cwd=root,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-4000:]
     one, two = (
         {
             path.name: (tmp_path / str(number) / "run" / path.name).read_text()
