@@ -385,10 +385,10 @@ def paired(
 @command("report", COMPARE)
 def report(
     *,
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of sweeps.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders: sweep, evaluate, compare, optimize …")],
     output: Annotated[Path, "The HTML file to write."] = Path("results/report.html"),
 ) -> None:
-    """Write one self-contained HTML page about one or several sweeps.
+    """Write one self-contained HTML page about one or several runs.
 
     Example: persona-lora report results/sweep/evil results/sweep/sycophancy
     """

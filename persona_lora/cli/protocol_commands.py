@@ -21,7 +21,7 @@ class Frozen:
     """What a protocol freezes; units, test and correction are those of the command's report."""
 
     command: Annotated[Held, "The command that is to be run."]
-    questions: Annotated[Mapping[str, int], "How many are asked: eval=20,ood=10."]
+    questions: Annotated[Mapping[str, int], "How many are asked: eval=40,ood=16."]
     family: Annotated[
         tuple[Annotated[str, "may hold spaces"], ...],
         'The comparisons that are corrected together: "+1,+2", or "eval: activation".',
@@ -73,7 +73,7 @@ def preregister(
     Give the file to the run as --protocol: it is refused where it does anything else, and its
     report says that it was pre-registered. Publish the hash, or commit the file, to show when.
 
-    Example: persona-lora preregister --command sweep --questions eval=20 --family=-1,+1
+    Example: persona-lora preregister --command sweep --questions eval=40 --family=-1,+1
     --settings '{"trait": "evil", "coefficients": [-1, 0, 1]}' --output protocol.yaml
     """
     import yaml
