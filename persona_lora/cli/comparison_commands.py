@@ -385,7 +385,7 @@ def paired(
 @command("report", COMPARE)
 def report(
     *,
-    runs: Annotated[list[Path], typer.Argument(help="Run folders: sweep, evaluate, compare, optimize …")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs: sweep, evaluate, compare, optimize …")],
     output: Annotated[Path, "The HTML file to write."] = Path("results/report.html"),
 ) -> None:
     """Write one self-contained HTML page about one or several runs.

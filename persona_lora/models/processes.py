@@ -39,7 +39,7 @@ class Launched(Processes):
     """The processes that ``accelerate launch`` started."""
 
     def __init__(self) -> None:
-        state = PartialState(cpu=not gpu_available())  # else each would take itself for the only one
+        state = PartialState(cpu=not gpu_available())  # where each would be alone
         self.index = int(state.process_index)
         self.count = int(state.num_processes)
 
