@@ -91,6 +91,11 @@ def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkey
         *("--ratings", "a.ada.jsonl,a.ben.jsonl", "--judge-model", model_folder),
         *("--model", model_folder, "--dtype", "float32"),
     )
+    write_jsonl(tmp_path / "a.few.jsonl", read_jsonl(tmp_path / "a.ben.jsonl")[:20])
+    status, _, error = run(*("a.ada.jsonl,a.few.jsonl" if "," in str(w) else w for w in fit))
+    assert status == 2
+    assert "too few to fit a judge" in error
+    assert not (tmp_path / "cheer" / "onpolicy.jsonl").exists()  # the trait would have no judge
     status, out, error = run(*fit)
     assert status == 0, error
     labels = read_jsonl(tmp_path / "cheer" / "onpolicy.jsonl")

@@ -385,6 +385,7 @@ COMMANDS = {
         {
             f"{X}core.files:write_jsonl": None,
             f"{X}judges.labels:rated_rows": [],
+            f"{X}judges.probe:check_enough": None,
             f"{X}judges.labels:load_ratings": [],
             f"{X}judges.fitness:rater_agreement": types.SimpleNamespace(
                 kappa=0.37, spearman=0.37, n=3

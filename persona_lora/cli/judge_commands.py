@@ -131,6 +131,7 @@ def fit(
     from persona_lora.judges.choice import reading_model
     from persona_lora.judges.fitness import rater_agreement
     from persona_lora.judges.labels import SCALES, AnswerFile, RatingSheet, load_ratings, rated_rows
+    from persona_lora.judges.probe import check_enough
     from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence
     from persona_lora.report.wording import number
 
@@ -141,6 +142,7 @@ def fit(
     rows = rated_rows([RatingSheet(answers, Path(each)) for each in ratings])
     with progress_bars():
         reader = reading_model(judge_model, load_model(model))
+    check_enough([row["question"] for row in rows if row["part"] == "tuning"])
     write_jsonl(path, rows)
     for scale in SCALES:
         passes = rater_agreement(load_ratings(loaded), scale)
