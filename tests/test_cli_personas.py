@@ -12,6 +12,7 @@ import pytest
 
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.personas import Coefficients, saved_mixes
 from persona_lora.core.runs import Run
 from persona_lora.judges import choice
 from persona_lora.models.loading import load_chat_model
@@ -69,6 +70,9 @@ def test_a_search_ends_with_weights_and_a_report(run, place, tmp_path):
     assert "AUC" in out
     weights = json.loads((tmp_path / "out" / "episode-000101_B_best_weights.json").read_text())
     assert sorted(weights) == sorted(TRAITS)
+    saved = [name for name in saved_mixes(tmp_path / "out") if name.endswith("_mix")]
+    assert saved == ["episode-000101_B_mix"]
+    assert sorted(Coefficients.read(tmp_path / "out" / f"{saved[0]}.json").traits) == sorted(TRAITS)
     assert "<html" in (tmp_path / "out" / "episode-000101_B_lora" / "report.html").read_text()
     again = run(
         *words, "--save-dir", "again", "--min-coherence", 0, "--race",

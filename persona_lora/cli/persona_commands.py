@@ -378,6 +378,7 @@ def optimize(
 
 
 def _show_search(results: Any, folder: Path, problem: Problem, objective: ObjectiveOptions) -> None:
+    from persona_lora.core.personas import MIX, WEIGHTS
     from persona_lora.core.runs import Run
     from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
@@ -417,6 +418,7 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         f"{trait} {value:+.2f}" for trait, value in result.weights.as_dict().items()
     )
     found = result.search
+    mix = folder / f"{result.persona_id}{MIX}.json"
     show(
         standing(Run(result.folder)),
         f"{seeds_line(rows)} {constraints_line(reported)}",
@@ -425,7 +427,8 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         f"weights (the {result.best}, which stood highest on fresh prompts): {weights}",
         f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
         f"{found.reason}; best training value {wording.number(found.best.value, 2)}",
-        f"weights: {folder / result.persona_id}_best_weights.json",
+        f"weights: {folder / result.persona_id}{WEIGHTS}.json",
+        *(f"mix:     {each} (for serve and the playground)" for each in [mix] if each.is_file()),
         f"report:  {result.folder / 'report.html'}",
     )
     for check in problem.checks:

@@ -19,6 +19,7 @@ from persona_lora.core.resources import resource_path, search_folders
 
 LARGEST_COEFFICIENT = 4.0  # beyond this nothing answers
 WEIGHTS = "_best_weights"  # how the file of a search's weights ends
+MIX = "_mix"  # and that of the coefficients which they are
 BUILT = ("final_judge_prompt.txt", "persona_profile.txt", "persona_samples.json")
 ConversationSplit = Literal["train", "test"]
 

@@ -19,7 +19,7 @@ from persona_lora.core.chat import Conversation, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
-from persona_lora.core.personas import Coefficients, saved_mixes
+from persona_lora.core.personas import WEIGHTS, Coefficients, saved_mixes
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
@@ -188,6 +188,8 @@ class MixingDesk:
         UserError for a name that is none or is taken by another mix, and for a full folder.
         """
         path = folder / f"{file_name(name)}.json"
+        if path.stem.endswith(WEIGHTS):
+            raise UserError(f"a name that ends in {WEIGHTS} is a search's; give another one")
         if path.exists():
             if path.is_file() and read_json(path) == mix.as_dict():
                 return path

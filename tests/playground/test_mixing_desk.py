@@ -129,7 +129,8 @@ def test_a_mix_is_never_written_over_another_nor_without_end(desk, tmp_path, mon
     desk.save(desk.mix([1.0, 0.0]), tmp_path, "mine")
     with pytest.raises(UserError, match="another name"):
         desk.save(desk.mix([0.5, 0.0]), tmp_path, "mine")
-    for name, words in (("", "name first"), ("ü" * 31, "too long")):
+    refused = {"": "name first", "ü" * 31: "too long", "x_best_weights": "is a search's"}
+    for name, words in refused.items():
         with pytest.raises(UserError, match=words):
             desk.save(desk.mix([0.5, 0.0]), tmp_path, name)
     monkeypatch.setattr("persona_lora.playground.mixing_desk.MOST_MIXES", 1)

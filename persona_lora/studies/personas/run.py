@@ -21,7 +21,7 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, write_json
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
-from persona_lora.core.personas import WEIGHTS, Coefficients, Persona, PersonaPrompts
+from persona_lora.core.personas import MIX, WEIGHTS, Coefficients, Persona, PersonaPrompts
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
@@ -205,7 +205,8 @@ def optimise_persona(
     """Search, then score on held-out prompts; run again, it goes on where it stopped.
 
     Writes the run folder (``generations.jsonl``, ``held_out.jsonl``) and beside it
-    ``{persona}_optimization.json`` and ``{persona}_best_weights.json``.
+    ``{persona}_optimization.json`` and ``{persona}_best_weights.json``; for whole diffs
+    ``{persona}_mix.json`` as well, which is what ``serve`` and the playground take.
     """
     _check_fresh(problem.prompts, objective)
     if problem.parts is not None and method.searcher == "cmaes":
@@ -596,7 +597,10 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
     best = result.fit_of(result.best)
     by_iteration = _best_so_far(result.search.candidates)
     speaker = speaker_of(problem, method)
+    coefficients = speaker.coefficients(result.weights)
     write_json(folder / f"{problem.name}{WEIGHTS}.json", result.weights.as_dict())
+    if method.directions.diffs and not any("@" in name for name in coefficients):  # whole diffs
+        write_json(folder / f"{problem.name}{MIX}.json", coefficients)
     write_json(
         folder / f"{problem.name}_optimization.json",
         {
@@ -607,7 +611,7 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
             "alpha": method.alpha,
             "trained": method.trained,
             "best_weights": result.weights.as_dict(),
-            "best_coefficients": speaker.coefficients(result.weights),
+            "best_coefficients": coefficients,
             "best": result.best,
             "best_score": best.fit.mean,
             "num_iterations": result.search.iterations,

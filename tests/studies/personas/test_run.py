@@ -46,6 +46,7 @@ from persona_lora.studies.personas.run import (
     optimise_over_seeds,
     optimise_persona,
     persona_system_prompt,
+    speaker_of,
 )
 from persona_lora.studies.personas.search import SearchOptions
 from persona_lora.studies.report_page import write_report
@@ -138,6 +139,13 @@ def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
     weights = json.loads((tmp_path / "ann_best_weights.json").read_text())
     assert record["persona_id"] == "ann"
     assert record["best_weights"] == weights == result.weights.as_dict()
+    mix = json.loads((tmp_path / "ann_mix.json").read_text())
+    assert (
+        record["best_coefficients"]
+        == mix
+        == speaker_of(problem, method).coefficients(result.weights)
+    )
+    assert mix != weights
     assert record["best_score"] == result.fit_of(result.best).fit.mean
     assert record["best"] == result.best
     assert (record["num_iterations"], record["num_evaluations"]) == (3, 12)
