@@ -253,6 +253,13 @@ class Searched(Sought):
         if self.search == "random":
             refuse_useless("inject", "with --search random, which draws every candidate")
 
+    def injected(self, searching: SearchOptions) -> SearchOptions:
+        """Return search options with the mixes that are given by --inject."""
+        from persona_lora.core.personas import Coefficients
+
+        mixes = tuple(Coefficients.read(path).as_dict() for path in self.inject)
+        return dataclasses.replace(searching, inject=mixes)
+
     def check_budget(self, searching: SearchOptions, num_prompts: int) -> None:
         """UserError for a library that is missing, and for prompts that leave out a target."""
         from persona_lora.studies.personas.search import optuna_for
@@ -335,7 +342,7 @@ def optimize(
     Example: persona-lora optimize --persona-id episode-000101_A --method lora
     --max-iterations 10 --num-prompts 10
     """
-    from persona_lora.core.personas import Coefficients, load_persona
+    from persona_lora.core.personas import load_persona
     from persona_lora.studies.personas.goals import name_of_goal
     from persona_lora.studies.personas.run import optimise_over_seeds
 
@@ -343,8 +350,7 @@ def optimize(
     searched.check_budget(searching, bench.num_prompts)
     objective = searched.limited(objective)
     wanted, scorer, prompts = searched.read()
-    mixes = tuple(Coefficients.read(path).as_dict() for path in searched.inject)
-    searching = dataclasses.replace(searching, inject=mixes)
+    searching = searched.injected(searching)
     name = searched.persona_id or name_of_goal(wanted, scorer, searched.pareto)
     folder = output.output
     engine = EngineOptions(searched.engine)

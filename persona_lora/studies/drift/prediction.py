@@ -96,16 +96,11 @@ def predict_finetuning(
         "layer": study.layer,
         "max_new_tokens": options.max_new_tokens,
     }
-    contents = {name: model_folder_digest(at) for name, at in study.finetunes.items()}
-    first = {content: name for name, content in reversed(contents.items())}
-    for name, content in contents.items():
-        if first[content] != name:
-            raise UserError(f"{name} is the finetune {first[content]} once more; leave one out")
     read = (
         *(trait.inputs() for trait in study.traits),
         contents_of("diff", study.diffs),
         contents_of("vector", study.vectors),
-        {f"the finetune {name}": content for name, content in contents.items()},
+        _finetune_contents(study),
         {"the ordinary prompts": digest_of(load_ordinary_prompts())} if study.diffs else {},
     )
     run = open_run(
@@ -141,6 +136,16 @@ def predict_finetuning(
         write_csv(run.folder / "prediction.csv", list(table[0]), table)
         render_prediction(*rows).save(run.folder / "prediction.png")
     return run
+
+
+def _finetune_contents(study: DriftStudy) -> dict[str, str]:
+    """Return digests of the finetunes; UserError for one that is given twice under two names."""
+    contents = {name: model_folder_digest(at) for name, at in study.finetunes.items()}
+    first = {content: name for name, content in reversed(contents.items())}
+    for name, content in contents.items():
+        if first[content] != name:
+            raise UserError(f"{name} is the finetune {first[content]} once more; leave one out")
+    return {f"the finetune {name}": content for name, content in contents.items()}
 
 
 def _keep_those_of(study: DriftStudy, run: Run) -> None:
