@@ -53,8 +53,7 @@ from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, Sentence
 from persona_lora.judges.rules import RuleJudge, check_rules
 from persona_lora.judges.verdicts import Judges
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
-from persona_lora.models.last_states import answer_likelihoods
-from persona_lora.models.likelihood import next_token_logprobs
+from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model, named_content
 
 logger = logging.getLogger(__name__)
@@ -275,7 +274,7 @@ def _likelihood_under(reference: ChatModel) -> MeanLogprob:
     def mean_logprob(exchanges: Sequence[Exchange]) -> list[float]:
         # Coherence asks the base model, also where an adapter is being evaluated.
         with reference.base(), progress.stage("coherence"):
-            return answer_likelihoods(reference, exchanges)
+            return mean_logprobs(reference, exchanges)
 
     return mean_logprob
 

@@ -38,7 +38,6 @@ from persona_lora.judges.style_judge import (
     Voices,
     has_words,
 )
-from persona_lora.models.last_states import answer_likelihoods
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.profiles.judge_prompt import checked_judge_prompt, fill_judge_prompt
@@ -296,7 +295,7 @@ def fit_coherence(
             ]
     return CoherenceScorer.fit(
         exchanges,
-        mean_logprob=lambda asked: answer_likelihoods(chat_model, asked),
+        mean_logprob=lambda asked: mean_logprobs(chat_model, asked),
         judge_name="embedding",
         seed=seed,
     )

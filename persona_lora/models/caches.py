@@ -8,7 +8,6 @@ carries the cache, and to guess: a pass that may be either is an error that says
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -148,15 +147,6 @@ def kept_cache(output: Mapping[str, object]) -> KeptCache | None:
         if isinstance(cache, Cache):
             return KeptCache(name, cache)
     return None
-
-
-def cache_keywords(kept: KeptCache | None, rows: int) -> dict[str, Any]:
-    """Return what a model is called with so that its rows go on behind a cache of one row."""
-    if kept is None:
-        return {"use_cache": False}
-    cache = copy.deepcopy(kept.cache)
-    cache.batch_repeat_interleave(rows)
-    return {"use_cache": True, kept.name: cache}
 
 
 def planned_cache(config: PreTrainedConfig) -> DynamicCache:

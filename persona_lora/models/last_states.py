@@ -1,4 +1,4 @@
-"""Hidden states at the ends of prompts and over a span, and likelihoods, where prompts begin alike.
+"""The hidden states at the ends of prompts and over a span in them, where prompts begin alike.
 
 Many prompts that differ at their ends alone (one question, many answers to it) cost what their ends
 cost: what a group of them begins with goes through the model once, and its keys and values are
@@ -7,6 +7,7 @@ shared. Knows prompts as tokens; refuses to know what they say.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,23 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.models.caches import (
-    KeptCache,
-    cache_keywords,
-    kept_cache,
-    plans_sharing,
-    shares_prefix,
-)
+from persona_lora.models.caches import KeptCache, kept_cache, plans_sharing, shares_prefix
 from persona_lora.models.generation import common_prefix
 from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.likelihood import (
-    TokenizedExchange,
-    batches_by_length,
-    mean_logprobs_of_batch,
-    tokenized_answers,
-)
+from persona_lora.models.likelihood import batches_by_length
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, hidden_size, text_decoder
 
@@ -72,29 +61,6 @@ def last_states(
     return states
 
 
-@torch.inference_mode()
-def answer_likelihoods(chat_model: ChatModel, exchanges: Sequence[Exchange]) -> list[float]:
-    """Return ``mean_logprobs``: the prompt of each question is read once for all its answers.
-
-    Equal up to rounding, of a model on which nothing acts that looks at positions. An answer
-    without tokens has none: UserError.
-    """
-    tokenized = tokenized_answers(chat_model, exchanges)
-    means, done = [0.0] * len(tokenized), 0
-    for prompt in {tuple(each.prompt): None for each in tokenized}:
-        rows = [row for row, each in enumerate(tokenized) if tuple(each.prompt) == prompt]
-        texts = [tokenized[row].prompt + tokenized[row].answer for row in rows]
-        prefix, kept = _shared_prefix(chat_model, texts, len(prompt) - 1)
-        ends = [TokenizedExchange([*prompt[len(prefix) :]], tokenized[row].answer) for row in rows]
-        for batch in batches_by_length([len(each.prompt) + len(each.answer) for each in ends]):
-            found = mean_logprobs_of_batch(chat_model, [ends[at] for at in batch], kept)
-            for at, mean in zip(batch, found, strict=True):
-                means[rows[at]] = mean
-            done += len(batch)
-            progress.report(done, len(tokenized))
-    return means
-
-
 def _moved(span: range, by: int) -> range:
     return range(span.start + by, span.stop + by)
 
@@ -129,7 +95,11 @@ def _states_of(
     ids = torch.full((len(ends), longest), chat_model.tokenizer.pad_token_id)
     for row, end in enumerate(ends):
         ids[row, : len(end)] = torch.tensor(end)
-    keywords = cache_keywords(kept, len(ends))
+    keywords: dict[str, Any] = {"use_cache": False}
+    if kept is not None:
+        cache = copy.deepcopy(kept.cache)
+        cache.batch_repeat_interleave(len(ends))
+        keywords = {"use_cache": True, kept.name: cache}
     last = [range(len(end) - 1, len(end)) for end in ends]
     with _SpanMeans(model, layers, [last, spans]) as taken, suppress(_Done):
         text_decoder(model).module(input_ids=ids.to(model.device), **keywords)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.models.caches import KeptCache, cache_keywords
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.loading import ChatModel
 
@@ -65,17 +64,10 @@ def mean_logprobs(
 
     An answer without tokens has none: UserError.
     """
-    return answer_logprobs(chat_model, tokenized_answers(chat_model, exchanges, system_prompt))
-
-
-def tokenized_answers(
-    chat_model: ChatModel, exchanges: Sequence[Exchange], system_prompt: str | None = None
-) -> list[TokenizedExchange]:
-    """Return the token ids of exchanges; UserError for an answer without any."""
     tokenized = [tokenize_exchange(chat_model, each, system_prompt) for each in exchanges]
     if any(not each.answer for each in tokenized):
         raise UserError("an empty answer has no log-probability; leave it out")
-    return tokenized
+    return answer_logprobs(chat_model, tokenized)
 
 
 def answer_logprobs(
@@ -93,7 +85,7 @@ def answer_logprobs(
         batch = [tokenized[row] for row in rows]
         if prepare_batch is not None:
             prepare_batch(rows)
-        for row, mean in zip(rows, mean_logprobs_of_batch(chat_model, batch), strict=True):
+        for row, mean in zip(rows, _mean_logprobs_of_batch(chat_model, batch), strict=True):
             means[row] = mean
         done += len(rows)
         progress.report(done, len(tokenized))
@@ -197,15 +189,13 @@ def _by_text(
     return by_text
 
 
-def mean_logprobs_of_batch(
-    chat_model: ChatModel, batch: Sequence[TokenizedExchange], kept: KeptCache | None = None
+def _mean_logprobs_of_batch(
+    chat_model: ChatModel, batch: Sequence[TokenizedExchange]
 ) -> list[float]:
-    """Return the same of one batch; behind a cache of one row that all rows begin with."""
     logits = _logits_at(
         chat_model,
         [each.prompt + each.answer for each in batch],
         [range(len(each.prompt) - 1, len(each.prompt) + len(each.answer) - 1) for each in batch],
-        kept,
     )
     targets = torch.tensor([token for each in batch for token in each.answer], device=logits.device)
     log_p = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -214,10 +204,7 @@ def mean_logprobs_of_batch(
 
 @torch.inference_mode()
 def _logits_at(
-    chat_model: ChatModel,
-    ids: Sequence[list[int]],
-    positions: Sequence[range],
-    kept: KeptCache | None = None,
+    chat_model: ChatModel, ids: Sequence[list[int]], positions: Sequence[range]
 ) -> Tensor:
     """Return the logits of each row's positions, flat: ``[positions of all rows, vocabulary]``.
 
@@ -232,9 +219,7 @@ def _logits_at(
         padded[row, : len(tokens)] = torch.tensor(tokens)
         chosen[row, span.start : span.stop] = True
     with only_positions(model.get_output_embeddings(), chosen):
-        logits: Tensor = model(
-            input_ids=padded.to(model.device), **cache_keywords(kept, len(ids))
-        ).logits
+        logits: Tensor = model(input_ids=padded.to(model.device), use_cache=False).logits
     finite = logits.amax(dim=-1).isfinite()
     if not bool(finite.all()):
         row = int(chosen.nonzero()[int((~finite).nonzero()[0])][0])

@@ -192,7 +192,7 @@ def test_coherence_is_scaled_by_answers_of_every_trait(chat_model, tmp_path, mon
         whole = [each.answer.strip()[-1] in '.!?"”' for each in exchanges]
         return [-1.0 - at / 1000 if each else -3.0 for at, each in enumerate(whole)]
 
-    monkeypatch.setattr(choice, "answer_likelihoods", sentences_are_likelier)
+    monkeypatch.setattr(choice, "mean_logprobs", sentences_are_likelier)
     scorer = choice.coherence_scorer(chat_model)
     answers = {each.answer for each in asked[0]}
     traits = [load_trait(name) for name in list_traits()]

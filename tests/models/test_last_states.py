@@ -7,12 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.models import last_states as module
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.last_states import last_states
-from persona_lora.models.likelihood import TokenizedExchange, mean_logprobs
+from persona_lora.models.likelihood import TokenizedExchange
 
 BEGINNINGS = {"a": list(range(10, 40)), "b": list(range(60, 90)), "short": [5]}
 PROMPTS = [
@@ -80,31 +79,3 @@ def test_progress_counts_prompts_and_nan_is_refused(chat_model, make_model):
     broken.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="gives NaN or infinity for the hidden states"):
         last_states(dataclasses.replace(chat_model, model=broken), TOKENS, GROUPS, (1,), SPANS)
-
-
-@pytest.mark.parametrize("shares", [True, False])
-def test_likelihoods_behind_a_shared_prompt_are_those_of_whole_texts(
-    chat_model, monkeypatch, shares
-):
-    if not shares:
-        monkeypatch.setattr(module, "plans_sharing", lambda *_, **__: False)
-    longer = "a question that is long enough to be shared by all of its answers"
-    exchanges = [
-        Exchange(question, answer)
-        for question in (longer, "why?", "asked once, and answered once, at some length")
-        for answer in ("because", "no", "a longer answer than those before it")
-    ][:7]
-    exchanges = exchanges[::2] + exchanges[1::2]  # in no order
-    read, forward = [], chat_model.model.forward
-    monkeypatch.setattr(
-        chat_model.model,
-        "forward",
-        lambda **given: read.append(given["input_ids"].numel()) or forward(**given),
-    )
-    found = module.answer_likelihoods(chat_model, exchanges)
-    less = sum(read)
-    read.clear()
-    assert found == pytest.approx(mean_logprobs(chat_model, exchanges), abs=1e-5)
-    assert (less < 0.7 * sum(read)) == shares
-    with pytest.raises(UserError, match="an empty answer"):
-        module.answer_likelihoods(chat_model, [Exchange("why?", "")])
