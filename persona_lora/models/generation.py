@@ -127,7 +127,7 @@ def generate_answers(
     prompts = [chat_model.render(conversation) for conversation in conversations]
     tokens: list[list[int]] = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     longest = max(map(len, tokens)) + max_new_tokens
-    chat_model.check_length(longest, f"a prompt and {max_new_tokens} new tokens,")
+    chat_model.check_length(longest, f"a prompt and {max_new_tokens} new ones")
     size = _affordable_rows(chat_model, longest) if batch_size == "auto" else batch_size
     if size < 1:
         raise UserError(f"batch_size must be at least 1 or auto, got {batch_size}")

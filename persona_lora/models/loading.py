@@ -141,12 +141,12 @@ class ChatModel:
             "bfloat16, steer with a smaller coefficient, or check its weights"
         )
 
-    def check_length(self, tokens: int, what: str = "a text") -> None:
+    def check_length(self, tokens: int, what: str = "one text") -> None:
         """Raise UserError for more tokens than the model has positions for."""
         window = context_window(self.model)
         if window is not None and tokens > window:
             raise UserError(
-                f"{what} of {tokens} tokens passes the {window} positions of {self.name}; ask for "
+                f"{tokens} tokens ({what}) pass the {window} positions of {self.name}; ask for "
                 "less, or leave it out"
             )
 
