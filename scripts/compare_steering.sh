@@ -5,7 +5,8 @@
 # (about half an hour a trait on two cores, training aside; resumable):
 # bash scripts/compare_steering.sh sycophancy hallucination
 # With --quick first: one trait and seed, two levels, few questions.
-# LAYER, COEFFICIENTS, QUESTIONS and SEEDS set other values; the run is exploratory then.
+# LAYER, COEFFICIENTS, QUESTIONS and SEEDS set other values; the run is exploratory then, but for a layer
+# with a protocol of its own: LAYER=28 bash scripts/compare_steering.sh sycophancy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -31,10 +32,10 @@ for trait in "$@"; do
     else
         [ -e "$diffs/seed2/diff/diff.json" ] ||
             persona-lora train --config "train_configs/$trait.yaml" --seeds "${SEEDS:-3}" --output_dir "$diffs"
-        protocol=docs/protocols/compare_$trait.yaml
-        [ -n "${LAYER:-}${COEFFICIENTS:-}${QUESTIONS:-}${SEEDS:-}" ] || [ ! -e "$protocol" ] || options+=(--protocol "$protocol")
+        protocol=docs/protocols/compare_$trait${LAYER:+_layer$LAYER}.yaml
+        [ -n "${COEFFICIENTS:-}${QUESTIONS:-}${SEEDS:-}" ] || [ ! -e "$protocol" ] || options+=(--protocol "$protocol")
     fi
     [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
     persona-lora compare --trait "$trait" --diff "$diffs" --activation-vector "$vector" \
-        --layers "${LAYER:-${layers[$trait]:-19}}" --output "$out/$trait" "${options[@]}"
+        --layers "${LAYER:-${layers[$trait]:-19}}" --output "$out/$trait${LAYER:+_layer$LAYER}" "${options[@]}"
 done
