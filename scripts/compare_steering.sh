@@ -5,8 +5,9 @@
 # (about half an hour a trait on two cores, training aside; resumable):
 # bash scripts/compare_steering.sh sycophancy hallucination
 # With --quick first: one trait and seed, two levels, few questions.
-# LAYER, COEFFICIENTS, QUESTIONS and SEEDS set other values; the run is exploratory then, but for a layer
-# with a protocol of its own: LAYER=28 bash scripts/compare_steering.sh sycophancy
+# MODEL, LAYER, COEFFICIENTS, QUESTIONS, CONTROLS and SEEDS set other values; the run is exploratory then, unless
+# PROTOCOL names what it is held to:
+# LAYER=28 PROTOCOL=docs/protocols/compare_sycophancy_layer28.yaml bash scripts/compare_steering.sh sycophancy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -23,19 +24,32 @@ fi
 declare -A layers=([evil]=19 [sycophancy]=20 [hallucination]=20 [corrigibility]=15 [formality]=13)
 declare -A strengths=([evil]=2.5,-2.5 [sycophancy]=2,-2 [hallucination]=0.75,-0.75 [corrigibility]=2,-2 [formality]=0.55,-0.55)
 
+model=${MODEL:-SmolLM2-135M-Instruct} checkpoints=checkpoints
+if [ -n "${MODEL:-}" ]; then
+    : "${LAYER:?the layers here are those of the packaged model; give one}"
+    checkpoints=checkpoints/$(basename "$MODEL" .gguf) out=$out/$(basename "$MODEL" .gguf)
+fi
 for trait in "$@"; do
-    diffs=checkpoints/seeds/$trait vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors
-    options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60 --max-questions "${QUESTIONS:-20}")
+    diffs=$checkpoints/seeds/$trait vectors=$checkpoints/vectors/$trait protocol=${PROTOCOL:-} name=$trait
+    vector=$vectors/${trait}_response_avg.safetensors
+    options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60
+        --max-questions "${QUESTIONS:-20}" --random-controls "${CONTROLS:-3}")
     if [ -n "$quick" ]; then
         diffs=checkpoints/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30)
         [ -e "$diffs/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
     else
-        [ -e "$diffs/seed2/diff/diff.json" ] ||
-            persona-lora train --config "train_configs/$trait.yaml" --seeds "${SEEDS:-3}" --output_dir "$diffs"
-        protocol=docs/protocols/compare_$trait${LAYER:+_layer$LAYER}.yaml
-        [ -n "${COEFFICIENTS:-}${QUESTIONS:-}${SEEDS:-}" ] || [ ! -e "$protocol" ] || options+=(--protocol "$protocol")
+        [ -e "$diffs/seed2/diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" \
+            --model "$model" --seeds "${SEEDS:-3}" --output_dir "$diffs"
+        if [ -n "$protocol" ]; then
+            name=$(basename "${protocol#*compare_}" .yaml)
+        elif [ -e "docs/protocols/compare_$trait.yaml" ] &&
+            [ -z "${MODEL:-}${LAYER:-}${COEFFICIENTS:-}${QUESTIONS:-}${CONTROLS:-}${SEEDS:-}" ]; then
+            protocol=docs/protocols/compare_$trait.yaml
+        fi
+        [ -z "$protocol" ] || options+=(--protocol "$protocol")
     fi
-    [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
-    persona-lora compare --trait "$trait" --diff "$diffs" --activation-vector "$vector" \
-        --layers "${LAYER:-${layers[$trait]:-19}}" --output "$out/$trait${LAYER:+_layer$LAYER}" "${options[@]}"
+    [ -e "$vector" ] || persona-lora extract --model "$model" --trait "$trait" --source answers \
+        --methods mean_diff,svd,pca --output "$vectors"
+    persona-lora compare --model "$model" --trait "$trait" --diff "$diffs" --activation-vector "$vector" \
+        --layers "${LAYER:-${layers[$trait]:-19}}" --output "$out/$name" "${options[@]}"
 done
