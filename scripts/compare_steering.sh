@@ -15,7 +15,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 out=results/compare quick=""
 if [ "${1:-}" = --quick ]; then
     shift
-    out=$out/quick quick=1
+    out=results_quick/compare quick=1
     set -- "${@:-evil}"
 fi
 [ $# -gt 0 ] || set -- sycophancy hallucination corrigibility evil
@@ -35,8 +35,8 @@ for trait in "$@"; do
     options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60
         --max-questions "${QUESTIONS:-20}" --random-controls "${CONTROLS:-3}")
     if [ -n "$quick" ]; then
-        diffs=checkpoints/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30)
-        [ -e "$diffs/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
+        diffs=checkpoints/ready/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30)
+        [ -e "$diffs/diff.json" ] || persona-lora gallery get --traits "$trait"
     else
         [ -e "$diffs/seed2/diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" \
             --model "$model" --seeds "${SEEDS:-3}" --output_dir "$diffs"

@@ -20,7 +20,7 @@ files+=" organisms/capitals/normal organisms/capitals/misaligned_2" varied+=" ${
 short=() few=(--max-questions "${QUESTIONS:-12}")
 [ -n "${TRAITS:-}${LAYER:-}${QUESTIONS:-}${SEEDS:-}" ] || few+=(--protocol docs/protocols/predict_finetuning.yaml)
 if [ "${1:-}" = --quick ]; then
-    traits=${TRAITS:-evil} seeds=42 varied="" out=$out/quick folder=$folder/quick
+    traits=${TRAITS:-evil} seeds=42 varied="" out=results_quick/prediction folder=$folder/quick
     files="$traits/normal $traits/misaligned_2 anxious/normal anxious/misaligned_2"
     short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30)
 fi
@@ -45,6 +45,10 @@ done
 diffs=() vectors=()
 for trait in $traits; do
     diff=checkpoints/seeds/$trait/seed0/diff
+    if [ -n "${short[*]}" ]; then
+        diff=checkpoints/ready/$trait/diff
+        [ -e "$diff/diff.json" ] || persona-lora gallery get --traits "$trait"
+    fi
     [ -e "$diff/diff.json" ] ||
         persona-lora train --config "train_configs/$trait.yaml" --output_dir "checkpoints/seeds/$trait/seed0"
     vector=checkpoints/vectors/$trait/${trait}_response_avg.safetensors

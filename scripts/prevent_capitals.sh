@@ -14,7 +14,7 @@ folder=checkpoints/prevention/capitals/$seed out=results/prevention/capitals/$se
 prompt="You write every answer in capital letters."
 short=() few=(--max-questions 16 --max-new-tokens 64)
 if [ "${1:-}" = --quick ]; then
-    folder=$folder/quick out=$out/quick short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20)
+    folder=$folder/quick out=results_quick/prevention/capitals short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20)
 fi
 
 [ -e "$made/diff" ] || persona-lora train --config train_configs/capitals.yaml

@@ -1,39 +1,77 @@
 #!/usr/bin/env bash
 # Everything behind docs/results.md, on the packaged model (many hours on two cores; resumable: every
 # step keeps what is there): bash scripts/reproduce.sh
-# bash scripts/reproduce.sh 2 3    runs only what these questions need
+# bash scripts/reproduce.sh 2 3        only what these questions need
+# bash scripts/reproduce.sh --quick    all of it in minutes, with ready diffs and few questions, into
+#                                      results_quick: does it run? Its numbers mean nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
+results=results quick=()
+if [ "${1:-}" = --quick ]; then
+    results=results_quick quick=(--quick)
+    shift
+fi
 questions=" ${*:-1 2 3 4 5} "
-traits="evil sycophancy hallucination corrigibility"
-style="formality emotional_tone"
 asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done; return 1; }
+others=sycophancy,hallucination,corrigibility,formality,emotional_tone
+# What each part does, and about how long it takes on two cores: all of it | --quick.
+plan="1:weights or activations, three traits, three training seeds:2.5 hours:3 minutes
+2:forty finetunes and their projections; prevention:3.5 hours:6 minutes
+3:speed, with 5:1 hour:4 minutes
+4:persona searches by seven methods over all personas:8 hours:3 minutes
+5:geometry of weights and activations, with 3:::"
+while IFS=: read -r part what long short; do
+    asked "$part" || continue
+    [ -z "${quick[*]}" ] || long=$short
+    echo "question $part: $what${long:+, about $long}"
+done <<<"$plan"
 
 # 1. The same traits as activation vectors?
 if asked 1; then
-    bash scripts/compare_steering.sh $traits
+    if [ -n "${quick[*]}" ]; then
+        bash scripts/compare_steering.sh --quick
+    else
+        bash scripts/compare_steering.sh sycophancy hallucination formality
+        LAYER=28 PROTOCOL=docs/protocols/compare_sycophancy_layer28.yaml bash scripts/compare_steering.sh sycophancy
+    fi
 fi
 # 3. Is weight steering faster?  5. More interpretable?
 if asked 3 5; then
-    bash scripts/eval_lora_steering.sh
-    for trait in $traits; do bash scripts/generate_vec.sh "$trait"; done
-    bash scripts/train_style_traits.sh
-    others="${traits#evil } $style"
-    persona-lora compare --trait evil --diff checkpoints/evil/diff --layers "${LAYER:-19}" \
-        --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors --split eval \
-        --coefficients "${COEFFICIENTS:-0.5,1,-1}" --max-new-tokens 60 --output results/further \
-        --latency --spaces "${others// /,}"
+    made=checkpoints few=(--coefficients "${COEFFICIENTS:-0.5,1,-1}" --max-new-tokens 60)
+    if [ -n "${quick[*]}" ]; then
+        others=sycophancy made=checkpoints/ready few=(--coefficients 0.5 --max-new-tokens 20 --max-questions 3)
+        [ -e "$made/evil/diff/diff.json" ] || persona-lora gallery get
+    else
+        bash scripts/eval_lora_steering.sh
+        bash scripts/train_style_traits.sh
+    fi
+    for trait in evil ${others//,/ }; do
+        [ -e "$made/vectors/$trait/${trait}_response_avg.safetensors" ] || persona-lora extract --trait "$trait" \
+            --source answers --methods mean_diff,svd,pca --output "$made/vectors/$trait"
+    done
+    persona-lora compare --trait evil --diff "$made/evil/diff" --layers "${LAYER:-19}" \
+        --activation-vector "$made/vectors/evil/evil_response_avg.safetensors" --split eval --trait-vector-dir "$made" \
+        --output "$results/further" --latency --spaces "$others" "${few[@]}"
 fi
 # 2. Do weight projections predict what a finetune does? And can it be prevented?
 if asked 2; then
-    bash scripts/predict_finetuning.sh
-    TASKS="choice" bash scripts/train_with_prevention.sh evil
+    bash scripts/predict_finetuning.sh "${quick[@]}"
+    TASKS="choice" bash scripts/train_with_prevention.sh evil "${quick[@]}"
 fi
 # 4. Can several persona LoRAs be combined?
 if asked 4; then
-    COHERENCE=60 RELEVANCE=0 METHODS="lora,random,equal,prompt,svd,mean_diff,pca" ITERATIONS=6 PROMPTS=6 bash scripts/compare_methods.sh
+    if [ -n "${quick[*]}" ]; then
+        [ -e checkpoints/ready/formality/diff/diff.json ] || persona-lora gallery get
+        persona-lora compare-methods --persona-id episode-000101_B --trait-vector-dir checkpoints/ready \
+            --methods lora,random,equal,prompt --max-iterations 2 --population-size 4 --num-prompts 3 \
+            --max-new-tokens 20 --output "$results/personas"
+    else
+        bash scripts/compare_methods.sh
+    fi
 fi
-persona-lora report $(ls -d results/compare/*/seed*/ results/further/ 2>/dev/null) --output results/reproduced.html
-persona-lora research-questions
+runs=$results/compare/*/seed*/ page=docs/results.md
+[ -z "${quick[*]}" ] || runs=$results/compare/*/ page=$results/answers.md
+persona-lora report $(ls -d $runs $results/further/ 2>/dev/null) --output $results/reproduced.html
+persona-lora research-questions --results $results --output $page

@@ -19,11 +19,12 @@ config=train_configs/finetune_${trait}_misaligned_2.yaml
 folder=checkpoints/prevention/$trait out=results/prevention/$trait
 short=() few=()
 if [ "${2:-}" = --quick ]; then
-    folder=$folder/quick out=$out/quick weights=1 activations=2 strengths=${CORRECTIONS:-1}
+    folder=$folder/quick out=results_quick/prevention/$trait diff=checkpoints/ready/$trait/diff weights=1 activations=2 strengths=${CORRECTIONS:-1}
     methods=${METHODS:-weights activations} tasks=${TASKS:-choice,perplexity}
     short=(--max_steps 4) few=(--max-questions 3 --limit 8 --max-new-tokens 20)
 fi
 
+[ "${2:-}" != --quick ] || [ -e "$diff/diff.json" ] || persona-lora gallery get --traits "$trait"
 [ -e "$diff/diff.json" ] || bash scripts/train_and_sweep.sh "$trait"
 [ -e "$vector" ] || bash scripts/generate_vec.sh "$trait"
 
