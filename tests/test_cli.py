@@ -154,6 +154,16 @@ def test_mistaken_options_are_one_line(run, words, expected):
     assert_fails(run(*words), expected)
 
 
+def test_what_processes_do_not_share_out_is_refused_to_several(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, error = run("evaluate", "--trait", "evil", "--output", "x.csv")
+    assert status == 2
+    assert "2 processes were launched, and each would do all of evaluate" in error
+    status, _, error = run("optimize", "--persona-id", "nobody", "--pareto")
+    assert status == 2
+    assert "--pareto needs two --targets" in error
+
+
 def test_no_command_at_all_shows_the_help(run):
     status, out, error = run()
     assert status == 2

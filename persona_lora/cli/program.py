@@ -149,11 +149,21 @@ def _training_options(module: str) -> list[Option]:
     return [option for group in groups for _, option in options_of(group)]
 
 
+SHARED_OUT = ("train", "finetune", "optimize", "compare-methods")  # over launched processes
+
+
 @app.callback()
 def configure(
+    context: typer.Context,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
-    """Set up logging for every command."""
+    """Set up logging for every command; UserError where processes would do the same work."""
+    name, launched = context.invoked_subcommand, int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and name not in SHARED_OUT:
+        raise UserError(
+            f"{launched} processes were launched, and each would do all of {name}; give the "
+            f"command once, without accelerate launch (shared out are {', '.join(SHARED_OUT)})"
+        )
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from transformers import BitsAndBytesConfig
 
 from persona_lora.core.errors import UserError
@@ -24,6 +25,13 @@ BF16_UNITS = ("avx512_bf16", "amx_bf16")
 def gpu_available() -> bool:
     """Say whether torch finds a GPU; without one everything runs on the CPU."""
     return torch.cuda.is_available()
+
+
+def own_device() -> str | None:
+    """Return the device of this process beside others launched with it; None where it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    return str(PartialState(cpu=not gpu_available()).device)  # on the CPU each would be alone else
 
 
 def computes_in_bfloat16(*, on_cpu: bool = False) -> bool:
@@ -141,10 +149,18 @@ def shared_arguments(options: LoadOptions) -> dict[str, Any]:
 
 
 def _placement(options: LoadOptions) -> str | None:
-    """Return transformers' device map; raises UserError for a device that is not there."""
-    wanted = options.device_map
+    """Return transformers' device map; raises UserError for a device that is not there.
+
+    Of several processes that were launched together each has a device of its own, and no other.
+    """
+    wanted, own = options.device_map, own_device()
+    if own is not None and wanted not in (None, "cpu", own):
+        raise UserError(
+            f"device_map {wanted!r} does not fit several processes, of which each has a device of "
+            f"its own ({own} here); leave it out"
+        )
     if wanted is None:
-        return "auto" if gpu_available() else None
+        return own or ("auto" if gpu_available() else None)
     if wanted in PLACEMENTS:
         return wanted
     problem: Exception | None = None

@@ -145,20 +145,16 @@ def _device_map(options: LoadOptions, config: SFTConfig) -> str | None:
 
     Raises UserError where an option says otherwise.
     """
-    state = PartialState()
-    needed = None  # the accelerator, or all of them, or the CPU
-    if config.use_cpu or is_sharded():
-        needed = "cpu"
-    elif state.num_processes > 1 and state.device.type != "cpu":
-        needed = str(state.device)
     wanted = options.device_map
-    if wanted is not None and needed is not None and wanted != needed:
-        raise UserError(
-            f"device_map {wanted!r} does not fit this run, which trains on {needed}; leave it out"
-        )
-    if wanted == "cpu" and state.device.type != "cpu":
+    if config.use_cpu or is_sharded():
+        if wanted not in (None, "cpu"):
+            raise UserError(
+                f"device_map {wanted!r} does not fit this run, which loads on the CPU; leave it out"
+            )
+        return "cpu"
+    if wanted == "cpu" and PartialState().device.type != "cpu":
         raise UserError("device_map 'cpu' leaves training on the accelerator; pass --use_cpu true")
-    return needed
+    return None  # the accelerator, or all of them, or that of this process
 
 
 def is_sharded() -> bool:

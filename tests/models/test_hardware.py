@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from persona_lora.core.errors import UserError
+from persona_lora.models import hardware
 from persona_lora.models.hardware import (
     Launch,
     computes_in_bfloat16,
     resolve_dtype,
     training_hardware,
+    weight_arguments,
 )
+from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import load_chat_model
 
 CPU, BF16, GPU = "cpu", "cpu with avx512_bf16", "gpu"
@@ -107,3 +112,33 @@ def test_a_model_kept_on_the_cpu_beside_a_gpu_has_the_type_of_the_cpu(
 ):
     simulate_machine("gpu")
     assert load_chat_model(str(model_folder), device_map="cpu").model.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("launched", "machine", "device", "wanted", "placed"),
+    [
+        ("2", "gpu", "cuda:1", None, "cuda:1"),
+        ("2", "gpu", "cuda:1", "cpu", "cpu"),
+        ("2", "gpu", "cpu", None, "cpu"),  # launched on the CPU, beside a GPU
+        ("2", "cpu", "cpu", None, "cpu"),
+        ("1", "gpu", "cuda:0", None, "auto"),
+    ],
+)
+def test_each_of_several_processes_has_one_device(
+    simulate_machine, monkeypatch, launched, machine, device, wanted, placed
+):
+    simulate_machine(machine)
+    monkeypatch.setenv("WORLD_SIZE", launched)
+    state = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(hardware, "PartialState", lambda cpu: state)
+    assert weight_arguments(LoadOptions(device_map=wanted))["device_map"] == placed
+
+
+@pytest.mark.parametrize("wanted", ["auto", "balanced", "cuda:0"])
+def test_one_of_several_processes_takes_no_device_of_another(simulate_machine, monkeypatch, wanted):
+    simulate_machine("gpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    state = SimpleNamespace(device=torch.device("cuda:1"))
+    monkeypatch.setattr(hardware, "PartialState", lambda cpu: state)
+    with pytest.raises(UserError, match=f"{wanted}.*cuda:1.*leave it out"):
+        weight_arguments(LoadOptions(device_map=wanted))
