@@ -21,4 +21,4 @@ done
 for diff in "${ready[@]}"; do
     [ -e "$diff.strength.json" ] || persona-lora calibrate --diff "$diff"
 done
-persona-lora gallery make --diffs "$(IFS=,; echo "${ready[*]}")" --output gallery
+persona-lora gallery make --diffs "$(IFS=,; echo "${ready[*]}")" --output gallery --overwrite

@@ -229,6 +229,34 @@ def test_user_errors_are_one_line(run, monkeypatch):
     assert_fails(run("sweep"), "a mistake over two lines")
 
 
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (("export", "--mix", "{diff}=1", "--output", "out"), "out/adapter_config.json"),
+        (("export", "--mix", "{diff}=1", "--format", "merged", "--output", "out"), "out"),
+        (("export", "--mix", "{diff}=1", "--format", "gguf-lora", "--output", "o.gguf"), "o.gguf"),
+        (("basis", "--diffs", "{diff}", "--output", "out"), "out"),
+        (("gallery", "make", "--diffs", "{diff}", "--output", "out"), "out"),
+        (("vectors", "convert", "v.pt", "w.pt", "--form", "published"), "w.pt"),
+    ],
+)
+def test_what_is_there_is_replaced_only_where_that_is_asked_for(
+    run, diff_folder, tmp_path, words, made
+):
+    words = [word.format(diff=diff_folder) for word in words]
+    path = tmp_path / made
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix:
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    status, _, error = run(*words)
+    assert status == 2
+    assert f"{made.partition('/')[0]} exists; choose another output or pass --overwrite" in error
+    assert "exists" not in run(*words, "--overwrite")[2]
+
+
 def test_an_export_shows_a_bar(run, model_folder, diff_folder):
     words = ("--mix", f"{diff_folder}=1", "--format", "merged", "--model", model_folder)
     status, _, error = run("export", *words, "--output", "merged")

@@ -17,7 +17,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -408,6 +408,7 @@ COMMANDS = {
             "layers": flag("1", None),
             "coefficient": flag(3.7),
             "model_hint": flag("qwen2", beside="--form gguf"),
+            "overwrite": None,  # of a target that is there: tests/test_cli.py
         },
     ),
     "project activations": Command(
@@ -515,6 +516,7 @@ COMMANDS = {
             "revision": flag("v7", beside="--format merged"),
             "trait_vector_dir": flag("vectors"),
             "converter": flag("c.py", beside="--format gguf"),
+            "overwrite": None,
         },
         {
             f"{X}steering.export:read_mix": {},
@@ -532,6 +534,7 @@ COMMANDS = {
             "original_model": flag("somebody/base"),
             "prompts": flag("prompts.jsonl", "Why not?"),
             "plain": flag(True, None),
+            "overwrite": None,
         },
         {f"{X}studies.drift.run:load_diffs": {}, f"{X}projections.inputs:kept_inputs": None},
     ),
@@ -580,7 +583,7 @@ COMMANDS = {
     "gallery make": Command(
         ("--diffs", "diff", "--output", "o"),
         (f"{X}core.gallery:write_gallery",),
-        {"diffs": flag("diff2"), "output": flag("there")},
+        {"diffs": flag("diff2"), "output": flag("there"), "overwrite": None},
     ),
     "engine command": Command(
         (),
@@ -971,11 +974,39 @@ def test_no_option_takes_a_count_under_nought_or_nothing_at_all(command):
         inner = get_args(option.parts[0])[:1] if option.repeats else ()
         wrong: list[Any] = [-1, 2**40] if int in option.parts else []
         wrong += [["-1"]] if inner == (int,) else []
-        wrong += [""] if option.parts == [Path] else []
         wrong += [[""]] if option.repeats and not option.default else []
         for value in wrong if option.typer_info is None else ():
             with pytest.raises(UserError, match=option.flag):
                 option.read(value)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_an_empty_text_is_nothing_but_where_the_help_says_what_it_is(command):
+    """As a path it would be the folder that one is in."""
+    for option in OPTIONS[command]:
+        kinds = option.parts if option.typer_info is None else [option.kind, *get_args(option.kind)]
+        if kinds[0] is str or Path in kinds:
+            told = '""' in option.help
+            with contextlib.nullcontext() if told else pytest.raises(UserError, match="is empty"):
+                option.read([""] if get_origin(option.kind) is list else "")
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("gallery", "get", "--from", ""), "--from"),
+        (("gallery", "get", "--output", ""), "--output"),
+        (("pack", ""), "FOLDER"),
+        (("report", "run", ""), "RUNS"),
+        (("diagnose", "", "--diffs", "diff", "--output", "o"), "FINETUNE"),
+        (("sweep", "--trait", ""), "--trait"),
+        (("optimize", "--persona-id", "a", "--save-dir", ""), "--output"),
+    ],
+)
+def test_no_path_is_empty(folder, monkeypatch, words, name):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=f"^{name} is empty"):
+        TOP.main([*words], standalone_mode=False)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ import typer
 
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.program import DATA, command, judge_app
-from persona_lora.cli.shared_options import ModelOptions, TraitOptions, judging_of, load_model
+from persona_lora.cli.shared_options import (
+    ModelOptions,
+    TraitOptions,
+    judging_of,
+    load_model,
+    refuse_to_replace,
+)
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import JudgeChoice, Overwrite
 
@@ -48,8 +54,7 @@ def score(
 
     answers, loaded = AnswerFile.read(file), trait.load()
     check_output(output, answers, loaded.name)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists; choose another --output or pass --overwrite")
+    refuse_to_replace(output, overwrite)
     options = judging_of(judge)
     with progress_bars():
         reference = load_model(model)

@@ -6,13 +6,15 @@
 Every field with a text in its annotation becomes an option of the field's name and default (or
 those of the parameter's own default); a tuple of names beside a group offers only these of its
 fields. Options of one name in two groups are one option, where they say the same. A tuple is given
-by repeating or by commas, a mapping as name=value. A YAML file's values stand in for the defaults,
+by repeating or by commas, a mapping as name=value; an empty text is none, but where the help says
+what "" means. A YAML file's values stand in for the defaults,
 and an option that is given and would do nothing is refused: else it is believed to have acted.
 Knows typer; refuses to know what options mean.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -30,6 +32,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from pydantic import TypeAdapter
 from typer.core import TyperOption
+from typer.models import ArgumentInfo, OptionInfo
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.resources import resource_path
@@ -187,6 +190,8 @@ class Option:
     def read(self, value: Any) -> Any:
         """Return the value that a command takes, from what typer read; UserError for a mistake."""
         if self.typer_info is not None or isinstance(value, bool):
+            for each in value if isinstance(value, list) else [value]:
+                self._refuse_empty(each)
             return value
         if self.repeats:
             return self._read_list(value)
@@ -232,8 +237,7 @@ class Option:
     def _read_one(self, value: Any, kinds: list[Any]) -> Any:
         if get_origin(kinds[0]) is dict:
             return value
-        if kinds[0] is Path and value == "":
-            raise UserError(f"{self.flag} is empty; name a path, or leave it out")
+        self._refuse_empty(value)
         read = typed_value(Union[(*kinds,)], value, self.flag)
         if isinstance(read, int) and read not in self.within:
             least, most = self.within[0], self.within[-1]
@@ -242,6 +246,16 @@ class Option:
         if isinstance(read, float) and not math.isfinite(read):
             raise UserError(f"{self.flag} must be a finite number, got {value!r}")
         return read
+
+    def _refuse_empty(self, value: Any) -> None:
+        """UserError for a text that is empty: as a path it would be the folder that one is in."""
+        if value == "" and '""' not in self.help:
+            info = self.typer_info
+            typed = self.name.upper() if isinstance(info, ArgumentInfo) else self.flag
+            # typer keeps the flag of typer.Option("--from") where a default would be
+            own = info.default if isinstance(info, OptionInfo) else None
+            flag = next((each for each in (*self.flags, own) if isinstance(each, str)), typed)
+            raise UserError(f"{flag} is empty; give it a value, or leave it out")
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of the option's value in a configuration file."""
@@ -338,6 +352,9 @@ def _option(
     info = next((note for note in notes if not isinstance(note, str | tuple | range)), None)
     within = next((note for note in notes if isinstance(note, range)), COUNTS)
     said = said if info is None else info.help
+    if info is not None and Path in (kind, *get_args(kind)):
+        info = copy.copy(info)
+        info.parser = path
     own = flags[0].removeprefix("--").replace("-", "_") if flags else name
     return Option(own, kind, default, said, panel, flags, within, info)
 
@@ -365,12 +382,12 @@ def _number(text: Any) -> Any:
         return text
 
 
-def _path(text: Any) -> Any:
-    """Return a path, or the empty text that is none: it would be the folder that one is in."""
+def path(text: Any) -> Any:
+    """Return a path, or the empty text that is none."""
     return Path(text) if str(text) else text
 
 
-PARSERS: dict[Any, Callable[[Any], Any]] = {float: _number, Path: _path}
+PARSERS: dict[Any, Callable[[Any], Any]] = {float: _number, Path: path}
 
 
 def _is_pairs(kind: Any) -> bool:

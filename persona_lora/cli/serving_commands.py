@@ -33,9 +33,11 @@ from persona_lora.cli.shared_options import (
     OtherBase,
     StoredModelOptions,
     load_model,
+    refuse_to_replace,
 )
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import Replace
 from persona_lora.core.strength import OfNats, coefficient_of, strength_line
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
@@ -66,9 +68,10 @@ class ExportOptions:
     ] = None
     trait_vector_dir: DirectionsDir = Path("checkpoints")
     converter: Annotated[Path | None, "llama.cpp's convert_hf_to_gguf.py, for gguf."] = None
+    overwrite: Replace = False
 
     def check(self) -> None:
-        """UserError for options that the form does not use."""
+        """UserError for options that the form does not use, and for an output that is there."""
         if self.format in ("merged", "gguf") and (self.rank is not None or self.energy is not None):
             raise UserError("--rank and --energy cut adapters; a merged model has no rank")
         if self.rank is None and self.energy is None:
@@ -77,6 +80,7 @@ class ExportOptions:
             refuse_useless("model revision", "with --format peft: the diffs know their base")
         if self.format != "gguf":
             refuse_useless("converter", f"with --format {self.format}")
+        refuse_to_replace(self.output, self.overwrite)
 
 
 @command("export", MODELS)
@@ -129,6 +133,7 @@ class BasisOptions:
     output: Annotated[Path, "Where to write {name}/diff of each."]
     rank: Annotated[int | None, "The rank of the basis in every module; exact by default."] = None
     energy: Annotated[float | None, "Or what keeps this share of ‖·‖² in each, as in 0.999."] = None
+    overwrite: Replace = False
 
     def exact(self) -> bool:
         """Say whether nothing is cut; UserError for options that this does not use."""
@@ -161,6 +166,7 @@ def basis(
     from persona_lora.studies.drift.run import load_diffs
 
     exact = asked.exact()
+    refuse_to_replace(asked.output, asked.overwrite)
     if not exact:
         check_cut(asked.rank, asked.energy)
     loaded = load_diffs(list(asked.diffs), on_disk=True)
@@ -263,6 +269,7 @@ def gallery_make(
     *,
     diffs: Annotated[tuple[Path, ...], "Diffs of one family, each of another trait."],
     output: Annotated[Path, "The folder to write."],
+    overwrite: Replace = False,
 ) -> None:
     """Make a gallery of a family's diffs: their A once, B in eight bits.
 
@@ -275,6 +282,7 @@ def gallery_make(
     from persona_lora.core.gallery import write_gallery
     from persona_lora.report.sections import Table
 
+    refuse_to_replace(output, overwrite)
     errors = write_gallery(diffs, output)
     rows = [(trait, f"{error:.3g}") for trait, error in errors.items()]
     show(Table.of("trait | relative error of eight bits", rows), f"{output}")

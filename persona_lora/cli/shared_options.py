@@ -121,6 +121,13 @@ def _prompt_in(path: Path | None) -> str | None:
     return text
 
 
+def refuse_to_replace(path: Path, overwrite: bool) -> None:
+    """UserError where something is at a path and is not to be replaced."""
+    there = any(path.iterdir()) if path.is_dir() else path.exists()
+    if there and not overwrite:
+        raise UserError(f"{path} exists; choose another output or pass --overwrite")
+
+
 Protocol = Annotated[
     Path | None, "A file of preregister: the run must do what it says, and carries its hash."
 ]

@@ -41,6 +41,7 @@ from persona_lora.cli.shared_options import (
     layer_numbers,
     load_model,
     refuse_nats,
+    refuse_to_replace,
     show_seeds,
     steering_method,
 )
@@ -51,6 +52,7 @@ from persona_lora.core.options import (
     JudgeChoice,
     JudgesChoice,
     Positions,
+    Replace,
     SweepOptions,
     Thresholds,
 )
@@ -125,7 +127,9 @@ class EvaluateOptions(MixOptions):
         Path | None, "A steering vector: add --vector only to states that are like it."
     ] = None
     threshold: Annotated[float, "With --condition: the cosine from which a state is like it."] = 0.0
-    system_prompt: Annotated[str | None, "pos or neg (the trait's own), or a text."] = None
+    system_prompt: Annotated[
+        str | None, 'pos or neg (the trait\'s own), or a text; "" is an empty one.'
+    ] = None
     mode: Annotated[Literal["live", "merged"], "Diffs: unmerged, or merged."] = "live"
 
     def steering(self, prompt: str | None) -> Steering:
@@ -698,6 +702,7 @@ def convert_vector(
     layers: Annotated[str | None, 'Only these layers, as in "16", "10,20" or "0-29".'] = None,
     coefficient: Annotated[float, "lm-eval stores it beside the vector."] = 1.0,
     model_hint: Annotated[str, "gguf: the model's architecture (llama, qwen2 …)."] = "llama",
+    overwrite: Replace = False,
 ) -> None:
     """Convert a steering vector between the forms of this project, papers, llama.cpp and lm-eval.
 
@@ -709,6 +714,9 @@ def convert_vector(
         refuse_useless("coefficient", f"with --form {form}")
     if form != "gguf":
         refuse_useless("model_hint", f"with --form {form}")
+    if form == "lm-eval" and layers is None:
+        raise UserError("lm-eval steers every layer in the file; name those with --layers")
+    refuse_to_replace(target, overwrite)
     vector = files.load_vector(source)
     if layers is not None:
         vector = vector.at(layer_numbers(layers, vector.num_layers))
@@ -721,7 +729,5 @@ def convert_vector(
         if len(held) < len(vector.layers):
             show("layer 0 was left out: llama.cpp has no place for it")
     else:
-        if layers is None:
-            raise UserError("lm-eval steers every layer in the file; name those with --layers")
         files.write_lm_eval(vector, target, layers=vector.layers, coefficient=coefficient)
     show(f"vector: {target}")

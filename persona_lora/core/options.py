@@ -23,6 +23,7 @@ Seed = Annotated[int, range(2**32), "The seed of everything that is drawn."]  # 
 Split = Literal["extract", "eval", "ood"]
 Positions = Literal["response", "prompt", "all"]
 Overwrite = Annotated[bool, "Replace what an earlier run of another configuration left there."]
+Replace = Annotated[bool, "Replace what is there already."]
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ class Elicitation:
     assistant_name: Annotated[
         str | None, 'In "You are an evil assistant."; the trait by default, "" for none.'
     ] = None
-    negative_name: Annotated[str, "The same on the negative side.", "--negative-assistant-name"] = (
-        "helpful"
-    )
+    negative_name: Annotated[
+        str, 'The same on the negative side, "" for none.', "--negative-assistant-name"
+    ] = "helpful"
     split: Split = "extract"
 
 

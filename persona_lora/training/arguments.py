@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -144,8 +144,6 @@ class ContrastiveConfig(SFTConfig):
             self.output_dir = None
 
     def _refuse_what_does_not_fit(self) -> None:
-        if self.output_dir == "":
-            raise UserError("output_dir is empty; name a path, or leave it out")
         for name in ("learning_rate", "save_steps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
@@ -278,7 +276,45 @@ def parse_groups(arguments: Sequence[str], groups: tuple[type, ...], page: HelpP
     if unknown:
         raise UserError(_unknown_flag(parser, unknown))
     read = vars(parser.parse_args(words))
-    return Parsed(tuple(options), {name: read[name] for name in read if read[name] != usual[name]})
+    given = {name: read[name] for name in read if read[name] != usual[name]}
+    _refuse_idle(given, read)
+    return Parsed(tuple(options), given)
+
+
+# Fields of TRL that are read by nothing here, by why.
+_IDLE = {
+    "nothing is evaluated while training": (
+        *("eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start"),
+        *("eval_accumulation_steps", "eval_packing", "bf16_full_eval", "fp16_full_eval", "do_eval"),
+        *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    ),
+    "rows are tokenised here, as they are asked": (
+        *("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "truncation_mode"),
+        *("packing_strategy", "length_column_name"),
+    ),
+    "nothing is pushed": ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"),
+}
+_LORA = tuple(each.name for each in dataclasses.fields(LoRAArguments))
+
+
+def _refuse_idle(given: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+    """Raises UserError for a text that is empty, and for an option that would do nothing.
+
+    ``read`` are the values of all options, ``given`` those that differ from the defaults.
+    """
+    idle = dict(_IDLE)
+    if read.get("use_peft") is False:
+        idle["all weights are trained (use_peft)"] = _LORA
+    for kind in ("save", "logging"):
+        strategy = str(read[f"{kind}_strategy"]).rpartition(".")[2].lower()
+        if strategy != "steps":
+            idle[f"with {kind}_strategy {strategy}"] = (f"{kind}_steps",)
+    for name, value in given.items():
+        if value == "" and name != "system_prompt":
+            raise UserError(f"{name} is empty; give it a value, or leave it out")
+        reason = next((why for why, names in idle.items() if name in names), None)
+        if reason is not None:
+            raise UserError(f"{name} does nothing: {reason}; leave it out")
 
 
 class _Parser(TrlParser):

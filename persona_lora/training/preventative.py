@@ -137,6 +137,8 @@ def _from_seed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get("type", "steer")
     if kind not in SEED_TYPES:
         raise UserError(f"steering_config type must be steer or ablate, got {kind!r}")
+    if kind == "ablate" and "steering_coef" in config:
+        raise UserError("steering_config steering_coef does nothing with type ablate; leave it out")
     if "steering_vector_path" not in config:
         raise UserError("steering_config needs steering_vector_path")
     return {

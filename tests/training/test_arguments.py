@@ -13,8 +13,9 @@ import pytest
 from persona_lora.core.errors import UserError
 from persona_lora.core.settings import typed_fields
 from persona_lora.models.loading import DEFAULT_MODEL
-from persona_lora.training.arguments import ContrastiveConfig
-from persona_lora.training.contrastive import PAGE
+from persona_lora.training.arguments import ContrastiveConfig, parse_groups
+from persona_lora.training.contrastive import GROUPS, PAGE
+from persona_lora.training.finetune import GROUPS as FINETUNE
 from persona_lora.training.finetune import FinetuneArguments
 from persona_lora.training.lora import LoRAArguments
 from persona_lora.training.runner import by_seed
@@ -102,7 +103,12 @@ def test_mistakes_in_the_file_are_named_on_one_line(tmp_path: Path, text, messag
         (["--push_to_hub", "true"], "push_to_hub"),
         (["--hub_token", "s3cret"], "hub_token is not for LoRA training here; HF_TOKEN"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),
-        (["--output_dir", ""], "output_dir is empty; name a path, or leave it out"),
+        (["--output_dir", ""], "output_dir is empty; give it a value, or leave it out"),
+        (["--datasets_dir", ""], "datasets_dir is empty; give it a value, or leave it out"),
+        (["--trait="], "trait is empty"),
+        (["--eval_steps", "5"], "eval_steps does nothing: nothing is evaluated while training"),
+        (["--dataset_text_field", "x"], "dataset_text_field does nothing: rows are tokenised"),
+        (["--save_strategy", "epoch", "--save_steps", "5"], "nothing: with save_strategy epoch"),
         (["--learning_rate", "inf"], "learning_rate must be a finite number, got inf"),
         (["--num_train_epochs", "inf"], "num_train_epochs must be a finite number, got inf"),
         (["--weight_decay", "nan"], "weight_decay must be a finite number, got nan"),
@@ -144,6 +150,19 @@ def test_mistakes_in_flags_are_named_on_one_line(flags, message):
 def test_drift_is_watched_as_it_is_asked_for_or_refused(given, message):
     with pytest.raises(UserError, match=message):
         FinetuneArguments(train_file="x", **given)
+
+
+def test_a_lora_option_is_refused_where_all_weights_are_trained(tmp_path):
+    words = ["--train_file", "x.jsonl", "--use_peft", "false"]
+    usual = _yaml(tmp_path, "lora_r: 16\nlora_alpha: 32")  # the defaults: nothing is lost
+    assert not parse_groups(["--config", usual, *words], FINETUNE, PAGE).options[0].use_peft
+    with pytest.raises(UserError, match=r"lora_r does nothing: all weights .* leave it out"):
+        parse_groups([*words, "--lora_r", "4"], FINETUNE, PAGE)
+
+
+def test_an_empty_system_prompt_is_one():
+    given = parse_groups(["--trait", "evil", "--system_prompt", ""], GROUPS, PAGE).given
+    assert given["system_prompt"] == ""
 
 
 def test_the_last_of_several_seeds_is_held_to_the_range_of_seeds():

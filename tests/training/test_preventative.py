@@ -330,6 +330,9 @@ def test_the_two_forms_exclude_each_other():
         read_preventative(None, enabled=True, steering_config={**steering, "type": "push"})
     with pytest.raises(UserError, match="steering_config has no 'coef'"):
         read_preventative(None, enabled=True, steering_config={**steering, "coef": 2})
+    ablated = {**steering, "type": "ablate", "steering_coef": 2}
+    with pytest.raises(UserError, match="steering_coef does nothing with type ablate"):
+        read_preventative(None, enabled=True, steering_config=ablated)
     found = read_preventative(None, enabled=True, steering_config=steering)
     assert (found.method, found.coefficient) == ("activations", 5.0)
 
