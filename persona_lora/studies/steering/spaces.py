@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, combinations_with_replacement, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,18 @@ DRAWN_ORDERS = 5000
 TIES = 1e-9
 FEW_PROMPTS = 8
 Rows = Iterable[Mapping[str, Any]]
-Kept = Callable[[str, Callable[[], Rows]], list[dict[str, Any]]]
-"""Gives the rows of a part of a run; those that are not there are made, and written."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spaces:
     """The traits of a study, with a diff and a vector each, and a coefficient of equal effect.
 
-    ``scales`` are the coefficients by trait for the diffs and for the vectors (at ``layer``).
+    ``scales`` are the coefficients by trait for the diffs and for the vectors (at ``layer``). What
+    they do to the model is read on ``texts``.
     """
 
+    chat_model: ChatModel
+    texts: Sequence[TokenizedExchange]
     diffs: Mapping[str, LoRADiff]
     vectors: Mapping[str, SteeringVector]
     layer: int
@@ -71,6 +72,40 @@ class Spaces:
     def traits(self) -> tuple[str, ...]:
         """The traits, sorted."""
         return tuple(sorted(self.diffs))
+
+    def states(self, steerer: Steerer | None = None) -> Tensor:
+        """Return the mean response states over all texts, ``[layers, hidden]``, in float64."""
+        with steerer if steerer is not None else nullcontext(), progress.silent():
+            sums = [
+                batch.means[:, 0].double().sum(dim=0)
+                for batch in stream_hidden_means(self.chat_model, self.texts, positions=(RESPONSE,))
+            ]
+        return torch.stack(sums).sum(dim=0) / len(self.texts)
+
+    def shift(self, method: str, traits: Sequence[str], base: Tensor) -> Tensor:
+        """Return how far traits move the last layer's mean state from ``base``, together."""
+        return self.states(self._steerer(method, traits))[-1] - base
+
+    def _steerer(self, method: str, traits: Sequence[str]) -> Steerer:
+        chat_model = self.chat_model
+        if method == "weights":
+            terms = {
+                self.diffs[trait]: self.diff_scales[trait] * traits.count(trait)
+                for trait in dict.fromkeys(traits)
+            }
+            return steer_live(chat_model, {mix(terms): 1.0})
+        return Together(
+            [
+                ActivationSteerer(
+                    chat_model.model,
+                    self.vectors[trait].at([self.layer]),
+                    self.vector_scales[trait],
+                    positions="all",
+                    allow_other_base=chat_model.allow_other_base,
+                )
+                for trait in traits
+            ]
+        )
 
 
 def check_directions(
@@ -108,6 +143,7 @@ def run_spaces(
     run = open_run(output, "spaces", chat_model, config, *read)
 
     def kept(name: str, make: Callable[[], Rows]) -> list[dict[str, Any]]:
+        """Return the rows of a part; those that are not there are made, and written."""
         if not run.read(name):
             run.write(name, make())
         return run.read(name)
@@ -122,37 +158,20 @@ def run_spaces(
         return {row["trait"]: row["coefficient"] for row in rows}
 
     with run:
-        texts = ordinary_texts(chat_model, prompts)
-        chosen = Spaces(diffs, vectors, layer, scales(weights), scales(activations))
+        texts, found = ordinary_texts(chat_model, prompts), (scales(weights), scales(activations))
+        spaces = Spaces(chat_model, texts, diffs, vectors, layer, *found)
         inputs = kept_inputs(chat_model, ordinary)
-        _write_comparisons(chat_model, chosen, texts, inputs, kept)
+        kept("shifts", lambda: shift_cosines(spaces))
+        kept(
+            "spectra", lambda: (row for name in spaces.traits for row in spectra(diffs[name], name))
+        )
+        cosines = kept("cosines", lambda: trait_cosines(spaces, inputs))
+        rho, p = agreement(cosines)
+        kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
+        kept("interference", lambda: interference(spaces))
+        with progress.stage("linearity"):
+            kept("linearity", lambda: linearity(spaces))
     return run
-
-
-def _write_comparisons(
-    chat_model: ChatModel,
-    chosen: Spaces,
-    texts: Sequence[TokenizedExchange],
-    inputs: ModuleInputs,
-    kept: Kept,
-) -> None:
-    """Write what the two spaces have in common, part by part."""
-    kept("shifts", lambda: shift_cosines(chat_model, chosen, texts))
-    kept(
-        "spectra",
-        lambda: (
-            {"trait": name, **row} for name in chosen.traits for row in spectra(chosen.diffs[name])
-        ),
-    )
-    cosines = kept(
-        "cosines",
-        lambda: trait_cosines(chosen, inputs, allow_other_base=chat_model.allow_other_base),
-    )
-    rho, p = agreement(cosines)
-    kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
-    kept("interference", lambda: interference(chat_model, chosen, texts))
-    with progress.stage("linearity"):
-        kept("linearity", lambda: linearity(chat_model, chosen, texts))
 
 
 def trait_directions(
@@ -172,19 +191,17 @@ def trait_directions(
     return diffs, vectors
 
 
-def shift_cosines(
-    chat_model: ChatModel, spaces: Spaces, texts: Sequence[TokenizedExchange]
-) -> list[dict[str, Any]]:
+def shift_cosines(spaces: Spaces) -> list[dict[str, Any]]:
     """Return rows of trait, other, layer, cosine: the shift under a trait's diff against a vector.
 
-    The shift is the mean change of the response's hidden states on ``texts`` when the diff is held
-    at its scale, (h₊ − h₋) / 2 over both signs, which leaves out what is even in the coefficient.
+    The shift is the mean change of the response's hidden states when the diff is held at its scale,
+    (h₊ − h₋) / 2 over both signs, which leaves out what is even in the coefficient.
     """
     rows = []
     for trait in spaces.traits:
         scale = spaces.diff_scales[trait]
         plus, minus = (
-            _states(chat_model, steer_live(chat_model, {spaces.diffs[trait]: c}), texts)
+            spaces.states(steer_live(spaces.chat_model, {spaces.diffs[trait]: c}))
             for c in (scale, -scale)
         )
         shift = (plus - minus) / 2  # [layers, hidden]
@@ -195,7 +212,7 @@ def shift_cosines(
     return rows
 
 
-def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
+def spectra(diff: LoRADiff, trait: str) -> list[dict[str, Any]]:
     """Return layer, kind, norm, top share of ‖·‖² and effective rank of every module changed.
 
     The effective rank is exp of the entropy of the shares σᵢ² / Σσ² (Roy and Vetterli 2007).
@@ -210,6 +227,7 @@ def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
         shares = (squares / total)[squares > 0]
         rows.append(
             {
+                "trait": trait,
                 "module": name,
                 "layer": layer_number(name),
                 "kind": name.rsplit(".", 1)[-1],
@@ -222,15 +240,14 @@ def spectra(diff: LoRADiff) -> list[dict[str, Any]]:
     return rows
 
 
-def trait_cosines(
-    spaces: Spaces, inputs: ModuleInputs, *, allow_other_base: bool = False
-) -> list[dict[str, Any]]:
+def trait_cosines(spaces: Spaces, inputs: ModuleInputs) -> list[dict[str, Any]]:
     """Return one row per pair of traits: the cosine of diffs, and of vectors at the layer.
 
     That of diffs is weighted by ``inputs``; ``weights_plain`` is not.
     """
+    other_base = spaces.chat_model.allow_other_base
     weighed = {
-        trait: inputs.weigh(diff, allow_other_base=allow_other_base)
+        trait: inputs.weigh(diff, allow_other_base=other_base)
         for trait, diff in spaces.diffs.items()
     }
     return [
@@ -280,91 +297,37 @@ def agreement(
     return found, (1 + as_far) / (1 + len(drawn))
 
 
-def linearity(
-    chat_model: ChatModel, spaces: Spaces, texts: Sequence[TokenizedExchange]
-) -> list[dict[str, Any]]:
+def linearity(spaces: Spaces) -> list[dict[str, Any]]:
     """Return rows of method, trait, other: how far two at once are from the sum of the two.
 
     With the shifts s₁, s₂ and s₁₂ of the last layer's mean hidden states, ``residual`` is
     ‖s₁₂ − s₁ − s₂‖ / ‖s₁ + s₂‖ (0: exactly the sum). A trait with itself has twice the coefficient.
     """
-    base = _states(chat_model, None, texts)[-1]
-    pairs = [(one, other) for at, one in enumerate(spaces.traits) for other in spaces.traits[at:]]
+    base = spaces.states()[-1]
+    pairs = [*combinations_with_replacement(spaces.traits, 2)]
     rows = []
     for number, method in enumerate(("weights", "activations")):
-        alone = _shifts(chat_model, spaces, method, texts, base)
+        alone = {trait: spaces.shift(method, (trait,), base) for trait in spaces.traits}
         for done, (one, other) in enumerate(pairs):
-            steerer = _steerer(chat_model, spaces, method, (one, other))
-            both = _states(chat_model, steerer, texts)[-1] - base
             expected = alone[one] + alone[other]
-            residual = float((both - expected).norm() / expected.norm())
+            apart = spaces.shift(method, (one, other), base) - expected
+            residual = float(apart.norm() / expected.norm())
             rows.append({"method": method, "trait": one, "other": other, "residual": residual})
             progress.report(number * len(pairs) + done + 1, 2 * len(pairs))
     return rows
 
 
-def interference(
-    chat_model: ChatModel, spaces: Spaces, texts: Sequence[TokenizedExchange]
-) -> list[dict[str, Any]]:
+def interference(spaces: Spaces) -> list[dict[str, Any]]:
     """Return rows of method, steered, read: how far steering one trait moves along another.
 
     Read at the last layer is the shift's coordinate along the other trait's own shift, over the
     length of that: 1 on the diagonal, and elsewhere what comes along unasked.
     """
-    base = _states(chat_model, None, texts)[-1]
+    base = spaces.states()[-1]
     rows = []
     for method in ("weights", "activations"):
-        shifts = _shifts(chat_model, spaces, method, texts, base)
-        for steered, shift in shifts.items():
-            for read, own in shifts.items():
-                value = float(shift @ own / own.square().sum())
-                rows.append({"method": method, "steered": steered, "read": read, "value": value})
+        shifts = {trait: spaces.shift(method, (trait,), base) for trait in spaces.traits}
+        for (steered, shift), (read, own) in product(shifts.items(), repeat=2):
+            value = float(shift @ own / own.square().sum())
+            rows.append({"method": method, "steered": steered, "read": read, "value": value})
     return rows
-
-
-def _shifts(
-    chat_model: ChatModel,
-    spaces: Spaces,
-    method: str,
-    texts: Sequence[TokenizedExchange],
-    base: Tensor,
-) -> dict[str, Tensor]:
-    """Return how far each trait alone moves the last layer's mean state."""
-    steerers = {trait: _steerer(chat_model, spaces, method, (trait,)) for trait in spaces.traits}
-    return {
-        trait: _states(chat_model, steerer, texts)[-1] - base for trait, steerer in steerers.items()
-    }
-
-
-def _steerer(chat_model: ChatModel, spaces: Spaces, method: str, traits: Sequence[str]) -> Steerer:
-    model = chat_model.model
-    if method == "weights":
-        terms = {
-            spaces.diffs[trait]: spaces.diff_scales[trait] * traits.count(trait)
-            for trait in dict.fromkeys(traits)
-        }
-        return steer_live(chat_model, {mix(terms): 1.0})
-    return Together(
-        [
-            ActivationSteerer(
-                model,
-                spaces.vectors[trait].at([spaces.layer]),
-                spaces.vector_scales[trait],
-                positions="all",
-                allow_other_base=chat_model.allow_other_base,
-            )
-            for trait in traits
-        ]
-    )
-
-
-def _states(
-    chat_model: ChatModel, steerer: Steerer | None, texts: Sequence[TokenizedExchange]
-) -> Tensor:
-    """Return the mean response states over all texts, ``[layers, hidden]``, in float64."""
-    with steerer if steerer is not None else nullcontext(), progress.silent():
-        sums = [
-            batch.means[:, 0].double().sum(dim=0)
-            for batch in stream_hidden_means(chat_model, texts, positions=(RESPONSE,))
-        ]
-    return torch.stack(sums).sum(dim=0) / len(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations, permutations
 
 import numpy as np
@@ -34,7 +35,7 @@ def texts(chat_model):
 
 
 @pytest.fixture
-def spaces(chat_model, make_diff):
+def spaces(chat_model, texts, make_diff):
     diffs = {
         trait: make_diff(chat_model.model, seed=at, scale=0.05) for at, trait in enumerate(TRAITS)
     }
@@ -47,11 +48,11 @@ def spaces(chat_model, make_diff):
         for at, trait in enumerate(TRAITS)
     }  # fmt: skip
     ones = dict.fromkeys(TRAITS, 1.0)
-    return Spaces(diffs, vectors, 1, ones, ones)
+    return Spaces(chat_model, texts, diffs, vectors, 1, ones, ones)
 
 
-def test_activation_steering_at_the_last_layer_is_exactly_linear(chat_model, spaces, texts):
-    rows = linearity(chat_model, spaces, texts)
+def test_activation_steering_at_the_last_layer_is_exactly_linear(spaces):
+    rows = linearity(spaces)
     assert len(rows) == 2 * 6
     for row in rows:
         if row["method"] == "activations":
@@ -60,14 +61,12 @@ def test_activation_steering_at_the_last_layer_is_exactly_linear(chat_model, spa
             assert row["residual"] > 1e-4  # weights pass through nonlinear layers
 
 
-def test_weights_are_nearly_linear_where_they_are_small(chat_model, spaces, texts):
-    small = Spaces(
-        spaces.diffs, spaces.vectors, 1, dict.fromkeys(TRAITS, 1e-2), spaces.vector_scales
-    )
+def test_weights_are_nearly_linear_where_they_are_small(spaces):
+    small = replace(spaces, diff_scales=dict.fromkeys(TRAITS, 1e-2))
     rows = {
         name: {
             (row["trait"], row["other"]): row["residual"]
-            for row in linearity(chat_model, each, texts)
+            for row in linearity(each)
             if row["method"] == "weights"
         }
         for name, each in (("small", small), ("whole", spaces))
@@ -75,8 +74,8 @@ def test_weights_are_nearly_linear_where_they_are_small(chat_model, spaces, text
     assert all(rows["small"][pair] < 0.3 * rows["whole"][pair] for pair in rows["small"])
 
 
-def test_interference_is_one_with_itself_and_the_gram_matrix_for_vectors(chat_model, spaces, texts):
-    rows = interference(chat_model, spaces, texts)
+def test_interference_is_one_with_itself_and_the_gram_matrix_for_vectors(spaces):
+    rows = interference(spaces)
     assert all(row["value"] == pytest.approx(1.0) for row in rows if row["steered"] == row["read"])
     one, other = (spaces.vectors[trait].directions[1].double() for trait in ("calm", "loud"))
     found = next(
@@ -86,8 +85,8 @@ def test_interference_is_one_with_itself_and_the_gram_matrix_for_vectors(chat_mo
     assert found == pytest.approx(float(one @ other / other.square().sum()), rel=1e-3)
 
 
-def test_a_shift_is_along_the_vector_that_it_was_made_of(chat_model, spaces, texts):
-    rows = shift_cosines(chat_model, spaces, texts)
+def test_a_shift_is_along_the_vector_that_it_was_made_of(spaces):
+    rows = shift_cosines(spaces)
     assert len(rows) == 3 * 3 * 2
     assert all(-1 <= row["cosine"] <= 1 for row in rows)
     # A diff that writes one direction into the residual stream moves the last layer along it.
@@ -96,19 +95,16 @@ def test_a_shift_is_along_the_vector_that_it_was_made_of(chat_model, spaces, tex
         {"model.layers.1.mlp.down_proj": LoRAFactors(A=torch.ones(1, 64), B=direction[:, None])},
         BaseModel("tiny", None),
     )
-    made = Spaces(
-        {**spaces.diffs, "calm": written}, spaces.vectors, 1, spaces.diff_scales,
-        spaces.vector_scales,
-    )  # fmt: skip
+    made = replace(spaces, diffs={**spaces.diffs, "calm": written})
     own = next(
-        row["cosine"] for row in shift_cosines(chat_model, made, texts)
+        row["cosine"] for row in shift_cosines(made)
         if (row["trait"], row["other"], row["layer"]) == ("calm", "calm", 1)
     )  # fmt: skip
     assert abs(own) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_spectra_say_rank_and_norm(spaces):
-    rows = spectra(spaces.diffs["calm"])
+    rows = spectra(spaces.diffs["calm"], "calm")
     diff = spaces.diffs["calm"]
     assert sum(row["norm"] ** 2 for row in rows) == pytest.approx(diff.norm() ** 2)
     values = torch.linalg.svdvals(diff.factors[rows[0]["module"]].delta().double())
@@ -121,7 +117,7 @@ def test_spectra_say_rank_and_norm(spaces):
         {"model.layers.0.self_attn.q_proj": LoRAFactors(torch.ones(1, 32), torch.ones(32, 1))},
         BaseModel("tiny", None),
     )
-    assert spectra(one)[0]["effective_rank"] == pytest.approx(1.0)
+    assert spectra(one, "one")[0]["effective_rank"] == pytest.approx(1.0)
 
 
 def test_pairs_of_traits_in_both_spaces(chat_model, spaces):
@@ -176,4 +172,4 @@ def test_agreement_of_many_traits_samples_the_orders():
 
 def test_traits_without_a_partner_are_refused(spaces):
     with pytest.raises(UserError, match="same traits"):
-        Spaces({"calm": spaces.diffs["calm"]}, spaces.vectors, 1, {}, {})
+        replace(spaces, diffs={"calm": spaces.diffs["calm"]})
