@@ -29,11 +29,10 @@ from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.likelihood import TokenizedExchange, answer_logprobs
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import in_memory, weight_of
 from persona_lora.report import wording
 from persona_lora.report.sections import Table
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.placement import find_modules
+from persona_lora.studies.steering.divergence import weight_norm
 from persona_lora.training.examples import IGNORED
 from persona_lora.training.finetune import tokenize_conversations
 
@@ -143,7 +142,7 @@ def _losses(
     for name, norm in zip(diffs, norms, strict=True):
         if norm == 0:
             raise UserError(f"the diff {name} has norm 0 and no direction; leave it out")
-    steps = STEP * np.array([_weight_norm(chat_model, diff) for diff in diffs.values()])
+    steps = STEP * np.array([weight_norm(chat_model, diff) for diff in diffs.values()])
     signed = np.kron(np.diag(steps / norms), [[1.0], [-1.0]])  # [diffs · 2, diffs]
     asked = [*texts, *(texts[row] for row in _checked(texts))]
     scales = [1.0] * len(texts) + [2.0] * (len(asked) - len(texts))
@@ -158,12 +157,3 @@ def _losses(
         found = answer_logprobs(chat_model, runs, live.select_rows)
     losses = -np.reshape(found, (len(asked), len(diffs), 2))
     return losses[: len(texts)], losses[len(texts) :], steps
-
-
-def _weight_norm(chat_model: ChatModel, diff: LoRADiff) -> float:
-    """Return ‖W‖ over the modules that a diff changes."""
-    squares = []
-    for name, module in find_modules(chat_model.model, diff).items():
-        with in_memory(module, name):
-            squares.append(float(weight_of(module).norm()) ** 2)
-    return math.sqrt(math.fsum(squares))

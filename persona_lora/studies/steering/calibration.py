@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -172,7 +172,7 @@ def strengths_of(
     answers = own_answers(chat_model, bank, rows, prompts, options)
     found = []
     for point, own in zip(every, answers, strict=True):
-        said = [Exchange(*each) for each in zip(prompts, (each.text for each in own), strict=True)]
+        said = [Exchange(asked, each.text) for asked, each in zip(prompts, own, strict=True)]
         verdicts = judge.judge(said, COHERENCE)
         scores = [each.score for each in verdicts if each.score is not None]
         told = len(scores) >= LEAST_SCORED * len(verdicts)
@@ -189,17 +189,12 @@ def _alone(direction: LoRADiff | SteeringVector, positions: Positions) -> Bank:
 
 def strengths_table(found: Strengths, name: str) -> Table:
     """Return what each coefficient does, from the most negative to the most positive."""
-    return Table(
-        ("coefficient", "nats a token", "95% of tokens under", "coherence"),
-        tuple(
-            (
-                *(f"{each.coefficient:+.3g}", f"{each.nats:.4f}", f"{each.nats_p95:.3f}"),
-                wording.number(each.coherence),
-            )
-            for each in sorted(found.points, key=lambda point: point.coefficient)
-        ),
-        name,
+    rows = (
+        [f"{each.coefficient:+.3g}", f"{each.nats:.4f}", f"{each.nats_p95:.3f}"]
+        + [wording.number(each.coherence)]
+        for each in sorted(found.points, key=lambda point: point.coefficient)
     )
+    return Table.of("coefficient | nats a token | 95% of tokens under | coherence", rows, name)
 
 
 def _nearer(scale: Scale, effect: float) -> Scale:
@@ -270,6 +265,13 @@ class Level:
         return Condition(self.method, self.coefficient)
 
 
+class Nats(NamedTuple):
+    """The mean and the 95th percentile of a divergence over tokens; NaN without a token."""
+
+    mean: float
+    p95: float
+
+
 class Divergences(NamedTuple):
     """How KL(p₀ ‖ p) of rows is measured, and how near to one another they can be brought.
 
@@ -280,12 +282,12 @@ class Divergences(NamedTuple):
     names: tuple[str, ...]
     tolerance: float = TOLERANCE
 
-    def of(self, rows: Sequence[Coefficients]) -> list[dict[str, float]]:
-        """Return the mean and the 95th percentile over tokens, by row; NaN without a token."""
+    def of(self, rows: Sequence[Coefficients]) -> list[Nats]:
+        """Return the divergence of every row."""
         return [
-            {"mean": float(each.mean()), "p95": float(each.quantile(0.95))}
+            Nats(float(each.mean()), float(each.quantile(0.95)))
             if len(each)
-            else {"mean": math.nan, "p95": math.nan}
+            else Nats(math.nan, math.nan)
             for each in self.at(rows)
         ]
 
@@ -319,7 +321,7 @@ def beside_prompts(levels: Sequence[Level], ordinary: Divergences) -> list[Level
     """Return the levels with what they do to ordinary prompts."""
     found = ordinary.of([each.condition.coefficients for each in levels])
     return [
-        replace(level, ordinary_mean=each["mean"], ordinary_p95=each["p95"])
+        replace(level, ordinary_mean=each.mean, ordinary_p95=each.p95)
         for level, each in zip(levels, found, strict=True)
     ]
 
@@ -338,24 +340,21 @@ def match_divergence(
         raise UserError("a comparison needs at least one coefficient other than 0")
     divergences = measured.of([{LORA: value} for value in asked])
     found = []
-    for number, (value, divergence) in enumerate(zip(asked, divergences, strict=True)):
-        _check_moves(LORA, value, divergence[statistic])
-        target = divergence[statistic]
-        found.append(
-            Level(number, LORA, value, target, divergence["mean"], divergence["p95"], matched=True)
-        )
+    for number, (value, nats) in enumerate(zip(asked, divergences, strict=True)):
+        target = _moved(LORA, value, getattr(nats, statistic))
+        found.append(Level(number, LORA, value, target, *nats, matched=True))
     others = [method for method in measured.names if method != LORA]
-    searches = [_Search(level, method) for level in found for method in others]
+    searches = [_Search(level, method, statistic) for level in found for method in others]
     for done in range(ROUNDS):
         pending = [search for search in searches if not search.done]
         progress.report(done, ROUNDS)
         if not pending:
             break
         divergences = measured.of([{each.method: each.coefficient} for each in pending])
-        for search, divergence in zip(pending, divergences, strict=True):
-            search.take(divergence, statistic, measured.tolerance)
+        for search, nats in zip(pending, divergences, strict=True):
+            search.take(nats, measured.tolerance)
     progress.report(ROUNDS, ROUNDS)
-    found += [each.result(statistic) for each in searches]
+    found += [each.result() for each in searches]
     places = {name: METHODS.index(method_of(name)) for name in measured.names}
     return sorted(found, key=lambda each: (each.level, places[each.method]))
 
@@ -363,9 +362,9 @@ def match_divergence(
 class _Search:
     """A secant search for log c on log KL; the slope starts at 2, where KL grows as c²."""
 
-    def __init__(self, like: Level, method: str) -> None:
-        self.like, self.method, self.target = like, method, like.target
-        self.points: list[tuple[float, Mapping[str, float]]] = []  # log |c|, its divergences
+    def __init__(self, like: Level, method: str, statistic: Statistic) -> None:
+        self.like, self.method, self.statistic = like, method, statistic
+        self.points: list[tuple[float, float, Nats]] = []  # log |c|, log KL, and all that was told
         self.log_c = 0.0
         self.done = False
 
@@ -373,39 +372,32 @@ class _Search:
     def coefficient(self) -> float:
         return math.copysign(math.exp(self.log_c), self.like.coefficient)
 
-    def take(self, divergence: Mapping[str, float], statistic: Statistic, near: float) -> None:
+    def take(self, nats: Nats, near: float) -> None:
         """Note how far the coefficient diverges; go on to a better one unless it is good enough."""
-        kl = divergence[statistic]
-        _check_moves(self.method, self.coefficient, kl)
-        self.done = abs(kl / self.target - 1) <= near
-        self.points.append((self.log_c, divergence))
+        kl = _moved(self.method, self.coefficient, getattr(nats, self.statistic))
+        self.done = abs(kl / self.like.target - 1) <= near
+        self.points.append((self.log_c, math.log(kl), nats))
         if not self.done:
-            self.log_c += (math.log(self.target) - math.log(kl)) / self._slope(statistic)
+            self.log_c += (math.log(self.like.target) - math.log(kl)) / self._slope()
 
-    def _slope(self, statistic: Statistic) -> float:
-        if len(self.points) < 2:
+    def _slope(self) -> float:
+        if len(self.points) < 2 or self.points[-1][0] == self.points[-2][0]:
             return 2.0
-        (c0, first), (c1, second) = self.points[-2:]
-        if c1 == c0:
-            return 2.0
-        slope = (math.log(second[statistic]) - math.log(first[statistic])) / (c1 - c0)
-        return min(max(slope, FLATTEST), STEEPEST)
+        (c0, first, _), (c1, second, _) = self.points[-2:]
+        return min(max((second - first) / (c1 - c0), FLATTEST), STEEPEST)
 
-    def result(self, statistic: Statistic) -> Level:
+    def result(self) -> Level:
         """Return the nearest coefficient that was tried."""
-        self.log_c, divergence = min(
-            self.points, key=lambda each: abs(math.log(each[1][statistic] / self.target))
-        )
-        kl_mean, kl_p95 = divergence["mean"], divergence["p95"]
-        return Level(
-            *(self.like.level, self.method, self.coefficient, self.target),
-            *(kl_mean, kl_p95, self.done),
-        )
+        target = self.like.target
+        self.log_c, _, nats = min(self.points, key=lambda each: abs(each[1] - math.log(target)))
+        return Level(self.like.level, self.method, self.coefficient, target, *nats, self.done)
 
 
-def _check_moves(method: str, coefficient: float, kl: float) -> None:
+def _moved(method: str, coefficient: float, kl: float) -> float:
+    """Return a divergence; UserError where it is none."""
     if not (math.isfinite(kl) and kl > 0):
         raise UserError(
             f"{method} has a divergence of {kl} at coefficient {coefficient:g}: it does nothing to "
             "this model, or breaks it"
         )
+    return kl

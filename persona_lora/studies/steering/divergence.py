@@ -15,21 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Condition, Exchange, user_question
+from persona_lora.core.chat import Condition, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import GenerationOptions
 from persona_lora.models.generation import Generated, generate_answers
 from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.likelihood import (
-    TokenizedExchange,
-    token_divergences,
-    tokenize_exchange,
-    tokenize_rendered,
-)
+from persona_lora.models.likelihood import TokenizedExchange, token_divergences, tokenize_rendered
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import decoder_layers, linear_modules, weight_of
+from persona_lora.models.structure import decoder_layers, in_memory, weight_of
 from persona_lora.steering.bank import Bank, Coefficients
+from persona_lora.steering.placement import find_modules
 from persona_lora.studies.asking.run import Row, generate_rows
 
 ANSWER_TOKENS = 40
@@ -78,9 +74,9 @@ def measure_divergences(
             divergences = row_divergences(
                 chat_model, bank, [each.coefficients for each in chunk], texts, before_text=before
             )
-            state_norms = _state_norms(bank, norms.means())
+            relative = {**weight_norms, **_state_norms(bank, norms.means())}
             found += [
-                _divergence(condition, row, weight_norms, state_norms)
+                _divergence(condition, row, bank, relative.get(condition.direction))
                 for condition, row in zip(chunk, divergences, strict=True)
             ]
     progress.report(len(chunks) * len(texts), len(chunks) * len(texts))
@@ -116,14 +112,10 @@ def ordinary_texts(chat_model: ChatModel, prompts: Sequence[str]) -> list[Tokeni
     questions = [user_question(prompt) for prompt in prompts]
     with progress.silent():
         answers = generate_answers(chat_model, questions, max_new_tokens=ANSWER_TOKENS)
-    exchanges = [
-        Exchange(prompt, answer.text)
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if answer.text
-    ]
-    if not exchanges:
+    said = [answer for answer in answers if answer.text]
+    if not said:
         raise UserError(f"{chat_model.name} answers none of the ordinary prompts")
-    return [tokenize_exchange(chat_model, exchange) for exchange in exchanges]
+    return [tokenize_rendered(chat_model, each.prompt, each.text) for each in said]
 
 
 def own_texts(
@@ -160,20 +152,18 @@ def _response_mask(text: TokenizedExchange) -> Tensor:
 
 
 def _divergence(
-    condition: Condition,
-    divergences: Tensor,
-    weight_norms: Mapping[str, float],
-    state_norms: Mapping[str, float],
+    condition: Condition, divergences: Tensor, bank: Bank, relative: float | None
 ) -> Divergence:
+    """Return what a condition does, whose direction is ``relative`` to weights or to states."""
     coefficient = float(condition.coefficient or 0.0)
-    weight_norm = weight_norms.get(condition.direction)
-    state_norm = state_norms.get(condition.direction)
+    norm = None if relative is None else abs(coefficient) * relative
+    of_weights = condition.direction in bank.diffs
     return Divergence(
         method=condition.method,
         layer=condition.layer,
         coefficient=coefficient,
-        relative_weight_norm=None if weight_norm is None else abs(coefficient) * weight_norm,
-        relative_state_norm=None if state_norm is None else abs(coefficient) * state_norm,
+        relative_weight_norm=norm if of_weights else None,
+        relative_state_norm=None if of_weights else norm,
         kl_mean=float(divergences.mean()),
         kl_p95=float(divergences.quantile(0.95)),
         num_tokens=len(divergences),
@@ -216,15 +206,16 @@ class _StateNorms(Hooked):
         return {layer: total / count for layer, (total, count) in self._sums.items()}
 
 
-@torch.no_grad()
 def relative_weight_norm(chat_model: ChatModel, diff: LoRADiff) -> float:
     """Return ‖ΔW‖ / ‖W‖ (Frobenius, over the modules that the diff touches)."""
-    modules = linear_modules(chat_model.model)
-    squares = [
-        float(weight_of(modules[name]).float().square().sum())
-        for name in diff.factors
-        if name in modules
-    ]
-    if not squares:
-        raise UserError("no module of the diff is in this model")
-    return diff.norm() / math.sqrt(math.fsum(squares))
+    return diff.norm() / weight_norm(chat_model, diff)
+
+
+@torch.no_grad()
+def weight_norm(chat_model: ChatModel, diff: LoRADiff) -> float:
+    """Return ‖W‖ (Frobenius) over the modules that a diff changes; UserError for one not there."""
+    squares = []
+    for name, module in find_modules(chat_model.model, diff).items():
+        with in_memory(module, name):
+            squares.append(float(weight_of(module).float().square().sum()))
+    return math.sqrt(math.fsum(squares))

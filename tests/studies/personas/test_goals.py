@@ -299,7 +299,7 @@ def test_constraints_come_before_the_value(chat_model, method, scorer, tmp_path)
         )
         (measured,) = goal([each], 1)
         (expected,) = same.of([each.as_dict()])
-        assert measured.details["kl"] == pytest.approx(expected["mean"], rel=1e-4)
+        assert measured.details["kl"] == pytest.approx(expected.mean, rel=1e-4)
     assert off.details["kl"] == 0
     limits = ObjectiveOptions().constrained(
         [f"kl<={loud.details['kl'] / 4:.4f}nat", "coherence >= 80"]

@@ -298,7 +298,7 @@ def test_own_answers_are_those_that_a_method_alone_gives(chat_model, methods):
                 )
             text = tokenize_rendered(chat_model, answer.prompt, answer.text)
             alone.append(row_divergences(chat_model, methods, [row], [text])[0])
-        assert each["mean"] == pytest.approx(float(torch.cat(alone).mean()), rel=1e-3)
+        assert each.mean == pytest.approx(float(torch.cat(alone).mean()), rel=1e-3)
 
 
 def test_what_acts_on_the_trait_s_questions_alone_is_calibrated_there(chat_model, methods):
@@ -321,7 +321,7 @@ def test_what_acts_on_the_trait_s_questions_alone_is_calibrated_there(chat_model
     bank = dataclasses.replace(methods, diffs={**methods.diffs, "random_lora": planted})
     prompts = on_prompts(chat_model, bank, texts)
     (kl,) = prompts.of([{"random_lora": 5.0}])
-    assert kl["mean"] < 1e-5
+    assert kl.mean < 1e-5
     levels = match_divergence(on_own_answers(chat_model, bank, ["zzzz?", "Is zz z?"]), [0.05])
     by_method = {each.method: each for each in beside_prompts(levels, prompts)}
     assert by_method["random_lora"].kl_mean == pytest.approx(by_method["lora"].kl_mean, rel=0.11)
