@@ -9,7 +9,7 @@ here too: timings against the plain model, paired within rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -22,9 +22,9 @@ from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units, write_found
-from persona_lora.report.curve import corrected
+from persona_lora.report.curve import corrected, gaps_between
 from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
-from persona_lora.report.scores import SECOND, grouped, method_of, minus
+from persona_lora.report.scores import SECOND, Cluster, grouped, method_of, minus, question_means
 from persona_lora.report.two_way import crossed_mean, mean_gap, mean_over_draws, shared_questions
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
@@ -45,7 +45,6 @@ COLUMNS = {
 
 Row = Mapping[str, Any]
 Place = tuple[str, float | None]
-Scores = dict[int, list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -147,20 +146,15 @@ def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
 
     ``by`` is the file of the verdicts on the trait; coherence is always the first judge's.
     """
-    config = run.record["config"]
-    levels = run.read("levels")
-    splits = [row["split"] for row in run.read("splits")]
-    if not levels or not splits:
+    config, splits = run.record["config"], [*_splits(run, by)]
+    if not splits or not splits[0].levels:
         raise UserError(f"{run.folder} holds no finished comparison; run compare again")
-    points: list[Point] = []
-    overall: list[Overall] = []
-    for split in splits:
-        part = Run(run.folder / split)
-        traits = _by_place(part, config["trait"], by)
-        coherences = _by_place(part, COHERENCE)
-        points += _points(split, levels, traits, coherences)
-        overall += _overall(split, levels, traits, coherences)
-    tested = tuple(corrected(points)), _corrected(overall)
+    points = corrected([point for each in splits for point in _points(each)])
+    overall = [one for each in splits for one in _overall(each)]
+    # The tests of the vector beside its controls are a family of their own.
+    beside = holm([each.vector_p for each in overall])
+    pairs = zip(corrected(overall), beside, strict=True)
+    tested = tuple(points), tuple(replace(each, vector_p=p) for each, p in pairs)
     on = config.get("calibrate_on", "prompts")
     return Comparison(config["trait"], config["statistic"], *tested, calibrated_on=on)
 
@@ -172,47 +166,78 @@ def write_points(run: Run, found: Comparison) -> None:
     write_found(run.folder / "comparison.csv", COLUMNS, found.points, second, OF_THE_TRAIT)
 
 
-def _by_place(run: Run, criterion: str, file: str = "verdicts") -> dict[Place, Scores]:
-    """Return scores by method and coefficient, and by question."""
-    answers = {row["row"]: row for row in run.read("answers")}
-    found: dict[Place, Scores] = {}
-    for verdict in run.read(file):
-        if verdict["criterion"] == criterion:
-            row = answers[verdict["row"]]
-            scores = found.setdefault((row["method"], row["coefficient"]), {})
-            scores.setdefault(row["question_id"], []).append(verdict["score"])
-    return found
+@dataclass(frozen=True)
+class _Split:
+    """The levels of a comparison, and the scores of one split by place and question."""
+
+    name: str
+    levels: Sequence[Row]
+    traits: Mapping[Place, Cluster]
+    coherences: Mapping[Place, Cluster]
+
+    @property
+    def by_method(self) -> dict[str, list[Row]]:
+        """The levels of every method, each random control one of its own."""
+        return grouped(self.levels, lambda row: row["method"])
+
+    def effects(self) -> dict[str, dict[int, float]]:
+        """Return every method's mean effect over its levels, by question."""
+        plain = self.traits["none", None]
+        return {
+            method: _mean_over([_gaps(self.traits[_place(row)], plain, row) for row in own])
+            for method, own in self.by_method.items()
+        }
+
+    def coherence(self) -> dict[str, dict[int, float]]:
+        """Return every method's mean coherence over its levels, by question."""
+        return {
+            method: _mean_over([question_means(self.coherences[_place(row)]) for row in own])
+            for method, own in self.by_method.items()
+        }
 
 
-def _points(
-    split: str,
-    levels: Sequence[Row],
-    traits: Mapping[Place, Scores],
-    coherences: Mapping[Place, Scores],
-) -> list[Point]:
+def _splits(run: Run, by: str = "verdicts") -> Iterator[_Split]:
+    levels, trait = run.read("levels"), run.record["config"]["trait"]
+    for row in run.read("splits"):
+        part = Run(run.folder / row["split"])
+        answers = {row["row"]: row for row in part.read("answers")}
+        found: dict[str, dict[Place, Cluster]] = {trait: {}, COHERENCE: {}}
+        for criterion, file in ((trait, by), (COHERENCE, "verdicts")):
+            for verdict in part.read(file):
+                if verdict["criterion"] == criterion:
+                    answer = answers[verdict["row"]]
+                    scores = found[criterion].setdefault(_place(answer), {})
+                    scores.setdefault(answer["question_id"], []).append(verdict["score"])
+        yield _Split(row["split"], levels, found[trait], found[COHERENCE])
+
+
+def _place(row: Row) -> Place:
+    return row["method"], row["coefficient"]
+
+
+def _points(split: _Split) -> list[Point]:
+    traits, coherences = split.traits, split.coherences
     points = [
-        Point(split, None, method, None, None, None, None,
+        Point(split.name, None, method, None, None, None, None,
               bootstrap_mean(traits[method, None], scale=SCORES),
               bootstrap_mean(coherences[method, None], scale=SCORES))
         for method in ("none", "prompt_neg", "prompt_pos")
         if (method, None) in traits
     ]  # fmt: skip
-    diffs = {row["level"]: row for row in levels if row["method"] == LORA}
-    for own in grouped(levels, lambda row: (row["level"], method_of(row["method"]))).values():
+    diffs = {row["level"]: row for row in split.levels if row["method"] == LORA}
+    for own in grouped(split.levels, lambda row: (row["level"], method_of(row["method"]))).values():
         first = own[0]
-        places = [(row["method"], row["coefficient"]) for row in own]
         difference, p = None, None
         if first["method"] != LORA:
-            diff = traits[LORA, diffs[first["level"]]["coefficient"]]
-            gaps = [_gaps(diff, traits[place], _sign(first)) for place in places]
-            difference, p = over_draws(gaps)
+            diff = traits[_place(diffs[first["level"]])]
+            difference, p = over_draws([_gaps(diff, traits[_place(row)], first) for row in own])
         points.append(
             Point(
-                split, first["level"], method_of(first["method"]),
+                split.name, first["level"], method_of(first["method"]),
                 _average(own, "coefficient"), _average(own, "kl_mean"), _average(own, "kl_p95"),
                 all(row["matched"] for row in own),
-                mean_over_draws([traits[place] for place in places]),
-                mean_over_draws([coherences[place] for place in places]),
+                mean_over_draws([traits[_place(row)] for row in own]),
+                mean_over_draws([coherences[_place(row)] for row in own]),
                 difference, p,
                 ordinary_mean=_average(own, "ordinary_mean"),
                 ordinary_p95=_average(own, "ordinary_p95"), draws=len(own),
@@ -221,14 +246,9 @@ def _points(
     return points
 
 
-def _overall(
-    split: str,
-    levels: Sequence[Row],
-    traits: Mapping[Place, Scores],
-    coherences: Mapping[Place, Scores],
-) -> list[Overall]:
+def _overall(split: _Split) -> list[Overall]:
     found = []
-    effects, coherence = _by_question(levels, traits, coherences)
+    effects, coherence = split.effects(), split.coherence()
     for method, names in grouped(effects, method_of).items():
         own = [effects[name] for name in names]
         gap, p, lost, vector_gap, vector_p = None, None, None, None, None
@@ -239,33 +259,10 @@ def _overall(
             vector_gap, vector_p = over_draws([minus(effects[ACTIVATION], each) for each in own])
         effect = mean_gap(own)
         each = sorted(float(np.mean(list(one.values()))) for one in own if one)
-        ends = (each[0], each[-1]) if len(each) > 1 else (None, None)
-        found.append(
-            Overall(
-                *(split, method, effect, gap, lost, p, None, len(own), ends[0], ends[1]),
-                vector_gap=vector_gap,
-                vector_p=vector_p,
-            )
-        )
+        least, most = (each[0], each[-1]) if len(each) > 1 else (None, None)
+        tests = (gap, lost, p, None, len(own), least, most, vector_gap, vector_p)
+        found.append(Overall(split.name, method, effect, *tests))
     return found
-
-
-def _corrected(found: Sequence[Overall]) -> tuple[Overall, ...]:
-    """Return the methods with their tests corrected; those of the vector are their own family."""
-    beside = holm([each.vector_p for each in found])
-    pairs = zip(corrected(found), beside, strict=True)
-    return tuple(replace(each, vector_p=p) for each, p in pairs)
-
-
-def _by_question(
-    levels: Sequence[Row], traits: Mapping[Place, Scores], coherences: Mapping[Place, Scores]
-) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
-    """Return every method's mean effect and mean coherence over the levels, by question."""
-    rows = _by_method(levels).items()
-    return {method: _effects(own, traits) for method, own in rows}, {
-        method: _mean_over([_means(coherences[method, row["coefficient"]]) for row in own])
-        for method, own in rows
-    }
 
 
 def pooled(compared: Sequence[Sequence[Run]]) -> list[Pooled]:
@@ -278,12 +275,9 @@ def pooled(compared: Sequence[Sequence[Run]]) -> list[Pooled]:
     seeds = min(map(len, compared))
     for trait, runs in enumerate(compared):
         for seed, run in enumerate(runs[:seeds]):
-            for row in run.read("splits"):
-                part = Run(run.folder / row["split"])
-                traits = _by_place(part, run.record["config"]["trait"])
-                measured = _by_question(run.read("levels"), traits, _by_place(part, COHERENCE))
-                for what, by_method in zip((EFFECT, COHERENCE), measured, strict=True):
-                    each = gaps.setdefault((row["split"], what), [{} for _ in range(seeds)])
+            for split in _splits(run):
+                for what, by_method in ((EFFECT, split.effects()), (COHERENCE, split.coherence())):
+                    each = gaps.setdefault((split.name, what), [{} for _ in range(seeds)])
                     gap = minus(by_method[LORA], by_method[ACTIVATION])
                     each[seed].update({(trait, question): own for question, own in gap.items()})
     tested = {
@@ -303,12 +297,10 @@ def effects_of(run: Run, *, by: str = "verdicts") -> dict[tuple[str, str], Mappi
     Of several random controls it is their mean. ``by`` is the file of the verdicts.
     """
     found: dict[tuple[str, str], Mapping[int, float]] = {}
-    for row in run.read("splits"):
-        part = Run(run.folder / row["split"])
-        traits = _by_place(part, run.record["config"]["trait"], by)
-        effects = {m: _effects(own, traits) for m, own in _by_method(run.read("levels")).items()}
+    for split in _splits(run, by):
+        effects = split.effects()
         for method, names in grouped(effects, method_of).items():
-            found[row["split"], method] = _mean_over([effects[name] for name in names])
+            found[split.name, method] = _mean_over([effects[name] for name in names])
     return found
 
 
@@ -336,19 +328,10 @@ def over_draws(
 
     ``scale`` is that of differences of shares.
     """
-    return _tested(gaps[0], scale) if len(gaps) == 1 else crossed_mean(shared_questions(gaps))
-
-
-def _by_method(levels: Sequence[Row]) -> dict[str, list[Row]]:
-    return grouped(levels, lambda row: row["method"])
-
-
-def _effects(rows: Sequence[Row], traits: Mapping[Place, Scores]) -> dict[int, float]:
-    """Return a method's mean effect over its levels, by question."""
-    plain = traits["none", None]
-    return _mean_over(
-        [_gaps(traits[row["method"], row["coefficient"]], plain, _sign(row)) for row in rows]
-    )
+    if len(gaps) > 1:
+        return crossed_mean(shared_questions(gaps))
+    found = over_units(pd.Series(gaps[0], dtype=float).rename_axis("question"), "question", scale)
+    return found.difference, found.p
 
 
 def _mean_over(each: Sequence[Mapping[int, float]]) -> dict[int, float]:
@@ -356,24 +339,10 @@ def _mean_over(each: Sequence[Mapping[int, float]]) -> dict[int, float]:
     return {item: float(np.mean([one[item] for one in each])) for item in sorted(common)}
 
 
-def _sign(row: Row) -> float:
-    return math.copysign(1.0, row["coefficient"])
-
-
-def _gaps(first: Scores, second: Scores, sign: float) -> dict[int, float]:
-    return {item: sign * gap for item, gap in minus(_means(first), _means(second)).items()}
-
-
-def _means(scores: Scores) -> dict[int, float]:
-    known = {item: [s for s in scores[item] if s is not None] for item in sorted(scores)}
-    return {item: float(np.mean(each)) for item, each in known.items() if each}
-
-
-def _tested(
-    gaps: Mapping[int, float], scale: Bounds | None = None
-) -> tuple[Interval | None, float | None]:
-    found = over_units(pd.Series(gaps, dtype=float).rename_axis("question"), "question", scale)
-    return found.difference, found.p
+def _gaps(first: Cluster, second: Cluster, level: Row) -> dict[int, float]:
+    """Return one minus the other by question, in the direction that a level asks for."""
+    sign = math.copysign(1.0, level["coefficient"])
+    return {at: sign * gap for at, gap in sorted(gaps_between(first, second).items())}
 
 
 # -- time -------------------------------------------------------------------------------------
