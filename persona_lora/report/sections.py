@@ -47,9 +47,18 @@ class Table:
     kind: ClassVar[str] = "table"
 
     @classmethod
-    def of(cls, columns: str, rows: Iterable[Sequence[str]], title: str = "") -> Table:
+    def of(
+        cls,
+        columns: str,
+        rows: Iterable[Sequence[str | None]],
+        title: str = "",
+        note: str = "",
+        styles: Iterable[str] = (),
+        narrow: bool = False,
+    ) -> Table:
         """Return a table whose headings stand in one text with " | " between them."""
-        return cls(tuple(columns.split(" | ")), tuple(map(tuple, rows)), title)
+        cells = tuple(map(tuple, rows))
+        return cls(tuple(columns.split(" | ")), cells, title, note, tuple(styles), narrow)
 
     @staticmethod
     def spans(row: Sequence[str | None]) -> list[tuple[str, int]]:

@@ -43,24 +43,23 @@ def checkpoints_content(run: Run) -> Content:
     blocks: list[Block] = [
         Image.of(render_checkpoints(run), f"{title}. {lead}"),
         *(table for each in both.values() for table in judges_table(each)),
-        Table(
-            ("Asked on", "Statistic", "Vector", "Layer", *map(str, steps)),
-            tuple(_row(curve, steps) for curve in every),
+        Table.of(
+            " | ".join(("Asked on", "Statistic", "Vector", "Layer", *map(str, steps))),
+            (_row(curve, steps) for curve in every),
             "Statistics by step",
         ),
     ]
     if agreeing:
-        blocks.append(
-            Table(
-                ("Trait", "Statistic", "Vector", "Layer", "Spearman’s ρ", "p", "Pearson’s r", "n"),
-                tuple(map(_agreement_row, agreeing)),
-                "Do projections go with the judged trait, over checkpoints?",
-                "p: permutation of the checkpoints’ order. Checkpoints of one run are not "
-                "independent of one another, so it is a description of this run, not evidence "
-                "about others.",
-                narrow=True,
-            )
+        table = Table.of(
+            "Trait | Statistic | Vector | Layer | Spearman’s ρ | p | Pearson’s r | n",
+            map(_agreement_row, agreeing),
+            "Do projections go with the judged trait, over checkpoints?",
+            "p: permutation of the checkpoints’ order. Checkpoints of one run are not "
+            "independent of one another, so it is a description of this run, not evidence "
+            "about others.",
+            narrow=True,
         )
+        blocks.append(table)
     for runs in asked.values():
         if BASE in runs and runs[BASE].read("validation"):
             blocks += judge_blocks(runs[BASE])
@@ -82,13 +81,8 @@ def _row(curve: Curve, steps: list[int]) -> tuple[str, ...]:
     digits = 1 if curve.vector is None else 2
     values = {point.step: point.mean for point in curve.points}
     where = "" if curve.layer is None else str(curve.layer)
-    return (
-        curve.trait,
-        curve.statistic,
-        curve.vector or "",
-        where,
-        *(wording.number(values.get(step), digits) for step in steps),
-    )
+    told = (wording.number(values.get(step), digits) for step in steps)
+    return (curve.trait, curve.statistic, curve.vector or "", where, *told)
 
 
 def _agreement_row(each: Agreement) -> tuple[str, ...]:
@@ -165,36 +159,31 @@ def _warnings(run: Run, found: Diagnosis) -> list[Block]:
 def coordinates_table(run: Run) -> Table:
     """Return the traits, nearest first; plain cosines and what the controls were taken off."""
     what = headline_of(run)
-    left_in = ["controls left in"] if what == APART else []
-    by = {(row["what"], row["geometry"], row["diff"]): row for row in _all_totals(run)}
+    apart = what == APART
+    by = {
+        (row["what"], row["geometry"], row["diff"]): row
+        for kind in (WHOLE, APART)
+        for row in totals(run, kind)
+    }
     own = [row for (kind, geometry, _), row in by.items() if (kind, geometry) == (what, "weighted")]
-    rows = [
-        [
-            row["diff"],
-            wording.number(row["coordinate"], 3),
-            wording.significant(row["null_sd"]),
-            wording.number(row["cosine"], 3),
-            wording.p_value(row["p_holm"]),
-            wording.number(by[what, "plain", row["diff"]]["cosine"], 3),
-            *(wording.number(by[WHOLE, "weighted", row["diff"]]["coordinate"], 3) for _ in left_in),
-        ]
+    rows = (
+        [row["diff"], wording.number(row["coordinate"], 3), wording.significant(row["null_sd"])]
+        + [wording.number(row["cosine"], 3), wording.p_value(row["p_holm"])]
+        + [wording.number(by[what, "plain", row["diff"]]["cosine"], 3)]
+        + [wording.number(by[WHOLE, "weighted", row["diff"]]["coordinate"], 3)] * apart
         for row in sorted(own, key=lambda row: -row["cosine"])
-    ]
-    columns = ("trait", "coordinate", "null sd", "cosine", "p (Holm)", "plain cosine", *left_in)
+    )
+    columns = "trait | coordinate | null sd | cosine | p (Holm) | plain cosine"
+    columns += " | controls left in" * apart
     (whole,) = finetunes_of(run, WHOLE)
-    off = "with the mean of the controls taken off" if what == APART else "no control taken off"
-    share = wording.percent(whole["explained"])
+    off = "with the mean of the controls taken off" if apart else "no control taken off"
     note = (
         f"Weighted by the inputs of the base model, {off}; nearest trait first. p is against "
         "directions of the same inputs turned at random: “not by chance”, not “the trait rose”. "
         f"‖ΔW‖ is {wording.significant(whole['delta_norm'])}, of which all directions together "
-        f"explain {share}."
+        f"explain {wording.percent(whole['explained'])}."
     )
-    return Table(columns, tuple(map(tuple, rows)), "Traits", note)
-
-
-def _all_totals(run: Run) -> list[dict[str, Any]]:
-    return [row for what in (WHOLE, APART) for row in totals(run, what)]
+    return Table.of(columns, rows, "Traits", note)
 
 
 def alarm_tables(found: Diagnosis) -> list[Table]:
@@ -203,16 +192,11 @@ def alarm_tables(found: Diagnosis) -> list[Table]:
         return []
     planted = [f"found in, norm\n{wording.significant(each)} planted" for each in found.doses]
     columns = ("trait", "coordinate", "threshold", "alarm", "false alarms", *planted, "found from")
-    rows = tuple(
-        (
-            each.trait,
-            f"{wording.number(each.coordinate, 3)} ± {wording.number(each.half, 3)}",
-            wording.number(each.threshold, 3),
-            "YES" if each.flagged else "no",
-            str(each.false),
-            *(f"{share.k} of {share.of}" for share in each.found),
-            wording.number(each.found_from, 3),
-        )
+    rows = (
+        [each.trait, f"{wording.number(each.coordinate, 3)} ± {wording.number(each.half, 3)}"]
+        + [wording.number(each.threshold, 3), "YES" if each.flagged else "no", str(each.false)]
+        + [f"{share.k} of {share.of}" for share in each.found]
+        + [wording.number(each.found_from, 3)]
         for each in found.alarms
     )
     note = (
@@ -222,7 +206,8 @@ def alarm_tables(found: Diagnosis) -> list[Table]:
         "controls are shared, so it is a little too narrow). Planted: the direction, scaled to "
         "that weighted norm and added to each control; the last column is found in all of them."
     )
-    return [Table(columns, rows, "Alarm", note, tuple("best" * a.flagged for a in found.alarms))]
+    styles = ["best" * each.flagged for each in found.alarms]
+    return [Table.of(" | ".join(columns), rows, "Alarm", note, styles)]
 
 
 def words_table(run: Run, place: str) -> Table:
@@ -230,14 +215,14 @@ def words_table(run: Run, place: str) -> Table:
     rows = [row for row in found if row["low"] is None or row["low"] * row["high"] > 0]
     up = sorted((row for row in rows if row["change"] > 0), key=lambda row: -row["change"])
     down = sorted((row for row in rows if row["change"] < 0), key=lambda row: row["change"])
-    cells = [(*_word(one), *_word(other)) for one, other in zip_longest(up, down)]
+    cells = ([*_word(one), *_word(other)] for one, other in zip_longest(up, down))
     note = (
         "Mean change of the log-probability (nats) with 95% over prompts, of tokens that the model "
         "ever says, on prompts alone. The extremes of very many tokens: read them together. "
         f"Of {len(found)} extremes {len(found) - len(rows)} are left out, whose interval holds 0."
     )
-    columns = ("more likely", "change", "less likely", "change")
-    return Table(columns, tuple(cells), f"Words, {place}", note, narrow=True)
+    columns = "more likely | change | less likely | change"
+    return Table.of(columns, cells, f"Words, {place}", note, narrow=True)
 
 
 def _word(row: Mapping[str, Any] | None) -> tuple[str, str]:

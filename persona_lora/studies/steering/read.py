@@ -143,33 +143,31 @@ def _conditions(summary: SweepSummary) -> Table:
         else "‖cv‖ / ‖h‖ is the vector’s length over the mean length of hidden states at its layer"
     )
     every = wording.all_conditions(summary)
-    return Table(
-        (
-            *("Coefficient\nor prompt", f"{trait}\n[95%]", "Coherence\n[95%]"),
-            *("Change from 0\n[95%]", "p\n(Holm)", "Scored, %\ntrait / coh."),
-            *("Answers /\nquestions", "Finished", "Mean\ntokens", norm, "KL mean\n(nats)"),
-            "KL p95\n(nats)",
-        ),
-        tuple(
-            (
-                *(wording.label(each), wording.interval(each.trait)),
-                *(wording.interval(each.coherence), *_change(each, wording.interval)),
-                *_counts(each),
-                wording.significant(
-                    each.relative_weight_norm if weights else each.relative_state_norm
-                ),
-                *(wording.significant(each.kl_mean), wording.significant(each.kl_p95)),
-            )
-            for each in every
-        ),
+    rows = (
+        [wording.label(each), wording.interval(each.trait), wording.interval(each.coherence)]
+        + [*_change(each, wording.interval), *_counts(each), _norm(summary, each)]
+        + [wording.significant(each.kl_mean), wording.significant(each.kl_p95)]
+        for each in every
+    )
+    return Table.of(
+        f"Coefficient\nor prompt | {trait}\n[95%] | Coherence\n[95%] | Change from 0\n[95%] | "
+        "p\n(Holm) | Scored, %\ntrait / coh. | Answers /\nquestions | Finished | Mean\ntokens | "
+        f"{norm} | KL mean\n(nats) | KL p95\n(nats)",
+        rows,
         "Conditions",
         f"{wording.sample_line(summary)}. Means are over scored answers; “Scored” is their share. "
         "The change from 0 is paired by question, its p value from a sign-flip permutation test "
         "over question means, Holm-corrected over the coefficients. Grey text: outside the "
         f"coherent range. {told}, KL the per-token divergence from the base model on ordinary "
         "prompts; a dash was not measured.",
-        tuple(_style(each, summary) for each in every),
+        [_style(each, summary) for each in every],
     )
+
+
+def _norm(summary: SweepSummary, each: ConditionSummary) -> str:
+    """Return how long what steers is: beside the weights for a diff, or beside hidden states."""
+    weights = summary.layer is None
+    return wording.significant(each.relative_weight_norm if weights else each.relative_state_norm)
 
 
 def _change(each: ConditionSummary, say: Any) -> tuple[str, str]:
@@ -195,31 +193,25 @@ def _style(each: ConditionSummary, summary: SweepSummary) -> str:
 
 def _control(summary: SweepSummary, control: ControlSummary) -> Table:
     compared = [
-        (
-            wording.coefficient(each.coefficient),
-            each.difference,
-            wording.p_value(each.difference.p_holm),
-        )
-        for each in control.comparisons
+        *((wording.coefficient(each.coefficient), each.difference) for each in control.comparisons),
+        ("all of them, in the expected direction", control.overall),
     ]
-    compared.append(("all of them, in the expected direction", control.overall, wording.NONE))
+    rows = (
+        [place, wording.change(each.interval), wording.p_value(each.p)]
+        + [wording.p_value(each.p_holm), str(each.interval.n_questions)]
+        for place, each in compared
+    )
     name = wording.controls_name(control)
     heading = f"{wording.title_of(summary.trait)}, {summary.method} minus {name}"
-    return Table(
-        (heading, "[95%]", "p", "p\n(Holm)", "questions"),
-        tuple(
-            (
-                *(name, wording.change(each.interval), wording.p_value(each.p), corrected),
-                str(each.interval.n_questions),
-            )
-            for name, each, corrected in compared
-        ),
+    return Table.of(
+        f"{heading} | [95%] | p | p\n(Holm) | questions",
+        rows,
         "Against a random direction" if control.draws == 1 else "Against random directions",
         "A random direction has the norm of the vector, at the same layer and coefficients; "
         f"differences are paired by question.{_drawn(control)} The last row is one test of all "
         "coefficients, incoherent ones included: the mean of sign(c) · (vector − random "
         f"direction). Spearman’s ρ of the {name} is {_rho(control.rho_means)}.",
-        ("",) * len(control.comparisons) + ("reference",),
+        [*("" for _ in control.comparisons), "reference"],
         narrow=True,
     )
 
@@ -240,20 +232,14 @@ def _prompts(summary: SweepSummary) -> Table:
     def name(value: float) -> str:
         return "unsteered" if summary.method == UNSTEERED else wording.coefficient(value)
 
-    return Table(
-        (f"Paired difference in {summary.trait}", "[95%]", "p (Holm)", "questions"),
-        tuple(
-            (
-                f"{name(each.coefficient)} minus {wording.method_label(each.prompt)}",
-                wording.interval(each.difference.interval),
-                wording.p_value(each.difference.p_holm),
-                str(each.difference.interval.n_questions),
-            )
-            for each in summary.prompt_comparisons
-        ),
-        "Against prompting",
-        narrow=True,
+    rows = (
+        [f"{name(each.coefficient)} minus {wording.method_label(each.prompt)}"]
+        + [wording.interval(each.difference.interval), wording.p_value(each.difference.p_holm)]
+        + [str(each.difference.interval.n_questions)]
+        for each in summary.prompt_comparisons
     )
+    columns = f"Paired difference in {summary.trait} | [95%] | p (Holm) | questions"
+    return Table.of(columns, rows, "Against prompting", narrow=True)
 
 
 def _rows(scored: Sequence[ScoredAnswer], summary: SweepSummary) -> list[ScoredAnswer]:
@@ -327,23 +313,21 @@ def grid_content(run: Run) -> Content:
 
 def _layers(grid: GridSummary) -> Table:
     ranked = read_words.ranked(grid)
-    return Table(
-        (
-            *("Layer", "Gain\n[95%]", "at c", "p", f"p (Holm,\n{len(grid.steered)} cells)"),
-            *("Coherence", "Spearman’s ρ\n[95%]", "Best in, %\nof resamples"),
-            *("Beyond random\n[95%]", "p (Holm,\nlayers)"),
-        ),
-        tuple(_layer_row(grid, each) for each in ranked),
+    return Table.of(
+        f"Layer | Gain\n[95%] | at c | p | p (Holm,\n{len(grid.steered)} cells) | Coherence | "
+        "Spearman’s ρ\n[95%] | Best in, %\nof resamples | Beyond random\n[95%] | "
+        "p (Holm,\nlayers)",
+        (_layer_row(grid, each) for each in ranked),
         "Layers, the best first",
         f"{read_words.sample_line(grid)}. Best is {grid.rule}. The gain is paired by question and "
         "in the direction of the coefficient’s sign, its p value from a sign-flip permutation "
         f"test. {read_words.resolution_note(grid)} Resamples draw whole questions and repeat the "
         "choice. “Beyond random” is the mean over coefficients of sign(c) · (vector − random "
         "direction of the same norm); several directions are drawn as the questions are.",
-        tuple(
+        [
             "best" if each.layer == grid.best_layer else "incoherent" if each.best is None else ""
             for each in ranked
-        ),
+        ],
     )
 
 
@@ -383,23 +367,19 @@ def _cells(grid: GridSummary) -> Table:
         mean = each.coherence.mean
         return "incoherent" if mean is None or mean < grid.coherent_threshold else ""
 
-    return Table(
-        (
-            *("Layer, coefficient", f"{wording.title_of(grid.trait)}\n[95%]", "Coherence\n[95%]"),
-            *("Change from\nunsteered [95%]", "p", "p\n(Holm)", "Scored, %\ntrait / coh."),
-            *("Answers /\nquestions", "Finished", "Mean\ntokens"),
-        ),
-        tuple(
-            (
-                *(name(each), wording.interval(each.trait), wording.interval(each.coherence)),
-                _change(each, wording.change)[0],
-                wording.p_value(None if each.from_zero is None else each.from_zero.p),
-                _change(each, wording.change)[1],
-                *_counts(each),
-            )
-            for each in every
-        ),
-        styles=tuple(map(style, every)),
+    rows = (
+        [name(each), wording.interval(each.trait), wording.interval(each.coherence)]
+        + [_change(each, wording.change)[0]]
+        + [wording.p_value(None if each.from_zero is None else each.from_zero.p)]
+        + [_change(each, wording.change)[1], *_counts(each)]
+        for each in every
+    )
+    return Table.of(
+        f"Layer, coefficient | {wording.title_of(grid.trait)}\n[95%] | Coherence\n[95%] | "
+        "Change from\nunsteered [95%] | p | p\n(Holm) | Scored, %\ntrait / coh. | "
+        "Answers /\nquestions | Finished | Mean\ntokens",
+        rows,
+        styles=map(style, every),
     )
 
 
@@ -434,12 +414,10 @@ def comparison_section(run: Run) -> Content:
     verdicts = comparison_lines(run, found, both)
     title = f"{wording.title_of(found.trait)}: weights or activations?"
     statistic = "mean" if found.statistic == "mean" else "95th percentile"
-    overall = Table(
-        (
-            *("Questions", "Method", "Effect [95%]", "n", "Weights minus this [95%]", "p (Holm)"),
-            "Coherence, weights minus this [95%]",
-        ),
-        tuple(map(_overall_row, found.overall)),
+    overall = Table.of(
+        "Questions | Method | Effect [95%] | n | Weights minus this [95%] | p (Holm) | "
+        "Coherence, weights minus this [95%]",
+        map(_overall_row, found.overall),
         "Over all levels",
         "Effect: change of the trait score from the unsteered model, in the direction asked for; "
         "the mean over levels. Differences are paired by question; p: two-sided sign-flip test, "
@@ -448,20 +426,11 @@ def comparison_section(run: Run) -> Content:
         "the questions are: intervals and p (Student’s t) are over both, and from … to … are the "
         "weakest and the strongest of them.",
     )
-    points = Table(
-        (
-            *("Questions", "Method", "Coefficient", "Mean KL", "95th percentile"),
-            *(
-                "Mean KL,\nordinary prompts",
-                "Trait [95%]",
-                "n",
-                "Scored",
-                "Coherence [95%]",
-                "Weights minus this [95%]",
-                "p (Holm)",
-            ),
-        ),
-        tuple(map(_point_row, found.points)),
+    points = Table.of(
+        "Questions | Method | Coefficient | Mean KL | 95th percentile | "
+        "Mean KL,\nordinary prompts | Trait [95%] | n | Scored | Coherence [95%] | "
+        "Weights minus this [95%] | p (Holm)",
+        map(_point_row, found.points),
         "Every level",
         f"KL: nats per token, from the base model, on {MADE_EQUAL_ON[found.calibrated_on]}; "
         f"matched by its {statistic}.",
@@ -637,14 +606,11 @@ def latency_content(run: Run) -> Content:
     """Return the section on the time and memory that steering takes."""
     found = ratios([Timing(**row) for row in run.read("timings")])
     title, line = "What steering costs in time", _latency_line(found)
-    variants = Table(
-        ("Batch", "Variant", "Measure", "Median", "Time over base [95%]"),
-        tuple(map(_latency_row, found)),
-        "Every variant",
-    )
-    swaps = Table(
-        ("What", "Time or memory"),
-        tuple(wording.time_or_memory(**row) for row in run.read("times")),
+    columns = "Batch | Variant | Measure | Median | Time over base [95%]"
+    variants = Table.of(columns, map(_latency_row, found), "Every variant")
+    swaps = Table.of(
+        "What | Time or memory",
+        (wording.time_or_memory(**row) for row in run.read("times")),
         "Swaps, and what is kept beside the model",
         "Ratios are taken within a round; intervals are by Student's t over rounds. Merging keeps "
         "a copy of the weights that it touches, to restore them bit for bit.",
@@ -700,21 +666,15 @@ def spaces_content(run: Run) -> Content:
         **({"plain": "weights_plain"} if weighted else {}),
         "of vectors": "activations",
     }
-    pairs = Table(
-        ("Trait", "Other", *columns),
-        tuple(
-            (
-                *(row["trait"], row["other"]),
-                *(wording.number(row[key], 3) for key in columns.values()),
-            )
-            for row in cosines
-        ),
-        "Pairs of traits",
+    rows = (
+        [row["trait"], row["other"], *(wording.number(row[key], 3) for key in columns.values())]
+        for row in cosines
     )
-    sums = Table(
-        ("Method", "Trait", "Other", "Residual"),
-        tuple(
-            (row["method"], row["trait"], row["other"], wording.number(row["residual"], 3))
+    pairs = Table.of(" | ".join(("Trait", "Other", *columns)), rows, "Pairs of traits")
+    sums = Table.of(
+        "Method | Trait | Other | Residual",
+        (
+            [row["method"], row["trait"], row["other"], wording.number(row["residual"], 3)]
             for row in run.read("linearity")
         ),
         "Two at once against the sum",
@@ -782,11 +742,6 @@ def comparison_table(found: Comparison) -> Table:
     return Table.of("questions | method | effect | weights minus this | p (Holm)", rows)
 
 
-def summary_table(summary: SweepSummary | GridSummary) -> Table:
-    """Return the conditions of a sweep, or the layers of a grid."""
-    return _grid_rows(summary) if isinstance(summary, GridSummary) else _sweep_rows(summary)
-
-
 def summary_lines(summary: SweepSummary | GridSummary, run: Run) -> list[str]:
     """Say what a sweep or a grid showed, and how the judges of the run agree on it."""
     if isinstance(summary, SweepSummary):
@@ -798,21 +753,22 @@ def summary_lines(summary: SweepSummary | GridSummary, run: Run) -> list[str]:
     return [line for line in (lead, *others) if line]
 
 
-def _sweep_rows(summary: SweepSummary) -> Table:
-    weights = summary.layer is None
+def summary_table(summary: SweepSummary | GridSummary) -> Table:
+    """Return the conditions of a sweep, or the layers of a grid."""
+    if isinstance(summary, GridSummary):
+        return _grid_table(summary)
     rows = []
     for each in wording.all_conditions(summary):
         mean, interval, _, scored = wording.scored(each.trait)
-        norm = each.relative_weight_norm if weights else each.relative_state_norm
         rows.append(
             [wording.label(each), mean, interval, wording.number(each.coherence.mean, 1)]
-            + [scored, wording.significant(norm), wording.significant(each.kl_p95)]
+            + [scored, _norm(summary, each), wording.significant(each.kl_p95)]
         )
-    norm_name = "‖cΔW‖/‖W‖" if weights else "‖cv‖/‖h‖"
-    return Table.of(f"c | trait | 95% | coherent | scored | {norm_name} | KL p95", rows)
+    norm = "‖cΔW‖/‖W‖" if summary.layer is None else "‖cv‖/‖h‖"
+    return Table.of(f"c | trait | 95% | coherent | scored | {norm} | KL p95", rows)
 
 
-def _grid_rows(grid: GridSummary) -> Table:
+def _grid_table(grid: GridSummary) -> Table:
     rows = []
     for layer in read_words.ranked(grid):
         cells, best = [layer.reason or "", "", "", "", ""], layer.best

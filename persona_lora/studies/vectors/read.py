@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, pstdev, stdev
 from typing import Any
 
@@ -34,9 +34,9 @@ def extract_content(run: Run) -> Content:
     blocks: list[Block] = [Image.of(render_vectors_over_layers(vectors), f"{title} over layers")]
     if len(vectors) > 1:
         blocks.append(Image.of(render_cosines(vectors, middle), f"{title}: cosines", "small"))
-    table = Table(
-        ("Vector", "Method", "Position", "‖v‖", "Explained", "at layer"),
-        tuple(_vector_row(name, vector, middle) for name, vector in vectors.items()),
+    table = Table.of(
+        "Vector | Method | Position | ‖v‖ | Explained | at layer",
+        (_vector_row(name, vector, middle) for name, vector in vectors.items()),
         "Vectors",
         "“Explained” is the share of the sum of squares of the paired differences along the "
         "direction (for pca, after centring).",
@@ -61,11 +61,11 @@ def project_content(run: Run) -> Content:
     if len(separation) > 1:
         blocks.append(Image.of(render_separation(separation), title))
     if separation:
-        columns = ("Vector", "Layer", "Type", "AUC [95%]", "ρ with label", "n +/−")
+        columns = "Vector | Layer | Type | AUC [95%] | ρ with label | n +/−"
         labels = "Answers labelled 75 and more against 25 and less"
-        blocks.append(Table(columns, tuple(map(_separation_row, separation)), labels, narrow=True))
-    headings = ("Vector", "Layer", "Type", "Texts", "Mean", "SD", "Mean shift")
-    table = Table(headings, _projection_rows(rows), narrow=True)
+        blocks.append(Table.of(columns, map(_separation_row, separation), labels, narrow=True))
+    headings = "Vector | Layer | Type | Texts | Mean | SD | Mean shift"
+    table = Table.of(headings, _projection_rows(rows), narrow=True)
     blocks.append(Fold("Projections by vector and layer", (table,), open=not separation))
     texts = len({row["row"] for row in rows})
     lead = f"{texts} texts of {config['source']} through {config['model']}. {_best(separation)}"
@@ -73,12 +73,12 @@ def project_content(run: Run) -> Content:
 
 
 def _counts(sources: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    failed = sources.get("failed") or {}
-    before = sources.get("pairs_before")
-    counts = [("Pairs kept", str(sources.get("pairs", "not recorded")))]
-    if before is not None:
-        counts.append(("Pairs before the filter", str(before)))
-    return (*counts, *((f"Failed: {name}", str(count)) for name, count in failed.items()))
+    counts = {
+        "Pairs kept": sources.get("pairs", "not recorded"),
+        "Pairs before the filter": sources.get("pairs_before"),
+        **{f"Failed: {name}": count for name, count in (sources.get("failed") or {}).items()},
+    }
+    return tuple((name, str(count)) for name, count in counts.items() if count is not None)
 
 
 def _vector_row(name: str, vector: SteeringVector, layer: int) -> tuple[str, ...]:
@@ -88,16 +88,14 @@ def _vector_row(name: str, vector: SteeringVector, layer: int) -> tuple[str, ...
     return (name, vector.method, vector.position, norm, share, str(layer))
 
 
-def _projection_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], ...]:
+def _projection_rows(rows: Sequence[Row]) -> Iterator[list[str]]:
     groups = grouped(rows, lambda row: (row["vector"], row["layer"], row["type"]))
-    table = []
     for (vector, layer, position), own in groups.items():
         values = [row["projection"] for row in own]
         shifts = [row["shift"] for row in own if row["shift"] is not None]
         shift = wording.number(mean(shifts), 3) if shifts else wording.NONE
         spread = (wording.number(mean(values), 2), wording.number(pstdev(values), 2))
-        table.append((vector, str(layer), position, str(len(own)), *spread, shift))
-    return tuple(table)
+        yield [vector, str(layer), position, str(len(own)), *spread, shift]
 
 
 def _separation_row(row: Row) -> tuple[str, ...]:
@@ -150,10 +148,8 @@ def projections_table(run: Run) -> Table:
 
 def separation_table(run: Run) -> Table:
     """Return every vector at the layer with its largest AUC."""
-    best: dict[str, Row] = {}
-    for row in run.read("separation"):
-        if row["vector"] not in best or row["auc"] > best[row["vector"]]["auc"]:
-            best[row["vector"]] = row
+    by_vector = grouped(run.read("separation"), lambda row: row["vector"])
+    best = {name: max(own, key=lambda row: row["auc"]) for name, own in by_vector.items()}
     rows = (
         [name, str(row["layer"]), f"{row['auc']:.2f}", f"{row['low']:.2f} … {row['high']:.2f}"]
         + [wording.NONE if row["rho"] is None else f"{row['rho']:.2f}"]
