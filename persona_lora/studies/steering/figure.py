@@ -24,18 +24,15 @@ from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Interval
 from persona_lora.report.summary import SweepSummary
 from persona_lora.studies.steering.read_comparison import (
-    ACTIVATION,
     BASE,
     FIRST_TOKEN,
-    LORA,
-    RANDOM,
-    RANDOM_LORA,
     TOKENS,
     Comparison,
     MethodEffect,
     Point,
     Ratio,
 )
+from persona_lora.studies.steering.read_side_effects import SHORT
 
 Row = Mapping[str, Any]
 
@@ -316,31 +313,23 @@ def render_comparison(comparison: Comparison) -> Picture:
     return draw.finish(figure, panels, title=title, note=note)
 
 
-_BRIEF = {
-    LORA: "weights",
-    ACTIVATION: "activations",
-    RANDOM_LORA: "random differences",
-    RANDOM: "random vectors",
-}
-
-
 def render_effects(effects: Mapping[str, Mapping[tuple[str, str], MethodEffect]]) -> Picture:
     """Return what every method moved, by title of the trait: a panel for each set of questions.
 
     A hollow dot is the strongest of a method's random controls.
     """
     splits = list(dict.fromkeys(split for own in effects.values() for split, _ in own))
-    up = 0.21 * len(effects) * len(_BRIEF)
+    up = 0.21 * len(effects) * len(COLOURS)
     figure, panels = draw.new_figure(3.0 + 3.5 * len(splits), up + 1.5), []
     for at, split in enumerate(splits):
         title = SPLITS[split]
         axes = draw.add_axes(figure, (2.7 + at * 3.5, 0.7, 3.2, up), title=title, size=9.5)
         draw.rule(axes, 0.0, upright=True, dashes=draw.DASHED)
         drawn = []
-        for trait, method in product(effects, _BRIEF):
+        for trait, method in product(effects, COLOURS):
             each = effects[trait].get((split, method))
             if each is not None:
-                name, look = f"{trait}: {_BRIEF[method]}", Look(COLOURS[method], 1.8, 5.5)
+                name, look = f"{trait}: {SHORT[method]}", Look(COLOURS[method], 1.8, 5.5)
                 drawn.append(draw.series(name, [0.0], [each.effect], look))
                 if each.most is not None:
                     drawn.append(Series(name, (0.0,), (each.most,), look=look, hollow=(True,)))

@@ -40,7 +40,6 @@ from persona_lora.report.resampling import (
 from persona_lora.report.scores import (
     CONTROL,
     UNSTEERED_CONDITION,
-    Cluster,
     Condition,
     Row,
     ScoredAnswer,
@@ -335,19 +334,12 @@ def _directed(cell: ConditionSummary, coherence: float) -> DirectedGain | None:
     change, coefficient = cell.from_zero, cell.coefficient
     if change is None or coefficient is None or change.interval.mean is None:
         return None
-    interval = change.interval
+    gain = change.interval
     if coefficient < 0:
-        interval = dataclasses.replace(
-            interval,
-            mean=-change.interval.mean,
-            low=_minus(interval.high),
-            high=_minus(interval.low),
-        )
-    return DirectedGain(coefficient, interval, change.p, change.p_holm, coherence)
-
-
-def _minus(value: float | None) -> float | None:
-    return None if value is None else -value
+        ends = (gain.mean, gain.high, gain.low)
+        mean, low, high = (None if each is None else -each for each in ends)
+        gain = dataclasses.replace(gain, mean=mean, low=low, high=high)
+    return DirectedGain(coefficient, gain, change.p, change.p_holm, coherence)
 
 
 def _ranking(by_layer: Sequence[LayerSummary]) -> tuple[int, ...]:
@@ -375,7 +367,13 @@ def resample_selection(
     if len(zero) < 2 or not cells:
         return None
     questions = sorted(zero)
-    gains = [_question_gains(curve.scores[each], zero, each) for each in cells]
+    gains = [
+        {
+            at: gap if (cell.coefficient or 0.0) > 0 else -gap
+            for at, gap in minus(question_means(curve.scores[cell]), zero).items()
+        }
+        for cell in cells
+    ]  # sign(c) · (steered − unsteered)
     coherence = [question_means(clusters(groups[each], COHERENCE)) for each in cells]
     weights = question_weights(len(questions), resamples=curve.resamples, seed=curve.seed)
     resampled = _weighted_means(gains, questions, weights)
@@ -394,14 +392,6 @@ def resample_selection(
         {int(at): float(count / len(winners)) for at, count in zip(found, counts, strict=True)},
         float(np.nanmean(held)) if np.isfinite(held).any() else None,
     )
-
-
-def _question_gains(
-    scores: Cluster, zero: Mapping[int, float], cell: Condition
-) -> dict[int, float]:
-    """Return sign(c) · (steered − unsteered) of every question scored under both."""
-    sign = 1.0 if (cell.coefficient or 0.0) > 0 else -1.0
-    return {at: sign * gap for at, gap in minus(question_means(scores), zero).items()}
 
 
 def _weighted_means(

@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-from persona_lora.report.wording import (
-    CLEAR,
-    answers_line,
-    change,
-    clear_sign,
-    coefficient,
-    direction_of,
-    judges_line,
-    least_p,
-    number,
-    p_equals,
-    p_value,
-    prompt_alone,
-    title_of,
-)
+from persona_lora.report import wording
 from persona_lora.studies.steering.read_grid import DirectedGain, GridSummary, LayerSummary
 
 BEYOND = "Beyond a random direction"
@@ -27,7 +13,7 @@ def headline(grid: GridSummary) -> str:
     best, control = best_line(grid), control_line(grid)
     first = (best, control) if control.startswith(BEYOND) else (control, best)
     sentences = [*first, stability_line(grid)]
-    prompted = prompt_alone(grid.reference("prompt_pos"))
+    prompted = wording.prompt_alone(grid.reference("prompt_pos"))
     return " ".join(sentence for sentence in (*sentences, prompted) if sentence)
 
 
@@ -40,18 +26,18 @@ def best_line(grid: GridSummary) -> str:
     if best.gain.mean <= 0:
         return (
             f"No layer moves {trait} in the expected direction at a coherent coefficient; the "
-            f"least bad is layer {grid.best_layer} ({change(best.gain)} at "
-            f"{coefficient(best.coefficient)})."
+            f"least bad is layer {grid.best_layer} ({wording.change(best.gain)} at "
+            f"{wording.coefficient(best.coefficient)})."
         )
-    clear = clear_sign(best.gain, best.p_holm) > 0
+    clear = wording.clear_sign(best.gain, best.p_holm) > 0
     verdict = "" if clear else "; that is not clear of chance"
     if verdict and resolution_note(grid):
         verdict = "; with so few questions no cell could pass that correction"
     return (
         f"Steering works best at layer {grid.best_layer}: coefficient "
-        f"{coefficient(best.coefficient)} moves {trait} {change(best.gain)} points in the expected "
-        f"direction{_from_to(grid)}, with coherence {number(best.coherence)} "
-        f"({_corrected(grid, best)}){verdict}."
+        f"{wording.coefficient(best.coefficient)} moves {trait} {wording.change(best.gain)} points "
+        f"in the expected direction{_from_to(grid)}, with coherence "
+        f"{wording.number(best.coherence)} ({_corrected(grid, best)}){verdict}."
     )
 
 
@@ -66,12 +52,12 @@ def control_line(grid: GridSummary) -> str:
     layer = grid.best_layer
     said = (
         f"{BEYOND} at layer {layer} the vector gains"
-        if direction_of(over) > 0
+        if wording.direction_of(over) > 0
         else f"At layer {layer} the vector does not clearly beat a random direction:"
     )
     return (
-        f"{said} {change(over.interval)} points over all its coefficients (p "
-        f"{p_equals(over.p_holm)}, Holm over layers)."
+        f"{said} {wording.change(over.interval)} points over all its coefficients (p "
+        f"{wording.p_equals(over.p_holm)}, Holm over layers)."
     )
 
 
@@ -80,27 +66,24 @@ def stability_line(grid: GridSummary) -> str:
     if grid.selection is None or grid.best_layer is None:
         return ""
     share = grid.selection.layer_shares.get(grid.best_layer, 0.0)
-    left_out = grid.selection.left_out_gain
-    honest = (
-        ""
-        if left_out is None
-        else f", and the chosen cell gains {number(left_out)} on questions left out of the choice"
-    )
-    return (
-        f"In resamples of the questions that layer wins {number(100 * share)}% of the time{honest}."
-    )
+    said = "In resamples of the questions that layer wins "
+    said += f"{wording.number(100 * share)}% of the time"
+    if grid.selection.left_out_gain is None:
+        return f"{said}."
+    gain = wording.number(grid.selection.left_out_gain)
+    return f"{said}, and the chosen cell gains {gain} on questions left out of the choice."
 
 
 def resolution_note(grid: GridSummary) -> str:
     """Return a warning where too few questions were asked for any cell to pass the correction."""
     questions = max((each.questions for each in grid.steered), default=0)
     cells = len(grid.steered)
-    least = least_p(questions, cells)
-    if least < CLEAR:
+    least = wording.least_p(questions, cells)
+    if least < wording.CLEAR:
         return ""
     return (
         f"With {questions} question{'s' * (questions != 1)} the least p value possible for one of "
-        f"{cells} cells is {p_value(least)} after Holm's correction: no cell could pass it."
+        f"{cells} cells is {wording.p_value(least)} after Holm's correction: no cell could pass it."
     )
 
 
@@ -110,14 +93,14 @@ def sample_line(grid: GridSummary) -> str:
     zero = [] if grid.unsteered is None else [grid.unsteered]
     return (
         f"{questions} question{'s' * (questions != 1)}, "
-        f"{answers_line([*zero, *grid.references, *grid.cells])}; "
-        f"judge: {judges_line(grid.trait_judge, grid.coherence_judge)}"
+        f"{wording.answers_line([*zero, *grid.references, *grid.cells])}; "
+        f"judge: {wording.judges_line(grid.trait_judge, grid.coherence_judge)}"
     )
 
 
 def title(grid: GridSummary) -> str:
     """Return the title of a grid's picture."""
-    return f"{title_of(grid.trait)} by layer and coefficient"
+    return f"{wording.title_of(grid.trait)} by layer and coefficient"
 
 
 def subtitle(grid: GridSummary) -> str:
@@ -126,8 +109,8 @@ def subtitle(grid: GridSummary) -> str:
     if best is None or grid.best_layer is None:
         return best_line(grid)
     return (
-        f"best layer {grid.best_layer}: {change(best.gain)} at {coefficient(best.coefficient)}, "
-        f"coherence {number(best.coherence)}  ·  "
+        f"best layer {grid.best_layer}: {wording.change(best.gain)} at "
+        f"{wording.coefficient(best.coefficient)}, coherence {wording.number(best.coherence)}  ·  "
         "chosen on these questions, to be reported on others"
     )
 
@@ -139,16 +122,16 @@ def ranked(grid: GridSummary) -> list[LayerSummary]:
 
 
 def _from_to(grid: GridSummary) -> str:
-    best = grid.best
-    if best is None or grid.best_layer is None or grid.unsteered is None:
+    best, layer = grid.best, grid.best_layer
+    cell = None if best is None or layer is None else grid.cell(layer, best.coefficient)
+    if cell is None or grid.unsteered is None:
         return ""
-    cell = grid.cell(grid.best_layer, best.coefficient)
-    if cell is None:
-        return ""
-    return f" (from {number(grid.unsteered.trait.mean)} to {number(cell.trait.mean)})"
+    return (
+        f" (from {wording.number(grid.unsteered.trait.mean)} to {wording.number(cell.trait.mean)})"
+    )
 
 
 def _corrected(grid: GridSummary, best: DirectedGain) -> str:
     if best.p_holm is None:
         return "one question: no test"
-    return f"paired, p {p_equals(best.p_holm)} after Holm over {len(grid.steered)} cells"
+    return f"paired, p {wording.p_equals(best.p_holm)} after Holm over {len(grid.steered)} cells"

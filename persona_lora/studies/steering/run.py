@@ -200,7 +200,7 @@ def sweep(
     }
     read = (trait.inputs(), bank.inputs, {"the ordinary prompts": digest_of(prompts)})
     asked: dict[str, int] = {sweeping.split: len({row.question for row in plan})}
-    family = tuple(map(_named, _tested(population.conditions)))
+    family = _family(population.conditions)
     design = Design.of("sweep", asked, family, Output.of(output).seeds)
     run = open_run(output, "sweep", chat_model, config, *read, seed=options.seed, design=design)
     with run:
@@ -213,15 +213,13 @@ def sweep(
     return write_results(run, trait.name)
 
 
-def _tested(conditions: Sequence[Condition]) -> list[Condition]:
-    """Return the conditions that are compared with the unsteered model, in one family."""
-    return [each for each in conditions if each.coefficient and method_of(each.method) != CONTROL]
-
-
-def _named(condition: Condition) -> str:
-    """Return a comparison as a protocol names it: "+1", or "layer 12, +1"."""
-    place = "" if condition.layer is None else f"layer {condition.layer}, "
-    return f"{place}{condition.coefficient:+g}"
+def _family(conditions: Sequence[Condition]) -> tuple[str, ...]:
+    """Return what is compared with the unsteered model as a protocol names it: "layer 12, +1"."""
+    return tuple(
+        ("" if each.layer is None else f"layer {each.layer}, ") + f"{each.coefficient:+g}"
+        for each in conditions
+        if each.coefficient and method_of(each.method) != CONTROL
+    )
 
 
 def write_results(run: Run, trait: str) -> SweepResult:
