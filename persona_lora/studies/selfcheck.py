@@ -14,7 +14,6 @@ import dataclasses
 import logging
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from persona_lora.judges.choice import JUDGES, JudgeOptions, coherence_scorer
 from persona_lora.judges.coherence import looped_words, shuffled_words
 from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.labels import load_ratings
+from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.likelihood import TokenizedExchange, next_tokens, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
@@ -52,13 +52,13 @@ from persona_lora.models.structure import (
 )
 from persona_lora.models.weight_files import weights_of
 from persona_lora.projections.inputs import ModuleInputs, kept_inputs, tokenized_prompts
-from persona_lora.projections.weight_space import project_adapter, project_weights
+from persona_lora.projections.weight_space import WeightProjection, project_adapter, project_weights
 from persona_lora.report.resampling import bootstrap_mean, separation, sign_flip_ps
 from persona_lora.report.sections import Table
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.bank import Bank, steer_live, steer_merged
 from persona_lora.steering.directions import sum_pairs, vector_of
-from persona_lora.steering.steerer import Steerer
+from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRAMerger, merged_weight
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.drift.diagnosis import Subject, diagnose
@@ -126,12 +126,10 @@ class Bench:
         diff = LoRADiff(factors, base, PLANTED, {"seed": seed})
         return diff * (SIZE / relative_weight_norm(self.chat_model, diff))
 
-    def next_words(self, steerer: Steerer | None = None) -> Tensor:
+    def next_words(self, steerer: Steerer = Unsteered()) -> Tensor:
         """Return log-probabilities of the answers' first tokens, ``[prompts, vocabulary]``."""
-        ids = tokenized_prompts(self.chat_model, self.prompts)
-        if steerer is None:
-            return next_tokens(self.chat_model, ids, 0)[1].logprobs
         with steerer:
+            ids = tokenized_prompts(self.chat_model, self.prompts)
             return next_tokens(self.chat_model, ids, 0)[1].logprobs
 
 
@@ -233,12 +231,17 @@ def _merged_nats(
 # -- projections -------------------------------------------------------------------------------
 
 
+def _and_turned(diff: LoRADiff) -> dict[str, LoRADiff]:
+    """Return a planted diff, and the same turned at random."""
+    return {PLANTED: diff, SHUFFLED: turned_diff(diff, seed=2)}
+
+
 def adapter_projection(bench: Bench) -> Found:
     """Of an adapter half of which is the direction the weighted projection finds that half."""
-    diff, inputs = bench.organism, bench.inputs
-    diffs = {PLANTED: diff, SHUFFLED: turned_diff(diff, seed=2)}
-    found = project_adapter(diff * 0.5 + bench.drawn(3), diffs, inputs=inputs)
-    return _projected("a finetune with half of a direction in it", found, 0.5)
+    diff = bench.organism
+    half = diff * 0.5 + bench.drawn(3)
+    found = project_adapter(half, _and_turned(diff), inputs=bench.inputs)
+    return _projected("a finetune with half of a direction in it", found)
 
 
 def weight_projection(bench: Bench) -> Found:
@@ -255,22 +258,22 @@ def weight_projection(bench: Bench) -> Found:
     for module, factors in diff.factors.items():
         weight = weight_of(tuned.get_submodule(module))
         weight.data.copy_(merged_weight(weight.data, [(factors, 0.5)]))
-    diffs = {PLANTED: diff, SHUFFLED: turned_diff(diff, seed=2)}
-    found = project_weights(weights_of(layer), weights_of(tuned), diffs)
-    return _projected("full weights with half of a direction added", found, 0.5)
+    found = project_weights(weights_of(layer), weights_of(tuned), _and_turned(diff))
+    return _projected("full weights with half of a direction added", found)
 
 
-def _projected(planted: str, found: Any, share: float) -> Found:
-    """Return what a projection says of the two directions."""
-    ours, shuffled = found.total[PLANTED], found.total[SHUFFLED]
-    p = [1.0 if each.p is None else each.p for each in (ours, shuffled)]
-    corrected = found.corrected
+def _projected(planted: str, found: WeightProjection) -> Found:
+    """Return what a projection says of the two directions; the half of one is there."""
+    share, turned = (found.corrected[name] for name in (PLANTED, SHUFFLED))
+    p, chance = (
+        1.0 if each.p is None else each.p for each in (found.total[PLANTED], found.total[SHUFFLED])
+    )
     return Found(
         planted,
-        f"{corrected[PLANTED]:.2f} of it, p = {p[0]:.2g}",
-        f"{corrected[SHUFFLED]:.2f} of one turned at random, p = {p[1]:.2f}",
-        abs(corrected[PLANTED] - share) < 0.1 and p[0] < 1e-3,
-        p[1] > 1e-3,
+        f"{share:.2f} of it, p = {p:.2g}",
+        f"{turned:.2f} of one turned at random, p = {chance:.2f}",
+        abs(share - 0.5) < 0.1 and p < 1e-3,
+        chance > 1e-3,
     )
 
 
@@ -279,20 +282,17 @@ def diagnosing(bench: Bench) -> Found:
     diff, folder = bench.organism, bench.folder / "diagnosis"
     controls = [str(bench.drawn(10 + at).save(folder / f"control{at}")) for at in range(ENOUGH + 1)]
     own, asked, found = bench.drawn(20), bench.prompts[:2], {}
-    for name, added in ((PLANTED, diff), (SHUFFLED, turned_diff(diff, seed=2))):
+    for name, added in _and_turned(diff).items():
         subject = Subject.load(str((own + added).save(folder / name)), {"it": diff}, controls)
         run = diagnose(bench.chat_model, subject, folder / f"{name}_run", prompts=asked)
         (found[name],) = read_diagnosis(run).alarms
-    first, second = [
-        f"{each.coordinate:.3g}, threshold {each.threshold:.3g}"
-        for each in (found[PLANTED], found[SHUFFLED])
-    ]
+    with_it, without = found[PLANTED], found[SHUFFLED]
     return Found(
         "a direction in an unrelated adapter, beside others",
-        first,
-        second,
-        found[PLANTED].flagged and found[PLANTED].coordinate > 0,
-        not found[SHUFFLED].flagged,
+        f"{with_it.coordinate:.3g}, threshold {with_it.threshold:.3g}",
+        f"{without.coordinate:.3g}, threshold {without.threshold:.3g}",
+        with_it.flagged and with_it.coordinate > 0,
+        not without.flagged,
     )
 
 
@@ -341,24 +341,19 @@ def activations(bench: Bench) -> Found:
     response = torch.zeros(1, len(ids[0]), dtype=torch.bool)
     response[:, -3:] = True
 
-    def states(steerer: Steerer | None) -> Tensor:
+    def states(steerer: Steerer) -> Tensor:
         seen: list[Tensor] = []
 
         def take(_: Any, __: Any, output: Any) -> None:
             seen.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())
 
         tokens = torch.tensor(ids, device=chat_model.model.device)
-        with torch.inference_mode(), nullcontext() if steerer is None else steerer:
-            if steerer is not None:
-                steerer.select_positions(response)
-            handle = blocks[layer].register_forward_hook(take)
-            try:
-                chat_model.model(input_ids=tokens, use_cache=False)
-            finally:
-                handle.remove()
+        with torch.inference_mode(), steerer, Hooks([Hook(blocks[layer], take, "the block")]):
+            steerer.select_positions(response)
+            chat_model.model(input_ids=tokens, use_cache=False)
         return seen[0]
 
-    plain = states(None)
+    plain = states(Unsteered())
     added = states(ActivationSteerer(chat_model.model, vector, 2.0)) - plain
     gone = states(DirectionAblation(chat_model.model, vector)) @ direction / direction.norm()
     expected = 2 * direction * response[0, :, None]
@@ -379,10 +374,10 @@ def activations(bench: Bench) -> Found:
 def judging(name: str, bench: Bench) -> Found:
     """A judge ranks rated answers as raters did, not as shuffled ratings do; no canary fools it."""
     rated = load_ratings(bench.trait, "validation")
-    sides = [
+    sides = (
         [each for each in rated if each.rating("trait") >= 75],
         [each for each in rated if each.rating("trait") <= 25],
-    ]
+    )
     rows = [row for side in sides for row in random.Random(0).sample(side, min(CLEAR, len(side)))]
     options = JudgeOptions(judge=name, second_judge=NOBODY)
     judge = JUDGES[name](bench.trait, bench.chat_model, options)
@@ -395,8 +390,8 @@ def judging(name: str, bench: Bench) -> Found:
     scores, ratings = map(list, zip(*scored, strict=True))
     ours = separation(scores, ratings)
     shuffled = separation(scores, random.Random(0).sample(ratings, len(ratings)))
-    fooled = [each.name for each in show_canaries(judge, bench.trait, [bench.trait.name])
-              if not each.caught]  # fmt: skip
+    canaries = show_canaries(judge, bench.trait, [bench.trait.name])
+    fooled = [each.name for each in canaries if not each.caught]
     return Found(
         f"{bench.trait.name} in {len(scored)} rated answers",
         f"AUC {ours.auc:.2f} [{ours.low:.2f}, {ours.high:.2f}]",
@@ -413,21 +408,18 @@ def coherence(bench: Bench) -> Found:
     rated = load_ratings(bench.trait, "validation")
     sensible = [each.exchange for each in rated if each.rating("sense") >= 75][:CLEAR]
     chance = random.Random(0)
-    broken = (shuffled_words, lambda text, _: looped_words(text))
-    kinds = [sensible] + [
-        [Exchange(each.question, change(each.answer, chance)) for each in sensible]
-        for change in broken
-    ]
-    means = [
-        float(np.mean([each.score or 0.0 for each in scorer.verdicts(kind, COHERENCE)]))
-        for kind in kinds
-    ]
+    shuffled = [Exchange(e.question, shuffled_words(e.answer, chance)) for e in sensible]
+    repeated = [Exchange(each.question, looped_words(each.answer)) for each in sensible]
+    whole, mixed, looped = (
+        float(np.mean([each.score or 0.0 for each in scorer.verdicts(said, COHERENCE)]))
+        for said in (sensible, shuffled, repeated)
+    )
     return Found(
         f"sense in {len(sensible)} rated answers",
-        f"coherence {means[0]:.0f} of 100",
-        f"{means[1]:.0f} of their words shuffled, {means[2]:.0f} of them looped",
-        means[0] >= 60,
-        max(means[1:]) <= 40,
+        f"coherence {whole:.0f} of 100",
+        f"{mixed:.0f} of their words shuffled, {looped:.0f} of them looped",
+        whole >= 60,
+        max(mixed, looped) <= 40,
     )
 
 
@@ -550,10 +542,8 @@ def _tried(instrument: Instrument, bench: Bench) -> Found:
 def instruments_table(run: Run) -> Table:
     """Return what was planted, found and rejected, with a verdict."""
     rows = (
-        (
-            *(row[key] for key in ("instrument", "planted", "found", "rejected")),
-            "passed" if row["passed"] else "FAILED",
-        )
+        [row["instrument"], row["planted"], row["found"], row["rejected"]]
+        + ["passed" if row["passed"] else "FAILED"]
         for row in run.read("instruments")
     )
     return Table.of("instrument | planted | found | rejected | verdict", rows)

@@ -10,13 +10,13 @@ plain finetune.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Conversation, Exchange, Message
+from persona_lora.core.chat import COHERENCE, Conversation, Exchange, Message, user_question
 from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
@@ -37,6 +37,7 @@ from persona_lora.report.comparisons import (
     write_found,
 )
 from persona_lora.steering.bank import steer_live
+from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
 from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate, open_run
 from persona_lora.studies.drift.figure import render_prevention
@@ -146,7 +147,7 @@ def compare_prevention(
         for name, model in progress.over("models", list(models.items())):
             if name in done:
                 continue
-            asked = _Asked(base, name, model, measured, run, output.inputs)
+            asked = _Asked(base, name, model, measured, output)
             found = [*asked.character(trait, shared), *asked.loss(exchanges)]
             run.extend(MEASURES, [*found, *asked.capability(tasks)])
         kept = [row for row in run.read(MEASURES) if row["condition"] in models]
@@ -160,16 +161,11 @@ class _Asked:
     """One model while it is measured; what is asked of it becomes rows of ``measures``."""
 
     def __init__(
-        self,
-        base: ChatModel,
-        name: str,
-        model: Finetuned,
-        measured: Measured,
-        run: Run,
-        inputs: Mapping[str, str],
+        self, base: ChatModel, name: str, model: Finetuned, measured: Measured, output: Output
     ) -> None:
-        self.name, self.measured, self.run = name, measured, run
-        self.record, self.inputs = model.record(), {**model.inputs(name), **inputs}
+        self.name, self.measured = name, measured
+        inputs = {**model.inputs(name), **output.inputs}
+        self.below = Output(output.path, config=model.record(), inputs=inputs)
         self.terms = {} if model.correction is None else dict([model.correction])
         adapter = model.adapter
         self.chat_model = base if adapter is None else base.reload(adapter=adapter)
@@ -184,15 +180,15 @@ class _Asked:
         told: list[Conversation] = [[] for _ in questions]
         rows = []
         for turn in range(1, probes.turns + 1):
-            run = self._ask(trait, judge, f"turn {turn}" if turn > 1 else "", before=told)
-            rows += self._scores(run, trait, f"turn {turn}" if turn > 1 else "")
-            answered = [
+            probe = f"turn {turn}" if turn > 1 else ""
+            run = self._ask(trait, judge, probe, before=told)
+            rows += self._scores(run, trait, probe)
+            answered: list[Conversation] = [
                 [
-                    *before,
-                    Message(role="user", content=each["question"]),
-                    Message(role="assistant", content=each["answer"]),
+                    *user_question(row["question"], before=said),
+                    Message(role="assistant", content=row["answer"]),
                 ]
-                for before, each in zip(told, run.read("answers"), strict=True)
+                for said, row in zip(told, run.read("answers"), strict=True)
             ]
             told = [*answered[-1:], *answered[:-1]]
         for probe, prompt in probes.prompts.items():
@@ -212,7 +208,7 @@ class _Asked:
             self.chat_model,
             trait,
             judge,
-            self._output(part, f"{name}.csv"),
+            self.below.at(self.below.path / part / f"{name}.csv"),
             steering=Steering(self.terms, system_prompt=prompt),
             options=self.measured.options,
             before=before if any(before) else (),
@@ -225,17 +221,16 @@ class _Asked:
         answers = {row["row"]: row for row in run.read("answers")}
         names = {trait.name: f"{TRAIT}{after}", **({} if probe else {COHERENCE: COHERENCE})}
         scores = [
-            (names[each["criterion"]], each["row"], each["score"])
+            (names[each["criterion"]], answers[each["row"]], each["score"])
             for each in run.read("verdicts")
             if each["criterion"] in names
         ]
-        for rule in self.measured.probes.rules:
-            for at, row in answers.items():
-                score = rule_score(rule, row["answer"], finished=row["finished"])
-                scores.append((f"{rule}{after}", at, score))
+        for rule, row in product(self.measured.probes.rules, answers.values()):
+            score = rule_score(rule, row["answer"], finished=row["finished"])
+            scores.append((f"{rule}{after}", row, score))
         return [
-            self._row(task, "score", answers[at]["question_id"], score)
-            for task, at, score in scores
+            self._row(task, "score", row["question_id"], score)
+            for task, row, score in scores
             if score is not None
         ]
 
@@ -249,18 +244,13 @@ class _Asked:
         """Return the score of every item of every task."""
         if not tasks.tasks:
             return []
-        output = self._output("capability", self.name)
+        output = self.below.at(self.below.path / "capability" / self.name)
         run_benchmarks(self.chat_model, {self.name: self._corrected()}, tasks, output)
         return Run(output.path).read("items")
 
-    def _output(self, part: str, name: str) -> Output:
-        path = self.run.folder / part / name
-        return Output(path, config=self.record, inputs=self.inputs)
-
-    def _corrected(self) -> Any:
-        return steer_live(self.chat_model, self.terms) if self.terms else ExitStack()
+    def _corrected(self) -> Steerer:
+        return steer_live(self.chat_model, self.terms) if self.terms else Unsteered()
 
     def _row(self, task: str, metric: str, item: int, score: float) -> dict[str, Any]:
-        return {
-            "condition": self.name, "task": task, "metric": metric, "item": item, "score": score,
-        }  # fmt: skip
+        of = {"condition": self.name, "task": task, "metric": metric}
+        return {**of, "item": item, "score": score}

@@ -10,12 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from persona_lora.core.chat import COHERENCE, UNSTEERED, Answer, Condition, Message
+from persona_lora.core.chat import (
+    COHERENCE,
+    UNSTEERED,
+    Answer,
+    Condition,
+    Conversation,
+    user_question,
+)
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl
@@ -30,6 +36,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import write_found
 from persona_lora.report.scores import SECOND, grouped, method_of
 from persona_lora.steering.bank import Bank
+from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.capability import harness, run_benchmarks
 from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
 from persona_lora.studies.steering.figure_side_effects import render_side_effects
@@ -51,6 +58,7 @@ PARTS = (REFUSAL, TURNS, CAPABILITY)
 NUMBER_OF_TURNS = 10
 KINDS = ("harmless", "decline")
 JUDGED_BY = {"first": "verdicts", "second": SECOND}
+SCORED = ("kind", "asked", "criterion", "judge", "method", "unit", "turn", "score")
 Rows = Iterator[dict[str, Any]]
 
 
@@ -132,13 +140,13 @@ class _Steered:
         questions: Sequence[str],
         part: Run,
         conditions: Sequence[Condition] = (),
-        before: Sequence[tuple[Message, ...]] = (),
+        before: Sequence[Conversation] = (),
     ) -> list[Answer]:
         """Answer questions under all conditions, or those given, after what was said before."""
         asked = replace(self.trait, questions={"eval": tuple(questions)})
         plan = plan_rows(asked, "eval", conditions or self.conditions, samples=1)
         if before:
-            plan = [replace(row, before=said) for row, said in zip(plan, before, strict=True)]
+            plan = [replace(row, before=tuple(b)) for row, b in zip(plan, before, strict=True)]
         steerer = self.bank.steerer(self.chat_model, [row.condition.coefficients for row in plan])
         return answer_rows(self.chat_model, plan, steerer, part, self.options)
 
@@ -225,16 +233,12 @@ def _refusals(steered: _Steered, watched: Watched, output: Output) -> Rows:
     read = {"the prompts to refuse or not": digest_of(asked)}
     with steered.open(output, "side-effects on", read, other=REFUSAL) as part:
         for each in steered.answer([row["prompt"] for row in asked], part):
-            yield {
-                "kind": REFUSAL,
-                "asked": asked[each.question_id]["kind"],
-                "criterion": REFUSAL,
-                "judge": "first",
-                "method": each.method,
-                "unit": each.question_id,
-                "turn": 1,
-                "score": rule_score(REFUSAL, each.answer, finished=each.finished),
-            }
+            kind, score = (
+                asked[each.question_id]["kind"],
+                rule_score(REFUSAL, each.answer, finished=each.finished),
+            )
+            place = (REFUSAL, kind, REFUSAL, "first", each.method, each.question_id, 1, score)
+            yield dict(zip(SCORED, place, strict=True))
 
 
 def load_refusal_prompts(datasets: Path | None = None) -> list[dict[str, Any]]:
@@ -258,7 +262,7 @@ def _converse(
     """
     questions, trait = steered.trait.questions["eval"][:NUMBER_OF_TURNS], steered.trait
     conversations = len(questions[:most]) * len(steered.once)
-    told: list[tuple[Message, ...]] = [() for _ in range(conversations)]
+    told: list[Conversation] = [[] for _ in range(conversations)]
     for turn in range(NUMBER_OF_TURNS):
         asked = [*questions[turn:], *questions[:turn]][:most]
         read = {"the earlier turns": digest_of(told)}
@@ -267,11 +271,10 @@ def _converse(
             answers = steered.answer(asked, part, steered.once, told)
             judge_answers(part, judge, trait)
         told = [
-            (
-                *before,
-                Message(role="user", content=each.question),
-                Message(role="assistant", content=each.answer),
-            )
+            [
+                *user_question(each.question, before=before),
+                {"role": "assistant", "content": each.answer},
+            ]
             for before, each in zip(told, answers, strict=True)
         ]
         for criterion in (trait.name, COHERENCE):
@@ -290,16 +293,8 @@ def _scores(
         for row in answers:
             method = row["method"]
             if method in places and row["coefficient"] == places[method] and row["row"] in score:
-                yield {
-                    "kind": kind,
-                    "asked": asked,
-                    "criterion": criterion,
-                    "judge": judge,
-                    "method": method,
-                    "unit": row["question_id"],
-                    "turn": turn,
-                    "score": score[row["row"]],
-                }
+                place = (kind, asked, criterion, judge, method, row["question_id"], turn)
+                yield dict(zip(SCORED, (*place, score[row["row"]]), strict=True))
 
 
 def _measure_capability(steered: _Steered, tasks: TaskOptions, output: Output) -> None:
@@ -309,7 +304,7 @@ def _measure_capability(steered: _Steered, tasks: TaskOptions, output: Output) -
     """
     bank, model = replace(steered.bank, positions="all"), steered.chat_model
     conditions = {
-        each.method: bank.steerer(model, [each.coefficients]) if each.coefficient else nullcontext()
+        each.method: bank.steerer(model, [each.coefficients]) if each.coefficient else Unsteered()
         for each in steered.once
     }
     prompt = steered.once[-1].method

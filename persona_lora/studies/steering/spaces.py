@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, permutations, product
 from pathlib import Path
@@ -35,7 +34,7 @@ from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordi
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors, steer_live
 from persona_lora.steering.placement import check_base_model
-from persona_lora.steering.steerer import Steerer, Together
+from persona_lora.steering.steerer import Steerer, Together, Unsteered
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import ordinary_texts
@@ -73,9 +72,9 @@ class Spaces:
         """The traits, sorted."""
         return tuple(sorted(self.diffs))
 
-    def states(self, steerer: Steerer | None = None) -> Tensor:
+    def states(self, steerer: Steerer = Unsteered()) -> Tensor:
         """Return the mean response states over all texts, ``[layers, hidden]``, in float64."""
-        with steerer if steerer is not None else nullcontext(), progress.silent():
+        with steerer, progress.silent():
             sums = [
                 batch.means[:, 0].double().sum(dim=0)
                 for batch in stream_hidden_means(self.chat_model, self.texts, positions=(RESPONSE,))
