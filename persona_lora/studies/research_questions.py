@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import ConditionFit, TaskScore, fits_over_personas, score_items
 from persona_lora.report.figures import Picture
+from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.trust import standing
 from persona_lora.report.wording import (
@@ -134,8 +136,8 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
     effects: dict[str, dict[Place, MethodEffect]] = {}
     for runs in compared:
         found = [read_comparison(run) for run in runs]
-        trait, own = title_of(found[0].trait), effects_over(runs)
-        effects[trait] = own
+        trait = title_of(found[0].trait)
+        own = effects[trait] = effects_over(runs)
         at_level += [p.matched for each in found for p in each.points if p.matched is not None]
         lines.append((trait, " ".join(_said(runs, found))))
         for split in dict.fromkeys(split for split, _ in own):
@@ -144,9 +146,9 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
             activation = own[split, ACTIVATION]
             winners.append(clear_sign(activation.difference, activation.p_holm))
             rows.append((trait, SPLITS[split], *_effects(split, own)))
-    n = len(winners)
+    n, seeds = len(winners), [len(runs) for runs in compared]
     return {
-        "answer": _yes(moved[LORA] == moved[ACTIVATION] == n, "Not in every case."),
+        "answer": "Yes." if moved[LORA] == moved[ACTIVATION] == n else "Not in every case.",
         "n": n,
         "by_weights": moved[LORA],
         "by_activations": moved[ACTIVATION],
@@ -161,7 +163,7 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
         ),
         "levels": len(at_level),
         "unmatched": at_level.count(False),
-        "seeds": _range([len(runs) for runs in compared]),
+        "seeds": " to ".join(map(str, sorted({min(seeds), max(seeds)}))),
         "rows": _table(
             "trait | questions | weights | activations | random differences (strongest) | "
             "random vectors (strongest) | weights − activations | weights − random differences",
@@ -208,11 +210,6 @@ def _pooled_row(each: Pooled) -> tuple[str, ...]:
         SPLITS[each.split], each.what, interval(each.difference), p_value(each.p_holm),
         told[clear_sign(each.difference, each.p_holm)],
     )  # fmt: skip
-
-
-def _range(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
 
 
 # -- 2. prediction and prevention -----------------------------------------------------------
@@ -288,15 +285,9 @@ def _by_trait(found: Sequence[Prediction], judged: Sequence[Row], predictors: Se
         others = [each for each in in_weights if each.judged == own.judged and not each.own]
         best = max(others, key=lambda each: abs(each.r), default=None)
         null = chance.get(own.judged)
-        rows.append(
-            (
-                title_of(own.judged),
-                own.said,
-                NONE if best is None else f"{best.direction}: {best.said}",
-                NONE if null is None else number(null.high, 2),
-                NONE if null is None else p_value(null.p),
-            )
-        )
+        told = (NONE, NONE) if null is None else (number(null.high, 2), p_value(null.p))
+        other = NONE if best is None else f"{best.direction}: {best.said}"
+        rows.append((title_of(own.judged), own.said, other, *told))
     return _table(
         "judged trait | r of its own direction | best other direction | "
         "95% of random ones are below | share of random as far",
@@ -357,23 +348,24 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
     run = Run(files[0].parent)
     timings = [Timing(**row) for row in run.read("timings")]
     found = ratios(timings)
-    place = {(each.variant, each.batch, each.measure): each.ratio for each in found}
+    said = {
+        (each.variant, each.batch, each.measure): interval(each.ratio, 2)
+        for each in found
+        if each.variant != BASE
+    }
     batches = sorted({each.batch for each in found})
-    variants = [name for name in dict.fromkeys(each.variant for each in found) if name != BASE]
-    rows = [
-        (name, str(batch), *(interval(place[name, batch, m], 2) for m in (FIRST_TOKEN, TOKENS)))
-        for name in variants
-        for batch in batches
-    ]
-    merged = speed_beside_base([place[MERGED, batch, TOKENS] for batch in batches])
+    variants = list(dict.fromkeys(name for name, *_ in said))
+    rows = (
+        (name, str(batch), said[name, batch, FIRST_TOKEN], said[name, batch, TOKENS])
+        for name, batch in product(variants, batches)
+    )
+    merged = [each.ratio for each in found if (each.variant, each.measure) == (MERGED, TOKENS)]
     times = (time_or_memory(**row) for row in run.read("times"))
-    largest = batches[-1]
+    speed, largest = speed_beside_base(merged), batches[-1]
     return {
-        "answer": f"The model with merged weights {merged}, over all batch sizes.",
+        "answer": f"The model with merged weights {speed}, over all batch sizes.",
         "batch": largest,
-        "said": ", ".join(
-            f"{name} {interval(place[name, largest, TOKENS], 2)}" for name in variants
-        ),
+        "said": ", ".join(f"{name} {said[name, largest, TOKENS]}" for name in variants),
         "rows": _table("variant | batch | time to the first token | time for a token", rows),
         "times": _table("what | time or memory", times),
         "rounds": len({each.round for each in timings}),
@@ -392,7 +384,7 @@ def _personas(run: Run, figures: Figures) -> Part | None:
     if lora is None or lora.difference is None:
         return None
     return {
-        "answer": _yes(clear_sign(lora.difference, lora.p_holm) > 0, "Not shown here."),
+        "answer": "Yes." if clear_sign(lora.difference, lora.p_holm) > 0 else "Not shown here.",
         "gain": interval(lora.difference, 2),
         "p": p_equals(lora.p_holm),
         "n": lora.fit.n_questions,
@@ -421,13 +413,12 @@ def _sums(folder: Path) -> Part | None:
     run = _spaces_run(folder)
     if run is None:
         return None
-    lines, moves = run.read("linearity"), run.read("interference")
+    lines = [row for row in run.read("linearity") if row["trait"] != row["other"]]
+    moves = [row for row in run.read("interference") if row["steered"] != row["read"]]
     rows = []
     for method in ("weights", "activations"):
-        apart = [r["residual"] for r in lines if r["method"] == method and r["trait"] != r["other"]]
-        along = [
-            abs(r["value"]) for r in moves if r["method"] == method and r["steered"] != r["read"]
-        ]
+        apart = [row["residual"] for row in lines if row["method"] == method]
+        along = [abs(row["value"]) for row in moves if row["method"] == method]
         rows.append((method, _spread(apart), str(len(apart)), _spread(along), str(len(along))))
     columns = "steered by | distance from the sum | pairs | moved along another trait | pairs"
     return {"rows": _table(columns, rows)}
@@ -445,21 +436,17 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
     at = [row for row in shifts if row["layer"] == layer]
     own = [row["cosine"] for row in at if row["trait"] == row["other"]]
     others = [abs(row["cosine"]) for row in at if row["trait"] != row["other"]]
-    nearest = _nearest(at)
-    recognised = sum(trait == other for trait, other in nearest.items())
+    rows, recognised = [], 0
+    for trait, read in grouped(at, lambda row: row["trait"]).items():
+        cosine = {row["other"]: row["cosine"] for row in read}
+        nearest = max(cosine, key=cosine.__getitem__)
+        recognised += nearest == trait
+        rows.append((*_spectrum(trait, spectra), number(cosine[trait], 2), title_of(nearest)))
     (agreed,) = run.read("agreement")
-    rows = []
-    for trait, name in nearest.items():
-        cosine = next(r["cosine"] for r in at if r["trait"] == trait == r["other"])
-        rows.append((*_spectrum(trait, spectra), number(cosine, 2), title_of(name)))
-    aligned = recognised == len(own)
+    told = "; but what each does" if recognised == len(own) else ", and not every one"
     picture = render_spaces(shifts, spectra, cosines, run.read("interference"))
     return {
-        "answer": (
-            "Not simpler; but what each does is told by the vector of its trait."
-            if aligned
-            else "Not simpler, and not every one is told by the vector of its trait."
-        ),
+        "answer": f"Not simpler{told} is told by the vector of its trait.",
         "rank": _spread([row["effective_rank"] for row in spectra], 1),
         "full_rank": max(row["rank"] for row in spectra),
         "layer": layer,
@@ -491,24 +478,12 @@ def _spectrum(trait: str, spectra: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
-def _nearest(at: Sequence[Row]) -> dict[str, str]:
-    """Return the trait whose vector each trait's shift is nearest to."""
-    by_trait: dict[str, dict[str, float]] = {}
-    for row in at:
-        by_trait.setdefault(row["trait"], {})[row["other"]] = row["cosine"]
-    return {trait: max(each, key=each.__getitem__) for trait, each in by_trait.items()}
-
-
 def _spaces_run(folder: Path) -> Run | None:
     files = sorted(folder.rglob("spaces/linearity.jsonl"))
     return Run(files[0].parent) if files else None
 
 
 # -- shared ---------------------------------------------------------------------------------
-
-
-def _yes(value: bool, otherwise: str) -> str:
-    return "Yes." if value else otherwise
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
