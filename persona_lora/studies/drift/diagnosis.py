@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,14 +80,15 @@ class Subject:
         taken_off(controls, "", [name])
         if not is_adapter(name):
             weights_of(name)
-        names = (name, *controls)
-        contents = [LoRADiff.load(each).content() if is_adapter(each) else each for each in names]
-        for at, (each, content) in enumerate(zip(names, contents, strict=True)):
-            if content in contents[:at]:
+        known: dict[str, str] = {}
+        for each in (name, *controls):
+            content = LoRADiff.load(each).content() if is_adapter(each) else each
+            if content in known:
                 raise UserError(
-                    f"{each} is the same as {names[contents.index(content)]}; --controls must be "
-                    "other finetunes, each once"
+                    f"{each} is the same as {known[content]}; --controls must be other finetunes, "
+                    "each once"
                 )
+            known[content] = each
         return cls(name, diffs, tuple(controls))
 
     def inputs(self) -> dict[str, str]:
@@ -117,7 +119,7 @@ def diagnose(
 
     def projected(name: str, reference: str = base.name, less: LoRADiff | None = None) -> Projected:
         revision = base.options.revision if reference == base.name else None
-        source = lambda: weights_of(reference, revision)  # noqa: E731
+        source = partial(weights_of, reference, revision)
         return project_finetune(name, source, subject.diffs, inputs=inputs, control=less)
 
     with run:
@@ -168,14 +170,8 @@ def _words(base: ChatModel, subject: Subject, prompts: Sequence[str]) -> Iterato
         for at in ends:
             change = bootstrap_mean(dict(enumerate([[each] for each in changes[:, at].tolist()])))
             token = int(kept[at])
-            yield {
-                "place": place,
-                "token": token,
-                "text": texts[token],
-                "change": change.mean,
-                "low": change.low,
-                "high": change.high,
-            }
+            told = {"place": place, "token": token, "text": texts[token]}
+            yield {**told, "change": change.mean, "low": change.low, "high": change.high}
 
 
 def _reading(

@@ -103,28 +103,22 @@ def predict_finetuning(
         _finetune_contents(study),
         {"the ordinary prompts": digest_of(load_ordinary_prompts())} if study.diffs else {},
     )
-    run = open_run(
-        output,
-        "predict-finetuning",
-        base,
-        config,
-        *read,
-        seed=options.seed,
-        parts=("answers",),
-        design=_design(study),
-    )
-    with run:
+    parts, design = ("answers",), _design(study)
+    with open_run(
+        output, "predict-finetuning", base, config, *read,
+        seed=options.seed, parts=parts, design=design,
+    ) as run:  # fmt: skip
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
         inputs = kept_inputs(base, load_ordinary_prompts()) if study.diffs else None
         judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
-        _judge(run, study, BASE, base, judges, options, output.inputs)
+        _judge(output, study, BASE, base, judges, options)
         for name, folder in progress.over("finetunes", list(study.finetunes.items())):
             known = {row["finetune"] for row in run.resume_rows(PREDICTORS)}
             if name in known and not _missing(run, study, name):
                 continue
             tuned = base.reload(adapter=folder)
-            _judge(run, study, name, tuned, judges, options, output.inputs)
+            _judge(output, study, name, tuned, judges, options)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
                 found = _predictors(study, name, folder, inputs, shift)
@@ -171,28 +165,19 @@ def _missing(run: Run, study: DriftStudy, name: str) -> list[Trait]:
 
 
 def _judge(
-    run: Run,
+    output: Output,
     study: DriftStudy,
     name: str,
     chat_model: ChatModel,
     judges: Mapping[str, Callable[[], Judge]],
     options: GenerationOptions,
-    inputs: Mapping[str, str],
 ) -> None:
     """Ask and judge what is missing of one finetune, in runs of their own below the study's."""
+    run, below = Run(output.path), output.path / answers_place(name)
     for trait in _missing(run, study, name):
-        result = evaluate(
-            chat_model,
-            trait,
-            judges[trait.name],
-            Output(
-                run.folder / answers_place(name) / f"{trait.name}.csv",
-                config={"finetune": name},
-                inputs=inputs,
-            ),
-            split=study.split,
-            options=options,
-        )
+        place = Output(below / f"{trait.name}.csv", config={"finetune": name}, inputs=output.inputs)
+        judge, split = judges[trait.name], study.split
+        result = evaluate(chat_model, trait, judge, place, split=split, options=options)
         score = result.trait
         row = {
             "finetune": name,
@@ -236,12 +221,13 @@ def _predictors(
         weighted = project_adapter(adapter, study.diffs, inputs=inputs)
         plain = project_adapter(adapter, study.diffs)
         for direction, value in weighted.total.items():
-            rows += [
-                _row(name, direction, WEIGHTS, value.coordinate),
-                _row(name, direction, "weights, corrected", weighted.corrected[direction]),
-                _row(name, direction, "weights, plain", plain.total[direction].coordinate),
-                _row(name, direction, DISTANCE, weighted.delta_norm),
-            ]
+            kinds = {
+                WEIGHTS: value.coordinate,
+                "weights, corrected": weighted.corrected[direction],
+                "weights, plain": plain.total[direction].coordinate,
+                DISTANCE: weighted.delta_norm,
+            }
+            rows += [_row(name, direction, kind, each) for kind, each in kinds.items()]
     if shift is not None:
         pairs = zip(study.vectors, shift.tolist(), strict=True)
         rows += [_row(name, direction, "activations", value) for direction, value in pairs]

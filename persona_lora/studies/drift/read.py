@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr
@@ -16,8 +15,10 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.resampling import rank_correlation
 from persona_lora.report.sections import Table
 
+Place = tuple[str, str, str | None, int | None]  # trait, statistic, vector, layer
 FEWEST_POINTS = 4
 MOST_EXACT = 7  # up to so many points, every order is tried; above, a sample of orders
 SAMPLED_ORDERS = 5000
@@ -31,6 +32,9 @@ class Point:
     mean: float | None
     low: float | None
     high: float | None
+
+
+NOWHERE = Point(0, None, None, None)  # of a curve that was not measured
 
 
 @dataclass(frozen=True)
@@ -88,17 +92,15 @@ class CrossPoint:
 
 def curves(run: Run) -> list[Curve]:
     """Return every curve of a run, in the order of its rows."""
-    grouped: dict[tuple[str, str, str | None, int | None], list[Point]] = {}
+    found: dict[Place, list[Point]] = {}
     for row in run.read("checkpoints"):
-        key = (row["trait"], row["statistic"], row["vector"], row["layer"])
+        place = (row["trait"], row["statistic"], row["vector"], row["layer"])
         point = Point(row["step"], row["value"], row["low"], row["high"])
-        grouped.setdefault(key, []).append(point)
-    if not grouped:
+        found.setdefault(place, []).append(point)
+    if not found:
         raise UserError(f"{run.folder} holds no rows of checkpoints; run evaluate-checkpoints")
-    return [
-        Curve(*key, points=tuple(sorted(points, key=lambda point: point.step)))
-        for key, points in grouped.items()
-    ]
+    by_step = {place: sorted(own, key=lambda point: point.step) for place, own in found.items()}
+    return [Curve(*place, points=tuple(points)) for place, points in by_step.items()]
 
 
 def answers_of(run: Run, trait: str) -> dict[str, Run]:
@@ -111,17 +113,12 @@ def agreements(run: Run) -> list[Agreement]:
     """Return the correlation of every projection and shift with the score of the same trait."""
     every = curves(run)
     scores = {curve.trait: curve for curve in every if curve.statistic == "trait"}
-    return [
-        Agreement(
-            curve.trait,
-            curve.statistic,
-            curve.vector,
-            curve.layer,
-            correlation(*_paired(curve, scores[curve.trait])),
-        )
-        for curve in every
-        if curve.vector is not None and curve.layer is not None and curve.trait in scores
-    ]
+    found = []
+    for curve in every:
+        if curve.vector is not None and curve.layer is not None and curve.trait in scores:
+            place = (curve.trait, curve.statistic, curve.vector, curve.layer)
+            found.append(Agreement(*place, correlation(*_paired(curve, scores[curve.trait]))))
+    return found
 
 
 def cross_persona(runs: Sequence[Run]) -> list[CrossPoint]:
@@ -134,27 +131,20 @@ def cross_persona(runs: Sequence[Run]) -> list[CrossPoint]:
         tuned = run.record["config"].get("finetuned_on")
         if tuned is None:
             raise UserError(f"{run.folder} does not say what it was finetuned on (--finetuned-on)")
-        every = curves(run)
-        for cosine in run.read("cosines"):
-            names = (cosine["vector"], cosine["other"])
+        by_place = {(c.trait, c.statistic, c.vector, c.layer): c.points for c in curves(run)}
+        traits = sorted({trait for trait, *_ in by_place})
+        for row in run.read("cosines"):
+            names, layer = (row["vector"], row["other"]), row["layer"]
             own = next((name for name in names if _is_of(name, tuned)), None)
-            if own is None:
+            vector = names[1] if names[0] == own else names[0]
+            other = next((trait for trait in traits if _is_of(vector, trait)), None)
+            if own is None or other in (None, tuned):
                 continue
-            other_vector = names[1] if names[0] == own else names[0]
-            traits = {curve.trait for curve in every}
-            other = next((t for t in sorted(traits) if _is_of(other_vector, t)), None)
-            if other is None or other == tuned:
-                continue
-            points.append(
-                CrossPoint(
-                    tuned,
-                    other,
-                    cosine["layer"],
-                    cosine["cosine"],
-                    _change(every, other, "trait", None, None),
-                    _last(every, other, "shift", other_vector, cosine["layer"]),
-                )
-            )
+            scores = by_place.get((other, "trait", None, None), [NOWHERE])
+            shifts = by_place.get((other, "shift", vector, layer), [NOWHERE])
+            first, last = scores[0].mean, scores[-1].mean
+            change = None if first is None or last is None else last - first
+            points.append(CrossPoint(tuned, other, layer, row["cosine"], change, shifts[-1].mean))
     return points
 
 
@@ -172,49 +162,24 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
 def _permutation_p(x: Sequence[float], y: Sequence[float], rho: float) -> float:
     """Return the two-sided p of ρ over orders of y: all of them, or a sample of a fixed seed."""
     ranks_x, ranks_y = rankdata(x), rankdata(y)
-    if len(x) <= MOST_EXACT:
+    if exact := len(x) <= MOST_EXACT:
         orders = np.array(list(permutations(ranks_y)))
-        extra = 0
     else:
         random = np.random.default_rng(0)
         orders = np.array([random.permutation(ranks_y) for _ in range(SAMPLED_ORDERS)])
-        extra = 1
-    centred = ranks_x - ranks_x.mean()
-    spread = np.linalg.norm(centred) * np.linalg.norm(ranks_y - ranks_y.mean())
-    rhos = (orders - ranks_y.mean()) @ centred / spread
-    hits = int(np.sum(np.abs(rhos) >= abs(rho) - 1e-9)) + extra
-    return hits / (len(orders) + extra)
+    rhos = rank_correlation(ranks_x, orders)
+    hits, own = int(np.sum(np.abs(rhos) >= abs(rho) - 1e-9)), int(not exact)
+    return (hits + own) / (len(orders) + own)
 
 
 def _paired(one: Curve, other: Curve) -> tuple[list[float], list[float]]:
     """Return the values of two curves at the steps that both have."""
-    values = {point.step: point.mean for point in other.points}
-    pairs = [
-        (point.mean, values[point.step])
-        for point in one.points
-        if point.mean is not None and values.get(point.step) is not None
-    ]
-    return [float(a) for a, _ in pairs], [float(b or 0.0) for _, b in pairs]
-
-
-def _find(
-    every: Sequence[Curve], trait: str, statistic: str, vector: str | None, layer: int | None
-) -> Curve | None:
-    wanted = (trait, statistic, vector, layer)
-    found = (c for c in every if (c.trait, c.statistic, c.vector, c.layer) == wanted)
-    return next(found, None)
-
-
-def _last(every: Sequence[Curve], trait: str, statistic: str, *place: Any) -> float | None:
-    curve = _find(every, trait, statistic, *place)
-    return None if curve is None else curve.points[-1].mean
-
-
-def _change(every: Sequence[Curve], trait: str, statistic: str, *place: Any) -> float | None:
-    curve = _find(every, trait, statistic, *place)
-    if curve is None or curve.points[0].mean is None or curve.points[-1].mean is None:
-        return None
-    return curve.points[-1].mean - curve.points[0].mean
+    first, second = (
+        {point.step: point.mean for point in curve.points if point.mean is not None}
+        for curve in (one, other)
+    )
+    both = [step for step in first if step in second]
+    return [first[step] for step in both], [second[step] for step in both]
 
 
 def _is_of(vector: str, trait: str) -> bool:

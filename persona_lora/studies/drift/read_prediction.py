@@ -20,7 +20,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
-from persona_lora.report.resampling import Array, weighted_correlation
+from persona_lora.report.resampling import Array, percentile_bounds, weighted_correlation
+from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table
 from persona_lora.report.two_judges import across_runs, lead_of
 
@@ -164,40 +165,36 @@ def contrasts(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0
                 _r_of(pooled[first], each) - _r_of(pooled[second], each)
                 for each in (everything, weights)
             )
-            known = gaps[np.isfinite(gaps)]
-            low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-2.0, 2.0)
-            found.append(
-                Contrast(first, second, float(difference[0]), float(low), float(high), len(names))
-            )
+            low, high = _bounds(gaps, 2.0)
+            found.append(Contrast(first, second, float(difference[0]), low, high, len(names)))
     return found
 
 
 def nulls(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Null]:
     """Compare every trait's own direction with random ones, named "trait#k", and with chance."""
     drift, data = changes(judged), data_sets(judged)
-    random: dict[str, dict[str, dict[str, float]]] = {}
+    random: dict[str, dict[str, float]] = {}
     for row in predictors:
         if row["kind"] == NULL:
-            trait, _, _ = row["direction"].partition("#")
-            by_direction = random.setdefault(trait, {})
-            by_direction.setdefault(row["direction"], {})[row["finetune"]] = row["value"]
+            random.setdefault(row["direction"], {})[row["finetune"]] = row["value"]
     own = _by_place(predictors)
     found = []
-    for trait, directions in random.items():
+    for trait, directions in grouped(random, lambda name: name.partition("#")[0]).items():
         if trait not in drift or (WEIGHTS, trait) not in own:
             continue
-        names, *both = _aligned(own[WEIGHTS, trait], drift[trait])
-        r = _r(*both)
-        others = np.array([_r(*_aligned(x, drift[trait])[1:]) for x in directions.values()])
-        units = _numbered(names, data)
-        shuffled = _shuffled([(both[0], both[1])], units, np.random.default_rng(seed))
-        found.append(
-            Null(
-                trait, r, _high(others), _share_beyond(others, r), len(others),
-                _high(shuffled), _share_beyond(shuffled, r),
-            )
-        )  # fmt: skip
+        names, x, y = _aligned(own[WEIGHTS, trait], drift[trait])
+        r = _r(x, y)
+        others = np.array([_r(*_aligned(random[each], drift[trait])[1:]) for each in directions])
+        shuffled = _shuffled([(x, y)], _numbered(names, data), np.random.default_rng(seed))
+        chance = _high(others), _share_beyond(others, r), len(others)
+        found.append(Null(trait, r, *chance, _high(shuffled), _share_beyond(shuffled, r)))
     return found
+
+
+def _bounds(resampled: Array, widest: float) -> tuple[float, float]:
+    """Return the central 95% of what is known, or the widest bounds where nothing is."""
+    known = resampled[np.isfinite(resampled)]
+    return percentile_bounds(known) if len(known) else (-widest, widest)
 
 
 def _high(values: Array) -> float:
@@ -305,8 +302,7 @@ def _pooled_by_finetune(
 
 
 def _stacked(parts: Sequence[tuple[Array, Array]], chosen: Any) -> tuple[Array, Array]:
-    x = np.concatenate([x[chosen] for x, _ in parts]) if parts else np.zeros(0)
-    y = np.concatenate([y[chosen] for _, y in parts]) if parts else np.zeros(0)
+    x, y = (np.concatenate([part[side][chosen] for part in parts]) for side in (0, 1))
     known = np.isfinite(x) & np.isfinite(y)
     return x[known], y[known]
 
@@ -331,25 +327,22 @@ def _prediction(
     seed: int,
 ) -> Prediction:
     """Correlate the (x, y) of one or several traits; entry i of every part is finetune i."""
-    rng = np.random.default_rng(seed)
-    n = len(units)
-    x, y = _stacked(parts, np.arange(n))
-    r = float(pearsonr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
-    resampled = _r_of(parts, _drawn(units, rng))
-    known = resampled[np.isfinite(resampled)]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-1.0, 1.0)
-    alone = np.arange(n)
+    rng, alone = np.random.default_rng(seed), np.arange(len(units))
+    x, y = _stacked(parts, alone)
+    varies = np.ptp(x) and np.ptp(y)
+    r = float(pearsonr(x, y).statistic) if varies else 0.0
+    low, high = _bounds(_r_of(parts, _drawn(units, rng)), 1.0)
     return Prediction(
         judged=judged,
         direction=direction,
         kind=kind,
         own=judged == direction,
-        n=n,
+        n=len(units),
         data_sets=int(units.max()) + 1,
         r=r,
-        r_low=float(low),
-        r_high=float(high),
-        rho=float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0,
+        r_low=low,
+        r_high=high,
+        rho=float(spearmanr(x, y).statistic) if varies else 0.0,
         p=_share_beyond(_shuffled(parts, units, rng), r),
         error=_left_out_error(parts, alone, line=True),
         plain_error=_left_out_error(parts, alone, line=False),

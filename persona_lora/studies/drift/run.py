@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations, product, takewhile
+from functools import partial
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ from persona_lora.projections.weight_space import (
     project_weights,
 )
 from persona_lora.report import wording
+from persona_lora.report.conditions import interval_cells
 from persona_lora.report.resampling import Interval, bootstrap_mean, holm
-from persona_lora.report.scores import SECOND_SUFFIX
+from persona_lora.report.scores import SECOND_SUFFIX, grouped
 from persona_lora.report.sections import Table
 from persona_lora.studies.asking.run import (
     Evaluation,
@@ -146,15 +148,12 @@ def evaluate_checkpoints(
                 continue
             with loaded_checkpoint(base, checkpoint) as model:
                 for trait in missing:
-                    answers = Output(
-                        run.folder / "answers" / f"{checkpoint.name}_{trait.name}.csv",
-                        config={"checkpoint": checkpoint.name},
-                        inputs=output.inputs,
-                    )
+                    path = run.folder / "answers" / f"{checkpoint.name}_{trait.name}.csv"
+                    made_by = {"checkpoint": checkpoint.name}
+                    answers = Output(path, config=made_by, inputs=output.inputs)
                     judge, split = judges[trait.name], measures.split
                     result = evaluate(model, trait, judge, answers, split=split, options=options)
-                    place = {"checkpoint": checkpoint.name, "step": checkpoint.step}
-                    place["trait"] = trait.name
+                    place = {**made_by, "step": checkpoint.step, "trait": trait.name}
                     run.extend("checkpoints", _measure(base, model, measures, place, result))
         run.write("cosines", _cosines(measures.along))
         here = {checkpoint.name for checkpoint in checkpoints}
@@ -170,14 +169,11 @@ def loaded_checkpoint(base: ChatModel, checkpoint: Checkpoint) -> Iterator[ChatM
     """Yield the model of a checkpoint; an adapter goes on a fresh copy of the base."""
     if checkpoint.path is None:
         yield base
-    elif (checkpoint.path / ADAPTER_CONFIG).is_file():
+    elif is_adapter(checkpoint.path):
         yield base.reload(adapter=checkpoint.path)
     else:
-        yield load_chat_model(
-            str(checkpoint.path),
-            options=base.options.elsewhere(),
-            system_prompt=base.system_prompt,
-        )
+        options, told = base.options.elsewhere(), base.system_prompt
+        yield load_chat_model(str(checkpoint.path), options=options, system_prompt=told)
 
 
 def _measure(
@@ -188,17 +184,18 @@ def _measure(
     result: Evaluation,
 ) -> list[dict[str, Any]]:
     """Return the rows of one checkpoint on one trait: its scores, and its answers projected."""
-    rows = [
-        _row({**place, "statistic": "trait"}, result.trait),
-        _row({**place, "statistic": "coherence"}, result.coherence),
-    ]
+
+    def row(statistic: str, interval: Interval, where: Mapping[str, Any] = {}) -> dict[str, Any]:
+        found = {**where, **place, "statistic": statistic, **interval_cells(interval)}
+        return {name: found.get(name) for name in COLUMNS}
+
+    rows = [row("trait", result.trait), row("coherence", result.coherence)]
     if result.judges is not None:
-        second = result.judges.means[0].second
-        rows.append(_row({**place, "statistic": f"trait{SECOND_SUFFIX}"}, second))
-    answers = [row for row in Run(result.run).read("answers") if row["answer"].strip()]
+        rows.append(row(f"trait{SECOND_SUFFIX}", result.judges.means[0].second))
+    answers = [each for each in Run(result.run).read("answers") if each["answer"].strip()]
     if not answers or not measures.along.vectors:
         return rows
-    texts = [tokenize_rendered(base, row["prompt"], row["answer"]) for row in answers]
+    texts = [tokenize_rendered(base, each["prompt"], each["answer"]) for each in answers]
     own = measures.along.project(model, texts)
     below = own if model is base else measures.along.project(base, texts)
     for statistic, values in (("projection", own), ("shift", own - below)):
@@ -206,13 +203,8 @@ def _measure(
             cluster: dict[int, list[float | None]] = {}
             for answer, value in zip(answers, values[:, *at].tolist(), strict=True):
                 cluster.setdefault(answer["question_id"], []).append(value)
-            rows.append(_row({**where, **place, "statistic": statistic}, bootstrap_mean(cluster)))
+            rows.append(row(statistic, bootstrap_mean(cluster), where))
     return rows
-
-
-def _row(place: Mapping[str, Any], interval: Interval) -> dict[str, Any]:
-    found = {"value": interval.mean, **dataclasses.asdict(interval)}
-    return {name: place.get(name, found.get(name)) for name in COLUMNS}
 
 
 def _cosines(along: Along) -> list[dict[str, Any]]:
@@ -247,6 +239,11 @@ class Projected:
     def headline(self) -> WeightProjection:
         """The projections to read."""
         return self.by_geometry[self.geometry]
+
+    def named(self) -> Iterator[tuple[dict[str, Any], WeightProjection]]:
+        """Yield the projections, each with what its rows begin with."""
+        for geometry, projection in self.by_geometry.items():
+            yield {"finetuned": self.name, "step": self.step, "geometry": geometry}, projection
 
 
 def expand(names: Sequence[str]) -> list[tuple[str, int | None]]:
@@ -318,15 +315,9 @@ def project_finetunes(
         raise UserError(f"output must end in .json, got {output}")
     named = expand(finetuned)
     control, before = taken_off(controls, original, [name for name, _ in named])
+    source = partial(weights_of, before, revision if before == original else None)
     found = [
-        project_finetune(
-            each,
-            lambda: weights_of(before, revision if before == original else None),
-            diffs,
-            inputs=inputs,
-            control=control,
-            step=step,
-        )
+        project_finetune(each, source, diffs, inputs=inputs, control=control, step=step)
         for each, step in named
     ]
     record = {
@@ -398,25 +389,19 @@ def is_adapter(name: str | Path) -> bool:
 def projection_rows(found: Sequence[Projected]) -> list[dict[str, Any]]:
     """Return long rows: one finetune, geometry, diff, and part (total, a layer, a kind) each."""
     rows: list[dict[str, Any]] = []
-    for each, geometry, projection in (
-        (projected, geometry, projection)
-        for projected in found
-        for geometry, projection in projected.by_geometry.items()
-    ):
+    for named, projection in (pair for each in found for pair in each.named()):
         parts: dict[str, Mapping[Any, Mapping[str, Projection]]] = {
             "total": {None: projection.total},
             "layer": projection.by_layer(),
             "kind": projection.by_kind(),
         }
-        named = {"finetuned": each.name, "step": each.step, "geometry": geometry}
         rows += [
             {**named, "part": part, "of": of, "diff": name, **dataclasses.asdict(value)}
             for part, values_of in parts.items()
             for of, values in values_of.items()
             for name, value in values.items()
         ]
-    for geometry, part in product((WEIGHTED, PLAIN), ("total", "layer", "kind")):
-        of_part = [row for row in rows if (row["geometry"], row["part"]) == (geometry, part)]
+    for of_part in grouped(rows, lambda row: (row["geometry"], row["part"])).values():
         for row, adjusted in zip(of_part, holm([r["p"] for r in of_part]), strict=True):
             row["p_holm"] = adjusted
     return rows
@@ -426,16 +411,14 @@ def summaries(each: Projected) -> list[dict[str, Any]]:
     """Return a row for each geometry: norms, the mix that explains most, what was left out."""
     return [
         {
-            "finetuned": each.name,
-            "step": each.step,
-            "geometry": geometry,
+            **named,
             "delta_norm": projection.delta_norm,
             "outside_norm": projection.other_square**0.5,
             "corrected": projection.corrected,
             "explained": projection.explained,
             "left_out": list(projection.left_out),
         }
-        for geometry, projection in each.by_geometry.items()
+        for named, projection in each.named()
     ]
 
 
