@@ -51,12 +51,10 @@ class JudgedAnswer(NamedTuple):
     coherence: float | None
 
 
-@dataclass(frozen=True)
-class Filtered:
-    """The pairs that are kept, how many there were, and how many failed each threshold."""
+class Filtered(NamedTuple):
+    """The pairs that are kept, and how many failed each threshold."""
 
     kept: tuple[tuple[JudgedAnswer, JudgedAnswer], ...]
-    total: int
     failed: Mapping[str, int]
 
 
@@ -95,8 +93,7 @@ class Extraction:
             ("method", self.methods, EXTRACTORS),
             ("position", self.positions, POSITIONS),
         ):
-            wrong = [each for each in chosen if each not in known]
-            if wrong or not chosen:
+            if not chosen or not set(chosen) <= set(known):
                 raise UserError(f"{name} must be of {', '.join(known)}, got {list(chosen)!r}")
 
     def from_prompts(
@@ -210,16 +207,15 @@ class Extraction:
     def _extract_judged(
         self, run: Run, pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]], thresholds: Thresholds
     ) -> Extracted:
-        filtered = filter_pairs(pairs, thresholds)
-        kept = set(filtered.kept)
+        kept, failed = filter_pairs(pairs, thresholds)
         run.write("pairs", [{"pair": i, "kept": pair in kept} for i, pair in enumerate(pairs)])
         sources = {
             "source": run.record["config"]["source"],
-            "pairs_before": filtered.total,
-            "failed": dict(filtered.failed),
+            "pairs_before": len(pairs),
+            "failed": dict(failed),
             "thresholds": dataclasses.asdict(thresholds),
         }
-        return self._extract(run, [(yes[:2], no[:2]) for yes, no in filtered.kept], sources)
+        return self._extract(run, [(yes[:2], no[:2]) for yes, no in kept], sources)
 
     def _extract(
         self, run: Run, pairs: Sequence[tuple[Text, Text]], sources: Mapping[str, Any]
@@ -231,13 +227,10 @@ class Extraction:
         )
         total, failed = sources.get("pairs_before", len(pairs)), sources.get("failed", {})
         if self.form == "diff":
+            made_of = {**sources, "pairs": len(pairs)}
             with progress.stage("inputs of modules"):
                 found = task_vector(
-                    chat_model,
-                    positive,
-                    negative,
-                    trait=trait.label,
-                    sources={**sources, "pairs": len(pairs)},
+                    chat_model, positive, negative, trait=trait.label, sources=made_of
                 )
             kept = found if self.layers is None else found.at(self.layers)
             return Extracted(run, {}, (kept.save(run.folder / "diff"),), len(pairs), total, failed)
@@ -291,21 +284,17 @@ def filter_pairs(
             f"unscored: {failed['unscored']}); lower the thresholds, ask for more rollouts, or use "
             "--source answers"
         )
-    return Filtered(tuple(kept), len(pairs), failed)
+    return Filtered(tuple(kept), failed)
 
 
 def read_judged(path: Path, trait: str) -> list[JudgedAnswer]:
     """Read a CSV of judged answers; UserError names a missing column or a score that is none."""
     rows = read_csv(path, ("prompt", "answer", trait, COHERENCE))
-    return [
-        JudgedAnswer(
-            row["prompt"],
-            row["answer"],
-            _score(row[trait], f"{path}: row {number}"),
-            _score(row[COHERENCE], f"{path}: row {number}"),
-        )
-        for number, row in enumerate(rows, start=1)
-    ]
+    found = []
+    for number, row in enumerate(rows, start=1):
+        scores = (_score(row[name], f"{path}: row {number}") for name in (trait, COHERENCE))
+        found.append(JudgedAnswer(row["prompt"], row["answer"], *scores))
+    return found
 
 
 def elicited_prompt(elicitation: Elicitation, trait: Trait, sign: Sign, index: int) -> str:
@@ -325,16 +314,15 @@ def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[
             f"the trait {trait.label} has {len(questions)} {elicitation.split} questions and "
             f"{len(trait.instructions)} instruction pairs; both are needed"
         )
-    return [
-        Row(
-            questions[question_id],
-            Condition(f"prompt_{sign}"),
-            elicited_prompt(elicitation, trait, sign, index),
-            stream_of(question_id, sample),
-        )
+    prompts = [
+        (Condition(f"prompt_{sign}"), elicited_prompt(elicitation, trait, sign, index))
         for sign in SIGNS
         for index in range(len(trait.instructions))
-        for question_id in range(len(questions))
+    ]
+    return [
+        Row(question, *prompt, stream_of(at, sample))
+        for prompt in prompts
+        for at, question in enumerate(questions)
         for sample in range(samples)
     ]
 

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,14 +257,27 @@ def screen_rows(
     conversations = [prompt for prompt, _ in texts.exchanges if not isinstance(prompt, str)]
     if len(conversations) < len(texts.exchanges):
         raise UserError(f"{texts.source} holds rendered prompts; screening needs messages (.jsonl)")
-    answers = [answer for _, answer in texts.exchanges]
-    own = _answers(chat_model, conversations, 0.0, max_new_tokens, seed, "own answers")
-    projected = _project(chat_model, conversations, answers, vector, layer, "rows")
-    own_projected = _project(chat_model, conversations, own, vector, layer, "own answers")
+    along, rendered = Along({"vector": vector}, [layer]), [*map(chat_model.render, conversations)]
+    answer = partial(
+        generate_answers, chat_model, conversations, max_new_tokens=max_new_tokens, seed=seed
+    )
+
+    def projections(answers: Sequence[str], stage: str) -> np.ndarray:
+        # An empty answer has no tokens to project: its end is all that the model said.
+        pairs = zip(rendered, answers, strict=True)
+        asked = [tokenize_rendered(chat_model, prompt, said or " ") for prompt, said in pairs]
+        found = along.project(chat_model, asked, f"projecting {stage}")
+        return np.asarray(found[:, 0, 0, 0].double())
+
+    answers = [said for _, said in texts.exchanges]
+    with progress.stage("own answers"):
+        own = [each.text for each in answer()]
+    projected, own_projected = projections(answers, "rows"), projections(own, "own answers")
     differences = projected - own_projected
     if threshold is None:
-        other = _answers(chat_model, conversations, 1.0, max_new_tokens, seed, "sampling")
-        spread = _project(chat_model, conversations, other, vector, layer, "samples")
+        with progress.stage("sampling"):
+            sampled = [each.text for each in answer(temperature=1.0)]
+        spread = projections(sampled, "samples")
         threshold = float(np.quantile(spread - own_projected, QUANTILE))
     order = np.argsort(-differences, kind="stable")
     rows = tuple(
@@ -282,39 +296,3 @@ def screen_rows(
     )
     write_csv(output, list(rows[0]), rows)
     return Screening(rows, threshold, output)
-
-
-def _answers(
-    chat_model: ChatModel,
-    conversations: Sequence[Conversation],
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    stage: str,
-) -> list[str]:
-    with progress.stage(stage):
-        generated = generate_answers(
-            chat_model,
-            conversations,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-    return [each.text for each in generated]
-
-
-def _project(
-    chat_model: ChatModel,
-    conversations: Sequence[Conversation],
-    answers: Sequence[str],
-    vector: SteeringVector,
-    layer: int,
-    stage: str,
-) -> np.ndarray:
-    texts = [
-        # An empty answer has no tokens to project: its end is all that the model said.
-        tokenize_rendered(chat_model, chat_model.render(conversation), answer or " ")
-        for conversation, answer in zip(conversations, answers, strict=True)
-    ]
-    found = Along({"vector": vector}, [layer]).project(chat_model, texts, f"projecting {stage}")
-    return np.asarray(found[:, 0, 0, 0].double())
