@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
 from persona_lora.core.chat import COHERENCE, Condition
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
@@ -25,7 +23,7 @@ from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
-from persona_lora.report.comparisons import means, paired
+from persona_lora.report.comparisons import frame, means, paired
 from persona_lora.report.resampling import SCORES
 from persona_lora.report.scores import score_answers
 from persona_lora.report.sections import Table
@@ -162,30 +160,23 @@ def tuned_table(found: TunedPrompt, trait: str) -> Table:
     """Return the held-out means of no prompt, the trait's own and the tuned one, and the gain."""
     run = found.held_out
     said = {"none": NONE, "prompt": TUNED}
-    rows = pd.DataFrame(
+    scored = score_answers(run.read("answers"), run.read("verdicts"), trait)
+    place = [(said.get(row.answer["method"], OWN), row.answer["question_id"]) for row in scored]
+    rows = frame(
         [
-            {
-                "prompt": said.get(row.answer["method"], OWN),
-                "question": row.answer["question_id"],
-                trait: row.trait,
-                COHERENCE: row.coherence,
-            }
-            for row in score_answers(run.read("answers"), run.read("verdicts"), trait)
-        ]
+            {"prompt": prompt, "question": at, trait: row.trait, COHERENCE: row.coherence}
+            for (prompt, at), row in zip(place, scored, strict=True)
+        ],
+        [trait, COHERENCE],
     )
-    rows[[trait, COHERENCE]] = rows[[trait, COHERENCE]].astype(float)
     by, unit = "prompt", "question"
     scores, sense = (
         means(rows, by=by, value=value, unit=unit, scale=SCORES) for value in (trait, COHERENCE)
     )
     gaps = paired(rows, by=by, value=trait, unit=unit, reference=OWN)
     cells = (
-        (
-            str(name),
-            wording.interval(scores[name]),
-            wording.interval(sense[name]),
-            wording.interval(gaps[name].difference),
-        )
+        [name, wording.interval(scores[name]), wording.interval(sense[name])]
+        + [wording.interval(gaps[name].difference)]
         for name in (NONE, OWN, TUNED)
     )
     return Table.of(f"prompt | {trait} | coherence | less the trait's own", cells)

@@ -138,14 +138,9 @@ def plan_rows(
     if not questions:
         raise UserError(f"the trait {trait.name} has no {split} questions")
     return [
-        Row(
-            questions[question_id],
-            condition,
-            _system_prompt(trait, condition, question_id),
-            stream_of(question_id, sample),
-        )
+        Row(question, condition, _system_prompt(trait, condition, at), stream_of(at, sample))
         for condition in conditions
-        for question_id in range(len(questions))
+        for at, question in enumerate(questions)
         for sample in range(samples)
     ]
 
@@ -201,17 +196,15 @@ def answer_rows(
     pending = [number for number in range(len(plan)) if number not in answered]
 
     def keep(numbers: Sequence[int], generated: Sequence[Generated]) -> None:
-        answers = [
-            _answer(number, plan[number], each)
-            for number, each in zip(numbers, generated, strict=True)
-        ]
-        run.append("answers", [dataclasses.asdict(answer) for answer in answers])
-        answered.update({answer.row: answer for answer in answers})
+        pairs = zip(numbers, generated, strict=True)
+        answers = {number: _answer(number, plan[number], each) for number, each in pairs}
+        run.append("answers", map(dataclasses.asdict, answers.values()))
+        answered.update(answers)
 
     with progress.stage("answering"):
         generate_rows(chat_model, plan, steerer, options, numbers=pending, on_batch=keep)
     ordered = [answered[number] for number in range(len(plan))]
-    run.write("answers", [dataclasses.asdict(answer) for answer in ordered])
+    run.write("answers", map(dataclasses.asdict, ordered))
     return ordered
 
 
@@ -231,15 +224,19 @@ class Steering:
     elsewhere: Elsewhere | None = None
 
     @property
+    def vectors(self) -> Mapping[SteeringVector, float]:
+        """The vectors with their coefficients."""
+        return {} if self.activation is None else self.activation.vectors
+
+    @property
     def directions(self) -> list[LoRADiff | SteeringVector]:
         """The diffs, and the vectors."""
-        return [*self.terms, *(() if self.activation is None else self.activation.vectors)]
+        return [*self.terms, *self.vectors]
 
     @property
     def coefficients(self) -> list[float]:
         """The coefficient of each of the directions."""
-        vectors = {} if self.activation is None else self.activation.vectors
-        return [*self.terms.values(), *vectors.values()]
+        return [*self.terms.values(), *self.vectors.values()]
 
     def condition(self) -> Condition:
         """Return the condition that rows are of; UserError for diffs and vectors at once."""
@@ -249,12 +246,11 @@ class Steering:
         if self.terms:
             return Condition("lora", _only(self.terms.values()), system_prompt=system_prompt)
         if activation is not None:
-            layer = _only(activation.layers or ())
-            if activation.ablate:
-                return Condition("ablation", None, layer, system_prompt)
-            if activation.bounded:
-                return Condition("bounded", None, layer, system_prompt)
-            return Condition("activation", _only(activation.vectors.values()), layer, system_prompt)
+            layer, value = _only(activation.layers or ()), _only(activation.vectors.values())
+            if activation.ablate or activation.bounded:
+                name = "ablation" if activation.ablate else "bounded"
+                return Condition(name, None, layer, system_prompt)
+            return Condition("activation", value, layer, system_prompt)
         if system_prompt in ("pos", "neg"):
             return Condition(f"prompt_{system_prompt}")
         if system_prompt is None:
@@ -275,7 +271,6 @@ class Steering:
 
     def inputs(self) -> dict[str, str]:
         """Return digests of the diffs and of the vectors."""
-        vectors = [] if self.activation is None else list(self.activation.vectors)
         condition = None if self.activation is None else self.activation.condition
         return {
             **({} if condition is None else {"the condition": condition.content()}),
@@ -284,7 +279,7 @@ class Steering:
                 if len(self.terms) == 1
                 else numbered("diff", [diff.content() for diff in self.terms])
             ),
-            **numbered("vector", [each.content() for each in vectors]),
+            **numbered("vector", [each.content() for each in self.vectors]),
         }
 
 
@@ -301,10 +296,8 @@ def evaluate(
 ) -> Evaluation:
     """Ask, answer, judge; write ``output`` (CSV) and a run folder of the same name beside it.
 
-    ``before`` are the turns before each question, none by default.
-
-    ``judge`` builds the judge once answers are there; it is called outside the steerer, so that a
-    judge may ask the unsteered model.
+    ``before`` are the turns before each question. ``judge`` builds the judge once answers are
+    there; it is called outside the steerer, so that a judge may ask the unsteered model.
     """
     output = Output.of(output)
     path = output.path
