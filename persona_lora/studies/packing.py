@@ -158,32 +158,27 @@ def _sources(record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[
         places = [*local, *paths("adapter")]
         yield Source("the model's (weights|tokenizer)", places, lambda: _model_now(config))
     if "trait" in options:
-        roots = [] if datasets is None else [Path(datasets)]
-        yield Source(
+        roots, names = (
+            [] if datasets is None else [Path(datasets)],
             r"the trait .+|\S+\.jsonl of .+",
-            roots,
-            lambda: load_trait(options["trait"], *roots).inputs(),
         )
+        yield Source(names, roots, lambda: load_trait(options["trait"], *roots).inputs())
     if diffs:
         names = r"(the (training|seed) of )?the diff|diff \d+"
         yield Source(names, diffs, lambda: _diffs_now(diffs))
     if vectors and record["command"] != "compare":  # which reads a part of its vector
+        names = r"the vector|vector \d+"
         yield Source(
-            r"the vector|vector \d+",
-            vectors,
-            lambda: numbered("vector", [load_vector(path).content() for path in vectors]),
+            names, vectors, lambda: numbered("vector", [load_vector(p).content() for p in vectors])
         )
     yield Source("the sentence embedder", [], lambda: {"the sentence embedder": embedder_content()})
 
 
 def _model_now(config: Mapping[str, Any]) -> Digests:
     known = [each.name for each in dataclasses.fields(LoadOptions) if each.name in config]
-    loading = LoadOptions(**{name: config[name] for name in known})
-    adapter = config.get("adapter")
-    loaded = load_chat_model(
-        str(config["model"]), adapter=adapter, options=loading, allow_other_base=True
-    )
-    return loaded.inputs()
+    loading, adapter = LoadOptions(**{name: config[name] for name in known}), config.get("adapter")
+    name = str(config["model"])
+    return load_chat_model(name, adapter=adapter, options=loading, allow_other_base=True).inputs()
 
 
 def _diffs_now(paths: list[Path]) -> Digests:
@@ -215,21 +210,20 @@ def same_run(run: Run, output: Path) -> tuple[Run, str | None]:
 
     UserError where there is none, or several of another configuration.
     """
+
+    def decides(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: record.get(key) for key in ("config", "seed", "inputs")}
+
+    record = run.record
     found = [
-        (each, _difference(run.record, each.record))
+        (each, first_difference(decides(record), decides(each.record)))
         for each in (Run(path.parent) for path in sorted(output.rglob(RECORD)))
-        if each.record["command"] == run.record["command"]
+        if each.record["command"] == record["command"]
     ]
     found = [pair for pair in found if pair[1] is None] or found
     if len(found) != 1:
         raise UserError(f"{output} holds {len(found)} runs like the recorded one, expected 1")
     return found[0]
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    decides = ("config", "seed", "inputs")
-    before, now = ({key: each.get(key) for key in decides} for each in (old, new))
-    return first_difference(before, now)
 
 
 def compare_rows(before: Path, after: Path) -> list[Compared]:
@@ -239,14 +233,10 @@ def compare_rows(before: Path, after: Path) -> list[Compared]:
     """
     names = [name for name in files_below(before) if name.endswith(".jsonl")]
     return [
-        _compared(name, read_jsonl(before / name), _rows(after / name))
+        _compared(name, *(Run(each).read(name.removesuffix(".jsonl")) for each in (before, after)))
         for name in names
         if Path(name).name not in TIMED
     ]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.is_file() else []
 
 
 def _compared(name: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Compared:

@@ -10,13 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import HfApi, errors
 
 from persona_lora.core.errors import UserError, without_secrets
 from persona_lora.core.files import write_text
@@ -29,6 +23,12 @@ from persona_lora.report.sections import fill_template
 
 CARD = "README.md"
 PACKAGED_ON_HUB = f"HuggingFaceTB/{DEFAULT_MODEL}"
+REFUSALS = (
+    errors.HfHubHTTPError,
+    errors.HFValidationError,
+    errors.LocalTokenNotFoundError,
+    errors.OfflineModeIsEnabled,
+)
 TRAINED = ("num_train_epochs", "learning_rate")
 SAID = ("training", "seed", "source")  # of what a direction was made from: none of these is a path
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", flags=re.ASCII)
@@ -99,12 +99,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         hub.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="A direction, with its card"
         )
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    ) as error:
+    except REFUSALS as error:
         reason = " ".join(without_secrets(str(error)).split())[:300]
         raise UserError(
             f"{repo} was not pushed: {reason}; a token that may write is HF_TOKEN of the "

@@ -103,13 +103,14 @@ def diffs_of_seeds(path: Path) -> dict[str, Path]:
         return {"": path}
     if lacking:
         raise UserError(f"{lacking[0]} holds no diff; train that seed to its end, or move it away")
-    first, *others = (LoRADiff.load(each, on_disk=True) for each in found.values())
-    for at, other in zip(list(found.values())[1:], others, strict=True):
-        difference = first_difference(_trained(first), _trained(other))
+    diffs = {at: LoRADiff.load(at, on_disk=True) for at in found.values()}
+    first = next(iter(diffs.values()))
+    for at, diff in diffs.items():
+        difference = first_difference(_trained(first), _trained(diff))
         if difference is not None:
             raise UserError(f"{at} differs in more than its seed ({difference}); {REMEDY}")
-    why = _same_seeds([each.training("the diff").get(SEED) for each in (first, *others)])
-    if others and why is not None:
+    why = _same_seeds([each.training("the diff").get(SEED) for each in diffs.values()])
+    if len(diffs) > 1 and why is not None:
         raise UserError(f"{path}: {why}; {REMEDY}")
     return found
 
@@ -130,14 +131,14 @@ def _same_seeds(seeds: Sequence[str | None]) -> str | None:
 
 def apart(runs: Sequence[Run]) -> str | None:
     """Say why runs are no seeds of one training; None where they are."""
-    first, *others = (run.record for run in runs)
-    if first["command"] not in COMMANDS or not others:
+    records = [run.record for run in runs]
+    if records[0]["command"] not in COMMANDS or len(runs) < 2:
         return f"seeds are read over several runs of {', '.join(COMMANDS)}"
-    for run, other in zip(runs[1:], others, strict=True):
-        found = first_difference(_fixed(first), _fixed(other))
+    for run, record in zip(runs, records, strict=True):
+        found = first_difference(_fixed(records[0]), _fixed(record))
         if found is not None:
             return f"{run.folder} differs in more than the seed of its diff ({found})"
-    return _same_seeds([run.record.get("inputs", {}).get(SEED) for run in runs])
+    return _same_seeds([record.get("inputs", {}).get(SEED) for record in records])
 
 
 def _fixed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,64 +184,53 @@ def _scores(run: Run, by: str) -> Scores:
 
 
 def _over_condition(condition: Condition, by_run: Sequence[Scores]) -> OverSeeds:
-    trait, coherence = (shared_questions([each[condition][at] for each in by_run]) for at in (0, 1))
-    zeros = [
-        next((s[c][0] for c in s if c.coefficient == 0 or c.method == UNSTEERED), None)
-        for s in by_run
-    ]
-    found = OverSeeds(
-        wording.condition_label(condition.method, condition.coefficient),
-        len(by_run),
-        scaled(crossed_mean(trait).interval, SCORES),
-        scaled(crossed_mean(coherence).interval, SCORES),
+    trait, coherence = (
+        scaled(_mean([each[condition][at] for each in by_run]), SCORES) for at in (0, 1)
     )
-    if not condition.coefficient or None in zeros:
+    name = wording.condition_label(condition.method, condition.coefficient)
+    found = OverSeeds(name, len(by_run), trait, coherence)
+    zero = next((c for c in by_run[0] if c.coefficient == 0 or c.method == UNSTEERED), None)
+    if not condition.coefficient or zero is None:
         return found
-    pairs = zip(by_run, zeros, strict=True)
-    return _with_change(found, [minus(each[condition][0], zero or {}) for each, zero in pairs])
+    return _with_change(found, [minus(each[condition][0], each[zero][0]) for each in by_run])
 
 
 def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
     by_run = [effects_of(run, by=by) for run in runs]
     found, beside = [], []
     for split, method in by_run[0]:
-        effects = [each[split, method] for each in by_run]
-        effect = crossed_mean(shared_questions(effects)).interval
-        one = OverSeeds(f"{split}: {method}", len(runs), effect)
+        own = [each[split, method] for each in by_run]
+        one = OverSeeds(f"{split}: {method}", len(runs), _mean(own))
         if method != LORA:
-            gaps = [minus(each[split, LORA], each[split, method]) for each in by_run]
-            one = _with_change(one, gaps)
+            one = _with_change(
+                one, [minus(each[split, LORA], each[split, method]) for each in by_run]
+            )
         found.append(one)
         if method == RANDOM:
             vectors = [each[split, ACTIVATION] for each in by_run]
-            effect = crossed_mean(shared_questions(vectors)).interval
-            gaps = [minus(each[split, ACTIVATION], each[split, RANDOM]) for each in by_run]
-            beside.append(_with_change(OverSeeds(f"{split}: {VECTOR}", len(runs), effect), gaps))
+            vector = OverSeeds(f"{split}: {VECTOR}", len(runs), _mean(vectors))
+            beside.append(_with_change(vector, list(map(minus, vectors, own))))
     # The vector's own tests are a family of their own: a protocol names those of the diff.
     return [*corrected(found), *corrected(beside)]
 
 
 def effects_over(runs: Sequence[Run]) -> dict[tuple[str, str], MethodEffect]:
     """Return every method's effect by split and method: of one comparison, or over its seeds."""
-    alone = [read_comparison(run).overall for run in runs]
-    if len(runs) == 1:
-        found = {
-            (each.split, each.method): MethodEffect(each.effect, each.difference, each.p_holm)
-            for each in alone[0]
-        }
-    else:
+    alone = [each for run in runs for each in read_comparison(run).overall]
+    found = {(e.split, e.method): MethodEffect(e.effect, e.difference, e.p_holm) for e in alone}
+    if len(runs) > 1:
         found = {}
         for each in over_seeds(runs):
             split, _, method = each.condition.partition(": ")
             found[split, method] = MethodEffect(each.score, each.change, each.p_holm)
-    strongest: dict[tuple[str, str], list[float]] = {}
-    for one in (each for overall in alone for each in overall):
-        if one.most is not None:
-            strongest.setdefault((one.split, one.method), []).append(one.most)
-    return {
-        place: replace(each, most=max(strongest[place]) if place in strongest else None)
-        for place, each in found.items()
-    }
+    for place, own in grouped(alone, lambda each: (each.split, each.method)).items():
+        strongest = max((each.most for each in own if each.most is not None), default=None)
+        found[place] = replace(found[place], most=strongest)
+    return found
+
+
+def _mean(draws: Sequence[Gaps]) -> Interval:
+    return crossed_mean(shared_questions(draws)).interval
 
 
 def _with_change(found: OverSeeds, gaps: Sequence[Gaps]) -> OverSeeds:
@@ -250,35 +240,34 @@ def _with_change(found: OverSeeds, gaps: Sequence[Gaps]) -> OverSeeds:
 
 def seeds_judges(runs: Sequence[Run], found: Sequence[OverSeeds]) -> TwoJudges | None:
     """Return what both judges say over the seeds; None where one judged alone."""
-    trait, parts = trait_of(runs[0]), [part for run in runs for part in _judged(run)]
-    if not all(part.read(SECOND) for part in parts):
+    trait, parts = trait_of(runs[0]), [(run, part) for run in runs for part in _judged(run)]
+    if not all(part.read(SECOND) for _, part in parts):
         return None
-    pairs = [pair for run in runs for part in _judged(run) for pair in _pairs(run, part, trait)]
+    pairs = [pair for place in parts for pair in _pairs(*place, trait)]
     second = {each.condition: each.change for each in over_seeds(runs, by=SECOND)}
     effects = [
         Beside(each.condition, each.change, other)
         for each in found
         if each.change is not None and (other := second[each.condition]) is not None
     ]
-    return of_pairs(trait, parts, pairs, effects)
+    return of_pairs(trait, [part for _, part in parts], pairs, effects)
 
 
 def _pairs(run: Run, part: Run, trait: str) -> list[Pair]:
     """Return both scores of a seed's answers, which are one draw of every condition."""
     split = "" if part is run else part.folder.name
-    found = pairs_of(part, trait, lambda each: _name(each, split), within=split)
+
+    def name(condition: Condition) -> str:
+        label = wording.condition_label(condition.method, condition.coefficient)
+        return f"{split}: {condition.method}" if split else label
+
+    found = pairs_of(part, trait, name, within=split)
     return [each._replace(draw=f"{run.folder} {each.draw}") for each in found]
 
 
 def _judged(run: Run) -> list[Run]:
     """Return the runs that hold the answers of a run: of a comparison one for each split."""
     return [Run(run.folder / row["split"]) for row in run.read("splits")] or [run]
-
-
-def _name(condition: Condition, split: str) -> str:
-    """Return a condition by the name that it has over seeds."""
-    label = wording.condition_label(condition.method, condition.coefficient)
-    return f"{split}: {condition.method}" if split else label
 
 
 # -- in words ------------------------------------------------------------------------------------
