@@ -77,13 +77,11 @@ def render_checkpoints(run: Run) -> Picture:
 
 def _scores(axes: Axes, of: Mapping[str, Sequence[Curve]]) -> Panel:
     draw.score_scale(axes)
+    traits = [(title_of(curve.trait), curve, draw.TRAIT) for curve in of.get("trait", ())]
+    sense = [("Coherence", curve, draw.COHERENCE) for curve in of.get("coherence", ())]
     drawn = [
-        _over_steps(curve, name or title_of(curve.trait), Look(colour, size=4.5)).labelled(0)
-        for statistic, name, colour in (
-            ("trait", "", draw.TRAIT),
-            ("coherence", "Coherence", draw.COHERENCE),
-        )
-        for curve in of.get(statistic, ())
+        _over_steps(curve, name, Look(colour, size=4.5)).labelled(0)
+        for name, curve, colour in (*traits, *sense)
     ]
     return draw.lines(axes, drawn, labels=8.5)
 
@@ -150,14 +148,10 @@ def render_cross_persona(runs: Sequence[Run]) -> Picture:
             "no finetune was judged on another trait that has a vector; nothing to plot"
         )
     figure = draw.new_figure(10.2, 4.6)
+    axes = {"score": "change of the other trait's score", "shift": "shift on the other's vector"}
     panels = [
         _cross(figure, (0.75 + at * 4.85, 0.95, 3.9, 2.75), points, name, axis)
-        for at, (name, axis) in enumerate(
-            (
-                ("score", "change of the other trait's score"),
-                ("shift", "shift on the other's vector"),
-            )
-        )
+        for at, (name, axis) in enumerate(axes.items())
     ]
     note = "Each point: a finetune → another trait. Across: cosine between the two traits' vectors."
     return draw.finish(figure, panels, title="What a finetune does to other traits", note=note)
@@ -402,12 +396,8 @@ def _alarm_rows(each: Alarm) -> list[Series]:
     usual = Look(draw.FAINT, width=9, size=0)
     controls = Look(draw.CONTROL, width=0, size=3.5)
     look = Look(draw.COHERENCE if each.flagged else draw.TRAIT, width=1.6, size=6)
-    name, t, own, half = (
-        draw.short_title(each.trait),
-        each.threshold,
-        each.coordinate,
-        each.half or 0.0,
-    )
+    name, own = draw.short_title(each.trait), each.coordinate
+    t, half = each.threshold, each.half or 0.0
     return [
         Series(name, (), (0.0,), (-t,), (t,), usual),
         Series(name, (), each.controls, look=controls),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -136,14 +135,10 @@ def _layer_ticks(axes: Axes, cells: Cells) -> None:
 
 def _mark_best(axes: Axes, cells: Cells, layer: int, row: int) -> None:
     """Frame the best cell, and name the best layer above the map."""
-    corner = (layer - cells.half, row - 0.5)
-    style: dict[str, Any] = {
-        "facecolor": "none",
-        "edgecolor": draw.INK,
-        "linewidth": 1.8,
-        "zorder": 4,
-    }
-    axes.add_patch(Rectangle(corner, 2 * cells.half, 1, clip_on=False, **style))
+    corner, style = (layer - cells.half, row - 0.5), {"facecolor": "none", "edgecolor": draw.INK}
+    axes.add_patch(
+        Rectangle(corner, 2 * cells.half, 1, clip_on=False, linewidth=1.8, zorder=4, **style)
+    )
     low, high = axes.get_xlim()
     axes.annotate(
         f"best layer {layer}",
@@ -216,20 +211,16 @@ def _lines(axes: Axes, grid: GridSummary, criterion: _Criterion, cells: Cells) -
 
 def _levels(grid: GridSummary, criterion: _Criterion) -> list[Series]:
     """Return the unsteered level and, for the trait, what the prompts reach."""
-    levels: list[tuple[str, ConditionSummary | None, str, Any]] = [
-        ("unsteered", grid.unsteered, draw.MUTED, (0, (4, 2)))
+    look = Look(draw.MUTED, 1.1, dashes=(0, (4, 2)), band=0, order=1)
+    levels = [("unsteered", grid.unsteered, look)]
+    for name, colour in draw.PROMPTS.items() if criterion is not _COHERENCE else ():
+        look = Look(colour, 1.1, dashes=draw.DOTTED, band=0, order=1)
+        levels.append((method_label(name), grid.reference(name), look))
+    return [
+        Series(name, (), (mean,), look=look, label=f"{name} {number(mean)}")
+        for name, level, look in levels
+        if (mean := criterion.mean(level)) is not None
     ]
-    if criterion is not _COHERENCE:
-        levels += [
-            (method_label(name), grid.reference(name), colour, draw.DOTTED)
-            for name, colour in draw.PROMPTS.items()
-        ]
-    drawn = []
-    for name, level, colour, dashes in levels:
-        look, mean = Look(colour, 1.1, dashes=dashes, band=0, order=1), criterion.mean(level)
-        if mean is not None:
-            drawn.append(Series(name, (), (mean,), look=look, label=f"{name} {number(mean)}"))
-    return drawn
 
 
 def _line_colours(coefficients: Sequence[float]) -> dict[float, str]:

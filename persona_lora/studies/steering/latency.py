@@ -61,31 +61,29 @@ def run_latency(
     coefficients = {each.method: each.coefficient for each in levels if each.level == highest}
     prompts = load_ordinary_prompts(datasets)
     config = {"trait": trait.name, **dataclasses.asdict(timing)}
-    read = (
-        bank.inputs,
-        {
-            "the instruction": digest_of(trait.instructions[0].pos),
-            "the coefficients": digest_of(coefficients),
-            "the ordinary prompts": digest_of(prompts),
-        },
-    )
-    run = open_run(output, "latency", chat_model, config, *read)
-    with run:
+    told = trait.instructions[0].pos
+    read = {
+        "the instruction": digest_of(told),
+        "the coefficients": digest_of(coefficients),
+        "the ordinary prompts": digest_of(prompts),
+    }
+    with open_run(output, "latency", chat_model, config, bank.inputs, read) as run:
         rows = run.resume_rows("timings")
         per_round = len(VARIANTS) * len(timing.batches)
         kept = len(rows) // per_round
         run.write("timings", rows[: kept * per_round])  # without a round that a kill cut short
-        told = trait.instructions[0].pos
         with progress.stage("timing"):
             for found in measure_latency(
                 chat_model, bank, coefficients, told, prompts, timing, first=kept + 1
             ):
                 run.extend("timings", [dataclasses.asdict(each) for each in found])
         if not run.read("times"):
-            seconds = swap_seconds(chat_model, bank)
-            held = held_bytes(bank, chat_model)
-            rows = [{"what": name, "unit": "s", "value": value} for name, value in seconds.items()]
-            rows += [{"what": name, "unit": "bytes", "value": each} for name, each in held.items()]
+            measured = {"s": swap_seconds(chat_model, bank), "bytes": held_bytes(bank, chat_model)}
+            rows = [
+                {"what": name, "unit": unit, "value": value}
+                for unit, values in measured.items()
+                for name, value in values.items()
+            ]
             run.write("times", rows)
     return run
 

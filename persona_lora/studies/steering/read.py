@@ -20,6 +20,7 @@ from persona_lora.report.scores import (
     Condition,
     ScoredAnswer,
     Series,
+    grouped,
     rows_of_series,
     score_answers,
 )
@@ -452,13 +453,12 @@ def comparison_judges(run: Run, found: Comparison) -> TwoJudges | None:
     """Return what both judges say of every method, and of the diff beside it; None of one judge."""
     splits = dict.fromkeys(each.split for each in found.overall)
     parts = [Run(run.folder / split) for split in splits]
-    pairs = [
-        pair
-        for part in parts
-        for pair in pairs_of(
-            part, found.trait, lambda each: NAMES[each.method], within=part.folder.name
-        )
-    ]
+
+    def name(condition: Condition) -> str:
+        return NAMES[condition.method]
+
+    by_part = (pairs_of(part, found.trait, name, within=part.folder.name) for part in parts)
+    pairs = [pair for own in by_part for pair in own]
     if not pairs:
         return None
     effects, gaps = [], []
@@ -481,14 +481,12 @@ def comparison_lines(run: Run, found: Comparison, both: TwoJudges | None) -> tup
 
 def verdict_lines(comparison: Comparison) -> tuple[str, ...]:
     """Return the answer in a line for each split, and a line on the controls."""
-    lines = []
-    for split in dict.fromkeys(each.split for each in comparison.overall):
-        own = {each.method: each for each in comparison.overall if each.split == split}
-        lines.append(_verdict(own, split))
-    controls = [each for each in comparison.overall if each.method.startswith("random")]
+    by_split = grouped(comparison.overall, lambda each: each.split)
+    lines = [_verdict({e.method: e for e in own}, split) for split, own in by_split.items()]
     said = "; ".join(
         f"{_method(each)}, {SPLITS[each.split]}: {wording.interval(each.effect)}"
-        for each in controls
+        for each in comparison.overall
+        if each.method in RANDOMS
     )
     return (*lines, f"Random controls at the same divergence moved it by: {said}.")
 
@@ -505,11 +503,8 @@ def _verdict(own: Mapping[str, Overall], split: str) -> str:
         -1: "activations steered further",
         0: "neither steered clearly further than the other",
     }[wording.clear_sign(gap, activation.p_holm)]
-    lost = (
-        ""
-        if activation.coherence is None
-        else (f"; coherence with weights is {wording.interval(activation.coherence)} higher")
-    )
+    lost = f"; coherence with weights is {wording.interval(activation.coherence)} higher"
+    lost = "" if activation.coherence is None else lost
     beyond = [_beyond(own[each]) for each in RANDOMS if each in own]
     short = " and ".join(line for sign, line in beyond if sign < 1)
     clear = " and ".join(line for sign, line in beyond if sign == 1)
@@ -581,17 +576,12 @@ def _point_row(each: Point) -> tuple[str, ...]:
 def _examples(run: Run, comparison: Comparison) -> tuple[Question, ...]:
     """Return the first questions with the answers of every method at the highest level."""
     highest = max(each.level for each in comparison.points if each.level is not None)
-    wanted: dict[tuple[str, float | None], str] = {
-        (name, None): NAMES[name] for name in ("none", "prompt_pos")
-    }
-    for row in run.read("levels"):
-        if row["level"] == highest and row["method"] in NAMES:  # of several controls the first
-            wanted[row["method"], row["coefficient"]] = NAMES[row["method"]]
-    answers = Run(run.folder / comparison.points[0].split).read("answers")
+    wanted: set[tuple[str, float | None]] = {("none", None), ("prompt_pos", None)}
+    wanted |= {(r["method"], r["coefficient"]) for r in run.read("levels") if r["level"] == highest}
     by_question: dict[str, dict[str, str]] = {}
-    for row in answers:
-        name = wanted.get((row["method"], row["coefficient"]))
-        if name is not None:
+    for row in Run(run.folder / comparison.points[0].split).read("answers"):
+        name = NAMES.get(row["method"])  # of several controls the first
+        if name is not None and (row["method"], row["coefficient"]) in wanted:
             by_question.setdefault(row["question"], {})[name] = row["answer"]
     return tuple(
         Question(question, tuple(Card(*each) for each in found.items()))
@@ -622,11 +612,9 @@ def latency_content(run: Run) -> Content:
 def _latency_line(found: Sequence[Ratio]) -> str:
     batch = max(each.batch for each in found)
     times = {e.variant: e.ratio for e in found if (e.batch, e.measure) == (batch, TOKENS)}
-    said = ", ".join(
-        f"{name} {wording.interval(ratio, 2)}" for name, ratio in times.items() if name != BASE
-    )
+    said = (f"{name} {wording.interval(each, 2)}" for name, each in times.items() if name != BASE)
     return (
-        f"Time for a token over the base model's at batch {batch}: {said}. Merged "
+        f"Time for a token over the base model's at batch {batch}: {', '.join(said)}. Merged "
         f"{speed_beside_base([times[MERGED]])}."
     )
 
@@ -645,11 +633,9 @@ def speed_beside_base(ratios: Sequence[Interval]) -> str:
 
 
 def _latency_row(each: Ratio) -> tuple[str, ...]:
-    median = (
-        f"{wording.number(each.median, 1)} tokens/s"
-        if each.measure == TOKENS
-        else f"{wording.number(1000 * each.median, 0)} ms"
-    )
+    median = f"{wording.number(1000 * each.median, 0)} ms"
+    if each.measure == TOKENS:
+        median = f"{wording.number(each.median, 1)} tokens/s"
     return (str(each.batch), each.variant, each.measure, median, wording.interval(each.ratio, 2))
 
 
