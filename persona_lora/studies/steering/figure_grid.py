@@ -135,10 +135,9 @@ def _layer_ticks(axes: Axes, cells: Cells) -> None:
 
 def _mark_best(axes: Axes, cells: Cells, layer: int, row: int) -> None:
     """Frame the best cell, and name the best layer above the map."""
-    corner, style = (layer - cells.half, row - 0.5), {"facecolor": "none", "edgecolor": draw.INK}
-    axes.add_patch(
-        Rectangle(corner, 2 * cells.half, 1, clip_on=False, linewidth=1.8, zorder=4, **style)
-    )
+    frame = Rectangle((layer - cells.half, row - 0.5), 2 * cells.half, 1, clip_on=False, zorder=4)
+    frame.set(facecolor="none", edgecolor=draw.INK, linewidth=1.8)
+    axes.add_patch(frame)
     low, high = axes.get_xlim()
     axes.annotate(
         f"best layer {layer}",

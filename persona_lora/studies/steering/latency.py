@@ -78,12 +78,9 @@ def run_latency(
             ):
                 run.extend("timings", [dataclasses.asdict(each) for each in found])
         if not run.read("times"):
-            measured = {"s": swap_seconds(chat_model, bank), "bytes": held_bytes(bank, chat_model)}
-            rows = [
-                {"what": name, "unit": unit, "value": value}
-                for unit, values in measured.items()
-                for name, value in values.items()
-            ]
+            seconds, held = swap_seconds(chat_model, bank), held_bytes(bank, chat_model)
+            rows = [{"what": name, "unit": "s", "value": value} for name, value in seconds.items()]
+            rows += [{"what": name, "unit": "bytes", "value": each} for name, each in held.items()]
             run.write("times", rows)
     return run
 
