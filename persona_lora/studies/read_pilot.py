@@ -13,16 +13,9 @@ from statistics import fmean, variance
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.curve import gaps_between
 from persona_lora.report.power import Pilot, Planned, cheapest
-from persona_lora.report.scores import (
-    CONTROL,
-    UNSTEERED_CONDITION,
-    clusters,
-    grouped,
-    minus,
-    question_means,
-    score_answers,
-)
+from persona_lora.report.scores import CONTROL, clusters, grouped, score_answers
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
 from persona_lora.report.two_way import Gaps, shared_questions
@@ -56,17 +49,16 @@ def _comparisons(run: Run) -> dict[str, Gaps]:
         )
     trait = trait_of(run)
     rows = score_answers(run.read("answers"), run.read("verdicts"), trait)
-    zero = UNSTEERED_CONDITION
-    by_condition = {
-        condition: question_means(clusters(own, trait))
+    scores = {
+        condition: clusters(own, trait)
         for condition, own in grouped(rows, lambda row: row.condition).items()
     }
-    plain = next((by_condition[c] for c in by_condition if c == zero or c.coefficient == 0), None)
+    plain = next((own for condition, own in scores.items() if condition.coefficient == 0), None)
     if plain is None:
         raise UserError(f"{run.folder} did not ask the unsteered model; nothing can be compared")
     return {
-        f"{condition.layer} {condition.coefficient}": minus(scores, plain)
-        for condition, scores in by_condition.items()
+        f"{condition.layer} {condition.coefficient}": gaps_between(own, plain)
+        for condition, own in scores.items()
         if condition.coefficient and condition.method != CONTROL
     }
 

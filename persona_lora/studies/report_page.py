@@ -92,21 +92,16 @@ def write_report(
     ``coefficients`` are those whose answers stand side by side; where one was not run, the nearest
     is shown. Raises UserError for a folder that holds no run, or a run of another kind.
     """
-    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    if not folders:
+    shown = [Run(Path(each)) for each in ([runs] if isinstance(runs, str | Path) else runs)]
+    if not shown:
         raise UserError("no run to report on; name at least one run folder")
     sections = [
-        section_of(Run(folder), f"run-{index}", coefficients)
-        for index, folder in enumerate(folders, start=1)
+        section_of(run, f"run-{index}", coefficients) for index, run in enumerate(shown, start=1)
     ]
     page = fill_template(
         "page.html.j2",
         sections=sections,
-        overview=[
-            *seeds_blocks([Run(folder) for folder in folders]),
-            *_overview(sections),
-            *_across([Run(folder) for folder in folders]),
-        ],
+        overview=[*seeds_blocks(shown), *_overview(sections), *_across(shown)],
         heading=f"{len(sections)} {'persona sweeps' if all(map(_is_sweep, sections)) else 'runs'}",
     )
     write_text(Path(path), page)
@@ -122,25 +117,19 @@ def section_of(
         raise UserError(
             f"{run.folder} is a run of {kind!r}; the report shows runs of {', '.join(SECTIONS)}"
         )
-    weak = weak_judges(run)
-    unfinished = Note(
-        f"This run is recorded as “{record['status']}”; what follows covers only the rows it has "
-        "written.",
-        "warning",
-        "Incomplete.",
-    )
+    weak = warnings = weak_judges(run)
+    if record["status"] != "finished":
+        said = (
+            f"This run is recorded as “{record['status']}”; what follows covers only the rows it "
+        )
+        warnings = (*weak, Note(f"{said}has written.", "warning", "Incomplete."))
     settings = tuple((key, text_of(value)) for key, value in record["config"].items())
     show = SECTIONS[kind]
     content = sweep_content(run, coefficients) if show is sweep_content else show(run)
     if kind in DECIDES:
         content = replace(content, lead=f"{standing(run)} {content.lead}")
-    return Section(
-        anchor,
-        content,
-        bool(weak),
-        (*weak, *([] if record["status"] == "finished" else [unfinished])),
-        (Facts(provenance(run, record)), Fold("All settings", (Facts(settings),))),
-    )
+    sources = Facts(provenance(run, record)), Fold("All settings", (Facts(settings),))
+    return Section(anchor, content, bool(weak), warnings, sources)
 
 
 def _overview(sections: Sequence[Section]) -> list[Image]:

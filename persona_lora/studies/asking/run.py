@@ -145,6 +145,11 @@ def plan_rows(
     ]
 
 
+def continued(before: Conversation, question: str, answer: str) -> Conversation:
+    """Return a conversation with a further question and the answer to it."""
+    return [*user_question(question, before=before), {"role": "assistant", "content": answer}]
+
+
 def stream_of(question_id: int, sample: int) -> int:
     """Return the random stream of a question's sample: the same under every condition."""
     return question_id * SAMPLES_PER_QUESTION + sample

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Conversation, Exchange, Message, user_question
+from persona_lora.core.chat import COHERENCE, Conversation, Exchange
 from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
@@ -39,7 +39,13 @@ from persona_lora.report.comparisons import (
 from persona_lora.steering.bank import steer_live
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
-from persona_lora.studies.asking.run import GenerationOptions, Steering, evaluate, open_run
+from persona_lora.studies.asking.run import (
+    GenerationOptions,
+    Steering,
+    continued,
+    evaluate,
+    open_run,
+)
 from persona_lora.studies.drift.figure import render_prevention
 from persona_lora.training.finetune import read_conversations
 
@@ -183,13 +189,8 @@ class _Asked:
             probe = f"turn {turn}" if turn > 1 else ""
             run = self._ask(trait, judge, probe, before=told)
             rows += self._scores(run, trait, probe)
-            answered: list[Conversation] = [
-                [
-                    *user_question(row["question"], before=said),
-                    Message(role="assistant", content=row["answer"]),
-                ]
-                for said, row in zip(told, run.read("answers"), strict=True)
-            ]
+            pairs = zip(told, run.read("answers"), strict=True)
+            answered = [continued(said, row["question"], row["answer"]) for said, row in pairs]
             told = [*answered[-1:], *answered[:-1]]
         for probe, prompt in probes.prompts.items():
             rows += self._scores(self._ask(trait, judge, probe, prompt), trait, probe)

@@ -14,14 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from persona_lora.core.chat import (
-    COHERENCE,
-    UNSTEERED,
-    Answer,
-    Condition,
-    Conversation,
-    user_question,
-)
+from persona_lora.core.chat import COHERENCE, UNSTEERED, Answer, Condition, Conversation
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl
@@ -38,7 +31,7 @@ from persona_lora.report.scores import SECOND, grouped, method_of
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.capability import harness, run_benchmarks
-from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
+from persona_lora.studies.asking.run import answer_rows, continued, open_run, plan_rows
 from persona_lora.studies.steering.figure_side_effects import render_side_effects
 from persona_lora.studies.steering.read_side_effects import (
     CAPABILITY,
@@ -233,10 +226,8 @@ def _refusals(steered: _Steered, watched: Watched, output: Output) -> Rows:
     read = {"the prompts to refuse or not": digest_of(asked)}
     with steered.open(output, "side-effects on", read, other=REFUSAL) as part:
         for each in steered.answer([row["prompt"] for row in asked], part):
-            kind, score = (
-                asked[each.question_id]["kind"],
-                rule_score(REFUSAL, each.answer, finished=each.finished),
-            )
+            kind = asked[each.question_id]["kind"]
+            score = rule_score(REFUSAL, each.answer, finished=each.finished)
             place = (REFUSAL, kind, REFUSAL, "first", each.method, each.question_id, 1, score)
             yield dict(zip(SCORED, place, strict=True))
 
@@ -270,13 +261,8 @@ def _converse(
         with steered.open(at, "side-effects on", read, other=TURNS, questions=asked) as part:
             answers = steered.answer(asked, part, steered.once, told)
             judge_answers(part, judge, trait)
-        told = [
-            [
-                *user_question(each.question, before=before),
-                {"role": "assistant", "content": each.answer},
-            ]
-            for before, each in zip(told, answers, strict=True)
-        ]
+        pairs = zip(told, answers, strict=True)
+        told = [continued(before, each.question, each.answer) for before, each in pairs]
         for criterion in (trait.name, COHERENCE):
             yield from _scores(steered, part, TURNS, TURNS, criterion, turn + 1)
 
