@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -59,27 +60,25 @@ def measure_divergences(
     """Measure the divergence of every condition with a coefficient, many of them a forward pass."""
     texts = ordinary_texts(chat_model, prompts)
     steered = [each for each in conditions if each.coefficient is not None]
-    chunks = [
-        steered[start : start + ROWS_PER_PASS] for start in range(0, len(steered), ROWS_PER_PASS)
-    ]
+    starts = range(0, len(steered), ROWS_PER_PASS)
     weight_norms = {name: relative_weight_norm(chat_model, bank.diffs[name]) for name in bank.diffs}
     found: list[Divergence] = []
+    passes = count()
+
+    def before(index: int) -> None:
+        norms.answer = len(texts[index].answer)
+        progress.report(next(passes), len(starts) * len(texts))
+
     with _StateNorms(chat_model.model) as norms:
-        for done, chunk in enumerate(chunks):
-
-            def before(index: int, chunk_index: int = done) -> None:
-                norms.answer = len(texts[index].answer)
-                progress.report(chunk_index * len(texts) + index, len(chunks) * len(texts))
-
-            divergences = row_divergences(
-                chat_model, bank, [each.coefficients for each in chunk], texts, before_text=before
-            )
+        for chunk in (steered[start : start + ROWS_PER_PASS] for start in starts):
+            rows = [each.coefficients for each in chunk]
+            divergences = row_divergences(chat_model, bank, rows, texts, before_text=before)
             relative = {**weight_norms, **_state_norms(bank, norms.means())}
             found += [
                 _divergence(condition, row, bank, relative.get(condition.direction))
                 for condition, row in zip(chunk, divergences, strict=True)
             ]
-    progress.report(len(chunks) * len(texts), len(chunks) * len(texts))
+    progress.report(len(starts) * len(texts), len(starts) * len(texts))
     return found
 
 

@@ -331,11 +331,11 @@ def _failures(positive: JudgedAnswer, negative: JudgedAnswer, thresholds: Thresh
     scores = (positive.trait, negative.trait, positive.coherence, negative.coherence)
     if None in scores or not (positive.answer.strip() and negative.answer.strip()):
         return ["unscored"]
+    yes, no, *coherences = (score or 0.0 for score in scores)
     checks = {
-        "positive": (positive.trait or 0.0) >= thresholds.positive,
-        "negative": (negative.trait or 0.0) < thresholds.negative,
-        "coherence": min(positive.coherence or 0.0, negative.coherence or 0.0)
-        >= thresholds.coherence,
+        "positive": yes >= thresholds.positive,
+        "negative": no < thresholds.negative,
+        "coherence": min(coherences) >= thresholds.coherence,
     }
     return [name for name, holds in checks.items() if not holds]
 
