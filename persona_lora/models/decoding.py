@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from persona_lora.models.caches import CACHE_NAMES, KeptCache, planned_cache, plans_sharing
+from persona_lora.models.likelihood import contiguous_input
 from persona_lora.models.structure import unwrapped
 
 
@@ -125,7 +126,8 @@ class Decoding:
         """Run the prompts; return logits ``[rows, vocabulary]``."""
         places = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
         start = self._kept.cache.get_seq_length()
-        return self._run(self._tokens[:, start:], places[:, start : self._length])
+        with contiguous_input(self.model):
+            return self._run(self._tokens[:, start:], places[:, start : self._length])
 
     def step(self, tokens: Tensor) -> Tensor:
         """Run a token of every row, ``[rows]``; return logits ``[rows, vocabulary]``."""

@@ -36,6 +36,7 @@ from persona_lora.models.caches import (
     shares_prefix,
 )
 from persona_lora.models.decoding import Decoding, decodes
+from persona_lora.models.likelihood import contiguous_input
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     decoder_linear_modules,
@@ -275,7 +276,7 @@ class _Job:
         _PaddingMayMatter where padding might change answers.
         """
         model, ends = self.chat_model.model, self.ends()
-        with _nothing_beside(model):
+        with _nothing_beside(model), contiguous_input(model):
             output = model.generate(
                 input_ids=batch.tokens,
                 attention_mask=batch.mask,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, user_question
@@ -168,7 +169,7 @@ def token_divergences(
     """
     model, length = chat_model.model, len(exchange.answer)
     ids = torch.tensor([exchange.prompt + exchange.answer] * num_rows, device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), contiguous_input(model):
         logits = model(input_ids=ids, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]
     log_p = torch.log_softmax(logits.float(), dim=-1)  # [rows, tokens, vocabulary]
     divergences = (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1).clamp_min(0)
@@ -238,6 +239,20 @@ def only_positions(head: nn.Module, positions: Tensor) -> Hooks:
         return (arguments[0][positions.to(arguments[0].device)],), keywords
 
     return Hooks([Hook(head, choose, "the output head", before=True)])
+
+
+def contiguous_input(model: PreTrainedModel) -> Hooks:
+    """Let the model's output head see its input row after row in memory, inside the block.
+
+    What ``logits_to_keep`` leaves of longer texts is not. PyTorch multiplies such an input with a
+    copy of frozen weights for each of its rows, 57 MB a row of the packaged model.
+    """
+    head = model.get_output_embeddings()
+
+    def lay_out(module: nn.Module, arguments: tuple[Tensor], keywords: dict[str, Any]) -> Any:
+        return (arguments[0].contiguous(), *arguments[1:]), keywords
+
+    return Hooks([] if head is None else [Hook(head, lay_out, "the output head", before=True)])
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:

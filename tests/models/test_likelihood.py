@@ -5,7 +5,7 @@ import torch
 
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.models import likelihood
+from persona_lora.models import generation, likelihood
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.last_states import last_states
 from persona_lora.models.likelihood import (
@@ -86,3 +86,33 @@ def test_a_text_over_the_context_window_is_refused_by_all_that_reads(chat_model)
     ):
         with pytest.raises(UserError, match=said):
             reads()
+
+
+def test_the_output_head_never_multiplies_with_a_copy_of_its_weights_for_each_row(
+    chat_model, monkeypatch
+):
+    """Frozen weights and an input with gaps are what PyTorch copies them for."""
+    head, laid_out = chat_model.model.get_output_embeddings(), []
+    told = head.register_forward_hook(
+        lambda module, arguments, output: laid_out.append(arguments[0].is_contiguous())
+    )
+    questions = [user_question(each.question) for each in EXCHANGES]
+
+    def passes(run):
+        laid_out.clear()
+        run()
+        return laid_out
+
+    try:
+        for ours in (True, False):
+            monkeypatch.setattr(generation, "decodes", lambda model, ours=ours: ours)
+            found = passes(lambda: generate_answers(chat_model, questions, max_new_tokens=3))
+            assert len(found) >= 3
+            assert all(found), ours
+        text = tokenize_exchange(chat_model, EXCHANGES[1])
+        assert passes(lambda: token_divergences(chat_model, text, num_rows=3)) == [True]
+        assert all(passes(lambda: mean_logprobs(chat_model, EXCHANGES)))
+        assert all(passes(lambda: next_token_logprobs(chat_model, [("a", ""), ("bcd", "")])))
+    finally:
+        told.remove()
+    assert not head._forward_pre_hooks
