@@ -64,7 +64,8 @@ COMMANDS = {
         "finetune", "--traits", "evil", *DATASETS, "--output", "out", "--model", HUB,
     ),
     "predict-finetuning": (
-        "--finetunes", "finetune/checkpoint-1", "--traits", "evil", "--diffs", "diff", *DATASETS,
+        "--finetunes", ",".join(f"{'./' * at}finetune/checkpoint-1" for at in range(4)),
+        "--traits", "evil", "--diffs", "own", *DATASETS,
         "--output", "out", "--model", HUB,
     ),
     "compare-prevention": (
@@ -119,6 +120,7 @@ def test_every_command_with_a_model_has_every_option_of_loading():
 def place(tmp_path, model, make_diff, make_adapter):
     diff = make_diff(model)
     diff.save(tmp_path / "diff")
+    dataclasses.replace(diff, trait="evil").save(tmp_path / "own")
     diff.save(tmp_path / "checkpoints" / "evil" / "diff")
     directions = {layer: torch.ones(32) for layer in range(2)}
     SteeringVector(directions, BaseModel("tiny", None), 2).save(tmp_path / "v.safetensors")

@@ -321,6 +321,7 @@ COMMANDS = {
             "methods": flag("svd"),
             "layers": flag("0", None),
         },
+        {f"{X}core.personas:load_persona": None},
     ),
     "tune-prompt": Command(
         EVIL,
@@ -472,17 +473,25 @@ COMMANDS = {
         {f"{X}studies.drift.run:find_checkpoints": []},
     ),
     "predict-finetuning": Command(
-        ("--finetunes", "adapter", "--traits", "evil", "--diffs", "diff", *DATA),
+        (
+            "--finetunes",
+            "adapter,adapter3,adapter4,adapter5",
+            "--traits",
+            "evil",
+            "--diffs",
+            "diff",
+            *DATA,
+        ),
         (f"{X}studies.drift.prediction:predict_finetuning",),
         {
             "finetunes": flag("adapter2"),
             "traits": flag("sycophancy"),
             "diffs": flag("diff2"),
-            "vectors": flag("v.safetensors", None),
-            "layers": flag("0", None, "--vectors v.safetensors"),
+            "vectors": flag("evil.safetensors", None),
+            "layers": flag("0", None, "--vectors evil.safetensors"),
             "max_questions": flag(3, None),
         },
-        {f"{X}studies.drift.run:load_diffs": {"d": None}},
+        {f"{X}studies.drift.run:load_diffs": {"evil": None, "sycophancy": None}},
     ),
     "compare-prevention": Command(
         ("--finetunes", "plain=adapter", *EVIL, "--rows", "texts.jsonl"),
@@ -828,7 +837,7 @@ def folder(tmp_path_factory):
     for number, path in enumerate(("diff", "diff2", "diffs/evil/diff", "diffs/sycophancy/diff")):
         random_diff(model, seed=number, rank=1).save(folder / path)
     random_diff(model, seed=9, rank=1).save(folder / "more/evil/diff")
-    for number, name in enumerate(("v", "w")):
+    for number, name in enumerate(("v", "w", "evil")):
         directions = {0: torch.full((32,), 1.0 + number), 1: torch.ones(32)}
         SteeringVector(directions, BaseModel("tiny", None), num_layers=2).save(
             folder / f"{name}.safetensors"
@@ -857,7 +866,7 @@ def folder(tmp_path_factory):
     (folder / "said.json").write_text(json.dumps(said))
     (folder / "weights.json").write_text('{"formality": 3.7}')
     (folder / "data2").symlink_to(ROOT / "datasets")
-    for name in ("adapter", "adapter2"):
+    for name in ("adapter", *(f"adapter{number}" for number in range(2, 6))):
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text("{}")
     (folder / "people/somebody").mkdir(parents=True)

@@ -342,11 +342,6 @@ def benchmark(
         raise UserError("there is nothing to compare; give --diff, --vector or --adapter")
     model.refuse_nats_beside_adapter(mix.coefficient)
     steering = mix.load()
-    chat_model = load_model(model, steering.directions, allow_other_base=mix.allow_other_base)
-    conditions: dict[str, AbstractContextManager[Any]] = {
-        "plain": chat_model.base(),
-        "changed": steering.steerer(chat_model),
-    }
     record = {
         "diffs": [str(path) for path in mix.diff],
         "vectors": [str(path) for path in mix.vector],
@@ -355,7 +350,12 @@ def benchmark(
         **model.worn(),
     }
     inputs = {str(path): path_digest(path) for path in (*mix.diff, *mix.vector)}
-    written = Output(output.folder, output.overwrite, record, inputs)
+    written = dataclasses.replace(output.at(output.folder, record=record), inputs=inputs)
+    chat_model = load_model(model, steering.directions, allow_other_base=mix.allow_other_base)
+    conditions: dict[str, AbstractContextManager[Any]] = {
+        "plain": chat_model.base(),
+        "changed": steering.steerer(chat_model),
+    }
     scores = run_benchmarks(chat_model, conditions, tasks, written)
     show(task_table(scores), f"{output.folder / 'scores.csv'}")
 

@@ -33,6 +33,7 @@ from persona_lora.cli.shared_options import (
     load_model,
     load_other,
     one_layer,
+    questions_record,
 )
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
@@ -42,7 +43,6 @@ from persona_lora.core.options import (
     Split,
     TaskOptions,
 )
-from persona_lora.core.runs import Output
 from persona_lora.core.strength import refuse_nats_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
@@ -115,13 +115,13 @@ def project_activations(
     vectors = load_vectors(texts.vectors)
     layers = layer_numbers(texts.layers, next(iter(vectors.values())).num_layers)
     read = text_projection.read_texts(texts.file) if texts.file is not None else None
-    chat_model = load_model(model, vectors.values())
     record = {
         "vectors": {name: str(path) for name, path in zip(vectors, texts.vectors, strict=True)},
         **model.worn(),
         "base_model": shift.base_model,
     }
     written = output.at(output.output, record=record)
+    chat_model = load_model(model, vectors.values())
     along = Along(vectors, layers, (_tokens(texts.positions),))
     with progress_bars():
         if read is None:
@@ -294,9 +294,10 @@ def diagnose(
     named = [str(_adapter(Path(each))) for each in (finetune, *controls)]
     subject = diagnosis.Subject.load(named[0], load_diffs(list(diffs), on_disk=True), named[1:])
     asked = load_ordinary_prompts() if prompts is None else read_prompts(prompts)
+    written = output.at(output.output)
     chat_model = load_other(base, loading)
     with progress_bars():
-        run = diagnosis.diagnose(chat_model, subject, output.at(output.output), prompts=asked)
+        run = diagnosis.diagnose(chat_model, subject, written, prompts=asked)
     content = diagnosis_content(run)
     tables = [each for each in content.blocks if isinstance(each, Table)]
     show(*tables, content.lead, f"report: {run.folder / 'report.html'}")
@@ -348,17 +349,18 @@ def evaluate_checkpoints(
     directions = load_vectors(checkpoints.vectors)
     depth = next(iter(directions.values())).num_layers if directions else 0
     judge = judging_of(judging)
-    base = load_model(model, directions.values())
     folder = output.output or Path("results") / "checkpoints" / checkpoints.folder.name
+    written = output.at(folder, judge, questions_record(checkpoints.max_questions))
     layers = layer_numbers(checkpoints.layers, depth) if directions else ()
     along = Along(directions, layers, (_tokens(checkpoints.positions),))
+    base = load_model(model, directions.values())
     with progress_bars():
         run = experiment.evaluate_checkpoints(
             base,
             checkpoints.folder,
             experiment.Measures(tuple(loaded), along, checkpoints.split, checkpoints.finetuned_on),
             lambda trait, reference: judge_factory(trait, reference, judge),
-            output.at(folder, judge),
+            written,
             options=generation,
         )
     asked = {trait.name: answers_of(run, trait.name) for trait in loaded}
@@ -413,7 +415,7 @@ def predict_finetuning(
     Every finetune is judged on every trait and projected on every direction, in weights and in
     hidden states; the table holds correlations with intervals over their data sets.
 
-    Example: persona-lora predict-finetuning --finetunes checkpoints/a,checkpoints/b
+    Example: persona-lora predict-finetuning --finetunes tuned/a,tuned/b,tuned/c,tuned/d
     --traits evil,sycophancy --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
     from persona_lora.judges.choice import judge_inputs
@@ -426,7 +428,10 @@ def predict_finetuning(
     )
 
     study, judge = predicted.load(), judging_of(judging)
-    written = dataclasses.replace(output.at(output.folder), inputs=judge_inputs(judge))
+    asked = questions_record(predicted.max_questions)
+    written = dataclasses.replace(
+        output.at(output.folder, record=asked), inputs=judge_inputs(judge)
+    )
     base = load_model(model, study.vectors.values())
     with progress_bars():
         run = prediction.predict_finetuning(
@@ -505,8 +510,11 @@ def compare_prevention(
     models = prevented.models()
     tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
     judge = judging_of(judging)
-    base = load_model(model)
+    written = dataclasses.replace(output.at(output.folder), inputs=judge_inputs(judge))
+    measured = prevention.Measured(generation, probes, tasks)
     asked = first_questions(trait.load(), prevented.max_questions)
+    measured.check(asked)
+    base = load_model(model)
     with progress_bars():
         scores = prevention.compare_prevention(
             base,
@@ -514,8 +522,8 @@ def compare_prevention(
             asked,
             prevented.rows,
             judge_factory(asked, base, judge),
-            Output(output.folder, output.overwrite, inputs=judge_inputs(judge)),
-            prevention.Measured(generation, probes, tasks),
+            written,
+            measured,
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
     asked_of = {name: Run(output.folder / "answers" / name) for name in models}

@@ -403,13 +403,17 @@ def refuse_useless(names: str, reason: str) -> None:
     ``names`` are parameter names with spaces between them, as in "batches rounds". The file of
     --config may hold what is the default anyway: a run's own config.yaml holds everything.
     """
-    context = RUNNING.get()
     for name in names.split():
-        source = context.get_parameter_source(name)
-        typed = source is not None and source.name == "COMMANDLINE"
-        in_file = source is not None and source.name == "DEFAULT_MAP" and _changed(context, name)
-        if typed or in_file:
+        if is_given(name):
             raise does_nothing(name, reason)
+
+
+def is_given(name: str) -> bool:
+    """Say whether the running command was given an option, or a file that changes its default."""
+    context = RUNNING.get()
+    source = context.get_parameter_source(name)
+    in_file = source is not None and source.name == "DEFAULT_MAP" and _changed(context, name)
+    return in_file or (source is not None and source.name == "COMMANDLINE")
 
 
 def _changed(context: typer.Context, name: str) -> bool:

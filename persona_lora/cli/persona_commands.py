@@ -26,11 +26,15 @@ from persona_lora.cli.shared_options import (
     Protocol,
     RunOptions,
     Written,
+    depth_of,
     judging_of,
+    layer_numbers,
     load_model,
 )
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
+    JUDGES,
+    PERSONA_JUDGES,
     SENSIBLE,
     GenerationOptions,
     JudgeChoice,
@@ -38,6 +42,8 @@ from persona_lora.core.options import (
     Overwrite,
     SearchOptions,
     Seed,
+    judge_names,
+    said_of,
 )
 from persona_lora.core.runs import Output
 
@@ -53,8 +59,25 @@ SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 GROUP = "persona", persona_app
 Spoken = Annotated[GenerationOptions, ("max_new_tokens", "temperature", "seed", "batch_size")]
 SHORT = GenerationOptions(max_new_tokens=40)
-STYLE_JUDGE = JudgeChoice(judge="embedding")
 AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class PersonaJudgeChoice(JudgeChoice):
+    """Who judges a person's voice."""
+
+    judge: Annotated[str, f"Who judges: {said_of(PERSONA_JUDGES)}, or several: a,b."] = "embedding"
+
+
+@dataclass(frozen=True)
+class SoughtJudgeChoice(JudgeChoice):
+    """Who judges a person's voice, or the traits of targets."""
+
+    judge: Annotated[
+        str,
+        f"Who judges, of a person: {', '.join(PERSONA_JUDGES)}; of --targets: {', '.join(JUDGES)}; "
+        "auto is embedding, or reader.",
+    ] = AUTO
 
 
 @dataclass(frozen=True)
@@ -127,12 +150,9 @@ class BenchOptions:
             report_judge=self.report_judge,
         )
 
-    def layers_of(self, bench: PersonaBench) -> tuple[int, ...] | None:
+    def layers_of(self, model: ModelOptions) -> tuple[int, ...] | None:
         """Return the layers of vectors; None for those that the bench chooses."""
-        from persona_lora.models.structure import num_layers, read_layers
-
-        depth = num_layers(bench.chat_model.model)
-        return None if self.layers is None else read_layers(self.layers, depth, "--layers")
+        return None if self.layers is None else layer_numbers(self.layers, depth_of(model))
 
 
 @dataclass(frozen=True)
@@ -184,9 +204,11 @@ class Sought:
             refuse_useless(judges, "with --scorer, which judges")
 
     def judging(self, choice: JudgeChoice) -> JudgeChoice:
-        """Return who judges, where that is left to what is sought."""
+        """Return who judges, which may be left to what is sought; UserError for who cannot."""
         usual = "reader" if self.targets else "embedding"
-        return choice if choice.judge != AUTO else dataclasses.replace(choice, judge=usual)
+        chosen = usual if choice.judge == AUTO else choice.judge
+        judge_names(chosen, JUDGES if self.targets else PERSONA_JUDGES)
+        return dataclasses.replace(choice, judge=chosen)
 
     def limited(self, objective: ObjectiveOptions) -> ObjectiveOptions:
         """Return the objective with the constraints; UserError for one that is given elsewhere."""
@@ -236,7 +258,10 @@ class Searched(Sought):
 
     def check(self) -> None:
         """UserError for options that what is sought, the method or the search does not use."""
+        from persona_lora.studies.personas.baselines import check_method
+
         super().check()
+        check_method(self.method)
         EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
         if self.method != "lora":
             refuse_useless("by", f"with --method {self.method}, whose vectors are not cut")
@@ -286,11 +311,17 @@ class Searched(Sought):
         searcher = f"_{self.search}" if self.search in ("tpe", "random") else ""
         return f"{goal}_{self.method}{self.parts()}{searcher}"
 
-    def methods(self, bench: BenchOptions, opened: PersonaBench, folder: Path) -> list[Method]:
+    def methods(
+        self,
+        bench: BenchOptions,
+        opened: PersonaBench,
+        layers: tuple[int, ...] | None,
+        folder: Path,
+    ) -> list[Method]:
         """Return the ways of searching; one for each training seed of the diffs."""
         return opened.methods(
             self.method,
-            layers=bench.layers_of(opened),
+            layers=layers,
             alpha=bench.alpha,
             searcher=self.searcher,
             cache=folder / "scales" / f"{self.method}{self.parts()}.json",
@@ -329,15 +360,14 @@ def optimize(
     bench: BenchOptions,
     output: HeldOptions = HeldOptions(Path("optimization_results")),
     model: ModelOptions,
-    judging: JudgeChoice = JudgeChoice(judge=AUTO),
+    judging: SoughtJudgeChoice,
     generation: Spoken = SHORT,
 ) -> None:
     """Find the mix of directions that speaks like a person, has target scores, or any you score.
 
     A generation is one batch: every candidate answers every prompt with coefficients of its own.
     What is reported is the value on prompts (and conversations) that the search did not see. Run
-    again, it goes on where it stopped; under accelerate launch the rows are shared out. --judge
-    auto is the style judge of a persona, and the reader for --targets.
+    again, it goes on where it stopped; under accelerate launch the rows are shared out.
 
     Example: persona-lora optimize --persona-id episode-000101_A --method lora
     --max-iterations 10 --num-prompts 10
@@ -357,6 +387,9 @@ def optimize(
     written = output.at(folder / searched.folder(name), record=engine.record())
     if wanted and bench.traits is None:
         bench = dataclasses.replace(bench, traits=tuple(wanted))
+    layers = bench.layers_of(model)
+    if searched.persona_id is not None:
+        load_persona(name, bench.persona_dir)  # a wrong id fails before all measuring
     opened = bench.open(
         *(model, generation, searched.judging(judging)),
         prompts=prompts,
@@ -365,9 +398,7 @@ def optimize(
     opened.by = searched.by
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
-            if searched.persona_id is not None:
-                load_persona(name, bench.persona_dir)  # a wrong id fails before all measuring
-            chosen = searched.methods(bench, opened, folder)
+            chosen = searched.methods(bench, opened, layers, folder)
             held = [diff for each in chosen for diff in each.directions.directions]
             elsewhere = engine.open(opened.chat_model, held)
             problem = searched.problem(opened, wanted, scorer)
@@ -482,7 +513,7 @@ def compare_methods(
     bench: BenchOptions = BenchOptions(num_prompts=10),
     output: SavedOptions = SavedOptions(Path("results/personas")),
     model: ModelOptions,
-    judging: JudgeChoice = STYLE_JUDGE,
+    judging: PersonaJudgeChoice,
     generation: Spoken = SHORT,
 ) -> None:
     """Compare ways of giving the model a person's voice, at equal budget, on held-out prompts.
@@ -493,20 +524,26 @@ def compare_methods(
     Example: persona-lora compare-methods --persona-id episode-000101_A,episode-000117_B
     --methods lora,random,prompt --max-iterations 8
     """
-    from persona_lora.core.personas import list_personas
+    from persona_lora.core.personas import list_personas, load_persona
     from persona_lora.report.comparisons import fit_table
     from persona_lora.studies.personas import method_comparison
 
     compared.check()
-    opened = bench.open(model, generation, judging)
+    judge_names(judging.judge, PERSONA_JUDGES)
+    acting = method_comparison.Acting(bench.layers_of(model), bench.alpha)
+    for method in compared.methods:
+        method_comparison.checked_method(method)
     personas = compared.persona_id or list_personas(bench.persona_dir)
+    for each in compared.persona_id or ():
+        load_persona(each, bench.persona_dir)
+    opened = bench.open(model, generation, judging)
     with _quiet_unless_first(opened.processes), _live("comparison", opened) as watch:
         comparison = method_comparison.compare_methods(
             opened,
             personas,
             compared.methods,
             output.at(output.output),
-            acting=method_comparison.Acting(bench.layers_of(opened), bench.alpha),
+            acting=acting,
             searching=searching,
             objective=objective,
             watch=lambda persona, name, generation: watch(generation, f"{persona}, {name}"),
@@ -744,13 +781,12 @@ def lamp(
     from persona_lora.studies.personas import lamp as experiment
     from persona_lora.studies.personas.bench import load_optimization
 
-    chosen = files.read()
+    chosen, written = files.read(), output.at(output.folder)
     chat_model = load_model(model)
     speaker, mix = load_optimization(
         chat_model, files.optimization, files.trait_vector_dir, generation
     )
     with console.status(f"{len(chosen)} questions"):
-        written = output.at(output.folder)
         scores = experiment.score_lamp(speaker, chosen, mix, written)
     show(scores.table(), f"answers and scores: {scores.folder}")
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from persona_lora.cli.console import console, show
-from persona_lora.cli.option_groups import does_nothing, refuse_useless
+from persona_lora.cli.option_groups import RUNNING, does_nothing, is_given, refuse_useless
 from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
 from persona_lora.core.runs import Output, Run
+from persona_lora.core.settings import refuse_other_run
 from persona_lora.core.strength import Nats, Strength, acting_at, coefficient_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
@@ -147,10 +148,15 @@ class Written:
         record: Mapping[str, Any] | None = None,
         seeds: int = 1,
     ) -> Output:
-        """Return where a run is written, which records who judges it; UserError for no protocol."""
+        """Return where a run is written, which records who judges it.
+
+        UserError for no protocol, and for a folder that is seen to hold another run.
+        """
         from persona_lora.core.protocol import FrozenProtocol
         from persona_lora.judges.choice import judge_inputs
 
+        if not self.overwrite:
+            refuse_other_run(path.with_suffix("") if path.suffix == ".csv" else path)
         held = None if self.protocol is None else FrozenProtocol.read(self.protocol)
         if judging is None:
             return Output(path, self.overwrite, record or {}, protocol=held, seeds=seeds)
@@ -298,10 +304,35 @@ def load_model(
     """
     from persona_lora.steering.bank import warn_of_other_template
 
+    _refuse_too_long(options)
     adapter = options.adapter if isinstance(options, AdaptedModelOptions) else None
     loaded = load_other(options.model, options.alone(), adapter, allow_other_base=allow_other_base)
     warn_of_other_template(loaded, directions)
     return loaded
+
+
+def _refuse_too_long(options: ModelOptions) -> None:
+    """UserError for answers that leave a model no place for a prompt."""
+    from persona_lora.models.loading import model_config
+    from persona_lora.models.structure import context_window
+
+    asked = RUNNING.get().params.get("max_new_tokens")
+    if asked is None or not is_given("max_new_tokens"):
+        return
+    window = context_window(model_config(options.model, options.alone()))
+    if window is not None and int(asked) >= window:
+        raise UserError(
+            f"--max-new-tokens {asked} leaves no place for a prompt in the {window} positions of "
+            f"{options.model}; ask for fewer"
+        )
+
+
+def depth_of(options: ModelOptions) -> int:
+    """Return the number of a model's layers from its configuration alone."""
+    from persona_lora.models.loading import model_config
+
+    config = model_config(options.model, options.alone())
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def load_other(
@@ -418,6 +449,11 @@ def first_questions(trait: Trait, number: int | None) -> Trait:
         return trait
     kept = {split: texts[:number] for split, texts in trait.questions.items()}
     return dataclasses.replace(trait, questions=kept)
+
+
+def questions_record(number: int | None) -> dict[str, int]:
+    """Return what a run's configuration keeps of that: another number is another run."""
+    return {} if number is None else {"max_questions": number}
 
 
 # -- several training seeds ---------------------------------------------------------------

@@ -35,11 +35,13 @@ from persona_lora.cli.shared_options import (
     Vectors,
     Written,
     control_seeds,
+    depth_of,
     first_questions,
     judge_factory,
     judging_of,
     layer_numbers,
     load_model,
+    questions_record,
     refuse_nats,
     refuse_to_replace,
     show_seeds,
@@ -226,7 +228,7 @@ def evaluate(
     judge = judging_of(judging)
     folder = output.output.with_suffix("")
     also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
-    also |= {"max_questions": asked.max_questions} if asked.max_questions else {}
+    also |= questions_record(asked.max_questions)
     steered = [each.steering(prompt) for each in parts.values()]
     written = [
         output.at(
@@ -617,17 +619,13 @@ def extract(
     chosen = pairs.checked()
     loaded = trait.load()
     judge = judging_of(judging)
-    chat_model = load_model(model)
-    depth = chat_model.model.config.get_text_config().num_hidden_layers
     path = output.output or Path("checkpoints") / "vectors" / loaded.label
+    written = output.at(path, judge if chosen == "prompts" else None)
+    methods, positions = (tuple(dict.fromkeys(each)) for each in (pairs.methods, pairs.positions))
+    extraction.check_places(methods, positions)
+    layers = layer_numbers(pairs.layers, depth_of(model)) if pairs.layers else None
     making = extraction.Extraction(
-        chat_model,
-        loaded,
-        output.at(path, judge if chosen == "prompts" else None),
-        tuple(dict.fromkeys(pairs.methods)),
-        tuple(dict.fromkeys(pairs.positions)),
-        layer_numbers(pairs.layers, depth) if pairs.layers else None,
-        pairs.form,
+        load_model(model), loaded, written, methods, positions, layers, pairs.form
     )
     with progress_bars():
         if chosen == "answers":
@@ -636,7 +634,7 @@ def extract(
             result = making.from_files(pairs.pos_path, pairs.neg_path, thresholds=thresholds)
         else:
             result = making.from_prompts(
-                judge_factory(loaded, chat_model, judge),
+                judge_factory(loaded, making.chat_model, judge),
                 elicitation=elicitation,
                 thresholds=thresholds,
                 generation=generation,
@@ -676,13 +674,14 @@ def tune_prompt(
     loaded, judge = trait.load(), judging_of(judging)
     path = output.output or Path("results") / "prompts" / f"{loaded.label}_{sign}"
     study.wordings_of(loaded, sign)
+    written = output.at(path, judge, model.worn())
     chat_model = load_model(model)
     with progress_bars():
         found = study.tune_prompt(
             chat_model,
             loaded,
             judge_factory(loaded, chat_model, judge),
-            output.at(path, judge, model.worn()),
+            written,
             sign=sign,
             options=generation,
         )

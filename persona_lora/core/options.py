@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.strength import Nats
 
 SAMPLES_PER_QUESTION = 1000
@@ -48,15 +48,46 @@ class GenerationOptions:
             )
 
 
+# Who can judge a trait, and who a person's voice: what --help says, and what is not refused.
+JUDGES = {
+    "reader": "no network",
+    "sentences": "no network",
+    "embedding": "no network",
+    "openai": "any endpoint",
+    "local": "a model in this process",
+    "rules": "organisms",
+}
+PERSONA_JUDGES = {
+    "embedding": "no network",
+    "letters": "no network",
+    "openai": "any endpoint",
+    "local": "a model in this process",
+}
+
+
+def judge_names(judge: str, known: Mapping[str, str] = JUDGES) -> list[str]:
+    """Return the judges in "embedding,openai"; UserError for an unknown one, twice one, or none."""
+    names = [name.strip() for name in judge.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        kind = "judge" if known is JUDGES else "persona judge"
+        name = unknown[0] if unknown else judge
+        raise UserError(f"no {kind} {name!r}; {nearest_names(name, known)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--judge {judge} names a judge twice; name each once")
+    return names
+
+
+def said_of(judges: Mapping[str, str]) -> str:
+    """Return what --help says of judges: "openai (any endpoint), …"."""
+    return ", ".join(f"{name} ({what})" for name, what in judges.items())
+
+
 @dataclass(frozen=True)
 class JudgeChoice:
     """Who judges: one judge, or several with commas between them."""
 
-    judge: Annotated[
-        str,
-        "Who judges: reader, sentences or embedding (no network), openai (any endpoint), local, "
-        "rules (organisms), or several: a,b.",
-    ] = "reader"
+    judge: Annotated[str, f"Who judges: {said_of(JUDGES)}, or several: a,b."] = "reader"
     judge_model: Annotated[
         str | None, "The endpoint's model, the local judge's, or the reader's."
     ] = None

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from persona_lora.core.errors import UserError, without_secrets
 from persona_lora.core.files import read_text
-from persona_lora.core.runs import COMMAND_CONFIG
+from persona_lora.core.runs import COMMAND_CONFIG, CONFIG, EMPTYING, RECORD, Run, first_difference
 from persona_lora.core.strength import Nats, refuse_nats_of
 
 NEVER_WRITTEN = ("config", "overwrite")  # a run that is given again replaces nothing
@@ -79,6 +79,48 @@ def recorded_command(words: str, options: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         COMMAND_CONFIG.reset(token)
+
+
+# Options that belong to every run they are given to, and stand in its record as they are typed.
+DECIDING = (
+    *("trait", "model", "revision", "quantize", "attn_implementation", "seed", "max_questions"),
+    *("max_new_tokens", "temperature", "samples"),
+)
+
+
+def refuse_other_run(folder: Path) -> None:
+    """UserError where a folder is seen to hold another run than that of the running command.
+
+    What is seen are the options of both: their words, whatever they load. Opening the run says the
+    rest.
+    """
+    given, path = COMMAND_CONFIG.get(), folder / CONFIG
+    if given is None or not path.is_file() or not (folder / RECORD).is_file():
+        return
+    if Run(folder).record["status"] == EMPTYING:
+        return
+    old, new = (_deciding(each) for each in (read_text(path), given))
+    both = [name for name in new if name in old]  # an option of one of two versions says nothing
+    found = first_difference({name: old[name] for name in both}, {name: new[name] for name in both})
+    if found is not None:
+        raise UserError(
+            f"{folder} holds a run of another configuration ({found}); "
+            "choose another output or pass --overwrite"
+        )
+
+
+def _deciding(text: str) -> dict[str, Any]:
+    """Return what decides of a config.yaml: the command in its first line, and some options."""
+    words = re.match(r"# persona-lora (.+) --config config\.yaml\n", text)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    values = values if isinstance(values, Mapping) else {}
+    found = {name: values[name] for name in DECIDING if name in values}
+    if "trait" in found:  # by its name or its folder
+        found["trait"] = Path(str(found["trait"])).name
+    return found if words is None else {"command": words[1], **found}
 
 
 def _plain(value: Any) -> Any:

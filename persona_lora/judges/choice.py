@@ -17,7 +17,7 @@ from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.options import NOBODY, JudgeChoice
+from persona_lora.core.options import NOBODY, JudgeChoice, judge_names
 from persona_lora.core.traits import (
     ON_POLICY,
     Trait,
@@ -111,7 +111,7 @@ def make_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Jud
 
     Raises UserError for an unknown name, or a judge that cannot work (no key, no embedder).
     """
-    names = _judge_names(options)
+    names = judge_names(options.judge)
     judges = [JUDGES[name](trait, reference, options) for name in names]
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
@@ -140,7 +140,7 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
     # Without rated answers the classifier judges in the reader's place.
     first = [
         "embedding" if each == "reader" and not has_ratings(trait) else each
-        for each in _judge_names(options)
+        for each in judge_names(options.judge)
     ]
     missing = {
         "reader": "" if has_ratings(trait) else ON_POLICY,
@@ -173,7 +173,7 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
     if has_labels(trait):
         load_labelled_answers(trait)
     second = second_name(trait, options)
-    for name in [*_judge_names(options), *([] if second is None else [second])]:
+    for name in [*judge_names(options.judge), *([] if second is None else [second])]:
         if name == "sentences" and not has_ratings(trait):
             raise UserError(
                 f"the trait {trait.name} has no {ON_POLICY}, and --judge sentences is fitted to "
@@ -218,21 +218,10 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     embedded = ("reader", "sentences", "embedding")
     if any(name in options.judge for name in embedded) or beside in (None, *embedded):
         read["the sentence embedder"] = embedder_content()
-    local = "local" in (*_judge_names(options), beside)
+    local = "local" in (*judge_names(options.judge), beside)
     if options.judge_model is not None and (local or _reader_name(options)):
         read["the judge's model"] = named_content(options.judge_model)
     return read
-
-
-def _judge_names(options: JudgeOptions) -> list[str]:
-    names = [name.strip() for name in options.judge.split(",") if name.strip()]
-    unknown = [name for name in names if name not in JUDGES]
-    if unknown or not names:
-        name = unknown[0] if unknown else options.judge
-        raise UserError(f"no judge {name!r}; {nearest_names(name, JUDGES)}")
-    if len(set(names)) < len(names):
-        raise UserError(f"--judge {options.judge} names a judge twice; name each once")
-    return names
 
 
 def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
@@ -250,7 +239,7 @@ def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> 
 
 def _reader_name(options: JudgeOptions) -> str | None:
     """Return the reader that is asked for; beside a prompted judge the model is that one's."""
-    alone = _judge_names(options) == ["reader"] and options.second_judge not in PROMPTED
+    alone = judge_names(options.judge) == ["reader"] and options.second_judge not in PROMPTED
     return options.judge_model if alone else None
 
 

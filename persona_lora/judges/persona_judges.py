@@ -21,7 +21,8 @@ from typing import Literal
 import numpy as np
 
 from persona_lora.core.chat import Exchange, Verdict
-from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.errors import UserError
+from persona_lora.core.options import PERSONA_JUDGES, judge_names
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.core.traits import load_pairs, load_trait
 from persona_lora.judges.choice import JudgeOptions, local_judge_model
@@ -175,7 +176,6 @@ def likelihood_contrast(chat_model: ChatModel, told: str) -> Contrast:
 COHERENCE_PAIRS = 16
 OTHERS = 40
 FITTED = ("embedding", "letters")
-PERSONA_JUDGES = (*FITTED, "openai", "local")
 LIKELIHOOD: Literal["likelihood"] = "likelihood"
 
 
@@ -211,17 +211,8 @@ def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reade
 
     Raises UserError for an unknown judge.
     """
-    names = judge_names(options.judge)
+    names = judge_names(options.judge, PERSONA_JUDGES)
     return {name: _reader(name, options, reference) for name in names if name not in FITTED}
-
-
-def judge_names(judge: str) -> list[str]:
-    """Return the names in "embedding,openai"; UserError for an unknown one."""
-    names = [name.strip() for name in judge.split(",") if name.strip()]
-    for name in names:
-        if name not in PERSONA_JUDGES:
-            raise UserError(f"no persona judge {name!r}; {nearest_names(name, PERSONA_JUDGES)}")
-    return list(dict.fromkeys(names))
 
 
 def judge_prompt_of(persona: Persona) -> str:
@@ -253,7 +244,7 @@ def make_persona_judge(
         template = judge_prompt_of(persona)
         return ComparisonJudge(reader.name, reader.read, template, baselines, seed=options.seed)
 
-    names = judge_names(options.judge)
+    names = judge_names(options.judge, PERSONA_JUDGES)
     judges = [made(name) for name in sorted(names, key=lambda name: name not in FITTED)]
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 

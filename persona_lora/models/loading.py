@@ -143,7 +143,7 @@ class ChatModel:
 
     def check_length(self, tokens: int, what: str = "one text") -> None:
         """Raise UserError for more tokens than the model has positions for."""
-        window = context_window(self.model)
+        window = context_window(self.model.config)
         if window is not None and tokens > window:
             raise UserError(
                 f"{tokens} tokens ({what}) pass the {window} positions of {self.name}; ask for "
@@ -293,6 +293,13 @@ def _load_tokenizer(source: str, name: str, options: LoadOptions) -> PreTrainedT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def model_config(name: str, options: LoadOptions = LoadOptions()) -> PreTrainedConfig:
+    """Return a model's configuration, without reading its weights; UserError for no model."""
+    source = model_source(name, options.revision)
+    with _named_errors(name, options):
+        return AutoConfig.from_pretrained(source, **shared_arguments(options))
 
 
 def _load_weights(

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -76,9 +76,9 @@ def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
     return found
 
 
-def context_window(model: PreTrainedModel) -> int | None:
+def context_window(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a model has positions for; None where its configuration is silent."""
-    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return window if isinstance(window, int) else None
 
 

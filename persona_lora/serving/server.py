@@ -50,7 +50,7 @@ class Service:
         self._personas = personas
         self._key = key
         self._tokenizer = tokenizer
-        window = context_window(model)
+        window = context_window(model.config)
         if window is None:
             raise UserError(
                 f"the configuration of {batch.chat_model.name} names no max_position_embeddings, "

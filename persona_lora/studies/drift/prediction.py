@@ -43,6 +43,7 @@ from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
     BASE,
     DOSE,
+    FEWEST,
     NULL,
     TEXT,
     WEIGHTS,
@@ -74,6 +75,17 @@ class DriftStudy:
                 raise UserError(f"the finetune {name} is no adapter: {path} has no adapter_config")
         if not self.finetunes or not self.traits or not (self.diffs or self.vectors):
             raise UserError("a study needs finetunes, traits to judge, and directions")
+        if len(self.finetunes) < FEWEST:
+            raise UserError(
+                f"{len(self.finetunes)} finetunes are too few to correlate; give at least {FEWEST}"
+            )
+        judged = [trait.name for trait in self.traits]
+        for directions in (self.diffs, self.vectors):
+            if directions and not directions.keys() & set(judged):
+                raise UserError(
+                    f"none of {', '.join(directions)} is a direction of {', '.join(judged)}, and a "
+                    "trait is predicted by its own; judge it, or give its direction"
+                )
 
 
 def predict_finetuning(

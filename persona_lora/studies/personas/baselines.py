@@ -134,6 +134,13 @@ def sources() -> dict[str, Callable[[Wanted], Bank]]:
     return {**BASELINES, **{name: partial(extracted_vectors, name) for name in EXTRACTORS}}
 
 
+def check_method(method: str) -> None:
+    """UserError for a method that has no source of directions."""
+    known = sources()
+    if method not in known:
+        raise UserError(f"no method {method!r}; {nearest_names(method, known)}")
+
+
 def load_directions(
     method: str,
     traits: Sequence[str],
@@ -149,12 +156,10 @@ def load_directions(
     Raises UserError for an unknown method, a direction that is not there, and an ``energy`` for
     anything but LoRA differences.
     """
-    known = sources()
-    if method not in known:
-        raise UserError(f"no method {method!r}; {nearest_names(method, known)}")
+    check_method(method)
     if energy is not None and method != LORA:
         raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
-    return known[method](Wanted(tuple(traits), folder, tuple(layers), energy, trained, by))
+    return sources()[method](Wanted(tuple(traits), folder, tuple(layers), energy, trained, by))
 
 
 def directions_of(method: str) -> str:

@@ -17,7 +17,7 @@ from persona_lora.core import progress
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
-from persona_lora.core.options import SENSIBLE
+from persona_lora.core.options import PERSONA_JUDGES, SENSIBLE, judge_names
 from persona_lora.core.personas import (
     Coefficients,
     ConversationSplit,
@@ -46,7 +46,6 @@ from persona_lora.judges.persona_judges import (
     check_style_judge,
     fit_coherence,
     fit_likelihood_judge,
-    judge_names,
     judge_prompt_of,
     likelihood_contrast,
     make_persona_judge,
@@ -175,7 +174,7 @@ class PersonaBench:
 
     def __post_init__(self) -> None:
         if self.report_judge not in (None, LIKELIHOOD):
-            judge_names(self.report_judge)
+            judge_names(self.report_judge, PERSONA_JUDGES)
 
     @cached_property
     def features(self) -> TextFeatures:
@@ -250,15 +249,19 @@ class PersonaBench:
     @cached_property
     def readers(self) -> dict[str, Reader]:
         """The language models among the judges, each made once."""
-        both = f"{self.judging.judge},{self._reporting.judge}"
-        return make_readers(dataclasses.replace(self.judging, judge=both), self.chat_model)
+        asked = (self.judging.judge, self._reporting.judge)
+        both = dict.fromkeys(name for each in asked for name in judge_names(each, PERSONA_JUDGES))
+        return make_readers(
+            dataclasses.replace(self.judging, judge=",".join(both)), self.chat_model
+        )
 
     @property
     def _reporting(self) -> JudgeOptions:
         """How the report is judged where not by likelihood: by another family, unless told."""
         judge = self.report_judge
         if judge is None or judge == LIKELIHOOD:
-            judge = "letters" if "embedding" in judge_names(self.judging.judge) else "embedding"
+            embedded = "embedding" in judge_names(self.judging.judge, PERSONA_JUDGES)
+            judge = "letters" if embedded else "embedding"
         return dataclasses.replace(self.judging, judge=judge)
 
     def dollars(self) -> float | None:
@@ -403,7 +406,7 @@ class PersonaBench:
 
 def _inputs_of(options: JudgeOptions) -> dict[str, str]:
     """Return digests of what judges beside persons' own utterances, of which letters know all."""
-    asked = [name for name in judge_names(options.judge) if name != "letters"]
+    asked = [name for name in judge_names(options.judge, PERSONA_JUDGES) if name != "letters"]
     return judge_inputs(dataclasses.replace(options, judge=",".join(asked))) if asked else {}
 
 

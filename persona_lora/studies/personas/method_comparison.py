@@ -104,7 +104,7 @@ def compare_methods(
     folder = output.path
     loaded = {
         name: _load(bench, name, acting, folder / "scales")
-        for name in map(_checked, methods)
+        for name in map(checked_method, methods)
         if name not in (PROMPT, EQUAL)
     }
     loras = _load(bench, "lora", acting, folder / "scales") if EQUAL in methods else []
@@ -158,7 +158,7 @@ def _without_search(
     return rows
 
 
-def _checked(method: str) -> str:
+def checked_method(method: str) -> str:
     """Return a method's name; UserError unless it is one, with layers only where it has any."""
     name, at, _ = method.partition("@")
     known = (*sources(), RANDOM, EQUAL, PROMPT)

@@ -73,6 +73,16 @@ class Extracted:
 Text = tuple[str, str]  # a rendered prompt, and the answer to it
 
 
+def check_places(methods: Sequence[str], positions: Sequence[str]) -> None:
+    """UserError for methods or positions that there are not, or none."""
+    for name, chosen, known in (
+        ("method", methods, EXTRACTORS),
+        ("position", positions, POSITIONS),
+    ):
+        if not chosen or not set(chosen) <= set(known):
+            raise UserError(f"{name} must be of {', '.join(known)}, got {list(chosen)!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class Extraction:
     """Which vectors of a trait are made, and where: methods × positions, at layers (None: all).
@@ -89,12 +99,7 @@ class Extraction:
     form: Form = "vectors"
 
     def __post_init__(self) -> None:
-        for name, chosen, known in (
-            ("method", self.methods, EXTRACTORS),
-            ("position", self.positions, POSITIONS),
-        ):
-            if not chosen or not set(chosen) <= set(known):
-                raise UserError(f"{name} must be of {', '.join(known)}, got {list(chosen)!r}")
+        check_places(self.methods, self.positions)
 
     def from_prompts(
         self,
