@@ -293,7 +293,8 @@ class Mixed:
     """What is mixed for whoever asks."""
 
     traits: Annotated[
-        tuple[str, ...] | None, "Traits with a diff in --directions: evil,formality; all found."
+        tuple[str, ...] | None,
+        "Traits with a diff in --directions: evil,formality, or evil@0-9; all found.",
     ] = None
     directions: Annotated[Path, "Where {trait}/diff is."] = Path("checkpoints")
     mixes: Annotated[Path, "Where mixes are kept and found: coefficients by trait, *.json."] = Path(
@@ -306,7 +307,7 @@ class Mixed:
         """Return the traits; UserError for one without a diff."""
         found = sorted(path.parent.parent.name for path in self.directions.glob("*/diff/diff.json"))
         chosen = found if self.traits is None else list(self.traits)
-        missing = [trait for trait in chosen if trait not in found]
+        missing = [trait for trait in chosen if trait.partition("@")[0] not in found]
         if missing or not chosen:
             known = ", ".join(found) or "none"
             raise UserError(
@@ -318,13 +319,13 @@ class Mixed:
 
     def load(self) -> dict[str, LoRADiff]:
         """Load the diffs of the traits."""
-        from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.lora_diff import load_named
 
-        return {trait: LoRADiff.load(self.place(trait)) for trait in self.chosen()}
+        return {trait: load_named(self.directions, trait) for trait in self.chosen()}
 
     def place(self, trait: str) -> Path:
         """Return where the diff of a trait is."""
-        return self.directions / trait / "diff"
+        return self.directions / trait.partition("@")[0] / "diff"
 
     def told(self, diffs: Mapping[str, LoRADiff]) -> dict[str, str]:
         """Return what calibrate says of the diffs, by trait; nothing on a model of another base."""

@@ -17,15 +17,19 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from persona_lora.core.adapter_files import FactorsOnDisk, read_factors, write_adapter
 from persona_lora.core.content import digest_of, tensor_digest
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, nearest_names
+
+BANDS = 3  # of layers
+By = Literal["trait", "layers", "modules"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -437,6 +441,43 @@ def layer_number(module: str) -> int | None:
     """Return the decoder layer 0 … num_layers−1 that a module name lies in, or None."""
     found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", module)
     return int(found.group(1)) if found else None
+
+
+def parts_of(diff: LoRADiff, by: By) -> list[str]:
+    """Return the names of what a diff is cut into: bands "0-9" …, blocks "mlp" …, or "" for all."""
+    if by == "trait":
+        return [""]
+    if by == "modules":
+        return sorted({_block(module) for module in diff.factors})
+    layers = sorted({at for module in diff.factors if (at := layer_number(module)) is not None})
+    edges = sorted({round(len(layers) * at / BANDS) for at in range(BANDS + 1)})
+    return [f"{layers[low]}-{layers[high - 1]}" for low, high in pairwise(edges)]
+
+
+def part_of(diff: LoRADiff, part: str) -> LoRADiff:
+    """Return a diff in a band of layers "0-9", or in one kind of block; UserError for no such."""
+    first, _, last = part.partition("-")
+    if first.isdigit() and last.isdigit():
+        return diff.at(range(int(first), int(last) + 1))
+    kept = {module: each for module, each in diff.factors.items() if _block(module) == part}
+    if not kept:
+        blocks = parts_of(diff, "modules")
+        raise UserError(f"the diff changes nothing in {part!r}; {nearest_names(part, blocks)}")
+    return replace(diff, factors=kept)
+
+
+def _block(module: str) -> str:
+    return module.split(".")[-2]
+
+
+def load_named(folder: Path, name: str) -> LoRADiff:
+    """Load ``{folder}/{trait}/diff`` of a trait, or of "trait@0-9" and "trait@mlp" that part.
+
+    UserError for a part that the diff has not.
+    """
+    trait, _, part = name.partition("@")
+    whole = LoRADiff.load(folder / trait / "diff")
+    return part_of(whole, part) if part else whole
 
 
 @dataclass(frozen=True)

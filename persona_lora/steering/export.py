@@ -24,7 +24,14 @@ from torch import Tensor
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError, checked_name
 from persona_lora.core.files import atomic_folder, atomic_path, read_json, scratch_folder
-from persona_lora.core.lora_diff import Compressed, LoRADiff, LoRAFactors, finite_coefficient, mix
+from persona_lora.core.lora_diff import (
+    Compressed,
+    LoRADiff,
+    LoRAFactors,
+    finite_coefficient,
+    load_named,
+    mix,
+)
 from persona_lora.core.settings import path_beside_equals, split_list
 from persona_lora.core.shared_basis import Roots, on_one_basis
 from persona_lora.core.strength import coefficient_of, read_strength
@@ -64,6 +71,7 @@ class Exported:
 def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
     """Read "evil=-1,sycophancy=0.05nat": traits below ``folder``, or paths (with spaces, too).
 
+    A trait may be a part of one, as ``optimize --by`` names them: "evil@0-9", "evil@mlp".
     UserError for anything else, and for nats that were not measured.
     """
     terms = {}
@@ -76,8 +84,8 @@ def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
         if not found or not name:
             raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", got {part!r}')
         path = Path(name)
-        at = path if path.exists() else folder / name / "diff"
-        diff = LoRADiff.load(at)
+        at = path if path.exists() else folder / name.partition("@")[0] / "diff"
+        diff = LoRADiff.load(path) if path.exists() else load_named(folder, name)
         terms[diff] = finite_coefficient(coefficient_of(strength, at, diff.content()))
     if not terms:
         raise UserError("the mix is empty; name at least one trait")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from persona_lora.cli.serving_commands import Mixed
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_json
 from persona_lora.serving.mixes import Personas, UnknownPersona
@@ -82,3 +83,17 @@ def test_what_can_be_served_is_listed(personas):
     assert Personas(("evil",), personas.folder / "none").names() == ["base", "base+1*evil"]
     for name in personas.names():
         personas.mix(name)
+
+
+def test_a_part_of_a_diff_is_served_by_the_name_that_a_search_gives_it(make_diff, model, tmp_path):
+    make_diff(model, seed=1).save(tmp_path / "evil" / "diff")
+    mixed = Mixed(("evil", "evil@0-0"), tmp_path)
+    found = mixed.load()
+    assert set(found["evil@0-0"].factors) == {
+        name for name in found["evil"].factors if ".0." in name
+    }
+    (tmp_path / "found_mix.json").write_text('{"evil@0-0": 0.5}')
+    personas = Personas(tuple(found), tmp_path, mixed.of_nats(found))
+    assert personas.mix("found_mix") == personas.mix("base+0.5*evil@0-0") == [0.0, 0.5]
+    with pytest.raises(UserError, match="holds no diff of good@0-0"):
+        Mixed(("good@0-0",), tmp_path).load()

@@ -214,6 +214,23 @@ def test_mixes_are_read_by_trait_or_path(model, make_diff, tmp_path):
             read_mix(text, tmp_path)
 
 
+def test_a_mix_of_parts_is_read_as_a_search_names_them(model, make_diff, tmp_path):
+    """Both layers, and both kinds of block, of one diff are that diff."""
+    whole = make_diff(model, seed=1)
+    whole.save(tmp_path / "evil" / "diff")
+    for parts in ("evil@0-0=2,evil@1-1=2", "evil@mlp=2,evil@self_attn=2"):
+        held = LoRADiff.load(export_peft(read_mix(parts, tmp_path), tmp_path / "out").path)
+        assert held.factors.keys() == whole.factors.keys()
+        for module, each in held.factors.items():
+            assert torch.allclose(each.delta(), 2 * whole.factors[module].delta(), atol=1e-5)
+    ((first, _),) = read_mix("evil@0-0=1", tmp_path).items()
+    assert all(".0." in module for module in first.factors)
+    with pytest.raises(UserError, match="changes nothing in 'attn'; did you mean 'self_attn'"):
+        read_mix("evil@attn=1", tmp_path)
+    with pytest.raises(UserError, match="were not measured"):
+        read_mix("evil@mlp=0.01nat", tmp_path)
+
+
 def test_other_models_and_layouts_are_named(base, terms, make_diff, tmp_path):
     wide = tiny_llama()
     strange = LoRADiff(

@@ -6,14 +6,12 @@ Knows names and folders; refuses to know how mixes of the directions are searche
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from persona_lora.core.errors import UserError, nearest_names
-from persona_lora.core.lora_diff import LoRADiff, layer_number
+from persona_lora.core.lora_diff import By, LoRADiff, part_of, parts_of
 from persona_lora.core.vector_files import load_vector
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
@@ -21,8 +19,6 @@ from persona_lora.studies.read_seeds import diffs_of_seeds
 
 LORA, RANDOM = "lora", "random"
 NEIGHBOURS = 1
-BANDS = 3  # of layers
-By = Literal["trait", "layers", "modules"]
 
 
 @dataclass(frozen=True)
@@ -54,33 +50,6 @@ def lora_diffs(wanted: Wanted) -> Bank:
     if wanted.energy is not None:
         diffs = {trait: diff.compress(energy=wanted.energy).diff for trait, diff in diffs.items()}
     return bank_of_diffs(diffs, energy=wanted.energy)
-
-
-def parts_of(diff: LoRADiff, by: By) -> list[str]:
-    """Return the names of what a diff is cut into: bands "0-9" …, blocks "mlp" …, or "" for all."""
-    if by == "trait":
-        return [""]
-    if by == "modules":
-        return sorted({_block(module) for module in diff.factors})
-    layers = sorted({at for module in diff.factors if (at := layer_number(module)) is not None})
-    edges = sorted({round(len(layers) * at / BANDS) for at in range(BANDS + 1)})
-    return [f"{layers[low]}-{layers[high - 1]}" for low, high in pairwise(edges)]
-
-
-def part_of(diff: LoRADiff, part: str) -> LoRADiff:
-    """Return a diff in a band of layers "0-9", or in one kind of block; UserError for no such."""
-    first, _, last = part.partition("-")
-    if first.isdigit() and last.isdigit():
-        return diff.at(range(int(first), int(last) + 1))
-    kept = {module: each for module, each in diff.factors.items() if _block(module) == part}
-    if not kept:
-        blocks = parts_of(diff, "modules")
-        raise UserError(f"the diff changes nothing in {part!r}; {nearest_names(part, blocks)}")
-    return replace(diff, factors=kept)
-
-
-def _block(module: str) -> str:
-    return module.split(".")[-2]
 
 
 def trainings(method: str, folder: Path, traits: Sequence[str]) -> tuple[str, ...]:

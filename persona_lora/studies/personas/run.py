@@ -205,7 +205,7 @@ def optimise_persona(
     """Search, then score on held-out prompts; run again, it goes on where it stopped.
 
     Writes the run folder (``generations.jsonl``, ``held_out.jsonl``) and beside it
-    ``{persona}_optimization.json`` and ``{persona}_best_weights.json``; for whole diffs
+    ``{persona}_optimization.json`` and ``{persona}_best_weights.json``; for diffs
     ``{persona}_mix.json`` as well, which is what ``serve`` and the playground take.
     """
     _check_fresh(problem.prompts, objective)
@@ -599,7 +599,7 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
     speaker = speaker_of(problem, method)
     coefficients = speaker.coefficients(result.weights)
     write_json(folder / f"{problem.name}{WEIGHTS}.json", result.weights.as_dict())
-    if method.directions.diffs and not any("@" in name for name in coefficients):  # whole diffs
+    if method.directions.diffs:
         write_json(folder / f"{problem.name}{MIX}.json", coefficients)
     write_json(
         folder / f"{problem.name}_optimization.json",

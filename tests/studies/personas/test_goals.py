@@ -11,14 +11,14 @@ import torch
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, mix
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, mix, part_of, parts_of
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.baselines import load_directions, part_of, parts_of
+from persona_lora.studies.personas.baselines import load_directions
 from persona_lora.studies.personas.figure import render_goal
 from persona_lora.studies.personas.goals import (
     GoalProblem,
