@@ -49,7 +49,7 @@ S = TypeVar("S", bound=Any)
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """What one steered series showed; ``as_dict`` is ready for JSON.
+    """What one steered series showed, in nested plain values without NaN.
 
     ``method`` is "none", and coefficient 0 the only one, where nothing was steered. ``control`` is
     the series of a random direction at the same layer, or None where it was not run.
@@ -80,10 +80,6 @@ class SweepSummary:
         """Return the prompting reference of that name, or None where it was not run."""
         found = (each for each in self.conditions if each.method == method)
         return next((each for each in found if each.coefficient is None), None)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return nested plain values without NaN."""
-        return dataclasses.asdict(self)
 
 
 def summarise_sweep(
@@ -174,7 +170,7 @@ def write_both(
     What a second judge says of the trait stands in the table as well.
     """
     summary = summarise(run)
-    write_json(run.folder / f"{name}.json", summary.as_dict())
+    write_json(run.folder / f"{name}.json", dataclasses.asdict(summary))
     rows = rows_of(summary)
     if run.read(SECOND):
         rows += as_second(rows_of(summarise(run, by=SECOND)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_a_control_scored_on_other_questions_gives_a_reason(sweep_rows):
     assert "both conditions" in summary.control.overall.interval.reason
     assert "could not be compared" in wording.headline(summary)
     assert "no comparison" in wording.place_line(summary)
-    json.dumps(summary.as_dict(), allow_nan=False)
+    json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_one_question_has_differences_and_no_test(sweep_rows):
@@ -109,7 +110,7 @@ def test_one_question_has_differences_and_no_test(sweep_rows):
     assert summary.control.overall.p is None
     assert summary.control.overall.interval.mean == pytest.approx(8 * 1.5)
     assert "With one question" in wording.headline(summary)
-    json.dumps(summary.as_dict(), allow_nan=False)
+    json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_the_control_is_in_the_written_summary_and_its_zero_once(make_sweep_run):

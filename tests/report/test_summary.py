@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_summary_with_nothing_scored_says_why(sweep_rows):
     assert summary.coherent_range.reason == "coherence was not scored"
     assert summary.fit.slope.value is None
     assert summary.conditions[0].from_zero.p is None
-    json.dumps(summary.as_dict(), allow_nan=False)
+    json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_summary_of_one_question_has_values_but_no_intervals(sweep_rows):
@@ -150,7 +151,7 @@ def test_summary_of_one_question_has_values_but_no_intervals(sweep_rows):
     assert "one question" in summary.rho_rows.reason
     assert "one question" in summary.fit.slope.reason
     assert "one question" in summary.conditions[0].from_zero.interval.reason
-    json.dumps(summary.as_dict(), allow_nan=False)
+    json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_summary_of_equal_scores_says_that_they_do_not_vary(sweep_rows):
@@ -161,7 +162,7 @@ def test_summary_of_equal_scores_says_that_they_do_not_vary(sweep_rows):
     assert summary.fit.slope.value == pytest.approx(0.0)
     assert summary.fit.r_squared is None
     assert summary.conditions[0].from_zero.p == 1.0
-    json.dumps(summary.as_dict(), allow_nan=False)
+    json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_summary_of_prompts_alone_has_no_curve(sweep_rows):
@@ -169,7 +170,7 @@ def test_summary_of_prompts_alone_has_no_curve(sweep_rows):
     summary = _summary(answers, verdicts)
     assert summary.steered == ()
     assert summary.coherent_range.reason == "no coefficient was run"
-    json.dumps(summary.as_dict(), allow_nan=False)
+    json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_summary_incoherent_at_zero_has_no_coherent_range(sweep_rows):
@@ -186,7 +187,7 @@ def test_summary_of_scores_mostly_missing_in_resamples_is_still_json(sweep_rows)
     sparse = _with_scores(
         answers, verdicts, lambda a: 40.0 + a["coefficient"] if a["question_id"] == 0 else None
     )
-    json.dumps(_summary(answers, sparse).as_dict(), allow_nan=False)
+    json.dumps(asdict(_summary(answers, sparse)), allow_nan=False)
     # Each coefficient scored on another question: no pair, and most resamples lack a condition.
     disjoint = _with_scores(
         answers,
@@ -195,7 +196,7 @@ def test_summary_of_scores_mostly_missing_in_resamples_is_still_json(sweep_rows)
     )
     summary = _summary(answers, disjoint)
     assert "both conditions" in summary.conditions[0].from_zero.interval.reason
-    json.dumps(summary.as_dict(), allow_nan=False)
+    json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_summary_of_a_vector_has_its_layer_and_costs(make_sweep_run):
@@ -258,7 +259,7 @@ def test_write_summary_writes_json_and_long_csv(make_sweep_run):
     run = make_sweep_run()
     summary = write_summary(run)
     written = json.loads((run.folder / "summary.json").read_text())
-    assert written == json.loads(json.dumps(summary.as_dict()))
+    assert written == json.loads(json.dumps(asdict(summary)))
     with (run.folder / "summary.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     at = {(r["method"], r["coefficient"], r["statistic"]): r for r in rows}

@@ -107,7 +107,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class GridSummary:
-    """What a grid showed; ``as_dict`` is ready for JSON.
+    """What a grid showed, in nested plain values without NaN.
 
     ``cells`` are all conditions with a coefficient other than 0, of ``method`` and of the random
     control, by layer and coefficient; Holm's correction is over all cells of one method.
@@ -157,10 +157,6 @@ class GridSummary:
     def reference(self, method: str) -> ConditionSummary | None:
         """Return the prompting reference of that name, or None where it was not run."""
         return next((each for each in self.references if each.method == method), None)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return nested plain values without NaN."""
-        return dataclasses.asdict(self)
 
 
 def is_grid(run: Run) -> bool:

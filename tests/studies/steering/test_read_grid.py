@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ def test_missing_cells_and_scores_are_left_out_with_reasons(grid_rows):
     assert grid.cell(8, 1.0).trait.reason == "no scored answer"
     assert grid.at_layer(8).reason == "coherence was not scored"
     assert grid.best_layer == 12
-    json.dumps(grid.as_dict(), allow_nan=False)
+    json.dumps(asdict(grid), allow_nan=False)
 
 
 def test_a_grid_without_scores_or_unsteered_rows_has_no_best_layer(grid_rows):
@@ -194,7 +195,7 @@ def test_a_grid_without_scores_or_unsteered_rows_has_no_best_layer(grid_rows):
         grid = _grid(rows, kept)
         assert (grid.best_layer, grid.best, grid.selection, grid.ranking) == (None, None, None, ())
         assert f"There is no best layer: {reason}." in read_words.headline(grid)
-        json.dumps(grid.as_dict(), allow_nan=False)
+        json.dumps(asdict(grid), allow_nan=False)
 
 
 def test_one_question_gives_a_best_layer_without_claims(grid_rows):
@@ -203,7 +204,7 @@ def test_one_question_gives_a_best_layer_without_claims(grid_rows):
     assert grid.selection is None
     text = read_words.headline(grid)
     assert "one question: no test" in text
-    json.dumps(grid.as_dict(), allow_nan=False)
+    json.dumps(asdict(grid), allow_nan=False)
 
 
 def test_the_headline_says_when_no_cell_could_pass_the_correction(grid_rows):
@@ -228,7 +229,7 @@ def test_write_grid_writes_json_and_long_csv(make_sweep_run):
     run = make_sweep_run(layers=(4, 12), coefficients=(-1.0, 1.0))
     grid = write_grid(run)
     written = json.loads((run.folder / "grid.json").read_text())
-    assert written == json.loads(json.dumps(grid.as_dict()))
+    assert written == json.loads(json.dumps(asdict(grid)))
     assert written["best_layer"] == 12
     assert "sign(c)" in written["rule"]
     assert "took no part in the choice" in written["selection_note"]
