@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import figures as draw
 from persona_lora.report.comparisons import PROBE, TaskScore, probed
 from persona_lora.report.figures import Cells, Inches, Look, Panel, Picture, Series
-from persona_lora.report.scores import grouped
+from persona_lora.report.scores import Row, grouped
 from persona_lora.report.wording import CLEAR, number, p_value, short_paths, title_of
 from persona_lora.studies.drift.read import (
     Agreement,
@@ -34,7 +33,6 @@ from persona_lora.studies.drift.read import (
 from persona_lora.studies.drift.read_diagnosis import Alarm, read_diagnosis
 from persona_lora.studies.drift.read_prediction import POOLED, Prediction, changes, predict
 
-Row = Mapping[str, Any]
 _PANEL, _HEIGHT, _LEFT, _GAP = 3.0, 2.35, 0.62, 1.75  # inches
 _ROW = _HEIGHT + 1.2
 

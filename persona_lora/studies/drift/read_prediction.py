@@ -21,11 +21,9 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Array, percentile_bounds, weighted_correlation
-from persona_lora.report.scores import grouped
+from persona_lora.report.scores import Row, grouped
 from persona_lora.report.sections import Table
 from persona_lora.report.two_judges import across_runs, lead_of
-
-Row = Mapping[str, Any]
 
 BASE = "base"
 WEIGHTS, NULL = "weights", "random"

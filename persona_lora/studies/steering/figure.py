@@ -22,6 +22,7 @@ from persona_lora.report import figures as draw
 from persona_lora.report import wording
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Interval
+from persona_lora.report.scores import Row
 from persona_lora.report.summary import SweepSummary
 from persona_lora.studies.steering.read_comparison import (
     BASE,
@@ -33,8 +34,6 @@ from persona_lora.studies.steering.read_comparison import (
     Ratio,
 )
 from persona_lora.studies.steering.read_side_effects import SHORT
-
-Row = Mapping[str, Any]
 
 # -- a sweep -----------------------------------------------------------------------------------
 

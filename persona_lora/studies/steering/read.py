@@ -18,6 +18,7 @@ from persona_lora.report.scores import (
     UNSTEERED,
     UNSTEERED_CONDITION,
     Condition,
+    Row,
     ScoredAnswer,
     Series,
     grouped,
@@ -87,8 +88,6 @@ from persona_lora.studies.steering.read_side_effects import (
 )
 
 EQUAL = 0.05  # of the base's time: what is nearer is as fast
-
-Row = Mapping[str, Any]
 
 # -- a sweep ---------------------------------------------------------------------------------------
 

@@ -24,7 +24,15 @@ from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units, write_found
 from persona_lora.report.curve import corrected, gaps_between
 from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
-from persona_lora.report.scores import SECOND, Cluster, grouped, method_of, minus, question_means
+from persona_lora.report.scores import (
+    SECOND,
+    Cluster,
+    Row,
+    grouped,
+    method_of,
+    minus,
+    question_means,
+)
 from persona_lora.report.two_way import crossed_mean, mean_gap, mean_over_draws, shared_questions
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
@@ -42,8 +50,6 @@ COLUMNS = {
     ),
     **OF_THE_TRAIT,
 }
-
-Row = Mapping[str, Any]
 Place = tuple[str, float | None]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from persona_lora.report import wording
 from persona_lora.report.comparisons import columns_of, score_items
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Bounds, Interval
-from persona_lora.report.scores import UNSTEERED, grouped, method_of, minus
+from persona_lora.report.scores import UNSTEERED, Row, grouped, method_of, minus
 from persona_lora.report.sections import Table
 from persona_lora.report.two_way import mean_over_draws
 from persona_lora.studies.steering.read_comparison import (
@@ -51,7 +50,6 @@ COLUMNS = columns_of(
     *("group", "measure", "method", "unsteered", "value=value.mean", "low=value.low"),
     *("high=value.high", "n=value.n_questions", "p", "p_holm", "draws"),
 )
-Row = Mapping[str, Any]
 ByUnit = Mapping[int, float]
 
 

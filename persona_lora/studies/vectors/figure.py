@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -17,10 +16,10 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.report import figures as draw
 from persona_lora.report.figures import Cells, Look, Panel, Picture
+from persona_lora.report.scores import Row
 
 _CELL = 0.62  # inches
 Vectors = Mapping[str, SteeringVector]
-Row = Mapping[str, Any]
 
 
 def render_cosines(vectors: Vectors, layer: int) -> Picture:

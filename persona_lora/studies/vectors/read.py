@@ -10,15 +10,13 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.report import wording
-from persona_lora.report.scores import grouped
+from persona_lora.report.scores import Row, grouped
 from persona_lora.report.sections import Block, Content, Facts, Fold, Image, Table
 from persona_lora.studies.vectors.figure import (
     render_cosines,
     render_separation,
     render_vectors_over_layers,
 )
-
-Row = Mapping[str, Any]
 
 
 def extract_content(run: Run) -> Content:
