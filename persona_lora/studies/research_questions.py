@@ -128,15 +128,18 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
 
 
 def _behaviour(folder: Path, figures: Figures) -> Part | None:
-    compared = [each for at in sorted(folder.glob("*")) if (each := _runs_in(at))]
-    if not compared:
+    by_name = {at.name: each for at in sorted(folder.glob("*")) if (each := _runs_in(at))}
+    if not by_name:
         return None
+    compared = list(by_name.values())
     rows, lines, at_level, winners = [], [], [], []
     moved = {LORA: 0, ACTIVATION: 0}
     effects: dict[str, dict[Place, MethodEffect]] = {}
-    for runs in compared:
+    once = []  # of each trait, what is called after it alone: sycophancy, not sycophancy_layer28
+    for name, runs in by_name.items():
         found = [read_comparison(run) for run in runs]
-        trait = title_of(found[0].trait)
+        once += [runs] * (name == found[0].trait)
+        trait = title_of(name)
         own = effects[trait] = effects_over(runs)
         at_level += [p.matched for each in found for p in each.points if p.matched is not None]
         lines.append((trait, " ".join(_said(runs, found))))
@@ -169,9 +172,10 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
             "random vectors (strongest) | weights − activations | weights − random differences",
             rows,
         ),
-        "traits": len(compared),
+        "traits": len(once),
         "pooled": _table(
-            "questions | what | weights − activations | p | ", map(_pooled_row, pooled(compared))
+            "questions | what | weights − activations | p | ",
+            map(_pooled_row, pooled(once) if once[1:] else ()),
         ),
         "lines": lines,
         "picture": figures.show(

@@ -38,11 +38,11 @@ def answer(tmp_path):
     return missing, (tmp_path / "docs" / "results.md").read_text()
 
 
-def behaviour(write, trait, effects, seed=None):
+def behaviour(write, trait, effects, seed=None, name=None):
     """A comparison at one level, with the effect of each method and a little noise by question."""
     rng = np.random.default_rng(seed or 0)
     made = {} if seed is None else {SEED: str(seed)}
-    place = f"compare/{trait}" if seed is None else f"compare/{trait}/seed{seed}"
+    place = f"compare/{name or trait}" if seed is None else f"compare/{trait}/seed{seed}"
     places = [("none", None), *((method, 1.0) for method in effects)]
     answers, verdicts = [], []
     for method, coefficient in places:
@@ -126,6 +126,21 @@ def test_traits_together_say_what_each_alone_cannot(write, tmp_path):
     assert (
         "| held-out questions | coherence | 0 [not known: all equal] | 1.000 | undecided |" in page
     )
+
+
+def test_another_comparison_of_a_trait_is_a_row_of_its_own_and_no_trait_more(write, tmp_path):
+    none = {"random_lora": 0, "random": 0}
+    behaviour(write, "evil", {"lora": 30, "activation": 30, **none}, name="evil_layer28")
+    _, page = answer(tmp_path)  # alone, too
+    behaviour(write, "evil", {"lora": 30, "activation": 10, **none})
+    behaviour(write, "kind", {"lora": 31, "activation": 30, **none})
+    _, page = answer(tmp_path)
+    rows = [line.split(" | ")[3] for line in page.split("\n") if "| held-out questions |" in line]
+    assert [row.split(" ")[0] for row in rows[:2]] == ["10", "30"]
+    assert "| Evil layer28 | held-out questions |" in page
+    assert "all 2 traits together" in page
+    pooled = next(line for line in page.split("\n") if "| held-out questions | effect |" in line)
+    assert re.search(r"\| 1[01] \[", pooled)  # (20 + 1) / 2: the 0 of the other layer is not in it
 
 
 def test_an_effect_of_nothing_is_no_yes(write, tmp_path):
