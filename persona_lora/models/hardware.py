@@ -31,7 +31,8 @@ def own_device() -> str | None:
     """Return the device of this process beside others launched with it; None where it is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
-    return str(PartialState(cpu=not gpu_available()).device)  # on the CPU each would be alone else
+    device = PartialState(cpu=not gpu_available()).device  # on the CPU each would be alone else
+    return "cpu" if device.type == "cpu" else str(device)  # which accelerate calls cpu:0
 
 
 def computes_in_bfloat16(*, on_cpu: bool = False) -> bool:

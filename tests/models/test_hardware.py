@@ -120,7 +120,7 @@ def test_a_model_kept_on_the_cpu_beside_a_gpu_has_the_type_of_the_cpu(
         ("2", "gpu", "cuda:1", None, "cuda:1"),
         ("2", "gpu", "cuda:1", "cpu", "cpu"),
         ("2", "gpu", "cpu", None, "cpu"),  # launched on the CPU, beside a GPU
-        ("2", "cpu", "cpu", None, "cpu"),
+        ("2", "cpu", "cpu:0", None, "cpu"),
         ("1", "gpu", "cuda:0", None, "auto"),
     ],
 )
