@@ -5,8 +5,8 @@
 # (about half an hour a trait on two cores, training aside; resumable):
 # bash scripts/compare_steering.sh sycophancy hallucination
 # With --quick first: one trait and seed, two levels, few questions.
-# MODEL, LAYER, COEFFICIENTS, QUESTIONS, CONTROLS and SEEDS set other values; the run is exploratory then, unless
-# PROTOCOL names what it is held to:
+# MODEL, LAYER, COEFFICIENTS, QUESTIONS, SPLIT, CONTROLS and SEEDS set other values; the run is exploratory then,
+# unless PROTOCOL names what it is held to:
 # LAYER=28 PROTOCOL=docs/protocols/compare_sycophancy_layer28.yaml bash scripts/compare_steering.sh sycophancy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,7 +33,7 @@ for trait in "$@"; do
     diffs=$checkpoints/seeds/$trait vectors=$checkpoints/vectors/$trait protocol=${PROTOCOL:-} name=$trait
     vector=$vectors/${trait}_response_avg.safetensors
     options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60
-        --max-questions "${QUESTIONS:-20}" --random-controls "${CONTROLS:-3}")
+        --max-questions "${QUESTIONS:-20}" --random-controls "${CONTROLS:-3}" ${SPLIT:+--split "$SPLIT"})
     if [ -n "$quick" ]; then
         diffs=checkpoints/ready/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30)
         [ -e "$diffs/diff.json" ] || persona-lora gallery get --traits "$trait"
@@ -43,7 +43,7 @@ for trait in "$@"; do
         if [ -n "$protocol" ]; then
             name=$(basename "${protocol#*compare_}" .yaml)
         elif [ -e "docs/protocols/compare_$trait.yaml" ] &&
-            [ -z "${MODEL:-}${LAYER:-}${COEFFICIENTS:-}${QUESTIONS:-}${CONTROLS:-}${SEEDS:-}" ]; then
+            [ -z "${MODEL:-}${LAYER:-}${COEFFICIENTS:-}${QUESTIONS:-}${SPLIT:-}${CONTROLS:-}${SEEDS:-}" ]; then
             protocol=docs/protocols/compare_$trait.yaml
         fi
         [ -z "$protocol" ] || options+=(--protocol "$protocol")
