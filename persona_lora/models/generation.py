@@ -185,9 +185,8 @@ class _Job:
             if one_length:
                 first = len(self.tokens[rows[0]])
                 rows = [row for row in rows if len(self.tokens[row]) == first]
-            rows = self._by_kind(rows)
+            rows = self._alike_together(rows)
             try:
-                rows = self._alike_together(rows)
                 batch = self.run(rows, done_rows=done)
             except _PaddingMayMatter:
                 one_length = True
@@ -199,7 +198,7 @@ class _Job:
             yield rows, batch
 
     def _alike_together(self, rows: list[int]) -> list[int]:
-        """Put rows that are steered alike side by side: what steers them may take them at once."""
+        """Put rows that are steered alike side by side: one product may then serve them all."""
         alike = self.plan.alike
         if alike is None:
             return rows
@@ -207,14 +206,6 @@ class _Job:
         for row in rows:
             places.setdefault(alike[row], len(places))
         return sorted(rows, key=lambda row: places[alike[row]])
-
-    def _by_kind(self, rows: list[int]) -> list[int]:
-        """Let rows that are steered alike stand together: one product may then serve them all."""
-        alike = self.plan.alike
-        if alike is None:
-            return rows
-        kinds = list(dict.fromkeys(alike[row] for row in rows))
-        return sorted(rows, key=lambda row: kinds.index(alike[row]))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[int], *, done_rows: int) -> list[Generated]:

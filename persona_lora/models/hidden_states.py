@@ -7,6 +7,7 @@ layer too, where the ``hidden_states`` of transformers have gone through the fin
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.likelihood import TokenizedExchange, batches_by_length
+from persona_lora.models.likelihood import TokenizedExchange, batches_by_length, right_padded
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, text_decoder
 
@@ -104,33 +105,10 @@ def _means_of_batch(
     positions: tuple[str, ...],
     layers: list[int],
 ) -> Tensor:
-    model = chat_model.model
-    ids = padded(chat_model, batch)
-    weights = averaging_weights(batch, positions, ids.shape[1]).to(model.device)
-    decoder = text_decoder(model).module
-    with _Reduction(model, layers, weights) as reduction, suppress(_LastLayerDone):
-        decoder(input_ids=ids.to(model.device), use_cache=False)
-    silent = [layer for index, layer in enumerate(layers) if index not in reduction.seen]
-    if silent:
-        raise UserError(
-            f"decoder layer {silent[0]} of {chat_model.name} did not run ({len(silent)} of "
-            f"{len(layers)} did not); its structure is not known here, see docs/models.md"
-        )
+    ids = right_padded(chat_model, [text.prompt + text.answer for text in batch])
+    reduction = _Reduction(chat_model, layers, averaging_weights(batch, positions, ids.shape[1]))
+    reduction.read(ids, use_cache=False)
     return reduction.means.cpu()
-
-
-def padded(chat_model: ChatModel, batch: Sequence[TokenizedExchange]) -> Tensor:
-    """Return the token ids of whole texts, ``[batch, longest]``.
-
-    Padded on the right, where causal attention never looks back to it: positions count from 0 as
-    they should, and no mask is needed (attention kernels are faster without one).
-    """
-    longest = max(len(text.prompt) + len(text.answer) for text in batch)
-    filler: int = chat_model.tokenizer.pad_token_id
-    ids = torch.full((len(batch), longest), filler)
-    for row, text in enumerate(batch):
-        ids[row, : len(text.prompt) + len(text.answer)] = torch.tensor(text.prompt + text.answer)
-    return ids
 
 
 def averaging_weights(
@@ -164,32 +142,59 @@ class _LastLayerDone(Exception):
     """Raised behind the last wanted layer: what comes after it is not needed."""
 
 
-class _Reduction(Hooked):
-    """Context manager: hooks on blocks that average their outputs with weights, at once."""
+class BlockOutputs(Hooked):
+    """Context manager: what decoder layers put out is taken, and the pass ends after the last."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], weights: Tensor) -> None:
+    def __init__(self, chat_model: ChatModel, layers: Sequence[int]) -> None:
         super().__init__()
-        blocks = decoder_layers(model)
-        self.blocks = [blocks[layer] for layer in layers]
-        self.last = max(range(len(layers)), key=lambda index: (layers[index], index))
-        self.weights = weights  # [batch, positions, seq]
-        self.means = torch.empty(0)  # [batch, positions, layers, hidden], at the first output
-        self.seen: set[int] = set()  # which of the layers have run
+        self.chat_model = chat_model
+        self.layers = layers
+        self._last = max(range(len(layers)), key=lambda index: (layers[index], index))
+        self._seen: set[int] = set()  # which of the layers have run
+
+    @abstractmethod
+    def take(self, index: int, hidden: Tensor) -> None:
+        """Take the output ``[batch, seq, hidden]`` of the layer at a place in ``layers``."""
 
     def hooks(self) -> list[Hook]:
         """Return a hook on every block of the layers."""
+        blocks = decoder_layers(self.chat_model.model)
         return [
-            Hook(block, partial(self._reduce, index), f"block {index}")
-            for index, block in enumerate(self.blocks)
+            Hook(blocks[layer], partial(self._took, index), f"block {index}")
+            for index, layer in enumerate(self.layers)
         ]
 
-    def _reduce(self, index: int, module: nn.Module, arguments: object, output: Any) -> None:
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    def _took(self, index: int, module: nn.Module, arguments: object, output: Any) -> None:
+        self.take(index, output[0] if isinstance(output, tuple) else output)
+        self._seen.add(index)
+        if index == self._last:
+            raise _LastLayerDone
+
+    def read(self, ids: Tensor, **keywords: Any) -> None:
+        """Run the decoder on token ids; UserError names a layer that did not run."""
+        with self, suppress(_LastLayerDone):
+            text_decoder(self.chat_model.model).module(input_ids=ids, **keywords)
+        silent = [layer for index, layer in enumerate(self.layers) if index not in self._seen]
+        if silent:
+            raise UserError(
+                f"decoder layer {silent[0]} of {self.chat_model.name} did not run ({len(silent)} "
+                f"of {len(self.layers)} did not); its structure is not known here, see "
+                "docs/models.md"
+            )
+
+
+class _Reduction(BlockOutputs):
+    """Averages the outputs of blocks with weights, at once."""
+
+    def __init__(self, chat_model: ChatModel, layers: Sequence[int], weights: Tensor) -> None:
+        super().__init__(chat_model, layers)
+        self.weights = weights.to(chat_model.model.device)  # [batch, positions, seq]
+        self.means = torch.empty(0)  # [batch, positions, layers, hidden], at the first output
+
+    def take(self, index: int, hidden: Tensor) -> None:
+        """Average it."""
         if not self.means.numel():
             batch, positions, _ = self.weights.shape
-            shape = (batch, positions, len(self.blocks), hidden.shape[-1])
+            shape = (batch, positions, len(self.layers), hidden.shape[-1])
             self.means = torch.empty(shape, device=self.weights.device)
         self.means[:, :, index] = torch.bmm(self.weights.to(hidden.device), hidden.float())
-        self.seen.add(index)
-        if index == self.last:
-            raise _LastLayerDone

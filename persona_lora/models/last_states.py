@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.errors import UserError
 from persona_lora.models.caches import KeptCache, kept_cache, plans_sharing, shares_prefix
 from persona_lora.models.generation import common_prefix
-from persona_lora.models.hooks import Hook, Hooked
-from persona_lora.models.likelihood import batches_by_length
+from persona_lora.models.hidden_states import BlockOutputs
+from persona_lora.models.likelihood import batches_by_length, right_padded
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import decoder_layers, hidden_size, text_decoder
+from persona_lora.models.structure import hidden_size, text_decoder
 
 SHORTEST_PREFIX = 16  # tokens; below, a pass of its own costs more than it saves
 
@@ -90,60 +87,32 @@ def _states_of(
     layers: Sequence[int],
     spans: Sequence[range],
 ) -> Tensor:
-    model = chat_model.model
-    longest = max(map(len, ends))
-    ids = torch.full((len(ends), longest), chat_model.tokenizer.pad_token_id)
-    for row, end in enumerate(ends):
-        ids[row, : len(end)] = torch.tensor(end)
     keywords: dict[str, Any] = {"use_cache": False}
     if kept is not None:
         cache = copy.deepcopy(kept.cache)
         cache.batch_repeat_interleave(len(ends))
         keywords = {"use_cache": True, kept.name: cache}
     last = [range(len(end) - 1, len(end)) for end in ends]
-    with _SpanMeans(model, layers, [last, spans]) as taken, suppress(_Done):
-        text_decoder(model).module(input_ids=ids.to(model.device), **keywords)
-    silent = sorted(set(layers) - set(taken.states))
-    if silent:
-        raise UserError(
-            f"decoder layer {silent[0]} of {chat_model.name} did not run; its structure is not "
-            "known here, see docs/models.md"
-        )
-    by_layer = torch.stack([taken.states[layer] for layer in layers])  # [layers, 2, batch, hidden]
-    return by_layer.permute(2, 1, 0, 3).flatten(1, 2)
+    taken = _SpanMeans(chat_model, layers, [last, spans])
+    taken.read(right_padded(chat_model, ends), **keywords)
+    by_layer = torch.stack([taken.states[index] for index in range(len(layers))])
+    return by_layer.permute(2, 1, 0, 3).flatten(1, 2)  # from [layers, 2, batch, hidden]
 
 
-class _Done(Exception):
-    """Raised behind the last wanted layer: what comes after it is not needed."""
-
-
-class _SpanMeans(Hooked):
-    """Context manager: hooks on blocks that keep the means of their outputs over spans of each row.
-
-    ``spans`` holds lists of a span for each row.
-    """
+class _SpanMeans(BlockOutputs):
+    """Keeps the means of blocks' outputs over spans; ``spans`` holds lists of one for each row."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[int], spans: Sequence[Sequence[range]]
+        self, chat_model: ChatModel, layers: Sequence[int], spans: Sequence[Sequence[range]]
     ) -> None:
-        super().__init__()
-        self.blocks = {layer: decoder_layers(model)[layer] for layer in layers}
+        super().__init__(chat_model, layers)
         self.spans = spans
-        self.states: dict[int, Tensor] = {}  # by layer: [lists of spans, batch, hidden]
+        self.states: dict[int, Tensor] = {}  # by place: [lists of spans, batch, hidden]
 
-    def hooks(self) -> list[Hook]:
-        """Return a hook on every block of the layers."""
-        return [
-            Hook(block, partial(self._take, layer), f"block {layer}")
-            for layer, block in self.blocks.items()
-        ]
-
-    def _take(self, layer: int, module: nn.Module, arguments: object, output: Any) -> None:
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    def take(self, index: int, hidden: Tensor) -> None:
+        """Keep its means."""
         means = [
             torch.stack([row[span.start : span.stop].float().mean(dim=0) for row, span in pairs])
             for pairs in (zip(hidden, each, strict=True) for each in self.spans)
         ]
-        self.states[layer] = torch.stack(means).cpu()
-        if layer == max(self.blocks):
-            raise _Done
+        self.states[index] = torch.stack(means).cpu()

@@ -207,25 +207,30 @@ def _mean_logprobs_of_batch(
 def _logits_at(
     chat_model: ChatModel, ids: Sequence[list[int]], positions: Sequence[range]
 ) -> Tensor:
-    """Return the logits of each row's positions, flat: ``[positions of all rows, vocabulary]``.
-
-    Rows are padded on the right, where no causal model looks: a row's numbers are those that it
-    gives alone, whatever keeps the model's state, and no mask is needed.
-    """
-    model = chat_model.model
-    longest = max(map(len, ids))
-    padded = torch.full((len(ids), longest), chat_model.tokenizer.pad_token_id)
-    chosen = torch.zeros(len(ids), longest, dtype=torch.bool)
-    for row, (tokens, span) in enumerate(zip(ids, positions, strict=True)):
-        padded[row, : len(tokens)] = torch.tensor(tokens)
+    """Return the logits of each row's positions, flat: ``[positions of all rows, vocabulary]``."""
+    model, padded = chat_model.model, right_padded(chat_model, ids)
+    chosen = torch.zeros(padded.shape, dtype=torch.bool)
+    for row, span in enumerate(positions):
         chosen[row, span.start : span.stop] = True
     with only_positions(model.get_output_embeddings(), chosen):
-        logits: Tensor = model(input_ids=padded.to(model.device), use_cache=False).logits
+        logits: Tensor = model(input_ids=padded, use_cache=False).logits
     finite = logits.amax(dim=-1).isfinite()
     if not bool(finite.all()):
         row = int(chosen.nonzero()[int((~finite).nonzero()[0])][0])
         raise chat_model.not_finite(f"{chat_model.tokenizer.decode(ids[row])[-60:]!r}")
     return logits
+
+
+def right_padded(chat_model: ChatModel, rows: Sequence[list[int]]) -> Tensor:
+    """Return token ids ``[rows, longest]``, padded on the right, where the model is.
+
+    No causal model looks back to padding there: positions count from 0 as they should, a row's
+    numbers are those that it gives alone, whatever keeps the model's state, and no mask is needed
+    (attention kernels are faster without one).
+    """
+    longest, filler = max(map(len, rows)), [chat_model.tokenizer.pad_token_id]
+    padded = [row + filler * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, device=chat_model.model.device)
 
 
 def only_positions(head: nn.Module, positions: Tensor) -> Hooks:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
-from persona_lora.models.hidden_states import averaging_weights, padded
+from persona_lora.models.hidden_states import averaging_weights
 from persona_lora.models.hooks import Hook, Hooks
-from persona_lora.models.likelihood import TokenizedExchange, batches_by_length
+from persona_lora.models.likelihood import TokenizedExchange, batches_by_length, right_padded
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     decoder_linear_modules,
@@ -86,7 +86,7 @@ def mean_inputs(chat_model: ChatModel, texts: Texts) -> dict[str, Tensor]:
     modules, sums = decoder_linear_modules(model), defaultdict[str, Tensor | float](float)
     for rows in batches_by_length([len(each.prompt) + len(each.answer) for each in texts]):
         batch = [texts[row] for row in rows]
-        ids = padded(chat_model, batch).to(model.device)
+        ids = right_padded(chat_model, [each.prompt + each.answer for each in batch])
         weights = averaging_weights(batch, ["response_avg"], ids.shape[1])[:, 0]
 
         def add(name: str, module: nn.Module, weights: Tensor = weights) -> Hook:

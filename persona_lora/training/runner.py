@@ -21,6 +21,7 @@ from trl import SFTConfig
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Output, Run
+from persona_lora.models.generation import ending_tokens
 from persona_lora.models.hardware import launcher_says, resolve_dtype
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import ChatModel, load_chat_model
@@ -169,9 +170,7 @@ def end_tokens(chat_model: ChatModel, named: str | None) -> set[int]:
         if named not in vocabulary:
             raise UserError(f"eos_token {named!r} is no token of {chat_model.name}")
         return {vocabulary[named]}
-    configured = chat_model.model.generation_config.eos_token_id
-    ends = set(configured) if isinstance(configured, list) else {configured}
-    return {end for end in ends | {chat_model.tokenizer.eos_token_id} if end is not None}
+    return ending_tokens(chat_model)
 
 
 # Options that change where a run writes and what it shows, but no number of its adapters.
