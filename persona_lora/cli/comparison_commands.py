@@ -10,37 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import COMPARE, command
-from persona_lora.cli.shared_options import (
-    ONE_DIFF,
-    OTHER_MODEL,
-    OTHER_SEEDS,
-    AdaptedModelOptions,
-    HeldRunOptions,
-    Layers,
-    MixOptions,
-    ModelOptions,
-    OtherBase,
-    PromptedTraitOptions,
-    RandomControls,
-    RunOptions,
-    TraitOptions,
-    control_seeds,
-    judge_factory,
-    judging_of,
-    layer_numbers,
-    load_model,
-    refuse_nats,
-    show_seeds,
-)
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     ComparisonOptions,
     GenerationOptions,
     JudgesChoice,
-    Positions,
     TaskOptions,
     TimingOptions,
 )
@@ -64,12 +42,12 @@ Spoken = Annotated[GenerationOptions, ("max_new_tokens", "seed", "batch_size")]
 class PairOfWays:
     """The difference of weights and the vector that are compared, and where the vector acts."""
 
-    diff: Annotated[Path, ONE_DIFF]
+    diff: Annotated[Path, shared.ONE_DIFF]
     activation_vector: Annotated[Path, "A steering vector (.safetensors or published .pt)."]
-    layers: Layers = None
-    positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
-    allow_other_base: OtherBase = False
-    random_controls: RandomControls = 3
+    layers: shared.Layers = None
+    positions: shared.Acting = "response"
+    allow_other_base: shared.OtherBase = False
+    random_controls: shared.RandomControls = 3
     coefficients: Annotated[
         tuple[Strength, ...],
         "Of the diff, or nats as in 0.05nat (calibrate); the vector is brought to the same "
@@ -82,11 +60,7 @@ class PairOfWays:
 
     def by_seed(self) -> dict[str, PairOfWays]:
         """Return the ways of every training seed in the diff's folder by its name."""
-        from persona_lora.studies.read_seeds import diffs_of_seeds
-
-        found = diffs_of_seeds(self.diff)
-        if len(found) > 1:
-            refuse_nats(self.coefficients, OTHER_SEEDS)
+        found = shared.diffs_by_seed(self.diff, self.coefficients)
         return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
 
     def load(self, seed: int) -> tuple[Any, list[Any], tuple[float, ...]]:
@@ -100,10 +74,10 @@ class PairOfWays:
         from persona_lora.studies.steering.calibration import bank_of_methods
 
         if self.allow_other_base:
-            refuse_nats(self.coefficients, OTHER_MODEL)
-        seeds = control_seeds(seed, self.random_controls)
+            shared.refuse_nats(self.coefficients, shared.OTHER_MODEL)
+        seeds = shared.control_seeds(seed, self.random_controls)
         weights, whole = LoRADiff.load(self.diff), load_vector(self.activation_vector)
-        vector = whole.at(layer_numbers(self.layers, whole.num_layers))
+        vector = whole.at(shared.layer_numbers(self.layers, whole.num_layers))
         diffs = [random_diff_like(weights, each) for each in seeds]
         vectors = [random_like(vector, each) for each in seeds]
         bank = bank_of_methods(weights, vector, diffs, vectors, self.positions)
@@ -134,12 +108,12 @@ class FurtherOptions(TimingOptions):
 @command("compare", COMPARE)
 def compare(
     *,
-    trait: PromptedTraitOptions,
+    trait: shared.PromptedTraitOptions,
     ways: PairOfWays,
     compared: Annotated[ComparisonOptions, ("match", "calibrate_on", "split", "max_questions")],
     further: FurtherOptions,
-    output: HeldRunOptions,
-    model: ModelOptions,
+    output: shared.HeldRunOptions,
+    model: shared.ModelOptions,
     judging: JudgesChoice,
     generation: Spoken = GenerationOptions(max_new_tokens=60),
 ) -> None:
@@ -159,17 +133,23 @@ def compare(
     first = next(iter(parts.values()))
     bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
-    judge, watched = judging_of(judging), _watched(further, trait, loaded, compared.max_questions)
+    judge, watched = (
+        shared.judging_of(judging),
+        _watched(further, trait, loaded, compared.max_questions),
+    )
     folder = output.output or Path("results") / "compare" / loaded.name
     written = [
         output.at(folder / name, judge, each.record(), seeds=len(parts))
         for name, each in parts.items()
     ]
-    chat_model = load_model(model, made, allow_other_base=ways.allow_other_base)
+    chat_model = model.load(made, allow_other_base=ways.allow_other_base)
     if further.spaces:
         check_directions(chat_model, *directions)
     judged = (loaded, *watched.traits)
-    judges, runs = {each.label: judge_factory(each, chat_model, judge) for each in judged}, []
+    judges, runs = (
+        {each.label: shared.judge_factory(each, chat_model, judge) for each in judged},
+        [],
+    )
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
             # one seed's at a time: each brings random differences of its own size
@@ -189,7 +169,7 @@ def compare(
         more = _further(chat_model, loaded, bank, further, directions, to, datasets)
         more += _side_effects(chat_model, loaded, bank, watched, judges, to, generation)
     if len(runs) > 1:
-        show_seeds(folder, runs)
+        shared.show_seeds(folder, runs)
     else:
         _show_compared(runs[0], found, more)
 
@@ -274,7 +254,7 @@ def _directions(
 
 
 def _watched(
-    further: FurtherOptions, trait: TraitOptions, steered: Trait, max_questions: int | None
+    further: FurtherOptions, trait: shared.TraitOptions, steered: Trait, max_questions: int | None
 ) -> Watched:
     """Return what --side-effects names; UserError for the steered trait, or one there is not."""
     from persona_lora.core.traits import load_trait
@@ -318,9 +298,9 @@ def _side_effects(
 def benchmark(
     *,
     tasks: TaskOptions,
-    mix: MixOptions = MixOptions(positions="all"),
-    model: AdaptedModelOptions,
-    output: RunOptions = RunOptions(Path("results/benchmark")),
+    mix: shared.MixOptions = shared.MixOptions(positions="all"),
+    model: shared.AdaptedModelOptions,
+    output: shared.RunOptions = shared.RunOptions(Path("results/benchmark")),
 ) -> None:
     """Measure capability before and after steering (or a finetune), item by item.
 
@@ -351,7 +331,7 @@ def benchmark(
     }
     inputs = {str(path): path_digest(path) for path in (*mix.diff, *mix.vector)}
     written = dataclasses.replace(output.at(output.folder, record=record), inputs=inputs)
-    chat_model = load_model(model, steering.directions, allow_other_base=mix.allow_other_base)
+    chat_model = model.load(steering.directions, allow_other_base=mix.allow_other_base)
     conditions: dict[str, AbstractContextManager[Any]] = {
         "plain": chat_model.base(),
         "changed": steering.steerer(chat_model),

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DATA, command, data_app, environment, traits_app
-from persona_lora.cli.shared_options import DatasetsDir, RunOptions, TraitOptions, load_other
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import DataOptions, Seed
@@ -43,7 +43,7 @@ class WriterOptions(LoadOptions):
         if self.local:
             if self.endpoint is not None:
                 raise UserError("--local and --endpoint exclude each other; choose one")
-            return LocalWriter(load_other(self.model or DEFAULT_MODEL, self.alone()))
+            return LocalWriter(shared.load_other(self.model or DEFAULT_MODEL, self.alone()))
         if self.alone() != LoadOptions():
             raise UserError(
                 "the options of loading a model are for --local; an endpoint has its model already"
@@ -58,7 +58,7 @@ class WriterOptions(LoadOptions):
 def generate_traits(
     *,
     definitions: Annotated[Path, 'JSON: {"anxious": "worries aloud", …}, or a list of objects.'],
-    datasets_dir: DatasetsDir = None,
+    datasets_dir: shared.DatasetsDir = None,
     attempts: Annotated[int, "Replies to try for each trait."] = 4,
     seed: Seed = 0,
     overwrite: Annotated[bool, "Write traits anew that are there."] = False,
@@ -89,12 +89,12 @@ def generate_traits(
 @command("generate", DATA, ("data", data_app))
 def generate_data(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     written: DataOptions,
     questions: Annotated[
         Path | None, "Questions of your own, one on each line, instead of domains."
     ] = None,
-    output: RunOptions,
+    output: shared.RunOptions,
     writer: WriterOptions,
 ) -> None:
     """Write finetuning sets (normal, misaligned_1, misaligned_2) and contrastive pairs.
@@ -128,7 +128,7 @@ def check_data(
     traits: Annotated[
         list[str] | None, typer.Argument(help="Trait names or folders; all by default.")
     ] = None,
-    datasets_dir: DatasetsDir = None,
+    datasets_dir: shared.DatasetsDir = None,
 ) -> None:
     """Check schema, duplicates, leakage into held-out questions, and balance of the answers.
 

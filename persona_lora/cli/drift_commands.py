@@ -11,30 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DATA, DRIFT, command, data_app, project_app
-from persona_lora.cli.shared_options import (
-    AdaptedModelOptions,
-    DatasetsDir,
-    HeldRunOptions,
-    Layers,
-    MaxQuestions,
-    ModelOptions,
-    OtherBase,
-    RunOptions,
-    TraitOptions,
-    Vectors,
-    Written,
-    first_questions,
-    judge_factory,
-    judging_of,
-    layer_numbers,
-    load_model,
-    load_other,
-    one_layer,
-    questions_record,
-)
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     GenerationOptions,
@@ -66,15 +46,15 @@ SIXTY = GenerationOptions(max_new_tokens=60)
 class Texts:
     """What is projected, on which vectors, where."""
 
-    vectors: Vectors
+    vectors: shared.Vectors
     file: Annotated[Path | None, "Texts: CSV (prompt, answer) or JSONL (messages)."] = None
     labelled: Annotated[
         str | None, "A trait instead: project its hand-labelled answers, and report the AUC."
     ] = None
-    layers: Layers = None
+    layers: shared.Layers = None
     positions: TextPositions = "proj"
     columns: Annotated[bool, "Also write the file with one column for each projection."] = False
-    datasets_dir: DatasetsDir = None
+    datasets_dir: shared.DatasetsDir = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class NamedRun(Written):
+class NamedRun(shared.Written):
     """The folder of a run, which must be named."""
 
     output: Annotated[Path, "The folder of the run."]
@@ -98,7 +78,7 @@ class NamedRun(Written):
 
 @command("activations", DRIFT, ("project", project_app))
 def project_activations(
-    *, texts: Texts, shift: Shift, output: NamedRun, model: AdaptedModelOptions
+    *, texts: Texts, shift: Shift, output: NamedRun, model: shared.AdaptedModelOptions
 ) -> None:
     """Project hidden states on steering vectors, and what finetuning shifted along them.
 
@@ -113,7 +93,7 @@ def project_activations(
 
     _refuse_useless_of_texts(texts, shift)
     vectors = load_vectors(texts.vectors)
-    layers = layer_numbers(texts.layers, next(iter(vectors.values())).num_layers)
+    layers = shared.layer_numbers(texts.layers, next(iter(vectors.values())).num_layers)
     read = text_projection.read_texts(texts.file) if texts.file is not None else None
     record = {
         "vectors": {name: str(path) for name, path in zip(vectors, texts.vectors, strict=True)},
@@ -121,7 +101,7 @@ def project_activations(
         "base_model": shift.base_model,
     }
     written = output.at(output.output, record=record)
-    chat_model = load_model(model, vectors.values())
+    chat_model = model.load(vectors.values())
     along = Along(vectors, layers, (_tokens(texts.positions),))
     with progress_bars():
         if read is None:
@@ -180,7 +160,9 @@ def _base(
 
 @contextmanager
 def _other(chat_model: ChatModel, base_model: str) -> Iterator[ChatModel]:
-    yield load_other(base_model, chat_model.options.elsewhere())  # after the first has been read
+    yield shared.load_other(
+        base_model, chat_model.options.elsewhere()
+    )  # after the first has been read
 
 
 @dataclass(frozen=True)
@@ -205,7 +187,7 @@ class Weighing:
             refuse_useless(" ".join(("prompts", *own)), "with --plain")
             return None
         asked = load_ordinary_prompts() if self.prompts is None else read_prompts(self.prompts)
-        return kept_inputs(load_other(model, loading), asked)
+        return kept_inputs(shared.load_other(model, loading), asked)
 
 
 @command("weights", DRIFT, ("project", project_app))
@@ -295,7 +277,7 @@ def diagnose(
     subject = diagnosis.Subject.load(named[0], load_diffs(list(diffs), on_disk=True), named[1:])
     asked = load_ordinary_prompts() if prompts is None else read_prompts(prompts)
     written = output.at(output.output)
-    chat_model = load_other(base, loading)
+    chat_model = shared.load_other(base, loading)
     with progress_bars():
         run = diagnosis.diagnose(chat_model, subject, written, prompts=asked)
     content = diagnosis_content(run)
@@ -309,21 +291,21 @@ class Checkpoints:
 
     folder: Annotated[Path, typer.Argument(help="The folder of a finetune, with checkpoint-N.")]
     traits: Traits
-    vectors: Vectors = ()
-    layers: Layers = None
+    vectors: shared.Vectors = ()
+    layers: shared.Layers = None
     positions: TextPositions = "proj"
     split: Annotated[Split, "Which of the trait's questions to ask."] = "eval"
-    max_questions: MaxQuestions = None
+    max_questions: shared.MaxQuestions = None
     finetuned_on: Annotated[str | None, "The trait that the finetune was to teach."] = None
-    datasets_dir: DatasetsDir = None
+    datasets_dir: shared.DatasetsDir = None
 
 
 @command("evaluate-checkpoints", DRIFT)
 def evaluate_checkpoints(
     *,
     checkpoints: Checkpoints,
-    output: RunOptions,
-    model: ModelOptions,
+    output: shared.RunOptions,
+    model: shared.ModelOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
 ) -> None:
@@ -343,23 +325,25 @@ def evaluate_checkpoints(
         refuse_useless("layers positions", "without --vectors")
     experiment.find_checkpoints(checkpoints.folder)
     loaded = [
-        first_questions(load_trait(name, checkpoints.datasets_dir), checkpoints.max_questions)
+        shared.first_questions(
+            load_trait(name, checkpoints.datasets_dir), checkpoints.max_questions
+        )
         for name in checkpoints.traits
     ]
     directions = load_vectors(checkpoints.vectors)
     depth = next(iter(directions.values())).num_layers if directions else 0
-    judge = judging_of(judging)
+    judge = shared.judging_of(judging)
     folder = output.output or Path("results") / "checkpoints" / checkpoints.folder.name
-    written = output.at(folder, judge, questions_record(checkpoints.max_questions))
-    layers = layer_numbers(checkpoints.layers, depth) if directions else ()
+    written = output.at(folder, judge, shared.questions_record(checkpoints.max_questions))
+    layers = shared.layer_numbers(checkpoints.layers, depth) if directions else ()
     along = Along(directions, layers, (_tokens(checkpoints.positions),))
-    base = load_model(model, directions.values())
+    base = model.load(directions.values())
     with progress_bars():
         run = experiment.evaluate_checkpoints(
             base,
             checkpoints.folder,
             experiment.Measures(tuple(loaded), along, checkpoints.split, checkpoints.finetuned_on),
-            lambda trait, reference: judge_factory(trait, reference, judge),
+            lambda trait, reference: shared.judge_factory(trait, reference, judge),
             written,
             options=generation,
         )
@@ -378,8 +362,8 @@ class Predicted:
     diffs: Annotated[tuple[str, ...], "Diffs to project weights on."] = ()
     vectors: Annotated[tuple[Path, ...], "Vectors to project hidden states on."] = ()
     layers: Annotated[str | None, "The one layer of the vectors; about 0.55 deep."] = None
-    max_questions: MaxQuestions = None
-    datasets_dir: DatasetsDir = None
+    max_questions: shared.MaxQuestions = None
+    datasets_dir: shared.DatasetsDir = None
 
     def load(self) -> Any:
         """Return the study, its traits and directions loaded."""
@@ -394,10 +378,10 @@ class Predicted:
         traits = [load_trait(name, self.datasets_dir) for name in self.traits]
         return DriftStudy(
             {name: _adapter(Path(name)) for name in self.finetunes},
-            [first_questions(trait, self.max_questions) for trait in traits],
+            [shared.first_questions(trait, self.max_questions) for trait in traits],
             load_diffs(list(self.diffs)) if self.diffs else {},
             {vector.trait or name: vector for name, vector in vectors.items()},
-            one_layer(self.layers, depth) if vectors else 0,
+            shared.one_layer(self.layers, depth) if vectors else 0,
         )
 
 
@@ -405,8 +389,8 @@ class Predicted:
 def predict_finetuning(
     *,
     predicted: Predicted,
-    output: HeldRunOptions = HeldRunOptions(Path("results/prediction")),
-    model: ModelOptions,
+    output: shared.HeldRunOptions = shared.HeldRunOptions(Path("results/prediction")),
+    model: shared.ModelOptions,
     judging: JudgesChoice,
     generation: Briefly = SIXTY,
 ) -> None:
@@ -427,17 +411,17 @@ def predict_finetuning(
         seeds_of,
     )
 
-    study, judge = predicted.load(), judging_of(judging)
-    asked = questions_record(predicted.max_questions)
+    study, judge = predicted.load(), shared.judging_of(judging)
+    asked = shared.questions_record(predicted.max_questions)
     written = dataclasses.replace(
         output.at(output.folder, record=asked), inputs=judge_inputs(judge)
     )
-    base = load_model(model, study.vectors.values())
+    base = model.load(study.vectors.values())
     with progress_bars():
         run = prediction.predict_finetuning(
             base,
             study,
-            lambda trait: judge_factory(trait, base, judge),
+            lambda trait: shared.judge_factory(trait, base, judge),
             written,
             options=generation,
         )
@@ -461,7 +445,7 @@ class Prevented:
         "perplexity",
     )
     limit: Annotated[int | None, "Use only the first N items of each task."] = None
-    max_questions: MaxQuestions = None
+    max_questions: shared.MaxQuestions = None
 
     def models(self) -> dict[str, Any]:
         """Return the finetunes by name, the base and the corrected ones after them."""
@@ -483,10 +467,10 @@ class Prevented:
 @command("compare-prevention", DRIFT)
 def compare_prevention(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     prevented: Prevented,
-    output: RunOptions = RunOptions(Path("results/prevention")),
-    model: ModelOptions,
+    output: shared.RunOptions = shared.RunOptions(Path("results/prevention")),
+    model: shared.ModelOptions,
     judging: JudgesChoice,
     probes: ProbeOptions = ProbeOptions(),
     generation: Briefly = SIXTY,
@@ -509,19 +493,19 @@ def compare_prevention(
         refuse_useless("limit", "without --tasks")
     models = prevented.models()
     tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
-    judge = judging_of(judging)
+    judge = shared.judging_of(judging)
     written = dataclasses.replace(output.at(output.folder), inputs=judge_inputs(judge))
     measured = prevention.Measured(generation, probes, tasks)
-    asked = first_questions(trait.load(), prevented.max_questions)
+    asked = shared.first_questions(trait.load(), prevented.max_questions)
     measured.check(asked)
-    base = load_model(model)
+    base = model.load()
     with progress_bars():
         scores = prevention.compare_prevention(
             base,
             models,
             asked,
             prevented.rows,
-            judge_factory(asked, base, judge),
+            shared.judge_factory(asked, base, judge),
             written,
             measured,
         )
@@ -556,7 +540,7 @@ class Directions:
     threshold: Annotated[float | None, "Flag rows over it; measured on the model by default."] = (
         None
     )
-    allow_other_base: OtherBase = False
+    allow_other_base: shared.OtherBase = False
 
 
 @command("screen", DATA, ("data", data_app))
@@ -565,7 +549,7 @@ def screen_data(
     file: Annotated[Path, "JSONL of messages: the rows to be trained on."],
     output: Annotated[Path, "The CSV of ranked rows to write."] = Path("results/screen.csv"),
     along: Directions,
-    model: ModelOptions,
+    model: shared.ModelOptions,
     generation: Briefly = SIXTY,
 ) -> None:
     """Rank training rows by how far they would pull the model along a trait.
@@ -590,9 +574,9 @@ def screen_data(
         raise UserError("rows are screened along directions; give --vector, or --diffs")
     refuse_useless("allow_other_base", "with --vector")
     loaded = load_vector(along.vector)
-    chosen = one_layer(along.layers, loaded.num_layers)
+    chosen = shared.one_layer(along.layers, loaded.num_layers)
     texts = read_texts(file)
-    chat_model = load_model(model, [loaded])
+    chat_model = model.load([loaded])
     with progress_bars():
         found = screen_rows(
             chat_model,
@@ -611,7 +595,7 @@ def screen_data(
     )
 
 
-def _screen_along(along: Directions, file: Path, output: Path, model: ModelOptions) -> None:
+def _screen_along(along: Directions, file: Path, output: Path, model: shared.ModelOptions) -> None:
     from persona_lora.studies.drift.row_pulls import NEEDS_FLOAT32, pull_rows
     from persona_lora.studies.drift.run import load_diffs
     from persona_lora.training.finetune import read_conversations
@@ -620,7 +604,7 @@ def _screen_along(along: Directions, file: Path, output: Path, model: ModelOptio
         raise UserError(NEEDS_FLOAT32)
     diffs, conversations = load_diffs(along.diffs), read_conversations(file)
     exact = dataclasses.replace(model, dtype="float32")
-    chat_model = load_model(exact, diffs.values(), allow_other_base=along.allow_other_base)
+    chat_model = exact.load(diffs.values(), allow_other_base=along.allow_other_base)
     with progress_bars():
         found = pull_rows(chat_model, conversations, diffs, output)
     show(

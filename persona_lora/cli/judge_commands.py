@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.program import DATA, command, judge_app
-from persona_lora.cli.shared_options import (
-    ModelOptions,
-    TraitOptions,
-    judging_of,
-    load_model,
-    refuse_to_replace,
-)
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import JudgeChoice, Overwrite
 
@@ -29,12 +23,12 @@ AnswersFile = Annotated[Path, "The answers: .jsonl or .csv with question and ans
 @command("score", DATA, ("judge", judge_app))
 def score(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     file: AnswersFile,
     output: Annotated[Path, "Where to write them with their scores: .jsonl or .csv."],
     overwrite: Overwrite = False,
     judge: JudgeChoice,
-    model: ModelOptions,
+    model: shared.ModelOptions,
 ) -> None:
     """Score answers that exist on a trait and on coherence, and say how fit the judge is.
 
@@ -54,10 +48,10 @@ def score(
 
     answers, loaded = AnswerFile.read(file), trait.load()
     check_output(output, answers, loaded.name)
-    refuse_to_replace(output, overwrite)
-    options = judging_of(judge)
+    shared.refuse_to_replace(output, overwrite)
+    options = shared.judging_of(judge)
     with progress_bars():
-        reference = load_model(model)
+        reference = model.load()
         ensure_writable_folder(output.parent)
         check_judge(loaded, reference, options)
         made = make_judge(loaded, reference, options)
@@ -76,7 +70,7 @@ def score(
 @command("rate", DATA, ("judge", judge_app))
 def rate(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     file: AnswersFile,
     rater: Annotated[str, "Your name: the ratings go into <file>.<rater>.jsonl."],
 ) -> None:
@@ -115,12 +109,12 @@ def rate(
 @command("fit", DATA, ("judge", judge_app))
 def fit(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     file: AnswersFile,
     ratings: Annotated[tuple[str, ...], "Two raters' files, as judge rate writes them."],
     overwrite: Overwrite = False,
     judge_model: Annotated[str | None, "The model that reads; the packaged one by default."] = None,
-    model: ModelOptions,
+    model: shared.ModelOptions,
 ) -> None:
     """Fit the default judge of a trait to rated answers, and say how good it is on the rest.
 
@@ -146,7 +140,7 @@ def fit(
         raise UserError(f"{path} exists; pass --overwrite to put these ratings in its place")
     rows = rated_rows([RatingSheet(answers, Path(each)) for each in ratings])
     with progress_bars():
-        reader = reading_model(judge_model, load_model(model))
+        reader = reading_model(judge_model, model.load())
     check_enough([row["question"] for row in rows if row["part"] == "tuning"])
     write_jsonl(path, rows)
     for scale in SCALES:

@@ -12,25 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.live import Live
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import console, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PERSONAS, command, environment, persona_app
-from persona_lora.cli.shared_options import (
-    DatasetsDir,
-    DirectionsDir,
-    EngineOptions,
-    Engines,
-    ModelOptions,
-    OtherBase,
-    PersonaDir,
-    Protocol,
-    RunOptions,
-    Written,
-    depth_of,
-    judging_of,
-    layer_numbers,
-    load_model,
-)
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     JUDGES,
@@ -88,8 +73,8 @@ class BenchOptions:
     traits: Annotated[
         tuple[str, ...] | None, "Traits to mix: formality,intimacy; the five of style by default."
     ] = None
-    trait_vector_dir: DirectionsDir = Path("checkpoints")
-    persona_dir: PersonaDir = None
+    trait_vector_dir: shared.DirectionsDir = Path("checkpoints")
+    persona_dir: shared.PersonaDir = None
     layers: Annotated[
         str | None,
         'Layers of vectors, as in "20"; three at two thirds of the depth by default.',
@@ -103,7 +88,7 @@ class BenchOptions:
         Literal["letters", "embedding", "likelihood", "openai", "local"] | None,
         "Who judges what is reported: letters by default, embedding where the search has another.",
     ] = None
-    allow_other_base: OtherBase = False
+    allow_other_base: shared.OtherBase = False
 
     def __post_init__(self) -> None:
         if self.alpha == 0:
@@ -111,7 +96,7 @@ class BenchOptions:
 
     def open(
         self,
-        model: ModelOptions,
+        model: shared.ModelOptions,
         generation: GenerationOptions,
         judging: JudgeChoice,
         *,
@@ -132,8 +117,8 @@ class BenchOptions:
         if self.num_prompts < 2:
             refuse_useless("race", "with one prompt, which has no half")
         processes = current_processes(os.environ)
-        judge = judging_of(judging, self.report_judge)
-        chat_model = load_model(model, allow_other_base=self.allow_other_base)
+        judge = shared.judging_of(judging, self.report_judge)
+        chat_model = model.load(allow_other_base=self.allow_other_base)
         own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
         path = own if own is not None and own.is_file() else None
         return PersonaBench(
@@ -150,9 +135,13 @@ class BenchOptions:
             report_judge=self.report_judge,
         )
 
-    def layers_of(self, model: ModelOptions) -> tuple[int, ...] | None:
+    def layers_of(self, model: shared.ModelOptions) -> tuple[int, ...] | None:
         """Return the layers of vectors; None for those that the bench chooses."""
-        return None if self.layers is None else layer_numbers(self.layers, depth_of(model))
+        return (
+            None
+            if self.layers is None
+            else shared.layer_numbers(self.layers, shared.depth_of(model))
+        )
 
 
 @dataclass(frozen=True)
@@ -181,7 +170,7 @@ class Sought:
         "What comes before the value: coherence>=80, relevance>=85, kl<=0.1nat (a token, on the "
         "mix's own answers).",
     ] = ()
-    datasets_dir: DatasetsDir = None
+    datasets_dir: shared.DatasetsDir = None
 
     def check(self) -> None:
         """UserError unless one thing is sought, and for options that it does not use."""
@@ -254,7 +243,7 @@ class Searched(Sought):
         Literal["trait", "layers", "modules"],
         "A coefficient for each trait, or for each third of its layers or kind of block.",
     ] = "trait"
-    engine: Engines = ()
+    engine: shared.Engines = ()
 
     def check(self) -> None:
         """UserError for options that what is sought, the method or the search does not use."""
@@ -262,7 +251,7 @@ class Searched(Sought):
 
         super().check()
         check_method(self.method)
-        EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
+        shared.EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
         if self.method != "lora":
             refuse_useless("by", f"with --method {self.method}, whose vectors are not cut")
         if self.engine:
@@ -338,7 +327,7 @@ class Searched(Sought):
 
 
 @dataclass(frozen=True)
-class SavedOptions(Written):
+class SavedOptions(shared.Written):
     """The folder of results."""
 
     output: Annotated[Path, "Where results are written.", "--output", "--save-dir"]
@@ -348,7 +337,7 @@ class SavedOptions(Written):
 class HeldOptions(SavedOptions):
     """The same of a search that can be held to a protocol."""
 
-    protocol: Protocol = None
+    protocol: shared.Protocol = None
 
 
 @command("optimize", PERSONAS)
@@ -359,7 +348,7 @@ def optimize(
     objective: ObjectiveOptions = SENSIBLE,
     bench: BenchOptions,
     output: HeldOptions = HeldOptions(Path("optimization_results")),
-    model: ModelOptions,
+    model: shared.ModelOptions,
     judging: SoughtJudgeChoice,
     generation: Spoken = SHORT,
 ) -> None:
@@ -383,7 +372,7 @@ def optimize(
     searching = searched.injected(searching)
     name = searched.persona_id or name_of_goal(wanted, scorer, searched.pareto)
     folder = output.output
-    engine = EngineOptions(searched.engine)
+    engine = shared.EngineOptions(searched.engine)
     written = output.at(folder / searched.folder(name), record=engine.record())
     if wanted and bench.traits is None:
         bench = dataclasses.replace(bench, traits=tuple(wanted))
@@ -512,7 +501,7 @@ def compare_methods(
     objective: ObjectiveOptions = SENSIBLE,
     bench: BenchOptions = BenchOptions(num_prompts=10),
     output: SavedOptions = SavedOptions(Path("results/personas")),
-    model: ModelOptions,
+    model: shared.ModelOptions,
     judging: PersonaJudgeChoice,
     generation: Spoken = SHORT,
 ) -> None:
@@ -602,7 +591,7 @@ class PersonaSource:
     ] = None
     speaker: Annotated[Literal["A", "B"], "A speaks first (or is the user)."] = "A"
     episode: Annotated[str | None, "Only the sessions of this id, where a file holds many."] = None
-    persona_dir: PersonaDir = None
+    persona_dir: shared.PersonaDir = None
 
     def names(self) -> list[str]:
         """Return the personas that --id or --all asks for."""
@@ -750,7 +739,7 @@ class LampFiles:
         Path | None, "A {persona}_optimization.json, whose mix is scored too."
     ] = None
     user: Annotated[tuple[str, ...] | None, "Only the questions of these ids."] = None
-    trait_vector_dir: DirectionsDir = Path("checkpoints")
+    trait_vector_dir: shared.DirectionsDir = Path("checkpoints")
 
     def read(self) -> list[Any]:
         """Return the questions that are asked; UserError for an id that there is not."""
@@ -769,8 +758,8 @@ class LampFiles:
 def lamp(
     *,
     files: LampFiles,
-    output: RunOptions = RunOptions(Path("results/lamp7")),
-    model: ModelOptions,
+    output: shared.RunOptions = shared.RunOptions(Path("results/lamp7")),
+    model: shared.ModelOptions,
     generation: Annotated[GenerationOptions, ("max_new_tokens", "seed")] = GenerationOptions(60),
 ) -> None:
     """Score LaMP-7 files by ROUGE: the plain model, the author's texts as prompt, and a mix.
@@ -782,7 +771,7 @@ def lamp(
     from persona_lora.studies.personas.bench import load_optimization
 
     chosen, written = files.read(), output.at(output.folder)
-    chat_model = load_model(model)
+    chat_model = model.load()
     speaker, mix = load_optimization(
         chat_model, files.optimization, files.trait_vector_dir, generation
     )
@@ -794,7 +783,7 @@ def lamp(
 @command("validate", PERSONAS, GROUP)
 def validate_personas(
     *,
-    persona_dir: PersonaDir = None,
+    persona_dir: shared.PersonaDir = None,
     judge: Annotated[Literal["embedding", "letters"], "The judges' family."] = "embedding",
     output: Annotated[Path | None, "A JSON file to write the numbers to."] = None,
 ) -> None:
@@ -872,7 +861,7 @@ def rating_sheets(
     ] = None,
     prompts: Annotated[int, "Held-out prompts to show."] = 8,
     seed: Seed = 0,
-    persona_dir: PersonaDir = None,
+    persona_dir: shared.PersonaDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write blind rating sheets for people: a CSV, a page to click in, and the key apart.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.program import COMPARE, MODELS, OPTIONS, TRAINING, app, command
-from persona_lora.cli.shared_options import DatasetsDir, ModelOptions, RunOptions, load_model
 from persona_lora.core.errors import HIDDEN, UserError, few_names
 from persona_lora.core.files import read_text, write_text
 from persona_lora.core.options import Overwrite
@@ -107,9 +107,9 @@ def selfcheck(
     trait: Annotated[str, "The trait whose pairs and rated answers judges are shown."] = (
         "sycophancy"
     ),
-    datasets_dir: DatasetsDir = None,
-    output: RunOptions,
-    model: ModelOptions,
+    datasets_dir: shared.DatasetsDir = None,
+    output: shared.RunOptions,
+    model: shared.ModelOptions,
 ) -> None:
     """Is every instrument right on this machine? Each must find what is planted, and no more.
 
@@ -125,7 +125,7 @@ def selfcheck(
     loaded = load_trait(trait, datasets_dir)
     prompts = load_ordinary_prompts(datasets_dir)[: study.PROMPTS]
     place = output.at(output.output or Path("results") / "selfcheck")
-    chat_model = load_model(model)
+    chat_model = model.load()
     with progress_bars():
         run = study.selfcheck(chat_model, loaded, prompts, place)
     failed = study.failed_instruments(run)

@@ -14,6 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import typer
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import console, progress_bars, show
 from persona_lora.cli.drift_commands import Weighing
 from persona_lora.cli.option_groups import refuse_useless
@@ -25,15 +26,6 @@ from persona_lora.cli.program import (
     engine_app,
     environment,
     gallery_app,
-)
-from persona_lora.cli.shared_options import (
-    DatasetsDir,
-    DirectionsDir,
-    ModelOptions,
-    OtherBase,
-    StoredModelOptions,
-    load_model,
-    refuse_to_replace,
 )
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
@@ -66,7 +58,7 @@ class ExportOptions:
     prompts: Annotated[
         Path | None, "Cut where the model's inputs on these prompts notice it least (JSONL)."
     ] = None
-    trait_vector_dir: DirectionsDir = Path("checkpoints")
+    trait_vector_dir: shared.DirectionsDir = Path("checkpoints")
     converter: Annotated[Path | None, "llama.cpp's convert_hf_to_gguf.py, for gguf."] = None
     overwrite: Replace = False
 
@@ -80,11 +72,11 @@ class ExportOptions:
             refuse_useless("model revision", "with --format peft: the diffs know their base")
         if self.format != "gguf":
             refuse_useless("converter", f"with --format {self.format}")
-        refuse_to_replace(self.output, self.overwrite)
+        shared.refuse_to_replace(self.output, self.overwrite)
 
 
 @command("export", MODELS)
-def export(*, exported: ExportOptions, model: StoredModelOptions) -> None:
+def export(*, exported: ExportOptions, model: shared.StoredModelOptions) -> None:
     """Write a mix of diffs for other tools, with its coefficients baked in.
 
     peft is one adapter (vLLM, transformers), merged a whole model in the base's own types,
@@ -102,7 +94,7 @@ def export(*, exported: ExportOptions, model: StoredModelOptions) -> None:
         show(f"rank {done.rank}, {100 * done.energy:.2f}% of the {norm}{vllm}")
 
 
-def _export(asked: ExportOptions, model: StoredModelOptions) -> Exported:
+def _export(asked: ExportOptions, model: shared.StoredModelOptions) -> Exported:
     from persona_lora.models.weight_files import weights_folder
     from persona_lora.steering import export as exporting
 
@@ -166,7 +158,7 @@ def basis(
     from persona_lora.studies.drift.run import load_diffs
 
     exact = asked.exact()
-    refuse_to_replace(asked.output, asked.overwrite)
+    shared.refuse_to_replace(asked.output, asked.overwrite)
     if not exact:
         check_cut(asked.rank, asked.energy)
     loaded = load_diffs(list(asked.diffs), on_disk=True)
@@ -282,7 +274,7 @@ def gallery_make(
     from persona_lora.core.gallery import write_gallery
     from persona_lora.report.sections import Table
 
-    refuse_to_replace(output, overwrite)
+    shared.refuse_to_replace(output, overwrite)
     errors = write_gallery(diffs, output)
     rows = [(trait, f"{error:.3g}") for trait, error in errors.items()]
     show(Table.of("trait | relative error of eight bits", rows), f"{output}")
@@ -301,7 +293,7 @@ class Mixed:
         "results/mixes"
     )
     host: Annotated[str, "The address to serve at; 0.0.0.0 lets other machines in."] = "127.0.0.1"
-    allow_other_base: OtherBase = False
+    allow_other_base: shared.OtherBase = False
 
     def chosen(self) -> list[str]:
         """Return the traits; UserError for one without a diff."""
@@ -347,11 +339,11 @@ class PageOptions(Mixed):
     """What the page mixes, and where it is served."""
 
     port: Annotated[int, typer.Option(min=1, max=65535, help="The page's port.")] = 7860
-    datasets_dir: DatasetsDir = None
+    datasets_dir: shared.DatasetsDir = None
 
 
 @command("playground", SERVE)
-def playground(*, page: PageOptions, model: ModelOptions) -> None:
+def playground(*, page: PageOptions, model: shared.ModelOptions) -> None:
     """Chat with the model while sliders set each trait's coefficient; needs the extra "playground".
 
     Steered and unsteered answers stand side by side. On this machine only, unless --host says so.
@@ -367,7 +359,7 @@ def playground(*, page: PageOptions, model: ModelOptions) -> None:
     except ImportError as error:
         raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
     diffs = page.load()
-    chat_model = load_model(model, diffs.values(), allow_other_base=page.allow_other_base)
+    chat_model = model.load(diffs.values(), allow_other_base=page.allow_other_base)
     judges = _judges(chosen, chat_model, page.datasets_dir)
     desk = MixingDesk(chat_model, diffs, judges)
     show(f"open http://{page.host}:{page.port} (Ctrl+C ends it)")
@@ -443,7 +435,7 @@ class ServerOptions(Mixed):
 
 
 @command("serve", SERVE)
-def serve(*, served: ServerOptions, model: ModelOptions) -> None:
+def serve(*, served: ServerOptions, model: shared.ModelOptions) -> None:
     """Serve mixes to any OpenAI client; the model's name is the mix. Needs the extra "serve".
 
     base, base+0.8*formality-0.05nat*evil (calibrate), or a saved mix; different ones run in one
@@ -465,7 +457,7 @@ def serve(*, served: ServerOptions, model: ModelOptions) -> None:
     served.check(key)
     diffs = served.load()
     with listening(served.host, served.port) as place:
-        chat_model = load_model(model, diffs.values(), allow_other_base=served.allow_other_base)
+        chat_model = model.load(diffs.values(), allow_other_base=served.allow_other_base)
         batch = Batch(
             chat_model, diffs, max_batch=served.max_batch, most_waiting=served.max_waiting
         )
@@ -493,7 +485,7 @@ class EngineServer:
 
 
 @command("command", SERVE, ("engine", engine_app))
-def engine_command(*, server: EngineServer, model: StoredModelOptions) -> None:
+def engine_command(*, server: EngineServer, model: shared.StoredModelOptions) -> None:
     """Print the line that starts a vLLM server for --engine, where vLLM and persona_vllm are.
 
     Example: persona-lora engine command --basis basis --model Qwen/Qwen2.5-7B-Instruct

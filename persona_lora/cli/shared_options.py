@@ -36,6 +36,7 @@ DatasetsDir = Annotated[Path | None, "Where trait folders are."]
 OtherBase = Annotated[bool, "Use a direction on a model that it was not made on."]
 DirectionsDir = Annotated[Path, "Where directions are: {trait}/diff, and vectors/{trait}/."]
 PersonaDir = Annotated[Path | None, "Where persona folders are."]
+Acting = Annotated[Positions, "Where vectors act: on which tokens."]
 Layers = Annotated[
     str | None, 'Decoder layers from 0, as in "16", "10,20" or "0-29"; about 0.55 deep by default.'
 ]
@@ -46,7 +47,6 @@ RandomControls = Annotated[
     int, "Random controls of each direction; 1, or 3 and more for an interval over them."
 ]
 OTHER_MODEL = "nats are measured on the direction's own model, and --allow-other-base takes another"
-OTHER_SEEDS = "nats are another coefficient for every training seed, and seeds share theirs"
 ONE_DIFF = "A diff folder, a PEFT adapter or a file of one; or a folder of train --seeds."
 
 
@@ -63,6 +63,26 @@ class ModelOptions(LoadOptions):
     """The model that a command loads, and how."""
 
     model: Model = DEFAULT_MODEL
+    adapter: Path | None = None
+
+    def load(
+        self,
+        directions: Iterable[LoRADiff | SteeringVector] = (),
+        *,
+        allow_other_base: bool = False,
+    ) -> ChatModel:
+        """Load the model, with its adapter where it has one.
+
+        A direction that was made with the chat template rendered otherwise is named in a warning.
+        """
+        from persona_lora.steering.bank import warn_of_other_template
+
+        _refuse_too_long(self)
+        loaded = load_other(
+            self.model, self.alone(), self.adapter, allow_other_base=allow_other_base
+        )
+        warn_of_other_template(loaded, directions)
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -206,7 +226,7 @@ class MixOptions:
         "A coefficient for each diff or vector, or nats as in 0.05nat (calibrate); 1 by default.",
     ] = ()
     layers: Layers = None
-    positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
+    positions: Acting = "response"
     allow_other_base: OtherBase = False
 
     def load(
@@ -290,25 +310,6 @@ class EngineOptions:
 
 
 # -- what the library takes ---------------------------------------------------------------
-
-
-def load_model(
-    options: ModelOptions,
-    directions: Iterable[LoRADiff | SteeringVector] = (),
-    *,
-    allow_other_base: bool = False,
-) -> ChatModel:
-    """Load the model that a command was given, with its adapter where it has one.
-
-    A direction that was made with the chat template rendered otherwise is named in a warning.
-    """
-    from persona_lora.steering.bank import warn_of_other_template
-
-    _refuse_too_long(options)
-    adapter = options.adapter if isinstance(options, AdaptedModelOptions) else None
-    loaded = load_other(options.model, options.alone(), adapter, allow_other_base=allow_other_base)
-    warn_of_other_template(loaded, directions)
-    return loaded
 
 
 def _refuse_too_long(options: ModelOptions) -> None:
@@ -457,6 +458,20 @@ def questions_record(number: int | None) -> dict[str, int]:
 
 
 # -- several training seeds ---------------------------------------------------------------
+
+
+def diffs_by_seed(path: Path, strengths: Sequence[Strength]) -> dict[str, Path]:
+    """Return the diff of every training seed in a folder by its name, or the one that it is.
+
+    UserError for nats of several.
+    """
+    from persona_lora.studies.read_seeds import diffs_of_seeds
+
+    found = diffs_of_seeds(path)
+    if len(found) > 1:
+        reason = "nats are another coefficient for every training seed, and seeds share theirs"
+        refuse_nats(strengths, reason)
+    return found
 
 
 def show_seeds(folder: Path, runs: Sequence[Run]) -> None:

@@ -10,50 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
-from persona_lora.cli.shared_options import (
-    ONE_DIFF,
-    OTHER_MODEL,
-    OTHER_SEEDS,
-    AdaptedModelOptions,
-    DatasetsDir,
-    Diffs,
-    EngineOptions,
-    HeldRunOptions,
-    Layers,
-    Method,
-    MixOptions,
-    ModelOptions,
-    OtherBase,
-    PromptedTraitOptions,
-    Protocol,
-    RandomControls,
-    RunOptions,
-    TraitOptions,
-    Vectors,
-    Written,
-    control_seeds,
-    depth_of,
-    first_questions,
-    judge_factory,
-    judging_of,
-    layer_numbers,
-    load_model,
-    questions_record,
-    refuse_nats,
-    refuse_to_replace,
-    show_seeds,
-    steering_method,
-)
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     Elicitation,
     GenerationOptions,
     JudgeChoice,
     JudgesChoice,
-    Positions,
     Replace,
     SweepOptions,
     Thresholds,
@@ -107,19 +73,19 @@ def _say_what_happens() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CsvOptions(Written):
+class CsvOptions(shared.Written):
     """The file that answers and scores are written to."""
 
     output: Annotated[Path, "The CSV to write; a run folder of the same name goes beside it."]
-    protocol: Protocol = None
+    protocol: shared.Protocol = None
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(MixOptions):
+class EvaluateOptions(shared.MixOptions):
     """How one setting is steered: directions with coefficients, or a system prompt."""
 
     diff: Annotated[tuple[Path, ...], "Diffs; or a folder of train --seeds, by itself."] = ()
-    method: Method = None
+    method: shared.Method = None
     ablate: Annotated[bool, "Project the vectors out instead of adding them."] = False
     floor: Annotated[
         float | None, "Hold states at no less than this along the vector, instead of adding it."
@@ -167,12 +133,11 @@ class EvaluateOptions(MixOptions):
         """
         from persona_lora.studies.read_seeds import diffs_of_seeds
 
-        found = [diffs_of_seeds(path) for path in self.diff]
-        if len(found) == 1:
-            if len(found[0]) > 1:
-                refuse_nats(self.coefficient, OTHER_SEEDS)
-            return {name: dataclasses.replace(self, diff=(at,)) for name, at in found[0].items()}
-        for path, seeds in zip(self.diff, found, strict=True):
+        if len(self.diff) == 1:
+            found = shared.diffs_by_seed(self.diff[0], self.coefficient)
+            return {name: dataclasses.replace(self, diff=(at,)) for name, at in found.items()}
+        for path in self.diff:
+            seeds = diffs_of_seeds(path)
             if "" not in seeds:
                 raise UserError(
                     f"{path} holds several training seeds and is evaluated by itself; beside "
@@ -202,14 +167,14 @@ class EvaluateOptions(MixOptions):
 @command("evaluate", STEER)
 def evaluate(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     asked: Annotated[SweepOptions, ("split", "max_questions")] = SweepOptions(),
     output: CsvOptions,
-    model: AdaptedModelOptions,
+    model: shared.AdaptedModelOptions,
     steering: EvaluateOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
-    engine: EngineOptions = EngineOptions(),
+    engine: shared.EngineOptions = shared.EngineOptions(),
 ) -> None:
     """Ask a trait's held-out questions, judge the answers, write CSV and rows.
 
@@ -222,13 +187,13 @@ def evaluate(
     from persona_lora.report.trust import standing
     from persona_lora.studies.asking import run as evaluation
 
-    loaded, prompt = first_questions(trait.load(), asked.max_questions), _prompt(steering)
+    loaded, prompt = shared.first_questions(trait.load(), asked.max_questions), _prompt(steering)
     engine.check(diffs_alone=not steering.vector and steering.mode == "live")
     model.refuse_nats_beside_adapter(steering.coefficient)
-    judge = judging_of(judging)
+    judge = shared.judging_of(judging)
     folder = output.output.with_suffix("")
     also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
-    also |= questions_record(asked.max_questions)
+    also |= shared.questions_record(asked.max_questions)
     steered = [each.steering(prompt) for each in parts.values()]
     written = [
         output.at(
@@ -240,7 +205,7 @@ def evaluate(
         for (name, each), held in zip(parts.items(), steered, strict=True)
     ]
     directions = [direction for each in steered for direction in each.directions]
-    chat_model = load_model(model, directions, allow_other_base=steering.allow_other_base)
+    chat_model = model.load(directions, allow_other_base=steering.allow_other_base)
     elsewhere = engine.open(chat_model, directions)
     runs = {}
     with progress_bars():
@@ -248,7 +213,7 @@ def evaluate(
             result = evaluation.evaluate(
                 chat_model,
                 loaded,
-                judge_factory(loaded, chat_model, judge),
+                shared.judge_factory(loaded, chat_model, judge),
                 to,
                 steering=dataclasses.replace(held, elsewhere=elsewhere),
                 split=asked.split,
@@ -257,7 +222,7 @@ def evaluate(
             runs[name] = Run(result.run)
     if len(runs) > 1:
         evaluation.write_scores(output.output, loaded.name, runs)
-        show_seeds(folder, list(runs.values()))
+        shared.show_seeds(folder, list(runs.values()))
         return
     show(standing(Run(result.run)), result.table(loaded.name), *result.lines(loaded.name))
 
@@ -269,7 +234,7 @@ def _prompt(steering: EvaluateOptions) -> str | None:
         "activation": steering.vector,
         "prompt": steering.system_prompt,
     }
-    chosen = steering_method(steering.method, given)
+    chosen = shared.steering_method(steering.method, given)
     _refuse_of_other_methods(chosen)
     if steering.ablate:
         refuse_useless("coefficient", "with --ablate, which takes directions out whole")
@@ -299,35 +264,28 @@ def _refuse_of_other_methods(method: str) -> None:
 class VariedOptions:
     """What a sweep varies: the coefficient of one direction, and the layers it acts at."""
 
-    diff: Annotated[Path | None, ONE_DIFF] = None
+    diff: Annotated[Path | None, shared.ONE_DIFF] = None
     vector: Annotated[Path | None, "A steering vector (.safetensors or published .pt)."] = None
-    method: Method = None
+    method: shared.Method = None
     coefficients: Annotated[
         tuple[Strength, ...], "Coefficients to try: -1,0,1; or nats, as in 0.05nat (calibrate)."
     ] = (
         *(-2.0, -1.5, -1.0, -0.5, 0.0),
         *(0.5, 1.0, 1.5, 2.0),
     )
-    layers: Layers = None
-    positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
+    layers: shared.Layers = None
+    positions: shared.Acting = "response"
     control: Annotated[
         bool | None, "Random directions of the same norm beside a vector; on for one layer."
     ] = None
-    random_controls: RandomControls = 3
-    allow_other_base: OtherBase = False
+    random_controls: shared.RandomControls = 3
+    allow_other_base: shared.OtherBase = False
 
     def by_seed(self) -> dict[str, VariedOptions]:
-        """Return the options of every training seed in the diff's folder by its name.
-
-        Of a diff that is one they are its own.
-        """
-        from persona_lora.studies.read_seeds import diffs_of_seeds
-
+        """Return the options of every training seed in the diff's folder by its name."""
         if self.diff is None:
             return {"": self}
-        found = diffs_of_seeds(self.diff)
-        if len(found) > 1:
-            refuse_nats(self.coefficients, OTHER_SEEDS)
+        found = shared.diffs_by_seed(self.diff, self.coefficients)
         return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
 
     def load(self, method: str, seed: int) -> Any:
@@ -338,7 +296,7 @@ class VariedOptions:
         from persona_lora.studies.steering import run
 
         if self.allow_other_base:
-            refuse_nats(self.coefficients, OTHER_MODEL)
+            shared.refuse_nats(self.coefficients, shared.OTHER_MODEL)
         if method == "lora" and self.diff is not None:
             diff = LoRADiff.load(self.diff)
             values = coefficients_of(self.coefficients, self.diff, diff.content())
@@ -346,14 +304,14 @@ class VariedOptions:
         if method != "activation" or self.vector is None:
             return run.prompt_population()
         loaded = load_vector(self.vector)
-        chosen = layer_numbers(self.layers, loaded.num_layers)
+        chosen = shared.layer_numbers(self.layers, loaded.num_layers)
         wanted = len(chosen) == 1 if self.control is None else self.control
         if not wanted:
             refuse_useless("random_controls", "without --control")
-        seeds = control_seeds(seed, self.random_controls) if wanted else ()
+        seeds = shared.control_seeds(seed, self.random_controls) if wanted else ()
         controls = [random_like(loaded, each) for each in seeds]
         if len(chosen) > 1:
-            refuse_nats(self.coefficients, "nats belong to one layer, and there are several")
+            shared.refuse_nats(self.coefficients, "nats belong to one layer, and there are several")
         acting = acting_at(chosen, self.positions)
         values = coefficients_of(self.coefficients, self.vector, loaded.content(), acting)
         return run.vector_population(loaded, chosen, values, self.positions, controls)
@@ -369,10 +327,10 @@ class VariedOptions:
 class CalibratedOptions:
     """The directions whose strength is measured, and where vectors act."""
 
-    diff: Diffs = ()
-    vector: Vectors = ()
-    layers: Layers = None
-    positions: Annotated[Positions, "Where vectors act: on which tokens."] = "response"
+    diff: shared.Diffs = ()
+    vector: shared.Vectors = ()
+    layers: shared.Layers = None
+    positions: shared.Acting = "response"
     num_prompts: Annotated[int, "Ordinary prompts to measure on."] = 8
     output: Annotated[
         Path | None, "One picture of all curves; by default each has its own beside it."
@@ -397,7 +355,7 @@ class CalibratedOptions:
             found[path] = diff, diff.content(), ""
         for path in self.vector:
             vector = load_vector(path)
-            layers = layer_numbers(self.layers, vector.num_layers)
+            layers = shared.layer_numbers(self.layers, vector.num_layers)
             found[path] = vector.at(layers), vector.content(), acting_at(layers, self.positions)
         for path, (direction, *_) in found.items():
             length_of(direction, str(path))
@@ -408,8 +366,8 @@ class CalibratedOptions:
 def calibrate(
     *,
     calibrated: CalibratedOptions,
-    model: ModelOptions,
-    datasets_dir: DatasetsDir = None,
+    model: shared.ModelOptions,
+    datasets_dir: shared.DatasetsDir = None,
 ) -> None:
     """Measure how far directions move the model, so that --coefficient takes nats: 0.05nat.
 
@@ -426,7 +384,7 @@ def calibrate(
 
     directions = calibrated.load()
     prompts = load_ordinary_prompts(datasets_dir)[: calibrated.num_prompts]
-    chat_model = load_model(model)
+    chat_model = model.load()
     with progress_bars():
         judge = sense_judge(chat_model)
     curves = {}
@@ -457,14 +415,14 @@ def calibrate(
 @command("sweep", STEER)
 def sweep(
     *,
-    trait: PromptedTraitOptions,
+    trait: shared.PromptedTraitOptions,
     varied: VariedOptions,
     asked: SweepOptions = SweepOptions(divergence=None),
-    output: HeldRunOptions,
-    model: AdaptedModelOptions,
+    output: shared.HeldRunOptions,
+    model: shared.AdaptedModelOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
-    engine: EngineOptions = EngineOptions(),
+    engine: shared.EngineOptions = shared.EngineOptions(),
 ) -> None:
     """Steer at many coefficients (and layers) in the same batches; judge, summarise, plot.
 
@@ -481,7 +439,7 @@ def sweep(
     from persona_lora.studies.steering import run as experiment
 
     loaded = trait.load()
-    judge = judging_of(judging)
+    judge = shared.judging_of(judging)
     chosen = _swept_method(varied, model)
     engine.check(diffs_alone=chosen != "activation")
     parts = varied.by_seed()
@@ -495,7 +453,7 @@ def sweep(
         output.at(folder / name, judge, {**each.record(), **also}, seeds)
         for name, each in parts.items()
     ]
-    chat_model = load_model(model, made, allow_other_base=varied.allow_other_base)
+    chat_model = model.load(made, allow_other_base=varied.allow_other_base)
     elsewhere = engine.open(chat_model, made)
     runs = []
     with progress_bars():
@@ -504,7 +462,7 @@ def sweep(
                 chat_model,
                 loaded,
                 population.answered_by(elsewhere),
-                judge_factory(loaded, chat_model, judge),
+                shared.judge_factory(loaded, chat_model, judge),
                 to,
                 sweeping=sweeping,
                 options=generation,
@@ -512,7 +470,7 @@ def sweep(
             )
             runs.append(Run(result.run))
     if len(runs) > 1:
-        show_seeds(folder, runs)
+        shared.show_seeds(folder, runs)
     else:
         _show_swept(result)
 
@@ -540,10 +498,10 @@ def _asked(asked: SweepOptions, method: str, population: Any) -> SweepOptions:
     )
 
 
-def _swept_method(varied: VariedOptions, model: AdaptedModelOptions) -> str:
+def _swept_method(varied: VariedOptions, model: shared.AdaptedModelOptions) -> str:
     model.refuse_nats_beside_adapter(varied.coefficients)
     given = {"lora": varied.diff, "activation": varied.vector, "prompt": None}
-    chosen = steering_method(varied.method, given)
+    chosen = shared.steering_method(varied.method, given)
     if varied.method is None and chosen == "none":
         raise UserError("a sweep needs --diff or --vector, or --method prompt or none")
     _refuse_of_other_methods(chosen)
@@ -596,12 +554,12 @@ USED_FROM = (
 @command("extract", STEER)
 def extract(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     pairs: PairOptions,
     elicitation: Elicitation,
     thresholds: Thresholds,
-    output: RunOptions,
-    model: ModelOptions,
+    output: shared.RunOptions,
+    model: shared.ModelOptions,
     judging: JudgeChoice,
     generation: GenerationOptions,
 ) -> None:
@@ -618,14 +576,14 @@ def extract(
 
     chosen = pairs.checked()
     loaded = trait.load()
-    judge = judging_of(judging)
+    judge = shared.judging_of(judging)
     path = output.output or Path("checkpoints") / "vectors" / loaded.label
     written = output.at(path, judge if chosen == "prompts" else None)
     methods, positions = (tuple(dict.fromkeys(each)) for each in (pairs.methods, pairs.positions))
     extraction.check_places(methods, positions)
-    layers = layer_numbers(pairs.layers, depth_of(model)) if pairs.layers else None
+    layers = shared.layer_numbers(pairs.layers, shared.depth_of(model)) if pairs.layers else None
     making = extraction.Extraction(
-        load_model(model), loaded, written, methods, positions, layers, pairs.form
+        model.load(), loaded, written, methods, positions, layers, pairs.form
     )
     with progress_bars():
         if chosen == "answers":
@@ -634,7 +592,7 @@ def extract(
             result = making.from_files(pairs.pos_path, pairs.neg_path, thresholds=thresholds)
         else:
             result = making.from_prompts(
-                judge_factory(loaded, making.chat_model, judge),
+                shared.judge_factory(loaded, making.chat_model, judge),
                 elicitation=elicitation,
                 thresholds=thresholds,
                 generation=generation,
@@ -655,10 +613,10 @@ def _show_vectors(result: Extracted) -> None:
 @command("tune-prompt", STEER)
 def tune_prompt(
     *,
-    trait: TraitOptions,
+    trait: shared.TraitOptions,
     sign: Annotated[Literal["pos", "neg"], "For the trait, or against it."] = "pos",
-    output: RunOptions,
-    model: AdaptedModelOptions,
+    output: shared.RunOptions,
+    model: shared.AdaptedModelOptions,
     judging: JudgesChoice,
     generation: GenerationOptions,
 ) -> None:
@@ -671,16 +629,16 @@ def tune_prompt(
     """
     from persona_lora.studies.asking import prompt_tuning as study
 
-    loaded, judge = trait.load(), judging_of(judging)
+    loaded, judge = trait.load(), shared.judging_of(judging)
     path = output.output or Path("results") / "prompts" / f"{loaded.label}_{sign}"
     study.wordings_of(loaded, sign)
     written = output.at(path, judge, model.worn())
-    chat_model = load_model(model)
+    chat_model = model.load()
     with progress_bars():
         found = study.tune_prompt(
             chat_model,
             loaded,
-            judge_factory(loaded, chat_model, judge),
+            shared.judge_factory(loaded, chat_model, judge),
             written,
             sign=sign,
             options=generation,
@@ -715,10 +673,10 @@ def convert_vector(
         refuse_useless("model_hint", f"with --form {form}")
     if form == "lm-eval" and layers is None:
         raise UserError("lm-eval steers every layer in the file; name those with --layers")
-    refuse_to_replace(target, overwrite)
+    shared.refuse_to_replace(target, overwrite)
     vector = files.load_vector(source)
     if layers is not None:
-        vector = vector.at(layer_numbers(layers, vector.num_layers))
+        vector = vector.at(shared.layer_numbers(layers, vector.num_layers))
     if form == "safetensors":
         vector.save(target)
     elif form == "published":
