@@ -48,14 +48,14 @@ class AdapterFile:
 
 
 @dataclass(frozen=True)
-class FactorsOnDisk(Mapping[str, tuple[Tensor, Tensor]]):
+class FactorsOnDisk(Mapping[str, Any]):
     """The scaled factors of a PEFT adapter, read from its file each time a module is asked for."""
 
     file: Path
     keys_of: Mapping[str, tuple[str, str]]  # of A and B, by module
     config: Mapping[str, Any]
 
-    def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, module: str) -> Any:
         with opened(self.file) as stream:  # a mapping that stays open would count as memory
             pair = {key: stream.get_tensor(key) for key in self.keys_of[module]}
         A, B = (checked_tensor(tensor, key, self.file) for key, tensor in pair.items())

@@ -8,7 +8,6 @@ about 0.05 nats for all of them. Packing what was unpacked gives the same number
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import atomic_folder
-from persona_lora.core.json_text import parse_json
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, shared_base_model
 from persona_lora.core.resources import search_folders
 from persona_lora.core.strength import Strengths, read_strengths
-from persona_lora.core.tensor_files import checked_tensor, opened
+from persona_lora.core.tensor_files import load_with_record, save_with_record
 
 BASIS = "basis.safetensors"
 EIGHT_BITS = torch.float8_e4m3fn
@@ -123,7 +120,8 @@ def write_gallery(paths: Sequence[Path], folder: Path) -> dict[str, float]:
                 )
     errors = {}
     with atomic_folder(folder) as temporary:
-        _write(temporary / BASIS, {name: A.bfloat16() for name, A in basis.items()}, {})
+        halved = {name: A.bfloat16() for name, A in basis.items()}
+        save_with_record(temporary / BASIS, halved, RECORD, {})
         for trait, diff in loaded.items():
             packed = _pack(temporary, trait, diff)
             errors[trait] = (packed - diff).norm() / diff.norm()
@@ -150,7 +148,7 @@ def _pack(folder: Path, trait: str, diff: LoRADiff, more: Mapping[str, Any] = {}
         tensors[module + SCALE] = torch.tensor(scale)
     known = {key: diff.sources[key] for key in ("training", "seed") if key in diff.sources}
     record = {"trait": trait, "base_model": vars(diff.base_model), "sources": known, **more}
-    _write(folder / f"{trait}.safetensors", tensors, record)
+    save_with_record(folder / f"{trait}.safetensors", tensors, RECORD, record)
     return Gallery(folder).exhibit(trait).diff
 
 
@@ -166,16 +164,8 @@ def _scale(B: Tensor) -> float:
     return 2.0 ** math.ceil(math.log2(largest)) if largest else 1.0
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    whole = {name: each.contiguous() for name, each in tensors.items()}
-    save_file(whole, path, metadata={RECORD: json.dumps(record, ensure_ascii=False)})
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
-    with opened(path) as stream:
-        text = (stream.metadata() or {}).get(RECORD, "")
-        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-    record = parse_json(text, str(path)) if text else None
+    tensors, record = load_with_record(path, RECORD)
     if not isinstance(record, dict):
         raise UserError(f"{path} is no file of a gallery; get it again")
-    return {name: checked_tensor(each, name, path) for name, each in tensors.items()}, record
+    return tensors, record

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -199,10 +199,7 @@ class LoRADiff:
         """
         provenance = {
             "trait": self.trait,
-            "base_model": {
-                "name": self.base_model.name,
-                "fingerprint": self.base_model.fingerprint,
-            },
+            "base_model": vars(self.base_model),
             "sources": dict(self.sources),
         }
         tensors = {module: (each.A, each.B) for module, each in self.factors.items()}
@@ -480,28 +477,16 @@ def load_named(folder: Path, name: str) -> LoRADiff:
     return part_of(whole, part) if part else whole
 
 
-@dataclass(frozen=True)
-class _Lazy(Mapping[str, LoRAFactors]):
+class _Lazy(FactorsOnDisk):
     """Factors that are read from their file whenever they are asked for."""
 
-    tensors: FactorsOnDisk
-
     def __getitem__(self, module: str) -> LoRAFactors:
-        return LoRAFactors(*self.tensors[module])
-
-    def __contains__(self, module: object) -> bool:  # without reading it
-        return module in self.tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+        return LoRAFactors(*super().__getitem__(module))
 
 
 def _to_factors(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, LoRAFactors]:
     if isinstance(tensors, FactorsOnDisk):
-        return _Lazy(tensors)
+        return _Lazy(tensors.file, tensors.keys_of, tensors.config)
     return {module: LoRAFactors(A, B) for module, (A, B) in tensors.items()}
 
 

@@ -6,7 +6,6 @@ block. Nothing here knows a model; other file forms are read and written in ``ve
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_path
-from persona_lora.core.json_text import parse_json
 from persona_lora.core.lora_diff import BaseModel, finite_coefficient
-from persona_lora.core.tensor_files import load_safetensors, opened
+from persona_lora.core.tensor_files import load_with_record, save_with_record
 
-FORMAT = "persona_lora.steering_vector"
+FORMAT, HEADER = "persona_lora.steering_vector", "steering_vector"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +75,15 @@ class SteeringVector:
             raise UserError(f"a steering vector is saved as .safetensors, got {path}")
         metadata = {
             "format": FORMAT,
-            "base_model": {
-                "name": self.base_model.name,
-                "fingerprint": self.base_model.fingerprint,
-            },
+            "base_model": vars(self.base_model),
             "num_layers": self.num_layers,
             "trait": self.trait,
             "method": self.method,
             "position": self.position,
             "sources": dict(self.sources),
         }
-        tensors = {
-            f"layer.{layer}": direction.float().contiguous()
-            for layer, direction in self.directions.items()
-        }
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"steering_vector": json.dumps(metadata)})
+        tensors = {f"layer.{at}": direction.float() for at, direction in self.directions.items()}
+        save_with_record(path, tensors, HEADER, metadata)
         return path
 
     @classmethod
@@ -105,13 +94,12 @@ class SteeringVector:
             UserError: Names the file that is missing or something else.
         """
         path = Path(path)
-        with opened(path) as stored:
-            header = (stored.metadata() or {}).get("steering_vector")
-        if header is None:
+        tensors, record = load_with_record(path, HEADER)
+        if record is None:
             raise UserError(f"{path} holds no steering vector (no metadata of one in its header)")
-        metadata = _checked_metadata(parse_json(header, f"{path}: its header"), path)
+        metadata = _checked_metadata(record, path)
         directions = {}
-        for name, direction in sorted(load_safetensors(path).items()):
+        for name, direction in sorted(tensors.items()):
             if not re.fullmatch(r"layer\.(0|[1-9]\d{0,5})", name):
                 raise UserError(f"{path}: {name[:60]!r} is no layer; expected layer.0, layer.1, …")
             directions[int(name.removeprefix("layer."))] = direction

@@ -6,18 +6,21 @@ holds itself, integers for weights. What comes out of here are dense floating-po
 
 from __future__ import annotations
 
+import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import existing_file
+from persona_lora.core.files import atomic_path, existing_file
+from persona_lora.core.json_text import parse_json
 
 DEEPEST = 8  # levels of dictionaries
 # A stranger's pickle makes the unpickler fail in any of these ways.
@@ -46,6 +49,26 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     with opened(path) as stream:
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     return {key: checked_tensor(tensor, key, path) for key, tensor in tensors.items()}
+
+
+def load_with_record(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of a safetensors file, and the JSON under ``key`` of its header.
+
+    None where the header has no such key; UserError for what is no JSON.
+    """
+    with opened(path) as stream:
+        text = (stream.metadata() or {}).get(key)
+    record = None if text is None else parse_json(text, f"{path}: its header")
+    return load_safetensors(path), record
+
+
+def save_with_record(
+    path: Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]
+) -> None:
+    """Write tensors as one safetensors file, atomically, with JSON under ``key`` of its header."""
+    whole = {name: each.contiguous() for name, each in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(whole, temporary, metadata={key: json.dumps(record)})
 
 
 def load_pickle(path: Path) -> Any:

@@ -12,7 +12,6 @@ kept in the user's cache folder.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
-from safetensors.torch import save_file
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of
-from persona_lora.core.files import atomic_path
-from persona_lora.core.tensor_files import opened
+from persona_lora.core.tensor_files import load_with_record, save_with_record
 from persona_lora.core.traits import ON_POLICY, Trait, load_trait
 from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
 from persona_lora.judges.nonsense import nonsense_rows
@@ -99,23 +96,18 @@ class FittedProbes:
             arrays |= {f"{name}.{key}": each for key, each in held.items()}
             record[name] = {key: each for key, each in values.items() if key not in held}
         arrays |= {f"{scale}.scores": each for scale, each in self.scores.items()}
-        tensors = {
-            key: torch.from_numpy(np.ascontiguousarray(each)) for key, each in arrays.items()
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"fit": json.dumps(record)})
+        tensors = {key: torch.from_numpy(each) for key, each in arrays.items()}
+        save_with_record(path, tensors, "fit", record)
 
     @classmethod
     def load(cls, path: Path, content: str) -> FittedProbes | None:
         """Return the fit in a file; None where there is none, or it is not of this content."""
         if not path.is_file():
             return None
-        with opened(path) as stream:
-            record = json.loads((stream.metadata() or {}).get("fit", "{}"))
-            if record.pop("content", None) != content:
-                return None
-            arrays = {key: stream.get_tensor(key).numpy() for key in stream.keys()}  # noqa: SIM118
+        tensors, record = load_with_record(path, "fit")
+        if record is None or record.pop("content", None) != content:
+            return None
+        arrays = {key: each.numpy() for key, each in tensors.items()}
         scores = {scale: arrays.pop(f"{scale}.scores") for scale in SCALES}
 
         def part(name: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ directions of note, and is never larger than them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,17 +23,16 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_path, read_jsonl
+from persona_lora.core.files import read_jsonl
 from persona_lora.core.lora_diff import BaseModel, Compressed, LoRADiff, LoRAFactors
 from persona_lora.core.resources import resource_path
-from persona_lora.core.tensor_files import load_safetensors, opened
+from persona_lora.core.tensor_files import load_with_record, save_with_record
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loaded_model import weights_content
@@ -125,19 +123,13 @@ class ModuleInputs:
         first: dict[int, str] = {}
         shared = {name: first.setdefault(id(root), name) for name, root in self.roots.items()}
         record = {"fingerprint": self.fingerprint, "prompts": self.prompts, "tokens": self.tokens}
-        with atomic_path(path) as temporary:
-            save_file(
-                {name: self.roots[name].contiguous() for name in first.values()},
-                temporary,
-                metadata={"inputs": json.dumps({**record, "roots": shared})},
-            )
+        held = {name: self.roots[name] for name in first.values()}
+        save_with_record(path, held, "inputs", {**record, "roots": shared})
 
     @classmethod
     def load(cls, path: Path) -> ModuleInputs:
         """Read what ``save`` wrote; raises UserError for any other file."""
-        tensors = load_safetensors(path)
-        with opened(path) as stream:
-            record: Any = json.loads((stream.metadata() or {}).get("inputs", "null"))
+        tensors, record = load_with_record(path, "inputs")
         if not isinstance(record, dict) or not set(record["roots"].values()) <= tensors.keys():
             raise UserError(f"{path} holds no statistics of inputs; make them with --prompts")
         roots = {name: tensors[at] for name, at in record.pop("roots").items()}

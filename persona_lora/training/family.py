@@ -7,26 +7,22 @@ what is trained on it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_path, ensure_writable_folder
-from persona_lora.core.json_text import parse_json
+from persona_lora.core.files import ensure_writable_folder
 from persona_lora.core.lora_diff import BaseModel
-from persona_lora.core.tensor_files import load_safetensors, opened
+from persona_lora.core.tensor_files import load_with_record, save_with_record
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     canonical_name,
@@ -78,16 +74,12 @@ class Family:
             "target_modules": sorted(self.factors),
             "origin": self.origin,
         }
-        with atomic_path(path) as temporary:
-            save_file(dict(self.factors), temporary, metadata={"family": json.dumps(record)})
+        save_with_record(path, self.factors, "family", record)
 
     @classmethod
     def load(cls, path: Path) -> Family:
         """Read what ``save`` wrote; raises UserError for any other file."""
-        tensors = load_safetensors(path)
-        with opened(path) as stream:
-            header = (stream.metadata() or {}).get("family", "{}")
-        record: Any = parse_json(header, str(path))
+        tensors, record = load_with_record(path, "family")
         if not isinstance(record, dict) or record.get("form") != FORM:
             raise UserError(f"{path} holds no family; name a file that is not there yet")
         ranks = {A.shape[0] for A in tensors.values() if A.ndim == 2 and A.dtype == torch.float32}
