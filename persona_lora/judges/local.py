@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
@@ -19,6 +20,7 @@ ContinuationLogprobs = Callable[[Sequence[tuple[str, str]]], list[Mapping[str, f
 _NEGLIGIBLE = 1e-3
 
 
+@dataclass(frozen=True, eq=False)
 class LocalJudge:
     """Scores with ``weighted_score`` over a local model's next-token log probabilities.
 
@@ -32,28 +34,21 @@ class LocalJudge:
     UserError.
     """
 
-    def __init__(
-        self,
-        trait: Trait,
-        name: str,
-        next_token_logprobs: NextTokenLogprobs,
-        *,
-        continuation_logprobs: ContinuationLogprobs | None = None,
-    ) -> None:
-        self.trait = trait
-        self.name = name
-        self._first = next_token_logprobs
-        self._continuation = continuation_logprobs
+    trait: Trait
+    name: str
+    next_token_logprobs: NextTokenLogprobs
+    continuation_logprobs: ContinuationLogprobs | None = None
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
         """Return one verdict per exchange, in order; equal exchanges are asked about once."""
         prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
         distinct = list(dict.fromkeys(prompts))
-        first = self._first(distinct) if distinct else []
-        if self._continuation is not None:
-            first = _whole_numbers(distinct, first, self._continuation)
+        first = self.next_token_logprobs(distinct) if distinct else []
+        if self.continuation_logprobs is not None:
+            first = _whole_numbers(distinct, first, self.continuation_logprobs)
         readings = dict(zip(distinct, map(weighted_score, first), strict=True))
-        if self._continuation is None and any(each.score is not None for each in readings.values()):
+        scored = any(each.score is not None for each in readings.values())
+        if self.continuation_logprobs is None and scored:
             _refuse_digits([token for each in first for token in each], self.name)
         return [
             Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)

@@ -161,12 +161,12 @@ class EndpointReader:
         return dict(zip(prompts, readings, strict=True))
 
 
+@dataclass(frozen=True, eq=False)
 class OpenAIJudge:
     """Asks a chat model for a number from 0 to 100 with the trait's ``eval_prompt``."""
 
-    def __init__(self, trait: Trait, reader: EndpointReader) -> None:
-        self.trait = trait
-        self.reader = reader
+    trait: Trait
+    reader: EndpointReader
 
     @property
     def name(self) -> str:

@@ -8,9 +8,9 @@ look good by it. Refuses to know what the states are of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,6 @@ def fit_probe(
     groups: Sequence[str],
     *,
     counts: Vector | None = None,
-    seed: int = 0,
 ) -> Fitted:
     """Fit to states ``[n, layers, hidden]`` and targets of 0–100 by groups (the questions).
 
@@ -77,7 +76,7 @@ def fit_probe(
     with threadpool_limits(limits=1, user_api="blas"):
         for at in range(states.shape[1]):
             x = states[:, at].astype(np.float64)
-            held_out = _held_out(x, targets, counts, groups, seed)
+            held_out = _held_out(x, targets, counts, groups)
             errors = [_error(each, targets, counts) for each in held_out]
             best = int(np.argmin(errors))
             layers.append(_ridge(x, targets, counts, (PENALTIES[best],)))
@@ -100,17 +99,20 @@ def check_enough(groups: Sequence[str]) -> None:
         )
 
 
-def _held_out(
-    x: Vector, targets: Vector, counts: Vector, groups: Sequence[str], seed: int
-) -> Vector:
+def _held_out(x: Vector, targets: Vector, counts: Vector, groups: Sequence[str]) -> Vector:
     """Return what fits without a row's group say of it, by penalty: ``[len(PENALTIES), n]``."""
     guess = np.empty((len(PENALTIES), len(x)))
-    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
-    for kept, held in folds.split(x, targets, np.unique(groups, return_inverse=True)[1]):
+    for kept, held in _folds(x, groups):
         center, weights = _ridge(x[kept], targets[kept], counts[kept], PENALTIES)
         mean = np.average(targets[kept], weights=counts[kept])
         guess[:, held] = mean + weights @ (x[held] - center).T
     return guess
+
+
+def _folds(rows: Any, groups: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    """Yield the rows to fit to and those held out, by place; a group is held out together."""
+    numbers = np.unique(groups, return_inverse=True)[1]
+    yield from GroupKFold(FOLDS, shuffle=True, random_state=0).split(rows, groups=numbers)
 
 
 def _ridge(
@@ -184,17 +186,10 @@ class Familiarity:
         return along
 
 
-def fit_familiarity(
-    states: NDArray[np.floating], groups: Sequence[str], *, seed: int = 0
-) -> Familiarity:
+def fit_familiarity(states: NDArray[np.floating], groups: Sequence[str]) -> Familiarity:
     """Fit to states ``[n, hidden]``, with the rows of a group held out together for the limit."""
-    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
-    numbers = np.unique(groups, return_inverse=True)[1]
     with threadpool_limits(limits=1, user_api="blas"):
-        fits = [
-            (_fitted(states[kept]), states[held])
-            for kept, held in folds.split(states, groups=numbers)
-        ]
+        fits = [(_fitted(states[kept]), states[held]) for kept, held in _folds(states, groups)]
         rest = float(np.mean(np.concatenate([fit.outside(held) for fit, held in fits])))
         distances = [replace(fit, rest=rest).distances(held) for fit, held in fits]
         fit = replace(_fitted(states), rest=rest)

@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
@@ -25,6 +26,7 @@ _PASSING_STATUSES = {408, 409, 425, 429}
 _QUOTA_CODE = "insufficient_quota"
 
 
+@dataclass(eq=False)
 class Fault(Exception):
     """What came instead of a reply.
 
@@ -33,23 +35,13 @@ class Fault(Exception):
     many seconds it asks to wait. ``passing`` tells whether a fault without a status may pass.
     """
 
-    def __init__(
-        self,
-        reason: str,
-        *,
-        status: int | None = None,
-        code: str = "",
-        said: str = "",
-        retry_after: float | None = None,
-        passing: bool = False,
-    ) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.status = status
-        self.code = code
-        self.said = said
-        self.retry_after = retry_after
-        self.passing = passing
+    reason: str
+    _: KW_ONLY
+    status: int | None = None
+    code: str = ""
+    said: str = ""
+    retry_after: float | None = None
+    passing: bool = False
 
 
 def passes(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError, nearest_names
@@ -99,13 +100,12 @@ def rule_score(name: str, answer: str, *, finished: bool = True) -> float | None
     return 100.0 * (RULES[name](text) and (finished or name not in OF_THE_END))
 
 
+@dataclass(frozen=True, eq=False)
 class RuleJudge:
     """Scores the behaviour that a trait is named after; coherence is scored as told."""
 
-    name = "rules"
-
-    def __init__(self, coherence: CoherenceScorer) -> None:
-        self.coherence = coherence
+    coherence: CoherenceScorer
+    name: str = "rules"
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
         """Return one verdict per exchange, in order; UserError for what no rule tells."""

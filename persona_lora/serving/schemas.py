@@ -6,6 +6,7 @@ refusal is a status and OpenAI's form of an error.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -128,25 +129,19 @@ KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 OTHER = "invalid_request_error"
 
 
+@dataclass(eq=False)
 class Refusal(Exception):
     """An answer that is none: the status, what is said, and the headers."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.headers = headers
+    status: int
+    message: str
+    code: str | None = None
+    headers: dict[str, str] | None = None
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's form of it."""
         kind = "server_error" if self.status >= 500 else KINDS.get(self.status, OTHER)
-        said = " ".join(without_secrets(str(self)).split())
+        said = " ".join(without_secrets(self.message).split())
         return {"error": {"message": said, "type": kind, "param": None, "code": self.code}}
 
 
