@@ -145,8 +145,11 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
-class Sought:
-    """What is searched for: a person's voice, scores of traits, or any function's highest value."""
+class Searched:
+    """What is searched for, by which directions, and from where.
+
+    A person's voice, scores of traits, or any function's highest value.
+    """
 
     persona_id: Annotated[str | None, "A persona's id: a folder in personas/."] = None
     targets: Annotated[
@@ -171,9 +174,24 @@ class Sought:
         "mix's own answers).",
     ] = ()
     datasets_dir: shared.DatasetsDir = None
+    method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
+    search: Annotated[
+        Literal["cmaes", "tpe", "random"] | None,
+        "How mixes are found: cmaes, tpe (Optuna; what --pareto takes), or random, the control.",
+    ] = None
+    inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
+    by: Annotated[
+        Literal["trait", "layers", "modules"],
+        "A coefficient for each trait, or for each third of its layers or kind of block.",
+    ] = "trait"
+    engine: shared.Engines = ()
 
     def check(self) -> None:
-        """UserError unless one thing is sought, and for options that it does not use."""
+        """UserError unless one thing is sought, and for options that nothing uses."""
+        self._check_sought()
+        self._check_search()
+
+    def _check_sought(self) -> None:
         if self.pareto:
             if len(self.targets) < 2:
                 raise UserError("--pareto needs two --targets at least: sycophancy=0,formality=70")
@@ -228,28 +246,9 @@ class Sought:
             return wanted, scorer, load_persona_prompts(self.prompts)
         return wanted, scorer, prompts_of(traits) if traits else None
 
-
-@dataclass(frozen=True)
-class Searched(Sought):
-    """What is searched for, by which directions, and from where."""
-
-    method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
-    search: Annotated[
-        Literal["cmaes", "tpe", "random"] | None,
-        "How mixes are found: cmaes, tpe (Optuna; what --pareto takes), or random, the control.",
-    ] = None
-    inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
-    by: Annotated[
-        Literal["trait", "layers", "modules"],
-        "A coefficient for each trait, or for each third of its layers or kind of block.",
-    ] = "trait"
-    engine: shared.Engines = ()
-
-    def check(self) -> None:
-        """UserError for options that what is sought, the method or the search does not use."""
+    def _check_search(self) -> None:
         from persona_lora.studies.personas.baselines import check_method
 
-        super().check()
         check_method(self.method)
         shared.EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
         if self.method != "lora":
@@ -331,13 +330,7 @@ class SavedOptions(shared.Written):
     """The folder of results."""
 
     output: Annotated[Path, "Where results are written.", "--output", "--save-dir"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOptions(SavedOptions):
-    """The same of a search that can be held to a protocol."""
-
-    protocol: shared.Protocol = None
+    protocol: shared.Protocol = field(default=None, kw_only=True)
 
 
 @command("optimize", PERSONAS)
@@ -347,7 +340,7 @@ def optimize(
     searching: SearchOptions,
     objective: ObjectiveOptions = SENSIBLE,
     bench: BenchOptions,
-    output: HeldOptions = HeldOptions(Path("optimization_results")),
+    output: SavedOptions = SavedOptions(Path("optimization_results")),
     model: shared.ModelOptions,
     judging: SoughtJudgeChoice,
     generation: Spoken = SHORT,
@@ -409,20 +402,8 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
     from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
     from persona_lora.report.trust import standing
-    from persona_lora.studies.personas.read_fits import (
-        agreement_line,
-        condition_fits,
-        constraints_line,
-        order_line,
-        seeds_line,
-    )
-    from persona_lora.studies.personas.read_goals import (
-        front_line,
-        goal_fits,
-        goal_line,
-        goal_tables,
-        is_front,
-    )
+    from persona_lora.studies.personas import read_fits as voices
+    from persona_lora.studies.personas import read_goals as goals
     from persona_lora.studies.personas.run import best_of
 
     result = best_of(results)
@@ -430,14 +411,14 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
     worth: tuple[str, ...]
     if problem.kind == "goal":
         config = problem.record()
-        fits = goal_fits(rows, config, objective)
-        worth = (goal_line(rows, config, result.best),)
-        if is_front(config):
-            worth = (front_line(rows, config, objective), *worth)
-        tables = goal_tables(rows, config, objective)
+        fits = goals.goal_fits(rows, config, objective)
+        worth = (goals.goal_line(rows, config, result.best),)
+        if goals.is_front(config):
+            worth = (goals.front_line(rows, config, objective), *worth)
+        tables = goals.goal_tables(rows, config, objective)
     else:
-        fits = condition_fits(rows, objective)
-        worth = (order_line(fits), agreement_line(rows))
+        fits = voices.condition_fits(rows, objective)
+        worth = (voices.order_line(fits), voices.agreement_line(rows))
         tables = [fit_table(fits, "held-out prompts and conversations")]
     (reported,) = (each for each in fits if each.condition == result.best)
     weights = ", ".join(
@@ -447,7 +428,7 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
     mix = folder / f"{result.persona_id}{MIX}.json"
     show(
         standing(Run(result.folder)),
-        f"{seeds_line(rows)} {constraints_line(reported)}",
+        f"{voices.seeds_line(rows)} {voices.constraints_line(reported)}",
         *worth,
         *tables,
         f"weights (the {result.best}, which stood highest on fresh prompts): {weights}",
@@ -490,6 +471,7 @@ class ComparedMethods:
             refuse_useless(f"{searching} search_seeds", f"{among}: no search")
 
 
+Unheld = Annotated[SavedOptions, ("output", "overwrite")]
 BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed", "seeds"
 
 
@@ -500,7 +482,7 @@ def compare_methods(
     searching: Annotated[SearchOptions, BUDGET] = SearchOptions(max_iterations=10),
     objective: ObjectiveOptions = SENSIBLE,
     bench: BenchOptions = BenchOptions(num_prompts=10),
-    output: SavedOptions = SavedOptions(Path("results/personas")),
+    output: Unheld = SavedOptions(Path("results/personas")),
     model: shared.ModelOptions,
     judging: PersonaJudgeChoice,
     generation: Spoken = SHORT,
@@ -689,25 +671,17 @@ def build_persona(
             write_profile=write_profile,
             overwrite=overwrite,
         )
-        _show_built(built)
+        console.print(read_text(built.folder / folders.PROFILE).strip())
+        counts = f"{built.num_train} training and {built.num_test} held-out utterances"
+        console.print(f"{counts} in {built.folder}")
+        if built.kept:
+            kept = ", ".join(built.kept)
+            show(f"left as they were: {kept} (--overwrite makes them anew)")
 
     if source.all:
         _raise_for(_failures(names, build), len(names))
     else:
         build(names[0])
-
-
-def _show_built(built: Any) -> None:
-    from persona_lora.core.files import read_text
-    from persona_lora.profiles.folders import PROFILE
-
-    console.print(read_text(built.folder / PROFILE).strip())
-    console.print(
-        f"{built.num_train} training and {built.num_test} held-out utterances in {built.folder}"
-    )
-    if built.kept:
-        kept = ", ".join(built.kept)
-        show(f"left as they were: {kept} (--overwrite makes them anew)")
 
 
 def _failures(names: Sequence[str], work: Callable[[str], None]) -> list[str]:
@@ -795,23 +769,18 @@ def validate_personas(
     """
     from persona_lora.core.files import write_json
     from persona_lora.core.personas import list_personas, load_persona
-    from persona_lora.judges.style_judge import (
-        LetterFeatures,
-        TextFeatures,
-        fit_judges,
-        validate_judges,
-    )
+    from persona_lora.judges import style_judge as styles
     from persona_lora.models.embeddings import SentenceEmbedder
 
     personas: list[Persona] = []
     names = list_personas(persona_dir)
     bad = _failures(names, lambda name: personas.append(load_persona(name, persona_dir)))
     with console.status("embedding utterances"):
-        features = LetterFeatures() if judge == "letters" else TextFeatures(SentenceEmbedder())
-        validations = [
-            validate_judges(personas, fit_judges(personas, split, features=features), split)
-            for split in SPLITS
-        ]
+        features: styles.Features = styles.LetterFeatures()
+        if judge == "embedding":
+            features = styles.TextFeatures(SentenceEmbedder())
+        fitted = {split: styles.fit_judges(personas, split, features=features) for split in SPLITS}
+        validations = [styles.validate_judges(personas, fitted[each], each) for each in SPLITS]
     _show_validations([persona.id for persona in personas], validations)
     if output is not None:
         write_json(output, [dataclasses.asdict(each) for each in validations])
@@ -822,24 +791,12 @@ def _show_validations(personas: Sequence[str], validations: Sequence[Any]) -> No
     from persona_lora.report import wording
     from persona_lora.report.sections import Table
 
-    headings = ["persona"]
+    headings, rows = ["persona"], [[persona] for persona in personas]
     for each in validations:
         headings += [f"{each.fitted_on}: AUC", "nearest", "of the two"]
-    rows = (
-        [
-            persona,
-            *(
-                cell
-                for each in validations
-                for cell in (
-                    wording.number(each.auc[persona], 2),
-                    each.nearest[persona].persona_id,
-                    wording.number(each.nearest[persona].auc, 2),
-                )
-            ),
-        ]
-        for persona in personas
-    )
+        for row in rows:
+            auc, nearest = each.auc[row[0]], each.nearest[row[0]]
+            row += [wording.number(auc, 2), nearest.persona_id, wording.number(nearest.auc, 2)]
     show(Table.of(" | ".join(headings), rows))
     for each in validations:
         show(
