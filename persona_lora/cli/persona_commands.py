@@ -776,9 +776,10 @@ def validate_personas(
     names = list_personas(persona_dir)
     bad = _failures(names, lambda name: personas.append(load_persona(name, persona_dir)))
     with console.status("embedding utterances"):
-        features: styles.Features = styles.LetterFeatures()
-        if judge == "embedding":
-            features = styles.TextFeatures(SentenceEmbedder())
+        letters = judge == "letters"
+        features: styles.Features = (
+            styles.LetterFeatures() if letters else styles.TextFeatures(SentenceEmbedder())
+        )
         fitted = {split: styles.fit_judges(personas, split, features=features) for split in SPLITS}
         validations = [styles.validate_judges(personas, fitted[each], each) for each in SPLITS]
     _show_validations([persona.id for persona in personas], validations)
