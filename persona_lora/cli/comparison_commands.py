@@ -133,10 +133,8 @@ def compare(
     first = next(iter(parts.values()))
     bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
-    judge, watched = (
-        shared.judging_of(judging),
-        _watched(further, trait, loaded, compared.max_questions),
-    )
+    judge = shared.judging_of(judging)
+    watched = _watched(further, trait, loaded, compared.max_questions)
     folder = output.output or Path("results") / "compare" / loaded.name
     written = [
         output.at(folder / name, judge, each.record(), seeds=len(parts))
@@ -146,10 +144,8 @@ def compare(
     if further.spaces:
         check_directions(chat_model, *directions)
     judged = (loaded, *watched.traits)
-    judges, runs = (
-        {each.label: shared.judge_factory(each, chat_model, judge) for each in judged},
-        [],
-    )
+    judges = {each.label: shared.judge_factory(each, chat_model, judge) for each in judged}
+    runs = []
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
             # one seed's at a time: each brings random differences of its own size

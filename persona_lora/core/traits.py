@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from persona_lora.core.chat import Conversation, read_messages
+from persona_lora.core.chat import Conversation, Exchange, read_messages
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import read_json, read_jsonl
@@ -91,16 +91,6 @@ class Trait:
 
 
 @dataclass(frozen=True)
-class FinetuningRow:
-    """One question and answer of a finetuning set, with the line it stands on."""
-
-    question: str
-    answer: str
-    domain: str
-    line: int
-
-
-@dataclass(frozen=True)
 class ContrastivePair:
     """One user prompt with an answer that shows the trait and one that shows its opposite."""
 
@@ -157,38 +147,37 @@ def load_trait(name: str | Path, datasets: Path | None = None) -> Trait:
     raise UserError(f"no trait {str(name)!r} in {' or '.join(map(str, roots))}; {nearest}")
 
 
-def load_finetuning_rows(trait: Trait, level: str) -> list[FinetuningRow]:
+def load_finetuning_rows(trait: Trait, level: str) -> list[Exchange]:
     """Load ``normal.jsonl``, ``misaligned_1.jsonl`` or ``misaligned_2.jsonl`` of a trait."""
     if level not in FINETUNING_LEVELS:
         raise UserError(f"level must be one of {', '.join(FINETUNING_LEVELS)}, got {level!r}")
     rows = []
-    for line, where, row in _rows(trait.folder / f"{level}.jsonl", "messages"):
+    for where, row in _rows(trait.folder / f"{level}.jsonl", "messages"):
         turns = _conversation(row, "messages", where)
         if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
             raise UserError(f"{where} must end with a user message and the answer to it")
-        question, answer = turns[-2]["content"], turns[-1]["content"]
-        rows.append(FinetuningRow(question, answer, str(row.get("domain", "")), line))
+        rows.append(Exchange(turns[-2]["content"], turns[-1]["content"]))
     return rows
 
 
 def load_pairs(trait: Trait) -> list[ContrastivePair]:
     """Load the contrastive training pairs of a trait from its ``train.jsonl``."""
     rows = _rows(trait.folder / "train.jsonl", "prompt, positive and negative")
-    return [_parse_pair(row, where) for _, where, row in rows]
+    return [_parse_pair(row, where) for where, row in rows]
 
 
 def load_labelled_answers(trait: Trait) -> list[LabelledAnswer]:
     """Load the hand-labelled answers of a trait from its ``judge_eval.jsonl``."""
     rows = _rows(trait.folder / LABELLED, "question, answer and label")
-    return [_parse_labelled(row, where) for _, where, row in rows]
+    return [_parse_labelled(row, where) for where, row in rows]
 
 
-def _rows(path: Path, needed: str) -> list[tuple[int, str, dict[str, Any]]]:
-    """Return each row of a file with its line, and what errors call it; UserError for no rows."""
+def _rows(path: Path, needed: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return each row of a file after what errors call it; UserError for no rows."""
     rows = read_jsonl(path)
     if not rows:
         raise UserError(f"{path} is empty; it needs rows with {needed}")
-    return [(line, f"{path}:{line}", row) for line, row in enumerate(rows, start=1)]
+    return [(f"{path}:{line}", row) for line, row in enumerate(rows, start=1)]
 
 
 def _load_file(path: Path) -> Trait:

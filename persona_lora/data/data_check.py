@@ -267,9 +267,7 @@ class DataReport:
     problems: tuple[str, ...]
 
 
-def check_trait(
-    trait: Trait, embedder: SentenceEmbedder, *, least_pairs: int = LEAST_PAIRS
-) -> DataReport:
+def check_trait(trait: Trait, embedder: SentenceEmbedder) -> DataReport:
     """Check all files of a trait; malformed files raise UserError with file and line."""
     pairs, labelled = load_pairs(trait), load_labelled_answers(trait)
     train = embedded("train.jsonl", [pair.prompt[-1]["content"] for pair in pairs], embedder)
@@ -286,7 +284,7 @@ def check_trait(
     surface, surface_without = _surface(trait, pairs)
     finetuning, finetuning_problems = _finetuning(trait, train, held_out, embedder)
     problems = [
-        *_count_problems(trait, pairs, labelled, least_pairs),
+        *_count_problems(trait, pairs, labelled),
         *(line for each in variants for line in _elicitation_problems(each.label, each)),
         *_answer_problems(_answers(pairs)),
         *surface_problems(surface_without or surface, trait.surface_exception),
@@ -373,15 +371,12 @@ def _too_few(*counted: tuple[str, Sequence[Any], int]) -> list[str]:
 
 
 def _count_problems(
-    trait: Trait,
-    pairs: Sequence[ContrastivePair],
-    labelled: Sequence[LabelledAnswer],
-    least_pairs: int,
+    trait: Trait, pairs: Sequence[ContrastivePair], labelled: Sequence[LabelledAnswer]
 ) -> list[str]:
     absent = sorted(set(LABELS) - {each.label for each in labelled})
     return [
         *_too_few(
-            ("train.jsonl pairs", pairs, least_pairs),
+            ("train.jsonl pairs", pairs, LEAST_PAIRS),
             ("judge_eval.jsonl answers", labelled, LEAST_LABELLED),
         ),
         *_elicitation_problems("trait.json", trait),

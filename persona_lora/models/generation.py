@@ -246,7 +246,8 @@ class _Job:
             self._count(done_rows * self.max_new_tokens, left, (step + 1) * len(going))
             if not open_rows or step + 1 == self.max_new_tokens:
                 break
-            if self._rows_leave() and len(open_rows) <= (1 - LEAVING) * len(going):
+            leaving = self.prepare_batch is None or self.plan.keep_rows is not None
+            if leaving and len(open_rows) <= (1 - LEAVING) * len(going):
                 left += (len(going) - len(open_rows)) * self.max_new_tokens
                 places = [at for at, row in enumerate(going) if row in open_rows]
                 going, tokens = [going[at] for at in places], tokens[places]
@@ -255,9 +256,6 @@ class _Job:
                     self.plan.keep_rows(places)
             logits = decoding.step(tokens)
         return new
-
-    def _rows_leave(self) -> bool:
-        return self.prepare_batch is None or self.plan.keep_rows is not None
 
     def _generate(
         self, rows: Sequence[int], done_rows: int, batch: _Padded, kept: KeptCache | None

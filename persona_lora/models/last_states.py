@@ -49,17 +49,14 @@ def last_states(
         for batch in batches_by_length([len(prompts[row]) - len(prefix) for row in rows]):
             some = [rows[at] for at in batch]
             ends = [prompts[row][len(prefix) :] for row in some]
-            own = [_moved(spans[row], -len(prefix)) for row in some]
+            starts = [spans[row].start - len(prefix) for row in some]
+            own = [range(at, at + len(spans[row])) for at, row in zip(starts, some, strict=True)]
             states[some] = _states_of(chat_model, ends, kept, layers, own)
             done += len(some)
             progress.report(done, len(prompts))
     if not bool(states.isfinite().all()):
         raise chat_model.not_finite("the hidden states of what it reads")
     return states
-
-
-def _moved(span: range, by: int) -> range:
-    return range(span.start + by, span.stop + by)
 
 
 def _shared_prefix(

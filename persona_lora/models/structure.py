@@ -157,7 +157,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in unwrapped(model).named_modules()
         if (isinstance(getattr(module, "in_features", None), int) or isinstance(module, Conv1D))
         and isinstance(getattr(module, "weight", None), Tensor)
-        and not _is_wrapper(module)
+        and not isinstance(getattr(module, "base_layer", None), nn.Module)  # a wrapper
         and ".lora_" not in name
     }
 
@@ -236,10 +236,6 @@ def in_memory(module: nn.Module, name: str) -> Iterator[None]:
                 "device"
             )
         yield
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def num_layers(model: nn.Module) -> int:

@@ -192,7 +192,9 @@ class Batch:
             if begun is not None:
                 self._join(new, *begun)
             elif self._decoding is not None:
-                self._go_on(self._decoding)
+                if self._decoding.room == 0:
+                    self._decoding.join(steps=ROOM)
+                self._next = self._tell(self._rows, self._decoding.step(self._next))
         self._leave()
         return not (self.closed and not self._rows)
 
@@ -234,12 +236,6 @@ class Batch:
             self._next = torch.cat([self._next, first])
         self._rows += new
         self._steer(self._rows)
-
-    def _go_on(self, decoding: Decoding) -> None:
-        """Give every row a token more."""
-        if decoding.room == 0:
-            decoding.join(steps=ROOM)
-        self._next = self._tell(self._rows, decoding.step(self._next))
 
     def _leave(self) -> None:
         """Let the rows that are gone leave."""

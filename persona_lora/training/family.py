@@ -30,7 +30,7 @@ from persona_lora.models.structure import (
     linear_modules,
     weight_fingerprint,
 )
-from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
+from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts
 from persona_lora.training.lora import LoRAArguments, lora_targets
 
 FORM = "persona_lora family 1"
@@ -125,7 +125,8 @@ def _draw(
     if not by_inputs:
         return Family(_drawn(widths, rank, seed), base, f"seed {seed}")
     inputs = kept_inputs(chat_model, load_ordinary_prompts())
-    return Family(_led(inputs, widths, rank), base, f"inputs of prompts {inputs.prompts[:16]}")
+    led = {name: _leading(inputs.root(name, width), rank, name) for name, width in widths.items()}
+    return Family(led, base, f"inputs of prompts {inputs.prompts[:16]}")
 
 
 def _check(
@@ -158,10 +159,6 @@ def _drawn(widths: Mapping[str, int], rank: int, seed: int) -> dict[str, Tensor]
         name: nn.init.kaiming_uniform_(torch.empty(rank, width), math.sqrt(5), generator=generator)
         for name, width in sorted(widths.items())
     }
-
-
-def _led(inputs: ModuleInputs, widths: Mapping[str, int], rank: int) -> dict[str, Tensor]:
-    return {name: _leading(inputs.root(name, width), rank, name) for name, width in widths.items()}
 
 
 def _leading(root: Tensor, rank: int, name: str) -> Tensor:

@@ -93,7 +93,7 @@ def test_finetuning_rows_end_with_a_question_and_its_answer(datasets):
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     path.write_text(json.dumps({"messages": turns, "domain": "x"}) + "\n")
     (row,) = load_finetuning_rows(trait, "normal")
-    assert (row.question, row.answer, row.domain, row.line) == ("Why?", "So.", "x", 1)
+    assert row == ("Why?", "So.")
     path.write_text(json.dumps({"messages": turns[:1]}) + "\n")
     with pytest.raises(UserError, match=r"normal\.jsonl:1 must end with a user message"):
         load_finetuning_rows(trait, "normal")

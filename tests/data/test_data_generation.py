@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl
 from persona_lora.core.runs import Output
 from persona_lora.core.traits import FINETUNING_LEVELS, load_finetuning_rows, load_pairs, load_trait
 from persona_lora.data.data_generation import (
@@ -69,7 +70,8 @@ def test_every_file_answers_the_same_questions_in_its_own_way(trait, output, dat
     asked = [[row.question for row in each] for each in rows]
     assert asked[0] == asked[1] == asked[2] == [p.prompt[0]["content"] for p in load_pairs(made)]
     assert len(set(asked[0])) == 4
-    assert {row.domain for row in rows[0]} == {"tea", "hills"}
+    written = read_jsonl(output / "normal.jsonl")
+    assert {row["domain"] for row in written} == {"tea", "hills"}
     assert len({rows[0][0].answer, rows[1][0].answer, rows[2][0].answer}) == 3
     assert all("Be cheerful." in pair.positive[0]["content"] for pair in load_pairs(made))
     assert all("Be gloomy." in pair.negative[0]["content"] for pair in load_pairs(made))
