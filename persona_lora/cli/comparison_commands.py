@@ -129,7 +129,7 @@ def compare(
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.spaces import check_directions
 
-    loaded, parts = trait.load(), ways.by_seed()
+    loaded, parts, datasets = trait.load(), ways.by_seed(), trait.datasets_dir
     first = next(iter(parts.values()))
     bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
@@ -143,9 +143,8 @@ def compare(
     chat_model = model.load(made, allow_other_base=ways.allow_other_base)
     if further.spaces:
         check_directions(chat_model, *directions)
-    judged = (loaded, *watched.traits)
+    judged, runs = (loaded, *watched.traits), []
     judges = {each.label: shared.judge_factory(each, chat_model, judge) for each in judged}
-    runs = []
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
             # one seed's at a time: each brings random differences of its own size
@@ -158,12 +157,11 @@ def compare(
                 to,
                 comparing=dataclasses.replace(compared, coefficients=coefficients),
                 options=generation,
-                datasets=trait.datasets_dir,
+                datasets=datasets,
             )
             runs.append(Run(to.path))
-        to, datasets = written[0], trait.datasets_dir
-        more = _further(chat_model, loaded, bank, further, directions, to, datasets)
-        more += _side_effects(chat_model, loaded, bank, watched, judges, to, generation)
+        more = _further(chat_model, loaded, bank, further, directions, written[0], datasets)
+        more += _side_effects(chat_model, loaded, bank, watched, judges, written[0], generation)
     if len(runs) > 1:
         shared.show_seeds(folder, runs)
     else:
