@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import importlib
 import json
+import pkgutil
 import shutil
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import torch
 import typer
 import yaml
 
+import persona_lora
 from persona_lora import cli
 from persona_lora.cli.program import OPTIONS
 from persona_lora.core.errors import UserError
@@ -873,8 +876,16 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """All modules of the package: one first imported beside a spy would keep it for other tests."""
+    for each in pkgutil.walk_packages(persona_lora.__path__, X):
+        if not each.name.endswith("__main__"):
+            importlib.import_module(each.name)
+
+
 @pytest.fixture
-def calls(folder, monkeypatch):
+def calls(folder, imported, monkeypatch):
     """Return a function that runs a command and returns the leaves of all that the library got."""
     monkeypatch.chdir(folder)
     for name in ("OPENAI_BASE_URL", "JUDGE_MODEL"):
@@ -885,6 +896,7 @@ def calls(folder, monkeypatch):
     def run(command: str, words: tuple[str, ...]) -> set[str]:
         made = COMMANDS[command]
         seen: set[str] = set()
+        spies: list[Any] = []
 
         def spy(name: str, answer: Any, stops: bool) -> Any:
             def called(*arguments: Any, **keywords: Any) -> Any:
@@ -893,6 +905,7 @@ def calls(folder, monkeypatch):
                     raise Stop
                 return answer
 
+            spies.append(called)
             return called
 
         with monkeypatch.context() as patch:
@@ -909,6 +922,9 @@ def calls(folder, monkeypatch):
                 patch.setattr(owner, last, spy(name, answers.get(name), name in made.stops))
             with contextlib.suppress(Stop):
                 TOP.main([*command.split(), *words], standalone_mode=False)
+        ours = [vars(module) for name, module in sys.modules.items() if name.startswith(X)]
+        kept = {id(each) for held in ours for each in held.values()}
+        assert kept.isdisjoint(map(id, spies))
         return seen
 
     return run
