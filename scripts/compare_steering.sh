@@ -35,7 +35,7 @@ for trait in "$@"; do
     options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60
         --max-questions "${QUESTIONS:-20}" --random-controls "${CONTROLS:-3}" ${SPLIT:+--split "$SPLIT"})
     if [ -n "$quick" ]; then
-        diffs=checkpoints/ready/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30)
+        diffs=checkpoints/ready/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30 --random-controls 1)
         [ -e "$diffs/diff.json" ] || persona-lora gallery get --traits "$trait"
     else
         [ -e "$diffs/seed2/diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" \

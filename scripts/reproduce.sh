@@ -12,6 +12,9 @@ results=results quick=()
 if [ "${1:-}" = --quick ]; then
     results=results_quick quick=(--quick)
     shift
+    for trait in evil sycophancy self_other_focus formality intimacy narrative_mode emotional_tone; do
+        [ -e "checkpoints/ready/$trait/diff/diff.json" ] || persona-lora gallery get --traits "$trait"
+    done
 fi
 questions=" ${*:-1 2 3 4 5} "
 asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done; return 1; }
@@ -42,7 +45,6 @@ if asked 3 5; then
     made=checkpoints few=(--coefficients "${COEFFICIENTS:-0.5,1,-1}" --max-new-tokens 60)
     if [ -n "${quick[*]}" ]; then
         others=sycophancy made=checkpoints/ready few=(--coefficients 0.5 --max-new-tokens 20 --max-questions 3)
-        [ -e "$made/evil/diff/diff.json" ] || persona-lora gallery get
     else
         bash scripts/eval_lora_steering.sh
         bash scripts/train_style_traits.sh
@@ -63,7 +65,6 @@ fi
 # 4. Can several persona LoRAs be combined?
 if asked 4; then
     if [ -n "${quick[*]}" ]; then
-        [ -e checkpoints/ready/formality/diff/diff.json ] || persona-lora gallery get
         persona-lora compare-methods --persona-id episode-000101_B --trait-vector-dir checkpoints/ready \
             --methods lora,random,equal,prompt --max-iterations 2 --population-size 4 --num-prompts 3 \
             --max-new-tokens 20 --output "$results/personas"
