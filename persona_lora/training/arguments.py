@@ -277,7 +277,7 @@ def parse_groups(arguments: Sequence[str], groups: tuple[type, ...], page: HelpP
         raise UserError(_unknown_flag(parser, unknown))
     read = vars(parser.parse_args(words))
     given = {name: read[name] for name in read if read[name] != usual[name]}
-    _refuse_idle(given, read)
+    _refuse_idle(given, read, words)
     return Parsed(tuple(options), given)
 
 
@@ -297,18 +297,16 @@ _IDLE = {
 _LORA = tuple(each.name for each in dataclasses.fields(LoRAArguments))
 
 
-def _refuse_idle(given: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+def _refuse_idle(given: Mapping[str, Any], read: Mapping[str, Any], words: Sequence[str]) -> None:
     """Raises UserError for a text that is empty, and for an option that would do nothing.
 
-    ``read`` are the values of all options, ``given`` those that differ from the defaults.
+    ``read`` are the values of all options, ``given`` those that differ from the defaults; LoRA's
+    may stand in a configuration that ``words`` beside it train all weights of.
     """
     idle = dict(_IDLE)
     if read.get("use_peft") is False:
-        idle["all weights are trained (use_peft)"] = _LORA
-    for kind in ("save", "logging"):
-        strategy = str(read[f"{kind}_strategy"]).rpartition(".")[2].lower()
-        if strategy != "steps":
-            idle[f"with {kind}_strategy {strategy}"] = (f"{kind}_steps",)
+        typed = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
+        idle["all weights are trained (use_peft)"] = tuple(typed.intersection(_LORA))
     for name, value in given.items():
         if value == "" and name != "system_prompt":
             raise UserError(f"{name} is empty; give it a value, or leave it out")

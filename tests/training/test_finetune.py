@@ -264,7 +264,7 @@ def test_a_finetune_is_given_again_by_its_config(monkeypatch, tmp_path):
     prevention = '{"method": "activations", "vector": "v.pt", "coefficient": -2, "layers": [3]}'
     module.main([
         "--train_file", "rows.jsonl", "--lora_target_modules", "q_proj", "v_proj", "--lora_r=8",
-        "--use_peft", "false", "--learning_rate", "1e-3", "--use_cpu", "true", "--model", "a/model",
+        "--learning_rate", "1e-3", "--use_cpu", "true", "--model", "a/model",
         "--preventative", prevention, "--chat-template-args", '{"b": 1}', "--drift-diffs", "a", "b",
     ])  # fmt: skip
     config = tmp_path / "run" / "config.yaml"
