@@ -65,12 +65,12 @@ PERSONA_JUDGES = {
 }
 
 
-def judge_names(judge: str, known: Mapping[str, str] = JUDGES) -> list[str]:
+def judge_names(judge: str, known: Mapping[str, Any]) -> list[str]:
     """Return the judges in "embedding,openai"; UserError for an unknown one, twice one, or none."""
     names = [name.strip() for name in judge.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        kind = "judge" if known is JUDGES else "persona judge"
+        kind = "persona judge" if known is PERSONA_JUDGES else "judge"
         name = unknown[0] if unknown else judge
         raise UserError(f"no {kind} {name!r}; {nearest_names(name, known)}")
     if len(set(names)) < len(names):

@@ -111,7 +111,7 @@ def make_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Jud
 
     Raises UserError for an unknown name, or a judge that cannot work (no key, no embedder).
     """
-    names = judge_names(options.judge)
+    names = judge_names(options.judge, JUDGES)
     judges = [JUDGES[name](trait, reference, options) for name in names]
     return judges[0] if len(judges) == 1 else MultiJudge(judges)
 
@@ -140,7 +140,7 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
     # Without rated answers the classifier judges in the reader's place.
     first = [
         "embedding" if each == "reader" and not has_ratings(trait) else each
-        for each in judge_names(options.judge)
+        for each in judge_names(options.judge, JUDGES)
     ]
     missing = {
         "reader": "" if has_ratings(trait) else ON_POLICY,
@@ -173,7 +173,7 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
     if has_labels(trait):
         load_labelled_answers(trait)
     second = second_name(trait, options)
-    for name in [*judge_names(options.judge), *([] if second is None else [second])]:
+    for name in [*judge_names(options.judge, JUDGES), *([] if second is None else [second])]:
         if name == "sentences" and not has_ratings(trait):
             raise UserError(
                 f"the trait {trait.name} has no {ON_POLICY}, and --judge sentences is fitted to "
@@ -218,7 +218,7 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     embedded = ("reader", "sentences", "embedding")
     if any(name in options.judge for name in embedded) or beside in (None, *embedded):
         read["the sentence embedder"] = embedder_content()
-    local = "local" in (*judge_names(options.judge), beside)
+    local = "local" in (*judge_names(options.judge, JUDGES), beside)
     if options.judge_model is not None and (local or _reader_name(options)):
         read["the judge's model"] = named_content(options.judge_model)
     return read
@@ -239,7 +239,9 @@ def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> 
 
 def _reader_name(options: JudgeOptions) -> str | None:
     """Return the reader that is asked for; beside a prompted judge the model is that one's."""
-    alone = judge_names(options.judge) == ["reader"] and options.second_judge not in PROMPTED
+    alone = (
+        judge_names(options.judge, JUDGES) == ["reader"] and options.second_judge not in PROMPTED
+    )
     return options.judge_model if alone else None
 
 
