@@ -38,7 +38,7 @@ for trait in "$@"; do
         diffs=checkpoints/ready/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30 --random-controls 1)
         [ -e "$diffs/diff.json" ] || persona-lora gallery get --traits "$trait"
     else
-        [ -e "$diffs/seed2/diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" \
+        [ -e "$diffs/seed$((${SEEDS:-3} - 1))/diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" \
             --model "$model" --seeds "${SEEDS:-3}" --output_dir "$diffs"
         if [ -n "$protocol" ]; then
             name=$(basename "${protocol#*compare_}" .yaml)

@@ -435,7 +435,11 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
         f"{found.reason}; best training value {wording.number(found.best.value, 2)}",
         f"weights: {folder / result.persona_id}{WEIGHTS}.json",
-        *(f"mix:     {each} (for serve and the playground)" for each in [mix] if each.is_file()),
+        *(
+            f"mix:     {each} (for serve, and the playground up to ±4)"
+            for each in [mix]
+            if each.is_file()
+        ),
         f"report:  {result.folder / 'report.html'}",
     )
     for check in problem.checks:

@@ -462,6 +462,8 @@ def serve(*, served: ServerOptions, model: shared.ModelOptions) -> None:
             chat_model, diffs, max_batch=served.max_batch, most_waiting=served.max_waiting
         )
         personas = Personas(batch.traits, served.mixes, served.of_nats(diffs))
+        for name, reason in personas.left_out().items():
+            show(f"not served: {served.mixes / name}.json ({reason})")
         host, port = place.getsockname()[:2]
         show(f"http://{host}:{port}/v1 answers as {', '.join(personas.names())} (Ctrl+C ends it)")
         Server(Service(batch, personas, key), served.grace).answer(place)

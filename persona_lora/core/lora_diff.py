@@ -472,9 +472,9 @@ def load_named(folder: Path, name: str) -> LoRADiff:
 
     UserError for a part that the diff has not.
     """
-    trait, _, part = name.partition("@")
+    trait, parted, part = name.partition("@")
     whole = LoRADiff.load(folder / trait / "diff")
-    return part_of(whole, part) if part else whole
+    return part_of(whole, part) if parted else whole
 
 
 class _Lazy(FactorsOnDisk):

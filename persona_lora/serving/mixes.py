@@ -37,16 +37,29 @@ class Personas:
     def names(self) -> list[str]:
         """Return "base", each trait alone, and the saved mixes that can be served now."""
         alone = [f"{BASE}+1*{trait}" for trait in self.traits]
-        return [BASE, *alone, *(name for name in saved_mixes(self.folder) if self._served(name))]
+        out = self.left_out()
+        return [BASE, *alone, *(name for name in saved_mixes(self.folder) if name not in out)]
+
+    def left_out(self) -> dict[str, str]:
+        """Return why saved mixes cannot be served, by name; nothing of those that can."""
+        found = {}
+        for name in saved_mixes(self.folder):
+            try:
+                self.mix(name)
+            except (UserError, OSError) as error:
+                found[name] = str(error)
+        return found
 
     def mix(self, name: str) -> list[float]:
         """Return a persona's coefficients in the order of the traits.
 
         UnknownPersona for a name or trait that is not here; UserError for a mix that is malformed
-        or out of bounds, which for nats are those that were measured.
+        or, in a name, out of bounds, which for nats are those that were measured. A saved mix has
+        none: a search measured it, and parts of diffs take larger coefficients than whole ones.
         """
         found: Mapping[str, Strength]
-        if name == BASE or name.startswith((f"{BASE}+", f"{BASE}-")):
+        named = name == BASE or name.startswith((f"{BASE}+", f"{BASE}-"))
+        if named:
             found = _parsed(name)
         elif name in saved_mixes(self.folder):
             found = Coefficients.read(self.folder / f"{name}.json").as_dict()
@@ -61,7 +74,8 @@ class Personas:
                     f"{name}: no trait {trait!r} is served; {nearest_names(trait, self.traits)}"
                 )
         plain = {trait: each for trait, each in found.items() if not isinstance(each, Nats)}
-        values = Coefficients.of(plain).bounded().as_dict()
+        mix = Coefficients.of(plain)
+        values = (mix.bounded() if named else mix).as_dict()
         values |= {
             trait: self._coefficient(trait, each)
             for trait, each in found.items()
@@ -73,13 +87,6 @@ class Personas:
         if trait not in self.of_nats:
             raise UserError(f"nats of {trait} are not served here; give a coefficient")
         return self.of_nats[trait](nats)
-
-    def _served(self, name: str) -> bool:
-        try:
-            self.mix(name)
-        except (UserError, OSError):
-            return False
-        return True
 
 
 def _parsed(name: str) -> dict[str, Strength]:

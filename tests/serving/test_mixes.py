@@ -85,6 +85,15 @@ def test_what_can_be_served_is_listed(personas):
         personas.mix(name)
 
 
+def test_a_saved_mix_is_served_as_a_search_found_it_and_what_is_left_out_is_told(personas):
+    write_json(personas.folder / "found_mix.json", {"evil": -12.5})
+    assert personas.mix("found_mix") == [-12.5, 0, 0]
+    assert "found_mix" in personas.names()
+    out = personas.left_out()
+    assert set(out) == {"list", "other", "torn"}
+    assert "greed" in out["other"]
+
+
 def test_a_part_of_a_diff_is_served_by_the_name_that_a_search_gives_it(make_diff, model, tmp_path):
     make_diff(model, seed=1).save(tmp_path / "evil" / "diff")
     mixed = Mixed(("evil", "evil@0-0"), tmp_path)
@@ -97,3 +106,5 @@ def test_a_part_of_a_diff_is_served_by_the_name_that_a_search_gives_it(make_diff
     assert personas.mix("found_mix") == personas.mix("base+0.5*evil@0-0") == [0.0, 0.5]
     with pytest.raises(UserError, match="holds no diff of good@0-0"):
         Mixed(("good@0-0",), tmp_path).load()
+    with pytest.raises(UserError, match="changes nothing in ''"):
+        Mixed(("evil@",), tmp_path).load()
