@@ -212,9 +212,11 @@ class Searched:
 
     def judging(self, choice: JudgeChoice) -> JudgeChoice:
         """Return who judges, which may be left to what is sought; UserError for who cannot."""
+        from persona_lora.judges import choice as judges
+
         usual = "reader" if self.targets else "embedding"
         chosen = usual if choice.judge == AUTO else choice.judge
-        judge_names(chosen, JUDGES if self.targets else PERSONA_JUDGES)
+        judge_names(chosen, judges.JUDGES if self.targets else PERSONA_JUDGES)
         return dataclasses.replace(choice, judge=chosen)
 
     def limited(self, objective: ObjectiveOptions) -> ObjectiveOptions:
