@@ -74,5 +74,6 @@ if asked 4; then
 fi
 runs=$results/compare/*/seed*/ page=docs/results.md
 [ -z "${quick[*]}" ] || runs=$results/compare/*/ page=$results/answers.md
-persona-lora report $(ls -d $runs $results/further/ 2>/dev/null) --output $results/reproduced.html
+compared=$(ls -d $runs $results/further/ 2>/dev/null || true)
+[ -z "$compared" ] || persona-lora report $compared --output $results/reproduced.html
 persona-lora research-questions --results $results --output $page
