@@ -20,9 +20,9 @@ questions=" ${*:-1 2 3 4 5} "
 asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done; return 1; }
 others=sycophancy,hallucination,corrigibility,formality,emotional_tone
 # What each part does, and about how long it takes on two cores: all of it | --quick.
-plan="1:weights or activations, three traits, three training seeds:2.5 hours:3 minutes
-2:forty finetunes and their projections; prevention:3.5 hours:6 minutes
-3:speed, with 5:1 hour:4 minutes
+plan="1:weights or activations, three traits, three training seeds:2.5 hours:2 minutes
+2:forty finetunes and their projections; prevention:3.5 hours:5 minutes
+3:speed, with 5:1 hour:5 minutes
 4:persona searches by seven methods over all personas:8 hours:3 minutes
 5:geometry of weights and activations, with 3:::"
 while IFS=: read -r part what long short; do
