@@ -107,6 +107,18 @@ def test_one_seed_is_exploratory_and_says_so(run, world):
     assert "Exploratory, one seed." in (world / "out/report.html").read_text()
 
 
+@pytest.mark.parametrize("words", [SWEEP, EVALUATE, COMPARE])
+def test_a_single_seed_in_the_folder_of_seeds_is_one_run(run, world, words):
+    for seed in (1, 2):
+        shutil.rmtree(world / f"trained/seed{seed}")
+    status, said, error = run(*words.split(), "--diff", "trained")
+    assert status == 0, error
+    assert said.startswith("Exploratory, one seed.")
+    assert json.loads((world / "out/seed0/run.json").read_text())["status"] == "finished"
+    if words == EVALUATE:
+        assert [row["seed"] for row in csv.DictReader((world / "out.csv").open())] == ["seed0"] * 2
+
+
 def test_evaluate_asks_every_seed_and_reads_them_together(run, world):
     family = {"command": "evaluate", "family": ""}
     freeze(run, "p.yaml", "--questions", "eval=2", "--seeds", "3", **family)

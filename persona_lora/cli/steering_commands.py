@@ -220,8 +220,9 @@ def evaluate(
                 options=generation,
             )
             runs[name] = Run(result.run)
-    if len(runs) > 1:
+    if "" not in runs:
         evaluation.write_scores(output.output, loaded.name, runs)
+    if len(runs) > 1:
         shared.show_seeds(folder, list(runs.values()))
         return
     show(standing(Run(result.run)), result.table(loaded.name), *result.lines(loaded.name))

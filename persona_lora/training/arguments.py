@@ -47,8 +47,6 @@ class TrainedModel(LoadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seeds is not None and self.seeds < 2:
-            raise UserError(f"seeds must be at least 2, got {self.seeds}; leave it out for one")
         _refuse_out_of_range(self)
 
     def model_record(self) -> dict[str, Any]:
@@ -201,7 +199,7 @@ BY_EPOCHS = -1  # TRL's max_steps where num_train_epochs counts
 SEEDS = 2**32
 _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("max_length", "save_total_limit", "drift_every"), 1),
+    **dict.fromkeys(("max_length", "save_total_limit", "drift_every", "seeds"), 1),
     **dict.fromkeys(("seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
     **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers"), 0),

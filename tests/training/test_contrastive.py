@@ -17,6 +17,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model
 from persona_lora.models.structure import weight_fingerprint
+from persona_lora.studies.read_seeds import diffs_of_seeds
 from persona_lora.training import contrastive, trainer
 from persona_lora.training.contrastive import main, output_folder, train_contrastive
 from persona_lora.training.trainer import CompletionTrainer, last_whole_checkpoint
@@ -159,8 +160,13 @@ def test_several_seeds_have_a_folder_each_and_are_gone_on_with(
     assert len({each["the diff"] for each in inputs}) == 3
     main(run_arguments(tmp_path / "alone", "--seed", "8"))
     assert LoRADiff.load(tmp_path / "alone" / "diff").content() == inputs[1]["the diff"]
-    with pytest.raises(UserError, match="seeds must be at least 2"):
-        main(run_arguments(tmp_path / "one", "--seeds", "1"))
+    main(run_arguments(tmp_path / "one", "--seeds", "1", "--seed", "7"))
+    found = diffs_of_seeds(tmp_path / "one")
+    assert {name: LoRADiff.load(at).content() for name, at in found.items()} == {
+        "seed0": inputs[0]["the diff"]
+    }
+    with pytest.raises(UserError, match="seeds must be at least 1, got 0"):
+        main(run_arguments(tmp_path / "none", "--seeds", "0"))
 
 
 def test_same_seed_gives_the_same_adapters_as_does_the_written_config(

@@ -234,7 +234,7 @@ class Screening:
         rows = (
             [str(row["rank"]), str(row["row"]), wording.number(row["difference"], 2)]
             + [row["answer"][:60]]
-            for row in (*self.rows[:5], *self.rows[-3:])
+            for row in (*self.rows[:5], *self.rows[5:][-3:])
         )
         return Table.of("rank | row | difference | answer", rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import Along
 from persona_lora.studies.vectors.read import separation_table
 from persona_lora.studies.vectors.text_projection import (
+    Screening,
     Texts,
     base_of_adapter,
     project_texts,
@@ -199,6 +201,13 @@ def test_differences_equal_a_naive_loop_and_are_ranked(chat_model, texts, vector
     assert [row["rank"] for row in found.rows] == [1, 2, 3, 4]
     read = read_csv(tmp_path / "s.csv", ("answer",))
     assert [row["answer"] for row in read] == [row["answer"] for row in found.rows]
+
+
+@pytest.mark.parametrize("number", [1, 4, 6, 8, 9])
+def test_no_row_is_shown_twice(number):
+    rows = [{"rank": at, "row": at, "difference": 0.0, "answer": ""} for at in range(number)]
+    shown = [int(row[0]) for row in Screening(tuple(rows), 0.0, Path("s.csv")).table().rows]
+    assert shown == [at for at in range(number) if at < 5 or at >= number - 3]
 
 
 def test_the_threshold_flags(chat_model, texts, vector, tmp_path):
