@@ -23,7 +23,7 @@ others=sycophancy,hallucination,corrigibility,formality,emotional_tone
 plan="1:weights or activations, three traits, three training seeds:2.5 hours:2 minutes
 2:forty finetunes and their projections; prevention:3.5 hours:5 minutes
 3:speed, with 5:1 hour:5 minutes
-4:persona searches by seven methods over all personas:8 hours:3 minutes
+4:persona searches over twelve personas, three training seeds:2 hours:3 minutes
 5:geometry of weights and activations, with 3:::"
 while IFS=: read -r part what long short; do
     asked "$part" || continue
@@ -69,7 +69,8 @@ if asked 4; then
             --methods lora,random,equal,prompt --max-iterations 2 --population-size 4 --num-prompts 3 \
             --max-new-tokens 20 --output "$results/personas"
     else
-        bash scripts/compare_methods.sh
+        SEEDS=3 PROTOCOL=docs/protocols/compare_methods.yaml METHODS=lora,random,equal,prompt ITERATIONS=6 PROMPTS=6 \
+            bash scripts/compare_methods.sh episode-000{101,117,142,158,173,196}_{A,B}
     fi
 fi
 runs=$results/compare/*/seed*/ page=docs/results.md

@@ -477,7 +477,6 @@ class ComparedMethods:
             refuse_useless(f"{searching} search_seeds", f"{among}: no search")
 
 
-Unheld = Annotated[SavedOptions, ("output", "overwrite")]
 BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed", "seeds"
 
 
@@ -488,7 +487,7 @@ def compare_methods(
     searching: Annotated[SearchOptions, BUDGET] = SearchOptions(max_iterations=10),
     objective: ObjectiveOptions = SENSIBLE,
     bench: BenchOptions = BenchOptions(num_prompts=10),
-    output: Unheld = SavedOptions(Path("results/personas")),
+    output: SavedOptions = SavedOptions(Path("results/personas")),
     model: shared.ModelOptions,
     judging: PersonaJudgeChoice,
     generation: Spoken = SHORT,

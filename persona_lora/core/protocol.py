@@ -19,7 +19,7 @@ from persona_lora.core.settings import read_yaml, typed_fields
 
 LEVEL = 0.95
 LEAST_SCORED = 0.8
-Held = Literal["evaluate", "sweep", "compare", "predict-finetuning", "optimize"]
+Held = Literal["evaluate", "sweep", "compare", "predict-finetuning", "optimize", "compare-methods"]
 REMEDY = "run what it says, or leave out --protocol: then the run is exploratory"
 
 
@@ -48,8 +48,8 @@ class Design:
         units, test = "questions", "sign-flip"
         if command == "predict-finetuning":
             units, test = "data sets", "permutation"
-        elif command == "optimize":
-            units = "prompts"
+        elif command in ("optimize", "compare-methods"):
+            units = "prompts" if command == "optimize" else "personas"
         elif seeds > 1:
             units, test = "questions and seeds", "two-way t"
         return cls(command, dict(questions), tuple(sorted(family)), seeds, units, test)

@@ -71,7 +71,8 @@ def _asked(run: Run) -> Iterator[tuple[str, Any, bool]]:
             place = "" if part is run else f" ({part.folder.relative_to(run.folder)})"
             yield f"{row['method']}{value}{place}", row["question_id"], row["row"] in scored
     for row in run.read("held_out"):
-        yield row["condition"], row["prompt_id"], row["score"] is not None
+        asked = row.get("persona"), row["prompt_id"]
+        yield row["condition"], asked, row["score"] is not None
 
 
 WEAK_AUC = 0.8

@@ -16,14 +16,22 @@ from typing import Any
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
 from persona_lora.core.personas import Coefficients
+from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.judges.answer_gates import THRESHOLDS
 from persona_lora.models.processes import recorded
 from persona_lora.models.structure import num_layers, read_layers
 from persona_lora.report.comparisons import ConditionFit, fits_over_personas
+from persona_lora.report.trust import standing
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.asking.run import open_run
-from persona_lora.studies.personas.baselines import RANDOM, directions_of, sources
+from persona_lora.studies.personas.baselines import (
+    LORA,
+    RANDOM,
+    directions_of,
+    sources,
+    trainings,
+)
 from persona_lora.studies.personas.bench import PersonaBench
 from persona_lora.studies.personas.figure import render_comparison
 from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
@@ -98,9 +106,17 @@ def compare_methods(
     use the LoRA differences. Each search is repeated over its seeds and is a run folder of its own
     below the method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv``
     (by persona), ``overall.csv`` and ``against_random.csv``. Raises UserError for an unknown
-    method.
+    method, and for what the output's protocol does not say.
     """
-    output = Output.of(output)
+    whole = Output.of(output)
+    config = _config(bench, personas, methods, acting, searching, objective)
+    design = Design.of(
+        "compare-methods",
+        {"held out": len(bench.prompts.held_out), "personas": len(personas)},
+        tuple(methods),
+        config["search_seeds"],
+    )
+    output = _below(whole, design, config)
     folder = output.path
     loaded = {
         name: _load(bench, name, acting, folder / "scales")
@@ -128,13 +144,46 @@ def compare_methods(
                     if row["condition"] == result.best
                 ]
         rows += problem.bounds
-    config = {
+    config["conditions"] = sorted({row["condition"] for row in rows})
+    whole = replace(whole, path=folder / "comparison", overwrite=True)
+    return bench.processes.from_main(lambda: _written(rows, objective, whole, design, config))
+
+
+def _config(
+    bench: PersonaBench,
+    personas: Sequence[str],
+    methods: Sequence[str],
+    acting: Acting,
+    searching: SearchOptions,
+    objective: ObjectiveOptions,
+) -> dict[str, Any]:
+    """Return what a comparison asks, as it is recorded and as a protocol freezes it."""
+    trained = (
+        trainings(directions_of(name), bench.trait_folder, bench.traits)
+        for name in {LORA if each == EQUAL else checked_method(each) for each in methods} - {PROMPT}
+    )
+    return {
         "personas": list(personas),
-        "conditions": sorted({row["condition"] for row in rows}),
+        "methods": list(methods),
         "objective": recorded_objective(objective),
-        "search_seeds": searching.seeds,
+        "search_seeds": searches_of(searching, max(map(len, trained), default=1)).seeds,
+        "max_iterations": searching.max_iterations,
+        "population_size": searching.population_size,
+        "prompts": len(bench.prompts.train),
+        "max_new_tokens": bench.generation.max_new_tokens,
+        "alpha": acting.alpha,
     }
-    return bench.processes.from_main(lambda: _written(rows, objective, config, folder))
+
+
+def _below(whole: Output, design: Design, config: Mapping[str, Any]) -> Output:
+    """Return where the runs below a comparison are written: they carry its protocol's hash.
+
+    So what was run without it is not pre-registered afterwards.
+    """
+    if whole.protocol is None:
+        return whole
+    held = whole.protocol.hold(design, config)
+    return replace(whole, protocol=None, config={**whole.config, "protocol": held["sha256"]})
 
 
 def _without_search(
@@ -217,8 +266,9 @@ def _unsearched(
 def _written(
     rows: Sequence[Mapping[str, Any]],
     limits: ObjectiveOptions,
+    output: Output,
+    design: Design,
     config: Mapping[str, Any],
-    folder: Path,
 ) -> Comparison:
     by_persona = {
         persona: condition_fits([row for row in rows if row["persona"] == persona], limits)
@@ -230,10 +280,8 @@ def _written(
         "overall": over(),
         "against_random": over(reference=RANDOM) if searched_at_random else (),
     }
-    out = folder / "comparison"
-    run = Run.open(
-        Output(out, overwrite=True), command="compare-methods", config=dict(config), seed=0
-    )
+    out = output.path
+    run = Run.open(output, command="compare-methods", config=config, seed=0, design=design)
     with run:
         run.write("held_out", rows)
         cells = [
@@ -247,5 +295,6 @@ def _written(
             cells = [{"persona": "all", **fit_cells(each)} for each in fits]
             write_csv(out / f"{name}.csv", COLUMNS, cells)
     write_report([out], out / "report.html")
-    lines = (order_line(tables["overall"]), seeds_line(rows), agreement_line(rows))
+    worth = order_line(tables["overall"]), seeds_line(rows), agreement_line(rows)
+    lines = (standing(run), *worth)
     return Comparison(by_persona=by_persona, lines=lines, folder=out, **tables)

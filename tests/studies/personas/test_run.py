@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
@@ -328,7 +329,45 @@ def test_methods_share_prompts_judge_and_budget(bench, tmp_path):
         assert len(lines) >= 1 + 4 + len(BOUNDS)
     canned = next(each for each in comparison.overall if each.condition == "canned")
     assert (canned.fit.mean, canned.counted) == (1.0, 0.0)
-    assert "canned 1.00" in comparison.lines[0]
+    assert comparison.lines[0] == "Exploratory."
+    assert "canned 1.00" in comparison.lines[1]
+
+
+def test_a_comparison_is_held_to_its_protocol_and_so_is_every_search_below(bench, tmp_path):
+    path = tmp_path / "protocol.yaml"
+    asked = {"held out": len(PROMPTS.held_out), "personas": 1}
+    frozen = FrozenProtocol(
+        *("compare-methods", asked, ("lora", "prompt"), 1, "personas"),
+        least_scored=0.01,  # of a tiny model that often says nothing
+        settings={"max_iterations": OPTIONS.max_iterations},
+    )
+    path.write_text(yaml.safe_dump(frozen.as_dict()))
+    held = Output(tmp_path / "out", protocol=FrozenProtocol.read(path))
+    for personas, methods, searching, said in (
+        (["ann", "bob"], ["lora", "prompt"], OPTIONS, "personas: 1, now 2"),
+        (["ann"], ["lora"], OPTIONS, "family"),
+        (["ann"], ["lora", "prompt"], dataclasses.replace(OPTIONS, max_iterations=9), "now 9"),
+    ):
+        with pytest.raises(UserError, match=said):
+            compare_methods(bench, personas, methods, held, searching=searching)
+    assert not held.path.exists()
+    comparison = compare_methods(bench, ["ann"], ["lora", "prompt"], held, searching=OPTIONS)
+    sha = held.protocol.sha256
+    assert comparison.lines[0] == f"Pre-registered (sha256 {sha[:12]}…)."
+    assert comparison.lines[0] in (comparison.folder / "report.html").read_text()
+    below = [tmp_path / "out" / each for each in ("plain/ann", "prompt/ann", "lora/ann_lora")]
+    assert [Run(each).record["config"]["protocol"] for each in below] == [sha] * 3
+
+
+def test_what_was_searched_without_a_protocol_is_not_pre_registered_afterwards(bench, tmp_path):
+    folder = tmp_path / "out"
+    compare_methods(bench, ["ann"], ["lora"], folder, searching=OPTIONS)
+    asked = {"held out": len(PROMPTS.held_out), "personas": 1}
+    frozen = FrozenProtocol("compare-methods", asked, ("lora",), 1, "personas")
+    with pytest.raises(UserError, match="protocol"):
+        compare_methods(
+            bench, ["ann"], ["lora"], Output(folder, protocol=frozen), searching=OPTIONS
+        )
 
 
 def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_path):
@@ -369,7 +408,7 @@ def test_every_training_seed_has_a_search_of_its_own(bench, make_diff, tmp_path)
     comparison = compare_methods(
         bench, ["ann"], ["lora", "equal"], tmp_path / "out", searching=OPTIONS
     )
-    assert comparison.lines[1] == "3 seeds, of the search and of the differences' training."
+    assert comparison.lines[2] == "3 seeds, of the search and of the differences' training."
     rows = [json.loads(line) for line in (comparison.folder / "held_out.jsonl").open()]
     for name in ("lora", "equal"):
         drawn = {(row["seed"], row["trained"]) for row in rows if row["condition"] == name}
