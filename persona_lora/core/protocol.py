@@ -48,8 +48,12 @@ class Design:
         units, test = "questions", "sign-flip"
         if command == "predict-finetuning":
             units, test = "data sets", "permutation"
-        elif command in ("optimize", "compare-methods"):
-            units = "prompts" if command == "optimize" else "personas"
+        elif command == "optimize":
+            units = "prompts"
+        elif command == "compare-methods" and seeds == 1:
+            units = "personas"
+        elif command == "compare-methods":
+            units, test = "personas and seeds", "two-way t"
         elif seeds > 1:
             units, test = "questions and seeds", "two-way t"
         return cls(command, dict(questions), tuple(sorted(family)), seeds, units, test)

@@ -27,7 +27,7 @@ from persona_lora.report.resampling import (
 from persona_lora.report.scores import Cluster, question_means
 
 FEWEST_DRAWS = 3  # of two with much between them, the interval covers in 87 of 100 cases
-Gaps = Mapping[int, float]  # a difference, by question
+Gaps = Mapping[Any, float]  # a difference, by question (or what else is asked)
 
 
 class Components(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
-from persona_lora.report.comparisons import ConditionFit, TaskScore, fits_over_personas, score_items
+from persona_lora.report.comparisons import ConditionFit, TaskScore, score_items
 from persona_lora.report.figures import Picture
 from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table, fill_template
@@ -49,7 +49,7 @@ from persona_lora.studies.drift.read_prediction import (
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.figure import render_comparison as render_personas
-from persona_lora.studies.personas.read_fits import condition_fits, order_line
+from persona_lora.studies.personas.read_fits import condition_fits, order_line, over_personas
 from persona_lora.studies.read_seeds import effects_over, over_seeds, seeds_lines
 from persona_lora.studies.steering.figure import (
     SPLITS,
@@ -382,7 +382,7 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
 
 def _personas(run: Run, figures: Figures) -> Part | None:
     rows = run.read("held_out")
-    found = condition_fits(rows, over=fits_over_personas) if rows else ()
+    found = condition_fits(rows, over=over_personas) if rows else ()
     fits = {each.condition: each for each in found}
     lora = fits.get("lora")
     if lora is None or lora.difference is None:

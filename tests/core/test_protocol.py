@@ -101,4 +101,6 @@ def test_a_file_is_read_strictly(write, changes, said):
 def test_several_seeds_are_units_and_so_are_data_sets():
     assert Design.of("compare", {"eval": 20}, (), 5).units == "questions and seeds"
     assert Design.of("predict-finetuning", {"evil": 20}, ()).units == "data sets"
+    assert Design.of("compare-methods", {"held out": 24}, ()).units == "personas"
+    assert Design.of("compare-methods", {"held out": 24}, (), 3).test == "two-way t"
     assert dataclasses.replace(DESIGN, family=()).test == "sign-flip"

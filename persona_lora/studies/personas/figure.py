@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import figures as draw
-from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas, fits_over_prompts
+from persona_lora.report.comparisons import ConditionFit, Row, fits_over_prompts
 from persona_lora.report.figures import Cells, Look, Panel, Picture, Series
 from persona_lora.report.resampling import Array, Interval
 from persona_lora.report.scores import grouped
@@ -26,6 +26,7 @@ from persona_lora.studies.personas.read_fits import (
     condition_fits,
     limits_of,
     order_line,
+    over_personas,
     rows_of,
 )
 from persona_lora.studies.personas.read_goals import (
@@ -204,7 +205,7 @@ def render_comparison(run: Run) -> Picture:
     rows = rows_of(run)
     if not rows:
         raise UserError(f"{run.folder} holds no held-out answers")
-    fits = list(condition_fits(rows, limits_of(run), over=fits_over_personas))
+    fits = list(condition_fits(rows, limits_of(run), over=over_personas))
     said = order_line(fits)
     fits.sort(key=lambda each: each.fit.mean if each.fit.mean is not None else -np.inf)
     personas = list(dict.fromkeys(row["persona"] for row in rows))

@@ -21,7 +21,7 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.judges.answer_gates import THRESHOLDS
 from persona_lora.models.processes import recorded
 from persona_lora.models.structure import num_layers, read_layers
-from persona_lora.report.comparisons import ConditionFit, fits_over_personas
+from persona_lora.report.comparisons import ConditionFit
 from persona_lora.report.trust import standing
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.asking.run import open_run
@@ -40,6 +40,7 @@ from persona_lora.studies.personas.read_fits import (
     agreement_line,
     condition_fits,
     order_line,
+    over_personas,
     seeds_line,
 )
 from persona_lora.studies.personas.run import (
@@ -109,12 +110,14 @@ def compare_methods(
     method, and for what the output's protocol does not say.
     """
     whole = Output.of(output)
+    trained = _trained(bench, methods)
+    searching = searches_of(searching, trained)
     config = _config(bench, personas, methods, acting, searching, objective)
     design = Design.of(
         "compare-methods",
         {"held out": len(bench.prompts.held_out), "personas": len(personas)},
         tuple(methods),
-        config["search_seeds"],
+        trained,
     )
     output = _below(whole, design, config)
     folder = output.path
@@ -124,7 +127,6 @@ def compare_methods(
         if name not in (PROMPT, EQUAL)
     }
     loras = _load(bench, "lora", acting, folder / "scales") if EQUAL in methods else []
-    searching = searches_of(searching, max(map(len, (*loaded.values(), loras)), default=1))
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
@@ -158,21 +160,24 @@ def _config(
     objective: ObjectiveOptions,
 ) -> dict[str, Any]:
     """Return what a comparison asks, as it is recorded and as a protocol freezes it."""
-    trained = (
-        trainings(directions_of(name), bench.trait_folder, bench.traits)
-        for name in {LORA if each == EQUAL else checked_method(each) for each in methods} - {PROMPT}
-    )
     return {
         "personas": list(personas),
         "methods": list(methods),
         "objective": recorded_objective(objective),
-        "search_seeds": searches_of(searching, max(map(len, trained), default=1)).seeds,
+        "search_seeds": searching.seeds,
         "max_iterations": searching.max_iterations,
         "population_size": searching.population_size,
         "prompts": len(bench.prompts.train),
         "max_new_tokens": bench.generation.max_new_tokens,
         "alpha": acting.alpha,
     }
+
+
+def _trained(bench: PersonaBench, methods: Sequence[str]) -> int:
+    """Return how many training seeds the directions of the methods have."""
+    names = {LORA if each == EQUAL else directions_of(checked_method(each)) for each in methods}
+    found = [trainings(each, bench.trait_folder, bench.traits) for each in sorted(names - {PROMPT})]
+    return max(map(len, found), default=1)
 
 
 def _below(whole: Output, design: Design, config: Mapping[str, Any]) -> Output:
@@ -274,7 +279,7 @@ def _written(
         persona: condition_fits([row for row in rows if row["persona"] == persona], limits)
         for persona in config["personas"]
     }
-    over = partial(condition_fits, rows, limits, over=fits_over_personas)
+    over = partial(condition_fits, rows, limits, over=over_personas)
     searched_at_random = any(row["condition"] == RANDOM for row in rows)
     tables = {
         "overall": over(),

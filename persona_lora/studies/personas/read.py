@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas
+from persona_lora.report.comparisons import ConditionFit, Row
 from persona_lora.report.figures import Picture
 from persona_lora.report.sections import (
     Block,
@@ -38,6 +38,7 @@ from persona_lora.studies.personas.read_fits import (
     constraints_line,
     limits_of,
     order_line,
+    over_personas,
     rows_of,
     seeds_line,
 )
@@ -61,7 +62,7 @@ def search_content(run: Run) -> Content:
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run))
     title = f"A search for {config['persona']} with {way_of(config)}"
-    lead = _lead(run, rows, fits, _best(run))
+    lead = _lead(standing(run), rows, fits, _best(run))
     checks = [_check(row) for row in run.read("judge_checks")] + _fresh(run)
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
 
@@ -96,7 +97,7 @@ def _goal_content(run: Run) -> Content:
 def comparison_content(run: Run) -> Content:
     """Return the section of a comparison of methods."""
     rows = rows_of(run)
-    fits = condition_fits(rows, limits_of(run), over=fits_over_personas)
+    fits = condition_fits(rows, limits_of(run), over=over_personas)
     first = rows[0]["persona"]
     best = max(
         (each for each in fits if each.condition not in (UNSTEERED, *BOUNDS)),
@@ -105,7 +106,7 @@ def comparison_content(run: Run) -> Content:
     )
     title, lead = (
         "Ways of giving a person's voice",
-        order_line(fits) if best is None else _lead(run, rows, fits, best.condition),
+        order_line(fits) if best is None else _lead(standing(run), rows, fits, best.condition),
     )
     shown = [row for row in rows if row["persona"] == first]
     said = [f"The answers are those for {first}."]
@@ -157,7 +158,7 @@ def _best(run: Run) -> str:
     return "incumbent" if len(finalists) > 1 and max(finalists[1:]) > finalists[0] else "mean"
 
 
-def _lead(run: Run, rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:
+def _lead(stands: str, rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:
     """Say what the fit is worth, what a condition gains over unsteered, and on how many seeds.
 
     Warnings come first: that judges of two families disagree on a sign is one.
@@ -176,7 +177,7 @@ def _lead(run: Run, rows: Sequence[Row], fits: Sequence[ConditionFit], condition
         f"{wording.interval(gain, 2)} on held-out prompts.{verdict}"
     )
     worth = (agreement_line(rows), order_line(fits), constraints_line(steered))
-    lines = (*worth, standing(run), seeds_line(rows), said)
+    lines = (*worth, stands, seeds_line(rows), said)
     return " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
 
 

@@ -16,10 +16,17 @@ from scipy.stats import spearmanr
 from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.comparisons import ConditionFit, Row, fits_over_prompts
+from persona_lora.report.comparisons import (
+    ConditionFit,
+    Row,
+    fits_over_personas,
+    fits_over_prompts,
+)
+from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import FITS, RESAMPLES, Bounds, Interval
 from persona_lora.report.scores import grouped
 from persona_lora.report.two_judges import Pair, effects_from
+from persona_lora.report.two_way import crossed_mean, shared_questions
 
 UNSTEERED, WARNING = "none", "WARNING"
 CANNED, RETRIEVAL, SALAD, REAL = "canned", "retrieval", "salad", "real"
@@ -72,6 +79,41 @@ def _over_seeds(fit: ConditionFit, rows: Sequence[Row], reference: str) -> Condi
     low, high = map(float, np.quantile(means, [0.025, 0.975]))
     gain = Interval(float(gaps.mean()), low, high, gaps.size, len(shared), 1.0)
     return replace(fit, difference=gain, p=None, p_holm=None, effect_size=None)
+
+
+def over_personas(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
+    """Return the fits over persons: over persons and training seeds where there are several.
+
+    All persons share a training, so that its luck does not average out over them; seeds of a search
+    are each person's own, and belong to the person.
+    """
+    fits = fits_over_personas(rows, reference)
+    return corrected([_over_trainings(each, rows, reference) for each in fits])
+
+
+def _over_trainings(fit: ConditionFit, rows: Sequence[Row], reference: str) -> ConditionFit:
+    own, theirs = (_by_training(rows, name) for name in (fit.condition, reference))
+    if fit.difference is None or len(own) < 2:
+        return fit
+    plain = theirs.get("", {})
+    gaps = [
+        {at: score - other[at] for at, score in scores.items() if at in other}
+        for trained, scores in own.items()
+        for other in [theirs.get(trained, plain)]
+    ]
+    gain = crossed_mean(shared_questions(gaps))
+    return replace(fit, difference=gain.interval, p=gain.p, effect_size=None)
+
+
+def _by_training(rows: Sequence[Row], condition: str) -> dict[str, dict[str, float]]:
+    """Return a condition's mean fit of every person, by training seed ("" where it has none)."""
+    told = [each for each in rows if each["condition"] == condition]
+    found: dict[str, dict[str, float]] = {}
+    for trained, of_training in grouped(told, lambda row: row.get("trained") or "").items():
+        by_persona = grouped(of_training, lambda row: row["persona"])
+        means = {persona: _mean(each, "score") for persona, each in by_persona.items()}
+        found[trained] = {persona: each for persona, each in means.items() if each is not None}
+    return found
 
 
 def condition_fits(

@@ -16,6 +16,7 @@ from persona_lora.studies.personas.read_fits import (
     condition_fits,
     constraints_line,
     order_line,
+    over_personas,
     over_prompts,
     seeds_line,
 )
@@ -166,16 +167,67 @@ def test_the_lead_of_a_page_begins_with_a_sign_that_two_families_disagree_on():
         lower = (row["condition"] == "mean") * (1 + (row["prompt_id"] - 1) / 50)
         row["searched_by"] = 3.0 - lower + row["prompt_id"] / 5
         row["score"] += row["prompt_id"] / 10
-    lead = _lead(found, condition_fits(found), "mean")
+    lead = _lead("Exploratory.", found, condition_fits(found), "mean")
     assert lead.startswith("WARNING: the two judges disagree on the sign of a gain (")
     assert "mean: 1.00" in lead.split(")")[0]
     for row in found:
         row["searched_by"] = row["score"]
-    lead = _lead(found, condition_fits(found), "mean")
+    lead = _lead("Exploratory.", found, condition_fits(found), "mean")
     assert not lead.startswith("WARNING")
+    assert "Exploratory." in lead
     assert "have ρ 1.00. They disagree on the sign of no gain." in lead
     others = [{**row, "persona": "bob"} for row in found]
     assert "no gain" in agreement_line([*found, *others])
+
+
+def of_trainings(random, luck, persons=8):
+    """Rows of persons: a gain of 1, the luck of each training, each person's own, and the rest."""
+    own = random.normal(0, 0.3, persons)
+    for person, gain in enumerate(own):
+        told = [("none", "", 2.0)]
+        for at, lucky in enumerate(luck):
+            rest = random.normal(0, 0.1)
+            told += [("lora", f"seed{at}", 3.0 + gain + lucky + rest), ("random", f"seed{at}", 2.5)]
+        for condition, trained, score in told:
+            yield {
+                "persona": f"p{person}",
+                "condition": condition,
+                "prompt_id": 0,
+                "score": score,
+                "trained": trained,
+                "seed": None,
+                "coherence": 90.0,
+                "relevance": 90.0,
+            }
+
+
+def test_a_gain_over_persons_is_as_uncertain_as_trainings_differ():
+    random = np.random.default_rng(0)
+
+    def gain(luck, reference="none"):
+        told = list(of_trainings(random, luck))
+        found = {each.condition: each for each in over_personas(told, reference)}
+        return found["lora"]
+
+    alike, apart = gain((0.0, 0.0, 0.0)), gain((-0.9, 0.0, 0.9))
+    assert alike.difference.low > 0
+    assert alike.p_holm < 0.05
+    assert apart.difference.low < 0 < apart.difference.high
+    assert apart.p > 0.1
+    assert gain((0.0, 0.0)).difference.low is None  # of two nothing is known between them
+    assert gain((0.0,)).p_holm == 4 / 256  # sign flips of eight persons, two comparisons
+    paired = gain((0.0, 0.0, 0.0), "random")
+    assert paired.difference.mean == pytest.approx(0.5, abs=0.4)
+
+
+def test_an_interval_over_persons_and_trainings_covers():
+    random = np.random.default_rng(1)
+    found = []
+    for _ in range(200):
+        told = list(of_trainings(random, random.normal(0, 0.3, 3)))
+        gain = next(e for e in over_personas(told, "none") if e.condition == "lora").difference
+        found.append(gain.low <= 1.0 <= gain.high)
+    assert np.mean(found) > 0.9
 
 
 def test_a_reference_that_differs_by_seed_counts_with_its_mean():
