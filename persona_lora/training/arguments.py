@@ -174,7 +174,10 @@ class ContrastiveConfig(SFTConfig):
                 "it would change the batches halfway; lower per_device_train_batch_size and raise "
                 "gradient_accumulation_steps",
             ),
-            "push_to_hub": (self.push_to_hub, "upload the finished folder yourself"),
+            "push_to_hub": (
+                self.push_to_hub,
+                "persona-lora push shows and uploads the finished diff",
+            ),
             "hub_token": (
                 self.hub_token is not None,  # every checkpoint would hold it
                 "HF_TOKEN in the environment or in .env is used for what is loaded",
@@ -259,7 +262,10 @@ def parse_groups(arguments: Sequence[str], groups: tuple[type, ...], page: HelpP
     parser.page = page
     usual: dict[str, Any] = {}
     for action in parser._actions:
-        usual.setdefault(action.dest, action.default)
+        text = isinstance(action.default, str)  # which argparse reads as if it had been given
+        usual.setdefault(
+            action.dest, parser._get_value(action, action.default) if text else action.default
+        )
     path, words = _split_config(arguments)
     if path is not None:
         parser.set_defaults_with_config(**_config_values(parser, groups, path))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
@@ -269,6 +270,9 @@ def test_a_finetune_is_given_again_by_its_config(monkeypatch, tmp_path):
     ])  # fmt: skip
     config = tmp_path / "run" / "config.yaml"
     assert config.read_text().startswith("# persona-lora finetune --config config.yaml\n")
+    given = ("train_file", "lora_target_modules", "lora_r", "learning_rate", "use_cpu")
+    more = ("model_name_or_path", "preventative", "chat_template_args", "drift_diffs")
+    assert {*yaml.safe_load(config.read_text())} == {*given, *more}  # and no default
     module.main(["--config", str(config)])
     assert seen[0] == seen[1]
     assert seen[1].lora.lora_target_modules == ["q_proj", "v_proj"]
