@@ -61,9 +61,11 @@ def call(run, *words):
 
 def test_a_sweep_is_packed_checked_and_run_again(run, world):
     assert run(*SWEEP, "--output", "out")[0] == 0
+    assert run(*SWEEP, "--output", "out", "--batch-size", 2)[0] == 0  # goes on with it
     (world / "out/diff").mkdir()
     (world / "out/diff/adapter_model.safetensors").write_bytes(b"weights")
-    status, out = call(run, "pack", "out", "--output", "out.zip")
+    call(run, "report", "out.csv", "--output", "page.html")  # as evaluate names its runs
+    status, out = call(run, "pack", "out.csv", "--output", "out.zip")
     assert status == 0
     assert "not packed, being neither rows nor pages: diff/adapter_model.safetensors" in out
     with zipfile.ZipFile("out.zip") as archive:
@@ -238,7 +240,7 @@ def test_what_is_no_archive_of_ours_is_refused(run, small, tmp_path):
 
 def test_what_cannot_be_packed_is_refused(small, tmp_path):
     target = tmp_path / "a.zip"
-    with pytest.raises(UserError, match=r"no run\.json"):
+    with pytest.raises(UserError, match=r"no run\.json.* name one of its runs, as .*/small$"):
         pack_run(tmp_path, target)
     with pytest.raises(UserError, match="lies inside"):
         pack_run(small, small / "a.zip")

@@ -347,9 +347,7 @@ def paired(
     """
     from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs, run_table, write_found
 
-    # A run may be named by its CSV; a name such as "evil_1.0" keeps its end.
-    given = [path.with_suffix("") if path.suffix == ".csv" else path for path in (reference, *runs)]
-    first, *others = map(Run, given)
+    first, *others = (Run(shared.run_folder(path)) for path in (reference, *runs))
     found = compare_runs(others, first)
     show(run_table(found))
     if output is not None:
@@ -368,7 +366,7 @@ def report(
     """
     from persona_lora.studies.report_page import write_report
 
-    write_report(runs, output)
+    write_report([shared.run_folder(path) for path in runs], output)
     show(f"report: {output.resolve()}")
 
 

@@ -524,8 +524,9 @@ def _number(text: str) -> float:
 
 
 def _adapter(path: Path) -> Path:
-    """Return the adapter of a finetune's folder, or the folder itself where it is one."""
-    return path / "adapter" if (path / "adapter").is_dir() else path
+    """Return what a finetune's folder holds, adapter or model, or the folder where it is one."""
+    made = (path / name for name in ("adapter", "model"))
+    return next((each for each in made if each.is_dir()), path)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ def pack(
     """
     from persona_lora.studies.packing import pack_run
 
-    whole = folder.resolve()
-    target = output or whole.with_name(f"{whole.name}.zip")
-    left_out, digest = pack_run(folder, target, overwrite=overwrite)
+    run = shared.run_folder(folder)
+    target = output or run.resolve().with_name(f"{run.resolve().name}.zip")
+    left_out, digest = pack_run(run, target, overwrite=overwrite)
     if left_out:
         show(f"not packed, being neither rows nor pages: {few_names(left_out)}")
     show(f"archive: {target}", f"sha256 of its manifest: {digest}")

@@ -142,6 +142,11 @@ def _prompt_in(path: Path | None) -> str | None:
     return text
 
 
+def run_folder(path: Path) -> Path:
+    """Return the folder of a run that may be named by the CSV beside it ("evil_1.0.csv")."""
+    return path.with_suffix("") if path.suffix == ".csv" else path
+
+
 def refuse_to_replace(path: Path, overwrite: bool) -> None:
     """UserError where something is at a path and is not to be replaced."""
     there = any(path.iterdir()) if path.is_dir() else path.exists()
@@ -176,7 +181,7 @@ class Written:
         from persona_lora.judges.choice import judge_inputs
 
         if not self.overwrite:
-            refuse_other_run(path.with_suffix("") if path.suffix == ".csv" else path)
+            refuse_other_run(run_folder(path))
         held = None if self.protocol is None else FrozenProtocol.read(self.protocol)
         if judging is None:
             return Output(path, self.overwrite, record or {}, protocol=held, seeds=seeds)

@@ -246,6 +246,10 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """The contents of ``run.json``; raises UserError where it is no record of a run."""
+        if self.folder.is_dir() and not (self.folder / RECORD).is_file():
+            inside = sorted(self.folder.glob(f"*/{RECORD}"))
+            which = f"one of its runs, as {inside[0].parent}" if inside else "the folder of a run"
+            raise UserError(f"{self.folder} has no {RECORD}, so it is no run; name {which}")
         value = read_json(self.folder / RECORD)
         lacking = [key for key in RECORDED if not isinstance(value, dict) or key not in value]
         if lacking:
@@ -366,7 +370,7 @@ def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -
     Raises UserError where it is another.
     """
     asked = ("command", "config", "seed", "protocol")  # nothing is pre-registered afterwards
-    before, now = (_deciding({key: each.get(key) for key in asked}) for each in (old, fresh))
+    before, now = (deciding({key: each.get(key) for key in asked}) for each in (old, fresh))
     found = first_difference(before, now)
     if found is not None:
         raise UserError(
@@ -390,10 +394,11 @@ def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -
     return {"inputs": {**known, **fresh["inputs"]}}
 
 
-def _deciding(value: Any) -> Any:
+def deciding(value: Any) -> Any:
+    """Return a configuration without what decides memory and time alone."""
     if not isinstance(value, Mapping):
         return value
-    return {key: _deciding(each) for key, each in value.items() if key not in FREE}
+    return {key: deciding(each) for key, each in value.items() if key not in FREE}
 
 
 def _fresh_record(

@@ -68,7 +68,8 @@ class ModuleInputs:
         if len(found) != width:
             raise UserError(
                 f"{module} has {width} inputs, and {len(found)} in the statistics of inputs; they "
-                "belong to different models"
+                "belong to different models: name the one before finetuning (--original-model, "
+                "--base)"
             )
         return found
 

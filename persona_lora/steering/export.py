@@ -5,6 +5,7 @@ Knows file formats of other programs; what is written is what ``mix`` and the me
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import subprocess
@@ -138,7 +139,9 @@ def export_basis(
 
 
 def _folder_of(label: str) -> str:
-    """Return the name of a diff whose label is a trait or its path."""
+    """Return the name of a diff whose label is a trait, its path, or both ("evil (seed0)")."""
+    if label.endswith(")") and " (" in label:
+        return re.sub(r"[^\w.-]+", "_", label[:-1])
     path = Path(label)
     name = path.parent.name if path.name in ("diff", "adapter") else path.name
     return checked_name(name, f"the folder of {label}")

@@ -17,7 +17,7 @@ from persona_lora.core.content import numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, read_text
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.core.runs import CONFIG, RECORD, Run, first_difference
+from persona_lora.core.runs import CONFIG, RECORD, Run, deciding, first_difference
 from persona_lora.core.traits import load_trait
 from persona_lora.core.vector_files import load_vector
 from persona_lora.models.embeddings import embedder_content
@@ -57,9 +57,7 @@ def pack_run(folder: Path, target: Path, *, overwrite: bool = False) -> tuple[li
 
 def finished_run(folder: Path) -> Run:
     """Return the run in a folder; UserError where it, or one inside it, did not end well."""
-    if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} has no {RECORD}, so it is no run; name the folder of a run")
-    for path in sorted(folder.rglob(RECORD)):
+    for path in (folder / RECORD, *sorted(folder.rglob(RECORD))):
         status = Run(path.parent).record["status"]
         if status != "finished":
             raise UserError(f"{path} says that the run is {status!r}; give its command again first")
@@ -211,8 +209,8 @@ def same_run(run: Run, output: Path) -> tuple[Run, str | None]:
     UserError where there is none, or several of another configuration.
     """
 
-    def decides(record: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: record.get(key) for key in ("config", "seed", "inputs")}
+    def decides(record: Mapping[str, Any]) -> Any:
+        return deciding({key: record.get(key) for key in ("config", "seed", "inputs")})
 
     record = run.record
     found = [

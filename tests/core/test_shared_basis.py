@@ -106,3 +106,7 @@ def test_what_cannot_be_put_on_one_basis_is_refused(tmp_path):
     twice = {"x/evil/diff": diffs["a"], "y/evil/diff": diffs["b"]}
     with pytest.raises(UserError, match=r"x/evil/diff and another diff would both be 'evil'"):
         export_basis(twice, tmp_path)
+    export_basis({"evil (seed0)": diffs["a"], "evil (a/seed1)": diffs["b"]}, tmp_path / "seeds")
+    assert sorted(path.name for path in (tmp_path / "seeds").iterdir()) == [
+        "evil_a_seed1", "evil_seed0",
+    ]  # fmt: skip

@@ -127,7 +127,10 @@ def diagnosis_lead(found: Diagnosis) -> str:
         for each in flagged
     )
     if found.any_false is None:
-        return f"Over the null's threshold: {told or 'no trait'}. That is no alarm: see below."
+        return (
+            f"Over the null's threshold: {told or 'no trait'}. That is no alarm: the threshold is "
+            "too narrow for real finetunes."
+        )
     return (
         f"{'Flagged: ' + told if told else 'No trait is flagged'}. Of the controls, each judged by "
         f"the others, {found.any_false} raise a false alarm for any trait."
@@ -228,5 +231,6 @@ def words_table(run: Run, place: str) -> Table:
 def _word(row: Mapping[str, Any] | None) -> tuple[str, str]:
     if row is None:
         return "", ""
-    shown = row["text"].replace(" ", "␣").replace("\n", "⏎")
+    text = row["text"].replace(" ", "␣").replace("\n", "⏎")
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
     return shown, wording.between(row["change"], row["low"], row["high"], 2)
