@@ -290,10 +290,16 @@ def test_what_cannot_be_sought_is_one_line(run, words, said):
 
 def test_a_search_whose_library_is_missing_is_refused_before_anything_is_loaded(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    words = ("optimize", "--persona-id", "episode-000101_B", "--search", "tpe")
-    assert_fails(run(*words, "--model", "nowhere"), 'pip install "persona-lora[search]"')
+    named = ("--persona-id", "episode-000101_B", "--model", "nowhere")
+    commands = (
+        ("optimize", "--search", "tpe", *named),
+        ("compare-methods", "--methods", "tpe", *named),
+    )
+    for words in commands:
+        assert_fails(run(*words), 'pip install "persona-lora[search]"')
     monkeypatch.undo()
-    assert_fails(run(*words, "--bound", 0, "--model", "nowhere"), "--bound 4")
+    for words in commands:
+        assert_fails(run(*words, "--bound", 0), "--bound 4")
 
 
 @pytest.mark.parametrize(

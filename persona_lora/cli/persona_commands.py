@@ -457,24 +457,27 @@ class ComparedMethods:
 
     persona_id: Annotated[tuple[str, ...] | None, "Personas: a,b; all by default."] = None
     methods: Annotated[
-        tuple[str, ...], "lora, svd, mean_diff, pca (or svd@20), random, equal, prompt."
+        tuple[str, ...], "lora, svd, mean_diff, pca (or svd@20), random, tpe, equal, prompt."
     ] = ("lora", "random", "equal", "prompt", "svd", "mean_diff")
 
-    def check(self) -> None:
-        """UserError for an option that none of the compared methods uses."""
+    def check(self, searching: SearchOptions) -> None:
+        """UserError for an option that no compared method uses, and for a missing library."""
         from persona_lora.steering.directions import EXTRACTORS
+        from persona_lora.studies.personas.search import optuna_for
 
         among = f"with --methods {','.join(self.methods)}"
         methods = set(self.methods)
         if not set(EXTRACTORS) & methods:
             refuse_useless("layers", f"{among}: no vectors without layers of their own")
-        if not {"lora", "random", "equal"} & methods:
+        if "tpe" in methods:
+            optuna_for(searching)
+        if not {"lora", "random", "tpe", "equal"} & methods:
             refuse_useless("energy", f"{among}: no LoRA differences")
         if not methods - {"prompt"}:
             refuse_useless("alpha allow_other_base", f"{among}: no directions")
         if not methods - {"prompt", "equal"}:
-            searching = "max_iterations population_size sigma0 bound penalty race"
-            refuse_useless(f"{searching} search_seeds", f"{among}: no search")
+            budget = "max_iterations population_size sigma0 bound penalty race search_seeds"
+            refuse_useless(budget, f"{among}: no search")
 
 
 BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed", "seeds"
@@ -504,7 +507,7 @@ def compare_methods(
     from persona_lora.report.comparisons import fit_table
     from persona_lora.studies.personas import method_comparison
 
-    compared.check()
+    compared.check(searching)
     judge_names(judging.judge, PERSONA_JUDGES)
     acting = method_comparison.Acting(bench.layers_of(model), bench.alpha)
     for method in compared.methods:

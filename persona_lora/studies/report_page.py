@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
+from persona_lora.core.protocol import Held
 from persona_lora.core.runs import Run
 from persona_lora.report.sections import (
     EXAMPLE_COEFFICIENTS,
@@ -61,7 +63,7 @@ SECTIONS: dict[str, Callable[[Run], Content]] = {
     "side-effects": side_effects_content,
 }
 
-DECIDES = ("sweep", "evaluate", "grid", "compare", "optimize")  # and so was planned, or was not
+DECIDES = (*get_args(Held), "grid")  # and so was planned, or was not
 
 
 @dataclass(frozen=True)

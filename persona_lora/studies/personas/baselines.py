@@ -17,7 +17,8 @@ from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.read_seeds import diffs_of_seeds
 
-LORA, RANDOM = "lora", "random"
+LORA, RANDOM, TPE = "lora", "random", "tpe"
+SEARCHED_BY = {RANDOM: "random", TPE: "tpe"}  # methods of a comparison, over LoRA differences
 NEIGHBOURS = 1
 
 
@@ -134,7 +135,7 @@ def load_directions(
 def directions_of(method: str) -> str:
     """Return whose directions a method of a comparison uses: "svd@20" those of "svd"."""
     name = method.partition("@")[0]
-    return LORA if name == RANDOM else name
+    return LORA if name in SEARCHED_BY else name
 
 
 def default_layers(model_layers: int) -> tuple[int, ...]:

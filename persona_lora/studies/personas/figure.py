@@ -46,6 +46,7 @@ NAMES = {
     "incumbent": "incumbent",
     "lora": "LoRA, CMA-ES",
     "random": "LoRA, random search",
+    "tpe": "LoRA, TPE",
     "random_mix": "random mixes of its length",
     "equal": "LoRA, equal weights",
     "svd": "SVD vectors, CMA-ES",

@@ -28,6 +28,7 @@ from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.personas.baselines import (
     LORA,
     RANDOM,
+    SEARCHED_BY,
     directions_of,
     sources,
     trainings,
@@ -103,11 +104,11 @@ def compare_methods(
     """Run every method for every persona into a folder; run again, it goes on where it stopped.
 
     A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``acting``); several of
-    these are a sweep over layers. "random" and "equal" (a weight of 1 each, nothing is searched)
-    use the LoRA differences. Each search is repeated over its seeds and is a run folder of its own
-    below the method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv``
-    (by persona), ``overall.csv`` and ``against_random.csv``. Raises UserError for an unknown
-    method, and for what the output's protocol does not say.
+    these are a sweep over layers. "random", "tpe" (Optuna's search) and "equal" (a weight of 1
+    each, nothing is searched) use the LoRA differences. Each search is repeated over its seeds and
+    is a run folder of its own below the method's; ``comparison/`` holds all held-out rows and the
+    tables ``comparison.csv`` (by persona), ``overall.csv`` and ``against_random.csv``. Raises
+    UserError for an unknown method, and for what the output's protocol does not say.
     """
     whole = Output.of(output)
     trained = _trained(bench, methods)
@@ -215,7 +216,7 @@ def _without_search(
 def checked_method(method: str) -> str:
     """Return a method's name; UserError unless it is one, with layers only where it has any."""
     name, at, _ = method.partition("@")
-    known = (*sources(), RANDOM, EQUAL, PROMPT)
+    known = (*sources(), *SEARCHED_BY, EQUAL, PROMPT)
     if name not in known:
         raise UserError(f"no method {method!r}; {nearest_names(name, known)}")
     if at and name not in EXTRACTORS:
@@ -231,7 +232,7 @@ def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> list[
         directions,
         layers=read_layers(named, depth, f"{name}: layers") if at else acting.layers,
         alpha=acting.alpha,
-        searcher="random" if method == RANDOM else "cmaes",
+        searcher=SEARCHED_BY.get(method, "cmaes"),
         cache=scales / f"{directions}{at}{named}.json",
     )
 

@@ -20,7 +20,6 @@ from persona_lora.report.sections import (
     Question,
     Table,
 )
-from persona_lora.report.trust import standing
 from persona_lora.studies.personas.figure import (
     name_of,
     render_comparison,
@@ -62,7 +61,7 @@ def search_content(run: Run) -> Content:
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run))
     title = f"A search for {config['persona']} with {way_of(config)}"
-    lead = _lead(standing(run), rows, fits, _best(run))
+    lead = _lead(rows, fits, _best(run))
     checks = [_check(row) for row in run.read("judge_checks")] + _fresh(run)
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
 
@@ -73,8 +72,7 @@ def _goal_content(run: Run) -> Content:
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
     title = f"A search for {sought(config)} with {way_of(config)}"
     best = next(e for e in goal_fits(rows, config, limits_of(run)) if e.condition == _best(run))
-    worth = goal_line(rows, config, best.condition)
-    lines = [constraints_line(best), standing(run), seeds_line(rows), worth]
+    lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
     if is_front(config):
         lines.append(front_line(rows, config, limits_of(run)))
     lead = " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
@@ -106,7 +104,7 @@ def comparison_content(run: Run) -> Content:
     )
     title, lead = (
         "Ways of giving a person's voice",
-        order_line(fits) if best is None else _lead(standing(run), rows, fits, best.condition),
+        order_line(fits) if best is None else _lead(rows, fits, best.condition),
     )
     shown = [row for row in rows if row["persona"] == first]
     said = [f"The answers are those for {first}."]
@@ -158,7 +156,7 @@ def _best(run: Run) -> str:
     return "incumbent" if len(finalists) > 1 and max(finalists[1:]) > finalists[0] else "mean"
 
 
-def _lead(stands: str, rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:
+def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:
     """Say what the fit is worth, what a condition gains over unsteered, and on how many seeds.
 
     Warnings come first: that judges of two families disagree on a sign is one.
@@ -177,7 +175,7 @@ def _lead(stands: str, rows: Sequence[Row], fits: Sequence[ConditionFit], condit
         f"{wording.interval(gain, 2)} on held-out prompts.{verdict}"
     )
     worth = (agreement_line(rows), order_line(fits), constraints_line(steered))
-    lines = (*worth, stands, seeds_line(rows), said)
+    lines = (*worth, seeds_line(rows), said)
     return " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
 
 

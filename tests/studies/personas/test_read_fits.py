@@ -167,14 +167,13 @@ def test_the_lead_of_a_page_begins_with_a_sign_that_two_families_disagree_on():
         lower = (row["condition"] == "mean") * (1 + (row["prompt_id"] - 1) / 50)
         row["searched_by"] = 3.0 - lower + row["prompt_id"] / 5
         row["score"] += row["prompt_id"] / 10
-    lead = _lead("Exploratory.", found, condition_fits(found), "mean")
+    lead = _lead(found, condition_fits(found), "mean")
     assert lead.startswith("WARNING: the two judges disagree on the sign of a gain (")
     assert "mean: 1.00" in lead.split(")")[0]
     for row in found:
         row["searched_by"] = row["score"]
-    lead = _lead("Exploratory.", found, condition_fits(found), "mean")
+    lead = _lead(found, condition_fits(found), "mean")
     assert not lead.startswith("WARNING")
-    assert "Exploratory." in lead
     assert "have ρ 1.00. They disagree on the sign of no gain." in lead
     others = [{**row, "persona": "bob"} for row in found]
     assert "no gain" in agreement_line([*found, *others])

@@ -307,21 +307,24 @@ def bench(chat_model, personas, make_diff, tmp_path, monkeypatch):
 def test_methods_share_prompts_judge_and_budget(bench, tmp_path):
     folder = tmp_path / "out"
     comparison = compare_methods(
-        bench, ["ann", "bob"], ["lora", "random", "prompt"], folder, searching=OPTIONS
+        bench, ["ann", "bob"], ["lora", "random", "tpe", "prompt"], folder, searching=OPTIONS
     )
-    methods = ["none", "prompt", "lora", "random"]
+    methods = ["none", "prompt", "lora", "random", "tpe"]
     assert [each.condition for each in comparison.overall] == [*methods, *BOUNDS]
     assert {each.fit.n_questions for each in comparison.overall} == {2}  # units are personas
     rows = [json.loads(line) for line in (comparison.folder / "held_out.jsonl").open()]
-    assert len(rows) == 2 * (4 + len(BOUNDS)) * len(PROMPTS.held_out)
+    assert len(rows) == 2 * (5 + len(BOUNDS)) * len(PROMPTS.held_out)
     for persona in ("ann", "bob"):
         budgets = {
             name: (folder / name / f"{persona}_{name}" / "generations.jsonl")
             .read_text()
             .count("\n")
-            for name in ("lora", "random")
+            for name in ("lora", "random", "tpe")
         }
         assert set(budgets.values()) == {12}
+        found = {name: Run(folder / name / f"{persona}_{name}").record for name in budgets}
+        searchers = {name: each["config"]["searcher"] for name, each in found.items()}
+        assert searchers == {"lora": "cmaes", "random": "random", "tpe": "tpe"}
     plain = [each.fit for each in comparison.by_persona["ann"] if each.condition == "none"]
     assert plain[0].n == 3
     for name in ("overall", "against_random"):
