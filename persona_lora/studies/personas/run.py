@@ -459,7 +459,7 @@ def judged_rows(
     """
     manners = problem.report_judge.judge(exchanges, PERSONA_FIT)
     coherence = [each.score for each in problem.coherence.verdicts(exchanges, "embedding")]
-    relevance = problem.relevance(exchanges)
+    relevance = [_relevance_of(problem, each) for each in exchanges]
     failed = failures(exchanges, problem.persona.utterances("train"), coherence, relevance)
     searched_by = _as_searched(problem, exchanges)
     measured = zip(exchanges, manners, failed, coherence, relevance, searched_by, strict=True)
@@ -484,6 +484,16 @@ def judged_rows(
             measured, start=first
         )
     ]
+
+
+def _relevance_of(problem: PersonaProblem, exchange: Exchange) -> float | None:
+    """Return an answer's relevance among the held-out prompts, its own prompt whatever it is.
+
+    The lines of one conversation are like each other: among these alone, what a person really
+    answered is harder to place than a model's answer to prompts on anything.
+    """
+    others = [Exchange(prompt, "") for prompt in problem.prompts.held_out]
+    return problem.relevance([exchange, *others])[0]
 
 
 def _as_searched(problem: PersonaProblem, exchanges: Sequence[Exchange]) -> list[float | None]:

@@ -43,6 +43,7 @@ from persona_lora.studies.personas.run import (
     Method,
     PersonaProblem,
     best_of,
+    bound_rows,
     first_prompts,
     optimise_over_seeds,
     optimise_persona,
@@ -184,6 +185,20 @@ def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_
     with pytest.raises(UserError, match="search on fewer"):
         optimise_persona(few, method, tmp_path / "none", searching=OPTIONS)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_real_line_is_placed_among_the_prompts_that_a_model_is_asked(problem):
+    asked = []
+
+    def placed(exchanges):
+        asked.append([each.question for each in exchanges])
+        return [float(len(asked)), *[None] * (len(exchanges) - 1)]
+
+    rows = bound_rows(dataclasses.replace(problem, relevance=placed))
+    assert [own[0] for own in asked] == [row["prompt"] for row in rows]
+    assert all(own[1:] == list(PROMPTS.held_out) for own in asked)
+    assert [row["relevance"] for row in rows] == [1.0 + at for at in range(len(rows))]
+    assert {row["condition"] for row in rows} == set(BOUNDS)
 
 
 def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, method, tmp_path):
