@@ -180,6 +180,9 @@ class Searched:
         "How mixes are found: cmaes, tpe (Optuna; what --pareto takes), or random, the control.",
     ] = None
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
+    warm_start: Annotated[
+        bool, "Try the mix first under which the person's training lines are likeliest."
+    ] = False
     by: Annotated[
         Literal["trait", "layers", "modules"],
         "A coefficient for each trait, or for each third of its layers or kind of block.",
@@ -205,7 +208,7 @@ class Searched:
                 "prompts", "with --persona-id: they are in prompts.json of --persona-dir"
             )
             return
-        refuse_useless("persona_dir report_judge", "without --persona-id")
+        refuse_useless("persona_dir report_judge warm_start", "without --persona-id")
         if self.scorer is not None:
             judges = "judge judge_model judge_url judge_mode max_judge_cost"
             refuse_useless(judges, "with --scorer, which judges")
@@ -266,7 +269,10 @@ class Searched:
         if self.pareto and self.search == "cmaes":
             raise UserError("--search cmaes has one objective; with --pareto give tpe or random")
         if self.search == "random":
-            refuse_useless("inject", "with --search random, which draws every candidate")
+            drawn = "with --search random, which draws every candidate"
+            refuse_useless("inject warm_start", drawn)
+        if self.method != "lora" or self.by != "trait":
+            refuse_useless("warm_start", "without whole LoRA differences to read lines along")
 
     def injected(self, searching: SearchOptions) -> SearchOptions:
         """Return search options with the mixes that are given by --inject."""
@@ -394,6 +400,7 @@ def optimize(
                 searching=searching,
                 objective=objective,
                 watch=watch,
+                warm_start=searched.warm_start,
             )
         _show_search(results, folder, problem, objective)
 
@@ -457,7 +464,8 @@ class ComparedMethods:
 
     persona_id: Annotated[tuple[str, ...] | None, "Personas: a,b; all by default."] = None
     methods: Annotated[
-        tuple[str, ...], "lora, svd, mean_diff, pca (or svd@20), random, tpe, equal, prompt."
+        tuple[str, ...],
+        "lora, svd, mean_diff, pca (or svd@20), random, tpe, equal, likelihood, prompt.",
     ] = ("lora", "random", "equal", "prompt", "svd", "mean_diff")
 
     def check(self, searching: SearchOptions) -> None:
@@ -471,11 +479,11 @@ class ComparedMethods:
             refuse_useless("layers", f"{among}: no vectors without layers of their own")
         if "tpe" in methods:
             optuna_for(searching)
-        if not {"lora", "random", "tpe", "equal"} & methods:
+        if not {"lora", "random", "tpe", "equal", "likelihood"} & methods:
             refuse_useless("energy", f"{among}: no LoRA differences")
         if not methods - {"prompt"}:
             refuse_useless("alpha allow_other_base", f"{among}: no directions")
-        if not methods - {"prompt", "equal"}:
+        if not methods - {"prompt", "equal", "likelihood"}:
             budget = "max_iterations population_size sigma0 bound penalty race search_seeds"
             refuse_useless(budget, f"{among}: no search")
 

@@ -19,6 +19,8 @@ from persona_lora.studies.read_seeds import diffs_of_seeds
 
 LORA, RANDOM, TPE = "lora", "random", "tpe"
 SEARCHED_BY = {RANDOM: "random", TPE: "tpe"}  # methods of a comparison, over LoRA differences
+EQUAL, LIKELIEST = "equal", "likelihood"
+UNSEARCHED = (EQUAL, LIKELIEST)  # mixes of LoRA differences, too
 NEIGHBOURS = 1
 
 
@@ -135,7 +137,7 @@ def load_directions(
 def directions_of(method: str) -> str:
     """Return whose directions a method of a comparison uses: "svd@20" those of "svd"."""
     name = method.partition("@")[0]
-    return LORA if name in SEARCHED_BY else name
+    return LORA if name in (*SEARCHED_BY, *UNSEARCHED) else name
 
 
 def default_layers(model_layers: int) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ NAMES = {
     "tpe": "LoRA, TPE",
     "random_mix": "random mixes of its length",
     "equal": "LoRA, equal weights",
+    "likelihood": "LoRA, likeliest lines",
     "svd": "SVD vectors, CMA-ES",
     "mean_diff": "mean-difference vectors, CMA-ES",
     "pca": "PCA vectors, CMA-ES",

@@ -26,15 +26,17 @@ from persona_lora.report.trust import standing
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.personas.baselines import (
-    LORA,
+    LIKELIEST,
     RANDOM,
     SEARCHED_BY,
+    UNSEARCHED,
     directions_of,
     sources,
     trainings,
 )
 from persona_lora.studies.personas.bench import PersonaBench
 from persona_lora.studies.personas.figure import render_comparison
+from persona_lora.studies.personas.likeliest import kept_mix
 from persona_lora.studies.personas.objective import ObjectiveOptions, Speaker, plain_speaker
 from persona_lora.studies.personas.read_fits import (
     UNSTEERED,
@@ -62,7 +64,6 @@ from persona_lora.studies.personas.run import (
 from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.report_page import write_report
 
-EQUAL = "equal"
 COLUMNS = ("persona", *FIT_COLUMNS)
 Watch = Callable[[str, str, Generation], None]
 
@@ -104,11 +105,12 @@ def compare_methods(
     """Run every method for every persona into a folder; run again, it goes on where it stopped.
 
     A method of vectors may name its layers: "svd@20", "svd@19-21" (else ``acting``); several of
-    these are a sweep over layers. "random", "tpe" (Optuna's search) and "equal" (a weight of 1
-    each, nothing is searched) use the LoRA differences. Each search is repeated over its seeds and
-    is a run folder of its own below the method's; ``comparison/`` holds all held-out rows and the
-    tables ``comparison.csv`` (by persona), ``overall.csv`` and ``against_random.csv``. Raises
-    UserError for an unknown method, and for what the output's protocol does not say.
+    these are a sweep over layers. "random" and "tpe" (Optuna's search) use the LoRA differences,
+    and so do two that search nothing: "equal" (a weight of 1 each) and "likelihood"
+    (``likeliest``). Each search is repeated over its seeds and is a run folder of its own below the
+    method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` (by
+    persona), ``overall.csv`` and ``against_random.csv``. Raises UserError for an unknown method,
+    and for what the output's protocol does not say.
     """
     whole = Output.of(output)
     trained = _trained(bench, methods)
@@ -125,13 +127,16 @@ def compare_methods(
     loaded = {
         name: _load(bench, name, acting, folder / "scales")
         for name in map(checked_method, methods)
-        if name not in (PROMPT, EQUAL)
+        if name not in (PROMPT, *UNSEARCHED)
     }
-    loras = _load(bench, "lora", acting, folder / "scales") if EQUAL in methods else []
+    mixed = [name for name in UNSEARCHED if name in methods]
+    loras = _load(bench, "lora", acting, folder / "scales") if mixed else []
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
-        rows += _without_search(problem, PROMPT in methods, loras, output)
+        rows += _prompted(problem, PROMPT in methods, output)
+        for name in mixed:
+            rows += _mixed(problem, name, loras, searching.bound, output)
         for name, found in loaded.items():
             for result in optimise_over_seeds(
                 problem,
@@ -176,7 +181,7 @@ def _config(
 
 def _trained(bench: PersonaBench, methods: Sequence[str]) -> int:
     """Return how many training seeds the directions of the methods have."""
-    names = {LORA if each == EQUAL else directions_of(checked_method(each)) for each in methods}
+    names = {directions_of(checked_method(each)) for each in methods}
     found = [trainings(each, bench.trait_folder, bench.traits) for each in sorted(names - {PROMPT})]
     return max(map(len, found), default=1)
 
@@ -192,10 +197,8 @@ def _below(whole: Output, design: Design, config: Mapping[str, Any]) -> Output:
     return replace(whole, protocol=None, config={**whole.config, "protocol": held["sha256"]})
 
 
-def _without_search(
-    problem: PersonaProblem, prompted: bool, loras: Sequence[Method], output: Output
-) -> list[dict[str, Any]]:
-    """Return the rows of the unsteered model, of the prompt, of all directions at a weight of 1."""
+def _prompted(problem: PersonaProblem, prompted: bool, output: Output) -> list[dict[str, Any]]:
+    """Return the rows of the unsteered model, and of the prompt."""
     folder, persona = output.path, problem.persona.id
     plain = plain_speaker(problem.chat_model, problem.generation, problem.processes)
     at = output.at(folder / "plain" / persona)
@@ -204,19 +207,36 @@ def _without_search(
         prompt = persona_system_prompt(problem.persona)
         at = output.at(folder / PROMPT / persona)
         rows += _unsearched(problem, plain, {PROMPT: prompt}, at, {"system_prompt": prompt})
+    return rows
+
+
+def _mixed(
+    problem: PersonaProblem,
+    name: str,
+    loras: Sequence[Method],
+    bound: float | None,
+    output: Output,
+) -> list[dict[str, Any]]:
+    """Return the rows of a mix that is not searched for, one for each training seed."""
+    persona, rows = problem.persona, []
     for number, lora in enumerate(loras):
-        speaker, at = speaker_of(problem, lora), output.at(folder / EQUAL / persona / lora.trained)
+        speaker, folder = speaker_of(problem, lora), output.path / name / persona.id
         mix = Coefficients.of(dict.fromkeys(lora.directions.names, 1.0))
+        if name == LIKELIEST:
+            lines, kept = persona.answers("train"), output.path / "scales"
+            mix = problem.processes.from_main(partial(kept_mix, speaker, lines, bound, kept))
         scaled = {"alpha": lora.alpha, "scales": dict(lora.scales), **lora.directions.record}
+        scaled |= {"mix": mix.as_dict()} if name == LIKELIEST else {}
         drawn = {"seed": number, "trained": lora.trained} if lora.trained else NOT_DRAWN
-        rows += _unsearched(problem, speaker, {EQUAL: mix}, at, scaled, drawn)
+        at = output.at(folder / lora.trained)
+        rows += _unsearched(problem, speaker, {name: mix}, at, scaled, drawn)
     return rows
 
 
 def checked_method(method: str) -> str:
     """Return a method's name; UserError unless it is one, with layers only where it has any."""
     name, at, _ = method.partition("@")
-    known = (*sources(), *SEARCHED_BY, EQUAL, PROMPT)
+    known = (*sources(), *SEARCHED_BY, *UNSEARCHED, PROMPT)
     if name not in known:
         raise UserError(f"no method {method!r}; {nearest_names(name, known)}")
     if at and name not in EXTRACTORS:

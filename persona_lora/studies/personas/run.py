@@ -38,6 +38,7 @@ from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.bounds import Embed, bound_answers
 from persona_lora.studies.personas.figure import render_goal, render_search
 from persona_lora.studies.personas.goals import GoalProblem
+from persona_lora.studies.personas.likeliest import kept_mix
 from persona_lora.studies.personas.objective import (
     MixObjective,
     Relevance,
@@ -258,12 +259,14 @@ def optimise_over_seeds(
     searching: SearchOptions = SearchOptions(),
     objective: ObjectiveOptions = ObjectiveOptions(),
     watch: Callable[[Generation], None] | None = None,
+    warm_start: bool = False,
 ) -> list[PersonaResult]:
     """Repeat a search over its seeds, the first of them in ``output``, and write the best mix.
 
     ``methods`` are one for each training seed of its directions: every one has a search of its
     own. The mix that stands highest on fresh prompts is what the persona's two files hold in the
-    end.
+    end. ``warm_start``: each search tries the mix first under which the person's training lines
+    are likeliest (``likeliest``).
     """
     first, searching = output.path, searches_of(searching, len(methods))
     if problem.parts is not None and searching.seeds > 1:
@@ -271,12 +274,16 @@ def optimise_over_seeds(
             f"a front is of one search, and {searching.seeds} were asked for (a seed each); leave "
             "--search-seeds out, and name diffs of one training"
         )
+    starts = [
+        _warm(problem, each, searching, first.parent) if warm_start else searching
+        for each in methods
+    ]
     results = [
         optimise_persona(
             problem,
             methods[at % len(methods)],
             output.at(first if at == 0 else first.with_name(f"{first.name}_seed{seed}")),
-            searching=replace(searching, seed=seed),
+            searching=replace(starts[at % len(methods)], seed=seed),
             objective=objective,
             watch=watch,
         )
@@ -286,6 +293,17 @@ def optimise_over_seeds(
         best = best_of(results)
         _write_best(problem, methods[results.index(best) % len(methods)], best)
     return results
+
+
+def _warm(
+    problem: Problem, method: Method, searching: SearchOptions, folder: Path
+) -> SearchOptions:
+    """Return the options with the likeliest mix to be tried first."""
+    if not isinstance(problem, PersonaProblem):
+        raise UserError("a warm start is read off a person's lines, and no person is sought")
+    lines, speaker = problem.persona.answers("train"), speaker_of(problem, method)
+    mix = problem.processes.from_main(partial(kept_mix, speaker, lines, searching.bound, folder))
+    return replace(searching, inject=(mix.as_dict(), *searching.inject))
 
 
 def searches_of(searching: SearchOptions, trainings: int) -> SearchOptions:

@@ -17,7 +17,7 @@ import yaml
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_jsonl
+from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.personas import PersonaPrompts, load_persona
 from persona_lora.core.protocol import FrozenProtocol
@@ -37,6 +37,7 @@ from persona_lora.studies.personas.bench import (
     load_optimization,
 )
 from persona_lora.studies.personas.figure import name_of
+from persona_lora.studies.personas.likeliest import likeliest_mix
 from persona_lora.studies.personas.method_comparison import compare_methods
 from persona_lora.studies.personas.read_fits import BOUNDS
 from persona_lora.studies.personas.run import (
@@ -219,6 +220,16 @@ def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, metho
         dataclasses.replace(OPTIONS, seeds=0)
 
 
+def test_a_warm_start_tries_the_likeliest_mix_first(problem, method, tmp_path):
+    output = Output(tmp_path / "ann" / "run")
+    (found,) = optimise_over_seeds(problem, [method], output, searching=OPTIONS, warm_start=True)
+    lines = problem.persona.answers("train")
+    likeliest = likeliest_mix(speaker_of(problem, method), lines, OPTIONS.bound)
+    assert found.search.candidates[0].coefficients == likeliest
+    (cold,) = optimise_over_seeds(problem, [method], Output(tmp_path / "cold"), searching=OPTIONS)
+    assert likeliest not in [each.coefficients for each in cold.search.candidates]
+
+
 def test_a_search_is_held_to_the_seeds_of_its_protocol(problem, method, tmp_path):
     asked = {"held out": len(PROMPTS.held_out)}
     frozen = FrozenProtocol("optimize", asked, ("incumbent", "mean"), 2, "prompts")
@@ -394,7 +405,7 @@ def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_p
         directions = {layer: torch.randn(32) for layer in (0, 1)}
         vector = SteeringVector(directions, BaseModel("tiny", None), num_layers=2, trait=trait)
         vector.save(folder / f"{trait}_response_avg_svd.safetensors")
-    methods = ["equal", "svd@0", "svd@0-1"]
+    methods = ["equal", "likelihood", "svd@0", "svd@0-1"]
     comparison = compare_methods(bench, ["ann"], methods, tmp_path / "out", searching=OPTIONS)
     assert [each.condition for each in comparison.overall] == ["none", *methods, *BOUNDS]
     (mix,) = {
@@ -402,6 +413,9 @@ def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_p
         for row in map(json.loads, (tmp_path / "out/equal/ann/held_out.jsonl").open())
     }
     assert mix == tuple((trait, 1.0) for trait in sorted(TRAITS))
+    kept = Run(tmp_path / "out/likelihood/ann").record["config"]["mix"]
+    rows = read_jsonl(comparison.folder / "held_out.jsonl")
+    assert [row["weights"] for row in rows if row["condition"] == "likelihood"] == [kept] * 3
     for method, layers in (("svd@0", [0]), ("svd@0-1", [0, 1])):
         config = Run(tmp_path / "out" / method / f"ann_{method}").record["config"]
         assert config["directions"]["layers"] == layers
