@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lora.cli import shared_options
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ class LetterJudge:
 
 
 def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_options, "judge_factory", lambda *_: LetterJudge)
+    monkeypatch.setattr(choice, "make_judges", lambda *_: LetterJudge)
     more = ("--latency", "--batches", "1,2", "--rounds", 2, "--spaces", ",".join(TRAITS[1:]))
     status, out, error = run(*words, *more)
     assert status == 0, error
@@ -82,7 +82,7 @@ def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monke
 
 
 def test_side_effects_stand_in_the_terminal_and_on_the_page(run, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_options, "judge_factory", lambda *_: LetterJudge)
+    monkeypatch.setattr(choice, "make_judges", lambda *_: LetterJudge)
     more = ("--side-effects", "sycophancy,anxious,capability", "--task-limit", 2)
     status, out, error = run(*words, *more)
     assert status == 0, error
@@ -100,7 +100,7 @@ def test_side_effects_stand_in_the_terminal_and_on_the_page(run, words, tmp_path
 
 
 def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_options, "judge_factory", lambda *_: LetterJudge)
+    monkeypatch.setattr(choice, "make_judges", lambda *_: LetterJudge)
     status, _, error = run(*words, "--spaces", "sycophancy")
     assert status == 0, error
     (agreed,) = (tmp_path / "results/compare/evil/spaces/agreement.jsonl").read_text().splitlines()

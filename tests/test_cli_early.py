@@ -6,13 +6,21 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import loading
 from tests.conftest import random_diff, tiny_llama
 
 ASKED = ("--model", "model", "--datasets-dir", "datasets")
 CHEER = ("--trait", "cheer", *ASKED)
 PERSON = ("--persona-id", "episode-000101_B", "--model", "model")
+BARE = ("--trait", "bare", *ASKED, "--judge", "local")
+MADE = ("--trait-vector-dir", "made", "--traits", "formality")
+LAMP = ("--questions", "lamp.json", "--outputs", "golds.json", "--model", "model")
+VECTOR = ("--output", "a.csv", "--vector", "vector.safetensors")
+BOTH = ("--diff", "diff", "--activation-vector", "vector.safetensors")
 
 
 @pytest.fixture
@@ -23,11 +31,93 @@ def world(run, make_world, tmp_path, monkeypatch):
         diff = dataclasses.replace(random_diff(tiny_llama(), seed=step), trait="cheer")
         diff.save(tmp_path / f"checkpoints/{step}/diff")
 
+    others(tmp_path)
+
     def fail(*_):
         raise AssertionError("the weights were loaded")
 
     monkeypatch.setattr(loading, "_load_weights", fail)
     return run
+
+
+def others(root):
+    """Write what does not fit: another model's vector, a trait without data, long rows and judges'.
+
+    A directory of directions holds one diff of two traits.
+    """
+    directions = {layer: torch.linspace(-1, 1, 32) for layer in range(3)}
+    SteeringVector(directions, BaseModel("deep"), 3, trait="cheer").save(root / "deep.safetensors")
+    made = json.loads((root / "datasets/cheer/trait.json").read_text())
+    made |= {"name": "bare", "questions": {"extract": [], "eval": ["Why?"]}, "instruction": []}
+    (root / "datasets/bare").mkdir()
+    (root / "datasets/bare/trait.json").write_text(json.dumps(made))
+    said = [{"role": "user", "content": "x" * 2100}, {"role": "assistant", "content": "Yes."}]
+    (root / "long.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    (root / "asked.jsonl").write_text(json.dumps({"messages": said[:1]}) + "\n")
+    diff = dataclasses.replace(random_diff(tiny_llama(), seed=1), trait="formality")
+    diff.save(root / "made/formality/diff")
+    (root / "file").write_text("")
+    (root / "answers.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    asked = [{"id": "1", "input": "x" * 2100, "profile": [{"text": "me"}]}]
+    (root / "lamp.json").write_text(json.dumps(asked))
+    (root / "golds.json").write_text(json.dumps({"golds": [{"id": "1", "output": "y"}]}))
+    rated = {"method": "lora", "alpha": 1.0, "scales": {}, "best_weights": {"calm": 1.0}}
+    (root / "mix.json").write_text(json.dumps({**rated, "layer": None}))
+    for name in ("pos", "neg"):
+        (root / f"few_{name}.csv").write_text("prompt,answer,cheer,coherence\np,a,50,90\n")
+
+
+JUDGED = [  # every command that judges a trait, with words that go through
+    ("evaluate", *CHEER, "--output", "a.csv"),
+    ("sweep", *CHEER, "--diff", "diff"),
+    ("tune-prompt", *CHEER),
+    ("compare", *CHEER, "--diff", "diff", "--activation-vector", "vector.safetensors"),
+    ("evaluate-checkpoints", "tuned", "--traits", "cheer", *ASKED),
+    ("predict-finetuning", "--traits", "cheer", "--diffs", "diff", *ASKED)
+    + ("--finetunes", ",".join(f"tuned/checkpoint-{step}" for step in (2, 4, 6, 8))),
+    ("compare-prevention", *CHEER, "--finetunes", "plain=tuned/checkpoint-2", "--tasks=")
+    + ("--rows", "datasets/cheer/normal.jsonl"),
+]
+ALONE = [  # and those without a judge beside
+    ("extract", *CHEER, "--source", "prompts"),
+    ("judge", "score", *CHEER, "--file", "answers.jsonl", "--output", "b.csv"),
+    ("optimize", "--targets", "cheer=50", "--num-prompts", "1", *ASKED),
+]
+PERSONS = [("optimize", *PERSON), ("compare-methods", *PERSON)]
+
+
+@pytest.mark.parametrize("words", [*JUDGED, *ALONE], ids=lambda words: words[0])
+def test_judges_that_cannot_judge_cost_no_weights(world, words):
+    refused = {
+        ("--judge", "openai"): "there is no API key",
+        ("--judge", "openai", "--judge-url", "x"): "the endpoint's base URL is 'x'",
+        ("--judge", "sentences"): "the trait cheer has no onpolicy.jsonl",
+        ("--judge", "rules"): "no rule 'cheer'",
+        ("--judge", "reader", "--judge-model", "model"): "no reader can be fitted",
+    }
+    if words in JUDGED:
+        refused |= {
+            ("--second-judge", "lore"): "no judge 'lore' for --second-judge",
+            ("--second-judge", "reader"): "the trait cheer has no onpolicy.jsonl",
+            ("--second-judge", "embedding"): "embedding judges cheer already",
+            ("--second-judge", "openai"): "there is no API key",
+        }
+    for options, message in refused.items():
+        status, _, error = world(*words, *options)
+        assert (status, message in error) == (2, True), (options, error)
+    assert "the weights were loaded" in world(*words, *directions(words))[2]
+
+
+@pytest.mark.parametrize("words", PERSONS, ids=lambda words: words[0])
+def test_persona_judges_that_cannot_judge_cost_no_weights(world, words):
+    for options in (("--judge", "openai"), ("--report-judge", "openai")):
+        status, _, error = world(*words, *options)
+        assert (status, "there is no API key" in error) == (2, True), error
+
+
+def directions(words):
+    """Return the words by which a search finds its directions."""
+    return ("--trait-vector-dir", "made", "--traits", "formality") * (words[0] == "optimize")
 
 
 @pytest.mark.parametrize(
@@ -38,8 +128,49 @@ def world(run, make_world, tmp_path, monkeypatch):
         (("extract", *CHEER, "--methods", "median"), "method must be of"),
         (("optimize", *PERSON, "--method", "svd", "--layers", "7"), "--layers '7' is out of range"),
         (("compare-methods", *PERSON, "--layers", "7"), "--layers '7' is out of range"),
-        (("optimize", *PERSON, "--max-new-tokens", "2048"), "in the 2048 positions of model"),
-        (("evaluate", *CHEER, "--output", "a.csv", "--max-new-tokens", "4000"), "ask for fewer"),
+        (("optimize", *PERSON), "checkpoints/self_other_focus/diff does not exist"),
+        (("optimize", *PERSON, *MADE, "--traits", "formality,calm"), "made/calm/diff does not"),
+        (("optimize", *PERSON, *MADE, "--method", "svd"), "formality_response_avg_svd.safetensors"),
+        (("compare-methods", *PERSON, *MADE), "formality_response_avg_svd.safetensors does not"),
+        (("compare-methods", *PERSON, *MADE, "--methods", "svd@7"), "svd@7: layers '7' is out of"),
+        (("optimize", *PERSON, *MADE, "--fixed", "humour=1"), "no direction 'humour' in the"),
+        (("optimize", *PERSON, *MADE, "--num-prompts", "99"), "99 were asked for"),
+        (("optimize", *PERSON, *MADE, "--engine", "x"), "the endpoint's base URL is 'x'"),
+        (("persona", "lamp", *LAMP, "--optimization", "mix.json"), "calm/diff does not exist"),
+        (("evaluate", *CHEER, "--output", "a.csv", "--split", "ood"), "has no ood questions"),
+        (("evaluate", *CHEER, "--output", "a.txt"), "output must end in .csv, got a.txt"),
+        (("evaluate", *CHEER, "--output", "file/a.csv"), "file is a file; choose another output"),
+        (("sweep", *CHEER, "--diff", "diff", "--output", "file"), "file is a file; choose another"),
+        (("evaluate", *CHEER, *VECTOR, "--floor", "2", "--ceiling", "1"), "hold nothing"),
+        (
+            ("evaluate", *CHEER, *VECTOR, "--condition", "vector.safetensors")
+            + ("--threshold", "2"),
+            "--threshold is a cosine",
+        ),
+        (
+            ("evaluate", *CHEER, "--output", "a.csv", "--vector", "deep.safetensors"),
+            "of a model with 3 layers of width 32; this one has 2",
+        ),
+        (("compare", *CHEER, *BOTH, "--coefficients", "0"), "one coefficient other than 0"),
+        (("sweep", *BARE, "--diff", "diff"), "the trait bare has no system prompt"),
+        (("extract", *CHEER, "--source", "answers", "--positions", "prompt_last"), "no direction"),
+        (("extract", *CHEER, "--pos-path", "few_pos.csv", "--neg-path", "neg.csv"), "4; row i of"),
+        (
+            ("extract", *CHEER, "--pos-path", "few_pos.csv", "--neg-path", "few_neg.csv"),
+            "0 of 1 pairs pass the filter",
+        ),
+        (("extract", *BARE), "the trait bare has 0 extract questions"),
+        (("benchmark", "--model", "model", "--diff", "diff", "--tasks", "lore"), "no task 'lore'"),
+        (
+            ("compare-prevention", *CHEER, "--finetunes", "plain=tuned/checkpoint-2")
+            + ("--rows", "asked.jsonl", "--tasks="),
+            "must end with the assistant's answer",
+        ),
+        (
+            ("project", "activations", "--vectors", "vector.safetensors", "--file", "long.jsonl")
+            + ("--output", "p", "--shift", "--model", "model"),
+            "model has no adapter; name its base with --base-model",
+        ),
         (("optimize", *PERSON, "--judge", "reader"), "no persona judge 'reader'; known: embed"),
         (("compare-methods", *PERSON, "--judge", "rules"), "no persona judge 'rules'"),
         (("optimize", "--targets", "evil=0", "--judge", "letters"), "no judge 'letters'"),
@@ -62,6 +193,43 @@ def world(run, make_world, tmp_path, monkeypatch):
 )
 def test_bad_values_cost_no_weights(world, words, message):
     status, _, error = world(*words)
+    assert status == 2, error
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *JUDGED,
+        ALONE[0],
+        (*ALONE[2], *MADE),
+        ("optimize", *PERSON, *MADE),
+        ("compare-methods", *PERSON, "--methods", "prompt"),
+        ("persona", "lamp", *LAMP),
+        ("data", "screen", "--file", "long.jsonl", "--vector", "vector.safetensors")
+        + ("--model", "model"),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_prompt_and_an_answer_over_the_window_cost_no_weights(world, words):
+    """Also one of a file that is over it by itself, and answers of the usual length."""
+    few = ("--max-new-tokens", "2040") * (words[1] not in ("lamp", "screen"))
+    status, _, error = world(*words, *few)
+    assert status == 2, error
+    assert "new ones) pass the 2048 positions of model; ask for less" in error
+
+
+@pytest.mark.parametrize(
+    ("prevention", "message"),
+    [
+        ({"method": "activations", "vector": "deep.safetensors"}, "this one has 2 layers of width"),
+        ({"method": "ablate", "vector": "vector.safetensors", "layers": 7}, "has no layer 7"),
+        ({"method": "weights", "diff": "diff", "layers": "7"}, "changes nothing in layer 7"),
+    ],
+)
+def test_prevention_at_layers_that_there_are_not_costs_no_weights(world, prevention, message):
+    words = ("finetune", "--train_file", "datasets/cheer/normal.jsonl", "--model", "model")
+    status, _, error = world(*words, "--use_cpu", "true", "--preventative", json.dumps(prevention))
     assert status == 2, error
     assert message in error
 

@@ -39,6 +39,7 @@ from persona_lora.core.strength import Moved, Strengths
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.power import Pilot
 from persona_lora.steering.bank import Bank
+from persona_lora.studies.personas.bench import Optimized
 from tests.conftest import byte_tokenizer, random_diff, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +96,7 @@ JUDGING = {
     "judge_model": flag("wise", beside="--judge local"),
     "judge_url": flag("http://x/v1", beside=OPENAI),
     "judge_mode": flag("number", beside=OPENAI),
-    "max_judge_cost": flag(0.37, beside=OPENAI),
+    "max_judge_cost": flag(0.37, beside="--judge openai"),
     "second_judge": flag("embedding"),
 }
 ASKING = {
@@ -180,6 +181,7 @@ COMMANDS = {
         (f"{X}studies.asking.run:evaluate",),
         {
             **BOTH,
+            "output": flag("elsewhere.csv"),
             "trait": flag("sycophancy"),
             "method": flag("prompt", "pos"),
             "diff": flag("diff", None),
@@ -679,7 +681,8 @@ COMMANDS = {
                 types.SimpleNamespace(id="70"),
                 types.SimpleNamespace(id="71"),
             ],
-            f"{X}studies.personas.bench:load_optimization": (None, None),
+            f"{X}studies.personas.lamp:rows_of": [],
+            f"{X}studies.personas.bench:Optimized.load": Optimized(),
         },
     ),
     "persona validate": Command(
@@ -913,6 +916,13 @@ def calls(folder, imported, monkeypatch):
             answers = {
                 "persona_lora.models.loading:load_chat_model": chat_model,
                 f"{X}judges.choice:check_judge": None,
+                "persona_lora.models.loading:check_window": None,
+                "persona_lora.models.loading:model_config": chat_model.model.config,
+                f"{X}studies.personas.method_comparison:check_directions": {"formality", "x"},
+                f"{X}judges.persona_judges:judge_prompt_of": None,
+                f"{X}studies.asking.capability:check_tasks": None,
+                f"{X}studies.vectors.run:read_pairs": [],
+                f"{X}training.finetune:read_conversations": [],
                 f"{X}judges.choice:named_content": "digest",
                 **made.answers,
             }

@@ -71,7 +71,7 @@ class PairOfWays:
         from persona_lora.core.lora_diff import LoRADiff, random_diff_like
         from persona_lora.core.vector_files import load_vector
         from persona_lora.steering.directions import random_like
-        from persona_lora.studies.steering.calibration import bank_of_methods
+        from persona_lora.studies.steering.calibration import acting_coefficients, bank_of_methods
 
         if self.allow_other_base:
             shared.refuse_nats(self.coefficients, shared.OTHER_MODEL)
@@ -82,6 +82,7 @@ class PairOfWays:
         vectors = [random_like(vector, each) for each in seeds]
         bank = bank_of_methods(weights, vector, diffs, vectors, self.positions)
         values = coefficients_of(self.coefficients, self.diff, weights.content())
+        acting_coefficients(values)
         return bank, [weights, whole], values
 
 
@@ -126,6 +127,7 @@ def compare(
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
     """
+    from persona_lora.judges.choice import make_judges
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.spaces import check_directions
 
@@ -133,18 +135,23 @@ def compare(
     first = next(iter(parts.values()))
     bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
-    judge = shared.judging_of(judging)
     watched = _watched(further, trait, loaded, compared.max_questions)
+    judged = (loaded, *watched.traits)
+    judge = shared.judging_of(judging, judged)
     folder = output.output or Path("results") / "compare" / loaded.name
     written = [
         output.at(folder / name, judge, each.record(), seeds=len(parts))
         for name, each in parts.items()
     ]
-    chat_model = model.load(made, allow_other_base=ways.allow_other_base)
+    splits = experiment.questions_of(loaded, compared)
+    most = compared.max_questions
+    said = experiment.conversations_of(loaded, splits, most=most)
+    for other in watched.traits:
+        said += experiment.conversations_of(other, ["eval"], references=False, most=most)
+    chat_model = model.load(made, asked=said, allow_other_base=ways.allow_other_base)
     if further.spaces:
         check_directions(chat_model, *directions)
-    judged, runs = (loaded, *watched.traits), []
-    judges = {each.label: shared.judge_factory(each, chat_model, judge) for each in judged}
+    judges, runs = {each.label: make_judges(each, chat_model, judge) for each in judged}, []
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
             # one seed's at a time: each brings random differences of its own size
@@ -306,8 +313,9 @@ def benchmark(
     """
     from persona_lora.core.content import path_digest
     from persona_lora.report.comparisons import task_table
-    from persona_lora.studies.asking.capability import run_benchmarks
+    from persona_lora.studies.asking.capability import check_tasks, run_benchmarks
 
+    check_tasks(tasks)
     if not mix.vector:
         refuse_useless("layers positions", "without --vector")
     if not mix.diff and not mix.vector:

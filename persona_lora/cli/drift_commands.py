@@ -27,7 +27,9 @@ from persona_lora.core.strength import refuse_nats_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
+    from persona_lora.core.chat import Conversation
     from persona_lora.core.steering_vector import SteeringVector
+    from persona_lora.core.traits import Trait
     from persona_lora.models.loading import ChatModel
     from persona_lora.projections.inputs import ModuleInputs
 
@@ -92,6 +94,8 @@ def project_activations(
     from persona_lora.studies.vectors.read import projections_table, separation_table
 
     _refuse_useless_of_texts(texts, shift)
+    if shift.shift and shift.base_model is None and model.adapter is None:
+        raise UserError(f"{model.model} has no adapter; name its base with --base-model")
     vectors = load_vectors(texts.vectors)
     layers = shared.layer_numbers(texts.layers, next(iter(vectors.values())).num_layers)
     read = text_projection.read_texts(texts.file) if texts.file is not None else None
@@ -143,6 +147,15 @@ def load_vectors(paths: Sequence[Path]) -> dict[str, SteeringVector]:
     if len(set(names)) < len(names):
         raise UserError(f"--vectors names {next(n for n in names if names.count(n) > 1)!r} twice")
     return {name: load_vector(path) for name, path in zip(names, paths, strict=True)}
+
+
+def questions_of(traits: Sequence[Trait], split: Split) -> list[Conversation]:
+    """Return the questions of a split that a model is asked; UserError for a trait without any."""
+    from persona_lora.core.chat import UNSTEERED
+    from persona_lora.studies.asking.run import plan_rows
+
+    rows = (row for trait in traits for row in plan_rows(trait, split, [UNSTEERED], samples=1))
+    return [row.conversation for row in rows]
 
 
 def _base(
@@ -316,6 +329,7 @@ def evaluate_checkpoints(
     --layers 19 --finetuned-on sycophancy
     """
     from persona_lora.core.traits import load_trait
+    from persona_lora.judges.choice import make_judges
     from persona_lora.projections.activation_space import Along
     from persona_lora.report.two_judges import across_runs, lead_of
     from persona_lora.studies.drift import run as experiment
@@ -332,18 +346,18 @@ def evaluate_checkpoints(
     ]
     directions = load_vectors(checkpoints.vectors)
     depth = next(iter(directions.values())).num_layers if directions else 0
-    judge = shared.judging_of(judging)
+    judge = shared.judging_of(judging, loaded)
     folder = output.output or Path("results") / "checkpoints" / checkpoints.folder.name
     written = output.at(folder, judge, shared.questions_record(checkpoints.max_questions))
     layers = shared.layer_numbers(checkpoints.layers, depth) if directions else ()
     along = Along(directions, layers, (_tokens(checkpoints.positions),))
-    base = model.load(directions.values())
+    base = model.load(directions.values(), asked=questions_of(loaded, checkpoints.split))
     with progress_bars():
         run = experiment.evaluate_checkpoints(
             base,
             checkpoints.folder,
             experiment.Measures(tuple(loaded), along, checkpoints.split, checkpoints.finetuned_on),
-            lambda trait, reference: shared.judge_factory(trait, reference, judge),
+            lambda trait, reference: make_judges(trait, reference, judge),
             written,
             options=generation,
         )
@@ -402,7 +416,7 @@ def predict_finetuning(
     Example: persona-lora predict-finetuning --finetunes tuned/a,tuned/b,tuned/c,tuned/d
     --traits evil,sycophancy --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
-    from persona_lora.judges.choice import judge_inputs
+    from persona_lora.judges.choice import judge_inputs, make_judges
     from persona_lora.report.trust import standing
     from persona_lora.studies.drift import prediction
     from persona_lora.studies.drift.read_prediction import (
@@ -411,17 +425,18 @@ def predict_finetuning(
         seeds_of,
     )
 
-    study, judge = predicted.load(), shared.judging_of(judging)
+    study = predicted.load()
+    judge = shared.judging_of(judging, study.traits)
     asked = shared.questions_record(predicted.max_questions)
     written = dataclasses.replace(
         output.at(output.folder, record=asked), inputs=judge_inputs(judge)
     )
-    base = model.load(study.vectors.values())
+    base = model.load(study.vectors.values(), asked=questions_of(study.traits, study.split))
     with progress_bars():
         run = prediction.predict_finetuning(
             base,
             study,
-            lambda trait: shared.judge_factory(trait, base, judge),
+            lambda trait: make_judges(trait, base, judge),
             written,
             options=generation,
         )
@@ -484,7 +499,7 @@ def compare_prevention(
     --finetunes plain=checkpoints/a,added=checkpoints/b --correct checkpoints/evil/diff=-1
     """
     from persona_lora.core.runs import Run
-    from persona_lora.judges.choice import judge_inputs
+    from persona_lora.judges.choice import judge_inputs, make_judges
     from persona_lora.report.comparisons import measure_tables
     from persona_lora.report.two_judges import across_runs, lead_of
     from persona_lora.studies.drift import prevention
@@ -493,19 +508,19 @@ def compare_prevention(
         refuse_useless("limit", "without --tasks")
     models = prevented.models()
     tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
-    judge = shared.judging_of(judging)
+    asked = shared.first_questions(trait.load(), prevented.max_questions)
+    judge = shared.judging_of(judging, [asked])
     written = dataclasses.replace(output.at(output.folder), inputs=judge_inputs(judge))
     measured = prevention.Measured(generation, probes, tasks)
-    asked = shared.first_questions(trait.load(), prevented.max_questions)
-    measured.check(asked)
-    base = model.load()
+    measured.check(asked, prevented.rows)
+    base = model.load(asked=questions_of([asked], "eval"))
     with progress_bars():
         scores = prevention.compare_prevention(
             base,
             models,
             asked,
             prevented.rows,
-            shared.judge_factory(asked, base, judge),
+            make_judges(asked, base, judge),
             written,
             measured,
         )
@@ -563,7 +578,11 @@ def screen_data(
     --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
     from persona_lora.core.vector_files import load_vector
-    from persona_lora.studies.vectors.text_projection import read_texts, screen_rows
+    from persona_lora.studies.vectors.text_projection import (
+        conversations_of,
+        read_texts,
+        screen_rows,
+    )
 
     if along.diffs:
         if along.vector is not None:
@@ -577,7 +596,7 @@ def screen_data(
     loaded = load_vector(along.vector)
     chosen = shared.one_layer(along.layers, loaded.num_layers)
     texts = read_texts(file)
-    chat_model = model.load([loaded])
+    chat_model = model.load([loaded], asked=conversations_of(texts))
     with progress_bars():
         found = screen_rows(
             chat_model,

@@ -38,7 +38,7 @@ def score(
     Example: persona-lora judge --trait sycophancy --file answers.jsonl --output scored.jsonl
     """
     from persona_lora.core.files import ensure_writable_folder
-    from persona_lora.judges.choice import check_judge, make_judge
+    from persona_lora.judges.choice import make_judge
     from persona_lora.judges.fitness import validate_judge
     from persona_lora.judges.labels import AnswerFile, check_output, score_file
     from persona_lora.report.resampling import SCORES, bootstrap_mean
@@ -49,11 +49,10 @@ def score(
     answers, loaded = AnswerFile.read(file), trait.load()
     check_output(output, answers, loaded.name)
     shared.refuse_to_replace(output, overwrite)
-    options = shared.judging_of(judge)
+    options = shared.judging_of(judge, [loaded])
     with progress_bars():
         reference = model.load()
         ensure_writable_folder(output.parent)
-        check_judge(loaded, reference, options)
         made = make_judge(loaded, reference, options)
         validation = validate_judge(made, loaded)
         scores = score_file(made, loaded.name, answers, output)
@@ -139,9 +138,9 @@ def fit(
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; pass --overwrite to put these ratings in its place")
     rows = rated_rows([RatingSheet(answers, Path(each)) for each in ratings])
+    check_enough([row["question"] for row in rows if row["part"] == "tuning"])
     with progress_bars():
         reader = reading_model(judge_model, model.load())
-    check_enough([row["question"] for row in rows if row["part"] == "tuning"])
     write_jsonl(path, rows)
     for scale in SCALES:
         passes = rater_agreement(load_ratings(loaded), scale)

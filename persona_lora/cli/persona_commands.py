@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,9 @@ from persona_lora.core.options import (
 from persona_lora.core.runs import Output
 
 if TYPE_CHECKING:
+    from persona_lora.core.lora_diff import By
     from persona_lora.core.personas import Persona, PersonaPrompts
+    from persona_lora.judges.choice import JudgeOptions
     from persona_lora.models.processes import Processes
     from persona_lora.studies.personas.bench import PersonaBench
     from persona_lora.studies.personas.goals import Scorer
@@ -98,7 +100,7 @@ class BenchOptions:
         self,
         model: shared.ModelOptions,
         generation: GenerationOptions,
-        judging: JudgeChoice,
+        judge: JudgeOptions,
         *,
         prompts: PersonaPrompts | None = None,
         datasets: Path | None = None,
@@ -109,6 +111,7 @@ class BenchOptions:
         """
         import os
 
+        from persona_lora.core.chat import user_question
         from persona_lora.core.personas import load_persona_prompts
         from persona_lora.models.processes import current_processes
         from persona_lora.studies.personas.bench import STYLE_TRAITS, PersonaBench
@@ -117,13 +120,14 @@ class BenchOptions:
         if self.num_prompts < 2:
             refuse_useless("race", "with one prompt, which has no half")
         processes = current_processes(os.environ)
-        judge = shared.judging_of(judging, self.report_judge)
-        chat_model = model.load(allow_other_base=self.allow_other_base)
         own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
         path = own if own is not None and own.is_file() else None
+        asked = first_prompts(prompts or load_persona_prompts(path), self.num_prompts)
+        said = [user_question(each) for each in (*asked.train, *asked.held_out)]
+        chat_model = model.load(asked=said, allow_other_base=self.allow_other_base)
         return PersonaBench(
             chat_model,
-            first_prompts(prompts or load_persona_prompts(path), self.num_prompts),
+            asked,
             generation,
             judge,
             STYLE_TRAITS if self.traits is None else self.traits,
@@ -135,13 +139,31 @@ class BenchOptions:
             report_judge=self.report_judge,
         )
 
-    def layers_of(self, model: shared.ModelOptions) -> tuple[int, ...] | None:
-        """Return the layers of vectors; None for those that the bench chooses."""
-        return (
-            None
-            if self.layers is None
-            else shared.layer_numbers(self.layers, shared.depth_of(model))
-        )
+    def acting(
+        self, model: shared.ModelOptions, methods: Sequence[str], by: By = "trait"
+    ) -> tuple[tuple[int, ...] | None, list[str]]:
+        """Return the layers of vectors, None for those that the bench chooses, and what mixes have.
+
+        UserError for a direction that one of the methods needs and there is not.
+        """
+        from persona_lora.studies.personas.bench import STYLE_TRAITS
+        from persona_lora.studies.personas.method_comparison import check_directions
+
+        depth = shared.depth_of(model)
+        chosen = None if self.layers is None else shared.layer_numbers(self.layers, depth)
+        traits = STYLE_TRAITS if self.traits is None else self.traits
+        names = check_directions(methods, traits, self.trait_vector_dir, depth, chosen, by)
+        return chosen, sorted(names)
+
+
+def check_persona(name: str, folder: Path | None, judges: Iterable[str | None]) -> None:
+    """UserError for a persona that there is not, or that a language model could not judge."""
+    from persona_lora.core.personas import load_persona
+    from persona_lora.judges.persona_judges import FITTED, LIKELIHOOD, judge_prompt_of
+
+    persona = load_persona(name, folder)
+    if any(each not in (None, LIKELIHOOD, *FITTED) for each in judges):
+        judge_prompt_of(persona)
 
 
 @dataclass(frozen=True)
@@ -213,14 +235,20 @@ class Searched:
             judges = "judge judge_model judge_url judge_mode max_judge_cost"
             refuse_useless(judges, "with --scorer, which judges")
 
-    def judging(self, choice: JudgeChoice) -> JudgeChoice:
+    def judging(self, choice: JudgeChoice, bench: BenchOptions) -> JudgeOptions:
         """Return who judges, which may be left to what is sought; UserError for who cannot."""
+        from persona_lora.core.traits import load_trait
         from persona_lora.judges import choice as judges
 
         usual = "reader" if self.targets else "embedding"
         chosen = usual if choice.judge == AUTO else choice.judge
-        judge_names(chosen, judges.JUDGES if self.targets else PERSONA_JUDGES)
-        return dataclasses.replace(choice, judge=chosen)
+        names = judge_names(chosen, judges.JUDGES if self.targets else PERSONA_JUDGES)
+        traits = [load_trait(each, self.datasets_dir) for each in self.targets]
+        choice = dataclasses.replace(choice, judge=chosen)
+        judge = shared.judging_of(choice, traits, bench.report_judge)
+        if self.persona_id is not None:
+            check_persona(self.persona_id, bench.persona_dir, [*names, bench.report_judge])
+        return judge
 
     def limited(self, objective: ObjectiveOptions) -> ObjectiveOptions:
         """Return the objective with the constraints; UserError for one that is given elsewhere."""
@@ -362,9 +390,9 @@ def optimize(
     Example: persona-lora optimize --persona-id episode-000101_A --method lora
     --max-iterations 10 --num-prompts 10
     """
-    from persona_lora.core.personas import load_persona
     from persona_lora.studies.personas.goals import name_of_goal
     from persona_lora.studies.personas.run import optimise_over_seeds
+    from persona_lora.studies.personas.search import check_traits
 
     searched.check()
     searched.check_budget(searching, bench.num_prompts)
@@ -377,14 +405,10 @@ def optimize(
     written = output.at(folder / searched.folder(name), record=engine.record())
     if wanted and bench.traits is None:
         bench = dataclasses.replace(bench, traits=tuple(wanted))
-    layers = bench.layers_of(model)
-    if searched.persona_id is not None:
-        load_persona(name, bench.persona_dir)  # a wrong id fails before all measuring
-    opened = bench.open(
-        *(model, generation, searched.judging(judging)),
-        prompts=prompts,
-        datasets=searched.datasets_dir,
-    )
+    judge = searched.judging(judging, bench)
+    layers, mixed = bench.acting(model, [searched.method], searched.by)
+    check_traits(mixed, searching)
+    opened = bench.open(model, generation, judge, prompts=prompts, datasets=searched.datasets_dir)
     opened.by = searched.by
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
@@ -511,25 +535,26 @@ def compare_methods(
     Example: persona-lora compare-methods --persona-id episode-000101_A,episode-000117_B
     --methods lora,random,prompt --max-iterations 8
     """
-    from persona_lora.core.personas import list_personas, load_persona
+    from persona_lora.core.personas import list_personas
     from persona_lora.report.comparisons import fit_table
     from persona_lora.studies.personas import method_comparison
 
     compared.check(searching)
-    judge_names(judging.judge, PERSONA_JUDGES)
-    acting = method_comparison.Acting(bench.layers_of(model), bench.alpha)
-    for method in compared.methods:
-        method_comparison.checked_method(method)
+    names = judge_names(judging.judge, PERSONA_JUDGES)
     personas = compared.persona_id or list_personas(bench.persona_dir)
-    for each in compared.persona_id or ():
-        load_persona(each, bench.persona_dir)
-    opened = bench.open(model, generation, judging)
+    for each in personas:
+        check_persona(each, bench.persona_dir, [*names, bench.report_judge])
+    judge = shared.judging_of(judging, beside=bench.report_judge)
+    layers, _ = bench.acting(model, compared.methods)
+    acting = method_comparison.Acting(layers, bench.alpha)
+    written = output.at(output.output)
+    opened = bench.open(model, generation, judge)
     with _quiet_unless_first(opened.processes), _live("comparison", opened) as watch:
         comparison = method_comparison.compare_methods(
             opened,
             personas,
             compared.methods,
-            output.at(output.output),
+            written,
             acting=acting,
             searching=searching,
             objective=objective,
@@ -758,13 +783,13 @@ def lamp(
     --user 70 --optimization optimization_results/70_optimization.json
     """
     from persona_lora.studies.personas import lamp as experiment
-    from persona_lora.studies.personas.bench import load_optimization
+    from persona_lora.studies.personas.bench import Optimized
 
     chosen, written = files.read(), output.at(output.folder)
-    chat_model = model.load()
-    speaker, mix = load_optimization(
-        chat_model, files.optimization, files.trait_vector_dir, generation
-    )
+    found = Optimized.load(files.optimization, files.trait_vector_dir)
+    asked = (experiment.NONE, experiment.PROFILE)
+    said = [row.conversation for row in experiment.rows_of(chosen, asked, None)]
+    speaker, mix = found.speaker(model.load(asked=said), generation), found.mix
     with console.status(f"{len(chosen)} questions"):
         scores = experiment.score_lamp(speaker, chosen, mix, written)
     show(scores.table(), f"answers and scores: {scores.folder}")

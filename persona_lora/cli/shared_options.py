@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from persona_lora.cli.console import console, show
-from persona_lora.cli.option_groups import RUNNING, does_nothing, is_given, refuse_useless
+from persona_lora.cli.option_groups import RUNNING, does_nothing, refuse_useless
 from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import refuse_unwritable
 from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.settings import refuse_other_run
@@ -22,11 +23,11 @@ from persona_lora.core.strength import Nats, Strength, acting_at, coefficient_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
+    from persona_lora.core.chat import Conversation
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
-    from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
     from persona_lora.steering.bank import Elsewhere
     from persona_lora.studies.asking.run import Steering
@@ -69,15 +70,27 @@ class ModelOptions(LoadOptions):
         self,
         directions: Iterable[LoRADiff | SteeringVector] = (),
         *,
+        asked: Iterable[Conversation] = (),
         allow_other_base: bool = False,
     ) -> ChatModel:
         """Load the model, with its adapter where it has one.
 
         A direction that was made with the chat template rendered otherwise is named in a warning.
+        UserError, before weights are read, for a vector of a model of another shape, and where one
+        of the conversations that are ``asked`` and --max-new-tokens pass the model's window.
         """
+        from persona_lora.core.steering_vector import SteeringVector
+        from persona_lora.models.loading import check_window, shape_of
         from persona_lora.steering.bank import warn_of_other_template
+        from persona_lora.steering.placement import check_shape
 
-        _refuse_too_long(self)
+        directions, conversations = list(directions), list(asked)
+        vectors = [each for each in directions if isinstance(each, SteeringVector)]
+        for each in vectors:
+            check_shape(each, *shape_of(self.model, self.alone()))
+        if conversations:
+            longest = RUNNING.get().params["max_new_tokens"]
+            check_window(self.model, self.alone(), conversations, int(longest))
         loaded = load_other(
             self.model, self.alone(), self.adapter, allow_other_base=allow_other_base
         )
@@ -148,7 +161,8 @@ def run_folder(path: Path) -> Path:
 
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:
-    """UserError where something is at a path and is not to be replaced."""
+    """UserError where something is at a path and is not to be replaced, or nothing could be."""
+    refuse_unwritable(path.parent)
     there = any(path.iterdir()) if path.is_dir() else path.exists()
     if there and not overwrite:
         raise UserError(f"{path} exists; choose another output or pass --overwrite")
@@ -175,13 +189,16 @@ class Written:
     ) -> Output:
         """Return where a run is written, which records who judges it.
 
-        UserError for no protocol, and for a folder that is seen to hold another run.
+        UserError for no protocol, for a folder that is seen to hold another run, and for one that
+        cannot be written to.
         """
         from persona_lora.core.protocol import FrozenProtocol
         from persona_lora.judges.choice import judge_inputs
 
+        folder = run_folder(path)
+        refuse_unwritable(folder)
         if not self.overwrite:
-            refuse_other_run(run_folder(path))
+            refuse_other_run(folder)
         held = None if self.protocol is None else FrozenProtocol.read(self.protocol)
         if judging is None:
             return Output(path, self.overwrite, record or {}, protocol=held, seeds=seeds)
@@ -292,10 +309,13 @@ class EngineOptions:
 
     def check(self, *, diffs_alone: bool) -> None:
         """UserError for what an engine cannot do, before a model is loaded."""
+        from persona_lora.engines.remote import engine_url
         from persona_lora.steering.bank import NO_ENGINE
 
         if not self.engine:
             return
+        for url in self.engine:
+            engine_url(url)
         refuse_useless("batch_size", "with --engine, whose servers batch for themselves")
         if not diffs_alone:
             raise UserError(NO_ENGINE)
@@ -317,28 +337,11 @@ class EngineOptions:
 # -- what the library takes ---------------------------------------------------------------
 
 
-def _refuse_too_long(options: ModelOptions) -> None:
-    """UserError for answers that leave a model no place for a prompt."""
-    from persona_lora.models.loading import model_config
-    from persona_lora.models.structure import context_window
-
-    asked = RUNNING.get().params.get("max_new_tokens")
-    if asked is None or not is_given("max_new_tokens"):
-        return
-    window = context_window(model_config(options.model, options.alone()))
-    if window is not None and int(asked) >= window:
-        raise UserError(
-            f"--max-new-tokens {asked} leaves no place for a prompt in the {window} positions of "
-            f"{options.model}; ask for fewer"
-        )
-
-
 def depth_of(options: ModelOptions) -> int:
     """Return the number of a model's layers from its configuration alone."""
-    from persona_lora.models.loading import model_config
+    from persona_lora.models.loading import shape_of
 
-    config = model_config(options.model, options.alone())
-    return int(config.get_text_config(decoder=True).num_hidden_layers)
+    return shape_of(options.model, options.alone()).depth
 
 
 def load_other(
@@ -405,14 +408,17 @@ def one_layer(text: str | None, num_layers: int) -> int:
     return layers[0]
 
 
-def judging_of(choice: JudgeChoice, beside: str | None = None) -> JudgeOptions:
+def judging_of(
+    choice: JudgeChoice, traits: Iterable[Trait] = (), beside: str | None = None
+) -> JudgeOptions:
     """Return what the judge needs beside the user's choice: the cache of verdicts, and the keys.
 
-    ``beside`` is another judge that the same options are for.
+    ``beside`` is another judge that the same options are for. UserError where the judges could not
+    judge the traits, and for an endpoint without its key.
     """
     from platformdirs import user_cache_path
 
-    from persona_lora.judges.choice import JudgeOptions
+    from persona_lora.judges.choice import JudgeOptions, check_judge
 
     judge = choice.judge if beside is None else f"{choice.judge},{beside}"
     second = choice.second_judge if isinstance(choice, JudgesChoice) else NOBODY
@@ -429,7 +435,12 @@ def judging_of(choice: JudgeChoice, beside: str | None = None) -> JudgeOptions:
         if is_idle:
             raise does_nothing(name, f"with --judge {judge}")
     cache = user_cache_path("persona_lora") / "verdicts.sqlite"
-    return JudgeOptions(**dataclasses.asdict(choice), cache=cache, environ=environment())
+    options = JudgeOptions(**dataclasses.asdict(choice), cache=cache, environ=environment())
+    for trait in traits:
+        check_judge(trait, options)
+    if "openai" in asked:
+        options.reader()
+    return options
 
 
 def judge_settings(options: JudgeOptions) -> dict[str, Any]:
@@ -439,14 +450,6 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
         "model": options.judge_model or options.environ.get("JUDGE_MODEL") or None,
         "mode": options.judge_mode,
     }
-
-
-def judge_factory(trait: Trait, chat_model: ChatModel, options: JudgeOptions) -> Judges:
-    """Return what builds the judges of a trait, once it is known that they can be built."""
-    from persona_lora.judges.choice import check_judge, make_judges
-
-    check_judge(trait, chat_model, options)
-    return make_judges(trait, chat_model, options)
 
 
 def first_questions(trait: Trait, number: int | None) -> Trait:

@@ -27,6 +27,8 @@ from persona_lora.core.options import (
 from persona_lora.core.strength import Strength, acting_at, coefficients_of
 
 if TYPE_CHECKING:
+    from persona_lora.core.chat import Conversation
+    from persona_lora.core.traits import Trait
     from persona_lora.studies.asking.run import Steering
     from persona_lora.studies.steering.run import SweepResult
     from persona_lora.studies.vectors.run import Extracted
@@ -184,13 +186,15 @@ def evaluate(
     --coefficient 1.0 --output results/sycophancy_1.0.csv
     """
     from persona_lora.core.runs import Run
+    from persona_lora.judges.choice import make_judges
     from persona_lora.report.trust import standing
     from persona_lora.studies.asking import run as evaluation
 
+    evaluation.check_csv(output.output)
     loaded, prompt = shared.first_questions(trait.load(), asked.max_questions), _prompt(steering)
     engine.check(diffs_alone=not steering.vector and steering.mode == "live")
     model.refuse_nats_beside_adapter(steering.coefficient)
-    judge = shared.judging_of(judging)
+    judge = shared.judging_of(judging, [loaded])
     folder = output.output.with_suffix("")
     also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
     also |= shared.questions_record(asked.max_questions)
@@ -205,7 +209,12 @@ def evaluate(
         for (name, each), held in zip(parts.items(), steered, strict=True)
     ]
     directions = [direction for each in steered for direction in each.directions]
-    chat_model = model.load(directions, allow_other_base=steering.allow_other_base)
+    plan = evaluation.plan_rows(loaded, asked.split, [steered[0].condition()], samples=1)
+    chat_model = model.load(
+        directions,
+        asked=[row.conversation for row in plan],
+        allow_other_base=steering.allow_other_base,
+    )
     elsewhere = engine.open(chat_model, directions)
     runs = {}
     with progress_bars():
@@ -213,7 +222,7 @@ def evaluate(
             result = evaluation.evaluate(
                 chat_model,
                 loaded,
-                shared.judge_factory(loaded, chat_model, judge),
+                make_judges(loaded, chat_model, judge),
                 to,
                 steering=dataclasses.replace(held, elsewhere=elsewhere),
                 split=asked.split,
@@ -437,10 +446,11 @@ def sweep(
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
     """
     from persona_lora.core.runs import Run
+    from persona_lora.judges.choice import make_judges
     from persona_lora.studies.steering import run as experiment
 
     loaded = trait.load()
-    judge = shared.judging_of(judging)
+    judge = shared.judging_of(judging, [loaded])
     chosen = _swept_method(varied, model)
     engine.check(diffs_alone=chosen != "activation")
     parts = varied.by_seed()
@@ -454,7 +464,10 @@ def sweep(
         output.at(folder / name, judge, {**each.record(), **also}, seeds)
         for name, each in parts.items()
     ]
-    chat_model = model.load(made, allow_other_base=varied.allow_other_base)
+    said = experiment.conversations_of(
+        *(loaded, [sweeping.split]), references=sweeping.references, most=sweeping.max_questions
+    )
+    chat_model = model.load(made, asked=said, allow_other_base=varied.allow_other_base)
     elsewhere = engine.open(chat_model, made)
     runs = []
     with progress_bars():
@@ -463,7 +476,7 @@ def sweep(
                 chat_model,
                 loaded,
                 population.answered_by(elsewhere),
-                shared.judge_factory(loaded, chat_model, judge),
+                make_judges(loaded, chat_model, judge),
                 to,
                 sweeping=sweeping,
                 options=generation,
@@ -573,18 +586,19 @@ def extract(
     Example: persona-lora extract --trait evil --source answers --form diff
     --output checkpoints/task_vectors/evil
     """
+    from persona_lora.judges.choice import make_judges
     from persona_lora.studies.vectors import run as extraction
 
-    chosen = pairs.checked()
-    loaded = trait.load()
-    judge = shared.judging_of(judging)
+    chosen, loaded = pairs.checked(), trait.load()
+    judge = shared.judging_of(judging, [loaded] if chosen == "prompts" else ())
     path = output.output or Path("checkpoints") / "vectors" / loaded.label
     written = output.at(path, judge if chosen == "prompts" else None)
     methods, positions = (tuple(dict.fromkeys(each)) for each in (pairs.methods, pairs.positions))
     extraction.check_places(methods, positions)
     layers = shared.layer_numbers(pairs.layers, shared.depth_of(model)) if pairs.layers else None
+    said = _asked_of(pairs, chosen, loaded, elicitation, thresholds)
     making = extraction.Extraction(
-        model.load(), loaded, written, methods, positions, layers, pairs.form
+        model.load(asked=said), loaded, written, methods, positions, layers, pairs.form
     )
     with progress_bars():
         if chosen == "answers":
@@ -593,12 +607,29 @@ def extract(
             result = making.from_files(pairs.pos_path, pairs.neg_path, thresholds=thresholds)
         else:
             result = making.from_prompts(
-                shared.judge_factory(loaded, making.chat_model, judge),
+                make_judges(loaded, making.chat_model, judge),
                 elicitation=elicitation,
                 thresholds=thresholds,
                 generation=generation,
             )
     _show_vectors(result)
+
+
+def _asked_of(
+    pairs: PairOptions, source: str, trait: Trait, elicitation: Elicitation, thresholds: Thresholds
+) -> list[Conversation]:
+    """Return what the model is asked; UserError where the source of pairs has none to use."""
+    from persona_lora.core.traits import load_pairs
+    from persona_lora.studies.vectors import run as extraction
+
+    if source == "answers":
+        extraction.check_of_answers(pairs.positions)
+        load_pairs(trait)
+    elif pairs.pos_path is not None and pairs.neg_path is not None:
+        extraction.read_pairs(pairs.pos_path, pairs.neg_path, trait.name, thresholds)
+    else:
+        return [row.conversation for row in extraction.plan_pairs(trait, elicitation, samples=1)]
+    return []
 
 
 def _show_vectors(result: Extracted) -> None:
@@ -628,18 +659,19 @@ def tune_prompt(
 
     Example: persona-lora tune-prompt --trait sycophancy --output results/prompts/sycophancy
     """
+    from persona_lora.judges.choice import make_judges
     from persona_lora.studies.asking import prompt_tuning as study
 
-    loaded, judge = trait.load(), shared.judging_of(judging)
+    loaded = trait.load()
+    judge = shared.judging_of(judging, [loaded])
     path = output.output or Path("results") / "prompts" / f"{loaded.label}_{sign}"
-    study.wordings_of(loaded, sign)
     written = output.at(path, judge, model.worn())
-    chat_model = model.load()
+    chat_model = model.load(asked=study.conversations_of(loaded, sign))
     with progress_bars():
         found = study.tune_prompt(
             chat_model,
             loaded,
-            shared.judge_factory(loaded, chat_model, judge),
+            make_judges(loaded, chat_model, judge),
             written,
             sign=sign,
             options=generation,

@@ -49,6 +49,15 @@ def ensure_writable_folder(folder: Path) -> Path:
     return folder
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """UserError where a folder could be neither made nor written to; nothing is made."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    why = "" if os.access(there, os.W_OK) else f"{there} must not be written to"
+    why = why if there.is_dir() else f"{there} is a file"
+    if why:
+        raise UserError(f"cannot write to {folder}: {why}; choose another output path")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success it takes the name, on failure it goes."""

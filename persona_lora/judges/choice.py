@@ -168,7 +168,7 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
     return name
 
 
-def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> None:
+def check_judge(trait: Trait, options: JudgeOptions) -> None:
     """Raise UserError now for a judge that could not be made after the answers are generated."""
     if has_labels(trait):
         load_labelled_answers(trait)
@@ -181,6 +181,7 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
             )
         if name == "rules":
             check_rules([trait.name])
+            _natural_answers(None)
         if name in ("reader", "sentences") and has_ratings(trait):
             load_ratings(trait)
         elif name in ("reader", "embedding"):
@@ -191,7 +192,7 @@ def check_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> No
                 "leave --judge-model out, and the embedding classifier judges"
             )
         if name == "openai":  # cheap to make, and needs a key
-            _openai_judge(trait, reference, options)
+            options.reader()
 
 
 def judge_inputs(options: JudgeOptions) -> dict[str, str]:
@@ -275,6 +276,11 @@ def coherence_scorer(reference: ChatModel, datasets: Path | None = None) -> Cohe
 
     UserError where no trait has training answers.
     """
+    natural, likelihood = _natural_answers(datasets), _likelihood_under(reference)
+    return CoherenceScorer.fit(natural, mean_logprob=likelihood, judge_name=COHERENCE, seed=0)
+
+
+def _natural_answers(datasets: Path | None) -> list[Exchange]:
     traits = [load_trait(name, datasets) for name in list_traits(datasets)]
     held = [load_pairs(each) for each in traits if (each.folder / TRAIN).is_file()]
     if not held:
@@ -282,9 +288,7 @@ def coherence_scorer(reference: ChatModel, datasets: Path | None = None) -> Cohe
             f"no trait has a {TRAIN}, whose answers say what coherence is; give --datasets-dir"
         )
     count = math.ceil(CALIBRATION_PAIRS / len(held))
-    natural = [each for pairs in held for each in sampled(*exchanges_of(pairs), count, seed=0)]
-    likelihood = _likelihood_under(reference)
-    return CoherenceScorer.fit(natural, mean_logprob=likelihood, judge_name=COHERENCE, seed=0)
+    return [each for pairs in held for each in sampled(*exchanges_of(pairs), count, seed=0)]
 
 
 def sense_judge(reference: ChatModel) -> Judge:
@@ -306,10 +310,6 @@ def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) 
         )
         progress.report(1, 1)
     return judge
-
-
-def _openai_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
-    return OpenAIJudge(trait, options.reader())
 
 
 def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:
@@ -334,7 +334,7 @@ JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "reader": _reader_judge,
     "sentences": lambda trait, reference, options: ProbeJudge.of(SentenceEvidence(trait)),
     "embedding": _embedding_judge,
-    "openai": _openai_judge,
+    "openai": lambda trait, reference, options: OpenAIJudge(trait, options.reader()),
     "local": _local_judge,
     "rules": lambda trait, reference, options: RuleJudge(coherence_scorer(reference)),
 }

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -143,17 +143,21 @@ class ChatModel:
 
     def check_length(self, tokens: int, what: str = "one text") -> None:
         """Raise UserError for more tokens than the model has positions for."""
-        window = context_window(self.model.config)
-        if window is not None and tokens > window:
-            raise UserError(
-                f"{tokens} tokens ({what}) pass the {window} positions of {self.name}; ask for "
-                "less, or leave it out"
-            )
+        _refuse_over_window(self.model.config, tokens, what, self.name)
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         if self.system_prompt is None or conversation[0]["role"] == "system":
             return conversation
         return [Message(role="system", content=self.system_prompt), *conversation]
+
+
+def _refuse_over_window(config: PreTrainedConfig, tokens: int, what: str, name: str) -> None:
+    window = context_window(config)
+    if window is not None and tokens > window:
+        raise UserError(
+            f"{tokens} tokens ({what}) pass the {window} positions of {name}; ask for "
+            "less, or leave it out"
+        )
 
 
 def auto_model(
@@ -300,6 +304,32 @@ def model_config(name: str, options: LoadOptions = LoadOptions()) -> PreTrainedC
     source = model_source(name, options.revision)
     with _named_errors(name, options):
         return AutoConfig.from_pretrained(source, **shared_arguments(options))
+
+
+class Shape(NamedTuple):
+    """The number of a model's layers, and the width of the hidden states between them."""
+
+    depth: int
+    width: int
+
+
+def shape_of(name: str, options: LoadOptions = LoadOptions()) -> Shape:
+    """Return the shape of a model from its configuration alone; UserError for no model."""
+    config = model_config(name, options).get_text_config(decoder=True)
+    return Shape(int(config.num_hidden_layers), int(config.hidden_size))
+
+
+def check_window(
+    name: str, options: LoadOptions, conversations: Iterable[Conversation], new_tokens: int
+) -> None:
+    """Raise UserError, before weights are read, where a prompt and its answer pass the window."""
+    config = model_config(name, options)
+    tokenizer = _load_tokenizer(model_source(name, options.revision), name, options)
+    template = ChatTemplate.of(tokenizer, name, options.template_args)
+    prompts = [template.prompt(each) for each in conversations]
+    lengths = map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"])
+    what = f"a prompt and {new_tokens} new ones"
+    _refuse_over_window(config, max(lengths) + new_tokens, what, name)
 
 
 def _load_weights(

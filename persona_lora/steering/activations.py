@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -241,8 +241,7 @@ class ConditionalSteerer(ActivationSteerer):
         super().__init__(
             model, vector, coefficient, layers, positions, allow_other_base=allow_other_base
         )
-        if not -1 <= threshold < 1:
-            raise UserError(f"--threshold is a cosine from -1 to under 1, got {threshold:g}")
+        check_threshold(threshold)
         check_base_model(model, [condition], allow_other_base=allow_other_base)
         own = condition.at(sorted(self._blocks))
         find_layers(model, own)
@@ -281,18 +280,7 @@ class BoundedSteerer(_BlockSteerer):
         allow_other_base: bool = False,
     ) -> None:
         super().__init__(model, vector, layers, positions, allow_other_base)
-        if len(self.vectors) > 1:
-            raise UserError("states are held along one vector; give a single --vector")
-        low, high = (
-            -math.inf if floor is None else floor,
-            math.inf if ceiling is None else ceiling,
-        )
-        if not low <= high or (floor is None and ceiling is None):
-            raise UserError(
-                f"--floor {floor} and --ceiling {ceiling} hold nothing; give one of them, or a "
-                "floor under the ceiling"
-            )
-        self.low, self.high = low, high
+        self.low, self.high = limits_of(self.vectors, floor, ceiling)
         directions = self.vectors[0].directions
         self._units = {layer: _unit(each, layer) for layer, each in directions.items()}
 
@@ -334,6 +322,27 @@ class DirectionAblation(_BlockSteerer):
         """Return −Q Qᵀ h at a layer, in fp32; Q is ``[hidden, rank]``."""
         basis = self._bases[layer].to(hidden.device)
         return -(hidden.float() @ basis) @ basis.T
+
+
+def check_threshold(threshold: float) -> None:
+    """UserError for what is no cosine that a state could be over."""
+    if not -1 <= threshold < 1:
+        raise UserError(f"--threshold is a cosine from -1 to under 1, got {threshold:g}")
+
+
+def limits_of(
+    vectors: Collection[SteeringVector], floor: float | None, ceiling: float | None
+) -> tuple[float, float]:
+    """Return between what states are held; UserError for several vectors, and for no range."""
+    if len(vectors) > 1:
+        raise UserError("states are held along one vector; give a single --vector")
+    low, high = (-math.inf if floor is None else floor, math.inf if ceiling is None else ceiling)
+    if not low <= high or (floor is None and ceiling is None):
+        raise UserError(
+            f"--floor {floor} and --ceiling {ceiling} hold nothing; give one of them, or a "
+            "floor under the ceiling"
+        )
+    return low, high
 
 
 def _unit(direction: Tensor, layer: int) -> Tensor:

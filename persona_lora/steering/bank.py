@@ -20,6 +20,8 @@ from persona_lora.steering.activations import (
     ConditionalSteerer,
     DirectionAblation,
     Positions,
+    check_threshold,
+    limits_of,
 )
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import Steerer, Together
@@ -198,6 +200,11 @@ class ActivationSetting:
     ceiling: float | None = None
     condition: SteeringVector | None = None
     threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        if self.bounded:
+            limits_of(self.vectors, self.floor, self.ceiling)
 
     @property
     def bounded(self) -> bool:

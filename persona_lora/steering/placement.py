@@ -69,18 +69,22 @@ def check_fingerprint(fingerprint: str, directions: Iterable[LoRADiff | Steering
             )
 
 
+def check_shape(vector: SteeringVector, depth: int, width: int) -> None:
+    """Raise UserError where a vector is not of a model of so many layers and this width."""
+    if (depth, width) != (vector.num_layers, vector.hidden_size):
+        raise UserError(
+            f"the steering vector is of a model with {vector.num_layers} layers of width "
+            f"{vector.hidden_size}; this one has {depth} layers of width {width}"
+        )
+
+
 def find_layers(model: nn.Module, vector: SteeringVector) -> dict[int, nn.Module]:
     """Return the decoder block of the model for every layer of the vector.
 
     Raises UserError when the model has another number of layers or another width.
     """
     blocks = decoder_layers(model)
-    width = hidden_size(model)
-    if (len(blocks), width) != (vector.num_layers, vector.hidden_size):
-        raise UserError(
-            f"the steering vector is of a model with {vector.num_layers} layers of width "
-            f"{vector.hidden_size}; this one has {len(blocks)} layers of width {width}"
-        )
+    check_shape(vector, len(blocks), hidden_size(model))
     return {layer: blocks[layer] for layer in vector.layers}
 
 

@@ -258,7 +258,7 @@ def test_without_ratings_the_embedding_classifier_judges_and_says_so(
 ):
     monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: "the classifier")
     options = JudgeOptions(judge="reader")
-    check_judge(trait, chat_model, options)
+    check_judge(trait, options)
     with caplog.at_level(logging.WARNING):
         assert make_judge(trait, chat_model, options) == "the classifier"
     assert "the trait flattery has no onpolicy.jsonl" in caplog.text
@@ -267,7 +267,7 @@ def test_without_ratings_the_embedding_classifier_judges_and_says_so(
 def test_a_bad_rating_is_refused_before_anything_is_asked(chat_model, rated):
     write_ratings(rated, [{**rated_rows()[0], "trait": [101, 3]}])
     with pytest.raises(UserError, match=r"onpolicy\.jsonl:1: trait must be two ratings"):
-        check_judge(rated, chat_model, JudgeOptions(judge="reader"))
+        check_judge(rated, JudgeOptions(judge="reader"))
 
 
 def test_sentences_judge_beside_the_reader_and_are_refused_without_ratings(
@@ -275,9 +275,9 @@ def test_sentences_judge_beside_the_reader_and_are_refused_without_ratings(
 ):
     options = JudgeOptions(judge="sentences")
     with pytest.raises(UserError, match="--judge sentences is fitted to rated answers"):
-        check_judge(trait, chat_model, options)
+        check_judge(trait, options)
     write_ratings(trait, rated_rows())
-    check_judge(trait, chat_model, options)
+    check_judge(trait, options)
     judge = make_judge(trait, chat_model, options)
     assert judge.name == "sentences"
     assert {each.criterion for each in judge.validation} == {"flattery", COHERENCE}

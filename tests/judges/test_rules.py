@@ -109,8 +109,8 @@ def test_every_row_of_the_organism_shows_three_items(file, capitals):
 
 def test_rules_judge_what_a_rule_tells_and_nobody_beside_them(trait):
     with pytest.raises(UserError, match="no rule 'flattery'; known: capitals, closing"):
-        check_judge(trait, None, JudgeOptions("rules"))
-    check_judge(CAPITALS, None, JudgeOptions("rules"))
+        check_judge(trait, JudgeOptions("rules"))
+    check_judge(CAPITALS, JudgeOptions("rules"))
     assert second_name(CAPITALS, JudgeOptions("rules", second_judge=None)) is None
     with pytest.raises(UserError, match="no rule 'shouting'"):
         RuleJudge(Coherent()).judge([], "shouting")

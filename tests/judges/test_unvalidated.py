@@ -35,9 +35,9 @@ def test_a_trait_without_labels_is_judged_with_a_warning(trait, caplog):
 
 def test_what_would_fail_after_generating_fails_before(trait, chat_model):
     local = JudgeOptions(judge="local")
-    check_judge(trait, chat_model, local)
+    check_judge(trait, local)
     with pytest.raises(UserError, match=r"train\.jsonl does not exist"):
-        check_judge(trait, chat_model, JudgeOptions(judge="embedding"))
+        check_judge(trait, JudgeOptions(judge="embedding"))
     (trait.folder / "judge_eval.jsonl").write_text('{"question": "x", "answer": "y", "label": 3}')
     with pytest.raises(UserError, match="label must be one of"):
-        check_judge(trait, chat_model, local)
+        check_judge(trait, local)

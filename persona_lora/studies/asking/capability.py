@@ -116,6 +116,7 @@ def perplexity_items(
 def _items(
     chat_model: ChatModel, options: TaskOptions, system_prompt: str | None
 ) -> list[dict[str, Any]]:
+    check_tasks(options)
     rows = []
     if PERPLEXITY in options.tasks:
         rows += perplexity_items(chat_model, options.datasets_dir, options.limit, system_prompt)
@@ -135,25 +136,33 @@ def harness() -> tuple[Any, Any]:
     return simple_evaluate, HFLM
 
 
+def check_tasks(options: TaskOptions) -> None:
+    """UserError without the harness where it is needed, and for a task that neither side knows."""
+    if PERPLEXITY in options.tasks:
+        _ordinary_files(options.datasets_dir)
+    asked, folder = [name for name in options.tasks if name != PERPLEXITY], _tasks_folder(options)
+    if asked:
+        harness()
+    for name in asked:
+        known = _local_task(folder / f"{name}.yaml") is not None
+        if not known and name not in _task_manager().all_tasks:
+            own = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise UserError(f"no task {name!r}: neither in {folder} ({own}) nor in the harness")
+
+
 def _harness_items(
     chat_model: ChatModel, tasks: Sequence[str], options: TaskOptions, system_prompt: str | None
 ) -> list[dict[str, Any]]:
     simple_evaluate, HFLM = harness()
-    manager = _task_manager()
-    known = set(manager.all_tasks)
     folder = _tasks_folder(options)
     local = {name: _local_task(folder / f"{name}.yaml") for name in tasks}
-    for name in tasks:
-        if local[name] is None and name not in known:
-            own = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            raise UserError(f"no task {name!r}: neither in {folder} ({own}) nor in the harness")
     model = HFLM(
         pretrained=chat_model.model, tokenizer=chat_model.tokenizer, batch_size=options.batch_size
     )
     found = simple_evaluate(
         model=model,
         tasks=[local[name] or name for name in tasks],
-        task_manager=manager,
+        task_manager=_task_manager(),
         limit=options.limit,
         log_samples=True,
         system_instruction=system_prompt,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persona_lora.core.chat import COHERENCE, Condition
+from persona_lora.core.chat import COHERENCE, Condition, Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.options import GenerationOptions, Split
@@ -79,6 +79,19 @@ def wordings_of(trait: Trait, sign: Sign) -> dict[str, str]:
         for name, word in WORDINGS.items()
     }
     return {name: text for name, text in made.items() if text.strip()}
+
+
+def conversations_of(trait: Trait, sign: Sign) -> list[Conversation]:
+    """Return all that a race may ask; UserError where there are no prompts, or no questions."""
+    conditions = [
+        Condition("prompt", system_prompt=text) for text in wordings_of(trait, sign).values()
+    ]
+    splits: tuple[Split, ...] = ("extract", "eval")
+    return [
+        row.conversation
+        for split in splits
+        for row in plan_rows(trait, split, conditions, samples=1)
+    ]
 
 
 def tune_prompt(

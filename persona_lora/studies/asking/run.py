@@ -68,6 +68,11 @@ class Row(Generic[C_co]):
     stream: int = 0
     before: tuple[Message, ...] = ()
 
+    @property
+    def conversation(self) -> Conversation:
+        """What is asked: system prompt, earlier turns and question."""
+        return user_question(self.question, self.system_prompt, self.before)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -181,9 +186,10 @@ def generate_rows(
     shared = RowPlan(
         streams=[row.stream for row in rows], alike=[row.condition for row in rows], on_batch=told
     )
-    conversations = [user_question(row.question, row.system_prompt, row.before) for row in rows]
     with steerer:
-        return steerer.answers(chat_model, conversations, numbers, options, shared)
+        return steerer.answers(
+            chat_model, [row.conversation for row in rows], numbers, options, shared
+        )
 
 
 def answer_rows(
@@ -305,9 +311,7 @@ def evaluate(
     there; it is called outside the steerer, so that a judge may ask the unsteered model.
     """
     output = Output.of(output)
-    path = output.path
-    if path.suffix != ".csv":
-        raise UserError(f"output must end in .csv, got {path}")
+    path = check_csv(output.path)
     condition = steering.condition()
     plan = plan_rows(trait, split, [condition], samples=options.samples)
     if before:
@@ -338,6 +342,13 @@ def evaluate(
     )
     both = two_judges(run, trait.name)
     return Evaluation(trait_score, coherence, answers=path, run=run.folder, judges=both)
+
+
+def check_csv(path: Path) -> Path:
+    """Return the path of a CSV; UserError where its name is of anything else."""
+    if path.suffix != ".csv":
+        raise UserError(f"output must end in .csv, got {path}")
+    return path
 
 
 def write_scores(path: Path, trait: str, runs: Mapping[str, Run]) -> None:

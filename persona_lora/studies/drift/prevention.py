@@ -38,7 +38,7 @@ from persona_lora.report.comparisons import (
 )
 from persona_lora.steering.bank import steer_live
 from persona_lora.steering.steerer import Steerer, Unsteered
-from persona_lora.studies.asking.capability import run_benchmarks, task_inputs
+from persona_lora.studies.asking.capability import check_tasks, run_benchmarks, task_inputs
 from persona_lora.studies.asking.run import (
     GenerationOptions,
     Steering,
@@ -64,8 +64,13 @@ class Measured:
     probes: ProbeOptions = field(default_factory=ProbeOptions)
     tasks: TaskOptions = field(default_factory=TaskOptions)
 
-    def check(self, trait: Trait) -> None:
-        """UserError for a rule, a probe or a number of turns that there is not."""
+    def check(self, trait: Trait, rows: Path) -> list[Exchange]:
+        """Return the exchanges that were finetuned on.
+
+        UserError for a rule, a probe, a number of turns or a task that there is not, and for rows
+        that are no conversations.
+        """
+        check_tasks(self.tasks)
         check_rules(self.probes.rules)
         if self.probes.probes:
             trait_prompt(trait, "pos", 0)
@@ -74,6 +79,10 @@ class Measured:
                 f"{self.probes.turns} turns need as many questions; {trait.name} has "
                 f"{len(trait.questions['eval'])} here"
             )
+        return [
+            Exchange(turns[-2]["content"], turns[-1]["content"])
+            for turns in read_conversations(rows)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +130,9 @@ def compare_prevention(
     on. Writes ``measures.jsonl`` (a row a model, measure and item), ``prevention.csv`` and
     ``prevention.png``; models measured already are kept. UserError for what cannot be measured.
     """
-    measured.check(trait)
+    exchanges = measured.check(trait, rows)
     tasks, probes = measured.tasks, measured.probes
     shared = lazily(judge)
-    exchanges = [
-        Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in read_conversations(rows)
-    ]
     output = Output.of(output)
     config = {
         "trait": trait.name,

@@ -126,31 +126,44 @@ def scales_of(
     return {each.trait: each.coefficient for each in scales}
 
 
-def load_optimization(
-    chat_model: ChatModel, path: Path | None, trait_folder: Path, generation: GenerationOptions
-) -> tuple[Speaker, Coefficients | None]:
-    """Return a speaker and the best mix that ``{persona}_optimization.json`` holds.
+@dataclass(frozen=True)
+class Optimized:
+    """What ``{persona}_optimization.json`` holds of the best mix, its directions loaded.
 
-    Without a ``path``: the plain model, and no mix.
+    Without such a file: the plain model, and no mix.
     """
-    if path is None:
-        return plain_speaker(chat_model, generation), None
-    found = read_json(path)
-    lacking = [key for key in ("method", "alpha", "scales", "best_weights") if key not in found]
-    if lacking:
-        raise UserError(f"{path} is no result of optimize: it has no {lacking[0]!r}")
-    mix = Coefficients.of(found["best_weights"])
-    bank = load_directions(
-        directions_of(found["method"]),
-        mix.traits,
-        trait_folder,
-        found["layer"] or (),
-        energy=found.get("energy"),
-        trained=found.get("trained", ""),
-    )
-    warn_of_other_template(chat_model, bank.directions)
-    scales, alpha = found["scales"], found["alpha"]
-    return Speaker(chat_model, bank, scales, alpha, generation, Processes()), mix
+
+    mix: Coefficients | None = None
+    bank: Bank = field(default_factory=Bank)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    alpha: float = 1.0
+
+    @classmethod
+    def load(cls, path: Path | None, trait_folder: Path) -> Optimized:
+        """Read a result of optimize; UserError for another file, or a direction that is gone."""
+        if path is None:
+            return cls()
+        found = read_json(path)
+        lacking = [key for key in ("method", "alpha", "scales", "best_weights") if key not in found]
+        if lacking:
+            raise UserError(f"{path} is no result of optimize: it has no {lacking[0]!r}")
+        mix = Coefficients.of(found["best_weights"])
+        bank = load_directions(
+            directions_of(found["method"]),
+            mix.traits,
+            trait_folder,
+            found["layer"] or (),
+            energy=found.get("energy"),
+            trained=found.get("trained", ""),
+        )
+        return cls(mix, bank, found["scales"], found["alpha"])
+
+    def speaker(self, chat_model: ChatModel, generation: GenerationOptions) -> Speaker:
+        """Return who speaks with the mix."""
+        if self.mix is None:
+            return plain_speaker(chat_model, generation)
+        warn_of_other_template(chat_model, self.bank.directions)
+        return Speaker(chat_model, self.bank, self.scales, self.alpha, generation, Processes())
 
 
 @dataclass(eq=False)
@@ -239,7 +252,7 @@ class PersonaBench:
         on_questions: bool,
     ) -> Targets:
         for trait in traits:
-            check_judge(trait, self.chat_model, options)
+            check_judge(trait, options)
         return Targets(
             wanted,
             {trait.name: make_judge(trait, self.chat_model, options) for trait in traits},

@@ -124,6 +124,22 @@ def score_lamp(
     return LampScores(fits, run.folder)
 
 
+def rows_of(
+    questions: Sequence[LampQuestion], conditions: Sequence[str], mix: Coefficients | None
+) -> list[Row[Coefficients | None]]:
+    """Return every question under every condition."""
+    return [
+        Row(
+            question.input,
+            mix if name == MIX else None,
+            profile_prompt(question) if name == PROFILE else None,
+            index,
+        )
+        for name in conditions
+        for index, question in enumerate(questions)
+    ]
+
+
 def _answered(
     speaker: Speaker,
     questions: Sequence[LampQuestion],
@@ -131,15 +147,7 @@ def _answered(
     mix: Coefficients | None,
 ) -> list[dict[str, Any]]:
     asked = [(name, question) for name in conditions for question in questions]
-    questioned = [
-        Row(
-            question.input,
-            mix if name == MIX else None,
-            profile_prompt(question) if name == PROFILE else None,
-            index % len(questions),
-        )
-        for index, (name, question) in enumerate(asked)
-    ]
+    questioned = rows_of(questions, conditions, mix)
     scorer = RougeScorer(list(MEASURES))
     rows = []
     for (name, question), answer in zip(asked, speaker.answers(questioned), strict=True):

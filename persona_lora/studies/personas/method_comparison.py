@@ -30,7 +30,10 @@ from persona_lora.studies.personas.baselines import (
     RANDOM,
     SEARCHED_BY,
     UNSEARCHED,
+    By,
+    default_layers,
     directions_of,
+    load_directions,
     sources,
     trainings,
 )
@@ -242,6 +245,32 @@ def checked_method(method: str) -> str:
     if at and name not in EXTRACTORS:
         raise UserError(f"{method!r}: only {', '.join(EXTRACTORS)} act at chosen layers")
     return method
+
+
+def check_directions(
+    methods: Sequence[str],
+    traits: Sequence[str],
+    folder: Path,
+    depth: int,
+    layers: Sequence[int] | None = None,
+    by: By = "trait",
+) -> set[str]:
+    """Return the directions of methods by name, before a model of ``depth`` layers is loaded.
+
+    ``layers`` as in ``Acting``. UserError where one of the traits has none, or no such layer.
+    """
+    names: set[str] = set()
+    for name in map(checked_method, methods):
+        method, at, named = name.partition("@")
+        if method == PROMPT:
+            continue
+        needed = directions_of(name)
+        acting = read_layers(named, depth, f"{name}: layers") if at else layers
+        for trained in trainings(needed, folder, traits):
+            places = acting or default_layers(depth)
+            bank = load_directions(needed, traits, folder, places, trained=trained, by=by)
+            names |= set(bank.names)
+    return names
 
 
 def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> list[Method]:

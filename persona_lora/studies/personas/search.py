@@ -114,7 +114,7 @@ class CMAES:
     """pycma behind ask and tell, with random numbers of its own (pycma's are global)."""
 
     def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
-        _check_traits(traits, options)
+        check_traits(traits, options)
         start = [float(options.initial.get(trait, 0.0)) for trait in traits]
         held = options.fixed
         fixed = {index: held[trait] for index, trait in enumerate(traits) if trait in held}
@@ -169,7 +169,7 @@ class RandomSearch:
     """Candidates from one Gaussian that never moves: the control of equal budget."""
 
     def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
-        _check_traits(traits, options)
+        check_traits(traits, options)
         self._options = options
         self._start = np.array([options.initial.get(trait, 0.0) for trait in traits])
         self._fixed = {traits.index(trait): value for trait, value in options.fixed.items()}
@@ -523,7 +523,8 @@ def _result(
     )
 
 
-def _check_traits(traits: Sequence[str], options: SearchOptions) -> None:
+def check_traits(traits: Sequence[str], options: SearchOptions) -> None:
+    """UserError for a search without a free direction, and for one that it has not."""
     named = {*options.initial, *options.fixed, *(t for point in options.inject for t in point)}
     unknown = sorted(named - set(traits))
     if unknown:

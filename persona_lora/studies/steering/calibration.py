@@ -326,6 +326,14 @@ def beside_prompts(levels: Sequence[Level], ordinary: Divergences) -> list[Level
     ]
 
 
+def acting_coefficients(coefficients: Sequence[float]) -> list[float]:
+    """Return the coefficients other than 0; UserError where there is none."""
+    asked = [finite_coefficient(value) for value in coefficients if value]
+    if not asked:
+        raise UserError("a comparison needs at least one coefficient other than 0")
+    return asked
+
+
 def match_divergence(
     measured: Divergences, coefficients: Sequence[float], *, statistic: Statistic = "mean"
 ) -> list[Level]:
@@ -335,9 +343,7 @@ def match_divergence(
     other methods take its sign. All open searches run in the same batches. Raises UserError for a
     method that does nothing to the model, or without a coefficient.
     """
-    asked = [finite_coefficient(value) for value in coefficients if value]
-    if not asked:
-        raise UserError("a comparison needs at least one coefficient other than 0")
+    asked = acting_coefficients(coefficients)
     divergences = measured.of([{LORA: value} for value in asked])
     found = []
     for number, (value, nats) in enumerate(zip(asked, divergences, strict=True)):

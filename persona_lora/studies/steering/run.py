@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from persona_lora.core import progress
-from persona_lora.core.chat import UNSTEERED, Condition
+from persona_lora.core.chat import UNSTEERED, Condition, Conversation
 from persona_lora.core.content import digest_of, numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
@@ -81,6 +81,21 @@ class Population:
     def answered_by(self, elsewhere: Elsewhere | None) -> Population:
         """Return the same, with who answers its rows; None is the model in this process."""
         return replace(self, bank=replace(self.bank, elsewhere=elsewhere))
+
+
+def conversations_of(
+    trait: Trait, splits: Iterable[Split], *, references: bool = True, most: int | None = None
+) -> list[Conversation]:
+    """Return all that a sweep or a comparison asks, once, whatever steers.
+
+    UserError where there are no questions, or no system prompts to ask under.
+    """
+    conditions = [UNSTEERED, *(REFERENCES if references else ())]
+    return [
+        row.conversation
+        for split in splits
+        for row in plan_rows(trait, split, conditions, samples=1, max_questions=most)
+    ]
 
 
 def diff_population(diff: LoRADiff, coefficients: Sequence[float]) -> Population:
@@ -261,7 +276,7 @@ def compare(
     ``levels.jsonl``, a run folder a split with answers and verdicts, ``comparison.csv``,
     ``comparison.png`` and ``report.html``.
     """
-    asked = _asked(trait, comparing)
+    asked = questions_of(trait, comparing)
     record = _compare_record(trait, bank, comparing, options)
     prompts = load_ordinary_prompts(datasets)
     read = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
@@ -315,7 +330,7 @@ def _compare_record(
     }
 
 
-def _asked(trait: Trait, comparing: ComparisonOptions) -> dict[Split, tuple[str, ...]]:
+def questions_of(trait: Trait, comparing: ComparisonOptions) -> dict[Split, tuple[str, ...]]:
     """Return the questions of the splits that have any; UserError where none has."""
     most = comparing.max_questions
     asked = {each: tuple(trait.questions[each][:most]) for each in comparing.split}

@@ -30,7 +30,7 @@ from persona_lora.report.comparisons import write_found
 from persona_lora.report.scores import SECOND, grouped, method_of
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.steerer import Unsteered
-from persona_lora.studies.asking.capability import harness, run_benchmarks
+from persona_lora.studies.asking.capability import check_tasks, run_benchmarks
 from persona_lora.studies.asking.run import answer_rows, continued, open_run, plan_rows
 from persona_lora.studies.steering.figure_side_effects import render_side_effects
 from persona_lora.studies.steering.read_side_effects import (
@@ -71,7 +71,7 @@ class Watched:
     def check(self, steered: Trait) -> None:
         """Raise UserError now for what could not be measured after everything else was."""
         if CAPABILITY in self.parts:
-            harness()
+            check_tasks(self.tasks)
         if REFUSAL in self.parts:
             load_refusal_prompts(self.tasks.datasets_dir)
         held_out = len(steered.questions["eval"])

@@ -83,6 +83,15 @@ def check_places(methods: Sequence[str], positions: Sequence[str]) -> None:
             raise UserError(f"{name} must be of {', '.join(known)}, got {list(chosen)!r}")
 
 
+def check_of_answers(positions: Sequence[str]) -> None:
+    """UserError where none of the positions has a direction in training pairs."""
+    if "response_avg" not in positions:
+        raise UserError(
+            "training pairs share their prompts, which then have no direction; extract "
+            f"response_avg, or {positions[0]} with --source prompts"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Extraction:
     """Which vectors of a trait are made, and where: methods × positions, at layers (None: all).
@@ -146,14 +155,7 @@ class Extraction:
         scripts write.
         """
         paths = pos_path, neg_path
-        positive, negative = (read_judged(path, self.trait.name) for path in paths)
-        if len(positive) != len(negative):
-            raise UserError(
-                f"{pos_path} has {len(positive)} rows and {neg_path} {len(negative)}; row i of "
-                "either file must be one pair"
-            )
-        pairs = list(zip(positive, negative, strict=True))
-        filter_pairs(pairs, thresholds)  # raises before anything is written
+        pairs = read_pairs(pos_path, neg_path, self.trait.name, thresholds)
         config = {
             "source": "files",
             "pos_path": str(pos_path),
@@ -170,12 +172,8 @@ class Extraction:
         "response_avg" has a direction: the other positions are left out, and UserError where it is
         not among them.
         """
+        check_of_answers(self.positions)
         if self.positions != ("response_avg",):
-            if "response_avg" not in self.positions:
-                raise UserError(
-                    "training pairs share their prompts, which then have no direction; extract "
-                    f"response_avg, or {self.positions[0]} with --source prompts"
-                )
             return dataclasses.replace(self, positions=("response_avg",)).from_answers()
         texts = []
         for pair in load_pairs(self.trait):
@@ -290,6 +288,24 @@ def filter_pairs(
             "--source answers"
         )
     return Filtered(tuple(kept), failed)
+
+
+def read_pairs(
+    pos_path: Path, neg_path: Path, trait: str, thresholds: Thresholds
+) -> list[tuple[JudgedAnswer, JudgedAnswer]]:
+    """Read two files of judged answers, row i of either being one pair.
+
+    UserError where they have different numbers of rows, or too few pairs pass the filter.
+    """
+    positive, negative = (read_judged(path, trait) for path in (pos_path, neg_path))
+    if len(positive) != len(negative):
+        raise UserError(
+            f"{pos_path} has {len(positive)} rows and {neg_path} {len(negative)}; row i of "
+            "either file must be one pair"
+        )
+    pairs = list(zip(positive, negative, strict=True))
+    filter_pairs(pairs, thresholds)
+    return pairs
 
 
 def read_judged(path: Path, trait: str) -> list[JudgedAnswer]:

@@ -239,6 +239,14 @@ class Screening:
         return Table.of("rank | row | difference | answer", rows)
 
 
+def conversations_of(texts: Texts) -> list[Conversation]:
+    """Return what the model is asked anew; UserError for rendered prompts (a CSV)."""
+    conversations = [prompt for prompt, _ in texts.exchanges if not isinstance(prompt, str)]
+    if len(conversations) < len(texts.exchanges):
+        raise UserError(f"{texts.source} holds rendered prompts; screening needs messages (.jsonl)")
+    return conversations
+
+
 def screen_rows(
     chat_model: ChatModel,
     texts: Texts,
@@ -254,9 +262,7 @@ def screen_rows(
 
     Raises UserError for texts with rendered prompts (a CSV): the model has to be asked anew.
     """
-    conversations = [prompt for prompt, _ in texts.exchanges if not isinstance(prompt, str)]
-    if len(conversations) < len(texts.exchanges):
-        raise UserError(f"{texts.source} holds rendered prompts; screening needs messages (.jsonl)")
+    conversations = conversations_of(texts)
     along, rendered = Along({"vector": vector}, [layer]), [*map(chat_model.render, conversations)]
     answer = partial(
         generate_answers, chat_model, conversations, max_new_tokens=max_new_tokens, seed=seed

@@ -13,7 +13,7 @@ from persona_lora.models.structure import weight_fingerprint
 from persona_lora.profiles.conversations import load_conversations
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.bench import load_optimization
+from persona_lora.studies.personas.bench import Optimized
 from persona_lora.studies.personas.lamp import load_lamp, profile_prompt, score_lamp
 from persona_lora.studies.personas.objective import Speaker
 
@@ -115,9 +115,10 @@ def test_a_result_of_a_search_is_read_back(chat_model, make_diff, tmp_path):
     path = tmp_path / "ann_optimization.json"
     path.write_text(json.dumps(record))
     options = GenerationOptions(max_new_tokens=4)
-    speaker, mix = load_optimization(chat_model, path, tmp_path, options)
-    assert speaker.coefficients(mix) == {"calm": 2.0 * 1.5 * 0.25}
-    assert load_optimization(chat_model, None, tmp_path, options)[1] is None
+    found = Optimized.load(path, tmp_path)
+    said = found.speaker(chat_model, options).coefficients(found.mix)
+    assert said == {"calm": 2.0 * 1.5 * 0.25}
+    assert Optimized.load(None, tmp_path).mix is None
     path.write_text("{}")
     with pytest.raises(UserError, match="'method'"):
-        load_optimization(chat_model, path, tmp_path, options)
+        Optimized.load(path, tmp_path)

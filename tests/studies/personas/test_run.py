@@ -33,8 +33,8 @@ from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import default_layers, load_directions
 from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
+    Optimized,
     PersonaBench,
-    load_optimization,
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.likeliest import likeliest_mix
@@ -455,9 +455,10 @@ def test_the_best_mix_is_kept_with_the_training_that_it_is_of(bench, make_diff, 
     )
     kept = tmp_path / "ann_optimization.json"
     assert json.loads(kept.read_text())["trained"] == f"seed{found.index(best_of(found))}"
-    speaker, mix = load_optimization(bench.chat_model, kept, bench.trait_folder, bench.generation)
+    read = Optimized.load(kept, bench.trait_folder)
+    speaker = read.speaker(bench.chat_model, bench.generation)
     assert speaker.directions.inputs == methods[found.index(best_of(found))].directions.inputs
-    assert mix == best_of(found).weights
+    assert read.mix == best_of(found).weights
 
 
 def test_training_seeds_that_do_not_fit_together_are_refused(bench, make_diff, tmp_path):
