@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
+from persona_lora.cli.program import OPTIONS
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import loading
@@ -151,6 +153,11 @@ def directions(words):
             ("evaluate", *CHEER, "--output", "a.csv", "--vector", "deep.safetensors"),
             "of a model with 3 layers of width 32; this one has 2",
         ),
+        (
+            ("project", "weights", "--finetuned-model", "tuned", "--diffs", "diff")
+            + ("--original-model", "model", "--output", "a.csv"),
+            "output must end in .json, got a.csv",
+        ),
         (("compare", *CHEER, *BOTH, "--coefficients", "0"), "one coefficient other than 0"),
         (("sweep", *BARE, "--diff", "diff"), "the trait bare has no system prompt"),
         (("extract", *CHEER, "--source", "answers", "--positions", "prompt_last"), "no direction"),
@@ -217,6 +224,48 @@ def test_a_prompt_and_an_answer_over_the_window_cost_no_weights(world, words):
     status, _, error = world(*words, *few)
     assert status == 2, error
     assert "new ones) pass the 2048 positions of model; ask for less" in error
+
+
+MODEL = ("--model", "model")
+WRITING = [  # every command that writes one file or folder, which is no run
+    ("project", "weights", "--finetuned-model", "tuned", "--diffs", "diff"),
+    ("data", "screen", "--file", "datasets/cheer/normal.jsonl", "--diffs", "diff", *MODEL),
+    ("data", "screen", "--file", "long.jsonl", "--vector", "vector.safetensors", *MODEL),
+    ("paired", "one", "other"),
+    ("persona", "validate", "--judge", "letters"),
+    ("calibrate", "--diff", "diff", *MODEL),
+    ("evaluate", *CHEER),
+    ("judge", "score", *CHEER, "--file", "answers.jsonl"),
+    ("export", "--mix", "diff=1"),
+    ("basis", "--diffs", "diff"),
+    ("gallery", "make", "--diffs", "diff"),
+]
+NEW = {"preregister", "reproduce", "gallery get"}  # what they write is never replaced
+
+
+@pytest.mark.parametrize("words", WRITING, ids=lambda words: " ".join(words[:2]))
+def test_what_is_there_is_not_replaced_in_silence(world, tmp_path, words):
+    name = "taken.json" if words[1] == "weights" else "taken.csv"
+    (tmp_path / name).write_text("mine")
+    status, _, error = world(*words, "--output", name)
+    assert status == 2
+    assert f"{name} exists; choose another output or pass --overwrite" in error
+    assert (tmp_path / name).read_text() == "mine"
+    assert f"{name} exists" not in world(*words, "--output", name, "--overwrite")[2]
+
+
+def test_seeds_do_not_replace_a_file_of_another_either(world, tmp_path):
+    shutil.copytree(tmp_path / "diff", tmp_path / "trained/seed0/diff")
+    (tmp_path / "taken.csv").write_text("mine")
+    words = ("evaluate", *CHEER, "--diff", "trained", "--output", "taken.csv")
+    assert "taken.csv exists" in world(*words)[2]
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_command_that_writes_says_what_becomes_of_what_is_there(command):
+    options = {each.name: each for each in OPTIONS[command]}
+    if "output" in options and command not in NEW:
+        assert "overwrite" in options or "is replaced" in options["output"].help
 
 
 @pytest.mark.parametrize(

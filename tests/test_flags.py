@@ -226,6 +226,7 @@ COMMANDS = {
         ("--diff", "diff"),
         (),
         {
+            "overwrite": None,  # in test_cli_early.py
             "diff": flag("diff2", None),
             "vector": flag("w.safetensors", None),
             "layers": flag("0", None, VECTOR),
@@ -440,6 +441,7 @@ COMMANDS = {
         ("--finetuned-model", "tuned", "--diffs", "diff"),
         (f"{X}studies.drift.run:project_finetunes",),
         {
+            "overwrite": None,  # in test_cli_early.py
             "finetuned_model": flag("other"),
             "diffs": flag("diff2"),
             "original_model": flag("somebody/base"),
@@ -689,6 +691,7 @@ COMMANDS = {
         ("--output", "o.json"),
         ("persona_lora.core.files:write_json",),
         {
+            "overwrite": None,  # in test_cli_early.py
             "persona_dir": flag("people"),
             "output": flag("p.json"),
             "judge": flag("letters", "LetterFeatures"),
@@ -745,6 +748,7 @@ COMMANDS = {
             f"{X}studies.drift.row_pulls:pull_rows",
         ),
         {
+            "overwrite": None,  # in test_cli_early.py
             "file": flag("more.jsonl", None),
             "vector": flag("w.safetensors", None),
             "layers": flag("0", None),
@@ -790,7 +794,11 @@ COMMANDS = {
     "paired": Command(
         ("a", "b", "--output", "o.csv"),
         ("persona_lora.report.comparisons:write_found",),
-        {"reference": None, "runs": None},
+        {
+            "reference": None,
+            "runs": None,
+            "overwrite": None,  # in test_cli_early.py
+        },
         {"persona_lora.report.comparisons:compare_runs": []},
     ),
     # what they do, and what they refuse: tests/test_packing.py

@@ -19,6 +19,7 @@ from persona_lora.core.options import (
     ComparisonOptions,
     GenerationOptions,
     JudgesChoice,
+    Replace,
     TaskOptions,
     TimingOptions,
 )
@@ -348,6 +349,7 @@ def paired(
     reference: Annotated[Path, typer.Argument(help="A run of evaluate to compare with.")],
     runs: Annotated[list[Path], typer.Argument(help="Runs of evaluate on the same questions.")],
     output: Annotated[Path | None, "A CSV to write the table to."] = None,
+    overwrite: Replace = False,
 ) -> None:
     """Compare runs of evaluate with one of them, paired by question.
 
@@ -355,6 +357,8 @@ def paired(
     """
     from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs, run_table, write_found
 
+    if output is not None:
+        shared.refuse_to_replace(output, overwrite)
     first, *others = (Run(shared.run_folder(path)) for path in (reference, *runs))
     found = compare_runs(others, first)
     show(run_table(found))
@@ -366,7 +370,9 @@ def paired(
 def report(
     *,
     runs: Annotated[list[Path], typer.Argument(help="Runs: sweep, evaluate, compare, optimize …")],
-    output: Annotated[Path, "The HTML file to write."] = Path("results/report.html"),
+    output: Annotated[Path, "The HTML file to write; a page that is there is replaced."] = Path(
+        "results/report.html"
+    ),
 ) -> None:
     """Write one self-contained HTML page about one or several runs.
 
@@ -382,9 +388,10 @@ def report(
 def research_questions(
     *,
     results: Annotated[Path, "Where scripts/reproduce.sh left its runs."] = Path("results"),
-    output: Annotated[Path, "The page to write; its pictures go to figures/ beside it."] = Path(
-        "docs/results.md"
-    ),
+    output: Annotated[
+        Path,
+        "The page to write, with its pictures in figures/ beside it; what is there is replaced.",
+    ] = Path("docs/results.md"),
 ) -> None:
     """Answer the five research questions on one page, from the runs that are there.
 

@@ -20,6 +20,7 @@ from persona_lora.core.options import (
     GenerationOptions,
     JudgesChoice,
     ProbeOptions,
+    Replace,
     Split,
     TaskOptions,
 )
@@ -219,6 +220,7 @@ def project_weights(
     output: Annotated[Path, "The JSON file to write; a picture goes beside it."] = Path(
         "results/weight_projection.json"
     ),
+    overwrite: Replace = False,
     loading: LoadOptions,
 ) -> None:
     """Project what finetuning did to the weights on persona directions: ⟨ΔW, L⟩.
@@ -233,12 +235,15 @@ def project_weights(
     --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff
     """
     from persona_lora.studies.drift.run import (
+        check_json,
         explained_lines,
         load_diffs,
         project_finetunes,
         weights_table,
     )
 
+    check_json(output)
+    shared.refuse_to_replace(output, overwrite)
     loaded = load_diffs(list(diffs), on_disk=True)
     with progress_bars():
         found = project_finetunes(
@@ -564,6 +569,7 @@ def screen_data(
     *,
     file: Annotated[Path, "JSONL of messages: the rows to be trained on."],
     output: Annotated[Path, "The CSV of ranked rows to write."] = Path("results/screen.csv"),
+    overwrite: Replace = False,
     along: Directions,
     model: shared.ModelOptions,
     generation: Briefly = SIXTY,
@@ -584,6 +590,7 @@ def screen_data(
         screen_rows,
     )
 
+    shared.refuse_to_replace(output, overwrite)
     if along.diffs:
         if along.vector is not None:
             raise UserError("rows are screened along --vector or along --diffs; leave one out")

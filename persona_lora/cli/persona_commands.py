@@ -25,6 +25,7 @@ from persona_lora.core.options import (
     JudgeChoice,
     ObjectiveOptions,
     Overwrite,
+    Replace,
     SearchOptions,
     Seed,
     judge_names,
@@ -801,6 +802,7 @@ def validate_personas(
     persona_dir: shared.PersonaDir = None,
     judge: Annotated[Literal["embedding", "letters"], "The judges' family."] = "embedding",
     output: Annotated[Path | None, "A JSON file to write the numbers to."] = None,
+    overwrite: Replace = False,
 ) -> None:
     """Test the embedded persona judge: does it know who speaks, in conversations it never saw?
 
@@ -813,6 +815,8 @@ def validate_personas(
     from persona_lora.judges import style_judge as styles
     from persona_lora.models.embeddings import SentenceEmbedder
 
+    if output is not None:
+        shared.refuse_to_replace(output, overwrite)
     personas: list[Persona] = []
     names = list_personas(persona_dir)
     bad = _failures(names, lambda name: personas.append(load_persona(name, persona_dir)))

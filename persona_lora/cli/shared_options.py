@@ -17,7 +17,7 @@ from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import refuse_unwritable
 from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import RECORD, Output, Run
 from persona_lora.core.settings import refuse_other_run
 from persona_lora.core.strength import Nats, Strength, acting_at, coefficient_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
@@ -199,6 +199,8 @@ class Written:
         refuse_unwritable(folder)
         if not self.overwrite:
             refuse_other_run(folder)
+        if folder != path and not (folder / RECORD).is_file():  # a CSV that no run wrote
+            refuse_to_replace(path, self.overwrite)
         held = None if self.protocol is None else FrozenProtocol.read(self.protocol)
         if judging is None:
             return Output(path, self.overwrite, record or {}, protocol=held, seeds=seeds)

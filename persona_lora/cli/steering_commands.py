@@ -198,6 +198,8 @@ def evaluate(
     folder = output.output.with_suffix("")
     also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
     also |= shared.questions_record(asked.max_questions)
+    if "" not in parts and not folder.is_dir():
+        shared.refuse_to_replace(output.output, output.overwrite)
     steered = [each.steering(prompt) for each in parts.values()]
     written = [
         output.at(
@@ -345,6 +347,7 @@ class CalibratedOptions:
     output: Annotated[
         Path | None, "One picture of all curves; by default each has its own beside it."
     ] = None
+    overwrite: Annotated[bool, "Replace the picture that is there already."] = False
 
     def load(self) -> dict[Path, tuple[Any, str, str]]:
         """Load every direction, with its digest and where it acts.
@@ -383,7 +386,8 @@ def calibrate(
 
     KL of the next token a token, on the model's own answers to ordinary prompts, from a quarter of
     0.03 nats' coefficient to sixteen times it, with both signs, and how coherent the answers are
-    there, as the packaged reader judges them. Kept beside each direction, with a picture.
+    there, as the packaged reader judges them. Kept beside each direction, with a picture: what was
+    measured of it before is replaced.
 
     Example: persona-lora calibrate --diff checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
@@ -392,6 +396,8 @@ def calibrate(
     from persona_lora.studies.steering.calibration import strengths_of, strengths_table
     from persona_lora.studies.steering.figure import render_strengths
 
+    if calibrated.output is not None:
+        shared.refuse_to_replace(calibrated.output, calibrated.overwrite)
     directions = calibrated.load()
     prompts = load_ordinary_prompts(datasets_dir)[: calibrated.num_prompts]
     chat_model = model.load()

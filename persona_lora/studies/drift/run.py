@@ -293,6 +293,12 @@ def _shared(parts: Sequence[Sequence[str]]) -> int:
     return sum(1 for _ in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
 
 
+def check_json(path: Path) -> None:
+    """UserError for a path of anything but JSON."""
+    if path.suffix != ".json":
+        raise UserError(f"output must end in .json, got {path}")
+
+
 def project_finetunes(
     original: str,
     finetuned: Sequence[str],
@@ -311,8 +317,7 @@ def project_finetunes(
     finetune's: of adapters, or of one full model where all finetunes are full models. p values are
     corrected over all finetunes and diffs (Holm).
     """
-    if output.suffix != ".json":
-        raise UserError(f"output must end in .json, got {output}")
+    check_json(output)
     named = expand(finetuned)
     control, before = taken_off(controls, original, [name for name, _ in named])
     source = partial(weights_of, before, revision if before == original else None)
@@ -330,8 +335,8 @@ def project_finetunes(
         "finetuned": [row for each in found for row in summaries(each)],
         "rows": projection_rows(found),
     }
-    write_json(output, record)
     render_weight_projection(record).save(output.with_suffix(".png"))
+    write_json(output, record)  # last: where it is, all is
     return found
 
 
