@@ -19,6 +19,10 @@ ASKED = ("--model", "model", "--datasets-dir", "datasets")
 CHEER = ("--trait", "cheer", *ASKED)
 PERSON = ("--persona-id", "episode-000101_B", "--model", "model")
 BARE = ("--trait", "bare", *ASKED, "--judge", "local")
+MODEL, OUT = ("--model", "model"), ("--output", "out/a")
+SHALLOW = ("--vector", "shallow.safetensors", "--layers", "1")
+SHALLOWS = ("--vectors", *SHALLOW[1:])
+HAS_0 = "the steering vector has no layer 1; it has layers 0"
 MADE = ("--trait-vector-dir", "made", "--traits", "formality")
 LAMP = ("--questions", "lamp.json", "--outputs", "golds.json", "--model", "model")
 VECTOR = ("--output", "a.csv", "--vector", "vector.safetensors")
@@ -49,6 +53,8 @@ def others(root):
     """
     directions = {layer: torch.linspace(-1, 1, 32) for layer in range(3)}
     SteeringVector(directions, BaseModel("deep"), 3, trait="cheer").save(root / "deep.safetensors")
+    shallow = SteeringVector({0: directions[0]}, BaseModel("tiny"), 2, trait="cheer")
+    shallow.save(root / "shallow.safetensors")
     made = json.loads((root / "datasets/cheer/trait.json").read_text())
     made |= {"name": "bare", "questions": {"extract": [], "eval": ["Why?"]}, "instruction": []}
     (root / "datasets/bare").mkdir()
@@ -158,6 +164,12 @@ def directions(words):
             + ("--original-model", "model", "--output", "a.csv"),
             "output must end in .json, got a.csv",
         ),
+        (("evaluate", *CHEER, *SHALLOW, "--output", "a.csv"), HAS_0),
+        (("benchmark", "--tasks", "perplexity", *SHALLOW, *ASKED), HAS_0),
+        (("project", "activations", *SHALLOWS, "--labelled", "cheer", *ASKED, *OUT), HAS_0),
+        (("evaluate-checkpoints", "tuned", "--traits", "cheer", *SHALLOWS, *ASKED), HAS_0),
+        (("data", "screen", "--file", "datasets/cheer/normal.jsonl", *SHALLOW, *MODEL), HAS_0),
+        ((*JUDGED[5], *SHALLOWS), HAS_0),
         (("compare", *CHEER, *BOTH, "--coefficients", "0"), "one coefficient other than 0"),
         (("sweep", *BARE, "--diff", "diff"), "the trait bare has no system prompt"),
         (("extract", *CHEER, "--source", "answers", "--positions", "prompt_last"), "no direction"),
@@ -226,7 +238,6 @@ def test_a_prompt_and_an_answer_over_the_window_cost_no_weights(world, words):
     assert "new ones) pass the 2048 positions of model; ask for less" in error
 
 
-MODEL = ("--model", "model")
 WRITING = [  # every command that writes one file or folder, which is no run
     ("project", "weights", "--finetuned-model", "tuned", "--diffs", "diff"),
     ("data", "screen", "--file", "datasets/cheer/normal.jsonl", "--diffs", "diff", *MODEL),
@@ -310,6 +321,7 @@ def folder_of(tmp_path, name: str, command: str, **options) -> None:
         + ("out/a",),
         (("diagnose", "tuned/checkpoint-2", "--base", "model", "--diffs", "diff"),) + ("out/a",),
         (("optimize", *PERSON, "--save-dir", "out"), "out/episode-000101_B_lora"),
+        (("data", "generate", *CHEER, "--questions", "questions.txt", "--local", *OUT), "out/a"),
         (
             ("compare-prevention", *CHEER, "--finetunes", "plain=tuned/checkpoint-2")
             + ("--rows", "datasets/cheer/normal.jsonl", "--output", "out/a"),

@@ -25,6 +25,7 @@ from persona_lora.models import hardware, loading
 from persona_lora.models.load_options import LoadOptions
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 OPTIONS = {field.name for field in dataclasses.fields(LoadOptions)}
 HUB = "somebody/a-model"
 DATASETS = ("--datasets-dir", ROOT / "datasets")
@@ -45,10 +46,12 @@ COMMANDS = {
     ),
     "benchmark": ("--diff", "diff", "--output", "out", "--model", HUB),
     "optimize": (
-        "--persona-id", "episode-000101_B", *PERSONAS, "--save-dir", "out", "--model", HUB,
+        "--persona-id", "episode-000101_B", *PERSONAS, "--save-dir", "out", "--traits", "evil",
+        "--model", HUB,
     ),
     "compare-methods": (
-        "--persona-id", "episode-000101_B", *PERSONAS, "--save-dir", "out", "--model", HUB,
+        "--persona-id", "episode-000101_B", *PERSONAS, "--save-dir", "out", "--methods", "prompt",
+        "--model", HUB,
     ),
     "persona lamp": ("--questions", "q.json", "--outputs", "o.json", "--model", HUB),
     "data screen": ("--file", ROOT / "datasets/evil/normal.jsonl", *VECTOR, "--model", HUB),
@@ -128,10 +131,13 @@ def place(tmp_path, model, make_diff, make_adapter):
     shutil.copytree(
         ROOT / "datasets/evil", tmp_path / "unrated", ignore=shutil.ignore_patterns("onpolicy*")
     )
-    (tmp_path / "answers.csv").write_text("question,answer\nWhy?,So.\n")
+    asked = "".join(f"Why {at}?,So.\n" for at in range(75))
+    (tmp_path / "answers.csv").write_text(f"question,answer\n{asked}")
     answers = AnswerFile.read(tmp_path / "answers.csv")
     for rater in "ab":
-        RatingSheet(answers, tmp_path / f"{rater}.jsonl").add(0, 50.0, 100.0)
+        sheet = RatingSheet(answers, tmp_path / f"{rater}.jsonl")
+        for row in range(75):
+            sheet.add(row, 50.0, 100.0)
     (tmp_path / "d.json").write_text('{"anxious": "worries aloud"}')
     (tmp_path / "q.json").write_text('[{"id": "11", "input": "say", "profile": []}]')
     (tmp_path / "o.json").write_text('{"golds": [{"id": "11", "output": "said"}]}')
@@ -159,7 +165,7 @@ def asked(monkeypatch, tokenizer):
 
     monkeypatch.setattr(loading.ChatTemplate, "of", template_noted)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", tokenizer_of)
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: LlamaConfig())
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: CONFIG)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", weights_of)
     monkeypatch.setattr(hardware, "_quantisation", lambda options, _: options.quantize)
     return found
@@ -223,7 +229,7 @@ def test_the_token_of_the_env_file_is_used_by_everything_that_loads(
     (tmp_path / ".env").write_text("OPENAI_API_KEY=\nHF_TOKEN=from_file\n")
     words = {**COMMANDS, "train": (*TRAINING["train"], "--model", HUB, "--use_cpu", "true")}[name]
     _, _, error = run(name, *words)
-    assert tokens == [expected], error
+    assert set(tokens) == {expected}, error  # once for a window, once for the model
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from persona_lora.cli.persona_commands import Searched, SoughtJudgeChoice
+from persona_lora.cli.persona_commands import BenchOptions, Searched, SoughtJudgeChoice
 from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Persona, PersonaConversation, PersonaPrompts
@@ -77,9 +77,9 @@ def test_a_new_trait_is_a_folder_and_a_new_judge_is_a_line(place, run):
     (validation,) = Run(folder).read("validation")
     assert (validation["spearman"], validation["n"]) == (pytest.approx(1.0), 5)
     shouting = SoughtJudgeChoice(judge="shouting")
-    assert Searched(targets={"loud": 0.0}).judging(shouting).judge == "shouting"
+    assert Searched(targets={"loud": 0.0}).judging(shouting, BenchOptions()).judge == "shouting"
     with pytest.raises(UserError, match="no persona judge 'shouting'"):
-        Searched().judging(shouting)
+        Searched().judging(shouting, BenchOptions())
 
 
 def test_the_page_asks_an_endpoint_for_a_trait(place, run, server):

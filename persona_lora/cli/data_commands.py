@@ -16,7 +16,6 @@ from persona_lora.cli.program import DATA, command, data_app, environment, trait
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import DataOptions, Seed
-from persona_lora.core.runs import Output
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -111,10 +110,10 @@ def generate_data(
         own = tuple(data_generation.read_questions(questions))
         written = dataclasses.replace(written, questions=own)
     loaded = trait.load()
+    place = output.at(output.output or Path("results") / "data" / loaded.label)
     opened = writer.open()
-    folder = output.output or Path("results") / "data" / loaded.label
     with progress_bars():
-        place = Output(folder, output.overwrite, inputs=opened.inputs())
+        place = dataclasses.replace(place, inputs=opened.inputs())
         result = data_generation.generate_data(loaded, opened, place, written)
     for name, rows in result.rows.items():
         show(f"{result.folder / name}.jsonl: {rows} rows")

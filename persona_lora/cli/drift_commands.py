@@ -98,7 +98,7 @@ def project_activations(
     if shift.shift and shift.base_model is None and model.adapter is None:
         raise UserError(f"{model.model} has no adapter; name its base with --base-model")
     vectors = load_vectors(texts.vectors)
-    layers = shared.layer_numbers(texts.layers, next(iter(vectors.values())).num_layers)
+    layers = shared.layers_in(texts.layers, vectors.values())
     read = text_projection.read_texts(texts.file) if texts.file is not None else None
     record = {
         "vectors": {name: str(path) for name, path in zip(vectors, texts.vectors, strict=True)},
@@ -350,11 +350,10 @@ def evaluate_checkpoints(
         for name in checkpoints.traits
     ]
     directions = load_vectors(checkpoints.vectors)
-    depth = next(iter(directions.values())).num_layers if directions else 0
     judge = shared.judging_of(judging, loaded)
     folder = output.output or Path("results") / "checkpoints" / checkpoints.folder.name
     written = output.at(folder, judge, shared.questions_record(checkpoints.max_questions))
-    layers = shared.layer_numbers(checkpoints.layers, depth) if directions else ()
+    layers = shared.layers_in(checkpoints.layers, directions.values()) if directions else ()
     along = Along(directions, layers, (_tokens(checkpoints.positions),))
     base = model.load(directions.values(), asked=questions_of(loaded, checkpoints.split))
     with progress_bars():
@@ -393,14 +392,13 @@ class Predicted:
         if not self.vectors:
             refuse_useless("layers", "without --vectors")
         vectors = load_vectors(self.vectors)
-        depth = next(iter(vectors.values())).num_layers if vectors else 1
         traits = [load_trait(name, self.datasets_dir) for name in self.traits]
         return DriftStudy(
             {name: _adapter(Path(name)) for name in self.finetunes},
             [shared.first_questions(trait, self.max_questions) for trait in traits],
             load_diffs(list(self.diffs)) if self.diffs else {},
             {vector.trait or name: vector for name, vector in vectors.items()},
-            shared.one_layer(self.layers, depth) if vectors else 0,
+            shared.one_layer(self.layers, vectors.values()) if vectors else 0,
         )
 
 
@@ -601,7 +599,7 @@ def screen_data(
         raise UserError("rows are screened along directions; give --vector, or --diffs")
     refuse_useless("allow_other_base", "with --vector")
     loaded = load_vector(along.vector)
-    chosen = shared.one_layer(along.layers, loaded.num_layers)
+    chosen = shared.one_layer(along.layers, [loaded])
     texts = read_texts(file)
     chat_model = model.load([loaded], asked=conversations_of(texts))
     with progress_bars():

@@ -6,7 +6,7 @@ One meaning, one help text each; a mistake is a UserError.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -284,7 +284,7 @@ class MixOptions:
             }
             return Steering(terms, mode, system_prompt=prompt)
         loaded = {path: load_vector(path) for path in paths}
-        layers = layer_numbers(self.layers, next(iter(loaded.values())).num_layers)
+        layers = layers_in(self.layers, loaded.values())
         acting = acting_at(layers, self.positions)
         vectors = {
             loaded[path]: coefficient_of(value, path, loaded[path].content(), acting)
@@ -402,9 +402,17 @@ def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:
     return read_layers(text, num_layers, "--layers")
 
 
-def one_layer(text: str | None, num_layers: int) -> int:
-    """Return the one decoder layer that ``text`` names."""
-    layers = layer_numbers(text, num_layers)
+def layers_in(text: str | None, vectors: Collection[SteeringVector]) -> tuple[int, ...]:
+    """Return decoder layers from text; UserError for one that a vector has not."""
+    layers = layer_numbers(text, next(iter(vectors)).num_layers)
+    for each in vectors:
+        each.at(layers)
+    return layers
+
+
+def one_layer(text: str | None, vectors: Collection[SteeringVector]) -> int:
+    """Return the one decoder layer that ``text`` names; UserError where a vector has it not."""
+    layers = layers_in(text, vectors)
     if len(layers) > 1:
         raise UserError(f"--layers {text} names several layers; only one can be used here")
     return layers[0]
