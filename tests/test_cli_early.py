@@ -294,6 +294,35 @@ def test_prevention_at_layers_that_there_are_not_costs_no_weights(world, prevent
     assert message in error
 
 
+ALIKE = ("--model", "model", "--use_cpu", "true", "--output_dir", "out/a")
+TRAINED = [
+    ("train", "--trait", "cheer", "--datasets_dir", "datasets", *ALIKE),
+    ("finetune", "--train_file", "datasets/cheer/normal.jsonl", *ALIKE),
+]
+
+
+@pytest.mark.parametrize("words", TRAINED, ids=lambda words: words[0])
+def test_a_training_that_is_there_costs_no_weights(world, tmp_path, words):
+    for part in ("diff", "adapter"):
+        (tmp_path / "out/a" / part).mkdir(parents=True)
+
+    def held(*more, command=words[0], seed=42, **config):
+        record = {"command": command, "config": config, "seed": seed, "status": "finished"}
+        (tmp_path / "out/a/run.json").write_text(json.dumps(record))
+        status, _, error = world(*words, *more)
+        return error if status == 2 else None
+
+    assert "out/a holds a finished run of the same; pass --overwrite" in held()
+    assert "(seed: 7, now 42)" in held(seed=7)
+    assert "(command: 'sweep', now" in held(command="sweep")
+    assert "(config.model: 'other', now 'model')" in held(model="other")
+    for go_on in (("--overwrite", "true"), ("--seeds", "2")):
+        assert held(*go_on, model="other") is None  # the weights are loaded, into another folder
+    assert "no_proj fit no linear module" in held(
+        "--lora_target_modules", "no_proj", "--seeds", "2"
+    )
+
+
 def folder_of(tmp_path, name: str, command: str, **options) -> None:
     """Write a run as one of an earlier call would lie there."""
     folder = tmp_path / name

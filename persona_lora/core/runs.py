@@ -231,11 +231,8 @@ class Run:
         old = self.record
         if not overwrite and old["status"] != EMPTYING:
             known = _continued(self.folder, old, fresh)
-            if once and self.finished:
-                raise UserError(
-                    f"{self.folder} holds a finished run of the same; pass --overwrite to train it "
-                    "again"
-                )
+            if once:
+                _refuse_finished(self)
             write_json(path, {**old, **known})
             return
         write_json(path, {**fresh, "status": EMPTYING})
@@ -307,6 +304,32 @@ class Run:
 
     def _update(self, **changes: Any) -> None:
         write_json(self.folder / RECORD, {**self.record, **changes})
+
+
+def refuse_taken(
+    folder: Path, command: str, config: Mapping[str, Any], seed: int, *, once: bool = False
+) -> None:
+    """UserError where a folder is seen to hold another run, by what of ``config`` is known already.
+
+    With ``once`` also for a finished one. Opening the run says the rest.
+    """
+    run = Run(folder)
+    if not (folder / RECORD).is_file() or run.record["status"] == EMPTYING:
+        return
+    old = run.record
+    known = [name for name in config if name in old["config"]]
+    held, asked = ({name: each[name] for name in known} for each in (old["config"], config))
+    fresh = {"command": command, "config": asked, "seed": seed, "inputs": {}}
+    _continued(folder, {**old, "config": held, "protocol": None}, fresh)
+    if once:
+        _refuse_finished(run)
+
+
+def _refuse_finished(run: Run) -> None:
+    if run.finished:
+        raise UserError(
+            f"{run.folder} holds a finished run of the same; pass --overwrite to train it again"
+        )
 
 
 def package_versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -38,13 +39,14 @@ from persona_lora.training.arguments import (
 )
 from persona_lora.training.examples import SIGNS, Sign, TokenRow, shared_lengths, tokenize_pairs
 from persona_lora.training.family import Family, open_family
-from persona_lora.training.lora import LoRAArguments
+from persona_lora.training.lora import LoRAArguments, check_targets
 from persona_lora.training.runner import (
     by_seed,
     end_tokens,
     is_sharded,
     load_model,
     open_run,
+    refuse_taken_folder,
     refuse_unconnected_processes,
     run_record,
     train,
@@ -111,6 +113,9 @@ def train_contrastive(
     if arguments.swap_half:
         pairs = _half_swapped(pairs, config.seed)
     folder = output_folder(options, trait)
+    begun, record = _has_results(folder), run_record(*options, _own(arguments, trait, pairs))
+    refuse_taken_folder("train", folder, options, record, begun=begun)
+    check_targets(arguments.model_name_or_path, arguments.alone(), lora.lora_target_modules or [])
     chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
     rows = tokenize_pairs(
         _with_system_prompt(pairs, arguments.system_prompt),
@@ -127,21 +132,15 @@ def train_contrastive(
         config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         config.world_size,
     )
-    own = {
-        "trait": trait,
-        "num_pairs": len(pairs),
-        "pairs_sha256": digest_of([dataclasses.asdict(pair) for pair in pairs]),
-        "system_prompt": arguments.system_prompt,
-        **({} if family is None else {"family": family.content()}),
-    }
+    drawn = {} if family is None else {"family": family.content()}
     run = open_run(
         "train",
         folder,
         options,
-        {**run_record(*options, own), **chat_model.template.record()},
+        {**record, **drawn, **chat_model.template.record()},
         inputs=chat_model.inputs,
         parts=(*SIGNS, "diff", WORK),
-        begun=_has_results(folder),
+        begun=begun,
     )
     processes = Launched()
     with recorded(run, processes):
@@ -153,6 +152,18 @@ def train_contrastive(
             train(chat_model, lora, config, _lesson(sign, rows, folder, family))
         processes.from_main(lambda: _write_diff(folder, trait, fingerprint, run))
     return _result(folder)
+
+
+def _own(
+    arguments: ContrastiveArguments, trait: str, pairs: Sequence[ContrastivePair]
+) -> dict[str, Any]:
+    """Return what a run's configuration keeps of what it is trained on."""
+    return {
+        "trait": trait,
+        "num_pairs": len(pairs),
+        "pairs_sha256": digest_of([dataclasses.asdict(pair) for pair in pairs]),
+        "system_prompt": arguments.system_prompt,
+    }
 
 
 def output_folder(options: TrainingOptions[ContrastiveArguments], trait: str) -> Path:

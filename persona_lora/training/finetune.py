@@ -42,7 +42,7 @@ from persona_lora.training.arguments import (
 )
 from persona_lora.training.drift import DriftMonitor
 from persona_lora.training.examples import TokenRow, tokenize_rows
-from persona_lora.training.lora import LoRAArguments
+from persona_lora.training.lora import LoRAArguments, check_targets
 from persona_lora.training.preventative import (
     Preventative,
     inoculated,
@@ -54,6 +54,7 @@ from persona_lora.training.runner import (
     end_tokens,
     load_model,
     open_run,
+    refuse_taken_folder,
     refuse_unconnected_processes,
     run_record,
     train,
@@ -186,27 +187,31 @@ def finetune(
     folder = output_folder(options)
     in_full = not arguments.use_peft and arguments.dtype == "auto"
     loading = arguments.alone().changed(dtype="float32" if in_full else None)
-    chat_model = load_model(arguments.model_name_or_path, loading, config)
-    rows = tokenize_conversations(
-        conversations, chat_model, eos_token=config.eos_token, max_length=config.max_length
-    )
-    lesson = _lesson(rows, chat_model, arguments, folder)
-    trained = lora if arguments.use_peft else None
     own = {
         "train_file": arguments.train_file,
         "num_rows": len(conversations),
         "rows_sha256": digest_of(conversations),
         "preventative": None if prevention is None else prevention.record(),
     }
-    final = folder / _saved_as(arguments)
+    trained, final = lora if arguments.use_peft else None, folder / _saved_as(arguments)
+    begun = final.is_dir() or last_whole_checkpoint(folder) is not None
+    record = run_record(arguments, trained, config, own)
+    refuse_taken_folder("finetune", folder, options, record, begun=begun)
+    if trained is not None:
+        check_targets(arguments.model_name_or_path, loading, lora.lora_target_modules or [])
+    chat_model = load_model(arguments.model_name_or_path, loading, config)
+    rows = tokenize_conversations(
+        conversations, chat_model, eos_token=config.eos_token, max_length=config.max_length
+    )
+    lesson = _lesson(rows, chat_model, arguments, folder)
     run = open_run(
         "finetune",
         folder,
         options,
-        {**run_record(arguments, trained, config, own), **chat_model.template.record()},
+        {**record, **chat_model.template.record()},
         inputs=lambda: {**chat_model.inputs(), **_steered_by(arguments)},
         parts=(ADAPTER, MODEL, WORK, "checkpoint-*"),
-        begun=final.is_dir() or last_whole_checkpoint(folder) is not None,
+        begun=begun,
     )
     processes = Launched()
     with recorded(run, processes):

@@ -26,9 +26,9 @@ from transformers.pytorch_utils import Conv1D
 from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
 from persona_lora.models.hooks import Hook, Hooks
-from persona_lora.models.load_options import option
+from persona_lora.models.load_options import LoadOptions, option
 from persona_lora.models.loaded_model import quiet_peft
-from persona_lora.models.loading import ChatModel
+from persona_lora.models.loading import ChatModel, auto_model, model_config
 from persona_lora.models.structure import (
     canonical_name,
     features,
@@ -211,6 +211,17 @@ class LoRAArguments:
                 f"lora_target_modules names {', '.join(refused)}: a LoRA on embeddings or on the "
                 "output head has no plain difference and corrupts tied weights; use all-linear"
             )
+
+
+def check_targets(name: str, options: LoadOptions, asked: Sequence[str]) -> None:
+    """Raise UserError, before weights are read, for names that fit no linear module of a model."""
+    if list(asked) == ALL_LINEAR:
+        return
+    config = model_config(name, options)
+    code = {"trust_remote_code": options.trust_remote_code}
+    with torch.device("meta"):
+        model = auto_model(config).from_config(config, **code)
+    _named(name, list(plain_linear_modules(model)), asked)
 
 
 def attach_lora(chat_model: ChatModel, arguments: LoRAArguments, seed: int) -> PeftModel:

@@ -20,7 +20,7 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output, Run, refuse_taken
 from persona_lora.models.generation import ending_tokens
 from persona_lora.models.hardware import launcher_says, resolve_dtype
 from persona_lora.models.load_options import LoadOptions
@@ -115,6 +115,20 @@ def open_run(
             once=options.arguments.seeds is None,  # those of several that are done are kept
         )
     )
+
+
+def refuse_taken_folder(
+    command: str,
+    folder: Path,
+    options: TrainingOptions[Any],
+    record: Mapping[str, Any],
+    *,
+    begun: bool,
+) -> None:
+    """Raise UserError, before a model is loaded, for what ``open_run`` would refuse by options."""
+    if begun and not options.arguments.overwrite:
+        once = options.arguments.seeds is None
+        refuse_taken(folder, command, record, options.config.seed, once=once)
 
 
 def refuse_unconnected_processes() -> None:
