@@ -441,6 +441,7 @@ COMMANDS = {
         ("--finetuned-model", "tuned", "--diffs", "diff"),
         (f"{X}studies.drift.run:project_finetunes",),
         {
+            "output": flag("elsewhere.json"),
             "overwrite": None,  # in test_cli_early.py
             "finetuned_model": flag("other"),
             "diffs": flag("diff2"),
