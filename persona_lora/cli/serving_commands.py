@@ -301,11 +301,11 @@ class Mixed:
         chosen = found if self.traits is None else list(self.traits)
         missing = [trait for trait in chosen if trait.partition("@")[0] not in found]
         if missing or not chosen:
-            known = ", ".join(found) or "none"
+            known = f"it has {', '.join(found)}; " if found else ""
             raise UserError(
-                f"{self.directions} holds no diff of {missing[0] if missing else 'any trait'}; it "
-                f"has {known}; train one with: bash scripts/train_and_sweep.sh evil, or get ready "
-                f"ones with: persona-lora gallery get, and give --directions {READY}"
+                f"{self.directions} holds no diff of {missing[0] if missing else 'any trait'}; "
+                f"{known}train one with: bash scripts/train_and_sweep.sh evil, or get ready ones "
+                f"with: persona-lora gallery get, and give --directions {READY}"
             )
         return chosen
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from persona_lora.steering.bank import Elsewhere
     from persona_lora.studies.asking.run import Steering
 
-Model = Annotated[str, "The packaged model, a local model folder, or a hub id."]
+Model = Annotated[str, "The packaged model, a folder, a .gguf file, or a hub id."]
 DatasetsDir = Annotated[Path | None, "Where trait folders are."]
 OtherBase = Annotated[bool, "Use a direction on a model that it was not made on."]
 DirectionsDir = Annotated[Path, "Where directions are: {trait}/diff, and vectors/{trait}/."]

@@ -36,7 +36,7 @@ class TrainedModel(LoadOptions):
     model_name_or_path: str = field(
         default=DEFAULT_MODEL,
         metadata={
-            "help": "The packaged model, a local model folder, or a hub id.",
+            "help": "The packaged model, a folder, a .gguf file, or a hub id.",
             "aliases": ["--model"],
         },
     )
