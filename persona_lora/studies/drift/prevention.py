@@ -94,7 +94,10 @@ class Finetuned:
 
     def __post_init__(self) -> None:
         if self.adapter is not None and not (self.adapter / "adapter_config.json").is_file():
-            raise UserError(f"{self.adapter} is no adapter; finetune it first")
+            raise UserError(
+                f"{self.adapter} is no adapter, and only finetunes of a LoRA are compared; make "
+                "one with persona-lora finetune"
+            )
 
     def record(self) -> dict[str, Any]:
         """Return what a run's configuration keeps of the model."""

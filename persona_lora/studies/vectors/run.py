@@ -122,9 +122,15 @@ class Extraction:
 
         Every question of the split is asked under every instruction pair and both signs, in
         ``generation.samples`` rollouts. Also writes ``<label>_pos_instruct.csv`` and ``_neg_…``.
+        Raises UserError before anything is asked where these are fewer pairs than are to be kept.
         """
         trait = self.trait
         plan = plan_pairs(trait, elicitation, samples=generation.samples)
+        if len(plan) // 2 < thresholds.least_pairs:
+            raise UserError(
+                f"{len(plan) // 2} pairs would be asked, and at least {thresholds.least_pairs} are "
+                "to pass the filter; ask for more --samples, or lower --min-pairs"
+            )
         config = {
             "source": "prompts",
             "elicitation": dataclasses.asdict(elicitation),
@@ -284,8 +290,8 @@ def filter_pairs(
             f"{thresholds.least_pairs} are needed (positive answers under "
             f"{thresholds.positive:g}: {failed['positive']}, negative ones at or over "
             f"{thresholds.negative:g}: {failed['negative']}, incoherent: {failed['coherence']}, "
-            f"unscored: {failed['unscored']}); lower the thresholds, ask for more rollouts, or use "
-            "--source answers"
+            f"unscored: {failed['unscored']}); lower the thresholds or --min-pairs, ask for more "
+            "rollouts, or use --source answers"
         )
     return Filtered(tuple(kept), failed)
 

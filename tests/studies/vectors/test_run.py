@@ -179,6 +179,12 @@ def test_an_empty_filter_result_leaves_no_vector(run_prompts, tmp_path):
     assert not list((tmp_path / "vectors").glob("*.safetensors"))
 
 
+def test_fewer_pairs_than_are_to_be_kept_are_not_asked(run_prompts, tmp_path):
+    with pytest.raises(UserError, match=r"4 pairs would be asked.*at least 5.*--min-pairs"):
+        run_prompts(thresholds=Thresholds(least_pairs=5))
+    assert not list(tmp_path.rglob("answers.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
