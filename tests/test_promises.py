@@ -13,6 +13,7 @@ import yaml
 from persona_lora.core import personas
 from persona_lora.core.chat import Message
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
 from persona_lora.core.traits import ContrastivePair
 from persona_lora.data import data_check
 from persona_lora.judges import answer_gates, canaries, endpoint, fitness, judge_prompts, retries
@@ -147,3 +148,22 @@ def test_an_adapter_that_no_process_gathered_is_named_with_the_setting(tmp_path)
     with pytest.raises(UserError, match="set fsdp_state_dict_type: FULL_STATE_DICT"):
         contrastive._publish(tmp_path / "work", tmp_path / "pos", tmp_path / "work" / "adapter")
     assert not (tmp_path / "pos").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("preregister --command sweep --questions eval --family +1 --output p", 'like "eval=40"'),
+        ("plan asked --effect 10", "a pilot is one of sweep, compare or predict-finetuning"),
+        ("pack made", "so it is no run; name one of its runs, as made/seed0"),
+        ("push tuned --repo a/b", "name one in it, as tuned/adapter"),
+        ("serve --directions nowhere", "nowhere holds no diff of any trait; train one with"),
+    ],
+)
+def test_a_newcomers_mistake_is_answered_with_what_to_give_instead(run, tmp_path, words, remedy):
+    for folder in ("asked", "made/seed0"):
+        Run.open(tmp_path / folder, command="evaluate", config={"trait": "x"}, seed=0)
+    (tmp_path / "tuned" / "adapter").mkdir(parents=True)
+    (tmp_path / "tuned" / "adapter" / "adapter_config.json").write_text("{}")
+    status, _, error = run(*words.split())
+    assert (status, remedy in error, error.count("\n")) == (2, True, 1), error

@@ -222,7 +222,7 @@ class Option:
         pairs: dict[str, Any] = {}
         for item in items:
             name, found, value = (part.strip() for part in item.partition("="))
-            example = "formality=-1" if kind is float else "plain=folder"
+            example = {float: "formality=-1", int: "eval=40"}.get(kind, "plain=folder")
             if not (name and found and value):
                 raise UserError(f'{self.flag} must be like "{example}", got {item!r}')
             if name in pairs:

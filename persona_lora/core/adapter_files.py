@@ -129,7 +129,9 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """Return the checked ``adapter_config.json`` of a PEFT LoRA adapter; UserError otherwise."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} has no {ADAPTER_CONFIG}; it is not a PEFT adapter folder")
+        inside = sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))
+        hint = f"; name one in it, as {inside[0].parent}" if inside else ""
+        raise UserError(f"{folder} has no {ADAPTER_CONFIG}; it is not a PEFT adapter folder{hint}")
     return checked_config(read_json(path), folder)
 
 

@@ -45,7 +45,8 @@ def _comparisons(run: Run) -> dict[str, Gaps]:
         return effect_gaps(run)
     if command != "sweep":
         raise UserError(
-            f"{run.folder} is a run of {command!r}; a pilot is a sweep or a comparison (compare)"
+            f"{run.folder} is a run of {command!r}; a pilot is one of sweep, compare or "
+            "predict-finetuning"
         )
     trait = trait_of(run)
     rows = score_answers(run.read("answers"), run.read("verdicts"), trait)
