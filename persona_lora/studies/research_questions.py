@@ -49,7 +49,13 @@ from persona_lora.studies.drift.read_prediction import (
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.figure import render_comparison as render_personas
-from persona_lora.studies.personas.read_fits import condition_fits, order_line, over_personas
+from persona_lora.studies.personas.read_fits import (
+    agreement_line,
+    condition_fits,
+    order_line,
+    over_personas,
+    seeds_line,
+)
 from persona_lora.studies.read_seeds import effects_over, over_seeds, seeds_lines
 from persona_lora.studies.steering.figure import (
     SPLITS,
@@ -387,14 +393,16 @@ def _personas(run: Run, figures: Figures) -> Part | None:
     lora = fits.get("lora")
     if lora is None or lora.difference is None:
         return None
+    worth = standing(run), seeds_line(rows), order_line(found), agreement_line(rows)
     return {
         "answer": "Yes." if clear_sign(lora.difference, lora.p_holm) > 0 else "Not shown here.",
+        "beyond": _beyond_chance(rows) if "random" in fits else None,
+        "worth": " ".join(worth),
         "gain": interval(lora.difference, 2),
         "p": p_equals(lora.p_holm),
         "n": lora.fit.n_questions,
         "relevance": interval(lora.relevance),
         "plain_relevance": interval(fits["none"].relevance),
-        "order": order_line(found),
         "rows": _table(
             "method | fit [95%] | gain over unsteered | p | coherence | relevance",
             map(_fit_row, fits.values()),
@@ -403,6 +411,14 @@ def _personas(run: Run, figures: Figures) -> Part | None:
             "personas", render_personas(run), "Ways of giving a person's voice"
         ),
     }
+
+
+def _beyond_chance(rows: Sequence[Row]) -> str:
+    """Return what CMA-ES gains over random search, as the table against it has it."""
+    against = condition_fits(rows, reference="random", over=over_personas)
+    (lora,) = (each for each in against if each.condition == "lora")
+    gain = "not known" if lora.difference is None else interval(lora.difference, 2)
+    return f"{gain} (p {p_equals(lora.p_holm)})"
 
 
 def _fit_row(each: ConditionFit) -> tuple[str, ...]:

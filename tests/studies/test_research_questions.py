@@ -242,7 +242,9 @@ def test_a_mix_that_speaks_like_the_person_also_says_what_it_pays(write, tmp_pat
         {"persona": f"p{person}", "condition": condition, "prompt_id": prompt, "prompt": "Hi?",
          "answer": "Yes.", "score": fit + rng.normal() / 4, "coherence": 90.0,
          "relevance": relevance, "weights": {"calm": 1.0} if condition == "lora" else None}
-        for condition, fit, relevance in (("none", 2.0, 94.0), ("lora", 2.0 + gain, 66.0))
+        for condition, fit, relevance in (
+            ("none", 2.0, 94.0), ("lora", 2.0 + gain, 66.0), ("random", 2.0 + gain / 2, 66.0)
+        )
         for person in range(12)
         for prompt in range(3)
     ]  # fmt: skip
@@ -250,7 +252,10 @@ def test_a_mix_that_speaks_like_the_person_also_says_what_it_pays(write, tmp_pat
     _, page = answer(tmp_path)
     assert said in page
     assert re.search(r"It is 66 \[\d+, \d+\] for the mix and\s94 \[\d+, \d+\] unsteered\.", page)
-    assert "over\n12 personas" in page
+    assert "over\n12 personas. Against random search of the same budget it is " in page
+    beyond = re.search(r"the same budget it is (−?[\d.]+) \[", page)[1].replace("−", "-")
+    assert float(beyond) == pytest.approx(gain / 2, abs=0.2)
+    assert "Exploratory. One seed. WARNING: without floors" in page
 
 
 @pytest.mark.parametrize(("own", "said"), [(0.6, "by the vector of its"), (0.1, "not every one")])
