@@ -355,8 +355,10 @@ def test_plain_projections_take_off_a_control(run, place, model_folder, tmp_path
     record = json.loads((tmp_path / "out" / "p.json").read_text())
     assert (record["geometry"], record["inputs"], record["controls"]) == ("plain", None, ["tuned"])
     assert record["finetuned"][0]["delta_norm"] == pytest.approx(0, abs=1e-6)
-    assert_fails(run(*words, "--finetuned-model", "nowhere"), "nowhere")
-    assert_fails(run(*words, "--finetuned-model", "tuned", "--control", "x"), "x is no adapter")
+    assert_fails(run(*words, "--finetuned-model", "tuned"), "out/p.json exists", "--overwrite")
+    again = (*words, "--overwrite", "--finetuned-model")
+    assert_fails(run(*again, "nowhere"), "nowhere")
+    assert_fails(run(*again, "tuned", "--control", "x"), "x is no adapter")
 
 
 def test_a_full_control_is_taken_off_full_models(run, place, model_folder, tmp_path):
@@ -373,6 +375,7 @@ def test_a_full_control_is_taken_off_full_models(run, place, model_folder, tmp_p
     found = json.loads((tmp_path / "out" / "p.json").read_text())["finetuned"][0]
     norm = LoRADiff.load("checkpoints/formality/diff").norm()
     assert found["delta_norm"] == pytest.approx(0.25 * norm, rel=1e-3)
+    words = (*words, "--overwrite")
     adapter = run(*words, "--finetuned-model", "checkpoints/formality/diff")
     assert_fails(adapter, "control is no adapter, and checkpoints/formality/diff is one")
     several = run(*words, "--finetuned-model", "tuned", "--control", "tuned")
@@ -392,7 +395,7 @@ def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path)
             ],
         )
     for words in (("x_0.0", "x_1.0"), ("x_0.0.csv", "x_1.0.csv")):
-        status, out, error = run("paired", *words, "--output", "table.csv")
+        status, out, error = run("paired", *words, "--output", "table.csv", "--overwrite")
         assert status == 0, error
         assert "20.0" in out
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))

@@ -13,7 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_json
 from persona_lora.core.lora_diff import LoRADiff, mix
+from persona_lora.core.runs import Run
 from persona_lora.models.loading import load_chat_model
 from persona_lora.projections import inputs
 from persona_lora.training import family, trainer
@@ -146,10 +148,13 @@ def test_a_family_of_another_base_and_another_file_are_refused(
 
 def test_another_A_is_another_run(run_arguments: Arguments, tmp_path: Path):
     path = tmp_path / "base.safetensors"
-    main(run_arguments(tmp_path / "run", "--family", str(path), "--max_steps", "1"))
+    words = ("--family", str(path), "--max_steps", "1")
+    main(run_arguments(tmp_path / "run", *words))
+    write_json(tmp_path / "run" / "run.json", {**Run(tmp_path / "run").record, "status": "running"})
     path.unlink()
+    main(run_arguments(tmp_path / "other", *words, "--seed", "3"))
     with pytest.raises(UserError, match=r"another configuration .*family"):
-        main(run_arguments(tmp_path / "run", "--family", str(path), "--seed", "3"))
+        main(run_arguments(tmp_path / "run", *words))
 
 
 def test_two_runs_at_once_draw_one_family(chat_model, tmp_path: Path, monkeypatch):

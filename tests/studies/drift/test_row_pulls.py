@@ -129,7 +129,7 @@ def test_the_command_ranks_and_names_what_it_cannot_screen(run, make_world, tmp_
     diffs, model = ("--diffs", "diff"), ("--model", "model")
 
     def screen(*words, file="rows.jsonl"):
-        return run("data", "screen", "--file", file, *words, *model)
+        return run("data", "screen", "--file", file, *words, *model, "--overwrite")
 
     status, out, error = screen(*diffs)
     assert (status, "5 rows, by their pull towards cheer" in out) == (0, True), error
