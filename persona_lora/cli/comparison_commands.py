@@ -29,6 +29,7 @@ from persona_lora.core.strength import Strength, coefficients_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from persona_lora.core.chat import Conversation
     from persona_lora.core.traits import Trait
     from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
@@ -132,23 +133,19 @@ def compare(
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.spaces import check_directions
 
-    loaded, parts, datasets = trait.load(), ways.by_seed(), trait.datasets_dir
+    loaded, parts = trait.load(), ways.by_seed()
     first = next(iter(parts.values()))
     bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
     watched = _watched(further, trait, loaded, compared.max_questions)
     judged = (loaded, *watched.traits)
     judge = shared.judging_of(judging, judged)
+    said = _conversations(loaded, watched, compared)
     folder = output.output or Path("results") / "compare" / loaded.name
     written = [
         output.at(folder / name, judge, each.record(), seeds=len(parts))
         for name, each in parts.items()
     ]
-    splits = experiment.questions_of(loaded, compared)
-    most = compared.max_questions
-    said = experiment.conversations_of(loaded, splits, most=most)
-    for other in watched.traits:
-        said += experiment.conversations_of(other, ["eval"], references=False, most=most)
     chat_model = model.load(made, asked=said, allow_other_base=ways.allow_other_base)
     if further.spaces:
         check_directions(chat_model, *directions)
@@ -165,15 +162,13 @@ def compare(
                 to,
                 comparing=dataclasses.replace(compared, coefficients=coefficients),
                 options=generation,
-                datasets=datasets,
+                datasets=trait.datasets_dir,
             )
             runs.append(Run(to.path))
-        more = _further(chat_model, loaded, bank, further, directions, written[0], datasets)
+        at = written[0], trait.datasets_dir
+        more = _further(chat_model, loaded, bank, further, directions, *at)
         more += _side_effects(chat_model, loaded, bank, watched, judges, written[0], generation)
-    if len(runs) > 1:
-        shared.show_seeds(folder, runs)
-    else:
-        _show_compared(runs[0], found, more)
+    shared.show_seeds(folder, runs) if len(runs) > 1 else _show_compared(runs[0], found, more)
 
 
 def _show_compared(run: Run, found: Comparison, more: Sequence[Path]) -> None:
@@ -253,6 +248,19 @@ def _directions(
         raise UserError(f"--spaces compares at one layer; --layers {ways.layers!r} names several")
     named = dict.fromkeys([trait, *further.spaces])
     return trait_directions(list(named), further.trait_vector_dir)
+
+
+def _conversations(
+    trait: Trait, watched: Watched, compared: ComparisonOptions
+) -> list[Conversation]:
+    """Return all that the model is asked; UserError for a trait without such questions."""
+    from persona_lora.studies.steering import run as experiment
+
+    splits, most = experiment.questions_of(trait, compared), compared.max_questions
+    said = experiment.conversations_of(trait, splits, most=most)
+    for other in watched.traits:
+        said += experiment.conversations_of(other, ["eval"], references=False, most=most)
+    return said
 
 
 def _watched(

@@ -27,8 +27,12 @@ from persona_lora.core.options import (
 from persona_lora.core.strength import Strength, acting_at, coefficients_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from persona_lora.core.chat import Conversation
+    from persona_lora.core.runs import Output
     from persona_lora.core.traits import Trait
+    from persona_lora.judges.choice import JudgeOptions
     from persona_lora.studies.asking.run import Steering
     from persona_lora.studies.steering.run import SweepResult
     from persona_lora.studies.vectors.run import Extracted
@@ -195,28 +199,17 @@ def evaluate(
     engine.check(diffs_alone=not steering.vector and steering.mode == "live")
     model.refuse_nats_beside_adapter(steering.coefficient)
     judge = shared.judging_of(judging, [loaded])
-    folder = output.output.with_suffix("")
     also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
     also |= shared.questions_record(asked.max_questions)
-    if "" not in parts and not folder.is_dir():
-        shared.refuse_to_replace(output.output, output.overwrite)
     steered = [each.steering(prompt) for each in parts.values()]
-    written = [
-        output.at(
-            folder / f"{name}{output.output.suffix}" if name else output.output,
-            judge,
-            {**each.record(held), **also},
-            len(parts),
-        )
-        for (name, each), held in zip(parts.items(), steered, strict=True)
+    records = [
+        {**each.record(held), **also} for each, held in zip(parts.values(), steered, strict=True)
     ]
+    written = _places(output, judge, dict(zip(parts, records, strict=True)))
     directions = [direction for each in steered for direction in each.directions]
     plan = evaluation.plan_rows(loaded, asked.split, [steered[0].condition()], samples=1)
-    chat_model = model.load(
-        directions,
-        asked=[row.conversation for row in plan],
-        allow_other_base=steering.allow_other_base,
-    )
+    said = [row.conversation for row in plan]
+    chat_model = model.load(directions, asked=said, allow_other_base=steering.allow_other_base)
     elsewhere = engine.open(chat_model, directions)
     runs = {}
     with progress_bars():
@@ -234,9 +227,22 @@ def evaluate(
     if "" not in runs:
         evaluation.write_scores(output.output, loaded.name, runs)
     if len(runs) > 1:
-        shared.show_seeds(folder, list(runs.values()))
+        shared.show_seeds(output.output.with_suffix(""), list(runs.values()))
         return
     show(standing(Run(result.run)), result.table(loaded.name), *result.lines(loaded.name))
+
+
+def _places(
+    output: CsvOptions, judge: JudgeOptions, records: Mapping[str, Mapping[str, Any]]
+) -> list[Output]:
+    """Return where each seed's run is written; UserError where something else is."""
+    path, folder = output.output, output.output.with_suffix("")
+    if "" not in records and not folder.is_dir():
+        shared.refuse_to_replace(path, output.overwrite)
+    return [
+        output.at(folder / f"{name}{path.suffix}" if name else path, judge, record, len(records))
+        for name, record in records.items()
+    ]
 
 
 def _prompt(steering: EvaluateOptions) -> str | None:
@@ -470,9 +476,8 @@ def sweep(
         output.at(folder / name, judge, {**each.record(), **also}, seeds)
         for name, each in parts.items()
     ]
-    said = experiment.conversations_of(
-        *(loaded, [sweeping.split]), references=sweeping.references, most=sweeping.max_questions
-    )
+    references, most = sweeping.references, sweeping.max_questions
+    said = experiment.conversations_of(loaded, [sweeping.split], references=references, most=most)
     chat_model = model.load(made, asked=said, allow_other_base=varied.allow_other_base)
     elsewhere = engine.open(chat_model, made)
     runs = []
@@ -489,10 +494,7 @@ def sweep(
                 datasets=trait.datasets_dir,
             )
             runs.append(Run(result.run))
-    if len(runs) > 1:
-        shared.show_seeds(folder, runs)
-    else:
-        _show_swept(result)
+    shared.show_seeds(folder, runs) if len(runs) > 1 else _show_swept(result)
 
 
 def _show_swept(result: SweepResult) -> None:

@@ -122,8 +122,7 @@ def compare_methods(
     design = Design.of(
         "compare-methods",
         {"held out": len(bench.prompts.held_out), "personas": len(personas)},
-        tuple(methods),
-        trained,
+        *(tuple(methods), trained),
     )
     output = _below(whole, design, config)
     folder = output.path
@@ -141,19 +140,16 @@ def compare_methods(
         for name in mixed:
             rows += _mixed(problem, name, loras, searching.bound, output)
         for name, found in loaded.items():
-            for result in optimise_over_seeds(
+            results = optimise_over_seeds(
                 problem,
                 [replace(each, name=name) for each in found],
                 output.at(folder / name / f"{persona}_{name}"),
                 searching=searching,
                 objective=objective,
                 watch=None if watch is None else partial(watch, persona, name),
-            ):
-                rows += [
-                    {**row, "condition": name}
-                    for row in result.rows
-                    if row["condition"] == result.best
-                ]
+            )
+            best = [row for each in results for row in each.rows if row["condition"] == each.best]
+            rows += [{**row, "condition": name} for row in best]
         rows += problem.bounds
     config["conditions"] = sorted({row["condition"] for row in rows})
     whole = replace(whole, path=folder / "comparison", overwrite=True)
