@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -148,12 +149,15 @@ def _means(asked: str, name: str) -> bool:
     return name == asked or name.endswith(f".{asked}")
 
 
+ONE_AT_A_TIME = Lock()  # PEFT changes nn.Module for all threads while it makes empty weights
+
+
 def _taken_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return those of the names on which PEFT puts a LoRA of a linear module of their own."""
     empty = same_kind(unwrapped(model))
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=list(names))
     try:
-        with warnings.catch_warnings():
+        with ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nobody will use this one
             get_peft_model(empty, config, low_cpu_mem_usage=True)
     except ValueError:  # nothing is left on linear modules, or only half of what it joins

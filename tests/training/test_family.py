@@ -171,5 +171,7 @@ def test_two_runs_at_once_draw_one_family(chat_model, tmp_path: Path, monkeypatc
         path = tmp_path / "base.safetensors"
         return family.open_family(path, chat_model, lora, seed=seed, by_inputs=False).content()
 
+    register = torch.nn.Module.register_parameter
     with ThreadPoolExecutor(3) as threads:
         assert len(set(threads.map(opened, range(3)))) == 1
+    assert torch.nn.Module.register_parameter is register  # which PEFT replaces for a while
