@@ -19,6 +19,7 @@ from persona_lora.core.runs import Run
 from persona_lora.models.loading import load_chat_model
 from persona_lora.projections import inputs
 from persona_lora.training import family, trainer
+from persona_lora.training import lora as lora_module
 from persona_lora.training.contrastive import main
 from persona_lora.training.family import Family
 from persona_lora.training.lora import LoRAArguments
@@ -171,7 +172,19 @@ def test_two_runs_at_once_draw_one_family(chat_model, tmp_path: Path, monkeypatc
         path = tmp_path / "base.safetensors"
         return family.open_family(path, chat_model, lora, seed=seed, by_inputs=False).content()
 
-    register = torch.nn.Module.register_parameter
+    inside, most = [], []
+    wrap = lora_module.get_peft_model
+
+    def watched(*arguments, **options):
+        inside.append(1)  # PEFT replaces nn.Module.register_parameter for all threads meanwhile
+        most.append(len(inside))
+        time.sleep(0.1)
+        try:
+            return wrap(*arguments, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(lora_module, "get_peft_model", watched)
     with ThreadPoolExecutor(3) as threads:
         assert len(set(threads.map(opened, range(3)))) == 1
-    assert torch.nn.Module.register_parameter is register  # which PEFT replaces for a while
+    assert (len(most), max(most)) == (3, 1)
