@@ -300,6 +300,8 @@ def test_a_search_whose_library_is_missing_is_refused_before_anything_is_loaded(
     monkeypatch.undo()
     for words in commands:
         assert_fails(run(*words, "--bound", 0), "--bound 4")
+    wrong = ("compare-methods", "--methods", "equal,lore", *named[:2])
+    assert_fails(run(*wrong), "no method 'lore'", "lora")
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def check_directions(
     ``layers`` as in ``Acting``. UserError where one of the traits has none, or no such layer.
     """
     names: set[str] = set()
-    for name in map(checked_method, methods):
+    for name in [checked_method(each) for each in methods]:  # a wrong name before a missing file
         method, at, named = name.partition("@")
         if method == PROMPT:
             continue
