@@ -13,7 +13,7 @@ import typer
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import COMPARE, command
+from persona_lora.cli.program import command
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     ComparisonOptions,
@@ -108,7 +108,7 @@ class FurtherOptions(TimingOptions):
     ] = None
 
 
-@command("compare", COMPARE)
+@command("compare")
 def compare(
     *,
     trait: shared.PromptedTraitOptions,
@@ -304,7 +304,7 @@ def _side_effects(
     return [beside.path]
 
 
-@command("benchmark", COMPARE)
+@command("benchmark")
 def benchmark(
     *,
     tasks: TaskOptions,
@@ -351,7 +351,7 @@ def benchmark(
     show(task_table(scores), f"{output.folder / 'scores.csv'}")
 
 
-@command("paired", COMPARE)
+@command("paired")
 def paired(
     *,
     reference: Annotated[Path, typer.Argument(help="A run of evaluate to compare with.")],
@@ -374,7 +374,7 @@ def paired(
         write_found(output, RUN_COLUMNS, found)
 
 
-@command("report", COMPARE)
+@command("report")
 def report(
     *,
     runs: Annotated[list[Path], typer.Argument(help="Runs: sweep, evaluate, compare, optimize …")],
@@ -392,7 +392,7 @@ def report(
     show(f"report: {output.resolve()}")
 
 
-@command("research-questions", COMPARE)
+@command("research-questions")
 def research_questions(
     *,
     results: Annotated[Path, "Where scripts/reproduce.sh left its runs."] = Path("results"),

@@ -12,7 +12,7 @@ import typer
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import DATA, command, data_app, environment, traits_app
+from persona_lora.cli.program import command, environment
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import DataOptions, Seed
@@ -53,7 +53,7 @@ class WriterOptions(LoadOptions):
         return EndpointWriter(Endpoint(self.model or DEFAULT_WRITER, url, key))
 
 
-@command("generate", DATA, ("traits", traits_app))
+@command("traits generate")
 def generate_traits(
     *,
     definitions: Annotated[Path, 'JSON: {"anxious": "worries aloud", …}, or a list of objects.'],
@@ -85,7 +85,7 @@ def generate_traits(
         show(f"{each.name}: {'kept' if each.kept else 'written'}  {each.path}")
 
 
-@command("generate", DATA, ("data", data_app))
+@command("data generate")
 def generate_data(
     *,
     trait: shared.TraitOptions,
@@ -121,7 +121,7 @@ def generate_data(
         show(f"{result.incomplete} questions lack an answer and were left out")
 
 
-@command("check", DATA, ("data", data_app))
+@command("data check")
 def check_data(
     *,
     traits: Annotated[

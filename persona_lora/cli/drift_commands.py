@@ -14,7 +14,7 @@ import typer
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import DATA, DRIFT, command, data_app, project_app
+from persona_lora.cli.program import command
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     GenerationOptions,
@@ -79,7 +79,7 @@ class NamedRun(shared.Written):
     output: Annotated[Path, "The folder of the run."]
 
 
-@command("activations", DRIFT, ("project", project_app))
+@command("project activations")
 def project_activations(
     *, texts: Texts, shift: Shift, output: NamedRun, model: shared.AdaptedModelOptions
 ) -> None:
@@ -204,7 +204,7 @@ class Weighing:
         return kept_inputs(shared.load_other(model, loading), asked)
 
 
-@command("weights", DRIFT, ("project", project_app))
+@command("project weights")
 def project_weights(
     *,
     finetuned_model: Annotated[
@@ -259,7 +259,7 @@ def project_weights(
     show(f"{output} and {output.with_suffix('.png')}")
 
 
-@command("diagnose", DRIFT)
+@command("diagnose")
 def diagnose(
     *,
     finetune: Annotated[
@@ -318,7 +318,7 @@ class Checkpoints:
     datasets_dir: shared.DatasetsDir = None
 
 
-@command("evaluate-checkpoints", DRIFT)
+@command("evaluate-checkpoints")
 def evaluate_checkpoints(
     *,
     checkpoints: Checkpoints,
@@ -402,7 +402,7 @@ class Predicted:
         )
 
 
-@command("predict-finetuning", DRIFT)
+@command("predict-finetuning")
 def predict_finetuning(
     *,
     predicted: Predicted,
@@ -482,7 +482,7 @@ class Prevented:
         return found
 
 
-@command("compare-prevention", DRIFT)
+@command("compare-prevention")
 def compare_prevention(
     *,
     trait: shared.TraitOptions,
@@ -562,7 +562,7 @@ class Directions:
     allow_other_base: shared.OtherBase = False
 
 
-@command("screen", DATA, ("data", data_app))
+@command("data screen")
 def screen_data(
     *,
     file: Annotated[Path, "JSONL of messages: the rows to be trained on."],

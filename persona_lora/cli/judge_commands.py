@@ -10,7 +10,7 @@ import typer
 
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
-from persona_lora.cli.program import DATA, command, judge_app
+from persona_lora.cli.program import command
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import JudgeChoice, Overwrite
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 AnswersFile = Annotated[Path, "The answers: .jsonl or .csv with question and answer."]
 
 
-@command("score", DATA, ("judge", judge_app))
+@command("judge score")
 def score(
     *,
     trait: shared.TraitOptions,
@@ -66,7 +66,7 @@ def score(
     show(str(output))
 
 
-@command("rate", DATA, ("judge", judge_app))
+@command("judge rate")
 def rate(
     *,
     trait: shared.TraitOptions,
@@ -105,7 +105,7 @@ def rate(
     show(f"all {len(answers.rows)} answers are rated", str(sheet.path))
 
 
-@command("fit", DATA, ("judge", judge_app))
+@command("judge fit")
 def fit(
     *,
     trait: shared.TraitOptions,

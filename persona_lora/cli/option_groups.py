@@ -1,6 +1,6 @@
 """Option groups: a dataclass is declared once, and a command takes it as one parameter.
 
-    @command(app, "evaluate", panel="Train and steer")
+    @command("evaluate")
     def evaluate(*, trait: Annotated[str, "A trait's name."], model: ModelOptions) -> None: ...
 
 Every field with a text in its annotation becomes an option of the field's name and default (or

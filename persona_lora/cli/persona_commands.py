@@ -15,7 +15,7 @@ from rich.live import Live
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import console, show
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import PERSONAS, command, environment, persona_app
+from persona_lora.cli.program import command, environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     JUDGES,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from persona_lora.studies.personas.search import Generation
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
-GROUP = "persona", persona_app
 Spoken = Annotated[GenerationOptions, ("max_new_tokens", "temperature", "seed", "batch_size")]
 SHORT = GenerationOptions(max_new_tokens=40)
 AUTO = "auto"
@@ -370,7 +369,7 @@ class SavedOptions(shared.Written):
     protocol: shared.Protocol = field(default=None, kw_only=True)
 
 
-@command("optimize", PERSONAS)
+@command("optimize")
 def optimize(
     *,
     searched: Searched,
@@ -516,7 +515,7 @@ class ComparedMethods:
 BUDGET = "max_iterations", "population_size", "sigma0", "bound", "seed", "seeds"
 
 
-@command("compare-methods", PERSONAS)
+@command("compare-methods")
 def compare_methods(
     *,
     compared: ComparedMethods,
@@ -668,7 +667,7 @@ class ProfileOptions:
         return profile_writer(EndpointWriter(endpoint), text)
 
 
-@command("build", PERSONAS, GROUP)
+@command("persona build")
 def build_persona(
     *,
     source: PersonaSource,
@@ -770,7 +769,7 @@ class LampFiles:
         return [each for each in read if self.user is None or each.id in self.user]
 
 
-@command("lamp", PERSONAS, GROUP)
+@command("persona lamp")
 def lamp(
     *,
     files: LampFiles,
@@ -796,7 +795,7 @@ def lamp(
     show(scores.table(), f"answers and scores: {scores.folder}")
 
 
-@command("validate", PERSONAS, GROUP)
+@command("persona validate")
 def validate_personas(
     *,
     persona_dir: shared.PersonaDir = None,
@@ -853,7 +852,7 @@ def _show_validations(personas: Sequence[str], validations: Sequence[Any]) -> No
         )
 
 
-@command("sheets", PERSONAS, GROUP)
+@command("persona sheets")
 def rating_sheets(
     *,
     run: Annotated[Path, typer.Argument(help="A run of optimize, or comparison/ of a comparison.")],
@@ -887,7 +886,7 @@ def rating_sheets(
     show(f"{sheets.items} answers: {sheets.csv} and {sheets.page}; key: {sheets.key}")
 
 
-@command("ratings", PERSONAS, GROUP)
+@command("persona ratings")
 def read_ratings(
     *,
     folder: Annotated[Path, typer.Argument(help="The folder that the sheets were written to.")],

@@ -32,31 +32,28 @@ FAULT, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 GO_ON = "run the same command again to go on"
 FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
-# The uses of the program, as --help groups its commands.
-STEER, PERSONAS, DRIFT, COMPARE = "Train and steer", "Personas", "Drift", "Compare"
-DATA, MODELS, SERVE = "Data", "Models", "Serve"
-ORDER = (
-    *("demo", "train", "extract", "evaluate", "calibrate", "sweep", "tune-prompt", "vectors"),
-    *("persona", "optimize", "compare-methods"),
-    *("finetune", "project", "diagnose", "evaluate-checkpoints", "predict-finetuning"),
-    "compare-prevention",
-    *("plan", "preregister", "compare", "paired", "benchmark", "report"),
-    *("pack", "verify", "reproduce", "selfcheck"),
-    *(
-        "research-questions",
-        "traits",
-        "data",
-        "judge",
-        "export",
-        "basis",
-        "push",
-        "gallery",
-        "engine",
-        "playground",
-        "serve",
-        "schema",
-    ),
-)
+# The commands and groups of commands by what they are for, in the order of --help.
+USES = {
+    "Train and steer": "demo train extract evaluate calibrate sweep tune-prompt vectors",
+    "Personas": "persona optimize compare-methods",
+    "Drift": "finetune project diagnose evaluate-checkpoints predict-finetuning compare-prevention",
+    "Compare": "plan preregister compare paired benchmark report pack verify reproduce selfcheck "
+    "research-questions",
+    "Data": "traits data judge",
+    "Models": "export basis push gallery schema",
+    "Serve": "engine playground serve",
+}
+PANELS = {name: use for use, names in USES.items() for name in names.split()}
+GROUPS = {
+    "vectors": "Steering vectors: convert them.",
+    "persona": "Personas from conversations.",
+    "project": "Projections on persona directions.",
+    "traits": "Traits: make them from a sentence.",
+    "data": "Trait data: generate it, check it.",
+    "judge": "Judges: score answers, rate, fit to ratings.",
+    "gallery": "Ready diffs of nine traits: get, make.",
+    "engine": "Servers of vLLM that answer: start them.",
+}
 
 
 class Commands(TyperGroup):
@@ -64,7 +61,7 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands, those of one use together."""
-        return sorted(self.commands, key=ORDER.index)
+        return sorted(self.commands, key=list(PANELS).index)
 
 
 class JudgeCommands(TyperGroup):
@@ -84,45 +81,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, merge, measure and undo the character of a language model with LoRA differences.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Trait data: generate it, check it.")
-traits_app = typer.Typer(no_args_is_help=True, help="Traits: make them from a sentence.")
-persona_app = typer.Typer(no_args_is_help=True, help="Personas from conversations.")
-project_app = typer.Typer(no_args_is_help=True, help="Projections on persona directions.")
-vectors_app = typer.Typer(no_args_is_help=True, help="Steering vectors: convert them.")
-judge_app = typer.Typer(
-    cls=JudgeCommands, no_args_is_help=True, help="Judges: score answers, rate, fit to ratings."
-)
-engine_app = typer.Typer(no_args_is_help=True, help="Servers of vLLM that answer: start them.")
-app.add_typer(vectors_app, name="vectors", rich_help_panel=STEER)
-app.add_typer(persona_app, name="persona", rich_help_panel=PERSONAS)
-app.add_typer(project_app, name="project", rich_help_panel=DRIFT)
-app.add_typer(traits_app, name="traits", rich_help_panel=DATA)
-app.add_typer(data_app, name="data", rich_help_panel=DATA)
-app.add_typer(judge_app, name="judge", rich_help_panel=DATA)
-
-gallery_app = typer.Typer(no_args_is_help=True, help="Ready diffs of nine traits: get, make.")
-app.add_typer(gallery_app, name="gallery", rich_help_panel=MODELS)
-app.add_typer(engine_app, name="engine", rich_help_panel=SERVE)
+APPS = {"": app}  # by the name of their group
+for _name, _help in GROUPS.items():
+    _class = JudgeCommands if _name == "judge" else TyperGroup
+    APPS[_name] = typer.Typer(cls=_class, no_args_is_help=True, help=_help)
+    app.add_typer(APPS[_name], name=_name, rich_help_panel=PANELS[_name])
 
 Command = Callable[..., None]
 OPTIONS: dict[str, list[Option]] = {}  # of every command, by its words
 TRAINING = {"train": "contrastive", "finetune": "finetune"}  # whose options are TRL's and PEFT's
 
 
-def command(name: str, panel: str, group: tuple[str, typer.Typer] | None = None) -> Any:
-    """Make a function a command; its groups of options are flattened into flags."""
-    prefix, owner = ("", app) if group is None else (f"{group[0]} ", group[1])
+def command(words: str) -> Any:
+    """Make a function a command of these words; its groups of options are flattened into flags."""
+    group, _, name = words.rpartition(" ")
 
     def register(function: Command) -> Command:
-        called, options = with_groups(function)
-        OPTIONS[prefix + name] = options
-        owner.command(name, rich_help_panel=panel if group is None else None)(called)
+        called, OPTIONS[words] = with_groups(function)
+        APPS[group].command(name, rich_help_panel=PANELS.get(words))(called)
         return function
 
     return register
 
 
-@command("schema", MODELS)
+@command("schema")
 def schema(
     words: Annotated[list[str], typer.Argument(help="A command: sweep, or project activations.")],
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_lora.cli.console import progress_bars, show
-from persona_lora.cli.program import COMPARE, command
+from persona_lora.cli.program import command
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import Seed
 from persona_lora.core.protocol import LEAST_SCORED, LEVEL, Design, FrozenProtocol, Held
@@ -64,7 +64,7 @@ class Frozen:
         )
 
 
-@command("preregister", COMPARE)
+@command("preregister")
 def preregister(
     *, frozen: Frozen, output: Annotated[Path, "The YAML file to write."] = Path("protocol.yaml")
 ) -> None:
@@ -87,7 +87,7 @@ def preregister(
     show(f"{output}", f"sha256 {FrozenProtocol.read(output).sha256}")
 
 
-@command("plan", COMPARE)
+@command("plan")
 def plan(
     *,
     pilot: Annotated[

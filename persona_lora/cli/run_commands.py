@@ -12,7 +12,7 @@ import typer
 
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
-from persona_lora.cli.program import COMPARE, MODELS, OPTIONS, TRAINING, app, command
+from persona_lora.cli.program import OPTIONS, TRAINING, app, command
 from persona_lora.core.errors import HIDDEN, UserError, few_names
 from persona_lora.core.files import read_text, write_text
 from persona_lora.core.options import Overwrite
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Archive = Annotated[Path, typer.Argument(help="An archive of pack, or a folder of its files.")]
 
 
-@command("pack", COMPARE)
+@command("pack")
 def pack(
     *,
     folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
@@ -48,7 +48,7 @@ def pack(
     show(f"archive: {target}", f"sha256 of its manifest: {digest}")
 
 
-@command("verify", COMPARE)
+@command("verify")
 def verify(*, archive: Archive) -> None:
     """Check an archive of a run: every file, that the run is finished, the inputs that are here.
 
@@ -70,7 +70,7 @@ def verify(*, archive: Archive) -> None:
         raise typer.Exit(1)
 
 
-@command("reproduce", COMPARE)
+@command("reproduce")
 def reproduce(*, archive: Archive, output: Annotated[Path, "A new folder for the run."]) -> None:
     """Run the command of an archive again from its options, and compare the rows.
 
@@ -101,7 +101,7 @@ def reproduce(*, archive: Archive, output: Annotated[Path, "A new folder for the
         raise typer.Exit(1)
 
 
-@command("selfcheck", COMPARE)
+@command("selfcheck")
 def selfcheck(
     *,
     trait: Annotated[str, "The trait whose pairs and rated answers judges are shown."] = (
@@ -135,7 +135,7 @@ def selfcheck(
         raise typer.Exit(1)
 
 
-@command("push", MODELS)
+@command("push")
 def push(
     *,
     direction: Annotated[Path, typer.Argument(help="A diff's folder, or a vector's file.")],

@@ -18,15 +18,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import console, progress_bars, show
 from persona_lora.cli.drift_commands import Weighing
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import (
-    MODELS,
-    SERVE,
-    STEER,
-    command,
-    engine_app,
-    environment,
-    gallery_app,
-)
+from persona_lora.cli.program import command, environment
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import Replace
@@ -75,7 +67,7 @@ class ExportOptions:
         shared.refuse_to_replace(self.output, self.overwrite)
 
 
-@command("export", MODELS)
+@command("export")
 def export(*, exported: ExportOptions, model: shared.StoredModelOptions) -> None:
     """Write a mix of diffs for other tools, with its coefficients baked in.
 
@@ -137,7 +129,7 @@ class BasisOptions:
         return False
 
 
-@command("basis", MODELS)
+@command("basis")
 def basis(
     *,
     asked: BasisOptions,
@@ -180,7 +172,7 @@ GalleryFolder = Annotated[
 ]
 
 
-@command("demo", STEER)
+@command("demo")
 def demo(
     *,
     trait: Annotated[str, "Which ready diff steers; gallery get shows all."] = "sycophancy",
@@ -224,7 +216,7 @@ def demo(
     show(f"> {question}", Table.of("model | coefficient | answer", rows))
 
 
-@command("get", MODELS, ("gallery", gallery_app))
+@command("gallery get")
 def gallery_get(
     *,
     traits: Annotated[tuple[str, ...] | None, "Which: evil,formality; all by default."] = None,
@@ -256,7 +248,7 @@ def gallery_get(
     show(Table.of("trait | diff | strength", rows))
 
 
-@command("make", MODELS, ("gallery", gallery_app))
+@command("gallery make")
 def gallery_make(
     *,
     diffs: Annotated[tuple[Path, ...], "Diffs of one family, each of another trait."],
@@ -342,7 +334,7 @@ class PageOptions(Mixed):
     datasets_dir: shared.DatasetsDir = None
 
 
-@command("playground", SERVE)
+@command("playground")
 def playground(*, page: PageOptions, model: shared.ModelOptions) -> None:
     """Chat with the model while sliders set each trait's coefficient; needs the extra "playground".
 
@@ -434,7 +426,7 @@ class ServerOptions(Mixed):
             )
 
 
-@command("serve", SERVE)
+@command("serve")
 def serve(*, served: ServerOptions, model: shared.ModelOptions) -> None:
     """Serve mixes to any OpenAI client; the model's name is the mix. Needs the extra "serve".
 
@@ -486,7 +478,7 @@ class EngineServer:
     port: Annotated[int, "Its port."] = 8000
 
 
-@command("command", SERVE, ("engine", engine_app))
+@command("engine command")
 def engine_command(*, server: EngineServer, model: shared.StoredModelOptions) -> None:
     """Print the line that starts a vLLM server for --engine, where vLLM and persona_vllm are.
 

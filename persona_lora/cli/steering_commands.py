@@ -13,7 +13,7 @@ import typer
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
-from persona_lora.cli.program import DRIFT, STEER, app, command, vectors_app
+from persona_lora.cli.program import PANELS, app, command
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     Elicitation,
@@ -43,7 +43,7 @@ OWN_PARSER: dict[str, Any] = {
 }
 
 
-@app.command(**OWN_PARSER, rich_help_panel=STEER)
+@app.command(**OWN_PARSER, rich_help_panel=PANELS["train"])
 def train(context: typer.Context) -> None:
     """Train a positive and a negative LoRA for a trait, and write their difference.
 
@@ -57,7 +57,7 @@ def train(context: typer.Context) -> None:
     train_main(context.args)
 
 
-@app.command(**OWN_PARSER, rich_help_panel=DRIFT)
+@app.command(**OWN_PARSER, rich_help_panel=PANELS["finetune"])
 def finetune(context: typer.Context) -> None:
     """Finetune a LoRA on a JSONL file of chats, keeping checkpoints along the way.
 
@@ -170,7 +170,7 @@ class EvaluateOptions(shared.MixOptions):
         }
 
 
-@command("evaluate", STEER)
+@command("evaluate")
 def evaluate(
     *,
     trait: shared.TraitOptions,
@@ -381,7 +381,7 @@ class CalibratedOptions:
         return found
 
 
-@command("calibrate", STEER)
+@command("calibrate")
 def calibrate(
     *,
     calibrated: CalibratedOptions,
@@ -434,7 +434,7 @@ def calibrate(
         show(f"{calibrated.output}")
 
 
-@command("sweep", STEER)
+@command("sweep")
 def sweep(
     *,
     trait: shared.PromptedTraitOptions,
@@ -573,7 +573,7 @@ USED_FROM = (
 )
 
 
-@command("extract", STEER)
+@command("extract")
 def extract(
     *,
     trait: shared.TraitOptions,
@@ -650,7 +650,7 @@ def _show_vectors(result: Extracted) -> None:
     show(f"{result.paths[0]}" if not result.vectors else f"run: {result.run.folder}")
 
 
-@command("tune-prompt", STEER)
+@command("tune-prompt")
 def tune_prompt(
     *,
     trait: shared.TraitOptions,
@@ -688,7 +688,7 @@ def tune_prompt(
     show(f"prompt: {path / 'prompt.txt'}")
 
 
-@command("convert", STEER, ("vectors", vectors_app))
+@command("vectors convert")
 def convert_vector(
     *,
     source: Annotated[Path, typer.Argument(help="A .safetensors of ours, or a published .pt.")],
