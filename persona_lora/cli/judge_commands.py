@@ -59,7 +59,7 @@ def score(
     asked = grouped(range(len(answers.rows)), lambda row: answers.rows[row]["question"])
     cells = []
     for criterion, each in scores.items():
-        values = {at: [each[row] for row in rows] for at, rows in enumerate(asked.values())}
+        values = {question: [each[row] for row in rows] for question, rows in asked.items()}
         cells.append([criterion, *scored(bootstrap_mean(values, scale=SCORES))])
     show(Table.of("criterion | mean | 95% interval | questions | scored", cells))
     _show_fitness([validation])

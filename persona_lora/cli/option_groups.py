@@ -276,16 +276,16 @@ def with_groups(command: Callable[..., None]) -> tuple[Callable[..., None], list
     """
     hints = get_type_hints(command, include_extras=True)
     options: dict[str, Option] = {}
-    fields: dict[str, list[tuple[str, str]]] = {}  # of each group: its fields and their options
-    groups: dict[str, tuple[type, Any]] = {}
+    # Of each group: what it is made of, its default, its fields and their options.
+    groups: dict[str, tuple[Any, Any, list[tuple[str, str]]]] = {}
     singles: list[str] = []
     for name, parameter in inspect.signature(command).parameters.items():
         kind, *notes = _split(hints[name])
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            groups[name] = kind, parameter.default
             offered = next((note for note in notes if isinstance(note, tuple)), None)
             found = options_of(kind, parameter.default, offered, name.capitalize())
-            fields[name] = [(field, option.name) for field, option in found]
+            fields = [(field, option.name) for field, option in found]
+            groups[name] = kind, parameter.default, fields
             for _, option in found:
                 _add(options, option)
         else:
@@ -297,10 +297,10 @@ def with_groups(command: Callable[..., None]) -> tuple[Callable[..., None], list
         context = given["context"]
         RUNNING.set(context)
         values = {name: option.read(given[name]) for name, option in options.items()}
-        made = {
-            name: _build(kind, default, {field: values[option] for field, option in fields[name]})
-            for name, (kind, default) in groups.items()
-        }
+        made = {}
+        for name, (kind, default, fields) in groups.items():
+            own = {field: values[option] for field, option in fields}
+            made[name] = kind(**own) if default is EMPTY else dataclasses.replace(default, **own)
         program = context.find_root().command_path  # of several words where Python runs it
         words = context.command_path.removeprefix(program).strip()
         with recorded_command(words, context.params):
@@ -314,10 +314,6 @@ def with_groups(command: Callable[..., None]) -> tuple[Callable[..., None], list
     call.__annotations__ = {each.name: each.annotation for each in parameters}
     del vars(call)["__wrapped__"]
     return call, list(options.values())
-
-
-def _build(kind: type, default: Any, values: dict[str, Any]) -> Any:
-    return kind(**values) if default is EMPTY else dataclasses.replace(default, **values)
 
 
 def _add(options: dict[str, Option], option: Option) -> None:
@@ -404,16 +400,11 @@ def refuse_useless(names: str, reason: str) -> None:
     --config may hold what is the default anyway: a run's own config.yaml holds everything.
     """
     for name in names.split():
-        if is_given(name):
+        context = RUNNING.get()
+        source = context.get_parameter_source(name)
+        told = "" if source is None else source.name
+        if told == "COMMANDLINE" or (told == "DEFAULT_MAP" and _changed(context, name)):
             raise does_nothing(name, reason)
-
-
-def is_given(name: str) -> bool:
-    """Say whether the running command was given an option, or a file that changes its default."""
-    context = RUNNING.get()
-    source = context.get_parameter_source(name)
-    in_file = source is not None and source.name == "DEFAULT_MAP" and _changed(context, name)
-    return in_file or (source is not None and source.name == "COMMANDLINE")
 
 
 def _changed(context: typer.Context, name: str) -> bool:

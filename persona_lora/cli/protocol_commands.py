@@ -50,18 +50,9 @@ class Frozen:
             settings = parse_json(settings, '--settings (as in {"trait": "evil"})')
         if not isinstance(settings, Mapping):
             raise UserError(f'--settings must be like {{"trait": "evil"}}, got {self.settings}')
-        return FrozenProtocol(
-            self.command,
-            usual.questions,
-            usual.family,
-            self.seeds,
-            self.units or usual.units,
-            self.test or usual.test,
-            self.correction,
-            self.level,
-            self.least_scored,
-            dict(settings),
-        )
+        given = {"units": self.units or usual.units, "test": self.test or usual.test}
+        own = {"questions": usual.questions, "family": usual.family, "settings": dict(settings)}
+        return FrozenProtocol(**{**vars(self), **given, **own})
 
 
 @command("preregister")

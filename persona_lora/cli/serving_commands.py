@@ -230,7 +230,6 @@ def gallery_get(
     Example: persona-lora gallery get --traits evil,formality
     """
     from persona_lora.core.gallery import Gallery
-    from persona_lora.core.strength import strength_line
     from persona_lora.report.sections import Table
 
     gallery = Gallery(source)

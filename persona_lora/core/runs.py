@@ -19,7 +19,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from filelock import lock_descriptor
@@ -289,12 +288,7 @@ class Run:
         self._update(status="running")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         status = "finished" if error is None else "failed"
         told = None if error is None else without_secrets(repr(error))
         try:
@@ -348,18 +342,13 @@ def git_commit() -> str | None:
     folder = checkout()
     if folder is None:  # a repository around an installed wheel is another project's
         return None
+    words, silent = ("git", "rev-parse", "HEAD"), subprocess.DEVNULL
     try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(
+            words, cwd=folder, stderr=silent, text=True, timeout=10
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> str | None:

@@ -54,11 +54,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader)  # a safe loader: it builds plain values alone
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        said = (
-            "nested too deeply"
-            if isinstance(error, RecursionError)
-            else " ".join(str(error).split())
-        )
+        deep = isinstance(error, RecursionError)
+        said = "nested too deeply" if deep else " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {said}") from error
     if not isinstance(value, Mapping):
         raise UserError(f"{path} must hold one YAML mapping, as in 'max_iterations: 10'")

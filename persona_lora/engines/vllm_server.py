@@ -111,35 +111,24 @@ class Machine:
     host: str = "127.0.0.1"
     port: int = 8000
 
-    def program(self) -> list[str]:
-        """Return what the model's name follows; the CPU's distribution has no ``vllm serve``."""
-        if self.cpu:
-            return ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        return ["vllm", "serve"]
-
-    def environment(self) -> dict[str, str]:
-        """Return what the environment has to say."""
-        cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **(cpu if self.cpu else {})}
-
-    def flags(self) -> list[str]:
-        """Return vLLM's flags; with blocks of 32 the prefix cache is hit on a CPU too."""
-        dtype = self.dtype or ("float32" if self.cpu else "bfloat16")
-        size = str(self.tensor_parallel)
-        return [
-            *("--dtype", dtype, "--tensor-parallel-size", size),
-            *(("--block-size", "32") if self.cpu else ()),
-            *("--host", self.host, "--port", str(self.port)),
-        ]
-
 
 def server_command(
     model: str, revision: str | None, basis: BasisFolder | None, machine: Machine
 ) -> str:
-    """Return the line that starts a server of a model, with a basis or without one."""
-    words = [*machine.program(), model, *machine.flags(), "--generation-config", "vllm"]
+    """Return the line that starts a server of a model, with a basis or without one.
+
+    The CPU's distribution has no ``vllm serve``; with blocks of 32 its prefix cache is hit too.
+    """
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    words, dtype, blocks = ["vllm", "serve"], "bfloat16", []
+    if machine.cpu:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
+        dtype, blocks = "float32", ["--block-size", "32"]
+    words += [model, "--dtype", machine.dtype or dtype]
+    words += ["--tensor-parallel-size", str(machine.tensor_parallel), *blocks]
+    words += ["--host", machine.host, "--port", str(machine.port), "--generation-config", "vllm"]
     words += [] if revision is None else ["--revision", revision]
-    environment = machine.environment()
     if basis is not None:
         environment["PERSONA_LORA_BASIS"] = str(basis.folder)
         rank = next(each for each in RANKS if each >= basis.rank)

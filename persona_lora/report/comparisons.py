@@ -87,7 +87,7 @@ def over_units(gaps: pd.Series, unit: str, scale: Bounds | None = None) -> Paire
     means = np.array([np.mean(each) for each in by_unit.values()])
     spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
     size = float(means.mean()) / spread if spread > 0 else None
-    return Paired(bootstrap_mean(_numbered(by_unit), scale=scale), sign_flip_p(means), size)
+    return Paired(bootstrap_mean(by_unit, scale=scale), sign_flip_p(means), size)
 
 
 def means(
@@ -96,12 +96,10 @@ def means(
     """Return the mean value of every group, with its interval over units."""
     return {
         name: bootstrap_mean(
-            _numbered(
-                {
-                    at: [None if np.isnan(score) else float(score) for score in each]
-                    for at, each in own.groupby(unit, sort=False)[value]
-                }
-            ),
+            {
+                at: [None if np.isnan(score) else float(score) for score in each]
+                for at, each in own.groupby(unit, sort=False)[value]
+            },
             scale=scale,
         )
         for name, own in rows.groupby(by, sort=False)
@@ -112,10 +110,6 @@ def frame(rows: Sequence[Row], values: Sequence[str]) -> pd.DataFrame:
     """Return rows as a table; None among ``values`` is a missing number."""
     table = pd.DataFrame(list(rows))
     return table.astype(dict.fromkeys(values, float))
-
-
-def _numbered(groups: Mapping[Hashable, list[Any]]) -> dict[int, list[Any]]:
-    return dict(enumerate(groups.values()))
 
 
 # -- what was found, as rows of a table ----------------------------------------------------------

@@ -90,16 +90,25 @@ def summarise_conditions(
     differences: Mapping[Condition, PairedDifference],
 ) -> tuple[ConditionSummary, ...]:
     """Summarise every group; ``curve`` holds their trait scores, ``differences`` those from 0."""
-    return tuple(
-        _summarise(
-            condition,
-            rows,
-            curve,
-            divergence_of(condition, divergences),
-            differences.get(condition),
+    found = []
+    for condition, rows in groups.items():
+        coherence, divergence = clusters(rows, COHERENCE), divergence_of(condition, divergences)
+        found.append(
+            ConditionSummary(
+                method=condition.method,
+                coefficient=condition.coefficient,
+                layer=condition.layer,
+                trait=curve.mean_of(curve.scores[condition]),
+                coherence=curve.mean_of(coherence),
+                rows=len(rows),
+                questions=len(coherence),
+                finished_share=float(np.mean([bool(row.answer["finished"]) for row in rows])),
+                mean_tokens=float(np.mean([row.answer["num_tokens"] for row in rows])),
+                **{name: divergence.get(name) for name in DIVERGENCE_NAMES},
+                from_zero=differences.get(condition),
+            )
         )
-        for condition, rows in groups.items()
-    )
+    return tuple(found)
 
 
 def divergence_of(condition: Condition, divergences: Iterable[Row]) -> Row:
@@ -170,29 +179,6 @@ def interval_cells(interval: Interval) -> dict[str, Any]:
     """Return an interval under the names of the long format."""
     cells = dataclasses.asdict(interval)
     return {"value": cells.pop("mean"), **cells}
-
-
-def _summarise(
-    condition: Condition,
-    rows: Sequence[ScoredAnswer],
-    curve: TraitCurve,
-    divergence: Row,
-    from_zero: PairedDifference | None,
-) -> ConditionSummary:
-    coherence = clusters(rows, COHERENCE)
-    return ConditionSummary(
-        method=condition.method,
-        coefficient=condition.coefficient,
-        layer=condition.layer,
-        trait=curve.mean_of(curve.scores[condition]),
-        coherence=curve.mean_of(coherence),
-        rows=len(rows),
-        questions=len(coherence),
-        finished_share=float(np.mean([bool(row.answer["finished"]) for row in rows])),
-        mean_tokens=float(np.mean([row.answer["num_tokens"] for row in rows])),
-        **{name: divergence.get(name) for name in DIVERGENCE_NAMES},
-        from_zero=from_zero,
-    )
 
 
 # -- beside a random direction of the same norm ------------------------------------------------
@@ -276,20 +262,13 @@ class Controls:
         ]
         groups, first = group_by_condition(rows), self.curves[0]
         whole = TraitCurve.of(groups, seed=first.seed, resamples=first.resamples)
-        found = summarise_conditions(groups, whole, divergences, self._from_zero(whole))
+        from_zero = whole.from_zero(
+            lambda each, zero: self.tested(
+                [gaps_between(one.scores.get(each, {}), whole.scores[zero]) for one in self.curves]
+            )
+        )
+        found = summarise_conditions(groups, whole, divergences, from_zero)
         return tuple(map(self._over_draws, found))
-
-    def _from_zero(self, whole: TraitCurve) -> dict[Condition, PairedDifference]:
-        zero = whole.at(0.0)
-        others = [each for each in whole.scores if each.coefficient]
-        if zero is None:
-            return {}
-        plain = whole.scores[zero]
-        found = [
-            self.tested([gaps_between(one.scores.get(each, {}), plain) for one in self.curves])
-            for each in others
-        ]
-        return dict(zip(others, corrected(found), strict=True))
 
     def _over_draws(self, each: ConditionSummary) -> ConditionSummary:
         """Return a summary with its means over the controls that ran it."""

@@ -6,7 +6,7 @@ Every statistic is over the same questions in all conditions and is resampled by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -131,11 +131,7 @@ class TraitCurve:
 
     def difference(self, one: Condition, other: Condition) -> PairedDifference:
         """Return one condition minus another over the questions scored under both."""
-        return self.paired(self.scores[one], self.scores[other])
-
-    def paired(self, ones: Cluster, others: Cluster) -> PairedDifference:
-        """Return the paired difference of scores over the questions that both hold."""
-        return self.paired_values(gaps_between(ones, others))
+        return self.paired_values(gaps_between(self.scores[one], self.scores[other]))
 
     def paired_values(self, gaps: Mapping[int, float]) -> PairedDifference:
         """Return the mean of differences by question, with its interval and test."""
@@ -149,13 +145,19 @@ class TraitCurve:
         values = np.array(list(gaps.values()))
         return PairedDifference(interval, sign_flip_p(values, seed=self.seed))
 
-    def from_zero(self) -> dict[Condition, PairedDifference]:
-        """Return every other coefficient against 0, Holm-corrected; nothing where 0 was not run."""
+    def from_zero(
+        self, difference: Callable[[Condition, Condition], PairedDifference] | None = None
+    ) -> dict[Condition, PairedDifference]:
+        """Return every other coefficient against 0, Holm-corrected; nothing where 0 was not run.
+
+        ``difference`` takes the place of the method of that name.
+        """
         zero = self.at(0.0)
         others = [each for each in self.scores if each.coefficient]
         if zero is None:
             return {}
-        differences = corrected([self.difference(each, zero) for each in others])
+        tested = difference or self.difference
+        differences = corrected([tested(each, zero) for each in others])
         return dict(zip(others, differences, strict=True))
 
     def rho_means(self) -> Estimate:

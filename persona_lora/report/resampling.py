@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,7 @@ SHARES = Bounds(0.0, 1.0)  # of right answers
 
 
 def bootstrap_mean(
-    values_by_question: Mapping[int, Sequence[float | None]],
+    values_by_question: Mapping[Any, Sequence[float | None]],
     *,
     scale: Bounds | None = None,
     seed: int = 0,
