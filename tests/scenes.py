@@ -1,4 +1,4 @@
-"""A small trait folder, and a judge that needs no model."""
+"""A small trait folder, judges that need no model, and what commands end with."""
 
 from __future__ import annotations
 
@@ -63,6 +63,66 @@ class ParityJudge:
             return Verdict(criterion, None, "empty answer", self.name)
         share = sum(ord(letter) % 2 == 0 for letter in answer) / len(answer)
         return Verdict(criterion, 100 * share, "", self.name)
+
+
+class LetterJudge:
+    """Scores letters: the embedded judges need a model that knows a language."""
+
+    name = "letters"
+
+    def judge(self, exchanges, criterion):
+        return [Verdict(criterion, self.score(each.answer), "", self.name) for each in exchanges]
+
+    def score(self, answer):
+        return float(sum(map(ord, answer)) % 101)
+
+
+class FitJudge(LetterJudge):
+    """Fits from 1 to 5."""
+
+    def score(self, answer):
+        return 1 + 4 * (sum(map(ord, answer)) % 89) / 89
+
+
+class LengthJudge(LetterJudge):
+    """Scores the length."""
+
+    def score(self, answer):
+        return float(len(answer))
+
+
+class EvenCoherence:
+    """A model of random weights finds shuffled words as likely as text: nothing to fit to."""
+
+    def verdicts(self, exchanges, name):
+        return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
+
+
+def evaluation(model_folder, *more):
+    """Return the words of an evaluation of a tiny model."""
+    return (
+        "evaluate", "--model", model_folder, "--trait", "sycophancy", "--dtype", "float32",
+        "--max-new-tokens", 4, "--output", "out/x.csv", *more,
+    )  # fmt: skip
+
+
+def commands(group, words=()):
+    """Yield the commands of a program, each after its words."""
+    for word, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*words, word))
+    if not hasattr(group, "commands"):
+        yield " ".join(words), group
+
+
+def assert_fails(result, *words):
+    """A command ended with one line of an error that holds the words, and status 2."""
+    status, _, error = result
+    assert status == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert "Traceback" not in error
 
 
 @pytest.fixture

@@ -21,29 +21,12 @@ from persona_lora.core.traits import load_trait
 from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
 from tests.conftest import tiny_llama
-from tests.scenes import ParityJudge
+from tests.scenes import ParityJudge, assert_fails, evaluation
 
 
 @pytest.fixture
 def diff_folder(model, make_diff, tmp_path):
     return make_diff(model, fingerprint=weight_fingerprint(model)).save(tmp_path / "diff")
-
-
-def evaluation(model_folder, *more):
-    return (
-        "evaluate", "--model", model_folder, "--trait", "sycophancy", "--dtype", "float32",
-        "--max-new-tokens", 4, "--output", "out/x.csv", *more,
-    )  # fmt: skip
-
-
-def assert_fails(result, *words):
-    status, _, error = result
-    assert status == 2, error
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, error
-    for word in words:
-        assert word in lines[0], lines[0]
-    assert "Traceback" not in error
 
 
 def test_an_unknown_trait_names_the_nearest(run, model_folder):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
+from tests.scenes import LetterJudge
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TRAITS = ("evil", "sycophancy", "hallucination")
@@ -37,18 +37,6 @@ def words(model, model_folder, make_diff, tmp_path):
         *("--model", model_folder, "--dtype", "float32", "--max-questions", 2),
         *("--max-new-tokens", 4, "--coefficients", "1", "--datasets-dir", CHECKOUT / "datasets"),
     )
-
-
-class LetterJudge:
-    """Scores letters: the embedded judge's coherence needs a model that knows a language."""
-
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [
-            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
-            for each in exchanges
-        ]
 
 
 def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monkeypatch):

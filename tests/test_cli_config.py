@@ -11,19 +11,9 @@ from trl import TrlParser
 
 from persona_lora import cli
 from persona_lora.cli.program import OPTIONS
-from persona_lora.core.chat import Verdict
 from persona_lora.judges import choice
 from persona_lora.training import contrastive, finetune
-
-
-class LetterJudge:
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [
-            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
-            for each in exchanges
-        ]
+from tests.scenes import LetterJudge, commands
 
 
 def rows(folder, name):
@@ -72,15 +62,6 @@ def test_a_config_hides_secrets_and_a_misspelt_key_is_named(run, make_world, tmp
     texts = [path.read_text() for path in tmp_path.rglob("config.yaml")]
     assert texts
     assert not any("secret" in text or "hidden-too" in text for text in texts)
-
-
-def commands(group, words=()):
-    for name, command in group.commands.items():
-        inner = getattr(command, "commands", None)
-        if inner is None:
-            yield " ".join((*words, name)), command
-        else:
-            yield from commands(command, (*words, name))
 
 
 PROGRAM = dict(commands(typer.main.get_command(cli.app)))

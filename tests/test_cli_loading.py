@@ -23,6 +23,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges.labels import AnswerFile, RatingSheet
 from persona_lora.models import hardware, loading
 from persona_lora.models.load_options import LoadOptions
+from tests.scenes import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -93,15 +94,6 @@ TRAINING = {
     "train": ("--trait", "evil", "--datasets_dir", ROOT / "datasets", "--output_dir", "out"),
     "finetune": ("--train_file", ROOT / "datasets/evil/normal.jsonl", "--output_dir", "out"),
 }
-
-
-def commands(group, words=()):
-    for name, command in group.commands.items():
-        path = (*words, name)
-        if hasattr(command, "commands"):
-            yield from commands(command, path)
-        else:
-            yield " ".join(path), command
 
 
 PROGRAM = dict(commands(typer.main.get_command(cli.app)))

@@ -18,26 +18,11 @@ from persona_lora.judges import choice
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.studies.personas import bench
+from tests.scenes import EvenCoherence, assert_fails
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAITS = ("formality", "intimacy")
 TWO = ("--targets", "evil=1,sycophancy=0", "--pareto")
-
-
-def assert_fails(result, *words):
-    status, _, error = result
-    assert status == 2, error
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, error
-    for word in words:
-        assert word in lines[0], lines[0]
-
-
-class EvenCoherence:
-    """A model of random weights finds shuffled words as likely as text: nothing to fit to."""
-
-    def verdicts(self, exchanges, name):
-        return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
 
 
 @pytest.fixture

@@ -10,20 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from persona_lora.cli.steering_commands import VariedOptions
-from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.vector_files import load_vector
 from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
-
-
-class LetterJudge:
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [Verdict(criterion, float(len(each.answer) % 101), "", "l") for each in exchanges]
+from tests.scenes import LetterJudge, assert_fails, evaluation
 
 
 @pytest.fixture
@@ -37,23 +30,6 @@ def vector(model):
 @pytest.fixture
 def vector_file(vector, tmp_path):
     return vector.save(tmp_path / "v.safetensors")
-
-
-def evaluation(model_folder, *more):
-    return (
-        "evaluate", "--model", model_folder, "--trait", "sycophancy", "--dtype", "float32",
-        "--max-new-tokens", 4, "--output", "out/x.csv", *more,
-    )  # fmt: skip
-
-
-def assert_fails(result, *words):
-    status, _, error = result
-    assert status == 2, error
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, error
-    for word in words:
-        assert word in lines[0], lines[0]
-    assert "Traceback" not in error
 
 
 def test_a_vector_of_another_width_or_depth_is_named(run, model_folder, vector, tmp_path):

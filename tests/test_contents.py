@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from persona_lora import cli
-from persona_lora.core.chat import Verdict
 from persona_lora.judges import choice
 from persona_lora.studies.drift import prediction
+from tests.scenes import LetterJudge
 
 TRAIT, LABELS, PAIRS = (f"datasets/cheer/{name}.json{end}" for name, end in (
     ("trait", ""), ("judge_eval", "l"), ("train", "l"),
@@ -80,16 +80,6 @@ CASES = [
     ("benchmark", DIFF, None, "diff"),
     ("benchmark", NORMAL, "Good", "the normal.jsonl files"),
 ]
-
-
-class LetterJudge:
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [
-            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
-            for each in exchanges
-        ]
 
 
 @pytest.fixture(scope="module")

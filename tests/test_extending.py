@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from persona_lora.cli.persona_commands import BenchOptions, Searched, SoughtJudgeChoice
-from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Persona, PersonaConversation, PersonaPrompts
 from persona_lora.core.runs import Run
@@ -24,6 +23,7 @@ from persona_lora.studies.personas.bench import PersonaBench
 from persona_lora.studies.personas.method_comparison import compare_methods
 from persona_lora.studies.personas.run import PersonaProblem
 from persona_lora.studies.personas.search import SearchOptions
+from tests.scenes import EvenCoherence, FitJudge
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text()
 PROMPTS = PersonaPrompts(("Hi there.", "Any plans?"), ("What now?",), ("And then?",))
@@ -101,25 +101,10 @@ def test_the_page_asks_an_endpoint_for_a_trait(place, run, server):
     assert (trait.description, len(trait.questions["eval"])) == ("speaks of itself", 20)
 
 
-class LetterJudge:
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [
-            Verdict(criterion, 1 + 4 * (sum(map(ord, each.answer)) % 89) / 89, "", self.name)
-            for each in exchanges
-        ]
-
-
-class EvenCoherence:
-    def verdicts(self, exchanges, name):
-        return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
-
-
 def problem_of(bench: PersonaBench, name: str) -> PersonaProblem:
     said = [{"role": "user", "content": "Oh."}, {"role": "assistant", "content": "Yes?"}]
     person = Persona(name, Path(name), (PersonaConversation("1", "train", said),))
-    parts = (bench.chat_model, person, bench.prompts, LetterJudge(), LetterJudge())
+    parts = (bench.chat_model, person, bench.prompts, FitJudge(), FitJudge())
     return PersonaProblem(
         *parts,
         EvenCoherence(),

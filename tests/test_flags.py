@@ -41,6 +41,7 @@ from persona_lora.report.power import Pilot
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.personas.bench import Optimized
 from tests.conftest import byte_tokenizer, random_diff, tiny_llama
+from tests.scenes import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ("--datasets-dir", str(ROOT / "datasets"))
@@ -826,15 +827,8 @@ COMMANDS = {
 OWN_PARSERS = {"train", "finetune"}
 
 
-def walk(command: Any, name: tuple[str, ...] = ()) -> Any:
-    for word, each in getattr(command, "commands", {}).items():
-        yield from walk(each, (*name, word))
-    if not getattr(command, "commands", {}):
-        yield " ".join(name), command
-
-
 TOP = typer.main.get_command(cli.app)
-ALL = dict(walk(TOP))
+ALL = dict(commands(TOP))
 
 
 def entry(command: str, name: str) -> Flag | None:

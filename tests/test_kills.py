@@ -22,9 +22,9 @@ from typing import NamedTuple
 import pytest
 
 from persona_lora import cli
-from persona_lora.core.chat import Verdict
 from persona_lora.judges import choice
 from persona_lora.studies.drift import prediction
+from tests.scenes import LetterJudge
 
 KILLED = 137
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -68,16 +68,6 @@ COMMANDS = {
 # The quick ones, for every run of the tests; all of them, at more places: pytest -m slow.
 FEW = {"evaluate": 3, "overwrite": 3, "benchmark": 2, "export": 1}
 MANY = 18
-
-
-class LetterJudge:
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [
-            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
-            for each in exchanges
-        ]
 
 
 class Ended(NamedTuple):

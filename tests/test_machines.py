@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.chat import Exchange
 from persona_lora.judges import choice
+from tests.scenes import LengthJudge
 
 TRAIN = (
     "--trait cheer --datasets_dir datasets --model_name_or_path model --lora_r 2 "
@@ -21,15 +22,6 @@ TRAIN = (
 ASK = "--model model --datasets-dir datasets --trait cheer --max-new-tokens 3"
 SWEEP = f"sweep {ASK} --diff trained/diff --coefficients 1 --output swept"
 EXTRACT = "extract --model model --datasets-dir datasets --trait cheer --source answers --output v"
-
-
-class LetterJudge:
-    """The tiny model answers in no digits, so that its own judge scores nothing."""
-
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [Verdict(criterion, float(len(each.answer)), "", "letters") for each in exchanges]
 
 
 def test_training_sweeps_judges_and_vectors_run_on_a_cpu_with_bf16_units(
@@ -44,7 +36,7 @@ def test_training_sweeps_judges_and_vectors_run_on_a_cpu_with_bf16_units(
         loaded.append(reference.model.dtype)
         (verdict,) = local(trait, reference, options).judge([Exchange("?", "Yes")], "cheer")
         assert "number mass" in verdict.reason
-        return LetterJudge()
+        return LengthJudge()
 
     monkeypatch.setitem(choice.JUDGES, "embedding", judge)
     for words in (f"train {TRAIN}", SWEEP, EXTRACT):

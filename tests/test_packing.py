@@ -18,6 +18,7 @@ from persona_lora.core.runs import Run
 from persona_lora.judges import choice
 from persona_lora.studies.packing import compare_rows, pack_run
 from persona_lora.studies.personas import bench
+from tests.scenes import LetterJudge
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,16 +27,6 @@ ASKED = (
     *("--datasets-dir", "datasets", "--max-new-tokens", 3),
 )
 SWEEP = (*("sweep", "--coefficients", "-1,1", "--no-references"), *ASKED)
-
-
-class LetterJudge:
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [
-            Verdict(criterion, float(sum(map(ord, each.answer)) % 101), "", self.name)
-            for each in exchanges
-        ]
 
 
 @pytest.fixture

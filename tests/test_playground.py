@@ -13,11 +13,11 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from persona_lora.cli.serving_commands import check_address
-from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.playground.mixing_desk import MixingDesk
 from persona_lora.playground.mixing_page import KEPT_EXPORTS, Exports, build_page, serve
+from tests.scenes import LengthJudge
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -26,13 +26,6 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--window-size=1500,1100",
 )  # fmt: skip
-
-
-class LengthJudge:
-    name = "length"
-
-    def judge(self, exchanges, criterion):
-        return [Verdict(criterion, float(len(each.answer)), "", self.name) for each in exchanges]
 
 
 @pytest.fixture

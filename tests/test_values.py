@@ -12,6 +12,7 @@ import typer
 
 from persona_lora import cli
 from tests.pinned import hold
+from tests.scenes import commands
 
 PACKAGE = Path(__file__).resolve().parents[1] / "persona_lora"
 ROOMS = ("core", "steering", "projections", "report", "cli")
@@ -34,30 +35,21 @@ def test_values_are_frozen(path):
             assert each.__dataclass_params__.frozen, f"{name}.{each.__name__} can be changed"
 
 
-def defaults(command, name=()):
+def defaults():
     """Yield every flag of every command with what it is by default."""
-    for word, each in getattr(command, "commands", {}).items():
-        yield from defaults(each, (*name, word))
-    if not getattr(command, "commands", {}):
+    for words, command in commands(typer.main.get_command(cli.app)):
         for parameter in command.params:
             value = parameter.default() if callable(parameter.default) else parameter.default
             if isinstance(value, list | tuple):
                 value = [str(part) for part in value]
             elif not isinstance(value, bool | int | float | None):
                 value = str(value)
-            yield f"{' '.join(name)}: {parameter.opts[-1]}", value
+            yield f"{words}: {parameter.opts[-1]}", value
 
 
 def test_what_a_flag_is_by_default_stays():
     """Runs that name no flag are the same runs in the next version, or this table says so."""
-    hold(
-        "defaults",
-        {
-            name: value
-            for name, value in defaults(typer.main.get_command(cli.app))
-            if value is not None
-        },
-    )
+    hold("defaults", {name: value for name, value in defaults() if value is not None})
 
 
 def signatures(name, module):

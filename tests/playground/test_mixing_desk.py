@@ -7,22 +7,15 @@ import threading
 import pytest
 import torch
 
-from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.lora_diff import mix as mix_diffs
 from persona_lora.models.generation import generate_answers
 from persona_lora.playground.mixing_desk import MixingDesk, Turns
 from persona_lora.steering.weights import LoRASteerer
+from tests.scenes import LengthJudge
 
 ASKED = [{"role": "user", "content": "Is my plan any good?"}]
-
-
-class LengthJudge:
-    name = "length"
-
-    def judge(self, exchanges, criterion):
-        return [Verdict(criterion, float(len(each.answer)), "", self.name) for each in exchanges]
 
 
 @pytest.fixture

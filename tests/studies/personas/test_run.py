@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from persona_lora.core.chat import Exchange, Verdict
+from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel
@@ -53,29 +53,13 @@ from persona_lora.studies.personas.run import (
 )
 from persona_lora.studies.personas.search import SearchOptions
 from persona_lora.studies.report_page import write_report
+from tests.scenes import EvenCoherence, FitJudge
 
 PROMPTS = PersonaPrompts(
     ("Hi there.", "Any plans?"), ("What now?", "And then?", "Why?"), ("Who's there?", "Since when?")
 )
 TRAITS = ("calm", "loud")
 OPTIONS = SearchOptions(max_iterations=3, population_size=4)
-
-
-class LetterJudge:
-    """Fit 1–5 from the answer's letters."""
-
-    name = "letters"
-
-    def judge(self, exchanges, criterion):
-        return [
-            Verdict(criterion, 1 + 4 * (sum(map(ord, each.answer)) % 89) / 89, "", self.name)
-            for each in exchanges
-        ]
-
-
-class EvenCoherence:
-    def verdicts(self, exchanges, name):
-        return [Verdict("coherence", 80.0, "", name) for _ in exchanges]
 
 
 def even_relevance(exchanges):
@@ -119,8 +103,8 @@ def problem(chat_model, personas):
         chat_model,
         load_persona("ann", personas),
         PROMPTS,
-        LetterJudge(),
-        LetterJudge(),
+        FitJudge(),
+        FitJudge(),
         EvenCoherence(),
         even_relevance,
         letter_counts,
@@ -162,7 +146,7 @@ def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
 def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_path):
     asked = []
 
-    class Watching(LetterJudge):
+    class Watching(FitJudge):
         def judge(self, exchanges, criterion):
             asked.append([each.question for each in exchanges])
             return super().judge(exchanges, criterion)
@@ -629,9 +613,8 @@ from persona_lora.models.processes import current_processes
 from persona_lora.models.loading import load_chat_model
 from persona_lora.core.personas import load_persona
 from persona_lora.core.lora_diff import LoRADiff
-from tests.studies.personas.test_run import (
-    EvenCoherence, LetterJudge, OPTIONS, PROMPTS, even_relevance, letter_counts
-)
+from tests.scenes import EvenCoherence, FitJudge
+from tests.studies.personas.test_run import OPTIONS, PROMPTS, even_relevance, letter_counts
 
 own, personas, out, model = map(Path, sys.argv[1:5])
 processes = current_processes(os.environ)
@@ -639,7 +622,7 @@ assert processes.count == int(sys.argv[5]), processes.count
 problem = PersonaProblem(
     load_chat_model(str(model), device_map="cpu", allow_other_base=True),
     load_persona("ann", personas), PROMPTS,
-    LetterJudge(), LetterJudge(), EvenCoherence(), even_relevance, letter_counts,
+    FitJudge(), FitJudge(), EvenCoherence(), even_relevance, letter_counts,
     GenerationOptions(max_new_tokens=6), processes,
 )
 diffs = {name: LoRADiff.load(own / name / "diff") for name in ("calm", "loud")}
