@@ -177,16 +177,14 @@ class LoRADiff:
                 low-rank change.
         """
         read = read_factors(Path(path), on_disk=on_disk)
-        provenance = read.provenance
+        said = read.provenance
+        base = {"name": read.base_model_name, **said.get("base_model", {})}
         try:
             return cls(
                 factors=_to_factors(read.factors),
-                base_model=BaseModel(
-                    provenance.get("base_model", {}).get("name", read.base_model_name),
-                    provenance.get("base_model", {}).get("fingerprint"),
-                ),
-                trait=provenance.get("trait"),
-                sources=provenance.get("sources", {"path": str(path)}),
+                base_model=BaseModel(base["name"], base.get("fingerprint")),
+                trait=said.get("trait"),
+                sources=said.get("sources", {"path": str(path)}),
             )
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -233,11 +231,7 @@ class LoRADiff:
         )
 
     def at(self, layers: int | Iterable[int]) -> LoRADiff:
-        """Return the diff restricted to some decoder layers.
-
-        Raises:
-            UserError: A layer that it has not.
-        """
+        """Return the diff restricted to some decoder layers; UserError for one that it has not."""
         wanted = {layers} if isinstance(layers, int) else set(layers)
         by_layer = {module: layer_number(module) for module in self.factors}
         held = {layer for layer in by_layer.values() if layer is not None}
@@ -272,11 +266,7 @@ class LoRADiff:
         return math.sqrt(max(self.inner(self), 0.0))
 
     def cosine(self, other: LoRADiff) -> float:
-        """Return ⟨self, other⟩ / (‖self‖·‖other‖), in [-1, 1].
-
-        Raises:
-            UserError: A norm is zero.
-        """
+        """Return ⟨self, other⟩ / (‖self‖·‖other‖), in [-1, 1]; UserError where a norm is zero."""
         norms = self.norm() * other.norm()
         if norms == 0:
             raise UserError("the cosine with a diff of norm 0 is undefined")

@@ -102,11 +102,7 @@ class Coefficients:
 
     @classmethod
     def of(cls, coefficients: Mapping[str, float]) -> Coefficients:
-        """Return coefficients from a mapping.
-
-        Raises:
-            UserError: A value that is no finite number.
-        """
+        """Return coefficients from a mapping; UserError for a value that is no finite number."""
         traits = tuple(sorted(coefficients))
         for trait in traits:
             value = coefficients[trait]
@@ -156,11 +152,7 @@ def list_personas(personas: Path | None = None) -> list[str]:
 
 
 def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
-    """Load a persona by id.
-
-    Raises:
-        UserError: An unknown id, or malformed conversations.
-    """
+    """Load a persona by id; UserError for an unknown one, and for malformed conversations."""
     checked_name(persona_id, "a persona's id")
     roots = search_folders("personas", personas)
     paths = [root / persona_id / "conversations.jsonl" for root in roots]
@@ -200,10 +192,7 @@ class PersonaPrompts:
 
 
 def load_persona_prompts(path: Path | None = None) -> PersonaPrompts:
-    """Read ``prompts.json`` of the personas folder.
-
-    Raises UserError where a prompt is in both parts.
-    """
+    """Read ``prompts.json`` of the personas folder; UserError for a prompt in both parts."""
     path = path if path is not None else resource_path(Path("personas/prompts.json"))
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file with train and held_out prompts")

@@ -108,10 +108,7 @@ class FrozenProtocol(Design):
         return {name: each for name, each in super().as_dict().items() if name != "sha256"}
 
     def hold(self, design: Design | None, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the run's record keeps of the protocol.
-
-        Raises UserError for a run that does anything else.
-        """
+        """Return what the record of a run keeps of it; UserError for a run that does otherwise."""
         if design is None:
             raise UserError("this run cannot be held to a protocol; leave out --protocol")
         frozen, does = self.as_dict(), design.as_dict()

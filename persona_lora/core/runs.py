@@ -344,11 +344,10 @@ def git_commit() -> str | None:
         return None
     words, silent = ("git", "rev-parse", "HEAD"), subprocess.DEVNULL
     try:
-        return subprocess.check_output(
-            words, cwd=folder, stderr=silent, text=True, timeout=10
-        ).strip()
+        said = subprocess.check_output(words, cwd=folder, stderr=silent, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return said.strip()
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> str | None:
@@ -360,7 +359,11 @@ def first_difference(old: Any, new: Any, name: str = "") -> str | None:
         pairs = [(f"{name}.{key}" if name else str(key), old[key], new[key]) for key in old]
     elif isinstance(old, LISTS) and isinstance(new, LISTS) and len(old) == len(new):
         pairs = [(f"{name}[{at}]", *pair) for at, pair in enumerate(zip(old, new, strict=True))]
-    elif old == new or _both_close(old, new):
+    elif old == new or (
+        isinstance(old, float)
+        and isinstance(new, float)
+        and math.isclose(old, new, rel_tol=ROUNDING)
+    ):
         return None
     elif isinstance(old, Mapping) and isinstance(new, Mapping):
         lone = ", ".join(sorted(map(str, old.keys() ^ new.keys())))
@@ -371,16 +374,8 @@ def first_difference(old: Any, new: Any, name: str = "") -> str | None:
     return next((each for each in found if each is not None), None)
 
 
-def _both_close(old: Any, new: Any) -> bool:
-    floats = isinstance(old, float) and isinstance(new, float)
-    return floats and math.isclose(old, new, rel_tol=ROUNDING, abs_tol=0.0)
-
-
 def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what changes in the record of a run that goes on.
-
-    Raises UserError where it is another.
-    """
+    """Return what changes in the record of a run that goes on; UserError where it is another."""
     asked = ("command", "config", "seed", "protocol")  # nothing is pre-registered afterwards
     before, now = (deciding({key: each.get(key) for key in asked}) for each in (old, fresh))
     found = first_difference(before, now)

@@ -179,10 +179,7 @@ def typed_value(hint: Any, value: Any, name: str) -> Any:
 
 
 def typed_fields(group: type, values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the values of a dataclass's fields in the types of these.
-
-    Raises UserError as above.
-    """
+    """Return the values of a dataclass's fields in the types of these; UserError as above."""
     hints = get_type_hints(group)
     defaults = {each.name: each.default for each in dataclasses.fields(group)}
     return {

@@ -88,11 +88,7 @@ class SteeringVector:
 
     @classmethod
     def read(cls, path: str | Path) -> SteeringVector:
-        """Read what ``save`` wrote.
-
-        Raises:
-            UserError: Names the file that is missing or something else.
-        """
+        """Read what ``save`` wrote; UserError names a file that is missing or something else."""
         path = Path(path)
         tensors, record = load_with_record(path, HEADER)
         if record is None:
@@ -138,11 +134,7 @@ class SteeringVector:
         }
 
     def at(self, layers: Iterable[int]) -> SteeringVector:
-        """Return the vector restricted to some of its layers.
-
-        Raises:
-            UserError: A layer that it has not.
-        """
+        """Return the vector restricted to some of its layers; UserError for one it has not."""
         wanted = list(layers)
         missing = [layer for layer in wanted if layer not in self.directions]
         if missing:

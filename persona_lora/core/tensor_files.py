@@ -97,10 +97,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checked_tensor(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """Return a dense tensor of floating-point numbers, all of them stored.
-
-    Raises UserError for others.
-    """
+    """Return a dense tensor of floating-point numbers, all of them stored; UserError for others."""
     stored = tensor.layout == torch.strided and not tensor.is_meta
     size = tensor.numel() * tensor.element_size() if stored else 0
     if not stored or size > tensor.untyped_storage().nbytes():

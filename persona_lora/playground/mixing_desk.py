@@ -200,10 +200,7 @@ class MixingDesk:
         return path
 
     def load(self, path: Path) -> Coefficients:
-        """Read a mix; traits that it does not name are 0.
-
-        Raises UserError for one without a slider.
-        """
+        """Read a mix; traits that it does not name are 0. UserError for one without a slider."""
         read = Coefficients.read(path).as_dict()
         unknown = sorted(set(read) - set(self.traits))
         if unknown:
