@@ -317,11 +317,10 @@ class Mixed:
 
     def of_nats(self, diffs: Mapping[str, LoRADiff]) -> dict[str, OfNats]:
         """Return what makes coefficients of nats, by trait; none on a model of another base."""
-        if self.allow_other_base:
-            return {}
+        known = {} if self.allow_other_base else diffs
         return {
             trait: partial(coefficient_of, direction=self.place(trait), content=diff.content())
-            for trait, diff in diffs.items()
+            for trait, diff in known.items()
         }
 
 

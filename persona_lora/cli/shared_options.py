@@ -139,9 +139,8 @@ class PromptedTraitOptions(TraitOptions):
 
     def load(self) -> Trait:
         """Return the trait with its prompts; UserError for an empty file."""
-        return (
-            super().load().prompted(*map(_prompt_in, (self.positive_prompt, self.negative_prompt)))
-        )
+        prompts = map(_prompt_in, (self.positive_prompt, self.negative_prompt))
+        return super().load().prompted(*prompts)
 
 
 def _prompt_in(path: Path | None) -> str | None:
@@ -202,10 +201,10 @@ class Written:
         if folder != path and not (folder / RECORD).is_file():  # a CSV that no run wrote
             refuse_to_replace(path, self.overwrite)
         held = None if self.protocol is None else FrozenProtocol.read(self.protocol)
-        if judging is None:
-            return Output(path, self.overwrite, record or {}, protocol=held, seeds=seeds)
-        judged = {**(record or {}), "judge": judge_settings(judging)}
-        return Output(path, self.overwrite, judged, judge_inputs(judging), held, seeds)
+        config, inputs = {**(record or {})}, {}
+        if judging is not None:
+            config["judge"], inputs = judge_settings(judging), judge_inputs(judging)
+        return Output(path, self.overwrite, config, inputs, held, seeds)
 
 
 @dataclass(frozen=True)

@@ -137,21 +137,19 @@ def _more_questions(
 ) -> list[str]:
     taken = {question.lower() for _, question in found}
     new: list[str] = []
+    wanted = options.questions_per_domain - len(known)
     for attempt in range(options.attempts):
-        missing = options.questions_per_domain - len(known) - len(new)
         avoid = f"Do not repeat: {'; '.join([*known, *new][-10:])}" if known or new else ""
-        request = ASK.format(number=missing, domain=domain, avoid=avoid).strip()
+        request = ASK.format(number=wanted - len(new), domain=domain, avoid=avoid).strip()
         drawn = GenerationOptions(
             QUESTION_TOKENS, options.temperature, seed=options.seed + 1000 * attempt
         )
         (reply,) = writer.write([user_question(request)], options=drawn)
         for question in parse_questions(reply or ""):
-            if question.lower() not in taken and len(new) + len(known) < (
-                options.questions_per_domain
-            ):
+            if question.lower() not in taken and len(new) < wanted:
                 taken.add(question.lower())
                 new.append(question)
-        if len(new) + len(known) >= options.questions_per_domain:
+        if len(new) >= wanted:
             return new
     raise UserError(
         f"{writer.name} wrote {len(new) + len(known)} of {options.questions_per_domain} questions "

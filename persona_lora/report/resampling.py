@@ -407,15 +407,8 @@ def separation(values: Sequence[float], labels: Sequence[int]) -> Separation:
     auc = auc_of(above, below)
     bounds = auc_bounds(auc, len(above), len(below))
     varies = len(set(x.tolist())) > 1 and len(set(y.tolist())) > 1
-    return Separation(
-        auc=auc,
-        low=bounds.low,
-        high=bounds.high,
-        rho=float(spearmanr(x, y).statistic) if varies else None,
-        n_positive=len(above),
-        n_negative=len(below),
-        n=len(x),
-    )
+    rho = float(spearmanr(x, y).statistic) if varies else None
+    return Separation(auc, *bounds, rho, len(above), len(below), len(x))
 
 
 def auc_of(above: np.ndarray, below: np.ndarray) -> float:
