@@ -71,15 +71,10 @@ def generate_traits(
     from persona_lora.data import trait_generation
 
     wanted = trait_generation.read_definitions(definitions)
-    opened = writer.open()
+    opened, root = writer.open(), datasets_dir or Path("datasets")
     with progress_bars():
         results = trait_generation.generate_traits(
-            wanted,
-            opened,
-            datasets_dir or Path("datasets"),
-            overwrite=overwrite,
-            attempts=attempts,
-            seed=seed,
+            wanted, opened, root, overwrite=overwrite, attempts=attempts, seed=seed
         )
     for each in results:
         show(f"{each.name}: {'kept' if each.kept else 'written'}  {each.path}")

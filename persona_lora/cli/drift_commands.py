@@ -190,11 +190,7 @@ class Weighing:
 
     def inputs_of(self, model: str, loading: LoadOptions) -> ModuleInputs | None:
         """Return the inputs of the model, from the cache of them where they are there."""
-        from persona_lora.projections.inputs import (
-            kept_inputs,
-            load_ordinary_prompts,
-            read_prompts,
-        )
+        from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts, read_prompts
 
         if self.plain:
             own = (each.name for each in dataclasses.fields(LoadOptions) if each.name != "revision")
@@ -437,11 +433,7 @@ def predict_finetuning(
     base = model.load(study.vectors.values(), asked=questions_of(study.traits, study.split))
     with progress_bars():
         run = prediction.predict_finetuning(
-            base,
-            study,
-            lambda trait: make_judges(trait, base, judge),
-            written,
-            options=generation,
+            base, study, lambda trait: make_judges(trait, base, judge), written, options=generation
         )
     files = f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}"
     show(standing(run, seeds_of(run)), prediction_table(run), *prediction_lines(run), files)
@@ -459,8 +451,7 @@ class Prevented:
         tuple[str, ...], "A diff put on the first finetune afterwards: folder=coefficient."
     ] = ()
     tasks: Annotated[tuple[str, ...], 'As of benchmark; "" leaves capability out.'] = (
-        *("choice", "steps"),
-        "perplexity",
+        TaskOptions.tasks
     )
     limit: Annotated[int | None, "Use only the first N items of each task."] = None
     max_questions: shared.MaxQuestions = None
@@ -519,13 +510,7 @@ def compare_prevention(
     base = model.load(asked=questions_of([asked], "eval"))
     with progress_bars():
         scores = prevention.compare_prevention(
-            base,
-            models,
-            asked,
-            prevented.rows,
-            make_judges(asked, base, judge),
-            written,
-            measured,
+            base, models, asked, prevented.rows, make_judges(asked, base, judge), written, measured
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
     asked_of = {name: Run(output.folder / "answers" / name) for name in models}

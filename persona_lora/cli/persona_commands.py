@@ -343,12 +343,9 @@ class Searched:
         folder: Path,
     ) -> list[Method]:
         """Return the ways of searching; one for each training seed of the diffs."""
+        cache = folder / "scales" / f"{self.method}{self.parts()}.json"
         return opened.methods(
-            self.method,
-            layers=layers,
-            alpha=bench.alpha,
-            searcher=self.searcher,
-            cache=folder / "scales" / f"{self.method}{self.parts()}.json",
+            self.method, layers=layers, alpha=bench.alpha, searcher=self.searcher, cache=cache
         )
 
     def problem(

@@ -214,14 +214,10 @@ def evaluate(
     runs = {}
     with progress_bars():
         for name, held, to in zip(parts, steered, written, strict=True):
+            judges = make_judges(loaded, chat_model, judge)
+            own = dataclasses.replace(held, elsewhere=elsewhere)
             result = evaluation.evaluate(
-                chat_model,
-                loaded,
-                make_judges(loaded, chat_model, judge),
-                to,
-                steering=dataclasses.replace(held, elsewhere=elsewhere),
-                split=asked.split,
-                options=generation,
+                chat_model, loaded, judges, to, steering=own, split=asked.split, options=generation
             )
             runs[name] = Run(result.run)
     if "" not in runs:
@@ -247,11 +243,7 @@ def _places(
 
 def _prompt(steering: EvaluateOptions) -> str | None:
     """Return the system prompt of an evaluation; UserError for idle options."""
-    given = {
-        "lora": steering.diff,
-        "activation": steering.vector,
-        "prompt": steering.system_prompt,
-    }
+    given = {"lora": steering.diff, "activation": steering.vector, "prompt": steering.system_prompt}
     chosen = shared.steering_method(steering.method, given)
     _refuse_of_other_methods(chosen)
     if steering.ablate:
@@ -287,10 +279,7 @@ class VariedOptions:
     method: shared.Method = None
     coefficients: Annotated[
         tuple[Strength, ...], "Coefficients to try: -1,0,1; or nats, as in 0.05nat (calibrate)."
-    ] = (
-        *(-2.0, -1.5, -1.0, -0.5, 0.0),
-        *(0.5, 1.0, 1.5, 2.0),
-    )
+    ] = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
     layers: shared.Layers = None
     positions: shared.Acting = "response"
     control: Annotated[
@@ -409,17 +398,11 @@ def calibrate(
     chat_model = model.load()
     with progress_bars():
         judge = sense_judge(chat_model)
-    curves = {}
+    curves, at = {}, calibrated.positions
     for path, (direction, content, acting) in directions.items():
         with progress_bars():
             found = strengths_of(
-                chat_model,
-                direction,
-                prompts,
-                judge,
-                content=content,
-                acting=acting,
-                positions=calibrated.positions,
+                chat_model, direction, prompts, judge, content=content, acting=acting, positions=at
             )
         kept, curves[str(path)] = found.save(path), found
         show(
@@ -614,11 +597,9 @@ def extract(
         elif pairs.pos_path is not None and pairs.neg_path is not None:
             result = making.from_files(pairs.pos_path, pairs.neg_path, thresholds=thresholds)
         else:
+            judges = make_judges(loaded, making.chat_model, judge)
             result = making.from_prompts(
-                make_judges(loaded, making.chat_model, judge),
-                elicitation=elicitation,
-                thresholds=thresholds,
-                generation=generation,
+                judges, elicitation=elicitation, thresholds=thresholds, generation=generation
             )
     _show_vectors(result)
 
@@ -676,13 +657,9 @@ def tune_prompt(
     written = output.at(path, judge, model.worn())
     chat_model = model.load(asked=study.conversations_of(loaded, sign))
     with progress_bars():
+        judges = make_judges(loaded, chat_model, judge)
         found = study.tune_prompt(
-            chat_model,
-            loaded,
-            make_judges(loaded, chat_model, judge),
-            written,
-            sign=sign,
-            options=generation,
+            chat_model, loaded, judges, written, sign=sign, options=generation
         )
     show(study.tuned_table(found, loaded.name), f"{found.wording}: {found.prompt}")
     show(f"prompt: {path / 'prompt.txt'}")

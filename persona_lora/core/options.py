@@ -49,20 +49,10 @@ class GenerationOptions:
 
 
 # Who can judge a trait, and who a person's voice: what --help says, and what is not refused.
-JUDGES = {
-    "reader": "no network",
-    "sentences": "no network",
-    "embedding": "no network",
-    "openai": "any endpoint",
-    "local": "a model in this process",
-    "rules": "organisms",
-}
-PERSONA_JUDGES = {
-    "embedding": "no network",
-    "letters": "no network",
-    "openai": "any endpoint",
-    "local": "a model in this process",
-}
+_ASKED = {"openai": "any endpoint", "local": "a model in this process"}
+_HERE = dict.fromkeys(("reader", "sentences", "embedding"), "no network")
+JUDGES = {**_HERE, **_ASKED, "rules": "organisms"}
+PERSONA_JUDGES = {**dict.fromkeys(("embedding", "letters"), "no network"), **_ASKED}
 
 
 def judge_names(judge: str, known: Mapping[str, Any]) -> list[str]:

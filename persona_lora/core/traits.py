@@ -278,18 +278,15 @@ def _filled(value: Any, where: Path | str) -> str:
 
 
 def _parse_pair(row: dict[str, Any], where: str) -> ContrastivePair:
-    pair = ContrastivePair(
-        prompt=_conversation(row, "prompt", where),
-        positive=_conversation(row, "positive", where),
-        negative=_conversation(row, "negative", where),
-        domain=str(row.get("domain", "")),
+    prompt, positive, negative = (
+        _conversation(row, key, where) for key in ("prompt", "positive", "negative")
     )
-    for sign, turns in (("positive", pair.positive), ("negative", pair.negative)):
+    for sign, turns in (("positive", positive), ("negative", negative)):
         if turns[-1]["role"] != "assistant":
             raise UserError(f"{where}: {sign!r} must end with the assistant's answer")
-    if pair.positive == pair.negative:
+    if positive == negative:
         raise UserError(f"{where}: both answers are the same and teach nothing; leave the row out")
-    return pair
+    return ContrastivePair(prompt, positive, negative, str(row.get("domain", "")))
 
 
 def _conversation(row: dict[str, Any], key: str, where: str) -> Conversation:
@@ -302,12 +299,8 @@ def _conversation(row: dict[str, Any], key: str, where: str) -> Conversation:
 def _parse_labelled(row: dict[str, Any], where: str) -> LabelledAnswer:
     if row.get("label") not in LABELS:
         raise UserError(f"{where}: label must be one of {LABELS}, got {row.get('label')!r}")
-    return LabelledAnswer(
-        question=_text(row, "question", where),
-        answer=_text(row, "answer", where),
-        label=int(row["label"]),
-        note=str(row.get("note", "")),
-    )
+    question, answer = (_text(row, key, where) for key in ("question", "answer"))
+    return LabelledAnswer(question, answer, int(row["label"]), str(row.get("note", "")))
 
 
 def trait_prompt(trait: Trait, sign: Sign, index: int) -> str:

@@ -104,14 +104,8 @@ def surface_auc(
     pairs = len(positives)
     signs = np.repeat([1, 0], pairs)
     regression = make_pipeline(StandardScaler(), LogisticRegression())
-    scores = cross_val_predict(
-        regression,
-        counts,
-        signs,
-        groups=np.tile(np.arange(pairs), 2),
-        cv=GroupKFold(FOLDS),
-        method="decision_function",
-    )
+    folds = {"groups": np.tile(np.arange(pairs), 2), "cv": GroupKFold(FOLDS)}
+    scores = cross_val_predict(regression, counts, signs, **folds, method="decision_function")
     weights = regression.fit(counts, signs)[-1].coef_[0]
     above = _wins(scores[:pairs], scores[pairs:])
     drawn = question_weights(pairs)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Conversation
+from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.options import GenerationOptions
@@ -144,13 +144,8 @@ def parse_trait_reply(reply: str) -> dict[str, Any]:
 def _generate(
     definition: Definition, writer: Writer, attempts: int, seed: int
 ) -> tuple[dict[str, Any], int]:
-    request = REQUEST.format(
-        name=definition.name,
-        description=definition.description,
-        pairs=INSTRUCTION_PAIRS,
-        questions=QUESTIONS,
-    )
-    conversation: Conversation = [{"role": "user", "content": request}]
+    request = REQUEST.format(**vars(definition), pairs=INSTRUCTION_PAIRS, questions=QUESTIONS)
+    asked = conversation = user_question(request)
     problem = "no reply came"
     for attempt in range(1, attempts + 1):
         options = GenerationOptions(MAX_TOKENS, TEMPERATURE, seed=seed + attempt)
@@ -160,11 +155,8 @@ def _generate(
         except ValueError as error:
             problem = str(error)
         if reply is not None:
-            conversation = [
-                {"role": "user", "content": request},
-                {"role": "assistant", "content": reply},
-                {"role": "user", "content": AGAIN.format(problem=problem)},
-            ]
+            again = user_question(AGAIN.format(problem=problem))
+            conversation = [*asked, {"role": "assistant", "content": reply}, *again]
     raise UserError(
         f"{writer.name} wrote no usable trait {definition.name!r} in {attempts} attempts; the last "
         f"one: {problem}. Try a larger model, or more attempts"

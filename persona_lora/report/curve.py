@@ -166,13 +166,7 @@ class TraitCurve:
         if len(conditions) < 3:
             return _too_few(conditions, "scored coefficients")
         x, sums, counts = self._arrays(conditions)
-        return resampled_estimate(
-            lambda means: rank_correlation(x, means),
-            sums,
-            counts,
-            seed=self.seed,
-            resamples=self.resamples,
-        )
+        return self._estimate(lambda means: rank_correlation(x, means), sums, counts)
 
     def rho_rows(self) -> Estimate:
         """Return Spearman's rho between coefficient and score over single answers."""
@@ -197,13 +191,7 @@ class TraitCurve:
             return LinearFit(_too_few(conditions, "coherent, scored coefficients"), None, None)
         x, sums, counts = self._arrays(conditions)
         centred = x - x.mean()
-        slope = resampled_estimate(
-            lambda means: means @ centred / (centred @ centred),
-            sums,
-            counts,
-            seed=self.seed,
-            resamples=self.resamples,
-        )
+        slope = self._estimate(lambda means: means @ centred / (centred @ centred), sums, counts)
         means = sums.sum(axis=1) / counts.sum(axis=1)
         explained = (means @ centred) ** 2 / (centred @ centred)
         total = float(np.sum((means - means.mean()) ** 2))
@@ -223,6 +211,12 @@ class TraitCurve:
             PromptComparison(prompt, end, difference)
             for (prompt, end, _), difference in zip(wanted, tested, strict=True)
         )
+
+    def _estimate(
+        self, statistic: Callable[[Array], Array], sums: Array, counts: Array
+    ) -> Estimate:
+        drawn = {"seed": self.seed, "resamples": self.resamples}
+        return resampled_estimate(statistic, sums, counts, **drawn)
 
     def _arrays(self, conditions: Sequence[Condition]) -> tuple[Array, Array, Array]:
         """Return coefficients ``[conditions]``, sums and counts ``[conditions, questions]``."""
