@@ -204,15 +204,9 @@ def _further(
     written = Output(written.path, written.overwrite)
     latency, spaces = written.path / "latency", written.path / "spaces"
     if further.latency:
-        run_latency(
-            chat_model,
-            trait,
-            bank,
-            levels_of(written.path),
-            written.at(latency),
-            timing=TimingOptions(further.batches, rounds=further.rounds),
-            datasets=datasets,
-        )
+        timing = TimingOptions(further.batches, rounds=further.rounds)
+        levels, to = levels_of(written.path), written.at(latency)
+        run_latency(chat_model, trait, bank, levels, to, timing=timing, datasets=datasets)
     if further.spaces:
         (layer,) = bank.record["layers"]
         diffs, vectors = directions
@@ -226,12 +220,8 @@ def _directions(
     """Return the directions of all traits of --spaces; UserError for options without their part."""
     from persona_lora.studies.steering.spaces import trait_directions
 
-    further_parts = {
-        "--latency": further.latency,
-        "--spaces": further.spaces,
-        "--side-effects": further.side_effects,
-    }
-    for flag, asked in further_parts.items():
+    more = [further.latency, further.spaces, further.side_effects]
+    for flag, asked in zip(("--latency", "--spaces", "--side-effects"), more, strict=True):
         if asked and seeds > 1:
             raise UserError(
                 f"{flag} is of one diff, and {ways.diff} holds {seeds} training seeds; give one of "

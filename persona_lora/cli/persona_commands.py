@@ -465,11 +465,7 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
         f"{found.evaluations} evaluations in {found.iterations} generations; stopped by "
         f"{found.reason}; best training value {wording.number(found.best.value, 2)}",
         f"weights: {folder / result.persona_id}{WEIGHTS}.json",
-        *(
-            f"mix:     {each} (for serve, and the playground up to ±4)"
-            for each in [mix]
-            if each.is_file()
-        ),
+        *([f"mix:     {mix} (for serve, and the playground up to ±4)"] if mix.is_file() else []),
         f"report:  {result.folder / 'report.html'}",
     )
     for check in problem.checks:

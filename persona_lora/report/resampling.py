@@ -301,13 +301,9 @@ def sign_flip_ps(differences: Array, *, seed: int = 0) -> Array:
     questions = differences.shape[1]
     flips = _sign_flips(questions, seed)
     step = max(1, _CHUNK // len(flips))
+    chunks = [slice(at, at + step) for at in range(0, len(differences), step)]
     as_far = np.concatenate(
-        [
-            np.sum(
-                np.abs(flips @ differences[at : at + step].T) >= observed[at : at + step], axis=0
-            )
-            for at in range(0, len(differences), step)
-        ]
+        [np.sum(np.abs(flips @ differences[at].T) >= observed[at], axis=0) for at in chunks]
     )
     if questions <= _EXACT_QUESTIONS:
         return as_far / len(flips)
