@@ -97,7 +97,7 @@ class FurtherOptions(TimingOptions):
         tuple[str, ...], "Compare both spaces over these traits as well: evil,sycophancy."
     ] = ()
     trait_vector_dir: Annotated[
-        Path, "Where --spaces finds {trait}/diff, and vectors/{trait}/."
+        Path, "Where --spaces finds {trait}/diff (or {trait}/seed*/diff), and vectors/{trait}/."
     ] = Path("checkpoints")
     side_effects: Annotated[
         tuple[str, ...],

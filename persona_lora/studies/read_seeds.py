@@ -90,6 +90,27 @@ COLUMNS = {
 }
 
 
+def seeds_of_traits(folder: Path, traits: Sequence[str]) -> tuple[str, ...]:
+    """Return the training seeds of traits' diffs, "seed0" …; ("",) where there is one diff each.
+
+    Raises UserError where the traits have different ones, and for diffs that are no seeds of one
+    training.
+    """
+    at = {trait: folder / trait for trait in traits}
+    if all((path / "diff").exists() for path in at.values()):
+        return ("",)
+    own = {trait: tuple(diffs_of_seeds(path)) for trait, path in at.items()}
+    (first, seeds), *others = own.items()
+    for trait, other in others:
+        if other != seeds:
+            said = [f"{name} {', '.join(own[name]) or 'none'}" for name in (first, trait)]
+            raise UserError(
+                f"{folder}: the traits have different training seeds ({'; '.join(said)}); "
+                "give each the same with train --seeds"
+            )
+    return seeds
+
+
 def diffs_of_seeds(path: Path) -> dict[str, Path]:
     """Return the diffs of a folder that ``train --seeds`` made by "seed0" …, or ``path`` by "".
 

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from persona_lora.core import progress
 from persona_lora.core.content import path_digest
 from persona_lora.core.errors import UserError
@@ -32,14 +30,12 @@ from persona_lora.projections.inputs import (
     shared_beginning,
     tokenized_prompts,
 )
-from persona_lora.report.resampling import bootstrap_mean
 from persona_lora.steering.bank import steer_live
 from persona_lora.studies.asking.run import contents_of, open_run
 from persona_lora.studies.drift.figure import render_diagnosis
 from persona_lora.studies.drift.read_diagnosis import (
     APART,
     CONTROL,
-    PLACES,
     WHOLE,
     diagnosis_record,
 )
@@ -53,10 +49,8 @@ from persona_lora.studies.drift.run import (
     summaries,
     taken_off,
 )
+from persona_lora.studies.promoted_words import changed_words
 from persona_lora.studies.report_page import write_report
-
-TOP = 15  # words of each kind
-EVER = 1e-4  # the mean probability from which a token counts as one that the model ever says
 
 
 @dataclass(frozen=True)
@@ -147,31 +141,13 @@ def diagnose(
 
 
 def _words(base: ChatModel, subject: Subject, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Return the tokens whose log-probability changed most, up and down, at either place.
-
-    Only tokens that either model gives ``EVER`` on the mean, and that are text by themselves.
-    """
     ids = tokenized_prompts(base, prompts)
     begins = shared_beginning(ids)
     with progress.stage("words, without"):
         without = next_tokens(base, ids, begins)
     with progress.stage("words, with"):
         after = _reading(base, subject, ids, begins)
-    for place, one, other in zip(PLACES, without, after, strict=True):
-        width = min(one.logprobs.shape[-1], other.logprobs.shape[-1])  # it may have been padded
-        texts = base.tokenizer.batch_decode([[token] for token in range(width)])
-        whole = torch.tensor(["\ufffd" not in text for text in texts])
-        likely = [each.probabilities[:, :width].mean(dim=0) for each in (one, other)]
-        kept = ((torch.maximum(*likely) >= EVER) & whole).nonzero()[:, 0]
-        changes = other.logprobs[:, kept] - one.logprobs[:, kept]  # [prompts, tokens]
-        order = changes.mean(dim=0).argsort(descending=True).tolist()
-        ends = [at for at in order[:TOP] if changes[:, at].mean() > 0]
-        ends += [at for at in order[: -TOP - 1 : -1] if changes[:, at].mean() < 0]
-        for at in ends:
-            change = bootstrap_mean(dict(enumerate([[each] for each in changes[:, at].tolist()])))
-            token = int(kept[at])
-            told = {"place": place, "token": token, "text": texts[token]}
-            yield {**told, "change": change.mean, "low": change.low, "high": change.high}
+    return changed_words(base.tokenizer, without, after)
 
 
 def _reading(

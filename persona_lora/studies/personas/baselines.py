@@ -15,7 +15,7 @@ from persona_lora.core.lora_diff import By, LoRADiff, part_of, parts_of
 from persona_lora.core.vector_files import load_vector
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
-from persona_lora.studies.read_seeds import diffs_of_seeds
+from persona_lora.studies.read_seeds import seeds_of_traits
 
 LORA, RANDOM, TPE = "lora", "random", "tpe"
 SEARCHED_BY = {RANDOM: "random", TPE: "tpe"}  # methods of a comparison, over LoRA differences
@@ -56,24 +56,8 @@ def lora_diffs(wanted: Wanted) -> Bank:
 
 
 def trainings(method: str, folder: Path, traits: Sequence[str]) -> tuple[str, ...]:
-    """Return the training seeds of a method's diffs, "seed0" …; ("",) where there is one diff each.
-
-    Raises UserError where the traits have different ones, and for diffs that are no seeds of one
-    training.
-    """
-    at = {trait: folder / trait for trait in traits}
-    if method != LORA or all((path / "diff").exists() for path in at.values()):
-        return ("",)
-    own = {trait: tuple(diffs_of_seeds(path)) for trait, path in at.items()}
-    (first, seeds), *others = own.items()
-    for trait, other in others:
-        if other != seeds:
-            said = [f"{name} {', '.join(own[name]) or 'none'}" for name in (first, trait)]
-            raise UserError(
-                f"{folder}: the traits have different training seeds ({'; '.join(said)}); "
-                "give each the same with train --seeds"
-            )
-    return seeds
+    """Return the training seeds of a method's directions, ("",) of those that have none."""
+    return seeds_of_traits(folder, traits) if method == LORA else ("",)
 
 
 def extracted_vectors(method: str, wanted: Wanted) -> Bank:

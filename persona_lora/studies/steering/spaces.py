@@ -2,16 +2,17 @@
 
 For every trait a LoRA difference L and a steering vector v: does adding c·L to the weights move the
 hidden states along v? Do traits that are near in one space stand near in the other? Is the effect
-of two differences at once the sum of their effects?
+of two differences at once the sum of their effects? Which words does each promote? Differences of
+several training seeds are asked one seed after another, and laid beside one another.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, combinations_with_replacement, permutations, product
+from itertools import chain, combinations, combinations_with_replacement, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,35 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.vector_files import load_vector
 from persona_lora.models.hidden_states import stream_hidden_means
-from persona_lora.models.likelihood import TokenizedExchange
+from persona_lora.models.likelihood import TokenizedExchange, next_tokens
 from persona_lora.models.loading import ChatModel
-from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
+from persona_lora.projections.inputs import (
+    ModuleInputs,
+    kept_inputs,
+    load_ordinary_prompts,
+    shared_beginning,
+    tokenized_prompts,
+)
+from persona_lora.report.scores import grouped
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors, steer_live
 from persona_lora.steering.placement import check_base_model
 from persona_lora.steering.steerer import Steerer, Together, Unsteered
-from persona_lora.studies.asking.run import open_run
+from persona_lora.studies.asking.run import contents_of, open_run
+from persona_lora.studies.promoted_words import changed_words
+from persona_lora.studies.read_seeds import seeds_of_traits
 from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import ordinary_texts
 
 RESPONSE = "response_avg"
+WEIGHTS, ACTIVATIONS = METHODS = "weights", "activations"
 EXACT_TRAITS = 7
 DRAWN_ORDERS = 5000
 TIES = 1e-9
 FEW_PROMPTS = 8
 Rows = Iterable[Mapping[str, Any]]
+DiffsBySeed = Mapping[str, Mapping[str, LoRADiff]]
+"""Diffs by training seed and trait; the one seed of diffs that say none is ""."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +96,12 @@ class Spaces:
 
     def shift(self, method: str, traits: Sequence[str], base: Tensor) -> Tensor:
         """Return how far traits move the last layer's mean state from ``base``, together."""
-        return self.states(self._steerer(method, traits))[-1] - base
+        return self.states(self.steerer(method, traits))[-1] - base
 
-    def _steerer(self, method: str, traits: Sequence[str]) -> Steerer:
+    def steerer(self, method: str, traits: Sequence[str]) -> Steerer:
+        """Return what steers by the directions of traits at once, each at its scale."""
         chat_model = self.chat_model
-        if method == "weights":
+        if method == WEIGHTS:
             terms = {
                 self.diffs[trait]: self.diff_scales[trait] * traits.count(trait)
                 for trait in dict.fromkeys(traits)
@@ -108,16 +122,17 @@ class Spaces:
 
 
 def check_directions(
-    chat_model: ChatModel, diffs: Mapping[str, LoRADiff], vectors: Mapping[str, SteeringVector]
+    chat_model: ChatModel, diffs: DiffsBySeed, vectors: Mapping[str, SteeringVector]
 ) -> None:
     """Raise UserError when a trait's diff or vector was made for a model of other weights."""
-    made: list[LoRADiff | SteeringVector] = [*diffs.values(), *vectors.values()]
+    made: list[LoRADiff | SteeringVector] = [*vectors.values()]
+    made += [diff for own in diffs.values() for diff in own.values()]
     check_base_model(chat_model.model, made, allow_other_base=chat_model.allow_other_base)
 
 
 def run_spaces(
     chat_model: ChatModel,
-    diffs: Mapping[str, LoRADiff],
+    diffs: DiffsBySeed,
     vectors: Mapping[str, SteeringVector],
     layer: int,
     output: Output | Path,
@@ -127,66 +142,117 @@ def run_spaces(
     """Compare the two spaces over several traits into the run ``output``; parts there are kept.
 
     All directions are brought to equal effect first. Writes ``scales_*``, ``shifts``, ``spectra``,
-    ``cosines``, ``agreement``, ``interference`` and ``linearity``.
+    ``cosines``, ``agreement``, ``recognition``, ``interference``, ``linearity``, ``words`` and, of
+    diffs of several training seeds, ``seeds``.
     """
     check_directions(chat_model, diffs, vectors)
     ordinary = load_ordinary_prompts(datasets)
-    prompts = ordinary[:FEW_PROMPTS]
-    weights, activations = bank_of_diffs(diffs), bank_of_vectors(vectors, [layer])
-    config = {
-        "traits": sorted(diffs),
-        "layer": layer,
-        "diff_norms": {trait: diff.norm() for trait, diff in diffs.items()},
+    named = {
+        f"{trait}, {seed}" if seed else trait: diff
+        for seed, own in diffs.items()
+        for trait, diff in own.items()
     }
-    read = (weights.inputs, activations.inputs, {"the ordinary prompts": digest_of(prompts)})
-    run = open_run(output, "spaces", chat_model, config, *read)
-
-    def kept(name: str, make: Callable[[], Rows]) -> list[dict[str, Any]]:
-        """Return the rows of a part; those that are not there are made, and written."""
-        if not run.read(name):
-            run.write(name, make())
-        return run.read(name)
-
-    def scales(bank: Bank) -> dict[str, float]:
-        def measured() -> Rows:
-            with progress.stage("equal effect"):
-                found = equal_effect_scales(chat_model, bank, prompts)
-            return map(dataclasses.asdict, found)
-
-        rows = kept(f"scales_{bank.record['kind']}", measured)
-        return {row["trait"]: row["coefficient"] for row in rows}
-
+    config = {
+        "traits": sorted(vectors),
+        "layer": layer,
+        "diff_norms": {name: diff.norm() for name, diff in named.items()},
+    }
+    read = contents_of("diff", named), contents_of("vector", vectors)
+    prompts = {"the ordinary prompts": digest_of(ordinary)}
+    run = open_run(output, "spaces", chat_model, config, *read, prompts)
     with run:
-        texts, found = ordinary_texts(chat_model, prompts), (scales(weights), scales(activations))
-        spaces = Spaces(chat_model, texts, diffs, vectors, layer, *found)
         inputs = kept_inputs(chat_model, ordinary)
-        kept("shifts", lambda: shift_cosines(spaces))
-        kept(
-            "spectra", lambda: (row for name in spaces.traits for row in spectra(diffs[name], name))
-        )
-        cosines = kept("cosines", lambda: trait_cosines(spaces, inputs))
-        rho, p = agreement(cosines)
-        kept("agreement", lambda: [{"rho": rho, "p": p, "n": len(cosines)}])
-        kept("interference", lambda: interference(spaces))
-        with progress.stage("linearity"):
-            kept("linearity", lambda: linearity(spaces))
+        seeds = _at_equal_effect(run, chat_model, diffs, vectors, layer, ordinary[:FEW_PROMPTS])
+        one = next(iter(seeds.values()))
+
+        def each(measure: Callable[[Spaces], Rows]) -> Callable[[], Rows]:
+            return lambda: (
+                {"seed": seed, **row} for seed, spaces in seeds.items() for row in measure(spaces)
+            )
+
+        def both(name: str, measure: Callable[[Spaces, str], Rows]) -> Callable[[], Rows]:
+            """Ask diffs of every seed, and the vectors, which have none, once."""
+            asked = [*((WEIGHTS, *item) for item in seeds.items()), (ACTIVATIONS, "", one)]
+            return lambda: (
+                {"method": method, "seed": seed, **row}
+                for method, seed, spaces in progress.over(name, asked)
+                for row in measure(spaces, method)
+            )
+
+        _kept(run, "shifts", each(shift_cosines))
+        _kept(run, "spectra", each(lambda own: chain(*map(spectra, own.diffs.values(), own.diffs))))
+        _kept(run, "cosines", each(lambda own: trait_cosines(own, inputs)))
+        _kept(run, "agreement", lambda: [agreement(run.read("cosines"))])
+        _kept(run, "recognition", lambda: [recognition(run.read("shifts"), layer)])
+        _kept(run, "interference", both("interference", interference))
+        _kept(run, "linearity", both("linearity", linearity))
+        _kept(run, "words", both("words", lambda own, way: promoted(own, way, ordinary)))
+        if len(seeds) > 1:
+            other_base = chat_model.allow_other_base
+            _kept(run, "seeds", lambda: seed_cosines(diffs, inputs, allow_other_base=other_base))
     return run
+
+
+def _kept(run: Run, name: str, make: Callable[[], Rows]) -> list[dict[str, Any]]:
+    """Return the rows of a part of a run; those that are not there are made, and written."""
+    if not run.read(name):
+        run.write(name, make())
+    return run.read(name)
+
+
+def _at_equal_effect(
+    run: Run,
+    chat_model: ChatModel,
+    diffs: DiffsBySeed,
+    vectors: Mapping[str, SteeringVector],
+    layer: int,
+    prompts: Sequence[str],
+) -> dict[str, Spaces]:
+    """Return the spaces of every training seed, whose scales are measured unless they are there."""
+
+    def scales(kind: str, banks: Mapping[str, Bank]) -> dict[str, dict[str, float]]:
+        def measured() -> Rows:
+            for seed, bank in banks.items():
+                with progress.stage(f"equal effect, {seed or kind}"):
+                    found = equal_effect_scales(chat_model, bank, prompts)
+                yield from ({"seed": seed, **dataclasses.asdict(each)} for each in found)
+
+        rows = grouped(_kept(run, f"scales_{kind}", measured), lambda row: row["seed"])
+        return {
+            seed: {row["trait"]: row["coefficient"] for row in own} for seed, own in rows.items()
+        }
+
+    by_seed = scales("diffs", {seed: bank_of_diffs(own) for seed, own in diffs.items()})
+    of_vectors = scales("vectors", {"": bank_of_vectors(vectors, [layer])})[""]
+    texts = ordinary_texts(chat_model, prompts)
+    return {
+        seed: Spaces(chat_model, texts, own, vectors, layer, by_seed[seed], of_vectors)
+        for seed, own in diffs.items()
+    }
 
 
 def trait_directions(
     traits: Sequence[str], folder: Path
-) -> tuple[dict[str, LoRADiff], dict[str, SteeringVector]]:
-    """Load every trait's ``{trait}/diff`` and mean-difference vector; UserError if one is not."""
-    diffs, vectors = {}, {}
+) -> tuple[DiffsBySeed, dict[str, SteeringVector]]:
+    """Load every trait's diffs and mean-difference vector; UserError if one is not there.
+
+    Diffs are ``{trait}/diff``, or ``{trait}/seed*/diff`` of several training seeds, which must be
+    the same ones for every trait.
+    """
+    seeds = seeds_of_traits(folder, traits)
+    diffs: dict[str, dict[str, LoRADiff]] = {seed: {} for seed in seeds}
+    vectors = {}
     for trait in traits:
-        diff = folder / trait / "diff"
         vector = folder / "vectors" / trait / f"{trait}_response_avg.safetensors"
-        for path in (diff, vector):
+        own = {seed: folder / trait / seed / "diff" for seed in seeds}
+        for path in (*own.values(), vector):
             if not path.exists():
                 raise UserError(
                     f"{path} does not exist; make it with: bash scripts/compare_steering.sh {trait}"
                 )
-        diffs[trait], vectors[trait] = LoRADiff.load(diff), load_vector(vector)
+        vectors[trait] = load_vector(vector)
+        for seed, path in own.items():
+            diffs[seed][trait] = LoRADiff.load(path)
     return diffs, vectors
 
 
@@ -261,72 +327,139 @@ def trait_cosines(spaces: Spaces, inputs: ModuleInputs) -> list[dict[str, Any]]:
     ]
 
 
-def agreement(
-    rows: Sequence[Mapping[str, Any]], *, seed: int = 0
-) -> tuple[float, float] | tuple[None, None]:
-    """Return Spearman's ρ between the cosines of pairs in both spaces, and its p-value.
+def seed_cosines(
+    diffs: DiffsBySeed, inputs: ModuleInputs, *, allow_other_base: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield rows of two diffs of different training seeds, of one trait or two: their cosines."""
+    weighed = {
+        (seed, trait): (inputs.weigh(diff, allow_other_base=allow_other_base), diff)
+        for seed, own in diffs.items()
+        for trait, diff in own.items()
+    }
+    pairs = [each for each in combinations(weighed, 2) if each[0][0] != each[1][0]]
+    for one, other in progress.over("seeds", pairs):
+        weights, plain = (a.cosine(b) for a, b in zip(weighed[one], weighed[other], strict=True))
+        yield {
+            "trait": one[1],
+            "other": other[1],
+            "seeds": [one[0], other[0]],
+            "weights": weights,
+            "weights_plain": plain,
+        }
 
-    Pairs share traits, so that the p-value permutes the traits of one space (Mantel 1967),
-    two-sided: over all orders of up to seven traits, over 5000 random ones of more. None, None
-    below three traits, and where all cosines of a space are equal.
+
+def promoted(spaces: Spaces, method: str, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the tokens that each trait's direction changes most, read on prompts, at its scale."""
+    chat_model = spaces.chat_model
+    ids = tokenized_prompts(chat_model, prompts)
+    begins = shared_beginning(ids)
+    with progress.silent():
+        without = next_tokens(chat_model, ids, begins)
+        for trait in spaces.traits:
+            with spaces.steerer(method, (trait,)):
+                after = next_tokens(chat_model, ids, begins)
+            for row in changed_words(chat_model.tokenizer, without, after):
+                yield {"trait": trait, **row}
+
+
+def agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return Spearman's ρ between the cosines of pairs in both spaces, its p-value, and n pairs.
+
+    Of several seeds the means are taken first. Pairs share traits, so that the p-value permutes
+    the traits of one space (Mantel 1967), two-sided. ρ and p are None below three traits, and
+    where all cosines of a space are equal.
     """
-    traits = sorted({row[end] for row in rows for end in ("trait", "other")})
+    pairs = grouped(rows, lambda row: (row["trait"], row["other"]))
+    traits = sorted({trait for pair in pairs for trait in pair})
+    nothing = {"rho": None, "p": None, "n": len(pairs)}
     if len(traits) < 3:
-        return None, None
+        return nothing
     place = {trait: at for at, trait in enumerate(traits)}
     matrices = np.zeros((2, len(traits), len(traits)))
-    for row in rows:
-        one, other = place[row["trait"]], place[row["other"]]
-        matrices[:, one, other] = matrices[:, other, one] = row["weights"], row["activations"]
+    for (one, other), own in pairs.items():
+        means = [np.mean([row[space] for row in own]) for space in METHODS]
+        matrices[:, place[one], place[other]] = matrices[:, place[other], place[one]] = means
     upper = np.triu_indices(len(traits), 1)
+    if any(np.ptp(each[upper]) == 0 for each in matrices):
+        return nothing
 
     def rho(order: Sequence[int]) -> float:
         moved = matrices[1][np.ix_(order, order)]
         return float(spearmanr(matrices[0][upper], moved[upper]).statistic)
 
-    if any(np.ptp(each[upper]) == 0 for each in matrices):
-        return None, None
-    found = rho(range(len(traits)))
-    if len(traits) <= EXACT_TRAITS:
-        orders = list(permutations(range(len(traits))))  # the true order is one of them
-        return found, float(np.mean([abs(rho(order)) >= abs(found) - TIES for order in orders]))
+    return {**nothing, "rho": rho(range(len(traits))), "p": _share_of_orders(rho, len(traits))}
+
+
+def recognition(rows: Sequence[Mapping[str, Any]], layer: int) -> dict[str, Any]:
+    """Return of how many diffs the shift at a layer is nearest to the vector of their own trait.
+
+    ``mean`` is the mean cosine with the own vector, over seeds; ``p`` that of its being so large
+    had the vectors' names been dealt out by chance, the same for all seeds. ``chance`` is how many
+    of the ``n`` would be recognised on the mean by chance.
+    """
+    at = [row for row in rows if row["layer"] == layer]
+    diffs = grouped(at, lambda row: (row["seed"], row["trait"]))
+    traits = sorted({row["trait"] for row in at})
+    nearest = [max(own, key=lambda row: row["cosine"])["other"] for own in diffs.values()]
+    pairs = grouped(at, lambda row: (row["trait"], row["other"]))
+    cosines = np.array(
+        [[np.mean([r["cosine"] for r in pairs[one, other]]) for other in traits] for one in traits]
+    )
+
+    def mean(order: Sequence[int]) -> float:
+        return float(cosines[range(len(traits)), list(order)].mean())
+
+    return {
+        "recognised": sum(name == trait for name, (_, trait) in zip(nearest, diffs, strict=True)),
+        "n": len(diffs),
+        "chance": len(diffs) / len(traits),
+        "mean": mean(range(len(traits))),
+        "p": _share_of_orders(mean, len(traits), absolute=False),
+    }
+
+
+def _share_of_orders(
+    statistic: Callable[[Sequence[int]], float], size: int, *, absolute: bool = True, seed: int = 0
+) -> float:
+    """Return the share of orders whose statistic is at least that of the true one.
+
+    Over all orders of up to ``EXACT_TRAITS``, of which the true one is one; over ``DRAWN_ORDERS``
+    random ones and it of more.
+    """
+
+    def far(order: Sequence[int]) -> float:
+        return abs(statistic(order)) if absolute else statistic(order)
+
+    least = far(range(size)) - TIES
+    if size <= EXACT_TRAITS:
+        return float(np.mean([far(order) >= least for order in permutations(range(size))]))
     generator = np.random.default_rng(seed)
-    drawn = [generator.permutation(len(traits)).tolist() for _ in range(DRAWN_ORDERS)]
-    as_far = sum(abs(rho(order)) >= abs(found) - TIES for order in drawn)
-    return found, (1 + as_far) / (1 + len(drawn))
+    drawn = [generator.permutation(size).tolist() for _ in range(DRAWN_ORDERS)]
+    return (1 + sum(far(order) >= least for order in drawn)) / (1 + len(drawn))
 
 
-def linearity(spaces: Spaces) -> list[dict[str, Any]]:
-    """Return rows of method, trait, other: how far two at once are from the sum of the two.
+def linearity(spaces: Spaces, method: str) -> Iterator[dict[str, Any]]:
+    """Yield rows of trait, other, residual: how far two at once are from the sum of the two.
 
     With the shifts s₁, s₂ and s₁₂ of the last layer's mean hidden states, ``residual`` is
     ‖s₁₂ − s₁ − s₂‖ / ‖s₁ + s₂‖ (0: exactly the sum). A trait with itself has twice the coefficient.
     """
     base = spaces.states()[-1]
-    pairs = [*combinations_with_replacement(spaces.traits, 2)]
-    rows = []
-    for number, method in enumerate(("weights", "activations")):
-        alone = {trait: spaces.shift(method, (trait,), base) for trait in spaces.traits}
-        for done, (one, other) in enumerate(pairs):
-            expected = alone[one] + alone[other]
-            apart = spaces.shift(method, (one, other), base) - expected
-            residual = float(apart.norm() / expected.norm())
-            rows.append({"method": method, "trait": one, "other": other, "residual": residual})
-            progress.report(number * len(pairs) + done + 1, 2 * len(pairs))
-    return rows
+    alone = {trait: spaces.shift(method, (trait,), base) for trait in spaces.traits}
+    for one, other in combinations_with_replacement(spaces.traits, 2):
+        expected = alone[one] + alone[other]
+        apart = spaces.shift(method, (one, other), base) - expected
+        residual = float(apart.norm() / expected.norm())
+        yield {"trait": one, "other": other, "residual": residual}
 
 
-def interference(spaces: Spaces) -> list[dict[str, Any]]:
-    """Return rows of method, steered, read: how far steering one trait moves along another.
+def interference(spaces: Spaces, method: str) -> Iterator[dict[str, Any]]:
+    """Yield rows of steered, read: how far steering one trait moves along another.
 
     Read at the last layer is the shift's coordinate along the other trait's own shift, over the
     length of that: 1 on the diagonal, and elsewhere what comes along unasked.
     """
     base = spaces.states()[-1]
-    rows = []
-    for method in ("weights", "activations"):
-        shifts = {trait: spaces.shift(method, (trait,), base) for trait in spaces.traits}
-        for (steered, shift), (read, own) in product(shifts.items(), repeat=2):
-            value = float(shift @ own / own.square().sum())
-            rows.append({"method": method, "steered": steered, "read": read, "value": value})
-    return rows
+    shifts = {trait: spaces.shift(method, (trait,), base) for trait in spaces.traits}
+    for (steered, shift), (read, own) in product(shifts.items(), repeat=2):
+        yield {"steered": steered, "read": read, "value": float(shift @ own / own.square().sum())}

@@ -17,10 +17,14 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.projections.inputs import measure_inputs
 from persona_lora.studies.steering.divergence import ordinary_texts
 from persona_lora.studies.steering.spaces import (
+    METHODS,
     Spaces,
     agreement,
     interference,
     linearity,
+    promoted,
+    recognition,
+    seed_cosines,
     shift_cosines,
     spectra,
     trait_cosines,
@@ -52,35 +56,28 @@ def spaces(chat_model, texts, make_diff):
 
 
 def test_activation_steering_at_the_last_layer_is_exactly_linear(spaces):
-    rows = linearity(spaces)
-    assert len(rows) == 2 * 6
-    for row in rows:
-        if row["method"] == "activations":
-            assert row["residual"] == pytest.approx(0, abs=1e-4)
-        else:
-            assert row["residual"] > 1e-4  # weights pass through nonlinear layers
+    rows = {method: list(linearity(spaces, method)) for method in METHODS}
+    assert [len(own) for own in rows.values()] == [6, 6]
+    assert all(row["residual"] == pytest.approx(0, abs=1e-4) for row in rows["activations"])
+    assert all(row["residual"] > 1e-4 for row in rows["weights"])  # through nonlinear layers
 
 
 def test_weights_are_nearly_linear_where_they_are_small(spaces):
     small = replace(spaces, diff_scales=dict.fromkeys(TRAITS, 1e-2))
     rows = {
-        name: {
-            (row["trait"], row["other"]): row["residual"]
-            for row in linearity(each)
-            if row["method"] == "weights"
-        }
+        name: {(row["trait"], row["other"]): row["residual"] for row in linearity(each, "weights")}
         for name, each in (("small", small), ("whole", spaces))
     }
     assert all(rows["small"][pair] < 0.3 * rows["whole"][pair] for pair in rows["small"])
 
 
 def test_interference_is_one_with_itself_and_the_gram_matrix_for_vectors(spaces):
-    rows = interference(spaces)
-    assert all(row["value"] == pytest.approx(1.0) for row in rows if row["steered"] == row["read"])
+    rows = list(interference(spaces, "activations"))
+    both = (*rows, *interference(spaces, "weights"))
+    assert all(row["value"] == pytest.approx(1.0) for row in both if row["steered"] == row["read"])
     one, other = (spaces.vectors[trait].directions[1].double() for trait in ("calm", "loud"))
     found = next(
-        row["value"] for row in rows
-        if (row["method"], row["steered"], row["read"]) == ("activations", "calm", "loud")
+        row["value"] for row in rows if (row["steered"], row["read"]) == ("calm", "loud")
     )  # fmt: skip
     assert found == pytest.approx(float(one @ other / other.square().sum()), rel=1e-3)
 
@@ -130,13 +127,17 @@ def test_pairs_of_traits_in_both_spaces(chat_model, spaces):
     assert rows[0]["weights"] == inputs.weigh(calm).cosine(inputs.weigh(loud))
     assert rows[0]["weights_plain"] == calm.cosine(loud)
     same = [{**row, "activations": 2 * row["weights"]} for row in rows]
-    rho, p = agreement(same)
-    assert rho == pytest.approx(1.0)
+    rho, p, n = agreement(same).values()
+    assert (rho, n) == (pytest.approx(1.0), 3)
     orders = list(permutations(("calm", "loud", "wry")))
     as_far = [order for order in orders if abs(_reordered(same, order)) > 1 - 1e-9]
     assert p == pytest.approx(len(as_far) / len(orders))
-    assert agreement(rows[:1]) == (None, None)  # one pair says nothing
-    assert agreement([{**row, "weights": 0.5} for row in rows]) == (None, None)  # nor do equal ones
+    assert agreement(rows[:1]) == {"rho": None, "p": None, "n": 1}  # one pair says nothing
+    equal = agreement([{**row, "weights": 0.5} for row in rows])  # nor do equal ones
+    assert equal == {"rho": None, "p": None, "n": 3}
+    # Of several seeds the means count: two that differ by as much to either side are as none.
+    noisy = [{**row, "weights": row["weights"] + off} for off in (-9.0, 9.0) for row in same]
+    assert agreement(noisy)["rho"] == pytest.approx(1.0)
 
 
 def _reordered(rows, order):
@@ -162,12 +163,64 @@ def test_agreement_of_many_traits_samples_the_orders():
             for one, two in combinations(range(9), 2)
         ]
 
-    rho, p = agreement(rows(noise=0.1))
-    assert rho > 0.9
-    assert p < 0.001
-    rho, p = agreement(rows(noise=30.0))
-    assert p > 0.05
-    assert agreement(rows(noise=30.0)) == (rho, p)  # the same orders are drawn
+    found = agreement(rows(noise=0.1))
+    assert found["rho"] > 0.9
+    assert found["p"] < 0.001
+    found = agreement(rows(noise=30.0))
+    assert found["p"] > 0.05
+    assert agreement(rows(noise=30.0)) == found  # the same orders are drawn
+
+
+def test_a_diff_is_recognised_by_the_vector_of_its_trait():
+    def rows(cosine):
+        return [
+            {"seed": seed, "trait": one, "other": other, "layer": layer,
+             "cosine": cosine(seed, one, other) if layer == 1 else float(one != other)}
+            for seed in ("seed0", "seed1") for one in TRAITS for other in TRAITS
+            for layer in (0, 1)
+        ]  # fmt: skip
+
+    own = recognition(rows(lambda seed, one, other: 0.3 + 0.2 * (one == other)), layer=1)
+    assert own == {
+        "recognised": 6,
+        "n": 6,
+        "chance": 2.0,
+        "mean": pytest.approx(0.5),
+        "p": pytest.approx(1 / 6),  # the true order alone, of six
+    }
+    next_to = dict(zip(TRAITS, ("loud", "wry", "calm"), strict=True))
+    other = recognition(rows(lambda seed, one, name: float(name == next_to[one])), layer=1)
+    assert (other["recognised"], other["mean"], other["p"]) == (0, 0.0, 1.0)
+    # One seed alone is off: its diff is not recognised, and the mean says so.
+    one_off = recognition(
+        rows(lambda seed, one, name: float((name == one) == (seed == "seed0"))), layer=1
+    )
+    assert (one_off["recognised"], one_off["mean"]) == (3, 0.5)
+
+
+def test_diffs_of_seeds_are_laid_beside_one_another(chat_model, spaces):
+    inputs = measure_inputs(chat_model, ["Hello.", "What is the time?", "Why?"])
+    second = {**spaces.diffs, "calm": spaces.diffs["loud"]}
+    rows = list(seed_cosines({"seed0": spaces.diffs, "seed1": second}, inputs))
+    assert len(rows) == 3 * 3
+    found = {(row["trait"], row["other"]): (row["weights"], row["weights_plain"]) for row in rows}
+    assert found["wry", "wry"] == pytest.approx((1.0, 1.0))
+    assert found["loud", "calm"] == pytest.approx((1.0, 1.0))  # the second seed's calm is loud
+    calm, loud = spaces.diffs["calm"], spaces.diffs["loud"]
+    assert found["calm", "calm"] == (
+        inputs.weigh(calm).cosine(inputs.weigh(loud)),
+        calm.cosine(loud),
+    )
+
+
+def test_words_are_promoted_by_the_direction_that_is_on(chat_model, spaces):
+    prompts = ["Hello.", "What is the time?", "Why?"]
+    for method in METHODS:
+        rows = list(promoted(spaces, method, prompts))
+        assert {row["trait"] for row in rows} == set(TRAITS)
+        still = replace(spaces, diff_scales=dict.fromkeys(TRAITS, 0.0))
+        still = replace(still, vector_scales=dict.fromkeys(TRAITS, 0.0))
+        assert not list(promoted(still, method, prompts))  # nothing changes, and no word with it
 
 
 def test_traits_without_a_partner_are_refused(spaces):
