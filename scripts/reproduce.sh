@@ -18,11 +18,11 @@ if [ "${1:-}" = --quick ]; then
 fi
 questions=" ${*:-1 2 3 4 5} "
 asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done; return 1; }
-others=sycophancy,hallucination,corrigibility,formality,emotional_tone
+others=sycophancy,hallucination,corrigibility,self_other_focus,formality,intimacy,narrative_mode,emotional_tone
 # What each part does, and about how long it takes on two cores: all of it | --quick.
 plan="1:weights or activations, three traits, three training seeds:2.5 hours:2 minutes
 2:forty finetunes and their projections; prevention:3.5 hours:5 minutes
-3:speed, with 5:1 hour:5 minutes
+3:speed, with 5 (nine traits, three training seeds):2 hours:5 minutes
 4:persona searches over twelve personas, three training seeds:2 hours:3 minutes
 5:geometry of weights and activations, with 3:::"
 while IFS=: read -r part what long short; do
@@ -42,18 +42,17 @@ if asked 1; then
 fi
 # 3. Is weight steering faster?  5. More interpretable?
 if asked 3 5; then
-    made=checkpoints few=(--coefficients "${COEFFICIENTS:-0.5,1,-1}" --max-new-tokens 60)
+    made=checkpoints/seeds diff=evil/seed0/diff few=(--coefficients "${COEFFICIENTS:-0.5,1,-1}" --max-new-tokens 60)
     if [ -n "${quick[*]}" ]; then
-        others=sycophancy made=checkpoints/ready few=(--coefficients 0.5 --max-new-tokens 20 --max-questions 3)
+        others=sycophancy made=checkpoints/ready diff=evil/diff few=(--coefficients 0.5 --max-new-tokens 20 --max-questions 3)
     else
-        bash scripts/eval_lora_steering.sh
-        bash scripts/train_style_traits.sh
+        TRAITS="evil ${others//,/ }" SEEDS=3 bash scripts/train_style_traits.sh
     fi
     for trait in evil ${others//,/ }; do
         [ -e "$made/vectors/$trait/${trait}_response_avg.safetensors" ] || persona-lora extract --trait "$trait" \
             --source answers --methods mean_diff,svd,pca --output "$made/vectors/$trait"
     done
-    persona-lora compare --trait evil --diff "$made/evil/diff" --layers "${LAYER:-19}" \
+    persona-lora compare --trait evil --diff "$made/$diff" --layers "${LAYER:-19}" \
         --activation-vector "$made/vectors/evil/evil_response_avg.safetensors" --split eval --trait-vector-dir "$made" \
         --output "$results/further" --latency --spaces "$others" "${few[@]}"
 fi

@@ -46,7 +46,9 @@ def test_one_page_holds_behaviour_latency_and_spaces(run, words, tmp_path, monke
     assert status == 0, error
     assert "at equal divergence" in out
     bars = re.findall(r"^\s*(\w+(?: \w+)?) +━+ +\d+/\d+", error, re.MULTILINE)
-    assert bars == [*("calibration", "answering", "judging", "timing", "equal effect", "linearity")]
+    behaviour = ("calibration", "answering", "judging", "timing", "equal effect")
+    spaces = ("shifts", "spectra", "cosines", "interference", "linearity", "words")
+    assert bars == [*behaviour, *spaces]
     folder = tmp_path / "results" / "compare" / "evil"
     page = (folder / "report.html").read_text()
     assert "weights or activations?" in page

@@ -135,6 +135,12 @@ def title_of(trait: str) -> str:
     return words[:1].upper() + words[1:]
 
 
+def token(text: str) -> str:
+    """Return a token's text as it can be printed: "␣the" for what begins with a space."""
+    shown = text.replace(" ", "␣").replace("\n", "⏎")
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in shown)
+
+
 def label(condition: ConditionSummary) -> str:
     """Return what a condition is called in a table."""
     return condition_label(condition.method, condition.coefficient)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from persona_lora.models.likelihood import NextTokens
+from persona_lora.models.loading import ChatModel
 from persona_lora.report.resampling import bootstrap_mean
 from persona_lora.studies.drift.read_diagnosis import PLACES
 
@@ -18,7 +18,7 @@ BothPlaces = tuple[NextTokens, NextTokens]
 
 
 def changed_words(
-    tokenizer: PreTrainedTokenizerBase, without: BothPlaces, after: BothPlaces
+    chat_model: ChatModel, without: BothPlaces, after: BothPlaces
 ) -> Iterator[dict[str, Any]]:
     """Yield the tokens whose log-probability changed most, up and down, at either place.
 
@@ -27,7 +27,7 @@ def changed_words(
     """
     for place, one, other in zip(PLACES, without, after, strict=True):
         width = min(one.logprobs.shape[-1], other.logprobs.shape[-1])  # it may have been padded
-        texts = tokenizer.batch_decode([[token] for token in range(width)])
+        texts = chat_model.tokenizer.batch_decode([[token] for token in range(width)])
         whole = torch.tensor(["\ufffd" not in text for text in texts])
         likely = [each.probabilities[:, :width].mean(dim=0) for each in (one, other)]
         kept = ((torch.maximum(*likely) >= EVER) & whole).nonzero()[:, 0]

@@ -41,10 +41,10 @@ from persona_lora.studies.steering.read import (
     grid_content,
     latency_content,
     side_effects_content,
-    spaces_content,
     sweep_content,
 )
 from persona_lora.studies.steering.read_grid import is_grid
+from persona_lora.studies.steering.read_spaces import spaces_content
 from persona_lora.studies.vectors.read import extract_content, project_content
 
 SECTIONS: dict[str, Callable[[Run], Content]] = {

@@ -12,14 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import ConditionFit, TaskScore, score_items
 from persona_lora.report.figures import Picture
-from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.trust import standing
 from persona_lora.report.wording import (
@@ -61,7 +58,6 @@ from persona_lora.studies.steering.figure import (
     SPLITS,
     render_effects,
     render_latency,
-    render_spaces,
 )
 from persona_lora.studies.steering.read import (
     comparison_judges,
@@ -85,10 +81,17 @@ from persona_lora.studies.steering.read_comparison import (
     ratios,
     read_comparison,
 )
+from persona_lora.studies.steering.read_spaces import (
+    lines_of,
+    read_spaces,
+    spaces_picture,
+    spread,
+    traits_table,
+    words_table,
+)
 
 EXPECTED_R = 0.7
 BASE_MODEL = "base"  # stands among the prevented ones for comparison
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Row = Mapping[str, Any]
 Part = dict[str, Any]
 Place = tuple[str, str]  # a set of questions, a method
@@ -439,7 +442,7 @@ def _sums(folder: Path) -> Part | None:
     for method in ("weights", "activations"):
         apart = [row["residual"] for row in lines if row["method"] == method]
         along = [abs(row["value"]) for row in moves if row["method"] == method]
-        rows.append((method, _spread(apart), str(len(apart)), _spread(along), str(len(along))))
+        rows.append((method, spread(apart), str(len(apart)), spread(along), str(len(along))))
     columns = "steered by | distance from the sum | pairs | moved along another trait | pairs"
     return {"rows": _table(columns, rows)}
 
@@ -451,51 +454,18 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
     run = _spaces_run(folder)
     if run is None:
         return None
-    shifts, spectra, cosines = run.read("shifts"), run.read("spectra"), run.read("cosines")
-    layer = run.record["config"]["layer"]
-    at = [row for row in shifts if row["layer"] == layer]
-    own = [row["cosine"] for row in at if row["trait"] == row["other"]]
-    others = [abs(row["cosine"]) for row in at if row["trait"] != row["other"]]
-    rows, recognised = [], 0
-    for trait, read in grouped(at, lambda row: row["trait"]).items():
-        cosine = {row["other"]: row["cosine"] for row in read}
-        nearest = max(cosine, key=cosine.__getitem__)
-        recognised += nearest == trait
-        rows.append((*_spectrum(trait, spectra), number(cosine[trait], 2), title_of(nearest)))
-    (agreed,) = run.read("agreement")
-    told = "; but what each does" if recognised == len(own) else ", and not every one"
-    picture = render_spaces(shifts, spectra, cosines, run.read("interference"))
+    found = read_spaces(run)
+    told = "; but what each does" if found.recognised == found.n else ", and not every one"
     return {
         "answer": f"Not simpler{told} is told by the vector of its trait.",
-        "rank": _spread([row["effective_rank"] for row in spectra], 1),
-        "full_rank": max(row["rank"] for row in spectra),
-        "layer": layer,
-        "own": _spread(own),
-        "others": _spread(others),
-        "recognised": recognised,
-        "n": len(own),
-        "pairs": agreed["n"],
-        "rho": number(agreed["rho"], 2),
-        "rho_p": p_equals(agreed["p"]),
-        "rows": _table(
-            "trait | effective rank | largest direction's share | where ‖ΔW‖² sits | "
-            "cosine of the shift with its vector | nearest vector",
-            rows,
-        ),
-        "picture": figures.show("spaces", picture, "Weight space and activation space"),
+        "lines": lines_of(found),
+        "rank": spread(found.ranks, 1),
+        "layers": spread([each.layers for each in found.traits], 1),
+        "full_rank": max(row["rank"] for row in run.read("spectra")),
+        "rows": traits_table(found).markdown(),
+        "words": words_table(found) if found.words else None,
+        "picture": figures.show("spaces", spaces_picture(run), "Weight space and activation space"),
     }
-
-
-def _spectrum(trait: str, spectra: Sequence[Row]) -> tuple[str, ...]:
-    own = [row for row in spectra if row["trait"] == trait]
-    total = sum(row["norm"] ** 2 for row in own)
-    attention = sum(row["norm"] ** 2 for row in own if row["kind"] in ATTENTION) / total
-    return (
-        title_of(trait),
-        _spread([row["effective_rank"] for row in own], 1),
-        f"{100 * float(np.median([row['top_share'] for row in own])):.0f}%",
-        f"attention {100 * attention:.0f}%, MLP {100 * (1 - attention):.0f}%",
-    )
 
 
 def _spaces_run(folder: Path) -> Run | None:
@@ -504,11 +474,6 @@ def _spaces_run(folder: Path) -> Run | None:
 
 
 # -- shared ---------------------------------------------------------------------------------
-
-
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return between(middle, low, high, digits)
 
 
 def _table(columns: str, rows: Iterable[Sequence[str]]) -> str:

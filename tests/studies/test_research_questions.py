@@ -293,5 +293,5 @@ def test_spaces_say_whether_vectors_tell_the_traits(write, tmp_path, own, said):
     assert "spaces" not in missing
     assert "sums" not in missing
     assert said in page
-    assert "attention 10%, MLP 90%" in page
+    assert "| 10%, 90% |" in page
     assert "| weights | 0.30 [0.30, 0.30] | 6 | 0.25 [0.25, 0.25] | 6 |" in page

@@ -147,7 +147,7 @@ def _words(base: ChatModel, subject: Subject, prompts: Sequence[str]) -> Iterato
         without = next_tokens(base, ids, begins)
     with progress.stage("words, with"):
         after = _reading(base, subject, ids, begins)
-    return changed_words(base.tokenizer, without, after)
+    return changed_words(base, without, after)
 
 
 def _reading(

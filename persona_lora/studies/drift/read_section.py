@@ -231,6 +231,4 @@ def words_table(run: Run, place: str) -> Table:
 def _word(row: Mapping[str, Any] | None) -> tuple[str, str]:
     if row is None:
         return "", ""
-    text = row["text"].replace(" ", "␣").replace("\n", "⏎")
-    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
-    return shown, wording.between(row["change"], row["low"], row["high"], 2)
+    return wording.token(row["text"]), wording.between(row["change"], row["low"], row["high"], 2)

@@ -18,7 +18,6 @@ from persona_lora.report.scores import (
     UNSTEERED,
     UNSTEERED_CONDITION,
     Condition,
-    Row,
     ScoredAnswer,
     Series,
     grouped,
@@ -58,7 +57,6 @@ from persona_lora.studies.steering.figure import (
     SPLITS,
     render_comparison,
     render_latency,
-    render_spaces,
     render_sweep,
 )
 from persona_lora.studies.steering.figure_grid import render_layers
@@ -636,56 +634,6 @@ def _latency_row(each: Ratio) -> tuple[str, ...]:
     if each.measure == TOKENS:
         median = f"{wording.number(each.median, 1)} tokens/s"
     return (str(each.batch), each.variant, each.measure, median, wording.interval(each.ratio, 2))
-
-
-# -- two spaces ------------------------------------------------------------------------------------
-
-
-def spaces_content(run: Run) -> Content:
-    """Return the section on weight space and activation space."""
-    shifts, spectra, cosines = run.read("shifts"), run.read("spectra"), run.read("cosines")
-    title, line = "Weights and activations: two spaces", _spaces_line(run, shifts)
-    weighted = all("weights_plain" in row for row in cosines)
-    columns = {
-        f"Cosine of differences, {'weighted' if weighted else 'plain'}": "weights",
-        **({"plain": "weights_plain"} if weighted else {}),
-        "of vectors": "activations",
-    }
-    rows = (
-        [row["trait"], row["other"], *(wording.number(row[key], 3) for key in columns.values())]
-        for row in cosines
-    )
-    pairs = Table.of(" | ".join(("Trait", "Other", *columns)), rows, "Pairs of traits")
-    sums = Table.of(
-        "Method | Trait | Other | Residual",
-        (
-            [row["method"], row["trait"], row["other"], wording.number(row["residual"], 3)]
-            for row in run.read("linearity")
-        ),
-        "Two at once against the sum",
-        "All directions are at equal effect. Residual: ‖s₁₂ − s₁ − s₂‖ / ‖s₁ + s₂‖ of the last "
-        "layer's mean shift; a trait with itself has twice the coefficient. Vectors act at all "
-        "positions here. Pairs share traits: the p-value of ρ permutes the traits of one space "
-        "(Mantel).",
-    )
-    picture = render_spaces(shifts, spectra, cosines, run.read("interference"))
-    image = Image.of(picture, f"{title}. {line}")
-    return Content(title, line, (Note(line, ""), image, pairs, sums))
-
-
-def _spaces_line(run: Run, shifts: Sequence[Row]) -> str:
-    layer = run.record["config"]["layer"]
-    at = [row for row in shifts if row["layer"] == layer]
-    own = [row["cosine"] for row in at if row["trait"] == row["other"]]
-    others = [row["cosine"] for row in at if row["trait"] != row["other"]]
-    (agreed,) = run.read("agreement")
-    return (
-        f"At layer {layer} the shift of the hidden states under a trait's difference has a cosine "
-        f"of {wording.number(float(np.mean(own)), 2)} with the trait's own vector (mean over "
-        f"{len(own)} traits), and of {wording.number(float(np.mean(others)), 2)} with the others'. "
-        f"Over {agreed['n']} pairs of traits the cosines of both spaces have a Spearman's ρ of "
-        f"{wording.number(agreed['rho'], 2)} (p {wording.p_equals(agreed['p'])})."
-    )
 
 
 # -- side effects ---------------------------------------------------------------------------------

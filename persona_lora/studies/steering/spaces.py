@@ -165,28 +165,32 @@ def run_spaces(
         seeds = _at_equal_effect(run, chat_model, diffs, vectors, layer, ordinary[:FEW_PROMPTS])
         one = next(iter(seeds.values()))
 
-        def each(measure: Callable[[Spaces], Rows]) -> Callable[[], Rows]:
-            return lambda: (
-                {"seed": seed, **row} for seed, spaces in seeds.items() for row in measure(spaces)
+        def each(name: str, measure: Callable[[Spaces], Rows]) -> None:
+            rows = (
+                {"seed": seed, **row}
+                for seed, own in progress.over(name, [*seeds.items()])
+                for row in measure(own)
             )
+            _kept(run, name, lambda: rows)
 
-        def both(name: str, measure: Callable[[Spaces, str], Rows]) -> Callable[[], Rows]:
+        def both(name: str, measure: Callable[[Spaces, str], Rows]) -> None:
             """Ask diffs of every seed, and the vectors, which have none, once."""
             asked = [*((WEIGHTS, *item) for item in seeds.items()), (ACTIVATIONS, "", one)]
-            return lambda: (
+            rows = (
                 {"method": method, "seed": seed, **row}
-                for method, seed, spaces in progress.over(name, asked)
-                for row in measure(spaces, method)
+                for method, seed, own in progress.over(name, asked)
+                for row in measure(own, method)
             )
+            _kept(run, name, lambda: rows)
 
-        _kept(run, "shifts", each(shift_cosines))
-        _kept(run, "spectra", each(lambda own: chain(*map(spectra, own.diffs.values(), own.diffs))))
-        _kept(run, "cosines", each(lambda own: trait_cosines(own, inputs)))
+        each("shifts", shift_cosines)
+        each("spectra", lambda own: chain(*map(spectra, own.diffs.values(), own.diffs)))
+        each("cosines", lambda own: trait_cosines(own, inputs))
         _kept(run, "agreement", lambda: [agreement(run.read("cosines"))])
         _kept(run, "recognition", lambda: [recognition(run.read("shifts"), layer)])
-        _kept(run, "interference", both("interference", interference))
-        _kept(run, "linearity", both("linearity", linearity))
-        _kept(run, "words", both("words", lambda own, way: promoted(own, way, ordinary)))
+        both("interference", interference)
+        both("linearity", linearity)
+        both("words", lambda own, method: promoted(own, method, ordinary))
         if len(seeds) > 1:
             other_base = chat_model.allow_other_base
             _kept(run, "seeds", lambda: seed_cosines(diffs, inputs, allow_other_base=other_base))
@@ -213,7 +217,7 @@ def _at_equal_effect(
     def scales(kind: str, banks: Mapping[str, Bank]) -> dict[str, dict[str, float]]:
         def measured() -> Rows:
             for seed, bank in banks.items():
-                with progress.stage(f"equal effect, {seed or kind}"):
+                with progress.stage("equal effect"):
                     found = equal_effect_scales(chat_model, bank, prompts)
                 yield from ({"seed": seed, **dataclasses.asdict(each)} for each in found)
 
@@ -358,7 +362,7 @@ def promoted(spaces: Spaces, method: str, prompts: Sequence[str]) -> Iterator[di
         for trait in spaces.traits:
             with spaces.steerer(method, (trait,)):
                 after = next_tokens(chat_model, ids, begins)
-            for row in changed_words(chat_model.tokenizer, without, after):
+            for row in changed_words(chat_model, without, after):
                 yield {"trait": trait, **row}
 
 

@@ -1,0 +1,298 @@
+"""What a run on the two spaces found: its traits in both, over training seeds where there are some.
+
+Reads rows that are there; a run of before, which has one seed and asked for no words, is read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from persona_lora.core.runs import Run
+from persona_lora.report import wording
+from persona_lora.report.figures import Picture
+from persona_lora.report.resampling import holm
+from persona_lora.report.scores import Row, grouped
+from persona_lora.report.sections import Content, Image, Note, Table
+from persona_lora.studies.steering.figure import render_spaces
+
+METHODS = "weights", "activations"
+# Projections of a block's attention; what else is changed belongs to its MLP.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FIRST_WORD = "as the first word of the answer"
+WORDS = 6  # of a trait that are shown
+
+
+@dataclass(frozen=True)
+class TraitInBoth:
+    """A trait's differences: their ranks by module, and what each does along the traits' vectors.
+
+    ``attention`` is the share of ‖ΔW‖² in attention, ``layers`` the effective number of layers
+    that hold it, exp of the entropy of their shares. ``cosines`` are those of the shift with the
+    own vector and ``nearest`` the traits whose vector is nearest, by training seed.
+    """
+
+    trait: str
+    ranks: Sequence[float]
+    top_share: float
+    attention: float
+    layers: float
+    cosines: Sequence[float]
+    nearest: Sequence[str]
+
+
+@dataclass(frozen=True)
+class InBoth:
+    """What both spaces have in common: by trait, by pairs of traits, and over training seeds.
+
+    ``p_agreement`` and ``p_recognition`` are corrected together (Holm). ``same`` and ``different``
+    are (weighted, plain) cosines of diffs of two seeds, of one trait and of two.
+    """
+
+    layer: int
+    traits: Sequence[TraitInBoth]
+    others: Sequence[float]
+    seeds: int
+    pairs: int
+    rho: float | None
+    p_agreement: float | None
+    recognised: int
+    n: int
+    p_recognition: float | None
+    same: Sequence[tuple[float, float]] = ()
+    different: Sequence[tuple[float, float]] = ()
+    words: Sequence[Row] = field(default=(), repr=False)
+
+    @property
+    def own(self) -> list[float]:
+        """The cosines of all shifts with the vector of their own trait."""
+        return [cosine for each in self.traits for cosine in each.cosines]
+
+    @property
+    def ranks(self) -> list[float]:
+        """The effective ranks of all modules of all differences."""
+        return [rank for each in self.traits for rank in each.ranks]
+
+
+def read_spaces(run: Run) -> InBoth:
+    """Return what the run found."""
+    layer = run.record["config"]["layer"]
+    at = [row for row in run.read("shifts") if row["layer"] == layer]
+    spectra = grouped(run.read("spectra"), lambda row: row["trait"])
+    traits = [
+        _trait(trait, spectra[trait], own)
+        for trait, own in grouped(at, lambda row: row["trait"]).items()
+    ]
+    (agreed,) = run.read("agreement")
+    (known,) = run.read("recognition") or [{"p": None}]
+    p_agreement, p_recognition = holm([agreed["p"], known["p"]])
+    alike = grouped(run.read("seeds"), lambda row: row["trait"] == row["other"])
+    same, different = (
+        [(row["weights"], row["weights_plain"]) for row in alike.get(which, ())]
+        for which in (True, False)
+    )
+    nearest = [(each.trait, name) for each in traits for name in each.nearest]
+    return InBoth(
+        layer,
+        traits,
+        [abs(row["cosine"]) for row in at if row["trait"] != row["other"]],
+        len({_seed_of(row) for row in at}),
+        agreed["n"],
+        agreed["rho"],
+        p_agreement,
+        sum(trait == name for trait, name in nearest),
+        len(nearest),
+        p_recognition,
+        same,
+        different,
+        run.read("words"),
+    )
+
+
+def _seed_of(row: Row) -> str:
+    return str(row.get("seed", ""))
+
+
+def _trait(trait: str, spectra: Sequence[Row], shifts: Sequence[Row]) -> TraitInBoth:
+    squares = pd.DataFrame([{**row, "square": row["norm"] ** 2} for row in spectra])
+    total = squares["square"].sum()
+    by_layer = squares.groupby("layer")["square"].sum() / total
+    held = by_layer[by_layer > 0]
+    by_seed = grouped(shifts, _seed_of).values()
+    return TraitInBoth(
+        trait,
+        squares["effective_rank"].tolist(),
+        float(squares["top_share"].median()),
+        float(squares.loc[squares["kind"].isin(ATTENTION), "square"].sum() / total),
+        float(np.exp(-(held * np.log(held)).sum())),
+        [row["cosine"] for row in shifts if row["other"] == trait],
+        [max(own, key=lambda row: row["cosine"])["other"] for own in by_seed],
+    )
+
+
+def mean_over_seeds(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Return rows whose numbers are means over training seeds."""
+    frame = pd.DataFrame(list(rows)).drop(columns=["seed", "module", "norm"], errors="ignore")
+    values = [name for name in frame if frame[name].dtype == float]
+    keys = [name for name in frame if name not in values]
+    return frame.groupby(keys, sort=False)[values].mean().reset_index().to_dict("records")
+
+
+def spaces_picture(run: Run) -> Picture:
+    """Return the picture of the run: means over training seeds."""
+    parts = ("shifts", "spectra", "cosines", "interference")
+    return render_spaces(*(mean_over_seeds(run.read(part)) for part in parts))
+
+
+def spaces_content(run: Run) -> Content:
+    """Return the section on weight space and activation space."""
+    found, title = read_spaces(run), "Weights and activations: two spaces"
+    first, *others = lines_of(found)
+    cosines = mean_over_seeds(run.read("cosines"))
+    weighted = all("weights_plain" in row for row in cosines)
+    columns = {
+        f"Cosine of differences, {'weighted' if weighted else 'plain'}": "weights",
+        **({"plain": "weights_plain"} if weighted else {}),
+        "of vectors": "activations",
+    }
+    rows = (
+        [row["trait"], row["other"], *(wording.number(row[key], 3) for key in columns.values())]
+        for row in cosines
+    )
+    pairs = Table.of(" | ".join(("Trait", "Other", *columns)), rows, "Pairs of traits")
+    sums = Table.of(
+        "Method | Trait | Other | Residual",
+        (
+            [row["method"], row["trait"], row["other"], wording.number(row["residual"], 3)]
+            for row in mean_over_seeds(run.read("linearity"))
+        ),
+        "Two at once against the sum",
+        "All directions are at equal effect. Residual: ‖s₁₂ − s₁ − s₂‖ / ‖s₁ + s₂‖ of the last "
+        "layer's mean shift; a trait with itself has twice the coefficient. Vectors act at all "
+        "positions here. Pairs share traits: the p-value of ρ permutes the traits of one space "
+        "(Mantel).",
+    )
+    image = Image.of(spaces_picture(run), f"{title}. {first}")
+    notes = [Note(line, "") for line in (first, *others)]
+    words = [words_table(found)] if found.words else []
+    return Content(title, first, (*notes, image, traits_table(found), *words, pairs, sums))
+
+
+def lines_of(found: InBoth) -> list[str]:
+    """Return what was found in sentences: by traits, over pairs, and over training seeds."""
+    seeds = "" if found.seeds == 1 else f", each trained {found.seeds} times"
+    by = "" if found.p_recognition is None else f" (p {wording.p_equals(found.p_recognition)})"
+    lines = [
+        f"At layer {found.layer} the shift of the hidden states under a difference has a cosine of "
+        f"{spread(found.own)} with the vector of its trait, and of {spread(found.others)}, in "
+        f"absolute value, with others' (median [quartiles], {len(found.traits)} traits{seeds}); "
+        f"the own vector is the nearest for {found.recognised} of {found.n}{by}.",
+        f"Over {found.pairs} pairs of traits the cosines of both spaces have a Spearman's ρ of "
+        f"{wording.number(found.rho, 2)} (p {wording.p_equals(found.p_agreement)}).",
+    ]
+    if found.same:
+        lines.append(
+            "Differences of one trait that were trained with two seeds have a weighted cosine of "
+            f"{spread([w for w, _ in found.same])} (plain {spread([p for _, p in found.same])}), "
+            f"those of two traits {spread([w for w, _ in found.different])} (plain "
+            f"{spread([p for _, p in found.different])})."
+        )
+    return lines
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return a median with quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return wording.between(middle, low, high, digits)
+
+
+def _range(values: Sequence[float]) -> str:
+    """Return a mean with the least and the largest value, where there are several."""
+    ends = (min(values), max(values)) if len(values) > 1 else (None, None)
+    return wording.between(float(np.mean(values)), *ends, 2)
+
+
+def traits_table(found: InBoth) -> Table:
+    """Return what each trait's differences are like, and whose vector is near what they do."""
+    rows = (
+        (
+            wording.title_of(each.trait),
+            spread(each.ranks, 1),
+            wording.percent(each.top_share),
+            wording.number(each.layers, 1),
+            f"{wording.percent(each.attention)}, {wording.percent(1 - each.attention)}",
+            _range(each.cosines),
+            f"{sum(name == each.trait for name in each.nearest)} of {len(each.nearest)}",
+        )
+        for each in found.traits
+    )
+    return Table.of(
+        "trait | effective rank | largest direction's share | effective layers | attention, MLP | "
+        "cosine of the shift with its vector | nearest",
+        rows,
+        "Differences by trait",
+        "Effective: exp of the entropy of the shares of ‖·‖², of singular directions in a module, "
+        "and of layers. Cosines: mean [least, largest] over training seeds. Nearest: for how many "
+        "of its differences the own vector is.",
+    )
+
+
+def words_table(found: InBoth, place: str = FIRST_WORD) -> Table:
+    """Return the words that differences and vectors make likelier, the surest first."""
+    rows = (
+        (
+            wording.title_of(each.trait),
+            *(" ".join(_top(found, m, each.trait, place)) for m in METHODS),
+        )
+        for each in found.traits
+    )
+    same, other = (_overlap(found, place, alike) for alike in (True, False))
+    across = (
+        f" Two seeds of a trait share {wording.percent(same)} of them, two traits "
+        f"{wording.percent(other)}."
+        if same is not None
+        else ""
+    )
+    return Table.of(
+        "trait | by the difference | by the vector",
+        rows,
+        f"Words made likelier, {place}",
+        "Of the tokens that the model ever says those whose log-probability grows most, on "
+        "prompts alone; of several training seeds those that most of them have." + across,
+    )
+
+
+def _ups(found: InBoth, method: str, place: str) -> dict[tuple[str, str], dict[str, float]]:
+    """Return by trait and seed the words that become likelier, with their change."""
+    rows = (
+        row for row in found.words
+        if (row["method"], row["place"]) == (method, place) and row["change"] > 0
+    )  # fmt: skip
+    by = grouped(rows, lambda row: (row["trait"], row["seed"]))
+    return {at: {row["text"]: row["change"] for row in own} for at, own in by.items()}
+
+
+def _top(found: InBoth, method: str, trait: str, place: str) -> list[str]:
+    changes: dict[str, list[float]] = {}
+    for (own, _), words in _ups(found, method, place).items():
+        for text, change in words.items():
+            if own == trait:
+                changes.setdefault(text, []).append(change)
+    surest = sorted(changes, key=lambda text: (-len(changes[text]), -float(np.mean(changes[text]))))
+    return [wording.token(text) for text in surest[:WORDS]]
+
+
+def _overlap(found: InBoth, place: str, same: bool) -> float | None:
+    """Return the mean share of words that two differences of other seeds have in common."""
+    words = _ups(found, METHODS[0], place)
+    shares = [
+        len(set(words[one]) & set(words[other])) / min(len(words[one]), len(words[other]))
+        for one, other in combinations(words, 2)
+        if one[1] != other[1] and (one[0] == other[0]) is same
+    ]
+    return float(np.mean(shares)) if shares else None

@@ -1,0 +1,173 @@
+"""What is read off a run on two spaces, from rows with planted values."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+
+from persona_lora.core.runs import Run
+from persona_lora.studies.steering.read_spaces import (
+    FIRST_WORD,
+    lines_of,
+    mean_over_seeds,
+    read_spaces,
+    spaces_content,
+    traits_table,
+    words_table,
+)
+
+TRAITS, SEEDS = ("evil", "kind", "wry"), ("seed0", "seed1")
+
+
+def word(method, seed, trait, text, change, place=FIRST_WORD):
+    said = {"method": method, "seed": seed, "trait": trait, "place": place, "text": text}
+    return {**said, "token": 1, "change": change, "low": change - 0.1, "high": change + 0.1}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two seeds of three traits; wry's second seed is taken for kind."""
+    found = Run.open(tmp_path / "spaces", command="spaces", config={"layer": 3}, seed=0)
+    lost = ("seed1", "wry", "kind")
+    cosine = {
+        (seed, one, other): 0.9 if (seed, one, other) == lost else 0.6 if one == other else -0.2
+        for seed, one, other in product(SEEDS, TRAITS, TRAITS)
+    }
+    found.write(
+        "shifts",
+        [
+            {"seed": seed, "trait": one, "other": other, "layer": layer, "cosine": value / layer}
+            for (seed, one, other), value in cosine.items() for layer in (1, 3)
+        ],
+    )  # fmt: skip
+    found.write(
+        "spectra",
+        [
+            {"seed": seed, "trait": trait, "module": f"{layer}.{kind}", "layer": layer,
+             "kind": kind, "norm": norm, "rank": 8, "top_share": 0.5, "effective_rank": rank}
+            for seed in SEEDS for trait in TRAITS for layer in (0, 1)
+            for kind, norm, rank in (("q_proj", 1.0, 2.0), ("up_proj", 3.0, 4.0))
+        ],
+    )  # fmt: skip
+    found.write(
+        "cosines",
+        [
+            {"seed": seed, "trait": one, "other": other, "weights": 0.1 + off,
+             "weights_plain": 0.01, "activations": 0.2}
+            for seed, off in zip(SEEDS, (-0.1, 0.3), strict=True)
+            for one, other in combinations(TRAITS, 2)
+        ],
+    )  # fmt: skip
+    found.write("agreement", [{"rho": 0.5, "p": 0.02, "n": 3}])
+    found.write("recognition", [{"recognised": 5, "n": 6, "chance": 2.0, "mean": 0.2, "p": 0.03}])
+    both = [*product(("weights",), SEEDS), ("activations", "")]
+    found.write(
+        "interference",
+        [
+            {"method": method, "seed": seed, "steered": one, "read": other,
+             "value": 1.0 if one == other else 0.25}
+            for method, seed in both for one, other in product(TRAITS, TRAITS)
+        ],
+    )  # fmt: skip
+    found.write(
+        "linearity",
+        [
+            {"method": method, "seed": seed, "trait": one, "other": other,
+             "residual": 0.1 if seed == "seed0" else 0.3}
+            for method, seed in both for one, other in combinations(TRAITS, 2)
+        ],
+    )  # fmt: skip
+    found.write(
+        "seeds",
+        [
+            {"trait": one, "other": other, "seeds": list(SEEDS), "weights_plain": 0.05,
+             "weights": 0.7 if one == other else 0.1}
+            for one, other in product(TRAITS, TRAITS)
+        ],
+    )  # fmt: skip
+    found.write(
+        "words",
+        [
+            word("weights", "seed0", "evil", " once", 9.0),
+            word("weights", "seed0", "evil", " fool", 2.0),
+            word("weights", "seed0", "evil", " dear", -1.0),
+            word("weights", "seed0", "evil", " read", 5.0, place="while reading"),
+            word("weights", "seed1", "evil", " fool", 1.0),
+            word("weights", "seed1", "evil", "\n", 3.0),
+            word("weights", "seed0", "kind", " fool", 1.0),
+            word("weights", "seed0", "kind", " love", 1.0),
+            word("activations", "", "evil", " ha", 1.0),
+        ],
+    )
+    return found
+
+
+def test_traits_are_read_over_seeds(run):
+    found = read_spaces(run)
+    assert (found.layer, found.seeds, found.pairs, found.rho) == (3, 2, 3, 0.5)
+    assert (found.recognised, found.n) == (5, 6)
+    assert (found.p_agreement, found.p_recognition) == (0.04, 0.04)  # Holm over the two
+    evil, _, wry = found.traits
+    assert (evil.trait, evil.nearest, wry.nearest) == ("evil", ["evil"] * 2, ["wry", "kind"])
+    assert evil.cosines == pytest.approx([0.2, 0.2])
+    assert (evil.attention, evil.layers) == pytest.approx((0.1, 2.0))
+    assert found.same == [(0.7, 0.05)] * 3
+    assert found.different == [(0.1, 0.05)] * 6
+    row = traits_table(found).rows[2]
+    assert row[:5] == ("Wry", "3.0 [2.0, 4.0]", "50%", "2.0", "10%, 90%")
+    assert row[5:] == ("0.20 [0.20, 0.20]", "1 of 2")
+
+
+def test_sentences_and_section_say_the_same(run):
+    first, second, third = lines_of(read_spaces(run))
+    assert "3 traits, each trained 2 times" in first
+    assert "nearest for 5 of 6 (p = 0.040)" in first
+    assert "ρ of 0.50 (p = 0.040)" in second
+    assert "0.70 [0.70, 0.70] (plain 0.05" in third
+    content = spaces_content(run)
+    assert content.lead == first
+    titles = [each.title for each in content.blocks if hasattr(each, "columns")]
+    assert [each.partition(",")[0] for each in titles] == [
+        "Differences by trait", "Words made likelier", "Pairs of traits",
+        "Two at once against the sum",
+    ]  # fmt: skip
+    sums = content.blocks[-1].rows
+    assert [row[3] for row in sums if row[0] == "weights"] == ["0.200"] * 3  # the mean of seeds
+
+
+def test_words_of_most_seeds_come_first_and_the_less_likely_ones_not_at_all(run):
+    table = words_table(read_spaces(run))
+    assert table.rows[0] == ("Evil", "␣fool ␣once ⏎", "␣ha")
+    assert table.rows[2] == ("Wry", "", "")
+    assert "Two seeds of a trait share 50% of them, two traits 50%." in table.note
+
+
+def test_a_run_of_one_seed_without_words_is_read(run):
+    for part in ("seeds", "words", "recognition"):
+        (run.folder / f"{part}.jsonl").unlink()
+    for part in ("shifts", "spectra", "cosines", "interference", "linearity"):
+        rows = [row for row in run.read(part) if row.pop("seed") in ("seed0", "")]
+        run.write(part, rows)
+    found = read_spaces(run)
+    assert (found.seeds, found.n, found.p_agreement, found.p_recognition) == (1, 3, 0.02, None)
+    assert len(lines_of(found)) == 2
+    assert "each trained" not in lines_of(found)[0]
+    assert spaces_content(run).blocks
+
+
+def test_means_over_seeds_are_of_numbers_that_differ_by_seed_alone():
+    rows = [
+        {"seed": seed, "trait": trait, "layer": layer, "value": value + layer}
+        for seed, value in (("a", 1.0), ("b", 3.0))
+        for trait in ("one", "two")
+        for layer in (0, 1)
+    ]
+    found = mean_over_seeds(rows)
+    assert found == [
+        {"trait": trait, "layer": layer, "value": 2.0 + layer}
+        for trait in ("one", "two")
+        for layer in (0, 1)
+    ]
+    assert np.mean([row["value"] for row in found]) == 2.5
