@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,35 @@ def test_two_traits_are_enough_for_the_spaces(run, words, tmp_path, monkeypatch)
     assert status == 0, error
     (agreed,) = (tmp_path / "results/compare/evil/spaces/agreement.jsonl").read_text().splitlines()
     assert json.loads(agreed) == {"rho": None, "p": None, "n": 1}
+
+
+def test_spaces_are_compared_over_training_seeds(
+    run, words, model, make_diff, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choice, "make_judges", lambda *_: LetterJudge)
+    fingerprint, seeds = weight_fingerprint(model), tmp_path / "seeds"
+    (tmp_path / "checkpoints" / "vectors").rename(seeds.parent / "vectors")
+    for at, trait in enumerate(TRAITS):
+        for seed in range(2):
+            made = make_diff(model, seed=10 * at + seed, scale=0.05, fingerprint=fingerprint)
+            sources = {"seed": seed, "training": {"training": {}}}
+            replace(made, trait=trait, sources=sources).save(seeds / trait / f"seed{seed}" / "diff")
+    (tmp_path / "vectors").rename(seeds / "vectors")
+    options = [str(each).replace("checkpoints/vectors", "seeds/vectors") for each in words]
+    more = ("--spaces", "sycophancy,hallucination", "--trait-vector-dir", "seeds")
+    status, _, error = run(*options, *more)
+    assert status == 0, error
+    folder = tmp_path / "results/compare/evil"
+    rows = [json.loads(line) for line in (folder / "spaces/seeds.jsonl").open()]
+    assert len(rows) == 3 * 3
+    assert "each trained 2 times" in (folder / "report.html").read_text()
+    (seeds / "evil" / "seed1").rename(tmp_path / "away")
+    status, _, error = run(*options, *more, "--output", "other")
+    assert (status, "different training seeds (evil seed0; sycophancy seed0, seed1)" in error) == (
+        2,
+        True,
+    ), error
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_trait_of_another_base_is_refused_before_the_comparison(
