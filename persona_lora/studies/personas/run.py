@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import ensure_writable_folder, write_json
+from persona_lora.core.files import ensure_writable_folder, read_json, write_json
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import MIX, WEIGHTS, Coefficients, Persona, PersonaPrompts
 from persona_lora.core.protocol import Design
@@ -58,6 +59,8 @@ from persona_lora.studies.personas.search import (
     search,
 )
 from persona_lora.studies.report_page import write_report
+
+logger = logging.getLogger(__name__)
 
 MEAN, INCUMBENT, PROMPT = "mean", "incumbent", "prompt"
 HELD_OUT, FINALISTS, BOUND_ROWS = "held_out", "finalists", "bounds"
@@ -626,13 +629,22 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
     by_iteration = _best_so_far(result.search.candidates)
     speaker = speaker_of(problem, method)
     coefficients = speaker.coefficients(result.weights)
+    known_by = folder / f"{problem.name}_optimization.json"
+    own = result.folder.name.partition("_seed")[0]
+    if known_by.is_file() and (before := _found_by(known_by)) != own:
+        logger.warning(
+            "%s held what %s found, and holds what %s found now; both runs stay, and either search "
+            "run again writes its own anew",
+            *(known_by, before, own),
+        )
     write_json(folder / f"{problem.name}{WEIGHTS}.json", result.weights.as_dict())
     if method.directions.diffs:
         write_json(folder / f"{problem.name}{MIX}.json", coefficients)
     write_json(
-        folder / f"{problem.name}_optimization.json",
+        known_by,
         {
             problem.kind: problem.name,
+            "search": own,
             "method": method.name,
             "layer": method.directions.record.get("layers"),
             "energy": method.directions.record.get("energy"),
@@ -663,6 +675,13 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
             },
         },
     )
+
+
+def _found_by(known_by: Path) -> str:
+    try:
+        return str(read_json(known_by)["search"])
+    except (UserError, LookupError, TypeError):
+        return "an earlier search"
 
 
 def _best_so_far(candidates: Sequence[Candidate]) -> dict[int, Candidate]:

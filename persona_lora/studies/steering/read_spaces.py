@@ -213,8 +213,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def _range(values: Sequence[float]) -> str:
     """Return a mean with the least and the largest value, where there are several."""
-    ends = (min(values), max(values)) if len(values) > 1 else (None, None)
-    return wording.between(float(np.mean(values)), *ends, 2)
+    low, high = (min(values), max(values)) if len(values) > 1 else (None, None)
+    return wording.between(float(np.mean(values)), low, high, 2)
 
 
 def traits_table(found: InBoth) -> Table:

@@ -186,6 +186,20 @@ def test_a_real_line_is_placed_among_the_prompts_that_a_model_is_asked(problem):
     assert {row["condition"] for row in rows} == set(BOUNDS)
 
 
+def test_a_search_by_another_method_says_whose_result_it_replaces(
+    problem, method, tmp_path, caplog
+):
+    random = dataclasses.replace(method, searcher="random")
+    twice = dataclasses.replace(OPTIONS, seeds=2)
+    for _ in range(2):  # its own seeds, and a search that goes on, say nothing
+        optimise_over_seeds(problem, [method], Output(tmp_path / "ann_lora"), searching=twice)
+    assert "held what" not in caplog.text
+    optimise_persona(problem, random, tmp_path / "ann_lora_random", searching=OPTIONS)
+    assert "held what ann_lora found, and holds what ann_lora_random found now" in caplog.text
+    kept = json.loads((tmp_path / "ann_optimization.json").read_text())
+    assert kept["search"] == "ann_lora_random"
+
+
 def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, method, tmp_path):
     bob = dataclasses.replace(problem.persona, id="bob")
     drawn, twice = [], dataclasses.replace(OPTIONS, seeds=2)
