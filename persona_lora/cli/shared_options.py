@@ -275,21 +275,16 @@ class MixOptions:
             )
         if self.allow_other_base:
             refuse_nats(values, OTHER_MODEL)
-        if not self.vector:
-            diffs = {path: LoRADiff.load(path) for path in paths}
-            terms = {
-                diffs[path]: coefficient_of(value, path, diffs[path].content())
-                for path, value in zip(paths, values, strict=True)
-            }
-            return Steering(terms, mode, system_prompt=prompt)
-        loaded = {path: load_vector(path) for path in paths}
-        layers = layers_in(self.layers, loaded.values())
-        acting = acting_at(layers, self.positions)
-        vectors = {
-            loaded[path]: coefficient_of(value, path, loaded[path].content(), acting)
-            for path, value in zip(paths, values, strict=True)
+        loaded: list[Any] = [(load_vector if self.vector else LoRADiff.load)(at) for at in paths]
+        layers = layers_in(self.layers, loaded) if self.vector else ()
+        acting = acting_at(layers, self.positions) if self.vector else ""
+        terms = {
+            each: coefficient_of(value, path, each.content(), acting)
+            for each, path, value in zip(loaded, paths, values, strict=True)
         }
-        setting = ActivationSetting(vectors, layers, self.positions, ablate)
+        if not self.vector:
+            return Steering(terms, mode, system_prompt=prompt)
+        setting = ActivationSetting(terms, layers, self.positions, ablate)
         return Steering(activation=setting, system_prompt=prompt)
 
 

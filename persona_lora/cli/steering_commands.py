@@ -202,10 +202,9 @@ def evaluate(
     also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
     also |= shared.questions_record(asked.max_questions)
     steered = [each.steering(prompt) for each in parts.values()]
-    records = [
-        {**each.record(held), **also} for each, held in zip(parts.values(), steered, strict=True)
-    ]
-    written = _places(output, judge, dict(zip(parts, records, strict=True)))
+    held = dict(zip(parts, steered, strict=True))
+    records = {name: {**each.record(held[name]), **also} for name, each in parts.items()}
+    written = _places(output, judge, records)
     directions = [direction for each in steered for direction in each.directions]
     plan = evaluation.plan_rows(loaded, asked.split, [steered[0].condition()], samples=1)
     said = [row.conversation for row in plan]
@@ -213,9 +212,9 @@ def evaluate(
     elsewhere = engine.open(chat_model, directions)
     runs = {}
     with progress_bars():
-        for name, held, to in zip(parts, steered, written, strict=True):
+        for name, to in zip(parts, written, strict=True):
             judges = make_judges(loaded, chat_model, judge)
-            own = dataclasses.replace(held, elsewhere=elsewhere)
+            own = dataclasses.replace(held[name], elsewhere=elsewhere)
             result = evaluation.evaluate(
                 chat_model, loaded, judges, to, steering=own, split=asked.split, options=generation
             )

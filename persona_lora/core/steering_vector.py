@@ -146,10 +146,20 @@ class SteeringVector:
     # -- algebra ---------------------------------------------------------------------------
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
-        return self._combined(other, 1.0)
+        self._check_shape(other)
+        if set(self.directions) != set(other.directions):
+            raise UserError(
+                f"steering vectors of different layers do not add: {_spans(self.layers)} and "
+                f"{_spans(other.layers)}; restrict both with .at(layers)"
+            )
+        return replace(
+            self,
+            directions={at: v + other.directions[at] for at, v in self.directions.items()},
+            trait=self.trait if self.trait == other.trait else None,
+        )
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
-        return self._combined(other, -1.0)
+        return self + -other
 
     def __mul__(self, factor: float) -> SteeringVector:
         scale = finite_coefficient(factor)
@@ -164,19 +174,6 @@ class SteeringVector:
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0
-
-    def _combined(self, other: SteeringVector, sign: float) -> SteeringVector:
-        self._check_shape(other)
-        if set(self.directions) != set(other.directions):
-            raise UserError(
-                f"steering vectors of different layers do not add: {_spans(self.layers)} and "
-                f"{_spans(other.layers)}; restrict both with .at(layers)"
-            )
-        return replace(
-            self,
-            directions={at: v + sign * other.directions[at] for at, v in self.directions.items()},
-            trait=self.trait if self.trait == other.trait else None,
-        )
 
     def _check_shape(self, other: SteeringVector) -> None:
         if (self.hidden_size, self.num_layers) != (other.hidden_size, other.num_layers):

@@ -155,15 +155,19 @@ class RemoteRows(Steerer):
         prompts = [chat_model.render(each) for each in conversations]
         tokens = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         ends = ending_tokens(chat_model)
-        streams = plan.streams or numbers
+        sampling = {
+            "max_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "stop_token_ids": sorted(ends),
+        }
         asked = [
             Asked(
                 number,
                 self.rows[number if len(self.rows) > 1 else 0],
                 ids,
-                _sampling(options, row_seed(options.seed, stream), ends),
+                {**sampling, "seed": row_seed(options.seed, stream)},
             )
-            for number, ids, stream in zip(numbers, tokens, streams, strict=True)
+            for number, ids, stream in zip(numbers, tokens, plan.streams or numbers, strict=True)
         ]
         found: dict[int, Generated] = {}
 
@@ -178,15 +182,6 @@ class RemoteRows(Steerer):
 
         run_to_end(_Pool(self.engine, asked, took).run())
         return [found[at] for at in range(len(asked))]
-
-
-def _sampling(options: GenerationOptions, seed: int, ends: set[int]) -> dict[str, Any]:
-    return {
-        "max_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "seed": seed,
-        "stop_token_ids": sorted(ends),
-    }
 
 
 @dataclass(frozen=True)

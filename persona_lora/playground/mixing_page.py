@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,15 +242,13 @@ def _connect(page: gr.Blocks, controls: _Controls, chats: _Chats, answers: _Answ
     controls.export.click(answers.export, sliders, controls.file, api_name="export")
 
 
-class _shown:
-    """Turns a UserError into a message on the page."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, UserError):
-            raise gr.Error(str(error)) from error
+@contextmanager
+def _shown() -> Iterator[None]:
+    """Turn a UserError into a message on the page."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error)) from error
 
 
 def _history(chat: list[dict[str, Any]], text: str) -> list[Any]:
