@@ -58,7 +58,13 @@ def checked_config(config: Any, where: Path) -> dict[str, Any]:
             raise UserError(f"{where} uses {what}: not a plain low-rank change; {remedy}")
     if config.get("bias", "none") != "none":
         raise UserError(f"{where} trains biases (bias={config['bias']!r}); train with bias: none")
-    _check_start(config.get("init_lora_weights", True), where)
+    start = config.get("init_lora_weights", True)
+    if start not in UNMOVED:
+        raise UserError(
+            f"{where} was initialised with init_lora_weights={start!r}, which moves the base "
+            "weights, so that BA is not the change; convert it to a plain LoRA with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=<the initial adapter>)"
+        )
     return {**_DEFAULTS, **config, **_numbers(config, where), **_targets(config, where)}
 
 
@@ -97,15 +103,6 @@ def lists(config: Mapping[str, Any], module: str) -> bool | None:
     ):
         return False
     return None if not targets or targets == "all-linear" else _listed(targets, module)
-
-
-def _check_start(start: Any, where: Path) -> None:
-    if start not in UNMOVED:
-        raise UserError(
-            f"{where} was initialised with init_lora_weights={start!r}, which moves the base "
-            "weights, so that BA is not the change; convert it to a plain LoRA with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=<the initial adapter>)"
-        )
 
 
 def _numbers(config: Mapping[str, Any], where: Path) -> dict[str, Any]:

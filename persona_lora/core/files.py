@@ -206,7 +206,9 @@ def read_text(path: str | Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
+        utf16 = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        what = "UTF-16" if utf16 else f"not UTF-8 text: {error.reason} at byte {error.start}"
+        raise UserError(f"{path} is {what}; save it as UTF-8") from error
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -219,12 +221,6 @@ def read_json(path: Path) -> Any:
 def _unreadable(path: Path, error: Exception) -> UserError:
     reason = error.strerror if isinstance(error, OSError) else error
     return UserError(f"{str(path)[:200]!r} cannot be read: {reason}; check the path")
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
-    utf16 = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    what = "UTF-16" if utf16 else f"not UTF-8 text: {error.reason} at byte {error.start}"
-    return UserError(f"{path} is {what}; save it as UTF-8")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -16,7 +16,8 @@ from persona_lora.core.errors import UserError
 
 DEEPEST = 64  # levels; nothing that is read here has ten
 LONGEST_NUMBER = 40  # characters of a whole number
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # as it is written
+_LONE = re.compile(r"[\ud800-\udfff]")  # as it is read, where its other half is missing
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -72,7 +73,7 @@ def _check(value: Any, where: str) -> None:
     for _ in range(DEEPEST):
         inner: list[Any] = []
         for each in level:
-            if isinstance(each, str) and not _encodes(each):
+            if isinstance(each, str) and _LONE.search(each):
                 raise UserError(
                     f"{where}: {ascii(each)[:60]} holds half of a character (a lone surrogate), "
                     "as text cut inside an emoji does; mend or drop that row"
@@ -85,14 +86,6 @@ def _check(value: Any, where: str) -> None:
         if not level:
             return
     raise UserError(f"{where} is nested too deeply; {DEEPEST} levels are allowed")
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 _DECODER = json.JSONDecoder(

@@ -175,7 +175,9 @@ def typed_value(hint: Any, value: Any, name: str) -> Any:
             continue
     refuse_nats_of(name, value)
     quotes = "; put text that looks like a number into quotes" if str in kinds else ""
-    raise UserError(f"{name} must be {_expected(hint)}, got {_shortened(value)}{quotes}")
+    text = repr(value)
+    shown = text if len(text) <= 80 else text[:77] + "…"
+    raise UserError(f"{name} must be {_expected(hint)}, got {shown}{quotes}")
 
 
 def typed_fields(group: type, values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -233,8 +235,3 @@ def _expected(hint: Any) -> str:
     if get_origin(hint) not in (Union, UnionType):
         return WORDS.get(get_origin(hint) or hint, "")
     return " or ".join(dict.fromkeys(filter(None, map(_expected, get_args(hint)))))
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

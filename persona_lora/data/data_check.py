@@ -107,17 +107,12 @@ def surface_auc(
     folds = {"groups": np.tile(np.arange(pairs), 2), "cv": GroupKFold(FOLDS)}
     scores = cross_val_predict(regression, counts, signs, **folds, method="decision_function")
     weights = regression.fit(counts, signs)[-1].coef_[0]
-    above = _wins(scores[:pairs], scores[pairs:])
+    # [pairs, pairs]: 1 where a positive score exceeds a negative one, ½ where they are equal
+    above = (np.sign(scores[:pairs, None] - scores[None, pairs:]) + 1) / 2
     drawn = question_weights(pairs)
     low, high = percentile_bounds(np.sum((drawn @ above) * drawn, axis=1) / pairs**2)
     named = dict(zip(kept, map(float, weights), strict=True))
     return SurfaceAUC(float(above.mean()), low, high, named)
-
-
-def _wins(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return 1 where a positive score exceeds a negative one, ½ where equal: ``[pairs, pairs]``."""
-    difference = positive[:, None] - negative[None, :]
-    return (np.sign(difference) + 1) / 2
 
 
 DUPLICATE_COSINE = 0.85

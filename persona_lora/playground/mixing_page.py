@@ -206,7 +206,9 @@ class _Answers:
         if not title:
             return [gr.skip()] * len(self.desk.traits)
         with _shown():
-            found = self.desk.load(_mix_path(self.mixes, title)).as_dict()
+            if title not in saved_mixes(self.mixes):
+                raise UserError(f"there is no saved mix {title!r}")
+            found = self.desk.load(self.mixes / f"{title}.json").as_dict()
         return [found[trait] for trait in self.desk.traits]
 
     def export(self, *values: float) -> str:
@@ -273,9 +275,3 @@ def _scores(desk: MixingDesk, judge: str, question: str, pair: Any, visitor: str
         return "not scored" if score is None else f"{score:.0f}"
 
     return f"**{judge}** (0–100): steered {said(steered)}, unsteered {said(plain)}"
-
-
-def _mix_path(mixes: Path, title: str) -> Path:
-    if title not in saved_mixes(mixes):
-        raise UserError(f"there is no saved mix {title!r}")
-    return mixes / f"{title}.json"

@@ -279,15 +279,11 @@ def _example(
     return Question(str(rows[0].answer["question"]), *shown)
 
 
-def _label(row: ScoredAnswer) -> str:
-    """Return what a row is called; of several random controls each by its own name."""
-    own = str(row.answer["method"]) if row.condition.method == CONTROL else row.condition.method
-    return wording.condition_label(own, row.condition.coefficient)
-
-
 def _card(trait: str, row: ScoredAnswer) -> Card:
+    # Of several random controls each is called by its own name.
+    own = str(row.answer["method"]) if row.condition.method == CONTROL else row.condition.method
     return Card(
-        label=_label(row),
+        label=wording.condition_label(own, row.condition.coefficient),
         answer=str(row.answer["answer"]),
         scores=(
             Score(wording.title_of(trait), row.trait, "trait"),

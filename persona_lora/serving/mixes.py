@@ -76,17 +76,12 @@ class Personas:
         plain = {trait: each for trait, each in found.items() if not isinstance(each, Nats)}
         mix = Coefficients.of(plain)
         values = (mix.bounded() if named else mix).as_dict()
-        values |= {
-            trait: self._coefficient(trait, each)
-            for trait, each in found.items()
-            if isinstance(each, Nats)
-        }
+        for trait, each in found.items():
+            if isinstance(each, Nats):
+                if trait not in self.of_nats:
+                    raise UserError(f"nats of {trait} are not served here; give a coefficient")
+                values[trait] = self.of_nats[trait](each)
         return [values.get(trait, 0.0) for trait in self.traits]
-
-    def _coefficient(self, trait: str, nats: Nats) -> float:
-        if trait not in self.of_nats:
-            raise UserError(f"nats of {trait} are not served here; give a coefficient")
-        return self.of_nats[trait](nats)
 
 
 def _parsed(name: str) -> dict[str, Strength]:
