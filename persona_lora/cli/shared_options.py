@@ -427,16 +427,10 @@ def judging_of(
     judge = choice.judge if beside is None else f"{choice.judge},{beside}"
     second = choice.second_judge if isinstance(choice, JudgesChoice) else NOBODY
     asked = {second, *(name.strip() for name in judge.split(","))}
-    idle = {
-        "judge_url": "openai" not in asked and choice.judge_url is not None,
-        "judge_mode": "openai" not in asked and choice.judge_mode != "logprobs",
-        "max_judge_cost": "openai" not in asked and choice.max_judge_cost is not None,
-        "judge_model": not asked & {"openai", "local"}
-        and judge.strip() != "reader"
-        and choice.judge_model is not None,
-    }
-    for name, is_idle in idle.items():
-        if is_idle:
+    idle = [] if "openai" in asked else ["judge_url", "judge_mode", "max_judge_cost"]
+    idle += [] if asked & {"openai", "local"} or judge.strip() == "reader" else ["judge_model"]
+    for name in idle:
+        if getattr(choice, name) != getattr(JudgeChoice, name):
             raise does_nothing(name, f"with --judge {judge}")
     cache = user_cache_path("persona_lora") / "verdicts.sqlite"
     options = JudgeOptions(**dataclasses.asdict(choice), cache=cache, environ=environment())
