@@ -15,7 +15,10 @@ stand together, such a module mixes its B first, once for each kind of row,
 
     y = Wx + (Σ c[row, k] ΔBₖ)·(A·x),
 
-of the rank of one diff whatever their number.
+of the rank of one diff whatever their number; one diff that all rows share alike does the same.
+
+On a CPU every product in half precision costs more to begin than a small one to make: a few tokens
+are multiplied in fp32.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ class LiveLoRA(Steerer):
 
 
 ROWS_TOGETHER = 4  # rows of a kind, on the mean, from which mixing B first is less work
+FEW = 256  # numbers of A·x, for one module, up to which fp32 takes less time on a CPU
 
 
 class _Runs(NamedTuple):
@@ -128,8 +132,11 @@ class _Selection:
         self._expanded.clear()
         self._runs = None
 
-    def runs(self, inputs: Tensor) -> _Runs | None:
-        """Return the runs of the batch, or None where they are too short to be worth it."""
+    def runs(self, inputs: Tensor, several: bool) -> _Runs | None:
+        """Return the runs of the batch, or None where they are too short to be worth it.
+
+        One run always is; more of them where there are several diffs to mix.
+        """
         if self._runs is None:
             found = torch.unique_consecutive(self.rows.chosen, dim=0, return_counts=True)
             counts = found[1].tolist()
@@ -137,7 +144,8 @@ class _Selection:
         number, rows = len(self._runs.counts), len(self.rows.chosen)
         if number > 1:
             self._check_rows(inputs)
-        return self._runs if number == 1 or number * ROWS_TOGETHER <= rows else None
+        worth = number == 1 or (several and number * ROWS_TOGETHER <= rows)
+        return self._runs if worth else None
 
     def keep(self, places: Sequence[int]) -> None:
         self.rows.keep(places)
@@ -221,13 +229,15 @@ class _Member:
         )  # [R, out]
         self._mixed_of = self._mixed = _NOTHING
 
-    def mixed(self, coefficients: Tensor, device: torch.device) -> Tensor:
-        """Return Σ cₖ ΔBₖᵀ for every row of coefficients, ``[runs, rank, out]``, on a basis."""
-        if coefficients is not self._mixed_of:
-            up = self.up.to(device)
-            chosen = coefficients[:, self.indices].to(device)
-            bank = up.view(len(self.indices), -1).float()
-            self._mixed = (chosen @ bank).to(up.dtype).view(len(chosen), -1, up.shape[1])
+    def mixed(self, coefficients: Tensor, like: Tensor) -> Tensor:
+        """Return Σ cₖ ΔBₖᵀ for every row of coefficients, ``[runs, rank, out]``, on a basis.
+
+        On the device and in the dtype of ``like``.
+        """
+        if coefficients is not self._mixed_of or self._mixed.dtype != like.dtype:
+            chosen = coefficients[:, self.indices].to(like.device)
+            bank = self.up.to(like.device).view(len(self.indices), -1).float()
+            self._mixed = (chosen @ bank).to(like.dtype).view(len(chosen), -1, self.up.shape[1])
             self._mixed_of = coefficients
         return self._mixed
 
@@ -244,15 +254,17 @@ class _SharedInput:
             name: _Member(name, module, diffs, stack) for name, module in modules.items()
         }
         members = self.members.values()
-        several = any(len(member.indices) > 1 for member in members)
-        self.on_basis = several and all(member.basis is not None for member in members)
+        self.several = any(len(member.indices) > 1 for member in members)
+        self.on_basis = all(member.basis is not None for member in members)
         self._served: set[str] = set()
         self._input = self._product = _NOTHING
         self._runs: _Runs | None = None
         self.columns = tuple(each for member in self.members.values() for each in member.columns)
         rows = [row for member in self.members.values() for row in member.rows]
         self.spread = None if rows == [*range(stack.rank)] else torch.tensor(rows)
-        self.down = _placed(torch.cat([*stack.held.values()]), next(iter(modules.values())))
+        first = next(iter(modules.values()))
+        self.dtype = _factor_dtype(first)
+        self.down = _placed(torch.cat([*stack.held.values()]), first)
         ends = accumulate(len(member.columns) for member in self.members.values())
         self.span = {
             name: slice(end - len(member.columns), end)
@@ -275,10 +287,12 @@ class _SharedInput:
         return part, runs
 
     def _multiply(self, inputs: Tensor) -> None:
-        down = self.down.to(inputs.device)  # an offloaded module's weights come and go
+        # An offloaded module's weights come and go.
+        down = self.down.to(inputs.device, self._dtype(inputs))
         product = functional.linear(inputs.to(down.dtype), down)
         whole = torch.is_grad_enabled()
-        self._runs = self.selection.runs(inputs) if self.on_basis and not whole else None
+        mixes = self.on_basis and not whole
+        self._runs = self.selection.runs(inputs, self.several) if mixes else None
         if self._runs is not None:
             product = self._runs.flat(product)
         else:
@@ -289,6 +303,12 @@ class _SharedInput:
             product = (product * scale).to(down.dtype) if whole else product.mul_(scale)
         self._input, self._product = inputs, product
         self._served.clear()
+
+    def _dtype(self, inputs: Tensor) -> torch.dtype:
+        """Return the dtype of the products: the modules' own, or fp32 for few tokens on a CPU."""
+        tokens = inputs.numel() // inputs.shape[-1]
+        few = tokens * len(self.down) <= FEW * len(self.members)
+        return _whole(self.dtype) if few and inputs.device.type == "cpu" else self.dtype
 
 
 class _AddDelta:
@@ -302,17 +322,28 @@ class _AddDelta:
         product, runs = self.group.product(self.name, arguments[0])
         member = self.group.members[self.name]
         if runs is not None:
-            return _with_runs(output, product, member.mixed(runs.coefficients, output.device), runs)
-        up = member.up.to(output.device)
-        if torch.is_grad_enabled() or output.dtype != up.dtype or not output.is_contiguous():
-            return output + (product @ up).to(output.dtype)
-        # In place: the output is fresh from the module and belongs to nobody else yet.
-        output.view(-1, output.shape[-1]).addmm_(product.flatten(0, -2), up)
-        return output
+            return _with_runs(output, product, member.mixed(runs.coefficients, product), runs)
+        return _plus(output, product, member.up.to(product.device, product.dtype))
+
+
+def _plus(output: Tensor, product: Tensor, up: Tensor) -> Tensor:
+    """Return the output with product·up added, in place where that can be."""
+    states = product.flatten(0, -2)
+    if torch.is_grad_enabled() or not output.is_contiguous():
+        return output + (states @ up).to(output.dtype).view(output.shape)
+    # In place: the output is fresh from the module and belongs to nobody else yet.
+    rows = output.view(-1, output.shape[-1])
+    if output.dtype == up.dtype:
+        rows.addmm_(states, up)
+    else:
+        rows.add_(states.mm(up))  # in the wider dtype, rounded once
+    return output
 
 
 def _with_runs(output: Tensor, product: Tensor, mixed: Tensor, runs: _Runs) -> Tensor:
     """Return the output with each run's own mixed B times its rows of A·x added, in place."""
+    if len(mixed) == 1:
+        return _plus(output, product, mixed[0])
     fits = output.dtype == mixed.dtype and output.is_contiguous()
     whole = output if fits else torch.zeros_like(output, dtype=mixed.dtype).contiguous()
     if runs.equal:
@@ -325,12 +356,22 @@ def _with_runs(output: Tensor, product: Tensor, mixed: Tensor, runs: _Runs) -> T
     return whole if fits else output + whole.to(output.dtype)
 
 
+def _factor_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's weights where that is a plain float, else bf16."""
+    dtype = weight_of(module).dtype
+    return dtype if dtype.is_floating_point else torch.bfloat16
+
+
 def _placed(factor: Tensor, module: nn.Module) -> Tensor:
-    """Return a factor on the module's device, in its dtype where that is a plain float.
+    """Return a factor on the module's device, in its dtype; on a CPU in fp32.
 
     On the CPU for an offloaded module, whose weights have no device between passes.
     """
-    weight = weight_of(module)
-    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    return factor.to(device, dtype).contiguous()
+    device = weight_of(module).device
+    if device.type in ("cpu", "meta"):
+        return factor.to("cpu", _whole(_factor_dtype(module))).contiguous()
+    return factor.to(device, _factor_dtype(module)).contiguous()
+
+
+def _whole(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

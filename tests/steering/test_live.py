@@ -75,9 +75,13 @@ def test_every_row_equals_the_model_merged_with_its_coefficients(model, diffs):
         torch.testing.assert_close(logits[row], merged, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_row_of_zeros_has_the_bits_of_the_unsteered_model(make_model, make_diff, dtype):
+def test_a_row_of_zeros_has_the_bits_of_the_unsteered_model(
+    make_model, make_diff, monkeypatch, dtype, few
+):
+    monkeypatch.setattr(live, "FEW", few)
     model = make_model(dtype=dtype)
     plain = model(TOKENS).logits
     coefficients = [[1.0], [0.0], [-2.0], [0.0], [3.0]]
@@ -87,6 +91,24 @@ def test_a_row_of_zeros_has_the_bits_of_the_unsteered_model(make_model, make_dif
     for row in (1, 3):
         assert torch.equal(logits[row], plain[row])
     assert not torch.equal(logits[0], plain[0])
+
+
+@pytest.mark.parametrize("coefficients", [[[0.7]], [[0.7], [0.0], [-1.3]]])
+@torch.no_grad()
+def test_few_tokens_in_half_precision_are_rounded_once(make_model, make_diff, coefficients):
+    """On a CPU: Wx + c·B(Ax) of the given factors in fp32, whatever the dtype of W."""
+    model = make_model(dtype=torch.bfloat16)
+    diff = make_diff(model)
+    module, factors = model.model.layers[0].mlp.down_proj, "model.layers.0.mlp.down_proj"
+    A, B = diff.factors[factors].A, diff.factors[factors].B
+    inputs = torch.randn(3, 1, A.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain = module(inputs)
+    with LiveLoRA(model, [diff], coefficients) as steerer:
+        steerer.select_rows(range(3))
+        steered = module(inputs)
+    delta = torch.tensor(coefficients)[:, None] * (inputs.float() @ A.T @ B.T)
+    assert torch.equal(steered, (plain.float() + delta).bfloat16())
+    assert not torch.equal(steered, plain)
 
 
 @torch.no_grad()
