@@ -321,9 +321,8 @@ class ObjectiveOptions:
         """
         found: dict[str, Any] = {}
         for text in texts:
-            name, sign, limit = (*re.split("([<>]=)", text.replace(" ", ""), maxsplit=1), "", "")[
-                :3
-            ]
+            parts = re.split("([<>]=)", text.replace(" ", ""), maxsplit=1)
+            name, sign, limit = parts if len(parts) == 3 else (text, "", "")
             option, right = CONSTRAINTS.get(name, ("", ""))
             try:
                 value = Nats.read(limit).value if name == "kl" else float(limit)
@@ -400,9 +399,7 @@ class ProbeOptions:
     def record(self) -> dict[str, Any]:
         """Return what differs from the defaults, for a run's configuration."""
         return {
-            each.name: getattr(self, each.name)
-            for each in dataclasses.fields(self)
-            if getattr(self, each.name) != each.default
+            name: each for name, each in vars(self).items() if each != getattr(ProbeOptions, name)
         }
 
 
