@@ -114,8 +114,7 @@ def _differences(diff: LoRADiff, near: LoRADiff) -> dict[str, LoRAFactors]:
 def _size(factors: Mapping[str, LoRAFactors], roots: Roots | None) -> float:
     """Return ‖ΔW‖, or ‖ΔW·R‖, over all modules."""
     squares = []
-    for module in factors:
-        each = factors[module]
+    for module, each in factors.items():
         A = each.A.double() if roots is None else each.A.double() @ roots[module].double()
         weighed = LoRAFactors(A, each.B)
         squares.append(max(weighed.inner(weighed), 0.0))

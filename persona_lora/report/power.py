@@ -18,10 +18,10 @@ from scipy.stats import chi2
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.report.resampling import Array, sign_flip_ps
-from persona_lora.report.two_way import FEWEST_DRAWS, components, crossed_ps
+from persona_lora.report.two_way import components, crossed_ps
 
 QUESTIONS = (8, 12, 16, 20, 30, 40, 60, 80, 120, 160)
-SEEDS = (3, 5, 8, 12)
+SEEDS = (3, 5, 8, 12)  # none under two_way.FEWEST_DRAWS
 DATA_SETS = (4, 6, 8, 12, 16, 24, 40)
 FINETUNES = (1, 2, 3, 5)
 SHUFFLES = 999
@@ -143,12 +143,8 @@ def plan_power(
     """
     if not effect:
         raise UserError("an effect of 0 cannot be found; name the smallest one that matters")
-    sizes = [
-        (number, seeds)
-        for seeds in ((1,) if pilot.seed_spread is None else SEEDS)
-        for number in questions
-        if seeds == 1 or seeds >= FEWEST_DRAWS
-    ]
+    planned = (1,) if pilot.seed_spread is None else SEEDS
+    sizes = [(number, seeds) for seeds in planned for number in questions]
     found = []
     for number, seeds in progress.over("simulating", sizes):
         power = power_of(pilot, effect, number, seeds, alpha, simulations=simulations, seed=seed)
