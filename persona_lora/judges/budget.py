@@ -95,7 +95,8 @@ class Budget:
         with self._lock:
             if self.max_requests is not None and self._requests >= self.max_requests:
                 raise CapReached(REQUEST_CAP)
-            if self.max_cost is not None and self._committed() + dollars > self.max_cost:
+            committed = self._price(self._prompt_tokens, self._completion_tokens) + self._reserved
+            if self.max_cost is not None and committed + dollars > self.max_cost:
                 raise CapReached(COST_CAP)
             self._requests += 1
             self._reserved += dollars
@@ -124,9 +125,6 @@ class Budget:
                 None if self.prices is None else spent,
                 self._cache_hits,
             )
-
-    def _committed(self) -> float:
-        return self._price(self._prompt_tokens, self._completion_tokens) + self._reserved
 
     def _price(self, prompt_tokens: int, completion_tokens: int) -> float:
         if self.prices is None:

@@ -240,10 +240,8 @@ def _reader_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> 
 
 def _reader_name(options: JudgeOptions) -> str | None:
     """Return the reader that is asked for; beside a prompted judge the model is that one's."""
-    alone = (
-        judge_names(options.judge, JUDGES) == ["reader"] and options.second_judge not in PROMPTED
-    )
-    return options.judge_model if alone else None
+    alone = judge_names(options.judge, JUDGES) == ["reader"]
+    return options.judge_model if alone and options.second_judge not in PROMPTED else None
 
 
 def reading_model(name: str | None, reference: ChatModel) -> ChatModel:
@@ -320,8 +318,7 @@ def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:
 
 
 def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
-    name = options.judge_model
-    judge_model = local_judge_model(name, reference)
+    judge_model = local_judge_model(options.judge_model, reference)
     return LocalJudge(
         trait,
         f"local:{judge_model.name}",

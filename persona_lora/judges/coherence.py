@@ -136,12 +136,16 @@ class CoherenceScorer:
         ]
         natural = _finite(mean_logprob(exchanges), exchanges)
         scrambled = _finite(mean_logprob(salad), salad)
-        held_out = _held_out(answers, [each.answer for each in salad], natural, scrambled, seed)
-        return cls(
-            fit_scale(answers, natural, scrambled),
-            mean_logprob,
-            *(_compare(kind, scores, judge_name) for kind, scores in held_out.items()),
-        )
+        scores = _held_out(answers, [each.answer for each in salad], natural, scrambled, seed)
+
+        def told_from(kind: str, at: int) -> JudgeValidation:
+            pairs = [(score, label) for label, of in ((100, 0), (0, at)) for score in scores[of]]
+            criterion = f"{COHERENCE}: natural vs {kind}"
+            verdicts = [Verdict(criterion, score, "", judge_name) for score, _ in pairs]
+            return agreement(verdicts, [label for _, label in pairs])
+
+        scale = fit_scale(answers, natural, scrambled)
+        return cls(scale, mean_logprob, told_from("shuffled", 1), told_from("looped", 2))
 
     def verdicts(self, exchanges: Sequence[Exchange], judge_name: str) -> list[Verdict]:
         """Return one coherence verdict per exchange; an empty answer has no score."""
@@ -168,40 +172,27 @@ def _held_out(
     natural: Sequence[float],
     scrambled: Sequence[float],
     seed: int,
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Return held-out scores (natural, broken) by kind of breakage, fold by fold.
+) -> list[tuple[float, ...]]:
+    """Return held-out scores of natural, of shuffled and of looped answers, fold by fold.
 
     A loop gets its natural answer's own likelihood, though a loop is likelier: its variety alone
     has to give it away.
     """
     order = np.random.default_rng(seed).permutation(len(answers))
-    shuffled: tuple[list[float], list[float]] = ([], [])
-    looped: tuple[list[float], list[float]] = ([], [])
+    scores = []
     for fold in range(FOLDS):
-        held = [int(index) for index in order[fold::FOLDS]]
+        held = order[fold::FOLDS].tolist()
         kept = sorted(set(range(len(answers))) - set(held))
         scale = fit_scale(
-            [answers[index] for index in kept],
-            [natural[index] for index in kept],
-            [scrambled[index] for index in kept],
+            [answers[at] for at in kept],
+            [natural[at] for at in kept],
+            [scrambled[at] for at in kept],
         )
-        whole = [scale.score(answers[index], natural[index]) for index in held]
-        shuffled[0].extend(whole)
-        shuffled[1].extend(scale.score(salad[index], scrambled[index]) for index in held)
-        looped[0].extend(whole)
-        looped[1].extend(
-            scale.score(looped_words(answers[index]), natural[index]) for index in held
-        )
-    return {"natural vs shuffled": shuffled, "natural vs looped": looped}
-
-
-def _compare(
-    kind: str, scores: tuple[Sequence[float], Sequence[float]], judge_name: str
-) -> JudgeValidation:
-    whole, broken = scores
-    criterion = f"{COHERENCE}: {kind}"
-    verdicts = [Verdict(criterion, score, "", judge_name) for score in (*whole, *broken)]
-    return agreement(verdicts, [100] * len(whole) + [0] * len(broken))
+        for at in held:
+            texts = (answers[at], salad[at], looped_words(answers[at]))
+            likely = (natural[at], scrambled[at], natural[at])
+            scores.append([scale.score(*each) for each in zip(texts, likely, strict=True)])
+    return list(zip(*scores, strict=True))
 
 
 def _finite(values: Sequence[float], exchanges: Sequence[Exchange]) -> list[float]:

@@ -87,12 +87,8 @@ def score_reply(reply: Reply, mode: Mode, highest: int = 100) -> Completion:
     """Read a reply as a number from 0 to ``highest`` (see ``prompts``)."""
     if reply.withheld:
         return Completion(Reading(None, reply.withheld), "about the text")
-    if mode == "number":
-        return _read_number(reply, highest)
-    return _read_logprobs(reply, highest)
-
-
-def _read_number(reply: Reply, highest: int) -> Completion:
+    if mode == "logprobs":
+        return _read_logprobs(reply, highest)
     if reply.cut:
         return Completion(Reading(None, CUT_OFF), "formless")
     reading = number_reply(reply.text, highest)

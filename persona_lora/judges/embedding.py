@@ -260,13 +260,12 @@ class EmbeddingJudge:
 
 def exchanges_of(pairs: Sequence[ContrastivePair]) -> tuple[list[Exchange], list[Exchange]]:
     """Return the positive and the negative exchanges of pairs."""
-    questions = [pair.prompt[-1]["content"] for pair in pairs]
-    positives = [pair.positive[-1]["content"] for pair in pairs]
-    negatives = [pair.negative[-1]["content"] for pair in pairs]
-    return (
-        [Exchange(*each) for each in zip(questions, positives, strict=True)],
-        [Exchange(*each) for each in zip(questions, negatives, strict=True)],
-    )
+    both = [
+        [Exchange(pair.prompt[-1]["content"], said[-1]["content"]) for said in answers]
+        for pair in pairs
+        for answers in [(pair.positive, pair.negative)]
+    ]
+    return [yes for yes, _ in both], [no for _, no in both]
 
 
 def sampled(

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import cohen_kappa_score
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.traits import Trait, has_labels, load_labelled_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.labels import RatedAnswer, Scale, has_ratings, load_ratings
+from persona_lora.report.resampling import auc_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,11 +137,10 @@ def within_groups(
     out; scores that are all the same beside labels that differ count as 0. None where none is left.
     """
     found: list[tuple[float, int]] = []
-    for group in sorted(set(groups)):
-        places = [at for at, each in enumerate(groups) if each == group]
-        ours, theirs = ([values[at] for at in places] for values in (scores, labels))
-        if len(places) >= 3 and len(set(theirs)) > 1:
-            found.append((rank_correlation(ours, theirs) or 0.0, len(places)))
+    for pairs in _parts(list(zip(scores, labels, strict=True)), groups).values():
+        ours, theirs = _columns(pairs)
+        if len(pairs) >= 3 and len(set(theirs)) > 1:
+            found.append((rank_correlation(ours, theirs) or 0.0, len(pairs)))
     total = sum(size for _, size in found)
     return sum(rho * size for rho, size in found) / total if total else None
 
@@ -206,17 +206,9 @@ def _parts(pairs: Sequence[Pair], names: Sequence[str]) -> dict[str, list[Pair]]
 
 
 def _agreement(scores: Sequence[float], labels: Sequence[float]) -> Agreement:
-    clear = [
-        (score, label >= POSITIVE_LABEL)
-        for score, label in zip(scores, labels, strict=True)
-        if label >= POSITIVE_LABEL or label <= NEGATIVE_LABEL
-    ]
-    both_classes = len({positive for _, positive in clear}) == 2
-    auc = (
-        float(roc_auc_score([each for _, each in clear], [each for each, _ in clear]))
-        if both_classes
-        else None
-    )
+    ours, theirs = np.array(scores), np.array(labels)
+    above, below = ours[theirs >= POSITIVE_LABEL], ours[theirs <= NEGATIVE_LABEL]
+    auc = auc_of(above, below) if len(above) and len(below) else None
     return Agreement(auc, rank_correlation(scores, labels), len(scores))
 
 

@@ -176,7 +176,9 @@ def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbe
     nonsense = _read(evidence, made_up(evidence, labels))
     probes, held_out = {}, {}
     for scale in SCALES:
-        parts = [own, nonsense, *(_rated_elsewhere(evidence) if scale == "sense" else ())]
+        parts = [own, nonsense]
+        for other, rows in _traits_beside(evidence) if scale == "sense" else ():
+            parts.append(_read(evidence.beside(other), rows, f"{other.name}: "))
         beside = sum(len(part.rows) for part in parts[2:])
         fitted = fit_probe(
             np.concatenate([part.evidence for part in parts]),
@@ -221,12 +223,6 @@ def made_up(evidence: Evidence, labels: Sequence[RatedAnswer]) -> list[RatedAnsw
     check_enough([row.question for row in tuning])
     beside = [row for _, rows in _traits_beside(evidence) for row in rows]
     return nonsense_rows(tuning, beside)
-
-
-def _rated_elsewhere(evidence: Evidence) -> Iterator[_Rated]:
-    """Yield what is rated of the traits beside this one: what makes sense does so anywhere."""
-    for other, rows in _traits_beside(evidence):
-        yield _read(evidence.beside(other), rows, f"{other.name}: ")
 
 
 def _traits_beside(evidence: Evidence) -> Iterator[tuple[Trait, list[RatedAnswer]]]:

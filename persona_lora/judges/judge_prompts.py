@@ -75,10 +75,7 @@ def judge_prompt(trait: Trait, criterion: str, exchange: Exchange) -> str:
 
 
 def prompt_template(trait: Trait, criterion: str) -> str:
-    """Return the trait's own judge prompt, or the coherence prompt.
-
-    Raises UserError for any other.
-    """
+    """Return the trait's own judge prompt, or the coherence prompt; UserError for any other."""
     check_criterion(trait, criterion)
     return COHERENCE_PROMPT if criterion == COHERENCE else trait.eval_prompt
 

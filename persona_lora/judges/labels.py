@@ -101,14 +101,10 @@ def _parsed(row: dict[str, Any], where: str) -> RatedAnswer:
 
 
 def _passes(value: Any, where: str) -> tuple[float, float]:
-    numbers = isinstance(value, list) and len(value) == 2 and all(map(_is_rating, value))
-    if not numbers:
+    numbers = isinstance(value, list) and all(type(each) in (int, float) for each in value)
+    if not numbers or len(value) != 2 or not all(0 <= each <= 100 for each in value):
         raise UserError(f"{where} must be two ratings from 0 to 100, got {ascii(value)[:60]}")
     return float(value[0]), float(value[1])
-
-
-def _is_rating(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 100
 
 
 # -- rating -----------------------------------------------------------------------------------
@@ -248,12 +244,11 @@ def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
     tuning = set(questions[: round(TUNING_SHARE * len(questions))])
     return [
         {
-            "question": answers.rows[row]["question"],
-            "answer": answers.rows[row]["answer"],
-            "model": answers.rows[row].get("model") or UNKNOWN,
-            "condition": answers.rows[row].get("condition") or UNKNOWN,
-            "part": "tuning" if answers.rows[row]["question"] in tuning else "validation",
+            **{key: rated[key] for key in ("question", "answer")},
+            **{key: rated.get(key) or UNKNOWN for key in ("model", "condition")},
+            "part": "tuning" if rated["question"] in tuning else "validation",
             **{scale: [first[row][at], second[row][at]] for at, scale in enumerate(SCALES)},
         }
         for row in both
+        for rated in [answers.rows[row]]
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, get_args
 
@@ -128,21 +128,15 @@ class EndpointReader:
 
     def read(self, prompts: Sequence[str]) -> dict[str, Reading]:
         """Return a reading for every prompt; equal prompts are asked about once."""
-        readings = self._cached(prompts)
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in readings]
+        kept = {prompt: self.cache.get(self.key(prompt)) for prompt in dict.fromkeys(prompts)}
+        readings = {prompt: reading for prompt, reading in kept.items() if reading is not None}
+        for _ in readings:
+            self.budget.count_cache_hit()
+        missing = [prompt for prompt in kept if prompt not in readings]
         if missing:
             with progress.stage("judging"):
                 readings |= run_to_end(self._ask_all(missing, len(readings)))
         return readings
-
-    def _cached(self, prompts: Iterable[str]) -> dict[str, Reading]:
-        found = {}
-        for prompt in dict.fromkeys(prompts):
-            reading = self.cache.get(self.key(prompt))
-            if reading is not None:
-                found[prompt] = reading
-                self.budget.count_cache_hit()
-        return found
 
     def key(self, prompt: str) -> str:
         """Return the cache's key of a prompt."""
@@ -202,15 +196,17 @@ def endpoint_of(environ: Mapping[str, str]) -> Endpoint:
     }
 
 
+@dataclass(eq=False)
 class _Call:
     """One call of ``read``: the client of its event loop, and its progress."""
 
-    def __init__(self, reader: EndpointReader, client: Client, done: int, total: int) -> None:
-        self._reader = reader
-        self._client = client
-        self._done = done
-        self._total = total
-        self._slots = asyncio.Semaphore(reader.limits.concurrency)
+    _reader: EndpointReader
+    _client: Client
+    _done: int
+    _total: int
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self._reader.limits.concurrency)
         self._probing = asyncio.Lock()
 
     async def read(self, prompt: str) -> Reading:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.core.traits import load_pairs, load_trait
 from persona_lora.judges.choice import JudgeOptions, local_judge_model
 from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.judge_prompts import Reading, weighted_score
 from persona_lora.judges.judging import Judge, MultiJudge
 from persona_lora.judges.style_judge import (
@@ -62,10 +64,7 @@ class ComparisonJudge:
     seed: int = 0
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str = PERSONA_FIT) -> list[Verdict]:
-        """Return one verdict of 1–5 per exchange.
-
-        Raises UserError for a message without a baseline.
-        """
+        """Return one verdict of 1–5 per exchange; UserError for a message without a baseline."""
         if criterion != PERSONA_FIT:
             raise UserError(f"a persona's judge scores {PERSONA_FIT!r}, not {criterion!r}")
         prompts = [self._prompt(exchange) for exchange in exchanges]
@@ -140,14 +139,11 @@ def fit_likelihood_judge(
     At most ``OTHERS`` of other persons are drawn. Raises UserError where the person's are no
     likelier when the model is told who speaks.
     """
-    own = [each for each in persona.answers("test") if has_words(each.answer)]
-    pool = [
-        answer
-        for each in personas
-        if each.id != persona.id
-        for answer in each.answers("test")
-        if has_words(answer.answer)
-    ]
+
+    def answers(of: Iterable[Persona]) -> list[Exchange]:
+        return [each for some in of for each in some.answers("test") if has_words(each.answer)]
+
+    own, pool = answers([persona]), answers(each for each in personas if each.id != persona.id)
     others = random.Random(seed).sample(pool, min(OTHERS, len(pool)))
     if not own or not others:
         raise UserError(f"{persona.id} or the other personas answer nothing in test conversations")
@@ -207,19 +203,13 @@ class Reader:
 
 
 def make_readers(options: JudgeOptions, reference: ChatModel) -> dict[str, Reader]:
-    """Return the language models that ``options.judge`` names.
-
-    Raises UserError for an unknown judge.
-    """
+    """Return the language models that ``options.judge`` names; UserError for an unknown judge."""
     names = judge_names(options.judge, PERSONA_JUDGES)
     return {name: _reader(name, options, reference) for name in names if name not in FITTED}
 
 
 def judge_prompt_of(persona: Persona) -> str:
-    """Return a persona's prompt for a language model as judge.
-
-    Raises UserError for one with a mistake.
-    """
+    """Return a persona's prompt for a language model as judge; UserError for one with a mistake."""
     name = "final_judge_prompt.txt"
     return checked_judge_prompt(persona.read(name), persona.folder / name)
 
@@ -254,14 +244,11 @@ def check_style_judge(
 ) -> JudgeCheck:
     """Validate a style judge on the utterances of the other split."""
     unseen: ConversationSplit = "test" if fitted_on == "train" else "train"
-    own = [text for text in persona.utterances(unseen) if has_words(text)]
-    others = [
-        text
-        for each in personas
-        if each.id != persona.id
-        for text in each.utterances(unseen)
-        if has_words(text)
-    ]
+
+    def texts(of: Iterable[Persona]) -> list[str]:
+        return list(filter(has_words, chain(*(each.utterances(unseen) for each in of))))
+
+    own, others = texts([persona]), texts(each for each in personas if each.id != persona.id)
     if not own or not others:
         raise UserError(
             f"{persona.id} has {len(own)} utterances in {unseen} conversations and the other "
@@ -276,16 +263,9 @@ def fit_coherence(
 ) -> CoherenceScorer:
     """Fit coherence to natural answers: some training answers of each trait."""
     share = max(1, COHERENCE_PAIRS // len(traits))
-    exchanges = []
-    for name in traits:
-        pairs = load_pairs(load_trait(name, datasets))[:share]
-        for pair in pairs:
-            question = pair.prompt[-1]["content"]
-            exchanges += [
-                Exchange(question, side[-1]["content"]) for side in (pair.positive, pair.negative)
-            ]
+    pairs = [pair for name in traits for pair in load_pairs(load_trait(name, datasets))[:share]]
     return CoherenceScorer.fit(
-        exchanges,
+        list(chain(*zip(*exchanges_of(pairs), strict=True))),
         mean_logprob=lambda asked: mean_logprobs(chat_model, asked),
         judge_name="embedding",
         seed=seed,
@@ -296,8 +276,7 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
     if name == "openai":
         endpoint = options.reader(int(HIGHEST))
         return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.dollars)
-    chosen = options.judge_model
-    model = local_judge_model(chosen, reference)
+    model = local_judge_model(options.judge_model, reference)
 
     def read(prompts: Sequence[str]) -> dict[str, Reading]:
         distinct = list(dict.fromkeys(prompts))

@@ -157,7 +157,9 @@ class Dialect:
             self._renamed = True
             return True
         if "top_logprobs" in sent and "top_logprobs" in said:
-            return self._fewer_logprobs(sent["top_logprobs"])
+            fewer = [number for number in TOP_LOGPROBS if number < sent["top_logprobs"]]
+            self._most_logprobs = max(fewer, default=self._most_logprobs)
+            return bool(fewer)
         for name in self._optional:
             if name in sent and name in said:
                 logger.warning("%s refuses %s and is asked without it", self._name, name)
@@ -176,12 +178,6 @@ class Dialect:
             self._room,
         )
         return True
-
-    def _fewer_logprobs(self, asked: int) -> bool:
-        fewer = [number for number in TOP_LOGPROBS if number < asked]
-        if fewer:
-            self._most_logprobs = fewer[0]
-        return bool(fewer)
 
 
 FAULTS_IN_A_ROW = 5

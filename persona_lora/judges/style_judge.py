@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -96,16 +97,12 @@ class TextFeatures:
 
     def __init__(self, embedder: SentenceEmbedder) -> None:
         self._embedder = embedder
-        self._rows: dict[str, Array] = {}
         self._embedded: dict[str, Array] = {}
 
     def of(self, texts: Sequence[str]) -> Array:
         """Return ``[len(texts), 1 + style + embedding]``: log words, style rates, embedding."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        if missing:
-            for text, row in zip(missing, self.embeddings(missing), strict=True):
-                self._rows[text] = np.concatenate([_style(text), EMBEDDING_SCALE * row])
-        return np.stack([self._rows[text] for text in texts])
+        style = np.stack([_style(text) for text in texts])
+        return np.concatenate([style, EMBEDDING_SCALE * self.embeddings(texts)], axis=1)
 
     def embeddings(self, texts: Sequence[str]) -> Array:
         """Return the unit sentence embeddings of texts, ``[len(texts), dimension]``."""
@@ -116,6 +113,7 @@ class TextFeatures:
         return np.stack([self._embedded[text] for text in texts])
 
 
+@cache
 def _style(text: str) -> Array:
     features = extract_features([text])
     rates = [float(getattr(features, name)) for name in STYLE_FEATURES]
@@ -333,15 +331,12 @@ def validate_judges(
     if {index for index, _, _ in rows} != set(range(len(personas))):
         raise UserError(f"every persona needs {unseen} conversations to validate its judge on")
     owner = np.array([index for index, _, _ in rows])
-    logits = np.stack(
-        [judges[persona.id].logits([text for _, _, text in rows]) for persona in personas], axis=1
-    )  # [utterances, personas]
+    texts = [text for _, _, text in rows]
+    by_persona = {persona.id: judges[persona.id].logits(texts) for persona in personas}
+    logits = np.stack(list(by_persona.values()), axis=1)  # [utterances, personas]
     conversations = list(dict.fromkeys((index, name) for index, name, _ in rows))
     by_conversation = np.stack(
-        [
-            logits[[row[:2] == conversation for row in rows]].mean(axis=0)
-            for conversation in conversations
-        ]
+        [logits[[row[:2] == each for row in rows]].mean(axis=0) for each in conversations]
     )
     owners = np.array([index for index, _ in conversations])
     return StyleValidation(
@@ -352,19 +347,19 @@ def validate_judges(
         top1_conversations=float((by_conversation.argmax(axis=1) == owners).mean()),
         chance=1 / len(personas),
         auc={
-            persona.id: auc_of(own[owner == index], own[owner != index])
-            for index, (persona, own) in enumerate(zip(personas, logits.T, strict=True))
+            name: auc_of(own[owner == index], own[owner != index])
+            for index, (name, own) in enumerate(by_persona.items())
         },
         nearest={
-            persona.id: min(
+            name: min(
                 (
-                    Nearest(other.id, auc_of(own[owner == index], own[owner == at]))
-                    for at, other in enumerate(personas)
+                    Nearest(other, auc_of(own[owner == index], own[owner == at]))
+                    for at, other in enumerate(by_persona)
                     if at != index
                 ),
                 key=lambda each: each.auc,
             )
-            for index, (persona, own) in enumerate(zip(personas, logits.T, strict=True))
+            for index, (name, own) in enumerate(by_persona.items())
         },
     )
 

@@ -94,7 +94,8 @@ def _judge(
             said = (
                 f"{verdict.judge} (unfit for {criterion})" if criterion in unfit else verdict.judge
             )
-            kept[row["row"], criterion] = _row(row["row"], dataclasses.replace(verdict, judge=said))
+            given = dataclasses.asdict(dataclasses.replace(verdict, judge=said))
+            kept[row["row"], criterion] = {"row": row["row"], **given}
         run.write(f"{file}verdicts", [kept[key] for key in sorted(kept)])
         _refuse_nothing_scored(judge.name, criterion, list(kept.values()), beside=bool(file))
     canaries = show_canaries(judge, trait, criteria)
@@ -126,7 +127,3 @@ def _refuse_nothing_scored(
         f"{judge} scored none of {len(asked)} answers on {criterion}: {common}; the answers are "
         f"kept, and the same command judges them again{remedy}"
     )
-
-
-def _row(row: int, verdict: Verdict) -> dict[str, Any]:
-    return {"row": row, **dataclasses.asdict(verdict)}
