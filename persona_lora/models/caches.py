@@ -9,7 +9,7 @@ carries the cache, and to guess: a pass that may be either is an error that says
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -176,12 +176,14 @@ def shares_prefix(cache: Cache, *, padded: bool) -> bool:
     ``padded`` is padding between the prefix and a row's own tokens. It uses up the window of a
     sliding layer, so that only layers of full attention bear it; recurrent states are not shared.
     """
-    allowed = (DynamicLayer,) if padded else ATTENTION
-    return type(cache) is DynamicCache and all(type(layer) in allowed for layer in cache.layers)
+    return _holds_only(cache, (DynamicLayer,) if padded else ATTENTION)
 
 
 def ignores_padding(cache: Cache, config: PreTrainedConfig) -> bool:
     """Say whether padding before a row leaves its answer as it is."""
     masks = config.get_text_config(decoder=True).model_type in MASK_PADDING
-    allowed = ATTENTION + RECURRENT if masks else ATTENTION
-    return type(cache) is DynamicCache and all(type(layer) in allowed for layer in cache.layers)
+    return _holds_only(cache, ATTENTION + RECURRENT if masks else ATTENTION)
+
+
+def _holds_only(cache: Cache, layers: Collection[type]) -> bool:
+    return type(cache) is DynamicCache and all(type(each) in layers for each in cache.layers)

@@ -53,10 +53,7 @@ class ChatTemplate:
     def of(
         cls, tokenizer: PreTrainedTokenizerBase, name: str, args: Mapping[str, Any] | None = None
     ) -> ChatTemplate:
-        """Return the template of a tokenizer.
-
-        Raises UserError for an argument that it does not read.
-        """
+        """Return the template of a tokenizer; UserError for an argument that it does not read."""
         text = str(tokenizer.get_chat_template())
         for arg in args or {}:
             if re.search(rf"\b{re.escape(arg)}\b", text) is None:

@@ -292,7 +292,7 @@ class _Job:
         if self.temperature == 0:
             return None
         given = self.plan.streams
-        streams = list(rows) if given is None else [given[row] for row in rows]
+        streams = rows if given is None else [given[row] for row in rows]
         return SeededSampler(streams, self.seed, self.temperature, self.max_new_tokens)
 
     def _check_finite(self, logits: Tensor, rows: Sequence[int]) -> None:

@@ -106,10 +106,7 @@ def converted(folder: Path, convert: Callable[[Path], None]) -> Path:
 
 
 def convert_gguf(file: Path, folder: Path, reader: GGUFReader | None = None) -> None:
-    """Write the model and the tokenizer of a GGUF file as a folder.
-
-    Raises UserError where not exact.
-    """
+    """Write the model and the tokenizer of a GGUF file as a folder; UserError where not exact."""
     reader = reader or _open(file)
     model, tokenizer = _read(file)
     fields = _fields(reader)

@@ -82,35 +82,23 @@ def launcher_says(name: str) -> bool:
 def training_hardware(
     *, use_cpu: bool | None, bf16: bool | None, fp16: bool, launch: Launch
 ) -> TrainingHardware:
-    """Decide what was left open (None).
-
-    Raises UserError for what this machine or launch cannot do.
-    """
-    use_cpu = _where(use_cpu, launch)
+    """Decide what was left open (None); UserError for what this machine or launch cannot do."""
+    if use_cpu is False and launch.use_cpu:
+        raise UserError("use_cpu is false, but the run was launched on the CPU; drop one of them")
+    if use_cpu is False and not torch.accelerator.is_available():
+        raise UserError("use_cpu is false, but there is no GPU here; leave it out to use the CPU")
+    if use_cpu is None:
+        use_cpu = launch.use_cpu or not gpu_available()
     bf16, fp16 = _with_launcher(bf16, fp16, launch.mixed_precision)
     if bf16 is None:
         bf16 = not fp16 and computes_in_bfloat16(on_cpu=use_cpu)
-    _refuse_precision(use_cpu, bf16, fp16)
-    return TrainingHardware(use_cpu, bf16, fp16)
-
-
-def _where(use_cpu: bool | None, launch: Launch) -> bool:
-    if use_cpu is None:
-        return launch.use_cpu or not gpu_available()
-    if not use_cpu and launch.use_cpu:
-        raise UserError("use_cpu is false, but the run was launched on the CPU; drop one of them")
-    if not use_cpu and not torch.accelerator.is_available():
-        raise UserError("use_cpu is false, but there is no GPU here; leave it out to use the CPU")
-    return use_cpu
-
-
-def _refuse_precision(use_cpu: bool, bf16: bool, fp16: bool) -> None:
     if bf16 and fp16:
         raise UserError("bf16 and fp16 exclude each other; leave one of them out")
     if fp16 and use_cpu:
         raise UserError("fp16 mixed precision needs a GPU; use bf16, or leave both out")
     if bf16 and not use_cpu and gpu_available() and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU does not know bf16; use fp16, or leave both out")
+    return TrainingHardware(use_cpu, bf16, fp16)
 
 
 def _with_launcher(bf16: bool | None, fp16: bool, launched: str) -> tuple[bool | None, bool]:
@@ -178,10 +166,7 @@ def _placement(options: LoadOptions) -> str | None:
 
 
 def _quantisation(options: LoadOptions, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return how weights are quantised on loading.
-
-    Raises UserError where that cannot be done here.
-    """
+    """Return how weights are quantised on loading; UserError where that cannot be done here."""
     if options.quantize is None:
         return None
     if find_spec("bitsandbytes") is None:

@@ -68,18 +68,12 @@ def stream_hidden_means(
     if not wanted:
         raise UserError("hidden states of no layer were asked for; name at least one")
     called = list(names) if names is not None else [f"row {row}" for row in range(len(texts))]
-    _check_tokens(texts, positions, called)
-    return _stream(chat_model, texts, tuple(positions), wanted, called)
-
-
-def _check_tokens(
-    texts: Sequence[TokenizedExchange], positions: Sequence[str], names: Sequence[str]
-) -> None:
-    for text, name in zip(texts, names, strict=True):
+    for text, name in zip(texts, called, strict=True):
         if "response_avg" in positions and not text.answer:
             raise UserError(f"the answer of {name} is empty: no mean over it; leave it out")
         if not text.prompt and {"prompt_avg", "prompt_last"} & set(positions):
             raise UserError(f"the prompt of {name} is empty: no mean over it; leave it out")
+    return _stream(chat_model, texts, tuple(positions), wanted, called)
 
 
 def _stream(
@@ -91,24 +85,21 @@ def _stream(
 ) -> Iterator[HiddenMeans]:
     done = 0
     for rows in batches_by_length([len(text.prompt) + len(text.answer) for text in texts]):
-        means = _means_of_batch(chat_model, [texts[row] for row in rows], positions, layers)
-        _check_finite(chat_model, means, [names[row] for row in rows], layers)
+        batch = [texts[row] for row in rows]
+        ids = right_padded(chat_model, [text.prompt + text.answer for text in batch])
+        weights = averaging_weights(batch, positions, ids.shape[1])
+        reduction = _Reduction(chat_model, layers, weights)
+        with torch.no_grad():
+            reduction.read(ids, use_cache=False)
+        means = reduction.means.cpu()
+        broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
+        if broken.any():
+            at, layer = broken.nonzero()[0].tolist()
+            what = f"the hidden states of {names[rows[at]]} at layer {layers[layer]}"
+            raise chat_model.not_finite(what)
         done += len(rows)
         progress.report(done, len(texts))
         yield HiddenMeans(rows, means)
-
-
-@torch.no_grad()
-def _means_of_batch(
-    chat_model: ChatModel,
-    batch: Sequence[TokenizedExchange],
-    positions: tuple[str, ...],
-    layers: list[int],
-) -> Tensor:
-    ids = right_padded(chat_model, [text.prompt + text.answer for text in batch])
-    reduction = _Reduction(chat_model, layers, averaging_weights(batch, positions, ids.shape[1]))
-    reduction.read(ids, use_cache=False)
-    return reduction.means.cpu()
 
 
 def averaging_weights(
@@ -126,16 +117,6 @@ def averaging_weights(
             start, stop = spans[position]
             weights[row, index, start:stop] = 1.0 / (stop - start)
     return weights
-
-
-def _check_finite(
-    chat_model: ChatModel, means: Tensor, names: Sequence[str], layers: Sequence[int]
-) -> None:
-    if bool(torch.isfinite(means).all()):
-        return
-    broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
-    row, layer = broken.nonzero()[0].tolist()
-    raise chat_model.not_finite(f"the hidden states of {names[row]} at layer {layers[layer]}")
 
 
 class _LastLayerDone(Exception):

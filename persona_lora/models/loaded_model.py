@@ -194,7 +194,11 @@ def weights_content(model: PreTrainedModel) -> str:
     tensors = {name: tensor_digest(tensor) for name, tensor in _weights(model)}
     generation = model.generation_config
     settings = [model.config.to_dict(), None if generation is None else generation.to_dict()]
-    return digest_of([tensors, [_related(each or {}) for each in settings]])
+    related = [
+        {k: v for k, v in (each or {}).items() if not k.startswith("_") and k not in UNRELATED}
+        for each in settings
+    ]
+    return digest_of([tensors, related])
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -213,14 +217,6 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 whole = f"{prefix}.{name}" if prefix else name
                 if whole in stored:
                     yield whole, tensor
-
-
-def _related(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: each
-        for key, each in settings.items()
-        if not key.startswith("_") and key not in UNRELATED
-    }
 
 
 @contextmanager

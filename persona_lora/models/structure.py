@@ -83,10 +83,7 @@ def context_window(config: PreTrainedConfig) -> int | None:
 
 
 def same_kind(model: nn.Module) -> PreTrainedModel:
-    """Return the skeleton of a loaded model.
-
-    Raises UserError for what is no model of transformers.
-    """
+    """Return the skeleton of a loaded model; UserError for what is no model of transformers."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"a {type(model).__name__} is no language model of transformers")
     with torch.device("meta"):
@@ -225,10 +222,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @contextmanager
 def in_memory(module: nn.Module, name: str) -> Iterator[None]:
-    """Bring a module's own weights in for a while, if offloaded.
-
-    Raises UserError if there are none.
-    """
+    """Bring a module's own weights in for a while, if offloaded; UserError if there are none."""
     with align_module_device(module):
         if any(each.device.type == "meta" for each in module.parameters(recurse=False)):
             raise UserError(
@@ -265,7 +259,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     tied: dict[str, list[str]] = defaultdict(list)
     open_spans: list[_Span] = []
     for span in sorted(_spans(model)):
-        open_spans = [each for each in open_spans if span.begins_in(each)]
+        open_spans = [o for o in open_spans if o.device == span.device and span.first < o.end]
         for other in open_spans:
             tied[other.name].append(span.name)
             tied[span.name].append(other.name)
@@ -280,9 +274,6 @@ class _Span(NamedTuple):
     first: int
     end: int
     name: str
-
-    def begins_in(self, other: _Span) -> bool:
-        return self.device == other.device and self.first < other.end
 
 
 def _spans(model: nn.Module) -> Iterator[_Span]:

@@ -78,10 +78,11 @@ class StoredWeights:
         self.tensors: dict[str, TensorPlace] = {}
         for file in _files(folder):
             self.tensors |= _places(file)
-        model = skeleton_of_folder(folder)
+        model, config = skeleton_of_folder(folder), folder / "config.json"
         if model is not None:
             self.tensors = _as_in_memory(self.tensors, model)
-        if _is_tied(folder):
+        said = read_json(config) if config.is_file() else {}
+        if isinstance(said, dict) and said.get("tie_word_embeddings") is True:
             self.tensors.pop(TIED, None)  # some savers write the tied tensor twice
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -130,9 +131,8 @@ class LoadedWeights:
         if isinstance(inner, PreTrainedModel):
             stored = revert_weight_conversion(inner, held)
             held = {now: stored[then] for then, now in names_in_memory(inner, stored).items()}
-        for name, tensor in held.items():
-            if isinstance(inner, PreTrainedModel) and _lies_transposed(inner, name):
-                held[name] = tensor.T
+            transposed = {name for name in held if _lies_transposed(inner, name)}
+            held = {name: each.T if name in transposed else each for name, each in held.items()}
         self.tensors = held
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -193,12 +193,6 @@ def weights_folder(name: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{name} is no folder, and the model hub could not deliver it; check the name"
         ) from error
-
-
-def _is_tied(folder: Path) -> bool:
-    config = folder / "config.json"
-    value = read_json(config) if config.is_file() else {}
-    return isinstance(value, dict) and value.get("tie_word_embeddings") is True
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ Knows which differences leave the comparison whole; every one of them is named, 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from persona_lora.core.errors import UserError, few_names
@@ -38,7 +38,10 @@ def common_weights(
     value head), and rows of a longer vocabulary; never anything of the modules in ``touched``.
     """
     before, after = original.tensors, finetuned.tensors
-    known = {source: _outermost(source.tensors) for source in (original, finetuned)}
+    known = {
+        source: {name.partition(".")[0] for name in source.tensors}
+        for source in (original, finetuned)
+    }
     lacking = {
         other: [
             name
@@ -72,7 +75,3 @@ def common_weights(
             )
         left_out.append(f"rows {lengths[0]} to {lengths[1] - 1} of {name} (only one has them)")
     return CommonWeights(rows, tuple(left_out))
-
-
-def _outermost(names: Iterable[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names}

@@ -100,7 +100,8 @@ class ModuleInputs:
             )
             for name, each in diff.factors.items()
         }
-        return replace(diff, factors=factors, base_model=BaseModel("", self._marked()))
+        marked = f"weighed by {digest_of([self.fingerprint, self.prompts, self.tokens])}"
+        return replace(diff, factors=factors, base_model=BaseModel("", marked))
 
     def compress(
         self, diff: LoRADiff, *, rank: int | None = None, energy: float | None = None
@@ -115,9 +116,6 @@ class ModuleInputs:
         """Return the root of every module of a diff; UserError where they are not its model's."""
         self.check_fits(diff)
         return {name: self.root(name, each.shape[1]) for name, each in diff.factors.items()}
-
-    def _marked(self) -> str:
-        return f"weighed by {digest_of([self.fingerprint, self.prompts, self.tokens])}"
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""

@@ -21,10 +21,11 @@ Refuses to know what the traits mean; a projection predicts, it does not prove.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
 from persona_lora.models.weight_files import WeightSource, weights_of
 from persona_lora.projections.common_weights import common_weights
 from persona_lora.projections.inputs import ModuleInputs
+from persona_lora.report.scores import grouped
 
 BLOCK_NUMBERS = 4_000_000  # weights of one block, of either model
 EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -105,19 +107,14 @@ class WeightProjection:
 
     def by_layer(self) -> dict[int, dict[str, Projection]]:
         """Return the projections of each decoder layer; a cosine is within the layer."""
-        layers = sorted({m.layer for m in self.modules if m.layer is not None})
-        return {
-            layer: self._projections([m for m in self.modules if m.layer == layer])
-            for layer in layers
-        }
+        layers: Any = grouped(self.modules, lambda each: each.layer)
+        layers.pop(None, None)
+        return {layer: self._projections(layers[layer]) for layer in sorted(layers)}
 
     def by_kind(self) -> dict[str, dict[str, Projection]]:
         """Return the projections of each kind of module (q_proj, down_proj, …)."""
-        kinds = list(dict.fromkeys(kind_of(m.module) for m in self.modules))
-        return {
-            kind: self._projections([m for m in self.modules if kind_of(m.module) == kind])
-            for kind in kinds
-        }
+        kinds = grouped(self.modules, lambda each: kind_of(each.module))
+        return {kind: self._projections(own) for kind, own in kinds.items()}
 
     def shares(self) -> list[tuple[str, int | str, float]]:
         """Return (part, of, share of ‖ΔW‖²) of every layer and of every kind of module.
@@ -483,8 +480,7 @@ def _stack(name: str, diffs: Mapping[str, LoRADiff], inputs: ModuleInputs | None
     )
 
 
-def _projection(modules: Iterable[ModuleProjection], index: int, delta: float) -> Projection:
-    modules = list(modules)
+def _projection(modules: Sequence[ModuleProjection], index: int, delta: float) -> Projection:
     inner = math.fsum(m.inner[index] for m in modules)
     length = math.sqrt(math.fsum(m.diff_square[index] for m in modules))
     if length == 0:

@@ -20,6 +20,7 @@ import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class _BlockSteerer(Steerer):
         # First in line: transformers leaves hooks of its own on blocks to capture their outputs,
         # and they are to see the steered ones.
         return [count] + [
-            Hook(block, _ChangeOutput(self, layer), f"block {layer}", first=True)
+            Hook(block, partial(self._steered, layer), f"block {layer}", first=True)
             for layer, block in self._blocks.items()
         ]
 
@@ -130,30 +131,21 @@ class _BlockSteerer(Steerer):
         self._stage = None
         self._passes.begin(arguments, keywords)
 
-
-class _ChangeOutput:
-    """The forward hook of one block."""
-
-    def __init__(self, steerer: _BlockSteerer, layer: int) -> None:
-        self.steerer = steerer
-        self.layer = layer
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    def _steered(self, layer: int, module: nn.Module, arguments: object, output: Any) -> Any:
+        """Return the output of a block with the change added: what its hook does."""
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        where = self.steerer.chosen(hidden)
+        where = self.chosen(hidden)
         if where is None:
             return output
+        chosen = hidden if isinstance(where, Tensor) else hidden[:, where:]
+        delta = self.change(layer, chosen).to(hidden.dtype)
         if isinstance(where, Tensor):
-            hidden = hidden + self._delta(hidden) * where
+            hidden = hidden + delta * where
         elif torch.is_grad_enabled():
-            steered = hidden[:, where:] + self._delta(hidden[:, where:])
-            hidden = torch.cat([hidden[:, :where], steered], dim=1)
+            hidden = torch.cat([hidden[:, :where], chosen + delta], dim=1)
         else:  # in place: the output is fresh from the block and belongs to nobody else yet
-            hidden[:, where:] += self._delta(hidden[:, where:])
+            chosen += delta
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    def _delta(self, hidden: Tensor) -> Tensor:
-        return self.steerer.change(self.layer, hidden).to(hidden.dtype)
 
 
 class ActivationSteerer(_BlockSteerer):

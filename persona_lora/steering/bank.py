@@ -215,21 +215,17 @@ class ActivationSetting:
         """Return the context manager that steers the model so."""
         vectors, coefficients = list(self.vectors), list(self.vectors.values())
         model, allowed = chat_model.model, chat_model.allow_other_base
-        if self.ablate:
-            return DirectionAblation(
-                model, vectors, self.layers, self.positions, allow_other_base=allowed
-            )
         where: Any = {"layers": self.layers, "positions": self.positions}
         where["allow_other_base"] = allowed
+        if self.ablate:
+            return DirectionAblation(model, vectors, **where)
         if self.bounded:
             return BoundedSteerer(model, vectors, self.floor, self.ceiling, **where)
         if self.condition is not None:
             return ConditionalSteerer(
                 *(model, vectors, coefficients, self.condition), threshold=self.threshold, **where
             )
-        return ActivationSteerer(
-            model, vectors, coefficients, self.layers, self.positions, allow_other_base=allowed
-        )
+        return ActivationSteerer(model, vectors, coefficients, **where)
 
 
 def warn_of_other_template(

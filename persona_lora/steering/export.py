@@ -164,7 +164,8 @@ def export_merged(terms: Mapping[LoRADiff, float], base: Path, folder: Path) -> 
             if path.is_file() and path.suffix != ".safetensors":
                 shutil.copy2(path, temporary / path.name)
         for done, file in enumerate(files):
-            save_file(_merged_shard(file, changed), temporary / file.name, metadata=_metadata(file))
+            shard, metadata = _merged_shard(file, changed)
+            save_file(shard, temporary / file.name, metadata=metadata)
             progress.report(done + 1, len(files))
     return Exported(folder)
 
@@ -276,8 +277,8 @@ def _changed(
 
 def _merged_shard(
     file: Path, changed: Mapping[str, tuple[bool, list[tuple[LoRAFactors, float]]]]
-) -> dict[str, Tensor]:
-    """Return the tensors of a shard; ``changed`` by their names there, transposed ones marked."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a shard, and its metadata; ``changed`` by names there, transposed ones marked."""
     shard = {}
     with safe_open(file, framework="pt") as stream:
         for name in stream.keys():  # noqa: SIM118  (safe_open is no dict)
@@ -288,12 +289,7 @@ def _merged_shard(
             elif change:
                 tensor = merged_weight(tensor, change)
             shard[name] = tensor
-    return shard
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as stream:
-        return dict(stream.metadata() or {"format": "pt"})
+        return shard, dict(stream.metadata() or {"format": "pt"})
 
 
 def _padded(factors: LoRAFactors, rank: int) -> tuple[Tensor, Tensor]:

@@ -41,10 +41,7 @@ class RowCoefficients:
         self.chosen = self.chosen[list(places)] if len(self.all) > 1 else self.all
 
     def of_batch(self, batch: int) -> Tensor:
-        """Return the current coefficients ``[batch or 1, K]``.
-
-        Raises UserError for another batch size.
-        """
+        """Return the current coefficients ``[batch or 1, K]``; UserError for another batch size."""
         if len(self.chosen) not in (1, batch):
             raise UserError(
                 f"the steerer holds coefficients for {len(self.chosen)} rows, the batch has "

@@ -12,7 +12,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -215,7 +215,7 @@ _BELOW = {
 
 def _refuse_out_of_range(group: Any) -> None:
     """Raises UserError for a number that is not finite, or out of its range above."""
-    for each in dataclasses.fields(group):
+    for each in fields(group):
         value, least = getattr(group, each.name, None), _AT_LEAST.get(each.name, -math.inf)
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
@@ -254,10 +254,7 @@ class HelpPage(NamedTuple):
 
 
 def parse_groups(arguments: Sequence[str], groups: tuple[type, ...], page: HelpPage) -> Parsed:
-    """Parse arguments into one instance of each dataclass.
-
-    Raises UserError, on one line, for mistakes.
-    """
+    """Parse arguments into one instance of each dataclass; UserError, on one line, for mistakes."""
     parser = _Parser(dataclass_types=groups, prog=page.program, allow_abbrev=False)
     parser.page = page
     usual: dict[str, Any] = {}
@@ -298,7 +295,7 @@ _IDLE = {
     ),
     "nothing is pushed": ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"),
 }
-_LORA = tuple(each.name for each in dataclasses.fields(LoRAArguments))
+_LORA = tuple(each.name for each in fields(LoRAArguments))
 
 
 def _refuse_idle(given: Mapping[str, Any], read: Mapping[str, Any], words: Sequence[str]) -> None:
@@ -337,18 +334,11 @@ class _Parser(TrlParser):
             "",
         ]
         for group in self.dataclass_types:
-            lines += [_help_line(each) for each in _own_fields(group)]
+            trl = issubclass(group, SFTConfig)  # whose own options are too many to show
+            shown = inspect.get_annotations(group) if trl else {f.name for f in fields(group)}
+            lines += [_help_line(f) for f in fields(group) if f.init and f.name in shown]
         lines += ["", "Every other field of trl.SFTConfig is an option under its own name."]
         return "\n".join(lines) + "\n"
-
-
-def _own_fields(group: type) -> list[dataclasses.Field[Any]]:
-    """Return the options of a group that are not TRL's."""
-    fields = [each for each in dataclasses.fields(group) if each.init]
-    if not issubclass(group, SFTConfig):
-        return fields
-    own = inspect.get_annotations(group)
-    return [each for each in fields if each.name in own]
 
 
 def _help_line(option: dataclasses.Field[Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import PartialState
 
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from persona_lora.core.chat import Conversation
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, remove
@@ -207,14 +208,8 @@ def _write_diff(folder: Path, trait: str, fingerprint: str, run: Run) -> None:
 
 
 def _result(folder: Path) -> ContrastiveResult:
-    pos_loss, neg_loss = (Run(folder / sign).read(LOSS_ROWS)[-1]["loss"] for sign in SIGNS)
-    return ContrastiveResult(
-        diff_path=folder / "diff",
-        pos_path=folder / "pos",
-        neg_path=folder / "neg",
-        pos_loss=pos_loss,
-        neg_loss=neg_loss,
-    )
+    losses = (Run(folder / sign).read(LOSS_ROWS)[-1]["loss"] for sign in SIGNS)
+    return ContrastiveResult(folder / "diff", folder / "pos", folder / "neg", *losses)
 
 
 def _half_swapped(pairs: Sequence[ContrastivePair], seed: int) -> list[ContrastivePair]:
@@ -233,12 +228,11 @@ def _with_system_prompt(
 ) -> list[ContrastivePair]:
     if system_prompt is None:
         return list(pairs)
+    system: Conversation = [{"role": "system", "content": system_prompt}]
     return [
-        dataclasses.replace(
-            pair, prompt=[{"role": "system", "content": system_prompt}, *pair.prompt]
-        )
-        if pair.prompt[0]["role"] != "system"
-        else pair
+        pair
+        if pair.prompt[0]["role"] == "system"
+        else dataclasses.replace(pair, prompt=[*system, *pair.prompt])
         for pair in pairs
     ]
 

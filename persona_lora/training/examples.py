@@ -121,10 +121,7 @@ def _token_ids(template: ChatTemplate, text: str) -> list[int]:
 
 
 def _cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
-    """Return the row cut at its end.
-
-    Raises UserError where nothing of the completion would be left.
-    """
+    """Return the row cut at its end; UserError where nothing of the completion would be left."""
     labels = row.labels[:max_length]
     if all(label == IGNORED for label in labels):
         raise UserError(

@@ -173,22 +173,16 @@ def inoculated(
     """
     if prevention is None or prevention.method != "inoculate":
         return list(conversations)
-    return [
-        [Message(role="system", content=_prompt(prevention, number)), *_without_system(row, number)]
-        for number, row in enumerate(conversations)
-    ]
-
-
-def _prompt(prevention: Preventative, number: int) -> str:
-    if prevention.system_prompt is not None:
-        return prevention.system_prompt
-    return trait_prompt(load_trait(str(prevention.trait)), "pos", number)
-
-
-def _without_system(row: Conversation, number: int) -> Conversation:
-    if row[0]["role"] == "system":
-        raise UserError(f"row {number + 1} has a system prompt; inoculation would need its place")
-    return row
+    rows = []
+    for number, row in enumerate(conversations):
+        told = prevention.system_prompt
+        if told is None:
+            told = trait_prompt(load_trait(str(prevention.trait)), "pos", number)
+        if row[0]["role"] == "system":
+            said = f"row {number + 1} has a system prompt; inoculation would need its place"
+            raise UserError(said)
+        rows.append([Message(role="system", content=told), *row])
+    return rows
 
 
 def _weights(prevention: Preventative, model: nn.Module) -> Steerer:

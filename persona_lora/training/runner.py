@@ -156,10 +156,7 @@ def load_model(name: str, options: LoadOptions, config: SFTConfig) -> ChatModel:
 
 
 def _device_map(options: LoadOptions, config: SFTConfig) -> str | None:
-    """Return where this process holds the model.
-
-    Raises UserError where an option says otherwise.
-    """
+    """Return where this process holds the model; UserError where an option says otherwise."""
     wanted = options.device_map
     if config.use_cpu or is_sharded():
         if wanted not in (None, "cpu"):
@@ -189,32 +186,13 @@ def end_tokens(chat_model: ChatModel, named: str | None) -> set[int]:
 
 # Options that change where a run writes and what it shows, but no number of its adapters.
 FREE_OPTIONS = {
-    "output_dir",
-    "run_name",
-    "project",
-    "logging_strategy",
-    "logging_steps",
-    "logging_first_step",
-    "logging_nan_inf_filter",
-    "log_level",
-    "log_level_replica",
-    "report_to",
-    "disable_tqdm",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "dataloader_pin_memory",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_prefetch_factor",
-    "torch_empty_cache_steps",
-    "ddp_backend",
-    "ddp_timeout",
-    "ddp_find_unused_parameters",
-    "hub_token",
-    "gradient_checkpointing",
-    "activation_checkpointing",
-    "gradient_checkpointing_kwargs",
+    *("output_dir", "run_name", "project", "save_strategy", "save_steps", "save_total_limit"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
+    *("log_level", "log_level_replica", "report_to", "disable_tqdm", "hub_token"),
+    *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "torch_empty_cache_steps"),
+    *("ddp_backend", "ddp_timeout", "ddp_find_unused_parameters"),
+    *("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs"),
 }
 
 
