@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -406,15 +406,11 @@ class PersonaBench:
                 by=self.by if name == LORA else "trait",
             )
             warn_of_other_template(self.chat_model, bank.directions)
-            scales = self._scales(bank, trained, cache)
+            at = cache.with_stem(f"{cache.stem}_{trained}") if cache and trained else cache
+            measure = partial(scales_of, self.chat_model, bank, cache=at, datasets=self.datasets)
+            scales = self.processes.from_main(measure)
             found.append(Method(name, bank, scales, alpha, searcher, trained))
         return found
-
-    def _scales(self, bank: Bank, trained: str, cache: Path | None) -> dict[str, float]:
-        at = cache.with_stem(f"{cache.stem}_{trained}") if cache and trained else cache
-        return self.processes.from_main(
-            lambda: scales_of(self.chat_model, bank, cache=at, datasets=self.datasets)
-        )
 
 
 def _inputs_of(options: JudgeOptions) -> dict[str, str]:

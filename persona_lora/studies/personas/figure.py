@@ -312,17 +312,15 @@ def _mixes(rows: Sequence[Row], condition: str) -> Mapping[str, Mapping[str, flo
 
 def _gains(rows: Sequence[Row], fits: Sequence[ConditionFit], personas: Sequence[str]) -> Array:
     """Return the change from the unsteered model, ``[conditions, personas]``."""
-    gains = np.full((len(fits), len(personas)), np.nan)
-    for column, persona in enumerate(personas):
-        own = {
-            each.condition: each.difference
+    by_persona = [
+        {
+            each.condition: None if each.difference is None else each.difference.mean
             for each in fits_over_prompts([r for r in rows if r["persona"] == persona], "none")
         }
-        for line, each in enumerate(fits):
-            gain = own.get(each.condition)
-            if gain is not None and gain.mean is not None:
-                gains[line, column] = gain.mean
-    return gains
+        for persona in personas
+    ]
+    gains = [[own.get(each.condition) for own in by_persona] for each in fits]
+    return np.array(gains, dtype=float)  # None becomes NaN
 
 
 def _map(axes: Axes, values: Array, names: Sequence[str], personas: Sequence[str]) -> Panel:

@@ -32,6 +32,7 @@ from persona_lora.core.personas import load_persona
 from persona_lora.core.runs import Output, Run
 from persona_lora.report import wording
 from persona_lora.report.resampling import FITS, Interval, bootstrap_mean
+from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table, fill_template
 
 RATINGS = ("1", "2", "3", "4", "5")
@@ -157,22 +158,18 @@ def read_ratings(folder: Path, files: Sequence[Path]) -> HumanFits:
     by_rater = {path.stem: _ratings(path, items) for path in files}
     if len(by_rater) < len(files):
         raise UserError("two rating files have the same name; a rater is known by the file's name")
+    given = [pair for ratings in by_rater.values() for pair in ratings.items()]
     fits: dict[str, dict[int, list[float | None]]] = {}
-    for ratings in by_rater.values():
-        for item, rating in ratings.items():
-            place = items[item]
-            fits.setdefault(place["condition"], {}).setdefault(place["prompt_id"], []).append(
-                float(rating)
-            )
+    for item, rating in given:
+        by_prompt = fits.setdefault(items[item]["condition"], {})
+        by_prompt.setdefault(items[item]["prompt_id"], []).append(float(rating))
     pairs = [
         _agree((one, other), by_rater[one], by_rater[other], whole=True)
         for one, other in itertools.combinations(by_rater, 2)
     ]
     judged = {item: each["score"] for item, each in items.items() if each["score"] is not None}
-    given: dict[str, list[int]] = {}
-    for item, rating in (pair for ratings in by_rater.values() for pair in ratings.items()):
-        given.setdefault(item, []).append(rating)
-    means = {item: fmean(ratings) for item, ratings in given.items()}
+    by_item = grouped(given, lambda pair: pair[0])
+    means = {item: fmean(rating for _, rating in own) for item, own in by_item.items()}
     pairs.append(_agree(("people", "judge"), means, judged, whole=False))
     means_of = {name: bootstrap_mean(fits[name], scale=FITS) for name in sorted(fits)}
     return HumanFits(means_of, tuple(pairs))

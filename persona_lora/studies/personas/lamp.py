@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,11 +147,10 @@ def _answered(
     conditions: Sequence[str],
     mix: Coefficients | None,
 ) -> list[dict[str, Any]]:
-    asked = [(name, question) for name in conditions for question in questions]
-    questioned = rows_of(questions, conditions, mix)
+    answers = speaker.answers(rows_of(questions, conditions, mix))
     scorer = RougeScorer(list(MEASURES))
     rows = []
-    for (name, question), answer in zip(asked, speaker.answers(questioned), strict=True):
+    for (name, question), answer in zip(product(conditions, questions), answers, strict=True):
         overlap = scorer.score(question.gold, answer)
         rows.append(
             {

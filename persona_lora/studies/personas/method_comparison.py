@@ -335,15 +335,10 @@ def _written(
     run = Run.open(output, command="compare-methods", config=config, seed=0, design=design)
     with run:
         run.write("held_out", rows)
-        cells = [
-            {"persona": persona, **fit_cells(each)}
-            for persona, fits in by_persona.items()
-            for each in fits
-        ]
-        write_csv(out / "comparison.csv", COLUMNS, cells)
         render_comparison(run).save(out / "comparison.png")
-        for name, fits in tables.items():
-            cells = [{"persona": "all", **fit_cells(each)} for each in fits]
+        files = {"comparison": by_persona, **{name: {"all": each} for name, each in tables.items()}}
+        for name, by in files.items():
+            cells = [{"persona": of, **fit_cells(each)} for of, fits in by.items() for each in fits]
             write_csv(out / f"{name}.csv", COLUMNS, cells)
     write_report([out], out / "report.html")
     worth = order_line(tables["overall"]), seeds_line(rows), agreement_line(rows)

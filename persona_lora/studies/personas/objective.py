@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -255,14 +256,20 @@ class MixObjective:
             self._judge.leave()
             raise
         exchanges = [Exchange(row.question, text) for row, text in zip(rows, answers, strict=True)]
-        processes = self.speaker.processes
-        scores = processes.from_main(lambda: self._scores(exchanges))
-        coherence = processes.from_main(lambda: self._coherence_of(exchanges))
-        relevance = processes.from_main(lambda: self._relevance_of(exchanges))
-        parts = processes.from_main(lambda: self._parts(exchanges) if self._parts else [])
+
+        def told(measure: Callable[[Sequence[Exchange]], Iterable[Any]] | None) -> list[Any]:
+            return [] if measure is None else list(measure(exchanges))
+
+        from_main, options = self.speaker.processes.from_main, self.options
+        scores = from_main(lambda: [each.score for each in self._patiently(exchanges)])
+        limited = None if options.min_coherence is None else self._coherence
+        coherence = from_main(lambda: [each.score for each in told(limited)])
+        relevant = None if options.min_relevance is None else self._relevance
+        relevance = from_main(lambda: told(relevant))
+        parts = from_main(lambda: told(self._parts))
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
         own = [exchanges[span] for span in spans]
-        kl = processes.from_main(lambda: list(map(self._kl_of, mixes, own)))
+        kl = from_main(lambda: list(map(self._kl_of, mixes, own)))
         return [
             Measured(
                 *(list(prompts), answers[span], scores[span], coherence[span], relevance[span]),
@@ -276,19 +283,6 @@ class MixObjective:
         if self.options.max_kl is None:
             return []
         return [each for answer in self.speaker.divergences(mix, exchanges) for each in answer]
-
-    def _scores(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        return [each.score for each in self._patiently(exchanges)]
-
-    def _coherence_of(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        if self._coherence is None or self.options.min_coherence is None:
-            return []
-        return [each.score for each in self._coherence(exchanges)]
-
-    def _relevance_of(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        if self._relevance is None or self.options.min_relevance is None:
-            return []
-        return list(self._relevance(exchanges))
 
     def _patiently(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge; wait while the judge scores nothing, stop where its budget is spent."""
@@ -361,15 +355,7 @@ class Measured:
     parts: list[dict[str, float | None]]  # of every answer, where there are several objectives
 
     def __add__(self, other: Measured) -> Measured:
-        return Measured(
-            self.prompts + other.prompts,
-            self.answers + other.answers,
-            self.scores + other.scores,
-            self.coherence + other.coherence,
-            self.relevance + other.relevance,
-            self.kl + other.kl,
-            self.parts + other.parts,
-        )
+        return Measured(*map(operator.add, vars(self).values(), vars(other).values()))
 
 
 def mean_or(values: Sequence[float | None], otherwise: float) -> float:

@@ -102,10 +102,8 @@ def comparison_content(run: Run) -> Content:
         key=lambda each: each.fit.mean if each.fit.mean is not None else 0.0,
         default=None,
     )
-    title, lead = (
-        "Ways of giving a person's voice",
-        order_line(fits) if best is None else _lead(rows, fits, best.condition),
-    )
+    title = "Ways of giving a person's voice"
+    lead = order_line(fits) if best is None else _lead(rows, fits, best.condition)
     shown = [row for row in rows if row["persona"] == first]
     said = [f"The answers are those for {first}."]
     picture = render_comparison(run)

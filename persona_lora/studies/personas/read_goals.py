@@ -135,14 +135,12 @@ def front_held(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) ->
     """
     found = front_means(rows, config)
     broken = {each.condition for each in goal_fits(rows, config, limits) if each.feasible == 0}
-    points = [
-        [-math.inf if each.mean is None else -each.mean for each in by.values()]
+    points = {
+        name: [-math.inf if each.mean is None else -each.mean for each in by.values()]
         for name, by in found.items()
         if name not in broken
-    ]
-    kept = dict(
-        zip((each for each in found if each not in broken), undominated(points), strict=True)
-    )
+    }
+    kept = dict(zip(points, undominated(list(points.values())), strict=True))
     return {n: kept.get(n, False) for n in found if n not in (UNSTEERED, RANDOM_MIX)}
 
 

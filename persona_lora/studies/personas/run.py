@@ -250,7 +250,10 @@ def optimise_persona(
         drawn = {"seed": searching.seed, "trained": method.trained}
         result = _reported(problem, method, speaker, found, objective, run, drawn)
     if processes.index == 0:
-        _write_results(problem, method, result)
+        render = render_search if isinstance(problem, PersonaProblem) else render_goal
+        render(run).save(run.folder / "search.png")
+        write_report([run.folder], run.folder / "report.html")
+        _write_best(problem, method, result)
     return result
 
 
@@ -441,16 +444,11 @@ def held_out_rows(
     diverged = isinstance(problem, GoalProblem) or limits.max_kl is not None
 
     def judged() -> list[dict[str, Any]]:
-        spans = range(0, len(answers), len(prompts))
-        rows = [
-            {**row, "weights": mix, **drawn}
-            for name, start in zip(conditions, spans, strict=True)
-            for row, mix in zip(
-                problem.judged(name, answers[start : start + len(prompts)]),
-                weights[start : start + len(prompts)],
-                strict=True,
-            )
-        ]
+        spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(conditions))]
+        by_name = zip(conditions, spans, strict=True)
+        found = [row for name, span in by_name for row in problem.judged(name, answers[span])]
+        both = zip(found, weights, strict=True)
+        rows = [{**row, "weights": mix, **drawn} for row, mix in both]
         if diverged:
             for row, plan, answer in zip(rows, asked, answers, strict=True):
                 row["kl"] = mean_or(speaker.divergences(plan.condition, [answer])[0], 0.0)
@@ -482,7 +480,9 @@ def judged_rows(
     coherence = [each.score for each in problem.coherence.verdicts(exchanges, "embedding")]
     relevance = [_relevance_of(problem, each) for each in exchanges]
     failed = failures(exchanges, problem.persona.utterances("train"), coherence, relevance)
-    searched_by = _as_searched(problem, exchanges)
+    searched_by: list[float | None] = [None] * len(exchanges)
+    if problem.search_judge.name != problem.report_judge.name:  # one judge has nothing to add
+        searched_by = [e.score for e in problem.search_judge.judge(exchanges, PERSONA_FIT)]
     measured = zip(exchanges, manners, failed, coherence, relevance, searched_by, strict=True)
     return [
         {
@@ -517,13 +517,6 @@ def _relevance_of(problem: PersonaProblem, exchange: Exchange) -> float | None:
     return problem.relevance([exchange, *others])[0]
 
 
-def _as_searched(problem: PersonaProblem, exchanges: Sequence[Exchange]) -> list[float | None]:
-    """Return what the judge of the search says, where it is another than the one that reports."""
-    if problem.search_judge.name == problem.report_judge.name:
-        return [None] * len(exchanges)
-    return [each.score for each in problem.search_judge.judge(exchanges, PERSONA_FIT)]
-
-
 def bound_rows(problem: PersonaProblem) -> list[dict[str, Any]]:
     """Return the rows of the floors and of the ceiling (``bounds``), judged as all others are.
 
@@ -547,11 +540,9 @@ def baseline_answers(
 ) -> dict[str, str]:
     """Return the unsteered answer to every prompt, for judges that compare with it."""
     parts = (prompts.train, prompts.fresh, prompts.held_out)
-    everything = [prompt for part in parts for prompt in part]
-    speaker = plain_speaker(chat_model, generation, processes)
-    places = [at for part in parts for at in range(len(part))]
-    rows = [Row(prompt, None, stream=at) for at, prompt in zip(places, everything, strict=True)]
-    return dict(zip(everything, speaker.answers(rows), strict=True))
+    rows = [Row(prompt, None, stream=at) for part in parts for at, prompt in enumerate(part)]
+    answers = plain_speaker(chat_model, generation, processes).answers(rows)
+    return {row.question: answer for row, answer in zip(rows, answers, strict=True)}
 
 
 def persona_system_prompt(persona: Persona) -> str:
@@ -615,15 +606,8 @@ def recorded_objective(objective: ObjectiveOptions) -> dict[str, Any]:
     return {key: each for key, each in kept.items() if key not in unsaid}
 
 
-def _write_results(problem: Problem, method: Method, result: PersonaResult) -> None:
-    """Write picture and report, and the two files that the search is known by."""
-    render = render_search if isinstance(problem, PersonaProblem) else render_goal
-    render(Run(result.folder)).save(result.folder / "search.png")
-    write_report([result.folder], result.folder / "report.html")
-    _write_best(problem, method, result)
-
-
 def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None:
+    """Write the files that the search is known by."""
     folder = ensure_writable_folder(result.folder.parent)
     best = result.fit_of(result.best)
     by_iteration = _best_so_far(result.search.candidates)
