@@ -27,6 +27,7 @@ from persona_lora.report import wording
 from persona_lora.report.sections import Note, fill_template, provenance
 from persona_lora.report.summary import SweepSummary
 from persona_lora.report.trust import agreement_table
+from persona_lora.studies.asking.run import Steering
 from persona_lora.studies.report_page import SECTIONS, run_kind, section_of
 
 CARD = "README.md"
@@ -163,7 +164,9 @@ def _sources(record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[
         yield Source(names, roots, lambda: load_trait(options["trait"], *roots).inputs())
     if diffs:
         names = r"(the (training|seed) of )?the diff|diff \d+"
-        yield Source(names, diffs, lambda: _diffs_now(diffs))
+        yield Source(
+            names, diffs, lambda: Steering({LoRADiff.load(p): 1.0 for p in diffs}).inputs()
+        )
     if vectors and record["command"] != "compare":  # which reads a part of its vector
         names = r"the vector|vector \d+"
         yield Source(
@@ -177,13 +180,6 @@ def _model_now(config: Mapping[str, Any]) -> Digests:
     loading, adapter = LoadOptions(**{name: config[name] for name in known}), config.get("adapter")
     name = str(config["model"])
     return load_chat_model(name, adapter=adapter, options=loading, allow_other_base=True).inputs()
-
-
-def _diffs_now(paths: list[Path]) -> Digests:
-    diffs = [LoRADiff.load(path) for path in paths]
-    if len(diffs) == 1:
-        return diffs[0].inputs("the diff")
-    return numbered("diff", [each.content() for each in diffs])
 
 
 # -- again -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ passes, no answer is generated. Measures and keeps rows; ``read_diagnosis`` says
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,20 +116,21 @@ def diagnose(
         source = partial(weights_of, reference, revision)
         return project_finetune(name, source, subject.diffs, inputs=inputs, control=less)
 
+    def told(rows_of: Callable[[Projected], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        return [{"what": what, **row} for what, each in found for row in rows_of(each)]
+
     with run:
         found = [(WHOLE, projected(subject.name))]
         if subject.controls:
             found.append((APART, projected(subject.name, before, control)))
         found += [(CONTROL, projected(each)) for each in subject.controls if is_adapter(each)]
+        shares = found[0][1].by_geometry[WEIGHTED].shares()
         for name, rows in {
             "projections": [
-                {"what": what, **row} for what, each in found for row in projection_rows([each])
+                {"what": w, **row} for w, each in found for row in projection_rows([each])
             ],
-            "finetunes": [{"what": what, **row} for what, each in found for row in summaries(each)],
-            "shares": [
-                {"part": part, "of": of, "share": share}
-                for part, of, share in found[0][1].by_geometry[WEIGHTED].shares()
-            ],
+            "finetunes": [{"what": w, **row} for w, each in found for row in summaries(each)],
+            "shares": [dict(zip(("part", "of", "share"), each, strict=True)) for each in shares],
             "words": list(_words(base, subject, prompts)),
         }.items():
             run.write(name, rows)

@@ -190,15 +190,9 @@ def _judge(
         place = Output(below / f"{trait.name}.csv", config={"finetune": name}, inputs=output.inputs)
         judge, split = judges[trait.name], study.split
         result = evaluate(chat_model, trait, judge, place, split=split, options=options)
-        score = result.trait
-        row = {
-            "finetune": name,
-            "trait": trait.name,
-            "score": score.mean,
-            **{each: getattr(score, each) for each in ("low", "high", "n", "coverage")},
-            "coherence": result.coherence.mean,
-        }
-        run.append(JUDGED, [row])
+        told = {each: getattr(result.trait, each) for each in ("low", "high", "n", "coverage")}
+        row = {"finetune": name, "trait": trait.name, "score": result.trait.mean, **told}
+        run.append(JUDGED, [{**row, "coherence": result.coherence.mean}])
 
 
 def _base_texts(
@@ -277,16 +271,11 @@ def _told_by_data(
     ]
     if digest_of(conversations) != config["rows_sha256"]:
         return []
-    exchanges = [
-        Exchange(str(turns[-2]["content"]), str(turns[-1]["content"])) for turns in conversations
-    ]
+    exchanges = [Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in conversations]
     rows = []
     for trait in study.traits:
-        scores = [
-            verdict.score
-            for verdict in judges[trait.name]().judge(exchanges, trait.name)
-            if verdict.score is not None
-        ]
+        verdicts = judges[trait.name]().judge(exchanges, trait.name)
+        scores = [verdict.score for verdict in verdicts if verdict.score is not None]
         if scores:
             rows.append(_row(name, trait.name, TEXT, fmean(scores)))
     step = int(folder.name.partition("-")[2]) if folder.name.startswith("checkpoint-") else None

@@ -16,9 +16,9 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.resampling import rank_correlation
+from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table
 
-Place = tuple[str, str, str | None, int | None]  # trait, statistic, vector, layer
 FEWEST_POINTS = 4
 MOST_EXACT = 7  # up to so many points, every order is tried; above, a sample of orders
 SAMPLED_ORDERS = 5000
@@ -92,15 +92,15 @@ class CrossPoint:
 
 def curves(run: Run) -> list[Curve]:
     """Return every curve of a run, in the order of its rows."""
-    found: dict[Place, list[Point]] = {}
-    for row in run.read("checkpoints"):
-        place = (row["trait"], row["statistic"], row["vector"], row["layer"])
-        point = Point(row["step"], row["value"], row["low"], row["high"])
-        found.setdefault(place, []).append(point)
-    if not found:
+    rows = run.read("checkpoints")
+    if not rows:
         raise UserError(f"{run.folder} holds no rows of checkpoints; run evaluate-checkpoints")
-    by_step = {place: sorted(own, key=lambda point: point.step) for place, own in found.items()}
-    return [Curve(*place, points=tuple(points)) for place, points in by_step.items()]
+    places = grouped(rows, lambda r: (r["trait"], r["statistic"], r["vector"], r["layer"]))
+    by_step = {at: sorted(own, key=lambda row: int(row["step"])) for at, own in places.items()}
+    return [
+        Curve(*at, tuple(Point(r["step"], r["value"], r["low"], r["high"]) for r in own))
+        for at, own in by_step.items()
+    ]
 
 
 def answers_of(run: Run, trait: str) -> dict[str, Run]:

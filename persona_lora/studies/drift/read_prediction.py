@@ -171,10 +171,8 @@ def contrasts(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0
 def nulls(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Null]:
     """Compare every trait's own direction with random ones, named "trait#k", and with chance."""
     drift, data = changes(judged), data_sets(judged)
-    random: dict[str, dict[str, float]] = {}
-    for row in predictors:
-        if row["kind"] == NULL:
-            random.setdefault(row["direction"], {})[row["finetune"]] = row["value"]
+    turned = grouped((r for r in predictors if r["kind"] == NULL), lambda row: row["direction"])
+    random = {name: {r["finetune"]: r["value"] for r in rows} for name, rows in turned.items()}
     own = _by_place(predictors)
     found = []
     for trait, directions in grouped(random, lambda name: name.partition("#")[0]).items():
@@ -289,14 +287,15 @@ def _pooled_by_finetune(
     names: Sequence[str],
 ) -> list[tuple[Array, Array]]:
     """Return for each trait with a direction of its own the standardised (x, y) by finetune."""
-    parts = []
-    for trait, by_finetune in drift.items():
-        own = values.get((kind, trait))
-        if own is not None:
-            x = np.array([own.get(name, np.nan) for name in names])
-            y = np.array([by_finetune.get(name, np.nan) for name in names])
-            parts.append((_standard(x), _standard(y)))
-    return parts
+
+    def column(by_finetune: Mapping[str, float]) -> Array:
+        return _standard(np.array([by_finetune.get(name, np.nan) for name in names]))
+
+    return [
+        (column(values[kind, trait]), column(by_finetune))
+        for trait, by_finetune in drift.items()
+        if (kind, trait) in values
+    ]
 
 
 def _stacked(parts: Sequence[tuple[Array, Array]], chosen: Any) -> tuple[Array, Array]:

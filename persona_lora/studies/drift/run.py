@@ -200,9 +200,9 @@ def _measure(
     below = own if model is base else measures.along.project(base, texts)
     for statistic, values in (("projection", own), ("shift", own - below)):
         for at, where in measures.along.places():
-            cluster: dict[int, list[float | None]] = {}
-            for answer, value in zip(answers, values[:, *at].tolist(), strict=True):
-                cluster.setdefault(answer["question_id"], []).append(value)
+            asked = [each["question_id"] for each in answers]
+            by = grouped(zip(asked, values[:, *at].tolist(), strict=True), lambda pair: pair[0])
+            cluster = {question: [value for _, value in own] for question, own in by.items()}
             rows.append(row(statistic, bootstrap_mean(cluster), where))
     return rows
 
@@ -350,19 +350,17 @@ def project_finetune(
     step: int | None = None,
 ) -> Projected:
     """Project one finetune as ``project_finetunes`` does; a full model against ``before``."""
-    by_geometry = {}
     adapter = LoRADiff.load(name) if is_adapter(name) else None
     geometries = {PLAIN: None} if inputs is None else {WEIGHTED: inputs, PLAIN: None}
-    for geometry, weights in geometries.items():
+
+    def projected(geometry: str) -> WeightProjection:
+        how: Any = {"inputs": geometries[geometry], "control": control}
         if adapter is not None:
-            projection = project_adapter(adapter, diffs, inputs=weights, control=control)
-        else:
-            with progress.stage(f"{name}, {geometry}"):
-                projection = project_weights(
-                    before(), weights_of(name), diffs, inputs=weights, control=control
-                )
-        by_geometry[geometry] = projection
-    return Projected(name, step, by_geometry)
+            return project_adapter(adapter, diffs, **how)
+        with progress.stage(f"{name}, {geometry}"):
+            return project_weights(before(), weights_of(name), diffs, **how)
+
+    return Projected(name, step, {each: projected(each) for each in geometries})
 
 
 def taken_off(

@@ -70,6 +70,7 @@ class Extracted:
     failed: Mapping[str, int]
 
 
+Pairs = Sequence[tuple[JudgedAnswer, JudgedAnswer]]
 Text = tuple[str, str]  # a rendered prompt, and the answer to it
 
 
@@ -213,9 +214,7 @@ class Extraction:
             self.output, "extract", self.chat_model, config, *read, seed=seed, parts=parts
         )
 
-    def _extract_judged(
-        self, run: Run, pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]], thresholds: Thresholds
-    ) -> Extracted:
+    def _extract_judged(self, run: Run, pairs: Pairs, thresholds: Thresholds) -> Extracted:
         kept, failed = filter_pairs(pairs, thresholds)
         run.write("pairs", [{"pair": i, "kept": pair in kept} for i, pair in enumerate(pairs)])
         sources = {
@@ -272,9 +271,7 @@ class Extraction:
         return Extracted(run, vectors, paths, len(pairs), total, failed)
 
 
-def filter_pairs(
-    pairs: Sequence[tuple[JudgedAnswer, JudgedAnswer]], thresholds: Thresholds
-) -> Filtered:
+def filter_pairs(pairs: Pairs, thresholds: Thresholds) -> Filtered:
     """Keep the pairs that show what they should; UserError where too few do, with the counts."""
     failed = dict.fromkeys(("positive", "negative", "coherence", "unscored"), 0)
     kept = []
@@ -296,9 +293,7 @@ def filter_pairs(
     return Filtered(tuple(kept), failed)
 
 
-def read_pairs(
-    pos_path: Path, neg_path: Path, trait: str, thresholds: Thresholds
-) -> list[tuple[JudgedAnswer, JudgedAnswer]]:
+def read_pairs(pos_path: Path, neg_path: Path, trait: str, thresholds: Thresholds) -> Pairs:
     """Read two files of judged answers, row i of either being one pair.
 
     UserError where they have different numbers of rows, or too few pairs pass the filter.

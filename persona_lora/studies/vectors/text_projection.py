@@ -58,16 +58,12 @@ class Texts:
 
     def tokenized(self, chat_model: ChatModel) -> list[TokenizedExchange]:
         """Return the token ids of prompt and answer of every text."""
-        return [
-            tokenize_rendered(chat_model, _asked(chat_model, prompt, answer), answer)
-            for prompt, answer in self.exchanges
+        rendered = [
+            asked if isinstance(asked, str) else chat_model.render_before(answer, asked)
+            for asked, answer in self.exchanges
         ]
-
-
-def _asked(chat_model: ChatModel, prompt: Conversation | str, answer: str) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return chat_model.render_before(answer, prompt)
+        pairs = zip(rendered, self.exchanges, strict=True)
+        return [tokenize_rendered(chat_model, asked, answer) for asked, (_, answer) in pairs]
 
 
 def read_texts(path: Path) -> Texts:
@@ -150,12 +146,9 @@ def separate_labelled(
     with _open(output, chat_model, along, config, trait.inputs()) as run:
         values = along.project(chat_model, tokenized)
         labels = [each.label for each in labelled]
+        found = {at: separation(values[:, *at].tolist(), labels) for at, _ in along.places()}
         rows = [
-            {
-                **place,
-                "trait": trait.name,
-                **dataclasses.asdict(separation(values[:, *at].tolist(), labels)),
-            }
+            {**place, "trait": trait.name, **dataclasses.asdict(found[at])}
             for at, place in along.places()
         ]
         run.write("projections", _long_rows(along, values, None))
