@@ -70,20 +70,14 @@ def show_canaries(judge: Judge, trait: Trait, criteria: Sequence[str]) -> list[C
         highest = LIMIT if criterion == COHERENCE else limit
         verdicts = judge.judge(list(shown.values()), criterion)
         for name, verdict in zip(shown, verdicts, strict=True):
-            liked = name != CANNED and verdict.score is not None and verdict.score > highest
-            found.append(
-                Canary(verdict.judge, criterion, name, verdict.score, highest, caught=not liked)
-            )
-    for each in found:
-        if not each.caught:
-            logger.warning(
-                "FOOLED JUDGE: %s gives %.0f of 100 on %r to nonsense (%s); its scores may rest on "
-                "something else",
-                each.judge,
-                each.score,
-                each.criterion,
-                each.name,
-            )
+            score, liked = verdict.score, name != CANNED and (verdict.score or 0.0) > highest
+            found.append(Canary(verdict.judge, criterion, name, score, highest, caught=not liked))
+            if liked:
+                logger.warning(
+                    "FOOLED JUDGE: %s gives %.0f of 100 on %r to nonsense (%s); its scores may "
+                    "rest on something else",
+                    *(verdict.judge, score, criterion, name),
+                )
     return found
 
 

@@ -27,7 +27,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,6 +187,7 @@ class EmbeddingValidation(NamedTuple):
     looped: JudgeValidation
 
 
+@dataclass(eq=False)
 class EmbeddingJudge:
     """A classifier of answers and a coherence scorer, validated whenever they are put together.
 
@@ -195,19 +196,16 @@ class EmbeddingJudge:
     higher coherence than their shuffled and looped versions. Each AUC under 0.8 is warned about.
     """
 
-    name = "embedding"
+    trait: Trait
+    classifier: AnswerClassifier
+    coherence: CoherenceScorer
+    name: ClassVar[str] = "embedding"
 
-    def __init__(
-        self, trait: Trait, *, classifier: AnswerClassifier, coherence: CoherenceScorer
-    ) -> None:
-        self.trait = trait
-        self.classifier = classifier
-        self.coherence = coherence
-        self.validation = EmbeddingValidation(
-            validate_judge(self, trait), coherence.shuffled, coherence.looped
-        )
-        warn_if_untrusted(coherence.shuffled)
-        warn_if_untrusted(coherence.looped)
+    def __post_init__(self) -> None:
+        broken = self.coherence.shuffled, self.coherence.looped
+        self.validation = EmbeddingValidation(validate_judge(self, self.trait), *broken)
+        for each in broken:
+            warn_if_untrusted(each)
 
     @classmethod
     def fit(

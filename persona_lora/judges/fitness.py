@@ -171,13 +171,13 @@ def own_agreement(verdicts: Sequence[Verdict], rows: Sequence[RatedAnswer]) -> J
         Compared(row.model, row.condition, row.question, verdict.score, row.rating(scale))
         for verdict, row in zip(verdicts, rows, strict=True)
     ]
-    rated = [row for verdict, row in zip(verdicts, rows, strict=True) if verdict.score is not None]
+    rated = [each for each in compared if each.score is not None]
     pairs = [(each.score, each.rating) for each in compared if each.score is not None]
-    within = within_groups(*_columns(pairs), [f"{row.model}: {row.condition}" for row in rated])
+    within = within_groups(*_columns(pairs), [f"{each.model}: {each.condition}" for each in rated])
     reliability = _reliability(pairs)
     gaps = [abs(each.score - each.label) * each.n for each in reliability]
-    by_condition = _parts(pairs, [row.condition for row in rated])
-    by_model = _parts(pairs, [row.model for row in rated])
+    by_condition = _parts(pairs, [each.condition for each in rated])
+    by_model = _parts(pairs, [each.model for each in rated])
     own = OwnAnswers(
         within=within,
         bias={
@@ -242,18 +242,17 @@ def validate_judge(judge: Judge, trait: Trait) -> JudgeValidation:
     if has_ratings(trait):
         rows = load_ratings(trait, "validation")
         validation = own_agreement(judge.judge([row.exchange for row in rows], trait.name), rows)
-        warn_if_untrusted(validation)
-        return validation
-    if not has_labels(trait):
+    elif has_labels(trait):
+        labelled = load_labelled_answers(trait)
+        asked = [Exchange(each.question, each.answer) for each in labelled]
+        validation = agreement(judge.judge(asked, trait.name), [each.label for each in labelled])
+    else:
         logger.warning(
             "JUDGE NOT VALIDATED: the trait %s has no judge_eval.jsonl of labelled answers; how "
             "far its scores can be trusted is not known",
             trait.name,
         )
         return JudgeValidation(judge.name, trait.name, auc=None, spearman=None, n=0, coverage=0.0)
-    labelled = load_labelled_answers(trait)
-    exchanges = [Exchange(each.question, each.answer) for each in labelled]
-    validation = agreement(judge.judge(exchanges, trait.name), [each.label for each in labelled])
     warn_if_untrusted(validation)
     return validation
 

@@ -48,20 +48,16 @@ class LocalJudge:
             first = _whole_numbers(distinct, first, self.continuation_logprobs)
         readings = dict(zip(distinct, map(weighted_score, first), strict=True))
         scored = any(each.score is not None for each in readings.values())
-        if self.continuation_logprobs is None and scored:
-            _refuse_digits([token for each in first for token in each], self.name)
+        digits = not shows_whole_numbers(token for each in first for token in each)
+        if self.continuation_logprobs is None and scored and digits:
+            raise UserError(
+                f"{self.name} seems to split numbers into digits, which makes the scores of its "
+                "first tokens meaningless; pass continuation_logprobs"
+            )
         return [
             Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
             for prompt in prompts
         ]
-
-
-def _refuse_digits(tokens: Sequence[str], name: str) -> None:
-    if not shows_whole_numbers(tokens):
-        raise UserError(
-            f"{name} seems to split numbers into digits, which makes the scores of its first "
-            "tokens meaningless; pass continuation_logprobs"
-        )
 
 
 def _whole_numbers(

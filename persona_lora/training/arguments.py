@@ -153,51 +153,36 @@ class ContrastiveConfig(SFTConfig):
         if self.max_steps == BY_EPOCHS and not self.num_train_epochs > 0:
             raise UserError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
         _refuse_out_of_range(self)
-        unfit = {
-            "packing": (self.packing, "pairs are short; batches are grouped by length instead"),
-            "padding_free": (self.padding_free, "batches are grouped by length instead"),
-            "assistant_only_loss": (self.assistant_only_loss, "the loss is on completions only"),
-            "completion_only_loss: false": (
-                self.completion_only_loss is False,
-                "the loss is on completions only",
-            ),
-            "resume_from_checkpoint": (
-                self.resume_from_checkpoint is not None,
-                "running the same command again resumes",
-            ),
-            "save_strategy: best": (
-                str(self.save_strategy).lower().endswith("best"),
-                "nothing is evaluated while training; use steps or epoch",
-            ),
-            "auto_find_batch_size": (
-                self.auto_find_batch_size,
-                "it would change the batches halfway; lower per_device_train_batch_size and raise "
-                "gradient_accumulation_steps",
-            ),
-            "push_to_hub": (
-                self.push_to_hub,
-                "persona-lora push shows and uploads the finished diff",
-            ),
-            "hub_token": (
-                self.hub_token is not None,  # every checkpoint would hold it
-                "HF_TOKEN in the environment or in .env is used for what is loaded",
-            ),
-            "eval_strategy": (str(self.eval_strategy) not in _NO, "use persona-lora sweep"),
-            "model_init_kwargs": (
-                bool(self.model_init_kwargs),
-                "dtype, revision, quantize and attn_implementation have options of their own",
-            ),
-            "chat_template_path": (
-                self.chat_template_path is not None,
-                "put the template into the tokenizer's folder",
-            ),
-        }
-        for name, (is_set, instead) in unfit.items():
-            if is_set:
+        found = {name for name in _UNFIT if getattr(self, name, None) not in (None, False, {})}
+        if self.completion_only_loss is False:
+            found.add("completion_only_loss: false")
+        if str(self.save_strategy).lower().endswith("best"):
+            found.add("save_strategy: best")
+        if str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+            found.discard("eval_strategy")
+        for name, instead in _UNFIT.items():
+            if name in found:
                 raise UserError(f"{name} is not for LoRA training here; {instead}")
 
 
-_NO = ("no", "IntervalStrategy.NO")
+# Options of TRL that would spoil a run, and what to do instead.
+_UNFIT = {
+    "packing": "pairs are short; batches are grouped by length instead",
+    "padding_free": "batches are grouped by length instead",
+    "assistant_only_loss": "the loss is on completions only",
+    "completion_only_loss: false": "the loss is on completions only",
+    "resume_from_checkpoint": "running the same command again resumes",
+    "save_strategy: best": "nothing is evaluated while training; use steps or epoch",
+    "auto_find_batch_size": "it would change the batches halfway; lower "
+    "per_device_train_batch_size and raise gradient_accumulation_steps",
+    "push_to_hub": "persona-lora push shows and uploads the finished diff",
+    # Every checkpoint would hold it.
+    "hub_token": "HF_TOKEN in the environment or in .env is used for what is loaded",
+    "eval_strategy": "use persona-lora sweep",
+    "model_init_kwargs": "dtype, revision, quantize and attn_implementation have options of their "
+    "own",
+    "chat_template_path": "put the template into the tokenizer's folder",
+}
 BY_EPOCHS = -1  # TRL's max_steps where num_train_epochs counts
 SEEDS = 2**32
 _AT_LEAST = {

@@ -132,10 +132,8 @@ def _cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
 
 def shared_lengths(rows: dict[Sign, list[TokenRow]]) -> list[int]:
     """Return a length for each pair that does not depend on the sign: the longer of its rows."""
-    return [
-        max(len(pos.input_ids), len(neg.input_ids))
-        for pos, neg in zip(rows["pos"], rows["neg"], strict=True)
-    ]
+    pairs = zip(*rows.values(), strict=True)
+    return [max(len(each.input_ids) for each in pair) for pair in pairs]
 
 
 class LengthGroupedOrder(Sampler[int]):

@@ -205,11 +205,7 @@ class LoRAArguments:
             raise UserError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if not self.lora_target_modules:
             raise UserError("lora_target_modules is empty; use all-linear, or name linear modules")
-        refused = sorted(
-            target
-            for target in self.lora_target_modules
-            if target.rsplit(".", 1)[-1] in EMBEDDING_MODULES
-        )
+        refused = sorted(t for t in self.lora_target_modules if _kind(t) in EMBEDDING_MODULES)
         if refused:
             raise UserError(
                 f"lora_target_modules names {', '.join(refused)}: a LoRA on embeddings or on the "

@@ -49,17 +49,15 @@ def render_checkpoints(run: Run) -> Picture:
     panels = []
     for index, trait in enumerate(traits):
         bottom = height - 0.75 - (index + 1) * _ROW + 0.72
+        titles = {
+            f"{title_of(trait)}: judged": "step",
+            "Shift along each vector": "step",
+            "Score against projection": "mean projection of the answers",
+        }
+        places = [(_LEFT + at * (_PANEL + _GAP), bottom, _PANEL, _HEIGHT) for at in range(3)]
         scores, shifts, against = (
-            draw.add_axes(
-                figure, (_LEFT + at * (_PANEL + _GAP), bottom, _PANEL, _HEIGHT), title=title, x=x
-            )
-            for at, (title, x) in enumerate(
-                (
-                    (f"{title_of(trait)}: judged", "step"),
-                    ("Shift along each vector", "step"),
-                    ("Score against projection", "mean projection of the answers"),
-                )
-            )
+            draw.add_axes(figure, place, title=title, x=x)
+            for place, (title, x) in zip(places, titles.items(), strict=True)
         )
         of = grouped([each for each in every if each.trait == trait], lambda each: each.statistic)
         panels += [
