@@ -13,13 +13,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
 from persona_lora.core.errors import UserError
+from persona_lora.judges.completions import Reply
 from persona_lora.judges.retries import Body, Dialect, Fault, retry_after, retrying
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
@@ -33,17 +34,7 @@ _ABOUT_THE_TEXT = ("content_filter", "content_policy_violation", "context_length
 _TEXT_WORDS = ("maximum context length", "flagged", "content management policy")
 
 T = TypeVar("T")
-
-
-class Unfinished(Protocol):
-    """A reply that may have been cut off while the model was still reasoning."""
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether it was."""
-
-
-R = TypeVar("R", bound=Unfinished)
+Send = Callable[[Body], Coroutine[Any, Any, Reply]]
 
 
 @dataclass(frozen=True)
@@ -137,14 +128,12 @@ class Client:
         await self._client.__aexit__(*details)
 
 
-async def persist(
-    send: Callable[[Body], Coroutine[Any, Any, R]], body: Body, dialect: Dialect, max_retries: int
-) -> R:
+async def persist(send: Send, body: Body, dialect: Dialect, max_retries: int) -> Reply:
     """Send ``body`` in the endpoint's dialect until a reply comes; the last Fault is raised."""
     while True:
         sent = dialect.spoken(body)
         try:
-            reply: R = await retrying(max_retries)(send, sent)
+            reply: Reply = await retrying(max_retries)(send, sent)
         except Fault as fault:
             # Others may have learnt the same while this request was on its way.
             if dialect.spoken(body) == sent and not dialect.learn(fault, sent):

@@ -324,22 +324,13 @@ class LossBar(ProgressCallback):
         super().__init__()
         self.title = title
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *given: Any, **named: Any) -> None:
         """Open the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(*given, **named)
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
         """Show the loss behind the bar."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from persona_lora.core.chat import COHERENCE, Condition, Conversation
 from persona_lora.core.errors import UserError
@@ -126,15 +126,14 @@ def tune_prompt(
             judge_answers(run, judge, trait)
         return run
 
-    def planned(split: Split, conditions: Sequence[Condition], last: int | None = None) -> Any:
-        return plan_rows(trait, split, conditions, samples=options.samples, max_questions=last)
-
+    planned = partial(plan_rows, trait, samples=options.samples)
     for first, last in _rounds(len(left), len(trait.questions["extract"])):
         conditions = [Condition("prompt", system_prompt=made[name]) for name in left]
+        known = first * options.samples
         rows = [
             row
             for condition in conditions
-            for row in planned("extract", [condition], last)[first * options.samples :]
+            for row in planned("extract", [condition], max_questions=last)[known:]
         ]
         run = asked(f"tuning_{first}_{last}", conditions, rows)
         scores = _counted(run, trait, sign)

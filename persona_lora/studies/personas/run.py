@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -610,7 +611,9 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
     """Write the files that the search is known by."""
     folder = ensure_writable_folder(result.folder.parent)
     best = result.fit_of(result.best)
-    by_iteration = _best_so_far(result.search.candidates)
+    tried = result.search.candidates
+    best_so_far = accumulate(tried, partial(max, key=lambda each: each.standing))
+    by_iteration = {each.iteration: top for each, top in zip(tried, best_so_far, strict=True)}
     speaker = speaker_of(problem, method)
     coefficients = speaker.coefficients(result.weights)
     known_by = folder / f"{problem.name}_optimization.json"
@@ -666,16 +669,6 @@ def _found_by(known_by: Path) -> str:
         return str(read_json(known_by)["search"])
     except (UserError, LookupError, TypeError):
         return "an earlier search"
-
-
-def _best_so_far(candidates: Sequence[Candidate]) -> dict[int, Candidate]:
-    found: dict[int, Candidate] = {}
-    best: Candidate | None = None
-    for each in candidates:
-        if best is None or each.standing > best.standing:
-            best = each
-        found[each.iteration] = best
-    return found
 
 
 def fit_cells(fit: ConditionFit) -> dict[str, Any]:
