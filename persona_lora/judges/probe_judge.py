@@ -95,22 +95,22 @@ def _embedder() -> SentenceEmbedder:
     return SentenceEmbedder()
 
 
+@dataclass(eq=False)
 class ProbeJudge:
     """Scores the trait and coherence with fitted probes; both from one reading of an answer.
 
     ``validation`` is the agreement with the validation part of the trait's rated answers.
     """
 
-    def __init__(
-        self, evidence: Evidence, fitted: FittedProbes, labels: Sequence[RatedAnswer]
-    ) -> None:
-        self.name = evidence.name
-        self.trait = evidence.trait
-        self.evidence = evidence
-        self.fitted = fitted
+    evidence: Evidence
+    fitted: FittedProbes
+    labels: Sequence[RatedAnswer]
+
+    def __post_init__(self) -> None:
+        self.name, self.trait = self.evidence.name, self.evidence.trait
         self._known: dict[Exchange, dict[str, Verdict]] = {}
         self.validation = tuple(
-            self._validation(each, labels) for each in (self.trait.name, COHERENCE)
+            self._validation(each, self.labels) for each in (self.trait.name, COHERENCE)
         )
         for each in self.validation:
             warn_if_untrusted(each)

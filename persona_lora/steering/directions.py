@@ -124,23 +124,18 @@ def sum_pairs(
     lengths = [sum(map(len, (*a, *b))) for a, b in zip(positive, negative, strict=True)]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     sums: dict[str, PairSums] = {}
-    done = 0
     for start in range(0, len(order), PAIRS_PER_CHUNK):
         chunk = order[start : start + PAIRS_PER_CHUNK]
         texts = [positive[index] for index in chunk] + [negative[index] for index in chunk]
-        states: Tensor | None = None  # [2 · pairs, positions, layers, hidden]
         names = [f"pair {index} ({sign})" for sign in ("positive", "negative") for index in chunk]
+        found: dict[int, Tensor] = {}
         with progress.counting() as count:
             for rows, means in stream_hidden_means(
                 chat_model, texts, positions=positions, layers=layers, names=names
             ):
-                if states is None:
-                    states = means.new_empty(len(texts), *means.shape[1:])
-                states[rows] = means
-                done += len(rows)
-                count(done, 2 * len(positive))
-        if states is None:
-            raise UserError("no hidden states came of the texts")
+                found.update(zip(rows, means, strict=True))
+                count(2 * start + len(found), 2 * len(positive))
+        states = torch.stack([found[row] for row in range(len(texts))])  # [2 · pairs, …, hidden]
         for index, position in enumerate(positions):
             if position not in sums:
                 sums[position] = PairSums.empty(layers, states.shape[-1], moments=moments)

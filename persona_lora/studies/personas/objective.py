@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -170,6 +170,7 @@ class RememberingJudge:
         return {each: verdict for each, verdict in found.items() if verdict.score is None}
 
 
+@dataclass(eq=False)
 class MixObjective:
     """Maps the candidates of a generation to values; see ``ObjectiveOptions``.
 
@@ -177,41 +178,33 @@ class MixObjective:
     ``parts`` gives the values of every answer by objective, where several are searched at once.
     """
 
-    def __init__(
-        self,
-        speaker: Speaker,
-        prompts: Sequence[str],
-        judge: Judge,
-        options: ObjectiveOptions = ObjectiveOptions(),
-        *,
-        coherence: Coherence | None = None,
-        relevance: Relevance | None = None,
-        learnt_from: Sequence[str] | None = (),
-        parts: Parts | None = None,
-    ) -> None:
-        self.options = options
-        if not prompts:
+    speaker: Speaker
+    prompts: Sequence[str]
+    judge: Judge
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    _: KW_ONLY
+    coherence: Coherence | None = None
+    relevance: Relevance | None = None
+    learnt_from: Sequence[str] | None = ()
+    parts: Parts | None = None
+
+    def __post_init__(self) -> None:
+        self._judge = RememberingJudge(self.judge)
+        if not self.prompts:
             raise UserError("a search needs at least one prompt")
-        if self.options.min_coherence is not None and coherence is None:
+        if self.options.min_coherence is not None and self.coherence is None:
             raise UserError("min_coherence needs a measure of coherence")
-        if self.options.min_relevance is not None and relevance is None:
+        if self.options.min_relevance is not None and self.relevance is None:
             raise UserError("min_relevance needs a measure of relevance")
-        if self.options.min_relevance is not None and len(prompts) < 2:
+        if self.options.min_relevance is not None and len(self.prompts) < 2:
             raise UserError(
                 "relevance compares an answer with two prompts at least, and there is one; give "
                 "more, or turn it off (--min-relevance 0)"
             )
-        if self.options.race and len(prompts) < 2:
+        if self.options.race and len(self.prompts) < 2:
             raise UserError("a race is over two prompts at least, and there is one; leave it out")
-        if self.options.race and parts is not None:
+        if self.options.race and self.parts is not None:
             raise UserError("a race needs one order of its candidates, and a front has none")
-        self.speaker = speaker
-        self.prompts = tuple(prompts)
-        self._judge = RememberingJudge(judge)
-        self._parts = parts
-        self._coherence = coherence
-        self._relevance = relevance
-        self._learnt_from = learnt_from
 
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
         """Return a value per candidate; ``iteration`` seeds which prompts a race begins with."""
@@ -262,11 +255,11 @@ class MixObjective:
 
         from_main, options = self.speaker.processes.from_main, self.options
         scores = from_main(lambda: [each.score for each in self._patiently(exchanges)])
-        limited = None if options.min_coherence is None else self._coherence
+        limited = None if options.min_coherence is None else self.coherence
         coherence = from_main(lambda: [each.score for each in told(limited)])
-        relevant = None if options.min_relevance is None else self._relevance
+        relevant = None if options.min_relevance is None else self.relevance
         relevance = from_main(lambda: told(relevant))
-        parts = from_main(lambda: told(self._parts))
+        parts = from_main(lambda: told(self.parts))
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
         own = [exchanges[span] for span in spans]
         kl = from_main(lambda: list(map(self._kl_of, mixes, own)))
@@ -309,9 +302,9 @@ class MixObjective:
         asked = [self.prompts[at] for at in measured.prompts]
         exchanges = list(map(Exchange, asked, measured.answers))
         failed = [""] * len(exchanges)
-        if self._learnt_from is not None:
+        if self.learnt_from is not None:
             told = measured.coherence, measured.relevance
-            failed = failures(exchanges, self._learnt_from, *told)
+            failed = failures(exchanges, self.learnt_from, *told)
         fits = list(map(counted, measured.scores, failed))
         scored = [each for each in fits if each is not None]
         coverage = len(scored) / len(fits)
