@@ -25,7 +25,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import load_labelled_answers, load_trait
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_exchange
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.models.structure import hidden_size, num_layers
+from persona_lora.models.structure import decoder_layers, hidden_size
 from persona_lora.projections.activation_space import project_hidden_states
 
 LAYERS = (10, 16, 22)
@@ -33,7 +33,7 @@ LAYERS = (10, 16, 22)
 
 def random_vectors(chat_model: ChatModel, number: int) -> dict[str, SteeringVector]:
     generator = torch.Generator().manual_seed(0)
-    width, depth = hidden_size(chat_model.model), num_layers(chat_model.model)
+    width, depth = hidden_size(chat_model.model), len(decoder_layers(chat_model.model))
     return {
         f"v{index}": SteeringVector(
             {layer: torch.randn(width, generator=generator) for layer in range(depth)},

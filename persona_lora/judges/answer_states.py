@@ -28,7 +28,7 @@ from persona_lora.core.tensor_files import load_safetensors
 from persona_lora.core.traits import Trait
 from persona_lora.models.last_states import last_states
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import hidden_size, num_layers, weight_fingerprint
+from persona_lora.models.structure import decoder_layers, hidden_size, weight_fingerprint
 
 DEPTHS = (0.45, 0.7)  # of the model: where what was read is summed up, before words are chosen
 STRIDE = 2  # neighbouring layers say much the same
@@ -55,7 +55,7 @@ class Reader:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """The decoder layers whose states are kept."""
-        count = num_layers(self.chat_model.model)
+        count = len(decoder_layers(self.chat_model.model))
         first = min(round(DEPTHS[0] * count), count - 1)
         return tuple(range(first, min(max(first, round(DEPTHS[1] * count)) + 1, count), STRIDE))
 

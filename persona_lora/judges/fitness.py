@@ -116,11 +116,6 @@ class RaterAgreement:
     mean_difference: float
 
 
-def coverage(verdicts: Sequence[Verdict]) -> float:
-    """Return the share of verdicts with a score, in [0, 1]; 0 for no verdicts."""
-    return sum(verdict.score is not None for verdict in verdicts) / max(len(verdicts), 1)
-
-
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Return Spearman's ρ, or None where it is undefined (under 3 pairs, a constant side)."""
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
@@ -159,7 +154,7 @@ def agreement(verdicts: Sequence[Verdict], labels: Sequence[float]) -> JudgeVali
         auc=over_all.auc,
         spearman=over_all.spearman,
         n=len(verdicts),
-        coverage=coverage(verdicts),
+        coverage=len(scored) / max(len(verdicts), 1),
     )
 
 

@@ -232,11 +232,6 @@ def in_memory(module: nn.Module, name: str) -> Iterator[None]:
         yield
 
 
-def num_layers(model: nn.Module) -> int:
-    """Return the number of decoder layers."""
-    return len(text_decoder(model).blocks)
-
-
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the decoder blocks in order; block k gives ``hidden_states[k + 1]``."""
     return text_decoder(model).blocks

@@ -10,7 +10,6 @@ import pytest
 from persona_lora.core.chat import Verdict
 from persona_lora.judges.fitness import (
     agreement,
-    coverage,
     own_agreement,
     rank_correlation,
     rater_agreement,
@@ -38,8 +37,8 @@ class LookupJudge:
 
 
 def test_coverage_counts_scored_and_is_zero_for_nothing():
-    assert coverage(verdicts(1.0, None, 0.0, None)) == 0.5
-    assert coverage([]) == 0.0
+    assert agreement(verdicts(1.0, None, 0.0, None), [0.0] * 4).coverage == 0.5
+    assert agreement([], []).coverage == 0.0
 
 
 def test_agreement_auc_is_the_share_of_ordered_pairs_and_ignores_the_middle():

@@ -12,7 +12,6 @@ from persona_lora.models.structure import (
     features,
     input_groups,
     linear_modules,
-    num_layers,
     text_decoder,
     tied_names,
     weight_fingerprint,
@@ -27,7 +26,7 @@ def test_names_are_the_same_under_a_peft_wrapper(make_model):
     assert len(names) == 2 * 7 + 1
     wrapped = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear"))
     assert set(linear_modules(wrapped)) == names
-    assert num_layers(wrapped) == num_layers(plain) == 2
+    assert len(decoder_layers(wrapped)) == len(decoder_layers(plain)) == 2
     assert weight_fingerprint(wrapped) == weight_fingerprint(plain)
 
 
@@ -74,7 +73,9 @@ def test_the_decoder_is_the_one_that_reads_text(family):
         block.register_forward_hook(lambda block, *_: order.append(block))
     decoder.module(torch.arange(3, 8)[None])
     assert order == decoder.blocks
-    assert len(order) == num_layers(model) == model.config.get_text_config().num_hidden_layers
+    assert (
+        len(order) == len(decoder_layers(model)) == model.config.get_text_config().num_hidden_layers
+    )
     assert all(name.startswith(decoder.blocks_name) for name in decoder_linear_modules(model))
 
 

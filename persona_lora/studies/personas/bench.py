@@ -61,7 +61,7 @@ from persona_lora.judges.style_judge import (
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Processes
-from persona_lora.models.structure import num_layers
+from persona_lora.models.structure import decoder_layers
 from persona_lora.projections.inputs import load_ordinary_prompts
 from persona_lora.steering.bank import Bank, warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
@@ -395,7 +395,7 @@ class PersonaBench:
         cache: Path | None = None,
     ) -> list[Method]:
         """Load the directions of a method and measure their scales: once for each training seed."""
-        chosen = tuple(layers or default_layers(num_layers(self.chat_model.model)))
+        chosen = tuple(layers or default_layers(len(decoder_layers(self.chat_model.model))))
         energy = self.energy if name == "lora" else None
         found = []
         for trained in trainings(name, self.trait_folder, self.traits):

@@ -20,7 +20,7 @@ from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.judges.answer_gates import THRESHOLDS
 from persona_lora.models.processes import recorded
-from persona_lora.models.structure import num_layers, read_layers
+from persona_lora.models.structure import decoder_layers, read_layers
 from persona_lora.report.comparisons import ConditionFit
 from persona_lora.report.trust import standing
 from persona_lora.steering.directions import EXTRACTORS
@@ -272,7 +272,7 @@ def check_directions(
 def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> list[Method]:
     method, at, named = name.partition("@")
     directions = directions_of(name)
-    depth = num_layers(bench.chat_model.model)
+    depth = len(decoder_layers(bench.chat_model.model))
     return bench.methods(
         directions,
         layers=read_layers(named, depth, f"{name}: layers") if at else acting.layers,
