@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from persona_lora.core.errors import UserError
+from persona_lora.models.structure import kind_of
 
 
 class _Enter:
@@ -134,11 +135,11 @@ class Hooked(Reversible):
 
     def _after_pass(self, module: nn.Module, arguments: object, output: object) -> None:
         steering = [guard for guard in self._guards if not guard.hook.before]
-        ran = {_kind(guard) for guard in steering if guard.fired}
+        ran = {kind_of(guard.hook.name) for guard in steering if guard.fired}
         missing = [
             guard.hook.name
             for guard in steering
-            if not guard.fired and (self._every or _kind(guard) not in ran)
+            if not guard.fired and (self._every or kind_of(guard.hook.name) not in ran)
         ]
         if missing:
             raise UserError(
@@ -158,10 +159,6 @@ class Hooks(Hooked):
     def hooks(self) -> Sequence[Hook]:
         """Return them."""
         return self._given
-
-
-def _kind(guard: _Guard) -> str:
-    return guard.hook.name.rpartition(".")[2]
 
 
 def _outermost(model: nn.Module) -> list[nn.Module]:

@@ -36,6 +36,11 @@ def canonical_name(name: str) -> str:
     return name.removesuffix(PEFT_WRAPPING[1])
 
 
+def kind_of(module: str) -> str:
+    """Return the last part of a module's name: q_proj, down_proj, …"""
+    return module.rpartition(".")[2]
+
+
 def read_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
     """Read decoder layers such as "16", "10 20", "0-29" or "0-29:3", each once, in this order.
 

@@ -33,6 +33,7 @@ from persona_lora.core.files import read_jsonl
 from persona_lora.core.lora_diff import BaseModel, Compressed, LoRADiff, LoRAFactors
 from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_with_record, save_with_record
+from persona_lora.models.generation import common_prefix
 from persona_lora.models.hooks import Hook, Hooks
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loaded_model import weights_content
@@ -233,13 +234,9 @@ class _Taken:
         return Hook(module, take, name, before=True)
 
 
-def shared_beginning(texts: Sequence[Sequence[int]]) -> int:
+def shared_beginning(texts: Sequence[list[int]]) -> int:
     """Return how many tokens all texts begin with; 0 for a single text."""
-    if len(texts) == 1:
-        return 0
-    shortest = min(map(len, texts))
-    differs = (at for at in range(shortest) if len({text[at] for text in texts}) > 1)
-    return next(differs, shortest - 1)
+    return len(common_prefix(texts)) if len(texts) > 1 else 0
 
 
 def _root(inputs: Tensor, name: str) -> Tensor:

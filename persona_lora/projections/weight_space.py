@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
+from persona_lora.models.structure import kind_of
 from persona_lora.models.weight_files import WeightSource, weights_of
 from persona_lora.projections.common_weights import common_weights
 from persona_lora.projections.inputs import ModuleInputs
@@ -286,11 +287,6 @@ class WeightProjector:
                 "out, or give the model's own number"
             )
         return {layer: each["diff"].coordinate for layer, each in found.items()}
-
-
-def kind_of(module: str) -> str:
-    """Return the last part of a module's name: q_proj, down_proj, …"""
-    return module.rpartition(".")[2]
 
 
 @dataclass(frozen=True)

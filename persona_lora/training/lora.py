@@ -33,6 +33,7 @@ from persona_lora.models.loading import ChatModel, auto_model, model_config
 from persona_lora.models.structure import (
     canonical_name,
     features,
+    kind_of,
     linear_modules,
     plain_linear_modules,
     same_kind,
@@ -86,9 +87,9 @@ def _all_taken(model: nn.Module, known: Sequence[str]) -> list[str]:
     fit = [
         kind
         for kind in _kinds(known)
-        if _taken_by_peft(model, [name for name in known if _kind(name) == kind])
+        if _taken_by_peft(model, [name for name in known if kind_of(name) == kind])
     ]
-    return _taken_by_peft(model, [name for name in known if _kind(name) in fit])
+    return _taken_by_peft(model, [name for name in known if kind_of(name) in fit])
 
 
 def _say_what_stays(model: nn.Module, known: Sequence[str], taken: Sequence[str]) -> None:
@@ -121,7 +122,7 @@ def _called(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     modules = linear_modules(model)
     called: set[str] = set()
     hooks = [
-        Hook(modules[name], lambda *_, kind=_kind(name): called.add(kind), name) for name in names
+        Hook(modules[name], lambda *_, kind=kind_of(name): called.add(kind), name) for name in names
     ]
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(3, device="cpu" if device.type == "meta" else device)[None]
@@ -131,7 +132,7 @@ def _called(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
             text_decoder(model).module(input_ids=ids, use_cache=False)
     finally:
         model.eval()
-    return [name for name in names if _kind(name) in called]
+    return [name for name in names if kind_of(name) in called]
 
 
 def _named(model_name: str, known: Sequence[str], asked: Sequence[str]) -> list[str]:
@@ -170,12 +171,8 @@ def _taken_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in wrapped]
 
 
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _kinds(names: Iterable[str]) -> list[str]:
-    return sorted({_kind(name) for name in names})
+    return sorted({kind_of(name) for name in names})
 
 
 EMBEDDING_MODULES = ("lm_head", "embed_tokens", "embed_out", "wte")
@@ -205,7 +202,7 @@ class LoRAArguments:
             raise UserError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if not self.lora_target_modules:
             raise UserError("lora_target_modules is empty; use all-linear, or name linear modules")
-        refused = sorted(t for t in self.lora_target_modules if _kind(t) in EMBEDDING_MODULES)
+        refused = sorted(t for t in self.lora_target_modules if kind_of(t) in EMBEDDING_MODULES)
         if refused:
             raise UserError(
                 f"lora_target_modules names {', '.join(refused)}: a LoRA on embeddings or on the "

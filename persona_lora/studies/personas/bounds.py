@@ -12,17 +12,13 @@ below the unsteered model (``read_fits.order_line``). Refuses to know how they a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.personas import Persona
+from persona_lora.judges.coherence import Embed
 from persona_lora.profiles.folders import select_samples
 from persona_lora.studies.personas.read_fits import CANNED, REAL, RETRIEVAL, SALAD
-
-Embed = Callable[[Sequence[str]], NDArray[np.floating]]
 
 
 def bound_answers(

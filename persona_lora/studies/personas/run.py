@@ -27,7 +27,7 @@ from persona_lora.core.personas import MIX, WEIGHTS, Coefficients, Persona, Pers
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
-from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.coherence import CoherenceScorer, Embed
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
 from persona_lora.judges.style_judge import PERSONA_FIT
@@ -37,7 +37,7 @@ from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
 from persona_lora.report.resampling import FITS
 from persona_lora.steering.bank import Bank, Elsewhere
 from persona_lora.studies.asking.run import Row, open_run
-from persona_lora.studies.personas.bounds import Embed, bound_answers
+from persona_lora.studies.personas.bounds import bound_answers
 from persona_lora.studies.personas.figure import render_goal, render_search
 from persona_lora.studies.personas.goals import GoalProblem
 from persona_lora.studies.personas.likeliest import kept_mix
