@@ -142,11 +142,8 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
         "embedding" if each == "reader" and not has_ratings(trait) else each
         for each in judge_names(options.judge, JUDGES)
     ]
-    missing = {
-        "reader": "" if has_ratings(trait) else ON_POLICY,
-        "sentences": "" if has_ratings(trait) else ON_POLICY,
-        "embedding": "" if (trait.folder / TRAIN).is_file() else TRAIN,
-    }
+    missing = dict.fromkeys(("reader", "sentences"), "" if has_ratings(trait) else ON_POLICY)
+    missing["embedding"] = "" if (trait.folder / TRAIN).is_file() else TRAIN
     if name is None and first == ["rules"]:  # nothing is left to another's opinion
         return None
     if name is None:
@@ -200,22 +197,14 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
 
     UserError for a local judge's model that there is not.
     """
-    environ = options.environ
-    asked = {
-        "judges": options.judge,
-        "model": options.judge_model or environ.get("JUDGE_MODEL"),
-        "mode": options.judge_mode,
-    }
-    if "openai" in options.judge:
-        asked["endpoint"] = options.judge_url or environ.get("OPENAI_BASE_URL")
+    environ, beside = options.environ, options.second_judge
+    said = {"model": options.judge_model or environ.get("JUDGE_MODEL"), "mode": options.judge_mode}
+    place = {"endpoint": options.judge_url or environ.get("OPENAI_BASE_URL")}
+    asked = {"judges": options.judge, **said, **(place if "openai" in options.judge else {})}
     read = {"the judge": digest_of(asked)}
-    beside = options.second_judge
     if beside != NOBODY:  # of a name that is left open, what it may stand for
-        said = {key: asked[key] for key in ("model", "mode")} if beside in PROMPTED else {}
-        place = {"endpoint": options.judge_url or environ.get("OPENAI_BASE_URL")}
-        read["the second judge"] = digest_of(
-            {"judge": beside or BESIDE, **said, **(place if beside == "openai" else {})}
-        )
+        how = {**(said if beside in PROMPTED else {}), **(place if beside == "openai" else {})}
+        read["the second judge"] = digest_of({"judge": beside or BESIDE, **how})
     embedded = ("reader", "sentences", "embedding")
     if any(name in options.judge for name in embedded) or beside in (None, *embedded):
         read["the sentence embedder"] = embedder_content()

@@ -143,8 +143,6 @@ def _error(guess: Vector, targets: Vector, counts: Vector) -> float:
 DIRECTIONS = 16
 OWN = 0.95  # of the fitted rows are familiar
 
-Array = NDArray[np.float64]
-
 
 @dataclass(frozen=True, eq=False)
 class Familiarity:
@@ -162,27 +160,27 @@ class Familiarity:
     ``directions`` ``[k, hidden]``.
     """
 
-    center: Array
-    spread: Array
-    directions: Array
-    variances: Array
+    center: Vector
+    spread: Vector
+    directions: Vector
+    variances: Vector
     rest: float
     limit: float
 
-    def distances(self, states: NDArray[np.floating]) -> Array:
+    def distances(self, states: NDArray[np.floating]) -> Vector:
         """Return d of states ``[n, hidden]``: ``[n]``."""
         inside = (self._along(states) ** 2 / self.variances).sum(axis=1)
-        distances: Array = np.sqrt(inside + self.outside(states) / self.rest)
+        distances: Vector = np.sqrt(inside + self.outside(states) / self.rest)
         return distances
 
-    def outside(self, states: NDArray[np.floating]) -> Array:
+    def outside(self, states: NDArray[np.floating]) -> Vector:
         """Return the square of what no direction holds: ``[n]``."""
         z = (states.astype(np.float64) - self.center) / self.spread
-        rest: Array = (z**2).sum(axis=1) - (self._along(states) ** 2).sum(axis=1)
+        rest: Vector = (z**2).sum(axis=1) - (self._along(states) ** 2).sum(axis=1)
         return np.maximum(rest, 0.0)
 
-    def _along(self, states: NDArray[np.floating]) -> Array:
-        along: Array = (states.astype(np.float64) - self.center) / self.spread @ self.directions.T
+    def _along(self, states: NDArray[np.floating]) -> Vector:
+        along: Vector = (states.astype(np.float64) - self.center) / self.spread @ self.directions.T
         return along
 
 

@@ -21,6 +21,7 @@ Refuses to know what the traits mean; a projection predicts, it does not prove.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -122,14 +123,12 @@ class WeightProjection:
 
         What lies in weights that no diff touches is "elsewhere". Empty for ΔW = 0.
         """
-        squares: dict[tuple[str, int | str], float] = {}
+        squares = defaultdict[tuple[str, int | str], float](float)
         for each in self.modules:
-            layer = "elsewhere" if each.layer is None else each.layer
-            for place in (("layer", layer), ("kind", kind_of(each.module))):
-                squares[place] = squares.get(place, 0.0) + each.delta_square
+            squares["layer", "elsewhere" if each.layer is None else each.layer] += each.delta_square
+            squares["kind", kind_of(each.module)] += each.delta_square
         for part in ("layer", "kind") if self.other_square else ():
-            place = (part, "elsewhere")
-            squares[place] = squares.get(place, 0.0) + self.other_square
+            squares[part, "elsewhere"] += self.other_square
         whole = self.delta_norm**2
         return [(*place, each / whole) for place, each in squares.items()] if whole else []
 

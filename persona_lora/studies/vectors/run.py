@@ -273,14 +273,10 @@ class Extraction:
 
 def filter_pairs(pairs: Pairs, thresholds: Thresholds) -> Filtered:
     """Keep the pairs that show what they should; UserError where too few do, with the counts."""
-    failed = dict.fromkeys(("positive", "negative", "coherence", "unscored"), 0)
-    kept = []
-    for positive, negative in pairs:
-        reasons = _failures(positive, negative, thresholds)
-        for reason in reasons:
-            failed[reason] += 1
-        if not reasons:
-            kept.append((positive, negative))
+    reasons = [_failures(*pair, thresholds) for pair in pairs]
+    kept = [pair for pair, why in zip(pairs, reasons, strict=True) if not why]
+    names = ("positive", "negative", "coherence", "unscored")
+    failed = {name: sum(name in why for why in reasons) for name in names}
     if len(kept) < thresholds.least_pairs:
         raise UserError(
             f"{len(kept)} of {len(pairs)} pairs pass the filter, at least "
