@@ -61,8 +61,7 @@ class Reader:
 
     def content(self, exchanges: Sequence[Exchange]) -> str:
         """Return a digest of all that decides the states of exchanges, but the type of weights."""
-        tokens = [self._prompt(each).tokens for each in exchanges]
-        return digest_of([self._model, tokens])
+        return digest_of([self._model, [self._prompt(each).tokens for each in exchanges]])
 
     def states(self, exchanges: Sequence[Exchange]) -> States:
         """Return states of the last token by layer, then means over the answer.
@@ -129,8 +128,7 @@ class Reader:
         return _Prompt(self._tokens(prompt), range(start, max(end, start + 1)))
 
     def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self.chat_model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
+        return self.chat_model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class _Prompt(NamedTuple):

@@ -162,8 +162,7 @@ class CoherenceScorer:
         if not np.isfinite(mean_logprob):
             reason = f"the answer's mean log probability is {mean_logprob}"
             return Verdict(COHERENCE, None, reason, judge_name)
-        score = self.scale.score(exchange.answer, mean_logprob)
-        return Verdict(COHERENCE, score, "", judge_name)
+        return Verdict(COHERENCE, self.scale.score(exchange.answer, mean_logprob), "", judge_name)
 
 
 def _held_out(

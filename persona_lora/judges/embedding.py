@@ -224,8 +224,7 @@ class EmbeddingJudge:
         answers of ``calibration_pairs`` pairs, natural and shuffled. Raises UserError for too few
         pairs, or a ``mean_logprob`` that finds shuffled answers as likely as natural ones.
         """
-        pairs = load_pairs(trait)
-        positives, negatives = exchanges_of(pairs)
+        positives, negatives = exchanges_of(load_pairs(trait))
         classifier = AnswerClassifier.fit(positives, negatives, embedder=embedder, seed=seed)
         logger.info(
             "embedding judge for %s: held-out log loss %.3f at C = %g",

@@ -119,8 +119,7 @@ class FittedProbes:
             for scale in SCALES
             for probe in [Probe(**part(scale))]
         }
-        familiarity = Familiarity(**part("familiarity"))
-        return cls(content, probes, familiarity, scores, arrays["distances"])
+        return cls(content, probes, Familiarity(**part("familiarity")), scores, arrays["distances"])
 
 
 def _familiar(evidence: Array) -> Array:

@@ -94,8 +94,7 @@ class ComparisonJudge:
         if score is None:
             return Verdict(PERSONA_FIT, None, reading.reason, self.name)
         if not LOWEST <= score <= HIGHEST:
-            reason = f"the reply {score:g} is not from 1 to 5"
-            return Verdict(PERSONA_FIT, None, reason, self.name)
+            return Verdict(PERSONA_FIT, None, f"the reply {score:g} is not from 1 to 5", self.name)
         fit = LOWEST + HIGHEST - score if swapped else score
         return Verdict(PERSONA_FIT, fit, "", self.name)
 

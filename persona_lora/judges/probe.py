@@ -44,8 +44,7 @@ class Probe:
     def predict(self, states: NDArray[np.floating]) -> Vector:
         """Return ŷ, cut to 0–100, for states ``[n, layers, hidden]``: ``[n]``."""
         moved = states.astype(np.float64) - self.center
-        values: Vector = self.bias + np.einsum("nlh,lh->n", moved, self.weights)
-        return np.clip(values, 0.0, 100.0)
+        return np.clip(self.bias + np.einsum("nlh,lh->n", moved, self.weights), 0.0, 100.0)
 
 
 class Fitted(NamedTuple):
@@ -77,8 +76,7 @@ def fit_probe(
         for at in range(states.shape[1]):
             x = states[:, at].astype(np.float64)
             held_out = _held_out(x, targets, counts, groups)
-            errors = [_error(each, targets, counts) for each in held_out]
-            best = int(np.argmin(errors))
+            best = int(np.argmin([_error(each, targets, counts) for each in held_out]))
             layers.append(_ridge(x, targets, counts, (PENALTIES[best],)))
             guesses.append(held_out[best])
             penalties.append(PENALTIES[best])
@@ -170,18 +168,15 @@ class Familiarity:
     def distances(self, states: NDArray[np.floating]) -> Vector:
         """Return d of states ``[n, hidden]``: ``[n]``."""
         inside = (self._along(states) ** 2 / self.variances).sum(axis=1)
-        distances: Vector = np.sqrt(inside + self.outside(states) / self.rest)
-        return distances
+        return np.sqrt(inside + self.outside(states) / self.rest)
 
     def outside(self, states: NDArray[np.floating]) -> Vector:
         """Return the square of what no direction holds: ``[n]``."""
         z = (states.astype(np.float64) - self.center) / self.spread
-        rest: Vector = (z**2).sum(axis=1) - (self._along(states) ** 2).sum(axis=1)
-        return np.maximum(rest, 0.0)
+        return np.maximum((z**2).sum(axis=1) - (self._along(states) ** 2).sum(axis=1), 0.0)
 
     def _along(self, states: NDArray[np.floating]) -> Vector:
-        along: Vector = (states.astype(np.float64) - self.center) / self.spread @ self.directions.T
-        return along
+        return (states.astype(np.float64) - self.center) / self.spread @ self.directions.T
 
 
 def fit_familiarity(states: NDArray[np.floating], groups: Sequence[str]) -> Familiarity:

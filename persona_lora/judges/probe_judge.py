@@ -86,8 +86,7 @@ class SentenceEvidence:
         asked, said = (
             _embedder().embed([each[at] for each in exchanges]).astype(np.float64) for at in (0, 1)
         )
-        features: Array = np.concatenate([asked, said, asked * said], axis=1)[:, None]
-        return features
+        return np.concatenate([asked, said, asked * said], axis=1)[:, None]
 
 
 @cache

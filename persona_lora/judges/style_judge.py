@@ -140,8 +140,7 @@ class FitScale:
         """Return the fit of logits, 1–5."""
         middle = (self.own + self.others) / 2
         width = (self.own - self.others) / (2 * math.log(7))  # σ(log 7) = 0.875: 4.5 of 5
-        scores: Array = LOWEST + (HIGHEST - LOWEST) / (1 + np.exp(-(logits - middle) / width))
-        return scores
+        return LOWEST + (HIGHEST - LOWEST) / (1 + np.exp(-(logits - middle) / width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,8 +373,7 @@ def _voices(said: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 def _row_space(z: Array) -> Array:
     """Return unit rows that span those of ``z``: a penalised fit needs no other columns."""
     _, lengths, rows = np.linalg.svd(z, full_matrices=False)
-    basis: Array = rows[lengths > 1e-9 * lengths[0]]
-    return basis
+    return rows[lengths > 1e-9 * lengths[0]]
 
 
 def _held_out_scores(z: Array, owners: NDArray[np.int64], inverse_penalty: float) -> Array:
@@ -395,8 +393,7 @@ def _held_out_scores(z: Array, owners: NDArray[np.int64], inverse_penalty: float
 
 def _logits(scores: Array) -> Array:
     others = [logsumexp(np.delete(scores, row, 1), axis=1) for row in range(scores.shape[1])]
-    logits: Array = scores - np.stack(others, axis=1)
-    return logits
+    return scores - np.stack(others, axis=1)
 
 
 def _balanced_loss(scores: Array, owners: NDArray[np.int64]) -> float:

@@ -171,5 +171,4 @@ class Decoding:
             logits_to_keep=1,
             **{self._kept.name: self._kept.cache},
         )
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+        return output.logits[:, -1].float()

@@ -86,8 +86,7 @@ class SentenceEmbedder:
         hidden = self._model(**encoded).last_hidden_state  # [batch, seq, dimension]
         mask = encoded["attention_mask"].unsqueeze(-1).to(hidden.dtype)  # [batch, seq, 1]
         means = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-        embeddings: NDArray[np.float32] = torch.nn.functional.normalize(means, dim=-1).numpy()
-        return embeddings
+        return torch.nn.functional.normalize(means, dim=-1).numpy()
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

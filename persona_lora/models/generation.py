@@ -285,8 +285,7 @@ class _Job:
             used is None or not ignores_padding(used.cache, model.config)
         ):
             raise _PaddingMayMatter
-        new: list[list[int]] = output.sequences[:, batch.tokens.shape[1] :].tolist()
-        return new
+        return output.sequences[:, batch.tokens.shape[1] :].tolist()
 
     def _sampler(self, rows: Sequence[int]) -> SeededSampler | None:
         if self.temperature == 0:

@@ -57,8 +57,7 @@ class Launched(Processes):
         broadcast_object_list(box)
         if box[1] is not None:
             raise box[1]
-        value: T = box[0]
-        return value
+        return box[0]
 
 
 def current_processes(environ: Any) -> Processes:

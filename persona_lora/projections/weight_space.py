@@ -336,13 +336,11 @@ class _Stack:
     def _own_sums(self, products: Tensor, divisor: int) -> tuple[float, ...]:
         """Return Σᵢⱼ over the ranks i and j of each diff alone, divided."""
         own = self.owner[:, None] == self.owner[None]
-        sums = self.summed((products * own).sum(dim=1)).clamp_min(0)
-        return tuple((sums / divisor).tolist())
+        return tuple((self.summed((products * own).sum(dim=1)).clamp_min(0) / divisor).tolist())
 
     def summed(self, by_rank: Tensor) -> Tensor:
         """Return sums over the ranks of each diff: ``[R, …]`` to ``[K, …]``."""
-        sums = by_rank.new_zeros(self.number, *by_rank.shape[1:])
-        return sums.index_add_(0, self.owner, by_rank)
+        return by_rank.new_zeros(self.number, *by_rank.shape[1:]).index_add_(0, self.owner, by_rank)
 
 
 class _BlockSums:
@@ -413,8 +411,7 @@ def rounding_variance(weights: Tensor) -> float:
     limits = torch.finfo(weights.dtype)
     powers = (weights.view(torch.int16) & EXPONENT_BITS[weights.dtype]).view(weights.dtype).float()
     powers = powers.clamp_min_(limits.tiny).masked_fill_(weights == 0, 0.0)  # 0 is stored exactly
-    squares = torch.linalg.vecdot(powers, powers).double()
-    return float(squares.sum()) * limits.eps**2 / 12
+    return float(torch.linalg.vecdot(powers, powers).double().sum()) * limits.eps**2 / 12
 
 
 def _modules_of(

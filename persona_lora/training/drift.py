@@ -77,8 +77,7 @@ class DriftMonitor(TrainerCallback):
         """Measure, log, and warn or stop."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        change = lora_change(kwargs["model"])
-        total = project_adapter(change, self.diffs, inputs=self.inputs).total
+        total = project_adapter(lora_change(kwargs["model"]), self.diffs, inputs=self.inputs).total
         found = {name: value.coordinate for name, value in total.items()}
         place = {"step": state.global_step, "geometry": PLAIN if self.inputs is None else WEIGHTED}
         self.rows += [

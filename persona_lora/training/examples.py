@@ -116,8 +116,7 @@ def _token_row(
 
 
 def _token_ids(template: ChatTemplate, text: str) -> list[int]:
-    ids: list[int] = template.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return template.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
@@ -132,8 +131,7 @@ def _cut_row(row: TokenRow, max_length: int, where: str) -> TokenRow:
 
 def shared_lengths(rows: dict[Sign, list[TokenRow]]) -> list[int]:
     """Return a length for each pair that does not depend on the sign: the longer of its rows."""
-    pairs = zip(*rows.values(), strict=True)
-    return [max(len(each.input_ids) for each in pair) for pair in pairs]
+    return [max(len(each.input_ids) for each in pair) for pair in zip(*rows.values(), strict=True)]
 
 
 class LengthGroupedOrder(Sampler[int]):
@@ -167,6 +165,5 @@ class LengthGroupedOrder(Sampler[int]):
         num_left = len(self) % self.batch_size
         leftover = torch.randperm(len(self), generator=generator)[:num_left]
         full = by_length[~torch.isin(by_length, leftover)].view(-1, self.batch_size)
-        shuffled = full[torch.randperm(len(full), generator=generator)]
-        yield from shuffled.flatten().tolist()
+        yield from full[torch.randperm(len(full), generator=generator)].flatten().tolist()
         yield from leftover.tolist()

@@ -381,5 +381,4 @@ def _kept(folder: Path) -> set[str]:
     """Return the names of the files of an adapter or model, without those of its training."""
     if (folder / ADAPTER_CONFIG).is_file():
         return {name for name in KEPT if (folder / name).is_file()}
-    found = {path.name for form in KEPT_OF_MODEL for path in folder.glob(form)}
-    return found - {TRAINING_STATE}
+    return {path.name for form in KEPT_OF_MODEL for path in folder.glob(form)} - {TRAINING_STATE}

@@ -210,8 +210,7 @@ def run_record(
         "lora": None if lora is None else dataclasses.asdict(lora),
         "training": changed_options(config),
     }
-    value: dict[str, Any] = json.loads(json.dumps(record, default=str))
-    return value
+    return json.loads(json.dumps(record, default=str))
 
 
 def changed_options(config: SFTConfig) -> dict[str, Any]:

@@ -129,8 +129,7 @@ def _over_steps(curve: Curve, name: str, look: Look) -> Series:
 def _name(curve: Curve, among: Sequence[Curve]) -> str:
     """Return a vector's name, with its layer where several layers are shown."""
     name = str(curve.vector).rpartition("/")[2].replace("_response_avg", "")
-    layers = {each.layer for each in among}
-    return name if len(layers) == 1 else f"{name} at {curve.layer}"
+    return name if len({each.layer for each in among}) == 1 else f"{name} at {curve.layer}"
 
 
 # -- across finetunes --------------------------------------------------------------------------
@@ -370,8 +369,7 @@ def render_diagnosis(run: Run) -> Picture:
     figure = draw.new_figure(14.6, up + 1.85)
     axes = draw.add_axes(figure, (1.9, 0.95, 4.1, up), title="Traits", x="coordinate")
     draw.rule(axes, 0, upright=True)
-    rows = [row for each in found.alarms for row in _alarm_rows(each)]
-    panels = [draw.forest(axes, rows)]
+    panels = [draw.forest(axes, [row for each in found.alarms for row in _alarm_rows(each)])]
     layers = [row for row in shares if row["part"] == "layer" and row["of"] != "elsewhere"]
     axes = draw.add_axes(figure, (7.1, 0.95, 3.6, up), title="Share of ‖ΔW‖², %", x="layer")
     x, y = ([row[key] for row in layers] for key in ("of", "share"))

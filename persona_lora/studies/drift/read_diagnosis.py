@@ -93,8 +93,7 @@ class Diagnosis:
 
 def totals(run: Run, what: str) -> list[dict[str, Any]]:
     """Return the rows of total projections of the finetune, or of the controls."""
-    rows = run.read("projections")
-    return [row for row in rows if (row["what"], row["part"]) == (what, "total")]
+    return [row for row in run.read("projections") if (row["what"], row["part"]) == (what, "total")]
 
 
 def headline_of(run: Run) -> str:

@@ -135,8 +135,7 @@ def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) 
     for (kind, direction), by_finetune in values.items():
         for trait in drift:
             both, x, y = _aligned(by_finetune, drift[trait])
-            units = _numbered(both, data)
-            found.append(_prediction(trait, direction, kind, [(x, y)], units, seed))
+            found.append(_prediction(trait, direction, kind, [(x, y)], _numbered(both, data), seed))
     names = sorted({name for by in values.values() for name in by})
     for kind in dict.fromkeys(kind for kind, _ in values):
         parts = _pooled_by_finetune(kind, values, drift, names)

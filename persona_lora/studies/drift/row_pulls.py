@@ -109,8 +109,7 @@ def pull_rows(
 
 
 def _slopes(losses: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    slopes: np.ndarray = (losses[..., 1] - losses[..., 0]) / (2 * steps)
-    return slopes
+    return (losses[..., 1] - losses[..., 0]) / (2 * steps)
 
 
 def _checked(texts: Sequence[TokenizedExchange]) -> list[int]:

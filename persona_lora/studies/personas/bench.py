@@ -121,8 +121,7 @@ def scales_of(
     with progress.stage("equal effect"):
         scales = equal_effect_scales(chat_model, directions, prompts)
     if cache is not None:
-        rows = [dataclasses.asdict(each) for each in scales]
-        write_json(cache, {"of": asked, "scales": rows})
+        write_json(cache, {"of": asked, "scales": [dataclasses.asdict(each) for each in scales]})
     return {each.trait: each.coefficient for each in scales}
 
 
@@ -280,8 +279,7 @@ class PersonaBench:
     def dollars(self) -> float | None:
         """Return the US dollars spent on judging; None where nothing is billed."""
         if self._seeks_goal:
-            asked = "openai" in self.judging.judge
-            return self.judging.budget.usage().dollars if asked else None
+            return self.judging.budget.usage().dollars if "openai" in self.judging.judge else None
         spent = [each.dollars() for each in self.readers.values()]
         billed = [dollars for dollars in spent if dollars is not None]
         return sum(billed) if billed else None

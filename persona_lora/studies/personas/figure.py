@@ -265,8 +265,7 @@ def _fits(axes: Axes, fits: Sequence[ConditionFit], rows: Sequence[Row] = ()) ->
     drawn = []
     for each in fits:
         name = name_of(each.condition)
-        plain = each.condition in ("none", *BOUNDS)
-        colour = draw.CONTROL if plain else draw.TRAIT
+        colour = draw.CONTROL if each.condition in ("none", *BOUNDS) else draw.TRAIT
         means, dots = _persona_means(rows, each.condition), Look(colour, size=1.6, alpha=0.35)
         label = None if each.fit.mean is None else interval(each.fit, 2)
         drawn += [
@@ -335,5 +334,4 @@ def _map(axes: Axes, values: Array, names: Sequence[str], personas: Sequence[str
 
 def _tag(persona: str) -> str:
     """Return what tells an id from others: "101_A" of "episode-000101_A"."""
-    tail = persona.rpartition("-")[2].lstrip("0")
-    return tail or persona
+    return persona.rpartition("-")[2].lstrip("0") or persona

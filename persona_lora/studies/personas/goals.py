@@ -92,8 +92,7 @@ class Targets:
 
     def parts(self, exchanges: Sequence[Exchange]) -> list[dict[str, float | None]]:
         """Return minus the distance of each answer from each target; None where not scored."""
-        new = [each for each in dict.fromkeys(exchanges) if each not in self._known]
-        self.valued(new)
+        self.valued([each for each in dict.fromkeys(exchanges) if each not in self._known])
         return [
             {
                 trait: None if (score := scores.get(trait)) is None else -abs(score - target)

@@ -58,8 +58,7 @@ def line_slopes(speaker: Speaker, lines: Sequence[Exchange]) -> NDArray[np.float
     names = speaker.directions.names
     steps = [Coefficients.of({name: side}) for name in names for side in (STEP, -STEP)]
     up, down = line_likelihoods(speaker, steps, lines).reshape(len(names), 2).T
-    slopes: NDArray[np.float64] = (up - down) / (2 * STEP)
-    return slopes
+    return (up - down) / (2 * STEP)
 
 
 def likeliest_mix(speaker: Speaker, lines: Sequence[Exchange], bound: float | None) -> Coefficients:

@@ -162,8 +162,7 @@ class RememberingJudge:
     def _ask(self, exchanges: Sequence[Exchange]) -> Any:
         """Judge what is not known; keep scored verdicts, return the others by exchange."""
         new = [each for each in dict.fromkeys(exchanges) if each not in self._known]
-        verdicts = self.judge.judge(new, PERSONA_FIT) if new else []
-        found = dict(zip(new, verdicts, strict=True))
+        found = dict(zip(new, self.judge.judge(new, PERSONA_FIT) if new else [], strict=True))
         self._known |= {
             each: verdict for each, verdict in found.items() if verdict.score is not None
         }
@@ -215,8 +214,7 @@ class MixObjective:
             return values
         order = sorted(range(len(mixes)), key=lambda at: values[at].standing, reverse=True)
         kept = sorted(order[: math.ceil(len(mixes) / 2)])
-        more = self._measure([mixes[at] for at in kept], rest)
-        whole = dict(zip(kept, more, strict=True))
+        whole = dict(zip(kept, self._measure([mixes[at] for at in kept], rest), strict=True))
         values = [
             self._value(mix, found[at] + whole[at] if at in whole else found[at])
             for at, mix in enumerate(mixes)

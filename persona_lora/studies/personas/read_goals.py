@@ -27,8 +27,7 @@ Config = Mapping[str, Any]  # of a run
 
 def targets_of(config: Config) -> dict[str, float]:
     """Return the targets that a run sought, by trait; {} where it sought something else."""
-    found: dict[str, float] = config["goal"].get("targets", {})
-    return found
+    return config["goal"].get("targets", {})
 
 
 def is_front(config: Config) -> bool:

@@ -53,8 +53,7 @@ class Value:
         """Where the candidate stands among others."""
         if self.value is None:
             return Standing(-math.inf, -math.inf)
-        parts = tuple(self.details.get(PARTS, {}).values())
-        return Standing(-self.violation, self.value, parts)
+        return Standing(-self.violation, self.value, tuple(self.details.get(PARTS, {}).values()))
 
 
 class Standing(NamedTuple):
