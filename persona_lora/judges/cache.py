@@ -13,7 +13,6 @@ import sqlite3
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder
@@ -106,9 +105,3 @@ class VerdictCache:
         """Close the file."""
         with self._lock:
             self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

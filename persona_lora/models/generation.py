@@ -202,9 +202,7 @@ class _Job:
         alike = self.plan.alike
         if alike is None:
             return rows
-        places: dict[Hashable, int] = {}
-        for row in rows:
-            places.setdefault(alike[row], len(places))
+        places = {kind: at for at, kind in enumerate(dict.fromkeys(alike[row] for row in rows))}
         return sorted(rows, key=lambda row: places[alike[row]])
 
     @torch.inference_mode()

@@ -359,11 +359,9 @@ def _named_errors(name: str, options: LoadOptions) -> Iterator[None]:
 
 
 def _explain(name: str, options: LoadOptions, error: BaseException) -> str:
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None:
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, SafetensorError):
         return f"the weights of {name} cannot be read ({error}); the download may be truncated"
     said = " ".join(str(error).split())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
@@ -31,18 +32,18 @@ def test_cache_key_ignores_order_and_a_trailing_slash():
 
 def test_cache_keeps_scores_over_reopening_and_nothing_unscored(tmp_path):
     readings = {"a": Reading(80.5, "", 0.93), "c": Reading(0.0, "")}
-    with VerdictCache(tmp_path / "new" / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "new" / "cache.sqlite")) as cache:
         for key, reading in readings.items():
             cache.put(key, reading)
         cache.put("d", Reading(None, "refusal"))
-    with VerdictCache(tmp_path / "new" / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "new" / "cache.sqlite")) as cache:
         assert {key: cache.get(key) for key in readings} == readings
         assert cache.get("d") is None
         assert len(cache) == 2
 
 
 def test_cache_is_safe_with_threads(tmp_path):
-    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
 
         def write(offset: int) -> None:
             for number in range(50):
@@ -69,7 +70,7 @@ def test_cache_is_shared_by_two_processes_writing_at_once(tmp_path):
         subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in ("a", "b")
     ]
     assert [worker.wait() for worker in workers] == [0, 0]
-    with VerdictCache(path) as cache:
+    with closing(VerdictCache(path)) as cache:
         assert len(cache) == 400
         assert cache.get("b199") == Reading(199.0, "")
 
@@ -82,14 +83,14 @@ def test_cache_can_be_opened_anew_by_several_at_the_same_moment(tmp_path):
     def write(name: int) -> None:
         for number in range(files):
             together.wait()
-            with VerdictCache(tmp_path / f"{number}.sqlite") as cache:
+            with closing(VerdictCache(tmp_path / f"{number}.sqlite")) as cache:
                 cache.put(str(name), Reading(1.0, ""))
 
     with ThreadPoolExecutor(writers) as pool:
         for future in [pool.submit(write, name) for name in range(writers)]:
             future.result(timeout=120)
     for number in range(files):
-        with VerdictCache(tmp_path / f"{number}.sqlite") as cache:
+        with closing(VerdictCache(tmp_path / f"{number}.sqlite")) as cache:
             assert len(cache) == writers
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -268,7 +269,7 @@ def test_a_series_of_faults_is_broken_by_a_score_and_what_was_scored_is_not_aske
 
     kind(reply)(endpoint)
     truths = range(11, 71)
-    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
         judge = OpenAIJudge(
             trait, EndpointReader(base_url=endpoint.base_url, limits=FAST, cache=cache)
         )
@@ -276,7 +277,7 @@ def test_a_series_of_faults_is_broken_by_a_score_and_what_was_scored_is_not_aske
             judge.judge(items(truths), "flattery")
     assert len(endpoint.requests) == 25
     alive["until"] = 10_000
-    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
         judge = OpenAIJudge(
             trait, EndpointReader(base_url=endpoint.base_url, limits=FAST, cache=cache)
         )

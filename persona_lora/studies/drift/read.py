@@ -113,12 +113,13 @@ def agreements(run: Run) -> list[Agreement]:
     """Return the correlation of every projection and shift with the score of the same trait."""
     every = curves(run)
     scores = {curve.trait: curve for curve in every if curve.statistic == "trait"}
-    found = []
-    for curve in every:
-        if curve.vector is not None and curve.layer is not None and curve.trait in scores:
-            place = (curve.trait, curve.statistic, curve.vector, curve.layer)
-            found.append(Agreement(*place, correlation(*_paired(curve, scores[curve.trait]))))
-    return found
+    return [
+        Agreement(
+            c.trait, c.statistic, c.vector, c.layer, correlation(*_paired(c, scores[c.trait]))
+        )
+        for c in every
+        if c.vector is not None and c.layer is not None and c.trait in scores
+    ]
 
 
 def cross_persona(runs: Sequence[Run]) -> list[CrossPoint]:
