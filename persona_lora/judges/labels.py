@@ -19,13 +19,7 @@ from typing import Any, Literal, get_args
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import (
-    append_jsonl,
-    read_csv,
-    read_jsonl,
-    write_csv,
-    write_jsonl,
-)
+from persona_lora.core.files import append_jsonl, read_csv, read_jsonl, write_csv, write_jsonl
 from persona_lora.core.traits import ON_POLICY, Trait
 from persona_lora.judges.judging import Judge
 

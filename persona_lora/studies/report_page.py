@@ -84,10 +84,7 @@ def run_kind(run: Run) -> str:
 
 
 def write_report(
-    runs: Path | Sequence[Path],
-    path: Path,
-    *,
-    coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS,
+    runs: Path | Sequence[Path], path: Path, *, coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS
 ) -> Path:
     """Write the report of one or several run folders to ``path`` and return it.
 

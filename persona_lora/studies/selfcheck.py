@@ -205,10 +205,7 @@ def calibration(bench: Bench) -> Found:
 
 @torch.inference_mode()
 def _merged_nats(
-    chat_model: ChatModel,
-    diff: LoRADiff,
-    coefficient: float,
-    texts: Sequence[TokenizedExchange],
+    chat_model: ChatModel, diff: LoRADiff, coefficient: float, texts: Sequence[TokenizedExchange]
 ) -> float:
     """Return the mean KL a token of the unsteered model's answers, over both signs, merged."""
 

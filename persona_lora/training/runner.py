@@ -26,12 +26,7 @@ from persona_lora.models.hardware import launcher_says, resolve_dtype
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.processes import Launched, wait_for_all
-from persona_lora.training.arguments import (
-    SEEDS,
-    ContrastiveConfig,
-    TrainedModel,
-    TrainingOptions,
-)
+from persona_lora.training.arguments import SEEDS, ContrastiveConfig, TrainedModel, TrainingOptions
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
 from persona_lora.training.trainer import (
     Lesson,

@@ -215,11 +215,7 @@ def _states(chat_model: ChatModel, study: DriftStudy, texts: list[TokenizedExcha
 
 
 def _predictors(
-    study: DriftStudy,
-    name: str,
-    folder: Path,
-    inputs: ModuleInputs | None,
-    shift: Tensor | None,
+    study: DriftStudy, name: str, folder: Path, inputs: ModuleInputs | None, shift: Tensor | None
 ) -> list[dict[str, Any]]:
     rows = []
     if inputs is not None:

@@ -29,13 +29,7 @@ from persona_lora.judges.rules import check_rules, rule_score
 from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.comparisons import (
-    PROBE,
-    TASK_COLUMNS,
-    TaskScore,
-    score_items,
-    write_found,
-)
+from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, score_items, write_found
 from persona_lora.steering.bank import steer_live
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.studies.asking.capability import check_tasks, run_benchmarks, task_inputs

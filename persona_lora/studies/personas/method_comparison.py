@@ -210,11 +210,7 @@ def _prompted(problem: PersonaProblem, prompted: bool, output: Output) -> list[d
 
 
 def _mixed(
-    problem: PersonaProblem,
-    name: str,
-    loras: Sequence[Method],
-    bound: float | None,
-    output: Output,
+    problem: PersonaProblem, name: str, loras: Sequence[Method], bound: float | None, output: Output
 ) -> list[dict[str, Any]]:
     """Return the rows of a mix that is not searched for, one for each training seed."""
     persona, rows = problem.persona, []

@@ -16,12 +16,7 @@ from scipy.stats import spearmanr
 from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.comparisons import (
-    ConditionFit,
-    Row,
-    fits_over_personas,
-    fits_over_prompts,
-)
+from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas, fits_over_prompts
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import FITS, RESAMPLES, Bounds, Interval
 from persona_lora.report.scores import grouped

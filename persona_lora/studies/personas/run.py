@@ -389,11 +389,7 @@ def _reported(
 
 
 def _finalists(
-    problem: Problem,
-    speaker: Speaker,
-    found: SearchResult,
-    objective: ObjectiveOptions,
-    run: Run,
+    problem: Problem, speaker: Speaker, found: SearchResult, objective: ObjectiveOptions, run: Run
 ) -> dict[str, Candidate]:
     """Return the mean and the best of the best few candidates, measured on fresh prompts.
 
@@ -465,11 +461,7 @@ def _mix_at(told: Told, at: int) -> Coefficients | None:
 
 
 def judged_rows(
-    problem: PersonaProblem,
-    condition: str,
-    exchanges: Sequence[Exchange],
-    *,
-    first: int = 0,
+    problem: PersonaProblem, condition: str, exchanges: Sequence[Exchange], *, first: int = 0
 ) -> list[dict[str, Any]]:
     """Return the rows of one condition; ``first`` is the number of its first prompt.
 
