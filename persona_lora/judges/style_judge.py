@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,15 +60,6 @@ STYLE_FEATURES = (
 )
 
 
-class Features(Protocol):
-    """Vectors of texts; the first ``standardised`` columns are put on one scale before a fit."""
-
-    name: str
-    standardised: int
-
-    def of(self, texts: Sequence[str]) -> Array: ...
-
-
 class LetterFeatures:
     """Which runs of one to four letters a text holds: neither words' meaning nor style counts.
 
@@ -111,6 +102,10 @@ class TextFeatures:
             embedded = self._embedder.embed(missing).astype(np.float64)
             self._embedded |= dict(zip(missing, embedded, strict=True))
         return np.stack([self._embedded[text] for text in texts])
+
+
+Features = LetterFeatures | TextFeatures
+"""Vectors of texts; the first ``standardised`` columns are put on one scale before a fit."""
 
 
 @cache

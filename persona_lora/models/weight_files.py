@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -32,16 +31,6 @@ TIED = "lm_head.weight"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Stored(Protocol):
-    """What is known of a tensor without reading it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
 @dataclass(frozen=True)
 class TensorPlace:
     """Where a tensor lies, its name there, shape and type, and whether it lies transposed."""
@@ -51,20 +40,6 @@ class TensorPlace:
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool = False
-
-
-class WeightSource(Protocol):
-    """Weights by name; ``label`` says whose they are."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def tensors(self) -> Mapping[str, Stored]: ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows ``start`` … ``stop − 1`` of a tensor, in its own type."""
-        ...
 
 
 class StoredWeights:
@@ -86,6 +61,7 @@ class StoredWeights:
             self.tensors.pop(TIED, None)  # some savers write the tied tensor twice
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows ``start`` … ``stop − 1`` of a tensor, in its own type."""
         # A file is opened for each block: pages of a long-lived mapping would count as memory.
         place = self.tensors[name]
         try:
@@ -136,7 +112,12 @@ class LoadedWeights:
         self.tensors = held
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows ``start`` … ``stop − 1`` of a tensor, in its own type."""
         return self.tensors[name][start:stop].cpu()
+
+
+WeightSource = StoredWeights | LoadedWeights
+"""Weights by name; ``label`` says whose they are."""
 
 
 def skeleton_of_folder(folder: Path) -> PreTrainedModel | None:

@@ -18,7 +18,7 @@ from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,26 +45,6 @@ class Valued(NamedTuple):
     parts: dict[str, float | None]
 
 
-class Goal(Protocol):
-    """A ``Judge`` whose scores are values of answers; ``scale`` are their ends, where known."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def scale(self) -> Bounds | None: ...
-
-    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]: ...
-
-    def valued(self, exchanges: Sequence[Exchange]) -> list[Valued]:
-        """Return the value of each answer, and what it is made of."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """Return what a run's configuration keeps of the goal."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Targets:
     """Scores of traits (0–100) that answers are to have, and who scores each trait.
@@ -88,6 +68,7 @@ class Targets:
         return ",".join(dict.fromkeys(each.name for each in self.judges.values()))
 
     def record(self) -> dict[str, Any]:
+        """Return what a run's configuration keeps of the goal."""
         return {"targets": dict(self.wanted), **({"pareto": True} if self.pareto else {})}
 
     def parts(self, exchanges: Sequence[Exchange]) -> list[dict[str, float | None]]:
@@ -204,9 +185,11 @@ class Scorer:
         return cls(f"{path.stem}:{function}", found, path, hashlib.sha256(source).hexdigest())
 
     def record(self) -> dict[str, Any]:
+        """Return what a run's configuration keeps of the goal."""
         return {"scorer": self.name}
 
     def valued(self, exchanges: Sequence[Exchange]) -> list[Valued]:
+        """Return the value of each answer, which is made of nothing."""
         return [Valued(each, {}) for each in self.judge(exchanges)]
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str = VALUE) -> list[Verdict]:
@@ -241,6 +224,10 @@ class Scorer:
             f"{self._called} gave {ascii(score)[:60]} to the answer {answer[:60]!r}; give a finite "
             "number, or None for an answer that has no score"
         )
+
+
+Goal = Targets | Scorer
+"""A ``Judge`` whose scores are values of answers; ``scale`` are their ends, where known."""
 
 
 def _said(error: BaseException, path: Path) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import cma
 import numpy as np
@@ -93,20 +93,6 @@ class SearchResult:
     evaluations: int
     reason: str
     candidates: tuple[Candidate, ...]
-
-
-class Searcher(Protocol):
-    """Asks for candidates ``[P, K]`` and is told how they stand."""
-
-    def ask(self) -> list[Vector]: ...
-
-    def tell(self, candidates: Sequence[Vector], standings: Sequence[Standing]) -> None: ...
-
-    def mean(self) -> Vector: ...
-
-    def sigma(self) -> float: ...
-
-    def stopped(self) -> str | None: ...
 
 
 class CMAES:
@@ -296,6 +282,9 @@ def optuna_for(options: SearchOptions) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
+
+Searcher = CMAES | RandomSearch
+"""Asks for candidates ``[P, K]`` and is told how they stand."""
 
 SEARCHERS: dict[str, Callable[[Sequence[str], SearchOptions], Searcher]] = {
     "cmaes": CMAES,
