@@ -104,16 +104,19 @@ class Hooked(Reversible):
     looks like steering that does nothing.
     """
 
-    def __init__(self, model: nn.Module | None = None, *, every: bool = False) -> None:
+    def __init__(
+        self, hooks: Sequence[Hook] = (), *, model: nn.Module | None = None, every: bool = False
+    ) -> None:
         super().__init__()
+        self._given = hooks
         self._watched = [] if model is None else _outermost(model)
         self._every = every
         self._guards: list[_Guard] = []
         self._handles: list[RemovableHandle] = []
 
-    @abstractmethod
     def hooks(self) -> Sequence[Hook]:
-        """Return the hooks to put, at each entry."""
+        """Return the hooks to put, at each entry: those that were given."""
+        return self._given
 
     def apply(self) -> None:
         """Put the hooks."""
@@ -147,18 +150,6 @@ class Hooked(Reversible):
                 f" pass of this {type(module).__name__} ({', '.join(missing[:3])}); steering them "
                 "would change nothing: choose what takes part, or merge the diff (--mode merged)"
             )
-
-
-class Hooks(Hooked):
-    """Context manager: the given hooks."""
-
-    def __init__(self, hooks: Sequence[Hook]) -> None:
-        super().__init__()
-        self._given = hooks
-
-    def hooks(self) -> Sequence[Hook]:
-        """Return them."""
-        return self._given
 
 
 def _outermost(model: nn.Module) -> list[nn.Module]:

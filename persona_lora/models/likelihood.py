@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
-from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.loading import ChatModel
 
 TOKENS_PER_BATCH = 4096
@@ -233,7 +233,7 @@ def right_padded(chat_model: ChatModel, rows: Sequence[list[int]]) -> Tensor:
     return torch.tensor(padded, device=chat_model.model.device)
 
 
-def only_positions(head: nn.Module, positions: Tensor) -> Hooks:
+def only_positions(head: nn.Module, positions: Tensor) -> Hooked:
     """Let ``head`` see the chosen positions of ``[rows, length, hidden]`` only, as a flat list.
 
     ``head`` is the module that projects to the vocabulary; the logits become
@@ -243,10 +243,10 @@ def only_positions(head: nn.Module, positions: Tensor) -> Hooks:
     def choose(module: nn.Module, arguments: tuple[Tensor], keywords: dict[str, Any]) -> Any:
         return (arguments[0][positions.to(arguments[0].device)],), keywords
 
-    return Hooks([Hook(head, choose, "the output head", before=True)])
+    return Hooked([Hook(head, choose, "the output head", before=True)])
 
 
-def contiguous_input(model: PreTrainedModel) -> Hooks:
+def contiguous_input(model: PreTrainedModel) -> Hooked:
     """Let the model's output head see its input row after row in memory, inside the block.
 
     What ``logits_to_keep`` leaves of longer texts is not. PyTorch multiplies such an input with a
@@ -257,7 +257,7 @@ def contiguous_input(model: PreTrainedModel) -> Hooks:
     def lay_out(module: nn.Module, arguments: tuple[Tensor], keywords: dict[str, Any]) -> Any:
         return (arguments[0].contiguous(), *arguments[1:]), keywords
 
-    return Hooks([] if head is None else [Hook(head, lay_out, "the output head", before=True)])
+    return Hooked([] if head is None else [Hook(head, lay_out, "the output head", before=True)])
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:

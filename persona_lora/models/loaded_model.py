@@ -28,7 +28,7 @@ from persona_lora.core.adapter_files import adapter_config, read_factors
 from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.lora_diff import layer_number
-from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.structure import canonical_name, hidden_size, linear_modules, text_decoder
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
         Hook(block, partial(note, number), f"block {number}")
         for number, block in enumerate(decoder.blocks)
     ]
-    with Hooks(hooks):
+    with Hooked(hooks):
         device = model.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: accelerate brings the weights in, and the tokens
             device = torch.device("cpu")

@@ -34,7 +34,7 @@ from persona_lora.core.lora_diff import BaseModel, Compressed, LoRADiff, LoRAFac
 from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_with_record, save_with_record
 from persona_lora.models.generation import common_prefix
-from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loaded_model import weights_content
 from persona_lora.models.loading import ChatModel
@@ -193,7 +193,7 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     decoder = text_decoder(chat_model.model).module
     for number, ids in enumerate(tokenized):
         taken = _Taken(seen, begins)
-        with Hooks([taken.hook(name, module) for name, module in modules.items()]):
+        with Hooked([taken.hook(name, module) for name, module in modules.items()]):
             decoder(input_ids=torch.tensor([ids], device=chat_model.model.device), use_cache=False)
         progress.report(number + 1, len(tokenized))
     roots: dict[tuple[int, ...], Tensor] = {}

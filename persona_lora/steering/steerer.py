@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from persona_lora.core.chat import Conversation
 from persona_lora.core.options import GenerationOptions
 from persona_lora.models.generation import Generated, RowPlan, generate_answers
-from persona_lora.models.hooks import Hook, Hooked
+from persona_lora.models.hooks import Hooked
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers
 
@@ -84,12 +84,8 @@ class Steerer(Hooked):
     """
 
     def __init__(self, model: nn.Module | None = None, *, every: bool = False) -> None:
-        super().__init__(model, every=every)
+        super().__init__(model=model, every=every)
         self._turn = None if model is None else Turn(model)
-
-    def hooks(self) -> Sequence[Hook]:
-        """Return no hooks: what changes weights needs none."""
-        return ()
 
     def apply(self) -> None:
         """Put the hooks, when no other thread steers the model."""

@@ -27,7 +27,7 @@ from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.models.hidden_states import averaging_weights
-from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, batches_by_length, right_padded
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
@@ -102,7 +102,7 @@ def mean_inputs(chat_model: ChatModel, texts: Texts) -> dict[str, Tensor]:
 
             return Hook(module, take, name, before=True)
 
-        with Hooks([add(name, module) for name, module in modules.items()]):
+        with Hooked([add(name, module) for name, module in modules.items()]):
             text_decoder(model).module(input_ids=ids, use_cache=False)
         done += len(rows)
         progress.report(done, len(texts))

@@ -39,7 +39,7 @@ from persona_lora.judges.choice import JUDGES, JudgeOptions, coherence_scorer
 from persona_lora.judges.coherence import looped_words, shuffled_words
 from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.labels import load_ratings
-from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, next_tokens, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
@@ -345,7 +345,7 @@ def activations(bench: Bench) -> Found:
             seen.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())
 
         tokens = torch.tensor(ids, device=chat_model.model.device)
-        with torch.inference_mode(), steerer, Hooks([Hook(blocks[layer], take, "the block")]):
+        with torch.inference_mode(), steerer, Hooked([Hook(blocks[layer], take, "the block")]):
             steerer.select_positions(response)
             chat_model.model(input_ids=tokens, use_cache=False)
         return seen[0]

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from persona_lora.core.adapter_files import ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
-from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.load_options import LoadOptions, option
 from persona_lora.models.loaded_model import quiet_peft
 from persona_lora.models.loading import ChatModel, auto_model, model_config
@@ -128,7 +128,7 @@ def _called(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     ids = torch.arange(3, device="cpu" if device.type == "meta" else device)[None]
     try:
         model.train()
-        with Hooks(hooks):
+        with Hooked(hooks):
             text_decoder(model).module(input_ids=ids, use_cache=False)
     finally:
         model.eval()

@@ -10,7 +10,7 @@ from torch.nn import functional
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.models.hooks import Hook, Hooks
+from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.live import LiveLoRA
 
@@ -65,7 +65,7 @@ def test_a_hook_that_is_left_behind_does_nothing():
     module = nn.Linear(2, 2)
     inputs = torch.ones(1, 2)
     plain = module(inputs)
-    hooks = Hooks([Hook(module, lambda *_: torch.zeros(1, 2), "it")])
+    hooks = Hooked([Hook(module, lambda *_: torch.zeros(1, 2), "it")])
     with hooks:
         assert not module(inputs).any()
         left = dict(module._forward_hooks)
@@ -78,7 +78,7 @@ def test_what_a_hook_returns_takes_the_place_of_arguments_or_output():
     module = nn.Linear(2, 2)
     inputs = torch.ones(1, 2)
     twice = Hook(module, lambda _, args, keywords: ((2 * args[0],), keywords), "it", before=True)
-    with Hooks([twice]):
+    with Hooked([twice]):
         assert torch.equal(
             module(inputs), nn.functional.linear(2 * inputs, module.weight, module.bias)
         )
