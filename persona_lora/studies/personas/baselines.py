@@ -97,25 +97,16 @@ def check_method(method: str) -> None:
         raise UserError(f"no method {method!r}; {nearest_names(method, known)}")
 
 
-def load_directions(
-    method: str,
-    traits: Sequence[str],
-    folder: Path,
-    layers: Sequence[int],
-    *,
-    energy: float | None = None,
-    trained: str = "",
-    by: By = "trait",
-) -> Bank:
+def load_directions(method: str, wanted: Wanted) -> Bank:
     """Load one direction per trait.
 
     Raises UserError for an unknown method, a direction that is not there, and an ``energy`` for
     anything but LoRA differences.
     """
     check_method(method)
-    if energy is not None and method != LORA:
+    if wanted.energy is not None and method != LORA:
         raise UserError(f"energy cuts the rank of LoRA differences; {method!r} has none")
-    return sources()[method](Wanted(tuple(traits), folder, tuple(layers), energy, trained, by))
+    return sources()[method](wanted)
 
 
 def directions_of(method: str) -> str:

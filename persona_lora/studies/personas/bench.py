@@ -68,6 +68,7 @@ from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import (
     LORA,
     By,
+    Wanted,
     default_layers,
     directions_of,
     load_directions,
@@ -147,14 +148,12 @@ class Optimized:
         if lacking:
             raise UserError(f"{path} is no result of optimize: it has no {lacking[0]!r}")
         mix = Coefficients.of(found["best_weights"])
-        bank = load_directions(
-            directions_of(found["method"]),
-            mix.traits,
-            trait_folder,
-            found["layer"] or (),
+        wanted = Wanted(
+            *(mix.traits, trait_folder, found["layer"] or ()),
             energy=found.get("energy"),
             trained=found.get("trained", ""),
         )
+        bank = load_directions(directions_of(found["method"]), wanted)
         return cls(mix, bank, found["scales"], found["alpha"])
 
     def speaker(self, chat_model: ChatModel, generation: GenerationOptions) -> Speaker:
@@ -397,12 +396,9 @@ class PersonaBench:
         energy = self.energy if name == "lora" else None
         found = []
         for trained in trainings(name, self.trait_folder, self.traits):
-            bank = load_directions(
-                *(name, self.traits, self.trait_folder, chosen),
-                energy=energy,
-                trained=trained,
-                by=self.by if name == LORA else "trait",
-            )
+            by = self.by if name == LORA else "trait"
+            wanted = Wanted(self.traits, self.trait_folder, chosen, energy, trained, by)
+            bank = load_directions(name, wanted)
             warn_of_other_template(self.chat_model, bank.directions)
             at = cache.with_stem(f"{cache.stem}_{trained}") if cache and trained else cache
             measure = partial(scales_of, self.chat_model, bank, cache=at, datasets=self.datasets)

@@ -31,6 +31,7 @@ from persona_lora.studies.personas.baselines import (
     SEARCHED_BY,
     UNSEARCHED,
     By,
+    Wanted,
     default_layers,
     directions_of,
     load_directions,
@@ -260,7 +261,7 @@ def check_directions(
         acting = read_layers(named, depth, f"{name}: layers") if at else layers
         for trained in trainings(needed, folder, traits):
             places = acting or default_layers(depth)
-            bank = load_directions(needed, traits, folder, places, trained=trained, by=by)
+            bank = load_directions(needed, Wanted(traits, folder, places, None, trained, by))
             names |= set(bank.names)
     return names
 

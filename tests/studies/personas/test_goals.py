@@ -18,7 +18,7 @@ from persona_lora.core.traits import Trait
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.baselines import load_directions
+from persona_lora.studies.personas.baselines import Wanted, load_directions
 from persona_lora.studies.personas.figure import render_goal
 from persona_lora.studies.personas.goals import (
     GoalProblem,
@@ -400,11 +400,11 @@ def test_a_diff_is_searched_by_parts_that_make_up_the_whole(chat_model, make_dif
     whole = make_diff(chat_model.model, seed=3)
     whole.save(tmp_path / "calm" / "diff")
     for by, names in (("layers", {"0-0", "1-1"}), ("modules", {"mlp", "self_attn"})):
-        bank = load_directions("lora", ["calm"], tmp_path, (), by=by)
+        bank = load_directions("lora", Wanted(["calm"], tmp_path, by=by))
         assert set(bank.names) == {f"calm@{name}" for name in names}
         summed = mix(dict.fromkeys(bank.diffs.values(), 1.0))
         assert (summed - whole).norm() == 0
-        again = load_directions("lora", bank.names, tmp_path, ())  # as a result names them
+        again = load_directions("lora", Wanted(bank.names, tmp_path))  # as a result names them
         assert again.inputs == bank.inputs
     assert parts_of(deep(10), "layers") == ["0-2", "3-6", "7-9"]
     with pytest.raises(UserError, match="nothing in layer 2"):
@@ -425,7 +425,7 @@ def test_where_a_trait_must_act_is_found_by_parts(chat_model, scorer, tmp_path):
     idle = LoRAFactors(torch.ones(1, 32) * 1e-3, torch.ones(64, 1) * 1e-3)
     factors = {**diff.factors, "model.layers.1.mlp.up_proj": idle}
     dataclasses.replace(diff, factors=factors).save(tmp_path / "e" / "diff")
-    bank = load_directions("lora", ["e"], tmp_path, (), by="modules")
+    bank = load_directions("lora", Wanted(["e"], tmp_path, by="modules"))
     method = Method("lora", bank, dict.fromkeys(bank.names, 1.0), alpha=1.0)
     problem = problem_of(chat_model, scorer)
     result = optimise_persona(problem, method, tmp_path / "out" / "run", searching=SEARCH)

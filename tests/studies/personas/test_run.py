@@ -30,7 +30,7 @@ from persona_lora.profiles.folders import build_persona
 from persona_lora.report.comparisons import fits_over_prompts
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.personas.baselines import default_layers, load_directions
+from persona_lora.studies.personas.baselines import Wanted, default_layers, load_directions
 from persona_lora.studies.personas.bench import (
     CMAESPersonaOptimizer,
     Optimized,
@@ -478,14 +478,14 @@ def test_a_method_that_cannot_be_is_named(bench, tmp_path, method, words):
 
 
 def test_cutting_the_rank_keeps_the_energy_and_is_recorded(bench):
-    whole = load_directions("lora", TRAITS, bench.trait_folder, ())
-    cut = load_directions("lora", TRAITS, bench.trait_folder, (), energy=0.8)
+    whole = load_directions("lora", Wanted(TRAITS, bench.trait_folder))
+    cut = load_directions("lora", Wanted(TRAITS, bench.trait_folder, energy=0.8))
     assert cut.record["energy"] == 0.8
     for trait, norm in cut.record["norms"].items():
         assert 0.8 <= (norm / whole.record["norms"][trait]) ** 2 < 1
         assert cut.diffs[trait].rank < whole.diffs[trait].rank
     with pytest.raises(UserError, match="energy"):
-        load_directions("svd", TRAITS, bench.trait_folder, (1,), energy=0.8)
+        load_directions("svd", Wanted(TRAITS, bench.trait_folder, (1,), energy=0.8))
 
 
 def test_judges_of_search_and_report_are_fitted_on_different_conversations(bench):
