@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -100,12 +99,20 @@ class AnswerClassifier:
         x = exchange_features([*positives, *negatives], embedder)
         labels = np.repeat([1, 0], len(positives))
         pair_of = np.tile(np.arange(len(positives)), 2)
+        folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
+
+        def held_out(inverse: float) -> Array:
+            """Return the log loss of each pair, predicted while it was held out: ``[pairs]``."""
+            losses = np.zeros(len(labels))
+            for kept, held in folds.split(x, labels, pair_of):
+                model = _regression(inverse).fit(x[kept], labels[kept])
+                signed = np.where(labels[held] == 1, 1.0, -1.0) * model.decision_function(x[held])
+                losses[held] = np.logaddexp(0.0, -signed)
+            return losses.reshape(2, -1).mean(axis=0)
+
         # Matrices this small are fitted ten times slower by several threads than by one.
         with threadpool_limits(limits=1, user_api="blas"):
-            losses = {
-                inverse: _held_out_losses(x, labels, pair_of, inverse, seed)
-                for inverse in INVERSE_PENALTIES
-            }
+            losses = {inverse: held_out(inverse) for inverse in INVERSE_PENALTIES}
             chosen = _one_standard_error(losses)
             model = _regression(chosen).fit(x, labels)
         loss = float(losses[chosen].mean())
@@ -146,23 +153,6 @@ def _mean_embeddings(passages: Sequence[Sequence[str]], embedder: SentenceEmbedd
     rows = iter(embedder.embed([text for each in passages for text in each]).astype(np.float64))
     means = [np.mean([next(rows) for _ in each], axis=0) for each in passages]
     return np.array(means).reshape(len(passages), embedder.dimension)
-
-
-def _held_out_losses(
-    features: Array,
-    labels: NDArray[np.int64],
-    pair_of: NDArray[np.int64],
-    inverse_penalty: float,
-    seed: int,
-) -> Array:
-    """Return the log loss of each pair, predicted while it was held out: ``[pairs]``."""
-    losses = np.zeros(len(labels))
-    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
-    for kept, held in folds.split(features, labels, pair_of):
-        model = _regression(inverse_penalty).fit(features[kept], labels[kept])
-        signed = np.where(labels[held] == 1, 1.0, -1.0) * model.decision_function(features[held])
-        losses[held] = np.logaddexp(0.0, -signed)
-    return losses.reshape(2, -1).mean(axis=0)
 
 
 def _one_standard_error(losses: dict[float, Array]) -> float:

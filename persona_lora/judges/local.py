@@ -65,37 +65,31 @@ def _whole_numbers(
 ) -> list[Mapping[str, float]]:
     """Return log probabilities of whole numbers (and of other first tokens) from digit steps."""
     numbers = [_digits(each) for each in first]
+
+    def extend(starts: Sequence[tuple[int, str]], allowed: str = "0123456789") -> None:
+        """Split each start's probability among its extensions by one digit and itself."""
+        tops = continuation([(prompts[row], start) for row, start in starts]) if starts else []
+        for (row, start), top in zip(starts, tops, strict=True):
+            probability = numbers[row][start]
+            following = {digit: p for digit, p in _digits(top).items() if digit in allowed}
+            numbers[row][start] = probability * max(0.0, 1.0 - sum(following.values()))
+            for digit, share in following.items():
+                numbers[row][start + digit] = probability * share
+
     starts = [
         (row, digit)
         for row, digits in enumerate(numbers)
         for digit, probability in digits.items()
         if digit != "0" and probability >= _NEGLIGIBLE
     ]
-    _extend(numbers, starts, prompts, continuation)
+    extend(starts)
     tens = [(row, "10") for row, each in enumerate(numbers) if each.get("10", 0.0) >= _NEGLIGIBLE]
-    _extend(numbers, tens, prompts, continuation, allowed="0")
+    extend(tens, allowed="0")
     return [
         {token: logprob for token, logprob in top.items() if not _is_digit(token)}
         | {number: math.log(p) for number, p in row.items() if p > 0}
         for top, row in zip(first, numbers, strict=True)
     ]
-
-
-def _extend(
-    numbers: list[dict[str, float]],
-    starts: Sequence[tuple[int, str]],
-    prompts: Sequence[str],
-    continuation: ContinuationLogprobs,
-    allowed: str = "0123456789",
-) -> None:
-    """Split each start's probability among its extensions by one digit and itself."""
-    tops = continuation([(prompts[row], start) for row, start in starts]) if starts else []
-    for (row, start), top in zip(starts, tops, strict=True):
-        probability = numbers[row][start]
-        following = {digit: p for digit, p in _digits(top).items() if digit in allowed}
-        numbers[row][start] = probability * max(0.0, 1.0 - sum(following.values()))
-        for digit, share in following.items():
-            numbers[row][start + digit] = probability * share
 
 
 def _digits(logprobs: Mapping[str, float]) -> dict[str, float]:
