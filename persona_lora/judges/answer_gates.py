@@ -58,25 +58,19 @@ def failures(
     again = {gram for gram, answers in told.items() if answers > 1}
     none = [None] * len(exchanges)
     measured = zip(exchanges, coherence or none, relevance or none, strict=True)
-    return [_failure(each, own, again, *numbers) for each, *numbers in measured]
+
+    def failure(exchange: Exchange, coherent: float | None, relevant: float | None) -> str:
+        taken = {"copy": own, "echo": set(grams_of(exchange.question)), "repeat": again}
+        for name, known in taken.items():
+            if shared(exchange.answer, known) >= SHARED:
+                return name
+        if coherent is not None and coherent < BROKEN:
+            return "broken"
+        return "off topic" if relevant is not None and relevant < OFF_TOPIC else ""
+
+    return [failure(*each) for each in measured]
 
 
 def counted(score: float | None, failure: str) -> float | None:
     """Return the fit of an answer that counts, and the worst one where something is wrong."""
     return LOWEST if score is not None and failure else score
-
-
-def _failure(
-    exchange: Exchange,
-    own: Collection[Gram],
-    again: Collection[Gram],
-    coherence: float | None,
-    relevance: float | None,
-) -> str:
-    taken = {"copy": own, "echo": set(grams_of(exchange.question)), "repeat": again}
-    for name, known in taken.items():
-        if shared(exchange.answer, known) >= SHARED:
-            return name
-    if coherence is not None and coherence < BROKEN:
-        return "broken"
-    return "off topic" if relevance is not None and relevance < OFF_TOPIC else ""

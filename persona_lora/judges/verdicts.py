@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Exchange, Verdict
+from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
@@ -87,7 +87,8 @@ def _judge(
     unfit = {each.criterion for each in validations if each.fit is False}
     for criterion in progress.over("judging", criteria):
         missing = [row for row in answers if (row["row"], criterion) not in kept]
-        verdicts = _verdicts(judge, missing, criterion)
+        new = list(dict.fromkeys(Exchange(row["question"], row["answer"]) for row in missing))
+        verdicts = dict(zip(new, judge.judge(new, criterion) if new else [], strict=True))
         asked += len(verdicts)
         for row in missing:
             verdict = verdicts[Exchange(row["question"], row["answer"])]
@@ -103,15 +104,6 @@ def _judge(
     run.write(f"{file}validation", [dataclasses.asdict(each) for each in validations])
     seconds = time.perf_counter() - began
     run.append("judging", [{"judge": judge.name, "answers": asked, "seconds": round(seconds, 2)}])
-
-
-def _verdicts(
-    judge: Judge, rows: Sequence[dict[str, Any]], criterion: str
-) -> dict[Exchange, Verdict]:
-    """Return the verdict on every question and answer of the rows, equal ones asked once."""
-    asked = list(dict.fromkeys(Exchange(row["question"], row["answer"]) for row in rows))
-    verdicts = judge.judge(asked, criterion) if asked else []
-    return dict(zip(asked, verdicts, strict=True))
 
 
 def _refuse_nothing_scored(

@@ -73,33 +73,27 @@ def stream_hidden_means(
             raise UserError(f"the answer of {name} is empty: no mean over it; leave it out")
         if not text.prompt and {"prompt_avg", "prompt_last"} & set(positions):
             raise UserError(f"the prompt of {name} is empty: no mean over it; leave it out")
-    return _stream(chat_model, texts, tuple(positions), wanted, called)
 
+    def batches() -> Iterator[HiddenMeans]:
+        done = 0
+        for rows in batches_by_length([len(text.prompt) + len(text.answer) for text in texts]):
+            batch = [texts[row] for row in rows]
+            ids = right_padded(chat_model, [text.prompt + text.answer for text in batch])
+            weights = averaging_weights(batch, positions, ids.shape[1])
+            reduction = _Reduction(chat_model, wanted, weights)
+            with torch.no_grad():
+                reduction.read(ids, use_cache=False)
+            means = reduction.means.cpu()
+            broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
+            if broken.any():
+                at, layer = broken.nonzero()[0].tolist()
+                what = f"the hidden states of {called[rows[at]]} at layer {wanted[layer]}"
+                raise chat_model.not_finite(what)
+            done += len(rows)
+            progress.report(done, len(texts))
+            yield HiddenMeans(rows, means)
 
-def _stream(
-    chat_model: ChatModel,
-    texts: Sequence[TokenizedExchange],
-    positions: tuple[str, ...],
-    layers: list[int],
-    names: list[str],
-) -> Iterator[HiddenMeans]:
-    done = 0
-    for rows in batches_by_length([len(text.prompt) + len(text.answer) for text in texts]):
-        batch = [texts[row] for row in rows]
-        ids = right_padded(chat_model, [text.prompt + text.answer for text in batch])
-        weights = averaging_weights(batch, positions, ids.shape[1])
-        reduction = _Reduction(chat_model, layers, weights)
-        with torch.no_grad():
-            reduction.read(ids, use_cache=False)
-        means = reduction.means.cpu()
-        broken = ~torch.isfinite(means).all(-1).all(1)  # [batch, layers]
-        if broken.any():
-            at, layer = broken.nonzero()[0].tolist()
-            what = f"the hidden states of {names[rows[at]]} at layer {layers[layer]}"
-            raise chat_model.not_finite(what)
-        done += len(rows)
-        progress.report(done, len(texts))
-        yield HiddenMeans(rows, means)
+    return batches()
 
 
 def averaging_weights(

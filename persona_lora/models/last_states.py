@@ -42,6 +42,19 @@ def last_states(
     chat_model.check_length(max(map(len, prompts), default=0))
     states = torch.empty(len(prompts), 2 * len(layers), hidden_size(chat_model.model))
     done = 0
+
+    def read(ends: Sequence[list[int]], kept: KeptCache | None, own: Sequence[range]) -> Tensor:
+        keywords: dict[str, Any] = {"use_cache": False}
+        if kept is not None:
+            cache = copy.deepcopy(kept.cache)
+            cache.batch_repeat_interleave(len(ends))
+            keywords = {"use_cache": True, kept.name: cache}
+        last = [range(len(end) - 1, len(end)) for end in ends]
+        taken = _SpanMeans(chat_model, layers, [last, own])
+        taken.read(right_padded(chat_model, ends), **keywords)
+        by_layer = torch.stack([taken.states[index] for index in range(len(layers))])
+        return by_layer.permute(2, 1, 0, 3).flatten(1, 2)  # from [layers, 2, batch, hidden]
+
     for group in dict.fromkeys(groups):
         rows = [row for row, each in enumerate(groups) if each == group]
         longest = min(spans[row].start for row in rows)  # no span is cut
@@ -51,7 +64,7 @@ def last_states(
             ends = [prompts[row][len(prefix) :] for row in some]
             starts = [spans[row].start - len(prefix) for row in some]
             own = [range(at, at + len(spans[row])) for at, row in zip(starts, some, strict=True)]
-            states[some] = _states_of(chat_model, ends, kept, layers, own)
+            states[some] = read(ends, kept, own)
             done += len(some)
             progress.report(done, len(prompts))
     if not bool(states.isfinite().all()):
@@ -75,25 +88,6 @@ def _shared_prefix(
     if kept is None or not shares_prefix(kept.cache, padded=False):
         return [], None
     return prefix, kept
-
-
-def _states_of(
-    chat_model: ChatModel,
-    ends: Sequence[list[int]],
-    kept: KeptCache | None,
-    layers: Sequence[int],
-    spans: Sequence[range],
-) -> Tensor:
-    keywords: dict[str, Any] = {"use_cache": False}
-    if kept is not None:
-        cache = copy.deepcopy(kept.cache)
-        cache.batch_repeat_interleave(len(ends))
-        keywords = {"use_cache": True, kept.name: cache}
-    last = [range(len(end) - 1, len(end)) for end in ends]
-    taken = _SpanMeans(chat_model, layers, [last, spans])
-    taken.read(right_padded(chat_model, ends), **keywords)
-    by_layer = torch.stack([taken.states[index] for index in range(len(layers))])
-    return by_layer.permute(2, 1, 0, 3).flatten(1, 2)  # from [layers, 2, batch, hidden]
 
 
 class _SpanMeans(BlockOutputs):

@@ -86,8 +86,14 @@ def answer_logprobs(
         batch = [tokenized[row] for row in rows]
         if prepare_batch is not None:
             prepare_batch(rows)
-        for row, mean in zip(rows, _mean_logprobs_of_batch(chat_model, batch), strict=True):
-            means[row] = mean
+        spans = [range(len(asked) - 1, len(asked) + len(said) - 1) for asked, said in batch]
+        logits = _logits_at(chat_model, [prompt + answer for prompt, answer in batch], spans)
+        tokens = [token for each in batch for token in each.answer]
+        targets = torch.tensor(tokens, device=logits.device)
+        log_p = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        by_answer = log_p.split([len(each.answer) for each in batch])
+        for row, own in zip(rows, by_answer, strict=True):
+            means[row] = float(own.mean())
         done += len(rows)
         progress.report(done, len(tokenized))
     return means
@@ -188,19 +194,6 @@ def _by_text(
     for text, value in zip(texts, values, strict=True):
         by_text.setdefault(text, value)
     return by_text
-
-
-def _mean_logprobs_of_batch(
-    chat_model: ChatModel, batch: Sequence[TokenizedExchange]
-) -> list[float]:
-    logits = _logits_at(
-        chat_model,
-        [each.prompt + each.answer for each in batch],
-        [range(len(each.prompt) - 1, len(each.prompt) + len(each.answer) - 1) for each in batch],
-    )
-    targets = torch.tensor([token for each in batch for token in each.answer], device=logits.device)
-    log_p = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return [float(row.mean()) for row in log_p.split([len(each.answer) for each in batch])]
 
 
 @torch.inference_mode()

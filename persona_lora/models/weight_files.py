@@ -7,7 +7,6 @@ are ``[out, in]``. Knows files and names; refuses to know what is computed from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,8 +53,13 @@ class StoredWeights:
         for file in _files(folder):
             self.tensors |= _places(file)
         model, config = skeleton_of_folder(folder), folder / "config.json"
-        if model is not None:
-            self.tensors = _as_in_memory(self.tensors, model)
+        if model is not None:  # places are known by the names of a loaded model
+            places, self.tensors = self.tensors, {}
+            for stored, name in names_in_memory(model, places).items():
+                place = places[stored]
+                if _lies_transposed(model, name):
+                    place = replace(place, shape=place.shape[::-1], transposed=True)
+                self.tensors[name] = place
         said = read_json(config) if config.is_file() else {}
         if isinstance(said, dict) and said.get("tie_word_embeddings") is True:
             self.tensors.pop(TIED, None)  # some savers write the tied tensor twice
@@ -135,19 +139,6 @@ def skeleton_of_folder(folder: Path) -> PreTrainedModel | None:
             return auto_model(config).from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} describes no language model: {str(error)[:200]}") from error
-
-
-def _as_in_memory(
-    places: Mapping[str, TensorPlace], model: PreTrainedModel
-) -> dict[str, TensorPlace]:
-    """Return the places by the names of a loaded model; transposed ones with their shape turned."""
-    found = {}
-    for stored, name in names_in_memory(model, places).items():
-        place = places[stored]
-        if _lies_transposed(model, name):
-            place = replace(place, shape=place.shape[::-1], transposed=True)
-        found[name] = place
-    return found
 
 
 def _lies_transposed(model: PreTrainedModel, name: str) -> bool:

@@ -108,9 +108,19 @@ def score_lamp(
         speaker.inputs(),
         {"the questions": digest_of([question._asdict() for question in questions])},
     )
+
+    def answered() -> list[dict[str, Any]]:
+        answers = speaker.answers(rows_of(questions, conditions, mix))
+        scorer, rows = RougeScorer(list(MEASURES)), []
+        for (name, question), answer in zip(product(conditions, questions), answers, strict=True):
+            overlap = scorer.score(question.gold, answer)
+            told = {"user": question.id, "condition": name, "answer": answer, "gold": question.gold}
+            rows.append({**told, **{each: overlap[each].fmeasure for each in MEASURES}})
+        return rows
+
     run = open_run(output, "lamp", speaker.chat_model, config, *read, seed=speaker.options.seed)
     with run:
-        rows = run.resume_rows("answers") or _answered(speaker, questions, conditions, mix)
+        rows = run.resume_rows("answers") or answered()
         run.write("answers", rows)
         fits = {
             measure: tuple(fits_over_personas(_of(rows, measure), NONE, scale=SHARES))
@@ -139,29 +149,6 @@ def rows_of(
         for name in conditions
         for index, question in enumerate(questions)
     ]
-
-
-def _answered(
-    speaker: Speaker,
-    questions: Sequence[LampQuestion],
-    conditions: Sequence[str],
-    mix: Coefficients | None,
-) -> list[dict[str, Any]]:
-    answers = speaker.answers(rows_of(questions, conditions, mix))
-    scorer = RougeScorer(list(MEASURES))
-    rows = []
-    for (name, question), answer in zip(product(conditions, questions), answers, strict=True):
-        overlap = scorer.score(question.gold, answer)
-        rows.append(
-            {
-                "user": question.id,
-                "condition": name,
-                "answer": answer,
-                "gold": question.gold,
-                **{measure: overlap[measure].fmeasure for measure in MEASURES},
-            }
-        )
-    return rows
 
 
 def _of(rows: Sequence[Mapping[str, Any]], measure: str) -> list[dict[str, Any]]:

@@ -171,7 +171,12 @@ def front_line(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) ->
 
 def goal_line(rows: Sequence[Row], config: Config, condition: str) -> str:
     """Say what a mix gains over the unsteered model and over random mixes, by both judges."""
-    gain = partial(_gain, rows, config, condition)
+
+    def gain(reference: str, value: str = "score") -> str:
+        fits = goal_fits(rows, config, ObjectiveOptions(), reference=reference, value=value)
+        (found,) = (each.difference for each in fits if each.condition == condition)
+        return wording.interval(found, _digits(config))
+
     mix = condition.replace("_", " ")
     said = f"On held-out prompts the {mix} gains {gain(UNSTEERED)} over the unsteered model"
     said += f" and {gain(RANDOM_MIX)} over random mixes of its length"
@@ -180,14 +185,6 @@ def goal_line(rows: Sequence[Row], config: Config, condition: str) -> str:
     return (
         f"{said}; by {config['second_judge']} {gain(UNSTEERED, 'second')} over the unsteered one."
     )
-
-
-def _gain(
-    rows: Sequence[Row], config: Config, condition: str, reference: str, value: str = "score"
-) -> str:
-    fits = goal_fits(rows, config, ObjectiveOptions(), reference=reference, value=value)
-    (found,) = (each.difference for each in fits if each.condition == condition)
-    return wording.interval(found, _digits(config))
 
 
 def _digits(config: Config) -> int:
