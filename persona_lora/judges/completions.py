@@ -87,15 +87,11 @@ def score_reply(reply: Reply, mode: Mode, highest: int = 100) -> Completion:
     """Read a reply as a number from 0 to ``highest`` (see ``prompts``)."""
     if reply.withheld:
         return Completion(Reading(None, reply.withheld), "about the text")
-    if mode == "logprobs":
-        return _read_logprobs(reply, highest)
-    if reply.cut:
+    if mode == "number" and reply.cut:
         return Completion(Reading(None, CUT_OFF), "formless")
-    reading = number_reply(reply.text, highest)
-    return Completion(reading, _outcome(reading))
-
-
-def _read_logprobs(reply: Reply, highest: int) -> Completion:
+    if mode == "number":
+        reading = number_reply(reply.text, highest)
+        return Completion(reading, _outcome(reading))
     if reply.reasoned:
         return Completion(Reading(None, REASONS_FIRST), "lasting")
     pairs = _first_position(reply.logprobs)

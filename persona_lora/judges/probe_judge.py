@@ -20,7 +20,7 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.traits import Trait
 from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.coherence import EMPTY_REASON
-from persona_lora.judges.fitness import JudgeValidation, own_agreement, warn_if_untrusted
+from persona_lora.judges.fitness import own_agreement, warn_if_untrusted
 from persona_lora.judges.fitted import (
     Array,
     Evidence,
@@ -108,8 +108,12 @@ class ProbeJudge:
     def __post_init__(self) -> None:
         self.name, self.trait = self.evidence.name, self.evidence.trait
         self._known: dict[Exchange, dict[str, Verdict]] = {}
+        said = self._said(self.fitted.scores, self.fitted.distances)
+        unseen = [p for p in zip(said, self.labels, strict=True) if p[1].part == "validation"]
+        rows = [row for _, row in unseen]
         self.validation = tuple(
-            self._validation(each, self.labels) for each in (self.trait.name, COHERENCE)
+            own_agreement([verdicts[criterion] for verdicts, _ in unseen], rows)
+            for criterion in (self.trait.name, COHERENCE)
         )
         for each in self.validation:
             warn_if_untrusted(each)
@@ -154,16 +158,6 @@ class ProbeJudge:
                 else Verdict(criterion, score, outcome(trait, sense), self.name)
                 for criterion, score in ((self.trait.name, trait), (COHERENCE, sense))
             }
-
-    def _validation(self, criterion: str, labels: Sequence[RatedAnswer]) -> JudgeValidation:
-        pairs = [
-            (each[criterion], row)
-            for each, row in zip(
-                self._said(self.fitted.scores, self.fitted.distances), labels, strict=True
-            )
-            if row.part == "validation"
-        ]
-        return own_agreement([each for each, _ in pairs], [row for _, row in pairs])
 
 
 def outcome(trait: float, sense: float) -> Outcome:

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange
@@ -98,24 +97,17 @@ def _judge(
             given = dataclasses.asdict(dataclasses.replace(verdict, judge=said))
             kept[row["row"], criterion] = {"row": row["row"], **given}
         run.write(f"{file}verdicts", [kept[key] for key in sorted(kept)])
-        _refuse_nothing_scored(judge.name, criterion, list(kept.values()), beside=bool(file))
+        judged = [row for row in kept.values() if row["criterion"] == criterion]
+        if judged and all(row["score"] is None for row in judged):
+            reasons = Counter(row["reason"] for row in judged).most_common(3)
+            common = "; ".join(f"{reason} ({count})" for reason, count in reasons)
+            remedy = ", or goes on without it with --second-judge none" if file else ""
+            raise UserError(
+                f"{judge.name} scored none of {len(judged)} answers on {criterion}: {common}; the "
+                f"answers are kept, and the same command judges them again{remedy}"
+            )
     canaries = show_canaries(judge, trait, criteria)
     run.write(f"{file}canaries", [dataclasses.asdict(each) for each in canaries])
     run.write(f"{file}validation", [dataclasses.asdict(each) for each in validations])
     seconds = time.perf_counter() - began
     run.append("judging", [{"judge": judge.name, "answers": asked, "seconds": round(seconds, 2)}])
-
-
-def _refuse_nothing_scored(
-    judge: str, criterion: str, rows: Sequence[dict[str, Any]], *, beside: bool
-) -> None:
-    asked = [row for row in rows if row["criterion"] == criterion]
-    if not asked or any(row["score"] is not None for row in asked):
-        return
-    reasons = Counter(row["reason"] for row in asked)
-    common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-    remedy = ", or goes on without it with --second-judge none" if beside else ""
-    raise UserError(
-        f"{judge} scored none of {len(asked)} answers on {criterion}: {common}; the answers are "
-        f"kept, and the same command judges them again{remedy}"
-    )

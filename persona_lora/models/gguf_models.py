@@ -92,7 +92,14 @@ def gguf_folder(file: Path, cache: Path | None = None) -> Path:
         logger.warning("converting %s to safetensors, once (into %s)", file, folder)
         convert_gguf(file, folder, reader)
 
-    return converted(root / f"gguf-{_content_hash(file)}", convert)
+    try:
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    return converted(root / f"gguf-{content}", convert)
 
 
 def converted(folder: Path, convert: Callable[[Path], None]) -> Path:
@@ -120,16 +127,6 @@ def convert_gguf(file: Path, folder: Path, reader: GGUFReader | None = None) -> 
     with atomic_folder(folder) as temporary:
         model.to(_stored_type(reader)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _content_hash(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror}); check its permissions"
-        ) from error
 
 
 def _open(file: Path) -> GGUFReader:

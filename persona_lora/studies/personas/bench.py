@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from persona_lora.core import progress
 from persona_lora.core.content import digest_of, file_digest
@@ -493,8 +492,16 @@ class CMAESPersonaOptimizer:
         options = dataclasses.replace(
             searching or SearchOptions(), max_iterations=max_iterations, sigma0=sigma0
         )
-        if initial_weights is not None:
-            options = dataclasses.replace(options, initial=self._initial(initial_weights))
+        given = initial_weights
+        if given is not None and not isinstance(given, Mapping):
+            if len(given) != len(self.traits):
+                raise UserError(
+                    f"{len(given)} initial weights for {len(self.traits)} traits; give one for "
+                    f"each of {', '.join(self.traits)}"
+                )
+            given = dict(zip(self.traits, map(float, given), strict=True))
+        if given is not None:
+            options = dataclasses.replace(options, initial=dict(given))
         problem = self.bench.problem(self.persona_id)
         methods = self.bench.methods(
             self.method,
@@ -509,13 +516,3 @@ class CMAESPersonaOptimizer:
                 problem, methods, output, searching=options, objective=objective, watch=watch
             )
         )
-
-    def _initial(self, weights: Sequence[float] | Mapping[str, float]) -> dict[str, Any]:
-        if isinstance(weights, Mapping):
-            return dict(weights)
-        if len(weights) != len(self.traits):
-            raise UserError(
-                f"{len(weights)} initial weights for {len(self.traits)} traits; give one for each "
-                f"of {', '.join(self.traits)}"
-            )
-        return dict(zip(self.traits, map(float, weights), strict=True))

@@ -359,7 +359,9 @@ def search(
         if watch is not None:
             seconds = 0.0 if replayed else time.monotonic() - started
             watch(_summary(generation, candidates, options, strategy.sigma(), seconds))
-        stopped = _stopped(strategy, candidates, options)
+        best = _best_value(candidates)
+        reached = best is not None and options.target is not None and best >= options.target
+        stopped = "target" if reached else strategy.stopped()
         if stopped is not None:
             reason = stopped
             break
@@ -383,15 +385,6 @@ def evaluate_once(
     if processes.index == 0:
         run.write(name, [_row(each, len(mixes)) for each in found])
     return found
-
-
-def _stopped(
-    strategy: Searcher, candidates: Sequence[Candidate], options: SearchOptions
-) -> str | None:
-    best = _best_value(candidates)
-    if best is not None and options.target is not None and best >= options.target:
-        return "target"
-    return strategy.stopped()
 
 
 def _best_value(candidates: Sequence[Candidate]) -> float | None:
