@@ -119,7 +119,11 @@ def next_token_logprobs(
         for row, values, tokens in zip(
             rows, best.values.tolist(), best.indices.tolist(), strict=True
         ):
-            found[row] = _by_text(chat_model, tokens, values)
+            texts = chat_model.tokenizer.batch_decode([[token] for token in tokens])
+            by_text: dict[str, float] = {}  # tokens of equal text keep the likeliest
+            for text, value in zip(texts, values, strict=True):
+                by_text.setdefault(text, value)
+            found[row] = by_text
     return found
 
 
@@ -183,17 +187,6 @@ def token_divergences(
         text = chat_model.tokenizer.decode(exchange.answer)
         raise chat_model.not_finite(f"the divergence over {text[-60:]!r}")
     return divergences
-
-
-def _by_text(
-    chat_model: ChatModel, tokens: Sequence[int], values: Sequence[float]
-) -> dict[str, float]:
-    """Return log-probabilities by token text; tokens of equal text keep the likeliest."""
-    texts = chat_model.tokenizer.batch_decode([[token] for token in tokens])
-    by_text: dict[str, float] = {}
-    for text, value in zip(texts, values, strict=True):
-        by_text.setdefault(text, value)
-    return by_text
 
 
 @torch.inference_mode()
