@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -263,9 +264,9 @@ def test_progress_is_told_from_inside_a_running_event_loop(judge_of, told):
 
 
 def test_openai_judge_shares_its_cache_with_a_second_judge(judge_of, endpoint, tmp_path):
-    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
         first = judge_of(cache=cache).judge(exchanges(3), "flattery")
-    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
         again = judge_of(cache=cache)
         assert again.judge(exchanges(3), "flattery") == first
         assert again.reader.usage == Usage(0, 0, 0, 0.0, 3)
@@ -290,7 +291,7 @@ def test_openai_judge_shares_its_cache_with_another_process(judge_of, endpoint, 
         [sys.executable, "-c", code, str(trait.folder), endpoint.base_url, str(path)],
         check=True,
     )
-    with VerdictCache(path) as cache:
+    with closing(VerdictCache(path)) as cache:
         judge = judge_of(cache=cache)
         assert judge.judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
         assert judge.reader.usage.cache_hits == 1
@@ -304,7 +305,7 @@ def test_openai_judge_caches_scores_and_nothing_else(judge_of, endpoint, tmp_pat
         2: endpoint.error(500),
         3: endpoint.logprobs({"Hm": 0.9}),
     }
-    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+    with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
         limits = Limits(concurrency=1, max_retries=0)
         first = judge_of(cache=cache, limits=limits).judge(exchanges(5), "flattery")
         assert [verdict.reason for verdict in first][::4] == ["refusal", ""]
@@ -359,7 +360,7 @@ def test_openai_judge_never_shows_its_key(judge_of, endpoint, caplog, capfd, tmp
         1: endpoint.error(500, KEY, {"Retry-After": "0"}),
         2: endpoint.logprobs({"REF": 0.9}),
     }
-    with caplog.at_level(logging.DEBUG), VerdictCache(path) as cache:
+    with caplog.at_level(logging.DEBUG), closing(VerdictCache(path)) as cache:
         judge = judge_of(cache=cache, limits=Limits(concurrency=1, max_retries=1))
         verdicts = judge.judge(exchanges(3), "flattery")
         files = b"".join(each.read_bytes() for each in tmp_path.glob("cache.sqlite*"))
