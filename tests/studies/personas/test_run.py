@@ -598,9 +598,9 @@ def test_the_prompt_baseline_holds_profile_and_samples(personas):
 
 def test_missing_directions_and_prompts_are_named(tmp_path):
     with pytest.raises(UserError, match="train_style_traits"):
-        load_directions("lora", ["calm"], tmp_path, ())
+        load_directions("lora", Wanted(["calm"], tmp_path))
     with pytest.raises(UserError, match="mean_diff"):
-        load_directions("mean-diff", ["calm"], tmp_path, (1,))
+        load_directions("mean-diff", Wanted(["calm"], tmp_path, (1,)))
     assert first_prompts(PROMPTS, 1).fresh == ("Any plans?", *PROMPTS.fresh)
     with pytest.raises(UserError, match="2 training prompts; 9"):
         first_prompts(PROMPTS, 9)
