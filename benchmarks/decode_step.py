@@ -1,7 +1,8 @@
 """What does live LoRA add to a step of decoding?
 
     persona-lora gallery get --traits evil,sycophancy
-    python benchmarks/decode_step.py
+    python benchmarks/decode_step.py               # whole steps
+    python benchmarks/decode_step.py --hooks-only  # what is called after the modules of one block
 
 Without steering, with one diff, with several that share their A, and with one of rank 32 of random
 factors, in turn and in a new order each round, in one process; bf16. Printed: the median of the
@@ -16,7 +17,7 @@ import importlib.util
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -80,8 +81,51 @@ def one_round(
     return least
 
 
-def with_interval(ratios: Sequence[float]) -> str:
-    """Return the median and its 95% bootstrap interval."""
+def block_calls(steerer: Any, rows: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Return what a step does beside the modules of one block: all its hooks, on random states."""
+    hooks = [hook for hook in steerer.hooks() if ".layers.3." in hook.name]
+    widths = {width for hook in hooks for width in hook.module.weight.shape}
+    states = {width: torch.randn(rows, 1, width).to(dtype) for width in widths}
+
+    def call() -> None:
+        for hook in hooks:
+            out, width = hook.module.weight.shape
+            hook.call(hook.module, (states[width],), torch.zeros(rows, 1, out, dtype=dtype))
+
+    return call
+
+
+@torch.no_grad()
+def hooks_round(calls: dict[str, Callable[[], None]], times: int = 20) -> dict[str, Seconds]:
+    """Return the seconds of each variant's calls, the mean of some, in a new order."""
+    taken = {}
+    for name in random.sample(list(calls), len(calls)):
+        cpu, begun = time.thread_time(), time.perf_counter()
+        for _ in range(times):
+            calls[name]()
+        taken[name] = (time.thread_time() - cpu) / times, (time.perf_counter() - begun) / times
+    return taken
+
+
+def print_hooks(variants: dict[str, Any], sizes: Sequence[int], dtype: torch.dtype) -> None:
+    """Print what the hooks of one block take, in microseconds of CPU."""
+    print("| rows | live | least | lower quartile | now over it |\n|---|---|---|---|---|")
+    for rows in sizes:
+        calls = {name: block_calls(each, rows, dtype) for name, each in variants.items()}
+        hooks_round(calls)
+        found = [hooks_round(calls) for _ in range(100)]
+        for name in calls:
+            least, lower = (
+                1e6 * sorted(each[name][0] for each in found)[at] for at in (0, len(found) // 4)
+            )
+            now = name.removeprefix("before, ")
+            over = "" if name == now else ratio(found, now, name, 0)
+            print(f"| {rows} | {name} | {least:.0f} | {lower:.0f} | {over} |", flush=True)
+
+
+def ratio(found: Sequence[dict[str, Seconds]], one: str, other: str, at: int) -> str:
+    """Return the median over rounds of one's seconds over the other's, with a 95% interval."""
+    ratios = [each[one][at] / each[other][at] for each in found]
     drawn = random.Random(0)
     medians = sorted(statistics.median(drawn.choices(ratios, k=len(ratios))) for _ in range(2000))
     return f"{statistics.median(ratios):.3f} [{medians[49]:.3f}, {medians[1949]:.3f}]"
@@ -97,6 +141,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--mixes", nargs="+", default=["one", "family", "rank 32"])
     parser.add_argument("--beside", type=Path)
+    parser.add_argument("--hooks-only", action="store_true")
     asked = parser.parse_args()
     model = load_chat_model(dtype=asked.dtype).model
     diffs = [LoRADiff.load(asked.folder / name / "diff") for name in asked.diffs]
@@ -108,13 +153,19 @@ def main() -> None:
             weights = [[0.5] * len(mixes[kind])]
             variants[name + kind] = code.LiveLoRA(model, mixes[kind], weights)
     print(f"threads: {torch.get_num_threads()}\n")
-    print("| rows | live | CPU seconds, ratio | seconds, ratio |\n|---|---|---|---|")
+    if asked.hooks_only:
+        del variants["unsteered"]
+        print_hooks(variants, asked.rows, model.dtype)
+        return
+    print("| rows | live | CPU seconds, ratio | seconds, ratio | CPU seconds, now over it |")
+    print("|---|---|---|---|---|")
     for rows in asked.rows:
         found = [one_round(model, variants, rows, asked.steps) for _ in range(asked.rounds)]
         for name in list(variants)[1:]:
-            pairs = [(each[name], each["unsteered"]) for each in found]
-            cpu, clock = (with_interval([one[at] / two[at] for one, two in pairs]) for at in (0, 1))
-            print(f"| {rows} | {name} | {cpu} | {clock} |", flush=True)
+            cpu, clock = (ratio(found, name, "unsteered", at) for at in (0, 1))
+            now = name.removeprefix("before, ")
+            over = "" if name == now else ratio(found, now, name, 0)
+            print(f"| {rows} | {name} | {cpu} | {clock} | {over} |", flush=True)
 
 
 if __name__ == "__main__":

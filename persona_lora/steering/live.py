@@ -209,6 +209,32 @@ class _Stack:
         return self.rank - len(A)
 
 
+class _Factor:
+    """A factor on its module's device, in the dtype of its weights, bf16 for quantised ones.
+
+    On a CPU in fp32, and in that dtype too once many tokens have come. There also for an offloaded
+    module, whose weights come and go.
+    """
+
+    def __init__(self, factor: Tensor, module: nn.Module) -> None:
+        weight = weight_of(module)
+        self.dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+        self.whole = torch.promote_types(self.dtype, torch.float32)
+        on_cpu = weight.device.type in ("cpu", "meta")
+        device, dtype = ("cpu", self.whole) if on_cpu else (weight.device, self.dtype)
+        self.held = factor.to(device, dtype).contiguous()
+        self._cast = _NOTHING
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the factor there; what is only rounded is kept."""
+        if device != self.held.device or dtype == self.held.dtype:
+            return self.held.to(device, dtype)
+        if self._cast is _NOTHING or self._cast.dtype != dtype:
+            with torch.inference_mode(mode=False):  # a later pass may need gradients through it
+                self._cast = self.held.to(dtype)
+        return self._cast
+
+
 class _Member:
     """The factors of one module: where its A lie in the group's stack, and its B of all diffs."""
 
@@ -224,9 +250,8 @@ class _Member:
             start + row for start, rank in zip(starts, ranks, strict=True) for row in range(rank)
         ]
         self.basis = slice(starts[0], starts[0] + ranks[0]) if len(set(starts)) == 1 else None
-        self.up = _placed(
-            torch.cat([factors.B for _, factors in held], dim=1).T, module
-        )  # [R, out]
+        up = torch.cat([factors.B for _, factors in held], dim=1).T
+        self.up = _Factor(up, module)  # [R, out]
         self._mixed_of = self._mixed = _NOTHING
 
     def mixed(self, coefficients: Tensor, like: Tensor) -> Tensor:
@@ -236,8 +261,9 @@ class _Member:
         """
         if coefficients is not self._mixed_of or self._mixed.dtype != like.dtype:
             chosen = coefficients[:, self.indices].to(like.device)
-            bank = self.up.to(like.device).view(len(self.indices), -1).float()
-            self._mixed = (chosen @ bank).to(like.dtype).view(len(chosen), -1, self.up.shape[1])
+            up = self.up.held.to(like.device)
+            bank = up.view(len(self.indices), -1).float()
+            self._mixed = (chosen @ bank).to(like.dtype).view(len(chosen), -1, up.shape[1])
             self._mixed_of = coefficients
         return self._mixed
 
@@ -262,9 +288,8 @@ class _SharedInput:
         self.columns = tuple(each for member in self.members.values() for each in member.columns)
         rows = [row for member in self.members.values() for row in member.rows]
         self.spread = None if rows == [*range(stack.rank)] else torch.tensor(rows)
-        first = next(iter(modules.values()))
-        self.dtype = _factor_dtype(first)
-        self.down = _placed(torch.cat([*stack.held.values()]), first)
+        self.rank = stack.rank
+        self.down = _Factor(torch.cat([*stack.held.values()]), next(iter(modules.values())))
         ends = accumulate(len(member.columns) for member in self.members.values())
         self.span = {
             name: slice(end - len(member.columns), end)
@@ -287,8 +312,9 @@ class _SharedInput:
         return part, runs
 
     def _multiply(self, inputs: Tensor) -> None:
-        # An offloaded module's weights come and go.
-        down = self.down.to(inputs.device, self._dtype(inputs))
+        few = inputs.numel() // inputs.shape[-1] * self.rank <= FEW * len(self.members)
+        dtype = self.down.whole if few and inputs.is_cpu else self.down.dtype
+        down = self.down.on(inputs.device, dtype)
         product = functional.linear(inputs.to(down.dtype), down)
         whole = torch.is_grad_enabled()
         mixes = self.on_basis and not whole
@@ -304,12 +330,6 @@ class _SharedInput:
         self._input, self._product = inputs, product
         self._served.clear()
 
-    def _dtype(self, inputs: Tensor) -> torch.dtype:
-        """Return the dtype of the products: the modules' own, or fp32 for few tokens on a CPU."""
-        tokens = inputs.numel() // inputs.shape[-1]
-        few = tokens * len(self.down) <= FEW * len(self.members)
-        return _whole(self.dtype) if few and inputs.device.type == "cpu" else self.dtype
-
 
 class _AddDelta:
     """The forward hook of one module: output + B·((A·x) ∘ S), or output + (Σ c ΔB)·(A·x)."""
@@ -323,7 +343,7 @@ class _AddDelta:
         member = self.group.members[self.name]
         if runs is not None:
             return _with_runs(output, product, member.mixed(runs.coefficients, product), runs)
-        return _plus(output, product, member.up.to(product.device, product.dtype))
+        return _plus(output, product, member.up.on(product.device, product.dtype))
 
 
 def _plus(output: Tensor, product: Tensor, up: Tensor) -> Tensor:
@@ -354,24 +374,3 @@ def _with_runs(output: Tensor, product: Tensor, mixed: Tensor, runs: _Runs) -> T
         for part, states, up in zip(*rows, mixed, strict=True):
             part.addmm_(states, up)
     return whole if fits else output + whole.to(output.dtype)
-
-
-def _factor_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype of a module's weights where that is a plain float, else bf16."""
-    dtype = weight_of(module).dtype
-    return dtype if dtype.is_floating_point else torch.bfloat16
-
-
-def _placed(factor: Tensor, module: nn.Module) -> Tensor:
-    """Return a factor on the module's device, in its dtype; on a CPU in fp32.
-
-    On the CPU for an offloaded module, whose weights have no device between passes.
-    """
-    device = weight_of(module).device
-    if device.type in ("cpu", "meta"):
-        return factor.to("cpu", _whole(_factor_dtype(module))).contiguous()
-    return factor.to(device, _factor_dtype(module)).contiguous()
-
-
-def _whole(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

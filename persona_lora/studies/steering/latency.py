@@ -140,14 +140,15 @@ def swap_seconds(chat_model: ChatModel, bank: Bank, *, rounds: int = 5) -> dict[
 def held_bytes(bank: Bank, chat_model: ChatModel) -> dict[str, int]:
     """Return the bytes that each way of steering keeps beside the model while it steers.
 
-    Merged: a copy of every touched weight, to restore it; live: the factors, in the model's type;
-    activations: one vector per layer.
+    Merged: a copy of every touched weight, to restore it; live: the factors, in the model's type,
+    on a CPU in fp32 and rounded to it; activations: one vector per layer.
     """
     item = chat_model.model.dtype.itemsize
+    live = item if item > 2 or chat_model.model.device.type != "cpu" else 4 + item
     factors, vector = bank.diffs[LORA].factors.values(), bank.vectors[ACTIVATION]
     return {
         MERGED: item * sum(each.shape[0] * each.shape[1] for each in factors),
-        LIVE: item * sum(each.rank * sum(each.shape) for each in factors),
+        LIVE: live * sum(each.rank * sum(each.shape) for each in factors),
         ACTIVATIONS: 4 * len(vector.layers) * vector.hidden_size,
     }
 

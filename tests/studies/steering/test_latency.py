@@ -97,6 +97,8 @@ def test_what_is_kept_beside_the_model(chat_model, methods):
     assert held["live"] == sum(4 * (each.A.numel() + each.B.numel()) for each in factors)
     assert held["merged"] == sum(4 * each.delta().numel() for each in factors)
     assert held["activations"] == 4 * 32
+    chat_model.model.bfloat16()
+    assert held_bytes(methods, chat_model)["live"] == 6 / 4 * held["live"]
 
 
 @pytest.mark.parametrize(
