@@ -65,6 +65,11 @@ class Look:
     bold: bool = False
     order: int = 2
 
+    def apart(self, at: int) -> Look:
+        """Return it in the colour of the ``at``-th of several, dashed once all are taken."""
+        dashes = self.dashes if at < len(PALETTE) else DASHED
+        return replace(self, colour=PALETTE[at % len(PALETTE)], dashes=dashes)
+
 
 class Bounded(Protocol):
     """A mean with its interval; None where there is none."""
@@ -133,8 +138,7 @@ def series_by(
         own = sorted((row for row in rows if row[by] == key), key=lambda row: row[x])
         of = {each: tuple(row[each] for row in own) for each in (x, y, *bounds)}
         low, high = (of[each] for each in bounds) if bounds else ((), ())
-        mine = replace(look, colour=hue(at))
-        found.append(Series(name(key), of[x], of[y], low, high, mine))
+        found.append(Series(name(key), of[x], of[y], low, high, look.apart(at)))
     return found
 
 
@@ -493,11 +497,6 @@ def short(name: str) -> str:
 def short_title(trait: str) -> str:
     """Return a trait's name as a title, shortened to what fits beside a curve."""
     return short(title_of(trait))
-
-
-def hue(at: int) -> str:
-    """Return the colour of the ``at``-th of several things that are told apart by their labels."""
-    return PALETTE[at % len(PALETTE)]
 
 
 def inches_of(axes: Axes, side: Literal["width", "height"]) -> float:

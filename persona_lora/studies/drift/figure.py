@@ -87,7 +87,7 @@ def _shifts(axes: Axes, shifts: Sequence[Curve]) -> Panel:
     if not shifts:
         axes.text(0.5, 0.5, "no vectors", transform=axes.transAxes, ha="center", color=draw.MUTED)
     drawn = [
-        _over_steps(curve, _name(curve, shifts), Look(draw.hue(at), size=4.5)).labelled(1)
+        _over_steps(curve, _name(curve, shifts), Look(size=4.5).apart(at)).labelled(1)
         for at, curve in enumerate(shifts)
     ]
     return draw.lines(axes, drawn, labels=8.0)
@@ -99,7 +99,7 @@ def _against(axes: Axes, of: Mapping[str, Sequence[Curve]], agreeing: Sequence[A
     projected = of.get("projection", [])
     drawn = []
     for at, curve in enumerate(projected if "trait" in of else ()):
-        look = Look(draw.hue(at), width=0.9, size=5, alpha=0.85)
+        look = Look(width=0.9, size=5, alpha=0.85).apart(at)
         found = next(
             each.correlation
             for each in agreeing
@@ -293,7 +293,7 @@ def _predicted(
         own = {row["finetune"]: row["value"] for row in rows if row["direction"] == trait}
         names = sorted(set(own) & set(by_finetune))
         x, y = (tuple(of[name] for name in names) for of in (own, by_finetune))
-        look = Look(draw.hue(at), width=0, size=3.9, alpha=0.85)
+        look = Look(width=0, size=3.9, alpha=0.85).apart(at)
         drawn.append(Series(draw.short_title(trait), x, y, look=look))
     draw.rule(axes, 0)
     panel = draw.scatter(axes, drawn)

@@ -241,7 +241,7 @@ def _strength(name: str, found: Strengths, sign: float, hue: int) -> Series:
         name,
         tuple(abs(each.coefficient) for each in points),
         *(mean, mean, most),
-        Look(draw.hue(hue), 1.6, 5.0, band=0.10),
+        Look(width=1.6, size=5.0, band=0.10).apart(hue),
         hollow=tuple(not low <= each.coefficient <= high for each in points),
     )
 
@@ -408,6 +408,7 @@ def render_latency(ratios: Sequence[Ratio]) -> Picture:
 # -- two spaces --------------------------------------------------------------------------------
 
 
+MANY_TRAITS = 7  # from which a cell has room for one digit
 # Left, bottom, width (inches), title, names of the axes, size of the title.
 _SPACES = (
     (
@@ -439,13 +440,19 @@ def render_spaces(
         for left, bottom, across, title, x, y, size in _SPACES
     )
     panels = [_shifts(above, shifts, traits), _ranks(ranks, spectra), _cosines(pairs, cosines)]
-    names = tuple(map(draw.short_title, traits))
+    names, digits = tuple(map(draw.short_title, traits)), 2 if len(traits) < MANY_TRAITS else 1
     for axes, method in zip(moved, ("weights", "activations"), strict=True):
         of = {(r["steered"], r["read"]): r["value"] for r in interference if r["method"] == method}
         values = np.array([[of[one, other] for other in traits] for one in traits])
         rows = names if method == "weights" else ("",) * len(names)
         cells = Cells(values, rows, names, colours=colormaps["RdBu_r"])
-        panels.append(draw.heat_map(axes, cells, size=7.5, slanted=True))
+        heat = draw.heat_map(
+            *(axes, cells),
+            say=lambda row, column, value: wording.number(value, digits),
+            size=7.5,
+            slanted=True,
+        )
+        panels.append(heat)
     note = (
         "Below right: a row steers a trait; how far it moves along the other traits' own shifts "
         "(1: as far as their own steering)."
@@ -460,7 +467,7 @@ def _shifts(axes: Axes, rows: Sequence[Row], traits: Sequence[str]) -> Panel:
     for at, trait in enumerate(traits):
         mine = [row for row in rows if row["trait"] == trait]
         for each in draw.series_by(mine, "other", "layer", "cosine", others):
-            look = Look(draw.hue(at), order=3) if each.name == trait else others
+            look = Look(order=3).apart(at) if each.name == trait else others
             drawn.append(replace(each, name=f"{trait}, {each.name}", look=look))
     return draw.lines(axes, drawn)
 
