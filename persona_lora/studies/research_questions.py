@@ -455,9 +455,10 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
     if run is None:
         return None
     found = read_spaces(run)
-    told = "; but what each does" if found.recognised == found.n else ", and not every one"
+    simpler = "Not simpler; but" if 2 * found.recognised > found.n else "Not simpler, and only"
+    told = f"what {found.recognised} of {found.n} differences do"
     return {
-        "answer": f"Not simpler{told} is told by the vector of its trait.",
+        "answer": f"{simpler} {told} is nearest to the vector of its trait.",
         "lines": lines_of(found),
         "rank": spread(found.ranks, 1),
         "layers": spread([each.layers for each in found.traits], 1),
