@@ -163,34 +163,17 @@ def run_spaces(
     with run:
         inputs = kept_inputs(chat_model, ordinary)
         seeds = _at_equal_effect(run, chat_model, diffs, vectors, layer, ordinary[:FEW_PROMPTS])
-        one = next(iter(seeds.values()))
-
-        def each(name: str, measure: Callable[[Spaces], Rows]) -> None:
-            rows = (
-                {"seed": seed, **row}
-                for seed, own in progress.over(name, [*seeds.items()])
-                for row in measure(own)
-            )
-            _kept(run, name, lambda: rows)
-
-        def both(name: str, measure: Callable[[Spaces, str], Rows]) -> None:
-            """Ask diffs of every seed, and the vectors, which have none, once."""
-            asked = [*((WEIGHTS, *item) for item in seeds.items()), (ACTIVATIONS, "", one)]
-            rows = (
-                {"method": method, "seed": seed, **row}
-                for method, seed, own in progress.over(name, asked)
-                for row in measure(own, method)
-            )
-            _kept(run, name, lambda: rows)
-
-        each("shifts", shift_cosines)
-        each("spectra", lambda own: chain(*map(spectra, own.diffs.values(), own.diffs)))
-        each("cosines", lambda own: trait_cosines(own, inputs))
+        _each(run, "shifts", seeds, shift_cosines)
+        _each(
+            *(run, "spectra", seeds),
+            lambda own: chain(*map(spectra, own.diffs.values(), own.diffs)),
+        )
+        _each(run, "cosines", seeds, lambda own: trait_cosines(own, inputs))
         _kept(run, "agreement", lambda: [agreement(run.read("cosines"))])
         _kept(run, "recognition", lambda: [recognition(run.read("shifts"), layer)])
-        both("interference", interference)
-        both("linearity", linearity)
-        both("words", lambda own, method: promoted(own, method, ordinary))
+        _both(run, "interference", seeds, interference)
+        _both(run, "linearity", seeds, linearity)
+        _both(run, "words", seeds, lambda own, method: promoted(own, method, ordinary))
         if len(seeds) > 1:
             other_base = chat_model.allow_other_base
             _kept(run, "seeds", lambda: seed_cosines(diffs, inputs, allow_other_base=other_base))
@@ -202,6 +185,32 @@ def _kept(run: Run, name: str, make: Callable[[], Rows]) -> list[dict[str, Any]]
     if not run.read(name):
         run.write(name, make())
     return run.read(name)
+
+
+def _each(
+    run: Run, name: str, seeds: Mapping[str, Spaces], measure: Callable[[Spaces], Rows]
+) -> None:
+    """Keep what is measured of the spaces of every training seed."""
+    rows = (
+        {"seed": seed, **row}
+        for seed, own in progress.over(name, [*seeds.items()])
+        for row in measure(own)
+    )
+    _kept(run, name, lambda: rows)
+
+
+def _both(
+    run: Run, name: str, seeds: Mapping[str, Spaces], measure: Callable[[Spaces, str], Rows]
+) -> None:
+    """Keep what is measured of the diffs of every seed, and of vectors, which have none, once."""
+    one = next(iter(seeds.values()))
+    asked = [*((WEIGHTS, *item) for item in seeds.items()), (ACTIVATIONS, "", one)]
+    rows = (
+        {"method": method, "seed": seed, **row}
+        for method, seed, own in progress.over(name, asked)
+        for row in measure(own, method)
+    )
+    _kept(run, name, lambda: rows)
 
 
 def _at_equal_effect(
