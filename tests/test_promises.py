@@ -23,7 +23,8 @@ from persona_lora.playground import mixing_desk, mixing_page
 from persona_lora.profiles import conversations, folders
 from persona_lora.report import resampling, two_way
 from persona_lora.serving import server
-from persona_lora.studies.drift import diagnosis, prediction, read_diagnosis
+from persona_lora.studies import promoted_words
+from persona_lora.studies.drift import prediction, read_diagnosis
 from persona_lora.training import contrastive
 from persona_lora.training.arguments import ContrastiveArguments, ContrastiveConfig
 from persona_lora.training.examples import tokenize_pairs
@@ -77,7 +78,7 @@ SAID = [
     ("personas", r"its coherence is under (\d+)", [answer_gates.BROKEN]),
     ("drift", r"from (\w+) on, a trait is flagged", [read_diagnosis.ENOUGH]),
     ("drift", r"those of (\w+)\ndirections that read", [prediction.RANDOM_DIRECTIONS]),
-    ("drift", r"the (\w+) tokens that rise", [diagnosis.TOP]),
+    ("drift", r"the (\w+) tokens that rise", [promoted_words.TOP]),
     ("data", r"cosine ≥ ([\d.]+) between", [data_check.DUPLICATE_COSINE]),
     ("data", r"questions \(≥ ([\d.]+), and exact", [data_check.LEAK_COSINE]),
     ("data", r"outside (\d+)–(\d+) words", data_check.WORDS),

@@ -92,7 +92,7 @@ def many(look=None):
         draw.series("rising", (0, 1, 2), values, Look(draw.TRAIT, bold=True), label="rising 38"),
         draw.series("gone", (0, 1, 2), [values[0], None, values[2]], look or Look(draw.COHERENCE),
                     label="gone 38"),
-        Series("flat", (0, 1, 2), (37.0, 37.5, 37.0), look=Look(draw.hue(8), 1.0, 4),
+        Series("flat", (0, 1, 2), (37.0, 37.5, 37.0), look=Look(width=1.0, size=4).apart(1),
                hollow=(True, False, False)),
         Series("level", (), (50.0,), (45.0,), (55.0,),
                Look(draw.CONTROL, dashes=draw.DOTTED, band=0.08)),
