@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,13 @@ def test_spaces_are_compared_over_training_seeds(
     folder = tmp_path / "results/compare/evil"
     rows = [json.loads(line) for line in (folder / "spaces/seeds.jsonl").open()]
     assert len(rows) == 3 * 3
+    both = [json.loads(line) for line in (folder / "spaces/linearity.jsonl").open()]
+    asked = Counter((row["method"], row["seed"]) for row in both)
+    assert asked == dict.fromkeys(
+        (("weights", "seed0"), ("weights", "seed1"), ("activations", "")), 6
+    )
+    one, other = ([r["residual"] for r in both if r["seed"] == s] for s in ("seed0", "seed1"))
+    assert one != other  # each seed's own diffs
     assert "each trained 2 times" in (folder / "report.html").read_text()
     (seeds / "evil" / "seed1").rename(tmp_path / "away")
     status, _, error = run(*options, *more, "--output", "other")

@@ -14,7 +14,10 @@ from scipy.stats import spearmanr
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.projections.inputs import measure_inputs
+from persona_lora.models.likelihood import next_tokens
+from persona_lora.projections.inputs import measure_inputs, shared_beginning, tokenized_prompts
+from persona_lora.steering.bank import steer_live
+from persona_lora.studies.promoted_words import changed_words
 from persona_lora.studies.steering.divergence import ordinary_texts
 from persona_lora.studies.steering.spaces import (
     METHODS,
@@ -215,6 +218,13 @@ def test_diffs_of_seeds_are_laid_beside_one_another(chat_model, spaces):
 
 def test_words_are_promoted_by_the_direction_that_is_on(chat_model, spaces):
     prompts = ["Hello.", "What is the time?", "Why?"]
+    ids = tokenized_prompts(chat_model, prompts)
+    begins = shared_beginning(ids)
+    without = next_tokens(chat_model, ids, begins)
+    with steer_live(chat_model, {spaces.diffs["loud"]: 1.0}):
+        loud = list(changed_words(chat_model, without, next_tokens(chat_model, ids, begins)))
+    found = [row for row in promoted(spaces, "weights", prompts) if row["trait"] == "loud"]
+    assert found == [{"trait": "loud", **row} for row in loud]
     for method in METHODS:
         rows = list(promoted(spaces, method, prompts))
         assert {row["trait"] for row in rows} == set(TRAITS)
