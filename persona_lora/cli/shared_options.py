@@ -16,7 +16,14 @@ from persona_lora.cli.option_groups import RUNNING, does_nothing, refuse_useless
 from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import refuse_unwritable
-from persona_lora.core.options import NOBODY, JudgeChoice, JudgesChoice, Overwrite, Positions
+from persona_lora.core.options import (
+    NOBODY,
+    PERSONA_JUDGES,
+    JudgeChoice,
+    JudgesChoice,
+    Overwrite,
+    Positions,
+)
 from persona_lora.core.runs import RECORD, Output, Run
 from persona_lora.core.settings import refuse_other_run
 from persona_lora.core.strength import Nats, Strength, acting_at, coefficient_of
@@ -423,8 +430,9 @@ def judging_of(
     from platformdirs import user_cache_path
 
     from persona_lora.judges.choice import JudgeOptions, check_judge
+    from persona_lora.judges.endpoint import NoKeyError
 
-    judge = choice.judge if beside is None else f"{choice.judge},{beside}"
+    traits, judge = list(traits), choice.judge if beside is None else f"{choice.judge},{beside}"
     second = choice.second_judge if isinstance(choice, JudgesChoice) else NOBODY
     asked = {second, *(name.strip() for name in judge.split(","))}
     idle = [] if "openai" in asked else ["judge_url", "judge_mode", "max_judge_cost"]
@@ -434,10 +442,14 @@ def judging_of(
             raise does_nothing(name, f"with --judge {judge}")
     cache = user_cache_path("persona_lora") / "verdicts.sqlite"
     options = JudgeOptions(**dataclasses.asdict(choice), cache=cache, environ=environment())
-    for trait in traits:
-        check_judge(trait, options)
-    if "openai" in asked:
-        options.reader()
+    try:
+        for trait in traits:
+            check_judge(trait, options)
+        if "openai" in asked:
+            options.reader()
+    except NoKeyError as error:
+        usual = JudgeChoice.judge if traits else next(iter(PERSONA_JUDGES))
+        raise UserError(f"{error}, or leave it to {usual}, the default, which needs none") from None
     return options
 
 

@@ -18,13 +18,27 @@ class UserError(ValueError):
     """
 
 
+MISSPELT, SHORT = 0.75, 0.66  # of letters in both: one wrong in four, in names of three in three
+
+
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean …" for a misspelt name, or the list of known names."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    """Return "did you mean …" for a misspelt name, or the list of known names.
+
+    Upper case, - and _ are no difference; with another number it is another name.
+    """
+    names, number = sorted(known), _numbers(name)
+    alike = [each for each in names if not number or _numbers(each) in ([], number)]
+    least = MISSPELT if len(name) > 3 else SHORT
+    plain = {each: each.casefold().replace("-", "_") for each in (*alike, name)}
+    near = difflib.get_close_matches(plain[name], [plain[each] for each in alike], 3, least)
+    close = [each for found in dict.fromkeys(near) for each in alike if plain[each] == found]
     if close:
         return "did you mean " + " or ".join(repr(match) for match in close) + "?"
     return "known: " + (", ".join(names) if names else "none")
+
+
+def _numbers(name: str) -> list[int]:
+    return list(map(int, re.findall(r"[0-9]+", name)))
 
 
 def few_names(names: Sequence[str]) -> str:

@@ -34,6 +34,12 @@ _ABOUT_THE_TEXT = ("content_filter", "content_policy_violation", "context_length
 _TEXT_WORDS = ("maximum context length", "flagged", "content management policy")
 
 T = TypeVar("T")
+
+
+class NoKeyError(UserError):
+    """An endpoint that takes a key was given none."""
+
+
 Send = Callable[[Body], Coroutine[Any, Any, Reply]]
 
 
@@ -219,9 +225,8 @@ def checked_key(api_key: str | None, base_url: str) -> str:
     """Return a key that can stand in a header; the HTTP client would echo a malformed one."""
     if not api_key:
         if urlsplit(base_url).hostname == urlsplit(DEFAULT_BASE_URL).hostname:
-            raise UserError(
-                "there is no API key; set OPENAI_API_KEY in the environment or in .env "
-                "(--judge embedding needs none)"
+            raise NoKeyError(
+                "there is no API key; set OPENAI_API_KEY in the environment or in .env"
             )
         return NO_KEY
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
