@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from persona_lora.cli.program import OPTIONS
-from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import loading
 from tests.conftest import random_diff, tiny_llama
@@ -71,8 +71,28 @@ def others(root):
     (root / "golds.json").write_text(json.dumps({"golds": [{"id": "1", "output": "y"}]}))
     rated = {"method": "lora", "alpha": 1.0, "scales": {}, "best_weights": {"calm": 1.0}}
     (root / "mix.json").write_text(json.dumps({**rated, "layer": None}))
+    (root / "said.json").write_text('{"train": ["A?", "B?", "C?"], "held_out": ["D?"]}')
+    foreign(root)
     for name in ("pos", "neg"):
         (root / f"few_{name}.csv").write_text("prompt,answer,cheer,coherence\np,a,50,90\n")
+
+
+def foreign(root):
+    """Write directions of another model: a diff and a vector of other weights, a diff too wide."""
+    diff = dataclasses.replace(random_diff(tiny_llama(), seed=1, fingerprint="0" * 32))
+    dataclasses.replace(diff, trait="formality").save(root / "strange/formality/diff")
+    SteeringVector({1: torch.ones(32)}, diff.base_model, 2, trait="cheer").save(
+        root / "strange.safetensors"
+    )
+    wide = {
+        name: LoRAFactors(torch.cat([each.A, each.A], dim=1), each.B)
+        for name, each in diff.factors.items()
+    }
+    LoRADiff(wide, BaseModel("wide"), trait="cheer").save(root / "wide/diff")
+    for seed in range(2):
+        made = {"training": {"trait": "formality", "training": {"seed": seed}}, "seed": seed}
+        one = dataclasses.replace(random_diff(tiny_llama(), seed=seed), sources=made)
+        dataclasses.replace(one, trait="formality").save(root / f"seeds/formality/seed{seed}/diff")
 
 
 JUDGED = [  # every command that judges a trait, with words that go through
@@ -89,7 +109,7 @@ JUDGED = [  # every command that judges a trait, with words that go through
 ALONE = [  # and those without a judge beside
     ("extract", *CHEER, "--source", "prompts"),
     ("judge", "score", *CHEER, "--file", "answers.jsonl", "--output", "b.csv"),
-    ("optimize", "--targets", "cheer=50", "--num-prompts", "1", *ASKED),
+    ("optimize", "--targets", "cheer=50", "--prompts", "said.json", "--num-prompts", "1", *ASKED),
 ]
 PERSONS = [("optimize", *PERSON), ("compare-methods", *PERSON)]
 
@@ -218,6 +238,147 @@ def test_bad_values_cost_no_weights(world, words, message):
     assert message in error
 
 
+STRANGE = "belongs to 'tiny' (weights 00000000…), but this model's weights are"
+WIDE = "the diff was made for a model of another size"
+STRANGE_DIFF, STRANGE_VECTOR = "strange/formality/diff", "strange.safetensors"
+STRANGERS = ("--trait-vector-dir", "strange", "--traits", "formality")
+FOUR = ",".join(f"tuned/checkpoint-{step}" for step in (2, 4, 6, 8))
+PREDICT = ("predict-finetuning", "--traits", "cheer", *ASKED)
+PREVENT = ("compare-prevention", *CHEER, "--rows", "datasets/cheer/normal.jsonl", "--tasks=")
+TUNED = "tuned/checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("evaluate", *CHEER, "--output", "a.csv", "--diff", STRANGE_DIFF), STRANGE),
+        (("evaluate", *CHEER, "--output", "a.csv", "--diff", "wide/diff"), WIDE),
+        (("evaluate", *CHEER, *VECTOR, "--condition", STRANGE_VECTOR, "--layers", "1"), STRANGE),
+        (("sweep", *CHEER, "--vector", STRANGE_VECTOR, "--layers", "1"), STRANGE),
+        (("calibrate", "--diff", STRANGE_DIFF, *MODEL), STRANGE),
+        (("optimize", *PERSON, *STRANGERS), STRANGE),
+        (("compare-methods", *PERSON, *STRANGERS, "--methods", "lora"), STRANGE),
+        (("diagnose", TUNED, "--base", "model", "--diffs", STRANGE_DIFF, *OUT), STRANGE),
+        (
+            ("project", "weights", "--finetuned-model", TUNED, "--diffs", STRANGE_DIFF)
+            + ("--original-model", "model"),
+            STRANGE,
+        ),
+        (
+            ("project", "weights", "--finetuned-model", "missing", "--diffs", "diff")
+            + ("--original-model", "model"),
+            "missing is no folder",
+        ),
+        (
+            ("basis", "--diffs", STRANGE_DIFF, "--energy", "0.9", "--original-model", "model")
+            + ("--output", "out/b"),
+            STRANGE,
+        ),
+        ((*PREDICT, "--finetunes", FOUR, "--diffs", "wide/diff"), WIDE),
+        (
+            (*PREDICT, "--finetunes", FOUR.replace("-8", "-2,wide/diff"), "--diffs", "diff"),
+            "wide/diff: model.layers.0.mlp.down_proj is [32, 64] in the model",
+        ),
+        ((*PREVENT, "--finetunes", f"plain={TUNED},other=wide/diff"), "wide/diff: model.layers.0"),
+        (
+            (*PREVENT, "--finetunes", f"plain={TUNED}", "--correct", f"{STRANGE_DIFF}=-1"),
+            STRANGE,
+        ),
+    ],
+)
+def test_what_is_of_another_model_costs_no_weights(world, words, message):
+    status, _, error = world(*words)
+    assert status == 2, error
+    assert message in " ".join(error.split())
+
+
+def test_another_base_that_is_asked_for_is_loaded(world):
+    words = ("evaluate", *CHEER, "--output", "a.csv", "--diff", STRANGE_DIFF)
+    assert "the weights were loaded" in world(*words, "--allow-other-base")[2]
+
+
+SEEDED = ("--trait-vector-dir", "seeds", "--traits", "formality")
+NO_ENGINE = ("--engine", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("optimize", *PERSON, *SEEDED, "--search-seeds", "3"), "the diffs have 2 training seeds"),
+        (
+            ("compare-methods", *PERSON, *SEEDED, "--methods", "lora", "--search-seeds", "3"),
+            "the diffs have 2 training seeds",
+        ),
+        (("optimize", *PERSON, *MADE, "--num-prompts", "25"), "leaves 0 training prompts over"),
+        (("evaluate", *CHEER, "--output", "a.csv", *NO_ENGINE), "no engine answers at"),
+        (("sweep", *CHEER, "--diff", "diff", *NO_ENGINE), "no engine answers at"),
+        (("optimize", *PERSON, *MADE, *NO_ENGINE), "no engine answers at"),
+    ],
+)
+def test_what_cannot_be_searched_or_reached_costs_no_weights(world, words, message):
+    status, _, error = world(*words)
+    assert status == 2, error
+    assert message in error
+
+
+HELD = [  # every command that is held to a protocol, and what it asks
+    (("evaluate", *CHEER, "--output", "a.csv"), "eval=2", "", {"trait": "cheer"}),
+    (("sweep", *CHEER, "--diff", "diff", "--coefficients", "-1,1"), "eval=2", "-1,+1", {}),
+    (
+        ("compare", *CHEER, *BOTH, "--split", "eval"),
+        "eval=2",
+        "eval: activation,eval: random_lora,eval: random",
+        {"trait": "cheer"},
+    ),
+    (("optimize", *PERSON, *MADE), "held out=24", "mean,incumbent", {"method": "lora"}),
+    (
+        ("compare-methods", *PERSON, *MADE, "--methods", "lora"),
+        "held out=24,personas=1",
+        "lora",
+        {"methods": ["lora"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "questions", "family", "settings"), HELD, ids=[each[0][0] for each in HELD]
+)
+def test_a_run_that_does_not_keep_its_protocol_costs_no_weights(
+    world, tmp_path, words, questions, family, settings
+):
+    def held(name, questions=questions, family=family, **settings):
+        frozen = ("--questions", questions, *(("--family", family) if family else ()))
+        told = ("--settings", json.dumps(settings), "--output", f"{name}.yaml")
+        status, _, error = world("preregister", "--command", words[0], *frozen, *told)
+        assert status == 0, error
+        return " ".join(world(*words, "--protocol", f"{name}.yaml")[2].split())
+
+    last = questions.rpartition("=")[0]
+    assert "the protocol says otherwise (questions." in held("a", questions=f"{last}=99")
+    assert "the protocol says otherwise (family" in held("b", family="more")
+    assert "the run has no setting 'mood'" in held("c", mood=1)
+    for name, value in settings.items():
+        assert f"says otherwise ({name}" in held("d", **{name: [value, "more"]})
+    if words[0] != "compare-methods":
+        assert "says otherwise (model: 'other', now 'model')" in held("e", model="other")
+        settings = {**settings, "dtype": "float32", "model": "model"}
+    assert "the weights were loaded" in held("f", **settings)
+
+
+def test_a_folder_of_other_inputs_costs_no_weights(world, tmp_path):
+    folder_of(tmp_path, "out/a", "evaluate")
+    path = tmp_path / "out/a/run.json"
+    words = ("evaluate", *CHEER, "--diff", "diff", "--output", "out/a.csv")
+    for changed, message in (
+        ({"inputs": {"the diff": "0"}}, "the content of the diff has changed since"),
+        ({"config": {"condition": {"method": "none"}}}, "another configuration (config.condition"),
+    ):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+        status, _, error = world(*words)
+        assert (status, message in error) == (2, True), error
+    assert "the weights were loaded" in world(*words, "--overwrite")[2]
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -329,7 +490,7 @@ def folder_of(tmp_path, name: str, command: str, **options) -> None:
     """Write a run as one of an earlier call would lie there."""
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    record = {"command": command, "config": {}, "seed": 0, "status": "finished"}
+    record = {"command": command, "config": {}, "seed": 0, "status": "finished", "inputs": {}}
     (folder / "run.json").write_text(json.dumps(record))
     lines = "".join(f"{each}: {value}\n" for each, value in options.items())
     (folder / "config.yaml").write_text(f"# persona-lora {command} --config config.yaml\n{lines}")

@@ -131,7 +131,7 @@ def compare(
     """
     from persona_lora.judges.choice import make_judges
     from persona_lora.studies.steering import run as experiment
-    from persona_lora.studies.steering.spaces import check_directions
+    from persona_lora.studies.steering.spaces import directions_among
 
     loaded, parts = trait.load(), ways.by_seed()
     first = next(iter(parts.values()))
@@ -146,9 +146,16 @@ def compare(
         output.at(folder / name, judge, each.record(), seeds=len(parts))
         for name, each in parts.items()
     ]
-    chat_model = model.load(made, asked=said, allow_other_base=ways.allow_other_base)
-    if further.spaces:
-        check_directions(chat_model, *directions)
+    comparing = dataclasses.replace(compared, coefficients=coefficients)
+    planned = experiment.planned_comparison(
+        loaded, bank, comparing, generation, len(parts), trait.datasets_dir
+    )
+    chat_model = model.load(
+        [*made, *directions_among(*directions)],
+        asked=said,
+        allow_other_base=ways.allow_other_base,
+        runs=[(written[0], planned)],
+    )
     judges, runs = {each.label: make_judges(each, chat_model, judge) for each in judged}, []
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
@@ -160,7 +167,7 @@ def compare(
                 bank,
                 judges[loaded.label],
                 to,
-                comparing=dataclasses.replace(compared, coefficients=coefficients),
+                comparing=comparing,
                 options=generation,
                 datasets=trait.datasets_dir,
             )

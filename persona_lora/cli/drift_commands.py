@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
     from persona_lora.core.chat import Conversation
+    from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.core.traits import Trait
     from persona_lora.models.loading import ChatModel
@@ -188,15 +189,22 @@ class Weighing:
     ] = None
     plain: Annotated[bool, "Plain weight space alone; the original model is not loaded."] = False
 
-    def inputs_of(self, model: str, loading: LoadOptions) -> ModuleInputs | None:
-        """Return the inputs of the model, from the cache of them where they are there."""
+    def inputs_of(
+        self, model: str, loading: LoadOptions, diffs: Iterable[LoRADiff]
+    ) -> ModuleInputs | None:
+        """Return the inputs of the model, from the cache of them where they are there.
+
+        UserError, before it is loaded, for one of the diffs that is of another model.
+        """
         from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts, read_prompts
+        from persona_lora.steering.placement import check_before_loading
 
         if self.plain:
             own = (each.name for each in dataclasses.fields(LoadOptions) if each.name != "revision")
             refuse_useless(" ".join(("prompts", *own)), "with --plain")
             return None
         asked = load_ordinary_prompts() if self.prompts is None else read_prompts(self.prompts)
+        check_before_loading(model, loading, diffs)
         return kept_inputs(shared.load_other(model, loading), asked)
 
 
@@ -231,7 +239,9 @@ def project_weights(
     --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff
     """
     from persona_lora.studies.drift.run import (
+        check_finetunes,
         check_json,
+        expand,
         explained_lines,
         load_diffs,
         project_finetunes,
@@ -241,6 +251,7 @@ def project_weights(
     check_json(output)
     shared.refuse_to_replace(output, overwrite)
     loaded = load_diffs(list(diffs), on_disk=True)
+    check_finetunes([name for name, _ in expand(finetuned_model)], control, original_model)
     with progress_bars():
         found = project_finetunes(
             original_model,
@@ -248,7 +259,7 @@ def project_weights(
             loaded,
             output,
             revision=loading.revision,
-            inputs=weighing.inputs_of(original_model, loading),
+            inputs=weighing.inputs_of(original_model, loading, loaded.values()),
             controls=control,
         )
     show(weights_table(found), *explained_lines(found))
@@ -283,6 +294,7 @@ def diagnose(
     """
     from persona_lora.projections.inputs import load_ordinary_prompts, read_prompts
     from persona_lora.report.sections import Table
+    from persona_lora.steering.placement import check_before_loading
     from persona_lora.studies.drift import diagnosis
     from persona_lora.studies.drift.read_section import diagnosis_content
     from persona_lora.studies.drift.run import load_diffs
@@ -291,6 +303,7 @@ def diagnose(
     subject = diagnosis.Subject.load(named[0], load_diffs(list(diffs), on_disk=True), named[1:])
     asked = load_ordinary_prompts() if prompts is None else read_prompts(prompts)
     written = output.at(output.output)
+    check_before_loading(base, loading, subject.diffs.values())
     chat_model = shared.load_other(base, loading)
     with progress_bars():
         run = diagnosis.diagnose(chat_model, subject, written, prompts=asked)
@@ -338,7 +351,7 @@ def evaluate_checkpoints(
 
     if not checkpoints.vectors:
         refuse_useless("layers positions", "without --vectors")
-    experiment.find_checkpoints(checkpoints.folder)
+    found = [each.path for each in experiment.find_checkpoints(checkpoints.folder) if each.path]
     loaded = [
         shared.first_questions(
             load_trait(name, checkpoints.datasets_dir), checkpoints.max_questions
@@ -351,6 +364,7 @@ def evaluate_checkpoints(
     written = output.at(folder, judge, shared.questions_record(checkpoints.max_questions))
     layers = shared.layers_in(checkpoints.layers, directions.values()) if directions else ()
     along = Along(directions, layers, (_tokens(checkpoints.positions),))
+    model.check_adapters(filter(experiment.is_adapter, found))
     base = model.load(directions.values(), asked=questions_of(loaded, checkpoints.split))
     with progress_bars():
         run = experiment.evaluate_checkpoints(
@@ -430,7 +444,9 @@ def predict_finetuning(
     written = dataclasses.replace(
         output.at(output.folder, record=asked), inputs=judge_inputs(judge)
     )
-    base = model.load(study.vectors.values(), asked=questions_of(study.traits, study.split))
+    model.check_adapters(study.finetunes.values())
+    directions = [*study.diffs.values(), *study.vectors.values()]
+    base = model.load(directions, asked=questions_of(study.traits, study.split))
     with progress_bars():
         run = prediction.predict_finetuning(
             base, study, lambda trait: make_judges(trait, base, judge), written, options=generation
@@ -507,7 +523,9 @@ def compare_prevention(
     written = dataclasses.replace(output.at(output.folder), inputs=judge_inputs(judge))
     measured = prevention.Measured(generation, probes, tasks)
     measured.check(asked, prevented.rows)
-    base = model.load(asked=questions_of([asked], "eval"))
+    model.check_adapters(dict.fromkeys(each.adapter for each in models.values() if each.adapter))
+    corrections = [each.correction[0] for each in models.values() if each.correction]
+    base = model.load(corrections, asked=questions_of([asked], "eval"))
     with progress_bars():
         scores = prevention.compare_prevention(
             base, models, asked, prevented.rows, make_judges(asked, base, judge), written, measured

@@ -31,7 +31,7 @@ from persona_lora.core.options import (
     judge_names,
     said_of,
 )
-from persona_lora.core.runs import Output
+from persona_lora.core.runs import Output, Planned
 
 if TYPE_CHECKING:
     from persona_lora.core.lora_diff import By
@@ -96,41 +96,53 @@ class BenchOptions:
         if self.alpha == 0:
             raise UserError("--alpha 0 makes every mix the unsteered model; use another factor")
 
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """The traits that are mixed."""
+        from persona_lora.studies.personas.bench import STYLE_TRAITS
+
+        return STYLE_TRAITS if self.traits is None else self.traits
+
+    def asked(self, prompts: PersonaPrompts | None = None) -> PersonaPrompts:
+        """Return what is said: of the prompts of --persona-dir, unless others are given."""
+        from persona_lora.core.personas import load_persona_prompts
+        from persona_lora.studies.personas.run import first_prompts
+
+        if self.num_prompts < 2:
+            refuse_useless("race", "with one prompt, which has no half")
+        own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
+        path = own if own is not None and own.is_file() else None
+        return first_prompts(prompts or load_persona_prompts(path), self.num_prompts)
+
     def open(
         self,
         model: shared.ModelOptions,
         generation: GenerationOptions,
         judge: JudgeOptions,
+        asked: PersonaPrompts,
         *,
-        prompts: PersonaPrompts | None = None,
         datasets: Path | None = None,
+        runs: Iterable[tuple[Output, Planned]] = (),
     ) -> PersonaBench:
         """Load the model, and return what all personas and methods share.
 
-        ``prompts`` are those of --persona-dir unless given, ``datasets`` where trait folders are.
+        ``datasets`` is where trait folders are; ``runs`` are as ``ModelOptions.load`` takes them.
         """
         import os
 
         from persona_lora.core.chat import user_question
-        from persona_lora.core.personas import load_persona_prompts
         from persona_lora.models.processes import current_processes
-        from persona_lora.studies.personas.bench import STYLE_TRAITS, PersonaBench
-        from persona_lora.studies.personas.run import first_prompts
+        from persona_lora.studies.personas.bench import PersonaBench
 
-        if self.num_prompts < 2:
-            refuse_useless("race", "with one prompt, which has no half")
         processes = current_processes(os.environ)
-        own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
-        path = own if own is not None and own.is_file() else None
-        asked = first_prompts(prompts or load_persona_prompts(path), self.num_prompts)
         said = [user_question(each) for each in (*asked.train, *asked.held_out)]
-        chat_model = model.load(asked=said, allow_other_base=self.allow_other_base)
+        chat_model = model.load(asked=said, allow_other_base=self.allow_other_base, runs=runs)
         return PersonaBench(
             chat_model,
             asked,
             generation,
             judge,
-            STYLE_TRAITS if self.traits is None else self.traits,
+            self.mixed,
             self.trait_vector_dir,
             self.persona_dir,
             datasets,
@@ -140,20 +152,32 @@ class BenchOptions:
         )
 
     def acting(
-        self, model: shared.ModelOptions, methods: Sequence[str], by: By = "trait"
+        self,
+        model: shared.ModelOptions,
+        methods: Sequence[str],
+        by: By = "trait",
+        engine: shared.EngineOptions = shared.EngineOptions(),
     ) -> tuple[tuple[int, ...] | None, list[str]]:
         """Return the layers of vectors, None for those that the bench chooses, and what mixes have.
 
-        UserError for a direction that one of the methods needs and there is not.
+        UserError for a direction that one of the methods needs and there is not, that is of another
+        model, or that an engine has not.
         """
-        from persona_lora.studies.personas.bench import STYLE_TRAITS
-        from persona_lora.studies.personas.method_comparison import check_directions
+        from persona_lora.studies.personas.method_comparison import directions_by_name
 
         depth = shared.depth_of(model)
         chosen = None if self.layers is None else shared.layer_numbers(self.layers, depth)
-        traits = STYLE_TRAITS if self.traits is None else self.traits
-        names = check_directions(methods, traits, self.trait_vector_dir, depth, chosen, by)
-        return chosen, sorted(names)
+        found = directions_by_name(methods, self.mixed, self.trait_vector_dir, depth, chosen, by)
+        made = [each for directions in found.values() for each in directions]
+        model.check_directions(made, allow_other_base=self.allow_other_base)
+        engine.reach(made)
+        return chosen, sorted(found)
+
+    def trainings(self, methods: Sequence[str]) -> int:
+        """Return how many training seeds the directions of the methods have."""
+        from persona_lora.studies.personas.method_comparison import trainings_of
+
+        return trainings_of(methods, self.trait_vector_dir, self.mixed)
 
 
 def check_persona(name: str, folder: Path | None, judges: Iterable[str | None]) -> None:
@@ -326,6 +350,29 @@ class Searched:
         """What asks for mixes."""
         return self.search or ("tpe" if self.pareto else "cmaes")
 
+    def planned(
+        self,
+        asked: PersonaPrompts,
+        alpha: float,
+        searching: SearchOptions,
+        objective: ObjectiveOptions,
+        generation: GenerationOptions,
+    ) -> Planned:
+        """Return what is known of the search; UserError for too few prompts."""
+        from persona_lora.studies.personas import run
+        from persona_lora.studies.personas.goals import GoalProblem
+
+        run.check_fresh(asked, objective)
+        told = {"method": self.method, "searcher": self.searcher, "alpha": alpha}
+        told |= {} if self.persona_id is None else {"persona": self.persona_id}
+        beside = () if self.persona_id is not None else GoalProblem.controls
+        family = (*(() if self.pareto else run.FOUND), *beside)
+        found = run.planned_search(asked, told, family, searching, objective, generation)
+        if not self.warm_start:
+            return found
+        config = {name: each for name, each in found.config.items() if name != "search"}
+        return dataclasses.replace(found, config=config, later=(*found.later, "search"))
+
     def parts(self) -> str:
         """Return what the names of files say of the parts that have a coefficient of their own."""
         return "" if self.by == "trait" else f"_{self.by}"
@@ -388,7 +435,7 @@ def optimize(
     --max-iterations 10 --num-prompts 10
     """
     from persona_lora.studies.personas.goals import name_of_goal
-    from persona_lora.studies.personas.run import optimise_over_seeds
+    from persona_lora.studies.personas.run import optimise_over_seeds, searches_of
     from persona_lora.studies.personas.search import check_traits
 
     searched.check()
@@ -403,9 +450,13 @@ def optimize(
     if wanted and bench.traits is None:
         bench = dataclasses.replace(bench, traits=tuple(wanted))
     judge = searched.judging(judging, bench)
-    layers, mixed = bench.acting(model, [searched.method], searched.by)
+    asked, trained = bench.asked(prompts), bench.trainings([searched.method])
+    searching = searches_of(searching, trained, front=searched.pareto)
+    layers, mixed = bench.acting(model, [searched.method], searched.by, engine)
     check_traits(mixed, searching)
-    opened = bench.open(model, generation, judge, prompts=prompts, datasets=searched.datasets_dir)
+    planned = searched.planned(asked, bench.alpha, searching, objective, generation)
+    runs, datasets = [(written, planned)], searched.datasets_dir
+    opened = bench.open(model, generation, judge, asked, datasets=datasets, runs=runs)
     opened.by = searched.by
     with _quiet_unless_first(opened.processes):
         with console.status("judges and directions"):
@@ -538,10 +589,16 @@ def compare_methods(
     for each in personas:
         check_persona(each, bench.persona_dir, [*names, bench.report_judge])
     judge = shared.judging_of(judging, beside=bench.report_judge)
+    asked, trained = bench.asked(), bench.trainings(compared.methods)
+    searching = method_comparison.searches_of(searching, trained)
     layers, _ = bench.acting(model, compared.methods)
     acting = method_comparison.Acting(layers, bench.alpha)
     written = output.at(output.output)
-    opened = bench.open(model, generation, judge)
+    planned = method_comparison.planned_comparison(
+        asked, generation, personas, compared.methods, trained, bench.alpha, searching, objective
+    )
+    planned.check(dataclasses.replace(written, overwrite=True))  # below it others are seen to
+    opened = bench.open(model, generation, judge, asked)
     with _quiet_unless_first(opened.processes), _live("comparison", opened) as watch:
         comparison = method_comparison.compare_methods(
             opened,
@@ -782,7 +839,10 @@ def lamp(
     found = Optimized.load(files.optimization, files.trait_vector_dir)
     asked = (experiment.NONE, experiment.PROFILE)
     said = [row.conversation for row in experiment.rows_of(chosen, asked, None)]
-    speaker, mix = found.speaker(model.load(asked=said), generation), found.mix
+    speaker, mix = (
+        found.speaker(model.load(found.bank.directions, asked=said), generation),
+        found.mix,
+    )
     with console.status(f"{len(chosen)} questions"):
         scores = experiment.score_lamp(speaker, chosen, mix, written)
     show(scores.table(), f"answers and scores: {scores.folder}")

@@ -95,7 +95,7 @@ def _export(asked: ExportOptions, model: shared.StoredModelOptions) -> Exported:
     if asked.prompts is not None:
         loading = LoadOptions(revision=model.revision)
         with progress_bars():
-            inputs = Weighing(asked.prompts).inputs_of(model.model, loading)
+            inputs = Weighing(asked.prompts).inputs_of(model.model, loading, terms)
         if inputs is not None:
             cut["compress"] = inputs.compress
     if asked.format == "peft":
@@ -155,7 +155,7 @@ def basis(
         check_cut(asked.rank, asked.energy)
     loaded = load_diffs(list(asked.diffs), on_disk=True)
     with progress_bars():
-        inputs = None if exact else weighing.inputs_of(original_model, loading)
+        inputs = None if exact else weighing.inputs_of(original_model, loading, loaded.values())
     roots = None
     if inputs is not None:
         roots = {

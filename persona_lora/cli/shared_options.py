@@ -24,7 +24,7 @@ from persona_lora.core.options import (
     Overwrite,
     Positions,
 )
-from persona_lora.core.runs import RECORD, Output, Run
+from persona_lora.core.runs import RECORD, Output, Planned, Run
 from persona_lora.core.settings import refuse_other_run
 from persona_lora.core.strength import Nats, Strength, acting_at, coefficient_of
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
@@ -54,6 +54,7 @@ Diffs = Annotated[tuple[Path, ...], "Diffs: folders, PEFT adapters, or files of 
 RandomControls = Annotated[
     int, "Random controls of each direction; 1, or 3 and more for an interval over them."
 ]
+TOLD_BY_MODEL = ("dtype", "system_messages")  # in a run's configuration, once it is loaded
 OTHER_MODEL = "nats are measured on the direction's own model, and --allow-other-base takes another"
 ONE_DIFF = "A diff folder, a PEFT adapter or a file of one; or a folder of train --seeds."
 
@@ -79,22 +80,22 @@ class ModelOptions(LoadOptions):
         *,
         asked: Iterable[Conversation] = (),
         allow_other_base: bool = False,
+        runs: Iterable[tuple[Output, Planned]] = (),
     ) -> ChatModel:
         """Load the model, with its adapter where it has one.
 
         A direction that was made with the chat template rendered otherwise is named in a warning.
-        UserError, before weights are read, for a vector of a model of another shape, and where one
-        of the conversations that are ``asked`` and --max-new-tokens pass the model's window.
+        UserError, before weights are read, for a run that is not what its protocol says or what its
+        folder holds, for a direction of another model, and where one of the conversations that are
+        ``asked`` and --max-new-tokens pass the model's window.
         """
-        from persona_lora.core.steering_vector import SteeringVector
-        from persona_lora.models.loading import check_window, shape_of
+        from persona_lora.models.loading import check_window
         from persona_lora.steering.bank import warn_of_other_template
-        from persona_lora.steering.placement import check_shape
 
+        for output, planned in runs:
+            self.foresee(planned).check(output)
         directions, conversations = list(directions), list(asked)
-        vectors = [each for each in directions if isinstance(each, SteeringVector)]
-        for each in vectors:
-            check_shape(each, *shape_of(self.model, self.alone()))
+        self.check_directions(directions, allow_other_base=allow_other_base)
         if conversations:
             longest = RUNNING.get().params["max_new_tokens"]
             check_window(self.model, self.alone(), conversations, int(longest))
@@ -103,6 +104,36 @@ class ModelOptions(LoadOptions):
         )
         warn_of_other_template(loaded, directions)
         return loaded
+
+    def foresee(self, planned: Planned) -> Planned:
+        """Return what is known of a run, with what is known of this model."""
+        config = {"model": self.model, **self.alone().record(), **planned.config}
+        later = (*planned.later, *TOLD_BY_MODEL)
+        return dataclasses.replace(planned, config=config, later=later)
+
+    def check_directions(
+        self,
+        directions: Iterable[LoRADiff | SteeringVector],
+        *,
+        allow_other_base: bool = False,
+    ) -> None:
+        """UserError, before weights are loaded, for a direction of another model."""
+        from persona_lora.steering.placement import check_before_loading
+
+        check_before_loading(
+            self.model, self.alone(), directions, allow_other_base=allow_other_base
+        )
+
+    def check_adapters(self, paths: Iterable[Path]) -> None:
+        """UserError, before weights are loaded, for an adapter that this model cannot wear."""
+        from persona_lora.core.lora_diff import LoRADiff
+
+        for path in paths:
+            try:
+                adapter = LoRADiff.load(path, on_disk=True)
+                self.check_directions([adapter], allow_other_base=True)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -323,18 +354,29 @@ class EngineOptions:
         if not diffs_alone:
             raise UserError(NO_ENGINE)
 
+    def reach(self, directions: Iterable[LoRADiff | SteeringVector]) -> None:
+        """UserError, before a model is loaded, for a server that is not there or lacks a diff."""
+        from persona_lora.engines.remote import check_servers
+
+        with console.status("reaching the engine"):
+            check_servers(self.engine, _diffs_of(directions))
+
     def open(
         self, chat_model: ChatModel, directions: Iterable[LoRADiff | SteeringVector]
     ) -> Elsewhere | None:
         """Return the engine, once its servers answer as the model does; None without one."""
-        from persona_lora.core.lora_diff import LoRADiff
         from persona_lora.engines.remote import open_engine
 
         if not self.engine:
             return None
-        diffs = [each for each in directions if isinstance(each, LoRADiff)]
         with console.status("shaking hands with the engine"):
-            return open_engine(self.engine, chat_model, diffs)
+            return open_engine(self.engine, chat_model, _diffs_of(directions))
+
+
+def _diffs_of(directions: Iterable[LoRADiff | SteeringVector]) -> list[LoRADiff]:
+    from persona_lora.core.lora_diff import LoRADiff
+
+    return [each for each in directions if isinstance(each, LoRADiff)]
 
 
 # -- what the library takes ---------------------------------------------------------------

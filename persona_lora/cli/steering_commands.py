@@ -15,6 +15,7 @@ from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PANELS, app, command
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import refuse_unwritable
 from persona_lora.core.options import (
     Elicitation,
     GenerationOptions,
@@ -206,11 +207,23 @@ def evaluate(
     records = {name: {**each.record(held[name]), **also} for name, each in parts.items()}
     written = _places(output, judge, records)
     directions = [direction for each in steered for direction in each.directions]
+    like = [each.activation.condition for each in steered if each.activation is not None]
     plan = evaluation.plan_rows(loaded, asked.split, [steered[0].condition()], samples=1)
     said = [row.conversation for row in plan]
-    chat_model = model.load(directions, asked=said, allow_other_base=steering.allow_other_base)
-    elsewhere = engine.open(chat_model, directions)
     runs = {}
+    planned = [
+        evaluation.planned_evaluation(loaded, each, asked.split, generation, len(parts))
+        for each in steered
+    ]
+    places = [to.at(shared.run_folder(to.path)) for to in written]
+    engine.reach(directions)
+    chat_model = model.load(
+        [*directions, *filter(None, like)],
+        asked=said,
+        allow_other_base=steering.allow_other_base,
+        runs=zip(places, planned, strict=True),
+    )
+    elsewhere = engine.open(chat_model, directions)
     with progress_bars():
         for name, to in zip(parts, written, strict=True):
             judges = make_judges(loaded, chat_model, judge)
@@ -366,6 +379,7 @@ class CalibratedOptions:
             found[path] = vector.at(layers), vector.content(), acting_at(layers, self.positions)
         for path, (direction, *_) in found.items():
             length_of(direction, str(path))
+            refuse_unwritable(path if path.is_dir() else path.parent)
         return found
 
 
@@ -393,8 +407,9 @@ def calibrate(
     if calibrated.output is not None:
         shared.refuse_to_replace(calibrated.output, calibrated.overwrite)
     directions = calibrated.load()
+    made = [direction for direction, *_ in directions.values()]
     prompts = load_ordinary_prompts(datasets_dir)[: calibrated.num_prompts]
-    chat_model = model.load()
+    chat_model = model.load(made)
     with progress_bars():
         judge = sense_judge(chat_model)
     curves, at = {}, calibrated.positions
@@ -460,7 +475,17 @@ def sweep(
     ]
     references, most = sweeping.references, sweeping.max_questions
     said = experiment.conversations_of(loaded, [sweeping.split], references=references, most=most)
-    chat_model = model.load(made, asked=said, allow_other_base=varied.allow_other_base)
+    planned = [
+        experiment.planned_sweep(loaded, each, sweeping, generation, seeds, trait.datasets_dir)
+        for each in populations
+    ]
+    engine.reach(made)
+    chat_model = model.load(
+        made,
+        asked=said,
+        allow_other_base=varied.allow_other_base,
+        runs=zip(written, planned, strict=True),
+    )
     elsewhere = engine.open(chat_model, made)
     runs = []
     with progress_bars():

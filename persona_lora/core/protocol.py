@@ -8,7 +8,7 @@ carries the file's SHA-256. Refuses to know when the file was written: publish t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -107,13 +107,20 @@ class FrozenProtocol(Design):
         """Return plain values, as a file holds them: without the file's own hash."""
         return {name: each for name, each in super().as_dict().items() if name != "sha256"}
 
-    def hold(self, design: Design | None, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the record of a run keeps of it; UserError for a run that does otherwise."""
+    def hold(
+        self, design: Design | None, config: Mapping[str, Any], later: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Return what the record of a run keeps of it; UserError for a run that does otherwise.
+
+        ``later`` are settings that are not known yet, and are held when the run begins.
+        """
         if design is None:
             raise UserError("this run cannot be held to a protocol; leave out --protocol")
         frozen, does = self.as_dict(), design.as_dict()
         found = first_difference({name: frozen[name] for name in does}, does)
         for name, value in self.settings.items():
+            if name not in config and name in later:
+                continue
             if name not in config:
                 raise UserError(f"the run has no setting {name!r}; {nearest_names(name, config)}")
             found = found or first_difference(value, config[name], name)

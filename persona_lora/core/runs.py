@@ -151,6 +151,32 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What is known of a run before its model is loaded, as ``Run.open`` takes it.
+
+    ``later`` names settings of its configuration that are known only then.
+    """
+
+    command: str
+    config: Mapping[str, Any]
+    seed: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    design: Design | None = None
+    later: tuple[str, ...] = ()
+
+    def check(self, output: Output) -> None:
+        """UserError for a run that is not what its protocol says, and for another in its folder.
+
+        ``Run.open`` refuses both, and what only the model tells beyond that.
+        """
+        config = {**self.config, **output.config}
+        if output.protocol is not None:
+            output.protocol.hold(self.design, config, self.later)
+        if not output.overwrite:
+            refuse_taken(output.path, self.command, config, self.seed, inputs=self.inputs)
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder. As a context manager it records how the run ended in ``run.json``.
 
@@ -301,9 +327,15 @@ class Run:
 
 
 def refuse_taken(
-    folder: Path, command: str, config: Mapping[str, Any], seed: int, *, once: bool = False
+    folder: Path,
+    command: str,
+    config: Mapping[str, Any],
+    seed: int,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    once: bool = False,
 ) -> None:
-    """UserError where a folder is seen to hold another run, by what of ``config`` is known already.
+    """UserError where a folder is seen to hold another run, by what of it is known already.
 
     With ``once`` also for a finished one. Opening the run says the rest.
     """
@@ -313,7 +345,7 @@ def refuse_taken(
     old = run.record
     known = [name for name in config if name in old["config"]]
     held, asked = ({name: each[name] for name in known} for each in (old["config"], config))
-    fresh = {"command": command, "config": asked, "seed": seed, "inputs": {}}
+    fresh = {"command": command, "config": asked, "seed": seed, "inputs": inputs or {}}
     _continued(folder, {**old, "config": held, "protocol": None}, fresh)
     if once:
         _refuse_finished(run)

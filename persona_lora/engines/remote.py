@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,17 +91,29 @@ class Engine:
                     )
         return held
 
-    async def open(self) -> None:
-        """Shake hands with every server; UserError for one that is not there."""
-        for url in self.urls:
-            async with VLLMServer(url) as server:
-                try:
-                    await self.greet(server)
-                except Fault as fault:
-                    raise UserError(
-                        f"no engine answers at {url} ({fault.reason}); start it with the line that "
-                        "persona-lora engine command prints"
-                    ) from fault
+
+async def _ask_all(
+    urls: Sequence[str], ask: Callable[[VLLMServer], Coroutine[Any, Any, Any]]
+) -> None:
+    """Ask something of every server; UserError for one that is not there."""
+    for url in urls:
+        async with VLLMServer(url) as server:
+            try:
+                await ask(server)
+            except Fault as fault:
+                raise UserError(
+                    f"no engine answers at {url} ({fault.reason}); start it with the line that "
+                    "persona-lora engine command prints"
+                ) from fault
+
+
+def check_servers(urls: Sequence[str], diffs: Sequence[LoRADiff]) -> None:
+    """Raise UserError, before a model is loaded, for a server that is not there or lacks a diff."""
+
+    async def named(server: VLLMServer) -> str:
+        return (await server.holdings()).name(dict.fromkeys(map(short_digest, diffs), 1.0))
+
+    run_to_end(_ask_all(list(map(engine_url, urls)), named))
 
 
 def open_engine(urls: Sequence[str], chat_model: ChatModel, diffs: Sequence[LoRADiff]) -> Engine:
@@ -114,7 +126,7 @@ def open_engine(urls: Sequence[str], chat_model: ChatModel, diffs: Sequence[LoRA
         plain = Handshake({}, mean_logprobs(chat_model, EXCHANGES))
         handshakes = [plain, *([_told_apart(chat_model, digests, plain)] if digests else [])]
     engine = Engine(places, chat_model, digests, handshakes)
-    run_to_end(engine.open())
+    run_to_end(_ask_all(places, engine.greet))
     return engine
 
 

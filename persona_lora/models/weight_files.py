@@ -22,7 +22,12 @@ from persona_lora.core.adapter_files import without_wrappings
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json
 from persona_lora.models.loading import auto_model, model_source
-from persona_lora.models.structure import canonical_name, names_in_memory, unwrapped
+from persona_lora.models.structure import (
+    canonical_name,
+    decoder_layers,
+    names_in_memory,
+    unwrapped,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,7 +57,8 @@ class StoredWeights:
         self.tensors: dict[str, TensorPlace] = {}
         for file in _files(folder):
             self.tensors |= _places(file)
-        model, config = skeleton_of_folder(folder), folder / "config.json"
+        self.skeleton = model = skeleton_of_folder(folder)
+        config = folder / "config.json"
         if model is not None:  # places are known by the names of a loaded model
             places, self.tensors = self.tensors, {}
             for stored, name in names_in_memory(model, places).items():
@@ -79,6 +85,24 @@ class StoredWeights:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{place.file} cannot be read ({error}); fetch it again") from error
         return block
+
+    def as_model(self) -> nn.Module | None:
+        """Return the model with its weights where they lie on disk: only what is used is read.
+
+        None where they are not those of a loaded model, one by one.
+        """
+        model = self.skeleton
+        if model is None:
+            return None
+        for name, _ in list(model.named_parameters(remove_duplicate=False)):
+            place = self.tensors.get(name)
+            if place is not None and place.shape:
+                rows = self.rows(name, 0, place.shape[0])
+                owner, _, leaf = name.rpartition(".")
+                held = nn.Parameter(rows.T if place.transposed else rows, requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, held)
+        inside = (each for block in decoder_layers(model) for each in block.parameters())
+        return None if any(each.is_meta for each in inside) else model
 
 
 class LoadedWeights:
@@ -165,6 +189,20 @@ def weights_folder(name: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{name} is no folder, and the model hub could not deliver it; check the name"
         ) from error
+
+
+def model_on_disk(name: str, revision: str | None = None) -> nn.Module | None:
+    """Return a model with its weights where they lie on this machine (``as_model``).
+
+    None for one that is not here yet, or that is read no other way than by loading it.
+    """
+    try:
+        folder = Path(model_source(name, revision))
+        if not folder.is_dir():
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return StoredWeights(folder, name).as_model()
+    except (OSError, ValueError):  # loading it says what is wrong
+        return None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.models.load_options import LoadOptions
+from persona_lora.models.loading import shape_of
 from persona_lora.models.structure import (
     decoder_layers,
     features,
@@ -24,6 +26,7 @@ from persona_lora.models.structure import (
     weight_fingerprint,
     weight_of,
 )
+from persona_lora.models.weight_files import model_on_disk
 from persona_lora.steering.ledger import LOCK, MERGED
 
 DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -67,6 +70,33 @@ def check_fingerprint(fingerprint: str, directions: Iterable[LoRADiff | Steering
                 f"this model's weights are {fingerprint[:8]}…; load that model, or pass "
                 "allow_other_base=True (--allow-other-base) if you mean it"
             )
+
+
+def check_before_loading(
+    name: str,
+    options: LoadOptions,
+    directions: Iterable[LoRADiff | SteeringVector],
+    *,
+    allow_other_base: bool = False,
+) -> None:
+    """Raise UserError for a direction that does not fit a model, before its weights are loaded.
+
+    Its shape is known from its configuration, and which weights it has from those on disk. Where
+    these do not tell (quantised ones, a model yet to be fetched) the loaded model does.
+    """
+    directions = list(directions)
+    for each in directions:
+        if isinstance(each, SteeringVector):
+            check_shape(each, *shape_of(name, options))
+    model = model_on_disk(name, options.revision) if directions else None
+    if model is None:
+        return
+    for each in directions:
+        if isinstance(each, LoRADiff):
+            find_modules(model, each)
+    # float16 rounds what is stored in another type before it is known
+    if not (allow_other_base or options.quantize or options.dtype == "float16"):
+        check_fingerprint(weight_fingerprint(model), directions)
 
 
 def check_shape(vector: SteeringVector, depth: int, width: int) -> None:

@@ -27,7 +27,7 @@ from persona_lora.core.files import ensure_writable_folder, write_csv
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.protocol import Design
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Sign, Split, Trait, trait_prompt
 from persona_lora.judges.judging import Judge
@@ -115,6 +115,22 @@ def open_run(
     config = {**chat_model.record(), **config}
     return Run.open(
         output, command=command, config=config, seed=seed, inputs=inputs, parts=parts, design=design
+    )
+
+
+def open_planned(
+    output: Output | Path, planned: Planned, chat_model: ChatModel, parts: Sequence[str] = ()
+) -> Run:
+    """Open a planned run on its model."""
+    return open_run(
+        output,
+        planned.command,
+        chat_model,
+        planned.config,
+        planned.inputs,
+        seed=planned.seed,
+        parts=parts,
+        design=planned.design,
     )
 
 
@@ -312,8 +328,8 @@ def evaluate(
     """
     output = Output.of(output)
     path = check_csv(output.path)
-    condition = steering.condition()
-    plan = plan_rows(trait, split, [condition], samples=options.samples)
+    planned = planned_evaluation(trait, steering, split, options, output.seeds, before)
+    plan = plan_rows(trait, split, [steering.condition()], samples=options.samples)
     if before:
         plan = [
             dataclasses.replace(row, before=tuple(before[row.stream // SAMPLES_PER_QUESTION]))
@@ -321,17 +337,7 @@ def evaluate(
         ]
     steerer = steering.steerer(chat_model)
     ensure_writable_folder(path.parent)
-    config = {
-        "trait": trait.name,
-        "split": split,
-        "mode": steering.mode if steering.terms else None,
-        "condition": dataclasses.asdict(condition),
-        "generation": dataclasses.asdict(options),
-    }
-    earlier = {"the earlier turns": digest_of(list(before))} if before else {}
-    read, at = (trait.inputs(), steering.inputs(), earlier), output.at(path.with_suffix(""))
-    design = Design.of("evaluate", {split: len(trait.questions[split])}, (), output.seeds)
-    run = open_run(at, "evaluate", chat_model, config, *read, seed=options.seed, design=design)
+    run = open_planned(output.at(path.with_suffix("")), planned, chat_model)
     with run:
         answer_rows(chat_model, plan, steerer, run, options)
         judge_answers(run, judge, trait)
@@ -342,6 +348,28 @@ def evaluate(
     )
     both = two_judges(run, trait.name)
     return Evaluation(trait_score, coherence, answers=path, run=run.folder, judges=both)
+
+
+def planned_evaluation(
+    trait: Trait,
+    steering: Steering,
+    split: Split,
+    options: GenerationOptions,
+    seeds: int = 1,
+    before: Sequence[Conversation] = (),
+) -> Planned:
+    """Return what is known of an evaluation before its model is loaded."""
+    config = {
+        "trait": trait.name,
+        "split": split,
+        "mode": steering.mode if steering.terms else None,
+        "condition": dataclasses.asdict(steering.condition()),
+        "generation": dataclasses.asdict(options),
+    }
+    earlier = {"the earlier turns": digest_of(list(before))} if before else {}
+    inputs = {**trait.inputs(), **steering.inputs(), **earlier}
+    design = Design.of("evaluate", {split: len(trait.questions[split])}, (), seeds)
+    return Planned("evaluate", config, options.seed, inputs, design)
 
 
 def check_csv(path: Path) -> Path:

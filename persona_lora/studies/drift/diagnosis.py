@@ -42,6 +42,7 @@ from persona_lora.studies.drift.read_diagnosis import (
 from persona_lora.studies.drift.run import (
     Checkpoint,
     Projected,
+    check_finetunes,
     is_adapter,
     loaded_checkpoint,
     project_finetune,
@@ -66,14 +67,8 @@ class Subject:
 
     @classmethod
     def load(cls, name: str, diffs: Mapping[str, LoRADiff], controls: Sequence[str] = ()) -> Self:
-        """Return it once all adapters, and what a full model holds, could be read: before any load.
-
-        Raises UserError for what is no plain low-rank adapter (DoRA, bias, …), for controls of
-        another kind than the finetune, and for one and the same adapter given twice.
-        """
-        taken_off(controls, "", [name])
-        if not is_adapter(name):
-            weights_of(name)
+        """Return it once all could be read (``check_finetunes``); UserError for one given twice."""
+        check_finetunes([name], controls, "")
         known: dict[str, str] = {}
         for each in (name, *controls):
             content = LoRADiff.load(each).content() if is_adapter(each) else each

@@ -293,6 +293,20 @@ def _shared(parts: Sequence[Sequence[str]]) -> int:
     return sum(1 for _ in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
 
 
+def check_finetunes(names: Sequence[str], controls: Sequence[str], original: str) -> None:
+    """UserError, before anything is loaded, for what cannot be read of finetunes and controls.
+
+    That is what is no plain low-rank adapter (DoRA, bias, …) and no model whose weights lie there,
+    and controls of another kind than the finetunes.
+    """
+    taken_off(controls, original, names)
+    for name in names:
+        if is_adapter(name):
+            LoRADiff.load(name, on_disk=True)
+        else:
+            weights_of(name)
+
+
 def check_json(path: Path) -> None:
     """UserError for a path of anything but JSON."""
     if path.suffix != ".json":

@@ -15,9 +15,12 @@ from typing import Any
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
-from persona_lora.core.personas import Coefficients
+from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.options import GenerationOptions
+from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.protocol import Design
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output, Planned, Run
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges.answer_gates import THRESHOLDS
 from persona_lora.models.processes import recorded
 from persona_lora.models.structure import decoder_layers, read_layers
@@ -117,16 +120,14 @@ def compare_methods(
     and for what the output's protocol does not say.
     """
     whole = Output.of(output)
-    trained = _trained(bench, methods)
+    trained = trainings_of(methods, bench.trait_folder, bench.traits)
     searching = searches_of(searching, trained)
-    config = _config(bench, personas, methods, acting, searching, objective)
-    design = Design.of(
-        "compare-methods",
-        {"held out": len(bench.prompts.held_out), "personas": len(personas)},
-        *(tuple(methods), trained),
+    asked = bench.prompts, bench.generation
+    planned = planned_comparison(
+        *asked, personas, methods, trained, acting.alpha, searching, objective
     )
-    output = _below(whole, design, config)
-    folder = output.path
+    output = _below(whole, planned)
+    folder, config = output.path, {**planned.config}
     loaded = {
         name: _load(bench, name, acting, folder / "scales")
         for name in map(checked_method, methods)
@@ -154,46 +155,55 @@ def compare_methods(
         rows += problem.bounds
     config["conditions"] = sorted({row["condition"] for row in rows})
     whole = replace(whole, path=folder / "comparison", overwrite=True)
-    return bench.processes.from_main(lambda: _written(rows, objective, whole, design, config))
+    planned = replace(planned, config=config)
+    return bench.processes.from_main(lambda: _written(rows, objective, whole, planned))
 
 
-def _config(
-    bench: PersonaBench,
+def planned_comparison(
+    prompts: PersonaPrompts,
+    generation: GenerationOptions,
     personas: Sequence[str],
     methods: Sequence[str],
-    acting: Acting,
+    trained: int,
+    alpha: float,
     searching: SearchOptions,
     objective: ObjectiveOptions,
-) -> dict[str, Any]:
-    """Return what a comparison asks, as it is recorded and as a protocol freezes it."""
-    return {
+) -> Planned:
+    """Return what is known of a comparison before its model is loaded.
+
+    ``trained`` is the number of training seeds of its directions (``trainings_of``).
+    """
+    config = {
         "personas": list(personas),
         "methods": list(methods),
         "objective": recorded_objective(objective),
         "search_seeds": searching.seeds,
         "max_iterations": searching.max_iterations,
         "population_size": searching.population_size,
-        "prompts": len(bench.prompts.train),
-        "max_new_tokens": bench.generation.max_new_tokens,
-        "alpha": acting.alpha,
+        "prompts": len(prompts.train),
+        "max_new_tokens": generation.max_new_tokens,
+        "alpha": alpha,
     }
+    questions = {"held out": len(prompts.held_out), "personas": len(personas)}
+    design = Design.of("compare-methods", questions, tuple(methods), trained)
+    return Planned("compare-methods", config, 0, design=design)
 
 
-def _trained(bench: PersonaBench, methods: Sequence[str]) -> int:
-    """Return how many training seeds the directions of the methods have."""
+def trainings_of(methods: Sequence[str], folder: Path, traits: Sequence[str]) -> int:
+    """Return how many training seeds the directions of the methods have, in a folder."""
     names = {directions_of(checked_method(each)) for each in methods}
-    found = [trainings(each, bench.trait_folder, bench.traits) for each in sorted(names - {PROMPT})]
+    found = [trainings(each, folder, traits) for each in sorted(names - {PROMPT})]
     return max(map(len, found), default=1)
 
 
-def _below(whole: Output, design: Design, config: Mapping[str, Any]) -> Output:
+def _below(whole: Output, planned: Planned) -> Output:
     """Return where the runs below a comparison are written: they carry its protocol's hash.
 
     So what was run without it is not pre-registered afterwards.
     """
     if whole.protocol is None:
         return whole
-    held = whole.protocol.hold(design, config)
+    held = whole.protocol.hold(planned.design, planned.config)
     return replace(whole, protocol=None, config={**whole.config, "protocol": held["sha256"]})
 
 
@@ -240,30 +250,35 @@ def checked_method(method: str) -> str:
     return method
 
 
-def check_directions(
+def directions_by_name(
     methods: Sequence[str],
     traits: Sequence[str],
     folder: Path,
     depth: int,
     layers: Sequence[int] | None = None,
     by: By = "trait",
-) -> set[str]:
+) -> dict[str, list[LoRADiff | SteeringVector]]:
     """Return the directions of methods by name, before a model of ``depth`` layers is loaded.
 
     ``layers`` as in ``Acting``. UserError where one of the traits has none, or no such layer.
     """
-    names: set[str] = set()
+    found: dict[str, list[LoRADiff | SteeringVector]] = {}
+    seen: list[tuple[str, Sequence[int] | None]] = []
     for name in [checked_method(each) for each in methods]:  # a wrong name before a missing file
         method, at, named = name.partition("@")
         if method == PROMPT:
             continue
         needed = directions_of(name)
         acting = read_layers(named, depth, f"{name}: layers") if at else layers
+        if (needed, acting) in seen:
+            continue
+        seen.append((needed, acting))
         for trained in trainings(needed, folder, traits):
             places = acting or default_layers(depth)
             bank = load_directions(needed, Wanted(traits, folder, places, None, trained, by))
-            names |= set(bank.names)
-    return names
+            for own, direction in zip(bank.names, bank.directions, strict=True):
+                found.setdefault(own, []).append(direction)
+    return found
 
 
 def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> list[Method]:
@@ -315,9 +330,9 @@ def _written(
     rows: Sequence[Mapping[str, Any]],
     limits: ObjectiveOptions,
     output: Output,
-    design: Design,
-    config: Mapping[str, Any],
+    planned: Planned,
 ) -> Comparison:
+    config, design = planned.config, planned.design
     by_persona = {
         persona: condition_fits([row for row in rows if row["persona"] == persona], limits)
         for persona in config["personas"]

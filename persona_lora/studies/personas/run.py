@@ -25,7 +25,7 @@ from persona_lora.core.files import ensure_writable_folder, read_json, write_jso
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import MIX, WEIGHTS, Coefficients, Persona, PersonaPrompts
 from persona_lora.core.protocol import Design
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
 from persona_lora.judges.coherence import CoherenceScorer, Embed
 from persona_lora.judges.judging import Judge
@@ -36,7 +36,7 @@ from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
 from persona_lora.report.resampling import FITS
 from persona_lora.steering.bank import Bank, Elsewhere
-from persona_lora.studies.asking.run import Row, open_run
+from persona_lora.studies.asking.run import Row, open_planned
 from persona_lora.studies.personas.bounds import bound_answers
 from persona_lora.studies.personas.figure import render_goal, render_search
 from persona_lora.studies.personas.goals import GoalProblem
@@ -63,9 +63,12 @@ from persona_lora.studies.report_page import write_report
 
 logger = logging.getLogger(__name__)
 
-MEAN, INCUMBENT, PROMPT = "mean", "incumbent", "prompt"
+FOUND = MEAN, INCUMBENT = "mean", "incumbent"
+PROMPT = "prompt"
 HELD_OUT, FINALISTS, BOUND_ROWS = "held_out", "finalists", "bounds"
 NUM_FINALISTS = 3
+# What a search records that its judges, its goal and its directions tell, once they are made.
+TOLD_LATER = (*("goal", "judge", "report_judge", "second_judge", "counts", "scales", "directions"),)
 RECORDED = (
     *("fit", "low", "high", "n", "coverage", "counted", "coherence", "relevance", "feasible"),
 )
@@ -213,28 +216,12 @@ def optimise_persona(
     ``{persona}_optimization.json`` and ``{persona}_best_weights.json``; for diffs
     ``{persona}_mix.json`` as well, which is what ``serve`` and the playground take.
     """
-    _check_fresh(problem.prompts, objective)
+    check_fresh(problem.prompts, objective)
     if problem.parts is not None and method.searcher == "cmaes":
         raise UserError("the searcher cmaes has one objective; for a front take tpe or random")
-    found_at_once = (MEAN, INCUMBENT) if problem.parts is None else ()
     processes = problem.processes
-    run = processes.from_main(
-        lambda: open_run(
-            output,
-            "optimize",
-            problem.chat_model,
-            _config(problem, method, searching, objective),
-            problem.inputs(),
-            method.directions.inputs,
-            seed=searching.seed,
-            design=Design.of(
-                "optimize",
-                {"held out": len(problem.prompts.held_out)},
-                (*found_at_once, *problem.controls),
-                searching.seeds,
-            ),
-        )
-    )
+    planned = _planned(problem, method, searching, objective)
+    run = processes.from_main(lambda: open_planned(output, planned, problem.chat_model))
     speaker = speaker_of(problem, method)
     with recorded(run, processes):
         if processes.index == 0:
@@ -275,12 +262,8 @@ def optimise_over_seeds(
     end. ``warm_start``: each search tries the mix first under which the person's training lines
     are likeliest (``likeliest``).
     """
-    first, searching = output.path, searches_of(searching, len(methods))
-    if problem.parts is not None and searching.seeds > 1:
-        raise UserError(
-            f"a front is of one search, and {searching.seeds} were asked for (a seed each); leave "
-            "--search-seeds out, and name diffs of one training"
-        )
+    searching = searches_of(searching, len(methods), front=problem.parts is not None)
+    first = output.path
     starts = [
         _warm(problem, each, searching, first.parent) if warm_start else searching
         for each in methods
@@ -313,14 +296,23 @@ def _warm(
     return replace(searching, inject=(mix.as_dict(), *searching.inject))
 
 
-def searches_of(searching: SearchOptions, trainings: int) -> SearchOptions:
-    """Return the options with a search for every training seed; UserError for another number."""
+def searches_of(searching: SearchOptions, trainings: int, *, front: bool = False) -> SearchOptions:
+    """Return the options with a search for every training seed.
+
+    UserError for another number of them, and for several that are to find a ``front``.
+    """
     if trainings > 1 and searching.seeds not in (1, trainings):
         raise UserError(
             f"the diffs have {trainings} training seeds, each with a search of its own, and "
             f"{searching.seeds} search seeds were asked for; leave --search-seeds out"
         )
-    return replace(searching, seeds=max(searching.seeds, trainings))
+    searching = replace(searching, seeds=max(searching.seeds, trainings))
+    if front and searching.seeds > 1:
+        raise UserError(
+            f"a front is of one search, and {searching.seeds} were asked for (a seed each); leave "
+            "--search-seeds out, and name diffs of one training"
+        )
+    return searching
 
 
 def best_of(results: Sequence[PersonaResult]) -> PersonaResult:
@@ -349,7 +341,8 @@ def objective_of(
     )
 
 
-def _check_fresh(prompts: PersonaPrompts, objective: ObjectiveOptions) -> None:
+def check_fresh(prompts: PersonaPrompts, objective: ObjectiveOptions) -> None:
+    """UserError for prompts of which a search leaves too few to measure again what it finds."""
     least = 1 if objective.min_relevance is None else 2
     if len(prompts.fresh) < least:
         raise UserError(
@@ -568,19 +561,41 @@ def speaker_of(problem: Problem, method: Method) -> Speaker:
     )
 
 
-def _config(
+def _planned(
     problem: Problem, method: Method, searching: SearchOptions, objective: ObjectiveOptions
-) -> dict[str, Any]:
-    return {
+) -> Planned:
+    """Return the whole of what a search records, but for the model."""
+    told = {
         **problem.record(),
-        **problem.chat_model.record(),
         "method": method.name,
         "searcher": method.searcher,
         "alpha": method.alpha,
         "scales": dict(method.scales),
         "directions": dict(method.directions.record),
-        "prompts": list(problem.prompts.train),
-        "held_out_prompts": list(problem.prompts.held_out),
+    }
+    family = (*(FOUND if problem.parts is None else ()), *problem.controls)
+    options = (searching, objective, problem.generation)
+    planned = planned_search(problem.prompts, told, family, *options)
+    return replace(planned, inputs={**problem.inputs(), **method.directions.inputs}, later=())
+
+
+def planned_search(
+    prompts: PersonaPrompts,
+    told: Mapping[str, Any],
+    family: tuple[str, ...],
+    searching: SearchOptions,
+    objective: ObjectiveOptions,
+    generation: GenerationOptions,
+) -> Planned:
+    """Return what is known of a search before its model is loaded.
+
+    ``told`` is what else is known of its configuration, ``family`` what is compared with the model
+    as it is: ``FOUND`` of a search for one mix, and what stands beside.
+    """
+    config = {
+        **told,
+        "prompts": list(prompts.train),
+        "held_out_prompts": list(prompts.held_out),
         # A longer search goes on from a shorter one.
         "search": {
             key: value
@@ -588,8 +603,10 @@ def _config(
             if key not in ("max_iterations", "max_evaluations", "target", "seeds")
         },
         "objective": recorded_objective(objective),
-        "generation": dataclasses.asdict(problem.generation),
+        "generation": dataclasses.asdict(generation),
     }
+    design = Design.of("optimize", {"held out": len(prompts.held_out)}, family, searching.seeds)
+    return Planned("optimize", config, searching.seed, design=design, later=TOLD_LATER)
 
 
 def recorded_objective(objective: ObjectiveOptions) -> dict[str, Any]:

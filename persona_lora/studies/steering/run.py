@@ -23,7 +23,7 @@ from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.options import ComparisonOptions, GenerationOptions, SweepOptions
 from persona_lora.core.protocol import Design
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.judging import Judge
@@ -41,7 +41,7 @@ from persona_lora.report.scores import (
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, Elsewhere, check_layers
-from persona_lora.studies.asking.run import answer_rows, open_run, plan_rows
+from persona_lora.studies.asking.run import answer_rows, open_planned, plan_rows
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.calibration import (
     Level,
@@ -195,7 +195,8 @@ def sweep(
     JSON and CSV, a plot and ``report.html``. The unsteered model is always among the rows: it is
     what the others are compared with.
     """
-    prompts = load_ordinary_prompts(datasets) if sweeping.divergence else []
+    seeds = Output.of(output).seeds
+    planned = planned_sweep(trait, population, sweeping, options, seeds, datasets)
     conditions = [*population.conditions, *(REFERENCES if sweeping.references else ())]
     plan = plan_rows(
         trait,
@@ -207,25 +208,40 @@ def sweep(
     bank = population.bank
     rows = [row.condition.coefficients for row in plan]
     steerer = bank.answering(chat_model, rows)
+    run = open_planned(output, planned, chat_model)
+    with run:
+        answer_rows(chat_model, plan, steerer, run, options)
+        if sweeping.divergence and not run.read("divergence"):
+            with progress.stage("divergence"):
+                prompts = load_ordinary_prompts(datasets)
+                divergences = measure_divergences(chat_model, bank, population.conditions, prompts)
+            run.write("divergence", [dataclasses.asdict(each) for each in divergences])
+        judge_answers(run, judge, trait)
+    return write_results(run, trait.name)
+
+
+def planned_sweep(
+    trait: Trait,
+    population: Population,
+    sweeping: SweepOptions,
+    options: GenerationOptions,
+    seeds: int = 1,
+    datasets: Path | None = None,
+) -> Planned:
+    """Return what is known of a sweep before its model is loaded."""
+    prompts = load_ordinary_prompts(datasets) if sweeping.divergence else []
+    bank = population.bank
     config = {
         "trait": trait.name,
         **bank.record,
         **sweeping.record(),
         "generation": dataclasses.asdict(options),
     }
-    read = (trait.inputs(), bank.inputs, {"the ordinary prompts": digest_of(prompts)})
-    asked: dict[str, int] = {sweeping.split: len({row.question for row in plan})}
-    family = _family(population.conditions)
-    design = Design.of("sweep", asked, family, Output.of(output).seeds)
-    run = open_run(output, "sweep", chat_model, config, *read, seed=options.seed, design=design)
-    with run:
-        answer_rows(chat_model, plan, steerer, run, options)
-        if sweeping.divergence and not run.read("divergence"):
-            with progress.stage("divergence"):
-                divergences = measure_divergences(chat_model, bank, population.conditions, prompts)
-            run.write("divergence", [dataclasses.asdict(each) for each in divergences])
-        judge_answers(run, judge, trait)
-    return write_results(run, trait.name)
+    inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
+    questions = set(trait.questions[sweeping.split][: sweeping.max_questions])
+    asked: dict[str, int] = {sweeping.split: len(questions)}
+    design = Design.of("sweep", asked, _family(population.conditions), seeds)
+    return Planned("sweep", config, options.seed, inputs, design)
 
 
 def _family(conditions: Sequence[Condition]) -> tuple[str, ...]:
@@ -276,30 +292,21 @@ def compare(
     ``levels.jsonl``, a run folder a split with answers and verdicts, ``comparison.csv``,
     ``comparison.png`` and ``report.html``.
     """
-    asked = questions_of(trait, comparing)
-    record = _compare_record(trait, bank, comparing, options)
-    prompts = load_ordinary_prompts(datasets)
-    read = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
-    shared = lazily(judge)  # by both sets of questions
     output = Output.of(output)
-    seed, most = options.seed, comparing.max_questions
-    family = [f"{split}: {method}" for split in asked for method in METHODS if method != LORA]
-    numbers: dict[str, int] = {split: len(each) for split, each in asked.items()}
-    design = Design.of("compare", numbers, tuple(family), output.seeds)
-    run = open_run(
-        output, "compare", chat_model, record, read, seed=seed, parts=list(asked), design=design
-    )
+    planned = planned_comparison(trait, bank, comparing, options, output.seeds, datasets)
+    asked, prompts = questions_of(trait, comparing), load_ordinary_prompts(datasets)
+    shared = lazily(judge)  # by both sets of questions
+    most = comparing.max_questions
+    run = open_planned(output, planned, chat_model, parts=list(asked))
     with run:
         levels = _calibrated(run, chat_model, bank, prompts, asked, comparing)
         conditions = [UNSTEERED, *(level.condition for level in levels), *REFERENCES]
         for split in asked:
-            part = open_run(
+            below = {**planned.config, "split": split, "max_questions": most}
+            part = open_planned(
                 Output(run.folder / split, config=output.config, inputs=output.inputs),
-                "compare split",
+                replace(planned, command="compare split", config=below, design=None),
                 chat_model,
-                {**record, "split": split, "max_questions": most},
-                read,
-                seed=seed,
             )
             with part:
                 plan = plan_rows(
@@ -317,10 +324,16 @@ def compare(
     return found
 
 
-def _compare_record(
-    trait: Trait, bank: Bank, comparing: ComparisonOptions, options: GenerationOptions
-) -> dict[str, object]:
-    return {
+def planned_comparison(
+    trait: Trait,
+    bank: Bank,
+    comparing: ComparisonOptions,
+    options: GenerationOptions,
+    seeds: int = 1,
+    datasets: Path | None = None,
+) -> Planned:
+    """Return what is known of a comparison before its model is loaded."""
+    config = {
         "trait": trait.name,
         "coefficients": list(comparing.coefficients),
         "statistic": comparing.match,
@@ -328,6 +341,13 @@ def _compare_record(
         **bank.record,
         "generation": dataclasses.asdict(options),
     }
+    prompts = digest_of(load_ordinary_prompts(datasets))
+    inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": prompts}
+    asked = questions_of(trait, comparing)
+    family = [f"{split}: {method}" for split in asked for method in METHODS if method != LORA]
+    numbers: dict[str, int] = {split: len(each) for split, each in asked.items()}
+    design = Design.of("compare", numbers, tuple(family), seeds)
+    return Planned("compare", config, options.seed, inputs, design)
 
 
 def questions_of(trait: Trait, comparing: ComparisonOptions) -> dict[Split, tuple[str, ...]]:

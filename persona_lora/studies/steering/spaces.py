@@ -121,13 +121,11 @@ class Spaces:
         )
 
 
-def check_directions(
-    chat_model: ChatModel, diffs: DiffsBySeed, vectors: Mapping[str, SteeringVector]
-) -> None:
-    """Raise UserError when a trait's diff or vector was made for a model of other weights."""
-    made: list[LoRADiff | SteeringVector] = [*vectors.values()]
-    made += [diff for own in diffs.values() for diff in own.values()]
-    check_base_model(chat_model.model, made, allow_other_base=chat_model.allow_other_base)
+def directions_among(
+    diffs: DiffsBySeed, vectors: Mapping[str, SteeringVector]
+) -> list[LoRADiff | SteeringVector]:
+    """Return every trait's diffs and vector."""
+    return [*vectors.values(), *(diff for own in diffs.values() for diff in own.values())]
 
 
 def run_spaces(
@@ -145,7 +143,8 @@ def run_spaces(
     ``cosines``, ``agreement``, ``recognition``, ``interference``, ``linearity``, ``words`` and, of
     diffs of several training seeds, ``seeds``.
     """
-    check_directions(chat_model, diffs, vectors)
+    made, anyway = directions_among(diffs, vectors), chat_model.allow_other_base
+    check_base_model(chat_model.model, made, allow_other_base=anyway)
     ordinary = load_ordinary_prompts(datasets)
     named = {
         f"{trait}, {seed}" if seed else trait: diff
