@@ -466,7 +466,7 @@ TRAINED = [
 
 @pytest.mark.parametrize("words", TRAINED, ids=lambda words: words[0])
 def test_a_training_that_is_there_costs_no_weights(world, tmp_path, words):
-    for part in ("diff", "adapter"):
+    for part in ("pos", "neg", "diff", "adapter"):
         (tmp_path / "out/a" / part).mkdir(parents=True)
 
     def held(*more, command=words[0], seed=42, **config):

@@ -334,10 +334,12 @@ def refuse_taken(
     *,
     inputs: Mapping[str, str] | None = None,
     once: bool = False,
+    gone: Sequence[str] = (),
 ) -> None:
     """UserError where a folder is seen to hold another run, by what of it is known already.
 
-    With ``once`` also for a finished one. Opening the run says the rest.
+    With ``once`` also for a finished one, of whose parts those named ``gone`` are.
+    Opening the run says the rest.
     """
     run = Run(folder)
     if not (folder / RECORD).is_file() or run.record["status"] == EMPTYING:
@@ -348,13 +350,15 @@ def refuse_taken(
     fresh = {"command": command, "config": asked, "seed": seed, "inputs": inputs or {}}
     _continued(folder, {**old, "config": held, "protocol": None}, fresh)
     if once:
-        _refuse_finished(run)
+        _refuse_finished(run, gone)
 
 
-def _refuse_finished(run: Run) -> None:
+def _refuse_finished(run: Run, gone: Sequence[str] = ()) -> None:
     if run.finished:
+        without = f" without its {' and '.join(gone)}" if gone else ""
         raise UserError(
-            f"{run.folder} holds a finished run of the same; pass --overwrite to train it again"
+            f"{run.folder} holds a finished run of the same{without}; pass --overwrite to train it "
+            "again"
         )
 
 

@@ -102,7 +102,7 @@ def train_contrastive(
     """Train ``pos``, then ``neg``, and write both and their diff into ``config.output_dir``.
 
     A run that was killed goes on where it stopped: finished signs are kept, the other resumes
-    from its last whole checkpoint.
+    from its last whole checkpoint. A diff that is gone is made again of both signs.
 
     Raises:
         UserError: A finished run without ``arguments.overwrite``, a run of another configuration
@@ -115,7 +115,10 @@ def train_contrastive(
         pairs = _half_swapped(pairs, config.seed)
     folder = output_folder(options, trait)
     begun, record = _has_results(folder), run_record(*options, _own(arguments, trait, pairs))
-    refuse_taken_folder("train", folder, options, record, begun=begun)
+    parts = *SIGNS, "diff"
+    gone = [name for name in parts if not (folder / name).is_dir()]
+    remade = gone == ["diff"]
+    refuse_taken_folder("train", folder, options, record, begun=begun, gone=gone, remade=remade)
     check_targets(arguments.model_name_or_path, arguments.alone(), lora.lora_target_modules or [])
     chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
     rows = tokenize_pairs(
@@ -140,8 +143,9 @@ def train_contrastive(
         options,
         {**record, **drawn, **chat_model.template.record()},
         inputs=chat_model.inputs,
-        parts=(*SIGNS, "diff", WORK),
+        parts=(*parts, WORK),
         begun=begun,
+        remade=remade,
     )
     processes = Launched()
     with recorded(run, processes):

@@ -64,7 +64,6 @@ from persona_lora.training.trainer import (
     LOSS_ROWS,
     Lesson,
     checkpoints_of,
-    last_whole_checkpoint,
 )
 
 logger = logging.getLogger(__name__)
@@ -194,9 +193,10 @@ def finetune(
         "preventative": None if prevention is None else prevention.record(),
     }
     trained, final = lora if arguments.use_peft else None, folder / _saved_as(arguments)
-    begun = final.is_dir() or last_whole_checkpoint(folder) is not None
+    begun = final.is_dir() or any(folder.glob("checkpoint-*"))
     record = run_record(arguments, trained, config, own)
-    refuse_taken_folder("finetune", folder, options, record, begun=begun)
+    gone = [] if final.is_dir() else [final.name]
+    refuse_taken_folder("finetune", folder, options, record, begun=begun, gone=gone)
     if trained is not None:
         check_targets(arguments.model_name_or_path, loading, lora.lora_target_modules or [])
     chat_model = load_model(arguments.model_name_or_path, loading, config)

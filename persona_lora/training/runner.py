@@ -93,9 +93,11 @@ def open_run(
     inputs: Callable[[], dict[str, str]],
     parts: Sequence[str],
     begun: bool,
+    remade: bool = False,
 ) -> Run:
     """Start or resume the run in ``folder``, in the main process for all of them.
 
+    ``remade``: what is gone of a finished one is made again without training.
     Raises UserError where it holds another one; one that left no result, of a mistyped option
     perhaps, is not worth keeping.
     """
@@ -107,7 +109,7 @@ def open_run(
             seed=options.config.seed,
             inputs=inputs(),
             parts=parts,
-            once=options.arguments.seeds is None,  # those of several that are done are kept
+            once=once(options) and not remade,
         )
     )
 
@@ -119,11 +121,21 @@ def refuse_taken_folder(
     record: Mapping[str, Any],
     *,
     begun: bool,
+    gone: Sequence[str],
+    remade: bool = False,
 ) -> None:
-    """Raise UserError, before a model is loaded, for what ``open_run`` would refuse by options."""
+    """Raise UserError, before a model is loaded, for what ``open_run`` would refuse by options.
+
+    ``gone`` are the parts that a finished run has and this one has not.
+    """
     if begun and not options.arguments.overwrite:
-        once = options.arguments.seeds is None
-        refuse_taken(folder, command, record, options.config.seed, once=once)
+        again = once(options) and not remade
+        refuse_taken(folder, command, record, options.config.seed, once=again, gone=gone)
+
+
+def once(options: TrainingOptions[Any]) -> bool:
+    """Say whether a finished run is refused: of several seeds those that are done are kept."""
+    return options.arguments.seeds is None
 
 
 def refuse_unconnected_processes() -> None:

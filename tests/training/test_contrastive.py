@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,25 @@ def test_finished_run_is_refused_then_trained_again_with_overwrite(
     main(run_arguments(folder, "--overwrite", "--seed", "1"))
     after = _tensors(folder / "diff")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_diff_that_is_gone_is_made_again_of_both_signs_and_nothing_is_trained(
+    run_arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    main(run_arguments(folder))
+    before = _tensors(folder / "diff")
+    shutil.rmtree(folder / "diff")
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive, "train", lambda *_: pytest.fail("it trained"))
+        main(run_arguments(folder))
+    after = _tensors(folder / "diff")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    shutil.rmtree(folder / "diff")
+    shutil.rmtree(folder / "neg")
+    with pytest.raises(UserError, match=r"of the same without its neg and diff; pass --overwrite"):
+        main(run_arguments(folder))
 
 
 def test_several_seeds_have_a_folder_each_and_are_gone_on_with(

@@ -191,6 +191,9 @@ def test_a_finished_run_is_kept_unless_told_otherwise(options, tmp_path, train_f
     with pytest.raises(UserError, match=r"another configuration \(config\.num_rows: \d+, now \d+"):
         finetune(*options(tmp_path / "run"))
     train_file.write_text(rows)
+    shutil.rmtree(tmp_path / "run/adapter")
+    with pytest.raises(UserError, match="of the same without its adapter; pass --overwrite"):
+        finetune(*options(tmp_path / "run"))
     result = finetune(*options(tmp_path / "run", overwrite=True, keep_training_state=True))
     assert (result.checkpoints[0] / "optimizer.pt").is_file()
 
