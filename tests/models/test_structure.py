@@ -17,6 +17,7 @@ from persona_lora.models.structure import (
     weight_fingerprint,
     weight_of,
 )
+from persona_lora.models.weight_files import model_on_disk
 from tests.models.architectures import tiny_model
 
 
@@ -112,6 +113,21 @@ def test_the_fingerprint_sees_every_weight_of_a_block(family):
             decoder_layers(model)[0].get_parameter(name).mul_(1.1)
             assert weight_fingerprint(model) != before, name
         break
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("Llama", True), ("Qwen2", True), ("GPT-2", True), ("LFM2", True), ("Qwen3-MoE", False)],
+)
+def test_the_fingerprint_is_read_off_weights_on_disk_or_not_at_all(family, told, tmp_path):
+    """Experts are one by one on disk, and together in a model that is loaded."""
+    model = tiny_model(family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    found = model_on_disk(str(tmp_path))
+    assert (found is not None) == told
+    assert found is None or weight_fingerprint(found) == weight_fingerprint(model)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    assert model_on_disk(str(tmp_path)) is None
 
 
 def test_the_fingerprint_does_not_depend_on_where_weights_lie(tmp_path):
