@@ -365,6 +365,12 @@ def _verb(summary: SweepSummary, low: ConditionSummary, high: ConditionSummary) 
             f"cannot be shown to change by {_questions(summary)} questions (the least p value "
             f"possible is {p_value(least)})"
         )
+    low_slope, high_slope = summary.fit.slope.low or 0.0, summary.fit.slope.high or 0.0
+    if low_slope * high_slope > 0:
+        return (
+            f"{'rises' if low_slope > 0 else 'falls'} on the whole (by its slope), which "
+            f"{questions_line(summary)} cannot show at an end; persona-lora plan says how many can"
+        )
     return "does not clearly change with the coefficient"
 
 

@@ -48,6 +48,24 @@ def test_headline_blames_too_few_questions_where_no_answers_could_pass_the_test(
     assert wording.least_p(6, 2) == 2 / 32 > wording.CLEAR > wording.least_p(7, 2)
 
 
+@pytest.mark.parametrize(("slope", "words"), [(20, "rises"), (-20, "falls")])
+def test_a_clear_slope_that_no_end_shows_is_said_with_too_few_questions(sweep_rows, slope, words):
+    answers, verdicts = sweep_rows(coefficients=(-2, -1, 0, 1, 2), prompts=(), questions=8)
+
+    def score(row):
+        against = -0.1 if row["question_id"] == 7 else 1.0
+        return 50 + against * slope * row["coefficient"]
+
+    verdicts = [
+        {**v, "score": score(answers[v["row"]])} if v["criterion"] == "sycophancy" else v
+        for v in verdicts
+    ]
+    summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=200)
+    said = wording.headline(summary)
+    assert f"Sycophancy {words} on the whole (by its slope), which 8 questions cannot show" in said
+    assert wording.least_p(8, 4) < wording.CLEAR
+
+
 @pytest.mark.parametrize(
     ("interval", "p", "sign"),
     [
