@@ -107,7 +107,7 @@ JUDGED = [  # every command that judges a trait, with words that go through
     + ("--rows", "datasets/cheer/normal.jsonl"),
 ]
 ALONE = [  # and those without a judge beside
-    ("extract", *CHEER, "--source", "prompts"),
+    ("extract", *CHEER, "--source", "prompts", "--min-pairs", "1"),
     ("judge", "score", *CHEER, "--file", "answers.jsonl", "--output", "b.csv"),
     ("optimize", "--targets", "cheer=50", "--prompts", "said.json", "--num-prompts", "1", *ASKED),
 ]
@@ -201,6 +201,13 @@ def directions(words):
             "0 of 1 pairs pass the filter",
         ),
         (("extract", *BARE), "the trait bare has 0 extract questions"),
+        (("extract", *CHEER, "--judge", "local"), "1 pairs would be asked, and at least 10 are to"),
+        (("compare", *CHEER, *BOTH, "--spaces", "cheer"), "of the same traits, two at least"),
+        (
+            ("project", "activations", "--vectors", "vector.safetensors", "--labelled", "bare")
+            + (*ASKED, *OUT),
+            "bare/judge_eval.jsonl does not exist",
+        ),
         (("benchmark", "--model", "model", "--diff", "diff", "--tasks", "lore"), "no task 'lore'"),
         (
             ("compare-prevention", *CHEER, "--finetunes", "plain=tuned/checkpoint-2")

@@ -90,7 +90,7 @@ def project_activations(
     --vectors checkpoints/vectors/evil/evil_response_avg.safetensors --layers 15,19
     --output results/projection/evil
     """
-    from persona_lora.core.traits import load_trait
+    from persona_lora.core.traits import load_labelled_answers, load_trait
     from persona_lora.projections.activation_space import Along
     from persona_lora.studies.vectors import text_projection
     from persona_lora.studies.vectors.read import projections_table, separation_table
@@ -101,6 +101,9 @@ def project_activations(
     vectors = load_vectors(texts.vectors)
     layers = shared.layers_in(texts.layers, vectors.values())
     read = text_projection.read_texts(texts.file) if texts.file is not None else None
+    if read is None:
+        trait = load_trait(str(texts.labelled), texts.datasets_dir)
+        load_labelled_answers(trait)
     record = {
         "vectors": {name: str(path) for name, path in zip(vectors, texts.vectors, strict=True)},
         **model.worn(),
@@ -111,7 +114,6 @@ def project_activations(
     along = Along(vectors, layers, (_tokens(texts.positions),))
     with progress_bars():
         if read is None:
-            trait = load_trait(str(texts.labelled), texts.datasets_dir)
             run = text_projection.separate_labelled(chat_model, trait, along, written)
         else:
             base = _base(chat_model, shift, adapted=model.adapter is not None)

@@ -123,7 +123,7 @@ def fit(
     Example: persona-lora judge fit --trait datasets/anxious --file answers.jsonl
     --ratings answers.ada.jsonl,answers.ben.jsonl
     """
-    from persona_lora.core.files import write_jsonl
+    from persona_lora.core.files import refuse_unwritable, write_jsonl
     from persona_lora.core.traits import ON_POLICY
     from persona_lora.judges.answer_states import Reader
     from persona_lora.judges.choice import reading_model
@@ -137,6 +137,7 @@ def fit(
     path = loaded.folder / ON_POLICY
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; pass --overwrite to put these ratings in its place")
+    refuse_unwritable(path.parent)
     rows = rated_rows([RatingSheet(answers, Path(each)) for each in ratings])
     check_enough([row["question"] for row in rows if row["part"] == "tuning"])
     with progress_bars():

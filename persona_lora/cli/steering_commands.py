@@ -611,7 +611,7 @@ def extract(
     methods, positions = (tuple(dict.fromkeys(each)) for each in (pairs.methods, pairs.positions))
     extraction.check_places(methods, positions)
     layers = shared.layer_numbers(pairs.layers, shared.depth_of(model)) if pairs.layers else None
-    said = _asked_of(pairs, chosen, loaded, elicitation, thresholds)
+    said = _asked_of(pairs, chosen, loaded, elicitation, thresholds, generation.samples)
     making = extraction.Extraction(
         model.load(asked=said), loaded, written, methods, positions, layers, pairs.form
     )
@@ -629,7 +629,12 @@ def extract(
 
 
 def _asked_of(
-    pairs: PairOptions, source: str, trait: Trait, elicitation: Elicitation, thresholds: Thresholds
+    pairs: PairOptions,
+    source: str,
+    trait: Trait,
+    elicitation: Elicitation,
+    thresholds: Thresholds,
+    samples: int,
 ) -> list[Conversation]:
     """Return what the model is asked; UserError where the source of pairs has none to use."""
     from persona_lora.core.traits import load_pairs
@@ -641,7 +646,8 @@ def _asked_of(
     elif pairs.pos_path is not None and pairs.neg_path is not None:
         extraction.read_pairs(pairs.pos_path, pairs.neg_path, trait.name, thresholds)
     else:
-        return [row.conversation for row in extraction.plan_pairs(trait, elicitation, samples=1)]
+        plan = extraction.plan_pairs(trait, elicitation, samples, thresholds.least_pairs)
+        return [row.conversation for row in plan]
     return []
 
 

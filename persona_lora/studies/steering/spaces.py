@@ -59,6 +59,8 @@ Rows = Iterable[Mapping[str, Any]]
 DiffsBySeed = Mapping[str, Mapping[str, LoRADiff]]
 """Diffs by training seed and trait; the one seed of diffs that say none is ""."""
 
+FEW_TRAITS = "spaces need a diff and a vector of the same traits, two at least"
+
 
 @dataclass(frozen=True, eq=False)
 class Spaces:
@@ -78,7 +80,7 @@ class Spaces:
 
     def __post_init__(self) -> None:
         if set(self.diffs) != set(self.vectors) or len(self.diffs) < 2:
-            raise UserError("spaces need a diff and a vector of the same traits, two at least")
+            raise UserError(FEW_TRAITS)
 
     @property
     def traits(self) -> tuple[str, ...]:
@@ -251,6 +253,8 @@ def trait_directions(
     Diffs are ``{trait}/diff``, or ``{trait}/seed*/diff`` of several training seeds, which must be
     the same ones for every trait.
     """
+    if len(traits) < 2:
+        raise UserError(FEW_TRAITS)
     seeds = seeds_of_traits(folder, traits)
     diffs: dict[str, dict[str, LoRADiff]] = {seed: {} for seed in seeds}
     vectors = {}

@@ -126,12 +126,7 @@ class Extraction:
         Raises UserError before anything is asked where these are fewer pairs than are to be kept.
         """
         trait = self.trait
-        plan = plan_pairs(trait, elicitation, samples=generation.samples)
-        if len(plan) // 2 < thresholds.least_pairs:
-            raise UserError(
-                f"{len(plan) // 2} pairs would be asked, and at least {thresholds.least_pairs} are "
-                "to pass the filter; ask for more --samples, or lower --min-pairs"
-            )
+        plan = plan_pairs(trait, elicitation, generation.samples, thresholds.least_pairs)
         config = {
             "source": "prompts",
             "elicitation": dataclasses.asdict(elicitation),
@@ -324,8 +319,13 @@ def elicited_prompt(elicitation: Elicitation, trait: Trait, sign: Sign, index: i
     return named(name.replace("_", " "), instruction) if positive else instruction
 
 
-def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[Row[Condition]]:
-    """Return all rows: the positive ones first, then the negative ones in the same order."""
+def plan_pairs(
+    trait: Trait, elicitation: Elicitation, samples: int, least: int = 0
+) -> list[Row[Condition]]:
+    """Return all rows: the positive ones first, then the negative ones in the same order.
+
+    UserError where these are fewer than ``least`` pairs.
+    """
     questions = trait.questions[elicitation.split]
     if not questions or not trait.instructions:
         raise UserError(
@@ -337,6 +337,12 @@ def plan_pairs(trait: Trait, elicitation: Elicitation, *, samples: int) -> list[
         for sign in SIGNS
         for index in range(len(trait.instructions))
     ]
+    asked = len(trait.instructions) * len(questions) * samples
+    if asked < least:
+        raise UserError(
+            f"{asked} pairs would be asked, and at least {least} are to pass the filter; ask for "
+            "more --samples, or lower --min-pairs"
+        )
     return [
         Row(question, *prompt, stream_of(at, sample))
         for prompt in prompts
