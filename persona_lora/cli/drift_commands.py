@@ -194,20 +194,15 @@ class Weighing:
     def inputs_of(
         self, model: str, loading: LoadOptions, diffs: Iterable[LoRADiff]
     ) -> ModuleInputs | None:
-        """Return the inputs of the model, from the cache of them where they are there.
-
-        UserError, before it is loaded, for one of the diffs that is of another model.
-        """
+        """Return the inputs of the diffs' model, from the cache of them where they are there."""
         from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts, read_prompts
-        from persona_lora.steering.placement import check_before_loading
 
         if self.plain:
             own = (each.name for each in dataclasses.fields(LoadOptions) if each.name != "revision")
             refuse_useless(" ".join(("prompts", *own)), "with --plain")
             return None
         asked = load_ordinary_prompts() if self.prompts is None else read_prompts(self.prompts)
-        check_before_loading(model, loading, diffs)
-        return kept_inputs(shared.load_other(model, loading), asked)
+        return kept_inputs(shared.load_other(model, loading, directions=diffs), asked)
 
 
 @command("project weights")
@@ -296,7 +291,6 @@ def diagnose(
     """
     from persona_lora.projections.inputs import load_ordinary_prompts, read_prompts
     from persona_lora.report.sections import Table
-    from persona_lora.steering.placement import check_before_loading
     from persona_lora.studies.drift import diagnosis
     from persona_lora.studies.drift.read_section import diagnosis_content
     from persona_lora.studies.drift.run import load_diffs
@@ -305,8 +299,7 @@ def diagnose(
     subject = diagnosis.Subject.load(named[0], load_diffs(list(diffs), on_disk=True), named[1:])
     asked = load_ordinary_prompts() if prompts is None else read_prompts(prompts)
     written = output.at(output.output)
-    check_before_loading(base, loading, subject.diffs.values())
-    chat_model = shared.load_other(base, loading)
+    chat_model = shared.load_other(base, loading, directions=subject.diffs.values())
     with progress_bars():
         run = diagnosis.diagnose(chat_model, subject, written, prompts=asked)
     content = diagnosis_content(run)

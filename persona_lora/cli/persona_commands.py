@@ -163,13 +163,15 @@ class BenchOptions:
         UserError for a direction that one of the methods needs and there is not, that is of another
         model, or that an engine has not.
         """
+        from persona_lora.steering.placement import check_before_loading
         from persona_lora.studies.personas.method_comparison import directions_by_name
 
         depth = shared.depth_of(model)
         chosen = None if self.layers is None else shared.layer_numbers(self.layers, depth)
         found = directions_by_name(methods, self.mixed, self.trait_vector_dir, depth, chosen, by)
         made = [each for directions in found.values() for each in directions]
-        model.check_directions(made, allow_other_base=self.allow_other_base)
+        options, anyway = model.alone(), self.allow_other_base
+        check_before_loading(model.model, options, made, allow_other_base=anyway)
         engine.reach(made)
         return chosen, sorted(found)
 

@@ -93,45 +93,28 @@ class ModelOptions(LoadOptions):
         from persona_lora.steering.bank import warn_of_other_template
 
         for output, planned in runs:
-            self.foresee(planned).check(output)
+            told = {"model": self.model, **self.alone().record(), **planned.config}
+            later = (*planned.later, *TOLD_BY_MODEL)
+            dataclasses.replace(planned, config=told, later=later).check(output)
         directions, conversations = list(directions), list(asked)
-        self.check_directions(directions, allow_other_base=allow_other_base)
         if conversations:
             longest = RUNNING.get().params["max_new_tokens"]
             check_window(self.model, self.alone(), conversations, int(longest))
         loaded = load_other(
-            self.model, self.alone(), self.adapter, allow_other_base=allow_other_base
+            self.model, self.alone(), self.adapter, directions, allow_other_base=allow_other_base
         )
         warn_of_other_template(loaded, directions)
         return loaded
 
-    def foresee(self, planned: Planned) -> Planned:
-        """Return what is known of a run, with what is known of this model."""
-        config = {"model": self.model, **self.alone().record(), **planned.config}
-        later = (*planned.later, *TOLD_BY_MODEL)
-        return dataclasses.replace(planned, config=config, later=later)
-
-    def check_directions(
-        self,
-        directions: Iterable[LoRADiff | SteeringVector],
-        *,
-        allow_other_base: bool = False,
-    ) -> None:
-        """UserError, before weights are loaded, for a direction of another model."""
-        from persona_lora.steering.placement import check_before_loading
-
-        check_before_loading(
-            self.model, self.alone(), directions, allow_other_base=allow_other_base
-        )
-
     def check_adapters(self, paths: Iterable[Path]) -> None:
         """UserError, before weights are loaded, for an adapter that this model cannot wear."""
         from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.steering.placement import check_before_loading
 
         for path in paths:
             try:
                 adapter = LoRADiff.load(path, on_disk=True)
-                self.check_directions([adapter], allow_other_base=True)
+                check_before_loading(self.model, self.alone(), [adapter], allow_other_base=True)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
 
@@ -390,11 +373,18 @@ def depth_of(options: ModelOptions) -> int:
 
 
 def load_other(
-    name: str, options: LoadOptions, adapter: Path | None = None, *, allow_other_base: bool = False
+    name: str,
+    options: LoadOptions,
+    adapter: Path | None = None,
+    directions: Iterable[LoRADiff | SteeringVector] = (),
+    *,
+    allow_other_base: bool = False,
 ) -> ChatModel:
-    """Load a model by name."""
+    """Load a model by name; UserError, before that, for one of the directions of another model."""
     from persona_lora.models.loading import load_chat_model
+    from persona_lora.steering.placement import check_before_loading
 
+    check_before_loading(name, options, directions, allow_other_base=allow_other_base)
     with console.status(f"loading {name}"):
         return load_chat_model(
             name, adapter=adapter, options=options, allow_other_base=allow_other_base

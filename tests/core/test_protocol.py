@@ -10,7 +10,7 @@ import yaml
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.protocol import Design, FrozenProtocol
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output, Planned, Run
 
 DESIGN = Design.of("sweep", {"eval": 20}, ("-1", "+1"))
 CONFIG = {"trait": "evil", "coefficients": [-1.0, 0.0, 1.0]}
@@ -62,6 +62,21 @@ def test_a_run_that_deviates_is_refused_before_it_leaves_a_trace(
     with pytest.raises(UserError, match=said):
         start(tmp_path, FrozenProtocol.read(write()), design=design, config=config)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_known_of_a_run_is_held_before_the_rest(tmp_path, write):
+    held = FrozenProtocol.read(write(settings={"trait": "evil", "dtype": "float32"}))
+    output, known = Output(tmp_path / "run", protocol=held), {"trait": "evil"}
+    planned = Planned("sweep", known, 0, design=DESIGN, later=("dtype",))
+    planned.check(output)
+    for changed, said in (
+        ({"later": ()}, "no setting 'dtype'"),
+        ({"config": {"trait": "kind"}}, "trait: 'evil', now 'kind'"),
+        ({"design": Design.of("sweep", {"eval": 12}, ("-1", "+1"))}, "eval: 20, now 12"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dataclasses.replace(planned, **changed).check(output)
+    assert not output.path.exists()
 
 
 def test_nothing_is_pre_registered_afterwards(tmp_path, write):

@@ -19,7 +19,7 @@ from persona_lora.core.runs import Run
 from persona_lora.core.shared_basis import on_one_basis
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.engines import remote
-from persona_lora.engines.remote import open_engine
+from persona_lora.engines.remote import check_servers, open_engine
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import ActivationSetting, Bank
@@ -149,13 +149,19 @@ def test_a_mix_that_is_ignored_is_refused(chat_model, bank, serve):
 @pytest.mark.parametrize("plugin", [True, False])
 def test_a_server_that_does_not_hold_the_diffs_is_refused(chat_model, bank, serve, plugin):
     held = [*bank.diffs.values()] if not plugin else [bank.diffs["calm"]]
+    url, diffs = serve(StandIn(chat_model, held, plugin=plugin)), [*bank.diffs.values()]
     with pytest.raises(UserError, match="does not hold the diffs"):
-        by_engine(chat_model, bank, serve(StandIn(chat_model, held, plugin=plugin)))
+        by_engine(chat_model, bank, url)
+    with pytest.raises(UserError, match="does not hold the diffs"):
+        check_servers([url], diffs)
+    check_servers([url], diffs[:plugin])  # the plain model, or what it holds
 
 
 def test_a_url_where_nothing_answers_or_no_vllm_is_refused(chat_model, serve):
     with pytest.raises(UserError, match=r"no engine answers at http://127\.0\.0\.1:9/v1"):
         open_engine(["http://127.0.0.1:9"], chat_model, [])
+    with pytest.raises(UserError, match=r"no engine answers at http://127\.0\.0\.1:9/v1"):
+        check_servers(["http://127.0.0.1:9"], [])
     url = serve(StandIn(chat_model, [], failing=lambda body: (200, {"choices": [{"text": "a"}]})))
     with pytest.raises(UserError, match="no prompt_logprobs; an engine is a server of vLLM"):
         open_engine([url], chat_model, [])
