@@ -465,7 +465,7 @@ COMMANDS = {
         },
         {
             f"{X}studies.drift.run:load_diffs": {"d": None},
-            f"{X}studies.drift.diagnosis:weights_of": None,
+            f"{X}studies.drift.diagnosis:check_finetunes": None,
         },
     ),
     "evaluate-checkpoints": Command(
@@ -921,7 +921,17 @@ def calls(folder, imported, monkeypatch):
                 f"{X}judges.choice:check_judge": None,
                 "persona_lora.models.loading:check_window": None,
                 "persona_lora.models.loading:model_config": chat_model.model.config,
-                f"{X}studies.personas.method_comparison:check_directions": {"formality", "x"},
+                f"{X}core.runs:Planned.check": None,
+                f"{X}cli.shared_options:ModelOptions.check_adapters": None,
+                f"{X}engines.remote:check_servers": None,
+                f"{X}steering.placement:check_before_loading": None,
+                f"{X}steering.bank:warn_of_other_template": None,
+                f"{X}studies.drift.run:check_finetunes": None,
+                f"{X}studies.personas.run:check_fresh": None,
+                f"{X}studies.personas.method_comparison:directions_by_name": {
+                    "formality": [],
+                    "x": [],
+                },
                 f"{X}judges.persona_judges:judge_prompt_of": None,
                 f"{X}studies.asking.capability:check_tasks": None,
                 f"{X}studies.vectors.run:read_pairs": [],
