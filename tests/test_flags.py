@@ -499,6 +499,7 @@ COMMANDS = {
             "diffs": flag("diff2"),
             "vectors": flag("evil.safetensors", None),
             "layers": flag("0", None, "--vectors evil.safetensors"),
+            "control_rows": flag("normal", beside="--finetunes adapter2"),
             "max_questions": flag(3, None),
         },
         {f"{X}studies.drift.run:load_diffs": {"evil": None, "sycophancy": None}},
@@ -876,9 +877,12 @@ def folder(tmp_path_factory):
     (folder / "said.json").write_text(json.dumps(said))
     (folder / "weights.json").write_text('{"formality": 3.7}')
     (folder / "data2").symlink_to(ROOT / "datasets")
-    for name in ("adapter", *(f"adapter{number}" for number in range(2, 6))):
+    adapters = ("adapter", *(f"adapter{number}" for number in range(2, 6)))
+    for name, rows in zip(adapters, ("normal", "a", "b", "c", "d"), strict=True):
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text("{}")
+        record = {**pilot, "config": {"train_file": f"rows/{rows}.jsonl"}}
+        (folder / name / "run.json").write_text(json.dumps(record))
     (folder / "people/somebody").mkdir(parents=True)
     return folder
 

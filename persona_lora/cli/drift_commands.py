@@ -385,6 +385,10 @@ class Predicted:
     diffs: Annotated[tuple[str, ...], "Diffs to project weights on."] = ()
     vectors: Annotated[tuple[Path, ...], "Vectors to project hidden states on."] = ()
     layers: Annotated[str | None, "The one layer of the vectors; about 0.55 deep."] = None
+    control_rows: Annotated[
+        str | None,
+        "Take from each finetune that of the same settings on this file beside its data: normal.",
+    ] = None
     max_questions: shared.MaxQuestions = None
     datasets_dir: shared.DatasetsDir = None
 
@@ -404,6 +408,7 @@ class Predicted:
             load_diffs(list(self.diffs)) if self.diffs else {},
             {vector.trait or name: vector for name, vector in vectors.items()},
             shared.one_layer(self.layers, vectors.values()) if vectors else 0,
+            control_rows=self.control_rows,
         )
 
 

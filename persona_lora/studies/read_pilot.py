@@ -19,7 +19,7 @@ from persona_lora.report.scores import CONTROL, clusters, grouped, score_answers
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
 from persona_lora.report.two_way import Gaps, shared_questions
-from persona_lora.studies.drift.read_prediction import changes, data_sets, predict
+from persona_lora.studies.drift.read_prediction import changes, data_sets, predict, rows_of
 from persona_lora.studies.steering.read_comparison import effect_gaps
 
 
@@ -70,8 +70,8 @@ def read_finetunes(run: Run) -> tuple[float, int]:
     The first is the variance of scores inside data sets over that between their means, the mean
     over traits. UserError where no data set has two finetunes, or fewer than two sets are known.
     """
-    judged = run.read("judged")
-    tested = len(predict(judged, run.read("predictors")))
+    judged, predictors = rows_of(run)
+    tested = len(predict(judged, predictors))
     data, shares = data_sets(judged), []
     for by_finetune in changes(judged).values():
         named = grouped(by_finetune, lambda name: data[name])

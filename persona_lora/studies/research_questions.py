@@ -42,6 +42,7 @@ from persona_lora.studies.drift.read_prediction import (
     nulls,
     predict,
     prediction_lines,
+    rows_of,
     seeds_of,
 )
 from persona_lora.studies.personas.figure import name_of
@@ -229,7 +230,7 @@ def _pooled_row(each: Pooled) -> tuple[str, ...]:
 
 
 def _prediction(run: Run, figures: Figures) -> Part | None:
-    judged, predictors = run.read("judged"), run.read("predictors")
+    judged, predictors = rows_of(run)
     if not judged or not predictors:
         return None
     found = predict(judged, predictors)
@@ -248,6 +249,7 @@ def _prediction(run: Run, figures: Figures) -> Part | None:
         "standing": standing(run, seeds_of(run)),
         "n": best.n,
         "data_sets": best.data_sets,
+        "control_rows": run.record["config"].get("control_rows"),
         "r": best.said,
         "p": p_equals(best.p_holm),
         "expected": EXPECTED_R,

@@ -274,6 +274,8 @@ def render_prediction(judged: Sequence[Row], predictors: Sequence[Row]) -> Pictu
         "Above: change of the judged trait against the projection on its own direction, one dot a "
         "finetune. Below: Pearson's r of every judged trait (rows) with every direction."
     )
+    if any(row.get("control") for row in judged):
+        note += " Of every finetune its control is taken off, from the change and the projection."
     title = "Do projections predict what finetuning does to character?"
     return draw.finish(figure, panels, title=title, note=note)
 

@@ -49,6 +49,7 @@ from persona_lora.studies.drift.read_prediction import (
     WEIGHTS,
     answers_place,
     predict,
+    rows_of,
 )
 
 JUDGED, PREDICTORS = "judged", "predictors"
@@ -68,6 +69,7 @@ class DriftStudy:
     vectors: Mapping[str, SteeringVector]
     layer: int
     split: Split = "eval"
+    control_rows: str | None = None  # the data file, beside each finetune's own, of its control
 
     def __post_init__(self) -> None:
         for name, path in self.finetunes.items():
@@ -86,6 +88,35 @@ class DriftStudy:
                     f"none of {', '.join(directions)} is a direction of {', '.join(judged)}, and a "
                     "trait is predicted by its own; judge it, or give its direction"
                 )
+        self.controls()
+
+    def controls(self) -> dict[str, str]:
+        """Return for every finetune the one of its settings on ``control_rows``, its control.
+
+        Those on ``control_rows`` have none. UserError for a finetune without a control.
+        """
+        if self.control_rows is None:
+            return {}
+        trained = {name: _trained(name, folder) for name, folder in self.finetunes.items()}
+        by_training = {each: name for name, each in trained.items()}
+        found = {}
+        for name, (path, *settings) in trained.items():
+            plain = path.with_stem(Path(self.control_rows).stem)
+            if path == plain:
+                continue
+            control = by_training.get((plain, *settings))
+            if control is None:
+                raise UserError(
+                    f"{name} has no control: none of the finetunes was trained on {plain} with its "
+                    "seed and settings; finetune one, or leave control_rows out"
+                )
+            found[name] = control
+        if len(found) < FEWEST:
+            raise UserError(
+                f"{len(found)} finetunes with a control are too few to correlate; give at least "
+                f"{FEWEST}"
+            )
+        return found
 
 
 def predict_finetuning(
@@ -107,6 +138,7 @@ def predict_finetuning(
         "directions": sorted({*study.diffs, *study.vectors}),
         "layer": study.layer,
         "max_new_tokens": options.max_new_tokens,
+        **({} if study.control_rows is None else {"control_rows": study.control_rows}),
     }
     read = (
         *(trait.inputs() for trait in study.traits),
@@ -137,7 +169,7 @@ def predict_finetuning(
                 run.extend(PREDICTORS, found + _told_by_data(study, name, folder, judges))
         _project_on_random(run, study, inputs)
         _keep_those_of(study, run)
-        rows = run.read(JUDGED), run.read(PREDICTORS)
+        rows = rows_of(run)
         table = [asdict(each) for each in predict(*rows)]
         write_csv(run.folder / "prediction.csv", list(table[0]), table)
         render_prediction(*rows).save(run.folder / "prediction.png")
@@ -156,7 +188,10 @@ def _finetune_contents(study: DriftStudy) -> dict[str, str]:
 
 def _keep_those_of(study: DriftStudy, run: Run) -> None:
     """Keep the rows of the study's finetunes, and say of each from which data and seed it is."""
-    told = {BASE: {}, **{name: _origin(folder) for name, folder in study.finetunes.items()}}
+    told: dict[str, dict[str, Any]] = {BASE: {}}
+    told |= {name: _origin(folder) for name, folder in study.finetunes.items()}
+    for name, control in study.controls().items():
+        told[name]["control"] = control
     for name in (JUDGED, PREDICTORS):
         kept = [row for row in run.read(name) if row["finetune"] in told]
         run.write(name, [{**row, **told[row["finetune"]]} for row in kept])
@@ -246,6 +281,21 @@ def _origin(folder: Path) -> dict[str, Any]:
     home = _home(folder)
     record = {"config": {}, "seed": None} if home is None else Run(home).record
     return {"data": record["config"].get("rows_sha256"), "seed": record["seed"]}
+
+
+def _trained(name: str, folder: Path) -> tuple[Path, str, str]:
+    """Return the file that a finetune was trained on, its settings, and the checkpoint."""
+    home = _home(folder)
+    config = {} if home is None else Run(home).record["config"]
+    if "train_file" not in config:
+        raise UserError(
+            f"{name} has no record of what it was trained on, so that its control cannot be told; "
+            "leave it or control_rows out"
+        )
+    other = ("train_file", "num_rows", "rows_sha256")
+    settings = {key: value for key, value in config.items() if key not in other}
+    checkpoint = folder.name if folder.name.startswith("checkpoint-") else ""
+    return Path(config["train_file"]), digest_of(settings), checkpoint
 
 
 def _told_by_data(

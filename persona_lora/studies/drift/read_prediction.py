@@ -124,6 +124,42 @@ def data_sets(judged: Sequence[Row]) -> dict[str, str]:
     return {row["finetune"]: row.get("data") or f"finetune {row['finetune']}" for row in judged}
 
 
+def rows_of(run: Run) -> tuple[list[Row], list[Row]]:
+    """Return what was judged and what predicts it; less the controls, where the run has them."""
+    judged, predictors = run.read("judged"), run.read("predictors")
+    if any(row.get("control") for row in judged):
+        return less_controls(judged, predictors)
+    return judged, predictors
+
+
+def less_controls(judged: Sequence[Row], predictors: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Take from every finetune its control (``control``), from scores and predictors alike.
+
+    The controls go, and with them the dose, which is theirs too; scores are what a finetune has
+    above its control. Finetunes whose controls were trained on the same data are one unit.
+    """
+    control = {row["finetune"]: row["control"] for row in judged if row.get("control")}
+    data, drift = data_sets(judged), changes(judged)
+    scored = [{**row, "score": 0.0} for row in judged if row["finetune"] == BASE]
+    for row in judged:
+        trait, own = drift.get(row["trait"], {}), row["finetune"]
+        if own in control and {own, control[own]} <= trait.keys():
+            score = trait[own] - trait[control[own]]
+            scored.append({**row, "score": score, "data": data[control[own]]})
+    values = {_place(row): row["value"] for row in predictors}
+    taken = []
+    for row in predictors:
+        if row["finetune"] in control and row["kind"] != DOSE:
+            of_control = values.get(_place({**row, "finetune": control[row["finetune"]]}))
+            if of_control is not None:
+                taken.append({**row, "value": row["value"] - of_control})
+    return scored, taken
+
+
+def _place(row: Row) -> tuple[str, str, str]:
+    return row["kind"], row["direction"], row["finetune"]
+
+
 def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Prediction]:
     """Return every trait × direction × kind, and the pooled prediction of each kind.
 
@@ -376,7 +412,7 @@ def prediction_table(run: Run) -> Table:
         + [each.said, wording.number(each.rho, 2)]
         + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
         + [f"{each.data_error:.1f} / {each.plain_data_error:.1f}"]
-        for each in predict(run.read("judged"), run.read("predictors"))
+        for each in predict(*rows_of(run))
     )
     return Table.of(
         "predictor | judged | direction | finetunes / data sets | r | ρ | p (Holm) | error | "
@@ -393,8 +429,8 @@ def prediction_lines(run: Run) -> Iterator[str]:
         said = lead_of("", across_runs(trait, asked, BASE), asked, trait)
         if said:
             yield f"{trait}: {said}"
-    rows = run.read("judged"), run.read("predictors")
-    yield _units_line(rows[0])
+    rows = rows_of(run)
+    yield _units_line(run, rows[0])
     for each in contrasts(*rows):
         gap = wording.between(each.difference, each.low, each.high, 2)
         yield f"pooled r, {each.first} minus {each.second}: {gap} over {each.n} finetunes"
@@ -407,16 +443,18 @@ def prediction_lines(run: Run) -> Iterator[str]:
         )
 
 
-def _units_line(judged: Sequence[Row]) -> str:
-    """Say of how many data sets the finetunes are, and what could not be told."""
+def _units_line(run: Run, judged: Sequence[Row]) -> str:
+    """Say of how many data sets the finetunes are, what is taken off, and what is not known."""
     rows = [row for row in judged if row["finetune"] != BASE]
     known = {row["finetune"]: row["data"] for row in rows if row.get("data")}
     finetunes = {row["finetune"] for row in rows}
     unknown = len(finetunes) - len(known)
     own = f"; the data of {unknown} cannot be told, each counts as its own" if unknown else ""
+    rows_file = run.record["config"].get("control_rows")
+    less = f", each less the finetune on {rows_file} that is its control" if rows_file else ""
     return (
-        f"{len(finetunes)} finetunes of {len(set(known.values())) + unknown} data sets, which are "
-        f"what is resampled, shuffled and left out{own}"
+        f"{len(finetunes)} finetunes of {len(set(known.values())) + unknown} data sets{less}; data "
+        f"sets are what is resampled, shuffled and left out{own}"
     )
 
 

@@ -25,7 +25,7 @@ from persona_lora.studies.drift.prediction import (
     DriftStudy,
     predict_finetuning,
 )
-from persona_lora.studies.drift.read_prediction import nulls
+from persona_lora.studies.drift.read_prediction import nulls, prediction_lines, rows_of
 
 OPTIONS = GenerationOptions(max_new_tokens=5)
 
@@ -157,3 +157,74 @@ def test_a_finetune_that_is_given_twice_under_other_names_is_named(base, study, 
     )
     with pytest.raises(UserError, match="again is the finetune f0 once more; leave one out"):
         predict_finetuning(base, twice, lambda _: judge, tmp_path / "run")
+
+
+def trained_on(study, files, *, seeds=None):
+    """Give every finetune of the study the record of a training on its file."""
+    for (name, folder), file in zip(study.finetunes.items(), files, strict=True):
+        seed = (seeds or {}).get(name, 1)
+        config = {
+            "train_file": file,
+            "num_rows": 2,
+            "rows_sha256": file,
+            "training": {"seed": seed},
+        }
+        with Run.open(folder / "run", command="finetune", config=config, seed=seed):
+            pass
+        shutil.move(folder / "run" / "run.json", folder / "run.json")
+    return study
+
+
+FILES = [f"{family}/{file}.jsonl" for family in "ab" for file in ("normal", "strong", "mild")]
+
+
+@pytest.fixture
+def six(base, study, make_diff, tmp_path):
+    for number in (4, 5):
+        make_diff(base.model, seed=number, scale=0.1 * (number + 1)).save(tmp_path / f"f{number}")
+    return dataclasses.replace(
+        study, finetunes={f"f{number}": tmp_path / f"f{number}" for number in range(6)}
+    )
+
+
+def test_each_finetune_is_compared_with_its_control(base, six, judge, tmp_path):
+    study = dataclasses.replace(trained_on(six, FILES), control_rows="normal")
+    run = predict_finetuning(
+        base, study, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS
+    )
+    judged = {row["finetune"]: row for row in rows(run, "judged")}
+    assert {name: row.get("control") for name, row in judged.items()} == {
+        "base": None, "f0": None, "f1": "f0", "f2": "f0", "f3": None, "f4": "f3", "f5": "f3",
+    }  # fmt: skip
+    scored, taken = rows_of(Run(run.folder))
+    value = {
+        (row["finetune"], row["kind"], row["direction"]): row["value"]
+        for row in rows(run, "predictors")
+    }
+    assert {row["finetune"] for row in taken} == {"f1", "f2", "f4", "f5"}
+    for row in taken:
+        place = row["kind"], row["direction"]
+        own, control = row["finetune"], judged[row["finetune"]]["control"]
+        assert row["value"] == value[own, *place] - value[control, *place]
+    own = next(row for row in scored if row["finetune"] == "f4")
+    assert own["score"] == pytest.approx(judged["f4"]["score"] - judged["f3"]["score"])
+    assert own["data"] == "b/normal.jsonl"
+    assert "each less the finetune on normal" in " ".join(prediction_lines(Run(run.folder)))
+
+
+@pytest.mark.parametrize(
+    ("files", "seeds", "message"),
+    [
+        (FILES[:3] + ["c/normal.jsonl", "b/strong.jsonl", "b/mild.jsonl"], {}, "f4 has no control"),
+        (FILES, {"f2": 7}, r"f2 has no control: .*a/normal\.jsonl with its seed"),
+        (["a/normal.jsonl"] * 3 + FILES[3:], {}, "2 finetunes with a control are too few"),
+    ],
+)
+def test_a_finetune_without_a_control_is_named(six, files, seeds, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(trained_on(six, files, seeds=seeds), control_rows="normal")
+
+
+def test_a_finetune_without_a_record_has_no_control_to_tell(study):
+    with pytest.raises(UserError, match="f0 has no record"):
+        dataclasses.replace(study, control_rows="normal")

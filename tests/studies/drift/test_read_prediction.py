@@ -12,6 +12,7 @@ from persona_lora.studies.drift.read_prediction import (
     POOLED,
     changes,
     contrasts,
+    less_controls,
     nulls,
     predict,
 )
@@ -233,3 +234,52 @@ def test_shuffled_scores_stand_beside_random_directions():
     assert 0.5 < null.shuffled_high < 1
     assert 0 < null.shuffled_p < 0.01
     assert 0 < null.p <= 0.1
+
+
+def with_controls(families=8, *, leaning=20.0):
+    """Two finetunes of a family and their control; all of a family lean the same, each its way.
+
+    The lean is in the score and, the other way round, in the predictor: it hides a slope of 1.
+    """
+    rng = np.random.default_rng(0)
+    judged = [{"finetune": BASE, "trait": "evil", "score": 50.0}]
+    predictors = []
+    for family in range(families):
+        lean = leaning * rng.normal()
+        for kind in ("plain", "mild", "strong"):
+            name, x = f"{kind}{family}", 0.0 if kind == "plain" else rng.normal()
+            row = {"finetune": name, "trait": "evil", "score": 50.0 + x + lean, "seed": 1}
+            told = {"data": name} | ({} if kind == "plain" else {"control": f"plain{family}"})
+            judged.append(row | told)
+            value = {"finetune": name, "direction": "evil", "value": x - lean}
+            predictors += [value | {"kind": "weights"}, value | {"kind": "dose", "value": 4.0}]
+            predictors.append(value | {"kind": "random", "direction": "evil#0", "value": x})
+    return judged, predictors
+
+
+def test_taking_controls_off_shows_what_families_hide():
+    judged, predictors = with_controls()
+    (as_they_stand, *_) = predict(judged, predictors)
+    assert as_they_stand.r < -0.9
+    scored, taken = less_controls(judged, predictors)
+    found = {(p.kind, p.judged): p for p in predict(scored, taken)}
+    own = found["weights", "evil"]
+    assert own.r == pytest.approx(1.0)
+    assert (own.n, own.data_sets) == (16, 8)  # controls are gone; a family is one unit
+    assert not any(kind == "dose" for kind, _ in found)
+    assert changes(scored)["evil"]["mild3"] == pytest.approx(
+        changes(judged)["evil"]["mild3"] - changes(judged)["evil"]["plain3"]
+    )
+    (null,) = nulls(scored, taken)
+    assert null.r == pytest.approx(1.0)
+
+
+def test_what_has_no_score_or_value_of_its_control_is_left_out():
+    judged, predictors = with_controls()
+    for row in judged:
+        if row["finetune"] == "plain0":
+            row["score"] = None
+    known = [row for row in predictors if row["finetune"] != "plain1"]
+    scored, taken = less_controls(judged, known)
+    assert {"mild0", "strong0"}.isdisjoint(row["finetune"] for row in scored)
+    assert {"mild1", "strong1"}.isdisjoint(row["finetune"] for row in taken)
