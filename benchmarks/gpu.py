@@ -1,6 +1,7 @@
 """What a GPU makes of models of 1B and 8B: steering, decoding, training, projecting.
 
-    bash benchmarks/gpu.sh                       # under ten minutes on one large GPU
+    bash benchmarks/gpu.sh                       # about ten minutes on one large GPU
+    bash benchmarks/gpu.sh --parts populations   # where time is short, one part after the other
     bash benchmarks/gpu.sh --dry-run             # a tiny model on this CPU, in seconds
 
 The models have random weights of the usual shapes, made on the spot: nothing is downloaded, and
@@ -43,6 +44,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key and value heads
     "1B": (2048, 8192, 16, 32, 8),
     "8B": (4096, 14336, 32, 32, 8),
 }
+PARTS = ("decoding", "projections", "training", "populations")
 TRAITS, RANK = 5, 32
 Found = Iterator[tuple[str, float, str]]  # what was measured, the value, its unit
 
@@ -228,21 +230,23 @@ def of_projections(chat_model: ChatModel, rounds: int) -> Found:
 
 
 def measured(
-    shape: str, device: str, dtype: torch.dtype, *, dry: bool
+    shape: str, device: str, dtype: torch.dtype, wanted: list[str], *, dry: bool
 ) -> Iterator[dict[str, float]]:
-    """Run all parts on one shape; after each, print its numbers and yield all so far."""
-    tokens, rounds, steps = (4, 1, 2) if dry else (32, 3, 5)
+    """Run the wanted parts on one shape; after each, print its numbers and yield all so far."""
+    tokens, rounds, steps = (4, 1, 2) if dry else (32, 3, 10)
     chat_model = random_model(shape, device, dtype)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        parts = (
-            of_decoding(chat_model, tokens, rounds),
-            of_projections(chat_model, rounds),
-            of_training(chat_model, steps, rounds),
-            # Last: PEFT changes the modules of the model.
-            of_populations(chat_model, Path(folder), 2 if dry else 8, tokens, rounds),
-        )
-        for part in parts:
+        # Populations last: PEFT changes the modules of the model.
+        parts = {
+            "decoding": of_decoding(chat_model, tokens, rounds),
+            "projections": of_projections(chat_model, rounds),
+            "training": of_training(chat_model, steps, rounds),
+            "populations": of_populations(
+                chat_model, Path(folder), 2 if dry else 8, tokens, min(rounds, 2)
+            ),
+        }
+        for part in (parts[name] for name in PARTS if name in wanted):
             table = Table(f"{shape}, {str(dtype).removeprefix('torch.')}", "")
             for name, value, unit in part:
                 found[name] = value
@@ -254,6 +258,7 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=["1B", "8B"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/gpu.json"))
     options = parser.parse_args()
@@ -265,7 +270,7 @@ def main() -> None:
         "versions": package_versions(),
     }
     for shape in ["tiny"] if options.dry_run else options.shapes:
-        for found in measured(shape, device, dtype, dry=options.dry_run):
+        for found in measured(shape, device, dtype, options.parts, dry=options.dry_run):
             result[shape] = found
             write_json(options.output, result)  # what fails or is taken away leaves what is done
         if torch.cuda.is_available():

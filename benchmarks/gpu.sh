@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What one GPU makes of models of 1B and 8B, in under ten minutes; --dry-run tries it on the CPU.
+# What one GPU makes of models of 1B and 8B, in about ten minutes; --dry-run tries it on the CPU.
 # Uses the project's environment where there is one, else the Python that is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."

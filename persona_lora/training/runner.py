@@ -149,17 +149,25 @@ def refuse_unconnected_processes() -> None:
 
 
 def load_model(name: str, options: LoadOptions, config: SFTConfig) -> ChatModel:
-    """Load the base model where this process trains it."""
+    """Load the base model where this process trains it; UserError where it does not fit there."""
     device_map = _device_map(options, config)
     # Sharded weights pass through the CPU only: their type is that of where they are trained.
     dtype = resolve_dtype(options.dtype, on_cpu=bool(config.use_cpu))
-    return load_chat_model(
+    chat_model = load_chat_model(
         name,
         dtype=str(dtype).removeprefix("torch."),
         device_map=device_map,
         options=options,
         probe=not is_sharded(),
     )
+    away = [key for key, each in chat_model.model.named_parameters() if each.is_meta]
+    if away and not is_sharded():
+        raise UserError(
+            f"{len(away)} weights of {name} found no room on the accelerator and were offloaded "
+            f"({away[0]} …), where no gradient reaches them: free memory, pass --quantize 4bit, "
+            "share the model out (FSDP), or pass --use_cpu true"
+        )
+    return chat_model
 
 
 def _device_map(options: LoadOptions, config: SFTConfig) -> str | None:
