@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
 from persona_lora.cli.program import ending_of
@@ -144,3 +145,19 @@ def test_a_signal_ends_a_command_with_its_status_and_how_to_go_on(tmp_path, sent
     assert "Traceback" not in said
     assert Run(tmp_path / "run").record["status"] == "failed"
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_ran_out_is_said_with_what_takes_less(error):
+    found = ending_of(error)
+    assert found.status == 2
+    assert "memory ran out" in found.message
+    assert "per_device_train_batch_size" in found.message
+    assert "GPU 0" not in found.message

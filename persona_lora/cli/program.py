@@ -30,6 +30,7 @@ from persona_lora.core.errors import UserError, nearest_names, without_secrets
 HUB_TOKEN = "HF_TOKEN"
 FAULT, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 GO_ON = "run the same command again to go on"
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # PyTorch is not imported for an ending
 FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 # The commands and groups of commands by what they are for, in the order of --help.
@@ -240,6 +241,14 @@ def ending_of(error: BaseException) -> Ending:
         return Ending(f"terminated; {GO_ON}", TERMINATED)
     if _is_full(error):
         return Ending(f"the disk is full; free some space, then {GO_ON}", MISTAKE)
+    if type(error).__name__ in OUT_OF_MEMORY or "can't allocate memory" in str(error):
+        told = str(error).partition(". ")[0] or type(error).__name__
+        return Ending(
+            f"memory ran out ({told}): take smaller batches (--batch-size; in training "
+            "per_device_train_batch_size, activation_checkpointing), --quantize 4bit, or end what "
+            f"else holds memory, then {GO_ON}",
+            MISTAKE,
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return Ending(f"{where}{error.strerror}; mend that, then {GO_ON}", MISTAKE)
