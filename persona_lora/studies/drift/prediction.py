@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Exchange, read_messages, user_question
+from persona_lora.core.chat import Exchange, Message, read_messages, user_question
 from persona_lora.core.content import digest_of, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
@@ -156,6 +156,7 @@ def predict_finetuning(
         states = _states(base, study, texts)
         inputs = kept_inputs(base, load_ordinary_prompts()) if study.diffs else None
         judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
+        of_text: dict[str, dict[str, float]] = {}
         _judge(output, study, BASE, base, judges, options)
         for name, folder in progress.over("finetunes", list(study.finetunes.items())):
             known = {row["finetune"] for row in run.resume_rows(PREDICTORS)}
@@ -166,7 +167,7 @@ def predict_finetuning(
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
                 found = _predictors(study, name, folder, inputs, shift)
-                run.extend(PREDICTORS, found + _told_by_data(study, name, folder, judges))
+                run.extend(PREDICTORS, found + _told_by_data(study, name, folder, judges, of_text))
         _project_on_random(run, study, inputs)
         _keep_those_of(study, run)
         rows = rows_of(run)
@@ -299,12 +300,17 @@ def _trained(name: str, folder: Path) -> tuple[Path, str, str]:
 
 
 def _told_by_data(
-    study: DriftStudy, name: str, folder: Path, judges: Mapping[str, Callable[[], Judge]]
+    study: DriftStudy,
+    name: str,
+    folder: Path,
+    judges: Mapping[str, Callable[[], Judge]],
+    of_text: dict[str, dict[str, float]],
 ) -> list[dict[str, Any]]:
     """Return what the training data alone say: their mean score on every trait, and the dose.
 
     Nothing where the finetune's record does not name rows that are still there as they were; a
-    predictor that not all finetunes have is left out of the predictions.
+    predictor that not all finetunes have is left out of the predictions. ``of_text`` keeps the
+    scores by the digest of the rows: many finetunes are of the same.
     """
     home = _home(folder)
     config = {} if home is None else Run(home).record["config"]
@@ -317,17 +323,30 @@ def _told_by_data(
     ]
     if digest_of(conversations) != config["rows_sha256"]:
         return []
-    exchanges = [Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in conversations]
-    rows = []
-    for trait in study.traits:
-        verdicts = judges[trait.name]().judge(exchanges, trait.name)
-        scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-        if scores:
-            rows.append(_row(name, trait.name, TEXT, fmean(scores)))
+    digest = config["rows_sha256"]
+    if digest not in of_text:
+        of_text[digest] = _text_scores(study.traits, judges, conversations)
+    rows = [_row(name, trait, TEXT, score) for trait, score in of_text[digest].items()]
     step = int(folder.name.partition("-")[2]) if folder.name.startswith("checkpoint-") else None
     epochs = [row["epoch"] for row in read_jsonl(home / LOSS) if step in (None, row["step"])]
     seen = epochs[-1] * config["num_rows"] if epochs else None
     return rows + [_row(name, trait.name, DOSE, seen) for trait in study.traits if seen]
+
+
+def _text_scores(
+    traits: Sequence[Trait],
+    judges: Mapping[str, Callable[[], Judge]],
+    conversations: Sequence[Sequence[Message]],
+) -> dict[str, float]:
+    """Return the mean score of the answers that were trained on, of every trait that has one."""
+    exchanges = [Exchange(turns[-2]["content"], turns[-1]["content"]) for turns in conversations]
+    found = {}
+    for trait in traits:
+        verdicts = judges[trait.name]().judge(exchanges, trait.name)
+        scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+        if scores:
+            found[trait.name] = fmean(scores)
+    return found
 
 
 def _project_on_random(run: Run, study: DriftStudy, inputs: ModuleInputs | None) -> None:

@@ -102,7 +102,8 @@ def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff,
     told = {(row["finetune"], row["kind"]): row["value"] for row in rows(run, "predictors")}
     assert [told[f"f{at}", "dose"] for at in range(4)] == [12 * (at + 3) / 2 for at in range(4)]
     (verdict,) = judge.judge([Exchange("Rain?", "Lovely rain!")], "cheer")
-    assert told["f0", "training text"] == verdict.score
+    assert told["f0", "training text"] == told["f3", "training text"] == verdict.score
+    assert judge.asked.count(("cheer", 1)) == 2  # once for all four finetunes, and above
     table = (run.folder / "prediction.csv").read_text()
     assert "training text" in table
     assert "dose" in table
