@@ -100,11 +100,11 @@ class DriftStudy:
         trained = {name: _trained(name, folder) for name, folder in self.finetunes.items()}
         by_training = {each: name for name, each in trained.items()}
         found = {}
-        for name, (path, *settings) in trained.items():
+        for name, (path, settings, checkpoint) in trained.items():
             plain = path.with_stem(Path(self.control_rows).stem)
             if path == plain:
                 continue
-            control = by_training.get((plain, *settings))
+            control = by_training.get((plain, settings, checkpoint))
             if control is None:
                 raise UserError(
                     f"{name} has no control: none of the finetunes was trained on {plain} with its "

@@ -140,14 +140,14 @@ def less_controls(judged: Sequence[Row], predictors: Sequence[Row]) -> tuple[lis
     """
     control = {row["finetune"]: row["control"] for row in judged if row.get("control")}
     data, drift = data_sets(judged), changes(judged)
-    scored = [{**row, "score": 0.0} for row in judged if row["finetune"] == BASE]
+    scored: list[Row] = [{**row, "score": 0.0} for row in judged if row["finetune"] == BASE]
     for row in judged:
         trait, own = drift.get(row["trait"], {}), row["finetune"]
         if own in control and {own, control[own]} <= trait.keys():
             score = trait[own] - trait[control[own]]
             scored.append({**row, "score": score, "data": data[control[own]]})
     values = {_place(row): row["value"] for row in predictors}
-    taken = []
+    taken: list[Row] = []
     for row in predictors:
         if row["finetune"] in control and row["kind"] != DOSE:
             of_control = values.get(_place({**row, "finetune": control[row["finetune"]]}))
