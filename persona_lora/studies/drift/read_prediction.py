@@ -124,7 +124,7 @@ def data_sets(judged: Sequence[Row]) -> dict[str, str]:
     return {row["finetune"]: row.get("data") or f"finetune {row['finetune']}" for row in judged}
 
 
-def rows_of(run: Run) -> tuple[list[Row], list[Row]]:
+def rows_of(run: Run) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return what was judged and what predicts it; less the controls, where the run has them."""
     judged, predictors = run.read("judged"), run.read("predictors")
     if any(row.get("control") for row in judged):
