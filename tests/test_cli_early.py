@@ -455,9 +455,11 @@ def test_a_command_that_writes_says_what_becomes_of_what_is_there(command):
         ({"method": "activations", "vector": "deep.safetensors"}, "this one has 2 layers of width"),
         ({"method": "ablate", "vector": "vector.safetensors", "layers": 7}, "has no layer 7"),
         ({"method": "weights", "diff": "diff", "layers": "7"}, "changes nothing in layer 7"),
+        ({"method": "weights", "diff": STRANGE_DIFF}, STRANGE),
+        ({"method": "ablate", "vector": STRANGE_VECTOR, "layers": 1}, STRANGE),
     ],
 )
-def test_prevention_at_layers_that_there_are_not_costs_no_weights(world, prevention, message):
+def test_prevention_that_cannot_act_costs_no_weights(world, prevention, message):
     words = ("finetune", "--train_file", "datasets/cheer/normal.jsonl", "--model", "model")
     status, _, error = world(*words, "--use_cpu", "true", "--preventative", json.dumps(prevention))
     assert status == 2, error

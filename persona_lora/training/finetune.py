@@ -28,10 +28,10 @@ from persona_lora.core.runs import Run
 from persona_lora.core.settings import recorded_command
 from persona_lora.core.vector_files import load_vector
 from persona_lora.models.load_options import option
-from persona_lora.models.loading import ChatModel, shape_of
+from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Launched, recorded
 from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts
-from persona_lora.steering.placement import check_shape
+from persona_lora.steering.placement import check_before_loading
 from persona_lora.training.arguments import (
     CHECKPOINTS,
     ContrastiveConfig,
@@ -287,18 +287,17 @@ def output_folder(options: TrainingOptions[FinetuneArguments]) -> Path:
 def _read_directions(arguments: FinetuneArguments, prevention: Preventative | None) -> None:
     """Raises UserError, before a model is loaded, for a diff or vector that cannot be read or act.
 
-    Nothing acts at a layer that it, or the model, has not.
+    Nothing acts on another model, nor at a layer that it, or the model, has not.
     """
     for path in arguments.drift_diffs or ():
         LoRADiff.load(path)
-    layers = None if prevention is None else prevention.layers
-    if prevention is not None and prevention.diff is not None:
-        diff = LoRADiff.load(prevention.diff)
-        _ = diff if layers is None else diff.at(layers)
-    if prevention is not None and prevention.vector is not None:
-        vector = load_vector(prevention.vector)
-        check_shape(vector, *shape_of(arguments.model_name_or_path, arguments.alone()))
-        _ = vector if layers is None else vector.at(layers)
+    if prevention is None:
+        return
+    acting: list[Any] = [LoRADiff.load(prevention.diff)] if prevention.diff is not None else []
+    acting += [load_vector(prevention.vector)] if prevention.vector is not None else []
+    check_before_loading(arguments.model_name_or_path, arguments.alone(), acting)
+    for each in acting if prevention.layers is not None else ():
+        each.at(prevention.layers)
 
 
 def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:
