@@ -19,6 +19,7 @@ ASKED = ("--model", "model", "--datasets-dir", "datasets")
 CHEER = ("--trait", "cheer", *ASKED)
 PERSON = ("--persona-id", "episode-000101_B", "--model", "model")
 BARE = ("--trait", "bare", *ASKED, "--judge", "local")
+WRITTEN = ("--questions", "questions.txt", "--local")
 MODEL, OUT = ("--model", "model"), ("--output", "out/a")
 SHALLOW = ("--vector", "shallow.safetensors", "--layers", "1")
 SHALLOWS = ("--vectors", *SHALLOW[1:])
@@ -201,6 +202,11 @@ def directions(words):
             "0 of 1 pairs pass the filter",
         ),
         (("extract", *BARE), "the trait bare has 0 extract questions"),
+        (("data", "generate", *BARE[:-2], *WRITTEN, *OUT), "bare has no system prompts in its"),
+        (
+            ("data", "generate", *CHEER, *WRITTEN, "--output", "datasets/cheer"),
+            "normal.jsonl exist",
+        ),
         (("extract", *CHEER, "--judge", "local"), "1 pairs would be asked, and at least 10 are to"),
         (("compare", *CHEER, *BOTH, "--spaces", "cheer"), "of the same traits, two at least"),
         (

@@ -106,6 +106,7 @@ def generate_data(
         written = dataclasses.replace(written, questions=own)
     loaded = trait.load()
     place = output.at(output.output or Path("results") / "data" / loaded.label)
+    data_generation.check_generation(loaded, place)
     opened = writer.open()
     with progress_bars():
         place = dataclasses.replace(place, inputs=opened.inputs())

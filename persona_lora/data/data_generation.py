@@ -66,17 +66,10 @@ def generate_data(
     UserError when a domain yields too few questions in ``options.attempts`` attempts.
     """
     output = Output.of(output)
-    folder, run_folder = output.path, output.path / "run"
-    names = [f"{level}.jsonl" for level in FINETUNING_LEVELS] + ["train.jsonl"]
-    present = [name for name in names if (folder / name).exists()]
-    # Files beside a run that never ended are its own: it was killed while it wrote them.
-    unfinished = (run_folder / RECORD).is_file() and not Run(run_folder).finished
-    if present and not output.overwrite and not unfinished:
-        raise UserError(
-            f"{folder / present[0]} exists; choose another --output-dir or pass --overwrite"
-        )
+    check_generation(trait, output)
+    folder = output.path
     run = Run.open(
-        output.at(run_folder),
+        output.at(folder / "run"),
         command="data generate",
         config={"trait": trait.label, "writer": writer.name, "options": _recorded(options)},
         seed=options.seed,
@@ -94,6 +87,20 @@ def generate_data(
             raise UserError(f"{writer.name} answered no question in every way; try a larger model")
         rows = _write_files(folder, questions, answers, complete)
     return GeneratedData(folder, rows, len(questions) - len(complete))
+
+
+def check_generation(trait: Trait, output: Output) -> None:
+    """UserError, before anybody writes, for a trait without prompts and for files to be kept."""
+    trait_prompt(trait, "pos", 0)
+    folder, run = output.path, output.path / "run"
+    names = [f"{level}.jsonl" for level in FINETUNING_LEVELS] + ["train.jsonl"]
+    present = [name for name in names if (folder / name).exists()]
+    # Files beside a run that never ended are its own: it was killed while it wrote them.
+    unfinished = (run / RECORD).is_file() and not Run(run).finished
+    if present and not output.overwrite and not unfinished:
+        raise UserError(
+            f"{folder / present[0]} exists; choose another --output-dir or pass --overwrite"
+        )
 
 
 def read_questions(path: Path) -> tuple[tuple[str, str], ...]:
