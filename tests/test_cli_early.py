@@ -202,6 +202,7 @@ def directions(words):
             "0 of 1 pairs pass the filter",
         ),
         (("extract", *BARE), "the trait bare has 0 extract questions"),
+        (("selfcheck", *CHEER), "cheer/onpolicy.jsonl does not exist"),
         (("data", "generate", *BARE[:-2], *WRITTEN, *OUT), "bare has no system prompts in its"),
         (
             ("data", "generate", *CHEER, *WRITTEN, "--output", "datasets/cheer"),

@@ -118,11 +118,14 @@ def selfcheck(
 
     Example: persona-lora selfcheck --output results/selfcheck
     """
-    from persona_lora.core.traits import load_trait
+    from persona_lora.core.traits import load_pairs, load_trait
+    from persona_lora.judges.labels import load_ratings
     from persona_lora.projections.inputs import load_ordinary_prompts
     from persona_lora.studies import selfcheck as study
 
     loaded = load_trait(trait, datasets_dir)
+    for read in (load_pairs, load_ratings):  # without which an instrument would seem to fail
+        read(loaded)
     prompts = load_ordinary_prompts(datasets_dir)[: study.PROMPTS]
     place = output.at(output.output or Path("results") / "selfcheck")
     chat_model = model.load()
