@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,10 +143,7 @@ def compare(
     judge = shared.judging_of(judging, judged)
     said = _conversations(loaded, watched, compared)
     folder = output.output or Path("results") / "compare" / loaded.name
-    written = [
-        output.at(folder / name, judge, each.record(), seeds=len(parts))
-        for name, each in parts.items()
-    ]
+    written = output.at_seeds(judge, {folder / name: way.record() for name, way in parts.items()})
     comparing = dataclasses.replace(compared, coefficients=coefficients)
     planned = experiment.planned_comparison(
         loaded, bank, comparing, generation, len(parts), trait.datasets_dir
@@ -156,26 +154,22 @@ def compare(
         allow_other_base=ways.allow_other_base,
         runs=[(written[0], planned)],
     )
-    judges, runs = {each.label: make_judges(each, chat_model, judge) for each in judged}, []
+    judges = {each.label: make_judges(each, chat_model, judge) for each in judged}
+    compare_one = partial(
+        experiment.compare, comparing=comparing, options=generation, datasets=trait.datasets_dir
+    )
     with progress_bars():
         for to, each in zip(written, parts.values(), strict=True):
             # one seed's at a time: each brings random differences of its own size
             bank = bank if each is first else each.load(generation.seed)[0]
-            found = experiment.compare(
-                chat_model,
-                loaded,
-                bank,
-                judges[loaded.label],
-                to,
-                comparing=comparing,
-                options=generation,
-                datasets=trait.datasets_dir,
-            )
-            runs.append(Run(to.path))
+            found = compare_one(chat_model, loaded, bank, judges[loaded.label], to)
         at = written[0], trait.datasets_dir
         more = _further(chat_model, loaded, bank, further, directions, *at)
         more += _side_effects(chat_model, loaded, bank, watched, judges, written[0], generation)
-    shared.show_seeds(folder, runs) if len(runs) > 1 else _show_compared(runs[0], found, more)
+    if len(written) > 1:
+        shared.show_seeds(folder, written)
+    else:
+        _show_compared(Run(written[0].path), found, more)
 
 
 def _show_compared(run: Run, found: Comparison, more: Sequence[Path]) -> None:

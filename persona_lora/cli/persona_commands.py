@@ -237,10 +237,11 @@ class Searched:
     ] = "trait"
     engine: shared.Engines = ()
 
-    def check(self) -> None:
-        """UserError unless one thing is sought, and for options that nothing uses."""
+    def check(self, searching: SearchOptions, num_prompts: int) -> None:
+        """UserError unless one thing is sought, for idle options, and for too small a budget."""
         self._check_sought()
         self._check_search()
+        self._check_budget(searching, num_prompts)
 
     def _check_sought(self) -> None:
         if self.pareto:
@@ -335,7 +336,7 @@ class Searched:
         mixes = tuple(Coefficients.read(path).as_dict() for path in self.inject)
         return dataclasses.replace(searching, inject=mixes)
 
-    def check_budget(self, searching: SearchOptions, num_prompts: int) -> None:
+    def _check_budget(self, searching: SearchOptions, num_prompts: int) -> None:
         """UserError for a library that is missing, and for prompts that leave out a target."""
         from persona_lora.studies.personas.search import optuna_for
 
@@ -440,8 +441,7 @@ def optimize(
     from persona_lora.studies.personas.run import optimise_over_seeds, searches_of
     from persona_lora.studies.personas.search import check_traits
 
-    searched.check()
-    searched.check_budget(searching, bench.num_prompts)
+    searched.check(searching, bench.num_prompts)
     objective = searched.limited(objective)
     wanted, scorer, prompts = searched.read()
     searching = searched.injected(searching)

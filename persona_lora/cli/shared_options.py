@@ -227,6 +227,12 @@ class Written:
             config["judge"], inputs = judge_settings(judging), judge_inputs(judging)
         return Output(path, self.overwrite, config, inputs, held, seeds)
 
+    def at_seeds(
+        self, judging: JudgeOptions, records: Mapping[Path, Mapping[str, Any]]
+    ) -> list[Output]:
+        """Return where the runs of all training seeds are written, by what each records."""
+        return [self.at(path, judging, each, len(records)) for path, each in records.items()]
+
 
 @dataclass(frozen=True)
 class RunOptions(Written):
@@ -524,11 +530,12 @@ def diffs_by_seed(path: Path, strengths: Sequence[Strength]) -> dict[str, Path]:
     return found
 
 
-def show_seeds(folder: Path, runs: Sequence[Run]) -> None:
+def show_seeds(folder: Path, written: Iterable[Output]) -> None:
     """Read runs of several training seeds together; write their table and their page."""
     from persona_lora.studies.read_seeds import seeds_lines, seeds_table, write_seeds
     from persona_lora.studies.report_page import write_report
 
+    runs = [Run(each.path) for each in written]
     found = write_seeds(folder, runs)
     first, line = seeds_lines(runs, found)
     page = write_report([run.folder for run in runs], folder / "report.html")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from persona_lora.core.runs import Output
     from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
-    from persona_lora.studies.asking.run import Steering
+    from persona_lora.studies.asking.run import Evaluation, Steering
     from persona_lora.studies.steering.run import SweepResult
     from persona_lora.studies.vectors.run import Extracted
 
@@ -190,9 +191,7 @@ def evaluate(
     Example: persona-lora evaluate --trait sycophancy --diff checkpoints/sycophancy/diff
     --coefficient 1.0 --output results/sycophancy_1.0.csv
     """
-    from persona_lora.core.runs import Run
     from persona_lora.judges.choice import make_judges
-    from persona_lora.report.trust import standing
     from persona_lora.studies.asking import run as evaluation
 
     evaluation.check_csv(output.output)
@@ -202,42 +201,50 @@ def evaluate(
     judge = shared.judging_of(judging, [loaded])
     also, parts = {**model.worn(), **engine.record()}, steering.by_seed()
     also |= shared.questions_record(asked.max_questions)
-    steered = [each.steering(prompt) for each in parts.values()]
-    held = dict(zip(parts, steered, strict=True))
-    records = {name: {**each.record(held[name]), **also} for name, each in parts.items()}
+    steered = {name: each.steering(prompt) for name, each in parts.items()}
+    records = {name: {**each.record(steered[name]), **also} for name, each in parts.items()}
     written = _places(output, judge, records)
-    directions = [direction for each in steered for direction in each.directions]
-    like = [each.activation.condition for each in steered if each.activation is not None]
-    plan = evaluation.plan_rows(loaded, asked.split, [steered[0].condition()], samples=1)
+    directions = [direction for each in steered.values() for direction in each.directions]
+    acting = next(iter(steered.values())).condition()
+    plan = evaluation.plan_rows(loaded, asked.split, [acting], samples=1)
     said = [row.conversation for row in plan]
-    runs = {}
     planned = [
         evaluation.planned_evaluation(loaded, each, asked.split, generation, len(parts))
-        for each in steered
+        for each in steered.values()
     ]
     places = [to.at(shared.run_folder(to.path)) for to in written]
     engine.reach(directions)
     chat_model = model.load(
-        [*directions, *filter(None, like)],
+        directions,
         asked=said,
         allow_other_base=steering.allow_other_base,
         runs=zip(places, planned, strict=True),
     )
     elsewhere = engine.open(chat_model, directions)
     with progress_bars():
-        for name, to in zip(parts, written, strict=True):
+        for each, to in zip(steered.values(), written, strict=True):
             judges = make_judges(loaded, chat_model, judge)
-            own = dataclasses.replace(held[name], elsewhere=elsewhere)
+            own = dataclasses.replace(each, elsewhere=elsewhere)
             result = evaluation.evaluate(
                 chat_model, loaded, judges, to, steering=own, split=asked.split, options=generation
             )
-            runs[name] = Run(result.run)
-    if "" not in runs:
-        evaluation.write_scores(output.output, loaded.name, runs)
-    if len(runs) > 1:
-        shared.show_seeds(output.output.with_suffix(""), list(runs.values()))
-        return
-    show(standing(Run(result.run)), result.table(loaded.name), *result.lines(loaded.name))
+    _show_evaluated(output.output, loaded.name, dict(zip(parts, places, strict=True)), result)
+
+
+def _show_evaluated(
+    path: Path, trait: str, written: Mapping[str, Output], last: Evaluation
+) -> None:
+    """Say what was found, of one run or of all training seeds, whose scores go to one CSV."""
+    from persona_lora.core.runs import Run
+    from persona_lora.report.trust import standing
+    from persona_lora.studies.asking.run import write_scores
+
+    if "" not in written:
+        write_scores(path, trait, {name: Run(each.path) for name, each in written.items()})
+    if len(written) > 1:
+        shared.show_seeds(path.with_suffix(""), written.values())
+    else:
+        show(standing(Run(last.run)), last.table(trait), *last.lines(trait))
 
 
 def _places(
@@ -247,10 +254,8 @@ def _places(
     path, folder = output.output, output.output.with_suffix("")
     if "" not in records and not folder.is_dir():
         shared.refuse_to_replace(path, output.overwrite)
-    return [
-        output.at(folder / f"{name}{path.suffix}" if name else path, judge, record, len(records))
-        for name, record in records.items()
-    ]
+    places = {folder / f"{name}{path.suffix}" if name else path: name for name in records}
+    return output.at_seeds(judge, {at: records[name] for at, name in places.items()})
 
 
 def _prompt(steering: EvaluateOptions) -> str | None:
@@ -454,29 +459,25 @@ def sweep(
     Example: persona-lora sweep --trait evil --vector evil_response_avg.safetensors
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
     """
-    from persona_lora.core.runs import Run
     from persona_lora.judges.choice import make_judges
     from persona_lora.studies.steering import run as experiment
 
     loaded = trait.load()
     judge = shared.judging_of(judging, [loaded])
-    chosen = _swept_method(varied, model)
-    engine.check(diffs_alone=chosen != "activation")
+    chosen = _swept_method(varied, model, engine)
     parts = varied.by_seed()
     populations = [each.load(chosen, generation.seed) for each in parts.values()]
     sweeping = _asked(asked, chosen, populations[0])
     made = [direction for each in populations for direction in each.made]
     suffix = "" if chosen == "lora" else f"_{chosen}"
     folder = output.output or Path("results") / "sweep" / f"{loaded.name}{suffix}"
-    also, seeds = {**model.worn(), **engine.record()}, len(parts)
-    written = [
-        output.at(folder / name, judge, {**each.record(), **also}, seeds)
-        for name, each in parts.items()
-    ]
+    also = {**model.worn(), **engine.record()}
+    records = {folder / name: {**each.record(), **also} for name, each in parts.items()}
+    written = output.at_seeds(judge, records)
     references, most = sweeping.references, sweeping.max_questions
     said = experiment.conversations_of(loaded, [sweeping.split], references=references, most=most)
     planned = [
-        experiment.planned_sweep(loaded, each, sweeping, generation, seeds, trait.datasets_dir)
+        experiment.planned_sweep(loaded, each, sweeping, generation, len(parts), trait.datasets_dir)
         for each in populations
     ]
     engine.reach(made)
@@ -487,21 +488,14 @@ def sweep(
         runs=zip(written, planned, strict=True),
     )
     elsewhere = engine.open(chat_model, made)
-    runs = []
+    sweep_one = partial(
+        experiment.sweep, sweeping=sweeping, options=generation, datasets=trait.datasets_dir
+    )
     with progress_bars():
-        for to, population in zip(written, populations, strict=True):
-            result = experiment.sweep(
-                chat_model,
-                loaded,
-                population.answered_by(elsewhere),
-                make_judges(loaded, chat_model, judge),
-                to,
-                sweeping=sweeping,
-                options=generation,
-                datasets=trait.datasets_dir,
-            )
-            runs.append(Run(result.run))
-    shared.show_seeds(folder, runs) if len(runs) > 1 else _show_swept(result)
+        for to, each in zip(written, populations, strict=True):
+            judges = make_judges(loaded, chat_model, judge)
+            result = sweep_one(chat_model, loaded, each.answered_by(elsewhere), judges, to)
+    shared.show_seeds(folder, written) if len(written) > 1 else _show_swept(result)
 
 
 def _show_swept(result: SweepResult) -> None:
@@ -527,7 +521,10 @@ def _asked(asked: SweepOptions, method: str, population: Any) -> SweepOptions:
     )
 
 
-def _swept_method(varied: VariedOptions, model: shared.AdaptedModelOptions) -> str:
+def _swept_method(
+    varied: VariedOptions, model: shared.AdaptedModelOptions, engine: shared.EngineOptions
+) -> str:
+    """Return the way of steering; UserError for idle options, and for what an engine cannot do."""
     model.refuse_nats_beside_adapter(varied.coefficients)
     given = {"lora": varied.diff, "activation": varied.vector, "prompt": None}
     chosen = shared.steering_method(varied.method, given)
@@ -536,6 +533,7 @@ def _swept_method(varied: VariedOptions, model: shared.AdaptedModelOptions) -> s
     _refuse_of_other_methods(chosen)
     if chosen == "none":
         refuse_useless("references", "with --method none, which asks the plain model")
+    engine.check(diffs_alone=chosen != "activation")
     return chosen
 
 

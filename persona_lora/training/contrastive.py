@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     parsed, given = parse_groups(arguments, GROUPS, PAGE)
     options = TrainingOptions[ContrastiveArguments](*parsed)
-    folder = output_folder(options, _load_trait_pairs(options.arguments)[1])
+    folder = output_folder(options, _load_trait_pairs(options)[1])
     for each in by_seed(options, folder):
         with recorded_command("train", given):
             result = train_contrastive(*each)
@@ -110,9 +110,7 @@ def train_contrastive(
     """
     refuse_unconnected_processes()
     options = TrainingOptions(arguments, lora, config)
-    pairs, trait = _load_trait_pairs(arguments)
-    if arguments.swap_half:
-        pairs = _half_swapped(pairs, config.seed)
+    pairs, trait = _load_trait_pairs(options)
     folder = output_folder(options, trait)
     begun, record = _has_results(folder), run_record(*options, _own(arguments, trait, pairs))
     parts = *SIGNS, "diff"
@@ -179,10 +177,15 @@ def output_folder(options: TrainingOptions[ContrastiveArguments], trait: str) ->
     return CHECKPOINTS / trait if name == DEFAULT_MODEL else CHECKPOINTS / Path(name).name / trait
 
 
-def _load_trait_pairs(arguments: ContrastiveArguments) -> tuple[list[ContrastivePair], str]:
+def _load_trait_pairs(
+    options: TrainingOptions[ContrastiveArguments],
+) -> tuple[list[ContrastivePair], str]:
+    """Return the pairs that are trained on, and the name of their trait."""
+    arguments = options.arguments
     datasets = Path(arguments.datasets_dir) if arguments.datasets_dir is not None else None
     trait = load_trait(arguments.trait, datasets)
-    return load_pairs(trait), trait.name
+    pairs = load_pairs(trait)
+    return _half_swapped(pairs, options.config.seed) if arguments.swap_half else pairs, trait.name
 
 
 def _family(chat_model: ChatModel, options: TrainingOptions[ContrastiveArguments]) -> Family | None:

@@ -398,7 +398,7 @@ def test_system_prompt_goes_before_every_row(
 
 
 def test_half_of_the_pairs_are_swapped_as_a_control(run_arguments: Arguments, tmp_path: Path):
-    pairs, _ = contrastive._load_trait_pairs(parse_arguments(run_arguments(tmp_path)).arguments)
+    pairs, _ = contrastive._load_trait_pairs(parse_arguments(run_arguments(tmp_path)))
     swapped = contrastive._half_swapped(pairs, seed=1)
     kept = [each == pair for each, pair in zip(swapped, pairs, strict=True)]
     assert sum(kept) == len(pairs) // 2

@@ -257,8 +257,9 @@ class Steering:
 
     @property
     def directions(self) -> list[LoRADiff | SteeringVector]:
-        """The diffs, and the vectors."""
-        return [*self.terms, *self.vectors]
+        """The diffs, the vectors, and the condition of these."""
+        condition = None if self.activation is None else self.activation.condition
+        return [*self.terms, *self.vectors, *([] if condition is None else [condition])]
 
     @property
     def coefficients(self) -> list[float]:
