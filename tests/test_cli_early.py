@@ -335,6 +335,13 @@ def test_what_cannot_be_searched_or_reached_costs_no_weights(world, words, messa
     assert message in error
 
 
+def test_a_finetune_given_twice_costs_no_weights(world, tmp_path):
+    shutil.copytree(tmp_path / TUNED, tmp_path / "again")
+    status, _, error = world(*PREDICT, "--diffs", "diff", "--finetunes", f"{FOUR},again")
+    assert status == 2, error
+    assert "again is the finetune tuned/checkpoint-2 once more; leave one out" in error
+
+
 HELD = [  # every command that is held to a protocol, and what it asks
     (("evaluate", *CHEER, "--output", "a.csv"), "eval=2", "", {"trait": "cheer"}),
     (("sweep", *CHEER, "--diff", "diff", "--coefficients", "-1,1"), "eval=2", "-1,+1", {}),
@@ -351,6 +358,7 @@ HELD = [  # every command that is held to a protocol, and what it asks
         "lora",
         {"methods": ["lora"]},
     ),
+    (JUDGED[5], "cheer=2", "cheer by cheer", {"directions": ["cheer"]}),
 ]
 
 

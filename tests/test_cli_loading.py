@@ -68,7 +68,7 @@ COMMANDS = {
         "finetune", "--traits", "evil", *DATASETS, "--output", "out", "--model", HUB,
     ),
     "predict-finetuning": (
-        "--finetunes", ",".join(f"{'./' * at}finetune/checkpoint-1" for at in range(4)),
+        "--finetunes", ",".join(f"others/{at}" for at in range(4)),
         "--traits", "evil", "--diffs", "own", *DATASETS,
         "--output", "out", "--model", HUB,
     ),
@@ -120,6 +120,8 @@ def place(tmp_path, model, make_diff, make_adapter):
     directions = {layer: torch.ones(32) for layer in range(2)}
     SteeringVector(directions, BaseModel("tiny", None), 2).save(tmp_path / "v.safetensors")
     make_adapter(tmp_path / "finetune" / "checkpoint-1", model, seed=1)
+    for seed in range(4):
+        make_adapter(tmp_path / "others" / str(seed), model, seed=seed)
     shutil.copytree(
         ROOT / "datasets/evil", tmp_path / "unrated", ignore=shutil.ignore_patterns("onpolicy*")
     )

@@ -34,6 +34,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.gallery import Exhibit
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.protocol import FrozenProtocol
+from persona_lora.core.runs import Planned
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Moved, Strengths
 from persona_lora.models.loading import ChatModel
@@ -502,7 +503,10 @@ COMMANDS = {
             "control_rows": flag("normal", beside="--finetunes adapter2"),
             "max_questions": flag(3, None),
         },
-        {f"{X}studies.drift.run:load_diffs": {"evil": None, "sycophancy": None}},
+        {
+            f"{X}studies.drift.run:load_diffs": {"evil": None, "sycophancy": None},
+            f"{X}studies.drift.prediction:planned_prediction": Planned("", {}, 0),
+        },
     ),
     "compare-prevention": Command(
         ("--finetunes", "plain=adapter", *EVIL, "--rows", "texts.jsonl"),

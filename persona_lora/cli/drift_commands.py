@@ -444,9 +444,11 @@ def predict_finetuning(
     written = dataclasses.replace(
         output.at(output.folder, record=asked), inputs=judge_inputs(judge)
     )
+    planned = prediction.planned_prediction(study, generation)
     model.check_adapters(study.finetunes.values())
     directions = [*study.diffs.values(), *study.vectors.values()]
-    base = model.load(directions, asked=questions_of(study.traits, study.split))
+    said = questions_of(study.traits, study.split)
+    base = model.load(directions, asked=said, runs=[(written, planned)])
     with progress_bars():
         run = prediction.predict_finetuning(
             base, study, lambda trait: make_judges(trait, base, judge), written, options=generation

@@ -27,7 +27,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.lora_diff import LoRADiff, turned_diff
 from persona_lora.core.protocol import Design
-from persona_lora.core.runs import RECORD, Output, Run
+from persona_lora.core.runs import RECORD, Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import Split, Trait
 from persona_lora.judges.judging import Judge
@@ -38,7 +38,12 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import project_hidden_states
 from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
 from persona_lora.projections.weight_space import project_adapter
-from persona_lora.studies.asking.run import GenerationOptions, contents_of, evaluate, open_run
+from persona_lora.studies.asking.run import (
+    GenerationOptions,
+    contents_of,
+    evaluate,
+    open_planned,
+)
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
     BASE,
@@ -133,25 +138,7 @@ def predict_finetuning(
     kind, value), ``prediction.csv`` (every correlation) and ``prediction.png``.
     """
     output = Output.of(output)
-    config = {
-        "traits": [trait.name for trait in study.traits],
-        "directions": sorted({*study.diffs, *study.vectors}),
-        "layer": study.layer,
-        "max_new_tokens": options.max_new_tokens,
-        **({} if study.control_rows is None else {"control_rows": study.control_rows}),
-    }
-    read = (
-        *(trait.inputs() for trait in study.traits),
-        contents_of("diff", study.diffs),
-        contents_of("vector", study.vectors),
-        _finetune_contents(study),
-        {"the ordinary prompts": digest_of(load_ordinary_prompts())} if study.diffs else {},
-    )
-    parts, design = ("answers",), _design(study)
-    with open_run(
-        output, "predict-finetuning", base, config, *read,
-        seed=options.seed, parts=parts, design=design,
-    ) as run:  # fmt: skip
+    with open_planned(output, planned_prediction(study, options), base, parts=("answers",)) as run:
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
         inputs = kept_inputs(base, load_ordinary_prompts()) if study.diffs else None
@@ -177,6 +164,32 @@ def predict_finetuning(
     return run
 
 
+def planned_prediction(study: DriftStudy, options: GenerationOptions) -> Planned:
+    """Return what is known of a study before its model is loaded.
+
+    UserError for a finetune that is given twice under two names.
+    """
+    directions = sorted({*study.diffs, *study.vectors})
+    config = {
+        "traits": [trait.name for trait in study.traits],
+        "directions": directions,
+        "layer": study.layer,
+        "max_new_tokens": options.max_new_tokens,
+        **({} if study.control_rows is None else {"control_rows": study.control_rows}),
+    }
+    inputs = {name: each for trait in study.traits for name, each in trait.inputs().items()}
+    inputs |= contents_of("diff", study.diffs) | contents_of("vector", study.vectors)
+    inputs |= _finetune_contents(study)
+    if study.diffs:
+        inputs["the ordinary prompts"] = digest_of(load_ordinary_prompts())
+    design = Design.of(
+        "predict-finetuning",
+        {trait.name: len(trait.questions[study.split]) for trait in study.traits},
+        tuple(f"{trait.name} by {name}" for trait in study.traits for name in directions),
+    )
+    return Planned("predict-finetuning", config, options.seed, inputs, design)
+
+
 def _finetune_contents(study: DriftStudy) -> dict[str, str]:
     """Return digests of the finetunes; UserError for one that is given twice under two names."""
     contents = {name: model_folder_digest(at) for name, at in study.finetunes.items()}
@@ -196,15 +209,6 @@ def _keep_those_of(study: DriftStudy, run: Run) -> None:
     for name in (JUDGED, PREDICTORS):
         kept = [row for row in run.read(name) if row["finetune"] in told]
         run.write(name, [{**row, **told[row["finetune"]]} for row in kept])
-
-
-def _design(study: DriftStudy) -> Design:
-    directions = sorted({*study.diffs, *study.vectors})
-    return Design.of(
-        "predict-finetuning",
-        {trait.name: len(trait.questions[study.split]) for trait in study.traits},
-        tuple(f"{trait.name} by {name}" for trait in study.traits for name in directions),
-    )
 
 
 def _missing(run: Run, study: DriftStudy, name: str) -> list[Trait]:
