@@ -26,6 +26,7 @@ from persona_lora.core.content import digest_of, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_csv
 from persona_lora.core.lora_diff import LoRADiff, turned_diff
+from persona_lora.core.options import GenerationOptions
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import RECORD, Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
@@ -38,12 +39,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import project_hidden_states
 from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
 from persona_lora.projections.weight_space import project_adapter
-from persona_lora.studies.asking.run import (
-    GenerationOptions,
-    contents_of,
-    evaluate,
-    open_planned,
-)
+from persona_lora.studies.asking.run import contents_of, evaluate, open_planned
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
     BASE,
