@@ -384,8 +384,8 @@ def test_openai_judge_of_nothing_asks_nothing(judge_of, endpoint):
     assert not endpoint.requests
 
 
-def test_openai_judge_without_a_key_names_both_remedies(trait):
-    with pytest.raises(UserError, match=r"OPENAI_API_KEY.*--judge embedding"):
+def test_openai_judge_without_a_key_names_the_remedy(trait):
+    with pytest.raises(UserError, match=r"there is no API key; set OPENAI_API_KEY"):
         OpenAIJudge(trait, EndpointReader(**endpoint_of({})))
 
 

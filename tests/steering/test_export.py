@@ -225,7 +225,7 @@ def test_a_mix_of_parts_is_read_as_a_search_names_them(model, make_diff, tmp_pat
             assert torch.allclose(each.delta(), 2 * whole.factors[module].delta(), atol=1e-5)
     ((first, _),) = read_mix("evil@0-0=1", tmp_path).items()
     assert all(".0." in module for module in first.factors)
-    with pytest.raises(UserError, match="changes nothing in 'attn'; did you mean 'self_attn'"):
+    with pytest.raises(UserError, match="changes nothing in 'attn'; known: mlp, self_attn"):
         read_mix("evil@attn=1", tmp_path)
     with pytest.raises(UserError, match="were not measured"):
         read_mix("evil@mlp=0.01nat", tmp_path)
