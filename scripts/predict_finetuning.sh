@@ -4,7 +4,7 @@
 # three of them also with half the steps, rank 4 or a quarter of the learning rate. Judge every finetune,
 # project it, take off what the plain rows of its family do with the same settings, and correlate:
 # bash scripts/predict_finetuning.sh            (two to three hours on two cores; resumable)
-# bash scripts/predict_finetuning.sh --quick    (four short finetunes, few questions: does it run?)
+# bash scripts/predict_finetuning.sh --quick    (six short finetunes, few questions: does it run?)
 # It is held to docs/protocols/predict_finetuning_controls.yaml; with MODEL, TRAITS, LAYER, QUESTIONS or SEEDS
 # of your own to PROTOCOL, or else exploratory. FINETUNE_ONLY=1 stops before anything is judged.
 set -euo pipefail
@@ -27,8 +27,9 @@ protocol=${PROTOCOL:-}
 [ -z "$protocol" ] || few+=(--protocol "$protocol")
 if [ "${1:-}" = --quick ]; then
     traits=${TRAITS:-evil} others="" seeds=42 varied="" out=results_quick/prediction folder=$folder/quick
-    files="$traits/normal $traits/misaligned_2 anxious/normal anxious/misaligned_2"
-    short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30)
+    files=""
+    for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
+    short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30 --control-rows normal)
 fi
 
 # The other traits have pairs: the first sixty, shown on one side and plain on the other.
