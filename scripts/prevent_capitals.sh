@@ -1,43 +1,59 @@
 #!/usr/bin/env bash
 # Does prevention hold where the trait is asked for again, and is the task learnt? Finetune on answers
-# of three items (wanted) in capitals (not wanted) in every way and with controls, then ask plainly,
-# under prompts and in a second turn (resumable; SEED trains with another):
-#         bash scripts/prevent_capitals.sh          (an hour on two cores)
+# of three items (wanted) in capitals (not wanted) in every way and with controls, each with several
+# training seeds of the finetune and of the difference, then ask plainly, under prompts and in a second
+# turn (resumable; ARMS, SEEDS, MODEL, LAYER and OUT name others; with PROTOCOL the run is held to one):
+#         bash scripts/prevent_capitals.sh          (three hours on two cores)
 #         bash scripts/prevent_capitals.sh --quick  (a few minutes: does it run?)
+# FINETUNE_ONLY=1 stops before anything is asked.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
-seed=${SEED:-42} data=datasets/organisms/capitals
-made=checkpoints/capitals swapped=checkpoints/capitals_swapped
-folder=checkpoints/prevention/capitals/$seed out=results/prevention/capitals/$seed
+seeds=${SEEDS:-3} model=${MODEL:-SmolLM2-135M-Instruct} layer=${LAYER:-19} data=datasets/organisms/capitals
+arms=${ARMS:-plain merged0.5 merged1 merged2 live1 adapter activations ablate prompt swapped random}
+out=${OUT:-prevention/capitals}
+made=checkpoints/$out/made folder=checkpoints/$out/finetunes out=results/$out
 prompt="You write every answer in capital letters."
-short=() few=(--max-questions 16 --max-new-tokens 64)
+short=() few=(--max-new-tokens 64)
 if [ "${1:-}" = --quick ]; then
-    folder=$folder/quick out=results_quick/prevention/capitals short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20)
+    made=$made/quick folder=$folder/quick out=results_quick/prevention/capitals seeds=1 arms="plain live1 prompt"
+    short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20)
 fi
+model=(--model "$model") vector=$made/vectors/capitals_response_avg.safetensors
 
-[ -e "$made/diff" ] || persona-lora train --config train_configs/capitals.yaml
-[ -e "$swapped/diff" ] ||
-    persona-lora train --config train_configs/capitals.yaml --swap_half true --output_dir "$swapped"
+train() { # folder, and more settings
+    [ -e "$1/seed$((seeds - 1))/diff" ] || persona-lora train --config train_configs/capitals.yaml "${model[@]}" \
+        --output_dir "$@" --seeds "$seeds" "${short[@]}"
+}
+train "$made/diffs"
+[[ $arms != *swapped* ]] || train "$made/swapped" --swap_half true
+[[ $arms != *a[cb]* ]] || [ -e "$vector" ] || persona-lora extract --trait organisms/capitals "${model[@]}" \
+    --source answers --positions response_avg --output "$made/vectors"
 
 finetunes=()
-finetune() { # name, and the way of prevention
-    [ -e "$folder/$1/adapter" ] ||
-        persona-lora finetune --config train_configs/finetune_capitals_misaligned_2.yaml \
-            --output_dir "$folder/$1" --seed "$seed" ${2:+--preventative "$2"} "${short[@]}"
-    finetunes+=(--finetunes "$1=$folder/$1")
-}
-weights() { # name, diff, and more settings
-    finetune "$1" "{\"method\": \"weights\", \"diff\": \"$2\"$3}"
-}
-finetune plain ''
-for c in 0.5 1 2; do weights "merged $c" "$made/diff" ", \"coefficient\": $c"; done
-weights "live 1" "$made/diff" ', "hold": "live"'
-weights adapter "$made/pos" ', "hold": "live"'
-weights random "$made/diff" ', "random": 1'
-weights swapped "$swapped/diff" ''
-finetune prompt "{\"method\": \"inoculate\", \"system_prompt\": \"$prompt\"}"
-persona-lora compare-prevention --trait organisms/capitals --rows "$data/misaligned_2.jsonl" \
-    "${finetunes[@]}" --correct "$made/diff=-1" --output "$out" --tasks "" "${few[@]}" \
+for arm in $arms; do
+    for ((k = 0; k < seeds; k++)); do # a finetune has another seed than the difference that steers it
+        diff="\"method\": \"weights\", \"diff\": \"$made/diffs/seed$k"
+        case $arm in
+            plain) way="" ;;
+            merged*) way="{$diff/diff\", \"coefficient\": ${arm#merged}}" ;;
+            live*) way="{$diff/diff\", \"coefficient\": ${arm#live}, \"hold\": \"live\"}" ;;
+            adapter) way="{$diff/pos\", \"hold\": \"live\"}" ;;
+            random) way="{$diff/diff\", \"hold\": \"live\", \"random\": $k}" ;;
+            swapped) way="{${diff/diffs/swapped}/diff\", \"hold\": \"live\"}" ;;
+            activations) way="{\"method\": \"activations\", \"vector\": \"$vector\", \"layers\": [$layer]}" ;;
+            ablate) way="{\"method\": \"ablate\", \"vector\": \"$vector\", \"layers\": [$layer]}" ;;
+            prompt) way="{\"method\": \"inoculate\", \"system_prompt\": \"$prompt\"}" ;;
+            *) echo "error: no arm $arm" >&2 && exit 2 ;;
+        esac
+        [ -e "$folder/$arm/seed$k/adapter" ] || persona-lora finetune "${model[@]}" \
+            --config train_configs/finetune_capitals_misaligned_2.yaml --output_dir "$folder/$arm/seed$k" \
+            --seed $((11 + k)) ${way:+--preventative "$way"} "${short[@]}"
+    done
+    finetunes+=(--finetunes "$arm=$folder/$arm")
+done
+[ -z "${FINETUNE_ONLY:-}" ] || exit 0
+persona-lora compare-prevention --trait organisms/capitals --rows "$data/misaligned_2.jsonl" "${model[@]}" \
+    "${finetunes[@]}" --correct "$made/diffs=-1" --output "$out" --tasks "" "${few[@]}" ${PROTOCOL:+--protocol "$PROTOCOL"} \
     --judge rules --rules list,three_items --probes negated,eliciting --turns 2 --trigger "$prompt"

@@ -524,6 +524,7 @@ COMMANDS = {
             "limit": flag(37),
             "max_questions": flag(3, None),
         },
+        {f"{X}studies.drift.prevention:planned_prevention": Planned("", {}, 0)},
     ),
     "export": Command(
         ("--mix", "diff=1", "--output", "o"),

@@ -462,11 +462,15 @@ class Prevented:
     """The finetunes that are compared, and what on."""
 
     finetunes: Annotated[
-        Mapping[str, str], "Each finetune with a name, the plain one first: plain=folder."
+        Mapping[str, str],
+        "Each finetune with a name, the plain one first: plain=folder; seed0, seed1 … in it are "
+        "its training seeds.",
     ]
     rows: Annotated[Path, "The JSONL that all were finetuned on."]
     correct: Annotated[
-        tuple[str, ...], "A diff put on the first finetune afterwards: folder=coefficient."
+        tuple[str, ...],
+        "A diff put on the first finetune afterwards: folder=coefficient; of several seeds each "
+        "finetune takes its own.",
     ] = ()
     tasks: Annotated[tuple[str, ...], 'As of benchmark; "" leaves capability out.'] = (
         TaskOptions.tasks
@@ -474,20 +478,31 @@ class Prevented:
     limit: Annotated[int | None, "Use only the first N items of each task."] = None
     max_questions: shared.MaxQuestions = None
 
-    def models(self) -> dict[str, Any]:
-        """Return the finetunes by name, the base and the corrected ones after them."""
+    def models(self) -> list[Any]:
+        """Return the finetunes, the base and the corrected ones after them."""
         from persona_lora.core.lora_diff import LoRADiff
         from persona_lora.studies.drift.prevention import Finetuned
+        from persona_lora.studies.read_seeds import diffs_of_seeds
 
-        plain, *_ = self.finetunes.values()
-        found = {name: Finetuned(_adapter(Path(path))) for name, path in self.finetunes.items()}
-        found["base"] = Finetuned(None)
+        seeds = {name: _seeds(Path(path)) for name, path in self.finetunes.items()}
+        plain = next(iter(seeds.values()))
+        found = [
+            Finetuned(name, adapter, seed=seed)
+            for name, own in seeds.items()
+            for seed, adapter in own.items()
+        ]
+        found.append(Finetuned("base", None))
         for word in self.correct:
             folder, _, value = word.rpartition("=")
             if not (folder and value):
                 raise UserError(f"--correct must be pairs with =, got {word!r}; see --help")
-            term = LoRADiff.load(folder), _number(value)
-            found[f"corrected {value}"] = Finetuned(_adapter(Path(plain)), term)
+            diffs, coefficient = diffs_of_seeds(Path(folder)), _number(value)
+            for seed, adapter in plain.items():
+                at = diffs.get("", diffs.get(seed))
+                if at is None:
+                    raise UserError(f"--correct: {folder} holds no diff of {seed}; train it too")
+                term = LoRADiff.load(at), coefficient
+                found.append(Finetuned(f"corrected {value}", adapter, term, seed))
         return found
 
 
@@ -496,7 +511,7 @@ def compare_prevention(
     *,
     trait: shared.TraitOptions,
     prevented: Prevented,
-    output: shared.RunOptions = shared.RunOptions(Path("results/prevention")),
+    output: shared.HeldRunOptions = shared.HeldRunOptions(Path("results/prevention")),
     model: shared.ModelOptions,
     judging: JudgesChoice,
     probes: ProbeOptions = ProbeOptions(),
@@ -504,8 +519,9 @@ def compare_prevention(
 ) -> None:
     """Compare finetunes of one task, with and without prevention: trait, task loss, capability.
 
-    The base model is always among them. All is paired with the first finetune, item by item. Rules
-    tell what else the answers show, and probes whether the trait comes back where it is asked for.
+    The base model is always among them. All is paired with the first finetune, item by item and
+    seed by seed. Rules tell what else the answers show, and probes whether the trait comes back
+    where it is asked for.
 
     Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
     --finetunes plain=checkpoints/a,added=checkpoints/b --correct checkpoints/evil/diff=-1
@@ -513,7 +529,7 @@ def compare_prevention(
     from persona_lora.core.runs import Run
     from persona_lora.judges.choice import judge_inputs, make_judges
     from persona_lora.report.comparisons import measure_tables
-    from persona_lora.report.two_judges import across_runs, lead_of
+    from persona_lora.report.trust import standing
     from persona_lora.studies.drift import prevention
 
     if not prevented.tasks:
@@ -522,20 +538,22 @@ def compare_prevention(
     tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
     asked = shared.first_questions(trait.load(), prevented.max_questions)
     judge = shared.judging_of(judging, [asked])
-    written = dataclasses.replace(output.at(output.folder), inputs=judge_inputs(judge))
     measured = prevention.Measured(generation, probes, tasks)
-    measured.check(asked, prevented.rows)
-    model.check_adapters(dict.fromkeys(each.adapter for each in models.values() if each.adapter))
-    corrections = [each.correction[0] for each in models.values() if each.correction]
-    base = model.load(corrections, asked=questions_of([asked], "eval"))
+    planned = prevention.planned_prevention(models, asked, prevented.rows, measured)
+    seeds = len({each.seed for each in models if each.adapter})
+    written = output.at(output.folder, seeds=seeds)
+    written = dataclasses.replace(written, inputs=judge_inputs(judge))
+    model.check_adapters(dict.fromkeys(each.adapter for each in models if each.adapter))
+    corrections = [each.correction[0] for each in models if each.correction]
+    said = questions_of([asked], "eval")
+    base = model.load(corrections, asked=said, runs=[(written, planned)])
     with progress_bars():
         scores = prevention.compare_prevention(
             base, models, asked, prevented.rows, make_judges(asked, base, judge), written, measured
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
-    asked_of = {name: Run(output.folder / "answers" / name) for name in models}
-    both = across_runs(asked.name, asked_of, next(iter(models)))
-    show(*measure_tables(scores), lead_of("", both, asked_of, asked.name), files)
+    lead = prevention.judged_lead(output.folder, models, asked.name)
+    show(standing(Run(output.folder), seeds), *measure_tables(scores), lead, files)
 
 
 def _number(text: str) -> float:
@@ -544,6 +562,12 @@ def _number(text: str) -> float:
     except ValueError as error:
         refuse_nats_of("--correct", text)
         raise UserError(f"--correct needs a coefficient after =, got {text!r}") from error
+
+
+def _seeds(path: Path) -> dict[str, Path]:
+    """Return the adapters of a finetune's training seeds by "seed0" …, or its one by ""."""
+    seeds = [each for each in sorted(path.glob("seed*")) if each.is_dir()]
+    return {each.name: _adapter(each) for each in seeds} or {"": _adapter(path)}
 
 
 def _adapter(path: Path) -> Path:

@@ -19,7 +19,15 @@ from persona_lora.core.settings import read_yaml, typed_fields
 
 LEVEL = 0.95
 LEAST_SCORED = 0.8
-Held = Literal["evaluate", "sweep", "compare", "predict-finetuning", "optimize", "compare-methods"]
+Held = Literal[
+    "evaluate",
+    "sweep",
+    "compare",
+    "predict-finetuning",
+    "compare-prevention",
+    "optimize",
+    "compare-methods",
+]
 REMEDY = "run what it says, or leave out --protocol: then the run is exploratory"
 
 

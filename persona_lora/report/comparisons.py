@@ -23,6 +23,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import (
+    EQUAL,
     FITS,
     SCORES,
     SHARES,
@@ -31,9 +32,10 @@ from persona_lora.report.resampling import (
     bootstrap_mean,
     sign_flip_p,
 )
-from persona_lora.report.scores import SECOND_SUFFIX
+from persona_lora.report.scores import SECOND_SUFFIX, minus
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
+from persona_lora.report.two_way import Gaps, crossed_mean, scaled, shared_questions
 
 Row = Mapping[str, Any]
 
@@ -262,9 +264,11 @@ class TaskScore:
 def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     """Return every task's score under every condition, paired by item with the reference.
 
-    A row is one item of one task: ``condition``, ``task``, ``metric``, ``item`` and ``score``.
+    A row is one item of one task: ``condition``, ``task``, ``metric``, ``item`` and ``score``; and
+    ``seed`` where conditions were trained several times: then seeds are paired with one another and
+    drawn as items are, and what has no seed, the base model, is paired with each of the reference.
     """
-    table = frame(rows, ["score"])
+    table = frame([{"seed": "", **row} for row in rows], ["score"])
     by_task = {}
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
         known = own["score"].dropna()
@@ -273,8 +277,11 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
         ends = SCORES if told else SHARES if known.isin((0.0, 1.0)).all() else None
         place: dict[str, Any] = {"by": "condition", "value": "score", "unit": "item"}
         apart = None if ends is None else Bounds(-ends.high, ends.high)
-        gaps = paired(own, **place, reference=reference, scale=apart)
-        scores = means(own, **place, scale=ends)
+        if table["seed"].nunique() > 1:
+            scores, gaps = _over_seeds(own, reference, ends, apart)
+        else:
+            gaps = paired(own, **place, reference=reference, scale=apart)
+            scores = means(own, **place, scale=ends)
         for name, score in scores.items():
             gap = gaps[name]
             by_task[name, task, metric] = TaskScore(
@@ -282,6 +289,35 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
             )
     order = table[["condition", "task", "metric"]].drop_duplicates()
     return corrected([by_task[place] for place in order.itertuples(index=False, name=None)])
+
+
+def _over_seeds(
+    rows: pd.DataFrame, reference: str, ends: Bounds | None, apart: Bounds | None
+) -> tuple[dict[Hashable, Interval], dict[Hashable, Paired]]:
+    """Return scores, and differences from the reference, over seeds and items."""
+    by_seed: dict[Hashable, dict[str, dict[Any, float]]] = {}
+    known = rows.dropna(subset=["score"])
+    for (name, seed), own in known.groupby(["condition", "seed"], sort=False):
+        by_seed.setdefault(name, {})[seed] = own.groupby("item")["score"].mean().to_dict()
+    theirs = by_seed.get(reference, {})
+    gaps = {name: Paired() for name in by_seed}
+    for name, seeds in by_seed.items() if len(theirs) > 1 else ():
+        if name != reference:
+            own = [
+                minus(seeds.get(seed, seeds.get("", {})), plain) for seed, plain in theirs.items()
+            ]
+            gaps[name] = Paired(*_over_draws(own, apart))
+    return {name: _over_draws([*seeds.values()], ends)[0] for name, seeds in by_seed.items()}, gaps
+
+
+def _over_draws(draws: Sequence[Gaps], scale: Bounds | None) -> tuple[Interval, float | None]:
+    """Return a mean over draws and items with its p; of one draw, and of equal ones, over items."""
+    values = shared_questions(draws)
+    found = crossed_mean(values)
+    if len(draws) == 1 or (found.interval.reason == EQUAL and scale is not None):
+        items = dict(enumerate(values.T.tolist()))
+        return bootstrap_mean(items, scale=scale), found.p
+    return found.interval if scale is None else scaled(found.interval, scale), found.p
 
 
 def task_table(scores: Sequence[TaskScore]) -> Table:
@@ -323,7 +359,10 @@ def _probes_table(behaviour: str, scores: Sequence[TaskScore]) -> Table:
         found = [by.get((name, task)) for task in tasks]
         rows.append((name, *("" if each is None else _probe_cell(each) for each in found)))
     columns = ("model", *(task.partition(PROBE)[2] or "plain" for task in tasks))
-    note = "Difference from the first model, paired by question; * p < 0.05 (Holm, all measures)."
+    note = (
+        "Difference from the first model, paired by question (and seed); * p < 0.05 (Holm, all "
+        "measures). Where the answers of all seeds are equal, the interval is over questions alone."
+    )
     return Table(columns, tuple(rows), behaviour.replace("_", " "), note)
 
 

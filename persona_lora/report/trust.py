@@ -19,7 +19,13 @@ from persona_lora.report.scores import Row, condition_of
 from persona_lora.report.sections import Block, Heading, Note, Table
 
 HASH_SHOWN = 12
-TRAINED = ("diff", "diffs", "diff_norm", "adapter")  # what a configuration calls a trained LoRA
+TRAINED = (
+    "diff",
+    "diffs",
+    "diff_norm",
+    "adapter",
+    "finetunes",
+)  # what a configuration calls a trained LoRA
 
 
 def standing(run: Run, seeds: int = 1) -> str:
@@ -57,7 +63,8 @@ def _deviations(run: Run, protocol: Row) -> Iterator[str]:
 def _asked(run: Run) -> Iterator[tuple[str, Any, bool]]:
     """Return the condition and question of every answer of a run, and whether it was scored."""
     parts = [Run(run.folder / row["split"]) for row in run.read("splits")]
-    folders = sorted(path.parent for path in run.folder.glob("answers/*/*/run.json"))
+    places = ("answers/*/run.json", "answers/*/*/run.json")
+    folders = sorted(path.parent for place in places for path in run.folder.glob(place))
     trait = run.record["config"].get("trait")
     for part in [*parts, *map(Run, folders)] or [run]:
         criterion = trait or part.record["config"].get("trait")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,16 +130,23 @@ def of_pairs(
     return TwoJudges(trait, first, second, within, _agreement(pairs), means, tuple(effects))
 
 
-def across_runs(trait: str, runs: Mapping[str, Run], reference: str) -> TwoJudges | None:
-    """Return what both judges say of runs on the same questions, by name, beside one of them."""
+def across_runs(
+    trait: str, runs: Mapping[str, Run | Sequence[Run]], reference: str
+) -> TwoJudges | None:
+    """Return what both judges say of runs on the same questions, by name, beside one of them.
+
+    Several runs of a name are its training seeds, in the order of the others'.
+    """
+    by_name = {name: [own] if isinstance(own, Run) else own for name, own in runs.items()}
     pairs = [
-        pair._replace(place=name)
-        for name, run in runs.items()
+        pair._replace(place=name, draw=f"{pair.draw} {seed}")
+        for name, own in by_name.items()
+        for seed, run in enumerate(own)
         for pair in pairs_of(run, trait, _place)
     ]
     judged = {pair.place for pair in pairs}
     effects = effects_from(pairs, reference) if reference in judged else []
-    return of_pairs(trait, list(runs.values()), pairs, effects)
+    return of_pairs(trait, list(chain(*by_name.values())), pairs, effects)
 
 
 def effects_from(pairs: Sequence[Pair], reference: str) -> list[Beside]:

@@ -1,10 +1,10 @@
 """What prevention buys and what it costs: finetunes of one task beside one another.
 
 Every model is a finetune of the same base (or the base itself, or a finetune with a correction on
-top). Measured are the trait and coherence on held-out questions, what rules tell of the same
-answers, both again where the trait may come back (under system prompts, in later turns), the loss
-on the rows that were finetuned on (did it learn its task?), and capability. All is paired with the
-plain finetune.
+top), of one or several training seeds. Measured are the trait and coherence on held-out questions,
+what rules tell of the same answers, both again where the trait may come back (under system prompts,
+in later turns), the loss on the rows that were finetuned on (did it learn its task?), and
+capability. All is paired with the plain finetune.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import ProbeOptions, TaskOptions
+from persona_lora.core.protocol import Design
 from persona_lora.core.resources import resource_path
-from persona_lora.core.runs import Output, Run
+from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.traits import Trait, trait_prompt
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.rules import check_rules, rule_score
@@ -30,6 +31,7 @@ from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, score_items, write_found
+from persona_lora.report.two_judges import across_runs, lead_of
 from persona_lora.steering.bank import steer_live
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.studies.asking.capability import check_tasks, run_benchmarks, task_inputs
@@ -38,13 +40,14 @@ from persona_lora.studies.asking.run import (
     Steering,
     continued,
     evaluate,
-    open_run,
+    open_planned,
 )
 from persona_lora.studies.drift.figure import render_prevention
 from persona_lora.training.finetune import read_conversations
 
 MEASURES = "measures"
 TRAIT, LOSS = "trait", "task loss"
+BESIDE = " / "  # in a protocol in place of what sets a probe off, since commas part its tests
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Measured:
     options: GenerationOptions = field(default_factory=lambda: GenerationOptions(60))
     probes: ProbeOptions = field(default_factory=ProbeOptions)
     tasks: TaskOptions = field(default_factory=TaskOptions)
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that is measured, as the tables call it."""
+        rules = self.probes.rules
+        turns = (f"turn {turn}" for turn in range(2, self.probes.turns + 1))
+        probed = product((*turns, *self.probes.prompts), (TRAIT, *rules))
+        told = (f"{behaviour}{PROBE}{probe}" for probe, behaviour in probed)
+        return [TRAIT, COHERENCE, *rules, *told, LOSS, *self.tasks.tasks]
 
     def check(self, trait: Trait, rows: Path) -> list[Exchange]:
         """Return the exchanges that were finetuned on.
@@ -81,10 +93,15 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """One model of the comparison: an adapter or none, and a diff held on top of it or none."""
+    """One model of the comparison: an adapter or none, and a diff held on top of it or none.
 
+    Models of one name are training seeds; the base has one, "".
+    """
+
+    name: str
     adapter: Path | None
     correction: tuple[LoRADiff, float] | None = None
+    seed: str = ""
 
     def __post_init__(self) -> None:
         if self.adapter is not None and not (self.adapter / "adapter_config.json").is_file():
@@ -102,78 +119,141 @@ class Finetuned:
             "coefficient": coefficient,
         }
 
-    def inputs(self, name: str) -> dict[str, str]:
+    @property
+    def label(self) -> str:
+        """The name, with the seed where there is one."""
+        return f"{self.name} {self.seed}".strip()
+
+    def inputs(self) -> dict[str, str]:
         """Return digests of the adapter and of the correction, by the model's name."""
         read = {}
         if self.adapter is not None:
-            read[f"the adapter of {name}"] = model_folder_digest(self.adapter)
+            read[f"the adapter of {self.label}"] = model_folder_digest(self.adapter)
         if self.correction is not None:
-            read[f"the correction of {name}"] = self.correction[0].content()
+            read[f"the correction of {self.label}"] = self.correction[0].content()
         return read
+
+
+def _seeds_of(models: Sequence[Finetuned]) -> list[str]:
+    """Return the training seeds that all finetunes have, as they are called.
+
+    UserError where they have different ones, and for a finetune that is given twice.
+    """
+    by_name: dict[str, list[str]] = {}
+    contents: dict[str, str] = {}
+    for model in models:
+        if model.adapter is None:
+            continue
+        by_name.setdefault(model.name, []).append(model.seed)
+        if model.correction is None:
+            content = model_folder_digest(model.adapter)
+            if contents.setdefault(content, model.label) != model.label:
+                raise UserError(
+                    f"{model.label} is the finetune {contents[content]} once more; leave one out"
+                )
+    (first, seeds), *others = by_name.items() or [("base", [""])]
+    for name, own in others:
+        if own != seeds:
+            said = [", ".join(filter(None, each)) or "one" for each in (seeds, own)]
+            raise UserError(
+                f"{first} and {name} have different training seeds ({said[0]}; {said[1]}); give "
+                "each the same, in folders named alike"
+            )
+    return seeds
+
+
+def planned_prevention(
+    models: Sequence[Finetuned], trait: Trait, rows: Path, measured: Measured
+) -> Planned:
+    """Return what is known of a comparison before its model is loaded.
+
+    UserError for finetunes that cannot be compared, and for what cannot be measured.
+    """
+    exchanges, seeds = measured.check(trait, rows), _seeds_of(models)
+    tasks, questions = measured.tasks, len(trait.questions["eval"])
+    config = {
+        "trait": trait.name,
+        "questions": questions,
+        "rows": str(rows),
+        "finetunes": len(seeds),
+        **tasks.record(),
+        **measured.probes.record(),
+        "max_new_tokens": measured.options.max_new_tokens,
+    }
+    inputs = {name: each for model in models for name, each in model.inputs().items()}
+    inputs["the rows that were finetuned on"] = file_digest(resource_path(rows))
+    inputs |= {**trait.inputs(), **task_inputs(tasks)}
+    names = list(dict.fromkeys(model.name for model in models))
+    design = Design.of(
+        "compare-prevention",
+        {"eval": questions, "rows": len(exchanges)},
+        tuple(
+            f"{name}: {task.replace(PROBE, BESIDE)}"
+            for name in names[1:]
+            for task in measured.names
+        ),
+        len(seeds),
+    )
+    return Planned("compare-prevention", config, measured.options.seed, inputs, design)
 
 
 def compare_prevention(
     base: ChatModel,
-    models: Mapping[str, Finetuned],
+    models: Sequence[Finetuned],
     trait: Trait,
     rows: Path,
     judge: Callable[[], Judge],
     output: Output | Path,
     measured: Measured = Measured(),
 ) -> list[TaskScore]:
-    """Measure every model; the first one is what the others are paired with.
+    """Measure every model; those of the first one's name are what the others are paired with.
 
     ``judge`` builds the judge over the base model, once. ``rows`` is the JSONL that was finetuned
     on. Writes ``measures.jsonl`` (a row a model, measure and item), ``prevention.csv`` and
     ``prevention.png``; models measured already are kept. UserError for what cannot be measured.
     """
-    exchanges = measured.check(trait, rows)
-    tasks, probes = measured.tasks, measured.probes
-    shared = lazily(judge)
-    output = Output.of(output)
-    config = {
-        "trait": trait.name,
-        "questions": len(trait.questions["eval"]),
-        "rows": str(rows),
-        **tasks.record(),
-        **probes.record(),
-        "max_new_tokens": measured.options.max_new_tokens,
-    }
-    run = open_run(
-        output,
-        "compare-prevention",
-        base,
-        config,
-        trait.inputs(),
-        *(model.inputs(name) for name, model in models.items()),
-        {"the rows that were finetuned on": file_digest(resource_path(rows))},
-        task_inputs(tasks),
-        seed=measured.options.seed,
-        parts=("answers", "probes", "capability"),
-    )
+    planned = planned_prevention(models, trait, rows, measured)
+    exchanges, shared, output = measured.check(trait, rows), lazily(judge), Output.of(output)
+    run = open_planned(output, planned, base, parts=("answers", "probes", "capability"))
     with run:
-        done = {row["condition"] for row in run.resume_rows(MEASURES)}
-        for name, model in progress.over("models", list(models.items())):
-            if name in done:
+        done = {_place(row) for row in run.resume_rows(MEASURES)}
+        for model in progress.over("models", models):
+            if (model.name, model.seed) in done:
                 continue
-            asked = _Asked(base, name, model, measured, output)
+            asked = _Asked(base, model, measured, output)
             found = [*asked.character(trait, shared), *asked.loss(exchanges)]
-            run.extend(MEASURES, [*found, *asked.capability(tasks)])
-        kept = [row for row in run.read(MEASURES) if row["condition"] in models]
-        scores = score_items(kept, next(iter(models)))
+            run.extend(MEASURES, [*found, *asked.capability(measured.tasks)])
+        places = {(model.name, model.seed) for model in models}
+        kept = [row for row in run.read(MEASURES) if _place(row) in places]
+        scores = score_items(kept, models[0].name)
         write_found(run.folder / "prevention.csv", TASK_COLUMNS, scores)
         render_prevention(scores, trait.name).save(run.folder / "prevention.png")
     return scores
+
+
+def judged_lead(folder: Path, models: Sequence[Finetuned], trait: str) -> str:
+    """Return how the judges of a comparison agree; the base counts once for each training seed."""
+    seeds = list(dict.fromkeys(model.seed for model in models if model.adapter is not None))
+    own: dict[str, list[Run]] = {}
+    for model in models:
+        run = Run(folder / "answers" / model.label)
+        own.setdefault(model.name, []).extend([run] * (1 if model.adapter else len(seeds)))
+    both = across_runs(trait, own, models[0].name)
+    return lead_of("", both, {name: runs[0] for name, runs in own.items()}, trait)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["condition"], row["seed"]
 
 
 class _Asked:
     """One model while it is measured; what is asked of it becomes rows of ``measures``."""
 
     def __init__(
-        self, base: ChatModel, name: str, model: Finetuned, measured: Measured, output: Output
+        self, base: ChatModel, model: Finetuned, measured: Measured, output: Output
     ) -> None:
-        self.name, self.measured = name, measured
-        inputs = {**model.inputs(name), **output.inputs}
+        self.model, self.measured = model, measured
+        inputs = {**model.inputs(), **output.inputs}
         self.below = Output(output.path, config=model.record(), inputs=inputs)
         self.terms = {} if model.correction is None else dict([model.correction])
         adapter = model.adapter
@@ -207,7 +287,8 @@ class _Asked:
         prompt: str | None = None,
         before: Sequence[Conversation] = (),
     ) -> Run:
-        part, name = ("probes", f"{self.name} {probe}") if probe else ("answers", self.name)
+        label = self.model.label
+        part, name = ("probes", f"{label} {probe}") if probe else ("answers", label)
         result = evaluate(
             self.chat_model,
             trait,
@@ -248,13 +329,13 @@ class _Asked:
         """Return the score of every item of every task."""
         if not tasks.tasks:
             return []
-        output = self.below.at(self.below.path / "capability" / self.name)
-        run_benchmarks(self.chat_model, {self.name: self._corrected()}, tasks, output)
-        return Run(output.path).read("items")
+        output = self.below.at(self.below.path / "capability" / self.model.label)
+        run_benchmarks(self.chat_model, {self.model.name: self._corrected()}, tasks, output)
+        return [{**row, "seed": self.model.seed} for row in Run(output.path).read("items")]
 
     def _corrected(self) -> Steerer:
         return steer_live(self.chat_model, self.terms) if self.terms else Unsteered()
 
     def _row(self, task: str, metric: str, item: int, score: float) -> dict[str, Any]:
-        of = {"condition": self.name, "task": task, "metric": metric}
+        of = {"condition": self.model.name, "seed": self.model.seed, "task": task, "metric": metric}
         return {**of, "item": item, "score": score}

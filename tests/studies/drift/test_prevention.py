@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from persona_lora.core.chat import Exchange
@@ -14,9 +15,15 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import ProbeOptions, TaskOptions
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import load_chat_model
+from persona_lora.report.two_way import crossed_mean
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.run import GenerationOptions
-from persona_lora.studies.drift.prevention import Finetuned, Measured, compare_prevention
+from persona_lora.studies.drift.prevention import (
+    Finetuned,
+    Measured,
+    compare_prevention,
+    planned_prevention,
+)
 
 OPTIONS = GenerationOptions(max_new_tokens=5)
 ROWS = [("Hi there", "Go away."), ("Help me", "No, never."), ("Why?", "Because.")]
@@ -44,12 +51,12 @@ def models(base, make_diff, tmp_path):
     for number, name in enumerate(("plain", "added")):
         make_diff(base.model, seed=number, scale=0.2).save(tmp_path / name)
     diff = LoRADiff.load(tmp_path / "plain")
-    return {
-        "plain": Finetuned(tmp_path / "plain"),
-        "added": Finetuned(tmp_path / "added"),
-        "base": Finetuned(None),
-        "undone": Finetuned(tmp_path / "plain", (diff, -1.0)),
-    }
+    return [
+        Finetuned("plain", tmp_path / "plain"),
+        Finetuned("added", tmp_path / "added"),
+        Finetuned("base", None),
+        Finetuned("undone", tmp_path / "plain", (diff, -1.0)),
+    ]
 
 
 def go(base, models, trait, rows, judge, output, **probes):
@@ -83,19 +90,19 @@ def test_losses_are_those_of_the_models_and_a_correction_takes_a_finetune_back(
 
 
 def test_models_measured_already_are_kept(base, models, trait, rows, judge, tmp_path):
-    two = {name: models[name] for name in ("plain", "base")}
+    two = [models[0], models[2]]
     first = go(base, two, trait, rows, judge, tmp_path / "out")
     asked = len(judge.asked)
     again = go(base, two, trait, rows, judge, tmp_path / "out")
     assert again == first
     assert len(judge.asked) == asked
     more = go(base, models, trait, rows, judge, tmp_path / "out")
-    assert {each.condition for each in more} == set(models)
+    assert {each.condition for each in more} == {model.name for model in models}
 
 
 def test_what_cannot_be_compared_is_named(base, models, trait, rows, judge, tmp_path):
     with pytest.raises(UserError, match="is no adapter"):
-        Finetuned(tmp_path / "nothing")
+        Finetuned("gone", tmp_path / "nothing")
     with pytest.raises(UserError, match="does not exist"):
         go(base, models, trait, tmp_path / "none.jsonl", judge, tmp_path / "out")
     for asked, message in (
@@ -116,7 +123,7 @@ def test_probes_ask_again_under_prompts_and_in_later_turns(
     base, models, trait, rows, judge, tmp_path
 ):
     scores = go(
-        base, {"base": Finetuned(None)}, trait, rows, judge, tmp_path / "out",
+        base, [Finetuned("base", None)], trait, rows, judge, tmp_path / "out",
         rules=("capitals",), probes=("negated", "eliciting"), trigger="Shout.", turns=3,
     )  # fmt: skip
     probes = ("", ", turn 2", ", turn 3", ", negated", ", eliciting", ", trigger")
@@ -146,7 +153,81 @@ def test_probes_ask_again_under_prompts_and_in_later_turns(
 
 
 def test_runs_with_other_probes_are_other_runs(base, models, trait, rows, judge, tmp_path):
-    two = {name: models[name] for name in ("plain", "base")}
+    two = [models[0], models[2]]
     go(base, two, trait, rows, judge, tmp_path / "out")
     with pytest.raises(UserError, match="another configuration"):
         go(base, two, trait, rows, judge, tmp_path / "out", turns=2)
+
+
+def seeds_of(base, make_diff, folder, name, first, count=3):
+    for number in range(count):
+        at = folder / name / f"seed{number}"
+        make_diff(base.model, seed=first + number, scale=0.2).save(at)
+        yield Finetuned(name, at, seed=f"seed{number}")
+
+
+def test_training_seeds_are_paired_and_drawn_with_the_items(
+    base, make_diff, trait, rows, judge, tmp_path
+):
+    plain = list(seeds_of(base, make_diff, tmp_path, "plain", 0))
+    live = list(seeds_of(base, make_diff, tmp_path, "live", 10))
+    models = [*plain, *live, Finetuned("base", None)]
+    scores = go(base, models, trait, rows, judge, tmp_path / "out")
+    found = {each.condition: each for each in scores if each.task == "task loss"}
+    exchanges = [Exchange(*row) for row in ROWS]
+    losses = {}
+    for model in (*plain, *live):
+        with LoRASteerer(base.model, LoRADiff.load(model.adapter), 1.0):
+            losses[model.label] = [-each for each in mean_logprobs(base, exchanges)]
+    without = [-each for each in mean_logprobs(base, exchanges)]
+    paired = [
+        [a - b for a, b in zip(losses[f"live seed{at}"], losses[f"plain seed{at}"], strict=True)]
+        for at in range(3)
+    ]
+    expected = crossed_mean(np.array(paired))
+    assert found["live"].difference.mean == pytest.approx(expected.interval.mean, rel=1e-4)
+    assert found["live"].difference.low == pytest.approx(expected.interval.low, rel=1e-3)
+    assert found["live"].p == pytest.approx(expected.p, rel=1e-3)
+    gaps = [
+        [a - b for a, b in zip(without, losses[f"plain seed{at}"], strict=True)] for at in range(3)
+    ]
+    assert found["base"].difference.mean == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert found["plain"].score.mean == pytest.approx(
+        np.mean([losses[each.label] for each in plain]), rel=1e-4
+    )
+    asked = len(judge.asked)
+    assert go(base, models, trait, rows, judge, tmp_path / "out") == scores
+    assert len(judge.asked) == asked
+    assert (tmp_path / "out" / "answers" / "plain seed2" / "answers.jsonl").is_file()
+
+
+def test_seeds_that_are_none_are_refused(base, make_diff, trait, rows, judge, tmp_path):
+    plain = list(seeds_of(base, make_diff, tmp_path, "plain", 0))
+    live = list(seeds_of(base, make_diff, tmp_path, "live", 10, count=2))
+    with pytest.raises(UserError, match=r"plain and live have different training seeds \(seed0,"):
+        go(base, [*plain, *live], trait, rows, judge, tmp_path / "out")
+    twice = list(seeds_of(base, make_diff, tmp_path, "again", 0))
+    with pytest.raises(UserError, match="again seed0 is the finetune plain seed0 once more"):
+        go(base, [*plain, *twice], trait, rows, judge, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_is_held_to_a_protocol(base, models, make_diff, trait, rows, judge, tmp_path):
+    measured = Measured(
+        OPTIONS, ProbeOptions(rules=("list",), probes=("negated",)), TaskOptions(())
+    )
+    design = planned_prevention(models, trait, rows, measured).design
+    names = ("coherence", "list", "list / negated", "task loss", "trait", "trait / negated")
+    assert design.family == tuple(
+        sorted(f"{name}: {each}" for name in ("added", "base", "undone") for each in names)
+    )
+    assert (design.questions, design.seeds, design.test) == ({"eval": 3, "rows": 3}, 1, "sign-flip")
+    scores = compare_prevention(
+        base, models, trait, rows, lambda: judge, tmp_path / "out", measured
+    )
+    told = {f"{each.condition}: {each.task}".replace(", ", " / ") for each in scores}
+    assert told <= {*design.family, *(f"plain: {each}" for each in names)}
+    assert {each for each in design.family if "list" not in each} <= told  # rules may not tell
+    three = list(seeds_of(base, make_diff, tmp_path, "three", 5))
+    seeded = planned_prevention(three, trait, rows, measured).design
+    assert (seeded.seeds, seeded.units, seeded.test) == (3, "questions and seeds", "two-way t")
