@@ -269,6 +269,7 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     drawn as items are, and what has no seed, the base model, is paired with each of the reference.
     """
     table = frame([{"seed": "", **row} for row in rows], ["score"])
+    several = table.loc[table["condition"] == reference, "seed"].nunique() > 1
     by_task = {}
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
         known = own["score"].dropna()
@@ -277,7 +278,7 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
         ends = SCORES if told else SHARES if known.isin((0.0, 1.0)).all() else None
         place: dict[str, Any] = {"by": "condition", "value": "score", "unit": "item"}
         apart = None if ends is None else Bounds(-ends.high, ends.high)
-        if table["seed"].nunique() > 1:
+        if several:
             scores, gaps = _over_seeds(own, reference, ends, apart)
         else:
             gaps = paired(own, **place, reference=reference, scale=apart)

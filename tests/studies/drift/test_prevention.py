@@ -199,6 +199,10 @@ def test_training_seeds_are_paired_and_drawn_with_the_items(
     assert go(base, models, trait, rows, judge, tmp_path / "out") == scores
     assert len(judge.asked) == asked
     assert (tmp_path / "out" / "answers" / "plain seed2" / "answers.jsonl").is_file()
+    one = go(base, [plain[0], live[0], models[-1]], trait, rows, judge, tmp_path / "one")
+    losses = {each.condition: each for each in one if each.task == "task loss"}
+    assert losses["live"].difference.mean == pytest.approx(np.mean(paired[0]), rel=1e-4)
+    assert losses["base"].p is not None
 
 
 def test_seeds_that_are_none_are_refused(base, make_diff, trait, rows, judge, tmp_path):
