@@ -2,7 +2,7 @@
 # Does prevention hold where the trait is asked for again, and is the task learnt? Finetune on answers
 # of three items (wanted) in capitals (not wanted) in every way and with controls, each with several
 # training seeds of the finetune and of the difference, then ask plainly, under prompts and in a second
-# turn (resumable; ARMS, SEEDS, MODEL, LAYER and OUT name others; with PROTOCOL the run is held to one):
+# turn (resumable; ARMS, SEEDS, MODEL, LAYER, QUESTIONS, TURNS and OUT name others; with PROTOCOL the run is held to one):
 #         bash scripts/prevent_capitals.sh          (three hours on two cores)
 #         bash scripts/prevent_capitals.sh --quick  (a few minutes: does it run?)
 # FINETUNE_ONLY=1 stops before anything is asked.
@@ -15,10 +15,10 @@ arms=${ARMS:-plain merged0.5 merged1 merged2 live1 adapter activations ablate pr
 out=${OUT:-prevention/capitals}
 made=checkpoints/$out/made folder=checkpoints/$out/finetunes out=results/$out
 prompt="You write every answer in capital letters."
-short=() few=(--max-new-tokens 64)
+short=() few=(--max-new-tokens 64 --turns "${TURNS:-2}" ${QUESTIONS:+--max-questions "$QUESTIONS"})
 if [ "${1:-}" = --quick ]; then
     made=$made/quick folder=$folder/quick out=results_quick/prevention/capitals seeds=1 arms="plain live1 prompt"
-    short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20)
+    short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20 --turns 2)
 fi
 model=(--model "$model") vector=$made/vectors/capitals_response_avg.safetensors
 
@@ -56,4 +56,4 @@ done
 [ -z "${FINETUNE_ONLY:-}" ] || exit 0
 persona-lora compare-prevention --trait organisms/capitals --rows "$data/misaligned_2.jsonl" "${model[@]}" \
     "${finetunes[@]}" --correct "$made/diffs=-1" --output "$out" --tasks "" "${few[@]}" ${PROTOCOL:+--protocol "$PROTOCOL"} \
-    --judge rules --rules list,three_items --probes negated,eliciting --turns 2 --trigger "$prompt"
+    --judge rules --rules list,three_items --probes negated,eliciting --trigger "$prompt"
