@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from persona_lora.core import progress
@@ -29,10 +29,14 @@ from persona_lora.judges.probe_judge import ProbeJudge
 
 @dataclass(frozen=True)
 class Judges:
-    """What builds the judge of a run, which a call does, and one that is asked beside it."""
+    """What builds the judge of a run, which a call does, and one that is asked beside it.
+
+    Without ``coherence`` the first is asked about the trait alone, as the second always is.
+    """
 
     first: Callable[[], Judge]
     second: Callable[[], Judge] | None = None
+    coherence: bool = True
 
     def __call__(self) -> Judge:
         """Return the judge whose scores count."""
@@ -43,7 +47,8 @@ def lazily(make: Callable[[], Judge]) -> Judges:
     """Return a factory that builds each of its judges at the first call and keeps it."""
     if not isinstance(make, Judges):
         return Judges(cache(make))
-    return Judges(cache(make.first), None if make.second is None else cache(make.second))
+    second = None if make.second is None else cache(make.second)
+    return replace(make, first=cache(make.first), second=second)
 
 
 def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
@@ -54,7 +59,8 @@ def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
     only where something is left to judge; of ``Judges`` the second is asked about the trait as
     well. UserError where no answer at all has a score.
     """
-    _judge(run, make, trait, (trait.name, COHERENCE))
+    alone = isinstance(make, Judges) and not make.coherence
+    _judge(run, make, trait, (trait.name,) if alone else (trait.name, COHERENCE))
     if isinstance(make, Judges) and make.second is not None:
         _judge(run, make.second, trait, (trait.name,), file="second_")
 
@@ -94,7 +100,7 @@ def _judge(
             said = (
                 f"{verdict.judge} (unfit for {criterion})" if criterion in unfit else verdict.judge
             )
-            given = dataclasses.asdict(dataclasses.replace(verdict, judge=said))
+            given = dataclasses.asdict(replace(verdict, judge=said))
             kept[row["row"], criterion] = {"row": row["row"], **given}
         run.write(f"{file}verdicts", [kept[key] for key in sorted(kept)])
         judged = [row for row in kept.values() if row["criterion"] == criterion]

@@ -10,7 +10,7 @@ capability. All is paired with the plain finetune.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.traits import Trait, trait_prompt
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.rules import check_rules, rule_score
-from persona_lora.judges.verdicts import lazily
+from persona_lora.judges.verdicts import Judges, lazily
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, score_items, write_found
@@ -259,7 +259,7 @@ class _Asked:
         adapter = model.adapter
         self.chat_model = base if adapter is None else base.reload(adapter=adapter)
 
-    def character(self, trait: Trait, judge: Callable[[], Judge]) -> list[dict[str, Any]]:
+    def character(self, trait: Trait, judge: Judges) -> list[dict[str, Any]]:
         """Return trait, coherence and rules of every held-out question, plainly and under probes.
 
         In turn n a question stands after the n − 1 before it, the last ones before the first, with
@@ -282,7 +282,7 @@ class _Asked:
     def _ask(
         self,
         trait: Trait,
-        judge: Callable[[], Judge],
+        judge: Judges,
         probe: str,
         prompt: str | None = None,
         before: Sequence[Conversation] = (),
@@ -292,7 +292,7 @@ class _Asked:
         result = evaluate(
             self.chat_model,
             trait,
-            judge,
+            replace(judge, coherence=not probe),
             self.below.at(self.below.path / part / f"{name}.csv"),
             steering=Steering(self.terms, system_prompt=prompt),
             options=self.measured.options,

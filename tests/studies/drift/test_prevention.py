@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -149,6 +150,9 @@ def test_probes_ask_again_under_prompts_and_in_later_turns(
     for probe, prompt in ((" negated", "Be gloomy."), (" eliciting", "Be cheerful.")):
         assert all(prompt in row["prompt"] for row in asked(probe))
     assert all("Shout." in row["prompt"] for row in asked(" trigger"))
+    # where nothing shows it, nobody pays for coherence
+    criteria = Counter(criterion for criterion, _ in judge.asked)
+    assert criteria["cheer"] > 2 * criteria["coherence"]
     assert "Shout." not in plain[0]["prompt"]
 
 
