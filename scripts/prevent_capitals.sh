@@ -2,7 +2,8 @@
 # Does prevention hold where the trait is asked for again, and is the task learnt? Finetune on answers
 # of three items (wanted) in capitals (not wanted) in every way and with controls, each with several
 # training seeds of the finetune and of the difference, then ask plainly, under prompts and in a second
-# turn (resumable; ARMS, SEEDS, MODEL, LAYER, QUESTIONS, TURNS and OUT name others; with PROTOCOL the run is held to one):
+# turn (resumable; ARMS, SEEDS, MODEL, LAYER, QUESTIONS, TURNS and OUT name others, CORRECT=-1
+# takes the difference off the plain finetune afterwards; with PROTOCOL the run is held to one):
 #         bash scripts/prevent_capitals.sh          (three hours on two cores)
 #         bash scripts/prevent_capitals.sh --quick  (a few minutes: does it run?)
 # FINETUNE_ONLY=1 stops before anything is asked.
@@ -11,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 seeds=${SEEDS:-3} model=${MODEL:-SmolLM2-135M-Instruct} layer=${LAYER:-19} data=datasets/organisms/capitals
-arms=${ARMS:-plain merged0.5 merged1 merged2 live1 adapter activations ablate prompt swapped random}
+arms=${ARMS:-plain merged0.5 merged1 live1 activations prompt swapped random} # also merged2, live0.5 …, adapter, ablate
 out=${OUT:-prevention/capitals}
 made=checkpoints/$out/made folder=checkpoints/$out/finetunes out=results/$out
 prompt="You write every answer in capital letters."
@@ -55,5 +56,5 @@ for arm in $arms; do
 done
 [ -z "${FINETUNE_ONLY:-}" ] || exit 0
 persona-lora compare-prevention --trait organisms/capitals --rows "$data/misaligned_2.jsonl" "${model[@]}" \
-    "${finetunes[@]}" --correct "$made/diffs=-1" --output "$out" --tasks "" "${few[@]}" ${PROTOCOL:+--protocol "$PROTOCOL"} \
+    "${finetunes[@]}" ${CORRECT:+--correct "$made/diffs=$CORRECT"} --output "$out" --tasks "" "${few[@]}" ${PROTOCOL:+--protocol "$PROTOCOL"} \
     --judge rules --rules list,three_items --probes negated,eliciting --trigger "$prompt"
