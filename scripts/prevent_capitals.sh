@@ -4,7 +4,7 @@
 # training seeds of the finetune and of the difference, then ask plainly, under prompts and in a second
 # turn (resumable; ARMS, SEEDS, MODEL, LAYER, QUESTIONS, TURNS and OUT name others, CORRECT=-1
 # takes the difference off the plain finetune afterwards; with PROTOCOL the run is held to one):
-#         bash scripts/prevent_capitals.sh          (three hours on two cores)
+#         bash scripts/prevent_capitals.sh          (an hour and a half on two cores)
 #         bash scripts/prevent_capitals.sh --quick  (a few minutes: does it run?)
 # FINETUNE_ONLY=1 stops before anything is asked.
 set -euo pipefail
