@@ -15,7 +15,7 @@ from typing import Any
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
-from persona_lora.report.comparisons import ConditionFit, TaskScore, score_items
+from persona_lora.report.comparisons import ConditionFit, measure_tables, score_items
 from persona_lora.report.figures import Picture
 from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.trust import standing
@@ -316,8 +316,6 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
         trait, rows = run.record["config"]["trait"], run.read("measures")
         models = list(dict.fromkeys(row["condition"] for row in rows))
         scores = score_items(rows, models[0])
-        measures = list(dict.fromkeys(each.measure for each in scores))
-        cells = {(each.condition, each.measure): each for each in scores}
         lower = [
             each.condition
             for each in scores
@@ -325,32 +323,23 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
             and each.condition != BASE_MODEL
             and clear_sign(each.difference, each.p_holm) < 0
         ]
-        table = [
-            (model, *(_task_cell(cells.get((model, measure))) for measure in measures))
-            for model in models
-        ]
+        tables = measure_tables(scores)
+        told = [f"{each.title.capitalize()}:\n\n" if each.title else "" for each in tables]
         picture = render_prevention(scores, trait)
         parts.append(
             {
                 "trait": title_of(trait),
                 "lower": ", ".join(lower) or "none",
-                "rows": _table(" | ".join(("model", *measures)), table),
+                "standing": standing(run, run.record["config"].get("finetunes", 1)),
+                "rows": "\n\n".join(
+                    f"{title}{each.markdown()}" for title, each in zip(told, tables, strict=True)
+                ),
                 "picture": figures.show(
                     f"prevention_{trait}", picture, "What prevention buys and costs"
                 ),
             }
         )
     return parts
-
-
-def _task_cell(each: TaskScore | None) -> str:
-    if each is None:
-        return NONE
-    digits = 0 if each.metric == "score" else 2
-    if each.difference is None:
-        return number(each.score.mean, digits)
-    star = "*" if clear_sign(each.difference, each.p_holm) else ""
-    return f"{number(each.score.mean, digits)} ({interval(each.difference, digits)}){star}"
 
 
 # -- 3. faster? -----------------------------------------------------------------------------

@@ -205,8 +205,9 @@ def test_prevention_names_what_is_clearly_lower(write, tmp_path):
     write("prevention/evil", {"trait": "evil"}, measures=rows)
     _, page = answer(tmp_path)
     assert "interval and corrected p:\nweights1." in page
-    assert "| model | trait | task loss | choice: acc | choice: acc_norm |" in page
-    assert "| weights1 | 20 (" in page
+    assert "**Prevented?** (Evil) Exploratory" in page
+    assert "| choice: acc_norm | ablated | " in page
+    assert "| trait | weights1 | 20 [" in page
 
 
 @pytest.mark.parametrize(
