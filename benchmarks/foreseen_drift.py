@@ -20,9 +20,9 @@ from rich.table import Table
 
 from persona_lora.core.runs import Run
 from persona_lora.report.scores import grouped
-from persona_lora.studies.drift.read_prediction import TEXT, WEIGHTS, changes, rows_of
+from persona_lora.studies.drift.read_prediction import DISTANCE, TEXT, WEIGHTS, changes, rows_of
 
-PLAIN, ACTIVATIONS, DISTANCE = "weights, plain", "activations", "distance"
+PLAIN, ACTIVATIONS = "weights, plain", "activations"
 KINDS = (WEIGHTS, PLAIN, ACTIVATIONS, TEXT)
 
 

@@ -43,8 +43,10 @@ from persona_lora.studies.asking.run import contents_of, evaluate, open_planned
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
     BASE,
+    DISTANCE,
     DOSE,
     FEWEST,
+    FROM_CONTROL,
     NULL,
     TEXT,
     WEIGHTS,
@@ -55,7 +57,6 @@ from persona_lora.studies.drift.read_prediction import (
 
 JUDGED, PREDICTORS = "judged", "predictors"
 RANDOM_DIRECTIONS = 40  # of each diff, its outputs turned
-DISTANCE = "distance"
 LOSS = "loss.jsonl"
 JudgeOf = Callable[[Trait], Callable[[], Judge]]
 
@@ -141,6 +142,7 @@ def predict_finetuning(
         judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
         of_text: dict[str, dict[str, float]] = {}
         _judge(output, study, BASE, base, judges, options)
+        controls = study.controls()
         for name, folder in progress.over("finetunes", list(study.finetunes.items())):
             known = {row["finetune"] for row in run.resume_rows(PREDICTORS)}
             if name in known and not _missing(run, study, name):
@@ -149,7 +151,7 @@ def predict_finetuning(
             _judge(output, study, name, tuned, judges, options)
             if name not in known:
                 shift = _states(tuned, study, texts) - states if study.vectors else None
-                found = _predictors(study, name, folder, inputs, shift)
+                found = _predictors(study, name, inputs, shift, controls.get(name))
                 run.extend(PREDICTORS, found + _told_by_data(study, name, folder, judges, of_text))
         _project_on_random(run, study, inputs)
         _keep_those_of(study, run)
@@ -251,13 +253,21 @@ def _states(chat_model: ChatModel, study: DriftStudy, texts: list[TokenizedExcha
 
 
 def _predictors(
-    study: DriftStudy, name: str, folder: Path, inputs: ModuleInputs | None, shift: Tensor | None
+    study: DriftStudy,
+    name: str,
+    inputs: ModuleInputs | None,
+    shift: Tensor | None,
+    control: str | None,
 ) -> list[dict[str, Any]]:
     rows = []
     if inputs is not None:
-        adapter = LoRADiff.load(folder)
+        adapter = LoRADiff.load(study.finetunes[name])
         weighted = project_adapter(adapter, study.diffs, inputs=inputs)
         plain = project_adapter(adapter, study.diffs)
+        apart = None
+        if control is not None:
+            other = LoRADiff.load(study.finetunes[control])
+            apart = project_adapter(adapter, study.diffs, inputs=inputs, control=other).delta_norm
         for direction, value in weighted.total.items():
             kinds = {
                 WEIGHTS: value.coordinate,
@@ -265,6 +275,8 @@ def _predictors(
                 "weights, plain": plain.total[direction].coordinate,
                 DISTANCE: weighted.delta_norm,
             }
+            if apart is not None:
+                kinds[FROM_CONTROL] = apart
             rows += [_row(name, direction, kind, each) for kind, each in kinds.items()]
     if shift is not None:
         pairs = zip(study.vectors, shift.tolist(), strict=True)

@@ -28,6 +28,7 @@ from persona_lora.report.two_judges import across_runs, lead_of
 BASE = "base"
 WEIGHTS, NULL = "weights", "random"
 TEXT, DOSE = TOLD_BY_RECORDS = "training text", "dose"
+DISTANCE, FROM_CONTROL = "distance", "distance from control"
 POOLED = "all traits"
 RESAMPLES = 2000
 PERMUTATIONS = 5000
@@ -136,7 +137,9 @@ def less_controls(judged: Sequence[Row], predictors: Sequence[Row]) -> tuple[lis
     """Take from every finetune its control (``control``), from scores and predictors alike.
 
     The controls go, and with them the dose, which is theirs too; scores are what a finetune has
-    above its control. Finetunes whose controls were trained on the same data are one unit.
+    above its control. How far a finetune is from its control has the control off already, and
+    stands in place of how far it moved. Finetunes whose controls were trained on the same data are
+    one unit.
     """
     control = {row["finetune"]: row["control"] for row in judged if row.get("control")}
     data, drift = data_sets(judged), changes(judged)
@@ -149,7 +152,9 @@ def less_controls(judged: Sequence[Row], predictors: Sequence[Row]) -> tuple[lis
     values = {_place(row): row["value"] for row in predictors}
     taken: list[Row] = []
     for row in predictors:
-        if row["finetune"] in control and row["kind"] != DOSE:
+        if row["kind"] == FROM_CONTROL:
+            taken.append(row)
+        elif row["finetune"] in control and row["kind"] not in (DOSE, DISTANCE):
             of_control = values.get(_place({**row, "finetune": control[row["finetune"]]}))
             if of_control is not None:
                 taken.append({**row, "value": row["value"] - of_control})

@@ -203,9 +203,16 @@ def test_each_finetune_is_compared_with_its_control(base, six, judge, tmp_path):
         for row in rows(run, "predictors")
     }
     assert {row["finetune"] for row in taken} == {"f1", "f2", "f4", "f5"}
+    assert {row["kind"] for row in taken} >= {"weights", "distance from control"}
+    assert "distance" not in {row["kind"] for row in taken}
     for row in taken:
         place = row["kind"], row["direction"]
         own, control = row["finetune"], judged[row["finetune"]]["control"]
+        if row["kind"] == "distance from control":
+            apart = LoRADiff.load(study.finetunes[own]) - LoRADiff.load(study.finetunes[control])
+            inputs = measure_inputs(base, load_ordinary_prompts())
+            assert row["value"] == pytest.approx(inputs.weigh(apart).norm(), rel=1e-5)
+            continue
         assert row["value"] == value[own, *place] - value[control, *place]
     own = next(row for row in scored if row["finetune"] == "f4")
     assert own["score"] == pytest.approx(judged["f4"]["score"] - judged["f3"]["score"])
