@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from persona_lora.core import progress
@@ -20,7 +20,7 @@ from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
-from persona_lora.judges.canaries import show_canaries
+from persona_lora.judges.canaries import Canary, show_canaries
 from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.fitness import JudgeValidation, validate_judge
 from persona_lora.judges.judging import Judge
@@ -31,12 +31,16 @@ from persona_lora.judges.probe_judge import ProbeJudge
 class Judges:
     """What builds the judge of a run, which a call does, and one that is asked beside it.
 
-    Without ``coherence`` the first is asked about the trait alone, as the second always is.
+    Without ``coherence`` the first is asked about the trait alone, as the second always is. What
+    they made of nonsense is kept in ``canaries``: one judge of many runs is shown it once.
     """
 
     first: Callable[[], Judge]
     second: Callable[[], Judge] | None = None
     coherence: bool = True
+    canaries: dict[tuple[str, ...], list[Canary]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __call__(self) -> Judge:
         """Return the judge whose scores count."""
@@ -60,9 +64,10 @@ def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
     well. UserError where no answer at all has a score.
     """
     alone = isinstance(make, Judges) and not make.coherence
-    _judge(run, make, trait, (trait.name,) if alone else (trait.name, COHERENCE))
+    known = make.canaries if isinstance(make, Judges) else {}
+    _judge(run, make, trait, (trait.name,) if alone else (trait.name, COHERENCE), known)
     if isinstance(make, Judges) and make.second is not None:
-        _judge(run, make.second, trait, (trait.name,), file="second_")
+        _judge(run, make.second, trait, (trait.name,), known, file="second_")
 
 
 def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
@@ -73,7 +78,13 @@ def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
 
 
 def _judge(
-    run: Run, make: Callable[[], Judge], trait: Trait, criteria: Sequence[str], *, file: str = ""
+    run: Run,
+    make: Callable[[], Judge],
+    trait: Trait,
+    criteria: Sequence[str],
+    known: dict[tuple[str, ...], list[Canary]],
+    *,
+    file: str = "",
 ) -> None:
     """Let one judge judge what it has not, into files whose names begin with ``file``."""
     answers = sorted(run.read("answers"), key=lambda row: int(row["row"]))
@@ -112,7 +123,12 @@ def _judge(
                 f"{judge.name} scored none of {len(judged)} answers on {criterion}: {common}; the "
                 f"answers are kept, and the same command judges them again{remedy}"
             )
-    canaries = show_canaries(judge, trait, criteria)
+    canaries = []
+    for criterion in criteria:
+        place = file, trait.name, criterion
+        if place not in known:
+            known[place] = show_canaries(judge, trait, [criterion])
+        canaries += known[place]
     run.write(f"{file}canaries", [dataclasses.asdict(each) for each in canaries])
     run.write(f"{file}validation", [dataclasses.asdict(each) for each in validations])
     seconds = time.perf_counter() - began

@@ -14,6 +14,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import ProbeOptions, TaskOptions
+from persona_lora.judges.canaries import canary_answers
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import load_chat_model
 from persona_lora.report.two_way import crossed_mean
@@ -153,6 +154,7 @@ def test_probes_ask_again_under_prompts_and_in_later_turns(
     # where nothing shows it, nobody pays for coherence
     criteria = Counter(criterion for criterion, _ in judge.asked)
     assert criteria["cheer"] > 2 * criteria["coherence"]
+    assert judge.asked.count(("cheer", len(canary_answers(trait)))) == 1  # nonsense is shown once
     assert "Shout." not in plain[0]["prompt"]
 
 
