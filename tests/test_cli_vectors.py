@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from persona_lora.cli.steering_commands import VariedOptions
+from persona_lora.cli.option_groups import options_of
+from persona_lora.cli.shared_options import RunOptions
+from persona_lora.cli.steering_commands import PairOptions, VariedOptions
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
@@ -162,6 +164,13 @@ def test_extraction_refuses_what_it_cannot_do(run, model_folder, words, expected
     )
     assert_fails(result, *expected)
     assert not list(tmp_path.glob("v/*.safetensors"))
+
+
+def test_help_says_where_vectors_go_and_come_from():
+    groups = (RunOptions, PairOptions)
+    said = {option.name: option.help for each in groups for _, option in options_of(each)}
+    assert "checkpoints/vectors/" in said["output"]
+    assert "default" in said["source"]
 
 
 def test_extraction_from_files_names_a_missing_column_and_an_empty_filter(

@@ -240,7 +240,7 @@ class RunOptions(Written):
 
     output: Annotated[
         Path | None,
-        "The folder of the run; by default one in results/ named after the input.",
+        "The folder of the run; by default in results/, of extract in checkpoints/vectors/.",
         *("--output", "--output-dir"),
     ] = None
 

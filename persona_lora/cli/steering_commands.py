@@ -543,7 +543,8 @@ class PairOptions:
 
     source: Annotated[
         Literal["prompts", "answers", "files"] | None,
-        "Ask, judge and filter; take the training pairs; or read judged answers from files.",
+        "Ask, judge and filter (the default); take the training pairs; or read judged answers from "
+        "files (the default with --pos-path).",
     ] = None
     pos_path: Annotated[Path | None, "CSV of judged positive answers (source files)."] = None
     neg_path: Annotated[Path | None, "CSV of judged negative answers, paired row by row."] = None
