@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ VALIDATIONS = ("validation", "second_validation")
 class Pair(NamedTuple):
     """What two judges gave to one answer; ``place`` is what produced it, as a report calls it.
 
-    ``draw`` tells several random controls of one place apart.
+    ``draw`` tells several random controls of one place apart, or training seeds.
     """
 
     place: str
@@ -39,6 +39,10 @@ class Pair(NamedTuple):
     first: float | None
     second: float | None
     draw: str = ""
+
+
+Both = tuple[dict[Any, Any], dict[Any, Any]]  # the scores of either judge, by question
+Draws = dict[str, Both]  # by the name of the draw
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ def of_pairs(
     )
     within = tuple(_within(runs[0].read(file), trait) for file in VALIDATIONS)
     means = tuple(
-        Beside(place, *(mean_over_draws(each) for each in both))
-        for place, both in _clusters(pairs).items()
+        Beside(place, *map(mean_over_draws, zip(*draws.values(), strict=True)))
+        for place, draws in _clusters(pairs).items()
     )
     return TwoJudges(trait, first, second, within, _agreement(pairs), means, tuple(effects))
 
@@ -135,7 +139,8 @@ def across_runs(
 ) -> TwoJudges | None:
     """Return what both judges say of runs on the same questions, by name, beside one of them.
 
-    Several runs of a name are its training seeds, in the order of the others'.
+    Several runs of a name are its training seeds, in the order of the others'; one of a name that
+    was trained once is beside each of them.
     """
     by_name = {name: [own] if isinstance(own, Run) else own for name, own in runs.items()}
     pairs = [
@@ -150,18 +155,27 @@ def across_runs(
 
 
 def effects_from(pairs: Sequence[Pair], reference: str) -> list[Beside]:
-    """Return every place minus the reference, paired by question, the largest first."""
+    """Return every place minus the reference, paired by question, the largest first.
+
+    Draws are paired by their names; the only one of either side with each of the other's.
+    """
     clusters = _clusters(pairs)
-    plain = [each[0] for each in clusters[reference]]
+    plain = clusters[reference]
     found = []
-    for place, both in clusters.items():
+    for place, own in clusters.items():
         if place != reference:
             gaps = [
-                [gaps_between(draw, zero) for draw in draws]
-                for draws, zero in zip(both, plain, strict=True)
+                [gaps_between(one, zero) for one, zero in zip(both, beside, strict=True)]
+                for both, beside in _paired_draws(own, plain)
             ]
-            found.append(Beside(place, *(mean_gap(each) for each in gaps)))
+            found.append(Beside(place, *map(mean_gap, zip(*gaps, strict=True))))
     return sorted(found, key=lambda each: -abs(each.first.mean or 0.0))
+
+
+def _paired_draws(own: Draws, plain: Draws) -> list[tuple[Both, Both]]:
+    if len(plain) == 1 or len(own) == 1:
+        return [*product(own.values(), plain.values())]
+    return [(own[draw], plain[draw]) for draw in own if draw in plain]
 
 
 def _within(validation: Sequence[Mapping[str, Any]], trait: str) -> float | None:
@@ -176,17 +190,14 @@ def _place(condition: Condition) -> str:
     return said if condition.layer is None else f"{said} at layer {condition.layer}"
 
 
-def _clusters(pairs: Sequence[Pair]) -> dict[str, tuple[list[Any], list[Any]]]:
-    """Return both judges' scores by place, by question, for each draw of the place."""
-    found: dict[str, dict[str, tuple[dict[Any, Any], dict[Any, Any]]]] = {}
+def _clusters(pairs: Sequence[Pair]) -> dict[str, Draws]:
+    """Return both judges' scores by place, for each draw of the place, by question."""
+    found: dict[str, Draws] = {}
     for pair in pairs:
         both = found.setdefault(pair.place, {}).setdefault(pair.draw, ({}, {}))
         for cluster, score in zip(both, (pair.first, pair.second), strict=True):
             cluster.setdefault(pair.question, []).append(score)
-    return {
-        place: ([one for one, _ in draws.values()], [two for _, two in draws.values()])
-        for place, draws in found.items()
-    }
+    return found
 
 
 def _agreement(pairs: Sequence[Pair]) -> Estimate:

@@ -162,3 +162,30 @@ def test_runs_are_compared_with_one_of_them_by_both_judges(make_sweep_run):
     assert across_runs(TRAIT, {"tuned": runs["tuned"]}, "base").effects == ()
     (runs["base"].folder / "second_verdicts.jsonl").unlink()
     assert across_runs(TRAIT, runs, "base").effects == ()
+
+
+def test_training_seeds_are_compared_with_the_same_seed_of_the_reference(make_sweep_run):
+    def seeds(name, *lifts):
+        for number, lift in enumerate(lifts):
+            run = make_sweep_run(f"{name}{number}", coefficients=(0.0,), prompts=())
+            verdicts = [{**row, "score": 30.0 + lift} for row in run.read("verdicts")]
+            run.write("verdicts", verdicts)
+            second_opinion(run, lambda score, _: score + 1)
+            yield run
+
+    runs = {
+        "plain": [*seeds("plain", 0.0, 9.0, 36.0)],
+        "added": [*seeds("added", 5.0, 14.0, 41.0)],
+        "base": [*seeds("base", 20.0)],
+    }
+    found = across_runs(TRAIT, runs, "plain")
+    effects = {each.place: each for each in found.effects}
+    assert effects["added"].first.mean == pytest.approx(5.0)
+    assert effects["added"].second.mean == pytest.approx(5.0)
+    assert effects["base"].first.mean == pytest.approx(20.0 - 15.0)
+    answers = len(runs["base"][0].read("answers"))
+    assert found.rho.n == 7 * answers
+    alone = across_runs(TRAIT, {**runs, "plain": runs["plain"][:1]}, "plain")
+    assert {each.place: each.first.mean for each in alone.effects} == pytest.approx(
+        {"added": 20.0, "base": 20.0}
+    )
