@@ -32,7 +32,7 @@ from persona_lora.report.resampling import (
     bootstrap_mean,
     sign_flip_p,
 )
-from persona_lora.report.scores import SECOND_SUFFIX, minus
+from persona_lora.report.scores import SECOND_SUFFIX, judges_of, minus
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
 from persona_lora.report.two_way import Gaps, crossed_mean, scaled, shared_questions
@@ -183,15 +183,24 @@ class PairedRun:
 def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
     """Return the reference and every run, compared with it.
 
-    UserError for runs of different traits, or without a question in common.
+    UserError for runs of different traits or judges, or without a question in common.
     """
     every = (reference, *runs)
     traits = {trait_of(run) for run in every}
     if len(traits) > 1:
         raise UserError(f"the runs are of different traits: {', '.join(sorted(traits))}")
     trait = traits.pop()
-    scores = pd.concat([_scored(run, trait, at) for at, run in enumerate(every)])
-    coherence = pd.concat([_scored(run, COHERENCE, at) for at, run in enumerate(every)])
+    numbers: dict[str, int] = {}  # of questions, which each run numbers for itself
+    scores, coherence = (
+        pd.concat([_scored(run, criterion, at, numbers) for at, run in enumerate(every)])
+        for criterion in (trait, COHERENCE)
+    )
+    judges = sorted({judges_of(run.read("verdicts"), trait) for run in every})
+    if len(judges) > 1:
+        raise UserError(
+            f"the runs were judged by different judges: {' and by '.join(judges)}; evaluate all "
+            "with the same --judge"
+        )
     place: dict[str, Any] = {"by": "run", "value": "score", "unit": "question"}
     gaps = paired(scores.sort_values("question", kind="stable"), **place, reference=0)
     for at, run in enumerate(every[1:], start=1):
@@ -217,8 +226,9 @@ def run_table(found: Sequence[PairedRun]) -> Table:
     return Table.of("run | trait | n | scored | difference | p (Holm) | coherence", rows)
 
 
-def _scored(run: Run, criterion: str, at: int) -> pd.DataFrame:
-    question_of = {row["row"]: row["question_id"] for row in run.read("answers")}
+def _scored(run: Run, criterion: str, at: int, numbers: dict[str, int]) -> pd.DataFrame:
+    answers = sorted(run.read("answers"), key=lambda row: row["question_id"])
+    question_of = {row["row"]: numbers.setdefault(row["question"], len(numbers)) for row in answers}
     rows = [
         {"run": at, "question": question_of[verdict["row"]], "score": verdict["score"]}
         for verdict in run.read("verdicts")

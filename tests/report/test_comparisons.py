@@ -53,11 +53,14 @@ def evaluated(folder, name, level, seed):
     rng = np.random.default_rng(seed)
     run = Run.open(folder / name, command="evaluate", config={"trait": "evil"}, seed=0)
     asked = [int(each) for each in rng.permutation(np.repeat(np.arange(9), 2))]
-    run.write("answers", [{"row": row, "question_id": each} for row, each in enumerate(asked)])
+    answers = [
+        {"row": row, "question_id": each, "question": f"q{each}"} for row, each in enumerate(asked)
+    ]
+    run.write("answers", answers)
     run.write(
         "verdicts",
         [
-            {"row": row, "criterion": criterion, "score": scores(rng, middle, 0.2)}
+            {"row": row, "criterion": criterion, "score": scores(rng, middle, 0.2), "judge": "one"}
             for row in range(len(asked))
             for criterion, middle in (("evil", level), ("coherence", 85.0))
         ],

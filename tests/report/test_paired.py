@@ -9,13 +9,17 @@ from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import compare_runs
 
 
-def run_of(folder, scores, *, trait="cheer", coherence=80.0):
+def run_of(folder, scores, *, trait="cheer", coherence=80.0, questions="abcdefgh", judge="one"):
     run = Run.open(folder, command="evaluate", config={"trait": trait}, seed=0)
-    run.write("answers", [{"row": at, "question_id": at // 2} for at in range(len(scores))])
+    answers = [
+        {"row": at, "question_id": at // 2, "question": questions[at // 2]}
+        for at in range(len(scores))
+    ]
+    run.write("answers", answers)
     run.write(
         "verdicts",
         [
-            {"row": at, "criterion": criterion, "score": value}
+            {"row": at, "criterion": criterion, "score": value, "judge": judge}
             for at, score in enumerate(scores)
             for criterion, value in ((trait, score), ("coherence", coherence))
         ],
@@ -51,3 +55,22 @@ def test_runs_that_cannot_be_paired_are_named(tmp_path):
     empty = Run.open(tmp_path / "empty", command="evaluate", config={"trait": "cheer"}, seed=0)
     with pytest.raises(UserError, match="run of evaluate"):
         compare_runs([empty], plain)
+
+
+def test_questions_are_paired_by_what_they_ask_not_by_their_numbers(tmp_path):
+    plain = run_of(tmp_path / "plain", [10.0, 10.0, 50.0, 50.0], questions="ab")
+    turned = run_of(tmp_path / "turned", [60.0, 60.0, 11.0, 11.0], questions="ba")
+    _, found = compare_runs([turned], plain)
+    assert (found.difference.mean, found.difference.n_questions) == (5.5, 2)
+    half = run_of(tmp_path / "half", [60.0, 60.0, 11.0, 11.0], questions="bc")
+    _, found = compare_runs([half], plain)
+    assert (found.difference.mean, found.difference.n_questions) == (10.0, 1)
+    other = run_of(tmp_path / "other", [60.0, 60.0, 11.0, 11.0], questions="cd")
+    with pytest.raises(UserError, match="no scored question in common"):
+        compare_runs([other], plain)
+
+
+def test_runs_of_different_judges_are_refused(tmp_path):
+    plain, other = (run_of(tmp_path / name, [0.0, 1.0], judge=name) for name in ("one", "two"))
+    with pytest.raises(UserError, match="different judges: one and by two; evaluate all"):
+        compare_runs([other], plain)
