@@ -26,6 +26,7 @@ from persona_lora.report.resampling import (
 )
 from persona_lora.report.scores import Cluster, question_means
 
+SAME = 1e-9  # values that differ by less are equal but for rounding
 FEWEST_DRAWS = 3  # of two with much between them, the interval covers in 87 of 100 cases
 Gaps = Mapping[Any, float]  # a difference, by question (or what else is asked)
 
@@ -62,7 +63,8 @@ def crossed_mean(values: Array) -> Crossed:
     """Return the mean of ``[draws, questions]`` with its interval, both taken as drawn.
 
     Var = (MS_draw + MS_question) / (draws · questions): the rest counts twice, which is never too
-    little. Without an interval for fewer than three draws or two questions, and of equal values.
+    little on the mean; it is never less than MS_rest. Without an interval for fewer than three
+    draws or two questions, and of equal values.
     """
     draws, questions = values.shape
     mean = float(values.mean()) if values.size else None
@@ -71,7 +73,7 @@ def crossed_mean(values: Array) -> Crossed:
         return Crossed(Interval(mean, None, None, values.size, questions, 1.0, reason), None)
     error, degrees = (float(each[0]) for each in _errors(values[None]))
     p = float(crossed_ps(values[None])[0])
-    if error < 1e-9:
+    if np.ptp(values) < SAME:
         return Crossed(Interval(mean, None, None, values.size, questions, 1.0, EQUAL), p)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
     interval = Interval(mean, mean - reach, mean + reach, values.size, questions, 1.0)
@@ -112,15 +114,18 @@ def crossed_ps(values: Array) -> Array:
     """
     means, (errors, degrees) = np.abs(values.mean(axis=(1, 2))), _errors(values)
     constant = np.where(means > 0, 2.0 ** (1 - values.shape[1]), 1.0)
-    away = np.divide(means, errors, out=np.zeros_like(means), where=errors > 0)
-    return np.where(errors > 0, 2 * stats.t.sf(away, degrees), constant)
+    varied = np.ptp(values, axis=(1, 2)) >= SAME
+    away = np.divide(means, errors, out=np.zeros_like(means), where=varied)
+    return np.where(varied, 2 * stats.t.sf(away, degrees), constant)
 
 
 def _errors(values: Array) -> tuple[Array, Array]:
     """Return the standard errors of means, and their degrees of freedom, ``[experiments]``."""
     _, draws, questions = values.shape
-    between, over, _ = _mean_squares(values)
+    between, over, rest = _mean_squares(values)
     total, parts = between + over, between**2 / (draws - 1) + over**2 / (questions - 1)
+    parts = np.where(total < rest, rest**2 / ((draws - 1) * (questions - 1)), parts)
+    total = np.maximum(total, rest)
     degrees = np.divide(total**2, parts, out=np.ones_like(total), where=parts > 0)
     return np.sqrt(total / (draws * questions)), degrees
 

@@ -81,3 +81,15 @@ def test_no_p_is_0():
 def test_only_questions_that_every_draw_has_count():
     found = shared_questions([{1: 1.0, 2: 2.0, 3: 3.0}, {2: 20.0, 3: 30.0, 4: 40.0}])
     assert found.tolist() == [[2, 3], [20, 30]]
+
+
+def test_values_that_are_equal_but_for_rounding_are_equal():
+    for value in (0.1, 100 / 3):
+        assert crossed_mean(np.full((3, 20), value)).p == 2**-2
+
+
+def test_values_whose_means_alone_are_equal_are_not_called_equal():
+    found = crossed_mean(np.eye(3) * 100)
+    assert found.interval.reason is None
+    assert found.interval.low < 0 < 100 / 3 < found.interval.high
+    assert found.p > 0.05
