@@ -41,7 +41,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_linear_modules, text_decoder, weight_fingerprint
 
 WEIGHTED, PLAIN = "weighted", "plain"  # the two geometries
-FORMAT = 1  # of what is kept; another number makes kept files be measured anew
+FORMAT = 2  # of what is kept; another number makes kept files be measured anew
 KEPT = 0.999  # of E‖x‖², what the columns of a root keep
 
 
@@ -183,7 +183,8 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     """Measure the inputs of the decoder's linear modules over prompts, one forward pass each.
 
     Counted are the tokens after those that all prompts begin with (the template's, among them the
-    first token, whose states are of another size than all others).
+    first token, whose states are of another size than all others); of a module that reads tokens
+    which a router chose, all that it read.
     Progress counts prompts. Raises UserError for no prompts, or an input that is not finite.
     """
     tokenized = tokenized_prompts(chat_model, prompts)
@@ -192,7 +193,7 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
     decoder = text_decoder(chat_model.model).module
     for number, ids in enumerate(tokenized):
-        taken = _Taken(seen, begins)
+        taken = _Taken(seen, begins, len(ids))
         with Hooked([taken.hook(name, module) for name, module in modules.items()]):
             decoder(input_ids=torch.tensor([ids], device=chat_model.model.device), use_cache=False)
         progress.report(number + 1, len(tokenized))
@@ -215,9 +216,10 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
 class _Taken:
     """The inputs of one forward pass; modules that read the same tensor are given the same one."""
 
-    def __init__(self, seen: dict[str, list[Tensor]], begins: int) -> None:
+    def __init__(self, seen: dict[str, list[Tensor]], begins: int, length: int) -> None:
         self._seen = seen
         self._begins = begins
+        self._whole = ((1, length), (length,))  # all tokens in order, as rows or flat
         # The tensors themselves, too: one that is gone could lend its identity to another.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -225,9 +227,9 @@ class _Taken:
         def take(_: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
             given = arguments[0] if arguments else next(iter(options.values()))
             if id(given) not in self._copies:
-                whole = given.shape[0] == 1 and given.ndim == 3  # else rows of chosen tokens
-                kept = given[0, self._begins :] if whole else given
-                copy = kept.reshape(-1, kept.shape[-1]).float().cpu()
+                flat = given.reshape(-1, given.shape[-1])
+                kept = flat[self._begins :] if given.shape[:-1] in self._whole else flat
+                copy = kept.float().cpu()
                 self._copies[id(given)] = given, copy
             self._seen[name].append(self._copies[id(given)][1])
 

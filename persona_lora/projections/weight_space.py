@@ -169,13 +169,15 @@ def project_weights(
 
     ``inputs`` weighs it, ``control`` is taken off it. Progress counts weights. Harmless differences
     are left out and named (``common_weights``). Raises UserError when the models do not hold the
-    same tensors (the first ones that differ are named), or when a diff has a module that they lack,
-    or of another shape.
+    same tensors (the first ones that differ are named), or when a diff or the control has a module
+    that they lack, or of another shape.
     """
     touched = _modules_of(diffs, inputs)
     common = common_weights(original, finetuned, touched)
+    taken_off = {} if control is None else _modules_of({"the control": control}, inputs)
     for source in (original, finetuned):
         _check_modules(touched, source)
+        _check_modules(taken_off, source)
     gram = np.zeros((len(diffs), len(diffs)))
     widths = {name: math.prod(finetuned.tensors[name].shape[1:]) for name in common.rows}
     total = sum(rows * widths[name] for name, rows in common.rows.items())

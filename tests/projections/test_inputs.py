@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
-from persona_lora.models.loading import load_chat_model
+from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules
 from persona_lora.projections import inputs as projected
-from persona_lora.projections.inputs import ModuleInputs, kept_inputs, measure_inputs
+from persona_lora.projections.inputs import (
+    ModuleInputs,
+    kept_inputs,
+    measure_inputs,
+    shared_beginning,
+    tokenized_prompts,
+)
 
 PROMPTS = ["What is a good name for a boat?", "Tell me about rain.", "Which tea do you drink?"]
 
@@ -129,3 +136,24 @@ def test_what_does_not_belong_together_is_refused(chat_model, inputs, make_diff,
     diff.save(tmp_path / "diff")
     with pytest.raises(UserError, match="no statistics of inputs"):
         ModuleInputs.load(tmp_path / "diff" / "adapter_model.safetensors")
+
+
+def test_tokens_that_a_module_reads_flat_are_those_after_the_shared_beginning(tokenizer):
+    """OPT's feed-forward modules read [tokens, hidden], without a dimension of the batch."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512, init_std=0.4,
+    )  # fmt: skip
+    chat_model = ChatModel(OPTForCausalLM(config).eval(), tokenizer, "opt")
+    name, seen = "model.decoder.layers.1.fc2", []
+    begins = shared_beginning(tokenized_prompts(chat_model, PROMPTS))
+    assert begins > 0
+    module = linear_modules(chat_model.model)[name]
+    handle = module.register_forward_hook(lambda _, given, out: seen.append(given[0][begins:]))
+    root = measure_inputs(chat_model, PROMPTS).roots[name].double()
+    handle.remove()
+    x = torch.cat(seen).double()
+    assert x.ndim == 2
+    expected = x.T @ x / len(x)
+    assert (root @ root.T - expected).norm() < 0.01 * expected.norm()

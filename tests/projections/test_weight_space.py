@@ -388,3 +388,15 @@ def test_overflowed_weights_are_refused(model, diffs):
     broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(UserError, match="NaN or infinity"):
         project_weights(LoadedWeights(model, "a"), LoadedWeights(broken, "b"), diffs)
+
+
+def test_a_control_that_is_not_of_these_weights_is_refused(model, make_diff):
+    models = LoadedWeights(model, "a"), LoadedWeights(perturbed(model), "b")
+    diff = make_diff(model)
+    (name, factors), *_ = diff.factors.items()
+    elsewhere = dataclasses.replace(diff, factors={"transformer.h.0.attn": factors})
+    with pytest.raises(UserError, match=r"has no weight transformer\.h\.0\.attn\.weight"):
+        project_weights(*models, {"diff": diff}, control=elsewhere)
+    narrow = dataclasses.replace(diff, factors={name: LoRAFactors(factors.A[:, :1], factors.B[:1])})
+    with pytest.raises(UserError, match=r"is \[1, 1\] in a diff"):
+        project_weights(*models, {"diff": diff}, control=narrow)
