@@ -104,17 +104,23 @@ class DriftMonitor(TrainerCallback):
 
 @torch.no_grad()
 def lora_change(model: nn.Module) -> LoRADiff:
-    """Return what a model's active LoRA adds to its weights, as factors.
+    """Return what a model's active LoRA adds to its weights, as factors; of several, their sum.
 
-    UserError for a model without one.
+    UserError for a model without one, and for DoRA.
     """
     factors = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            adapter = module.active_adapters[0]
+        own = _active(module) if isinstance(module, LoraLayer) else []
+        if own:
             factors[canonical_name(name)] = LoRAFactors(
-                module.lora_A[adapter].weight.detach().float().cpu(),
-                module.lora_B[adapter].weight.detach().float().cpu() * module.scaling[adapter],
+                torch.cat([module.lora_A[each].weight.float().cpu() for each in own]),
+                torch.cat(
+                    [
+                        module.lora_B[each].weight.float().cpu() * module.scaling[each]
+                        for each in own
+                    ],
+                    dim=1,
+                ),
             )
     if not factors:
         raise UserError(
@@ -124,6 +130,16 @@ def lora_change(model: nn.Module) -> LoRADiff:
     return LoRADiff(factors, BaseModel("in training", None))
 
 
+def _active(module: LoraLayer) -> list[str]:
+    own = [each for each in module.active_adapters if each in module.lora_A]
+    if any(module.use_dora.get(each) for each in own):
+        raise UserError(
+            "the drift monitor reads plain LoRA factors, and this model trains DoRA, whose change "
+            "of the weights is another; train with use_dora: false"
+        )
+    return own
+
+
 def _named(
     diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
 ) -> dict[str, LoRADiff]:
@@ -131,7 +147,9 @@ def _named(
     loaded = [(name, as_diff(each)) for name, each in pairs]
     if not loaded:
         raise UserError("the drift monitor needs at least one diff")
-    return {
-        name or diff.trait or f"diff {number}": diff
-        for number, (name, diff) in enumerate(loaded, start=1)
+    numbered = [*enumerate(loaded, start=1)]
+    names = [name or diff.trait or f"diff {number}" for number, (name, diff) in numbered]
+    return {  # those of one trait, as of several seeds, are told apart by their places
+        name if names.count(name) == 1 else f"{name} {number}": diff
+        for name, (number, (_, diff)) in zip(names, numbered, strict=True)
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
@@ -112,3 +115,31 @@ def test_a_model_without_a_lora_and_impossible_settings_are_named(model, make_di
         DriftMonitor([make_diff(model)], every=0)
     with pytest.raises(UserError, match="at least one diff"):
         DriftMonitor([])
+
+
+def test_diffs_of_one_trait_are_each_watched(model, make_diff):
+    first, second = (
+        dataclasses.replace(make_diff(model, seed=seed), trait="evil") for seed in (1, 2)
+    )
+    other = make_diff(model, seed=3)
+    watched = DriftMonitor([first, other, second]).diffs
+    assert watched == {"evil 1": first, "trait3": other, "evil 3": second}
+
+
+def test_all_active_adapters_change_the_weights_and_dora_is_refused(model):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
+    wrapped = get_peft_model(copy.deepcopy(model), config, adapter_name="one")
+    wrapped.add_adapter("two", config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    wrapped.base_model.set_adapter(["one", "two"])
+    both = lora_change(wrapped)
+    name = "model.layers.0.self_attn.q_proj"
+    wrapped.merge_adapter(["one", "two"])
+    merged = wrapped.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    before = model.model.layers[0].self_attn.q_proj.weight
+    assert torch.allclose(both.factors[name].delta(), merged - before, atol=1e-5)
+    dora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, use_dora=True)
+    with pytest.raises(UserError, match="DoRA"):
+        lora_change(get_peft_model(copy.deepcopy(model), dora))
