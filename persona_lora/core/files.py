@@ -264,8 +264,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Read the rows of a CSV that has at least ``columns``, every cell as ``write_csv`` got it.
 
-    Raises UserError for a file that is missing or no UTF-8 CSV, and names a missing column or a
-    row with more or fewer cells than the header.
+    Raises UserError for a file that is missing or no UTF-8 CSV, and names a column that is missing
+    or there twice, or a row with more or fewer cells than the header.
     """
     try:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
@@ -275,6 +275,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         found = [_as_written(name) for name in reader.fieldnames or []]
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV: {error}; write it anew") from error
+    twice = [name for name in found if name and found.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has the column {twice[0]!r} twice; keep one of them")
     missing = [column for column in columns if column not in found]
     if missing:
         has = ", ".join(found) or "no columns"

@@ -398,14 +398,16 @@ def shared_base_model(diffs: Sequence[LoRADiff]) -> BaseModel:
     Fingerprints decide where both are known, names otherwise; a file that names no base model
     (a bare ``.pt``) mixes with any.
     """
-    reference = max(
-        (diff.base_model for diff in diffs), key=lambda base: (base.fingerprint or "", base.name)
-    )
-    for base_model in (diff.base_model for diff in diffs):
-        if not _may_be_same(reference, base_model):
+    return agreed_base([diff.base_model for diff in diffs], "diffs")
+
+
+def agreed_base(bases: Sequence[BaseModel], what: str) -> BaseModel:
+    """Return the base model that all ``what`` agree on, as ``shared_base_model`` does of diffs."""
+    reference = max(bases, key=lambda base: (base.fingerprint or "", base.name))
+    for base in bases:
+        if not _may_be_same(reference, base):
             raise UserError(
-                f"diffs of different base models do not mix: {reference.name!r} and "
-                f"{base_model.name!r}"
+                f"{what} of different base models do not mix: {reference.name!r} and {base.name!r}"
             )
     return reference
 

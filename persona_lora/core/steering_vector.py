@@ -17,7 +17,7 @@ from torch import Tensor
 
 from persona_lora.core.content import digest_of, tensor_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import BaseModel, finite_coefficient
+from persona_lora.core.lora_diff import BaseModel, agreed_base, finite_coefficient
 from persona_lora.core.tensor_files import load_with_record, save_with_record
 
 FORMAT, HEADER = "persona_lora.steering_vector", "steering_vector"
@@ -155,6 +155,7 @@ class SteeringVector:
         return replace(
             self,
             directions={at: v + other.directions[at] for at, v in self.directions.items()},
+            base_model=agreed_base([self.base_model, other.base_model], "steering vectors"),
             trait=self.trait if self.trait == other.trait else None,
         )
 

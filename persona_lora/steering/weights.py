@@ -125,7 +125,8 @@ class LoRASteerer(Steerer):
     """Context manager: merges one or several diffs on entry, restores the weights on any exit.
 
     ``LoRASteerer(model, path, 1.5)`` or ``LoRASteerer(model, {evil: 1.5, sycophancy: -0.5})``;
-    ``layers`` as for ``LoRAMerger.merge_lora_diff``.
+    ``layers`` as for ``LoRAMerger.merge_lora_diff``. Raises UserError as that does, and for a
+    ``coefficient`` beside those that a mapping holds.
     """
 
     def __init__(
@@ -139,6 +140,11 @@ class LoRASteerer(Steerer):
         allow_other_base: bool = False,
     ) -> None:
         super().__init__(model)
+        if isinstance(lora_diff_path, Mapping) and coefficient != 1.0:
+            raise UserError(
+                f"coefficient {coefficient:g} would do nothing beside a mapping of diffs to their "
+                "own; multiply these, or leave it out"
+            )
         self.terms: Mapping[LoRADiff, float] = (
             lora_diff_path
             if isinstance(lora_diff_path, Mapping)

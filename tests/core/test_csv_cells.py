@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, write_csv
 
 RUN = ("=", "+", "-", "@", "\t", "\r")
@@ -38,3 +40,12 @@ def test_any_text_comes_back(tmp_path_factory, texts):
     write_csv(path, ("a", "b"), [{"a": text, "b": 1} for text in texts])
     assert [row["a"] for row in read_csv(path, ("a",))] == texts
     assert not [cell for cell in cells_of(path) if cell.startswith(RUN)]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("prompt,answer,answer\nHi,one,two\n")
+    with pytest.raises(UserError, match="has the column 'answer' twice"):
+        read_csv(path, ["prompt"])
+    path.write_text("prompt,,\nHi,,\n")  # as spreadsheets leave them
+    assert read_csv(path, ["prompt"])[0]["prompt"] == "Hi"

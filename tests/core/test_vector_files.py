@@ -188,3 +188,13 @@ def test_an_object_in_a_pickle_is_not_run(tmp_path):
     with pytest.raises(UserError, match=r"trap\.pt"):
         load_vector(tmp_path / "trap.pt")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_vectors_of_other_weights_do_not_mix():
+    def vector(fingerprint):
+        return SteeringVector({0: torch.ones(4)}, BaseModel("m", fingerprint), 2)
+
+    for change in (lambda a, b: a + b, lambda a, b: a - b):
+        with pytest.raises(UserError, match="steering vectors of different base models"):
+            change(vector("a"), vector("b"))
+        assert change(vector(None), vector("b")).base_model.fingerprint == "b"

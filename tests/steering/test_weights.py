@@ -256,3 +256,8 @@ def test_peft_wrapped_models_are_merged_below_the_adapter(model, make_adapter, m
     with LoRASteerer(wrapped, diff, 1.0):
         assert not same_bits(wrapped, before)
     assert same_bits(wrapped, before)
+
+
+def test_a_coefficient_beside_those_of_a_mapping_is_refused(model, make_diff):
+    with pytest.raises(UserError, match="coefficient 2 would do nothing beside a mapping"):
+        LoRASteerer(model, {make_diff(model): 0.5}, 2.0)
