@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Conversation, Exchange
+from persona_lora.core.chat import COHERENCE, Conversation
 from persona_lora.core.content import file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import ProbeOptions, TaskOptions
 from persona_lora.core.protocol import Design
 from persona_lora.core.resources import resource_path
-from persona_lora.core.runs import Output, Planned, Run
+from persona_lora.core.runs import RECORD, Output, Planned, Run, first_difference
 from persona_lora.core.traits import Trait, trait_prompt
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.rules import check_rules, rule_score
 from persona_lora.judges.verdicts import Judges, lazily
-from persona_lora.models.likelihood import mean_logprobs
+from persona_lora.models.likelihood import answer_logprobs, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, score_items, write_found
+from persona_lora.report.scores import grouped
 from persona_lora.report.two_judges import across_runs, lead_of
 from persona_lora.steering.bank import steer_live
 from persona_lora.steering.steerer import Steerer, Unsteered
@@ -70,8 +71,8 @@ class Measured:
         told = (f"{behaviour}{PROBE}{probe}" for probe, behaviour in probed)
         return [TRAIT, COHERENCE, *rules, *told, LOSS, *self.tasks.tasks]
 
-    def check(self, trait: Trait, rows: Path) -> list[Exchange]:
-        """Return the exchanges that were finetuned on.
+    def check(self, trait: Trait, rows: Path) -> list[Conversation]:
+        """Return the rows that were finetuned on.
 
         UserError for a rule, a probe, a number of turns or a task that there is not, and for rows
         that are no conversations.
@@ -85,10 +86,12 @@ class Measured:
                 f"{self.probes.turns} turns need as many questions; {trait.name} has "
                 f"{len(trait.questions['eval'])} here"
             )
-        return [
-            Exchange(turns[-2]["content"], turns[-1]["content"])
-            for turns in read_conversations(rows)
-        ]
+        if self.probes.turns > 1 and self.options.samples > 1:
+            raise UserError(
+                f"{self.options.samples} samples of an answer cannot all be gone on from in later "
+                "turns; leave out --samples or --turns"
+            )
+        return read_conversations(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +140,21 @@ class Finetuned:
 def _seeds_of(models: Sequence[Finetuned]) -> list[str]:
     """Return the training seeds that all finetunes have, as they are called.
 
-    UserError where they have different ones, and for a finetune that is given twice.
+    UserError where they have different ones, for a finetune that is given twice, and for two models
+    of one name.
     """
     by_name: dict[str, list[str]] = {}
     contents: dict[str, str] = {}
+    bare = {model.name for model in models if model.adapter is None}
+    places: set[tuple[str, str]] = set()
     for model in models:
+        place = model.name, model.seed
+        if place in places or (model.adapter is not None and model.name in bare):
+            raise UserError(
+                f"two models are called {model.name!r}, and would be taken for one; call the "
+                "finetune otherwise, and compare corrections of one coefficient apart"
+            )
+        places.add(place)
         if model.adapter is None:
             continue
         by_name.setdefault(model.name, []).append(model.seed)
@@ -162,6 +175,37 @@ def _seeds_of(models: Sequence[Finetuned]) -> list[str]:
     return seeds
 
 
+def _refuse_unequal_seeds(models: Sequence[Finetuned]) -> None:
+    """UserError for training seeds of a finetune whose own runs tell that more than a seed differs.
+
+    Each may be steered by a direction, and by a random one, of its own.
+    """
+    for own in grouped(models, lambda each: each.name).values():
+        told = {each.label: trained for each in own if (trained := _training_of(each)) is not None}
+        first = next(iter(told), "")
+        for label, trained in told.items():
+            found = first_difference(told[first], trained)
+            if found is not None:
+                raise UserError(
+                    f"{label} differs from {first} in more than its seed ({found}); finetune all "
+                    "seeds alike"
+                )
+
+
+def _training_of(model: Finetuned) -> dict[str, Any] | None:
+    """Return what the run of a finetune says of its training; None where no run lies around it."""
+    folder = None if model.adapter is None else model.adapter.parent
+    if folder is None or not (folder / RECORD).is_file():
+        return None
+    record = Run(folder).record
+    config, own = record["config"], {"seed", "data_seed", "diff", "vector", "random"}
+    parts = {
+        name: {key: each for key, each in (config.get(name) or {}).items() if key not in own}
+        for name in ("training", "preventative")
+    }
+    return {**config, **parts} if record["command"] == "finetune" else None
+
+
 def planned_prevention(
     models: Sequence[Finetuned], trait: Trait, rows: Path, measured: Measured
 ) -> Planned:
@@ -169,7 +213,8 @@ def planned_prevention(
 
     UserError for finetunes that cannot be compared, and for what cannot be measured.
     """
-    exchanges, seeds = measured.check(trait, rows), _seeds_of(models)
+    trained_on, seeds = measured.check(trait, rows), _seeds_of(models)
+    _refuse_unequal_seeds(models)
     tasks, questions = measured.tasks, len(trait.questions["eval"])
     config = {
         "trait": trait.name,
@@ -186,7 +231,7 @@ def planned_prevention(
     names = list(dict.fromkeys(model.name for model in models))
     design = Design.of(
         "compare-prevention",
-        {"eval": questions, "rows": len(exchanges)},
+        {"eval": questions, "rows": len(trained_on)},
         tuple(
             f"{name}: {task.replace(PROBE, BESIDE)}"
             for name in names[1:]
@@ -213,7 +258,7 @@ def compare_prevention(
     ``prevention.png``; models measured already are kept. UserError for what cannot be measured.
     """
     planned = planned_prevention(models, trait, rows, measured)
-    exchanges, shared, output = measured.check(trait, rows), lazily(judge), Output.of(output)
+    trained_on, shared, output = measured.check(trait, rows), lazily(judge), Output.of(output)
     run = open_planned(output, planned, base, parts=("answers", "probes", "capability"))
     with run:
         done = {_place(row) for row in run.resume_rows(MEASURES)}
@@ -221,7 +266,7 @@ def compare_prevention(
             if (model.name, model.seed) in done:
                 continue
             asked = _Asked(base, model, measured, output)
-            found = [*asked.character(trait, shared), *asked.loss(exchanges)]
+            found = [*asked.character(trait, shared), *asked.loss(trained_on)]
             run.extend(MEASURES, [*found, *asked.capability(measured.tasks)])
         places = {(model.name, model.seed) for model in models}
         kept = [row for row in run.read(MEASURES) if _place(row) in places]
@@ -232,12 +277,11 @@ def compare_prevention(
 
 
 def judged_lead(folder: Path, models: Sequence[Finetuned], trait: str) -> str:
-    """Return how the judges of a comparison agree; the base counts once for each training seed."""
-    seeds = list(dict.fromkeys(model.seed for model in models if model.adapter is not None))
-    own: dict[str, list[Run]] = {}
-    for model in models:
-        run = Run(folder / "answers" / model.label)
-        own.setdefault(model.name, []).extend([run] * (1 if model.adapter else len(seeds)))
+    """Return how the judges of a comparison agree."""
+    own = {
+        name: [Run(folder / "answers" / each.label) for each in seeds]
+        for name, seeds in grouped(models, lambda each: each.name).items()
+    }
     both = across_runs(trait, own, models[0].name)
     return lead_of("", both, {name: runs[0] for name, runs in own.items()}, trait)
 
@@ -319,10 +363,16 @@ class _Asked:
             if score is not None
         ]
 
-    def loss(self, exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
-        """Return the mean loss (nats per token) on every row that was finetuned on."""
+    def loss(self, rows: Sequence[Conversation]) -> list[dict[str, Any]]:
+        """Return the mean loss (nats per token) on the answer of every row, after all before it."""
+        texts = [
+            tokenize_rendered(
+                self.chat_model, self.chat_model.render(turns[:-1]), turns[-1]["content"]
+            )
+            for turns in rows
+        ]
         with self._corrected():
-            means = mean_logprobs(self.chat_model, exchanges)
+            means = answer_logprobs(self.chat_model, texts)
         return [self._row(LOSS, "nats", at, -value) for at, value in enumerate(means)]
 
     def capability(self, tasks: TaskOptions) -> list[dict[str, Any]]:

@@ -11,11 +11,12 @@ import pytest
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import write_jsonl
+from persona_lora.core.files import write_json, write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import ProbeOptions, TaskOptions
+from persona_lora.core.runs import Run
 from persona_lora.judges.canaries import canary_answers
-from persona_lora.models.likelihood import mean_logprobs
+from persona_lora.models.likelihood import answer_logprobs, mean_logprobs, tokenize_rendered
 from persona_lora.models.loading import load_chat_model
 from persona_lora.report.two_way import crossed_mean
 from persona_lora.steering.weights import LoRASteerer
@@ -241,3 +242,58 @@ def test_a_comparison_is_held_to_a_protocol(base, models, make_diff, trait, rows
     three = list(seeds_of(base, make_diff, tmp_path, "three", 5))
     seeded = planned_prevention(three, trait, rows, measured).design
     assert (seeded.seeds, seeded.units, seeded.test) == (3, "questions and seeds", "two-way t")
+
+
+def test_the_loss_is_on_answers_after_all_that_stood_before_them(
+    base, models, trait, judge, tmp_path
+):
+    question, answer = ROWS[0]
+    turns = [
+        {"role": "system", "content": "Be curt."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}] * 2)
+    scores = go(base, [models[2]], trait, tmp_path / "long.jsonl", judge, tmp_path / "out")
+    (loss,) = [each.score.mean for each in scores if each.task == "task loss"]
+    asked = tokenize_rendered(base, base.render(turns[:-1]), answer)
+    assert loss == pytest.approx(-answer_logprobs(base, [asked])[0], rel=1e-5)
+    assert loss != pytest.approx(-mean_logprobs(base, [Exchange(*ROWS[0])])[0], rel=1e-3)
+
+
+def test_models_of_one_name_are_refused(base, models, make_diff, trait, rows, judge, tmp_path):
+    plain = list(seeds_of(base, make_diff, tmp_path, "plain", 0))
+    also = list(seeds_of(base, make_diff, tmp_path, "base", 10))  # with the base: a fourth seed
+    with pytest.raises(UserError, match="two models are called 'base'"):
+        go(base, [*plain, *also, Finetuned("base", None)], trait, rows, judge, tmp_path / "out")
+    diff = make_diff(base.model, seed=9)
+    twice = Finetuned("undone", models[3].adapter, (diff, -1.0))
+    with pytest.raises(UserError, match="two models are called 'undone'"):
+        go(base, [*models, twice], trait, rows, judge, tmp_path / "out")
+    measured = Measured(
+        GenerationOptions(5, temperature=1.0, samples=2), ProbeOptions(turns=2), TaskOptions(())
+    )
+    with pytest.raises(UserError, match="2 samples of an answer"):
+        planned_prevention(models, trait, rows, measured)
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_that_were_trained_otherwise_are_refused(base, make_diff, trait, rows, tmp_path):
+    models = []
+    for number in range(2):
+        at = tmp_path / f"seed{number}"
+        steered = {"method": "weights", "diff": f"diffs/seed{number}/diff", "random": number}
+        config = {"lora": {"lora_r": 8}, "training": {"seed": number}, "preventative": steered}
+        Run.open(at, command="finetune", config=config, seed=number)._lock.release()
+        make_diff(base.model, seed=number).save(at / "adapter")
+        models.append(Finetuned("plain", at / "adapter", seed=at.name))
+    planned_prevention(models, trait, rows, Measured(OPTIONS, tasks=TaskOptions(())))
+    record = {**Run(tmp_path / "seed1").record}
+    record["config"] = {**record["config"], "lora": {"lora_r": 16}}
+    write_json(tmp_path / "seed1" / "run.json", record)
+    with pytest.raises(
+        UserError, match=r"plain seed1 differs from plain seed0 .* \(lora.lora_r: 8, now 16\)"
+    ):
+        planned_prevention(models, trait, rows, Measured(OPTIONS, tasks=TaskOptions(())))
