@@ -63,8 +63,8 @@ def crossed_mean(values: Array) -> Crossed:
     """Return the mean of ``[draws, questions]`` with its interval, both taken as drawn.
 
     Var = (MS_draw + MS_question) / (draws · questions): the rest counts twice, which is never too
-    little on the mean; it is never less than MS_rest. Without an interval for fewer than three
-    draws or two questions, and of equal values.
+    little on the mean. Without an interval for fewer than three draws or two questions, and of
+    equal values.
     """
     draws, questions = values.shape
     mean = float(values.mean()) if values.size else None
@@ -124,8 +124,9 @@ def _errors(values: Array) -> tuple[Array, Array]:
     _, draws, questions = values.shape
     between, over, rest = _mean_squares(values)
     total, parts = between + over, between**2 / (draws - 1) + over**2 / (questions - 1)
-    parts = np.where(total < rest, rest**2 / ((draws - 1) * (questions - 1)), parts)
-    total = np.maximum(total, rest)
+    bare = total < SAME  # all means are equal, and the rest alone says how far values lie apart
+    parts = np.where(bare, rest**2 / ((draws - 1) * (questions - 1)), parts)
+    total = np.where(bare, rest, total)
     degrees = np.divide(total**2, parts, out=np.ones_like(total), where=parts > 0)
     return np.sqrt(total / (draws * questions)), degrees
 
