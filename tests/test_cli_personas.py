@@ -372,11 +372,13 @@ def test_a_full_control_is_taken_off_full_models(run, place, model_folder, tmp_p
 def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path):
     for name, score in (("x_0.0", 10.0), ("x_1.0", 30.0)):
         made = Run.open(tmp_path / name, command="evaluate", config={"trait": "x"}, seed=0)
-        made.write("answers", [{"row": at, "question_id": at} for at in range(4)])
+        made.write(
+            "answers", [{"row": at, "question_id": at, "question": f"{at}?"} for at in range(4)]
+        )
         made.write(
             "verdicts",
             [
-                {"row": at, "criterion": criterion, "score": score + at}
+                {"row": at, "criterion": criterion, "score": score + at, "judge": "j"}
                 for at in range(4)
                 for criterion in ("x", "coherence")
             ],

@@ -77,7 +77,7 @@ SAID = [
     ("personas", r"(\w+) of its word trigrams", [answer_gates.SHARED]),
     ("personas", r"its coherence is under (\d+)", [answer_gates.BROKEN]),
     ("drift", r"from (\w+) on, a trait is flagged", [read_diagnosis.ENOUGH]),
-    ("drift", r"those of (\w+)\ndirections that read", [prediction.RANDOM_DIRECTIONS]),
+    ("drift", r"of (\w+) directions that read", [prediction.RANDOM_DIRECTIONS]),
     ("drift", r"the (\w+) tokens that rise", [promoted_words.TOP]),
     ("data", r"cosine ≥ ([\d.]+) between", [data_check.DUPLICATE_COSINE]),
     ("data", r"questions \(≥ ([\d.]+), and exact", [data_check.LEAK_COSINE]),

@@ -539,10 +539,10 @@ def compare_prevention(
     asked = shared.first_questions(trait.load(), prevented.max_questions)
     judge = shared.judging_of(judging, [asked])
     measured = prevention.Measured(generation, probes, tasks)
-    planned = prevention.planned_prevention(models, asked, prevented.rows, measured)
     seeds = len({each.seed for each in models if each.adapter})
     written = output.at(output.folder, seeds=seeds)
     written = dataclasses.replace(written, inputs=judge_inputs(judge))
+    planned = prevention.planned_prevention(models, asked, prevented.rows, measured)
     model.check_adapters(dict.fromkeys(each.adapter for each in models if each.adapter))
     corrections = [each.correction[0] for each in models if each.correction]
     said = questions_of([asked], "eval")
