@@ -42,6 +42,20 @@ def test_intervals_cover_and_the_test_keeps_its_level(draws, questions, draw):
     assert (first.interval.low <= 0 <= first.interval.high) == (p[0] >= 0.05)
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+@pytest.mark.parametrize("spread", [0.0, 1.5])  # of questions in log-odds; of seeds half of it
+def test_the_test_keeps_its_level_on_scores_of_0_and_100(rate, spread):
+    rng, size = np.random.default_rng(0), (4000, 3, 24)
+    lean = np.log(rate / (1 - rate)) + rng.normal(0, spread, (size[0], 1, size[2]))
+    shown = []
+    for _ in range(2):
+        odds = lean + rng.normal(0, spread / 2, (*size[:2], 1))
+        shown.append(100.0 * (rng.random(size) < 1 / (1 + np.exp(-odds))))
+    p = crossed_ps(shown[0] - shown[1])
+    assert np.mean(p < 0.05) < 0.06
+    assert np.mean(p < 0.05 / 136) < 0.0025  # Holm's first step of so many: tails are not exact
+
+
 def test_questions_alone_would_be_too_sure_of_few_draws():
     """What resampling over draws is for: with it left out, half of the findings are of nothing."""
     values = planted(np.random.default_rng(2), (400, 3, 40), draw=10.0)
