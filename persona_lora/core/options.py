@@ -396,12 +396,6 @@ class ProbeOptions:
         named: dict[str, str] = {each: own[each] for each in self.probes}
         return named if self.trigger is None else {**named, "trigger": self.trigger}
 
-    def record(self) -> dict[str, Any]:
-        """Return what differs from the defaults, for a run's configuration."""
-        return {
-            name: each for name, each in vars(self).items() if each != getattr(ProbeOptions, name)
-        }
-
 
 @dataclass(frozen=True)
 class DataOptions:

@@ -222,7 +222,7 @@ def planned_prevention(
         "rows": str(rows),
         "finetunes": len(seeds),
         **tasks.record(),
-        **measured.probes.record(),
+        **vars(measured.probes),
         "max_new_tokens": measured.options.max_new_tokens,
     }
     inputs = {name: each for model in models for name, each in model.inputs().items()}

@@ -14,7 +14,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_json, write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import ProbeOptions, TaskOptions
-from persona_lora.core.runs import Run
+from persona_lora.core.protocol import FrozenProtocol
+from persona_lora.core.runs import Output, Run
 from persona_lora.judges.canaries import canary_answers
 from persona_lora.models.likelihood import answer_logprobs, mean_logprobs, tokenize_rendered
 from persona_lora.models.loading import load_chat_model
@@ -239,6 +240,10 @@ def test_a_comparison_is_held_to_a_protocol(base, models, make_diff, trait, rows
     told = {f"{each.condition}: {each.task}".replace(", ", " / ") for each in scores}
     assert told <= {*design.family, *(f"plain: {each}" for each in names)}
     assert {each for each in design.family if "list" not in each} <= told  # rules may not tell
+    frozen = FrozenProtocol(**{**vars(design), "settings": {"rules": ["three_items"]}})
+    with pytest.raises(UserError, match=r"says otherwise \(rules.*three_items"):
+        held = Output(tmp_path / "held", protocol=frozen)
+        compare_prevention(base, models, trait, rows, lambda: judge, held, measured)
     three = list(seeds_of(base, make_diff, tmp_path, "three", 5))
     seeded = planned_prevention(three, trait, rows, measured).design
     assert (seeded.seeds, seeded.units, seeded.test) == (3, "questions and seeds", "two-way t")
