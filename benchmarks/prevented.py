@@ -1,6 +1,6 @@
 """What lies behind a table of compare-prevention: single seeds, and models beside other ones.
 
-    PROTOCOL=docs/protocols/prevent_capitals.yaml bash scripts/prevent_capitals.sh
+    PROTOCOL=docs/protocols/prevent_capitals.yaml bash scripts/train_with_prevention.sh capitals
     python benchmarks/prevented.py results/prevention/capitals --model live1
 
 For every model and training seed: the shares of the trait and of each rule, plainly, how many

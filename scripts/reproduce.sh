@@ -60,9 +60,9 @@ fi
 if asked 2; then
     bash scripts/predict_finetuning.sh "${quick[@]}"
     if [ -n "${quick[*]}" ]; then
-        bash scripts/prevent_capitals.sh --quick
+        bash scripts/train_with_prevention.sh capitals --quick
     else
-        PROTOCOL=docs/protocols/prevent_capitals.yaml bash scripts/prevent_capitals.sh
+        PROTOCOL=docs/protocols/prevent_capitals.yaml bash scripts/train_with_prevention.sh capitals
     fi
 fi
 # 4. Can several persona LoRAs be combined?
