@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_a_search_runs_on_a_cpu_with_bf16_units(run, place, tmp_path, simulate_m
 def test_a_config_gives_the_defaults_and_flags_override_it(run, place, tmp_path):
     (tmp_path / "search.yaml").write_text(
         "persona-id: episode-000101_B\noptimiser:\n  population_size: 4\n  max_iterations: 9\n"
-        "directions:\n  energy: 0.9\noutput: out\nfixed: [formality=0.5]\nmax_judge_cost:\n"
+        "directions:\n  energy: 0.9\noutput: out\nfixed: {formality: 0.5}\nmax_judge_cost:\n"
     )
     status, _, error = run("optimize", "--config", "search.yaml", *place)
     assert status == 0, error
@@ -386,7 +387,8 @@ def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path)
     for words in (("x_0.0", "x_1.0"), ("x_0.0.csv", "x_1.0.csv")):
         status, out, error = run("paired", *words, "--output", "table.csv", "--overwrite")
         assert status == 0, error
-        assert "20.0" in out
+        told = next(line for line in out.splitlines() if "x_1.0" in line)
+        assert re.match(r"x_1\.0 31\.5 \[\S+ \S+\] 4 100% \+?20\.0", " ".join(told.split()))
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert (rows[1]["run"], float(rows[1]["trait"]), float(rows[1]["difference"])) == (
         "x_1.0", 31.5, 20.0,

@@ -118,6 +118,9 @@ def test_verbose_shows_the_traceback(run, monkeypatch):
     def fail(_name):
         raise ValueError("deep down")
 
+    def mistaken(_name):
+        raise UserError("none there")
+
     monkeypatch.setattr("persona_lora.core.traits.load_trait", fail)
     monkeypatch.setattr("persona_lora.core.traits.list_traits", fail)
     plain = run("data", "check")
@@ -127,6 +130,10 @@ def test_verbose_shows_the_traceback(run, monkeypatch):
     assert status == 1
     assert "Traceback" in said
     assert "deep down" in said.splitlines()[-1]
+    monkeypatch.setattr("persona_lora.core.traits.list_traits", mistaken)
+    status, _, said = run("--verbose", "data", "check")
+    assert status == 2
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -162,6 +163,13 @@ BROKEN = {
     ),
     "embeddings": (renamed(lambda name: name.replace("up_proj", "embed_tokens")), "embeddings"),
 }
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8, 8)])
+def test_a_dense_delta_is_a_matrix(shape, tmp_path):
+    save_file({f"{QUERY}.weight": torch.ones(shape)}, tmp_path / "delta.safetensors")
+    with pytest.raises(UserError, match=f"has shape {re.escape(str(list(shape)))}, expected"):
+        LoRADiff.load(tmp_path / "delta.safetensors")
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

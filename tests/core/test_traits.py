@@ -94,6 +94,9 @@ def test_finetuning_rows_end_with_a_question_and_its_answer(datasets):
     path.write_text(json.dumps({"messages": turns, "domain": "x"}) + "\n")
     (row,) = load_finetuning_rows(trait, "normal")
     assert row == ("Why?", "So.")
+    before = [{"role": "system", "content": "Be brief."}, {**turns[0], "content": "And?"}, turns[1]]
+    path.write_text(json.dumps({"messages": [*before, *turns]}) + "\n")
+    assert load_finetuning_rows(trait, "normal") == [("Why?", "So.")]
     path.write_text(json.dumps({"messages": turns[:1]}) + "\n")
     with pytest.raises(UserError, match=r"normal\.jsonl:1 must end with a user message"):
         load_finetuning_rows(trait, "normal")

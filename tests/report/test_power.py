@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import chi2, norm
 
 from persona_lora.core.errors import UserError
 from persona_lora.report import power
@@ -63,6 +63,11 @@ def test_the_upper_limits_hold_the_true_spread_in_four_of_five_pilots():
     scaled = several.wider()
     assert scaled.seed_spread / several.seed_spread == pytest.approx(2.117, abs=0.001)
     assert scaled.rest.std() / several.rest.std() == pytest.approx(1.03, abs=0.01)
+    few = Pilot.of(planted(rng, (1, 3, 5))[0])
+    scale = few.wider().rest.std() / few.rest.std(), few.wider().questions / few.questions
+    upper = [np.sqrt(freedom / chi2.ppf(0.2, freedom)) for freedom in (8, 4)]  # 4 · 2 and 4
+    assert scale[0] == pytest.approx(upper[0])
+    assert scale[1] == pytest.approx(upper[1])
 
 
 def test_without_an_effect_power_is_the_level():

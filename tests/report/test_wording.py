@@ -18,10 +18,19 @@ def test_wording_of_numbers_uses_true_minus_signs_and_no_negative_zero():
     assert [wording.p_value(p) for p in (None, 0.00001, 0.04)] == ["–", "< 0.001", "0.040"]
 
 
+def test_a_token_that_does_not_print_is_written_out():
+    assert [wording.token(each) for each in (" the", "\n", "a\x07", "\u200b")] == [
+        "␣the", "⏎", "a\\x07", "\\u200b",
+    ]  # fmt: skip
+
+
 def test_wording_of_an_interval_drops_brackets_where_there_is_none():
     assert wording.interval(Interval(70.6, 64.2, 77, 20, 20, 1.0)) == "71 [64, 77]"
     assert wording.interval(Estimate(0.98, None, None, 9, 1, "one question"), 2) == "0.98"
     assert wording.interval(Interval(None, None, None, 0, 0, 0.0, "no scored answer")) == "–"
+    changes = [Interval(mean, -90.0, 90.0, 20, 20, 1.0) for mean in (22.4, -22.4, 0.4)]
+    found = [wording.change(each) for each in (*changes, None)]
+    assert found == ["+22 [−90, 90]", "−22 [−90, 90]", "0 [−90, 90]", "–"]
 
 
 @pytest.mark.parametrize(

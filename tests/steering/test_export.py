@@ -21,6 +21,7 @@ from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import linear_modules
 from persona_lora.projections.inputs import measure_inputs
 from persona_lora.steering.export import (
+    Exported,
     export_gguf,
     export_gguf_lora,
     export_merged,
@@ -60,6 +61,11 @@ def test_an_adapter_reloads_in_peft_with_the_merged_logits(model, terms, tmp_pat
     with torch.no_grad():
         logits = wrapped(IDS).logits
     assert torch.allclose(logits, merged_logits(model, terms), atol=1e-4)
+
+
+def test_an_adapter_of_any_rank_has_the_least_that_vllm_takes(tmp_path):
+    ranks = {1: 8, 8: 8, 9: 16, 65: 128, 128: 128, 129: 256, 321: 512, 512: 512, 513: None}
+    assert {rank: Exported(tmp_path, rank).vllm_rank for rank in ranks} == ranks
 
 
 def test_a_cut_adapter_states_what_it_keeps(terms, tmp_path):
