@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 
@@ -16,7 +17,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.steering import steerer as steerers
 from persona_lora.steering.activations import ActivationSteerer
-from persona_lora.steering.ledger import MERGED
+from persona_lora.steering.ledger import MERGED, _sum_of_bits
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.steerer import HOLDINGS
 from persona_lora.steering.weights import LoRAMerger, LoRASteerer
@@ -290,3 +291,16 @@ def test_who_waits_for_a_model_says_so_once(model, make_diff, monkeypatch, caplo
     assert [each.message for each in caplog.records] == [
         "waiting for another thread to leave its steering of this model"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 8), (3, 5), (1, 1)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_changed_bit_is_seen_in_weights_of_any_size_and_place(dtype, shape, first):
+    memory = torch.randn(first + math.prod(shape), dtype=dtype)
+    weight = memory[first:].view(shape)
+    for seen in (weight, weight.T):
+        before = _sum_of_bits(seen)
+        assert _sum_of_bits(seen) == before
+        seen[-1, -1] += 1
+        assert _sum_of_bits(seen) != before
