@@ -63,6 +63,7 @@ VALUES = {
     "deep": ("[" * 100_000, "nested too deeply"),
     "deeper than used": ("[" * 70 + "]" * 70, "nested too deeply"),
     "deep objects": ('{"a":' * 70 + "1" + "}" * 70, "nested too deeply"),
+    "deep in turns": ('[{"a":' * 35 + "1" + "}]" * 35, "nested too deeply"),
     "half a pair": ('{"a": "\\ud83d"}', "lone surrogate"),
     "the other half": ('["\\uDE00 x"]', "lone surrogate"),
     "a surrogate key": ('{"\\ud83d": 1}', "lone surrogate"),
