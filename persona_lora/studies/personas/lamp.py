@@ -21,12 +21,12 @@ from persona_lora.core.files import read_json, write_csv
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output
 from persona_lora.report import wording
-from persona_lora.report.comparisons import ConditionFit, fits_over_personas
+from persona_lora.report.comparisons import ConditionFit, cells_of, fits_over_personas
 from persona_lora.report.resampling import SHARES
 from persona_lora.report.sections import Table
 from persona_lora.studies.asking.run import Row, open_run
 from persona_lora.studies.personas.objective import Speaker
-from persona_lora.studies.personas.run import fit_cells
+from persona_lora.studies.personas.run import FIT_COLUMNS
 
 MEASURES = ("rouge1", "rougeL")
 NONE, PROFILE, MIX = "none", "profile", "mix"
@@ -127,7 +127,7 @@ def score_lamp(
             for measure in MEASURES
         }
         cells = [
-            {**fit_cells(fit), "measure": name, "mean": fit.fit.mean, "p": fit.p_holm}
+            {**cells_of(fit, FIT_COLUMNS), "measure": name, "mean": fit.fit.mean, "p": fit.p_holm}
             for name, each in fits.items()
             for fit in each
         ]

@@ -24,7 +24,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges.answer_gates import THRESHOLDS
 from persona_lora.models.processes import recorded
 from persona_lora.models.structure import decoder_layers, read_layers
-from persona_lora.report.comparisons import ConditionFit
+from persona_lora.report.comparisons import ConditionFit, cells_of
 from persona_lora.report.trust import standing
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.asking.run import open_run
@@ -60,7 +60,6 @@ from persona_lora.studies.personas.run import (
     Method,
     PersonaProblem,
     Told,
-    fit_cells,
     held_out_rows,
     optimise_over_seeds,
     persona_system_prompt,
@@ -350,7 +349,11 @@ def _written(
         render_comparison(run).save(out / "comparison.png")
         files = {"comparison": by_persona, **{name: {"all": each} for name, each in tables.items()}}
         for name, by in files.items():
-            cells = [{"persona": of, **fit_cells(each)} for of, fits in by.items() for each in fits]
+            cells = [
+                {"persona": of, **cells_of(each, FIT_COLUMNS)}
+                for of, fits in by.items()
+                for each in fits
+            ]
             write_csv(out / f"{name}.csv", COLUMNS, cells)
     write_report([out], out / "report.html")
     worth = order_line(tables["overall"]), seeds_line(rows), agreement_line(rows)

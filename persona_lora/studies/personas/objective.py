@@ -322,13 +322,13 @@ class MixObjective:
             by = {name: [each[name] for each in measured.parts] for name in measured.parts[0]}
             if not all(any(each is not None for each in own) for own in by.values()):
                 return Value(None, details)
-            details[PARTS] = {name: mean_or(own, 0.0) - penalty for name, own in by.items()}
+            details[PARTS] = {name: mean_of(own) - penalty for name, own in by.items()}
         if self.options.min_coherence is not None:
-            details["coherence"] = mean_or(measured.coherence, 0.0)
+            details["coherence"] = mean_of(measured.coherence)
         if self.options.min_relevance is not None:
-            details["relevance"] = mean_or(measured.relevance, 0.0)
+            details["relevance"] = mean_of(measured.relevance)
         if self.options.max_kl is not None:
-            details["kl"] = mean_or(measured.kl, 0.0)
+            details["kl"] = mean_of(measured.kl)
         limited = (details.get(name) for name in ("coherence", "relevance", "kl"))
         return Value(value, details, self.options.violation(*limited))
 
@@ -349,9 +349,9 @@ class Measured:
         return Measured(*map(operator.add, vars(self).values(), vars(other).values()))
 
 
-def mean_or(values: Sequence[float | None], otherwise: float) -> float:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else otherwise
+def mean_of(values: Sequence[float | None]) -> float:
+    """Return the mean of what is known, 0 where nothing is."""
+    return fmean([value for value in values if value is not None] or [0.0])
 
 
 def _ranked(values: Sequence[Value], out: Sequence[int]) -> list[Value]:

@@ -45,7 +45,7 @@ from persona_lora.studies.personas.objective import (
     MixObjective,
     Relevance,
     Speaker,
-    mean_or,
+    mean_of,
     plain_speaker,
 )
 from persona_lora.studies.personas.read_fits import REAL, UNSTEERED, condition_fits, over_prompts
@@ -135,14 +135,73 @@ class PersonaProblem:
         """Nothing stands beside: a comparison of methods has controls of its own."""
         return {}
 
-    def judged(self, condition: str, exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
-        """Return the rows of one condition."""
-        return judged_rows(self, condition, exchanges)
+    def judged(
+        self, condition: str, exchanges: Sequence[Exchange], *, first: int = 0
+    ) -> list[dict[str, Any]]:
+        """Return the rows of one condition; ``first`` is the number of its first prompt.
+
+        ``score`` is the fit of an answer that counts (``judges.answer_gates``), ``manner`` that of
+        its manner alone, ``failed`` what is wrong with it, ``searched_by`` its manner by the judge
+        of the search.
+        """
+        manners = self.report_judge.judge(exchanges, PERSONA_FIT)
+        coherence = [each.score for each in self.coherence.verdicts(exchanges, "embedding")]
+        relevance = [self._relevance_of(each) for each in exchanges]
+        failed = failures(exchanges, self.learnt_from, coherence, relevance)
+        searched_by: list[float | None] = [None] * len(exchanges)
+        if self.search_judge.name != self.report_judge.name:  # one judge has nothing to add
+            searched_by = [e.score for e in self.search_judge.judge(exchanges, PERSONA_FIT)]
+        measured = zip(exchanges, manners, failed, coherence, relevance, searched_by, strict=True)
+        return [
+            {
+                "persona": self.persona.id,
+                "condition": condition,
+                "prompt_id": at,
+                "prompt": asked.question,
+                "answer": asked.answer,
+                "score": counted(manner.score, wrong),
+                "manner": manner.score,
+                "failed": wrong,
+                "reason": manner.reason,
+                "judge": manner.judge,
+                "coherence": coherent,
+                "relevance": relevant,
+                "searched_by": searched,
+                "weights": None,
+            }
+            for at, (asked, manner, wrong, coherent, relevant, searched) in enumerate(
+                measured, start=first
+            )
+        ]
+
+    def _relevance_of(self, exchange: Exchange) -> float | None:
+        """Return an answer's relevance among the held-out prompts, its own prompt whatever it is.
+
+        The lines of one conversation are like each other: among these alone, what a person really
+        answered is harder to place than a model's answer to prompts on anything.
+        """
+        others = [Exchange(prompt, "") for prompt in self.prompts.held_out]
+        return self.relevance([exchange, *others])[0]
 
     @cached_property
     def bounds(self) -> list[dict[str, Any]]:
-        """The judged rows of the floors and the ceiling, measured once."""
-        return self.processes.from_main(lambda: bound_rows(self))
+        """The rows of the floors and of the ceiling (``bounds``), judged as all others are, once.
+
+        Real utterances answer prompts of their own, which are numbered after the held-out ones:
+        what was asked otherwise is paired with nothing.
+        """
+        prompts = self.prompts.held_out
+
+        def judged() -> list[dict[str, Any]]:
+            answers = bound_answers(self.persona, prompts, self.embed)
+            first = {name: len(prompts) if name == REAL else 0 for name in answers}
+            return [
+                row
+                for name, exchanges in answers.items()
+                for row in self.judged(name, exchanges, first=first[name])
+            ]
+
+        return self.processes.from_main(judged)
 
 
 Problem = PersonaProblem | GoalProblem
@@ -441,7 +500,7 @@ def held_out_rows(
         rows = [{**row, "weights": mix, **drawn} for row, mix in both]
         if diverged:
             for row, plan, answer in zip(rows, asked, answers, strict=True):
-                row["kl"] = mean_or(speaker.divergences(plan.condition, [answer])[0], 0.0)
+                row["kl"] = mean_of(speaker.divergences(plan.condition, [answer])[0])
         run.write(HELD_OUT, rows)
         return rows
 
@@ -451,71 +510,6 @@ def held_out_rows(
 def _mix_at(told: Told, at: int) -> Coefficients | None:
     one = told[at] if isinstance(told, tuple) else told
     return one if isinstance(one, Coefficients) else None
-
-
-def judged_rows(
-    problem: PersonaProblem, condition: str, exchanges: Sequence[Exchange], *, first: int = 0
-) -> list[dict[str, Any]]:
-    """Return the rows of one condition; ``first`` is the number of its first prompt.
-
-    ``score`` is the fit of an answer that counts (``judges.answer_gates``), ``manner`` that of its
-    manner alone, ``failed`` what is wrong with it, ``searched_by`` its manner by the judge of the
-    search.
-    """
-    manners = problem.report_judge.judge(exchanges, PERSONA_FIT)
-    coherence = [each.score for each in problem.coherence.verdicts(exchanges, "embedding")]
-    relevance = [_relevance_of(problem, each) for each in exchanges]
-    failed = failures(exchanges, problem.persona.utterances("train"), coherence, relevance)
-    searched_by: list[float | None] = [None] * len(exchanges)
-    if problem.search_judge.name != problem.report_judge.name:  # one judge has nothing to add
-        searched_by = [e.score for e in problem.search_judge.judge(exchanges, PERSONA_FIT)]
-    measured = zip(exchanges, manners, failed, coherence, relevance, searched_by, strict=True)
-    return [
-        {
-            "persona": problem.persona.id,
-            "condition": condition,
-            "prompt_id": at,
-            "prompt": asked.question,
-            "answer": asked.answer,
-            "score": counted(manner.score, wrong),
-            "manner": manner.score,
-            "failed": wrong,
-            "reason": manner.reason,
-            "judge": manner.judge,
-            "coherence": coherent,
-            "relevance": relevant,
-            "searched_by": searched,
-            "weights": None,
-        }
-        for at, (asked, manner, wrong, coherent, relevant, searched) in enumerate(
-            measured, start=first
-        )
-    ]
-
-
-def _relevance_of(problem: PersonaProblem, exchange: Exchange) -> float | None:
-    """Return an answer's relevance among the held-out prompts, its own prompt whatever it is.
-
-    The lines of one conversation are like each other: among these alone, what a person really
-    answered is harder to place than a model's answer to prompts on anything.
-    """
-    others = [Exchange(prompt, "") for prompt in problem.prompts.held_out]
-    return problem.relevance([exchange, *others])[0]
-
-
-def bound_rows(problem: PersonaProblem) -> list[dict[str, Any]]:
-    """Return the rows of the floors and of the ceiling (``bounds``), judged as all others are.
-
-    Real utterances answer prompts of their own, which are numbered after the held-out ones: what
-    was asked otherwise is paired with nothing.
-    """
-    prompts = problem.prompts.held_out
-    answers = bound_answers(problem.persona, prompts, problem.embed)
-    return [
-        row
-        for name, exchanges in answers.items()
-        for row in judged_rows(problem, name, exchanges, first=len(prompts) if name == REAL else 0)
-    ]
 
 
 def baseline_answers(
@@ -680,13 +674,8 @@ def _found_by(known_by: Path) -> str:
         return "an earlier search"
 
 
-def fit_cells(fit: ConditionFit) -> dict[str, Any]:
-    """Return a fit as a row of a table: its means, and what it gains over the reference."""
-    return cells_of(fit, FIT_COLUMNS)
-
-
 def _fit_record(fit: ConditionFit) -> dict[str, Any]:
-    cells, gain = fit_cells(fit), fit.difference
+    cells, gain = cells_of(fit, FIT_COLUMNS), fit.difference
     return {
         **{name: cells[name] for name in RECORDED},
         "difference": None if gain is None else dataclasses.asdict(gain),

@@ -44,7 +44,6 @@ from persona_lora.studies.personas.run import (
     Method,
     PersonaProblem,
     best_of,
-    bound_rows,
     first_prompts,
     optimise_over_seeds,
     optimise_persona,
@@ -179,7 +178,7 @@ def test_a_real_line_is_placed_among_the_prompts_that_a_model_is_asked(problem):
         asked.append([each.question for each in exchanges])
         return [float(len(asked)), *[None] * (len(exchanges) - 1)]
 
-    rows = bound_rows(dataclasses.replace(problem, relevance=placed))
+    rows = dataclasses.replace(problem, relevance=placed).bounds
     assert [own[0] for own in asked] == [row["prompt"] for row in rows]
     assert all(own[1:] == list(PROMPTS.held_out) for own in asked)
     assert [row["relevance"] for row in rows] == [1.0 + at for at in range(len(rows))]
