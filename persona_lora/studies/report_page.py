@@ -17,7 +17,6 @@ from persona_lora.core.files import write_text
 from persona_lora.core.protocol import Held
 from persona_lora.core.runs import Run
 from persona_lora.report.sections import (
-    EXAMPLE_COEFFICIENTS,
     Block,
     Content,
     Facts,
@@ -83,20 +82,15 @@ def run_kind(run: Run) -> str:
     return "grid" if command == "sweep" and is_grid(run) else command
 
 
-def write_report(
-    runs: Path | Sequence[Path], path: Path, *, coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS
-) -> Path:
+def write_report(runs: Path | Sequence[Path], path: Path) -> Path:
     """Write the report of one or several run folders to ``path`` and return it.
 
-    ``coefficients`` are those whose answers stand side by side; where one was not run, the nearest
-    is shown. Raises UserError for a folder that holds no run, or a run of another kind.
+    Raises UserError for a folder that holds no run, or a run of another kind.
     """
     shown = [Run(Path(each)) for each in ([runs] if isinstance(runs, str | Path) else runs)]
     if not shown:
         raise UserError("no run to report on; name at least one run folder")
-    sections = [
-        section_of(run, f"run-{index}", coefficients) for index, run in enumerate(shown, start=1)
-    ]
+    sections = [section_of(run, f"run-{index}") for index, run in enumerate(shown, start=1)]
     page = fill_template(
         "page.html.j2",
         sections=sections,
@@ -107,9 +101,7 @@ def write_report(
     return Path(path)
 
 
-def section_of(
-    run: Run, anchor: str, coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS
-) -> Section:
+def section_of(run: Run, anchor: str) -> Section:
     """Return what the page says of one run; UserError for a kind of run that it does not show."""
     record, kind = run.record, run_kind(run)
     if kind not in SECTIONS:
@@ -123,8 +115,7 @@ def section_of(
         )
         warnings = (*weak, Note(f"{said}has written.", "warning", "Incomplete."))
     settings = tuple((key, text_of(value)) for key, value in record["config"].items())
-    show = SECTIONS[kind]
-    content = sweep_content(run, coefficients) if show is sweep_content else show(run)
+    content = SECTIONS[kind](run)
     if kind in DECIDES:
         content = replace(content, lead=f"{standing(run)} {content.lead}")
     sources = Facts(provenance(run, record)), Fold("All settings", (Facts(settings),))

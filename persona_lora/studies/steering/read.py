@@ -90,14 +90,14 @@ EQUAL = 0.05  # of the base's time: what is nearer is as fast
 # -- a sweep ---------------------------------------------------------------------------------------
 
 
-def sweep_content(run: Run, coefficients: Sequence[float] = EXAMPLE_COEFFICIENTS) -> Content:
+def sweep_content(run: Run) -> Content:
     """Return the section of a sweep; raises UserError for a folder that holds none.
 
-    The answers at the coefficients nearest to ``coefficients`` stand side by side.
+    The answers at the coefficients nearest to ``EXAMPLE_COEFFICIENTS`` stand side by side.
     """
     summary = summarise_run(run)
     scored = score_answers(run.read("answers"), run.read("verdicts"), summary.trait)
-    chosen = _nearest(summary, coefficients)
+    chosen = _nearest(summary)
     both = two_judges(run, summary.trait)
     trait = wording.title_of(summary.trait)
     lead = lead_of(wording.headline(summary), both, run, summary.trait)
@@ -252,14 +252,11 @@ def _rows(scored: Sequence[ScoredAnswer], summary: SweepSummary) -> list[ScoredA
     return [*rows_of_series(scored, series), *others]
 
 
-def _nearest(summary: SweepSummary, coefficients: Sequence[float]) -> set[float]:
+def _nearest(summary: SweepSummary) -> set[float]:
     """Return the run coefficients nearest to the wanted ones; of two the one further out."""
     points = [each.coefficient for each in summary.steered if each.coefficient is not None]
-    if not points:
-        return set()
-    return {
-        min(points, key=lambda point: (abs(point - wanted), -abs(point))) for wanted in coefficients
-    }
+    wanted = EXAMPLE_COEFFICIENTS if points else ()
+    return {min(points, key=lambda point: (abs(point - each), -abs(point))) for each in wanted}
 
 
 def _references(summary: SweepSummary, chosen: set[float]) -> set[Condition]:
