@@ -7,7 +7,6 @@ Where a run is missing, the page says so, and names the command that makes it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -98,18 +97,6 @@ Part = dict[str, Any]
 Place = tuple[str, str]  # a set of questions, a method
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Where the page's pictures go, and the Markdown that shows one."""
-
-    page: Path
-
-    def show(self, name: str, picture: Picture, caption: str) -> str:
-        """Write ``figures/<name>.png`` beside the page."""
-        picture.save(self.page.parent / "figures" / f"{name}.png")
-        return f"![{caption}](figures/{name}.png)"
-
-
 def write_research_questions(results: Path, page: Path) -> list[str]:
     """Write the page and its pictures; return the parts that were not measured yet.
 
@@ -117,15 +104,14 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
     ``prediction``, ``prevention/<trait>`` and ``personas/comparison``. Raises UserError if none is
     there.
     """
-    figures = Figures(page)
     parts: dict[str, Any] = {
-        "behaviour": _behaviour(results / "compare", figures),
-        "prediction": _prediction(Run(results / "prediction"), figures),
-        "prevention": _prevention(results / "prevention", figures),
-        "latency": _latency(results, figures),
-        "personas": _personas(Run(results / "personas" / "comparison"), figures),
+        "behaviour": _behaviour(results / "compare", page),
+        "prediction": _prediction(Run(results / "prediction"), page),
+        "prevention": _prevention(results / "prevention", page),
+        "latency": _latency(results, page),
+        "personas": _personas(Run(results / "personas" / "comparison"), page),
         "sums": _sums(results),
-        "spaces": _spaces(results, figures),
+        "spaces": _spaces(results, page),
     }
     if not any(parts.values()):
         raise UserError(f"{results} holds no run behind the questions; run scripts/reproduce.sh")
@@ -137,7 +123,7 @@ def write_research_questions(results: Path, page: Path) -> list[str]:
 # -- 1. the same traits? --------------------------------------------------------------------
 
 
-def _behaviour(folder: Path, figures: Figures) -> Part | None:
+def _behaviour(folder: Path, page: Path) -> Part | None:
     by_name = {at.name: each for at in sorted(folder.glob("*")) if (each := _runs_in(at))}
     if not by_name:
         return None
@@ -188,8 +174,8 @@ def _behaviour(folder: Path, figures: Figures) -> Part | None:
             map(_pooled_row, pooled(once) if once[1:] else ()),
         ),
         "lines": lines,
-        "picture": figures.show(
-            "same_traits", render_effects(effects), "What each way of steering moved"
+        "picture": _shown(
+            page, "same_traits", render_effects(effects), "What each way of steering moved"
         ),
     }
 
@@ -229,7 +215,7 @@ def _pooled_row(each: Pooled) -> tuple[str, ...]:
 # -- 2. prediction and prevention -----------------------------------------------------------
 
 
-def _prediction(run: Run, figures: Figures) -> Part | None:
+def _prediction(run: Run, page: Path) -> Part | None:
     judged, predictors = rows_of(run)
     if not judged or not predictors:
         return None
@@ -268,8 +254,11 @@ def _prediction(run: Run, figures: Figures) -> Part | None:
         ),
         "by_trait": _by_trait(found, judged, predictors),
         "judges": [line for line in lines if "judge" in line],
-        "picture": figures.show(
-            "prediction", render_prediction(judged, predictors), "Predicted against judged drift"
+        "picture": _shown(
+            page,
+            "prediction",
+            render_prediction(judged, predictors),
+            "Predicted against judged drift",
         ),
     }
 
@@ -310,7 +299,7 @@ def _by_trait(found: Sequence[Prediction], judged: Sequence[Row], predictors: Se
     )
 
 
-def _prevention(folder: Path, figures: Figures) -> list[Part]:
+def _prevention(folder: Path, page: Path) -> list[Part]:
     parts = []
     for run in (Run(file.parent) for file in sorted(folder.glob("*/measures.jsonl"))):
         trait, rows = run.record["config"]["trait"], run.read("measures")
@@ -334,8 +323,8 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
                 "rows": "\n\n".join(
                     f"{title}{each.markdown()}" for title, each in zip(told, tables, strict=True)
                 ),
-                "picture": figures.show(
-                    f"prevention_{trait}", picture, "What prevention buys and costs"
+                "picture": _shown(
+                    page, f"prevention_{trait}", picture, "What prevention buys and costs"
                 ),
             }
         )
@@ -345,7 +334,7 @@ def _prevention(folder: Path, figures: Figures) -> list[Part]:
 # -- 3. faster? -----------------------------------------------------------------------------
 
 
-def _latency(folder: Path, figures: Figures) -> Part | None:
+def _latency(folder: Path, page: Path) -> Part | None:
     files = sorted(folder.rglob("latency/timings.jsonl"))
     if not files:
         return None
@@ -373,14 +362,14 @@ def _latency(folder: Path, figures: Figures) -> Part | None:
         "rows": _table("variant | batch | time to the first token | time for a token", rows),
         "times": _table("what | time or memory", times),
         "rounds": len({each.round for each in timings}),
-        "picture": figures.show("latency", render_latency(found), "Time over the base model's"),
+        "picture": _shown(page, "latency", render_latency(found), "Time over the base model's"),
     }
 
 
 # -- 4. combined? ---------------------------------------------------------------------------
 
 
-def _personas(run: Run, figures: Figures) -> Part | None:
+def _personas(run: Run, page: Path) -> Part | None:
     rows = run.read("held_out")
     found = condition_fits(rows, over=over_personas) if rows else ()
     fits = {each.condition: each for each in found}
@@ -401,8 +390,8 @@ def _personas(run: Run, figures: Figures) -> Part | None:
             "method | fit [95%] | gain over unsteered | p | coherence | relevance",
             map(_fit_row, fits.values()),
         ),
-        "picture": figures.show(
-            "personas", render_personas(run), "Ways of giving a person's voice"
+        "picture": _shown(
+            page, "personas", render_personas(run), "Ways of giving a person's voice"
         ),
     }
 
@@ -441,7 +430,7 @@ def _sums(folder: Path) -> Part | None:
 # -- 5. more interpretable? -----------------------------------------------------------------
 
 
-def _spaces(folder: Path, figures: Figures) -> Part | None:
+def _spaces(folder: Path, page: Path) -> Part | None:
     run = _spaces_run(folder)
     if run is None:
         return None
@@ -456,7 +445,7 @@ def _spaces(folder: Path, figures: Figures) -> Part | None:
         "full_rank": max(row["rank"] for row in run.read("spectra")),
         "rows": traits_table(found).markdown(),
         "words": words_table(found) if found.words else None,
-        "picture": figures.show("spaces", spaces_picture(run), "Weight space and activation space"),
+        "picture": _shown(page, "spaces", spaces_picture(run), "Weight space and activation space"),
     }
 
 
@@ -466,6 +455,12 @@ def _spaces_run(folder: Path) -> Run | None:
 
 
 # -- shared ---------------------------------------------------------------------------------
+
+
+def _shown(page: Path, name: str, picture: Picture, caption: str) -> str:
+    """Write ``figures/<name>.png`` beside the page; return the Markdown that shows it."""
+    picture.save(page.parent / "figures" / f"{name}.png")
+    return f"![{caption}](figures/{name}.png)"
 
 
 def _table(columns: str, rows: Iterable[Sequence[str]]) -> str:
