@@ -160,13 +160,13 @@ class RandomSearch:
         self._fixed = {traits.index(trait): value for trait, value in options.fixed.items()}
         self._random = np.random.RandomState(options.seed)
         self._size = options.population_size or 4 + int(3 * math.log(len(traits)))
+        self._bound = options.bound or math.inf
         self._best: tuple[Standing, Vector] | None = None
 
     def ask(self) -> list[Vector]:
         """Return as many fresh candidates as CMA-ES would ask for."""
-        bound = self._options.bound or math.inf
         steps = self._options.sigma0 * self._random.randn(self._size, len(self._start))
-        candidates = np.clip(self._start + steps, -bound, bound)
+        candidates = np.clip(self._start + steps, -self._bound, self._bound)
         for at, value in self._fixed.items():
             candidates[:, at] = value
         return list(candidates)
@@ -205,7 +205,6 @@ class TPE(RandomSearch):
         super().__init__(traits, options)
         optuna = optuna_for(options)
         free = [trait for trait in traits if trait not in options.fixed]
-        self._bound = options.bound or math.inf  # one that ends: see optuna_for
         width = optuna.distributions.FloatDistribution(-self._bound, self._bound)
         self._traits, self._space = tuple(traits), dict.fromkeys(free, width)
         self._given = [self._vector({**dict.fromkeys(free, 0.0), **at}) for at in options.inject]
