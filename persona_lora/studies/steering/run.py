@@ -373,14 +373,13 @@ def _calibrated(
         return levels
     with progress.stage("calibration"):
         ordinary = on_prompts(chat_model, bank, ordinary_texts(chat_model, prompts))
-        if comparing.calibrate_on == "prompts":
-            levels = match_divergence(ordinary, comparing.coefficients, statistic=comparing.match)
-        else:
+        measured = ordinary
+        if comparing.calibrate_on != "prompts":
             questions = [question for each in asked.values() for question in each]
             step = max(1, math.ceil(len(questions) / CALIBRATED_ON))
             measured = on_own_answers(chat_model, bank, questions[::step])
-            levels = match_divergence(measured, comparing.coefficients, statistic=comparing.match)
-            levels = beside_prompts(levels, ordinary)
+        levels = match_divergence(measured, comparing.coefficients, statistic=comparing.match)
+        levels = levels if measured is ordinary else beside_prompts(levels, ordinary)
     run.write(LEVELS, [dataclasses.asdict(level) for level in levels])
     return levels
 
