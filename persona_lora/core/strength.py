@@ -137,13 +137,18 @@ class Strengths:
     def coefficient(self, strength: float, name: str) -> float:
         """Return the coefficient for so many nats, 0 for 0, by log-linear interpolation.
 
-        Under the least that was measured KL grows as c². UserError above the most: ``name`` is what
-        the direction is called.
+        Under the least that was measured KL grows as c². UserError above the most, and where no
+        coefficient of that sign did anything: ``name`` is what the direction is called.
         """
         nats, sign = abs(strength), -1.0 if strength < 0 else 1.0
         if nats == 0:
             return 0.0
         rising = self._rising(sign)
+        if not rising:
+            raise UserError(
+                f"{name} does nothing there as far as was measured, got {strength:g}nat; ask for "
+                "the other sign, or give a coefficient"
+            )
         if nats > rising[-1].nats * (1 + 1e-9):
             raise UserError(
                 f"{name} was measured up to {sign * rising[-1].nats:.3g}nat, got {strength:g}nat; "
@@ -163,8 +168,8 @@ class Strengths:
         return sorted(own, key=lambda point: abs(point.coefficient))
 
     def _rising(self, sign: float) -> list[Moved]:
-        """Return the points of one sign, nearest first, as far as KL rises with them."""
-        own = self.of(sign)
+        """Return the points of one sign that do anything, nearest first, as far as KL rises."""
+        own = [point for point in self.of(sign) if point.nats > 0]
         kept = own[:1]
         for point in own[1:]:
             if point.nats <= kept[-1].nats:

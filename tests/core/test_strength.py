@@ -66,6 +66,30 @@ def test_beyond_what_was_measured_or_rises_no_more_nothing_is_guessed(quadratic)
         falling.coefficient(5.0, "d")
 
 
+def test_where_a_coefficient_did_nothing_the_next_one_is_the_least(quadratic):
+    still = [each._replace(nats=0.0) if abs(each.coefficient) < 0.2 else each
+             for each in quadratic.points]  # fmt: skip
+    found = dataclasses.replace(quadratic, points=tuple(still))
+    for nats in (1e-6, 0.0201, 0.3, 3.99):
+        assert found.coefficient(nats, "d") == pytest.approx(math.sqrt(nats))
+        assert found.coefficient(-nats, "d") == pytest.approx(-math.sqrt(nats) / 2)
+
+
+def test_a_side_that_does_nothing_or_was_not_measured_has_no_coefficient(quadratic, tmp_path):
+    upwards = tuple(each for each in quadratic.points if each.coefficient > 0)
+    still = tuple(
+        each._replace(nats=0.0) if each.coefficient < 0 else each for each in quadratic.points
+    )
+    for points in (upwards, still, ()):
+        found = dataclasses.replace(quadratic, points=points)
+        with pytest.raises(
+            UserError, match=r"d does nothing there as far as was measured.*-0\.1nat"
+        ):
+            found.coefficient(-0.1, "d")
+        found.save(tmp_path / "diff")
+        assert strength_line(tmp_path / "diff", "digest") == ""
+
+
 @pytest.mark.parametrize(
     ("scores", "ends"),
     [
