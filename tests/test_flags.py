@@ -19,7 +19,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.runs import Planned
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.strength import Moved, Strengths
+from persona_lora.core.strength import Moved, Strength, Strengths
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.power import Pilot
 from persona_lora.steering.bank import Bank
@@ -1036,6 +1036,28 @@ def test_no_option_takes_a_count_under_nought_or_nothing_at_all(command):
         for value in wrong if option.typer_info is None else ():
             with pytest.raises(UserError, match=option.flag):
                 option.read(value)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_no_list_takes_one_thing_twice_but_coefficients_of_other_things(command, tmp_path):
+    """It would count twice, or be compared with itself."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for option in OPTIONS[command]:
+        if get_origin(option.parts[0]) not in (tuple, list):
+            continue
+        inner, once = get_args(option.parts[0])[0], option.flag != "--coefficient"
+        kind = get_args(inner)[0] if get_origin(inner) is Annotated else inner
+        pairs = [("1", "1.0" if kind == Strength else "1")]
+        if get_origin(kind) is Literal:
+            pairs = [get_args(kind)[:1] * 2]
+        elif kind in (str, Path):
+            pairs += [(str(tmp_path / "a"), str(tmp_path / each)) for each in ("a", "b/../a", "b")]
+        for pair in pairs:
+            given = [",".join(pair)] if option.typer_info is None else [kind(each) for each in pair]
+            refused = pytest.raises(UserError, match=r"names .+ twice; give it once")
+            with refused if once else contextlib.nullcontext():
+                option.read(given)
 
 
 @pytest.mark.parametrize("command", OPTIONS)

@@ -6,8 +6,9 @@
 Every field with a text in its annotation becomes an option of the field's name and default (or
 those of the parameter's own default); a tuple of names beside a group offers only these of its
 fields. Options of one name in two groups are one option, where they say the same. A tuple is given
-by repeating or by commas, a mapping as name=value; an empty text is none, but where the help says
-what "" means. A YAML file's values stand in for the defaults,
+by repeating or by commas, each item once (but what belongs to another list's items, ``BY_PLACE``),
+a mapping as name=value; an empty text is none, but where the help says what "" means. A YAML file's
+values stand in for the defaults,
 and an option that is given and would do nothing is refused: else it is believed to have acted.
 Knows typer; refuses to know what options mean.
 """
@@ -21,7 +22,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
@@ -43,10 +44,11 @@ from persona_lora.core.settings import (
     split_lists,
     typed_value,
 )
-from persona_lora.core.strength import refuse_nats_of
+from persona_lora.core.strength import Nats, refuse_nats_of
 
 MAPPING = "JSON"  # how --help calls the value of a mapping of anything
 PAIRS = "NAME=VALUE,…"
+PHRASE, BY_PLACE = "may hold spaces", "one for each"  # notes on the items of a list
 COUNTS = range(1, 2**31)  # of a whole number, where its annotation holds no other range
 RUNNING: ContextVar[typer.Context] = ContextVar("the command that runs, and what it was given")
 
@@ -190,8 +192,10 @@ class Option:
     def read(self, value: Any) -> Any:
         """Return the value that a command takes, from what typer read; UserError for a mistake."""
         if self.typer_info is not None or isinstance(value, bool):
-            for each in value if isinstance(value, list) else [value]:
+            items = value if isinstance(value, list) else [value]
+            for each in items:
                 self._refuse_empty(each)
+            self._refuse_twice(items)
             return value
         if self.repeats:
             return self._read_list(value)
@@ -209,7 +213,10 @@ class Option:
         if _is_pairs(first):
             return self._read_pairs(items, get_args(first)[1])
         inner, *notes = _split(get_args(first)[0])
-        return tuple(self._read_item(item, inner, phrase=bool(notes)) for item in items)
+        read = tuple(self._read_item(item, inner, phrase=PHRASE in notes) for item in items)
+        if BY_PLACE not in notes:
+            self._refuse_twice(read)
+        return read
 
     def _read_item(self, item: str, kind: Any, *, phrase: bool) -> Any:
         spaced = len(item.split()) > 1 and not phrase
@@ -250,12 +257,24 @@ class Option:
     def _refuse_empty(self, value: Any) -> None:
         """UserError for a text that is empty: as a path it would be the folder that one is in."""
         if value == "" and '""' not in self.help:
-            info = self.typer_info
-            typed = self.name.upper() if isinstance(info, ArgumentInfo) else self.flag
-            # typer keeps the flag of typer.Option("--from") where a default would be
-            own = info.default if isinstance(info, OptionInfo) else None
-            flag = next((each for each in (*self.flags, own) if isinstance(each, str)), typed)
-            raise UserError(f"{flag} is empty; give it a value, or leave it out")
+            raise UserError(f"{self._typed_name} is empty; give it a value, or leave it out")
+
+    def _refuse_twice(self, items: Sequence[Any]) -> None:
+        """UserError for an item that stands there twice: it would count twice, or beside itself."""
+        known = list(map(_meant, items))
+        twice = next((each for at, each in enumerate(items) if known[at] in known[:at]), None)
+        if twice is not None:
+            said = f"{twice.value:g}nat" if isinstance(twice, Nats) else twice
+            raise UserError(f"{self._typed_name} names {said} twice; give it once")
+
+    @property
+    def _typed_name(self) -> str:
+        """The option as it is typed, or an argument's name."""
+        info = self.typer_info
+        typed = self.name.upper() if isinstance(info, ArgumentInfo) else self.flag
+        # typer keeps the flag of typer.Option("--from") where a default would be
+        own = info.default if isinstance(info, OptionInfo) else None
+        return next((each for each in (*self.flags, own) if isinstance(each, str)), typed)
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of the option's value in a configuration file."""
@@ -388,6 +407,12 @@ PARSERS: dict[Any, Callable[[Any], Any]] = {float: _number, Path: path}
 
 def _is_pairs(kind: Any) -> bool:
     return get_origin(kind) is Mapping
+
+
+def _meant(item: Any) -> Any:
+    """Return what an item means: of a path that exists the file or folder, whatever leads there."""
+    path = isinstance(item, str | Path) and os.path.exists(item)
+    return os.path.realpath(item) if path else item
 
 
 # -- options that would do nothing -----------------------------------------------------------

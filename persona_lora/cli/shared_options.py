@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from persona_lora.cli.console import console, show
-from persona_lora.cli.option_groups import RUNNING, does_nothing, refuse_useless
+from persona_lora.cli.option_groups import BY_PLACE, RUNNING, does_nothing, refuse_useless
 from persona_lora.cli.program import environment
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import refuse_unwritable
@@ -272,7 +272,7 @@ class MixOptions:
     diff: Diffs = ()
     vector: Vectors = ()
     coefficient: Annotated[
-        tuple[Strength, ...],
+        tuple[Annotated[Strength, BY_PLACE], ...],
         "A coefficient for each diff or vector, or nats as in 0.05nat (calibrate); 1 by default.",
     ] = ()
     layers: Layers = None
@@ -295,11 +295,6 @@ class MixOptions:
         if len(values) != len(paths):
             given = f"{len(paths)} {flag} and {len(values)} --coefficient"
             raise UserError(f"{given}; give one for each")
-        twice = next((path for path in paths if paths.count(path) > 1), None)
-        if twice is not None:
-            raise UserError(
-                f"{flag} names {twice} twice; give it once, with the summed coefficient"
-            )
         if self.allow_other_base:
             refuse_nats(values, OTHER_MODEL)
         loaded: list[Any] = [(load_vector if self.vector else LoRADiff.load)(at) for at in paths]
