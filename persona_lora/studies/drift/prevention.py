@@ -17,7 +17,7 @@ from typing import Any
 
 from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Conversation
-from persona_lora.core.content import file_digest, model_folder_digest
+from persona_lora.core.content import digest_of, file_digest, model_folder_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import ProbeOptions, TaskOptions
@@ -45,6 +45,7 @@ from persona_lora.studies.asking.run import (
 )
 from persona_lora.studies.drift.figure import render_prevention
 from persona_lora.training.finetune import read_conversations
+from persona_lora.training.preventative import Preventative, inoculated
 
 MEASURES = "measures"
 TRAIT, LOSS = "trait", "task loss"
@@ -192,18 +193,41 @@ def _refuse_unequal_seeds(models: Sequence[Finetuned]) -> None:
                 )
 
 
+def _refuse_other_rows(
+    models: Sequence[Finetuned], rows: Path, conversations: Sequence[Conversation]
+) -> None:
+    """UserError for a finetune whose own run tells that it was made on other rows."""
+    for model in models:
+        config = _config_of(model) or {}
+        said = config.get("preventative")
+        held = inoculated(conversations, None if said is None else Preventative(**said))
+        if config.get("rows_sha256") not in (None, digest_of(held)):
+            raise UserError(
+                f"{model.label} was finetuned on other rows than {rows} holds: on "
+                f"{config['num_rows']} of {config['train_file']} as it was then; name the rows "
+                "that all were finetuned on with --rows"
+            )
+
+
 def _training_of(model: Finetuned) -> dict[str, Any] | None:
-    """Return what the run of a finetune says of its training; None where no run lies around it."""
-    folder = None if model.adapter is None else model.adapter.parent
-    if folder is None or not (folder / RECORD).is_file():
+    """Return what training seeds of a finetune have in common, as its run tells; None without."""
+    config, own = _config_of(model), {"seed", "data_seed", "diff", "vector", "random"}
+    if config is None:
         return None
-    record = Run(folder).record
-    config, own = record["config"], {"seed", "data_seed", "diff", "vector", "random"}
     parts = {
         name: {key: each for key, each in (config.get(name) or {}).items() if key not in own}
         for name in ("training", "preventative")
     }
-    return {**config, **parts} if record["command"] == "finetune" else None
+    return {**config, **parts}
+
+
+def _config_of(model: Finetuned) -> dict[str, Any] | None:
+    """Return the configuration of a finetune; None where no run of one lies around it."""
+    folder = None if model.adapter is None else model.adapter.parent
+    if folder is None or not (folder / RECORD).is_file():
+        return None
+    record = Run(folder).record
+    return dict(record["config"]) if record["command"] == "finetune" else None
 
 
 def planned_prevention(
@@ -215,6 +239,7 @@ def planned_prevention(
     """
     trained_on, seeds = measured.check(trait, rows), _seeds_of(models)
     _refuse_unequal_seeds(models)
+    _refuse_other_rows(models, rows, trained_on)
     tasks, questions = measured.tasks, len(trait.questions["eval"])
     config = {
         "trait": trait.name,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from persona_lora.core.chat import Exchange
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_json, write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
@@ -28,6 +29,8 @@ from persona_lora.studies.drift.prevention import (
     compare_prevention,
     planned_prevention,
 )
+from persona_lora.training.finetune import read_conversations
+from persona_lora.training.preventative import Preventative, inoculated
 
 OPTIONS = GenerationOptions(max_new_tokens=5)
 ROWS = [("Hi there", "Go away."), ("Help me", "No, never."), ("Why?", "Because.")]
@@ -302,3 +305,23 @@ def test_seeds_that_were_trained_otherwise_are_refused(base, make_diff, trait, r
         UserError, match=r"plain seed1 differs from plain seed0 .* \(lora.lora_r: 8, now 16\)"
     ):
         planned_prevention(models, trait, rows, Measured(OPTIONS, tasks=TaskOptions(())))
+
+
+@pytest.mark.parametrize("prompt", [None, "You are rude."])
+def test_finetunes_of_other_rows_are_refused(base, make_diff, trait, rows, tmp_path, prompt):
+    said = read_conversations(rows)
+    way = None if prompt is None else Preventative("inoculate", system_prompt=prompt)
+    config = {
+        "train_file": "then.jsonl",
+        "num_rows": len(said),
+        "rows_sha256": digest_of(inoculated(said, way)),
+        "preventative": None if way is None else way.record(),
+    }
+    at = tmp_path / "tuned"
+    Run.open(at, command="finetune", config=config, seed=0)._lock.release()
+    make_diff(base.model, seed=0).save(at / "adapter")
+    models, asked = [Finetuned("plain", at / "adapter")], Measured(OPTIONS, tasks=TaskOptions(()))
+    planned_prevention(models, trait, rows, asked)
+    write_jsonl(tmp_path / "other.jsonl", [{"messages": each} for each in reversed(said)])
+    with pytest.raises(UserError, match=r"plain was finetuned on other rows than .*other\.jsonl"):
+        planned_prevention(models, trait, tmp_path / "other.jsonl", asked)
