@@ -183,9 +183,14 @@ class PairedRun:
 def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
     """Return the reference and every run, compared with it.
 
-    UserError for runs of different traits or judges, or without a question in common.
+    UserError for runs of different traits or judges, without a question in common, and for the
+    reference itself among them.
     """
     every = (reference, *runs)
+    if reference.folder.resolve() in (each.folder.resolve() for each in runs):
+        raise UserError(
+            f"{reference.folder} would be compared with itself; name it once, as the reference"
+        )
     traits = {trait_of(run) for run in every}
     if len(traits) > 1:
         raise UserError(f"the runs are of different traits: {', '.join(sorted(traits))}")
@@ -284,8 +289,8 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
         known = own["score"].dropna()
         # What a rule tells is often the same of every item: the ends of its scale are reached.
-        told = metric == "score" and known.isin((0.0, 100.0)).all()
-        ends = SCORES if told else SHARES if known.isin((0.0, 1.0)).all() else None
+        scale = SCORES if metric == "score" else SHARES
+        ends = scale if known.isin(tuple(scale)).all() else None
         place: dict[str, Any] = {"by": "condition", "value": "score", "unit": "item"}
         apart = None if ends is None else Bounds(-ends.high, ends.high)
         if several:

@@ -25,6 +25,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from persona_lora.core.chat import Condition
+from persona_lora.report.two_way import SAME
 
 FEWEST_QUESTIONS = 3
 CONFIDENCE = 0.95
@@ -54,18 +55,17 @@ def corrected_mean(
 ) -> CorrectedMean | None:
     """Return the mean of scores by question, corrected by errors (rating − score) by question.
 
-    None where either has fewer than three questions: nothing is known of its spread then.
+    None where either has fewer than three questions, and where neither varies: nothing is known of
+    their spread then.
     """
     if min(len(scores), len(errors)) < FEWEST_QUESTIONS:
         return None
     means = [np.array([np.mean(each) for each in part.values()]) for part in (scores, errors)]
     variances = [float(each.var(ddof=1)) / len(each) for each in means]
     raw, error, variance = float(means[0].mean()), float(means[1].mean()), sum(variances)
-    degrees = (
-        variance**2 / sum(v**2 / (len(m) - 1) for v, m in zip(variances, means, strict=True))
-        if variance
-        else 1.0
-    )
+    if max(np.ptp(each) for each in means) < SAME:
+        return None
+    degrees = variance**2 / sum(v**2 / (len(m) - 1) for v, m in zip(variances, means, strict=True))
     reach = float(student.ppf((1 + CONFIDENCE) / 2, degrees)) * math.sqrt(variance)
     low, high = (min(100.0, max(0.0, raw + error + side * reach)) for side in (-1, 1))
     return CorrectedMean(

@@ -18,7 +18,7 @@ from scipy.stats import chi2
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.report.resampling import Array, sign_flip_ps
-from persona_lora.report.two_way import components, crossed_ps
+from persona_lora.report.two_way import SAME, components, crossed_ps
 
 QUESTIONS = (8, 12, 16, 20, 30, 40, 60, 80, 120, 160)
 SEEDS = (3, 5, 8, 12)  # none under two_way.FEWEST_DRAWS
@@ -56,12 +56,17 @@ class Pilot:
 
     @classmethod
     def of(cls, values: Array) -> Pilot:
-        """Return that of differences ``[seeds, questions]``; UserError for too few questions."""
+        """Return that of differences ``[seeds, questions]``; UserError for few or equal ones."""
         seeds, questions = values.shape
         if questions < FEWEST_QUESTIONS:
             raise UserError(
                 f"the pilot has {questions} questions in common; at least {FEWEST_QUESTIONS} are "
                 "needed to know how questions differ"
+            )
+        if np.ptp(values) < SAME:
+            raise UserError(
+                "all differences of the pilot are equal, which does not show how questions vary; "
+                "give one whose answers differ"
             )
         by_question = values.mean(axis=0) - values.mean()
         if seeds == 1:

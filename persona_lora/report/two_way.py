@@ -26,7 +26,7 @@ from persona_lora.report.resampling import (
 )
 from persona_lora.report.scores import Cluster, question_means
 
-SAME = 1e-9  # values that differ by less are equal but for rounding
+SAME = 1e-9  # values that differ by less are equal but for rounding; of variances this share
 FEWEST_DRAWS = 3  # of two with much between them, the interval covers in 87 of 100 cases
 Gaps = Mapping[Any, float]  # a difference, by question (or what else is asked)
 
@@ -113,7 +113,7 @@ def crossed_ps(values: Array) -> Array:
     Where nothing varies at all it is that of flipping the signs of draws, not 0.
     """
     means, (errors, degrees) = np.abs(values.mean(axis=(1, 2))), _errors(values)
-    constant = np.where(means > 0, 2.0 ** (1 - values.shape[1]), 1.0)
+    constant = np.where(means > SAME, 2.0 ** (1 - values.shape[1]), 1.0)
     varied = np.ptp(values, axis=(1, 2)) >= SAME
     away = np.divide(means, errors, out=np.zeros_like(means), where=varied)
     return np.where(varied, 2 * stats.t.sf(away, degrees), constant)
@@ -124,7 +124,7 @@ def _errors(values: Array) -> tuple[Array, Array]:
     _, draws, questions = values.shape
     between, over, rest = _mean_squares(values)
     total, parts = between + over, between**2 / (draws - 1) + over**2 / (questions - 1)
-    bare = total < SAME  # all means are equal, and the rest alone says how far values lie apart
+    bare = total <= SAME * rest  # all means are equal: the rest alone says how far values lie apart
     parts = np.where(bare, rest**2 / ((draws - 1) * (questions - 1)), parts)
     total = np.where(bare, rest, total)
     degrees = np.divide(total**2, parts, out=np.ones_like(total), where=parts > 0)

@@ -18,16 +18,21 @@ from persona_lora.report.power import Pilot, Planned, cheapest
 from persona_lora.report.scores import CONTROL, clusters, grouped, score_answers
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
-from persona_lora.report.two_way import Gaps, shared_questions
+from persona_lora.report.two_way import SAME, Gaps, shared_questions
 from persona_lora.studies.drift.read_prediction import changes, data_sets, predict, rows_of
+from persona_lora.studies.read_seeds import apart
 from persona_lora.studies.steering.read_comparison import effect_gaps
 
 
 def read_pilot(runs: Sequence[Run]) -> tuple[Pilot, int]:
     """Return what varied most among the pilot's comparisons, and how many these are.
 
-    UserError for runs of another kind, and for runs that do not make the same comparisons.
+    UserError for runs of another kind, and for runs that are no seeds of one training or do not
+    make the same comparisons.
     """
+    why = apart(runs) if len(runs) > 1 else None
+    if why is not None:
+        raise UserError(f"{why}; several pilots are training seeds of one")
     by_run = [_comparisons(run) for run in runs]
     for run, found in zip(runs, by_run, strict=True):
         if found.keys() != by_run[0].keys():
@@ -84,6 +89,11 @@ def read_finetunes(run: Run) -> tuple[float, int]:
             )
         inside = fmean(variance(each) for each in several)
         total = variance([fmean(each) for each in groups])
+        if total < SAME:
+            raise UserError(
+                f"all data sets of {run.folder} changed a trait alike, which does not show how "
+                "they vary; give a pilot whose data sets differ"
+            )
         size = len(by_finetune) / len(groups)
         shares.append(inside / max(total - inside / size, total / len(groups)))
     return fmean(shares), tested

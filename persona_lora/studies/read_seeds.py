@@ -156,6 +156,8 @@ def apart(runs: Sequence[Run]) -> str | None:
     if records[0]["command"] not in COMMANDS or len(runs) < 2:
         return f"seeds are read over several runs of {', '.join(COMMANDS)}"
     for run, record in zip(runs, records, strict=True):
+        if record["status"] != "finished":
+            return f"{run.folder} is {record['status']}, and seeds are read once all are finished"
         found = first_difference(_fixed(records[0]), _fixed(record))
         if found is not None:
             return f"{run.folder} differs in more than the seed of its diff ({found})"

@@ -275,6 +275,8 @@ def test_a_rule_that_always_says_the_same_has_an_interval_all_the_same():
     assert 5 < live.score.high < 30
     assert (live.difference.mean, live.difference.low) == (-100, -100)
     assert -95 < live.difference.high < -40
+    low = [{**row, "score": 1.0} for row in rows]
+    assert score_items(low, "plain")[0].score.high is None  # 1 is no end of a scale to 100
     right = [{**row, "metric": "acc", "score": 0.0} for row in rows]
     _, live = score_items(right, "plain")
     assert live.difference.mean == 0

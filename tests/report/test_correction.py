@@ -58,6 +58,13 @@ def test_too_few_questions_give_no_correction():
     assert corrected_mean({1: [1.0], 2: [2.0]}, enough) is None
 
 
+def test_where_nothing_varies_no_interval_of_no_width_is_given():
+    alike = {at: [100.0] for at in range(5)}
+    errors = {at: [each] for at, each in enumerate((-0.1, -0.3 + 0.2, -0.1))}
+    assert corrected_mean(alike, errors) is None
+    assert corrected_mean(alike, {**errors, 3: [-20.0]}).low < 90
+
+
 @pytest.mark.parametrize(
     ("condition", "kind"),
     [

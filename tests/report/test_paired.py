@@ -57,6 +57,12 @@ def test_runs_that_cannot_be_paired_are_named(tmp_path):
         compare_runs([empty], plain)
 
 
+def test_a_run_is_not_compared_with_itself(tmp_path):
+    one, other = (run_of(tmp_path / name, [10.0] * 8) for name in "ab")
+    with pytest.raises(UserError, match="would be compared with itself"):
+        compare_runs([other, Run(tmp_path / "b" / ".." / "a")], one)
+
+
 def test_questions_are_paired_by_what_they_ask_not_by_their_numbers(tmp_path):
     plain = run_of(tmp_path / "plain", [10.0, 10.0, 50.0, 50.0], questions="ab")
     turned = run_of(tmp_path / "turned", [60.0, 60.0, 11.0, 11.0], questions="ba")

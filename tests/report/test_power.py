@@ -96,10 +96,18 @@ def test_all_rows_are_tested_as_one_alone():
         assert sign_flip_ps(rows).tolist() == [sign_flip_p(row) for row in rows]
 
 
-@pytest.mark.parametrize(("effect", "said"), [(0.0, "effect of 0"), (5.0, "at least 4")])
-def test_what_cannot_be_planned_is_refused(effect, said):
+@pytest.mark.parametrize(
+    ("effect", "values", "said"),
+    [
+        (0.0, np.eye(1, 8), "effect of 0"),
+        (5.0, np.eye(1, 3), "at least 4"),
+        (5.0, np.full((1, 8), 2.0), "differences of the pilot are equal"),
+        (5.0, np.zeros((3, 8)), "differences of the pilot are equal"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(effect, values, said):
     with pytest.raises(UserError, match=said):
-        plan_power(Pilot.of(np.zeros((1, 3 if effect else 8))), effect, 0.05)
+        plan_power(Pilot.of(values), effect, 0.05)
 
 
 def test_a_correlation_over_data_sets_needs_many_of_them():

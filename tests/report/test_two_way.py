@@ -92,6 +92,18 @@ def test_no_p_is_0():
     assert crossed_mean(np.zeros((5, 4))).p == 1
 
 
+@pytest.mark.parametrize("unit", [1e-7, 1e-3, 1e4])
+def test_an_interval_does_not_hang_on_the_unit(unit):
+    values = planted(np.random.default_rng(3), (1, 3, 12), draw=20.0, effect=30.0)[0]
+    found, scaled = crossed_mean(values), crossed_mean(values * unit)
+    assert scaled.p == pytest.approx(found.p)
+    assert scaled.interval.low == pytest.approx(found.interval.low * unit)
+
+
+def test_what_rounding_leaves_of_nothing_is_no_difference():
+    assert crossed_mean(np.full((8, 4), 1e-17)).p == 1
+
+
 def test_only_questions_that_every_draw_has_count():
     found = shared_questions([{1: 1.0, 2: 2.0, 3: 3.0}, {2: 20.0, 3: 30.0, 4: 40.0}])
     assert found.tolist() == [[2, 3], [20, 30]]

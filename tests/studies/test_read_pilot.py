@@ -5,7 +5,7 @@ import re
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.runs import Run
+from persona_lora.core.runs import Output, Run
 from persona_lora.report.power import Planned
 from persona_lora.studies.read_pilot import (
     finetunes_line,
@@ -20,10 +20,14 @@ from tests.studies.drift.test_read_prediction import of_data_sets, without_data
 
 @pytest.fixture
 def pilot(tmp_path, sweep_rows):
-    def make(seed=0, command="sweep", **options):
-        answers, verdicts = sweep_rows(seed=seed, **options)
+    def make(seed=0, command="sweep", trait="sycophancy", **options):
+        answers, verdicts = sweep_rows(seed=seed, trait=trait, **options)
         with Run.open(
-            tmp_path / f"{command}{seed}", command=command, config={"trait": "sycophancy"}, seed=0
+            Output(tmp_path / f"{command}{seed}"),
+            command=command,
+            config={"trait": trait},
+            seed=0,
+            inputs={"the seed of the diff": str(seed)},
         ) as run:
             run.append("answers", answers)
             run.append("verdicts", verdicts)
@@ -49,6 +53,10 @@ def test_what_is_no_pilot_is_refused(pilot):
         read_pilot([pilot(command="evaluate")])
     with pytest.raises(UserError, match="compares other things"):
         read_pilot([pilot(), pilot(1, coefficients=(-1.0, 0.0, 1.0))])
+    with pytest.raises(UserError, match=r"differs in more than the seed .*config\.trait"):
+        read_pilot([pilot(), pilot(3, trait="evil")])
+    with pytest.raises(UserError, match="seed of its own, got 0, 0"):
+        read_pilot([pilot()] * 2)
     with pytest.raises(UserError, match="did not ask the unsteered"):
         read_pilot([pilot(2, coefficients=(1.0, 2.0))])
 
@@ -98,6 +106,9 @@ def test_finetunes_of_a_data_set_vary_as_planted(tmp_path, run):
     status, said, error = run("plan", pilot.folder, "--effect", 0.9, "--simulations", 20)
     assert status == 0, error
     assert re.search(r"A correlation of 0\.9 needs \d+ data sets with one finetune each", said)
+    pilot.write("judged", [{**row, "score": 50.0} for row in judged])
+    with pytest.raises(UserError, match="changed a trait alike"):
+        read_finetunes(pilot)
     pilot.write("judged", without_data(judged))
     with pytest.raises(UserError, match="no data set with two finetunes"):
         read_finetunes(pilot)

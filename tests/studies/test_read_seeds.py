@@ -107,6 +107,20 @@ def test_runs_that_differ_in_anything_else_are_no_seeds(seeded, changes, said):
         over_seeds(runs)
 
 
+def test_seeds_that_are_not_all_finished_are_not_read(seeded, tmp_path, no_drawing):
+    runs = seeded([20, 21, 22])
+    kept = [row for row in runs[2].read("answers") if row["coefficient"] != 1.0]
+    runs[2].write("answers", kept)
+    own = {row["row"] for row in kept}
+    runs[2].write("verdicts", [each for each in runs[2].read("verdicts") if each["row"] in own])
+    write_json(runs[2].folder / "run.json", {**runs[2].record, "status": "running"})
+    with pytest.raises(UserError, match="seed2 is running, and seeds are read once all are"):
+        over_seeds(runs)
+    page = write_report([run.folder for run in runs], tmp_path / "report.html").read_text()
+    assert "training seeds" not in page
+    assert "Incomplete." in page
+
+
 def test_diffs_of_unknown_seeds_are_no_seeds(seeded):
     runs = seeded([20, 21, 22])
     record = runs[1].record
