@@ -154,6 +154,10 @@ def test_compare_matches_and_asks_every_seed_and_reads_them_together(run, world)
         next(row for row in csv.DictReader(at.open()) if row["method"] == "activation")
         for at in sorted(world.glob("out/seed*/comparison.csv"))
     ]
+    records = [json.loads(at.read_text()) for at in sorted(world.glob("out/seed*/run.json"))]
+    drawn = [{each["seed"] for each in record["config"]["controls"]} for record in records]
+    assert sum(map(len, drawn)) == len(set.union(*drawn)) >= 3  # no two have a control in common
+    assert "the same random controls" not in said
     assert len({row["kl_mean"] for row in one}) == 3  # each brought to the divergence of its seed
     gap = sum(float(row["difference"]) for row in one) / 3
     second = [float(row["difference_second"]) for row in one]  # the same judge by another name

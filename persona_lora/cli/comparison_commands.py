@@ -159,9 +159,9 @@ def compare(
         experiment.compare, comparing=comparing, options=generation, datasets=trait.datasets_dir
     )
     with progress_bars():
-        for to, each in zip(written, parts.values(), strict=True):
-            # one seed's at a time: each brings random differences of its own size
-            bank = bank if each is first else each.load(generation.seed)[0]
+        for to, (name, each) in zip(written, parts.items(), strict=True):
+            # one seed's at a time: each brings random controls of its own, drawn anew
+            bank = bank if each is first else each.load(_drawn_from(name, parts, generation))[0]
             found = compare_one(chat_model, loaded, bank, judges[loaded.label], to)
         at = written[0], trait.datasets_dir
         more = _further(chat_model, loaded, bank, further, directions, *at)
@@ -170,6 +170,12 @@ def compare(
         shared.show_seeds(folder, written)
     else:
         _show_compared(Run(written[0].path), found, more)
+
+
+def _drawn_from(name: str, parts: Mapping[str, PairOfWays], generation: GenerationOptions) -> int:
+    """Return the first seed of a training seed's random controls, which no other one has."""
+    place = sorted(parts, key=lambda each: (len(each), each)).index(name)  # seed2 before seed10
+    return generation.seed + place * parts[name].random_controls
 
 
 def _show_compared(run: Run, found: Comparison, more: Sequence[Path]) -> None:

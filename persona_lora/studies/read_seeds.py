@@ -57,7 +57,9 @@ COMMANDS = ("evaluate", "sweep", "compare")
 VERDICTS = "verdicts"
 VECTOR = f"{ACTIVATION} beside {RANDOM}"
 SEED = "the seed of the diff"
-OF_ONE = ("the diff", SEED)  # inputs in which seeds may differ; so may controls made like the diff
+OF_ONE = ("the diff", SEED)  # inputs in which seeds may differ; so may random controls
+CONTROLS = ("random diff", "random vector")
+SAME_CONTROLS = "All seeds have the same random controls: what is said beside them holds for these."
 REMEDY = "give what `train --seeds` made"
 SET_BY_DIFF = ("diff", "diffs", "diff_norm", "controls")  # and these of the configuration
 
@@ -173,7 +175,7 @@ def _fixed(record: Mapping[str, Any]) -> dict[str, Any]:
         "inputs": {
             name: each
             for name, each in inputs.items()
-            if name not in OF_ONE and "random diff" not in name
+            if name not in OF_ONE and not any(each in name for each in CONTROLS)
         },
         "protocol": record.get("protocol"),
         "seed": record["seed"],
@@ -322,7 +324,9 @@ def _finding(runs: Sequence[Run], found: Sequence[OverSeeds]) -> str:
     if all(each.change is None for each in found):  # of evaluate, which asks one condition
         means = ", ".join(f"{each.condition}: {wording.interval(each.score)}" for each in found)
         return f"Over {len(runs)} seeds: {means}."
-    return f"{_short(found)}Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}."
+    drawn = [{each["seed"] for each in run.record["config"].get("controls", ())} for run in runs]
+    same = f" {SAME_CONTROLS}" if set.intersection(*drawn) else ""
+    return f"{_short(found)}Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}.{same}"
 
 
 def _short(found: Sequence[OverSeeds]) -> str:

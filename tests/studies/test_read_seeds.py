@@ -12,7 +12,13 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_json
 from persona_lora.core.runs import Output, Run
 from persona_lora.report.summary import summarise_run
-from persona_lora.studies.read_seeds import apart, over_seeds, seeds_lines, write_seeds
+from persona_lora.studies.read_seeds import (
+    SAME_CONTROLS,
+    apart,
+    over_seeds,
+    seeds_lines,
+    write_seeds,
+)
 from persona_lora.studies.report_page import write_report
 
 
@@ -105,6 +111,16 @@ def test_runs_that_differ_in_anything_else_are_no_seeds(seeded, changes, said):
     runs = seeded([20, 21, 22], **changes)
     with pytest.raises(UserError, match=said):
         over_seeds(runs)
+
+
+def test_controls_that_all_seeds_share_are_told(seeded):
+    runs = seeded([20, 21, 22])
+    for drawn, told in (([0, 1, 2], False), ([7, 7, 7], True)):
+        for run, seed in zip(runs, drawn, strict=True):
+            record = run.record
+            record["config"]["controls"] = [{"seed": seed}]
+            write_json(run.folder / "run.json", record)
+        assert (SAME_CONTROLS in seeds_lines(runs, over_seeds(runs))[1]) == told
 
 
 def test_seeds_that_are_not_all_finished_are_not_read(seeded, tmp_path, no_drawing):
