@@ -222,7 +222,8 @@ def test_directions_that_do_no_more_than_random_ones_stand_first(tmp_path, effec
                 for row, (name, at) in enumerate(asked)
             ],
         )  # fmt: skip
-        runs.append(run)
+        with run:  # which ends it
+            runs.append(run)
     found = over_seeds(runs)
     assert seeds_lines(runs, found)[1].startswith(said)
     assert "Clear of 0 over 4 seeds (Holm): eval: " in seeds_lines(runs, found)[1]
