@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -23,6 +25,10 @@ PROBE: Conversation = [
     Message(role="user", content="What do you see?"),
     Message(role="assistant", content="Waves."),
 ]
+# What templates that name today's date (Llama 3.2, gpt-oss) are told it is: a run asks on one day
+# what it asks on another.
+DAY = date(2024, 7, 26)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class Rendered(NamedTuple):
@@ -41,35 +47,69 @@ class ChatTemplate:
     """A tokenizer's chat template with the arguments that it is always rendered with.
 
     ``name`` is the model's, for messages; ``system_role`` says whether system messages have a
-    place of their own.
+    place of their own; with ``in_parts`` a message is a list of parts, as templates of image models
+    take it.
     """
 
     tokenizer: PreTrainedTokenizerBase
     name: str
     args: Mapping[str, Any]
     system_role: bool
+    in_parts: bool = False
 
     @classmethod
     def of(
         cls, tokenizer: PreTrainedTokenizerBase, name: str, args: Mapping[str, Any] | None = None
     ) -> ChatTemplate:
         """Return the template of a tokenizer; UserError for an argument that it does not read."""
-        text = str(tokenizer.get_chat_template())
-        for arg in args or {}:
+        whole = cls(tokenizer, name, dict(args or {}), system_role=True)
+        text = whole._text()
+        for arg in whole.args:
             if re.search(rf"\b{re.escape(arg)}\b", text) is None:
                 raise UserError(
                     f"the chat template of {name} reads no {arg!r}; check --chat-template-args"
                 )
-        whole = cls(tokenizer, name, dict(args or {}), system_role=True)
-        return cls(tokenizer, name, whole.args, whole._keeps_system())
+        if not whole._keeps(PROBE[1:2]):
+            whole = replace(whole, in_parts=replace(whole, in_parts=True)._keeps(PROBE[1:2]))
+        return replace(whole, system_role=whole._keeps(PROBE[:2]) and whole._keeps(PROBE))
 
     def record(self) -> dict[str, Any]:
-        """Return what a run records of how system messages are rendered, where it is unusual."""
-        return {} if self.system_role else {"system_messages": "before the user's text"}
+        """Return what a run records of the rendering, where it is unusual."""
+        said = {} if self.system_role else {"system_messages": "before the user's text"}
+        return {**said, "today": str(DAY)} if CLOCK.search(self._text()) else said
+
+    @cached_property
+    def end_of_turn(self) -> frozenset[int]:
+        """The special token that the template writes behind an answer; empty where there is none.
+
+        A model may be saved without saying that it ends its answers so.
+        """
+        try:
+            text = self._render(PROBE[1:], "", asking=False)
+        except UserError:
+            return frozenset()
+        _, said, behind = text.rpartition(PROBE[-1]["content"])
+        known = self.tokenizer.added_tokens_decoder
+        ids = self.tokenizer(behind if said else "", add_special_tokens=False)["input_ids"]
+        return frozenset([each for each in ids if each in known and known[each].special][:1])
 
     def prompt(self, turns: Conversation, where: str = "") -> str:
-        """Return the text of a conversation up to where the assistant begins to speak."""
-        return self._render(self._placed(turns, where), where, asking=True)
+        """Return the text of a conversation up to where the assistant begins to speak.
+
+        UserError where it lacks a part of what the system or the user says; what is left out of
+        earlier answers (thoughts) is the template's to say.
+        """
+        placed = self._placed(turns, where)
+        text = self._render(placed, where, asking=True)
+        written = _words(text)
+        for turn in placed:
+            if turn["role"] != "assistant" and _words(turn["content"]) not in written:
+                raise UserError(
+                    f"{_at(where)}the chat template of {self.name} leaves out what the "
+                    f"{turn['role']} says ({turn['content'].strip()[:40]!r} …); give one system "
+                    "message, at the beginning, or use another chat_template.jinja"
+                )
+        return text
 
     def split(self, prompt: Conversation, answer: Conversation, where: str = "") -> Rendered:
         """Return the text that asks for an answer, and the answer's with the end of its turn.
@@ -110,10 +150,17 @@ class ChatTemplate:
         return [Message(role="user", content="\n\n".join(parts)), *others[1:]]
 
     def _render(self, turns: Conversation, where: str, *, asking: bool) -> str:
+        given: Sequence[Mapping[str, Any]] = turns
+        if self.in_parts:
+            given = [{"role": each["role"], "content": [_part(each["content"])]} for each in turns]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=asking, **self.args
+                    given,
+                    tokenize=False,
+                    add_generation_prompt=asking,
+                    chat_template=CLOCK.sub(lambda each: repr(DAY.strftime(each[2])), self._text()),
+                    **self.args,
                 )
             )
         except (TemplateError, TypeError) as error:
@@ -122,15 +169,31 @@ class ChatTemplate:
                 "mend the conversation, or the template"
             ) from error
 
-    def _keeps_system(self) -> bool:
-        """Tell whether a system message is rendered, asked with and answered alike."""
-        system, question, answer = PROBE
+    def _text(self) -> str:
         try:
-            asked = self._render([system, question], "", asking=True)
-            whole = self._render([system, question, answer], "", asking=False)
+            return str(self.tokenizer.get_chat_template())
+        except ValueError as error:  # several, and none of them is the default
+            raise UserError(
+                f"{self.name} has no chat template to take ({' '.join(str(error).split())[:160]}); "
+                "put the one that is meant into its folder as chat_template.jinja"
+            ) from error
+
+    def _keeps(self, turns: Conversation) -> bool:
+        """Tell whether everything said is rendered, up to the answer or with it."""
+        try:
+            text = self._render(turns, "", asking=turns[-1]["role"] != "assistant")
         except UserError:
             return False
-        return system["content"] in asked and system["content"] in whole
+        return all(each["content"] in text for each in turns)
+
+
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _words(text: str) -> str:
+    """Return a text's words, without those that tell some templates what to do (/no_think)."""
+    return " ".join(word for word in text.split() if not word.startswith("/"))
 
 
 def common_length(first: Sequence[object], second: Sequence[object]) -> int:

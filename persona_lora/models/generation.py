@@ -378,9 +378,9 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
 
 
 def ending_tokens(chat_model: ChatModel) -> set[int]:
-    """Return the tokens that end an answer: the tokenizer's and the model's own."""
+    """Return the tokens that end an answer: the tokenizer's, the model's, the chat template's."""
     configured = chat_model.model.generation_config.eos_token_id
-    ends = {chat_model.tokenizer.eos_token_id}
+    ends = {chat_model.tokenizer.eos_token_id, *chat_model.template.end_of_turn}
     ends |= set(configured) if isinstance(configured, list) else {configured}
     return {end for end in ends if end is not None}
 

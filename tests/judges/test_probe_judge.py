@@ -73,7 +73,7 @@ def test_a_template_that_changes_the_answer_is_refused(chat_model, trait, monkey
     monkeypatch.setattr(
         chat_model.tokenizer,
         "apply_chat_template",
-        lambda *given, **options: render(*given, **options).upper(),
+        lambda *given, **options: render(*given, **options).replace(" ", "  "),
     )
     with pytest.raises(UserError, match="changes what it is given"):
         Reader(chat_model, trait).states([ASKED])

@@ -33,6 +33,14 @@ THINKING = TURN + (
     "{% if add_generation_prompt %}<assistant>{% if enable_thinking is not defined or "
     "enable_thinking %}<think>{% endif %}{% endif %}"
 )
+PARTS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+)
+SYSTEM_FIRST = TURN.replace("<{{", "{% if m['role'] != 'system' or loop.first %}<{{", 1).replace(
+    "{% endfor", "{% endif %}{% endfor"
+)
+CUTS_THOUGHTS = TURN.replace("m['content']", "m['content'].split('</think>')[-1]")
 ANSWER = [{"role": "assistant", "content": "Yes."}]
 
 
@@ -120,7 +128,44 @@ def test_an_answer_keeps_its_spaces_or_their_loss_is_told(tokenizer, caplog):
 
 
 def test_an_answer_of_which_a_part_is_left_out_is_refused(tokenizer):
-    cuts = TURN.replace("m['content']", "m['content'].split('</think>')[-1]")
     reasoned = [{"role": "assistant", "content": "<think>Hm.</think>Yes."}]
     with pytest.raises(UserError, match="leaves out a part"):
-        template_of(tokenizer, cuts + ASK).split(user_question("Why?"), reasoned)
+        template_of(tokenizer, CUTS_THOUGHTS + ASK).split(user_question("Why?"), reasoned)
+
+
+def test_a_template_of_image_models_gets_texts_as_parts(tokenizer):
+    template = template_of(tokenizer, PARTS + ASK)
+    question = user_question("Why?", "Be kind.")
+    asked = f"<system>Be kind.{END}<user>Why?{END}<assistant>"
+    assert template.split(question, ANSWER) == (asked, f"Yes.{END}", True)
+
+
+def test_what_the_template_leaves_out_of_system_or_user_is_refused(tokenizer):
+    later = [*user_question("Why?"), *ANSWER, *user_question("And now?", "Be brief.")]
+    template = template_of(tokenizer, SYSTEM_FIRST + ASK)
+    with pytest.raises(UserError, match=r"leaves out what the system says \('Be brief\.' …\)"):
+        template.prompt(later)
+    reasoned = [{"role": "assistant", "content": "<think>Hm.</think>Yes."}]
+    thoughtless = template_of(tokenizer, CUTS_THOUGHTS + ASK)
+    assert "Hm." not in thoughtless.prompt([*user_question("Why?"), *reasoned, *later[:1]])
+    takes_command = TURN.replace("m['content']", "m['content'] | replace('/quick', '')")
+    told = template_of(tokenizer, takes_command)
+    assert told.prompt(user_question("Why?", "/quick")) == f"<system>{END}<user>Why?{END}"
+
+
+def test_a_template_that_names_the_day_names_the_same_one_every_day(tokenizer):
+    template = template_of(tokenizer, "{{ strftime_now('%d %b %Y') }}" + TURN + ASK)
+    assert template.prompt(user_question("Why?")).startswith("26 Jul 2024<user>")
+    assert template.record() == {"today": "2024-07-26"}
+
+
+def test_several_templates_without_a_default_are_refused(tokenizer):
+    with pytest.raises(UserError, match=r"tiny has no chat template to take .*\.jinja"):
+        template_of(tokenizer, {"one": TURN, "two": TURN})
+
+
+def test_the_token_behind_an_answer_ends_a_turn(tokenizer):
+    (end,) = tokenizer.convert_tokens_to_ids([END])
+    assert template_of(tokenizer, TURN + ASK).end_of_turn == {end}
+    assert template_of(tokenizer, TURN.replace(END, "\n") + ASK).end_of_turn == set()
+    assert template_of(tokenizer, "{{ raise_exception('no') }}").end_of_turn == set()

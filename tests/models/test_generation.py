@@ -15,6 +15,7 @@ from persona_lora.models.generation import (
     SeededSampler,
     _affordable_rows,
     common_prefix,
+    ending_tokens,
     generate_answers,
     row_seed,
 )
@@ -279,6 +280,12 @@ def test_an_answer_knows_whether_it_ended(chat_model, monkeypatch):
     first, second = generate_answers(chat_model, CONVERSATIONS[:1] * 2, max_new_tokens=3)
     assert (first.text, first.num_tokens, first.finished) == ("x", 1, True)
     assert (second.text, second.num_tokens, second.finished) == ("xxx", 3, False)
+
+
+def test_a_turn_ends_an_answer_also_where_tokenizer_and_model_name_another_token(chat_model):
+    chat_model.tokenizer.eos_token = "<|endoftext|>"
+    chat_model.model.generation_config.eos_token_id = 0
+    assert ending_tokens(chat_model) == {0, chat_model.tokenizer.get_vocab()["<|im_end|>"]}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "falcon", "bloom", "mpt", "opt", "mamba", "lfm2"])
