@@ -159,10 +159,10 @@ def plans_sharing(model: PreTrainedModel, *, padded: bool) -> bool:
 
     Not in models that read images too: they keep positions of their own beside the cache. And with
     padding behind the prefix only where positions are given: one that counts places (MPT's
-    distances) would count the padding.
+    distances) would count the padding. GPT-Neo has windows that its cache does not know of.
     """
     config = model.config
-    if config.get_text_config(decoder=True) is not config:
+    if config.get_text_config(decoder=True) is not config or config.model_type == "gpt_neo":
         return False
     takes = inspect.signature(text_decoder(model).module.forward).parameters
     if padded and "position_ids" not in takes:

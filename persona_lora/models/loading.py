@@ -294,16 +294,26 @@ def _load_tokenizer(source: str, name: str, options: LoadOptions) -> PreTrainedT
         raise UserError(
             f"{name} has no chat template; name an instruct model, or add one to its tokenizer"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:  # any token does: nothing looks at padding
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
 def model_config(name: str, options: LoadOptions = LoadOptions()) -> PreTrainedConfig:
     """Return a model's configuration, without reading its weights; UserError for no model."""
-    source = model_source(name, options.revision)
+    return _config(model_source(name, options.revision), name, options)
+
+
+def _config(source: str, name: str, options: LoadOptions) -> PreTrainedConfig:
+    """Return the configuration at a source; UserError for none, and for half a model's."""
     with _named_errors(name, options):
-        return AutoConfig.from_pretrained(source, **shared_arguments(options))
+        config = AutoConfig.from_pretrained(source, **shared_arguments(options))
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{name} is an encoder with a decoder ({config.model_type}), and the decoder would be "
+            "loaded alone, which does not read the question; name a model that is a decoder"
+        )
+    return config
 
 
 class Shape(NamedTuple):
@@ -335,8 +345,8 @@ def check_window(
 def _load_weights(
     source: str, name: str, arguments: dict[str, Any], options: LoadOptions
 ) -> PreTrainedModel:
+    config = _config(source, name, options)
     with _named_errors(name, options):
-        config = AutoConfig.from_pretrained(source, **shared_arguments(options))
         model, info = auto_model(config).from_pretrained(
             source,
             output_loading_info=True,

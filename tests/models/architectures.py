@@ -141,6 +141,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("granite", SHAPE),
     "SmolLM3": ("smollm3", SHAPE),
     "GPT-NeoX": ("gpt_neox", SHAPE),
+    "GPT-Neo": (
+        "gpt_neo",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["local", "global"], 1]],
+            "window_size": 32,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+    ),
     "GPT-2": (
         "gpt2",
         {

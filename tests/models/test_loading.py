@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 
+from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models import loading
+from persona_lora.models.generation import generate_answers
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model, packaged_model_folder
 from persona_lora.steering.bank import METHODS
 
@@ -64,6 +66,24 @@ def test_a_missing_chat_template_is_an_error(model_folder, tmp_path):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         load_chat_model(str(folder))
+
+
+def test_half_a_model_is_refused_before_its_weights_are_read(model_folder, tmp_path):
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    folder = shutil.copytree(model_folder, tmp_path / "whole", ignore=without_weights)
+    (folder / "config.json").write_text('{"model_type": "bart"}')
+    with pytest.raises(UserError, match=r"an encoder with a decoder \(bart\)"):
+        load_chat_model(str(folder))
+
+
+def test_rows_are_padded_also_where_no_token_is_meant_for_it(model_folder, tmp_path, tokenizer):
+    folder = shutil.copytree(model_folder, tmp_path / "bare")
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    chat_model = load_chat_model(str(folder), dtype="float32")
+    asked = [user_question(text) for text in ("Hi", "Why is that so?")]
+    together = generate_answers(chat_model, asked, max_new_tokens=5)
+    assert together == generate_answers(chat_model, asked, max_new_tokens=5, batch_size=1)
 
 
 def test_truncated_weights_are_named(model_folder, tmp_path):
