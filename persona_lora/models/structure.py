@@ -28,6 +28,7 @@ from persona_lora.core.errors import UserError
 
 PEFT_WRAPPING = ("base_model.model.", ".base_layer")
 FINGERPRINT_SAMPLES = 256
+DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # fp8 is quantised
 
 
 def canonical_name(name: str) -> str:
@@ -189,9 +190,13 @@ def _gives_one_tensor(module: nn.Module) -> bool:
     out, width = features(module)
     weight = weight_of(module)
     device = "cpu" if weight.device.type == "meta" else weight.device
-    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-    answer = module(torch.zeros(1, width, device=device, dtype=dtype))
+    answer = module(torch.zeros(1, width, device=device, dtype=computed_in(weight)))
     return isinstance(answer, Tensor) and tuple(answer.shape) == (1, out)
+
+
+def computed_in(weight: Tensor) -> torch.dtype:
+    """Return the type that a module computes in: that of its weight, bf16 for a quantised one."""
+    return weight.dtype if weight.dtype in DENSE_DTYPES else torch.bfloat16
 
 
 def stacked_weights(model: nn.Module) -> list[str]:

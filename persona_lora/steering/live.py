@@ -35,7 +35,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, shared_base_model
 from persona_lora.models.caches import states_read
 from persona_lora.models.hooks import Hook
-from persona_lora.models.structure import decoder_layers, input_groups, weight_of
+from persona_lora.models.structure import computed_in, decoder_layers, input_groups, weight_of
 from persona_lora.steering.placement import check_base_model, find_modules
 from persona_lora.steering.rows import RowCoefficients
 from persona_lora.steering.steerer import Steerer
@@ -218,7 +218,7 @@ class _Factor:
 
     def __init__(self, factor: Tensor, module: nn.Module) -> None:
         weight = weight_of(module)
-        self.dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+        self.dtype = computed_in(weight)
         self.whole = torch.promote_types(self.dtype, torch.float32)
         on_cpu = weight.device.type in ("cpu", "meta")
         device, dtype = ("cpu", self.whole) if on_cpu else (weight.device, self.dtype)

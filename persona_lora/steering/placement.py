@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
@@ -18,6 +17,7 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import shape_of
 from persona_lora.models.structure import (
+    DENSE_DTYPES,
     decoder_layers,
     features,
     hidden_size,
@@ -28,8 +28,6 @@ from persona_lora.models.structure import (
 )
 from persona_lora.models.weight_files import model_on_disk
 from persona_lora.steering.ledger import LOCK, MERGED
-
-DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def as_diff(lora_diff: LoRADiff | str | Path) -> LoRADiff:

@@ -27,10 +27,9 @@ from persona_lora.core.lora_diff import LoRADiff, finite_coefficient, random_dif
 from persona_lora.core.settings import typed_fields
 from persona_lora.core.traits import load_trait, trait_prompt
 from persona_lora.core.vector_files import load_vector
-from persona_lora.models.structure import read_layers
+from persona_lora.models.structure import DENSE_DTYPES, read_layers
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.placement import DENSE_DTYPES
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRASteerer
 

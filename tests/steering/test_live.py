@@ -197,23 +197,24 @@ def test_gradients_flow_to_the_input_as_in_the_merged_model(model, diffs):
 
 
 @torch.no_grad()
-def test_works_beside_tied_and_quantised_weights(make_model):
-    """An int8 linear layer stands for quantised ones: nothing but its output is used."""
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_works_beside_tied_and_quantised_weights(make_model, stored):
+    """A linear layer of few bits stands for quantised ones: nothing but its output is used."""
 
-    class Int8Linear(torch.nn.Module):
+    class QuantisedLinear(torch.nn.Module):
         def __init__(self, linear):
             super().__init__()
             self.in_features, self.out_features = linear.in_features, linear.out_features
             self.scale = linear.weight.abs().max() / 127
             self.weight = torch.nn.Parameter(
-                (linear.weight / self.scale).round().to(torch.int8), requires_grad=False
+                (linear.weight / self.scale).round().to(stored), requires_grad=False
             )
 
         def forward(self, inputs):
             return torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype) * self.scale)
 
     model = make_model(tied=True)
-    model.model.layers[0].mlp.up_proj = Int8Linear(model.model.layers[0].mlp.up_proj)
+    model.model.layers[0].mlp.up_proj = QuantisedLinear(model.model.layers[0].mlp.up_proj)
     factors = LoRAFactors(torch.randn(2, 32) * 0.1, torch.randn(64, 2) * 0.1)
     head = LoRAFactors(torch.randn(2, 32) * 0.1, torch.randn(model.config.vocab_size, 2) * 0.1)
     diff = LoRADiff({"model.layers.0.mlp.up_proj": factors, "lm_head": head}, BaseModel("tiny"))
