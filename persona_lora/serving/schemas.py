@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, without_secrets
@@ -19,24 +19,41 @@ from persona_lora.serving.mixes import UnknownPersona
 MOST_CHOICES = 16
 MOST_LIKELIEST = 20
 LEAST_HEAT = 0.01
+# Known, and not carried out.
+UNSERVED = (
+    *("top_p", "presence_penalty", "frequency_penalty", "logit_bias", "response_format"),
+    *("tools", "suffix", "best_of"),
+)
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 Tokens = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class Part(BaseModel):
-    """A part of a message: text alone."""
+class Given(BaseModel):
+    """A part of a request; what is null in it was not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        """Leave out what is null, as clients send what they do not use (tools, a refusal)."""
+        if not isinstance(value, dict):
+            return value
+        return {name: each for name, each in value.items() if each is not None}
+
+
+class Part(Given):
+    """A part of a message: text alone."""
+
     type: Literal["text"]
     text: str
 
 
-class Said(BaseModel):
+class Said(Given):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
     type: Literal["text"] | None = None
@@ -48,17 +65,15 @@ class Said(BaseModel):
         return Message(role=self.role, content=text)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Given):
     """What a stream brings beside text."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
 
 
-class Asked(BaseModel):
+class Asked(Given):
     """What both endpoints take."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None

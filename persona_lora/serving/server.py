@@ -24,7 +24,7 @@ from persona_lora.models.structure import context_window
 from persona_lora.serving.batching import Batch, Busy, Row
 from persona_lora.serving.mixes import Personas
 from persona_lora.serving.reply import Answer, Choice, Logprobs, Reply
-from persona_lora.serving.schemas import Asked, AskedChat, AskedText, Refusal, refusal_of
+from persona_lora.serving.schemas import UNSERVED, Asked, AskedChat, AskedText, Refusal, refusal_of
 
 LARGEST_BODY = 4_000_000  # bytes
 USUAL_LENGTH = 512  # tokens of a chat's answer that asks for no number
@@ -183,11 +183,11 @@ async def _read(request: Request, kind: type[Kind]) -> Kind:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the request"
-        said = first["msg"]
-        if first["type"] == "extra_forbidden":
-            said = (
-                f"this server does not do that; leave it out, or use {', '.join(kind.model_fields)}"
-            )
+        said, unknown = first["msg"], first["type"] == "extra_forbidden"
+        if unknown or where.partition(".")[0] in UNSERVED:
+            said = "this server does not do that; leave it out"
+        if unknown and len(first["loc"]) == 1:
+            said += f", or use {', '.join(kind.model_fields)}"
         raise UserError(f"{where}: {said}") from error
 
 

@@ -199,8 +199,9 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
     [
         ("chat/completions", {"model": "base+1*greed"}, 404, "no trait 'greed' is served"),
         ("chat/completions", {"model": "base+nan*wit"}, 400, "is no mix"),
-        ("chat/completions", {"top_p": 0.5}, 400, "top_p: Input should be greater than or equal"),
-        ("chat/completions", {"tools": [{}]}, 400, "tools"),
+        ("chat/completions", {"top_p": 0.5}, 400, "top_p: this server does not do that; leave it"),
+        ("chat/completions", {"tools": [{}]}, 400, "tools: this server does not"),
+        ("chat/completions", {"logit_bias": {"5": 1}}, 400, "logit_bias: this server does not"),
         ("chat/completions", {"min_p": 0.1}, 400, "min_p: this server does not do that; leave it"),
         ("chat/completions", {"temperature": float("nan")}, 400, "temperature"),
         ("chat/completions", {"temperature": 0.001}, 400, "at least 0.01"),
@@ -229,6 +230,21 @@ def test_what_cannot_be_is_refused_in_openais_form(client, path, changed, status
     error = response.json()["error"]
     assert said in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_what_is_null_was_not_given(client):
+    said = {"role": "assistant", "content": "Yes."}
+    plain = {**GREEDY, "messages": [*ASKED, said, *ASKED]}
+    dumped = {**said, "refusal": None, "tool_calls": None}  # as the openai package dumps an answer
+    nulls = {**plain, "messages": [*ASKED, dumped, *ASKED], "tool_choice": None, "functions": None}
+    found, expected = (client.post("/v1/chat/completions", json=asked) for asked in (nulls, plain))
+    assert found.json()["choices"] == expected.json()["choices"]
+
+
+def test_of_a_message_only_what_is_too_much_is_named(client):
+    named = {**GREEDY, "messages": [{**ASKED[0], "name": "Bob"}]}
+    error = client.post("/v1/chat/completions", json=named).json()["error"]
+    assert error["message"] == "messages.0.name: this server does not do that; leave it out"
 
 
 def test_bodies_that_are_none_or_too_large(client, monkeypatch):
