@@ -98,9 +98,7 @@ def lists(config: Mapping[str, Any], module: str) -> bool | None:
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     layers = config.get("layers_to_transform")
     numbers = {int(number) for number in re.findall(r"\.(\d+)\.", f"{module}.")}
-    if (excluded and _listed(excluded, module)) or (
-        layers is not None and not numbers & set(layers)
-    ):
+    if (excluded and _listed(excluded, module)) or (layers and not numbers & set(layers)):
         return False
     return None if not targets or targets == "all-linear" else _listed(targets, module)
 

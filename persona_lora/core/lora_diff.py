@@ -155,7 +155,8 @@ class LoRADiff:
         if positive.base_model_name != negative.base_model_name:
             raise UserError(
                 f"{pos} was trained on {positive.base_model_name!r} and {neg} on "
-                f"{negative.base_model_name!r}; train both on the same base model"
+                f"{negative.base_model_name!r}; train both on the same base model, or give it "
+                "one name in both adapter_config.json"
             )
         base_model = BaseModel(positive.base_model_name, fingerprint)
         provenance = {"pos": str(pos), "neg": str(neg), **(sources or {})}
@@ -406,8 +407,15 @@ def agreed_base(bases: Sequence[BaseModel], what: str) -> BaseModel:
     reference = max(bases, key=lambda base: (base.fingerprint or "", base.name))
     for base in bases:
         if not _may_be_same(reference, base):
+            remedy = (
+                f"their weights differ, take {what} of one model"
+                if reference.fingerprint and base.fingerprint
+                else "where these are one model, give it one name in the files of both "
+                "(base_model_name_or_path in adapter_config.json, base_model in diff.json)"
+            )
             raise UserError(
-                f"{what} of different base models do not mix: {reference.name!r} and {base.name!r}"
+                f"{what} of different base models do not mix: {reference.name!r} and "
+                f"{base.name!r}; {remedy}"
             )
     return reference
 

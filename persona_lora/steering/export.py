@@ -52,6 +52,7 @@ GGUF_ARCHITECTURES = {
 }
 PERMUTED = "llama"
 CONVERTER = "convert_hf_to_gguf.py"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # unmerged, all
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
 
 
@@ -161,7 +162,7 @@ def export_merged(terms: Mapping[LoRADiff, float], base: Path, folder: Path) -> 
     files = sorted({place.file for place in weights.tensors.values()})
     with atomic_folder(folder) as temporary:
         for path in base.iterdir():
-            if path.is_file() and path.suffix != ".safetensors":
+            if path.is_file() and path.suffix not in WEIGHTS:
                 shutil.copy2(path, temporary / path.name)
         for done, file in enumerate(files):
             shard, metadata = _merged_shard(file, changed)

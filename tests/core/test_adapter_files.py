@@ -48,6 +48,7 @@ def rewrite(folder, change):
         {"rank_pattern": {"^model.*q_proj": 8, "q_proj": 2}},
         {"target_modules": r".*\.(q|k)_proj", "layers_to_transform": None},
         {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
         {"exclude_modules": ["model.layers.0.mlp.up_proj"], "bias": "none"},
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": "orthogonal"},
