@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch, tokenizer, make_diff):
     monkeypatch.setattr(loading, "packaged_model_folder", lambda: tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     fingerprint = weight_fingerprint(model)
-    for trait in ("evil", "sycophancy"):
+    for trait in ("evil", "sycophancy", "ready/evil", "ready/sycophancy"):
         make_diff(model, fingerprint=fingerprint).save(tmp_path / "checkpoints" / trait / "diff")
     vector = SteeringVector(
         {layer: torch.randn(16) for layer in range(30)}, BaseModel("tiny", fingerprint), 30
