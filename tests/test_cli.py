@@ -296,3 +296,4 @@ def test_evaluate_asks_the_first_questions_and_says_which_setting_differs(
     assert status == 0, error
     assert len((world / "out/x/answers.jsonl").read_text().splitlines()) == 1
     assert_fails(run(*words, 2), "max_questions: 1, now 2")
+    assert json.loads((world / "out/x/run.json").read_text())["config"]["max_questions"] == 1
