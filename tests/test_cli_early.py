@@ -160,7 +160,7 @@ def directions(words):
         (("optimize", *PERSON, "--method", "svd", "--layers", "7"), "--layers '7' is out of range"),
         (("compare-methods", *PERSON, "--layers", "7"), "--layers '7' is out of range"),
         (("optimize", *PERSON), "checkpoints/self_other_focus/diff does not exist"),
-        (("optimize", *PERSON, *MADE, "--traits", "formality,calm"), "made/calm/diff does not"),
+        (("optimize", *PERSON, *MADE, "--traits", "calm"), "made/calm/diff does not"),
         (("optimize", *PERSON, *MADE, "--method", "svd"), "formality_response_avg_svd.safetensors"),
         (("compare-methods", *PERSON, *MADE), "formality_response_avg_svd.safetensors does not"),
         (("compare-methods", *PERSON, *MADE, "--methods", "svd@7"), "svd@7: layers '7' is out of"),
@@ -290,7 +290,7 @@ TUNED = "tuned/checkpoint-2"
         ),
         ((*PREDICT, "--finetunes", FOUR, "--diffs", "wide/diff"), WIDE),
         (
-            (*PREDICT, "--finetunes", FOUR.replace("-8", "-2,wide/diff"), "--diffs", "diff"),
+            (*PREDICT, "--finetunes", f"{FOUR},wide/diff", "--diffs", "diff"),
             "wide/diff: model.layers.0.mlp.down_proj is [32, 64] in the model",
         ),
         ((*PREVENT, "--finetunes", f"plain={TUNED},other=wide/diff"), "wide/diff: model.layers.0"),

@@ -340,8 +340,8 @@ def render_prevention(scores: Sequence[TaskScore], trait: str) -> Picture:
             if behaviour:
                 axes.set_xlim(-4, 104)
     note = (
-        f"Mean and 95% interval over items. The dashed line is {models[0]}; filled dots differ "
-        "from it (Holm, p < 0.05)."
+        "Mean and 95% interval over items, and over training seeds where there are several. "
+        f"The dashed line is {models[0]}; filled dots differ from it (Holm, p < 0.05)."
     )
     return draw.finish(figure, panels, title="What prevention buys, and what it costs", note=note)
 
