@@ -154,11 +154,10 @@ class Strengths:
                 f"{name} was measured up to {sign * rising[-1].nats:.3g}nat, got {strength:g}nat; "
                 "ask for less (beyond it more does not move the model further)"
             )
-        first = rising[0]
+        first, nats = rising[0], min(nats, rising[-1].nats)
         if nats <= first.nats:
             return first.coefficient * math.sqrt(nats / first.nats)
-        pairs = pairwise(rising)
-        low, high = next((pair for pair in pairs if nats <= pair[1].nats), (first, rising[-1]))
+        low, high = next(pair for pair in pairwise(rising) if nats <= pair[1].nats)
         share = math.log(nats / low.nats) / math.log(high.nats / low.nats)
         return low.coefficient * (high.coefficient / low.coefficient) ** share
 

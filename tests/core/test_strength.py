@@ -59,6 +59,9 @@ def test_between_and_under_what_was_measured_a_quadratic_is_met_exactly(quadrati
 
 
 def test_beyond_what_was_measured_or_rises_no_more_nothing_is_guessed(quadratic):
+    one = Strengths("", "", "", (Moved(0.5, 0.2, 1),))
+    for found, most, end in ((quadratic, 4.0, 2.0), (one, 0.2, 0.5)):
+        assert found.coefficient(most * (1 + 5e-10), "d") == pytest.approx(end)  # a rounding more
     with pytest.raises(UserError, match=r"d was measured up to 4nat, got 4\.1nat"):
         quadratic.coefficient(4.1, "d")
     falling = Strengths("", "", "", (*quadratic.points, Moved(4.0, 3.9, 1), Moved(8.0, 99.0, 1)))
