@@ -4,6 +4,7 @@ Scores of n questions are drawn from distributions with a known mean; each cell 
 draws whose 95% interval holds that mean, and the interval's mean width.
 
     python benchmarks/coverage.py --draws 1000
+    python benchmarks/coverage.py --differences    # of a few questions, which have no known scale
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scipy import stats
 
 from persona_lora.report.resampling import SCORES, Bounds, bootstrap_mean
 
+OWN = "expanded BCa (no known scale)"  # what differences have
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
@@ -31,6 +33,10 @@ def two_heaps(share: float) -> Draw:
         return np.where(fails, random.normal(10, 5, n), random.normal(95, 4, n))
 
     return clipped(draw)
+
+
+def difference(random: np.random.Generator, n: int) -> np.ndarray:
+    return random.normal(5, 10, n)
 
 
 DISTRIBUTIONS: dict[str, Draw] = {
@@ -63,7 +69,7 @@ METHODS: dict[str, Callable[[np.ndarray], Bounds]] = {
     "scipy's BCa": lambda scores: Bounds(
         *stats.bootstrap((scores,), np.mean, n_resamples=2000, rng=1).confidence_interval
     ),
-    "expanded BCa (no known scale)": lambda scores: bounds_of(scores, None),
+    OWN: lambda scores: bounds_of(scores, None),
     "known scale (the default for scores)": lambda scores: bounds_of(scores, SCORES),
 }
 
@@ -71,15 +77,20 @@ METHODS: dict[str, Callable[[np.ndarray], Bounds]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500)
-    draws = parser.parse_args().draws
-    print(f"| scores | n | {' | '.join(METHODS)} |\n|---|---|{'---|' * len(METHODS)}")
-    for name, draw in DISTRIBUTIONS.items():
+    parser.add_argument("--differences", action="store_true")
+    asked = parser.parse_args()
+    several, sizes, methods = DISTRIBUTIONS, (8, 12, 20, 40), METHODS
+    if asked.differences:
+        several, sizes = {"differences (normal, 5 ± 10)": difference}, (2, 3, 4, 5, 6, 8)
+        methods = {name: each for name, each in METHODS.items() if name in ("t", OWN)}
+    print(f"| scores | n | {' | '.join(methods)} |\n|---|---|{'---|' * len(methods)}")
+    for name, draw in several.items():
         truth = draw(np.random.default_rng(0), 1_000_000).mean()
-        for n in (8, 12, 20, 40):
+        for n in sizes:
             random = np.random.default_rng(n)
-            samples = [draw(random, n) for _ in range(draws)]
+            samples = [draw(random, n) for _ in range(asked.draws)]
             cells = []
-            for method in METHODS.values():
+            for method in methods.values():
                 found = [method(sample) for sample in samples]
                 covered = np.mean([each.low <= truth <= each.high for each in found])
                 cells.append(f"{covered:.2f} ({np.mean([e.high - e.low for e in found]):.0f})")
