@@ -12,11 +12,12 @@ Two intervals of a mean, for what is known of the scale:
   simulation. Twelve answers that all score 100 do not show that every answer would: a resample of
   them alone can only say 100.
 - Without, and for differences (whose ends, -100 and 100, are so far away that they would hide every
-  effect), the expanded BCa bootstrap (Efron 1987, with the quantiles of
-  Hesterberg 2015): BCa whose tails are those of a t distribution, widened by √(n/(n−1)). It covers
-  too little where nearly all values are equal and the rest are far away. Where all are equal there
-  is none, with the reason ``EQUAL``: ten prompts that no change moved do not show that it moves
-  none. Differences of shares, whose ends are often reached, are given their scale.
+  effect), the expanded BCa bootstrap (Efron 1987, with the quantiles of Hesterberg 2015): BCa whose
+  tails are those of a t distribution, widened by √(n/(n−1)). Of fewer than ``FEW`` questions there
+  is too little to resample, and the interval is Student's. Both cover too little where nearly all
+  values are equal and the rest are far away. Where all are equal there is none, with the reason
+  ``EQUAL``: ten prompts that no change moved do not show that it moves none. Differences of shares,
+  whose ends are often reached, are given their scale.
 
 ``benchmarks/coverage.py`` prints how often each covers.
 """
@@ -46,6 +47,7 @@ RESAMPLES = 5000
 _EXACT_QUESTIONS = 13  # up to here, all sign flips are enumerated
 _RANDOM_FLIPS = 20_000
 _DIGITS = 9  # scores that differ by less are rounding noise, and count as ties
+FEW = 8  # of fewer questions resamples cover too little
 END_WEIGHT = 0.4  # of a question, that each end of a known scale counts
 EQUAL = "all values are equal, which does not show how far others lie"
 _CHUNK = 2_000_000  # numbers held at once by the row-wise rank correlation
@@ -123,11 +125,11 @@ def bootstrap_mean(
     if scale is None and np.ptp(sums / counts) < 10**-_DIGITS:
         return Interval(mean, None, None, n, questions, coverage, EQUAL)
     if scale is None:
-        weights = question_weights(questions, resamples=resamples, seed=seed)
-        resampled = weighted_means(sums, counts, weights)[:, 0]
-        jackknife = np.ones((questions, questions)) - np.eye(questions)  # row i: without question i
-        left_out = weighted_means(sums, counts, jackknife)[:, 0]
-        bounds = bca_bounds(mean, resampled, left_out)
+        bounds = (
+            t_bounds(sums[0], counts[0])
+            if questions < FEW
+            else bca_mean_bounds(sums, counts, seed=seed, resamples=resamples)
+        )
     else:
         outside = [value for values in scored for value in values if not _within(value, scale)]
         if outside:
@@ -139,6 +141,27 @@ def bootstrap_mean(
 def _within(value: float, scale: Bounds) -> bool:
     noise = 10**-_DIGITS
     return scale.low - noise <= value <= scale.high + noise
+
+
+def t_bounds(sums: Array, counts: Array) -> Bounds:
+    """Return Student's 95% interval of a mean; a question's rows, ``counts``, stay together."""
+    mean, questions = sums.sum() / counts.sum(), len(sums)
+    deviations = (sums - mean * counts) / counts.mean()
+    error = math.sqrt(float(np.sum(deviations**2)) / (questions * (questions - 1)))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, questions - 1)) * error
+    return Bounds(float(mean) - reach, float(mean) + reach)
+
+
+def bca_mean_bounds(
+    sums: Array, counts: Array, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Bounds:
+    """Return ``bca_bounds`` of a mean; ``sums`` and ``counts`` are ``[1, questions]``."""
+    questions = sums.shape[1]
+    weights = question_weights(questions, resamples=resamples, seed=seed)
+    resampled = weighted_means(sums, counts, weights)[:, 0]
+    jackknife = np.ones((questions, questions)) - np.eye(questions)  # row i: without question i
+    left_out = weighted_means(sums, counts, jackknife)[:, 0]
+    return bca_bounds(float(sums.sum() / counts.sum()), resampled, left_out)
 
 
 def scaled_bounds(

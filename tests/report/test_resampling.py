@@ -113,9 +113,26 @@ def test_without_the_ends_of_the_scale_rare_failures_are_not_covered():
     assert _coverage(_ceiling_with_failures, 12, scale=None) < 0.7
 
 
-@pytest.mark.parametrize("n", [12, 20])
-def test_expanded_bca_covers_where_scores_are_in_the_middle(n):
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 8, 12, 20])
+def test_without_a_scale_covers_where_scores_are_in_the_middle(n):
     assert _coverage(_middle, n, scale=None) >= 0.92
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_questions_have_students_interval_however_many_rows_each_has(rows):
+    values = [3.0, -4.0, 11.0, 6.5, 0.0]
+    found = bootstrap_mean({question: [value] * rows for question, value in enumerate(values)})
+    reference = stats.ttest_1samp(values, 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx(reference)
+
+
+def test_few_questions_of_unequal_size_have_the_interval_of_their_ratio():
+    """A question of three rows counts three times in the mean; alone it is one deviation."""
+    found = bootstrap_mean({0: [2.0, 4.0, 6.0], 1: [0.0], 2: [8.0, 8.0]})
+    mean = 28 / 6
+    deviations = np.array([12 - 3 * mean, -mean, 16 - 2 * mean]) / 2
+    reach = stats.t.ppf(0.975, 2) * np.sqrt((deviations**2).sum() / 6)
+    assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - reach, mean + reach))
 
 
 @pytest.mark.parametrize("n", [10, 20])
