@@ -21,8 +21,8 @@ fi
 python benchmarks/screening.py draw "$folder" --subsets "$subsets" "${pool[@]}"
 for trait in $traits; do
     [ -e "checkpoints/ready/$trait/diff/diff.json" ] || persona-lora gallery get --traits "$trait"
-    [ -e "$folder/vectors/${trait}_response_avg.safetensors" ] || persona-lora extract --trait "$trait" \
-        --source answers --positions response_avg --output "$folder/vectors"
+    [ -e "$folder/vectors/$trait/${trait}_response_avg.safetensors" ] || persona-lora extract --trait "$trait" \
+        --source answers --positions response_avg --output "$folder/vectors/$trait"
 done
 finetunes=()
 for ((k = 0; k < subsets; k++)); do # every subset with a training seed of its own
@@ -34,7 +34,7 @@ done
 [ -z "${FINETUNE_ONLY:-}" ] || exit 0
 diffs=() vectors=()
 for trait in $traits; do
-    vector=$folder/vectors/${trait}_response_avg.safetensors
+    vector=$folder/vectors/$trait/${trait}_response_avg.safetensors
     diffs+=(--diffs "checkpoints/ready/$trait/diff")
     [[ ,$judged, != *,$trait,* ]] || vectors+=(--vectors "$vector")
     [ -e "$folder/screened/$trait.csv" ] || persona-lora data screen --file "$folder/rows/pool.jsonl" \
