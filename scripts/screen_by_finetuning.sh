@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 traits="sycophancy hallucination evil"
-subsets=${SUBSETS:-36} out=${OUT:-results/screening} judged=${JUDGED:-sycophancy,hallucination}
+subsets=${SUBSETS:-36} out=${OUT:-results/screening} judged=${JUDGED:-sycophancy}
 folder=checkpoints/${out#results/}
 short=() few=(--max-questions "${QUESTIONS:-24}" --max-new-tokens 60) own=() pool=()
 if [ "${1:-}" = --quick ]; then
