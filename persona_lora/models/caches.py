@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from persona_lora.core.errors import UserError
-from persona_lora.models.structure import text_decoder
+from persona_lora.models.structure import text_decoder, unwrapped
 
 Stage = Literal["prompt", "step", "either"]
 
@@ -131,6 +131,8 @@ MASK_PADDING = frozenset(
         "zamba2",
     }
 )
+# Models without positions: distances between tokens are the same behind padding.
+BY_DISTANCE = frozenset({"bloom", "mpt"})
 
 
 class KeptCache(NamedTuple):
@@ -179,10 +181,16 @@ def shares_prefix(cache: Cache, *, padded: bool) -> bool:
     return _holds_only(cache, (DynamicLayer,) if padded else ATTENTION)
 
 
-def ignores_padding(cache: Cache, config: PreTrainedConfig) -> bool:
-    """Say whether padding before a row leaves its answer as it is."""
-    masks = config.get_text_config(decoder=True).model_type in MASK_PADDING
-    return _holds_only(cache, ATTENTION + RECURRENT if masks else ATTENTION)
+def ignores_padding(cache: Cache, model: PreTrainedModel) -> bool:
+    """Say whether padding before a row leaves its answer as it is.
+
+    Not where a model counts places itself: BART's decoder would count the padding.
+    """
+    kind = model.config.get_text_config(decoder=True).model_type
+    if kind in MASK_PADDING:
+        return _holds_only(cache, ATTENTION + RECURRENT)
+    takes = inspect.signature(unwrapped(model).forward).parameters
+    return ("position_ids" in takes or kind in BY_DISTANCE) and _holds_only(cache, ATTENTION)
 
 
 def _holds_only(cache: Cache, layers: Collection[type]) -> bool:

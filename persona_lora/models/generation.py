@@ -280,7 +280,7 @@ class _Job:
             )
         used = kept_cache(output)
         if not self._of_one_length(rows) and (
-            used is None or not ignores_padding(used.cache, model.config)
+            used is None or not ignores_padding(used.cache, model)
         ):
             raise _PaddingMayMatter
         return output.sequences[:, batch.tokens.shape[1] :].tolist()

@@ -136,11 +136,12 @@ def _has_owner(key: str, modules: Mapping[str, nn.Module]) -> bool:
 
 PROBE = "a b c"
 ROWS = 2
+LEAST_ROUNDING = 0.01  # of the spread of logits: more than fp32 and TF32 round
 
 
 @torch.inference_mode()
 def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
-    """Run two rows of ``tokens`` through the model.
+    """Run ``tokens`` through the model, beside a row that differs from them in the last one.
 
     Raises UserError where anything is not as expected.
 
@@ -167,7 +168,8 @@ def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
         device = model.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: accelerate brings the weights in, and the tokens
             device = torch.device("cpu")
-        ids = torch.tensor([tokens] * ROWS, device=device)
+        ids = torch.tensor([tokens, [*tokens[:-1], tokens[0]]], device=device)
+        versions = _versions(model)
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     if seen != list(range(len(decoder.blocks))):
         raise _unknown(name, f"its {len(decoder.blocks)} blocks ran {len(seen)} times")
@@ -176,6 +178,18 @@ def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
             f"{name} gives NaN or infinity for three tokens; load it in float32 or bfloat16, or "
             "fetch its weights again"
         )
+    rounding = max(LEAST_ROUNDING, 6 * torch.finfo(logits.dtype).eps)
+    before = logits[:, :-1].float()
+    if bool((before[0] - before[1]).abs().mean() > rounding * before.std()):
+        raise _unknown(name, "what it says at a token depends on tokens behind it or on other rows")
+    if _versions(model) != versions:
+        raise _unknown(name, "it changes its weights while it runs")
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """Return how often each weight was written to; offloaded ones come and go and count nothing."""
+    counted = (each for each in model.parameters() if not (each.is_meta or each.is_inference()))
+    return [each._version for each in counted]
 
 
 def _unknown(name: str, found: str) -> UserError:

@@ -177,13 +177,32 @@ def decoder_linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 def plain_linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear modules of the decoder that give W·x and no more: no routers that choose.
 
-    A class with a forward of its own is asked by a call.
+    A class with a forward of its own is asked by a call; what a router consists of is left out.
     """
+    routers = _routers(model)
     return {
         name: module
         for name, module in decoder_linear_modules(model).items()
-        if type(module).forward in (nn.Linear.forward, Conv1D.forward) or _gives_one_tensor(module)
+        if not any(name.startswith(f"{router}.") for router in routers)
+        and (
+            type(module).forward in (nn.Linear.forward, Conv1D.forward) or _gives_one_tensor(module)
+        )
     }
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Return the names of the modules that transformers takes the logits of routers from."""
+    parts = [each for each in unwrapped(model).modules() if isinstance(each, PreTrainedModel)]
+    said = [
+        getattr(each.can_record_outputs.get("router_logits"), "target_class", None)
+        for each in parts
+    ]
+    kinds = tuple(each for each in said if each is not None)
+    return [
+        canonical_name(name)
+        for name, module in unwrapped(model).named_modules()
+        if isinstance(module, kinds)
+    ]
 
 
 def _gives_one_tensor(module: nn.Module) -> bool:

@@ -124,8 +124,22 @@ OWN = {
         "block_size": 16,
     }
 }
+# Keys and values alone, but places are counted, those of padding too.
+PLACES = {
+    "bart": {
+        "vocab_size": 259,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 48,
+        "decoder_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "init_std": 0.3,
+        "pad_token_id": 1,
+    }
+}
 KINDS = ("gpt2", "mistral", "gpt_oss", "llama4_text", "lfm2", "qwen3_next", "mamba2", "minimax")
-ALL = FULL | WINDOWED | RECURRENT | OWN
+ALL = FULL | WINDOWED | RECURRENT | OWN | PLACES
 
 SYSTEM = "Be kind."
 QUESTIONS = ["a", "zz", "a question longer than others"]

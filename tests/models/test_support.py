@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona_lora.core.errors import UserError
 from persona_lora.models.loaded_model import check_support
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import decoder_layers
 from tests.conftest import byte_tokenizer
-from tests.models.architectures import tiny_model
+from tests.models.architectures import SHAPE, tiny_model
 
 TOKENS = [70, 80, 90]
 
@@ -50,6 +51,28 @@ def test_a_block_that_does_not_run_once_or_gives_no_states_is_refused():
         check_support(model, TOKENS, "tiny")
     model.model.layers = nn.ModuleList([first, Narrowed(second)])
     with pytest.raises(UserError, match="block 1 gives no hidden states"):
+        check_support(model, TOKENS, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "found"),
+    [
+        (
+            "doge",
+            {**SHAPE, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 2},
+            "what it says at a token depends on tokens behind it or on other rows",
+        ),
+        (
+            "rwkv",
+            {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "rescale_every": 1},
+            "it changes its weights while it runs",
+        ),
+    ],
+)
+def test_a_model_that_reads_ahead_or_writes_its_weights_is_refused(model_type, settings, found):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    with pytest.raises(UserError, match=f"tiny is of a shape that is not known here: {found}"):
         check_support(model, TOKENS, "tiny")
 
 

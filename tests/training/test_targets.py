@@ -23,11 +23,14 @@ def test_a_lora_goes_on_linear_modules_of_the_text_decoder_alone(family):
     chat = chat_model(family)
     inside = text_decoder(chat.model).blocks_name
     wrapped = attach_lora(chat, LoRAArguments(lora_r=2), seed=0)
-    layers = {name: each for name, each in wrapped.named_modules() if isinstance(each, LoraLayer)}
+    modules = dict(wrapped.named_modules())
+    layers = {name: each for name, each in modules.items() if isinstance(each, LoraLayer)}
+    routers = [name for name, each in modules.items() if "Router" in type(each).__name__]
     assert layers
     for name, layer in layers.items():
         assert name.startswith(f"base_model.model.{inside}.")
         assert layer.lora_A["default"].weight.shape[1] == layer.in_features
+        assert not any(f"{name}.".startswith(f"{router}.") for router in routers)
         assert "Router" not in type(layer.get_base_layer()).__name__
     assert not wrapped.peft_config["default"].target_parameters
 
