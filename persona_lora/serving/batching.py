@@ -129,6 +129,7 @@ class Batch:
         self._waiting: deque[Row] = deque()
         self._closes: float | None = None  # the time at which rows are ended
         self._rows: list[Row] = []
+        self._steered: list[Row] = []
         self._decoding: Decoding | None = None
         self._next = torch.empty(0, dtype=torch.long)  # [rows], the newest tokens
 
@@ -194,6 +195,7 @@ class Batch:
             elif self._decoding is not None:
                 if self._decoding.room == 0:
                     self._decoding.join(steps=ROOM)
+                self._steer(self._rows)
                 self._next = self._tell(self._rows, self._decoding.step(self._next))
         self._leave()
         return not (self.closed and not self._rows)
@@ -235,7 +237,6 @@ class Batch:
             self._decoding.join(begun, steps=ROOM)
             self._next = torch.cat([self._next, first])
         self._rows += new
-        self._steer(self._rows)
 
     def _leave(self) -> None:
         """Let the rows that are gone leave."""
@@ -248,10 +249,12 @@ class Batch:
             return
         self._decoding.keep(places)
         self._next = self._next[places]
-        self._steer(self._rows)
 
     def _steer(self, rows: Sequence[Row]) -> None:
-        self._steerer.set_rows([row.mix for row in rows])
+        """Let the next pass be of these rows, whoever's the last one was."""
+        if self._steered != rows:
+            self._steerer.set_rows([row.mix for row in rows])
+            self._steered = [*rows]
 
     def _padded(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Return the prompts' tokens, padded on the left, and their mask: ``[rows, length]``."""

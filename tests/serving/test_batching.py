@@ -130,6 +130,33 @@ def test_a_seed_says_all_whatever_stands_beside(chat_model, diffs):
     assert ids(other) != ids(expected)
 
 
+@pytest.mark.parametrize("ends", ["its prompt fails", "nobody waits for it once it is scored"])
+def test_a_row_that_ends_before_it_joins_leaves_its_mix_to_nobody(
+    chat_model, diffs, monkeypatch, ends
+):
+    alone = Asker(chat_model, diffs)
+    _, expected = alone.row(ASKED[1], [1.0, 0.0], max_tokens=20)
+    alone.run()
+    asker = Asker(chat_model, diffs)
+    _, told = asker.row(ASKED[1], [1.0, 0.0], max_tokens=20)
+    asker.turn(3)
+    scored = ends != "its prompt fails"
+    other, _ = asker.row(ASKED[0], [-3.0, 3.0], max_tokens=3, scored=scored, top=1)
+    if scored:
+        other.tell = lambda _: setattr(other, "gone", True)
+        asker.turn()
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(batching.Decoding, "begin", out_of_memory)
+            asker.turn()
+    asker.run()
+    assert ids(told) == ids(expected)
+
+
+def out_of_memory(decoding):
+    raise torch.OutOfMemoryError
+
+
 def test_a_row_that_nobody_waits_for_leaves(chat_model, diffs):
     asker = Asker(chat_model, diffs, max_batch=1)
     row, told = asker.row(ASKED[0], MIXES[1], max_tokens=500)
