@@ -311,9 +311,20 @@ def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> J
     return LocalJudge(
         trait,
         f"local:{judge_model.name}",
-        lambda prompts: next_token_logprobs(judge_model, [(prompt, "") for prompt in prompts]),
-        continuation_logprobs=lambda replies: next_token_logprobs(judge_model, replies),
+        lambda prompts: likely_words(judge_model, [(prompt, "") for prompt in prompts]),
+        continuation_logprobs=lambda replies: likely_words(judge_model, replies),
     )
+
+
+def likely_words(
+    judge_model: ChatModel, replies: Sequence[tuple[str, str]]
+) -> list[Mapping[str, float]]:
+    """Return ``next_token_logprobs`` of a model that may be the one that is asked.
+
+    It judges without its adapter, and never while another thread steers it.
+    """
+    with judge_model.base():
+        return next_token_logprobs(judge_model, replies)
 
 
 JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {

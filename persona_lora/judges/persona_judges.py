@@ -26,7 +26,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.options import PERSONA_JUDGES, judge_names
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.core.traits import load_pairs, load_trait
-from persona_lora.judges.choice import JudgeOptions, local_judge_model
+from persona_lora.judges.choice import JudgeOptions, likely_words, local_judge_model
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.judge_prompts import Reading, weighted_score
@@ -41,7 +41,7 @@ from persona_lora.judges.style_judge import (
     Voices,
     has_words,
 )
-from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
+from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.profiles.judge_prompt import checked_judge_prompt, fill_judge_prompt
 from persona_lora.report.resampling import auc_of
@@ -279,7 +279,7 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
 
     def read(prompts: Sequence[str]) -> dict[str, Reading]:
         distinct = list(dict.fromkeys(prompts))
-        logprobs = next_token_logprobs(model, [(prompt, "") for prompt in distinct])
+        logprobs = likely_words(model, [(prompt, "") for prompt in distinct])
         return {
             prompt: weighted_score(each, int(HIGHEST))
             for prompt, each in zip(distinct, logprobs, strict=True)

@@ -62,6 +62,7 @@ from persona_lora.models.loaded_model import (
     weights_content,
 )
 from persona_lora.models.structure import context_window
+from persona_lora.models.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +117,17 @@ class ChatModel:
 
     @contextmanager
     def base(self) -> Iterator[ChatModel]:
-        """Yield the model without its adapter; as it is where it wears none."""
-        model = self.model
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            yield self
+        """Yield the model without its adapter; as it is where it wears none.
+
+        Another thread that steers it is waited for.
+        """
+        model, turn = self.model, Turn(self.model)
+        try:
+            turn.take()
+            with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+                yield self
+        finally:
+            turn.leave()
 
     def render(self, conversation: Conversation) -> str:
         """Return the prompt text of a conversation, up to where the assistant begins to speak."""

@@ -1,18 +1,14 @@
 """What a steerer is: a change of a model that is told which rows and positions come next.
 
-Threads take turns at a model: what one steers, another must not generate with. One thread may nest
-its steerers; another waits until the first has left them all.
+Threads take turns at a model (``models/turns``). One thread may nest its steerers; another waits
+until the first has left them all.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,58 +18,7 @@ from persona_lora.core.options import GenerationOptions
 from persona_lora.models.generation import Generated, RowPlan, generate_answers
 from persona_lora.models.hooks import Hooked
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import decoder_layers
-
-logger = logging.getLogger(__name__)
-
-PAUSE = 0.005  # seconds between two looks whether the model is free
-NOTICE = 30.0  # seconds of waiting that are worth a line
-
-
-@dataclass(eq=False)
-class _Holding:
-    """Which thread has a model, and the turns that it has not left."""
-
-    thread: int
-    turns: list[Turn] = field(default_factory=list)
-
-
-# By the first decoder block, which a model shares with its PEFT and compiled wrappers.
-HOLDINGS: WeakKeyDictionary[nn.Module, _Holding] = WeakKeyDictionary()
-
-
-class Turn:
-    """One steerer's turn at a model.
-
-    No lock of ``threading``: an interrupt between getting one and noting that would leave it locked
-    for ever. Every step here may be interrupted, and ``leave`` called again.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._block = decoder_layers(model)[0]
-
-    def take(self) -> None:
-        """Wait until no other thread has the model, and take it."""
-        mine = _Holding(threading.get_ident())
-        waited = 0.0
-        while (holding := HOLDINGS.setdefault(self._block, mine)).thread != mine.thread:
-            time.sleep(PAUSE)
-            waited += PAUSE
-            if NOTICE <= waited < NOTICE + PAUSE:
-                logger.warning("waiting for another thread to leave its steering of this model")
-        holding.turns.append(self)
-
-    def leave(self) -> None:
-        """Let the model go, once the last nested turn is left; safe to call at any time."""
-        holding = HOLDINGS.get(self._block)
-        if holding is None:
-            return
-        if self in holding.turns:
-            holding.turns.remove(self)
-        elif holding.thread != threading.get_ident():
-            return
-        if not holding.turns:
-            HOLDINGS.pop(self._block, None)
+from persona_lora.models.turns import Turn
 
 
 class Steerer(Hooked):

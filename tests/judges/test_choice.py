@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
@@ -16,8 +19,10 @@ from persona_lora.judges import choice
 from persona_lora.judges.choice import JudgeOptions, make_judge, second_name
 from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.openai import Limits
+from persona_lora.judges.persona_judges import make_readers
 from persona_lora.judges.verdicts import Judges, judge_answers
 from persona_lora.models import embeddings, loading
+from persona_lora.steering.bank import steer_live
 
 
 class ScriptedJudge:
@@ -207,6 +212,39 @@ def test_coherence_is_scaled_by_answers_of_every_trait(chat_model, tmp_path, mon
     assert bad < 50 < good
     with pytest.raises(UserError, match=r"no trait has a train\.jsonl"):
         choice.coherence_scorer(chat_model, tmp_path)
+
+
+def local_words(chat_model, trait, as_judge_of):
+    """Return what reads the next words of a message, of a trait's local judge or of a person's."""
+    options = JudgeOptions(judge="local")
+    if as_judge_of == "a person":
+        return make_readers(options, chat_model)["local"].read
+    return make_judge(trait, chat_model, options).next_token_logprobs
+
+
+@pytest.mark.parametrize("as_judge_of", ["a trait", "a person"])
+def test_a_local_judge_is_the_asked_model_without_its_adapter(
+    chat_model, trait, make_adapter, tmp_path, as_judge_of
+):
+    plain = local_words(chat_model, trait, as_judge_of)(["Is it so?"])
+    folder = make_adapter(tmp_path / "adapter", chat_model.model, seed=1)
+    worn = PeftModel.from_pretrained(chat_model.model, str(folder))
+    finetuned = dataclasses.replace(chat_model, model=worn)
+    assert local_words(finetuned, trait, as_judge_of)(["Is it so?"]) == plain
+
+
+@pytest.mark.parametrize("as_judge_of", ["a trait", "a person"])
+def test_a_local_judge_waits_while_another_thread_steers_the_model(
+    chat_model, trait, make_diff, as_judge_of
+):
+    """As in a search, whose judge reads answers while the next batch is generated."""
+    read = local_words(chat_model, trait, as_judge_of)
+    plain, diff = read(["Is it so?"]), make_diff(chat_model.model, seed=1, scale=0.3)
+    with ThreadPoolExecutor(1) as thread:
+        with steer_live(chat_model, {diff: 1.0}):
+            found = thread.submit(read, ["Is it so?"])
+            wait([found], timeout=1)
+        assert found.result() == plain
 
 
 def test_the_configuration_for_an_endpoint_takes_a_model_of_unknown_prices():

@@ -18,6 +18,7 @@ import persona_lora
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import structure
+from persona_lora.models.turns import HOLDINGS
 from persona_lora.steering import placement, weights
 from persona_lora.steering.activations import (
     ActivationSteerer,
@@ -27,7 +28,7 @@ from persona_lora.steering.activations import (
 )
 from persona_lora.steering.ledger import LOCK, MERGED
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.steerer import HOLDINGS, Together
+from persona_lora.steering.steerer import Together
 from persona_lora.steering.weights import LoRASteerer
 
 PACKAGE = str(Path(persona_lora.__file__).parent)

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.steering import steerer as steerers
+from persona_lora.models import turns
+from persona_lora.models.turns import HOLDINGS
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.ledger import MERGED, _sum_of_bits
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.steerer import HOLDINGS
 from persona_lora.steering.weights import LoRAMerger, LoRASteerer
 
 TOKENS = torch.randint(3, 250, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -276,7 +276,7 @@ def test_threads_take_turns_at_a_model(model, before, make_diff):
 
 
 def test_who_waits_for_a_model_says_so_once(model, make_diff, monkeypatch, caplog):
-    monkeypatch.setattr(steerers, "NOTICE", 2 * steerers.PAUSE)
+    monkeypatch.setattr(turns, "NOTICE", 2 * turns.PAUSE)
 
     def wait():
         with LoRASteerer(model, make_diff(model)):
@@ -285,7 +285,7 @@ def test_who_waits_for_a_model_says_so_once(model, make_diff, monkeypatch, caplo
     waiting = threading.Thread(target=wait)
     with LoRASteerer(model, make_diff(model)):
         waiting.start()
-        time.sleep(20 * steerers.PAUSE)
+        time.sleep(20 * turns.PAUSE)
         assert waiting.is_alive()
     waiting.join()
     assert [each.message for each in caplog.records] == [
