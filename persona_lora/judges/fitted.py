@@ -142,10 +142,16 @@ def fitted_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedPr
 
 def content_of(evidence: Evidence, labels: Sequence[RatedAnswer]) -> str:
     """Return a digest of all that decides a fit."""
-    rows = [*labels, *made_up(evidence, labels)]
+    beside = list(_traits_beside(evidence))
+    rows = [*labels, *made_up(labels, beside)]
     rated = [[row.part, row.trait, row.sense] for row in rows]
     read = evidence.content([row.exchange for row in rows])
-    return digest_of([VERSION, evidence.name, rated, read])
+    own = digest_of([VERSION, evidence.name, rated, read])
+    others = [
+        [other.name, other.description, [[*row.exchange, row.sense] for row in rows]]
+        for other, rows in beside
+    ]
+    return digest_of([own, others])
 
 
 def cache_folder() -> Path:
@@ -172,11 +178,12 @@ def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbe
     read = evidence.read([row.exchange for row in labels], keep=True)
     own = _Rated(rated, read[tuning], [row.question for row in rated])
     familiarity = fit_familiarity(_familiar(own.evidence), own.groups)
-    nonsense = _read(evidence, made_up(evidence, labels))
+    traits = list(_traits_beside(evidence))
+    nonsense = _read(evidence, made_up(labels, traits))
     probes, held_out = {}, {}
     for scale in SCALES:
         parts = [own, nonsense]
-        for other, rows in _traits_beside(evidence) if scale == "sense" else ():
+        for other, rows in traits if scale == "sense" else ():
             parts.append(_read(evidence.beside(other), rows, f"{other.name}: "))
         beside = sum(len(part.rows) for part in parts[2:])
         fitted = fit_probe(
@@ -216,12 +223,13 @@ def _read(evidence: Evidence, rows: Sequence[RatedAnswer], prefix: str = "") -> 
     return _Rated(rows, read, [f"{prefix}{row.question}" for row in rows])
 
 
-def made_up(evidence: Evidence, labels: Sequence[RatedAnswer]) -> list[RatedAnswer]:
+def made_up(
+    labels: Sequence[RatedAnswer], beside: Sequence[tuple[Trait, list[RatedAnswer]]]
+) -> list[RatedAnswer]:
     """Return the nonsense that is fitted to beside the tuning part of labels."""
     tuning = [row for row in labels if row.part == "tuning"]
     check_enough([row.question for row in tuning])
-    beside = [row for _, rows in _traits_beside(evidence) for row in rows]
-    return nonsense_rows(tuning, beside)
+    return nonsense_rows(tuning, [row for _, rows in beside for row in rows])
 
 
 def _traits_beside(evidence: Evidence) -> Iterator[tuple[Trait, list[RatedAnswer]]]:

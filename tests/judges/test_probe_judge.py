@@ -250,6 +250,7 @@ def test_sense_is_learnt_from_the_traits_beside_as_well_and_the_trait_is_not(cha
     ours, theirs = (each.predict(reading.read([ASKED])) for each in (first, second))
     assert ours["trait"] == theirs["trait"]
     assert ours["sense"] != theirs["sense"]
+    assert first.content != second.content  # the one that is kept is not taken for the other
     assert len(second.scores["sense"]) == len(labels)
 
 
