@@ -183,25 +183,36 @@ class PersonaPrompts:
     """What is said to a persona: ``train`` prompts to search on, ``held_out`` ones to report on.
 
     ``fresh`` are training prompts that the search leaves alone: what it finds is measured again on
-    them before it is named best.
+    them before it is named best. UserError for a prompt that stands there twice.
     """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     fresh: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for part in ("train", "fresh", "held_out"):
+            for prompt in getattr(self, part):
+                if prompt in seen:
+                    raise UserError(
+                        f"{prompt!r} is in {seen[prompt]} and in {part}; keep prompts that are "
+                        "searched on, measured again on and reported on apart, and give each once"
+                    )
+                seen[prompt] = part
+
 
 def load_persona_prompts(path: Path | None = None) -> PersonaPrompts:
-    """Read ``prompts.json`` of the personas folder; UserError for a prompt in both parts."""
+    """Read ``prompts.json`` of the personas folder; UserError for a prompt that is there twice."""
     path = path if path is not None else resource_path(Path("personas/prompts.json"))
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file with train and held_out prompts")
     value = read_json(path)
-    train, held_out = (_prompts(value, key, path) for key in ("train", "held_out"))
-    both = sorted(set(train) & set(held_out))
-    if both:
-        raise UserError(f"{path}: {both[0]!r} is in train and in held_out; keep them apart")
-    return PersonaPrompts(train, held_out)
+    parts = [_prompts(value, key, path) for key in ("train", "held_out")]
+    try:
+        return PersonaPrompts(*parts)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _prompts(value: Any, key: str, path: Path) -> tuple[str, ...]:

@@ -7,7 +7,12 @@ import json
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.personas import Coefficients, list_personas, load_persona
+from persona_lora.core.personas import (
+    Coefficients,
+    list_personas,
+    load_persona,
+    load_persona_prompts,
+)
 
 
 def write(root, rows, persona="ann"):
@@ -28,6 +33,23 @@ def test_the_persona_is_the_user_and_splits_stay_apart(tmp_path):
     assert persona.utterances("train") == ("one", "three")
     assert persona.utterances("test") == ("two",)
     assert list_personas(tmp_path) == ["ann"]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "twice"),
+    [
+        (["One?", "Two?"], ["Three?", "One?"], "'One?' is in train and in held_out"),
+        (["One?", "Two?", "One?"], ["Three?"], "'One?' is in train and in train"),
+        (["One?"], ["Two?", "Three?", "Two?"], "'Two?' is in held_out and in held_out"),
+    ],
+)
+def test_a_prompt_that_is_there_twice_is_refused(tmp_path, train, held_out, twice):
+    """In a part of its own it would be an answer that counts twice, and repeats itself."""
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"train": train, "held_out": held_out}))
+    with pytest.raises(UserError) as refused:
+        load_persona_prompts(path)
+    assert str(refused.value).startswith(f"{path}: {twice}")
 
 
 def test_what_is_not_there_or_malformed_is_named(tmp_path):

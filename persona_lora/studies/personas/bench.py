@@ -212,7 +212,8 @@ class PersonaBench:
         all prompts where they are not. ``pareto``: each target is an objective of its own.
         """
         self._seeks_goal = True
-        second, read = None, {}
+        second: Goal | None = None
+        read: dict[str, str] = {}
         goal: Goal
         if scorer is not None:
             goal, read = scorer, {"the scorer": scorer.content}
@@ -228,6 +229,7 @@ class PersonaBench:
             for trait in traits:
                 read |= trait.inputs()
             read |= judge_inputs(beside)
+        read |= self._measured_by()
         return GoalProblem(
             self.chat_model,
             name_of_goal(wanted, scorer, pareto),
@@ -365,20 +367,26 @@ class PersonaBench:
 
     def _judged_by(self, persona_id: str, personas: Sequence[Persona]) -> dict[str, str]:
         """Return digests of the other personas and of the traits' answers, and of the judge."""
+        others = {each.id: each.content() for each in personas if each.id != persona_id}
+        return {
+            "the other personas": digest_of(others),
+            "the style judges' regression": digest_of("softmax over persons"),
+            **self._measured_by(),
+            **_inputs_of(self.judging),
+            "the judge of the report": digest_of(_inputs_of(self._reporting)),
+        }
+
+    def _measured_by(self) -> dict[str, str]:
+        """Return digests of what coherence and relevance are made from, whoever judges."""
         roots = search_folders("datasets", self.datasets)
         files = {
             trait: [path for root in roots if (path := root / trait / "train.jsonl").is_file()]
             for trait in self.traits
         }
         traits = {trait: file_digest(found[0]) for trait, found in files.items() if found}
-        others = {each.id: each.content() for each in personas if each.id != persona_id}
         return {
-            "the other personas": digest_of(others),
             "train.jsonl of the traits": digest_of(traits),
-            "the style judges' regression": digest_of("softmax over persons"),
-            "the sentence embedder": embedder_content(),  # of relevance, whoever judges
-            **_inputs_of(self.judging),
-            "the judge of the report": digest_of(_inputs_of(self._reporting)),
+            "the sentence embedder": embedder_content(),
         }
 
     def methods(

@@ -180,7 +180,7 @@ def planned_comparison(
         "max_iterations": searching.max_iterations,
         "population_size": searching.population_size,
         "prompts": len(prompts.train),
-        "max_new_tokens": generation.max_new_tokens,
+        **_spoken(generation),
         "alpha": alpha,
     }
     questions = {"held out": len(prompts.held_out), "personas": len(personas)}
@@ -293,6 +293,12 @@ def _load(bench: PersonaBench, name: str, acting: Acting, scales: Path) -> list[
     )
 
 
+def _spoken(generation: GenerationOptions) -> dict[str, Any]:
+    """Return what runs keep of how answers are generated, beside the seed."""
+    drawn = {"temperature": generation.temperature} if generation.temperature else {}
+    return {"max_new_tokens": generation.max_new_tokens, **drawn}
+
+
 def _unsearched(
     problem: PersonaProblem,
     speaker: Speaker,
@@ -308,7 +314,7 @@ def _unsearched(
         "counts": THRESHOLDS,
         "held_out_prompts": list(problem.prompts.held_out),
         **config,
-        "max_new_tokens": problem.generation.max_new_tokens,
+        **_spoken(problem.generation),
     }
     run = problem.processes.from_main(
         lambda: open_run(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from persona_lora.core.chat import Exchange
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, read_json, write_json
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
@@ -570,7 +571,8 @@ def _planned(
     family = (*(FOUND if problem.parts is None else ()), *problem.controls)
     options = (searching, objective, problem.generation)
     planned = planned_search(problem.prompts, told, family, *options)
-    return replace(planned, inputs={**problem.inputs(), **method.directions.inputs}, later=())
+    read = {**problem.inputs(), **method.directions.inputs, **planned.inputs}
+    return replace(planned, inputs=read, later=())
 
 
 def planned_search(
@@ -600,7 +602,9 @@ def planned_search(
         "generation": dataclasses.asdict(generation),
     }
     design = Design.of("optimize", {"held out": len(prompts.held_out)}, family, searching.seeds)
-    return Planned("optimize", config, searching.seed, design=design, later=TOLD_LATER)
+    # What is found is measured again on these, and named best by that.
+    inputs = {"the fresh prompts": digest_of(list(prompts.fresh))}
+    return Planned("optimize", config, searching.seed, inputs, design, TOLD_LATER)
 
 
 def recorded_objective(objective: ObjectiveOptions) -> dict[str, Any]:

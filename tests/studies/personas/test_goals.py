@@ -15,10 +15,12 @@ from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, mix, p
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
+from persona_lora.judges.choice import JudgeOptions
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import Wanted, load_directions
+from persona_lora.studies.personas.bench import PersonaBench
 from persona_lora.studies.personas.figure import render_goal
 from persona_lora.studies.personas.goals import (
     GoalProblem,
@@ -354,6 +356,23 @@ def test_a_function_that_fails_is_named(tmp_path, body, words):
     scorer = Scorer.load(f"{tmp_path}/mine.py:score")
     with pytest.raises(UserError, match=rf"mine.py:score.*{words}"):
         scorer.judge([Exchange("a", "A"), Exchange("b", "B")])
+
+
+def test_a_search_is_of_what_coherence_was_learnt_from(chat_model, scorer, tmp_path):
+    """With a function of one's own, too: constraints come before its values."""
+    bench = PersonaBench(
+        *(chat_model, PROMPTS, GenerationOptions(), JudgeOptions("embedding"), ("e",)),
+        datasets=tmp_path,
+    )
+    bench.coherence = Even()
+    (tmp_path / "e").mkdir()
+    read = []
+    for text in ("one", "other"):
+        (tmp_path / "e" / "train.jsonl").write_text(text)
+        read.append(bench.sought({}, scorer, on_questions=False).inputs())
+    changed = {name for name in read[0] if read[0][name] != read[1][name]}
+    assert changed == {"train.jsonl of the traits"}
+    assert "the sentence embedder" in read[0]
 
 
 def test_a_function_may_leave_an_answer_unscored(tmp_path):

@@ -274,6 +274,7 @@ def test_what_was_read_is_another_run_when_it_has_changed(problem, method, tmp_p
         "the persona ann": {"persona": changed},
         "the other personas": {"judged_by": {"the other personas": "changed"}},
         "the diff of calm": {},
+        "the fresh prompts": {"prompts": dataclasses.replace(PROMPTS, fresh=("Is it so?", "How?"))},
     }
     known = dataclasses.replace(problem, judged_by={"the other personas": "as they were"})
     optimise_persona(known, method, folder, searching=OPTIONS)
@@ -394,6 +395,13 @@ def test_what_was_searched_without_a_protocol_is_not_pre_registered_afterwards(b
         compare_methods(
             bench, ["ann"], ["lora"], Output(folder, protocol=frozen), searching=OPTIONS
         )
+
+
+def test_what_is_not_searched_is_asked_anew_at_another_temperature(bench, tmp_path):
+    compare_methods(bench, ["ann"], ["prompt"], tmp_path / "out")
+    bench.generation = dataclasses.replace(bench.generation, temperature=1.0)
+    with pytest.raises(UserError, match=r"temperature.*--overwrite"):
+        compare_methods(bench, ["ann"], ["prompt"], tmp_path / "out")
 
 
 def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_path):
@@ -586,6 +594,13 @@ def test_the_optimiser_class_takes_weights_in_order(bench, chat_model, personas,
     assert (tmp_path / "out" / "ann_best_weights.json").is_file()
     with pytest.raises(UserError, match="3 initial weights for 2 traits"):
         optimiser.optimize(1, 1.0, [1.0, 2.0, 3.0], tmp_path / "other")
+
+
+def test_a_prompt_that_is_searched_on_is_not_reported_on(bench, chat_model, personas):
+    with pytest.raises(UserError, match=r"'What now\?' is in train and in held_out"):
+        CMAESPersonaOptimizer(
+            "ann", model=chat_model, persona_dir=personas, eval_prompts=["Hi there.", "What now?"]
+        )
 
 
 def test_the_prompt_baseline_holds_profile_and_samples(personas):
