@@ -248,15 +248,21 @@ class MixObjective:
             raise
         exchanges = [Exchange(row.question, text) for row, text in zip(rows, answers, strict=True)]
 
+        # An answer in a heat is nearer to its prompt than to all others, not to a few of them.
+        others = [Exchange(each, "") for at, each in enumerate(self.prompts) if at not in prompts]
+
         def told(measure: Callable[[Sequence[Exchange]], Iterable[Any]] | None) -> list[Any]:
             return [] if measure is None else list(measure(exchanges))
+
+        def placed(measure: Relevance) -> list[float | None]:
+            return list(measure([*exchanges, *others]))[: len(exchanges)]
 
         from_main, options = self.speaker.processes.from_main, self.options
         scores = from_main(lambda: [each.score for each in self._patiently(exchanges)])
         limited = None if options.min_coherence is None else self.coherence
         coherence = from_main(lambda: [each.score for each in told(limited)])
         relevant = None if options.min_relevance is None else self.relevance
-        relevance = from_main(lambda: told(relevant))
+        relevance = from_main(lambda: [] if relevant is None else placed(relevant))
         parts = from_main(lambda: told(self.parts))
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
         own = [exchanges[span] for span in spans]

@@ -156,8 +156,20 @@ def test_a_race_measures_relevance_in_both_heats(speaker, judge):
         return [50.0 + 10 * len(heats)] * len(exchanges)
 
     found = MixObjective(speaker, PROMPTS, judge, options, relevance=relevance)(MIXES, 1)
-    assert heats == [3 * 2, 2 * 2]
+    assert heats == [3 * 2 + 2, 2 * 2 + 2]  # the prompts of the other heat are among them
     assert sorted(each.details["relevance"] for each in found) == [60.0, 65.0, 65.0]
+
+
+def test_an_answer_in_a_race_is_placed_among_all_prompts(speaker, judge):
+    """In a heat of one prompt there is no other that it could be less like."""
+
+    def relevance(exchanges):
+        others = len({each.question for each in exchanges}) - 1
+        return [100.0 if others else None] * len(exchanges)
+
+    options = ObjectiveOptions(min_relevance=85.0, race=True)
+    found = MixObjective(speaker, PROMPTS[:2], judge, options, relevance=relevance)(MIXES, 1)
+    assert [each.violation for each in found] == [0.0] * 3
 
 
 def test_a_race_over_one_prompt_is_refused(speaker, judge):
