@@ -132,6 +132,17 @@ def test_a_mix_that_appears_is_loaded_without_a_restart(page, tmp_path):
         client.predict("ann_best_weights", api_name="/load")
 
 
+def test_a_mix_that_is_loaded_can_be_asked_with(page, tmp_path):
+    """Up to the largest coefficient: a search's mix may hold it."""
+    (tmp_path / "mixes").mkdir()
+    (tmp_path / "mixes" / "ann_mix.json").write_text('{"calm": -4.0, "loud": 3.0}')
+    client = Client(page, verbose=False)
+    sliders = client.predict("ann_mix", api_name="/load")
+    assert list(sliders) == [-4.0, 3.0]
+    answered = ask(client, "Any good?", *sliders)
+    assert last(answered[0]) != last(answered[1])
+
+
 def test_only_the_last_exports_are_kept(tmp_path):
     exports = Exports()
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.personas import saved_mixes
+from persona_lora.core.personas import LARGEST_COEFFICIENT, saved_mixes
 from persona_lora.playground.mixing_desk import (
     LONGEST_MESSAGE,
     LONGEST_NAME,
@@ -22,7 +22,6 @@ from persona_lora.playground.mixing_desk import (
 )
 
 NO_JUDGE = "no score"
-REACH = 2.0  # of the sliders
 KEPT_EXPORTS = 4
 OTHER_THREADS = 10  # while all the others wait for their turns
 LARGEST_UPLOAD = "1kb"  # nothing on the page is uploaded
@@ -112,8 +111,8 @@ def build_page(desk: MixingDesk, mixes: Path, told: Mapping[str, str]) -> gr.Blo
 def _controls(desk: MixingDesk, mixes: Path, told: Mapping[str, str]) -> _Controls:
     sliders = [
         gr.Slider(
-            -REACH,
-            REACH,
+            -LARGEST_COEFFICIENT,
+            LARGEST_COEFFICIENT,
             0.0,
             step=0.05,
             label=trait,
