@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, errors
 
@@ -30,7 +31,7 @@ REFUSALS = (
     errors.OfflineModeIsEnabled,
 )
 TRAINED = ("num_train_epochs", "learning_rate")
-SAID = ("training", "seed", "source")  # of what a direction was made from: none of these is a path
+SAID = ("training", "seed", "source")  # of what a direction was made from: the rest are paths
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", flags=re.ASCII)
 
 
@@ -62,7 +63,7 @@ def write_publication(direction: Path, folder: Path, base: str | None = None) ->
     name = hub_id(found.base_model, base)
     known = {key: found.sources[key] for key in SAID if key in found.sources}
     if isinstance(known.get("training"), Mapping):
-        known["training"] = {**known["training"], "model": name}
+        known["training"] = {**_without_paths(known["training"]), "model": name}
     public = replace(found, base_model=replace(found.base_model, name=name), sources=known)
     public.save(folder / f"{public.trait}.safetensors" if is_vector else folder)
     strength = "" if is_vector else strength_line(direction, found.content())
@@ -75,6 +76,19 @@ def write_publication(direction: Path, folder: Path, base: str | None = None) ->
         vector=is_vector,
     )
     write_text(folder / CARD, card)
+
+
+def _without_paths(value: Any) -> Any:
+    """Return settings without those that name a place of this machine, at whatever depth."""
+    if isinstance(value, Mapping):
+        kept = {name: _without_paths(each) for name, each in value.items()}
+        return {name: each for name, each in kept.items() if not _is_place(each)}
+    return value
+
+
+def _is_place(value: Any) -> bool:
+    path = Path(value) if isinstance(value, str) else Path()
+    return path.is_absolute() and len(path.parts) > 2  # "/no_think" is none
 
 
 def _facts(found: LoRADiff | SteeringVector) -> list[tuple[str, str]]:

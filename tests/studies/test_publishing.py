@@ -26,7 +26,12 @@ HERE = "/srv/somebody/secret-project"
 TRAINING = {
     "model": HERE,
     "num_pairs": 7,
-    "training": {"num_train_epochs": 2.0, "learning_rate": 0.0002},
+    "training": {
+        "num_train_epochs": 2.0,
+        "learning_rate": 0.0002,
+        "deepspeed": f"{HERE}/zero3.json",
+    },
+    "template": {"system_prompt": "/no_think", "file": f"{HERE}/chat.jinja"},
 }
 
 
@@ -57,6 +62,12 @@ def test_a_diff_is_a_peft_adapter_of_the_hubs_base_with_a_card(direction, model,
         assert b"secret-project" not in path.read_bytes(), path
     before, after = LoRADiff.load(direction), LoRADiff.load(tmp_path / "out")
     assert after.content() == before.content()
+    assert after.sources["training"] == {
+        "model": "somebody/base",
+        "num_pairs": 7,
+        "training": {"num_train_epochs": 2.0, "learning_rate": 0.0002},
+        "template": {"system_prompt": "/no_think"},
+    }
     assert after.base_model == BaseModel("somebody/base", before.base_model.fingerprint)
     assert PeftModel.from_pretrained(model, tmp_path / "out").peft_config["default"].r == after.rank
 
