@@ -14,6 +14,7 @@ from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models import loading
 from tests.conftest import random_diff, tiny_llama
+from tests.scenes import assert_fails
 
 ASKED = ("--model", "model", "--datasets-dir", "datasets")
 CHEER = ("--trait", "cheer", *ASKED)
@@ -306,6 +307,16 @@ def test_what_is_of_another_model_costs_no_weights(world, words, message):
     assert message in " ".join(error.split())
 
 
+def test_a_correction_is_a_diff_and_a_number(world):
+    for value, message in (
+        ("diff", "--correct must be pairs with =, got 'diff'"),
+        ("diff=much", "--correct must be a number, got 'much'"),
+        ("diff=1nat", "--correct takes no nats, got '1nat'"),
+        ("diff=nan", "must be a finite number, got nan"),
+    ):
+        assert_fails(world(*PREVENT, "--finetunes", f"plain={TUNED}", "--correct", value), message)
+
+
 def test_another_base_that_is_asked_for_is_loaded(world):
     words = ("evaluate", *CHEER, "--output", "a.csv", "--diff", STRANGE_DIFF)
     assert "the weights were loaded" in world(*words, "--allow-other-base")[2]
@@ -327,6 +338,7 @@ NO_ENGINE = ("--engine", "http://127.0.0.1:9")
         (("evaluate", *CHEER, "--output", "a.csv", *NO_ENGINE), "no engine answers at"),
         (("sweep", *CHEER, "--diff", "diff", *NO_ENGINE), "no engine answers at"),
         (("optimize", *PERSON, *MADE, *NO_ENGINE), "no engine answers at"),
+        (("optimize", *PERSON, *MADE, *NO_ENGINE, "--method", "svd"), "adds no vectors"),
     ],
 )
 def test_what_cannot_be_searched_or_reached_costs_no_weights(world, words, message):

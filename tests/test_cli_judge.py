@@ -65,6 +65,8 @@ def test_a_session_of_rating_stops_and_goes_on(run, answers, monkeypatch, tmp_pa
     status, out, error = run(*rate)
     assert status == 0, error
     assert "a rating is a number from 0 to 100, got 'much'" in out
+    assert "\n2 of 2" in out
+    assert "1 rated now; the same command goes on" in out
     assert len(read_jsonl(tmp_path / "answers.ada.jsonl")) == 1
     typed(monkeypatch, "10", "80")
     status, out, _ = run(*rate)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from persona_lora.cli.option_groups import options_of
 from persona_lora.cli.shared_options import RunOptions
 from persona_lora.cli.steering_commands import PairOptions, VariedOptions
+from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.vector_files import load_vector
 from persona_lora.judges import choice
+from persona_lora.models import embeddings
 from persona_lora.models.structure import weight_fingerprint
 from tests.scenes import LetterJudge, assert_fails, evaluation
 
@@ -247,6 +251,32 @@ def test_personas_name_their_mistakes(run, tmp_path):
     )
     assert_fails(run(*words, "--conversations", "few.jsonl"), "1 utterances", "at least 5")
     assert not (tmp_path / "ann").exists()
+
+
+def test_personas_are_built_and_the_rest_is_named(run, tmp_path, monkeypatch):
+    said = types.SimpleNamespace(embed=lambda texts: np.eye(len(texts), 99, dtype=np.float32))
+    monkeypatch.setattr(embeddings, "SentenceEmbedder", lambda: said)
+    for name, number in (("ann", 6), ("bob", 2)):
+        talk = [
+            {"role": role, "content": f"I went to the harbour {at} times with {who}"}
+            for at in range(number)
+            for role, who in (("user", "my sister"), ("assistant", "nobody"))
+        ]
+        rows = [
+            {"id": split, "split": split, "messages": part}
+            for split, part in (("train", talk), ("test", talk[:2]))
+        ]
+        (tmp_path / "people" / name).mkdir(parents=True)
+        write_jsonl(tmp_path / "people" / name / "conversations.jsonl", rows)
+    words = ("persona", "build", "--persona-dir", "people")
+    assert_fails(run(*words, "--all"), "1 of 2 personas", "bob")
+    (tmp_path / "people/ann/persona_profile.txt").write_text("Ann is Ann.\n")
+    status, out, error = run(*words, "--id", "ann", "--overwrite")
+    assert status == 0, error
+    profile = (tmp_path / "people/ann/persona_profile.txt").read_text()
+    assert "Ann is Ann." not in profile
+    assert " ".join(profile.split()) in " ".join(out.split())
+    assert "6 training and 1 held-out utterances in people/ann" in out
 
 
 def test_a_diff_without_training_is_taken_by_commands_that_take_diffs(run, make_world, tmp_path):

@@ -24,7 +24,7 @@ from persona_lora.core.options import (
     Split,
     TaskOptions,
 )
-from persona_lora.core.strength import refuse_nats_of
+from persona_lora.core.settings import typed_value
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -480,7 +480,7 @@ class Prevented:
 
     def models(self) -> list[Any]:
         """Return the finetunes, the base and the corrected ones after them."""
-        from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
         from persona_lora.studies.drift.prevention import Finetuned
         from persona_lora.studies.read_seeds import diffs_of_seeds
 
@@ -496,7 +496,8 @@ class Prevented:
             folder, _, value = word.rpartition("=")
             if not (folder and value):
                 raise UserError(f"--correct must be pairs with =, got {word!r}; see --help")
-            diffs, coefficient = diffs_of_seeds(Path(folder)), _number(value)
+            coefficient = finite_coefficient(typed_value(float, value, "--correct"))
+            diffs = diffs_of_seeds(Path(folder))
             for seed, adapter in plain.items():
                 at = diffs.get("", diffs.get(seed))
                 if at is None:
@@ -554,14 +555,6 @@ def compare_prevention(
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
     lead = prevention.judged_lead(output.folder, models, asked.name)
     show(standing(Run(output.folder), seeds), *measure_tables(scores), lead, files)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        refuse_nats_of("--correct", text)
-        raise UserError(f"--correct needs a coefficient after =, got {text!r}") from error
 
 
 def _seeds(path: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -60,6 +61,30 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         files.write_json(path, {"a": float("nan")})
     assert files.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_has_a_name_is_on_the_disk(tmp_path, monkeypatch):
+    flushed, fsync, replace = set(), os.fsync, os.replace
+
+    def flush(descriptor):
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def name(source, target):
+        every = [path for path in (source, *source.rglob("*")) if path.is_file()]
+        assert every
+        assert {path.stat().st_ino for path in every} <= flushed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", name)
+    files.write_text(tmp_path / "file", "x")
+    files.append_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    with files.atomic_folder(tmp_path / "folder") as made:
+        (made / "below").mkdir()
+        for path in (made / "file", made / "below" / "file"):
+            path.write_text("x")
+    assert {path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()} == flushed
 
 
 def test_an_output_below_a_file_cannot_be_written(tmp_path):

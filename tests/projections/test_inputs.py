@@ -8,6 +8,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
+from persona_lora.core.tensor_files import save_with_record
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules
 from persona_lora.projections import inputs as projected
@@ -136,6 +137,9 @@ def test_what_does_not_belong_together_is_refused(chat_model, inputs, make_diff,
     diff.save(tmp_path / "diff")
     with pytest.raises(UserError, match="no statistics of inputs"):
         ModuleInputs.load(tmp_path / "diff" / "adapter_model.safetensors")
+    save_with_record(tmp_path / "cut", {}, "inputs", {"roots": {"a": "a"}})
+    with pytest.raises(UserError, match="no statistics of inputs"):
+        ModuleInputs.load(tmp_path / "cut")
 
 
 def test_tokens_that_a_module_reads_flat_are_those_after_the_shared_beginning(tokenizer):

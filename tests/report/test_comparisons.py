@@ -17,6 +17,7 @@ from persona_lora.report.comparisons import (
     measure_tables,
     score_items,
 )
+from persona_lora.report.two_way import crossed_mean
 from persona_lora.studies.steering.read import comparison_table, verdict_lines
 from persona_lora.studies.steering.read_comparison import pooled, read_comparison
 
@@ -256,10 +257,31 @@ def test_probes_stand_in_columns_paired_by_question_and_the_rest_below():
     assert [cell.split("; ")[1] for cell in live[1:]] == [
         f"−{gap} [not known: all equal]*" for gap in (90, 10)
     ]
-    assert {row[0] for row in rest.rows} == {"task loss", "three_items"}
+    said = {row[0]: row[2].split(" [")[0] for row in rest.rows if row[1] == "plain"}
+    assert said == {"task loss": "9.50", "three_items": "54"}  # nats, and points of a hundred
     only = [row for row in rows if row["task"] == "trait"]
     (table,) = measure_tables(score_items(only, "plain"))
     assert table.columns[0] == "measure"
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_seeds_are_paired_with_one_another_and_what_has_none_with_each(seeds):
+    base, plain, live = np.random.default_rng(seeds).normal(5, 1, (3, seeds, 8))
+    rows = [
+        {"condition": name, "task": "loss", "metric": "nats", "item": item, "score": score, **place}
+        for name, values in (("plain", plain), ("live", live), ("base", base[:1]))
+        for seed, own in enumerate(values.tolist())
+        for place in [{} if name == "base" else {"seed": f"seed{seed}"}]
+        for item, score in enumerate(own)
+    ]
+    found = {each.condition: each for each in score_items(rows, "plain")}
+    assert found["plain"].difference is None
+    for name, gaps in (("live", live - plain), ("base", base[:1] - plain)):
+        wanted, told = crossed_mean(gaps), found[name].difference
+        assert (told.mean, told.low, told.high, found[name].p) == pytest.approx(
+            (wanted.interval.mean, wanted.interval.low, wanted.interval.high, wanted.p)
+        )
+    assert found["live"].score.low == pytest.approx(crossed_mean(live).interval.low)
 
 
 def test_a_rule_that_always_says_the_same_has_an_interval_all_the_same():

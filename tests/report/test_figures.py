@@ -143,3 +143,8 @@ def test_spread_leaves_distant_labels_where_they_are():
     assert spread([10.0, 40.0, 90.0], gap=6, low=0, high=100) == pytest.approx([10, 40, 90])
     assert spread([50.0, 50.0], gap=6, low=0, high=100) == pytest.approx([47, 53])
     assert spread([], gap=6, low=0, high=100) == []
+
+
+def test_spread_shares_the_room_where_there_is_too_little():
+    assert spread([0.0, 1.0, 99.0], gap=60, low=0, high=100) == pytest.approx([0, 50, 100])
+    assert spread([120.0], gap=6, low=0, high=100) == [100]

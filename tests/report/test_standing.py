@@ -49,6 +49,30 @@ def test_too_few_scores_make_it_exploratory_and_it_says_where(finished):
     assert "75% of the questions were scored under lora +2, 80% were to be" in said
 
 
+@pytest.mark.parametrize("place", ["ood", "answers/plain", "answers/plain/evil"])
+def test_answers_in_a_folder_below_count_as_that_one_s(finished, place):
+    run = finished(unscored=3)
+    with Run.open(run.folder / place, command="evaluate", config={}, seed=0) as part:
+        for name in ("answers", "verdicts"):
+            part.write(name, run.read(name))
+            (run.folder / f"{name}.jsonl").unlink()
+    run.write("splits", [{"split": place}] * (place == "ood"))
+    said = standing(run)
+    assert f"75% of the questions were scored under lora +2 ({place}), 80% were to be" in said
+
+
+def test_held_out_prompts_count_for_each_persona(finished):
+    run = finished()
+    scores = {("a", 0): 3.0, ("a", 1): 4.0, ("b", 0): None, ("b", 1): 2.0}
+    rows = [
+        {"condition": "random", "persona": who, "prompt_id": at, "score": score}
+        for (who, at), score in scores.items()
+    ]
+    run.write("held_out", rows)
+    said = standing(run)
+    assert "75% of the questions were scored under random, 80% were to be" in said
+
+
 def test_an_unfinished_run_keeps_no_protocol(finished):
     run = finished()
     run._update(status="running")
