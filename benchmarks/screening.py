@@ -59,6 +59,7 @@ from persona_lora.training.lora import lora_targets
 TRAITS = "sycophancy", "hallucination", "evil"
 STRONG, ORDINARY = "misaligned_2", "normal"
 RESAMPLES = 2000
+BASE = "base"
 PULL = "pull along the diff"
 SHARE = 3  # a subset is a third of the pool
 Array = NDArray[np.float64]
@@ -88,16 +89,17 @@ def draw(folder: Path, subsets: int, each: int) -> None:
 
 
 def margins(chat_model: ChatModel, folder: Path, adapters: Sequence[Path], texts: int) -> Numbers:
-    """Return each finetune's margins by trait, ``[finetunes]``; those measured before are kept."""
+    """Return the margins of finetunes, and last of the base, by trait; those measured are kept."""
     place = folder / f"margins_{texts}.json"
     known = read_json(place) if place.exists() else {}
     sides = {trait: _labelled(trait, texts) for trait in TRAITS}
     said = [exchange for each in sides.values() for side in each for exchange in side]
-    digests = [path_digest(adapter) for adapter in adapters]
-    for adapter, digest in zip(adapters, digests, strict=True):
+    digests = {path_digest(adapter): adapter for adapter in adapters}
+    for digest, adapter in [*digests.items(), (BASE, None)]:
         if digest in known:
             continue
-        with LoRASteerer(chat_model.model, LoRADiff.load(adapter)):
+        terms = {} if adapter is None else {LoRADiff.load(adapter): 1.0}
+        with LoRASteerer(chat_model.model, terms):
             told = iter(mean_logprobs(chat_model, said))
         means = {
             trait: [float(np.mean([next(told) for _ in side])) for side in each]
@@ -105,7 +107,7 @@ def margins(chat_model: ChatModel, folder: Path, adapters: Sequence[Path], texts
         }
         known[digest] = {trait: shown - others for trait, (shown, others) in means.items()}
         write_json(place, known)
-    return {trait: np.array([known[each][trait] for each in digests]) for trait in TRAITS}
+    return {trait: np.array([known[each][trait] for each in [*digests, BASE]]) for trait in TRAITS}
 
 
 def _labelled(trait: str, texts: int) -> tuple[list[Exchange], list[Exchange]]:
@@ -368,11 +370,12 @@ def read(folder: Path, judged: Sequence[Path], texts: int) -> None:
         w: {t: within_sources(x, sources) for t, x in each.items()} for w, each in ways.items()
     }
     del inside["label"]
-    outcomes = {"margin": moved}
+    outcomes = {"margin": {trait: each[:-1] for trait, each in moved.items()}}
+    print("margins of the base:", {trait: round(each[-1], 3) for trait, each in moved.items()})
     if judged:
         outcomes["judged score"] = judged_scores(judged, adapters)
     for outcome, values in outcomes.items():
-        spread = ", ".join(f"{t} {x.min():.2f} to {x.max():.2f}" for t, x in values.items())
+        spread = ", ".join(f"{t} {x.min():.3f} to {x.max():.3f}" for t, x in values.items())
         print(f"{outcome} of {len(adapters)} finetunes: {spread}")
         show(outcome, ways, values, held)
         show(f"{outcome}, within sources", inside, values, held)
