@@ -49,7 +49,8 @@ from persona_lora.core.traits import load_labelled_answers, load_pairs, load_tra
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.load_options import DEFAULT_MODEL
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.report import wording
+from persona_lora.report import figures, wording
+from persona_lora.report.figures import Look, Series
 from persona_lora.report.resampling import NEGATIVE, POSITIVE, auc_of, percentile_bounds
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.training.examples import IGNORED, TokenRow
@@ -61,6 +62,7 @@ STRONG, ORDINARY = "misaligned_2", "normal"
 RESAMPLES = 2000
 BASE = "base"
 PULL = "pull along the diff"
+COLOURS = figures.MUTED, figures.TRAIT
 SHARE = 3  # a subset is a third of the pool
 Array = NDArray[np.float64]
 Numbers = Mapping[str, Array]  # by trait
@@ -326,19 +328,44 @@ def within_sources(numbers: Array, sources: Sequence[str]) -> Array:
     return numbers - (np.bincount(of, numbers) / np.bincount(of))[of]
 
 
-def show(title: str, ways: Mapping[str, Numbers], outcomes: Numbers, held: Array) -> None:
-    """Print each way's rank correlations with the outcomes, ``held [subsets, rows]``."""
+def show(title: str, ways: Mapping[str, Numbers], outcomes: Numbers, held: Array) -> list[Series]:
+    """Print each way's rank correlations with the outcomes, ``held [subsets, rows]``.
+
+    Returns their means over traits.
+    """
     subsets = len(held)
     drawn = np.random.default_rng(0).integers(subsets, size=(RESAMPLES, subsets))
     drawn = np.vstack([np.arange(subsets), drawn])  # the first is what was measured
     table = Table("way", *outcomes, "mean", f"{PULL} less it", title=title)
-    means = {}
+    means, drawing = {}, []
     for way, by_trait in ways.items():
         found = {t: rank_correlations(held @ by_trait[t], y, drawn) for t, y in outcomes.items()}
         means[way] = np.mean([*found.values()], axis=0)
         less = "" if way == PULL else _said(means[PULL] - means[way])
         table.add_row(way, *map(_said, found.values()), _said(means[way]), less)
+        bounds, look = percentile_bounds(means[way][1:]), Look(COLOURS[way == PULL], 1.8, 5.5)
+        value, low, high = float(means[way][0]), *bounds
+        label = wording.between(value, low, high, 2)
+        drawing.append(Series(way, (0.0,), (value,), (low,), (high,), look, label))
     Console(width=150).print(table)
+    return drawing
+
+
+def picture(panels: Mapping[str, Sequence[Series]], subsets: int) -> figures.Picture:
+    """Draw the means over traits: a panel for each title."""
+    up = 0.27 * max(map(len, panels.values()))
+    figure, done = figures.new_figure(2.2 + 4.3 * len(panels), up + 1.75), []
+    for at, (title, drawn) in enumerate(panels.items()):
+        axes = figures.add_axes(figure, (2.1 + at * 4.3, 0.85, 2.7, up), title=title, size=9.5)
+        figures.rule(axes, 0.0, upright=True, dashes=figures.DASHED)
+        axes.set_xlim(-0.4, 1.0)
+        done.append(figures.forest(axes, drawn, named=at == 0))
+    note = (
+        "Spearman's rho over subsets of what a way says of their rows, and of how far finetuning\n"
+        f"on them moves the trait's margin: {subsets} finetunes, mean of {len(TRAITS)} traits, 95% "
+        "bootstrap intervals."
+    )
+    return figures.finish(figure, done, title="Which rows teach a trait?", note=note)
 
 
 def _said(resampled: Array) -> str:
@@ -346,7 +373,7 @@ def _said(resampled: Array) -> str:
     return wording.between(float(resampled[0]), bounds.low, bounds.high, 2)
 
 
-def read(folder: Path, judged: Sequence[Path], texts: int) -> None:
+def read(folder: Path, judged: Sequence[Path], texts: int, figure: Path | None) -> None:
     pool = read_jsonl(folder / "rows/pool.jsonl")
     adapters = sorted(folder.glob("subset*/adapter"), key=lambda path: int(path.parent.name[6:]))
     held = np.zeros((len(adapters), len(pool)))
@@ -370,15 +397,26 @@ def read(folder: Path, judged: Sequence[Path], texts: int) -> None:
         w: {t: within_sources(x, sources) for t, x in each.items()} for w, each in ways.items()
     }
     del inside["label"]
-    outcomes = {"margin": {trait: each[:-1] for trait, each in moved.items()}}
+    outcomes: dict[str, Numbers] = {"margin": {trait: each[:-1] for trait, each in moved.items()}}
     print("margins of the base:", {trait: round(each[-1], 3) for trait, each in moved.items()})
     if judged:
         outcomes["judged score"] = judged_scores(judged, adapters)
     for outcome, values in outcomes.items():
         spread = ", ".join(f"{t} {x.min():.3f} to {x.max():.3f}" for t, x in values.items())
         print(f"{outcome} of {len(adapters)} finetunes: {spread}")
-        show(outcome, ways, values, held)
-        show(f"{outcome}, within sources", inside, values, held)
+        whole = show(outcome, ways, values, held)
+        parts = show(f"{outcome}, within sources", inside, values, held)
+        if figure is not None and outcome == "margin":
+            place = [each.name for each in whole]
+            panels = {"all rows": whole, "within their files": _rows_of(parts, place)}
+            picture(panels, len(adapters)).save(figure)
+
+
+def _rows_of(drawn: Sequence[Series], names: Sequence[str]) -> list[Series]:
+    """Return series in the rows of those names; one without values where there is none."""
+    own = {each.name: each for each in drawn}
+    nothing = (float("nan"),)
+    return [own.get(name, Series(name, (0.0,), nothing, nothing, nothing)) for name in names]
 
 
 def main() -> None:
@@ -391,11 +429,12 @@ def main() -> None:
         "--judged", type=Path, nargs="+", default=[], help="Runs of predict-finetuning."
     )
     parser.add_argument("--texts", type=int, default=16, help="Answers of each side of a margin.")
+    parser.add_argument("--figure", type=Path, help="A picture of the margins' table.")
     asked = parser.parse_args()
     if asked.do == "draw":
         draw(asked.folder, asked.subsets, asked.rows)
     else:
-        read(asked.folder, asked.judged, asked.texts)
+        read(asked.folder, asked.judged, asked.texts, asked.figure)
 
 
 if __name__ == "__main__":
