@@ -219,12 +219,24 @@ def computed_in(weight: Tensor) -> torch.dtype:
 
 
 def stacked_weights(model: nn.Module) -> list[str]:
-    """Return the names of weights that hold several matrices each: the experts of a block."""
-    others = _other_weights(model, decoder_linear_modules(model))
+    """Return the names of weights that hold several matrices each: the experts of a block.
+
+    They have three dimensions, or stand beside a router (DBRX's, one below the other).
+    """
+    routers = _routers(model)
+    beside = tuple(f"{router.rpartition('.')[0]}." for router in routers)
     return [
         name
-        for name, module, leaf in others
-        if module.get_parameter(leaf).ndim == 3 and not isinstance(module, nn.Conv1d)
+        for name, module, leaf in _other_weights(model, decoder_linear_modules(model))
+        if not isinstance(module, nn.Conv1d)
+        and (
+            module.get_parameter(leaf).ndim == 3
+            or (
+                name.startswith(beside)
+                and name.rpartition(".")[0] not in routers
+                and not leaf.endswith("bias")
+            )
+        )
     ]
 
 

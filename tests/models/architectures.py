@@ -50,6 +50,14 @@ STATE_SPACE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+ALTERNATING = ["sliding_attention", "full_attention"]
+GEMMA_4: dict[str, Any] = {
+    **WINDOWED,
+    "layer_types": ALTERNATING,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "global_head_dim": 8,
+}
 
 # By the name in the documentation: transformers' model type, and what its configuration takes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,6 +83,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 8,
         },
     ),
+    "Qwen3.5 text": (
+        "qwen3_5_text",
+        {
+            **TEXT,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [1, 1, 0],
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "Gemma 2": ("gemma2", {**WINDOWED, "query_pre_attn_scalar": 8}),
     "Gemma 3 text": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 8}),
     "Gemma 3": (
@@ -86,6 +111,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "image_token_index": 5,
             "boi_token_index": 6,
             "eoi_token_index": 7,
+        },
+    ),
+    "Gemma": ("gemma", TEXT),
+    "Gemma 4 text": (
+        "gemma4_text",
+        {
+            **GEMMA_4,
+            "num_hidden_layers": 4,
+            "layer_types": ALTERNATING * 2,
+            "num_kv_shared_layers": 2,
+        },
+    ),
+    "Gemma 4 MoE": (
+        "gemma4_text",
+        {
+            **GEMMA_4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "Gemma 4": (
+        "gemma4",
+        {
+            "text_config": GEMMA_4,
+            "vision_config": {**SMALL_VISION, "num_key_value_heads": 2, "head_dim": 8},
+            "audio_config": None,
+            "image_token_id": 240,  # no text of the tests holds them
+            "video_token_id": 241,
+            "audio_token_id": 242,
+            "boi_token_id": 243,
+            "eoi_token_id": 244,
+            "boa_token_id": 245,
         },
     ),
     "Qwen2.5-VL": (

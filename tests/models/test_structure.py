@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona_lora.core.errors import UserError
 from persona_lora.models.structure import (
@@ -11,7 +12,9 @@ from persona_lora.models.structure import (
     decoder_linear_modules,
     features,
     input_groups,
+    kind_of,
     linear_modules,
+    stacked_weights,
     text_decoder,
     tied_names,
     weight_fingerprint,
@@ -139,3 +142,23 @@ def test_the_fingerprint_does_not_depend_on_where_weights_lie(tmp_path):
     assert weight_fingerprint(disk_offload(tiny_model("Qwen3-MoE"), tmp_path)) == expected
     with pytest.raises(UserError, match=r"layers\.0.* is on the meta device and holds no numbers"):
         weight_fingerprint(model.to("meta"))
+
+
+def test_experts_one_below_the_other_are_stacked_as_those_of_three_dimensions_are():
+    settings = {
+        "vocab_size": 9,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 1,
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "hidden_size": 32},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    }
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("dbrx", **settings))
+    found = {name.removeprefix("transformer.blocks.0.ffn.") for name in stacked_weights(model)}
+    assert found == {"experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2"}
+    assert {kind_of(name) for name in stacked_weights(tiny_model("gpt-oss"))} == {
+        "gate_up_proj",
+        "down_proj",
+    }
+    assert not stacked_weights(tiny_model("LFM2"))
