@@ -222,7 +222,8 @@ def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
     """Join two raters' sheets into the rows of ``onpolicy.jsonl``.
 
     A third of the questions, the same ones each time, is for tuning. Answers that one of the two
-    has not rated are left out. Raises UserError for other than two sheets, and where none is left.
+    has not rated are left out. Raises UserError for other than two sheets, where none is left, and
+    for an answer that was rated as two rows.
     """
     if len(sheets) != 2:
         raise UserError(
@@ -234,6 +235,14 @@ def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
     both = [row for row in range(len(answers.rows)) if row in first and row in second]
     if not both:
         raise UserError(f"no answer of {answers.path} is rated in both files; rate some first")
+    rows: dict[tuple[str, str], int] = {}
+    for row in both:
+        same = rows.setdefault((answers.rows[row]["question"], answers.rows[row]["answer"]), row)
+        if same != row:
+            raise UserError(
+                f"{answers.path}: row {row + 1} is the answer of row {same + 1} again; take its "
+                "line out of one file of ratings"
+            )
     questions = sorted({answers.rows[row]["question"] for row in both}, key=digest_of)
     tuning = set(questions[: round(TUNING_SHARE * len(questions))])
     return [

@@ -76,6 +76,14 @@ def test_two_sheets_make_labels_and_a_question_is_in_one_part_only(answers):
         rated_rows([ada])
 
 
+def test_an_answer_that_was_rated_as_two_rows_is_refused_before_anything_is_written(tmp_path):
+    write_jsonl(tmp_path / "answers.jsonl", [*ROWS, ROWS[4]])
+    answers = AnswerFile.read(tmp_path / "answers.jsonl")
+    sheets = [rated(answers, name, {row: (row, 50) for row in range(13)}) for name in ("a", "b")]
+    with pytest.raises(UserError, match="row 13 is the answer of row 5 again; take its line out"):
+        rated_rows(sheets)
+
+
 def test_what_is_no_rating_of_these_answers_is_named(answers, tmp_path):
     sheet = rated(answers, "ada", {0: (1, 2)})
     changed = [{**ROWS[0], "answer": "Another."}, *ROWS[1:]]
