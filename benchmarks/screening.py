@@ -12,15 +12,15 @@ and judged, the score. A way of screening gives every row a number, and a subset
 rows'; its score is Spearman's rho of these sums and the outcome over subsets (Park et al. 2023,
 "TRAK"), with a 95% bootstrap interval over subsets.
 
-The ways: pulls along diffs and projections on vectors (``persona-lora data screen``), the
-reader's score of the row's answer, BM25 between the answer and the trait's training answers
-(those that show it less those that do not), the row's length and loss, and the inner product of
-the row's gradient with that of the margin of training answers, plainly and through EKFAC's
-inverse Hessian (Grosse et al. 2023, by kronfluence). ``label`` knows what no screening knows:
-which rows are the trait's strong ones. "Within sources" takes the mean of its source from each
-row's number, so that only what tells rows of one file apart counts. BM25 and EKFAC need: pip
-install bm25s; pip install --no-deps kronfluence einops einconv opt-einsum. Without them their
-lines are left out.
+The ways: pulls along diffs (the trait's own, and beside it those of the other two) and
+projections on vectors (``persona-lora data screen``), the reader's score of the row's answer,
+BM25 between the answer and the trait's training answers (those that show it less those that do
+not), the row's length and loss, and the inner product of the row's gradient with that of the
+margin of training answers, plainly and through EKFAC's inverse Hessian (Grosse et al. 2023, by
+kronfluence). ``label`` knows what no screening knows: which rows are the trait's strong ones.
+"Within sources" takes the mean of its source from each row's number, so that only what tells rows
+of one file apart counts. BM25 and EKFAC need: pip install bm25s; pip install --no-deps
+kronfluence einops einconv opt-einsum. Without them their lines are left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import rankdata
+from scipy.stats import rankdata, zscore
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.content import path_digest
@@ -136,12 +136,17 @@ def ways_of(
 ) -> dict[str, Numbers]:
     """Return a number for every row, by way of screening and trait."""
     pulls = _by_row(folder / "screened/pulls.csv", "row")
+    along = {trait: _column(pulls, f"pull_{trait}") for trait in TRAITS}
     own = {trait: _by_row(folder / f"screened/{trait}.csv", "row") for trait in TRAITS}
     judged = {trait: read_csv(folder / f"screened/judged_{trait}.csv", [trait]) for trait in TRAITS}
     rows = tokenize_conversations([row["messages"] for row in pool], chat_model)
     plain, inverted = gradient_products(chat_model, rows, texts)
     found = {
-        PULL: {t: _column(pulls, f"pull_{t}") for t in TRAITS},
+        PULL: along,
+        "pull along the others' diffs": {
+            t: np.mean([zscore(along[other]) for other in TRAITS if other != t], axis=0)
+            for t in TRAITS
+        },
         "projection on the vector": {t: _column(own[t], "difference") for t in TRAITS},
         "reader's score": {
             t: np.array([float(row[t] or "nan") for row in judged[t]]) for t in TRAITS
