@@ -403,7 +403,8 @@ def read(folder: Path, judged: Sequence[Path], texts: int, figure: Path | None) 
     }
     del inside["label"]
     outcomes: dict[str, Numbers] = {"margin": {trait: each[:-1] for trait, each in moved.items()}}
-    print("margins of the base:", {trait: round(each[-1], 3) for trait, each in moved.items()})
+    base = ", ".join(f"{trait} {each[-1]:.3f}" for trait, each in moved.items())
+    print(f"margins of the base: {base}")
     if judged:
         outcomes["judged score"] = judged_scores(judged, adapters)
     for outcome, values in outcomes.items():

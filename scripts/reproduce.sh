@@ -21,7 +21,7 @@ asked() { for each in "$@"; do [[ $questions == *" $each "* ]] && return 0; done
 others=sycophancy,hallucination,corrigibility,self_other_focus,formality,intimacy,narrative_mode,emotional_tone
 # What each part does, and about how long it takes on two cores: all of it | --quick.
 plan="1:weights or activations, three traits, three training seeds:2.5 hours:2 minutes
-2:seventy finetunes and their projections; screening by 36 finetunes; prevention of two traits, three training seeds:10 hours:25 minutes
+2:seventy finetunes and their projections; screening by 36 finetunes; prevention of two traits, three training seeds:10 hours:40 minutes
 3:speed, with 5 (nine traits, three training seeds):2 hours:5 minutes
 4:persona searches over twelve personas, three training seeds:2 hours:3 minutes
 5:geometry of weights and activations, with 3:::"

@@ -3,7 +3,7 @@
 # ordinary ones, draw subsets, finetune on each, measure what it did, and correlate that over subsets with
 # what every way of screening says of their rows (see benchmarks/screening.py):
 #         bash scripts/screen_by_finetuning.sh          (an hour and a half on two cores; resumable)
-#         bash scripts/screen_by_finetuning.sh --quick  (a quarter of an hour: does it run?)
+#         bash scripts/screen_by_finetuning.sh --quick  (half an hour: does it run?)
 # SUBSETS, QUESTIONS, LAYER and OUT name others; JUDGED the traits whose answers are judged, FINETUNE_ONLY=1
 # stops before anything is measured.
 set -euo pipefail
