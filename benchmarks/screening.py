@@ -12,15 +12,15 @@ and judged, the score. A way of screening gives every row a number, and a subset
 rows'; its score is Spearman's rho of these sums and the outcome over subsets (Park et al. 2023,
 "TRAK"), with a 95% bootstrap interval over subsets.
 
-The ways: pulls along diffs (the trait's own, and beside it those of the other two) and
-projections on vectors (``persona-lora data screen``), the reader's score of the row's answer,
-BM25 between the answer and the trait's training answers (those that show it less those that do
-not), the row's length and loss, and the inner product of the row's gradient with that of the
-margin of training answers, plainly and through EKFAC's inverse Hessian (Grosse et al. 2023, by
-kronfluence). ``label`` knows what no screening knows: which rows are the trait's strong ones.
-"Within sources" takes the mean of its source from each row's number, so that only what tells rows
-of one file apart counts. BM25 and EKFAC need: pip install bm25s; pip install --no-deps
-kronfluence einops einconv opt-einsum. Without them their lines are left out.
+The ways: pulls along diffs (the trait's own; beside it those of the other two, and a random one
+of its singular values) and projections on vectors (``persona-lora data screen``), the reader's
+score of the row's answer, BM25 between the answer and the trait's training answers (those that
+show it less those that do not), the row's length and loss, and the inner product of the row's
+gradient with that of the margin of training answers, plainly and through EKFAC's inverse Hessian
+(Grosse et al. 2023, by kronfluence). ``label`` knows what no screening knows: which rows are the
+trait's strong ones. "Within sources" takes the mean of its source from each row's number, so that
+only what tells rows of one file apart counts. BM25 and EKFAC need: pip install bm25s; pip install
+--no-deps kronfluence einops einconv opt-einsum. Without them their lines are left out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from scipy.stats import rankdata, zscore
 from persona_lora.core.chat import Exchange
 from persona_lora.core.content import path_digest
 from persona_lora.core.files import read_csv, read_json, read_jsonl, write_json, write_jsonl
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.lora_diff import LoRADiff, random_diff_like
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import load_labelled_answers, load_pairs, load_trait
 from persona_lora.models.likelihood import mean_logprobs
@@ -53,6 +53,7 @@ from persona_lora.report import figures, wording
 from persona_lora.report.figures import Look, Series
 from persona_lora.report.resampling import NEGATIVE, POSITIVE, auc_of, percentile_bounds
 from persona_lora.steering.weights import LoRASteerer
+from persona_lora.studies.drift.row_pulls import pull_rows
 from persona_lora.training.examples import IGNORED, TokenRow
 from persona_lora.training.finetune import tokenize_conversations
 from persona_lora.training.lora import lora_targets
@@ -136,6 +137,7 @@ def ways_of(
 ) -> dict[str, Numbers]:
     """Return a number for every row, by way of screening and trait."""
     pulls = _by_row(folder / "screened/pulls.csv", "row")
+    drawn = _by_row(random_pulls(chat_model, folder, pool), "row")
     along = {trait: _column(pulls, f"pull_{trait}") for trait in TRAITS}
     own = {trait: _by_row(folder / f"screened/{trait}.csv", "row") for trait in TRAITS}
     judged = {trait: read_csv(folder / f"screened/judged_{trait}.csv", [trait]) for trait in TRAITS}
@@ -147,6 +149,7 @@ def ways_of(
             t: np.mean([zscore(along[other]) for other in TRAITS if other != t], axis=0)
             for t in TRAITS
         },
+        "pull along a random diff": {t: _column(drawn, f"pull_{t}") for t in TRAITS},
         "projection on the vector": {t: _column(own[t], "difference") for t in TRAITS},
         "reader's score": {
             t: np.array([float(row[t] or "nan") for row in judged[t]]) for t in TRAITS
@@ -166,6 +169,16 @@ def ways_of(
                 print(f"{way}, {trait}: {np.isnan(numbers).sum()} rows have none and take the mean")
                 numbers[~np.isfinite(numbers)] = np.nanmean(numbers)
     return found
+
+
+def random_pulls(chat_model: ChatModel, folder: Path, pool: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the rows' pulls along a random diff of each ready one's spectrum; return the file."""
+    path = folder / "screened/random.csv"
+    if not path.exists():
+        ready = {t: LoRADiff.load(Path("checkpoints/ready", t, "diff")) for t in TRAITS}
+        chance = {t: random_diff_like(diff, seed) for seed, (t, diff) in enumerate(ready.items())}
+        pull_rows(chat_model, [row["messages"] for row in pool], chance, path)
+    return path
 
 
 def _by_row(path: Path, key: str) -> list[dict[str, str]]:

@@ -4,14 +4,14 @@
 # what every way of screening says of their rows (see benchmarks/screening.py):
 #         bash scripts/screen_by_finetuning.sh          (an hour and a half on two cores; resumable)
 #         bash scripts/screen_by_finetuning.sh --quick  (half an hour: does it run?)
-# SUBSETS, QUESTIONS, LAYER and OUT name others; JUDGED the traits whose answers are judged, FINETUNE_ONLY=1
+# SUBSETS, QUESTIONS, LAYER and OUT name others; JUDGED the traits whose answers are judged (JUDGED= for none), FINETUNE_ONLY=1
 # stops before anything is measured.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 traits="sycophancy hallucination evil"
-subsets=${SUBSETS:-36} out=${OUT:-results/screening} judged=${JUDGED:-sycophancy}
+subsets=${SUBSETS:-36} out=${OUT:-results/screening} judged=${JUDGED-sycophancy}
 folder=checkpoints/${out#results/}
 short=() few=(--max-questions "${QUESTIONS:-24}" --max-new-tokens 60) own=() pool=()
 if [ "${1:-}" = --quick ]; then
@@ -44,6 +44,9 @@ for trait in $traits; do
 done
 [ -e "$folder/screened/pulls.csv" ] || persona-lora data screen --file "$folder/rows/pool.jsonl" "${diffs[@]}" \
     --dtype float32 --output "$folder/screened/pulls.csv"
-[ -z "$judged" ] || persona-lora predict-finetuning "${finetunes[@]}" --traits "$judged" "${vectors[@]}" \
-    --layers "${LAYER:-19}" --output "$out/judged" "${few[@]}"
-python benchmarks/screening.py read "$folder" --judged "$out/judged" "${own[@]}"
+if [ -n "$judged" ]; then
+    persona-lora predict-finetuning "${finetunes[@]}" --traits "$judged" "${vectors[@]}" \
+        --layers "${LAYER:-19}" --output "$out/judged" "${few[@]}"
+    own+=(--judged "$out/judged")
+fi
+python benchmarks/screening.py read "$folder" "${own[@]}"
