@@ -5,6 +5,7 @@ draws whose 95% interval holds that mean, and the interval's mean width.
 
     python benchmarks/coverage.py --draws 1000
     python benchmarks/coverage.py --differences    # of a few questions, which have no known scale
+    python benchmarks/coverage.py --correlations   # percentile intervals of correlations, by units
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from persona_lora.report.resampling import SCORES, Bounds, bca_mean_bounds, bootstrap_mean
+from persona_lora.report.resampling import (
+    SCORES,
+    Bounds,
+    bca_mean_bounds,
+    bootstrap_mean,
+    percentile_bounds,
+    weighted_correlation,
+)
 
 OWN = "expanded BCa (no known scale)"  # what differences have
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -78,11 +86,34 @@ METHODS: dict[str, Callable[[np.ndarray], Bounds]] = {
 }
 
 
+def print_correlations(draws: int) -> None:
+    """Print how often percentile intervals hold the true r and ρ of normal pairs."""
+    print("| true r | units | Pearson's r | Spearman's ρ |\n|---|---|---|---|")
+    for r in (0.0, 0.5, 0.8):
+        truth = np.array([r, 6 / np.pi * np.arcsin(r / 2)])
+        for n in (4, 6, 8, 11, 14, 20, 36):
+            random, held = np.random.default_rng(n), np.zeros(2)
+            for _ in range(draws):
+                x = random.normal(size=n)
+                y = r * x + np.sqrt(1 - r**2) * random.normal(size=n)
+                drawn = random.integers(n, size=(1000, n))
+                pairs = np.stack([x[drawn], y[drawn]])
+                for at, (a, b) in enumerate((pairs, stats.rankdata(pairs, axis=2))):
+                    found = weighted_correlation(a, b, np.ones(drawn.shape))
+                    low, high = percentile_bounds(found[np.isfinite(found)])
+                    held[at] += low <= truth[at] <= high
+            print(f"| {r} | {n} | {held[0] / draws:.2f} | {held[1] / draws:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--differences", action="store_true")
+    parser.add_argument("--correlations", action="store_true")
     asked = parser.parse_args()
+    if asked.correlations:
+        print_correlations(asked.draws)
+        return
     several, sizes, methods = DISTRIBUTIONS, (8, 12, 20, 40), METHODS
     if asked.differences:
         several, sizes = {"differences (normal, 5 ± 10)": difference}, (2, 3, 4, 5, 6, 7, 8)
