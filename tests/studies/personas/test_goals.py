@@ -45,7 +45,10 @@ from persona_lora.studies.steering.calibration import on_own_answers
 PROMPTS = PersonaPrompts(
     train=("Hi there.", "Any plans?", "What now?"),
     fresh=("And then?", "Why?", "Who is it?"),
-    held_out=("Who's there?", "Since when?", "Is it far?", "What for?"),
+    held_out=(
+        *("Who's there?", "Since when?", "Is it far?", "What for?"),
+        *("How come?", "Will it rain?", "Where to?", "Whose is it?"),
+    ),
 )
 LETTERS = ("e", "o")
 SEARCH = SearchOptions(max_iterations=8, population_size=8, bound=4.0)
@@ -144,7 +147,7 @@ def test_a_planted_optimum_is_found_and_reported_on_held_out_prompts(
     mixes = [row["weights"] for row in rows if row["condition"] == "random_mix"]
     assert len({mix["e"] for mix in mixes}) == len(PROMPTS.held_out)
     length = sum(value**2 for value in found.values())
-    assert [sum(v**2 for v in mix.values()) for mix in mixes] == pytest.approx([length] * 4)
+    assert [sum(v**2 for v in mix.values()) for mix in mixes] == pytest.approx([length] * 8)
     kept = json.loads((tmp_path / "out" / "mine_optimization.json").read_text())
     assert (kept["goal"], kept["best_weights"]) == ("mine", found)
     assert kept["best_coefficients"] == found  # alpha and scales are 1
