@@ -114,7 +114,8 @@ def main() -> None:
     if asked.correlations:
         print_correlations(asked.draws)
         return
-    several, sizes, methods = DISTRIBUTIONS, (8, 12, 20, 40), METHODS
+    several, methods = DISTRIBUTIONS, METHODS
+    sizes: tuple[int, ...] = (8, 12, 20, 40)
     if asked.differences:
         several, sizes = {"differences (normal, 5 ± 10)": difference}, (2, 3, 4, 5, 6, 7, 8)
         methods = {"t": student, "expanded BCa": bca, "as reported": METHODS[OWN]}

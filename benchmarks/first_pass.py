@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 
 VARIANTS = ("with gaps", "without")
 QUESTION = (
@@ -28,13 +27,14 @@ def one(variant: str, rows: int, model: str | None) -> None:
     from persona_lora.core.chat import user_question
     from persona_lora.models import decoding
     from persona_lora.models.generation import generate_answers
+    from persona_lora.models.hooks import Hooked
     from persona_lora.models.loading import load_chat_model
 
     chat_model = load_chat_model(*([model] if model else []))
     questions = [user_question(QUESTION.format(number)) for number in range(rows)]
     generate_answers(chat_model, questions[:1], max_new_tokens=1)
     if variant == "with gaps":
-        decoding.contiguous_input = lambda model: nullcontext()
+        decoding.contiguous_input = lambda model: Hooked()
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     generate_answers(chat_model, questions, max_new_tokens=1)
     seconds = time.perf_counter() - begun

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +29,19 @@ from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from persona_lora.core.chat import COHERENCE, Verdict
-from persona_lora.core.traits import Trait, load_pairs, load_trait, trait_prompt
+from persona_lora.core.traits import Sign, Trait, load_pairs, load_trait, trait_prompt
 from persona_lora.data.data_check import surface_counts
 from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.coherence import distinct_share
 from persona_lora.judges.embedding import AnswerClassifier, exchanges_of
 from persona_lora.judges.fitness import (
     JudgeValidation,
+    OwnAnswers,
     own_agreement,
     rater_agreement,
     within_groups,
 )
-from persona_lora.judges.fitted import cache_folder, counts_of, made_up
+from persona_lora.judges.fitted import cache_folder, counts_of, made_up, traits_beside
 from persona_lora.judges.judge_prompts import weighted_score
 from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import fit_probe
@@ -63,7 +65,7 @@ class Bench:
         self.exchanges = [row.exchange for row in self.rows]
         self.targets = np.array([row.rating(scale) for row in self.rows])
         self.tuning = np.array([at for at, row in enumerate(self.rows) if row.part == "tuning"])
-        self.made = made_up(SentenceEvidence(trait), self.rows)
+        self.made = made_up(self.rows, list(traits_beside(SentenceEvidence(trait))))
         self.exchanges += [row.exchange for row in self.made]
         self.made_at: Sequence[int] = range(len(self.rows), len(self.exchanges))
         self.reader = Reader(chat_model, trait)
@@ -137,16 +139,17 @@ class Bench:
 
     def contrast(self) -> Scores:
         """log p of the answer under the trait's positive system prompt minus the negative one."""
-        means = []
-        for sign in ("pos", "neg"):
+
+        def likely(sign: Sign) -> Scores:
             asked = ChatModel(
                 self.chat_model.model,
                 self.chat_model.tokenizer,
                 self.chat_model.name,
                 system_prompt=trait_prompt(self.trait, sign, 0),
             )
-            means.append(mean_logprobs(asked, self.exchanges[: len(self.rows)]))
-        return np.subtract(*means)
+            return np.array(mean_logprobs(asked, self.exchanges[: len(self.rows)]))
+
+        return likely("pos") - likely("neg")
 
     def ways(self, likelihood: bool) -> Iterator[tuple[str, Callable[[], Scores]]]:
         yield "nine surface counts", self.surface
@@ -163,7 +166,7 @@ class Bench:
         yield "sentence embeddings, without nonsense", lambda: self.sentences(nonsense=False)
         yield "sentence embeddings", self.sentences
         for at, layer in enumerate(self.reader.layers):
-            yield f"last token, layer {layer}", lambda at=at: self.layer(at)
+            yield f"last token, layer {layer}", partial(self.layer, at)
         yield "last token, mean over layers", self.last_token
         yield "answer's tokens, mean over layers", self.answer_tokens
         yield "both, no nonsense", lambda: self.mean_of_layers(nonsense=False)
@@ -171,11 +174,16 @@ class Bench:
         yield "mean of last token and sentences", self.last_and_sentences
         yield "mean of both and sentences", self.both
 
-    def agreement(self, scores: Scores, part: str) -> JudgeValidation:
+    def agreement(self, scores: Scores, part: str) -> tuple[JudgeValidation, OwnAnswers]:
         held = [at for at, row in enumerate(self.rows) if row.part == part]
         criterion = COHERENCE if self.scale == "sense" else self.trait.name
         verdicts = [Verdict(criterion, float(scores[at]), "", "") for at in held]
-        return own_agreement(verdicts, [self.rows[at] for at in held])
+        return _with_own(own_agreement(verdicts, [self.rows[at] for at in held]))
+
+
+def _with_own(found: JudgeValidation) -> tuple[JudgeValidation, OwnAnswers]:
+    assert found.own is not None
+    return found, found.own
 
 
 def number(value: float | None) -> str:
@@ -195,11 +203,12 @@ def table(bench: Bench, likelihood: bool) -> None:
     print("|" + "---|" * (6 + len(models)))
     for name, way in bench.ways(likelihood):
         scores = way()
-        tuned, held = (bench.agreement(scores, part) for part in ("tuning", "validation"))
-        cells = [tuned.own.within, held.auc, held.spearman, held.own.within]
-        by_model = [held.own.by_model[model].auc for model in models]
+        _, tuned = bench.agreement(scores, "tuning")
+        held, own = bench.agreement(scores, "validation")
+        cells = [tuned.within, held.auc, held.spearman, own.within]
+        by_model = [own.by_model[model].auc for model in models]
         print(
-            f"| {name} | {' | '.join(map(number, cells))} | {held.own.calibration_error:.0f} | "
+            f"| {name} | {' | '.join(map(number, cells))} | {own.calibration_error:.0f} | "
             f"{' | '.join(map(number, by_model))} |",
             flush=True,
         )
@@ -212,16 +221,15 @@ def curve(bench: Bench, sizes: Sequence[int], draws: int = 10) -> None:
     print("| rated answers | AUC | ρ | within |\n|---|---|---|---|")
     for size in [*(each for each in sizes if each < len(bench.tuning)), len(bench.tuning)]:
         found = [_drawn(bench, size, seed) for seed in range(draws)]
-        means = [
-            np.mean([getattr(each, name) for each in found]) for name in ("auc", "spearman")
-        ] + [np.mean([each.own.within for each in found])]
+        means = np.mean(np.array(found, float), axis=0)
         print(f"| {size} | {' | '.join(map(number, means))} |", flush=True)
 
 
-def _drawn(bench: Bench, size: int, seed: int) -> JudgeValidation:
-    """Return the agreement of the default judge fitted to so many ratings drawn by lot."""
+def _drawn(bench: Bench, size: int, seed: int) -> list[float | None]:
+    """Return AUC, ρ and "within" of the default judge fitted to so many ratings drawn by lot."""
     some = np.random.default_rng(seed).choice(bench.tuning, size, replace=False)
-    return bench.agreement(bench.narrowed(some).mean_of_layers(), "validation")
+    found, own = bench.agreement(bench.narrowed(some).mean_of_layers(), "validation")
+    return [found.auc, found.spearman, own.within]
 
 
 def surface(benches: Sequence[Bench]) -> None:
@@ -282,9 +290,9 @@ def spread(traits: Sequence[Trait], chat_model: ChatModel, wide: float = 10.0) -
         judge = ProbeJudge.of(ReaderEvidence(Reader(chat_model, trait)))
         rows, scores = load_ratings(trait), judge.fitted.scores["trait"]
         held = [at for at, row in enumerate(rows) if row.part == "validation"]
-        by_condition = grouped(held, lambda at, rows=rows: (rows[at].model, rows[at].condition))
+        names = {at: (rows[at].model, rows[at].condition) for at in held}
         found = []
-        for places in by_condition.values():
+        for places in grouped(held, names.__getitem__).values():
             passes = np.array([rows[at].trait for at in places], float)
             if len(places) < 8 or np.ptp(passes.mean(axis=1)) == 0:
                 continue
@@ -340,8 +348,8 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int) -> None:
     }
     for name, way in ways.items():
         verdicts = [Verdict(bench.trait.name, score, "", "") for score in way()]
-        found = own_agreement(verdicts, rows)
-        cells = [found.auc, found.spearman, found.own.within, found.coverage]
+        found, own = _with_own(own_agreement(verdicts, rows))
+        cells = [found.auc, found.spearman, own.within, found.coverage]
         print(f"| {bench.trait.name} | {name} | {' | '.join(map(number, cells))} |", flush=True)
 
 

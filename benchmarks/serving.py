@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ def ask(client: httpx.Client, tokens: int, model: str, question: str) -> dict[st
 
 
 def answered(
-    client: httpx.Client, tokens: int, models: list[str], questions: list[str], at_once: int
+    client: httpx.Client, tokens: int, models: Sequence[str], questions: Sequence[str], at_once: int
 ) -> tuple[float, list[str]]:
     """Return tokens a second, and the answers."""
     start = time.perf_counter()

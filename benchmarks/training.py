@@ -38,7 +38,7 @@ from persona_lora.training.examples import shared_lengths, tokenize_pairs
 from persona_lora.training.lora import LoRAArguments, attach_lora, detach_lora
 from persona_lora.training.trainer import CompletionTrainer
 
-SAME = {
+SAME: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-4,
     "bf16": False,

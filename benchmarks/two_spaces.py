@@ -21,7 +21,6 @@ import random
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 from scipy.stats import spearmanr
 
 from persona_lora.core.lora_diff import random_diff_like
@@ -92,7 +91,9 @@ def halves(run: Run, folders: list[Path]) -> None:
     apart = [value for (a, b), value in cosine.items() if a != b]
     print("one trait", {trait: f"{cosine[trait, trait]:.2f}" for trait in traits})
     print(spread([cosine[trait, trait] for trait in traits]))
-    print("two traits", spread(np.abs(apart)), f"{min(apart):.2f} to {max(apart):.2f}")
+    print(
+        "two traits", spread([abs(each) for each in apart]), f"{min(apart):.2f} to {max(apart):.2f}"
+    )
 
 
 def sheets(run: Run, folder: Path, seed: int) -> None:

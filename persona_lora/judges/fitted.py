@@ -142,7 +142,7 @@ def fitted_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedPr
 
 def content_of(evidence: Evidence, labels: Sequence[RatedAnswer]) -> str:
     """Return a digest of all that decides a fit."""
-    beside = list(_traits_beside(evidence))
+    beside = list(traits_beside(evidence))
     rows = [*labels, *made_up(labels, beside)]
     rated = [[row.part, row.trait, row.sense] for row in rows]
     read = evidence.content([row.exchange for row in rows])
@@ -178,7 +178,7 @@ def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbe
     read = evidence.read([row.exchange for row in labels], keep=True)
     own = _Rated(rated, read[tuning], [row.question for row in rated])
     familiarity = fit_familiarity(_familiar(own.evidence), own.groups)
-    traits = list(_traits_beside(evidence))
+    traits = list(traits_beside(evidence))
     nonsense = _read(evidence, made_up(labels, traits))
     probes, held_out = {}, {}
     for scale in SCALES:
@@ -232,7 +232,7 @@ def made_up(
     return nonsense_rows(tuning, [row for _, rows in beside for row in rows])
 
 
-def _traits_beside(evidence: Evidence) -> Iterator[tuple[Trait, list[RatedAnswer]]]:
+def traits_beside(evidence: Evidence) -> Iterator[tuple[Trait, list[RatedAnswer]]]:
     """Yield the rated traits in the folder beside this one, with their tuning parts."""
     paths = evidence.trait.folder.parent.glob(f"*/{ON_POLICY}")
     for path in sorted(paths, reverse=True):
