@@ -35,13 +35,14 @@ from persona_lora.core.traits import list_traits, load_trait
 from persona_lora.judges.answer_gates import BROKEN
 from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.choice import SENSE_OF
-from persona_lora.judges.fitness import rater_agreement, within_groups
+from persona_lora.judges.fitness import rater_agreement
 from persona_lora.judges.fitted import fitted_probes
 from persona_lora.judges.labels import RatedAnswer, has_ratings, load_ratings
 from persona_lora.judges.persona_judges import fit_coherence
 from persona_lora.judges.probe import Probe, fit_probe
 from persona_lora.judges.probe_judge import ReaderEvidence
 from persona_lora.models.loading import load_chat_model
+from persona_lora.report.rated import within_groups
 from persona_lora.report.resampling import auc_of
 from persona_lora.studies.personas.bench import STYLE_TRAITS
 

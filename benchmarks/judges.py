@@ -39,7 +39,6 @@ from persona_lora.judges.fitness import (
     OwnAnswers,
     own_agreement,
     rater_agreement,
-    within_groups,
 )
 from persona_lora.judges.fitted import cache_folder, counts_of, made_up, traits_beside
 from persona_lora.judges.judge_prompts import weighted_score
@@ -49,6 +48,7 @@ from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, Sentence
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
+from persona_lora.report.rated import by_part, model_of, within_groups
 from persona_lora.report.scores import grouped
 
 Scores = NDArray[np.float64]
@@ -199,17 +199,17 @@ def table(bench: Bench, likelihood: bool) -> None:
             f"κ {raters.kappa:.2f}, ρ {raters.spearman:.2f}, within {number(raters.within)}"
         )
     models = sorted({row.model for row in bench.rows})
-    print(f"\n| judge | tuning, within | AUC | ρ | within | ECE | {' | '.join(models)} |")
+    print(f"\n| judge | tuning, within | AUC | ρ | within | {' | '.join(models)} | ECE |")
     print("|" + "---|" * (6 + len(models)))
     for name, way in bench.ways(likelihood):
         scores = way()
         _, tuned = bench.agreement(scores, "tuning")
         held, own = bench.agreement(scores, "validation")
         cells = [tuned.within, held.auc, held.spearman, own.within]
-        by_model = [own.by_model[model].auc for model in models]
+        by_model = by_part(own.compared, model_of)
+        cells += [by_model[model].within for model in models]
         print(
-            f"| {name} | {' | '.join(map(number, cells))} | {own.calibration_error:.0f} | "
-            f"{' | '.join(map(number, by_model))} |",
+            f"| {name} | {' | '.join(map(number, cells))} | {own.calibration_error:.0f} |",
             flush=True,
         )
     print()

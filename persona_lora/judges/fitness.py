@@ -22,6 +22,7 @@ from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.traits import Trait, has_labels, load_labelled_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.labels import RatedAnswer, Scale, has_ratings, load_ratings
+from persona_lora.report.rated import rank_correlation, reliability, within, within_groups
 from persona_lora.report.resampling import auc_of
 
 logger = logging.getLogger(__name__)
@@ -30,17 +31,7 @@ TRUSTED_AUC = 0.8
 FIT_WITHIN = 0.5
 POSITIVE_LABEL = 75
 NEGATIVE_LABEL = 25
-RELIABILITY_BINS = 5
 KAPPA_STEP = 10  # ratings of 0–100 are compared as eleven grades
-Pair = tuple[float, float]  # a score and a rating
-
-
-class Agreement(NamedTuple):
-    """What ``JudgeValidation`` holds over all, for a part of the answers."""
-
-    auc: float | None
-    spearman: float | None
-    n: int
 
 
 class Compared(NamedTuple):
@@ -53,29 +44,18 @@ class Compared(NamedTuple):
     rating: float
 
 
-class Bin(NamedTuple):
-    """Answers of like scores: if the judge is calibrated, both means are about the same."""
-
-    score: float
-    label: float
-    n: int
-
-
 @dataclass(frozen=True)
 class OwnAnswers:
     """How a judge agrees with blind ratings of answers that models gave.
 
     ``within``: Spearman's ρ inside each model and condition, averaged with their numbers of answers
-    as weights. ``bias``: mean score − mean rating, by condition. ``calibration_error``: the mean
-    distance of both over the bins of ``reliability``, weighted by their answers (ECE), in points.
-    ``compared`` has what the judge said of each answer, as dictionaries of ``Compared``.
+    as weights. ``calibration_error``: the mean distance of score and rating over bins of like
+    scores, weighted by their answers (ECE), in points. ``compared`` has what the judge said of each
+    answer, as dictionaries of ``Compared``.
     """
 
     within: float | None
-    bias: dict[str, float]
-    by_model: dict[str, Agreement]
     calibration_error: float
-    reliability: tuple[Bin, ...]
     compared: tuple[dict[str, Any], ...]
 
 
@@ -116,30 +96,6 @@ class RaterAgreement:
     mean_difference: float
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Spearman's ρ, or None where it is undefined (under 3 pairs, a constant side)."""
-    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(spearmanr(first, second).statistic)
-
-
-def within_groups(
-    scores: Sequence[float], labels: Sequence[float], groups: Sequence[str]
-) -> float | None:
-    """Return Spearman's ρ inside each group, averaged with the groups' sizes as weights.
-
-    A group of fewer than three items, or whose labels are all the same, says nothing and is left
-    out; scores that are all the same beside labels that differ count as 0. None where none is left.
-    """
-    found: list[tuple[float, int]] = []
-    for pairs in _parts(list(zip(scores, labels, strict=True)), groups).values():
-        ours, theirs = _columns(pairs)
-        if len(pairs) >= 3 and len(set(theirs)) > 1:
-            found.append((rank_correlation(ours, theirs) or 0.0, len(pairs)))
-    total = sum(size for _, size in found)
-    return sum(rho * size for rho, size in found) / total if total else None
-
-
 def agreement(verdicts: Sequence[Verdict], labels: Sequence[float]) -> JudgeValidation:
     """Compare one judge's verdicts on one criterion with labels from 0 to 100, item by item."""
     scored = [
@@ -147,12 +103,12 @@ def agreement(verdicts: Sequence[Verdict], labels: Sequence[float]) -> JudgeVali
         for verdict, label in zip(verdicts, labels, strict=True)
         if verdict.score is not None
     ]
-    over_all = _agreement(*_columns(scored))
+    ours, theirs = [score for score, _ in scored], [label for _, label in scored]
     return JudgeValidation(
         judge=verdicts[0].judge if verdicts else "",
         criterion=verdicts[0].criterion if verdicts else "",
-        auc=over_all.auc,
-        spearman=over_all.spearman,
+        auc=_auc(scored),
+        spearman=rank_correlation(ours, theirs),
         n=len(verdicts),
         coverage=len(scored) / max(len(verdicts), 1),
     )
@@ -162,56 +118,20 @@ def own_agreement(verdicts: Sequence[Verdict], rows: Sequence[RatedAnswer]) -> J
     """Compare one judge's verdicts on one criterion with blind ratings of models' answers."""
     scale: Scale = "sense" if verdicts[0].criterion == COHERENCE else "trait"
     whole = agreement(verdicts, [row.rating(scale) for row in rows])
-    compared = [
-        Compared(row.model, row.condition, row.question, verdict.score, row.rating(scale))
+    compared = tuple(
+        Compared(row.model, row.condition, row.question, verdict.score, row.rating(scale))._asdict()
         for verdict, row in zip(verdicts, rows, strict=True)
-    ]
-    rated = [each for each in compared if each.score is not None]
-    pairs = [(each.score, each.rating) for each in compared if each.score is not None]
-    within = within_groups(*_columns(pairs), [f"{each.model}: {each.condition}" for each in rated])
-    reliability = _reliability(pairs)
-    gaps = [abs(each.score - each.label) * each.n for each in reliability]
-    by_condition = _parts(pairs, [each.condition for each in rated])
-    by_model = _parts(pairs, [each.model for each in rated])
-    own = OwnAnswers(
-        within=within,
-        bias={
-            name: float(np.mean([score - rating for score, rating in some]))
-            for name, some in by_condition.items()
-        },
-        by_model={name: _agreement(*_columns(some)) for name, some in by_model.items()},
-        calibration_error=sum(gaps) / max(1, len(pairs)),
-        reliability=reliability,
-        compared=tuple(each._asdict() for each in compared),
     )
-    return replace(whole, own=own, fit=within is not None and within >= FIT_WITHIN)
+    rho, bins = within(compared), reliability(compared)
+    gaps = [abs(each.score - each.rating) * each.n for each in bins]
+    own = OwnAnswers(rho, sum(gaps) / max(1, sum(each.n for each in bins)), compared)
+    return replace(whole, own=own, fit=rho is not None and rho >= FIT_WITHIN)
 
 
-def _columns(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """Return the scores and the ratings of pairs."""
-    return [score for score, _ in pairs], [rating for _, rating in pairs]
-
-
-def _parts(pairs: Sequence[Pair], names: Sequence[str]) -> dict[str, list[Pair]]:
-    """Return the pairs of each name, in alphabetical order."""
-    return {
-        name: [pair for pair, each in zip(pairs, names, strict=True) if each == name]
-        for name in sorted(set(names))
-    }
-
-
-def _agreement(scores: Sequence[float], labels: Sequence[float]) -> Agreement:
-    ours, theirs = np.array(scores), np.array(labels)
-    above, below = ours[theirs >= POSITIVE_LABEL], ours[theirs <= NEGATIVE_LABEL]
-    auc = auc_of(above, below) if len(above) and len(below) else None
-    return Agreement(auc, rank_correlation(scores, labels), len(scores))
-
-
-def _reliability(pairs: Sequence[Pair]) -> tuple[Bin, ...]:
-    """Return bins of about equal numbers of answers, in the order of their scores."""
-    parts = np.array_split(np.array(sorted(pairs)).reshape(-1, 2), RELIABILITY_BINS)
-    means = [(part.mean(axis=0).tolist(), len(part)) for part in parts if len(part)]
-    return tuple(Bin(score, label, n) for (score, label), n in means)
+def _auc(pairs: Sequence[tuple[float, float]]) -> float | None:
+    above = [score for score, label in pairs if label >= POSITIVE_LABEL]
+    below = [score for score, label in pairs if label <= NEGATIVE_LABEL]
+    return auc_of(np.array(above), np.array(below)) if above and below else None
 
 
 def rater_agreement(rows: Sequence[RatedAnswer], scale: Scale) -> RaterAgreement:

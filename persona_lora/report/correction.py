@@ -17,7 +17,6 @@ Source:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,14 +24,16 @@ import numpy as np
 from scipy.stats import t as student
 
 from persona_lora.core.chat import Condition
+from persona_lora.report.rated import kind_of_row
 from persona_lora.report.two_way import SAME
 
 FEWEST_QUESTIONS = 3
 CONFIDENCE = 0.95
 
 # What rated answers call the kinds of conditions; a sign follows where there is a coefficient.
+UNSTEERED, FINETUNED = "unsteered", "finetuned"
 KINDS = {
-    "none": "unsteered",
+    "none": UNSTEERED,
     "lora": "lora",
     "activation": "vector",
     "prompt_pos": "prompt +",
@@ -81,16 +82,11 @@ def kind_of(condition: Condition) -> str | None:
     return f"{name} {'+' if condition.coefficient > 0 else '-'}"
 
 
-def kind_named(name: str) -> str:
-    """Return the kind of a rated condition: "lora +" of "lora +1.5"."""
-    return re.sub(r"(?<= [+-])[\d.]+$", "", name)
-
-
 def errors_by_kind(rated: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Return rating − score by kind of condition and question, of rows that a judge scored."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rated:
         if row["score"] is not None:
-            of_kind = found.setdefault(kind_named(str(row["condition"])), {})
+            of_kind = found.setdefault(kind_of_row(row), {})
             of_kind.setdefault(str(row["question"]), []).append(row["rating"] - row["score"])
     return found

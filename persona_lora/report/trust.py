@@ -8,13 +8,19 @@ read from the rows that judging a run leaves (``validation``, ``canaries``). Ref
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from persona_lora.core.chat import COHERENCE, Condition
 from persona_lora.core.runs import Run
-from persona_lora.report import wording
-from persona_lora.report.correction import corrected_mean, errors_by_kind, kind_of
+from persona_lora.report import rated, wording
+from persona_lora.report.correction import (
+    FINETUNED,
+    UNSTEERED,
+    corrected_mean,
+    errors_by_kind,
+    kind_of,
+)
 from persona_lora.report.scores import Row, condition_of
 from persona_lora.report.sections import Block, Heading, Note, Table
 
@@ -83,6 +89,7 @@ def _asked(run: Run) -> Iterator[tuple[str, Any, bool]]:
 
 
 WEAK_AUC = 0.8
+FIT = 0.5  # of the rank correlation inside a condition
 FITNESS = {True: "yes", False: "unfit", None: "not known"}
 
 
@@ -92,7 +99,8 @@ def judge_blocks(run: Run) -> tuple[Block, ...]:
     if not rows:
         none = "This run holds no validation of its judge against labelled answers."
         return (Heading("Judge"), Note(none))
-    return (agreement_table([*rows, *second]), *_time(run), *_canaries(run), *_corrected(run, rows))
+    tables = (agreement_table([*rows, *second]), *_parts(rows))
+    return (*tables, *_time(run), *_canaries(run), *_corrected(run, rows))
 
 
 def _time(run: Run) -> tuple[Note, ...]:
@@ -109,28 +117,43 @@ def _time(run: Run) -> tuple[Note, ...]:
 
 
 def weak_judges(run: Run) -> tuple[Note, ...]:
-    """Return a warning for each nonsense that a judge liked, and each criterion it is weak on."""
-    fooled = (row for row in run.read("canaries") if not row["caught"])
+    """Return a warning for each nonsense that a judge liked, and each criterion it is weak on.
+
+    What is kept below the run's folder counts as well: a study of many models keeps it with each.
+    Of the second judge, whose fitness stands beside its numbers, what fooled it alone.
+    """
+    model = run.record["config"].get("model")
     said = [
         *(
             f"The judge “{row['judge']}” gives {wording.number(row['score'])} of 100 on "
             f"{row['criterion']} to nonsense ({row['name']}); what it reads may not be the trait."
-            for row in fooled
+            for row in _kept(run, "canaries", "second_canaries")
+            if not row["caught"]
         ),
-        *(text for row in run.read("validation") if (text := _weakness(row))),
+        *(text for row in _kept(run, "validation") if (text := _weakness(row, model))),
     ]
-    return tuple(Note(text, "warning", "Read with caution.") for text in said)
+    return tuple(Note(text, "warning", "Read with caution.") for text in dict.fromkeys(said))
 
 
-def _weakness(row: Row) -> str:
+def _kept(run: Run, *names: str) -> Iterator[Row]:
+    for name in names:
+        for path in sorted(run.folder.rglob(f"{name}.jsonl")):
+            yield from Run(path.parent).read(name)
+
+
+def _weakness(row: Row, model: Any) -> str:
     own, auc = row.get("own"), row["auc"]
     judge = f"the judge “{row['judge']}”"
-    if own is not None and not row["fit"]:
-        return (
-            f"On {row['criterion']} {judge} is unfit: among a model’s own answers under one "
-            f"condition its ρ with blind ratings is {wording.number(own['within'], 2)}, and 0.5 is "
-            "asked for."
-        )
+    if own is not None:
+        of_it = rated.of_model(own["compared"], model)
+        found = [("a model’s", own["within"]), (f"{model}’s", rated.within(of_it))]
+        for whose, rho in found if of_it else found[:1]:
+            if rho is None or rho < FIT:
+                return (
+                    f"On {row['criterion']} {judge} is unfit: among {whose} own answers under one "
+                    f"condition its ρ with blind ratings is {wording.number(rho, 2)}, and {FIT} is "
+                    "asked for."
+                )
     if auc is None or auc < WEAK_AUC:
         kind = "hand-labelled answers" if own is None else "rated answers"
         return (
@@ -170,6 +193,29 @@ def agreement_table(rows: list[dict[str, Any]]) -> Table:
     return Table(columns, cells, "Judge", note, narrow=True)
 
 
+def _parts(rows: Sequence[Row]) -> tuple[Block, ...]:
+    """Return how a judge of a trait does on each model and kind of condition that was rated."""
+    found = next((r for r in rows if r.get("own") and r["criterion"] != COHERENCE), None)
+    if found is None:
+        return ()
+    answers = found["own"]["compared"]
+    parts = {**rated.by_part(answers, rated.model_of), **rated.by_part(answers, rated.kind_of_row)}
+    cells = tuple(
+        (name, str(each.n), wording.number(each.within, 2), f"{each.bias:+.0f}")
+        for name, each in parts.items()
+    )
+    bins = rated.reliability(answers)
+    said = "; ".join(f"{each.score:.0f} with {each.rating:.0f}" for each in bins)
+    title = f"{found['judge']} on {found['criterion']}, by model and kind of condition"
+    note = (
+        "The same agreement on parts of the rated answers. Score − rating: points by which it is "
+        f"too kind. Reliability, mean scores of {len(bins)} parts of equal size with the mean "
+        f"ratings there: {said}."
+    )
+    columns = ("Answers", "n", "ρ within\na condition", "Score −\nrating")
+    return (Table(columns, cells, title, note, narrow=True),)
+
+
 def _canaries(run: Run) -> tuple[Table, ...]:
     rows = [*run.read("canaries"), *run.read("second_canaries")]
     if not rows:
@@ -192,7 +238,9 @@ def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
     found = next((r for r in validation if r.get("own") and r["criterion"] != COHERENCE), None)
     if found is None:
         return ()
-    errors = errors_by_kind(found["own"]["compared"])
+    config, compared = run.record["config"], found["own"]["compared"]
+    compared = rated.of_model(compared, config.get("model")) or compared
+    errors = errors_by_kind(compared)
     scores = {
         row["row"]: row["score"]
         for row in run.read("verdicts")
@@ -205,17 +253,20 @@ def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
             of_condition.setdefault(row["question"], []).append(scores[row["row"]])
     cells = []
     for condition, of_condition in by_condition.items():
-        mean = corrected_mean(of_condition, errors.get(kind_of(condition) or "", {}))
+        kind = kind_of(condition)
+        if config.get("adapter"):  # rated are finetunes alone, without any steering
+            kind = FINETUNED if kind == UNSTEERED else None
+        mean = corrected_mean(of_condition, errors.get(kind or "", {}))
         if mean is not None:
             interval = f"{mean.corrected:.0f} [{mean.low:.0f}, {mean.high:.0f}]"
             label = wording.condition_label(condition.method, condition.coefficient)
             cells.append((label, f"{mean.raw:.0f}", interval, str(mean.n_rated)))
     if not cells:
         return ()
-    models = sorted({str(row["model"]) for row in found["own"]["compared"]})
+    models = ", ".join(rated.models_of(compared))
     note = (
         "The mean over questions as the judge has it, and put right by how far it misses the "
-        f"ratings of answers of the same kind of condition ({', '.join(models)}); the interval "
+        f"ratings of answers of the same kind of condition ({models}); the interval "
         "carries both uncertainties (prediction-powered inference, Angelopoulos et al. 2023). "
         "Conditions of a kind that was not rated are left out."
     )

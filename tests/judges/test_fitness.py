@@ -11,12 +11,11 @@ from persona_lora.core.chat import Verdict
 from persona_lora.judges.fitness import (
     agreement,
     own_agreement,
-    rank_correlation,
     rater_agreement,
     validate_judge,
-    within_groups,
 )
 from persona_lora.judges.labels import load_ratings
+from persona_lora.report.rated import by_part, model_of, reliability
 from tests.judges.rated import rated_rows, write_ratings
 
 
@@ -64,11 +63,6 @@ def test_agreement_is_undefined_without_both_classes_or_with_constant_scores():
     assert constant.auc == 0.5
 
 
-def test_rank_correlation_needs_three_pairs():
-    assert rank_correlation([1.0, 2.0], [1.0, 2.0]) is None
-    assert rank_correlation([1.0, 2.0, 3.0], [9.0, 4.0, 1.0]) == pytest.approx(-1.0)
-
-
 def test_validate_judge_warns_loudly_about_a_weak_judge_only(trait, caplog):
     good = LookupJudge(lambda each: 90.0 if "admire" in each.answer else 10.0)
     with caplog.at_level(logging.WARNING):
@@ -84,15 +78,6 @@ def test_validate_judge_warns_when_nothing_is_scored(trait, caplog):
     validation = validate_judge(LookupJudge(lambda each: None), trait)
     assert (validation.auc, validation.coverage) == (None, 0.0)
     assert "NOT VALIDATED" in caplog.text
-
-
-def test_within_groups_weighs_by_size_and_counts_constant_scores_as_knowing_nothing():
-    scores = [1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, 9.0, 9.0, 1.0, 2.0]
-    labels = [10.0, 20.0, 30.0, 40.0, 1.0, 2.0, 3.0, 7.0, 7.0, 8.0, 9.0]
-    groups = ["a"] * 4 + ["b"] * 3 + ["c"] * 2 + ["d"] * 2  # c and d are too small
-    assert within_groups(scores, labels, groups) == pytest.approx((1 * 4 + 0 * 3) / 7)
-    assert within_groups(scores[7:], labels[7:], groups[7:]) is None
-    assert within_groups([1.0, 2.0, 3.0], [5.0, 5.0, 5.0], ["a"] * 3) is None
 
 
 def test_a_judge_that_knows_conditions_and_nothing_inside_them_is_unfit(trait, caplog):
@@ -118,9 +103,11 @@ def test_bias_calibration_and_models_are_told_apart(trait):
     scores = [row.rating("trait") + shift[row.condition] for row in rows]
     verdicts = [Verdict("flattery", score, "", "j") for score in scores]
     own = own_agreement([*verdicts[:-1], Verdict("flattery", None, "no", "j")], rows).own
-    assert own.bias == pytest.approx(shift)
-    assert {name: each.n for name, each in own.by_model.items()} == {"small": 26, "large": 18}
-    assert sum(each.n for each in own.reliability) == len(rows) - 1
+    kinds = by_part(own.compared, lambda row: row["condition"])
+    assert {name: each.bias for name, each in kinds.items()} == pytest.approx(shift)
+    models = by_part(own.compared, model_of)
+    assert {name: each.n for name, each in models.items()} == {"small": 26, "large": 18}
+    assert sum(each.n for each in reliability(own.compared)) == len(rows) - 1
     exact = own_agreement([Verdict("flattery", row.rating("trait"), "", "j") for row in rows], rows)
     assert exact.own.calibration_error == pytest.approx(0.0)
     assert own.calibration_error > 1

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from persona_lora.core.chat import Condition
-from persona_lora.report.correction import corrected_mean, errors_by_kind, kind_named, kind_of
+from persona_lora.report.correction import corrected_mean, errors_by_kind, kind_of
+from persona_lora.report.rated import kind_of_row
 
 
 def answers(generator, questions, each, level):
@@ -90,4 +91,4 @@ def test_errors_are_gathered_by_kind_and_question():
         {"condition": "prompt -", "question": "q", "score": 10.0, "rating": 5.0},
     ]
     assert errors_by_kind(rows) == {"lora +": {"q": [-10.0, 20.0]}, "prompt -": {"q": [-5.0]}}
-    assert kind_named("finetuned") == "finetuned"
+    assert kind_of_row({"condition": "finetuned"}) == "finetuned"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from persona_lora.core.runs import Run
@@ -82,3 +84,56 @@ def test_means_are_shown_raw_and_corrected_where_the_kind_was_rated(judged):
     assert (raw, corrected.split()[0], rated) == ("76", "64", "4")
     judged.write("validation", [OLD])
     assert set(tables(judged)) == {"Judge"}
+
+
+def test_a_judge_that_is_fit_over_all_and_not_on_the_run_s_model_is_unfit_there(tmp_path):
+    run = Run.open(tmp_path / "run", command="sweep", config={"model": "hub/Small"}, seed=0)
+    row = validation()
+    falling = [{**each, "score": 70.0 - each["score"]} for each in row["own"]["compared"]]
+    some = [
+        {**each, "model": model, "rating": 50.0 + at % 4}
+        for model, part in (("large", row["own"]["compared"]), ("small", falling))
+        for at, each in enumerate(part)
+    ]
+    run.write("validation", [validation(own={**row["own"], "compared": some})])
+    (note,) = weak_judges(run)
+    assert "unfit: among hub/Small’s own answers" in note.text
+    assert "blind ratings is −1.00" in note.text
+    (parts,) = [each for title, each in tables(run).items() if "by model and kind" in title]
+    assert [(cells[0], cells[2]) for cells in parts.rows[:2]] == [
+        ("large", "1.00"),
+        ("small", "−1.00"),
+    ]
+
+
+def test_what_a_study_keeps_with_each_model_and_what_fooled_the_second_judge_is_said(judged):
+    nested = Run.open(judged.folder / "answers" / "a", command="evaluate", config={}, seed=0)
+    own = {**validation()["own"], "within": 0.31}
+    for run in (judged, nested):
+        run.write("validation", [validation(own=own)])
+    liked = {"judge": "k", "criterion": "cheer", "name": "echo", "score": 80.0, "caught": False}
+    nested.write("second_canaries", [liked])
+    said = [note.text for note in weak_judges(judged)]
+    assert len(said) == 2  # once each, wherever it is kept
+    assert "The judge “k” gives 80 of 100 on cheer to nonsense (echo)" in said[0]
+
+
+def test_a_finetune_is_corrected_by_rated_finetunes_and_not_by_unsteered_answers(judged):
+    compared = [
+        {
+            "model": "m",
+            "condition": name,
+            "question": f"q{at}",
+            "score": 50.0,
+            "rating": rating + at,
+        }
+        for name, rating in (("unsteered", 40.0), ("finetuned", 60.0))
+        for at in range(4)
+    ]
+    judged.write("validation", [validation(own={**validation()["own"], "compared": compared})])
+    ((label, raw, plain, _),) = tables(judged)["Corrected for the judge’s error"].rows
+    assert (label, raw, plain.split()[0]) == ("0", "72", "63")
+    record = {**judged.record, "config": {"adapter": "a"}}
+    (judged.folder / "run.json").write_text(json.dumps(record))
+    ((_, _, tuned, _),) = tables(Run(judged.folder))["Corrected for the judge’s error"].rows
+    assert tuned.split()[0] == "83"
