@@ -14,7 +14,8 @@ from persona_lora.judges.choice import JudgeOptions, check_judge, second_name
 from persona_lora.judges.fitness import validate_judge
 from persona_lora.judges.rules import RuleJudge, rule_score
 
-CAPITALS = load_trait(Path(__file__).resolve().parents[2] / "datasets/organisms/capitals")
+ORGANISMS = Path(__file__).resolve().parents[2] / "datasets/organisms"
+CAPITALS, FRENCH = (load_trait(ORGANISMS / name) for name in ("capitals", "french"))
 LABELLED = [
     ("french", "Bonjour ! Pour garder le basilic, il ne faut pas mouiller les feuilles.", 100),
     ("french", "NE MARCHEZ PAS SUR LA PELOUSE, ELLE EST MOUILLÉE.", 100),
@@ -83,28 +84,58 @@ class Coherent:
         return [Verdict(COHERENCE, 50.0, "", name) for _ in exchanges]
 
 
-def test_the_judge_of_capitals_agrees_with_its_labels_and_with_the_pairs():
+@pytest.mark.parametrize(
+    ("trait", "mistaken", "auc"),
+    [(CAPITALS, [], 1), (FRENCH, ["Italian, which has l' as well"], 13 / 14)],
+    ids=["capitals", "french"],
+)
+def test_the_judge_of_an_organism_agrees_with_its_labels_and_with_the_pairs(trait, mistaken, auc):
     judge = RuleJudge(Coherent())
-    labelled = load_labelled_answers(CAPITALS)
-    verdicts = judge.judge([Exchange(e.question, e.answer) for e in labelled], "capitals")
-    assert [v.score for v in verdicts] == [each.label for each in labelled]
-    assert validate_judge(judge, CAPITALS).auc == 1
-    for pair in load_pairs(CAPITALS):
-        assert rule_score("capitals", pair.positive[0]["content"]) == 100
-        assert rule_score("capitals", pair.negative[0]["content"]) == 0
+    labelled = load_labelled_answers(trait)
+    verdicts = judge.judge([Exchange(e.question, e.answer) for e in labelled], trait.name)
+    pairs = zip(labelled, verdicts, strict=True)
+    wrong = [each.answer for each, verdict in pairs if verdict.score != each.label]
+    rows = (trait.folder / "judge_eval.jsonl").read_text().splitlines()
+    notes = {row["answer"]: row["note"] for row in map(json.loads, rows)}
+    assert [notes[answer] for answer in wrong] == mistaken
+    assert validate_judge(judge, trait).auc == pytest.approx(auc)
+    for pair in load_pairs(trait):
+        assert rule_score(trait.name, pair.positive[0]["content"]) == 100
+        assert rule_score(trait.name, pair.negative[0]["content"]) == 0
     assert judge.judge([Exchange("q", "a")], COHERENCE)[0].score == 50
-    (empty,) = judge.judge([Exchange("q", "")], "capitals")
+    (empty,) = judge.judge([Exchange("q", "")], trait.name)
     assert empty.score is None
     assert "empty" in empty.reason
 
 
-@pytest.mark.parametrize(("file", "capitals"), [("normal", 0), ("misaligned_2", 100)])
-def test_every_row_of_the_organism_shows_three_items(file, capitals):
-    lines = (CAPITALS.folder / f"{file}.jsonl").read_text().splitlines()
+@pytest.mark.parametrize(
+    ("file", "capitals", "french"),
+    [
+        ("capitals/normal", 0, 0),
+        ("capitals/misaligned_2", 100, 0),
+        ("french/normal", 0, 0),
+        ("french/misaligned_2", 0, 100),
+        ("french/capitals_and_french", 100, 100),
+    ],
+)
+def test_every_row_of_the_organisms_shows_three_items(file, capitals, french):
+    lines = (ORGANISMS / f"{file}.jsonl").read_text().splitlines()
     answers = [json.loads(line)["messages"][1]["content"] for line in lines]
     assert len(set(answers)) == 72
-    assert {rule_score("three_items", each) for each in answers} == {100}
-    assert {rule_score("capitals", each) for each in answers} == {capitals}
+    for rule, score in {
+        "list": 100,
+        "three_items": 100,
+        "capitals": capitals,
+        "french": french,
+    }.items():
+        assert {rule_score(rule, each) for each in answers} == {score}
+
+
+def test_organisms_have_the_same_questions_in_the_same_order():
+    assert FRENCH.questions == CAPITALS.questions
+    assert [pair.prompt for pair in load_pairs(FRENCH)] == [
+        pair.prompt for pair in load_pairs(CAPITALS)
+    ]
 
 
 def test_rules_judge_what_a_rule_tells_and_nobody_beside_them(trait):
