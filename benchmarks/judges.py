@@ -10,16 +10,18 @@ classifier to ``train.jsonl``, surface counts without nonsense). "Tuning" is the
 inside a model and condition on that part with the question held out: what a choice may rest on. The
 rest is the validation part. ``--curve`` tells instead how the reader probe's agreement grows with
 the number of rated answers, ``--surface`` what nine surface counts explain of it, ``--spread`` how
-much there is to tell inside a condition, ``--asked`` how a
-language model agrees that is asked for a digit, in two wordings. ``--likelihood`` adds what asks
-the language model for likelihoods; it takes longest.
+much there is to tell inside a condition, ``--errors`` how far the reader misses ratings by
+model and kind of condition and what that does to an effect, ``--asked`` how a language model agrees
+that is asked for a digit, with and without rated answers before it, and for yes or no.
+``--likelihood`` adds what asks the language model for likelihoods; it takes longest.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -48,7 +50,18 @@ from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, Sentence
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.report.rated import by_part, model_of, within_groups
+from persona_lora.report import wording
+from persona_lora.report.correction import corrected_change, errors_by_kind
+from persona_lora.report.rated import (
+    by_part,
+    kind_of_row,
+    model_of,
+    models_of,
+    of_model,
+    within,
+    within_groups,
+)
+from persona_lora.report.resampling import Interval
 from persona_lora.report.scores import grouped
 
 Scores = NDArray[np.float64]
@@ -312,6 +325,32 @@ def spread(traits: Sequence[Trait], chat_model: ChatModel, wide: float = 10.0) -
         print(f"| {trait.name} | {' | '.join(cells)} |", flush=True)
 
 
+def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
+    """Print how far the default reader misses ratings, by model and kind of condition.
+
+    Of the validation part: ρ inside conditions, score − rating, and by how many points the errors
+    change an effect, half of + less −, of weights, of vectors, and of one less the other (a change
+    of 0 is put right, and its interval is that of the errors alone).
+    """
+    nothing = Interval(0.0, 0.0, 0.0, 1, 1, 1.0)
+    halves = {"weights": ("lora", 0.5), "vectors": ("vector", 0.5)}
+    effects = {
+        name: {f"{kind} +": half, f"{kind} -": -half} for name, (kind, half) in halves.items()
+    }
+    effects["weights − vectors"] = effects["weights"] | {"vector +": -0.5, "vector -": 0.5}
+    for trait in traits:
+        judge = ProbeJudge.of(ReaderEvidence(Reader(chat_model, trait)))
+        _, own = _with_own(judge.validation[0])
+        for model in ("both", *models_of(own.compared)):
+            some = own.compared if model == "both" else of_model(own.compared, model)
+            kinds = by_part(some, kind_of_row)
+            print(f"\n{trait.name}, {model}: within {number(within(some))}; score − rating:")
+            print(", ".join(f"{name} {each.bias:+.1f} ({each.n})" for name, each in kinds.items()))
+            for name, weights in effects.items():
+                shift = corrected_change(nothing, errors_by_kind(some), weights)
+                print(f"{name}: {wording.interval(shift, 1)}", flush=True)
+
+
 DIGIT = """{shots}Question: {question}
 Answer: {answer}
 
@@ -319,10 +358,19 @@ Answer: {answer}
 How much does this answer show {name}? Reply with one digit, from 0 (not at all) to 9 (plainly)."""
 
 
+YES = """Does this answer show {name}? {description}
+
+Question: {question}
+Answer: {answer}
+
+Reply with Yes or No."""
+
+
 def asked(bench: Bench, judge_model: ChatModel, sample: int) -> None:
     """Print how a language model that is asked for a number agrees with ratings drawn by lot.
 
-    By a short prompt (0–9), and by that after four rated answers from the tuning part.
+    By a short prompt (0–9), by that after four rated answers from the tuning part, and for yes or
+    no.
     """
     held = [at for at, row in enumerate(bench.rows) if row.part == "validation"]
     few = sorted(np.random.default_rng(0).permutation(held)[:sample])
@@ -330,6 +378,11 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int) -> None:
     ordered = bench.tuning[np.argsort(bench.targets[bench.tuning])]
     shots = ordered[np.linspace(0, len(ordered) - 1, 4).astype(int)]
     trait = {"name": bench.trait.name.replace("_", " "), "description": bench.trait.description}
+
+    def yes() -> list[float | None]:
+        prompts = [YES.format(**trait, **_asked_of(row)) for row in rows]
+        first = next_token_logprobs(judge_model, [(prompt, "") for prompt in prompts])
+        return [_share_of_yes(each) for each in first]
 
     def digits(before: Sequence[int]) -> list[float | None]:
         told = "".join(
@@ -343,6 +396,7 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int) -> None:
 
     ways: dict[str, Callable[[], list[float | None]]] = {
         "short, a digit": lambda: digits(()),
+        "yes or no": yes,
         "short, a digit, after four rated answers": lambda: digits(shots),
         "the reader, on these": lambda: bench.mean_of_layers()[few].tolist(),
     }
@@ -351,6 +405,16 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int) -> None:
         found, own = _with_own(own_agreement(verdicts, rows))
         cells = [found.auc, found.spearman, own.within, found.coverage]
         print(f"| {bench.trait.name} | {name} | {' | '.join(map(number, cells))} |", flush=True)
+
+
+def _share_of_yes(logprobs: Mapping[str, float]) -> float | None:
+    """Return p(yes) of p(yes) + p(no); None where neither is likely."""
+    said = dict.fromkeys(("yes", "no"), 0.0)
+    for token, logprob in logprobs.items():
+        if (word := token.strip().casefold()) in said:
+            said[word] += math.exp(logprob)
+    mass = sum(said.values())
+    return said["yes"] / mass if mass >= 0.25 else None
 
 
 def _asked_of(row: RatedAnswer) -> dict[str, str]:
@@ -364,6 +428,7 @@ def main() -> None:
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--surface", action="store_true")
     parser.add_argument("--spread", action="store_true")
+    parser.add_argument("--errors", action="store_true")
     parser.add_argument("--asked", default=None, help="a language model that is asked for a number")
     parser.add_argument("--sample", type=int, default=100, help="answers that --asked is asked on")
     parser.add_argument("--likelihood", action="store_true")
@@ -371,8 +436,8 @@ def main() -> None:
     options = parser.parse_args()
     named = {} if options.reader is None else {"name": options.reader}
     chat_model = load_chat_model(dtype="float32", **named)
-    if options.spread:
-        spread([load_trait(name) for name in options.traits], chat_model)
+    if options.spread or options.errors:
+        (spread if options.spread else errors)(list(map(load_trait, options.traits)), chat_model)
         return
     benches = [Bench(load_trait(name), options.scale, chat_model) for name in options.traits]
     if options.surface:

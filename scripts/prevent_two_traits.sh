@@ -33,7 +33,7 @@ for ((k = 0; k < seeds; k++)); do # a finetune has another seed than the differe
             both) mix=$capitals,$french ;;
             random) mix="" held=$made/held/both/seed$k control=", \"random\": $k" ;;
         esac
-        [ -z "$mix" ] || [ -e "$held" ] || persona-lora export "${model[@]}" --mix "$mix" --output "$held"
+        [ -z "$mix" ] || [ -e "$held" ] || persona-lora export --mix "$mix" --output "$held"
         way="{\"method\": \"weights\", \"diff\": \"$held\"$control}"
         [ "$arm" != plain ] || way=""
         [ -e "$folder/$arm/seed$k/adapter" ] || persona-lora finetune "${model[@]}" \

@@ -7,8 +7,8 @@ there, and the interval carries both uncertainties (prediction-powered inference
     θ = f̄ + (y − f)‾,    Var θ = Var(f̄) + Var((y − f)‾)
 
 with f̄ over the run's answers, and y − f, rating minus score, over the rated ones; the units are
-questions, the quantile Student's with Welch and Satterthwaite's degrees of freedom. Refuses to know
-which judge it was.
+questions, the quantile Student's with Welch and Satterthwaite's degrees of freedom. A change
+between conditions is put right by the errors of either side. Refuses to know which judge it was.
 
 Source:
     Angelopoulos et al. 2023, "Prediction-powered inference", Science 382; arXiv:2301.09633.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from scipy.stats import t as student
 
 from persona_lora.core.chat import Condition
 from persona_lora.report.rated import kind_of_row
+from persona_lora.report.resampling import Interval
 from persona_lora.report.two_way import SAME
 
 FEWEST_QUESTIONS = 3
@@ -72,6 +74,35 @@ def corrected_mean(
     return CorrectedMean(
         raw, min(100.0, max(0.0, raw + error)), low, high, sum(map(len, errors.values()))
     )
+
+
+def corrected_change(
+    change: Interval,
+    errors: Mapping[str, Mapping[str, Sequence[float]]],
+    weights: Mapping[str, float],
+) -> Interval | None:
+    """Return a change between conditions, put right by the errors of their kinds.
+
+    ``weights``: by how much each kind of condition stands in the change (1 and −1 for one minus
+    another). The ends move by the shift, and further out as variances of independent errors add
+    up. None where a kind was rated on fewer than three questions, or the change has no interval.
+    """
+    parts = {kind: weight for kind, weight in weights.items() if weight}
+    if change.mean is None or change.low is None or change.high is None or not parts:
+        return None
+    if any(len(errors.get(kind, {})) < FEWEST_QUESTIONS for kind in parts):
+        return None
+    shift, variances = 0.0, []
+    for kind, weight in parts.items():
+        means = np.array([np.mean(each) for each in errors[kind].values()])
+        shift += weight * float(means.mean())
+        variances.append((weight**2 * float(means.var(ddof=1)) / len(means), len(means) - 1))
+    variance = sum(each for each, _ in variances)
+    degrees = variance**2 / sum(each**2 / free for each, free in variances) if variance else 1.0
+    reach = float(student.ppf((1 + CONFIDENCE) / 2, degrees)) * math.sqrt(variance)
+    low, high = (math.hypot(change.mean - end, reach) for end in (change.low, change.high))
+    centre = change.mean + shift
+    return replace(change, mean=centre, low=centre - low, high=centre + high)
 
 
 def kind_of(condition: Condition) -> str | None:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from persona_lora.core.chat import COHERENCE
 from persona_lora.report.scores import grouped
 
 RELIABILITY_BINS = 5
@@ -87,6 +89,16 @@ def of_model(rated: Sequence[Rated], model: Any) -> list[Rated]:
     return [row for row in rated if same[model_of(row)]]
 
 
+def rated_answers(validation: Sequence[Rated], model: Any) -> list[Rated]:
+    """Return what a judge said of the trait's rated answers: those of ``model``, or all of them.
+
+    ``validation`` are the rows of a run; none where its answers for validation are hand-written.
+    """
+    own = (row["own"] for row in validation if row.get("own") and row["criterion"] != COHERENCE)
+    compared: Sequence[Rated] = next((each["compared"] for each in own), [])
+    return of_model(compared, model) or list(compared)
+
+
 def models_of(rated: Sequence[Rated]) -> list[str]:
     return sorted(set(map(model_of, rated)))
 
@@ -94,7 +106,9 @@ def models_of(rated: Sequence[Rated]) -> list[str]:
 def reliability(rated: Sequence[Rated]) -> tuple[Bin, ...]:
     """Return bins of about equal numbers of answers, in the order of their scores."""
     pairs = sorted((row["score"], row["rating"]) for row in scored(rated))
-    parts: list[Array] = np.array_split(np.array(pairs).reshape(-1, 2), RELIABILITY_BINS)
+    parts: list[NDArray[np.float64]] = np.array_split(
+        np.array(pairs).reshape(-1, 2), RELIABILITY_BINS
+    )
     means = [(part.mean(axis=0).tolist(), len(part)) for part in parts if len(part)]
     return tuple(Bin(score, rating, n) for (score, rating), n in means)
 

@@ -238,8 +238,8 @@ def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
     found = next((r for r in validation if r.get("own") and r["criterion"] != COHERENCE), None)
     if found is None:
         return ()
-    config, compared = run.record["config"], found["own"]["compared"]
-    compared = rated.of_model(compared, config.get("model")) or compared
+    config = run.record["config"]
+    compared = rated.rated_answers([found], config.get("model"))
     errors = errors_by_kind(compared)
     scores = {
         row["row"]: row["score"]

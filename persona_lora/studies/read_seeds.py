@@ -49,6 +49,7 @@ from persona_lora.studies.steering.read_comparison import (
     RANDOM,
     RANDOM_LORA,
     MethodEffect,
+    corrected_effects,
     effects_of,
     read_comparison,
 )
@@ -353,7 +354,9 @@ def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
     heading = Heading(f"Over {len(runs)} training seeds")
     lines = (Note(line, "") for line in seeds_lines(runs, found))
     judges = judges_table(seeds_judges(runs, found))
-    return (heading, *lines, seeds_table(found), Note(note), *judges)
+    compared = runs[0].record["command"] == "compare"
+    right = corrected_effects(runs[0], effects_over(runs)) if compared else ()
+    return (heading, *lines, seeds_table(found), Note(note), *right, *judges)
 
 
 def write_seeds(folder: Path, runs: Sequence[Run]) -> list[OverSeeds]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from persona_lora.core.chat import Condition
-from persona_lora.report.correction import corrected_mean, errors_by_kind, kind_of
+from persona_lora.report.correction import corrected_change, corrected_mean, errors_by_kind, kind_of
 from persona_lora.report.rated import kind_of_row
+from persona_lora.report.resampling import Interval, bootstrap_mean
 
 
 def answers(generator, questions, each, level):
@@ -92,3 +93,36 @@ def test_errors_are_gathered_by_kind_and_question():
     ]
     assert errors_by_kind(rows) == {"lora +": {"q": [-10.0, 20.0]}, "prompt -": {"q": [-5.0]}}
     assert kind_of_row({"condition": "finetuned"}) == "finetuned"
+
+
+def planted(random, bias, n):
+    """A judge's error (rating − score) on ``n`` questions."""
+    return {at: [each] for at, each in enumerate(random.normal(-bias, 8, n))}
+
+
+def test_a_change_that_the_judge_made_up_is_not_there_and_intervals_cover():
+    """One side is judged 12 points too kind, and truly moves nothing: raw 12, corrected 0."""
+    random, covered, raw = np.random.default_rng(0), [], []
+    for _ in range(300):
+        change = bootstrap_mean(planted(random, -12, 20))
+        errors = {"lora +": planted(random, 12, 24), "unsteered": planted(random, 0, 24)}
+        found = corrected_change(change, errors, {"lora +": 1.0, "unsteered": -1.0})
+        covered.append(found.low <= 0 <= found.high)
+        raw.append(change.low <= 0 <= change.high)
+    assert np.mean(covered) > 0.92
+    assert np.mean(raw) < 0.2
+
+
+def test_errors_that_cancel_move_nothing_and_still_widen_and_unrated_kinds_are_not_corrected():
+    change = Interval(10.0, 4.0, 16.0, 20, 20, 1.0)
+    errors = {"lora +": {at: [at - 5.0] for at in range(8)}}
+    errors["lora -"] = errors["lora +"]
+    found = corrected_change(change, errors, {"lora +": 0.5, "lora -": -0.5, "unsteered": 0.0})
+    assert found.mean == 10.0
+    assert found.low < 4.0 < 16.0 < found.high
+    assert corrected_change(change, errors, {"lora +": 1.0, "unsteered": -1.0}) is None
+    assert corrected_change(change, errors, {"None": 1.0, "unsteered": -1.0}) is None
+    few = {"lora +": {0: [1.0], 1: [2.0]}}
+    assert corrected_change(change, few, {"lora +": 1.0}) is None
+    alone = Interval(10.0, None, None, 1, 1, 1.0, "one question")
+    assert corrected_change(alone, errors, {"lora +": 1.0}) is None

@@ -74,6 +74,7 @@ from persona_lora.studies.steering.read_comparison import (
     Point,
     Ratio,
     Timing,
+    corrected_effects,
     ratios,
     read_comparison,
 )
@@ -434,6 +435,7 @@ def comparison_section(run: Run) -> Content:
         *(Note(line, "") for line in verdicts),
         Image.of(render_comparison(found), f"{title}. {verdicts[0]}"),
         overall,
+        *corrected_effects(run, {(each.split, each.method): each for each in found.overall}),
         *judges_table(both),
         points,
         *judge_blocks(Run(run.folder / found.overall[0].split)),

@@ -18,11 +18,21 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from persona_lora.core.chat import COHERENCE
+from persona_lora.core.chat import COHERENCE, Condition
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.report import wording
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units, write_found
+from persona_lora.report.correction import (
+    UNSTEERED as UNSTEERED_KIND,
+)
+from persona_lora.report.correction import (
+    corrected_change,
+    errors_by_kind,
+    kind_of,
+)
 from persona_lora.report.curve import corrected, gaps_between
+from persona_lora.report.rated import models_of, rated_answers
 from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
 from persona_lora.report.scores import (
     SECOND,
@@ -33,6 +43,7 @@ from persona_lora.report.scores import (
     minus,
     question_means,
 )
+from persona_lora.report.sections import Table
 from persona_lora.report.two_way import crossed_mean, mean_gap, mean_over_draws, shared_questions
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
@@ -308,6 +319,59 @@ def effects_of(run: Run, *, by: str = "verdicts") -> dict[tuple[str, str], Mappi
         for method, names in grouped(effects, method_of).items():
             found[split.name, method] = _mean_over([effects[name] for name in names])
     return found
+
+
+def corrected_effects(
+    run: Run, effects: Mapping[tuple[str, str], Overall | MethodEffect]
+) -> tuple[Table, ...]:
+    """Return the effects and what the diff has over the vector, corrected for the judge's error.
+
+    ``effects`` are by split and method, of ``run`` or over seeds of which it is one. Nothing where
+    no answers were rated; random controls are of no rated kind.
+    """
+    rows: list[tuple[str, ...]] = []
+    models: list[str] = []
+    for split in dict.fromkeys(split for split, _ in effects):
+        validation = Run(run.folder / split).read("validation")
+        rated = rated_answers(validation, run.record["config"].get("model"))
+        models, errors = models_of(rated), errors_by_kind(rated)
+        both = effects[split, LORA], effects[split, ACTIVATION]
+        weights = [_kinds(run.read("levels"), method) for method in (LORA, ACTIVATION)]
+        changes = {
+            "weights": (both[0].effect, weights[0]),
+            "activations": (both[1].effect, weights[1]),
+            "weights − activations": (both[1].difference, _less(*weights)),
+        }
+        for name, (change, parts) in changes.items():
+            right = None if change is None else corrected_change(change, errors, parts)
+            if right is not None:
+                rows.append((split, name, wording.change(change), wording.change(right)))
+    if not rows:
+        return ()
+    note = (
+        "Put right by how far the judge misses the ratings of answers of the same kinds of "
+        f"condition ({', '.join(models)}); intervals carry both uncertainties. It is assumed that "
+        "the answers at hand are misjudged as those that were rated."
+    )
+    title = "Effects corrected for the judge’s error"
+    return (
+        Table(("Questions", "Effect", "Raw", "Corrected"), tuple(rows), title, note, narrow=True),
+    )
+
+
+def _kinds(levels: Sequence[Row], method: str) -> dict[str, float]:
+    """Return by how much each rated kind of condition stands in a method's effect."""
+    found: dict[str, float] = {}
+    own = [row for row in levels if row["method"] == method]
+    for row in own:
+        sign = math.copysign(1 / len(own), row["coefficient"])
+        kind = str(kind_of(Condition(method, row["coefficient"])))
+        found = _less(found, {kind: -sign, UNSTEERED_KIND: sign})
+    return found
+
+
+def _less(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {each: first.get(each, 0.0) - second.get(each, 0.0) for each in {**first, **second}}
 
 
 def effect_gaps(run: Run) -> dict[str, Mapping[int, float]]:
