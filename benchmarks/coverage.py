@@ -1,4 +1,4 @@
-"""How often do the intervals of a mean score cover it? Prints a table for docs/judges.md.
+"""How often do the intervals of a mean score cover it? Prints a table for docs/statistics.md.
 
 Scores of n questions are drawn from distributions with a known mean; each cell is the share of
 draws whose 95% interval holds that mean, and the interval's mean width.

@@ -53,6 +53,7 @@ from persona_lora.models.structure import (
 from persona_lora.models.weight_files import weights_of
 from persona_lora.projections.inputs import ModuleInputs, kept_inputs, tokenized_prompts
 from persona_lora.projections.weight_space import WeightProjection, project_adapter, project_weights
+from persona_lora.report import wording
 from persona_lora.report.resampling import bootstrap_mean, separation, sign_flip_ps
 from persona_lora.report.sections import Table
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
@@ -267,8 +268,8 @@ def _projected(planted: str, found: WeightProjection) -> Found:
     )
     return Found(
         planted,
-        f"{share:.2f} of it, p = {p:.2g}",
-        f"{turned:.2f} of one turned at random, p = {chance:.2f}",
+        f"{share:.2f} of it, p {wording.p_equals(p)}",
+        f"{turned:.2f} of one turned at random, p {wording.p_equals(chance)}",
         abs(share - 0.5) < 0.1 and p < 1e-3,
         chance > 1e-3,
     )
@@ -319,7 +320,7 @@ def extraction(bench: Bench) -> Found:
     share /= float(held_out.mean(0) @ own)
     return Found(
         f"{bench.trait.name} in {half} pairs of answers",
-        f"{(along > 0).sum()} of {len(along)} held-out pairs lie along it, p = {p:.2g}",
+        f"{(along > 0).sum()} of {len(along)} held-out pairs lie along it, p {wording.p_equals(p)}",
         f"{share:.2f} of its length along them with every other pair swapped",
         p < 0.01 and along.mean() > 0,
         abs(share) < 0.5,
