@@ -25,6 +25,7 @@ from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.fitness import JudgeValidation, validate_judge
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.probe_judge import ProbeJudge
+from persona_lora.report.scores import UNFIT
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,7 @@ def _judge(
         asked += len(verdicts)
         for row in missing:
             verdict = verdicts[Exchange(row["question"], row["answer"])]
-            said = (
-                f"{verdict.judge} (unfit for {criterion})" if criterion in unfit else verdict.judge
-            )
+            said = f"{verdict.judge} ({UNFIT} {criterion})" if criterion in unfit else verdict.judge
             given = dataclasses.asdict(replace(verdict, judge=said))
             kept[row["row"], criterion] = {"row": row["row"], **given}
         run.write(f"{file}verdicts", [kept[key] for key in sorted(kept)])

@@ -141,6 +141,9 @@ def question_means(cluster: Cluster) -> dict[int, float]:
     return {question: sum(values) / len(values) for question, values in scored.items() if values}
 
 
+UNFIT = "unfit for"  # behind a judge's name, before that of a criterion
+
+
 def judges_of(verdicts: Iterable[Row], criterion: str) -> str:
     """Return the names of the judges that gave verdicts on a criterion."""
     return ", ".join(sorted({str(v["judge"]) for v in verdicts if v["criterion"] == criterion}))

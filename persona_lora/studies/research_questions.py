@@ -43,6 +43,7 @@ from persona_lora.studies.drift.read_prediction import (
     prediction_lines,
     rows_of,
     seeds_of,
+    unfit_marks,
 )
 from persona_lora.studies.personas.figure import name_of
 from persona_lora.studies.personas.figure import render_comparison as render_personas
@@ -252,7 +253,7 @@ def _prediction(run: Run, page: Path) -> Part | None:
             for each in gaps.values()
             if WEIGHTS in (each.first, each.second)
         ),
-        "by_trait": _by_trait(found, judged, predictors),
+        "by_trait": _by_trait(found, (judged, predictors), unfit_marks(run)),
         "judges": [line for line in lines if "judge" in line],
         "picture": _shown(
             page,
@@ -281,8 +282,12 @@ def _predicts(best: Prediction) -> str:
     return "Not shown here."
 
 
-def _by_trait(found: Sequence[Prediction], judged: Sequence[Row], predictors: Sequence[Row]) -> str:
-    chance = {each.judged: each for each in nulls(judged, predictors)}
+def _by_trait(
+    found: Sequence[Prediction],
+    rows_read: tuple[Sequence[Row], Sequence[Row]],
+    marks: Mapping[str, str],
+) -> str:
+    chance = {each.judged: each for each in nulls(*rows_read)}
     in_weights = [each for each in found if each.kind == WEIGHTS and each.judged != POOLED]
     rows = []
     for own in (each for each in in_weights if each.own):
@@ -291,7 +296,7 @@ def _by_trait(found: Sequence[Prediction], judged: Sequence[Row], predictors: Se
         null = chance.get(own.judged)
         told = (NONE, NONE) if null is None else (number(null.high, 2), p_value(null.p))
         other = NONE if best is None else f"{best.direction}: {best.said}"
-        rows.append((title_of(own.judged), own.said, other, *told))
+        rows.append((title_of(own.judged) + marks.get(own.judged, ""), own.said, other, *told))
     return _table(
         "judged trait | r of its own direction | best other direction | "
         "95% of random ones are below | share of random as far",

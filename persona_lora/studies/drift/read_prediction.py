@@ -21,7 +21,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Array, percentile_bounds, weighted_correlation
-from persona_lora.report.scores import Row, grouped
+from persona_lora.report.scores import UNFIT, Row, grouped, judges_of
 from persona_lora.report.sections import Table
 from persona_lora.report.two_judges import across_runs, lead_of
 
@@ -412,8 +412,14 @@ def _left_out_error(
 
 def prediction_table(run: Run) -> Table:
     """Return what every direction predicts of every judged trait."""
+    marks = unfit_marks(run)
     rows = (
-        [each.kind, each.judged, each.direction, f"{each.n} / {each.data_sets}"]
+        [
+            each.kind,
+            each.judged + marks.get(each.judged, ""),
+            each.direction,
+            f"{each.n} / {each.data_sets}",
+        ]
         + [each.said, wording.number(each.rho, 2)]
         + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
         + [f"{each.data_error:.1f} / {each.plain_data_error:.1f}"]
@@ -426,11 +432,28 @@ def prediction_table(run: Run) -> Table:
     )
 
 
+def unfit_marks(run: Run) -> dict[str, str]:
+    """Return what stands behind each trait's name: nothing where its judge is fit."""
+    return {
+        trait: " (judge unfit)"
+        for trait, asked in _asked(run).items()
+        if any(UNFIT in judges_of(each.read("verdicts"), trait) for each in asked.values())
+    }
+
+
+def _asked(run: Run) -> dict[str, dict[str, Run]]:
+    """Return the run of every finetune's answers, by trait and by finetune."""
+    judged = run.read("judged")
+    names, traits = (dict.fromkeys(row[each] for row in judged) for each in ("finetune", "trait"))
+    return {
+        trait: {name: Run(run.folder / answers_place(name) / trait) for name in names}
+        for trait in traits
+    }
+
+
 def prediction_lines(run: Run) -> Iterator[str]:
     """Say how the judges agree, how predictors differ, and what random differences reach."""
-    for trait in dict.fromkeys(row["trait"] for row in run.read("judged")):
-        names = dict.fromkeys(row["finetune"] for row in run.read("judged"))
-        asked = {name: Run(run.folder / answers_place(name) / trait) for name in names}
+    for trait, asked in _asked(run).items():
         said = lead_of("", across_runs(trait, asked, BASE), asked, trait)
         if said:
             yield f"{trait}: {said}"

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
     BASE,
     POOLED,
+    answers_place,
     changes,
     contrasts,
     less_controls,
     nulls,
     predict,
+    unfit_marks,
 )
 
 NAMES = [f"f{number}" for number in range(12)]
@@ -283,3 +286,13 @@ def test_what_has_no_score_or_value_of_its_control_is_left_out():
     scored, taken = less_controls(judged, known)
     assert {"mild0", "strong0"}.isdisjoint(row["finetune"] for row in scored)
     assert {"mild1", "strong1"}.isdisjoint(row["finetune"] for row in taken)
+
+
+def test_a_trait_whose_judge_is_unfit_is_marked_behind_its_name(tmp_path):
+    run = Run.open(tmp_path / "run", command="predict-finetuning", config={}, seed=0)
+    run.write("judged", [{"finetune": "a/x", "trait": trait} for trait in ("evil", "formality")])
+    for trait, judge in (("evil", "reader (unfit for evil)"), ("formality", "reader")):
+        part = Run(run.folder / answers_place("a/x") / trait)
+        part.folder.mkdir(parents=True)
+        part.write("verdicts", [{"criterion": trait, "judge": judge, "score": 1.0}])
+    assert unfit_marks(run) == {"evil": " (judge unfit)"}
