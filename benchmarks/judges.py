@@ -330,7 +330,8 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
 
     Of the validation part: ρ inside conditions, score − rating, and by how many points the errors
     change an effect, half of + less −, of weights, of vectors, and of one less the other (a change
-    of 0 is put right, and its interval is that of the errors alone).
+    of 0 is put right, and its interval is that of the errors alone). Of coherence, how many answers
+    that make sense, and how many that make none, are given under 50.
     """
     nothing = Interval(0.0, 0.0, 0.0, 1, 1, 1.0)
     halves = {"weights": ("lora", 0.5), "vectors": ("vector", 0.5)}
@@ -349,6 +350,17 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
             for name, weights in effects.items():
                 shift = corrected_change(nothing, errors_by_kind(some), weights)
                 print(f"{name}: {wording.interval(shift, 1)}", flush=True)
+        _, sense = _with_own(judge.validation[1])
+        given = [
+            (row["score"], row["rating"]) for row in sense.compared if row["score"] is not None
+        ]
+        good = [score for score, rating in given if rating >= 75]
+        poor = [score for score, rating in given if rating <= 25]
+        low, high = (sum(each < 50 for each in part) for part in (good, poor))
+        print(
+            f"coherence under 50: {low} of {len(good)} that were rated 75 or more, "
+            f"{high} of {len(poor)} that were rated 25 or less"
+        )
 
 
 DIGIT = """{shots}Question: {question}

@@ -62,10 +62,12 @@ if asked 2; then
     bash scripts/screen_by_finetuning.sh "${quick[@]}"
     if [ -n "${quick[*]}" ]; then
         bash scripts/train_with_prevention.sh capitals --quick
+        bash scripts/prevent_two_traits.sh --quick
     else
         PROTOCOL=docs/protocols/prevent_capitals.yaml bash scripts/train_with_prevention.sh capitals
         ARMS="plain live1 random prompt" CORRECT=-1 QUESTIONS=24 TURNS=1 PROTOCOL=docs/protocols/prevent_sycophancy.yaml \
             bash scripts/train_with_prevention.sh sycophancy
+        PROTOCOL=docs/protocols/prevent_two_traits bash scripts/prevent_two_traits.sh
     fi
 fi
 # 4. Can several persona LoRAs be combined?

@@ -49,6 +49,8 @@ def test_answers_of_a_file_are_scored_and_the_judge_is_described(
     assert [float(row["cheer"]) for row in rows] == wanted
     assert re.search(r"cheer +\d+\.\d +– +1 +2/2", out), out
     assert "parity" in out
+    assert re.search(r"coherence +parity( +\S+){4,}", out), out  # what it makes of nonsense
+    assert "filler" in out
     status, _, error = run("judge", "score", *words)
     assert status == 2
     assert "scored.csv exists" in error
@@ -105,6 +107,12 @@ def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkey
     assert {row["part"] for row in labels} == {"tuning", "validation"}
     assert "the two passes agree with weighted kappa" in out
     assert "reader" in out
+    scoring = ("judge", "score", "--trait", tmp_path / "cheer", "--file", "a.csv")
+    reader = ("--judge-model", model_folder, "--model", model_folder, "--dtype", "float32")
+    status, out, error = run(*scoring, *reader, "--output", "b.csv")
+    assert status == 0, error
+    told = [line for line in out.splitlines() if "models’ own" in line]
+    assert [line.split()[0] for line in told] == ["cheer", "coherence"]  # fitness on both
     status, _, error = run(*fit)
     assert status == 2
     assert json.loads((tmp_path / "cheer" / "trait.json").read_text())["name"]

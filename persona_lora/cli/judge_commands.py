@@ -37,13 +37,16 @@ def score(
 
     Example: persona-lora judge --trait sycophancy --file answers.jsonl --output scored.jsonl
     """
+    from persona_lora.core.chat import COHERENCE
     from persona_lora.core.files import ensure_writable_folder
+    from persona_lora.judges.canaries import show_canaries
     from persona_lora.judges.choice import make_judge
-    from persona_lora.judges.fitness import validate_judge
     from persona_lora.judges.labels import AnswerFile, check_output, score_file
+    from persona_lora.judges.verdicts import validations_of
     from persona_lora.report.resampling import SCORES, bootstrap_mean
     from persona_lora.report.scores import grouped
     from persona_lora.report.sections import Table
+    from persona_lora.report.trust import canaries_tables
     from persona_lora.report.wording import scored
 
     answers, loaded = AnswerFile.read(file), trait.load()
@@ -54,16 +57,17 @@ def score(
         reference = model.load()
         ensure_writable_folder(output.parent)
         made = make_judge(loaded, reference, options)
-        validation = validate_judge(made, loaded)
+        validations = validations_of(made, loaded)
         scores = score_file(made, loaded.name, answers, output)
+        canaries = show_canaries(made, loaded, (loaded.name, COHERENCE))
     asked = grouped(range(len(answers.rows)), lambda row: answers.rows[row]["question"])
     cells = []
     for criterion, each in scores.items():
         values = {question: [each[row] for row in rows] for question, rows in asked.items()}
         cells.append([criterion, *scored(bootstrap_mean(values, scale=SCORES))])
     show(Table.of("criterion | mean | 95% interval | questions | scored", cells))
-    _show_fitness([validation])
-    show(str(output))
+    _show_fitness(validations)
+    show(*canaries_tables([dataclasses.asdict(each) for each in canaries]), str(output))
 
 
 @command("judge rate")

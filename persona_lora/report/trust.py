@@ -100,7 +100,7 @@ def judge_blocks(run: Run) -> tuple[Block, ...]:
         none = "This run holds no validation of its judge against labelled answers."
         return (Heading("Judge"), Note(none))
     tables = (agreement_table([*rows, *second]), *_parts(rows))
-    return (*tables, *_time(run), *_canaries(run), *_corrected(run, rows))
+    return (*tables, *_time(run), *canaries_tables(_shown(run)), *_corrected(run, rows))
 
 
 def _time(run: Run) -> tuple[Note, ...]:
@@ -216,8 +216,12 @@ def _parts(rows: Sequence[Row]) -> tuple[Block, ...]:
     return (Table(columns, cells, title, note, narrow=True),)
 
 
-def _canaries(run: Run) -> tuple[Table, ...]:
-    rows = [*run.read("canaries"), *run.read("second_canaries")]
+def _shown(run: Run) -> list[Row]:
+    return [*run.read("canaries"), *run.read("second_canaries")]
+
+
+def canaries_tables(rows: Sequence[Row]) -> tuple[Table, ...]:
+    """Return what judges made of nonsense, a line for each criterion; nothing for no rows."""
     if not rows:
         return ()
     names = list(dict.fromkeys(row["name"] for row in rows))
