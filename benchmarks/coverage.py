@@ -25,7 +25,6 @@ from persona_lora.report.resampling import (
     weighted_correlation,
 )
 
-OWN = "expanded BCa (no known scale)"  # what differences have
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
@@ -43,8 +42,28 @@ def two_heaps(share: float) -> Draw:
     return clipped(draw)
 
 
-def difference(random: np.random.Generator, n: int) -> np.ndarray:
-    return random.normal(5, 10, n)
+def floored(random: np.random.Generator, n: int) -> np.ndarray:
+    return np.maximum(0, random.normal(15, 20, n)) - np.maximum(0, random.normal(8, 20, n))
+
+
+def rise(share: float) -> Draw:
+    """Answers of which a share rises by about 50, and the others hardly move."""
+
+    def draw(random: np.random.Generator, n: int) -> np.ndarray:
+        rises = random.random(n) < share
+        return np.where(rises, random.normal(50, 10, n), random.normal(0, 3, n))
+
+    return draw
+
+
+DIFFERENCES: dict[str, Draw] = {
+    "normal, 5 ± 10": lambda random, n: random.normal(5, 10, n),
+    "heavy tails (t of 3, 5 ± 10)": lambda random, n: 5 + 10 * random.standard_t(3, n),
+    "skewed (exponential, 20, less 5)": lambda random, n: random.exponential(20, n) - 5,
+    "of scores cut at 0 (15 ± 20 less 8 ± 20)": floored,
+    "half rise by 50 ± 10": rise(0.5),
+    "20% rise by 50 ± 10": rise(0.2),
+}
 
 
 DISTRIBUTIONS: dict[str, Draw] = {
@@ -81,7 +100,7 @@ METHODS: dict[str, Callable[[np.ndarray], Bounds]] = {
     "scipy's BCa": lambda scores: Bounds(
         *stats.bootstrap((scores,), np.mean, n_resamples=2000, rng=1).confidence_interval
     ),
-    OWN: lambda scores: bounds_of(scores, None),
+    "expanded BCa": bca,
     "known scale (the default for scores)": lambda scores: bounds_of(scores, SCORES),
 }
 
@@ -117,8 +136,8 @@ def main() -> None:
     several, methods = DISTRIBUTIONS, METHODS
     sizes: tuple[int, ...] = (8, 12, 20, 40)
     if asked.differences:
-        several, sizes = {"differences (normal, 5 ± 10)": difference}, (2, 3, 4, 5, 6, 7, 8)
-        methods = {"t": student, "expanded BCa": bca, "as reported": METHODS[OWN]}
+        several, sizes = DIFFERENCES, (5, 8, 12, 20, 40)
+        methods = {"t": student, "expanded BCa": bca, "as reported": lambda s: bounds_of(s, None)}
     print(f"| scores | n | {' | '.join(methods)} |\n|---|---|{'---|' * len(methods)}")
     for name, draw in several.items():
         truth = draw(np.random.default_rng(0), 1_000_000).mean()

@@ -85,7 +85,6 @@ SAID = [
     ("data", r"above ([\d.]+) the check fails", [data_check.MOST_SURFACE_AUC]),
     ("statistics", r"all flips up to (\d+)\nquestions", [resampling._EXACT_QUESTIONS]),
     ("statistics", r"questions, ([\d,]+) random ones beyond", [resampling._RANDOM_FLIPS]),
-    ("statistics", r"fewer than (\d+) questions it is Student's", [resampling.FEW]),
     ("statistics", r"counts as ([\d.]+) of a question", [resampling.END_WEIGHT]),
     ("statistics", r"It needs (\w+) draws", [two_way.FEWEST_DRAWS]),
 ]

@@ -12,12 +12,13 @@ Two intervals of a mean, for what is known of the scale:
   simulation. Twelve answers that all score 100 do not show that every answer would: a resample of
   them alone can only say 100.
 - Without, and for differences (whose ends, -100 and 100, are so far away that they would hide every
-  effect), the expanded BCa bootstrap (Efron 1987, with the quantiles of Hesterberg 2015): BCa whose
-  tails are those of a t distribution, widened by √(n/(n−1)). Of fewer than ``FEW`` questions there
-  is too little to resample, and the interval is Student's. Both cover too little where nearly all
-  values are equal and the rest are far away. Where all are equal there is none, with the reason
-  ``EQUAL``: ten prompts that no change moved do not show that it moves none. Differences of shares,
-  whose ends are often reached, are given their scale.
+  effect), at either end the wider one of Student's interval and of the expanded BCa bootstrap
+  (Efron 1987, with the quantiles of Hesterberg 2015): BCa whose tails are those of a t
+  distribution, widened by √(n/(n−1)). Student's covers too little where values are skewed, BCa
+  where their tails are heavy or there are few, both where nearly all are equal and the rest are far
+  away. Where all are equal there is none, with the reason ``EQUAL``: ten prompts that no change
+  moved do not show that it moves none. Differences of shares, whose ends are often reached, are
+  given their scale.
 
 ``benchmarks/coverage.py`` prints how often each covers.
 """
@@ -47,7 +48,6 @@ RESAMPLES = 5000
 _EXACT_QUESTIONS = 13  # up to here, all sign flips are enumerated
 _RANDOM_FLIPS = 20_000
 _DIGITS = 9  # scores that differ by less are rounding noise, and count as ties
-FEW = 8  # of fewer questions resamples cover too little
 END_WEIGHT = 0.4  # of a question, that each end of a known scale counts
 EQUAL = "all values are equal, which does not show how far others lie"
 _CHUNK = 2_000_000  # numbers held at once by the row-wise rank correlation
@@ -125,11 +125,11 @@ def bootstrap_mean(
     if scale is None and np.ptp(sums / counts) < 10**-_DIGITS:
         return Interval(mean, None, None, n, questions, coverage, EQUAL)
     if scale is None:
-        bounds = (
-            t_bounds(sums[0], counts[0])
-            if questions < FEW
-            else bca_mean_bounds(sums, counts, seed=seed, resamples=resamples)
+        both = (
+            t_bounds(sums[0], counts[0]),
+            bca_mean_bounds(sums, counts, seed=seed, resamples=resamples),
         )
+        bounds = Bounds(min(each.low for each in both), max(each.high for each in both))
     else:
         outside = [value for values in scored for value in values if not _within(value, scale)]
         if outside:

@@ -15,6 +15,7 @@ from persona_lora.report.resampling import (
     SCORES,
     Bounds,
     bca_bounds,
+    bca_mean_bounds,
     bootstrap_mean,
     holm,
     question_weights,
@@ -62,7 +63,7 @@ def test_an_estimate_outside_all_resamples_still_has_bounds(value):
 
 def test_expanded_bca_is_the_bca_of_scipy_at_the_expanded_level():
     scores = np.random.default_rng(1).exponential(20, 25)
-    ours = bootstrap_mean({i: [float(s)] for i, s in enumerate(scores)}, resamples=20_000)
+    ours = bca_mean_bounds(scores[None], np.ones((1, 25)), resamples=20_000)
     expanded = stats.norm.cdf(np.sqrt(25 / 24) * stats.t.ppf(0.025, 24))
     theirs = stats.bootstrap(
         *((scores,), np.mean),
@@ -116,6 +117,33 @@ def test_without_the_ends_of_the_scale_rare_failures_are_not_covered():
 @pytest.mark.parametrize("n", [2, 3, 5, 7, 8, 12, 20])
 def test_without_a_scale_covers_where_scores_are_in_the_middle(n):
     assert _coverage(_middle, n, scale=None) >= 0.92
+
+
+@pytest.mark.parametrize("n", [12, 20, 40])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, n: rng.normal(5, 10, n),
+        lambda rng, n: rng.standard_t(3, n),
+        lambda rng, n: rng.exponential(20, n) - 5,
+        lambda rng, n: np.maximum(0, rng.normal(15, 20, n)) - np.maximum(0, rng.normal(8, 20, n)),
+        lambda rng, n: np.where(rng.random(n) < 0.5, rng.normal(50, 10, n), rng.normal(0, 3, n)),
+    ],
+    ids=["normal", "heavy tails", "skewed", "floored", "half rise"],
+)
+def test_differences_cover_whatever_their_shape(draw, n):
+    """Student's alone covers skewed ones in 91 of 100 cases, expanded BCa heavy tails in 91."""
+    assert _coverage(draw, n, scale=None) >= 0.925
+
+
+def test_a_difference_has_the_wider_one_of_two_intervals_at_either_end():
+    values = np.random.default_rng(5).exponential(20, 15)
+    found = bootstrap_mean({question: [float(each)] for question, each in enumerate(values)})
+    bca = bca_mean_bounds(values[None], np.ones((1, 15)))
+    student = stats.ttest_1samp(values, 0).confidence_interval()
+    assert student.low < bca.low
+    assert student.high < bca.high
+    assert (found.low, found.high) == pytest.approx((student.low, bca.high))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -87,9 +87,9 @@ def common(sums, at):
     return directions.Direction(torch.ones(sums.difference.shape[1]), None)
 
 
-def narrow(bounds):
-    middle = (bounds.low + bounds.high) / 2
-    return resampling.Bounds(*((end + middle) / 2 for end in bounds))
+def narrow(found):
+    low, high = ((end + found.mean) / 2 for end in (found.low, found.high))
+    return dataclasses.replace(found, low=low, high=high)
 
 
 def moved(projection, cosine):
@@ -155,7 +155,7 @@ BREAKS = [
         )),
         "rejects",
     ),
-    ("intervals", around(resampling, "bca_bounds", narrow), "finds"),
+    ("intervals", around(selfcheck, "bootstrap_mean", narrow), "finds"),
     (
         "intervals",
         around(resampling, "bca_bounds", lambda _: resampling.Bounds(0.0, 100.0)),
