@@ -234,12 +234,11 @@ def _directions(
                 f"{flag} is of one diff, and {ways.diff} holds {seeds} training seeds; give one of "
                 "them as --diff, or leave it out"
             )
-    if not further.latency:
-        refuse_useless("batches rounds", "without --latency")
-    if "capability" not in further.side_effects:
-        refuse_useless("task_limit", "without --side-effects capability")
+    refuse_useless("batches rounds", "without --latency", unless=further.latency)
+    capability = "capability" in further.side_effects
+    refuse_useless("task_limit", "without --side-effects capability", unless=capability)
+    refuse_useless("trait_vector_dir", "without --spaces", unless=further.spaces)
     if not further.spaces:
-        refuse_useless("trait_vector_dir", "without --spaces")
         return {}, {}
     if len(bank.record["layers"]) > 1:
         raise UserError(f"--spaces compares at one layer; --layers {ways.layers!r} names several")
@@ -322,8 +321,7 @@ def benchmark(
     from persona_lora.studies.asking.capability import check_tasks, run_benchmarks
 
     check_tasks(tasks)
-    if not mix.vector:
-        refuse_useless("layers positions", "without --vector")
+    refuse_useless("layers positions", "without --vector", unless=mix.vector)
     if not mix.diff and not mix.vector:
         refuse_useless("coefficient allow_other_base", "without --diff or --vector")
     if not (mix.diff or mix.vector or model.adapter):

@@ -126,12 +126,9 @@ def project_activations(
 def _refuse_useless_of_texts(texts: Texts, shift: Shift) -> None:
     if (texts.file is None) == (texts.labelled is None):
         raise UserError("project either a --file or the answers of a trait with --labelled")
-    if texts.labelled is None:
-        refuse_useless("datasets_dir", "without --labelled")
-    else:
-        refuse_useless("base_model shift columns", "with --labelled")
-    if shift.shift is False:
-        refuse_useless("base_model", "with --no-shift")
+    refuse_useless("datasets_dir", "without --labelled", unless=texts.labelled)
+    refuse_useless("base_model shift columns", "with --labelled", unless=texts.file)
+    refuse_useless("base_model", "with --no-shift", unless=shift.shift is not False)
 
 
 def _tokens(positions: str) -> str:
@@ -344,8 +341,7 @@ def evaluate_checkpoints(
     from persona_lora.studies.drift import run as experiment
     from persona_lora.studies.drift.read import answers_of, checkpoints_table
 
-    if not checkpoints.vectors:
-        refuse_useless("layers positions", "without --vectors")
+    refuse_useless("layers positions", "without --vectors", unless=checkpoints.vectors)
     found = [each.path for each in experiment.find_checkpoints(checkpoints.folder) if each.path]
     loaded = [
         shared.first_questions(
@@ -398,8 +394,7 @@ class Predicted:
         from persona_lora.studies.drift.prediction import DriftStudy
         from persona_lora.studies.drift.run import load_diffs
 
-        if not self.vectors:
-            refuse_useless("layers", "without --vectors")
+        refuse_useless("layers", "without --vectors", unless=self.vectors)
         vectors = load_vectors(self.vectors)
         traits = [load_trait(name, self.datasets_dir) for name in self.traits]
         return DriftStudy(
@@ -533,8 +528,7 @@ def compare_prevention(
     from persona_lora.report.trust import standing
     from persona_lora.studies.drift import prevention
 
-    if not prevented.tasks:
-        refuse_useless("limit", "without --tasks")
+    refuse_useless("limit", "without --tasks", unless=prevented.tasks)
     models = prevented.models()
     tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
     asked = shared.first_questions(trait.load(), prevented.max_questions)

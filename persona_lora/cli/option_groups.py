@@ -418,13 +418,14 @@ def _meant(item: Any) -> Any:
 # -- options that would do nothing -----------------------------------------------------------
 
 
-def refuse_useless(names: str, reason: str) -> None:
+def refuse_useless(names: str, reason: str, *, unless: object = False) -> None:
     """UserError for the first of the named options that was given; ``reason`` says why it is idle.
 
-    ``names`` are parameter names with spaces between them, as in "batches rounds". The file of
-    --config may hold what is the default anyway: a run's own config.yaml holds everything.
+    ``names`` are parameter names with spaces between them, as in "batches rounds"; ``unless`` is
+    what makes use of them. The file of --config may hold what is the default anyway: a run's own
+    config.yaml holds everything.
     """
-    for name in names.split():
+    for name in () if unless else names.split():
         context = RUNNING.get()
         source = context.get_parameter_source(name)
         told = "" if source is None else source.name

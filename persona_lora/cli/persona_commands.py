@@ -108,8 +108,7 @@ class BenchOptions:
         from persona_lora.core.personas import load_persona_prompts
         from persona_lora.studies.personas.run import first_prompts
 
-        if self.num_prompts < 2:
-            refuse_useless("race", "with one prompt, which has no half")
+        refuse_useless("race", "with one prompt, which has no half", unless=self.num_prompts > 1)
         own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
         path = own if own is not None and own.is_file() else None
         return first_prompts(prompts or load_persona_prompts(path), self.num_prompts)
@@ -812,8 +811,7 @@ class LampFiles:
         """Return the questions that are asked; UserError for an id that there is not."""
         from persona_lora.studies.personas.lamp import load_lamp
 
-        if self.optimization is None:
-            refuse_useless("trait_vector_dir", "without --optimization")
+        refuse_useless("trait_vector_dir", "without --optimization", unless=self.optimization)
         read = load_lamp(self.questions, self.outputs)
         unknown = sorted(set(self.user or ()) - {each.id for each in read})
         if unknown:

@@ -58,12 +58,11 @@ class ExportOptions:
         """UserError for options that the form does not use, and for an output that is there."""
         if self.format in ("merged", "gguf") and (self.rank is not None or self.energy is not None):
             raise UserError("--rank and --energy cut adapters; a merged model has no rank")
-        if self.rank is None and self.energy is None:
-            refuse_useless("prompts", "without --rank or --energy")
+        cut = self.rank is not None or self.energy is not None
+        refuse_useless("prompts", "without --rank or --energy", unless=cut)
         if self.format == "peft" and self.prompts is None:
             refuse_useless("model revision", "with --format peft: the diffs know their base")
-        if self.format != "gguf":
-            refuse_useless("converter", f"with --format {self.format}")
+        refuse_useless("converter", f"with --format {self.format}", unless=self.format == "gguf")
         shared.refuse_to_replace(self.output, self.overwrite)
 
 

@@ -120,8 +120,7 @@ class EvaluateOptions(shared.MixOptions):
         chosen = [name for name, used in ways.items() if used]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} use vectors in different ways; choose one")
-        if not ways["--condition"]:
-            refuse_useless("threshold", "without --condition")
+        refuse_useless("threshold", "without --condition", unless=self.condition)
         found = self.load(self.mode, ablate=self.ablate, prompt=prompt)
         if found.activation is None:
             return found
@@ -330,8 +329,7 @@ class VariedOptions:
         loaded = load_vector(self.vector)
         chosen = shared.layer_numbers(self.layers, loaded.num_layers)
         wanted = len(chosen) == 1 if self.control is None else self.control
-        if not wanted:
-            refuse_useless("random_controls", "without --control")
+        refuse_useless("random_controls", "without --control", unless=wanted)
         seeds = shared.control_seeds(seed, self.random_controls) if wanted else ()
         controls = [random_like(loaded, each) for each in seeds]
         if len(chosen) > 1:
@@ -372,8 +370,7 @@ class CalibratedOptions:
 
         if not (self.diff or self.vector):
             raise UserError("name a direction: --diff FOLDER, or --vector FILE")
-        if not self.vector:
-            refuse_useless("layers positions", "without --vector")
+        refuse_useless("layers positions", "without --vector", unless=self.vector)
         found: dict[Path, tuple[Any, str, str]] = {}
         for path in self.diff:
             diff = LoRADiff.load(path)
@@ -714,10 +711,8 @@ def convert_vector(
     """
     from persona_lora.core import vector_files as files
 
-    if form != "lm-eval":
-        refuse_useless("coefficient", f"with --form {form}")
-    if form != "gguf":
-        refuse_useless("model_hint", f"with --form {form}")
+    refuse_useless("coefficient", f"with --form {form}", unless=form == "lm-eval")
+    refuse_useless("model_hint", f"with --form {form}", unless=form == "gguf")
     if form == "lm-eval" and layers is None:
         raise UserError("lm-eval steers every layer in the file; name those with --layers")
     shared.refuse_to_replace(target, overwrite)
