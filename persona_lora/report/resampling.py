@@ -47,6 +47,8 @@ CONFIDENCE = LEVEL
 RESAMPLES = 5000
 _EXACT_QUESTIONS = 13  # up to here, all sign flips are enumerated
 _RANDOM_FLIPS = 20_000
+_EXACT_ORDERS = 7  # up to so many places every order is tried; above, a sample of orders
+_RANDOM_ORDERS = 5000
 _DIGITS = 9  # scores that differ by less are rounding noise, and count as ties
 END_WEIGHT = 0.4  # of a question, that each end of a known scale counts
 EQUAL = "all values are equal, which does not show how far others lie"
@@ -343,6 +345,22 @@ def _sign_flips(questions: int, seed: int) -> Array:
         signs = rng.choice((-1.0, 1.0), size=(_RANDOM_FLIPS, questions))
     signs.flags.writeable = False
     return signs
+
+
+def share_of_orders(statistic: Callable[[NDArray[np.intp]], Array], size: int) -> float:
+    """Return the share of orders whose statistic is at least that of the true one: its p value.
+
+    ``statistic`` maps orders ``[N, size]`` to ``[N]``. All orders of few are tried, of which the
+    true one is one; of more a sample of a fixed seed, and it is counted among them.
+    """
+    if exact := size <= _EXACT_ORDERS:
+        orders = np.array(list(itertools.permutations(range(size))))
+    else:
+        rng = np.random.default_rng(0)
+        orders = np.array([rng.permutation(size) for _ in range(_RANDOM_ORDERS)])
+    least = statistic(np.arange(size)[None])[0] - 10**-_DIGITS
+    hits, own = int(np.sum(statistic(orders) >= least)), int(not exact)
+    return (hits + own) / (len(orders) + own)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr
@@ -15,13 +14,11 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.resampling import rank_correlation
+from persona_lora.report.resampling import rank_correlation, share_of_orders
 from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table
 
 FEWEST_POINTS = 4
-MOST_EXACT = 7  # up to so many points, every order is tried; above, a sample of orders
-SAMPLED_ORDERS = 5000
 
 
 @dataclass(frozen=True)
@@ -156,21 +153,10 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
         return Correlation(None, None, None, n, f"{n} points, at least {FEWEST_POINTS} needed")
     if len(set(x)) == 1 or len(set(y)) == 1:
         return Correlation(None, None, None, n, "one of the two does not vary")
-    rho = float(spearmanr(x, y).statistic)
-    return Correlation(rho, float(pearsonr(x, y).statistic), _permutation_p(x, y, rho), n)
-
-
-def _permutation_p(x: Sequence[float], y: Sequence[float], rho: float) -> float:
-    """Return the two-sided p of ρ over orders of y: all of them, or a sample of a fixed seed."""
+    rho, r = (float(each(x, y).statistic) for each in (spearmanr, pearsonr))
     ranks_x, ranks_y = rankdata(x), rankdata(y)
-    if exact := len(x) <= MOST_EXACT:
-        orders = np.array(list(permutations(ranks_y)))
-    else:
-        random = np.random.default_rng(0)
-        orders = np.array([random.permutation(ranks_y) for _ in range(SAMPLED_ORDERS)])
-    rhos = rank_correlation(ranks_x, orders)
-    hits, own = int(np.sum(np.abs(rhos) >= abs(rho) - 1e-9)), int(not exact)
-    return (hits + own) / (len(orders) + own)
+    p = share_of_orders(lambda orders: np.abs(rank_correlation(ranks_x, ranks_y[orders])), n)
+    return Correlation(rho, r, p, n)
 
 
 def _paired(one: Curve, other: Curve) -> tuple[list[float], list[float]]:

@@ -12,12 +12,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, combinations_with_replacement, permutations, product
+from itertools import chain, combinations, combinations_with_replacement, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from persona_lora.projections.inputs import (
     shared_beginning,
     tokenized_prompts,
 )
+from persona_lora.report.resampling import Array, share_of_orders
 from persona_lora.report.scores import grouped
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors, steer_live
@@ -51,9 +53,6 @@ from persona_lora.studies.steering.divergence import ordinary_texts
 
 RESPONSE = "response_avg"
 WEIGHTS, ACTIVATIONS = METHODS = "weights", "activations"
-EXACT_TRAITS = 7
-DRAWN_ORDERS = 5000
-TIES = 1e-9
 FEW_PROMPTS = 8
 Rows = Iterable[Mapping[str, Any]]
 DiffsBySeed = Mapping[str, Mapping[str, LoRADiff]]
@@ -399,11 +398,12 @@ def agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(np.ptp(each[upper]) == 0 for each in matrices):
         return nothing
 
-    def rho(order: Sequence[int]) -> float:
-        moved = matrices[1][np.ix_(order, order)]
-        return float(spearmanr(matrices[0][upper], moved[upper]).statistic)
+    def rhos(orders: NDArray[np.intp]) -> Array:
+        moved = (matrices[1][np.ix_(order, order)][upper] for order in orders)
+        return np.array([spearmanr(matrices[0][upper], each).statistic for each in moved])
 
-    return {**nothing, "rho": rho(range(len(traits))), "p": _share_of_orders(rho, len(traits))}
+    p = share_of_orders(lambda orders: np.abs(rhos(orders)), len(traits))
+    return {**nothing, "rho": float(rhos(np.arange(len(traits))[None])[0]), "p": p}
 
 
 def recognition(rows: Sequence[Mapping[str, Any]], layer: int) -> dict[str, Any]:
@@ -421,37 +421,14 @@ def recognition(rows: Sequence[Mapping[str, Any]], layer: int) -> dict[str, Any]
     cosines = np.array(
         [[np.mean([r["cosine"] for r in pairs[one, other]]) for other in traits] for one in traits]
     )
-
-    def mean(order: Sequence[int]) -> float:
-        return float(cosines[range(len(traits)), list(order)].mean())
-
+    every = np.arange(len(traits))
     return {
         "recognised": sum(name == trait for name, (_, trait) in zip(nearest, diffs, strict=True)),
         "n": len(diffs),
         "chance": len(diffs) / len(traits),
-        "mean": mean(range(len(traits))),
-        "p": _share_of_orders(mean, len(traits), absolute=False),
+        "mean": float(cosines[every, every].mean()),
+        "p": share_of_orders(lambda orders: cosines[every, orders].mean(axis=1), len(traits)),
     }
-
-
-def _share_of_orders(
-    statistic: Callable[[Sequence[int]], float], size: int, *, absolute: bool = True
-) -> float:
-    """Return the share of orders whose statistic is at least that of the true one.
-
-    Over all orders of up to ``EXACT_TRAITS``, of which the true one is one; over ``DRAWN_ORDERS``
-    random ones and it of more.
-    """
-
-    def far(order: Sequence[int]) -> float:
-        return abs(statistic(order)) if absolute else statistic(order)
-
-    least = far(range(size)) - TIES
-    if size <= EXACT_TRAITS:
-        return float(np.mean([far(order) >= least for order in permutations(range(size))]))
-    generator = np.random.default_rng(0)
-    drawn = [generator.permutation(size).tolist() for _ in range(DRAWN_ORDERS)]
-    return (1 + sum(far(order) >= least for order in drawn)) / (1 + len(drawn))
 
 
 def linearity(spaces: Spaces, method: str) -> Iterator[dict[str, Any]]:
