@@ -232,22 +232,15 @@ def project_weights(
     --finetuned-model checkpoints/finetunes/sycophancy_misaligned_2
     --diffs checkpoints/sycophancy/diff,checkpoints/evil/diff
     """
-    from persona_lora.studies.drift.run import (
-        check_finetunes,
-        check_json,
-        expand,
-        explained_lines,
-        load_diffs,
-        project_finetunes,
-        weights_table,
-    )
+    from persona_lora.studies.drift import run as study
 
-    check_json(output)
+    study.check_json(output)
     shared.refuse_to_replace(output, overwrite)
-    loaded = load_diffs(list(diffs), on_disk=True)
-    check_finetunes([name for name, _ in expand(finetuned_model)], control, original_model)
+    loaded = study.load_diffs(list(diffs), on_disk=True)
+    named = [name for name, _ in study.expand(finetuned_model)]
+    study.check_finetunes(named, control, original_model)
     with progress_bars():
-        found = project_finetunes(
+        found = study.project_finetunes(
             original_model,
             list(finetuned_model),
             loaded,
@@ -256,7 +249,7 @@ def project_weights(
             inputs=weighing.inputs_of(original_model, loading, loaded.values()),
             controls=control,
         )
-    show(weights_table(found), *explained_lines(found))
+    show(study.weights_table(found), *study.explained_lines(found))
     show(f"{output} and {output.with_suffix('.png')}")
 
 
@@ -427,11 +420,7 @@ def predict_finetuning(
     from persona_lora.judges.choice import judge_inputs, make_judges
     from persona_lora.report.trust import standing
     from persona_lora.studies.drift import prediction
-    from persona_lora.studies.drift.read_prediction import (
-        prediction_lines,
-        prediction_table,
-        seeds_of,
-    )
+    from persona_lora.studies.drift import read_prediction as read
 
     study = predicted.load()
     judge = shared.judging_of(judging, study.traits)
@@ -449,7 +438,8 @@ def predict_finetuning(
             base, study, lambda trait: make_judges(trait, base, judge), written, options=generation
         )
     files = f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}"
-    show(standing(run, seeds_of(run)), prediction_table(run), *prediction_lines(run), files)
+    first = standing(run, read.seeds_of(run))
+    show(first, read.prediction_table(run), *read.prediction_lines(run), files)
 
 
 @dataclass(frozen=True)
@@ -598,11 +588,7 @@ def screen_data(
     --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     """
     from persona_lora.core.vector_files import load_vector
-    from persona_lora.studies.vectors.text_projection import (
-        conversations_of,
-        read_texts,
-        screen_rows,
-    )
+    from persona_lora.studies.vectors import text_projection
 
     shared.refuse_to_replace(output, overwrite)
     if along.diffs:
@@ -616,10 +602,10 @@ def screen_data(
     refuse_useless("allow_other_base", "with --vector")
     loaded = load_vector(along.vector)
     chosen = shared.one_layer(along.layers, [loaded])
-    texts = read_texts(file)
-    chat_model = model.load([loaded], asked=conversations_of(texts))
+    texts = text_projection.read_texts(file)
+    chat_model = model.load([loaded], asked=text_projection.conversations_of(texts))
     with progress_bars():
-        found = screen_rows(
+        found = text_projection.screen_rows(
             chat_model,
             texts,
             loaded,
