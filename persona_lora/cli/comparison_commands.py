@@ -15,6 +15,8 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import command
+from persona_lora.core.chat import Conversation
+from persona_lora.core.content import path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     ComparisonOptions,
@@ -26,12 +28,11 @@ from persona_lora.core.options import (
 )
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.strength import Strength, coefficients_of
+from persona_lora.core.traits import Trait, load_trait
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from persona_lora.core.chat import Conversation
-    from persona_lora.core.traits import Trait
     from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
     from persona_lora.studies.steering.read_comparison import Comparison
@@ -263,7 +264,6 @@ def _watched(
     further: FurtherOptions, trait: shared.TraitOptions, steered: Trait, max_questions: int | None
 ) -> Watched:
     """Return what --side-effects names; UserError for the steered trait, or one there is not."""
-    from persona_lora.core.traits import load_trait
     from persona_lora.studies.steering.side_effects import PARTS, Watched
 
     named = dict.fromkeys(further.side_effects)
@@ -316,7 +316,6 @@ def benchmark(
     Example: persona-lora benchmark --tasks choice,steps,perplexity
     --diff checkpoints/evil/diff --coefficient 1.0 --output results/benchmark/evil
     """
-    from persona_lora.core.content import path_digest
     from persona_lora.report.comparisons import task_table
     from persona_lora.studies.asking.capability import check_tasks, run_benchmarks
 

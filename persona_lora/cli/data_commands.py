@@ -16,6 +16,7 @@ from persona_lora.cli.program import command, environment
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import DataOptions, Seed
+from persona_lora.core.traits import list_traits, load_trait
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -129,7 +130,6 @@ def check_data(
 
     Example: persona-lora data check sycophancy
     """
-    from persona_lora.core.traits import list_traits, load_trait
     from persona_lora.data.data_check import check_table, check_trait, exception_lines
     from persona_lora.models.embeddings import SentenceEmbedder
 

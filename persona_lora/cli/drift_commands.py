@@ -15,6 +15,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import command
+from persona_lora.core.chat import UNSTEERED, Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     GenerationOptions,
@@ -24,14 +25,14 @@ from persona_lora.core.options import (
     Split,
     TaskOptions,
 )
+from persona_lora.core.runs import Run
 from persona_lora.core.settings import typed_value
+from persona_lora.core.traits import Trait, load_labelled_answers, load_trait
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
-    from persona_lora.core.chat import Conversation
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.steering_vector import SteeringVector
-    from persona_lora.core.traits import Trait
     from persona_lora.models.loading import ChatModel
     from persona_lora.projections.inputs import ModuleInputs
 
@@ -90,7 +91,6 @@ def project_activations(
     --vectors checkpoints/vectors/evil/evil_response_avg.safetensors --layers 15,19
     --output results/projection/evil
     """
-    from persona_lora.core.traits import load_labelled_answers, load_trait
     from persona_lora.projections.activation_space import Along
     from persona_lora.studies.vectors import text_projection
     from persona_lora.studies.vectors.read import projections_table, separation_table
@@ -152,7 +152,6 @@ def load_vectors(paths: Sequence[Path]) -> dict[str, SteeringVector]:
 
 def questions_of(traits: Sequence[Trait], split: Split) -> list[Conversation]:
     """Return the questions of a split that a model is asked; UserError for a trait without any."""
-    from persona_lora.core.chat import UNSTEERED
     from persona_lora.studies.asking.run import plan_rows
 
     rows = (row for trait in traits for row in plan_rows(trait, split, [UNSTEERED], samples=1))
@@ -327,7 +326,6 @@ def evaluate_checkpoints(
     --traits sycophancy --vectors checkpoints/vectors/sycophancy/sycophancy_response_avg.safetensors
     --layers 19 --finetuned-on sycophancy
     """
-    from persona_lora.core.traits import load_trait
     from persona_lora.judges.choice import make_judges
     from persona_lora.projections.activation_space import Along
     from persona_lora.report.two_judges import across_runs, lead_of
@@ -383,7 +381,6 @@ class Predicted:
 
     def load(self) -> Any:
         """Return the study, its traits and directions loaded."""
-        from persona_lora.core.traits import load_trait
         from persona_lora.studies.drift.prediction import DriftStudy
         from persona_lora.studies.drift.run import load_diffs
 
@@ -512,7 +509,6 @@ def compare_prevention(
     Example: persona-lora compare-prevention --trait evil --rows datasets/evil/misaligned_2.jsonl
     --finetunes plain=checkpoints/a,added=checkpoints/b --correct checkpoints/evil/diff=-1
     """
-    from persona_lora.core.runs import Run
     from persona_lora.judges.choice import judge_inputs, make_judges
     from persona_lora.report.comparisons import measure_tables
     from persona_lora.report.trust import standing

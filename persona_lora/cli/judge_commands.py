@@ -11,8 +11,11 @@ import typer
 from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.program import command
+from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import ensure_writable_folder, refuse_unwritable
 from persona_lora.core.options import JudgeChoice, Overwrite
+from persona_lora.core.traits import ON_POLICY
 
 if TYPE_CHECKING:
     from persona_lora.judges.fitness import JudgeValidation
@@ -37,8 +40,6 @@ def score(
 
     Example: persona-lora judge --trait sycophancy --file answers.jsonl --output scored.jsonl
     """
-    from persona_lora.core.chat import COHERENCE
-    from persona_lora.core.files import ensure_writable_folder
     from persona_lora.judges.canaries import show_canaries
     from persona_lora.judges.choice import make_judge
     from persona_lora.judges.labels import AnswerFile, check_output, score_file
@@ -127,8 +128,7 @@ def fit(
     Example: persona-lora judge fit --trait datasets/anxious --file answers.jsonl
     --ratings answers.ada.jsonl,answers.ben.jsonl
     """
-    from persona_lora.core.files import refuse_unwritable, write_jsonl
-    from persona_lora.core.traits import ON_POLICY
+    from persona_lora.core.files import write_jsonl
     from persona_lora.judges.answer_states import Reader
     from persona_lora.judges.choice import reading_model
     from persona_lora.judges.fitness import rater_agreement

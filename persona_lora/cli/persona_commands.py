@@ -16,7 +16,9 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import console, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import command, environment
-from persona_lora.core.errors import UserError
+from persona_lora.core.chat import user_question
+from persona_lora.core.errors import UserError, checked_name
+from persona_lora.core.files import read_text
 from persona_lora.core.options import (
     JUDGES,
     PERSONA_JUDGES,
@@ -31,11 +33,20 @@ from persona_lora.core.options import (
     judge_names,
     said_of,
 )
-from persona_lora.core.runs import Output, Planned
+from persona_lora.core.personas import (
+    MIX,
+    WEIGHTS,
+    Coefficients,
+    Persona,
+    PersonaPrompts,
+    load_persona_prompts,
+)
+from persona_lora.core.resources import resource_path
+from persona_lora.core.runs import Output, Planned, Run
+from persona_lora.core.traits import load_trait
 
 if TYPE_CHECKING:
     from persona_lora.core.lora_diff import By
-    from persona_lora.core.personas import Persona, PersonaPrompts
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.models.processes import Processes
     from persona_lora.studies.personas.bench import PersonaBench
@@ -105,7 +116,6 @@ class BenchOptions:
 
     def asked(self, prompts: PersonaPrompts | None = None) -> PersonaPrompts:
         """Return what is said: of the prompts of --persona-dir, unless others are given."""
-        from persona_lora.core.personas import load_persona_prompts
         from persona_lora.studies.personas.run import first_prompts
 
         refuse_useless("race", "with one prompt, which has no half", unless=self.num_prompts > 1)
@@ -129,7 +139,6 @@ class BenchOptions:
         """
         import os
 
-        from persona_lora.core.chat import user_question
         from persona_lora.models.processes import current_processes
         from persona_lora.studies.personas.bench import PersonaBench
 
@@ -263,7 +272,6 @@ class Searched:
 
     def judging(self, choice: JudgeChoice, bench: BenchOptions) -> JudgeOptions:
         """Return who judges, which may be left to what is sought; UserError for who cannot."""
-        from persona_lora.core.traits import load_trait
         from persona_lora.judges import choice as judges
 
         usual = "reader" if self.targets else "embedding"
@@ -288,8 +296,6 @@ class Searched:
 
     def read(self) -> tuple[dict[str, float], Scorer | None, PersonaPrompts | None]:
         """Return targets, scorer and prompts as they are read; UserError for a mistake in them."""
-        from persona_lora.core.personas import load_persona_prompts
-        from persona_lora.core.traits import load_trait
         from persona_lora.studies.personas.goals import Scorer, checked_targets, prompts_of
 
         wanted = checked_targets(self.targets)
@@ -330,8 +336,6 @@ class Searched:
 
     def injected(self, searching: SearchOptions) -> SearchOptions:
         """Return search options with the mixes that are given by --inject."""
-        from persona_lora.core.personas import Coefficients
-
         mixes = tuple(Coefficients.read(path).as_dict() for path in self.inject)
         return dataclasses.replace(searching, inject=mixes)
 
@@ -479,8 +483,6 @@ def optimize(
 
 
 def _show_search(results: Any, folder: Path, problem: Problem, objective: ObjectiveOptions) -> None:
-    from persona_lora.core.personas import MIX, WEIGHTS
-    from persona_lora.core.runs import Run
     from persona_lora.report import wording
     from persona_lora.report.comparisons import fit_table
     from persona_lora.report.trust import standing
@@ -702,7 +704,6 @@ class ProfileOptions:
 
     def writer(self) -> Any:
         """Return what writes a profile by an endpoint, or None: sentences made from features."""
-        from persona_lora.core.files import read_text
         from persona_lora.data.profile_writing import DEFAULT_PROMPT, profile_writer
         from persona_lora.data.writers import Endpoint, EndpointWriter
 
@@ -734,9 +735,6 @@ def build_persona(
     Example: persona-lora persona build --id episode-184019_A --conversations chronicles.jsonl
     --episode episode-184019 --speaker A
     """
-    from persona_lora.core.errors import checked_name
-    from persona_lora.core.files import read_text
-    from persona_lora.core.resources import resource_path
     from persona_lora.models.embeddings import SentenceEmbedder
     from persona_lora.profiles import folders
     from persona_lora.profiles.conversations import load_conversations
@@ -924,7 +922,6 @@ def rating_sheets(
     Example: persona-lora persona sheets results/personas/comparison --id episode-000101_A
     --conditions none,lora,prompt --output results/sheets
     """
-    from persona_lora.core.runs import Run
     from persona_lora.studies.personas.human_ratings import write_sheets
 
     sheets = write_sheets(

@@ -12,8 +12,10 @@ import typer
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.program import command
 from persona_lora.core.errors import UserError
+from persona_lora.core.json_text import parse_json
 from persona_lora.core.options import Seed
 from persona_lora.core.protocol import LEAST_SCORED, LEVEL, Design, FrozenProtocol, Held
+from persona_lora.core.runs import Run
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,6 @@ class Frozen:
 
     def protocol(self) -> FrozenProtocol:
         """Return the protocol; UserError for one that no report could follow."""
-        from persona_lora.core.json_text import parse_json
-
         usual = Design.of(self.command, self.questions, self.family, self.seeds)
         settings: Any = self.settings or {}
         if isinstance(settings, str):
@@ -101,7 +101,6 @@ def plan(
 
     Example: persona-lora plan results/sweep/evil --effect 10
     """
-    from persona_lora.core.runs import Run
     from persona_lora.report.power import plan_finetunes, plan_power
     from persona_lora.studies import read_pilot
 

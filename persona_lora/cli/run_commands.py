@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,11 +16,9 @@ from persona_lora.cli.program import OPTIONS, TRAINING, app, command
 from persona_lora.core.errors import HIDDEN, UserError, few_names
 from persona_lora.core.files import read_text, write_text
 from persona_lora.core.options import Overwrite
-from persona_lora.core.runs import CONFIG, package_versions
+from persona_lora.core.runs import CONFIG, Run, package_versions
 from persona_lora.core.settings import read_yaml
-
-if TYPE_CHECKING:
-    from persona_lora.core.runs import Run
+from persona_lora.core.traits import load_pairs, load_trait
 
 Archive = Annotated[Path, typer.Argument(help="An archive of pack, or a folder of its files.")]
 
@@ -118,7 +116,6 @@ def selfcheck(
 
     Example: persona-lora selfcheck --output results/selfcheck
     """
-    from persona_lora.core.traits import load_pairs, load_trait
     from persona_lora.judges.labels import load_ratings
     from persona_lora.projections.inputs import load_ordinary_prompts
     from persona_lora.studies import selfcheck as study

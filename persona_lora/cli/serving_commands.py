@@ -21,8 +21,9 @@ from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import command, environment
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
-from persona_lora.core.options import Replace
+from persona_lora.core.options import GenerationOptions, Replace
 from persona_lora.core.strength import OfNats, coefficient_of, strength_line
+from persona_lora.core.traits import list_traits, load_trait
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
@@ -188,7 +189,6 @@ def demo(
     Example: persona-lora demo --trait formality --question "How was your day?"
     """
     from persona_lora.core.gallery import Gallery
-    from persona_lora.core.options import GenerationOptions
     from persona_lora.models.loading import load_chat_model
     from persona_lora.report.sections import Table
     from persona_lora.steering.bank import Bank
@@ -357,7 +357,6 @@ def playground(*, page: PageOptions, model: shared.ModelOptions) -> None:
 
 def _judges(traits: list[str], chat_model: Any, datasets: Path | None) -> dict[str, Any]:
     """Return what builds the default judge of every trait that is known."""
-    from persona_lora.core.traits import list_traits, load_trait
     from persona_lora.judges.choice import JudgeOptions, make_judge
 
     known = list_traits(datasets)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from persona_lora.cli.console import console, show
 from persona_lora.cli.option_groups import BY_PLACE, RUNNING, does_nothing, refuse_useless
 from persona_lora.cli.program import environment
+from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import refuse_unwritable
+from persona_lora.core.files import read_text, refuse_unwritable
 from persona_lora.core.options import (
     NOBODY,
     PERSONA_JUDGES,
@@ -24,16 +25,16 @@ from persona_lora.core.options import (
     Overwrite,
     Positions,
 )
+from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.runs import RECORD, Output, Planned, Run
 from persona_lora.core.settings import refuse_other_run
 from persona_lora.core.strength import Nats, Strength, acting_at, coefficient_of
+from persona_lora.core.traits import Trait, load_trait
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
 if TYPE_CHECKING:
-    from persona_lora.core.chat import Conversation
     from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.core.steering_vector import SteeringVector
-    from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.models.loading import ChatModel
     from persona_lora.steering.bank import Elsewhere
@@ -144,8 +145,6 @@ class TraitOptions:
 
     def load(self) -> Trait:
         """Return the trait; UserError where there is none."""
-        from persona_lora.core.traits import load_trait
-
         return load_trait(self.trait, self.datasets_dir)
 
 
@@ -165,8 +164,6 @@ class PromptedTraitOptions(TraitOptions):
 
 
 def _prompt_in(path: Path | None) -> str | None:
-    from persona_lora.core.files import read_text
-
     if path is None:
         return None
     text = read_text(path).strip()
@@ -212,7 +209,6 @@ class Written:
         UserError for no protocol, for a folder that is seen to hold another run, and for one that
         cannot be written to.
         """
-        from persona_lora.core.protocol import FrozenProtocol
         from persona_lora.judges.choice import judge_inputs
 
         folder = run_folder(path)

@@ -15,6 +15,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PANELS, app, command
+from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import refuse_unwritable
 from persona_lora.core.options import (
@@ -26,14 +27,13 @@ from persona_lora.core.options import (
     SweepOptions,
     Thresholds,
 )
+from persona_lora.core.runs import Output, Run
 from persona_lora.core.strength import Strength, acting_at, coefficients_of
+from persona_lora.core.traits import Trait, load_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from persona_lora.core.chat import Conversation
-    from persona_lora.core.runs import Output
-    from persona_lora.core.traits import Trait
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.studies.asking.run import Evaluation, Steering
     from persona_lora.studies.steering.run import SweepResult
@@ -234,7 +234,6 @@ def _show_evaluated(
     path: Path, trait: str, written: Mapping[str, Output], last: Evaluation
 ) -> None:
     """Say what was found, of one run or of all training seeds, whose scores go to one CSV."""
-    from persona_lora.core.runs import Run
     from persona_lora.report.trust import standing
     from persona_lora.studies.asking.run import write_scores
 
@@ -496,7 +495,6 @@ def sweep(
 
 
 def _show_swept(result: SweepResult) -> None:
-    from persona_lora.core.runs import Run
     from persona_lora.report.trust import standing
     from persona_lora.studies.steering.read import summary_lines, summary_table
 
@@ -633,7 +631,6 @@ def _asked_of(
     samples: int,
 ) -> list[Conversation]:
     """Return what the model is asked; UserError where the source of pairs has none to use."""
-    from persona_lora.core.traits import load_pairs
     from persona_lora.studies.vectors import run as extraction
 
     if source == "answers":

@@ -1,4 +1,4 @@
-"""What something holds, as a digest: of a value, a file, a folder, tensors.
+"""What something holds, as a digest: of a value, a file, a folder (tensors: ``tensor_files``).
 
 A run is known by the contents of what it read; names and paths say nothing about them. Refuses to
 know what the contents mean.
@@ -12,15 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 MODEL_FILES = (
     *("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json"),
     *("model*.safetensors", "pytorch_model*.bin", "tokenizer*", "*.jinja", "*.gguf"),
 )
 ABSENT = "absent"
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 
 
 def digest_of(value: Any) -> str:
@@ -54,22 +50,6 @@ def model_folder_digest(folder: Path) -> str:
 def path_digest(path: Path) -> str:
     """Return the digest of a file, or of a folder of a model or adapter."""
     return model_folder_digest(path) if path.is_dir() else file_digest(path)
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Return the digest of a tensor: another entry, shape or type is another digest.
-
-    The bits are summed along the first and along the last dimension, as integers: as fast as
-    reading them once, and the same on every device.
-    """
-    whole = hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}".encode())
-    if tensor.numel():
-        bits = tensor.detach().reshape(1, -1) if tensor.ndim < 2 else tensor.detach()
-        bits = bits.view(WORDS[bits.element_size()])
-        for dim in (0, -1):
-            sums = bits.sum(dim=dim, dtype=torch.int64).cpu().contiguous()
-            whole.update(sums.view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
 
 
 def numbered(what: str, digests: Sequence[str]) -> dict[str, str]:

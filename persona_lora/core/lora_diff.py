@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from persona_lora.core.adapter_files import FactorsOnDisk, read_factors, write_adapter
-from persona_lora.core.content import digest_of, tensor_digest
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.tensor_files import tensor_digest
 
 BANDS = 3  # of layers
 By = Literal["trait", "layers", "modules"]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lora.core.content import digest_of, tensor_digest
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, agreed_base, finite_coefficient
-from persona_lora.core.tensor_files import load_with_record, save_with_record
+from persona_lora.core.tensor_files import load_with_record, save_with_record, tensor_digest
 
 FORMAT, HEADER = "persona_lora.steering_vector", "steering_vector"
 

@@ -1,4 +1,4 @@
-"""Tensors from files of others: safetensors, and pickles of nothing but tensors.
+"""Tensors from files of others (safetensors, pickles of nothing but tensors), and their digest.
 
 A pickle can claim anything: a tensor that repeats one number over terabytes, a dictionary that
 holds itself, integers for weights. What comes out of here are dense floating-point tensors.
@@ -6,6 +6,7 @@ holds itself, integers for weights. What comes out of here are dense floating-po
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from persona_lora.core.files import atomic_path, existing_file
 from persona_lora.core.json_text import parse_json
 
 DEEPEST = 8  # levels of dictionaries
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 # A stranger's pickle makes the unpickler fail in any of these ways.
 _PICKLE_ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError),
@@ -128,3 +130,19 @@ def _flattened(
                 f"{path}: {place[:100]} is a {type(each).__name__}, expected a tensor; what it "
                 "means for the weights is not known here, save the tensors alone"
             )
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the digest of a tensor: another entry, shape or type is another digest.
+
+    The bits are summed along the first and along the last dimension, as integers: as fast as
+    reading them once, and the same on every device.
+    """
+    whole = hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}".encode())
+    if tensor.numel():
+        bits = tensor.detach().reshape(1, -1) if tensor.ndim < 2 else tensor.detach()
+        bits = bits.view(WORDS[bits.element_size()])
+        for dim in (0, -1):
+            sums = bits.sum(dim=dim, dtype=torch.int64).cpu().contiguous()
+            whole.update(sums.view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()

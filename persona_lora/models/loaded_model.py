@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_lora.core.adapter_config import alpha_of, lists
 from persona_lora.core.adapter_files import adapter_config, read_factors
-from persona_lora.core.content import digest_of, tensor_digest
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.lora_diff import layer_number
+from persona_lora.core.tensor_files import tensor_digest
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.structure import canonical_name, hidden_size, linear_modules, text_decoder
 

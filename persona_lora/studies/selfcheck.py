@@ -26,13 +26,13 @@ from torch import Tensor
 
 from persona_lora.core import progress
 from persona_lora.core.chat import COHERENCE, Exchange
-from persona_lora.core.content import tensor_digest
 from persona_lora.core.errors import without_secrets
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, turned_diff
 from persona_lora.core.options import NOBODY, SearchOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.tensor_files import tensor_digest
 from persona_lora.core.traits import Trait, load_pairs
 from persona_lora.judges.canaries import show_canaries
 from persona_lora.judges.choice import JUDGES, JudgeOptions, coherence_scorer

@@ -18,11 +18,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from persona_lora.core.content import digest_of, tensor_digest
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder
 from persona_lora.core.lora_diff import BaseModel
-from persona_lora.core.tensor_files import load_with_record, save_with_record
+from persona_lora.core.tensor_files import load_with_record, save_with_record, tensor_digest
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
     canonical_name,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from persona_lora.core.content import numbered, tensor_digest
+from persona_lora.core.content import numbered
+from persona_lora.core.tensor_files import tensor_digest
 
 TYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32,
          torch.float64, torch.int64)  # fmt: skip
