@@ -19,7 +19,7 @@ from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas, fits_over_prompts
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import FITS, RESAMPLES, Bounds, Interval
-from persona_lora.report.scores import grouped
+from persona_lora.report.scores import grouped, minus
 from persona_lora.report.two_judges import Pair, effects_from
 from persona_lora.report.two_way import crossed_mean, shared_questions
 
@@ -91,11 +91,7 @@ def _over_trainings(fit: ConditionFit, rows: Sequence[Row], reference: str) -> C
     if fit.difference is None or len(own) < 2:
         return fit
     plain = theirs.get("", {})
-    gaps = [
-        {at: score - other[at] for at, score in scores.items() if at in other}
-        for trained, scores in own.items()
-        for other in [theirs.get(trained, plain)]
-    ]
+    gaps = [minus(scores, theirs.get(trained, plain)) for trained, scores in own.items()]
     gain = crossed_mean(shared_questions(gaps))
     return replace(fit, difference=gain.interval, p=gain.p, effect_size=None)
 
