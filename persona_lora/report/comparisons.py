@@ -288,11 +288,12 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     by_task = {}
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
         known = own["score"].dropna()
-        # What a rule tells is often the same of every item: the ends of its scale are reached.
         scale = SCORES if metric == "score" else SHARES
-        ends = scale if known.isin(tuple(scale)).all() else None
+        ends = scale if known.between(*scale).all() else None
         place: dict[str, Any] = {"by": "condition", "value": "score", "unit": "item"}
-        apart = None if ends is None else Bounds(-ends.high, ends.high)
+        # What a rule tells is often the same of every item: differences reach their ends, too.
+        told = known.isin(tuple(scale)).all()
+        apart = Bounds(-scale.high, scale.high) if told else None
         if several:
             scores, gaps = _over_seeds(own, reference, ends, apart)
         else:

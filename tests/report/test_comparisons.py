@@ -298,9 +298,26 @@ def test_a_rule_that_always_says_the_same_has_an_interval_all_the_same():
     assert (live.difference.mean, live.difference.low) == (-100, -100)
     assert -95 < live.difference.high < -40
     low = [{**row, "score": 1.0} for row in rows]
-    assert score_items(low, "plain")[0].score.high is None  # 1 is no end of a scale to 100
+    plain, live = score_items(low, "plain")
+    assert 15 < plain.score.high < 30
+    assert live.difference.high is None  # 1 is no end of a scale to 100
     right = [{**row, "metric": "acc", "score": 0.0} for row in rows]
     _, live = score_items(right, "plain")
     assert live.difference.mean == 0
     assert -0.5 < live.difference.low < -0.1
     assert 0.1 < live.difference.high < 0.5
+
+
+@pytest.mark.parametrize("seeds", [("",), ("seed0", "seed1", "seed2")])
+def test_scores_over_seeds_that_lie_far_apart_stay_on_their_scale(seeds):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"condition": name, "seed": seed, "task": "coherence", "metric": "score",
+         "item": item, "score": float(np.clip(level + shift + rng.normal(0, 5), 0, 100))}
+        for name, shift in (("plain", 0), ("held", 3))
+        for seed, level in zip(seeds, (5.0, 50.0, 95.0), strict=False)
+        for item in range(8)
+    ]  # fmt: skip
+    plain, held = score_items(rows, "plain")
+    for each in (plain.score, held.score):
+        assert 0 <= each.low < each.mean < each.high <= 100
