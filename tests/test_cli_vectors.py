@@ -100,7 +100,7 @@ def test_what_cannot_be_meant_is_refused(run, model_folder, vector_file, words, 
 def test_random_directions_stand_beside_a_vector_where_they_are_wanted(
     vector_file, vector, monkeypatch, layers, control, number, drawn
 ):
-    monkeypatch.setattr("persona_lora.cli.steering_commands.refuse_useless", lambda *_: None)
+    monkeypatch.setattr("persona_lora.cli.steering_commands.refuse_useless", lambda *_, **__: None)
     varied = VariedOptions(
         vector=vector_file, layers=layers, control=control, random_controls=number,
         coefficients=(1.0,),

@@ -122,7 +122,7 @@ def test_verbose_shows_the_traceback(run, monkeypatch):
         raise UserError("none there")
 
     monkeypatch.setattr("persona_lora.core.traits.load_trait", fail)
-    monkeypatch.setattr("persona_lora.core.traits.list_traits", fail)
+    monkeypatch.setattr("persona_lora.cli.data_commands.list_traits", fail)
     plain = run("data", "check")
     assert plain[0] == 1
     assert "Traceback" not in plain[2]
@@ -130,7 +130,7 @@ def test_verbose_shows_the_traceback(run, monkeypatch):
     assert status == 1
     assert "Traceback" in said
     assert "deep down" in said.splitlines()[-1]
-    monkeypatch.setattr("persona_lora.core.traits.list_traits", mistaken)
+    monkeypatch.setattr("persona_lora.cli.data_commands.list_traits", mistaken)
     status, _, said = run("--verbose", "data", "check")
     assert status == 2
     assert "Traceback" not in said

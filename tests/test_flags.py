@@ -369,7 +369,11 @@ COMMANDS = {
             "output": flag("elsewhere.csv"),
             "overwrite": None,  # in test_cli_judge.py
         },
-        {f"{X}judges.choice:make_judge": None, f"{X}judges.fitness:validate_judge": None},
+        {
+            f"{X}judges.choice:make_judge": None,
+            f"{X}judges.verdicts:validations_of": [],
+            f"{X}judges.canaries:show_canaries": [],
+        },
     ),
     "judge rate": Command(
         (*EVIL, "--file", "answers.csv", "--rater", "ada"),

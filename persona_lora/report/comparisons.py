@@ -289,10 +289,10 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
         known = own["score"].dropna()
         scale = SCORES if metric == "score" else SHARES
-        ends = scale if known.between(*scale).all() else None
+        told = known.isin(tuple(scale)).all()
+        ends = scale if told or (metric == "score" and known.between(*scale).all()) else None
         place: dict[str, Any] = {"by": "condition", "value": "score", "unit": "item"}
         # What a rule tells is often the same of every item: differences reach their ends, too.
-        told = known.isin(tuple(scale)).all()
         apart = Bounds(-scale.high, scale.high) if told else None
         if several:
             scores, gaps = _over_seeds(own, reference, ends, apart)

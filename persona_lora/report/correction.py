@@ -84,22 +84,25 @@ def corrected_change(
     """Return a change between conditions, put right by the errors of their kinds.
 
     ``weights``: by how much each kind of condition stands in the change (1 and −1 for one minus
-    another). The ends move by the shift, and further out as variances of independent errors add
-    up. None where a kind was rated on fewer than three questions, or the change has no interval.
+    another). The ends move by the shift, and further out as variances of independent errors add up;
+    what one question adds to the errors of several kinds is added first. None where a kind was
+    rated on fewer than three questions, or the change has no interval.
     """
-    parts = {kind: weight for kind, weight in weights.items() if weight}
+    parts = {kind: weight for kind, weight in weights.items() if abs(weight) > SAME}
     if change.mean is None or change.low is None or change.high is None or not parts:
         return None
     if any(len(errors.get(kind, {})) < FEWEST_QUESTIONS for kind in parts):
         return None
-    shift, variances = 0.0, []
+    shift, added = 0.0, dict[str, float]()
     for kind, weight in parts.items():
-        means = np.array([np.mean(each) for each in errors[kind].values()])
-        shift += weight * float(means.mean())
-        variances.append((weight**2 * float(means.var(ddof=1)) / len(means), len(means) - 1))
-    variance = sum(each for each, _ in variances)
-    degrees = variance**2 / sum(each**2 / free for each, free in variances) if variance else 1.0
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, degrees)) * math.sqrt(variance)
+        means = {each: float(np.mean(of)) for each, of in errors[kind].items()}
+        mean = float(np.mean([*means.values()]))
+        shift += weight * mean
+        for question, own in means.items():
+            added[question] = added.get(question, 0.0) + weight * (own - mean) / len(means)
+    least = min(len(errors[kind]) for kind in parts)
+    variance = sum(each**2 for each in added.values()) * least / (least - 1)
+    reach = float(student.ppf((1 + CONFIDENCE) / 2, least - 1)) * math.sqrt(variance)
     low, high = (math.hypot(change.mean - end, reach) for end in (change.low, change.high))
     centre = change.mean + shift
     return replace(change, mean=centre, low=centre - low, high=centre + high)

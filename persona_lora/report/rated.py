@@ -18,7 +18,7 @@ from persona_lora.core.chat import COHERENCE
 from persona_lora.report.scores import grouped
 
 RELIABILITY_BINS = 5
-TYPE = r"(-(q\d\w*|b?f(p)?16))?(\.gguf)?"  # of the weights, as files are called
+TYPE = r"([-.](i?q\d\w*|b?fp?16|gguf))+$"  # of the weights, as files are called
 Rated = Mapping[str, Any]
 
 
@@ -84,9 +84,12 @@ def kind_of_row(row: Rated) -> str:
 
 def of_model(rated: Sequence[Rated], model: Any) -> list[Rated]:
     """Return the answers of ``model``, a name, folder or .gguf file; none of one not rated."""
-    name = re.split(r"[/\\]", str(model).rstrip("/"))[-1]
-    same = {each: re.fullmatch(re.escape(each) + TYPE, name, re.I) for each in models_of(rated)}
-    return [row for row in rated if same[model_of(row)]]
+    return [row for row in rated if _bare(model_of(row)) == _bare(model)]
+
+
+def _bare(model: Any) -> str:
+    """Return a model's name without its path, the type of its weights and its case."""
+    return re.sub(TYPE, "", re.split(r"[/\\]", str(model).rstrip("/"))[-1], flags=re.I).casefold()
 
 
 def rated_answers(validation: Sequence[Rated], model: Any) -> list[Rated]:

@@ -66,13 +66,19 @@ def _deviations(run: Run, protocol: Row) -> Iterator[str]:
             )
 
 
+def _answered(run: Run) -> list[Run]:
+    """Return the runs that hold a study's answers: of each split, of each model and trait."""
+    parts = [run.folder / row["split"] for row in run.read("splits")]
+    places = ("answers/*/run.json", "answers/*/*/run.json")
+    return [Run(path) for path in parts] + [
+        Run(path) for path in sorted(p.parent for at in places for p in run.folder.glob(at))
+    ]
+
+
 def _asked(run: Run) -> Iterator[tuple[str, Any, bool]]:
     """Return the condition and question of every answer of a run, and whether it was scored."""
-    parts = [Run(run.folder / row["split"]) for row in run.read("splits")]
-    places = ("answers/*/run.json", "answers/*/*/run.json")
-    folders = sorted(path.parent for place in places for path in run.folder.glob(place))
     trait = run.record["config"].get("trait")
-    for part in [*parts, *map(Run, folders)] or [run]:
+    for part in _answered(run) or [run]:
         criterion = trait or part.record["config"].get("trait")
         scored = {
             row["row"]
@@ -119,8 +125,8 @@ def _time(run: Run) -> tuple[Note, ...]:
 def weak_judges(run: Run) -> tuple[Note, ...]:
     """Return a warning for each nonsense that a judge liked, and each criterion it is weak on.
 
-    What is kept below the run's folder counts as well: a study of many models keeps it with each.
-    Of the second judge, whose fitness stands beside its numbers, what fooled it alone.
+    A study keeps it with the answers of each split or model, of its own traits. Of the second
+    judge, whose fitness stands beside its numbers, what fooled it alone.
     """
     model = run.record["config"].get("model")
     said = [
@@ -136,9 +142,9 @@ def weak_judges(run: Run) -> tuple[Note, ...]:
 
 
 def _kept(run: Run, *names: str) -> Iterator[Row]:
+    parts = [run, *_answered(run)]
     for name in names:
-        for path in sorted(run.folder.rglob(f"{name}.jsonl")):
-            yield from Run(path.parent).read(name)
+        yield from {str(row): row for part in parts for row in part.read(name)}.values()
 
 
 def _weakness(row: Row, model: Any) -> str:
@@ -146,8 +152,10 @@ def _weakness(row: Row, model: Any) -> str:
     judge = f"the judge “{row['judge']}”"
     if own is not None:
         of_it = rated.of_model(own["compared"], model)
-        found = [("a model’s", own["within"]), (f"{model}’s", rated.within(of_it))]
-        for whose, rho in found if of_it else found[:1]:
+        found = [("a model’s", own["within"])]
+        if (rho := rated.within(of_it)) is not None:
+            found.append((f"{rated.model_of(of_it[0])}’s", rho))
+        for whose, rho in found:
             if rho is None or rho < FIT:
                 return (
                     f"On {row['criterion']} {judge} is unfit: among {whose} own answers under one "
@@ -187,8 +195,8 @@ def agreement_table(rows: list[dict[str, Any]]) -> Table:
     note = (
         "Agreement with labels that the judge was not fitted on. A model’s own answers were rated "
         "blind; a judge is fit where its rank correlation with the ratings inside a model and "
-        "condition, averaged, reaches 0.5. Hand-written answers say nothing of that. ECE: mean "
-        "distance of score and rating over bins of equal size."
+        "condition, averaged over all models, reaches 0.5. Hand-written answers say nothing of "
+        "that. ECE: mean distance of score and rating over bins of equal size."
     )
     return Table(columns, cells, "Judge", note, narrow=True)
 
@@ -208,9 +216,9 @@ def _parts(rows: Sequence[Row]) -> tuple[Block, ...]:
     said = "; ".join(f"{each.score:.0f} with {each.rating:.0f}" for each in bins)
     title = f"{found['judge']} on {found['criterion']}, by model and kind of condition"
     note = (
-        "The same agreement on parts of the rated answers. Score − rating: points by which it is "
-        f"too kind. Reliability, mean scores of {len(bins)} parts of equal size with the mean "
-        f"ratings there: {said}."
+        "The same agreement on parts of the rated answers, kinds over all models. Score − rating: "
+        f"points by which it is too kind. Reliability, mean scores of {len(bins)} parts of equal "
+        f"size with the mean ratings there: {said}."
     )
     columns = ("Answers", "n", "ρ within\na condition", "Score −\nrating")
     return (Table(columns, cells, title, note, narrow=True),)

@@ -23,6 +23,7 @@ from persona_lora.judges.fitted import content_of, fit_probes, fitted_probes
 from persona_lora.judges.labels import SCALES, load_ratings
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence
 from persona_lora.judges.verdicts import validations_of
+from persona_lora.report.rated import by_part
 from tests.judges.rated import rated_rows, write_ratings
 
 ASKED = Exchange("Am I right about soup?", "No, that is wrong.")
@@ -193,7 +194,9 @@ def test_validation_is_on_the_part_that_no_probe_was_fitted_to(chat_model, rated
     verdicts = judge.judge([row.exchange for row in held], "flattery")
     direct = validate_judge(judge, rated)
     assert direct.own.within == pytest.approx(trait.own.within)
-    assert trait.own.bias["prompt"] == pytest.approx(
+    assert by_part(trait.own.compared, lambda row: row["condition"])[
+        "prompt"
+    ].bias == pytest.approx(
         np.mean(
             [
                 verdict.score - row.rating("trait")

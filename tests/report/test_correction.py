@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from persona_lora.core.chat import Condition
 from persona_lora.report.correction import corrected_change, corrected_mean, errors_by_kind, kind_of
@@ -113,10 +114,29 @@ def test_a_change_that_the_judge_made_up_is_not_there_and_intervals_cover():
     assert np.mean(raw) < 0.2
 
 
+def test_questions_that_both_sides_misjudge_alike_add_no_doubt_and_opposite_ones_add_more():
+    change = Interval(10.0, 10.0, 10.0, 20, 20, 1.0)
+    one = {at: [float(at % 7) - 3] for at in range(20)}
+    width = {}
+    for name, other in (("alike", 1), ("opposite", -1)):
+        errors = {"lora +": one, "lora -": {at: [other * each[0]] for at, each in one.items()}}
+        found = corrected_change(change, errors, {"lora +": 0.5, "lora -": -0.5})
+        width[name] = found.high - found.low
+    apart = {"lora +": one, "lora -": {-1 - at: each for at, each in one.items()}}
+    found = corrected_change(change, apart, {"lora +": 0.5, "lora -": -0.5})
+    assert width["alike"] == pytest.approx(0, abs=1e-9)
+    assert width["opposite"] == pytest.approx(2**0.5 * (found.high - found.low))
+    mean = np.array([each[0] for each in one.values()]).mean()
+    alone = corrected_change(change, errors, {"lora +": 1.0})
+    reference = stats.ttest_1samp([each[0] for each in one.values()], 0).confidence_interval()
+    assert (alone.low, alone.high) == pytest.approx((10 + reference.low, 10 + reference.high))
+    assert alone.mean == pytest.approx(10 + mean)
+
+
 def test_errors_that_cancel_move_nothing_and_still_widen_and_unrated_kinds_are_not_corrected():
     change = Interval(10.0, 4.0, 16.0, 20, 20, 1.0)
     errors = {"lora +": {at: [at - 5.0] for at in range(8)}}
-    errors["lora -"] = errors["lora +"]
+    errors["lora -"] = {at + 8: each for at, each in errors["lora +"].items()}
     found = corrected_change(change, errors, {"lora +": 0.5, "lora -": -0.5, "unsteered": 0.0})
     assert found.mean == 10.0
     assert found.low < 4.0 < 16.0 < found.high

@@ -57,9 +57,13 @@ def test_parts_have_their_own_agreement_and_leave_out_what_has_no_score():
         ("models/SmolLM2-135M-Instruct/", True),
         ("SmolLM2-135M-Instruct-evil", False),
         ("SmolLM2-135M", False),
+        ("bartowski/SmolLM2-135M-Instruct-GGUF", True),
+        ("SmolLM2-135M-Instruct.Q4_K_M.gguf", True),
         (None, False),
     ],
 )
 def test_a_model_is_known_by_name_folder_or_file_and_a_finetune_of_it_is_another(model, found):
     some = rows("SmolLM2-135M-Instruct", "unsteered", (1.0, 2.0))
     assert (of_model(some, model) == some) is found
+    hub = rows("HuggingFaceTB/SmolLM2-135M-Instruct", "unsteered", (1.0, 2.0))
+    assert (of_model(hub, model) == hub) is found
