@@ -111,8 +111,10 @@ def corrected_change(
 def kind_of(condition: Condition) -> str | None:
     """Return what rated answers call a condition's kind; None where none is of it."""
     name = KINDS.get(condition.method)
-    if name is None or not condition.coefficient:
+    if name is None or condition.coefficient is None:
         return name
+    if condition.coefficient == 0:
+        return UNSTEERED
     return f"{name} {'+' if condition.coefficient > 0 else '-'}"
 
 

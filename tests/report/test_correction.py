@@ -73,6 +73,9 @@ def test_where_nothing_varies_no_interval_of_no_width_is_given():
     [
         (Condition("none"), "unsteered"),
         (Condition("none", 0.0), "unsteered"),
+        (Condition("lora", 0.0), "unsteered"),
+        (Condition("activation", 0.0, 19), "unsteered"),
+        (Condition("random", 0.0, 19), None),
         (Condition("lora", 1.5), "lora +"),
         (Condition("lora", -2.0), "lora -"),
         (Condition("activation", 3.0, 19), "vector +"),
