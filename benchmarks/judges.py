@@ -53,6 +53,7 @@ from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.report import wording
 from persona_lora.report.correction import corrected_change, errors_by_kind
 from persona_lora.report.rated import (
+    Rated,
     by_part,
     kind_of_row,
     model_of,
@@ -325,6 +326,44 @@ def spread(traits: Sequence[Trait], chat_model: ChatModel, wide: float = 10.0) -
         print(f"| {trait.name} | {' | '.join(cells)} |", flush=True)
 
 
+def _effect(rows: Sequence[Rated], kind: str, field: str) -> float:
+    """Return half of what a kind's answers with + have over those with −; NaN without either."""
+    ends = [[r[field] for r in rows if kind_of_row(r) == f"{kind} {sign}"] for sign in "+-"]
+    return (np.mean(ends[0]) - np.mean(ends[1])) / 2 if all(ends) else math.nan
+
+
+def _put_to_the_test(rows: Sequence[Rated], kind: str, draws: int = 400) -> str:
+    """Say how far the effect of rated answers is missed, raw and corrected.
+
+    Corrected by what the other half of the questions adds, over random halves; then rated over
+    judged effect, with a 95% bootstrap interval over questions: what a correction in proportion
+    would multiply with.
+    """
+    known, random = [row for row in rows if row["score"] is not None], np.random.default_rng(0)
+    asked = grouped(known, lambda row: row["question"])
+    raw, corrected, ratios = [], [], []
+    for _ in range(draws):
+        order = random.permutation(list(asked)).tolist()
+        parts = order[: len(order) // 2], order[len(order) // 2 :]
+        ours, others = ([row for name in part for row in asked[name]] for part in parts)
+        missed, shift = (
+            _effect(p, kind, "score") - _effect(p, kind, "rating") for p in (ours, others)
+        )
+        raw.append(abs(missed))
+        corrected.append(abs(missed - shift))
+        drawn = [row for name in random.choice(list(asked), len(asked)) for row in asked[name]]
+        ratios.append(_effect(drawn, kind, "rating") / _effect(drawn, kind, "score"))
+    if np.isnan(raw).all():
+        return "not rated"
+    low, high = np.nanquantile(ratios, [0.025, 0.975])
+    rated, judged = (_effect(known, kind, field) for field in ("rating", "score"))
+    return (
+        f"rated {rated:.1f}, judged {judged:.1f}, {rated / judged:.2f} [{low:.2f}, {high:.2f}] "
+        f"times; half of the questions is missed by {np.nanmean(raw):.1f} raw, "
+        f"{np.nanmean(corrected):.1f} corrected by the other half"
+    )
+
+
 def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
     """Print how far the default reader misses ratings, by model and kind of condition.
 
@@ -350,6 +389,8 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
             for name, weights in effects.items():
                 shift = corrected_change(nothing, errors_by_kind(some), weights)
                 print(f"{name}: {wording.interval(shift, 1)}", flush=True)
+            for name, (kind, _) in halves.items():
+                print(f"{name}: {_put_to_the_test(some, kind)}", flush=True)
         _, sense = _with_own(judge.validation[1])
         given = [
             (row["score"], row["rating"]) for row in sense.compared if row["score"] is not None

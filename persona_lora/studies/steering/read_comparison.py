@@ -24,9 +24,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units, write_found
 from persona_lora.report.correction import (
-    UNSTEERED as UNSTEERED_KIND,
-)
-from persona_lora.report.correction import (
+    UNSTEERED,
     corrected_change,
     errors_by_kind,
     kind_of,
@@ -351,7 +349,8 @@ def corrected_effects(
     note = (
         "Put right by how far the judge misses the ratings of answers of the same kinds of "
         f"condition ({', '.join(models)}); intervals carry both uncertainties. It is assumed that "
-        "the answers at hand are misjudged as those that were rated."
+        "the answers at hand are misjudged by as many points as those that were rated: too many "
+        "where their effects are smaller."
     )
     title = "Effects corrected for the judge’s error"
     return (
@@ -366,7 +365,7 @@ def _kinds(levels: Sequence[Row], method: str) -> dict[str, float]:
     for row in own:
         sign = math.copysign(1 / len(own), row["coefficient"])
         kind = str(kind_of(Condition(method, row["coefficient"])))
-        found = _less(found, {kind: -sign, UNSTEERED_KIND: sign})
+        found = _less(found, {kind: -sign, UNSTEERED: sign})
     return found
 
 
