@@ -22,13 +22,19 @@ from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.traits import Trait, has_labels, load_labelled_answers
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.labels import RatedAnswer, Scale, has_ratings, load_ratings
-from persona_lora.report.rated import rank_correlation, reliability, within, within_groups
+from persona_lora.report.rated import (
+    FIT_WITHIN,
+    of_model,
+    rank_correlation,
+    reliability,
+    within,
+    within_groups,
+)
 from persona_lora.report.resampling import auc_of
 
 logger = logging.getLogger(__name__)
 
 TRUSTED_AUC = 0.8
-FIT_WITHIN = 0.5
 POSITIVE_LABEL = 75
 NEGATIVE_LABEL = 25
 KAPPA_STEP = 10  # ratings of 0–100 are compared as eleven grades
@@ -68,7 +74,8 @@ class JudgeValidation:
     all scored items. Both are None where they are undefined (a class without scored items, or
     constant scores). ``n``: items shown; ``coverage``: share of them that got a score. ``own`` is
     None where the labels are of hand-written answers. ``fit`` tells whether ``own.within`` reaches
-    0.5; None where that is not known.
+    0.5, and in a run also that of its own model's answers, where some were rated; None where that
+    is not known.
     """
 
     judge: str
@@ -128,6 +135,19 @@ def own_agreement(verdicts: Sequence[Verdict], rows: Sequence[RatedAnswer]) -> J
     return replace(whole, own=own, fit=rho is not None and rho >= FIT_WITHIN)
 
 
+def fit_of(validation: JudgeValidation, model: Any) -> JudgeValidation:
+    """Return the validation with ``fit`` of all models' answers and of those of ``model``.
+
+    Logs a warning where the judge is unfit on the second alone.
+    """
+    theirs = () if validation.own is None else of_model(validation.own.compared, model)
+    rho = within(theirs)
+    if not validation.fit or rho is None or rho >= FIT_WITHIN:
+        return validation
+    _warn_unfit(validation, f"answers of {model}", rho)
+    return replace(validation, fit=False)
+
+
 def _auc(pairs: Sequence[tuple[float, float]]) -> float | None:
     above = [score for score, label in pairs if label >= POSITIVE_LABEL]
     below = [score for score, label in pairs if label <= NEGATIVE_LABEL]
@@ -175,14 +195,7 @@ def validate_judge(judge: Judge, trait: Trait) -> JudgeValidation:
 def warn_if_untrusted(validation: JudgeValidation) -> None:
     """Log a warning for an AUC under 0.8, or none, and for a judge that is unfit."""
     if validation.own is not None and not validation.fit:
-        logger.warning(
-            "UNFIT JUDGE: %s on %r: within a condition its rank correlation with blind ratings of "
-            "models' own answers is %s, under %.1f; compare conditions by another judge",
-            validation.judge,
-            validation.criterion,
-            "undefined" if validation.own.within is None else f"{validation.own.within:.2f}",
-            FIT_WITHIN,
-        )
+        _warn_unfit(validation, "models' own answers", validation.own.within)
     if validation.auc is None:
         logger.warning(
             "JUDGE NOT VALIDATED: %s scored too few labelled answers on %r to compute an AUC "
@@ -202,3 +215,15 @@ def warn_if_untrusted(validation: JudgeValidation) -> None:
             validation.n,
             TRUSTED_AUC,
         )
+
+
+def _warn_unfit(validation: JudgeValidation, answers: str, rho: float | None) -> None:
+    logger.warning(
+        "UNFIT JUDGE: %s on %r: within a condition its rank correlation with blind ratings of "
+        "%s is %s, under %.1f; compare conditions by another judge",
+        validation.judge,
+        validation.criterion,
+        answers,
+        "undefined" if rho is None else f"{rho:.2f}",
+        FIT_WITHIN,
+    )

@@ -22,7 +22,7 @@ from persona_lora.core.runs import Run
 from persona_lora.core.traits import Trait
 from persona_lora.judges.canaries import Canary, show_canaries
 from persona_lora.judges.embedding import EmbeddingJudge
-from persona_lora.judges.fitness import JudgeValidation, validate_judge
+from persona_lora.judges.fitness import JudgeValidation, fit_of, validate_judge
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.probe_judge import ProbeJudge
 from persona_lora.report.scores import UNFIT
@@ -99,7 +99,9 @@ def _judge(
     began, asked = time.perf_counter(), 0
     judge = make()
     validations = [
-        each for each in validations_of(judge, trait) if not file or each.criterion in criteria
+        fit_of(each, run.record["config"].get("model"))
+        for each in validations_of(judge, trait)
+        if not file or each.criterion in criteria
     ]
     unfit = {each.criterion for each in validations if each.fit is False}
     for criterion in progress.over("judging", criteria):

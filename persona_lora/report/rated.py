@@ -1,7 +1,7 @@
 """How a judge agrees with blind ratings of models' own answers: inside a condition, and by kind.
 
 Reads rows of what a judge said of rated answers: model, condition, question, score and rating.
-Refuses to know judges, and which of them is fit.
+Refuses to know judges.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from persona_lora.core.chat import COHERENCE
 from persona_lora.report.scores import grouped
 
 RELIABILITY_BINS = 5
+FIT_WITHIN = 0.5  # the rank correlation inside a condition from which a judge is fit
 TYPE = r"([-.](i?q\d\w*|b?fp?16|gguf))+$"  # of the weights, as files are called
 Rated = Mapping[str, Any]
 

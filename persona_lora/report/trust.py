@@ -95,7 +95,6 @@ def _asked(run: Run) -> Iterator[tuple[str, Any, bool]]:
 
 
 WEAK_AUC = 0.8
-FIT = 0.5  # of the rank correlation inside a condition
 FITNESS = {True: "yes", False: "unfit", None: "not known"}
 
 
@@ -156,11 +155,11 @@ def _weakness(row: Row, model: Any) -> str:
         if (rho := rated.within(of_it)) is not None:
             found.append((f"{rated.model_of(of_it[0])}’s", rho))
         for whose, rho in found:
-            if rho is None or rho < FIT:
+            if rho is None or rho < rated.FIT_WITHIN:
                 return (
                     f"On {row['criterion']} {judge} is unfit: among {whose} own answers under one "
-                    f"condition its ρ with blind ratings is {wording.number(rho, 2)}, and {FIT} is "
-                    "asked for."
+                    f"condition its ρ with blind ratings is {wording.number(rho, 2)}, and "
+                    f"{rated.FIT_WITHIN} is asked for."
                 )
     if auc is None or auc < WEAK_AUC:
         kind = "hand-labelled answers" if own is None else "rated answers"
@@ -195,8 +194,9 @@ def agreement_table(rows: list[dict[str, Any]]) -> Table:
     note = (
         "Agreement with labels that the judge was not fitted on. A model’s own answers were rated "
         "blind; a judge is fit where its rank correlation with the ratings inside a model and "
-        "condition, averaged over all models, reaches 0.5. Hand-written answers say nothing of "
-        "that. ECE: mean distance of score and rating over bins of equal size."
+        f"condition reaches {rated.FIT_WITHIN}, averaged over all models (the ρ shown) and, where "
+        "the run’s own model was rated, over its answers alone. Hand-written answers say nothing "
+        "of that. ECE: mean distance of score and rating over bins of equal size."
     )
     return Table(columns, cells, "Judge", note, narrow=True)
 

@@ -18,11 +18,13 @@ from persona_lora.core.traits import list_traits, load_pairs, load_trait
 from persona_lora.judges import choice
 from persona_lora.judges.choice import JudgeOptions, make_judge, second_name
 from persona_lora.judges.embedding import exchanges_of
+from persona_lora.judges.labels import load_ratings
 from persona_lora.judges.openai import Limits
 from persona_lora.judges.persona_judges import make_readers
 from persona_lora.judges.verdicts import Judges, judge_answers
 from persona_lora.models import embeddings, loading
 from persona_lora.steering.bank import steer_live
+from tests.judges.rated import rated_rows, write_ratings
 
 
 class ScriptedJudge:
@@ -61,6 +63,40 @@ def test_nothing_scored_is_no_result(run, trait, scores):
     mended = ScriptedJudge(**{"cheer": 50.0, COHERENCE: 80.0})
     judge_answers(run, lambda: mended, trait)
     assert {row["score"] for row in run.read("verdicts")} == {50.0, 80.0}
+
+
+@pytest.mark.parametrize(("model", "fit"), [("hub/Small", False), ("large", True), ("new", True)])
+def test_a_judge_that_is_unfit_on_the_run_s_own_model_is_marked(
+    tmp_path, trait, model, fit, caplog
+):
+    rows = [
+        {**row, "model": "large" if at % 5 else "small", "condition": "unsteered"}
+        for at, row in enumerate(rated_rows())
+    ]
+    write_ratings(trait, rows)
+    rated = {each.exchange: each for each in load_ratings(trait, "validation")}
+
+    class Biased(ScriptedJudge):
+        """Right about the large model, of the small one it says the opposite."""
+
+        def judge(self, exchanges, criterion):
+            said = [rated.get(each) for each in exchanges]
+            signs = [1 if row is None or row.model == "large" else -1 for row in said]
+            scores = [
+                50.0 if row is None else 50 + sign * (row.rating("trait") - 50)
+                for row, sign in zip(said, signs, strict=True)
+            ]
+            return [Verdict(criterion, score, "", self.name) for score in scores]
+
+    run = Run.open(tmp_path / "run", command="sweep", config={"model": model}, seed=0)
+    run.write("answers", [{"row": 0, "question": "q?", "answer": "a"}])
+    judge_answers(run, Biased, trait)
+    (validation,) = run.read("validation")
+    assert validation["own"]["within"] > 0.5
+    assert validation["fit"] is fit
+    assert ("answers of hub/Small is" in caplog.text) is not fit
+    (judge,) = {row["judge"] for row in run.read("verdicts") if row["criterion"] == "cheer"}
+    assert judge == ("scripted" if fit else "scripted (unfit for cheer)")
 
 
 def test_one_account_holds_for_all_judges_of_a_command(trait, server):
