@@ -48,6 +48,7 @@ from persona_lora.studies.drift.read_prediction import (
     FEWEST,
     FROM_CONTROL,
     NULL,
+    SHARED,
     TEXT,
     WEIGHTS,
     answers_place,
@@ -268,6 +269,7 @@ def _predictors(
         if control is not None:
             other = LoRADiff.load(study.finetunes[control])
             apart = project_adapter(adapter, study.diffs, inputs=inputs, control=other).delta_norm
+        shared = fmean(value.coordinate for value in weighted.total.values())
         for direction, value in weighted.total.items():
             kinds = {
                 WEIGHTS: value.coordinate,
@@ -275,6 +277,8 @@ def _predictors(
                 "weights, plain": plain.total[direction].coordinate,
                 DISTANCE: weighted.delta_norm,
             }
+            if len(study.diffs) > 1:
+                kinds[SHARED] = shared
             if apart is not None:
                 kinds[FROM_CONTROL] = apart
             rows += [_row(name, direction, kind, each) for kind, each in kinds.items()]

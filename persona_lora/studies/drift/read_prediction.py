@@ -29,6 +29,7 @@ BASE = "base"
 WEIGHTS, NULL = "weights", "random"
 TEXT, DOSE = TOLD_BY_RECORDS = "training text", "dose"
 DISTANCE, FROM_CONTROL = "distance", "distance from control"
+SHARED = "shared component"
 POOLED = "all traits"
 RESAMPLES = 2000
 PERMUTATIONS = 5000

@@ -64,6 +64,7 @@ def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
     assert len(random) == 4 * 2 * RANDOM_DIRECTIONS
     kinds = Counter(row["kind"] for row in predictors if row["kind"] != "random")
     by_weights = ("weights", "weights, corrected", "weights, plain", "distance")
+    by_weights += ("shared component",)
     assert kinds == {**dict.fromkeys(by_weights, 4 * 2), "activations": 4}
     (null,) = nulls(judged, predictors)
     assert (null.judged, null.n) == ("cheer", RANDOM_DIRECTIONS)
@@ -78,9 +79,17 @@ def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
             if (row["finetune"], row["kind"]) == ("f2", kind)
         }
         assert mine == pytest.approx({name: total[name].coordinate for name in study.diffs})
+    weighed = [inputs.weigh(each) for each in study.diffs.values()]
+    first, second = (each / each.norm() for each in weighed)
+    (common,) = {
+        row["value"]
+        for row in predictors
+        if (row["finetune"], row["kind"]) == ("f2", "shared component")
+    }
+    assert common == pytest.approx(inputs.weigh(adapter).inner(first + second) / 2)
     assert (run.folder / "prediction.png").is_file()
     table = (run.folder / "prediction.csv").read_text().splitlines()
-    assert len(table) == 1 + (4 * 2 + 1) + 5  # directions of each kind, and its pooled row
+    assert len(table) == 1 + (5 * 2 + 1) + 6  # directions of each kind, and its pooled row
 
 
 def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff, tmp_path):
