@@ -209,7 +209,7 @@ def _parts(rows: Sequence[Row]) -> tuple[Block, ...]:
     answers = found["own"]["compared"]
     parts = {**rated.by_part(answers, rated.model_of), **rated.by_part(answers, rated.kind_of_row)}
     cells = tuple(
-        (name, str(each.n), wording.number(each.within, 2), f"{each.bias:+.0f}")
+        (name, str(each.n), wording.number(each.within, 2), wording.signed(each.bias))
         for name, each in parts.items()
     )
     bins = rated.reliability(answers)

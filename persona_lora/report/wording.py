@@ -26,6 +26,12 @@ def number(value: float | None, digits: int = 0) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", _MINUS)
 
 
+def signed(value: float, digits: int = 0) -> str:
+    """Return a rounded number with its sign, "+" or a true minus, and none for 0."""
+    said = number(value, digits)
+    return f"+{said}" if float(said.replace(_MINUS, "-")) > 0 else said
+
+
 def percent(share: float | None) -> str:
     """Return a share as a whole percentage."""
     return "–" if share is None else f"{100 * share:.0f}%"

@@ -13,6 +13,7 @@ def test_wording_of_numbers_uses_true_minus_signs_and_no_negative_zero():
     assert wording.number(-3.26, 1) == "−3.3"
     assert wording.number(-0.04, 1) == "0.0"
     assert wording.number(None) == "–"
+    assert [wording.signed(each) for each in (3.4, -3.4, 0.4, -0.4)] == ["+3", "−3", "0", "0"]
     assert [wording.coefficient(c) for c in (-1.5, 0.0, 2.0, None)] == ["−1.5", "0", "+2", "–"]
     assert [wording.significant(v) for v in (0, 0.9, 14.2, 0.0301)] == ["0", "0.90", "14", "0.030"]
     assert [wording.p_value(p) for p in (None, 0.00001, 0.04)] == ["–", "< 0.001", "0.040"]

@@ -148,7 +148,7 @@ def _front_table(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) 
     found, held = front_means(rows, config), front_held(rows, config, limits)
     weights = {row["condition"]: row["weights"] for row in rows if row["condition"] in held}
     cells = (
-        [name.replace("_", " "), *(f"{value:+.2f}" for value in weights[name].values())]
+        [name.replace("_", " "), *(wording.signed(value, 2) for value in weights[name].values())]
         + [wording.interval(each, 1) for each in found[name].values()]
         + ["yes" if held[name] else "no"]
         for name in held

@@ -190,7 +190,7 @@ def _alone(direction: LoRADiff | SteeringVector, positions: Positions) -> Bank:
 def strengths_table(found: Strengths, name: str) -> Table:
     """Return what each coefficient does, from the most negative to the most positive."""
     rows = (
-        [f"{each.coefficient:+.3g}", f"{each.nats:.4f}", f"{each.nats_p95:.3f}"]
+        [wording.coefficient(each.coefficient), f"{each.nats:.4f}", f"{each.nats_p95:.3f}"]
         + [wording.number(each.coherence)]
         for each in sorted(found.points, key=lambda point: point.coefficient)
     )

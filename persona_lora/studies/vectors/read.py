@@ -139,7 +139,7 @@ def projections_table(run: Run) -> Table:
         values = [row["projection"] for row in own]
         shifts = [row["shift"] for row in own if row["shift"] is not None]
         spread = f"{stdev(values):.2f}" if len(values) > 1 else wording.NONE
-        shift = f"{mean(shifts):+.3f}" if shifts else wording.NONE
+        shift = wording.signed(mean(shifts), 3) if shifts else wording.NONE
         rows.append([name, str(layer), str(len(own)), f"{mean(values):.2f}", spread, shift])
     return Table.of("vector | layer | rows | mean | sd | mean shift", rows)
 
