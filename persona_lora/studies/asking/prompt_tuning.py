@@ -24,7 +24,7 @@ from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.comparisons import frame, means, paired
-from persona_lora.report.resampling import SCORES
+from persona_lora.report.resampling import SCORES, holm
 from persona_lora.report.scores import score_answers
 from persona_lora.report.sections import Table
 from persona_lora.steering.steerer import Unsteered
@@ -186,9 +186,11 @@ def tuned_table(found: TunedPrompt, trait: str) -> Table:
         means(rows, by=by, value=value, unit=unit, scale=SCORES) for value in (trait, COHERENCE)
     )
     gaps = paired(rows, by=by, value=trait, unit=unit, reference=OWN)
+    shown = (NONE, OWN, TUNED)
+    p_holm = holm([gaps[name].p for name in shown])
     cells = (
         [name, wording.interval(scores[name]), wording.interval(sense[name])]
-        + [wording.interval(gaps[name].difference)]
-        for name in (NONE, OWN, TUNED)
+        + [wording.interval(gaps[name].difference), wording.p_value(p)]
+        for name, p in zip(shown, p_holm, strict=True)
     )
-    return Table.of(f"prompt | {trait} | coherence | less the trait's own", cells)
+    return Table.of(f"prompt | {trait} | coherence | less the trait's own | p (Holm)", cells)

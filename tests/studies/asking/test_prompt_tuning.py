@@ -114,6 +114,7 @@ def test_the_best_wording_wins_and_is_reported_held_out(
     assert cells["tuned"][1].startswith("80" if sign == "pos" else "10")
     assert cells["the trait's own"][1].startswith("40" if sign == "pos" else "60")
     assert cells["tuned"][3].startswith("40" if sign == "pos" else "−50"), cells
+    assert [cells[name][4] for name in ("no prompt", "tuned")] == ["1.000", "< 0.001"]
     asked = len(echoed)
     again = tune_prompt(chat_model, trait, lambda: judge, output, sign=sign)
     assert (again.prompt, len(echoed)) == (found.prompt, asked)
