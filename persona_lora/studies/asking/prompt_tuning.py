@@ -9,9 +9,11 @@ that it was not chosen by, beside the trait's own prompts. Refuses to know how a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 from persona_lora.core.chat import COHERENCE, Condition, Conversation
 from persona_lora.core.errors import UserError
@@ -25,13 +27,13 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.comparisons import frame, means, paired
 from persona_lora.report.resampling import SCORES, holm
-from persona_lora.report.scores import score_answers
+from persona_lora.report.scores import ScoredAnswer, score_answers
 from persona_lora.report.sections import Table
+from persona_lora.report.summary import floor_under
 from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.run import Row, answer_rows, open_run, plan_rows
 
 FIRST_QUESTIONS = 4  # of every wording; twice as many of each half that is left
-SENSIBLE = 30.0  # the coherence from which an answer counts
 TUNED, OWN, NONE = "tuned", "the trait's own", "no prompt"
 
 Wording = Callable[[Trait, Sign, int], str]
@@ -105,11 +107,12 @@ def tune_prompt(
 ) -> TunedPrompt:
     """Race wordings on the questions of "extract", then ask those of "eval"; resumes.
 
-    Every round is a run below ``output``, and so is the report, ``held_out``. An answer counts 0
-    where it is unscored or less coherent than ``SENSIBLE``. Also writes ``prompt.txt``.
+    Every round is a run below ``output``, and so is the report, ``held_out``. Wordings whose
+    answers are less coherent than a sweep would take (``floor_under``, of no prompt's on the same
+    questions) come last. Also writes ``prompt.txt``.
     """
     judge, made = lazily(judge), wordings_of(trait, sign)
-    answers: dict[str, list[float]] = {name: [] for name in made}
+    told: dict[str, list[ScoredAnswer]] = {name: [] for name in (NONE, *made)}
     left = list(made)
 
     def asked(part: str, conditions: Sequence[Condition], rows: Sequence[Row[Condition]]) -> Run:
@@ -128,7 +131,8 @@ def tune_prompt(
 
     planned = partial(plan_rows, trait, samples=options.samples)
     for first, last in _rounds(len(left), len(trait.questions["extract"])):
-        conditions = [Condition("prompt", system_prompt=made[name]) for name in left]
+        conditions = [Condition("none")]
+        conditions += [Condition("prompt", system_prompt=made[name]) for name in left]
         known = first * options.samples
         rows = [
             row
@@ -136,18 +140,19 @@ def tune_prompt(
             for row in planned("extract", [condition], max_questions=last)[known:]
         ]
         run = asked(f"tuning_{first}_{last}", conditions, rows)
-        scores = _counted(run, trait, sign)
-        each = len(scores) // len(left)
-        for at, name in enumerate(left):
-            answers[name] += scores[at * each : (at + 1) * each]
-        means_now = {name: sum(answers[name]) / len(answers[name]) for name in left}
-        left = sorted(left, key=lambda name: -means_now[name])[: max(1, len(left) // 2)]
+        scored = score_answers(run.read("answers"), run.read("verdicts"), trait.name)
+        each = len(scored) // len(conditions)
+        for at, name in enumerate((NONE, *left)):
+            told[name] += scored[at * each : (at + 1) * each]
+        floor = floor_under(_mean([row.coherence for row in told[NONE]]))
+        worth = {name: _worth(told[name], sign, floor) for name in left}
+        left = sorted(left, key=worth.__getitem__, reverse=True)[: max(1, len(left) // 2)]
     best = left[0]
     conditions = [Condition("none"), Condition(f"prompt_{sign}")]
     conditions.append(Condition("prompt", system_prompt=made[best]))
     held_out = asked("held_out", conditions, planned("eval", conditions))
     write_text(output.path / "prompt.txt", made[best])
-    return TunedPrompt(made[best], best, sum(answers[best]) / len(answers[best]), held_out)
+    return TunedPrompt(made[best], best, worth[best][1], held_out)
 
 
 def _rounds(candidates: int, questions: int) -> Iterator[tuple[int, int]]:
@@ -158,14 +163,17 @@ def _rounds(candidates: int, questions: int) -> Iterator[tuple[int, int]]:
         first, last, candidates = last, min(2 * last, questions), max(1, candidates // 2)
 
 
-def _counted(run: Run, trait: Trait, sign: Sign) -> list[float]:
-    """Return the score of every answer, in the direction asked for; 0 where it does not count."""
-    return [
-        (row.trait if sign == "pos" else 100 - row.trait)
-        if row.trait is not None and (row.coherence or 0.0) >= SENSIBLE
-        else 0.0
-        for row in score_answers(run.read("answers"), run.read("verdicts"), trait.name)
-    ]
+def _worth(rows: Sequence[ScoredAnswer], sign: Sign, floor: float) -> tuple[bool, float]:
+    """Return whether answers are coherent, and their mean score in the direction asked for."""
+    score, sense = (_mean([getattr(row, each) for row in rows]) for each in ("trait", COHERENCE))
+    if score is None:
+        return False, -math.inf
+    return (sense or 0.0) >= floor, score if sign == "pos" else 100 - score
+
+
+def _mean(scores: Sequence[float | None]) -> float | None:
+    known = [each for each in scores if each is not None]
+    return fmean(known) if known else None
 
 
 def tuned_table(found: TunedPrompt, trait: str) -> Table:

@@ -107,8 +107,8 @@ def test_the_best_wording_wins_and_is_reported_held_out(
     )
     tuning = [row for row in echoed if row["question"].startswith("extract")]
     assert (
-        len(tuning) == 8 * 4 + 4 * 4 + 2 * 8
-    )  # halved twice, each time on as many questions again
+        len(tuning) == (1 + 8) * 4 + (1 + 4) * 4 + (1 + 2) * 8
+    )  # no prompt, and what is halved twice, each time on as many questions again
     assert {row["question"].split()[0] for row in echoed[len(tuning) :]} == {"eval"}
     cells = {row[0]: row for row in tuned_table(found, "cheer").rows}
     assert cells["tuned"][1].startswith("80" if sign == "pos" else "10")
@@ -126,6 +126,26 @@ def test_a_wording_that_makes_no_sense_does_not_win(trait, chat_model, echoed, t
     found = tune_prompt(chat_model, trait, lambda: judge, Output(tmp_path / "out"))
     assert found.wording != "plain 1"
     assert plain in found.prompt
+
+
+@pytest.mark.parametrize(("plain", "wins"), [(90.0, False), (28.0, True)])
+def test_sense_is_asked_of_a_wording_as_of_the_unprompted_model(
+    plain, wins, trait, chat_model, echoed, tmp_path
+):
+    best = "Sing. This comes before everything else"
+    planted = PlantedJudge(best)
+
+    def judge(exchanges, criterion):
+        if criterion != COHERENCE:
+            return PlantedJudge.judge(planted, exchanges, criterion)
+        sense = {"so": plain}
+        sense |= {each.answer: 21.0 for each in exchanges if best in each.answer}
+        scores = [sense.get(each.answer, 90.0) for each in exchanges]
+        return [Verdict(criterion, score, "", "planted") for score in scores]
+
+    planted.judge = judge
+    found = tune_prompt(chat_model, trait, lambda: planted, Output(tmp_path / "out"))
+    assert (found.wording == "stressed 1") is wins
 
 
 def test_a_trait_without_prompts_is_refused(trait):
