@@ -187,7 +187,7 @@ def _show_compared(run: Run, found: Comparison, more: Sequence[Path]) -> None:
 
     page = write_report([run.folder, *more], run.folder / "report.html")
     lines = read.comparison_lines(run, found, read.comparison_judges(run, found))
-    show(standing(run), *lines, read.comparison_table(found))
+    show(standing(run), *lines, read.comparison_table(found).only(0, 1, 2, 4, 5))
     for each in more:
         if Run(each).record["command"] == "side-effects":
             changes = read.read_side_effects(Run(each))

@@ -76,8 +76,8 @@ def to_rich(table: sections.Table) -> Table:
         title=table.title or None,
         title_justify="left",
     )
-    for heading in table.columns:
-        shown.add_column(heading.replace("\n", " "), overflow="fold")
+    for heading in table.headings:
+        shown.add_column(heading, overflow="fold")
     for row in table.rows:
         shown.add_row(*(cell or "" for cell in row))
     return shown

@@ -93,7 +93,7 @@ def project_activations(
     """
     from persona_lora.projections.activation_space import Along
     from persona_lora.studies.vectors import text_projection
-    from persona_lora.studies.vectors.read import projections_table, separation_table
+    from persona_lora.studies.vectors.read import best_layers, projections_table, separation_table
 
     _refuse_useless_of_texts(texts, shift)
     if shift.shift and shift.base_model is None and model.adapter is None:
@@ -120,7 +120,11 @@ def project_activations(
             run = text_projection.project_texts(
                 chat_model, read, along, written, base=base, columns=texts.columns
             )
-    show((separation_table if read is None else projections_table)(run), f"run: {run.folder}")
+    if read is None:
+        table = separation_table(best_layers(run.read("separation")))
+    else:
+        table = projections_table(run.read("projections"))
+    show(table, f"run: {run.folder}")
 
 
 def _refuse_useless_of_texts(texts: Texts, shift: Shift) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -67,10 +67,19 @@ class Table:
         ends = [*starts[1:], len(row)]
         return [(row[at] or "", end - at) for at, end in zip(starts, ends, strict=True)]
 
+    @property
+    def headings(self) -> list[str]:
+        """The headings, each on one line."""
+        return [column.replace("\n", " ") for column in self.columns]
+
+    def only(self, *places: int) -> Table:
+        """Return it with these columns alone, counted from 0: what a terminal has room for."""
+        columns, *rows = (tuple(row[at] for at in places) for row in (self.columns, *self.rows))
+        return replace(self, columns=columns, rows=tuple(rows))
+
     def markdown(self) -> str:
         """Return the columns and rows as a table in Markdown."""
-        heading = [column.replace("\n", " ") for column in self.columns]
-        lines = [heading, ["---"] * len(heading), *self.rows]
+        lines = [self.headings, ["---"] * len(self.columns), *self.rows]
         return "\n".join("| " + " | ".join(cell or "" for cell in line) + " |" for line in lines)
 
 

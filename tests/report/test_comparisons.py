@@ -206,7 +206,7 @@ def test_a_diff_beyond_all_controls_is_found(tmp_path):
     points = [each for each in found.points if each.method == "random_lora"]
     assert [each.draws for each in points] == [4] * 4  # two levels, two sets of questions
     assert all(0 <= each.trait.low <= each.trait.mean <= each.trait.high <= 100 for each in points)
-    assert comparison_table(found).rows[2][1] == "random_lora (4)"
+    assert (comparison_table(found).rows[2][1] or "").endswith("spectrum, mean of 4")
     assert ", mean of 4, held-out questions" in verdict_lines(found)[-1]
 
 

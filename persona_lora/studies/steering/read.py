@@ -144,7 +144,8 @@ def _conditions(summary: SweepSummary) -> Table:
     every = wording.all_conditions(summary)
     rows = (
         [wording.label(each), wording.interval(each.trait), wording.interval(each.coherence)]
-        + [*_change(each, wording.interval), *_counts(each), _norm(summary, each)]
+        + [*_change(each, wording.interval), *_counts(each)]
+        + [wording.significant(each.relative_weight_norm if weights else each.relative_state_norm)]
         + [wording.significant(each.kl_mean), wording.significant(each.kl_p95)]
         for each in every
     )
@@ -161,12 +162,6 @@ def _conditions(summary: SweepSummary) -> Table:
         "prompts; a dash was not measured.",
         [_style(each, summary) for each in every],
     )
-
-
-def _norm(summary: SweepSummary, each: ConditionSummary) -> str:
-    """Return how long what steers is: beside the weights for a diff, or beside hidden states."""
-    weights = summary.layer is None
-    return wording.significant(each.relative_weight_norm if weights else each.relative_state_norm)
 
 
 def _change(each: ConditionSummary, say: Any) -> tuple[str, str]:
@@ -410,18 +405,6 @@ def comparison_section(run: Run) -> Content:
     verdicts = comparison_lines(run, found, both)
     title = f"{wording.title_of(found.trait)}: weights or activations?"
     statistic = "mean" if found.statistic == "mean" else "95th percentile"
-    overall = Table.of(
-        "Questions | Method | Effect [95%] | n | Weights minus this [95%] | p (Holm) | "
-        "Coherence, weights minus this [95%]",
-        map(_overall_row, found.overall),
-        "Over all levels",
-        "Effect: change of the trait score from the unsteered model, in the direction asked for; "
-        "the mean over levels. Differences are paired by question; p: two-sided sign-flip test, "
-        "corrected over methods and splits (of the vector beside its controls for themselves). "
-        "Random controls, where there are several, are drawn as "
-        "the questions are: intervals and p (Student’s t) are over both, and from … to … are the "
-        "weakest and the strongest of them.",
-    )
     points = Table.of(
         "Questions | Method | Coefficient | Mean KL | 95th percentile | "
         "Mean KL,\nordinary prompts | Trait [95%] | n | Scored | Coherence [95%] | "
@@ -434,7 +417,7 @@ def comparison_section(run: Run) -> Content:
     blocks: tuple[Block, ...] = (
         *(Note(line, "") for line in verdicts),
         Image.of(render_comparison(found), f"{title}. {verdicts[0]}"),
-        overall,
+        comparison_table(found),
         *corrected_effects(run, {(each.split, each.method): each for each in found.overall}),
         *judges_table(both),
         points,
@@ -443,6 +426,22 @@ def comparison_section(run: Run) -> Content:
         Cards(_examples(run, found)),
     )
     return Content(title, verdicts[0], blocks)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Return every method over all levels."""
+    return Table.of(
+        "Questions | Method | Effect [95%] | n | Weights minus this [95%] | p (Holm) | "
+        "Coherence, weights minus this [95%]",
+        map(_overall_row, found.overall),
+        "Over all levels",
+        "Effect: change of the trait score from the unsteered model, in the direction asked for; "
+        "the mean over levels. Differences are paired by question; p: two-sided sign-flip test, "
+        "corrected over methods and splits (of the vector beside its controls for themselves). "
+        "Random controls, where there are several, are drawn as "
+        "the questions are: intervals and p (Student’s t) are over both, and from … to … are the "
+        "weakest and the strongest of them.",
+    )
 
 
 def comparison_judges(run: Run, found: Comparison) -> TwoJudges | None:
@@ -663,17 +662,6 @@ def side_effects_content(run: Run) -> Content:
 # -- in the terminal -------------------------------------------------------------------------------
 
 
-def comparison_table(found: Comparison) -> Table:
-    """Return every method over all levels."""
-    rows = (
-        [each.split, f"{each.method} ({each.draws})" if each.draws > 1 else each.method]
-        + [_effect(each)]
-        + [*wording.gap(each.difference, each.p_holm)]
-        for each in found.overall
-    )
-    return Table.of("questions | method | effect | weights minus this | p (Holm)", rows)
-
-
 def summary_lines(summary: SweepSummary | GridSummary, run: Run) -> list[str]:
     """Say what a sweep or a grid showed, and how the judges of the run agree on it."""
     if isinstance(summary, SweepSummary):
@@ -686,29 +674,7 @@ def summary_lines(summary: SweepSummary | GridSummary, run: Run) -> list[str]:
 
 
 def summary_table(summary: SweepSummary | GridSummary) -> Table:
-    """Return the conditions of a sweep, or the layers of a grid."""
+    """Return the conditions of a sweep, or the layers of a grid, in fewer columns than a page's."""
     if isinstance(summary, GridSummary):
-        return _grid_table(summary)
-    rows = []
-    for each in wording.all_conditions(summary):
-        mean, interval, _, scored = wording.scored(each.trait)
-        rows.append(
-            [wording.label(each), mean, interval, wording.number(each.coherence.mean, 1)]
-            + [scored, _norm(summary, each), wording.significant(each.kl_p95)]
-        )
-    norm = "‖cΔW‖/‖W‖" if summary.layer is None else "‖cv‖/‖h‖"
-    return Table.of(f"c | trait | 95% | coherent | scored | {norm} | KL p95", rows)
-
-
-def _grid_table(grid: GridSummary) -> Table:
-    rows = []
-    for layer in read_words.ranked(grid):
-        cells, best = [layer.reason or "", "", "", "", ""], layer.best
-        if best is not None:
-            cells = [
-                *(wording.change(best.gain), wording.coefficient(best.coefficient)),
-                *(wording.p_value(best.p_holm), wording.number(best.coherence, 1)),
-                wording.interval(layer.rho_means, 2),
-            ]
-        rows.append([str(layer.layer), *cells])
-    return Table.of("layer | gain | at c | p (Holm) | coherent | ρ", rows)
+        return _layers(summary).only(0, 1, 2, 4, 5, 6)
+    return _conditions(summary).only(0, 1, 2, 5, 6, 9, 11)

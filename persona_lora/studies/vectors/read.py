@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import mean, pstdev, stdev
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 from persona_lora.core.errors import UserError
@@ -59,15 +59,34 @@ def project_content(run: Run) -> Content:
     if len(separation) > 1:
         blocks.append(Image.of(render_separation(separation), title))
     if separation:
-        columns = "Vector | Layer | Type | AUC [95%] | ρ with label | n +/−"
         labels = "Answers labelled 75 and more against 25 and less"
-        blocks.append(Table.of(columns, map(_separation_row, separation), labels, narrow=True))
-    headings = "Vector | Layer | Type | Texts | Mean | SD | Mean shift"
-    table = Table.of(headings, _projection_rows(rows), narrow=True)
-    blocks.append(Fold("Projections by vector and layer", (table,), open=not separation))
+        blocks.append(separation_table(separation, labels))
+    fold = "Projections by vector and layer"
+    blocks.append(Fold(fold, (projections_table(rows),), open=not separation))
     texts = len({row["row"] for row in rows})
     lead = f"{texts} texts of {config['source']} through {config['model']}. {_best(separation)}"
     return Content(title, lead, tuple(blocks))
+
+
+def projections_table(rows: Sequence[Row]) -> Table:
+    """Return the mean projection of the texts on every vector, at every layer, of every type."""
+    cells = []
+    groups = grouped(rows, lambda row: (row["vector"], row["layer"], row["type"]))
+    for (vector, layer, position), own in groups.items():
+        values = [row["projection"] for row in own]
+        shifts = [row["shift"] for row in own if row["shift"] is not None]
+        spread = stdev(values) if len(values) > 1 else None
+        shift = wording.signed(mean(shifts), 3) if shifts else wording.NONE
+        said = (wording.number(mean(values), 2), wording.number(spread, 2), shift)
+        cells.append([vector, str(layer), position, str(len(own)), *said])
+    headings = "Vector | Layer | Type | Texts | Mean | SD | Mean shift"
+    return Table.of(headings, cells, narrow=True)
+
+
+def separation_table(rows: Iterable[Row], title: str = "") -> Table:
+    """Return how well vectors tell labelled answers apart."""
+    columns = "Vector | Layer | Type | AUC [95%] | ρ with label | n +/−"
+    return Table.of(columns, map(_separation_row, rows), title, narrow=True)
 
 
 def _counts(sources: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -84,16 +103,6 @@ def _vector_row(name: str, vector: SteeringVector, layer: int) -> tuple[str, ...
     share = wording.NONE if explained is None else f"{wording.number(100 * explained)}%"
     norm = wording.number(vector.norms()[layer], 2)
     return (name, vector.method, vector.position, norm, share, str(layer))
-
-
-def _projection_rows(rows: Sequence[Row]) -> Iterator[list[str]]:
-    groups = grouped(rows, lambda row: (row["vector"], row["layer"], row["type"]))
-    for (vector, layer, position), own in groups.items():
-        values = [row["projection"] for row in own]
-        shifts = [row["shift"] for row in own if row["shift"] is not None]
-        shift = wording.number(mean(shifts), 3) if shifts else wording.NONE
-        spread = (wording.number(mean(values), 2), wording.number(pstdev(values), 2))
-        yield [vector, str(layer), position, str(len(own)), *spread, shift]
 
 
 def _separation_row(row: Row) -> tuple[str, ...]:
@@ -131,27 +140,7 @@ def norms_table(vectors: Mapping[str, SteeringVector]) -> Table:
     )
 
 
-def projections_table(run: Run) -> Table:
-    """Return the mean projection of the texts on every vector at every layer."""
-    groups = grouped(run.read("projections"), lambda row: (row["vector"], row["layer"]))
-    rows = []
-    for (name, layer), own in groups.items():
-        values = [row["projection"] for row in own]
-        shifts = [row["shift"] for row in own if row["shift"] is not None]
-        spread = f"{stdev(values):.2f}" if len(values) > 1 else wording.NONE
-        shift = wording.signed(mean(shifts), 3) if shifts else wording.NONE
-        rows.append([name, str(layer), str(len(own)), f"{mean(values):.2f}", spread, shift])
-    return Table.of("vector | layer | rows | mean | sd | mean shift", rows)
-
-
-def separation_table(run: Run) -> Table:
-    """Return every vector at the layer with its largest AUC."""
-    by_vector = grouped(run.read("separation"), lambda row: row["vector"])
-    best = {name: max(own, key=lambda row: row["auc"]) for name, own in by_vector.items()}
-    rows = (
-        [name, str(row["layer"]), f"{row['auc']:.2f}", f"{row['low']:.2f} … {row['high']:.2f}"]
-        + [wording.NONE if row["rho"] is None else f"{row['rho']:.2f}"]
-        + [f"{row['n_positive']}/{row['n_negative']}"]
-        for name, row in best.items()
-    )
-    return Table.of("vector | best layer | AUC | 95% | ρ with label | n +/−", rows)
+def best_layers(separation: Sequence[Row]) -> Iterator[Row]:
+    """Yield the row of every vector at the layer with its largest AUC."""
+    for own in grouped(separation, lambda row: row["vector"]).values():
+        yield max(own, key=lambda row: row["auc"])

@@ -100,3 +100,16 @@ def test_times():
         TOKENS, "50.0 tokens/s", "2.00 [1.00, 3.00]",
     )  # fmt: skip
     assert read._latency_row(Ratio("live", 8, FIRST_TOKEN, interval(2), 0.25))[3] == "250 ms"
+
+
+def test_the_terminal_shows_what_the_page_says_of_a_sweep_and_of_a_grid(make_sweep_run):
+    """In fewer columns: the wrong ones would stand under the right headings as well."""
+    sweep = make_sweep_run(layers=(12,), coefficients=(-1.0, 1.0), control=True, questions=4)
+    assert read.summary_table(summarise_run(sweep)).headings == [
+        *("Coefficient or prompt", "Sycophancy [95%]", "Coherence [95%]"),
+        *("Scored, % trait / coh.", "Answers / questions", "‖cv‖ / ‖h‖", "KL p95 (nats)"),
+    ]
+    grid = make_sweep_run(layers=(4, 12), coefficients=(-1.0, 1.0), control=True, questions=4)
+    assert read.summary_table(grid_of(grid)).headings == [
+        *("Layer", "Gain [95%]", "at c", "p (Holm, 4 cells)", "Coherence", "Spearman’s ρ [95%]"),
+    ]

@@ -20,7 +20,7 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import Along
-from persona_lora.studies.vectors.read import separation_table
+from persona_lora.studies.vectors.read import best_layers, projections_table, separation_table
 from persona_lora.studies.vectors.text_projection import (
     Screening,
     Texts,
@@ -129,8 +129,16 @@ def test_labelled_answers_are_separated_by_the_vector_that_orders_them(
     assert rows[0]["auc"] == pytest.approx(1 - rows[2]["auc"])
     assert {row["n"] for row in rows} == {10}
     best = max((row for row in rows if row["vector"] == "v"), key=lambda row: row["auc"])
-    (shown, _) = separation_table(run).rows
-    assert shown[:3] == ("v", str(best["layer"]), f"{best['auc']:.2f}")
+    (shown, _) = separation_table(best_layers(rows)).rows
+    assert shown[:2] == ("v", str(best["layer"]))
+    assert (shown[3] or "").startswith(f"{best['auc']:.2f} [")
+
+
+def test_page_and_terminal_say_the_same_spread_and_none_of_one_text():
+    place = {"vector": "v", "layer": 3, "type": "proj"}
+    rows = [{**place, "projection": each, "shift": None} for each in (1.0, 2.0, 4.0)]
+    assert projections_table(rows).rows == (("v", "3", "proj", "3", "2.33", "1.53", "–"),)
+    assert projections_table(rows[:1]).rows == (("v", "3", "proj", "1", "1.00", "–", "–"),)
 
 
 @pytest.mark.parametrize(
