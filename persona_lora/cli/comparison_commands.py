@@ -15,7 +15,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import command
-from persona_lora.core.chat import Conversation
+from persona_lora.core.chat import UNSTEERED, Conversation
 from persona_lora.core.content import path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
@@ -149,12 +149,8 @@ def compare(
     planned = experiment.planned_comparison(
         loaded, bank, comparing, generation, len(parts), trait.datasets_dir
     )
-    chat_model = model.load(
-        [*made, *directions_among(*directions)],
-        asked=said,
-        allow_other_base=ways.allow_other_base,
-        runs=[(written[0], planned)],
-    )
+    made = [*made, *directions_among(*directions)]
+    chat_model = model.load(made, asked=said, runs=[(written[0], planned)])
     judges = {each.label: make_judges(each, chat_model, judge) for each in judged}
     compare_one = partial(
         experiment.compare, comparing=comparing, options=generation, datasets=trait.datasets_dir
@@ -251,12 +247,13 @@ def _conversations(
     trait: Trait, watched: Watched, compared: ComparisonOptions
 ) -> list[Conversation]:
     """Return all that the model is asked; UserError for a trait without such questions."""
-    from persona_lora.studies.steering import run as experiment
+    from persona_lora.studies.asking.run import asked_of
+    from persona_lora.studies.steering.run import REFERENCES, questions_of
 
-    splits, most = experiment.questions_of(trait, compared), compared.max_questions
-    said = experiment.conversations_of(trait, splits, most=most)
+    splits, most = questions_of(trait, compared), compared.max_questions
+    said = asked_of(trait, splits, [UNSTEERED, *REFERENCES], most)
     for other in watched.traits:
-        said += experiment.conversations_of(other, ["eval"], references=False, most=most)
+        said += asked_of(other, ["eval"], most=most)
     return said
 
 
@@ -336,7 +333,7 @@ def benchmark(
     }
     inputs = {str(path): path_digest(path) for path in (*mix.diff, *mix.vector)}
     written = dataclasses.replace(output.at(output.folder, record=record), inputs=inputs)
-    chat_model = model.load(steering.directions, allow_other_base=mix.allow_other_base)
+    chat_model = model.load(steering.directions)
     conditions: dict[str, AbstractContextManager[Any]] = {
         "plain": chat_model.base(),
         "changed": steering.steerer(chat_model),

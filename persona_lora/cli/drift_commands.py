@@ -15,7 +15,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import command
-from persona_lora.core.chat import UNSTEERED, Conversation
+from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import (
     GenerationOptions,
@@ -156,10 +156,9 @@ def load_vectors(paths: Sequence[Path]) -> dict[str, SteeringVector]:
 
 def questions_of(traits: Sequence[Trait], split: Split) -> list[Conversation]:
     """Return the questions of a split that a model is asked; UserError for a trait without any."""
-    from persona_lora.studies.asking.run import plan_rows
+    from persona_lora.studies.asking.run import asked_of
 
-    rows = (row for trait in traits for row in plan_rows(trait, split, [UNSTEERED], samples=1))
-    return [row.conversation for row in rows]
+    return [each for trait in traits for each in asked_of(trait, [split])]
 
 
 def _base(
@@ -631,7 +630,7 @@ def _screen_along(along: Directions, file: Path, output: Path, model: shared.Mod
         raise UserError(NEEDS_FLOAT32)
     diffs, conversations = load_diffs(along.diffs), read_conversations(file)
     exact = dataclasses.replace(model, dtype="float32")
-    chat_model = exact.load(diffs.values(), allow_other_base=along.allow_other_base)
+    chat_model = exact.load(diffs.values())
     with progress_bars():
         found = pull_rows(chat_model, conversations, diffs, output)
     show(

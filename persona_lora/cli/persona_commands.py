@@ -144,7 +144,7 @@ class BenchOptions:
 
         processes = current_processes(os.environ)
         said = [user_question(each) for each in (*asked.train, *asked.held_out)]
-        chat_model = model.load(asked=said, allow_other_base=self.allow_other_base, runs=runs)
+        chat_model = model.load(asked=said, runs=runs)
         return PersonaBench(
             chat_model,
             asked,

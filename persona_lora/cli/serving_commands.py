@@ -348,7 +348,7 @@ def playground(*, page: PageOptions, model: shared.ModelOptions) -> None:
     except ImportError as error:
         raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
     diffs = page.load()
-    chat_model = model.load(diffs.values(), allow_other_base=page.allow_other_base)
+    chat_model = model.load(diffs.values())
     judges = _judges(chosen, chat_model, page.datasets_dir)
     desk = MixingDesk(chat_model, diffs, judges)
     show(f"open http://{page.host}:{page.port} (Ctrl+C ends it)")
@@ -445,7 +445,7 @@ def serve(*, served: ServerOptions, model: shared.ModelOptions) -> None:
     served.check(key)
     diffs = served.load()
     with listening(served.host, served.port) as place:
-        chat_model = model.load(diffs.values(), allow_other_base=served.allow_other_base)
+        chat_model = model.load(diffs.values())
         batch = Batch(
             chat_model, diffs, max_batch=served.max_batch, most_waiting=served.max_waiting
         )

@@ -80,15 +80,15 @@ class ModelOptions(LoadOptions):
         directions: Iterable[LoRADiff | SteeringVector] = (),
         *,
         asked: Iterable[Conversation] = (),
-        allow_other_base: bool = False,
         runs: Iterable[tuple[Output, Planned]] = (),
     ) -> ChatModel:
         """Load the model, with its adapter where it has one.
 
         A direction that was made with the chat template rendered otherwise is named in a warning.
         UserError, before weights are read, for a run that is not what its protocol says or what its
-        folder holds, for a direction of another model, and where one of the conversations that are
-        ``asked`` and --max-new-tokens pass the model's window.
+        folder holds, for a direction of another model (without the command's --allow-other-base),
+        and where one of the conversations that are ``asked`` and --max-new-tokens pass the model's
+        window.
         """
         from persona_lora.models.loading import check_window
         from persona_lora.steering.bank import warn_of_other_template
@@ -97,12 +97,12 @@ class ModelOptions(LoadOptions):
             told = {"model": self.model, **self.alone().record(), **planned.config}
             later = (*planned.later, *TOLD_BY_MODEL)
             dataclasses.replace(planned, config=told, later=later).check(output)
-        directions, conversations = list(directions), list(asked)
+        directions, conversations, given = list(directions), list(asked), RUNNING.get().params
         if conversations:
-            longest = RUNNING.get().params["max_new_tokens"]
-            check_window(self.model, self.alone(), conversations, int(longest))
+            check_window(self.model, self.alone(), conversations, int(given["max_new_tokens"]))
+        anyway = bool(given.get("allow_other_base"))
         loaded = load_other(
-            self.model, self.alone(), self.adapter, directions, allow_other_base=allow_other_base
+            self.model, self.alone(), self.adapter, directions, allow_other_base=anyway
         )
         warn_of_other_template(loaded, directions)
         return loaded

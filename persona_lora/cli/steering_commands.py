@@ -15,7 +15,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PANELS, app, command
-from persona_lora.core.chat import Conversation
+from persona_lora.core.chat import UNSTEERED, Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import refuse_unwritable
 from persona_lora.core.options import (
@@ -205,20 +205,14 @@ def evaluate(
     written = _places(output, judge, records)
     directions = [direction for each in steered.values() for direction in each.directions]
     acting = next(iter(steered.values())).condition()
-    plan = evaluation.plan_rows(loaded, asked.split, [acting], samples=1)
-    said = [row.conversation for row in plan]
+    said = evaluation.asked_of(loaded, [asked.split], [acting])
     planned = [
         evaluation.planned_evaluation(loaded, each, asked.split, generation, len(parts))
         for each in steered.values()
     ]
     places = [to.at(shared.run_folder(to.path)) for to in written]
     engine.reach(directions)
-    chat_model = model.load(
-        directions,
-        asked=said,
-        allow_other_base=steering.allow_other_base,
-        runs=zip(places, planned, strict=True),
-    )
+    chat_model = model.load(directions, asked=said, runs=zip(places, planned, strict=True))
     elsewhere = engine.open(chat_model, directions)
     with progress_bars():
         for each, to in zip(steered.values(), written, strict=True):
@@ -456,6 +450,7 @@ def sweep(
     --layers 0-29 --coefficients 1,2 --split extract --max-questions 10
     """
     from persona_lora.judges.choice import make_judges
+    from persona_lora.studies.asking.run import asked_of
     from persona_lora.studies.steering import run as experiment
 
     loaded = trait.load()
@@ -470,19 +465,14 @@ def sweep(
     also = {**model.worn(), **engine.record()}
     records = {folder / name: {**each.record(), **also} for name, each in parts.items()}
     written = output.at_seeds(judge, records)
-    references, most = sweeping.references, sweeping.max_questions
-    said = experiment.conversations_of(loaded, [sweeping.split], references=references, most=most)
+    conditions = [UNSTEERED, *(experiment.REFERENCES if sweeping.references else ())]
+    said = asked_of(loaded, [sweeping.split], conditions, sweeping.max_questions)
     planned = [
         experiment.planned_sweep(loaded, each, sweeping, generation, len(parts), trait.datasets_dir)
         for each in populations
     ]
     engine.reach(made)
-    chat_model = model.load(
-        made,
-        asked=said,
-        allow_other_base=varied.allow_other_base,
-        runs=zip(written, planned, strict=True),
-    )
+    chat_model = model.load(made, asked=said, runs=zip(written, planned, strict=True))
     elsewhere = engine.open(chat_model, made)
     sweep_one = partial(
         experiment.sweep, sweeping=sweeping, options=generation, datasets=trait.datasets_dir

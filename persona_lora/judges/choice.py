@@ -38,17 +38,11 @@ from persona_lora.judges.embedding import (
     exchanges_of,
     sampled,
 )
+from persona_lora.judges.judge_prompts import PromptJudge
 from persona_lora.judges.judging import Judge, MultiJudge
 from persona_lora.judges.labels import has_ratings, load_ratings
-from persona_lora.judges.local import LocalJudge
-from persona_lora.judges.openai import (
-    Endpoint,
-    EndpointReader,
-    Limits,
-    OpenAIJudge,
-    budget_of,
-    endpoint_of,
-)
+from persona_lora.judges.local import LocalReader
+from persona_lora.judges.openai import Endpoint, EndpointReader, Limits, budget_of, endpoint_of
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.judges.rules import RuleJudge, check_rules
 from persona_lora.judges.verdicts import Judges
@@ -306,32 +300,28 @@ def local_judge_model(name: str | None, reference: ChatModel) -> ChatModel:
     return load_chat_model(name, options=reference.options.elsewhere())
 
 
-def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
-    judge_model = local_judge_model(options.judge_model, reference)
-    return LocalJudge(
-        trait,
-        f"local:{judge_model.name}",
-        lambda prompts: likely_words(judge_model, [(prompt, "") for prompt in prompts]),
-        continuation_logprobs=lambda replies: likely_words(judge_model, replies),
-    )
-
-
-def likely_words(
-    judge_model: ChatModel, replies: Sequence[tuple[str, str]]
-) -> list[Mapping[str, float]]:
-    """Return ``next_token_logprobs`` of a model that may be the one that is asked.
+def local_reader(options: JudgeOptions, reference: ChatModel, highest: int = 100) -> LocalReader:
+    """Return what reads numbers from 0 to ``highest`` by a model that may be the one that is asked.
 
     It judges without its adapter, and never while another thread steers it.
     """
-    with judge_model.base():
-        return next_token_logprobs(judge_model, replies)
+    model = local_judge_model(options.judge_model, reference)
+
+    def likely(replies: Sequence[tuple[str, str]]) -> list[Mapping[str, float]]:
+        with model.base():
+            return next_token_logprobs(model, replies)
+
+    def first(prompts: Sequence[str]) -> list[Mapping[str, float]]:
+        return likely([(prompt, "") for prompt in prompts])
+
+    return LocalReader(f"local:{model.name}", first, likely, highest)
 
 
 JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "reader": _reader_judge,
     "sentences": lambda trait, reference, options: ProbeJudge.of(SentenceEvidence(trait)),
     "embedding": _embedding_judge,
-    "openai": lambda trait, reference, options: OpenAIJudge(trait, options.reader()),
-    "local": _local_judge,
+    "openai": lambda trait, reference, options: PromptJudge(trait, options.reader()),
+    "local": lambda trait, reference, options: PromptJudge(trait, local_reader(options, reference)),
     "rules": lambda trait, reference, options: RuleJudge(coherence_scorer(reference)),
 }

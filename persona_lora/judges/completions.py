@@ -84,7 +84,7 @@ def read_reply(body: str) -> Reply:
 
 
 def score_reply(reply: Reply, mode: Mode, highest: int = 100) -> Completion:
-    """Read a reply as a number from 0 to ``highest`` (see ``prompts``)."""
+    """Read a reply as a number from 0 to ``highest`` (see ``judge_prompts``)."""
     if reply.withheld:
         return Completion(Reading(None, reply.withheld), "about the text")
     if mode == "number" and reply.cut:

@@ -6,15 +6,21 @@ Scores are numbers from 0 to 100; what is no such number is unscored with a reas
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Trait
 
+logger = logging.getLogger(__name__)
+
+LARGEST_DIGIT = 9
 MIN_NUMBER_MASS = 0.25
 REFUSAL = "REFUSAL"
 REFUSAL_REASON = "refusal"
@@ -58,6 +64,45 @@ class Reading(NamedTuple):
     score: float | None
     reason: str
     number_mass: float | None = None
+
+
+class PromptReader(Protocol):
+    """A language model that reads prompts as numbers."""
+
+    @property
+    def name(self) -> str:
+        """What verdicts carry as ``judge``."""
+
+    def read(self, prompts: Sequence[str]) -> Mapping[str, Reading]:
+        """Return a reading for every prompt; equal prompts are asked about once."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptJudge:
+    """Asks a language model for a number from 0 to 100 with the trait's ``eval_prompt``."""
+
+    trait: Trait
+    reader: PromptReader
+
+    @property
+    def name(self) -> str:
+        """The reader's name."""
+        return self.reader.name
+
+    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
+        """Return one verdict per exchange, in order; equal exchanges are asked about once."""
+        prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
+        readings = self.reader.read(prompts)
+        verdicts = [
+            Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
+            for prompt in prompts
+        ]
+        reasons = Counter(verdict.reason for verdict in verdicts if verdict.score is None)
+        if reasons:
+            common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+            counts = reasons.total(), len(verdicts)
+            logger.warning("%s left %d of %d answers unscored: %s", self.name, *counts, common)
+        return verdicts
 
 
 def fill_prompt(template: str, exchange: Exchange) -> str:

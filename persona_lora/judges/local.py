@@ -1,4 +1,4 @@
-"""A chat model in this process as a judge, with the same prompts and the same scoring.
+"""A chat model in this process as the reader of a judge: the same prompts, the same scoring.
 
 Knows prompts and log probabilities; refuses to know the model: it is given as functions.
 """
@@ -9,10 +9,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.core.traits import Trait
-from persona_lora.judges.judge_prompts import judge_prompt, shows_whole_numbers, weighted_score
+from persona_lora.judges.judge_prompts import (
+    LARGEST_DIGIT,
+    Reading,
+    shows_whole_numbers,
+    weighted_score,
+)
 
 NextTokenLogprobs = Callable[[Sequence[str]], list[Mapping[str, float]]]
 ContinuationLogprobs = Callable[[Sequence[tuple[str, str]]], list[Mapping[str, float]]]
@@ -21,43 +24,43 @@ _NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class LocalJudge:
-    """Scores with ``weighted_score`` over a local model's next-token log probabilities.
+class LocalReader:
+    """Reads numbers with ``weighted_score`` over a local model's next-token log probabilities.
 
     ``next_token_logprobs`` takes user messages and returns, for each, the natural-log
     probabilities of the likeliest first tokens of the reply by their text (at least the top 20).
+    Numbers go from 0 to ``highest``.
 
     A tokenizer that writes "85" as "8", "5" (SmolLM2, Qwen) needs ``continuation_logprobs`` as
     well: it takes (user message, beginning of the reply) and returns the same for the next token.
     Then the probability of a number is the product over its digits, P(85) = P(8)·P(5 | 8), and a
     one-digit number is one that no digit follows. Without it, numbers of one digit alone are a
-    UserError.
+    UserError. Where ``highest`` has one digit, the first digit is the number.
     """
 
-    trait: Trait
     name: str
     next_token_logprobs: NextTokenLogprobs
     continuation_logprobs: ContinuationLogprobs | None = None
+    highest: int = 100
 
-    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict per exchange, in order; equal exchanges are asked about once."""
-        prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
-        distinct = list(dict.fromkeys(prompts))
+    def read(self, prompts: Sequence[str]) -> dict[str, Reading]:
+        """Return a reading for every prompt; equal prompts are asked about once."""
+        distinct, whole = list(dict.fromkeys(prompts)), self.highest > LARGEST_DIGIT
         first = self.next_token_logprobs(distinct) if distinct else []
-        if self.continuation_logprobs is not None:
+        if whole and self.continuation_logprobs is not None:
             first = _whole_numbers(distinct, first, self.continuation_logprobs)
-        readings = dict(zip(distinct, map(weighted_score, first), strict=True))
+        readings = {
+            prompt: weighted_score(each, self.highest)
+            for prompt, each in zip(distinct, first, strict=True)
+        }
         scored = any(each.score is not None for each in readings.values())
-        digits = not shows_whole_numbers(token for each in first for token in each)
+        digits = whole and not shows_whole_numbers(token for each in first for token in each)
         if self.continuation_logprobs is None and scored and digits:
             raise UserError(
                 f"{self.name} seems to split numbers into digits, which makes the scores of its "
                 "first tokens meaningless; pass continuation_logprobs"
             )
-        return [
-            Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
-            for prompt in prompts
-        ]
+        return readings
 
 
 def _whole_numbers(

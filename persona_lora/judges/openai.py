@@ -1,4 +1,4 @@
-"""A judge behind any OpenAI-compatible chat-completions endpoint.
+"""The reader of a judge behind any OpenAI-compatible chat-completions endpoint.
 
 Knows what is asked, what is kept, and when to stop; HTTP, prompts, replies, money and the cache
 have modules of their own.
@@ -7,16 +7,12 @@ have modules of their own.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, get_args
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
-from persona_lora.core.traits import Trait
 from persona_lora.judges.budget import KNOWN_PRICES, Budget, CapReached, Prices, Usage
 from persona_lora.judges.cache import VerdictCache, cache_key
 from persona_lora.judges.completions import Completion, Mode, Reply, read_reply, score_reply
@@ -29,13 +25,10 @@ from persona_lora.judges.endpoint import (
     run_to_end,
     together,
 )
-from persona_lora.judges.judge_prompts import Reading, judge_prompt, shows_whole_numbers
+from persona_lora.judges.judge_prompts import LARGEST_DIGIT, Reading, shows_whole_numbers
 from persona_lora.judges.retries import REASONING_ROOM, Body, Dialect, Fault, Series
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
-LARGEST_DIGIT = 9
 
 # Sent with every request, and part of the cache's key.
 SAMPLING: Mapping[Mode, Mapping[str, int | bool]] = {
@@ -153,30 +146,6 @@ class EndpointReader:
             call = _Call(self, client, known, known + len(prompts))
             readings = await together([call.read(prompt) for prompt in prompts])
         return dict(zip(prompts, readings, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class OpenAIJudge:
-    """Asks a chat model for a number from 0 to 100 with the trait's ``eval_prompt``."""
-
-    trait: Trait
-    reader: EndpointReader
-
-    @property
-    def name(self) -> str:
-        """The reader's name."""
-        return self.reader.name
-
-    def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
-        """Return one verdict per exchange, in order; equal exchanges are asked about once."""
-        prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
-        readings = self.reader.read(prompts)
-        verdicts = [
-            Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
-            for prompt in prompts
-        ]
-        log_unscored(verdicts, self.name)
-        return verdicts
 
 
 class Endpoint(TypedDict):
@@ -299,12 +268,3 @@ def budget_of(limits: Limits, model: str) -> Budget:
     """Return an account for a model's requests within the limits."""
     known = limits.prices if limits.prices is not None else KNOWN_PRICES.get(model)
     return Budget(known, limits.max_requests, limits.max_cost)
-
-
-def log_unscored(verdicts: Sequence[Verdict], name: str) -> None:
-    reasons = Counter(verdict.reason for verdict in verdicts if verdict.score is None)
-    if reasons:
-        common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-        logger.warning(
-            "%s left %d of %d answers unscored: %s", name, reasons.total(), len(verdicts), common
-        )

@@ -26,10 +26,10 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.options import PERSONA_JUDGES, judge_names
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.core.traits import load_pairs, load_trait
-from persona_lora.judges.choice import JudgeOptions, likely_words, local_judge_model
+from persona_lora.judges.choice import JudgeOptions, local_reader
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.embedding import exchanges_of
-from persona_lora.judges.judge_prompts import Reading, weighted_score
+from persona_lora.judges.judge_prompts import Reading
 from persona_lora.judges.judging import Judge, MultiJudge
 from persona_lora.judges.style_judge import (
     HIGHEST,
@@ -275,14 +275,5 @@ def _reader(name: str, options: JudgeOptions, reference: ChatModel) -> Reader:
     if name == "openai":
         endpoint = options.reader(int(HIGHEST))
         return Reader(endpoint.name, endpoint.read, lambda: endpoint.usage.dollars)
-    model = local_judge_model(options.judge_model, reference)
-
-    def read(prompts: Sequence[str]) -> dict[str, Reading]:
-        distinct = list(dict.fromkeys(prompts))
-        logprobs = likely_words(model, [(prompt, "") for prompt in distinct])
-        return {
-            prompt: weighted_score(each, int(HIGHEST))
-            for prompt, each in zip(distinct, logprobs, strict=True)
-        }
-
-    return Reader(f"local:{model.name}", read)
+    local = local_reader(options, reference, int(HIGHEST))
+    return Reader(local.name, local.read)

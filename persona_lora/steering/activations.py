@@ -9,7 +9,7 @@ At the output h of a chosen decoder block, and at the chosen positions,
 
 Positions are "response", "prompt" or "all". In generation, "response" is the last prompt position
 (whose state makes the first token of the answer) and every token generated after it, "prompt" is
-every position of the prompt's pass. ``models.passes`` tells the two apart, or refuses. For whole
+every position of the prompt's pass. ``models.caches`` tells the two apart, or refuses. For whole
 texts ``select_positions`` says what the response is. Weights are never touched, and hooks come off
 on any exit.
 """

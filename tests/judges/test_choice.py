@@ -255,7 +255,7 @@ def local_words(chat_model, trait, as_judge_of):
     options = JudgeOptions(judge="local")
     if as_judge_of == "a person":
         return make_readers(options, chat_model)["local"].read
-    return make_judge(trait, chat_model, options).next_token_logprobs
+    return make_judge(trait, chat_model, options).reader.next_token_logprobs
 
 
 @pytest.mark.parametrize("as_judge_of", ["a trait", "a person"])

@@ -17,7 +17,8 @@ import pytest
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.judges.cache import VerdictCache
-from persona_lora.judges.openai import EndpointReader, Limits, OpenAIJudge
+from persona_lora.judges.judge_prompts import PromptJudge
+from persona_lora.judges.openai import EndpointReader, Limits
 from persona_lora.judges.retries import FAULTS_IN_A_ROW, FORMLESS_IN_A_ROW
 
 TRUTHS = (12, 47, 90)
@@ -198,7 +199,7 @@ STOPPED = {
 @pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in RIGHT for name in RIGHT[mode]])
 def test_the_right_score(trait, endpoint, mode, name):
     kind(RIGHT[mode][name])(endpoint)
-    judge = OpenAIJudge(trait, EndpointReader(base_url=endpoint.base_url, mode=mode, limits=FAST))
+    judge = PromptJudge(trait, EndpointReader(base_url=endpoint.base_url, mode=mode, limits=FAST))
     verdicts = judge.judge(items(), "flattery")
     assert [verdict.score for verdict in verdicts] == pytest.approx(TRUTHS)
 
@@ -209,7 +210,7 @@ def test_the_right_score(trait, endpoint, mode, name):
 def test_a_stop_with_the_remedy(trait, endpoint, mode, name):
     reply, remedy, requests = STOPPED[mode][name]
     kind(reply)(endpoint)
-    judge = OpenAIJudge(trait, EndpointReader(base_url=endpoint.base_url, mode=mode, limits=FAST))
+    judge = PromptJudge(trait, EndpointReader(base_url=endpoint.base_url, mode=mode, limits=FAST))
     with pytest.raises(UserError, match=remedy) as caught:
         judge.judge(items(range(11, 71)), "flattery")
     assert "\n" not in str(caught.value)
@@ -232,7 +233,7 @@ def test_a_refused_text_leaves_the_others_alone(trait, endpoint, status, error):
         return tops(endpoint, [(str(truth), -0.05)])
 
     kind(reply)(endpoint)
-    judge = OpenAIJudge(trait, EndpointReader(base_url=endpoint.base_url, limits=FAST))
+    judge = PromptJudge(trait, EndpointReader(base_url=endpoint.base_url, limits=FAST))
     verdicts = judge.judge(items((*TRUTHS[:2] * 30, TRUTHS[-1])), "flattery")
     assert [verdict.score for verdict in verdicts] == [None] * 60 + [pytest.approx(TRUTHS[-1])]
     assert verdicts[0].reason.startswith(f"HTTP {status}")
@@ -246,7 +247,7 @@ def test_a_confident_digit_is_a_score_where_the_tokenizer_writes_numbers_whole(
         return tops(endpoint, [(str(truth), -0.01), ("The", -6.0)])
 
     kind(reply)(endpoint)
-    judge = OpenAIJudge(trait, EndpointReader(base_url=endpoint.base_url, limits=FAST))
+    judge = PromptJudge(trait, EndpointReader(base_url=endpoint.base_url, limits=FAST))
     verdicts = judge.judge(items((truth,) * 3), "flattery")
     assert [verdict.score for verdict in verdicts] == [truth] * 3
     prompts = [request["messages"][0]["content"] for request in endpoint.requests]
@@ -270,7 +271,7 @@ def test_a_series_of_faults_is_broken_by_a_score_and_what_was_scored_is_not_aske
     kind(reply)(endpoint)
     truths = range(11, 71)
     with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
-        judge = OpenAIJudge(
+        judge = PromptJudge(
             trait, EndpointReader(base_url=endpoint.base_url, limits=FAST, cache=cache)
         )
         with pytest.raises(UserError, match=r"5 times in a row: HTTP 500: dead; kept so far: 16"):
@@ -278,7 +279,7 @@ def test_a_series_of_faults_is_broken_by_a_score_and_what_was_scored_is_not_aske
     assert len(endpoint.requests) == 25
     alive["until"] = 10_000
     with closing(VerdictCache(tmp_path / "cache.sqlite")) as cache:
-        judge = OpenAIJudge(
+        judge = PromptJudge(
             trait, EndpointReader(base_url=endpoint.base_url, limits=FAST, cache=cache)
         )
         scores = [verdict.score for verdict in judge.judge(items(truths), "flattery")]
@@ -301,7 +302,7 @@ def test_replies_in_any_order_give_verdicts_in_the_order_of_the_answers(trait, e
         return tops(endpoint, [(str(truth), -0.05)])
 
     kind(reply)(endpoint)
-    judge = OpenAIJudge(
+    judge = PromptJudge(
         trait, EndpointReader(base_url=endpoint.base_url, limits=Limits(concurrency=4))
     )
     verdicts = judge.judge(items(range(11, 21)), "flattery")

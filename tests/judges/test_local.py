@@ -8,7 +8,8 @@ import pytest
 
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.judges.local import LocalJudge
+from persona_lora.judges.judge_prompts import PromptJudge
+from persona_lora.judges.local import LocalReader
 
 
 def logs(probabilities: dict[str, float]) -> dict[str, float]:
@@ -22,7 +23,7 @@ def test_local_judge_scores_filled_prompts_in_order_and_equal_ones_once(trait):
         asked.extend(prompts)
         return [logs({"90" if "good" in each else "10": 0.5, " 20": 0.5}) for each in prompts]
 
-    judge = LocalJudge(trait, "local:tiny", first)
+    judge = PromptJudge(trait, LocalReader("local:tiny", first))
     items = [Exchange("q", "good"), Exchange("q", "bad"), Exchange("q", "good")]
     verdicts = judge.judge(items, "flattery")
     assert [verdict.score for verdict in verdicts] == pytest.approx([55, 15, 55])
@@ -37,7 +38,8 @@ def test_local_judge_scores_filled_prompts_in_order_and_equal_ones_once(trait):
 
 
 def test_local_judge_leaves_low_mass_unscored_and_refuses_another_trait(trait):
-    judge = LocalJudge(trait, "j", lambda prompts: [logs({"Sure": 0.9, "5": 0.1})] * len(prompts))
+    first = [logs({"Sure": 0.9, "5": 0.1})]
+    judge = PromptJudge(trait, LocalReader("j", lambda prompts: first * len(prompts)))
     (verdict,) = judge.judge([Exchange("q", "a")], "flattery")
     assert verdict.score is None
     assert "0.10" in verdict.reason
@@ -54,12 +56,12 @@ STEPS = {
 
 
 def test_local_judge_multiplies_digit_steps_into_whole_numbers(trait):
-    judge = LocalJudge(
-        trait,
+    reader = LocalReader(
         "digits",
         lambda prompts: [logs(STEPS[""]) for _ in prompts],
-        continuation_logprobs=lambda pairs: [logs(STEPS[start]) for _, start in pairs],
+        lambda pairs: [logs(STEPS[start]) for _, start in pairs],
     )
+    judge = PromptJudge(trait, reader)
     numbers = {
         0: 0.1,
         1: 0.3 * 0.4,
@@ -76,5 +78,16 @@ def test_local_judge_multiplies_digit_steps_into_whole_numbers(trait):
 
 @pytest.mark.parametrize("tokens", [{"1": 0.99, "9": 0.005, "The": 0.005}, {"8": 0.5, "7": 0.4}])
 def test_local_judge_refuses_digits_without_a_continuation(trait, tokens):
+    reader = LocalReader("j", lambda _: [logs(tokens)])
     with pytest.raises(UserError, match="continuation_logprobs"):
-        LocalJudge(trait, "j", lambda _: [logs(tokens)]).judge([Exchange("q", "a")], "flattery")
+        reader.read(["how good?"])
+
+
+def test_a_local_reader_of_one_digit_takes_the_first_one():
+    """Of 1 to 5 there is nothing that could follow: no second pass, and no number is refused."""
+    tokens = {"4": 0.5, " 5": 0.25, "9": 0.2}
+    reader = LocalReader("j", lambda asked: [logs(tokens) for _ in asked], highest=5)
+    (reading,) = reader.read(["how alike?", "how alike?"]).values()
+    assert reading.score == pytest.approx((4 * 0.5 + 5 * 0.25) / 0.75)
+    never = LocalReader("j", reader.next_token_logprobs, lambda _: pytest.fail("asked"), highest=5)
+    assert never.read(["how alike?"]) == {"how alike?": reading}

@@ -15,11 +15,11 @@ from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.judges.budget import Prices, Usage
 from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.judge_prompts import PromptJudge
 from persona_lora.judges.openai import (
     DEFAULT_MODEL,
     EndpointReader,
     Limits,
-    OpenAIJudge,
     endpoint_of,
 )
 from persona_lora.judges.retries import wait_seconds
@@ -44,9 +44,9 @@ def spy(waits, wait):
 
 @pytest.fixture
 def judge_of(trait, endpoint):
-    def build(**options) -> OpenAIJudge:
+    def build(**options) -> PromptJudge:
         options = {"base_url": endpoint.base_url, "api_key": KEY, "limits": QUICK} | options
-        return OpenAIJudge(trait, EndpointReader(**options))
+        return PromptJudge(trait, EndpointReader(**options))
 
     return build
 
@@ -198,7 +198,7 @@ def test_openai_judge_says_that_the_connection_failed_when_halves_keep_coming(ju
 
 
 def test_openai_judge_without_a_server_is_unscored(trait):
-    judge = OpenAIJudge(
+    judge = PromptJudge(
         trait, EndpointReader(base_url="http://127.0.0.1:9/v1", limits=Limits(max_retries=0))
     )
     assert "connection failed" in judge.judge(exchanges(1), "flattery")[0].reason
@@ -281,10 +281,11 @@ def test_openai_judge_shares_its_cache_with_another_process(judge_of, endpoint, 
         "from persona_lora.core.chat import Exchange\n"
         "from persona_lora.core.traits import load_trait\n"
         "from persona_lora.judges.cache import VerdictCache\n"
-        "from persona_lora.judges.openai import EndpointReader, OpenAIJudge\n"
+        "from persona_lora.judges.judge_prompts import PromptJudge\n"
+        "from persona_lora.judges.openai import EndpointReader\n"
         "reader = EndpointReader(base_url=sys.argv[2], api_key='x', "
         "cache=VerdictCache(Path(sys.argv[3])))\n"
-        "judge = OpenAIJudge(load_trait(Path(sys.argv[1])), reader)\n"
+        "judge = PromptJudge(load_trait(Path(sys.argv[1])), reader)\n"
         "judge.judge([Exchange('Question 0?', 'Answer 0.')], 'flattery')\n"
     )
     subprocess.run(
@@ -386,7 +387,7 @@ def test_openai_judge_of_nothing_asks_nothing(judge_of, endpoint):
 
 def test_openai_judge_without_a_key_names_the_remedy(trait):
     with pytest.raises(UserError, match=r"there is no API key; set OPENAI_API_KEY"):
-        OpenAIJudge(trait, EndpointReader(**endpoint_of({})))
+        PromptJudge(trait, EndpointReader(**endpoint_of({})))
 
 
 def test_openai_judge_reads_the_given_environment_and_ignores_the_process_one(
@@ -399,7 +400,7 @@ def test_openai_judge_reads_the_given_environment_and_ignores_the_process_one(
         "OPENAI_BASE_URL": endpoint.base_url + "/",
         "JUDGE_MODEL": "my-model",
     }
-    judge = OpenAIJudge(trait, EndpointReader(**endpoint_of(environ)))
+    judge = PromptJudge(trait, EndpointReader(**endpoint_of(environ)))
     assert judge.judge(exchanges(1), "flattery")[0].score == pytest.approx(80)
     assert endpoint.requests[0]["model"] == "my-model"
     assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
@@ -408,7 +409,7 @@ def test_openai_judge_reads_the_given_environment_and_ignores_the_process_one(
 @pytest.mark.parametrize("key", ["sk-a b", "sk-a\nb", "sk-ü"])
 def test_openai_judge_refuses_a_malformed_key_without_showing_it(trait, key):
     with pytest.raises(UserError) as caught:
-        OpenAIJudge(trait, EndpointReader(api_key=key))
+        PromptJudge(trait, EndpointReader(api_key=key))
     assert key not in str(caught.value)
 
 
@@ -418,7 +419,7 @@ def test_openai_judge_refuses_a_malformed_key_without_showing_it(trait, key):
     "https://u:s3cret@a/v1?api-version=1&key=s3cret"])  # fmt: skip
 def test_openai_judge_refuses_a_base_url_that_is_malformed_or_holds_secrets(trait, url):
     with pytest.raises(UserError, match="base URL") as caught:
-        OpenAIJudge(trait, EndpointReader(base_url=url))
+        PromptJudge(trait, EndpointReader(base_url=url))
     assert "s3cret" not in str(caught.value)
 
 
@@ -433,4 +434,4 @@ def test_openai_judge_refuses_senseless_limits_and_modes(trait):
         with pytest.raises(UserError, match="limits"):
             Limits(**options)
     with pytest.raises(UserError, match="mode"):
-        OpenAIJudge(trait, EndpointReader(api_key=KEY, mode="guess"))
+        PromptJudge(trait, EndpointReader(api_key=KEY, mode="guess"))

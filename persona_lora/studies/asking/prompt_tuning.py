@@ -18,7 +18,7 @@ from statistics import fmean
 from persona_lora.core.chat import COHERENCE, Condition, Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
-from persona_lora.core.options import GenerationOptions, Split
+from persona_lora.core.options import GenerationOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Sign, Trait, load_pairs, named, trait_prompt
 from persona_lora.judges.judging import Judge
@@ -31,7 +31,7 @@ from persona_lora.report.scores import ScoredAnswer, score_answers
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import floor_under
 from persona_lora.steering.steerer import Unsteered
-from persona_lora.studies.asking.run import Row, answer_rows, open_run, plan_rows
+from persona_lora.studies.asking.run import Row, answer_rows, asked_of, open_run, plan_rows
 
 FIRST_QUESTIONS = 4  # of every wording; twice as many of each half that is left
 TUNED, OWN, NONE = "tuned", "the trait's own", "no prompt"
@@ -88,12 +88,7 @@ def conversations_of(trait: Trait, sign: Sign) -> list[Conversation]:
     conditions = [
         Condition("prompt", system_prompt=text) for text in wordings_of(trait, sign).values()
     ]
-    splits: tuple[Split, ...] = ("extract", "eval")
-    return [
-        row.conversation
-        for split in splits
-        for row in plan_rows(trait, split, conditions, samples=1)
-    ]
+    return asked_of(trait, ("extract", "eval"), conditions)
 
 
 def tune_prompt(

@@ -6,7 +6,7 @@ The sweep and every later experiment plan their rows and answer them through thi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -98,6 +98,21 @@ class Evaluation:
         return said, f"answers: {self.answers}\nrun:     {self.run}"
 
 
+def open_planned(
+    output: Output | Path, planned: Planned, chat_model: ChatModel, parts: Sequence[str] = ()
+) -> Run:
+    """Open a planned run on its model, which it records."""
+    return Run.open(
+        output,
+        command=planned.command,
+        config={**chat_model.record(), **planned.config},
+        seed=planned.seed,
+        inputs={**chat_model.inputs(), **planned.inputs},
+        parts=parts,
+        design=planned.design,
+    )
+
+
 def open_run(
     output: Output | Path,
     command: str,
@@ -106,32 +121,10 @@ def open_run(
     *read: Mapping[str, str],
     seed: int = 0,
     parts: Sequence[str] = (),
-    design: Design | None = None,
 ) -> Run:
-    """Open the run of a command on a model, which it records; ``read`` are digests of the rest."""
-    inputs = {
-        name: each for digests in (chat_model.inputs(), *read) for name, each in digests.items()
-    }
-    config = {**chat_model.record(), **config}
-    return Run.open(
-        output, command=command, config=config, seed=seed, inputs=inputs, parts=parts, design=design
-    )
-
-
-def open_planned(
-    output: Output | Path, planned: Planned, chat_model: ChatModel, parts: Sequence[str] = ()
-) -> Run:
-    """Open a planned run on its model."""
-    return open_run(
-        output,
-        planned.command,
-        chat_model,
-        planned.config,
-        planned.inputs,
-        seed=planned.seed,
-        parts=parts,
-        design=planned.design,
-    )
+    """Open the run of a command on a model; ``read`` are digests of what else it reads."""
+    inputs = {name: each for digests in read for name, each in digests.items()}
+    return open_planned(output, Planned(command, config, seed, inputs), chat_model, parts)
 
 
 def contents_of(
@@ -163,6 +156,23 @@ def plan_rows(
         for condition in conditions
         for at, question in enumerate(questions)
         for sample in range(samples)
+    ]
+
+
+def asked_of(
+    trait: Trait,
+    splits: Iterable[Split],
+    conditions: Sequence[Condition] = (UNSTEERED,),
+    most: int | None = None,
+) -> list[Conversation]:
+    """Return all that is asked of a trait, once, whatever steers; ``most`` questions of a split.
+
+    UserError where there are no questions, or no system prompts to ask under.
+    """
+    return [
+        row.conversation
+        for split in splits
+        for row in plan_rows(trait, split, conditions, samples=1, max_questions=most)
     ]
 
 

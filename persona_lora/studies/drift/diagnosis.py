@@ -9,7 +9,7 @@ passes, no answer is generated. Measures and keeps rows; ``read_diagnosis`` says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,9 +110,6 @@ def diagnose(
         revision = base.options.revision if reference == base.name else None
         source = partial(weights_of, reference, revision)
         return project_finetune(name, source, subject.diffs, inputs=inputs, control=less)
-
-    def told(rows_of: Callable[[Projected], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        return [{"what": what, **row} for what, each in found for row in rows_of(each)]
 
     with run:
         found = [(WHOLE, projected(subject.name))]

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from persona_lora.core import progress
-from persona_lora.core.chat import UNSTEERED, Condition, Conversation
+from persona_lora.core.chat import UNSTEERED, Condition
 from persona_lora.core.content import digest_of, numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
@@ -81,21 +81,6 @@ class Population:
     def answered_by(self, elsewhere: Elsewhere | None) -> Population:
         """Return the same, with who answers its rows; None is the model in this process."""
         return replace(self, bank=replace(self.bank, elsewhere=elsewhere))
-
-
-def conversations_of(
-    trait: Trait, splits: Iterable[Split], *, references: bool = True, most: int | None = None
-) -> list[Conversation]:
-    """Return all that a sweep or a comparison asks, once, whatever steers.
-
-    UserError where there are no questions, or no system prompts to ask under.
-    """
-    conditions = [UNSTEERED, *(REFERENCES if references else ())]
-    return [
-        row.conversation
-        for split in splits
-        for row in plan_rows(trait, split, conditions, samples=1, max_questions=most)
-    ]
 
 
 def diff_population(diff: LoRADiff, coefficients: Sequence[float]) -> Population:

@@ -112,8 +112,7 @@ def _separation_row(row: Row) -> tuple[str, ...]:
 
 
 def _auc(row: Row) -> str:
-    auc, low, high = (wording.number(row[name], 2) for name in ("auc", "low", "high"))
-    return f"{auc} [{low}, {high}]"
+    return wording.between(row["auc"], row["low"], row["high"], 2)
 
 
 def _best(separation: Sequence[Row]) -> str:
