@@ -121,7 +121,8 @@ def project_activations(
                 chat_model, read, along, written, base=base, columns=texts.columns
             )
     if read is None:
-        table = separation_table(best_layers(run.read("separation")))
+        best = best_layers(run.read("separation"))
+        table = separation_table(best, "Every vector at the layer with its largest AUC")
     else:
         table = projections_table(run.read("projections"))
     show(table, f"run: {run.folder}")

@@ -74,8 +74,9 @@ class Table:
 
     def only(self, *places: int) -> Table:
         """Return it with these columns alone, counted from 0: what a terminal has room for."""
-        columns, *rows = (tuple(row[at] for at in places) for row in (self.columns, *self.rows))
-        return replace(self, columns=columns, rows=tuple(rows))
+        columns = tuple(self.columns[at] for at in places)
+        rows = tuple(tuple(row[at] for at in places) for row in self.rows)
+        return replace(self, columns=columns, rows=rows)
 
     def markdown(self) -> str:
         """Return the columns and rows as a table in Markdown."""

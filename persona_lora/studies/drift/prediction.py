@@ -288,22 +288,21 @@ def _predictors(
     return rows
 
 
-def _home(folder: Path) -> Path | None:
-    """Return the folder of the run that made a finetune; None where there is no record."""
-    return next((at for at in (folder, folder.parent) if (at / RECORD).is_file()), None)
+def _made_in(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the run that made a finetune, and its record: empty where none is."""
+    home = next((at for at in (folder, folder.parent) if (at / RECORD).is_file()), None)
+    return (folder, {"config": {}, "seed": None}) if home is None else (home, Run(home).record)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
     """Return the data set and the seed of a finetune; None where no record tells."""
-    home = _home(folder)
-    record = {"config": {}, "seed": None} if home is None else Run(home).record
+    _, record = _made_in(folder)
     return {"data": record["config"].get("rows_sha256"), "seed": record["seed"]}
 
 
 def _trained(name: str, folder: Path) -> tuple[Path, str, str]:
     """Return the file that a finetune was trained on, its settings, and the checkpoint."""
-    home = _home(folder)
-    config = {} if home is None else Run(home).record["config"]
+    config = _made_in(folder)[1]["config"]
     if "train_file" not in config:
         raise UserError(
             f"{name} has no record of what it was trained on, so that its control cannot be told; "
@@ -328,10 +327,10 @@ def _told_by_data(
     predictor that not all finetunes have is left out of the predictions. ``of_text`` keeps the
     scores by the digest of the rows: many finetunes are of the same.
     """
-    home = _home(folder)
-    config = {} if home is None else Run(home).record["config"]
+    home, record = _made_in(folder)
+    config = record["config"]
     path = Path(config.get("train_file", ""))
-    if home is None or not path.is_file():
+    if not path.is_file():
         return []
     conversations = [
         read_messages(row.get("messages"), f"{path}:{line}")
