@@ -130,17 +130,27 @@ def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -
     failed = [row.get("failed") for row in own]
     searches = grouped(own, lambda row: (row["persona"], row.get("seed")))
     kept = [
-        not limits.violation(*(_mean(each, name) for name in ("coherence", "relevance", "kl")))
+        not limits.violation(_mean(each, "coherence"), _mean(each, "relevance"), _kl(each))
         for each in searches.values()
     ]
     counted = None if None in failed else fmean(not each for each in failed)
     feasible = fmean(kept) if limits.limited else None
-    return replace(fit, counted=counted, feasible=feasible, kl=_mean(own, "kl"))
+    return replace(fit, counted=counted, feasible=feasible, kl=_kl(own))
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:
     known = [row[name] for row in rows if row.get(name) is not None]
     return fmean(known) if known else None
+
+
+def _kl(rows: Sequence[Row]) -> float | None:
+    """Return the mean divergence over the tokens of all answers, which is what a search limits.
+
+    Over the answers of rows that do not say how many tokens they have.
+    """
+    known = [(row["kl"], row.get("kl_tokens", 1)) for row in rows if row.get("kl") is not None]
+    tokens = sum(number for _, number in known)
+    return sum(kl * number for kl, number in known) / tokens if tokens else None
 
 
 def order_line(fits: Sequence[ConditionFit]) -> str:

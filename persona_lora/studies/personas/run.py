@@ -501,7 +501,8 @@ def held_out_rows(
         rows = [{**row, "weights": mix, **drawn} for row, mix in both]
         if diverged:
             for row, plan, answer in zip(rows, asked, answers, strict=True):
-                row["kl"] = mean_of(speaker.divergences(plan.condition, [answer])[0])
+                told = speaker.divergences(plan.condition, [answer])[0]
+                row |= {"kl": mean_of(told), "kl_tokens": len(told)}
         run.write(HELD_OUT, rows)
         return rows
 

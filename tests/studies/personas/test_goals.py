@@ -144,6 +144,7 @@ def test_a_planted_optimum_is_found_and_reported_on_held_out_prompts(
     assert plain.kl == 0 < best.kl
     rows = Run(tmp_path / "out" / "run").read("held_out")
     assert {row["prompt"] for row in rows} == set(PROMPTS.held_out)
+    assert all((row["kl_tokens"] > 0) == bool(row["answer"]) for row in rows)
     mixes = [row["weights"] for row in rows if row["condition"] == "random_mix"]
     assert len({mix["e"] for mix in mixes}) == len(PROMPTS.held_out)
     length = sum(value**2 for value in found.values())

@@ -95,6 +95,18 @@ def test_bounds_are_not_corrected_for():
     assert beside["canned"].difference.mean == -1.0
 
 
+def test_divergence_is_over_tokens_as_it_is_where_a_search_limits_it():
+    told = [*rows({"none": 2.0}), *rows({"lora": 3.0})]
+    for row, (kl, tokens) in zip(told[3:], ((0.1, 30), (0.9, 2), (0.0, 0)), strict=True):
+        row |= {"kl": kl, "kl_tokens": tokens}
+    lora = condition_fits(told, ObjectiveOptions(max_kl=0.2))[1]
+    assert lora.kl == pytest.approx(0.15)  # over answers it would be a third
+    assert lora.feasible == 1.0
+    for row in told[3:]:
+        row["kl_tokens"] = 0
+    assert condition_fits(told)[1].kl is None
+
+
 def test_searches_that_break_their_constraints_on_held_out_prompts_are_counted():
     limits = ObjectiveOptions(min_coherence=80.0)
     told = [
