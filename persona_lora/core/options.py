@@ -388,6 +388,11 @@ class ProbeOptions:
     def __post_init__(self) -> None:
         if self.turns < 1:
             raise UserError(f"turns must be at least 1, got {self.turns}")
+        if self.trigger is not None and self.trigger.strip() in ("", "pos", "neg"):
+            raise UserError(
+                f"--trigger is the text of a system prompt, got {self.trigger!r}; the trait's own "
+                "prompts are asked with --probes eliciting,negated"
+            )
 
     @property
     def prompts(self) -> dict[str, str]:

@@ -116,6 +116,8 @@ def test_what_cannot_be_compared_is_named(base, models, trait, rows, judge, tmp_
         ({"rules": ("three_item",)}, "no rule 'three_item'; .*three_items"),
         ({"turns": 4}, "4 turns need as many questions; cheer has 3 here"),
         ({"turns": 0}, "turns must be at least 1, got 0"),
+        ({"trigger": "neg"}, "--trigger is the text of a system prompt, got 'neg'.*--probes"),
+        ({"trigger": " "}, "--trigger is the text of a system prompt, got ' '"),
     ):
         with pytest.raises(UserError, match=message):
             go(base, models, trait, rows, judge, tmp_path / "out", **asked)
