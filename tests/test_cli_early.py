@@ -274,6 +274,17 @@ TUNED = "tuned/checkpoint-2"
         (("optimize", *PERSON, *STRANGERS), STRANGE),
         (("compare-methods", *PERSON, *STRANGERS, "--methods", "lora"), STRANGE),
         (("diagnose", TUNED, "--base", "model", "--diffs", STRANGE_DIFF, *OUT), STRANGE),
+        (("diagnose", "wide/diff", "--base", "model", "--diffs", "diff", *OUT), WIDE),
+        (
+            ("diagnose", TUNED, "--base", "model", "--diffs", "diff", "--controls", "wide/diff")
+            + OUT,
+            WIDE,
+        ),
+        (
+            ("project", "weights", "--finetuned-model", "wide/diff", "--diffs", "diff")
+            + ("--original-model", "model"),
+            WIDE,
+        ),
         (
             ("project", "weights", "--finetuned-model", TUNED, "--diffs", STRANGE_DIFF)
             + ("--original-model", "model"),
@@ -320,6 +331,36 @@ def test_a_correction_is_a_diff_and_a_number(world):
 def test_another_base_that_is_asked_for_is_loaded(world):
     words = ("evaluate", *CHEER, "--output", "a.csv", "--diff", STRANGE_DIFF)
     assert "the weights were loaded" in world(*words, "--allow-other-base")[2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", *CHEER, "--output", "a.csv", "--adapter", TUNED),
+        ("evaluate", *CHEER, "--output", "a.csv", "--diff", TUNED),
+        ("sweep", *CHEER, "--diff", TUNED),
+        ("diagnose", TUNED, "--base", "model", "--diffs", "diff", *OUT),
+        ("diagnose", "tuned/checkpoint-4", "--controls", TUNED, "--base", "model")
+        + ("--diffs", "diff", *OUT),
+        ("project", "weights", "--finetuned-model", TUNED, "--diffs", "diff")
+        + ("--original-model", "model"),
+        ("project", "weights", "--finetuned-model", TUNED, "--diffs", "diff")
+        + ("--original-model", "model", "--plain", "--output", "p.json"),
+        (*PREVENT, "--finetunes", f"plain={TUNED}"),
+        (*PREDICT, "--finetunes", FOUR, "--diffs", "diff"),
+    ],
+    ids=lambda words: f"{words[0]} {words[-2]}",
+)
+def test_an_adapter_that_names_another_base_is_warned_of(world, tmp_path, caplog, words):
+    path = tmp_path / TUNED / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for named, warned in (("org/other-7b", True), ("org/Model-GGUF", False), (None, False)):
+        path.write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        caplog.clear()
+        world(*words)
+        told = "made on org/other-7b, and the model here is model"
+        assert (told in caplog.text) == warned, caplog.text
+        assert "org/Model" not in caplog.text
 
 
 SEEDED = ("--trait-vector-dir", "seeds", "--traits", "formality")

@@ -196,10 +196,12 @@ class Weighing:
     ) -> ModuleInputs | None:
         """Return the inputs of the diffs' model, from the cache of them where they are there."""
         from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts, read_prompts
+        from persona_lora.steering.placement import warn_of_other_names
 
         if self.plain:
             own = (each.name for each in dataclasses.fields(LoadOptions) if each.name != "revision")
             refuse_useless(" ".join(("prompts", *own)), "with --plain")
+            warn_of_other_names(model, [each.base_model for each in diffs])
             return None
         asked = load_ordinary_prompts() if self.prompts is None else read_prompts(self.prompts)
         return kept_inputs(shared.load_other(model, loading, directions=diffs), asked)
@@ -242,6 +244,7 @@ def project_weights(
     loaded = study.load_diffs(list(diffs), on_disk=True)
     named = [name for name, _ in study.expand(finetuned_model)]
     study.check_finetunes(named, control, original_model)
+    made = [*loaded.values(), *study.adapters_among([*named, *control])]
     with progress_bars():
         found = study.project_finetunes(
             original_model,
@@ -249,7 +252,7 @@ def project_weights(
             loaded,
             output,
             revision=loading.revision,
-            inputs=weighing.inputs_of(original_model, loading, loaded.values()),
+            inputs=weighing.inputs_of(original_model, loading, made),
             controls=control,
         )
     show(study.weights_table(found), *study.explained_lines(found))
@@ -286,13 +289,14 @@ def diagnose(
     from persona_lora.report.sections import Table
     from persona_lora.studies.drift import diagnosis
     from persona_lora.studies.drift.read_section import diagnosis_content
-    from persona_lora.studies.drift.run import load_diffs
+    from persona_lora.studies.drift.run import adapters_among, load_diffs
 
     named = [str(_adapter(Path(each))) for each in (finetune, *controls)]
     subject = diagnosis.Subject.load(named[0], load_diffs(list(diffs), on_disk=True), named[1:])
     asked = load_ordinary_prompts() if prompts is None else read_prompts(prompts)
     written = output.at(output.output)
-    chat_model = shared.load_other(base, loading, directions=subject.diffs.values())
+    made = [*subject.diffs.values(), *adapters_among(named)]
+    chat_model = shared.load_other(base, loading, directions=made)
     with progress_bars():
         run = diagnosis.diagnose(chat_model, subject, written, prompts=asked)
     content = diagnosis_content(run)

@@ -110,14 +110,16 @@ class ModelOptions(LoadOptions):
     def check_adapters(self, paths: Iterable[Path]) -> None:
         """UserError, before weights are loaded, for an adapter that this model cannot wear."""
         from persona_lora.core.lora_diff import LoRADiff
-        from persona_lora.steering.placement import check_before_loading
+        from persona_lora.steering.placement import check_before_loading, warn_of_other_names
 
+        adapters = []
         for path in paths:
             try:
-                adapter = LoRADiff.load(path, on_disk=True)
-                check_before_loading(self.model, self.alone(), [adapter], allow_other_base=True)
+                adapters.append(LoRADiff.load(path, on_disk=True))
+                check_before_loading(self.model, self.alone(), adapters[-1:], allow_other_base=True)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
+        warn_of_other_names(self.model, [each.base_model for each in adapters])
 
 
 @dataclass(frozen=True)
@@ -378,10 +380,15 @@ def load_other(
     allow_other_base: bool = False,
 ) -> ChatModel:
     """Load a model by name; UserError, before that, for one of the directions of another model."""
+    from persona_lora.core.adapter_files import adapter_config
+    from persona_lora.core.lora_diff import BaseModel
     from persona_lora.models.loading import load_chat_model
-    from persona_lora.steering.placement import check_before_loading
+    from persona_lora.steering.placement import check_before_loading, warn_of_other_names
 
     check_before_loading(name, options, directions, allow_other_base=allow_other_base)
+    if adapter is not None:
+        made_on = BaseModel(adapter_config(adapter)["base_model_name_or_path"])
+        warn_of_other_names(name, [made_on])
     with console.status(f"loading {name}"):
         return load_chat_model(
             name, adapter=adapter, options=options, allow_other_base=allow_other_base

@@ -46,6 +46,14 @@ def few_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+_TYPE = r"([-.](i?q\d\w*|b?fp?16|gguf))+$"  # of the weights, as files are called
+
+
+def bare_name(model: Any) -> str:
+    """Return a model's name without its path, the type of its weights and its case."""
+    return re.sub(_TYPE, "", re.split(r"[/\\]", str(model).rstrip("/"))[-1], flags=re.I).casefold()
+
+
 LONGEST_NAME = 100
 _NAME = re.compile(r"[^\W_][\w .+@-]*", flags=re.UNICODE)
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from persona_lora.core.chat import COHERENCE
+from persona_lora.core.errors import bare_name
 from persona_lora.report.scores import grouped
 
 RELIABILITY_BINS = 5
 FIT_WITHIN = 0.5  # the rank correlation inside a condition from which a judge is fit
-TYPE = r"([-.](i?q\d\w*|b?fp?16|gguf))+$"  # of the weights, as files are called
 Rated = Mapping[str, Any]
 
 
@@ -85,12 +85,7 @@ def kind_of_row(row: Rated) -> str:
 
 def of_model(rated: Sequence[Rated], model: Any) -> list[Rated]:
     """Return the answers of ``model``, a name, folder or .gguf file; none of one not rated."""
-    return [row for row in rated if _bare(model_of(row)) == _bare(model)]
-
-
-def _bare(model: Any) -> str:
-    """Return a model's name without its path, the type of its weights and its case."""
-    return re.sub(TYPE, "", re.split(r"[/\\]", str(model).rstrip("/"))[-1], flags=re.I).casefold()
+    return [row for row in rated if bare_name(model_of(row)) == bare_name(model)]
 
 
 def rated_answers(validation: Sequence[Rated], model: Any) -> list[Rated]:

@@ -6,13 +6,14 @@ diff must find its weight, or nothing is touched.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.errors import UserError, bare_name
+from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.models.loading import shape_of
@@ -28,6 +29,8 @@ from persona_lora.models.structure import (
 )
 from persona_lora.models.weight_files import model_on_disk
 from persona_lora.steering.ledger import LOCK, MERGED
+
+logger = logging.getLogger(__name__)
 
 
 def as_diff(lora_diff: LoRADiff | str | Path) -> LoRADiff:
@@ -86,6 +89,8 @@ def check_before_loading(
     for each in directions:
         if isinstance(each, SteeringVector):
             check_shape(each, *shape_of(name, options))
+    if not allow_other_base:
+        warn_of_other_names(name, [each.base_model for each in directions])
     model = model_on_disk(name, options.revision) if directions else None
     if model is None:
         return
@@ -95,6 +100,18 @@ def check_before_loading(
     # float16 rounds what is stored in another type before it is known
     if not (allow_other_base or options.quantize or options.dtype == "float16"):
         check_fingerprint(weight_fingerprint(model), directions)
+
+
+def warn_of_other_names(model: str, bases: Iterable[BaseModel]) -> None:
+    """Warn of what knows its base by name alone, as others' adapters do, where that is another."""
+    for name in dict.fromkeys(each.name for each in bases if each.fingerprint is None):
+        if name and bare_name(name) != bare_name(model):
+            logger.warning(
+                "an adapter or vector says that it was made on %s, and the model here is %s; with "
+                "other weights it means nothing, and only the name can tell: check that they are "
+                "the same",
+                *(name, model),
+            )
 
 
 def check_shape(vector: SteeringVector, depth: int, width: int) -> None:

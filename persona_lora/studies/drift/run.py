@@ -403,6 +403,11 @@ def is_adapter(name: str | Path) -> bool:
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
+def adapters_among(names: Sequence[str]) -> list[LoRADiff]:
+    """Return those that are adapters, their factors left on disk."""
+    return [LoRADiff.load(name, on_disk=True) for name in names if is_adapter(name)]
+
+
 def projection_rows(found: Sequence[Projected]) -> list[dict[str, Any]]:
     """Return long rows: one finetune, geometry, diff, and part (total, a layer, a kind) each."""
     rows: list[dict[str, Any]] = []
