@@ -456,7 +456,11 @@ COMMANDS = {
             "plain": flag(True, None),
             "control": flag("adapter"),
         },
-        {f"{X}studies.drift.run:load_diffs": {}, f"{X}projections.inputs:kept_inputs": None},
+        {
+            f"{X}studies.drift.run:load_diffs": {},
+            f"{X}studies.drift.run:adapters_among": [],
+            f"{X}projections.inputs:kept_inputs": None,
+        },
     ),
     "diagnose": Command(
         ("tuned", "--diffs", "diff", "--output", "o"),
@@ -889,7 +893,7 @@ def folder(tmp_path_factory):
     adapters = ("adapter", *(f"adapter{number}" for number in range(2, 6)))
     for name, rows in zip(adapters, ("normal", "a", "b", "c", "d"), strict=True):
         (folder / name).mkdir()
-        (folder / name / "adapter_config.json").write_text("{}")
+        (folder / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         record = {**pilot, "config": {"train_file": f"rows/{rows}.jsonl"}}
         (folder / name / "run.json").write_text(json.dumps(record))
     (folder / "people/somebody").mkdir(parents=True)
