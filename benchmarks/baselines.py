@@ -93,7 +93,9 @@ def states(run: Path, vector: Path, layer: int) -> None:
     low, high = torch.cat(along).quantile(torch.tensor([0.1, 0.9])).tolist()
     print(f"{len(torch.cat(along))} tokens; ‖v‖ {direction.norm():.3g}")
     print(f"--ceiling {low:.4g} (tenth percentile), --floor {high:.4g} (ninetieth)")
-    print(f"--threshold {torch.cat(cosines).median():.4g} (median cosine)")
+    alike = torch.cat(cosines)
+    over = wording.percent((alike > 0).float().mean().item())
+    print(f"--threshold {alike.median():.4g} (median cosine; over 0 are {over})")
 
 
 def main() -> None:
