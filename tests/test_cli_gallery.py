@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -72,11 +74,31 @@ def test_what_get_writes_is_a_diff_with_its_strengths_and_replaces_nothing(tmp_p
     assert content == exhibit.diff.content()
     asked = coefficient_of(read_strength("-0.05nat"), path, content)
     assert asked == exhibit.coefficient(-0.05)
-    before = (path / "diff.json").read_bytes()
-    with pytest.raises(UserError, match=r"evil/diff is there already; choose another --output"):
-        ask("gallery", "get", "--traits", "corrigibility,evil", "--output", tmp_path)
-    assert (path / "diff.json").read_bytes() == before
-    assert not (tmp_path / "corrigibility").exists()
+    (exhibit.diff * 2).save(tmp_path / "other/evil/diff")
+    before = (tmp_path / "other/evil/diff/diff.json").read_bytes()
+    with pytest.raises(UserError, match=r"evil/diff is there already, and is another diff; choose"):
+        ask("gallery", "get", "--traits", "corrigibility,evil", "--output", tmp_path / "other")
+    assert (tmp_path / "other/evil/diff/diff.json").read_bytes() == before
+    assert not (tmp_path / "other/corrigibility").exists()
+
+
+def test_a_get_that_was_killed_goes_on(tmp_path, monkeypatch):
+    words = ("gallery", "get", "--traits", "corrigibility,evil,formality", "--output", tmp_path)
+    save, saved = LoRADiff.save, []
+
+    def killed(diff, folder):
+        saved.append(Path(folder))
+        if len(saved) == 2:
+            raise RuntimeError("killed")
+        return save(diff, folder)
+
+    monkeypatch.setattr(LoRADiff, "save", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        ask(*words)
+    monkeypatch.undo()
+    kept = (saved[0] / "adapter_model.safetensors").stat().st_mtime_ns
+    assert ask(*words).count("nat at") == 6
+    assert (saved[0] / "adapter_model.safetensors").stat().st_mtime_ns == kept
 
 
 def test_a_gallery_of_ones_own_is_made_and_opened(tmp_path):

@@ -224,21 +224,27 @@ def gallery_get(
 ) -> None:
     """Write ready diffs of the packaged model, for every command that takes diffs.
 
-    Each with what calibrate measured of it, so that strengths in nats work at once.
+    Each with what calibrate measured of it, so that strengths in nats work at once. Those that
+    are there already stay.
 
     Example: persona-lora gallery get --traits evil,formality
     """
     from persona_lora.core.gallery import Gallery
+    from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.report.sections import Table
 
     gallery = Gallery(source)
     exhibits = {trait: gallery.exhibit(trait) for trait in traits or gallery.traits}
     places = {trait: output / trait / "diff" for trait in exhibits}
-    taken = next((each for each in places.values() if each.exists()), None)
-    if taken is not None:
-        raise UserError(f"{taken} is there already; choose another --output, or move it away")
-    for trait, exhibit in exhibits.items():
-        exhibit.save(places[trait])
+    there = {trait for trait, place in places.items() if place.exists()}
+    for trait in there:
+        if LoRADiff.load(places[trait]).content() != exhibits[trait].diff.content():
+            raise UserError(
+                f"{places[trait]} is there already, and is another diff; choose another --output, "
+                "or move it away"
+            )
+    for trait in exhibits.keys() - there:
+        exhibits[trait].save(places[trait])
     rows = [
         (trait, f"{places[trait]}", strength_line(places[trait], exhibit.diff.content()))
         for trait, exhibit in exhibits.items()

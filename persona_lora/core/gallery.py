@@ -44,10 +44,10 @@ class Exhibit:
         return self.strengths.coefficient(nats, f"{self.diff.trait}")
 
     def save(self, folder: Path) -> None:
-        """Write the diff as any other, with its strengths beside it."""
-        self.diff.save(folder)
+        """Write the diff as any other, its strengths first: a diff that is there has them."""
         if self.strengths is not None:
             self.strengths.save(folder)
+        self.diff.save(folder)
 
 
 class Gallery:
