@@ -629,11 +629,14 @@ def screen_data(
 def _screen_along(along: Directions, file: Path, output: Path, model: shared.ModelOptions) -> None:
     from persona_lora.studies.drift.row_pulls import NEEDS_FLOAT32, pull_rows
     from persona_lora.studies.drift.run import load_diffs
+    from persona_lora.studies.steering.calibration import length_of
     from persona_lora.training.finetune import read_conversations
 
     if model.quantize is not None or model.dtype not in ("auto", "float32"):
         raise UserError(NEEDS_FLOAT32)
     diffs, conversations = load_diffs(along.diffs), read_conversations(file)
+    for name, diff in diffs.items():
+        length_of(diff, f"the diff {name}")
     exact = dataclasses.replace(model, dtype="float32")
     chat_model = exact.load(diffs.values())
     with progress_bars():

@@ -32,6 +32,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.sections import Table
 from persona_lora.steering.live import LiveLoRA
+from persona_lora.studies.steering.calibration import length_of
 from persona_lora.studies.steering.divergence import weight_norm
 from persona_lora.training.examples import IGNORED
 from persona_lora.training.finetune import tokenize_conversations
@@ -137,10 +138,7 @@ def _losses(
     """Return losses at ±ε, those of checked rows at ±2ε, ``[rows, diffs, 2]``, and each ε‖L‖."""
     if any(each.dtype != torch.float32 for each in chat_model.model.parameters()):
         raise UserError(NEEDS_FLOAT32)
-    norms = np.array([diff.norm() for diff in diffs.values()])
-    for name, norm in zip(diffs, norms, strict=True):
-        if norm == 0:
-            raise UserError(f"the diff {name} has norm 0 and no direction; leave it out")
+    norms = np.array([length_of(diff, f"the diff {name}") for name, diff in diffs.items()])
     steps = STEP * np.array([weight_norm(chat_model, diff) for diff in diffs.values()])
     signed = np.kron(np.diag(steps / norms), [[1.0], [-1.0]])  # [diffs · 2, diffs]
     asked = [*texts, *(texts[row] for row in _checked(texts))]

@@ -109,7 +109,7 @@ def test_what_gives_no_pull_is_refused(chat_model, diffs, make_diff, make_model,
     def screen(chat, directions, rows=ROWS):
         pull_rows(chat, rows, directions, tmp_path / "s.csv")
 
-    with pytest.raises(UserError, match="the diff nothing has norm 0"):
+    with pytest.raises(UserError, match="the diff nothing has a length of 0"):
         screen(chat_model, {**diffs, "nothing": diffs["one"] * 0})
     with pytest.raises(UserError, match="belongs to 'tiny'"):
         screen(chat_model, {"other": make_diff(chat_model.model, fingerprint="0" * 32)})
@@ -143,5 +143,11 @@ def test_the_command_ranks_and_names_what_it_cannot_screen(run, make_world, tmp_
     ):
         status, _, error = screen(*words)
         assert (status, message in " ".join(error.split())) == (2, True), error
+    (LoRADiff.load(tmp_path / "diff") * 0).save(tmp_path / "nothing")
+    words = ("data", "screen", "--file", "rows.jsonl", "--diffs", "nothing")
+    status, _, error = run(*words, "--model", "gone", "--overwrite")  # told before it is looked for
+    assert (status, "the diff cheer has a length of 0" in " ".join(error.split())) == (2, True), (
+        error
+    )
     status, _, error = screen(*diffs, file="asked.jsonl")
     assert (status, "asked.jsonl:1 must end with the assistant's answer" in error) == (2, True)
