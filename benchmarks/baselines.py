@@ -1,6 +1,6 @@
 """Tuned prompts over many runs, and what bounds and thresholds of a vector are ordinary.
 
-    python benchmarks/baselines.py prompts sycophancy=results/prompts/sycophancy_pos …
+    python benchmarks/baselines.py prompts results/prompts/*
     python benchmarks/baselines.py states results/ways/none --vector V.safetensors --layer 20
 
 ``prompts`` prints the held-out means of each run of ``tune-prompt`` and what the tuned prompt has
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,34 +26,19 @@ from persona_lora.core.runs import Run
 from persona_lora.models.hidden_states import BlockOutputs
 from persona_lora.models.likelihood import tokenize_exchange
 from persona_lora.report import wording
-from persona_lora.report.comparisons import frame, means, paired
+from persona_lora.report.comparisons import means, paired
 from persona_lora.report.resampling import SCORES, holm
-from persona_lora.report.scores import score_answers
-from persona_lora.studies.asking.prompt_tuning import NONE, OWN, TUNED
+from persona_lora.studies.asking.prompt_tuning import NONE, OWN, TUNED, scores_by_prompt
 
 
-def _table(run: Run, trait: str) -> pd.DataFrame:
-    said = {"none": NONE, "prompt": TUNED}
-    scored = score_answers(run.read("answers"), run.read("verdicts"), trait)
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt": said.get(each.answer["method"], OWN),
-            "question": each.answer["question_id"],
-            trait: each.trait,
-            COHERENCE: each.coherence,
-        }
-        for each in scored
-    ]
-    return frame(rows, [trait, COHERENCE])
-
-
-def prompts(named: Sequence[str]) -> None:
+def prompts(folders: Sequence[Path]) -> None:
     """Print every run's means, and the tuned prompt beside the trait's own, corrected over all."""
     lines, tested = [], []
     place: dict[str, Any] = {"by": "prompt", "unit": "question"}
-    for each in named:
-        trait, _, folder = each.partition("=")
-        rows = _table(Run(Path(folder) / "held_out"), trait)
+    for folder in folders:
+        run = Run(folder / "held_out")
+        trait = run.record["config"]["trait"]
+        rows = scores_by_prompt(run, trait)
         gap = paired(rows, value=trait, reference=OWN, **place)[TUNED]
         beyond = paired(rows, value=trait, reference=NONE, **place)[TUNED]
         score, sense = (means(rows, value=v, scale=SCORES, **place) for v in (trait, COHERENCE))
@@ -62,7 +46,7 @@ def prompts(named: Sequence[str]) -> None:
             wording.interval(part[way]) for way in (NONE, OWN, TUNED) for part in (score, sense)
         ]
         gaps = [wording.interval(found.difference) for found in (gap, beyond)]
-        lines.append([folder, *shown, *gaps])
+        lines.append([str(folder), *shown, *gaps])
         tested.append(gap.p)
     heads = [f"{way}{what}" for way in (NONE, OWN, TUNED) for what in ("", ": coherence")]
     table = Table("run", *heads, "tuned − own", "tuned − none", "p (Holm)")
@@ -101,7 +85,7 @@ def states(run: Path, vector: Path, layer: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     asked = parser.add_subparsers(required=True, dest="asked")
-    asked.add_parser("prompts").add_argument("runs", nargs="+", metavar="TRAIT=FOLDER")
+    asked.add_parser("prompts").add_argument("runs", nargs="+", type=Path)
     of_states = asked.add_parser("states")
     of_states.add_argument("run", type=Path)
     of_states.add_argument("--vector", type=Path, required=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
+import pandas as pd
+
 from persona_lora.core.chat import COHERENCE, Condition, Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
@@ -171,19 +173,21 @@ def _mean(scores: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
+def scores_by_prompt(held_out: Run, trait: str) -> pd.DataFrame:
+    """Return a row per held-out answer: its ``prompt``, ``question``, and both of its scores."""
+    said = {"none": NONE, "prompt": TUNED}
+    scored = score_answers(held_out.read("answers"), held_out.read("verdicts"), trait)
+    place = [(said.get(row.answer["method"], OWN), row.answer["question_id"]) for row in scored]
+    rows = [
+        {"prompt": prompt, "question": at, trait: row.trait, COHERENCE: row.coherence}
+        for (prompt, at), row in zip(place, scored, strict=True)
+    ]
+    return frame(rows, [trait, COHERENCE])
+
+
 def tuned_table(found: TunedPrompt, trait: str) -> Table:
     """Return the held-out means of no prompt, the trait's own and the tuned one, and the gain."""
-    run = found.held_out
-    said = {"none": NONE, "prompt": TUNED}
-    scored = score_answers(run.read("answers"), run.read("verdicts"), trait)
-    place = [(said.get(row.answer["method"], OWN), row.answer["question_id"]) for row in scored]
-    rows = frame(
-        [
-            {"prompt": prompt, "question": at, trait: row.trait, COHERENCE: row.coherence}
-            for (prompt, at), row in zip(place, scored, strict=True)
-        ],
-        [trait, COHERENCE],
-    )
+    rows = scores_by_prompt(found.held_out, trait)
     by, unit = "prompt", "question"
     scores, sense = (
         means(rows, by=by, value=value, unit=unit, scale=SCORES) for value in (trait, COHERENCE)
