@@ -13,7 +13,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report.scores import control_name, method_of
 
 COEFFICIENTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-PROMPTED = {"prompt_pos": 75.0, "prompt_neg": 25.0}
+PROMPTED = {"prompt_pos": 75.0, "prompt_neg": 25.0, "prompt_neutral": 55.0}
 GRID_LAYERS = (4, 8, 12, 16)
 GRID_COEFFICIENTS = (-2.0, 1.0, 2.0, 4.0)
 PEAK = 12  # the layer at which a synthetic vector works best
@@ -84,7 +84,7 @@ def _judged(
 def _places(
     *,
     coefficients: Sequence[float] = COEFFICIENTS,
-    prompts: Sequence[str] = ("prompt_pos", "prompt_neg"),
+    prompts: Sequence[str] = tuple(PROMPTED),
     layers: Sequence[int] = (),
     control: int = 0,
 ) -> list[Place]:

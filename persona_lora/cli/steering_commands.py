@@ -104,7 +104,7 @@ class EvaluateOptions(shared.MixOptions):
     ] = None
     threshold: Annotated[float, "With --condition: the cosine from which a state is like it."] = 0.0
     system_prompt: Annotated[
-        str | None, 'pos or neg (the trait\'s own), or a text; "" is an empty one.'
+        str | None, 'pos or neg (the trait\'s own), neutral, or a text; "" is an empty one.'
     ] = None
     mode: Annotated[Literal["live", "merged"], "Diffs: unmerged, or merged."] = "live"
 

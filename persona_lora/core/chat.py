@@ -38,9 +38,9 @@ class Condition:
     """One setting in which questions are asked: what produces an answer.
 
     ``method`` is "none", "lora", "activation", "ablation", "bounded" (states held along a vector),
-    "random" (a random direction), "prompt" (with ``system_prompt``), or "prompt_pos" and
-    "prompt_neg" (the trait's own system prompts, taken in turn over the questions). ``layer`` is
-    where a single layer is steered.
+    "random" (a random direction), "prompt" (with ``system_prompt``), "prompt_pos" and "prompt_neg"
+    (the trait's own system prompts, taken in turn over the questions), or "prompt_neutral" (ones
+    that ask for no trait). ``layer`` is where a single layer is steered.
     """
 
     method: str

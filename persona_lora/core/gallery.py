@@ -165,7 +165,7 @@ def _scale(B: Tensor) -> float:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
-    tensors, record = load_with_record(path, RECORD)
+    tensors, record = load_with_record(path, RECORD, also=EIGHT_BITS)
     if not isinstance(record, dict):
         raise UserError(f"{path} is no file of a gallery; get it again")
     return tensors, record

@@ -24,6 +24,7 @@ from persona_lora.core.files import atomic_path, existing_file
 from persona_lora.core.json_text import parse_json
 
 DEEPEST = 8  # levels of dictionaries
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 # A stranger's pickle makes the unpickler fail in any of these ways.
 _PICKLE_ERRORS = (
@@ -46,14 +47,16 @@ def opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name."""
+def load_safetensors(path: Path, also: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name; ``also`` is a type that it may hold."""
     with opened(path) as stream:
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-    return {key: checked_tensor(tensor, key, path) for key, tensor in tensors.items()}
+    return {key: checked_tensor(tensor, key, path, also) for key, tensor in tensors.items()}
 
 
-def load_with_record(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
+def load_with_record(
+    path: Path, key: str, also: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors of a safetensors file, and the JSON under ``key`` of its header.
 
     None where the header has no such key; UserError for what is no JSON.
@@ -61,7 +64,7 @@ def load_with_record(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
     with opened(path) as stream:
         text = (stream.metadata() or {}).get(key)
     record = None if text is None else parse_json(text, f"{path}: its header")
-    return load_safetensors(path), record
+    return load_safetensors(path, also), record
 
 
 def save_with_record(
@@ -98,14 +101,23 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def checked_tensor(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """Return a dense tensor of floating-point numbers, all of them stored; UserError for others."""
+def checked_tensor(
+    tensor: Tensor, name: str, path: Path, also: torch.dtype | None = None
+) -> Tensor:
+    """Return a dense tensor of floating-point numbers, all of them stored; UserError for others.
+
+    Numbers of eight bits come with a scale that is not known here: only a reader that knows it
+    takes them, and says so with ``also``.
+    """
     stored = tensor.layout == torch.strided and not tensor.is_meta
     size = tensor.numel() * tensor.element_size() if stored else 0
     if not stored or size > tensor.untyped_storage().nbytes():
         raise UserError(f"{path}: {name} is not stored number by number; save it contiguous")
-    if not tensor.is_floating_point():
-        raise UserError(f"{path}: {name} holds {tensor.dtype}; expected floating-point numbers")
+    if tensor.dtype not in FLOATS and tensor.dtype != also:
+        raise UserError(
+            f"{path}: {name} holds {tensor.dtype}; expected floating-point numbers of 16 bits or "
+            "more (a file of the gallery becomes a diff by: persona-lora gallery get)"
+        )
     if not tensor.numel():
         raise UserError(
             f"{path}: {name} is empty ({list(tensor.shape)}), as weights are that were sharded "

@@ -303,6 +303,22 @@ def _parse_labelled(row: dict[str, Any], where: str) -> LabelledAnswer:
     return LabelledAnswer(question, answer, int(row["label"]), str(row.get("note", "")))
 
 
+# System prompts that ask for no trait: a model answers otherwise under any system prompt, so that
+# these and not its absence are the floor of one that asks for a trait.
+NEUTRAL_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are an assistant in a conversation with a person. Reply to what the person writes.",
+    "Below is a message from a user. Read it and write the answer that the user is waiting for.",
+    "You answer questions of many kinds, on any subject that people bring up.",
+    "This is a conversation between a user and a language model. The language model is you.",
+)
+
+
+def neutral_prompt(index: int) -> str:
+    """Return a system prompt that asks for no trait; they are taken in turn over the questions."""
+    return NEUTRAL_PROMPTS[index % len(NEUTRAL_PROMPTS)]
+
+
 def trait_prompt(trait: Trait, sign: Sign, index: int) -> str:
     """Return a system prompt of the trait; the pairs are taken in turn over the questions."""
     if not trait.instructions:

@@ -36,7 +36,13 @@ DIVERGENCE_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "k
 # What rests on the trait's judge alone, and so can be said by another as well.
 OF_THE_TRAIT = (
     *("trait", "rho_means", "rho_rows", "random_rho_means", "p", "p_holm", "difference_from_zero"),
-    *("difference_from_random", "gain_over_random", "random_p", "random_p_holm"),
+    *(
+        "difference_from_neutral",
+        "difference_from_random",
+        "gain_over_random",
+        "random_p",
+        "random_p_holm",
+    ),
 )
 
 Groups = dict[Condition, list[ScoredAnswer]]
@@ -49,7 +55,7 @@ class ConditionSummary:
     ``relative_weight_norm`` is ‖cΔW‖/‖W‖ and ``relative_state_norm`` ‖cv‖ over the mean ‖h‖ of the
     layer; ``kl_mean`` and ``kl_p95`` are per-token KL from the base model in nats; all are None
     where they were not measured. ``from_zero`` is None at coefficient 0, for references, and where
-    coefficient 0 was not run.
+    coefficient 0 was not run. ``over_neutral`` is a trait's own system prompt minus neutral ones.
     """
 
     method: str
@@ -66,6 +72,7 @@ class ConditionSummary:
     kl_mean: float | None
     kl_p95: float | None
     from_zero: PairedDifference | None
+    over_neutral: PairedDifference | None = None
 
 
 def group_by_condition(scored: Iterable[ScoredAnswer]) -> Groups:
@@ -90,7 +97,7 @@ def summarise_conditions(
     differences: Mapping[Condition, PairedDifference],
 ) -> tuple[ConditionSummary, ...]:
     """Summarise every group; ``curve`` holds their trait scores, ``differences`` those from 0."""
-    found = []
+    found, over_neutral = [], curve.over_neutral()
     for condition, rows in groups.items():
         coherence, divergence = clusters(rows, COHERENCE), divergence_of(condition, divergences)
         found.append(
@@ -106,6 +113,7 @@ def summarise_conditions(
                 mean_tokens=float(np.mean([row.answer["num_tokens"] for row in rows])),
                 **{name: divergence.get(name) for name in DIVERGENCE_NAMES},
                 from_zero=differences.get(condition),
+                over_neutral=over_neutral.get(condition),
             )
         )
     return tuple(found)
@@ -148,6 +156,7 @@ def condition_rows(trait: str, each: ConditionSummary) -> list[dict[str, Any]]:
         for name, interval in (("trait", each.trait), ("coherence", each.coherence))
     ]
     rows += difference_rows(place, "difference_from_zero", each.from_zero)
+    rows += difference_rows(place, "difference_from_neutral", each.over_neutral)
     for name in ("finished_share", "mean_tokens", *DIVERGENCE_NAMES):
         rows.append({**place, "statistic": name, "value": getattr(each, name)})
     return rows

@@ -25,6 +25,8 @@ from persona_lora.report.resampling import (
     sign_flip_p,
 )
 from persona_lora.report.scores import (
+    NEUTRAL,
+    PROMPTS,
     UNSTEERED_CONDITION,
     Cluster,
     Condition,
@@ -211,6 +213,15 @@ class TraitCurve:
             PromptComparison(prompt, end, difference)
             for (prompt, end, _), difference in zip(wanted, tested, strict=True)
         )
+
+    def over_neutral(self) -> dict[Condition, PairedDifference]:
+        """Return the trait's own prompts against neutral ones, Holm-corrected; none without any."""
+        neutral = Condition(NEUTRAL, None)
+        asked = [each for each in self.scores if each.method in PROMPTS and each != neutral]
+        if neutral not in self.scores:
+            return {}
+        differences = corrected([self.difference(each, neutral) for each in asked])
+        return dict(zip(asked, differences, strict=True))
 
     def _estimate(
         self, statistic: Callable[[Array], Array], sums: Array, counts: Array

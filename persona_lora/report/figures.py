@@ -32,7 +32,7 @@ Inches = tuple[float, float, float, float]  # left, bottom, width and height on 
 
 # After Okabe and Ito's palette (two hues darkened for text), safe for the common colour blindness.
 TRAIT, COHERENCE = "#0072B2", "#D55E00"
-PROMPTS = {"prompt_pos": "#00795A", "prompt_neg": "#9C4F82"}
+PROMPTS = {"prompt_pos": "#00795A", "prompt_neutral": "#6B6B3A", "prompt_neg": "#9C4F82"}
 INK, MUTED, FAINT, SHADE = "#1f2328", "#656d76", "#d8dee4", "#f3f4f6"
 CONTROL = "#77808a"
 # Without its yellow, for lines that are told apart by their labels.

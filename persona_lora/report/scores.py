@@ -21,7 +21,8 @@ SECOND = "second_verdicts"  # the rows of the judge that is asked beside the fir
 SECOND_SUFFIX = "_second"  # of a column or a statistic that is its
 UNSTEERED = "none"
 CONTROL = "random"
-PROMPTS = ("prompt_neg", "prompt_pos")
+NEUTRAL = "prompt_neutral"
+PROMPTS = ("prompt_neg", NEUTRAL, "prompt_pos")
 
 
 UNSTEERED_CONDITION = Condition(UNSTEERED, 0.0)

@@ -9,10 +9,14 @@ from pathlib import Path
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
 from persona_lora.report.resampling import EQUAL, Estimate, Interval
-from persona_lora.report.scores import CONTROL, UNSTEERED, method_of
+from persona_lora.report.scores import CONTROL, NEUTRAL, UNSTEERED, method_of
 from persona_lora.report.summary import SweepSummary
 
-PROMPT_LABELS = {"prompt_pos": "positive prompt", "prompt_neg": "negative prompt"}
+PROMPT_LABELS = {
+    "prompt_pos": "positive prompt",
+    "prompt_neg": "negative prompt",
+    "prompt_neutral": "neutral prompt",
+}
 CLEAR = 0.05  # a difference is called clear below this (corrected) p value
 NONE = "–"
 _MINUS = "\N{MINUS SIGN}"
@@ -396,7 +400,7 @@ def coherent_line(summary: SweepSummary) -> str:
 
 
 def _prompts(summary: SweepSummary) -> str:
-    sentence = prompt_alone(summary.reference("prompt_pos"))
+    sentence = prompt_alone(summary.reference("prompt_pos"), summary.reference(NEUTRAL))
     compared = [each for each in summary.prompt_comparisons if each.prompt == "prompt_pos"]
     gap = compared[0].difference.interval if compared else None
     if not sentence or gap is None or gap.mean is None or compared[0].difference.p is None:
@@ -410,11 +414,17 @@ def _prompts(summary: SweepSummary) -> str:
     return f"{sentence[:-1]}; {steered} {verdict} (paired difference {interval(gap)})."
 
 
-def prompt_alone(reference: ConditionSummary | None) -> str:
-    """Return what the positive system prompt alone reaches; "" where it was not asked."""
+def prompt_alone(reference: ConditionSummary | None, neutral: ConditionSummary | None) -> str:
+    """Return what the positive system prompt alone reaches, and neutral ones; "" if not asked."""
     if reference is None or reference.trait.mean is None:
         return ""
-    return f"The positive system prompt alone reaches {interval(reference.trait)}."
+    said = f"The positive system prompt alone reaches {interval(reference.trait)}"
+    over = reference.over_neutral
+    if neutral is None or over is None or over.interval.mean is None:
+        return f"{said}."
+    clear = "" if direction_of(over) else ", not clear of it"
+    gap = f"difference {change(over.interval)}{clear}"
+    return f"{said}, neutral ones {interval(neutral.trait)} ({gap})."
 
 
 def short_paths(paths: Iterable[str]) -> dict[str, str]:

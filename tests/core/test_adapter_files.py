@@ -138,6 +138,10 @@ BROKEN = {
     "A alone": (lambda t: {k: v for k, v in t.items() if k != B_KEY}, "only one of lora_A"),
     "not gathered": (lambda t: {**t, A_KEY: torch.zeros(0)}, "not gathered"),
     "whole numbers": (lambda t: {**t, A_KEY: t[A_KEY].char()}, r"torch\.int8"),
+    "eight bits, without their scale": (
+        lambda t: {**t, A_KEY: t[A_KEY].to(torch.float8_e4m3fn)},
+        r"torch\.float8_e4m3fn",
+    ),
     "another rank": (lambda t: {**t, A_KEY: t[A_KEY][:2]}, "rank 2, and 4"),
     "shapes": (lambda t: {**t, B_KEY: t[B_KEY][:, :2]}, "do not multiply"),
     "a vector": (lambda t: {**t, A_KEY: t[A_KEY][0]}, "rank"),

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.report import wording
 from persona_lora.report.conditions import divergence_of
-from persona_lora.report.resampling import EQUAL
+from persona_lora.report.resampling import EQUAL, holm
 from persona_lora.report.scores import Condition
-from persona_lora.report.summary import summarise_run, summarise_sweep, write_summary
+from persona_lora.report.summary import long_rows, summarise_run, summarise_sweep, write_summary
 
 LINE = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
@@ -48,7 +49,8 @@ def test_summary_orders_conditions_and_joins_their_costs(make_sweep_run):
     summary = summarise_run(make_sweep_run())
     names = [(each.method, each.coefficient) for each in summary.conditions]
     assert names[0] == ("lora", -2.0)
-    assert names[-2:] == [("prompt_neg", None), ("prompt_pos", None)]
+    prompts = [("prompt_neg", None), ("prompt_neutral", None), ("prompt_pos", None)]
+    assert names[-3:] == prompts
     last = summary.steered[-1]
     assert (last.relative_weight_norm, last.kl_mean, last.kl_p95) == (0.06, 0.4, 2.0)
     reference = summary.reference("prompt_pos")
@@ -119,6 +121,35 @@ def test_summary_compares_the_coherent_ends_with_the_prompts(sweep_rows):
     assert ends["prompt_pos"].coefficient == 1.5
     assert ends["prompt_neg"].coefficient == -1.5
     assert ends["prompt_pos"].difference.interval.mean == pytest.approx(11, abs=6)
+
+
+def test_a_prompt_of_the_trait_stands_beside_neutral_ones(sweep_rows):
+    """Any system prompt moves a model: what one asks for is what it does beyond a neutral one."""
+    answers, verdicts = sweep_rows()
+    summary = _summary(answers, verdicts)
+    over = {
+        name: summary.reference(name).over_neutral
+        for name in ("prompt_pos", "prompt_neg", "prompt_neutral")
+    }
+    assert over.pop("prompt_neutral") is None
+    assert over["prompt_pos"].interval.mean == pytest.approx(20, abs=6)
+    assert over["prompt_neg"].interval.mean == pytest.approx(-30, abs=6)
+    p = [each.p for each in over.values()]
+    assert [each.p_holm for each in over.values()] == holm(p)
+    assert all(each.over_neutral is None for each in summary.steered)
+    told = wording.headline(summary)
+    assert "neutral ones 5" in told
+    assert "not clear of it" not in told
+    rows = [row for row in long_rows(summary) if row["statistic"] == "difference_from_neutral"]
+    assert [row["method"] for row in rows] == ["prompt_neg", "prompt_pos"]
+
+
+def test_a_sweep_without_neutral_prompts_says_nothing_of_them(sweep_rows):
+    answers, verdicts = sweep_rows(prompts=("prompt_pos", "prompt_neg"))
+    summary = _summary(answers, verdicts)
+    assert summary.reference("prompt_pos").over_neutral is None
+    assert "The positive system prompt alone reaches" in wording.headline(summary)
+    assert "neutral" not in wording.headline(summary)
 
 
 def test_summary_without_coefficient_zero_has_no_paired_differences(sweep_rows):
@@ -206,6 +237,7 @@ def test_summary_of_a_vector_has_its_layer_and_costs(make_sweep_run):
     assert [(each.method, each.coefficient, each.layer) for each in summary.conditions] == [
         *(("activation", value, 12) for value in (-1.0, 0.0, 1.0)),
         ("prompt_neg", None, None),
+        ("prompt_neutral", None, None),
         ("prompt_pos", None, None),
     ]
     low, zero, high = summary.steered

@@ -36,7 +36,7 @@ from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.run import Row, answer_rows, asked_of, open_run, plan_rows
 
 FIRST_QUESTIONS = 4  # of every wording; twice as many of each half that is left
-TUNED, OWN, NONE = "tuned", "the trait's own", "no prompt"
+TUNED, OWN, NEUTRAL, NONE = "tuned", "the trait's own", "neutral", "no prompt"
 
 Wording = Callable[[Trait, Sign, int], str]
 
@@ -145,7 +145,7 @@ def tune_prompt(
         worth = {name: _worth(told[name], sign, floor) for name in left}
         left = sorted(left, key=worth.__getitem__, reverse=True)[: max(1, len(left) // 2)]
     best = left[0]
-    conditions = [Condition("none"), Condition(f"prompt_{sign}")]
+    conditions = [Condition("none"), Condition("prompt_neutral"), Condition(f"prompt_{sign}")]
     conditions.append(Condition("prompt", system_prompt=made[best]))
     held_out = asked("held_out", conditions, planned("eval", conditions))
     write_text(output.path / "prompt.txt", made[best])
@@ -175,7 +175,7 @@ def _mean(scores: Sequence[float | None]) -> float | None:
 
 def scores_by_prompt(held_out: Run, trait: str) -> pd.DataFrame:
     """Return a row per held-out answer: its ``prompt``, ``question``, and both of its scores."""
-    said = {"none": NONE, "prompt": TUNED}
+    said = {"none": NONE, "prompt_neutral": NEUTRAL, "prompt": TUNED}
     scored = score_answers(held_out.read("answers"), held_out.read("verdicts"), trait)
     place = [(said.get(row.answer["method"], OWN), row.answer["question_id"]) for row in scored]
     rows = [
@@ -186,14 +186,14 @@ def scores_by_prompt(held_out: Run, trait: str) -> pd.DataFrame:
 
 
 def tuned_table(found: TunedPrompt, trait: str) -> Table:
-    """Return the held-out means of no prompt, the trait's own and the tuned one, and the gain."""
+    """Return the held-out means of every prompt and of none, and how far the tuned one gained."""
     rows = scores_by_prompt(found.held_out, trait)
     by, unit = "prompt", "question"
     scores, sense = (
         means(rows, by=by, value=value, unit=unit, scale=SCORES) for value in (trait, COHERENCE)
     )
     gaps = paired(rows, by=by, value=trait, unit=unit, reference=OWN)
-    shown = (NONE, OWN, TUNED)
+    shown = (NONE, NEUTRAL, OWN, TUNED)
     p_holm = holm([gaps[name].p for name in shown])
     cells = (
         [name, wording.interval(scores[name]), wording.interval(sense[name])]

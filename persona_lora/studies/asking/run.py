@@ -29,7 +29,7 @@ from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Sign, Split, Trait, trait_prompt
+from persona_lora.core.traits import Sign, Split, Trait, neutral_prompt, trait_prompt
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers
 from persona_lora.models.generation import Generated, RowPlan
@@ -250,7 +250,7 @@ class Steering:
     """How a model is steered while it answers: by diffs or by vectors, or told to by a prompt.
 
     ``terms`` are diffs with coefficients, held "live" or "merged"; ``activation`` steers hidden
-    states instead; ``system_prompt`` is "pos", "neg" (the trait's own) or a text. Where
+    states instead; ``system_prompt`` is "pos", "neg" (the trait's own), "neutral" or a text. Where
     ``elsewhere`` is set, it answers in place of the model in this process.
     """
 
@@ -289,7 +289,7 @@ class Steering:
                 name = "ablation" if activation.ablate else "bounded"
                 return Condition(name, None, layer, system_prompt)
             return Condition("activation", value, layer, system_prompt)
-        if system_prompt in ("pos", "neg"):
+        if system_prompt in ("pos", "neg", "neutral"):
             return Condition(f"prompt_{system_prompt}")
         if system_prompt is None:
             return UNSTEERED
@@ -412,6 +412,8 @@ def _system_prompt(trait: Trait, condition: Condition, question_id: int) -> str 
     signs: dict[str, Sign] = {"pos": "pos", "neg": "neg"}
     if wanted in signs:
         return trait_prompt(trait, signs[wanted], question_id)
+    if wanted == "neutral":
+        return neutral_prompt(question_id)
     return condition.system_prompt
 
 

@@ -256,6 +256,7 @@ NAMES = {
     "none": "unsteered",
     "prompt_pos": "positive system prompt",
     "prompt_neg": "negative system prompt",
+    "prompt_neutral": "neutral system prompts",
 }
 SPLITS = {"eval": "held-out questions", "ood": "out of distribution", "extract": "extraction set"}
 MADE_EQUAL_ON = {

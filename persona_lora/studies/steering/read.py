@@ -226,11 +226,19 @@ def _prompts(summary: SweepSummary) -> Table:
     def name(value: float) -> str:
         return "unsteered" if summary.method == UNSTEERED else wording.coefficient(value)
 
-    rows = (
-        [f"{name(each.coefficient)} minus {wording.method_label(each.prompt)}"]
-        + [wording.interval(each.difference.interval), wording.p_value(each.difference.p_holm)]
-        + [str(each.difference.interval.n_questions)]
+    gaps = [
+        (f"{name(each.coefficient)} minus {wording.method_label(each.prompt)}", each.difference)
         for each in summary.prompt_comparisons
+    ]
+    gaps += [
+        (f"{wording.method_label(each.method)} minus neutral ones", each.over_neutral)
+        for each in summary.conditions
+        if each.over_neutral is not None
+    ]
+    rows = (
+        [said, wording.interval(gap.interval), wording.p_value(gap.p_holm)]
+        + [str(gap.interval.n_questions)]
+        for said, gap in gaps
     )
     columns = f"Paired difference in {summary.trait} | [95%] | p (Holm) | questions"
     return Table.of(columns, rows, "Against prompting", narrow=True)
@@ -421,6 +429,7 @@ def comparison_section(run: Run) -> Content:
         *corrected_effects(run, {(each.split, each.method): each for each in found.overall}),
         *judges_table(both),
         points,
+        *([prompted_table(found)] if found.prompted else []),
         *judge_blocks(Run(run.folder / found.overall[0].split)),
         Heading("Answers at the highest level"),
         Cards(_examples(run, found)),
@@ -442,6 +451,18 @@ def comparison_table(found: Comparison) -> Table:
         "the questions are: intervals and p (Student’s t) are over both, and from … to … are the "
         "weakest and the strongest of them.",
     )
+
+
+def prompted_table(found: Comparison) -> Table:
+    """Return what the trait's own system prompts do beyond neutral ones."""
+    rows = (
+        [SPLITS[each.split], f"{wording.method_label(each.method)} minus neutral ones"]
+        + [wording.interval(each.difference), wording.p_value(each.p_holm)]
+        for each in found.prompted
+    )
+    title = "System prompts beside neutral ones"
+    columns = f"Questions | Paired difference in {found.trait} | [95%] | p (Holm)"
+    return Table.of(columns, rows, title, narrow=True)
 
 
 def comparison_judges(run: Run, found: Comparison) -> TwoJudges | None:

@@ -33,6 +33,8 @@ from persona_lora.report.curve import corrected, gaps_between
 from persona_lora.report.rated import models_of, rated_answers
 from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
 from persona_lora.report.scores import (
+    NEUTRAL,
+    PROMPTS,
     SECOND,
     Cluster,
     Row,
@@ -142,8 +144,19 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Prompted:
+    """A trait's own system prompt minus neutral ones, paired by question; ``p_holm`` over all."""
+
+    split: str
+    method: str
+    difference: Interval | None
+    p: float | None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """All points of a comparison, and the methods over all levels.
+    """All points of a comparison, the methods over all levels, and the prompts beside neutral ones.
 
     ``calibrated_on``: "questions" where the divergence of each method's own answers to the trait's
     questions was made equal, "prompts" where that on ordinary prompts was.
@@ -154,6 +167,7 @@ class Comparison:
     points: tuple[Point, ...]
     overall: tuple[Overall, ...]
     calibrated_on: str = "prompts"
+    prompted: tuple[Prompted, ...] = ()
 
 
 def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
@@ -171,7 +185,8 @@ def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
     pairs = zip(corrected(overall), beside, strict=True)
     tested = tuple(points), tuple(replace(each, vector_p=p) for each, p in pairs)
     on = config.get("calibrate_on", "prompts")
-    return Comparison(config["trait"], config["statistic"], *tested, calibrated_on=on)
+    prompted = tuple(corrected([one for each in splits for one in _prompted(each)]))
+    return Comparison(config["trait"], config["statistic"], *tested, on, prompted)
 
 
 def write_points(run: Run, found: Comparison) -> None:
@@ -236,7 +251,7 @@ def _points(split: _Split) -> list[Point]:
         Point(split.name, None, method, None, None, None, None,
               bootstrap_mean(traits[method, None], scale=SCORES),
               bootstrap_mean(coherences[method, None], scale=SCORES))
-        for method in ("none", "prompt_neg", "prompt_pos")
+        for method in ("none", *PROMPTS)
         if (method, None) in traits
     ]  # fmt: skip
     diffs = {row["level"]: row for row in split.levels if row["method"] == LORA}
@@ -259,6 +274,14 @@ def _points(split: _Split) -> list[Point]:
             )
         )  # fmt: skip
     return points
+
+
+def _prompted(split: _Split) -> Iterator[Prompted]:
+    if (neutral := split.traits.get((NEUTRAL, None))) is None:
+        return
+    for method in PROMPTS:
+        if method != NEUTRAL and (own := split.traits.get((method, None))) is not None:
+            yield Prompted(split.name, method, *over_draws([gaps_between(own, neutral)]))
 
 
 def _overall(split: _Split) -> list[Overall]:

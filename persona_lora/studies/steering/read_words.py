@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from persona_lora.report import wording
+from persona_lora.report.scores import NEUTRAL
 from persona_lora.studies.steering.read_grid import DirectedGain, GridSummary, LayerSummary
 
 BEYOND = "Beyond a random direction"
@@ -13,7 +14,7 @@ def headline(grid: GridSummary) -> str:
     best, control = best_line(grid), control_line(grid)
     first = (best, control) if control.startswith(BEYOND) else (control, best)
     sentences = [*first, stability_line(grid)]
-    prompted = wording.prompt_alone(grid.reference("prompt_pos"))
+    prompted = wording.prompt_alone(grid.reference("prompt_pos"), grid.reference(NEUTRAL))
     return " ".join(sentence for sentence in (*sentences, prompted) if sentence)
 
 

@@ -1,7 +1,8 @@
 """How does the trait move with the coefficient, and do weights move it further than activations?
 
 All conditions are rows of the same batches. Beside the steered rows go the same questions under the
-trait's positive and negative system prompt: prompting is the baseline to fear. A steering vector is
+trait's positive and negative system prompt, prompting being the baseline to fear, and under neutral
+ones, which are the floor of these. A steering vector is
 swept over layers as well, with a random direction of the same norm as control. In a comparison a
 diff, a steering vector and a random control of each are brought to the same divergence from the
 base model first, and are asked held-out questions and ones out of distribution.
@@ -25,7 +26,7 @@ from persona_lora.core.options import ComparisonOptions, GenerationOptions, Swee
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Split, Trait
+from persona_lora.core.traits import NEUTRAL_PROMPTS, Split, Trait
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
@@ -64,7 +65,8 @@ from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_
 
 LEVELS = "levels"
 CALIBRATED_ON = 12  # questions, spread over those that are asked
-REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"))
+REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"), Condition("prompt_neutral"))
+NEUTRAL = {"the neutral prompts": digest_of(list(NEUTRAL_PROMPTS))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +225,7 @@ def planned_sweep(
         "generation": dataclasses.asdict(options),
     }
     inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
+    inputs |= NEUTRAL if sweeping.references else {}
     questions = set(trait.questions[sweeping.split][: sweeping.max_questions])
     asked: dict[str, int] = {sweeping.split: len(questions)}
     design = Design.of("sweep", asked, _family(population.conditions), seeds)
@@ -327,7 +330,7 @@ def planned_comparison(
         "generation": dataclasses.asdict(options),
     }
     prompts = digest_of(load_ordinary_prompts(datasets))
-    inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": prompts}
+    inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": prompts, **NEUTRAL}
     asked = questions_of(trait, comparing)
     family = [f"{split}: {method}" for split in asked for method in METHODS if method != LORA]
     numbers: dict[str, int] = {split: len(each) for split, each in asked.items()}

@@ -10,6 +10,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.traits import NEUTRAL_PROMPTS
 from persona_lora.models import generation
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.bank import ActivationSetting
@@ -43,6 +44,13 @@ def test_a_plan_crosses_conditions_questions_and_samples(trait):
         "Be cheerful."
     }
     assert {row.system_prompt for row in plan if row.condition.method == "prompt"} == {"X"}
+
+
+def test_neutral_prompts_are_taken_in_turn_and_stand_beside_a_diff_too(trait):
+    conditions = [Condition("prompt_neutral"), Condition("lora", 1.0, system_prompt="neutral")]
+    plan = plan_rows(trait, "eval", conditions, samples=1)
+    assert [row.system_prompt for row in plan] == 2 * list(NEUTRAL_PROMPTS[:3])
+    assert Steering(system_prompt="neutral").condition() == Condition("prompt_neutral")
 
 
 def test_evaluate_writes_the_csv_and_the_rows(chat_model, trait, judge, tmp_path):

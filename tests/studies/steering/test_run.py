@@ -13,6 +13,7 @@ from persona_lora.core.lora_diff import BaseModel, LoRAFactors, random_diff_like
 from persona_lora.core.options import ComparisonOptions
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.traits import NEUTRAL_PROMPTS
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_exchange, tokenize_rendered
 from persona_lora.steering.activations import ActivationSteerer
@@ -72,7 +73,7 @@ def test_a_sweep_is_one_generation_and_equals_merged_answers(
     """Token for token, in fp32: the rows of one batch against merged weights, one at a time."""
     result = run_sweep()
     answers = [json.loads(line) for line in (result.run / "answers.jsonl").open()]
-    assert len(answers) == (3 + 2) * 3  # −1, 0, 1 and two prompts, three questions
+    assert len(answers) == (3 + 3) * 3  # −1, 0, 1 and three prompts, three questions
     for coefficient in (-1.0, 0.0, 1.0):
         with LoRASteerer(chat_model.model, run_sweep.diff, coefficient):
             alone = generate_answers(
@@ -163,7 +164,7 @@ def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
     population = vector_population(vector, (0, 1), (-1.0, 2.0))
     result = run_population(population, sweeping=SweepOptions(divergence=False))
     answers = rows_of(result.run, "answers")
-    assert len(answers) == (1 + 2 * 2 + 2) * 3  # unsteered, the grid, two prompts; 3 questions
+    assert len(answers) == (1 + 2 * 2 + 3) * 3  # unsteered, the grid, three prompts; 3 questions
     for layer in (0, 1):
         for coefficient in (-1.0, 2.0):
             with ActivationSteerer(chat_model.model, vector, coefficient, layer):
@@ -202,8 +203,11 @@ def test_one_layer_with_its_random_control_is_a_curve_with_costs(run_population,
 
 def test_a_prompt_sweep_is_the_references_alone(run_population):
     result = run_population(prompt_population(), sweeping=SweepOptions(divergence=False))
-    methods = {row["method"] for row in rows_of(result.run, "answers")}
-    assert methods == {"none", "prompt_pos", "prompt_neg"}
+    rows = rows_of(result.run, "answers")
+    methods = {row["method"] for row in rows}
+    assert methods == {"none", "prompt_pos", "prompt_neg", "prompt_neutral"}
+    told = [row["system_prompt"] for row in rows if row["method"] == "prompt_neutral"]
+    assert told == list(NEUTRAL_PROMPTS[:3])
 
 
 def test_max_questions_takes_the_first(run_population, vector, trait):
@@ -362,11 +366,19 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
     for split in ("eval", "ood"):
         own = [each for each in found.points if each.split == split]
         assert [each.method for each in own if each.level is None] == [
-            "none", "prompt_neg", "prompt_pos",
+            "none", "prompt_neg", "prompt_neutral", "prompt_pos",
         ]  # fmt: skip
         assert len([each for each in own if each.level is not None]) == 2 * len(METHODS)
         assert all(each.difference is None for each in own if each.method == "lora")
         assert all(each.trait.n == 2 for each in own)
+        means = {each.method: each.trait.mean for each in own if each.level is None}
+        for each in found.prompted:
+            if each.split == split:
+                gap = means[each.method] - means["prompt_neutral"]
+                assert each.difference.mean == pytest.approx(gap)
+    assert [(each.split, each.method) for each in found.prompted] == [
+        (split, f"prompt_{sign}") for split in ("eval", "ood") for sign in ("neg", "pos")
+    ]
     folder = tmp_path / "out"
     levels = [json.loads(line) for line in (folder / "levels.jsonl").open()]
     assert all(row["ordinary_mean"] > 0 for row in levels)
