@@ -419,11 +419,11 @@ Answer: {answer}
 Reply with Yes or No."""
 
 
-def asked(bench: Bench, judge_model: ChatModel, sample: int) -> None:
-    """Print how a language model that is asked for a number agrees with ratings drawn by lot.
+def asked(bench: Bench, judge_model: ChatModel, sample: int, chosen: Sequence[str]) -> None:
+    """Print how a language model that is asked of answers drawn by lot agrees with their ratings.
 
     By a short prompt (0–9), by that after four rated answers from the tuning part, and for yes or
-    no.
+    no; beside it the reader on the same answers, and the mean of both in units of their spread.
     """
     held = [at for at, row in enumerate(bench.rows) if row.part == "validation"]
     few = sorted(np.random.default_rng(0).permutation(held)[:sample])
@@ -448,16 +448,21 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int) -> None:
         return [weighted_score(each, highest=9).score for each in first]
 
     ways: dict[str, Callable[[], list[float | None]]] = {
-        "short, a digit": lambda: digits(()),
-        "yes or no": yes,
-        "short, a digit, after four rated answers": lambda: digits(shots),
-        "the reader, on these": lambda: bench.mean_of_layers()[few].tolist(),
+        "digit": lambda: digits(()),
+        "yes": yes,
+        "rated": lambda: digits(shots),
     }
-    for name, way in ways.items():
-        verdicts = [Verdict(bench.trait.name, score, "", "") for score in way()]
-        found, own = _with_own(own_agreement(verdicts, rows))
-        cells = [found.auc, found.spearman, own.within, found.coverage]
-        print(f"| {bench.trait.name} | {name} | {' | '.join(map(number, cells))} |", flush=True)
+    read = bench.mean_of_layers()[few].tolist()
+    for name in chosen:
+        scores = ways[name]()
+        both = np.array([[np.nan if each is None else each for each in scores], read])
+        spread = (both - np.nanmean(both, axis=1)[:, None]) / np.nanstd(both, axis=1)[:, None]
+        mixed = [None if np.isnan(each) else float(each) for each in spread.mean(axis=0)]
+        for told, each in ((name, scores), (f"{name} and the reader", mixed), ("reader", read)):
+            verdicts = [Verdict(bench.trait.name, score, "", "") for score in each]
+            found, own = _with_own(own_agreement(verdicts, rows))
+            cells = [found.auc, found.spearman, own.within, found.coverage]
+            print(f"| {bench.trait.name} | {told} | {' | '.join(map(number, cells))} |", flush=True)
 
 
 def _share_of_yes(logprobs: Mapping[str, float]) -> float | None:
@@ -484,6 +489,9 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--asked", default=None, help="a language model that is asked for a number")
     parser.add_argument("--sample", type=int, default=100, help="answers that --asked is asked on")
+    parser.add_argument(
+        "--ways", nargs="+", choices=("digit", "yes", "rated"), default=["digit", "yes", "rated"]
+    )
     parser.add_argument("--likelihood", action="store_true")
     parser.add_argument("--reader", default=None, help="another model that reads")
     options = parser.parse_args()
@@ -499,7 +507,7 @@ def main() -> None:
     judge_model = None if options.asked is None else load_chat_model(options.asked)
     for bench in benches:
         if judge_model is not None:
-            asked(bench, judge_model, options.sample)
+            asked(bench, judge_model, options.sample, options.ways)
         elif options.curve:
             curve(bench, (20, 30, 40, 60))
         else:

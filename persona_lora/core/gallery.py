@@ -134,7 +134,8 @@ def write_gallery(paths: Sequence[Path], folder: Path) -> dict[str, float]:
             points = tuple(
                 each._replace(coefficient=each.coefficient / size) for each in measured.points
             )
-            kept = replace(measured, content=scaled.content(), points=points)
+            norm = None if measured.weighted_norm is None else measured.weighted_norm * size
+            kept = replace(measured, content=scaled.content(), points=points, weighted_norm=norm)
             _pack(temporary, trait, scaled, {"strengths": kept.to_json()})
     return errors
 

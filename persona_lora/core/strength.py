@@ -93,7 +93,8 @@ class Strengths:
     """What was measured of a direction: ``content`` is its digest, ``acting`` where a vector acts.
 
     ``points`` are of both signs. ``floor`` is the least mean coherence of answers that still make
-    sense; None where coherence was not judged.
+    sense; None where coherence was not judged. ``weighted_norm`` is ‖ΔW‖ weighted by what flows
+    through the modules of a diff, for a coefficient of 1; None where that was not measured.
     """
 
     content: str
@@ -101,6 +102,7 @@ class Strengths:
     prompts: str
     points: tuple[Moved, ...]
     floor: float | None = None
+    weighted_norm: float | None = None
 
     def coherent(self) -> tuple[float, float]:
         """Return the coefficients of both signs up to which answers are coherent.
@@ -202,6 +204,7 @@ class Strengths:
             return cls(
                 *(value["content"], value["acting"], value["prompts"], points),
                 floor=_judged(value["floor"]),
+                weighted_norm=_judged(value.get("weighted_norm")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} holds no strengths; make it anew with calibrate") from error

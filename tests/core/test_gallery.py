@@ -68,7 +68,7 @@ def test_packing_what_was_unpacked_changes_nothing_and_takes_strengths_along(fam
             exhibit.coefficient(0.1)
     plain = LoRADiff.load(paths[0])
     points = (Moved(-8.0, 0.1, 0.2, 90.0), Moved(16.0, 0.1, 0.2, 80.0))  # 5.7 and 11.3 at 0.05 nats
-    Strengths(plain.content(), "", "p", points, floor=50.0).save(paths[0])
+    Strengths(plain.content(), "", "p", points, 50.0, weighted_norm=3.0).save(paths[0])
     Strengths("of another", "", "p", points).save(paths[1])
     assert write_gallery(paths, tmp_path / "twice") == {"evil": 0.0, "formality": 0.0}
     once, twice = Gallery(tmp_path / "once"), Gallery(tmp_path / "twice")
@@ -76,6 +76,7 @@ def test_packing_what_was_unpacked_changes_nothing_and_takes_strengths_along(fam
         scaled = once.exhibit(trait).diff * size
         assert twice.exhibit(trait).diff.content() == scaled.content()
     assert [twice.exhibit("evil").coefficient(each) for each in (-0.1, 0.1)] == [-1.0, 2.0]
+    assert twice.exhibit("evil").strengths.weighted_norm == 8.0 * 3.0
     assert twice.exhibit("formality").strengths is None
     twice.exhibit("evil").save(tmp_path / "new" / "diff")
     again = LoRADiff.load(tmp_path / "new" / "diff")

@@ -34,6 +34,7 @@ from persona_lora.core.strength import Moved, Strengths
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
+from persona_lora.projections.inputs import kept_inputs
 from persona_lora.report import wording
 from persona_lora.report.scores import control_name, method_of
 from persona_lora.report.sections import Table
@@ -163,7 +164,8 @@ def strengths_of(
 
     The mean over greedy answers to ``prompts``, as long as those of a sweep; none where ``judge``
     leaves more than a fifth of them without a score, as it does what is unlike any answer.
-    ``content`` is the digest of the whole direction, ``acting`` where this part of it acts.
+    ``content`` is the digest of the whole direction, ``acting`` where this part of it acts. Of a
+    diff the length is told too, weighted by what flows through its modules over ``prompts``.
     """
     points = measure_strengths(chat_model, direction, prompts, positions)
     every = [Moved(0.0, 0.0, 0.0), *points]
@@ -178,7 +180,23 @@ def strengths_of(
         told = len(scores) >= LEAST_SCORED * len(verdicts)
         found.append(point._replace(coherence=statistics.fmean(scores) if told else None))
     floor = floor_under(found[0].coherence)
-    return Strengths(content, acting, digest_of(prompts), tuple(found), floor)
+    norm = _weighted_norm(chat_model, direction, prompts)
+    return Strengths(content, acting, digest_of(prompts), tuple(found), floor, norm)
+
+
+def _weighted_norm(
+    chat_model: ChatModel, direction: LoRADiff | SteeringVector, prompts: Sequence[str]
+) -> float | None:
+    """Return the weighted length of a diff; None for a vector, and where an input is not known."""
+    if not isinstance(direction, LoRADiff):
+        return None
+    with progress.stage("inputs of modules"):
+        inputs = kept_inputs(chat_model, prompts)
+    unknown = [name for name in direction.factors if name not in inputs.roots]
+    if unknown:
+        logger.warning("no weighted norm: what flows into %s was not measured", unknown[0])
+        return None
+    return inputs.weigh(direction, allow_other_base=True).norm()
 
 
 def _alone(direction: LoRADiff | SteeringVector, positions: Positions) -> Bank:
@@ -189,12 +207,16 @@ def _alone(direction: LoRADiff | SteeringVector, positions: Positions) -> Bank:
 
 def strengths_table(found: Strengths, name: str) -> Table:
     """Return what each coefficient does, from the most negative to the most positive."""
+    norm = found.weighted_norm
     rows = (
         [wording.coefficient(each.coefficient), f"{each.nats:.4f}", f"{each.nats_p95:.3f}"]
+        + ([] if norm is None else [f"{abs(each.coefficient) * norm:.3g}"])
         + [wording.number(each.coherence)]
         for each in sorted(found.points, key=lambda point: point.coefficient)
     )
-    return Table.of("coefficient | nats a token | 95% of tokens under | coherence", rows, name)
+    length = "" if norm is None else "weighted norm | "
+    columns = f"coefficient | nats a token | 95% of tokens under | {length}coherence"
+    return Table.of(columns, rows, name)
 
 
 def _nearer(scale: Scale, effect: float) -> Scale:

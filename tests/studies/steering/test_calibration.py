@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from unittest import mock
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.options import GenerationOptions
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Strengths
+from persona_lora.projections.inputs import measure_inputs
 from persona_lora.steering.bank import bank_of_diffs, bank_of_vectors
 from persona_lora.studies.steering.calibration import (
     equal_effect_scales,
@@ -141,6 +145,28 @@ def test_the_coherent_range_is_where_answers_are_judged_coherent(chat_model, mak
         same = sum(said in plain for said in answers(each.coefficient))
         assert each.coherence == (80.0 if same == len(plain) else None)
     assert unscored.coherent() == (low, high)
+
+
+def test_the_weighted_norm_is_the_length_of_what_a_diff_adds(chat_model, make_diff, caplog):
+    """The root of the sum over modules of mean ‖ΔW x‖² over the tokens that flow through them."""
+    diff, judge = make_diff(chat_model.model, seed=1), UnchangedIsCoherent([], 50.0)
+
+    def norm(direction):
+        return strengths_of(chat_model, direction, PROMPTS, judge, content="c").weighted_norm
+
+    inputs = measure_inputs(chat_model, PROMPTS)
+    added = [
+        (inputs.roots[name].double().T @ each.delta().double().T).square().sum()
+        for name, each in diff.factors.items()
+    ]
+    assert norm(diff) == pytest.approx(float(sum(added)) ** 0.5, rel=1e-5)
+    assert norm(diff * 3.0) == pytest.approx(3 * norm(diff))
+    assert norm(vector("a", 1)) is None
+
+    bare = dataclasses.replace(inputs, roots=dict(list(inputs.roots.items())[:1]))
+    with mock.patch(f"{strengths_of.__module__}.kept_inputs", return_value=bare):
+        assert norm(diff) is None
+    assert "no weighted norm: what flows into model.layers.0" in caplog.text
 
 
 def test_a_direction_of_no_length_has_no_strength(chat_model, make_diff):
