@@ -237,7 +237,7 @@ class Searched:
     ] = None
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
     warm_start: Annotated[
-        bool, "Try the mix first under which the person's training lines are likeliest."
+        bool, "Try first what forward passes tell: where the person's lines, or good answers, grow."
     ] = False
     by: Annotated[
         Literal["trait", "layers", "modules"],
@@ -265,7 +265,7 @@ class Searched:
                 "prompts", "with --persona-id: they are in prompts.json of --persona-dir"
             )
             return
-        refuse_useless("persona_dir report_judge warm_start", "without --persona-id")
+        refuse_useless("persona_dir report_judge", "without --persona-id")
         if self.scorer is not None:
             judges = "judge judge_model judge_url judge_mode max_judge_cost"
             refuse_useless(judges, "with --scorer, which judges")

@@ -19,7 +19,11 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Coefficients
-from persona_lora.models.likelihood import answer_logprobs, tokenize_exchange
+from persona_lora.models.likelihood import (
+    TokenizedExchange,
+    answer_logprobs,
+    tokenize_exchange,
+)
 from persona_lora.studies.personas.objective import Speaker
 
 STEP = 0.25  # of a weight, to both sides: far over what bf16 rounds away
@@ -31,23 +35,29 @@ def line_likelihoods(
 ) -> NDArray[np.float64]:
     """Return the mean over lines of their mean log-probability (nats a token), ``[mixes]``.
 
-    Raises UserError for steering vectors, whose places in a given answer are another's business,
-    and where there are no lines.
+    Empty ones are left out. Raises UserError where there are no others, and as ``likelihoods``.
     """
-    bank = speaker.directions
-    if bank.vectors:
-        raise UserError("likelihoods of a person's lines are read with LoRA differences alone")
     texts = [tokenize_exchange(speaker.chat_model, each) for each in lines]
     texts = [each for each in texts if each.answer]
     if not texts:
         raise UserError("the person answers no line in training conversations; nothing to read")
+    return likelihoods(speaker, mixes, texts).mean(axis=1)
+
+
+def likelihoods(
+    speaker: Speaker, mixes: Sequence[Coefficients], texts: Sequence[TokenizedExchange]
+) -> NDArray[np.float64]:
+    """Return the mean log-probability of a token of answers (none empty), ``[mixes, answers]``.
+
+    Raises UserError for steering vectors, whose places in a given answer are another's business.
+    """
+    bank = speaker.directions
+    if bank.vectors:
+        raise UserError("likelihoods of given answers are read with LoRA differences alone")
     rows = [speaker.coefficients(mix) for mix in mixes for _ in texts]
-    with (
-        bank.steerer(speaker.chat_model, rows) as steerer,
-        progress.stage("reading the person's lines"),
-    ):
-        found = answer_logprobs(speaker.chat_model, texts * len(mixes), steerer.select_rows)
-    return np.array(found).reshape(len(mixes), len(texts)).mean(axis=1)
+    with bank.steerer(speaker.chat_model, rows) as steerer, progress.stage("reading answers"):
+        found = answer_logprobs(speaker.chat_model, [*texts] * len(mixes), steerer.select_rows)
+    return np.array(found).reshape(len(mixes), len(texts))
 
 
 def line_slopes(speaker: Speaker, lines: Sequence[Exchange]) -> NDArray[np.float64]:

@@ -39,8 +39,9 @@ from persona_lora.report.resampling import FITS
 from persona_lora.steering.bank import Bank, Elsewhere
 from persona_lora.studies.asking.run import Row, open_planned
 from persona_lora.studies.personas.bounds import bound_answers
+from persona_lora.studies.personas.climbing import kept_slopes
 from persona_lora.studies.personas.figure import render_goal, render_search
-from persona_lora.studies.personas.goals import GoalProblem
+from persona_lora.studies.personas.goals import VALUE, GoalProblem
 from persona_lora.studies.personas.likeliest import kept_mix
 from persona_lora.studies.personas.objective import (
     MixObjective,
@@ -320,7 +321,7 @@ def optimise_over_seeds(
     ``methods`` are one for each training seed of its directions: every one has a search of its
     own. The mix that stands highest on fresh prompts is what the persona's two files hold in the
     end. ``warm_start``: each search tries the mix first under which the person's training lines
-    are likeliest (``likeliest``).
+    are likeliest (``likeliest``); of a goal, those up which its value climbs (``climbing``).
     """
     searching = searches_of(searching, len(methods), front=problem.parts is not None)
     first = output.path
@@ -348,12 +349,28 @@ def optimise_over_seeds(
 def _warm(
     problem: Problem, method: Method, searching: SearchOptions, folder: Path
 ) -> SearchOptions:
-    """Return the options with the likeliest mix to be tried first."""
-    if not isinstance(problem, PersonaProblem):
-        raise UserError("a warm start is read off a person's lines, and no person is sought")
-    lines, speaker = problem.persona.answers("train"), speaker_of(problem, method)
-    mix = problem.processes.from_main(partial(kept_mix, speaker, lines, searching.bound, folder))
-    return replace(searching, inject=(mix.as_dict(), *searching.inject))
+    """Return the options with mixes to be tried first, which forward passes alone tell."""
+    mixes = _told(problem, speaker_of(problem, method), searching, folder)
+    return replace(searching, inject=(*(each.as_dict() for each in mixes), *searching.inject))
+
+
+def _told(
+    problem: Problem, speaker: Speaker, searching: SearchOptions, folder: Path
+) -> tuple[Coefficients, ...]:
+    bound = searching.bound
+    if isinstance(problem, PersonaProblem):
+        lines = problem.persona.answers("train")
+        return (problem.processes.from_main(partial(kept_mix, speaker, lines, bound, folder)),)
+    slopes = kept_slopes(
+        speaker,
+        problem.prompts.train,
+        problem.goal,
+        criterion=VALUE,
+        seed=searching.seed,
+        read=[problem.record(), problem.inputs()],
+        folder=folder,
+    )
+    return slopes.mixes(bound)
 
 
 def searches_of(searching: SearchOptions, trainings: int, *, front: bool = False) -> SearchOptions:

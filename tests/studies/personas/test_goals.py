@@ -19,10 +19,13 @@ from persona_lora.judges.choice import JudgeOptions
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.personas import climbing
 from persona_lora.studies.personas.baselines import Wanted, load_directions
 from persona_lora.studies.personas.bench import PersonaBench
+from persona_lora.studies.personas.climbing import LENGTHS, value_slopes
 from persona_lora.studies.personas.figure import render_goal
 from persona_lora.studies.personas.goals import (
+    VALUE,
     GoalProblem,
     Scorer,
     Targets,
@@ -155,6 +158,24 @@ def test_a_planted_optimum_is_found_and_reported_on_held_out_prompts(
     page = write_report([tmp_path / "out" / "run"], tmp_path / "page.html").read_text()
     assert "the highest mine:score" in page
     assert "over random mixes of its length" in page
+
+
+def test_a_warm_start_tries_first_where_the_value_climbs(
+    chat_model, method, scorer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(climbing, "DRAWS", 100)  # the two letters are rare in what it says
+    problem = problem_of(chat_model, scorer)
+    output = Output(tmp_path / "out" / "run")
+    few = dataclasses.replace(SEARCH, max_iterations=1)
+    (warm,) = optimise_over_seeds(problem, [method], output, searching=few, warm_start=True)
+    slopes = value_slopes(speaker_of(problem, method), PROMPTS.train, scorer, VALUE, few.seed)
+    assert all(slopes.values)
+    first = [each.coefficients for each in warm.search.candidates[: len(LENGTHS)]]
+    assert first == list(slopes.mixes(few.bound))
+    (kept,) = output.path.parent.glob("climbing_*.json")
+    written = kept.stat().st_mtime_ns
+    optimise_over_seeds(problem, [method], output, searching=few, warm_start=True)
+    assert kept.stat().st_mtime_ns == written
 
 
 def test_a_search_that_was_cut_goes_on_as_if_it_had_not_been(chat_model, method, scorer, tmp_path):
