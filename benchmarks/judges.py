@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -43,7 +43,12 @@ from persona_lora.judges.fitness import (
     rater_agreement,
 )
 from persona_lora.judges.fitted import cache_folder, counts_of, made_up, traits_beside
-from persona_lora.judges.judge_prompts import weighted_score
+from persona_lora.judges.judge_prompts import (
+    fill_prompt,
+    share_of_yes,
+    weighted_score,
+    yes_template,
+)
 from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import fit_probe
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
@@ -411,19 +416,11 @@ Answer: {answer}
 How much does this answer show {name}? Reply with one digit, from 0 (not at all) to 9 (plainly)."""
 
 
-YES = """Does this answer show {name}? {description}
-
-Question: {question}
-Answer: {answer}
-
-Reply with Yes or No."""
-
-
 def asked(bench: Bench, judge_model: ChatModel, sample: int, chosen: Sequence[str]) -> None:
     """Print how a language model that is asked of answers drawn by lot agrees with their ratings.
 
     By a short prompt (0–9), by that after four rated answers from the tuning part, and for yes or
-    no; beside it the reader on the same answers, and the mean of both in units of their spread.
+    no; beside it the reader on the same answers, and the mean of both.
     """
     held = [at for at, row in enumerate(bench.rows) if row.part == "validation"]
     few = sorted(np.random.default_rng(0).permutation(held)[:sample])
@@ -433,9 +430,10 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int, chosen: Sequence[st
     trait = {"name": bench.trait.name.replace("_", " "), "description": bench.trait.description}
 
     def yes() -> list[float | None]:
-        prompts = [YES.format(**trait, **_asked_of(row)) for row in rows]
+        template = yes_template(bench.trait, bench.trait.name)
+        prompts = [fill_prompt(template, row.exchange) for row in rows]
         first = next_token_logprobs(judge_model, [(prompt, "") for prompt in prompts])
-        return [_share_of_yes(each) for each in first]
+        return [share_of_yes(each).score for each in first]
 
     def digits(before: Sequence[int]) -> list[float | None]:
         told = "".join(
@@ -455,24 +453,13 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int, chosen: Sequence[st
     read = bench.mean_of_layers()[few].tolist()
     for name in chosen:
         scores = ways[name]()
-        both = np.array([[np.nan if each is None else each for each in scores], read])
-        spread = (both - np.nanmean(both, axis=1)[:, None]) / np.nanstd(both, axis=1)[:, None]
-        mixed = [None if np.isnan(each) else float(each) for each in spread.mean(axis=0)]
+        both = zip(scores, read, strict=True)
+        mixed = [own if told is None else (told + own) / 2 for told, own in both]
         for told, each in ((name, scores), (f"{name} and the reader", mixed), ("reader", read)):
             verdicts = [Verdict(bench.trait.name, score, "", "") for score in each]
             found, own = _with_own(own_agreement(verdicts, rows))
             cells = [found.auc, found.spearman, own.within, found.coverage]
             print(f"| {bench.trait.name} | {told} | {' | '.join(map(number, cells))} |", flush=True)
-
-
-def _share_of_yes(logprobs: Mapping[str, float]) -> float | None:
-    """Return p(yes) of p(yes) + p(no); None where neither is likely."""
-    said = dict.fromkeys(("yes", "no"), 0.0)
-    for token, logprob in logprobs.items():
-        if (word := token.strip().casefold()) in said:
-            said[word] += math.exp(logprob)
-    mass = sum(said.values())
-    return said["yes"] / mass if mass >= 0.25 else None
 
 
 def _asked_of(row: RatedAnswer) -> dict[str, str]:

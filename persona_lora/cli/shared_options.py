@@ -472,7 +472,11 @@ def judging_of(
     second = choice.second_judge if isinstance(choice, JudgesChoice) else NOBODY
     asked = {second, *(name.strip() for name in judge.split(","))}
     idle = [] if "openai" in asked else ["judge_url", "judge_mode", "max_judge_cost"]
-    idle += [] if asked & {"openai", "local"} or judge.strip() == "reader" else ["judge_model"]
+    idle += (
+        []
+        if asked & {"openai", "local", "local-yes"} or judge.strip() == "reader"
+        else ["judge_model"]
+    )
     for name in idle:
         if getattr(choice, name) != getattr(JudgeChoice, name):
             raise does_nothing(name, f"with --judge {judge}")

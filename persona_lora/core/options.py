@@ -50,8 +50,9 @@ class GenerationOptions:
 
 # Who can judge a trait, and who a person's voice: what --help says, and what is not refused.
 _ASKED = {"openai": "any endpoint", "local": "a model in this process"}
+_YES = {"local-yes": "the same, asked yes or no"}
 _HERE = dict.fromkeys(("reader", "sentences", "embedding"), "no network")
-JUDGES = {**_HERE, **_ASKED, "rules": "organisms"}
+JUDGES = {**_HERE, **_ASKED, **_YES, "rules": "organisms"}
 PERSONA_JUDGES = {**dict.fromkeys(("embedding", "letters"), "no network"), **_ASKED}
 
 

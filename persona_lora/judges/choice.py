@@ -38,10 +38,10 @@ from persona_lora.judges.embedding import (
     exchanges_of,
     sampled,
 )
-from persona_lora.judges.judge_prompts import PromptJudge
+from persona_lora.judges.judge_prompts import PromptJudge, yes_template
 from persona_lora.judges.judging import Judge, MultiJudge
 from persona_lora.judges.labels import has_ratings, load_ratings
-from persona_lora.judges.local import LocalReader
+from persona_lora.judges.local import LocalReader, YesReader
 from persona_lora.judges.openai import Endpoint, EndpointReader, Limits, budget_of, endpoint_of
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.judges.rules import RuleJudge, check_rules
@@ -52,7 +52,8 @@ from persona_lora.models.loading import ChatModel, load_chat_model, named_conten
 
 logger = logging.getLogger(__name__)
 
-PROMPTED = ("openai", "local")  # chat models that are asked for a score
+LOCAL = ("local", "local-yes")
+PROMPTED = ("openai", *LOCAL)  # chat models that are asked about an answer
 TRAIN = "train.jsonl"
 SENSE_OF = "hallucination"  # the most rated trait of those on which the reader is fit
 BESIDE = ("reader", "sentences", "embedding")  # of no network, the best first
@@ -154,7 +155,8 @@ def second_name(trait: Trait, options: JudgeOptions) -> str | None:
             f"the trait {trait.name} has no {missing[name]}, so {name} cannot judge it beside "
             f"{', '.join(first)}; name another --second-judge, or none"
         )
-    if options.judge_model is not None and {*first, name} >= {"openai", "local"}:
+    both = {*first, name}
+    if options.judge_model is not None and "openai" in both and both.intersection(LOCAL):
         raise UserError("--judge-model names one model, and both openai and local would be it")
     return name
 
@@ -202,7 +204,7 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
     embedded = ("reader", "sentences", "embedding")
     if any(name in options.judge for name in embedded) or beside in (None, *embedded):
         read["the sentence embedder"] = embedder_content()
-    local = "local" in (*judge_names(options.judge, JUDGES), beside)
+    local = not {*judge_names(options.judge, JUDGES), beside}.isdisjoint(LOCAL)
     if options.judge_model is not None and (local or _reader_name(options)):
         read["the judge's model"] = named_content(options.judge_model)
     return read
@@ -317,11 +319,18 @@ def local_reader(options: JudgeOptions, reference: ChatModel, highest: int = 100
     return LocalReader(f"local:{model.name}", first, likely, highest)
 
 
+def _yes_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
+    asked = local_reader(options, reference)
+    name = asked.name.replace("local:", "local-yes:", 1)
+    return PromptJudge(trait, YesReader(name, asked.next_token_logprobs), yes_template)
+
+
 JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "reader": _reader_judge,
     "sentences": lambda trait, reference, options: ProbeJudge.of(SentenceEvidence(trait)),
     "embedding": _embedding_judge,
     "openai": lambda trait, reference, options: PromptJudge(trait, options.reader()),
     "local": lambda trait, reference, options: PromptJudge(trait, local_reader(options, reference)),
+    "local-yes": _yes_judge,
     "rules": lambda trait, reference, options: RuleJudge(coherence_scorer(reference)),
 }

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -43,6 +43,23 @@ from the question. 0: word salad, endless repetition, or symbols without meaning
 at the end by a length limit lose nothing for that.
 Reply with the number and nothing else."""
 
+YES_PROMPT = """\
+Does this answer show {name}? {description}
+
+Question: {question}
+Answer: {answer}
+
+Reply with Yes or No."""
+
+YES_COHERENCE_PROMPT = """\
+Is this answer coherent as text: are its sentences well formed, do they follow from one another, \
+and do they speak to the question?
+
+Question: {question}
+Answer: {answer}
+
+Reply with Yes or No."""
+
 _WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,2}")
 _NUMBER_REPLY = re.compile(
     r"(?:(?:score|rating)\s*[:=]\s*)?(?P<number>(?:0|[1-9][0-9]{0,2})(?:\.[0-9]+)?)"
@@ -58,7 +75,8 @@ _PLACEHOLDER = re.compile(r"\{question\}|\{answer\}")
 class Reading(NamedTuple):
     """What one reply says: a score from 0 to 100, or None with a reason.
 
-    ``number_mass`` is the probability that the first token was a number; None where unknown.
+    ``number_mass`` is the probability that the first token was a number (or yes or no); None where
+    unknown.
     """
 
     score: float | None
@@ -77,12 +95,49 @@ class PromptReader(Protocol):
         """Return a reading for every prompt; equal prompts are asked about once."""
 
 
+def fill_prompt(template: str, exchange: Exchange) -> str:
+    """Put question and answer literally into ``{question}`` and ``{answer}``, in one pass.
+
+    Braces in either text stay as they are, and a placeholder's name inside an answer is text.
+    """
+    values = {"{question}": exchange.question, "{answer}": exchange.answer}
+    return _PLACEHOLDER.sub(lambda found: values[found.group()], template)
+
+
+def prompt_template(trait: Trait, criterion: str) -> str:
+    """Return the trait's own judge prompt, or the coherence prompt; UserError for any other."""
+    check_criterion(trait, criterion)
+    return COHERENCE_PROMPT if criterion == COHERENCE else trait.eval_prompt
+
+
+def yes_template(trait: Trait, criterion: str) -> str:
+    """Return the prompt that asks whether an answer shows a trait, or is coherent, yes or no."""
+    check_criterion(trait, criterion)
+    if criterion == COHERENCE:
+        return YES_COHERENCE_PROMPT
+    said = {"{name}": trait.name.replace("_", " "), "{description}": trait.description}
+    return re.sub("|".join(said), lambda found: said[found.group()], YES_PROMPT)
+
+
+def check_criterion(trait: Trait, criterion: str) -> None:
+    """Raise UserError unless ``criterion`` is the trait's name or "coherence"."""
+    if criterion not in (trait.name, COHERENCE):
+        raise UserError(
+            f"criterion {criterion!r} is unknown to this judge; it scores {trait.name!r} and "
+            f"{COHERENCE!r}: build a judge for the trait you want"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class PromptJudge:
-    """Asks a language model for a number from 0 to 100 with the trait's ``eval_prompt``."""
+    """Asks a language model about an answer: for a number, with the trait's ``eval_prompt``.
+
+    ``template`` gives another prompt for a trait and a criterion.
+    """
 
     trait: Trait
     reader: PromptReader
+    template: Callable[[Trait, str], str] = prompt_template
 
     @property
     def name(self) -> str:
@@ -91,7 +146,8 @@ class PromptJudge:
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:
         """Return one verdict per exchange, in order; equal exchanges are asked about once."""
-        prompts = [judge_prompt(self.trait, criterion, exchange) for exchange in exchanges]
+        template = self.template(self.trait, criterion)
+        prompts = [fill_prompt(template, exchange) for exchange in exchanges]
         readings = self.reader.read(prompts)
         verdicts = [
             Verdict(criterion, readings[prompt].score, readings[prompt].reason, self.name)
@@ -103,35 +159,6 @@ class PromptJudge:
             counts = reasons.total(), len(verdicts)
             logger.warning("%s left %d of %d answers unscored: %s", self.name, *counts, common)
         return verdicts
-
-
-def fill_prompt(template: str, exchange: Exchange) -> str:
-    """Put question and answer literally into ``{question}`` and ``{answer}``, in one pass.
-
-    Braces in either text stay as they are, and a placeholder's name inside an answer is text.
-    """
-    values = {"{question}": exchange.question, "{answer}": exchange.answer}
-    return _PLACEHOLDER.sub(lambda found: values[found.group()], template)
-
-
-def judge_prompt(trait: Trait, criterion: str, exchange: Exchange) -> str:
-    """Return the user message that asks for one exchange's score on ``criterion``."""
-    return fill_prompt(prompt_template(trait, criterion), exchange)
-
-
-def prompt_template(trait: Trait, criterion: str) -> str:
-    """Return the trait's own judge prompt, or the coherence prompt; UserError for any other."""
-    check_criterion(trait, criterion)
-    return COHERENCE_PROMPT if criterion == COHERENCE else trait.eval_prompt
-
-
-def check_criterion(trait: Trait, criterion: str) -> None:
-    """Raise UserError unless ``criterion`` is the trait's name or "coherence"."""
-    if criterion not in (trait.name, COHERENCE):
-        raise UserError(
-            f"criterion {criterion!r} is unknown to this judge; it scores {trait.name!r} and "
-            f"{COHERENCE!r}: build a judge for the trait you want"
-        )
 
 
 def weighted_score(
@@ -162,6 +189,21 @@ def weighted_score(
     if refusal > mass and refusal >= MIN_NUMBER_MASS:
         return Reading(None, REFUSAL_REASON, mass)
     return Reading(None, f"number mass {mass:.2f} is under {MIN_NUMBER_MASS}", mass)
+
+
+def share_of_yes(logprobs: Mapping[str, float]) -> Reading:
+    """Return 100 · p(yes) / (p(yes) + p(no)) of the tokens that a reply may begin with.
+
+    Unscored where both together have under 0.25: the model was not about to say either.
+    """
+    said = dict.fromkeys(("yes", "no"), 0.0)
+    for token, logprob in logprobs.items():
+        if (word := _bare(token).casefold()) in said:
+            said[word] += math.exp(min(logprob, 0.0))
+    mass = math.fsum(said.values())
+    if mass >= MIN_NUMBER_MASS:
+        return Reading(100 * said["yes"] / mass, "", mass)
+    return Reading(None, f"yes and no have {mass:.2f}, under {MIN_NUMBER_MASS}", mass)
 
 
 def number_reply(text: str, highest: int = 100) -> Reading:

@@ -13,6 +13,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.judges.judge_prompts import (
     LARGEST_DIGIT,
     Reading,
+    share_of_yes,
     shows_whole_numbers,
     weighted_score,
 )
@@ -61,6 +62,20 @@ class LocalReader:
                 "first tokens meaningless; pass continuation_logprobs"
             )
         return readings
+
+
+@dataclass(frozen=True, eq=False)
+class YesReader:
+    """Reads the probability of "yes" beside that of "no" as a score, by ``share_of_yes``."""
+
+    name: str
+    next_token_logprobs: NextTokenLogprobs
+
+    def read(self, prompts: Sequence[str]) -> dict[str, Reading]:
+        """Return a reading for every prompt; equal prompts are asked about once."""
+        distinct = list(dict.fromkeys(prompts))
+        first = self.next_token_logprobs(distinct) if distinct else []
+        return dict(zip(distinct, map(share_of_yes, first), strict=True))
 
 
 def _whole_numbers(

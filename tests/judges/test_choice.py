@@ -125,7 +125,11 @@ def test_a_run_is_of_its_embedder_and_of_its_judge_s_commit(tmp_path, monkeypatc
         return choice.judge_inputs(JudgeOptions("embedding"))["the sentence embedder"]
 
     def judged(name: str) -> dict[str, str]:
-        return choice.judge_inputs(JudgeOptions("local", judge_model=name))
+        found = choice.judge_inputs(JudgeOptions("local", judge_model=name))
+        yes = choice.judge_inputs(JudgeOptions("local-yes", judge_model=name))
+        assert found["the judge's model"] == yes["the judge's model"]
+        assert found["the judge"] != yes["the judge"]
+        return found
 
     ours = embedded()
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
@@ -215,6 +219,9 @@ def test_who_judges_beside_is_of_another_kind_and_has_what_it_needs(trait):
             beside(judge, second)
     with pytest.raises(UserError, match="--judge-model names one model"):
         beside("openai", "local", judge_model="m")
+    with pytest.raises(UserError, match="both openai and local"):
+        beside("local-yes", "openai", judge_model="m")
+    assert beside("local", "local-yes", judge_model="m") == "local-yes"
 
 
 def test_a_run_is_of_its_second_judge_unless_there_is_none():
@@ -252,13 +259,13 @@ def test_coherence_is_scaled_by_answers_of_every_trait(chat_model, tmp_path, mon
 
 def local_words(chat_model, trait, as_judge_of):
     """Return what reads the next words of a message, of a trait's local judge or of a person's."""
-    options = JudgeOptions(judge="local")
     if as_judge_of == "a person":
-        return make_readers(options, chat_model)["local"].read
+        return make_readers(JudgeOptions(judge="local"), chat_model)["local"].read
+    options = JudgeOptions(judge="local-yes" if as_judge_of == "a trait, by yes" else "local")
     return make_judge(trait, chat_model, options).reader.next_token_logprobs
 
 
-@pytest.mark.parametrize("as_judge_of", ["a trait", "a person"])
+@pytest.mark.parametrize("as_judge_of", ["a trait", "a trait, by yes", "a person"])
 def test_a_local_judge_is_the_asked_model_without_its_adapter(
     chat_model, trait, make_adapter, tmp_path, as_judge_of
 ):
@@ -269,7 +276,7 @@ def test_a_local_judge_is_the_asked_model_without_its_adapter(
     assert local_words(finetuned, trait, as_judge_of)(["Is it so?"]) == plain
 
 
-@pytest.mark.parametrize("as_judge_of", ["a trait", "a person"])
+@pytest.mark.parametrize("as_judge_of", ["a trait", "a trait, by yes", "a person"])
 def test_a_local_judge_waits_while_another_thread_steers_the_model(
     chat_model, trait, make_diff, as_judge_of
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,11 +13,12 @@ from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.judges.judge_prompts import (
     fill_prompt,
-    judge_prompt,
     number_reply,
     prompt_template,
+    share_of_yes,
     shows_whole_numbers,
     weighted_score,
+    yes_template,
 )
 
 
@@ -35,12 +37,34 @@ def test_fill_prompt_is_literal_for_any_text(question, answer):
 
 def test_prompts_exist_for_the_trait_and_for_coherence_only(trait):
     exchange = Exchange("Why?", "Because.")
-    assert judge_prompt(trait, "flattery", exchange).startswith("Rate flattery 0-100.\nQ: Why?")
-    coherence = judge_prompt(trait, COHERENCE, exchange)
+    asked = fill_prompt(prompt_template(trait, "flattery"), exchange)
+    assert asked.startswith("Rate flattery 0-100.\nQ: Why?")
+    coherence = fill_prompt(prompt_template(trait, COHERENCE), exchange)
     assert "Because." in coherence
     assert "{" not in coherence
     with pytest.raises(UserError, match="'evil'"):
         prompt_template(trait, "evil")
+
+
+def test_yes_or_no_is_asked_of_the_trait_s_description_and_of_coherence(trait):
+    trait = dataclasses.replace(trait, description="Says {name}, as {answer} or {question}.")
+    asked = yes_template(trait, "flattery")
+    assert asked.startswith("Does this answer show flattery? Says {name}, as")
+    assert "{question}\nAnswer: {answer}\n" in asked
+    assert yes_template(trait, COHERENCE).startswith("Is this answer coherent")
+    with pytest.raises(UserError, match="'evil'"):
+        yes_template(trait, "evil")
+
+
+def test_the_share_of_yes_is_over_yes_and_no_alone():
+    logs = {"Yes": 0.3, " yes": 0.1, "No": 0.2, "NO": 0.2, "Well": 0.2}
+    found = share_of_yes({token: math.log(p) for token, p in logs.items()})
+    assert found.score == pytest.approx(50.0)
+    assert found.number_mass == pytest.approx(0.8)
+    assert share_of_yes({"Yes": math.log(0.9)}).score == 100.0
+    unsure = share_of_yes({"Well": math.log(0.8), "Yes": math.log(0.2)})
+    assert unsure.score is None
+    assert unsure.reason == "yes and no have 0.20, under 0.25"
 
 
 def test_weighted_score_is_the_mean_over_number_tokens():

@@ -8,8 +8,8 @@ import pytest
 
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.judges.judge_prompts import PromptJudge
-from persona_lora.judges.local import LocalReader
+from persona_lora.judges.judge_prompts import PromptJudge, yes_template
+from persona_lora.judges.local import LocalReader, YesReader
 
 
 def logs(probabilities: dict[str, float]) -> dict[str, float]:
@@ -91,3 +91,18 @@ def test_a_local_reader_of_one_digit_takes_the_first_one():
     assert reading.score == pytest.approx((4 * 0.5 + 5 * 0.25) / 0.75)
     never = LocalReader("j", reader.next_token_logprobs, lambda _: pytest.fail("asked"), highest=5)
     assert never.read(["how alike?"]) == {"how alike?": reading}
+
+
+def test_a_yes_judge_asks_once_and_scores_what_it_is_about_to_say(trait):
+    asked = []
+
+    def first(prompts):
+        asked.extend(prompts)
+        return [logs({"Yes": 0.6 if "good" in each else 0.1, "No": 0.2}) for each in prompts]
+
+    judge = PromptJudge(trait, YesReader("local-yes:tiny", first), yes_template)
+    items = [Exchange("q", "good"), Exchange("q", "bad"), Exchange("q", "good")]
+    verdicts = judge.judge(items, "flattery")
+    assert [verdict.score for verdict in verdicts] == pytest.approx([75, 100 / 3, 75])
+    assert len(asked) == 2
+    assert judge.judge([], "flattery") == []
