@@ -1,12 +1,15 @@
 """Tuned prompts over many runs, and what bounds and thresholds of a vector are ordinary.
 
     python benchmarks/baselines.py prompts results/prompts/*
+    python benchmarks/baselines.py floor results/floor/*
     python benchmarks/baselines.py states results/ways/none --vector V.safetensors --layer 20
 
 ``prompts`` prints the held-out means of each run of ``tune-prompt`` and what the tuned prompt has
-over the trait's own, with Holm's correction over all runs given. ``states`` prints, over the tokens
-of a run's answers, the tenth and the ninetieth percentile of the coordinate along a vector (for
-``--ceiling`` and ``--floor`` of ``evaluate``) and the median cosine with it (for ``--threshold``).
+over the trait's own, with Holm's correction over all runs given. ``floor`` prints of each sweep
+what the trait's own system prompts have over neutral ones, and what none has. ``states`` prints,
+over the tokens of a run's answers, the tenth and the ninetieth percentile of the coordinate along a
+vector (for ``--ceiling`` and ``--floor`` of ``evaluate``) and the median cosine with it (for
+``--threshold``).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +30,9 @@ from persona_lora.core.runs import Run
 from persona_lora.models.hidden_states import BlockOutputs
 from persona_lora.models.likelihood import tokenize_exchange
 from persona_lora.report import wording
-from persona_lora.report.comparisons import means, paired
+from persona_lora.report.comparisons import frame, means, paired
 from persona_lora.report.resampling import SCORES, holm
+from persona_lora.report.scores import NEUTRAL, score_answers
 from persona_lora.studies.asking.prompt_tuning import NONE, OWN, TUNED, scores_by_prompt
 
 
@@ -53,6 +58,50 @@ def prompts(folders: Sequence[Path]) -> None:
     for line, p in zip(lines, holm(tested), strict=True):
         table.add_row(*line, wording.p_value(p))
     Console(width=240).print(table)
+
+
+def floor(folders: Sequence[Path]) -> None:
+    """Print every sweep's means, and its prompts beside neutral ones, corrected over all."""
+    lines: list[list[str]] = []
+    own: list[float | None] = []
+    plain: list[float | None] = []
+    place: dict[str, Any] = {"by": "condition", "unit": "question"}
+    for folder in folders:
+        run = Run(folder)
+        trait = run.record["config"]["trait"]
+        rows = _by_condition(run, trait)
+        score, sense = (means(rows, value=v, scale=SCORES, **place) for v in (trait, COHERENCE))
+        beyond = paired(rows, value=trait, reference=NEUTRAL, **place)
+        gaps = [*(beyond[each] for each in ("prompt_pos", "prompt_neg")), beyond["none"]]
+        shown = [f"{wording.interval(score[w])} ({wording.number(sense[w].mean)})" for w in score]
+        lines.append([str(folder), *shown, *(wording.interval(each.difference) for each in gaps)])
+        own += [each.p for each in gaps[:2]]
+        plain.append(gaps[2].p)
+    heads = ("own + minus neutral", "own - minus neutral", "none minus neutral")
+    table = Table("run", *map(str, score), *(each for head in heads for each in (head, "p (Holm)")))
+    both = iter(holm(own))
+    for line, last in zip(lines, holm(plain), strict=True):
+        p = [wording.p_value(each) for each in (next(both), next(both), last)]
+        told = zip(line[-3:], p, strict=True)
+        table.add_row(*line[:-3], *(each for pair in told for each in pair))
+    Console(width=260).print(table)
+
+
+def _by_condition(run: Run, trait: str) -> pd.DataFrame:
+    scored = score_answers(run.read("answers"), run.read("verdicts"), trait)
+    rows = []
+    for row in scored:
+        method, coefficient = row.answer["method"], row.answer["coefficient"]
+        name = "none" if coefficient == 0 else method
+        rows.append(
+            {
+                "condition": f"{name} {'+' if coefficient > 0 else '-'}" if coefficient else name,
+                "question": row.answer["question_id"],
+                trait: row.trait,
+                COHERENCE: row.coherence,
+            }
+        )
+    return frame(rows, [trait, COHERENCE])
 
 
 def states(run: Path, vector: Path, layer: int) -> None:
@@ -85,7 +134,8 @@ def states(run: Path, vector: Path, layer: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     asked = parser.add_subparsers(required=True, dest="asked")
-    asked.add_parser("prompts").add_argument("runs", nargs="+", type=Path)
+    for name in ("prompts", "floor"):
+        asked.add_parser(name).add_argument("runs", nargs="+", type=Path)
     of_states = asked.add_parser("states")
     of_states.add_argument("run", type=Path)
     of_states.add_argument("--vector", type=Path, required=True)
@@ -93,6 +143,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.asked == "prompts":
         prompts(given.runs)
+    elif given.asked == "floor":
+        floor(given.runs)
     else:
         states(given.run, given.vector, given.layer)
 

@@ -405,13 +405,14 @@ def _prompts(summary: SweepSummary) -> str:
     gap = compared[0].difference.interval if compared else None
     if not sentence or gap is None or gap.mean is None or compared[0].difference.p is None:
         return sentence
-    verdict = {1: "scores higher", -1: "scores lower", 0: "is not clear of it"}[
+    verdict = {1: "scores higher than", -1: "scores lower than", 0: "is not clear of"}[
         direction_of(compared[0].difference)
     ]
     steered = f"coefficient {coefficient(compared[0].coefficient)}"
     if summary.method == UNSTEERED:
         steered = "the unsteered model"
-    return f"{sentence[:-1]}; {steered} {verdict} (paired difference {interval(gap)})."
+    verdict = f"{verdict} the positive prompt (paired difference {interval(gap)})"
+    return f"{sentence[:-1]}; {steered} {verdict}."
 
 
 def prompt_alone(reference: ConditionSummary | None, neutral: ConditionSummary | None) -> str:
@@ -422,7 +423,7 @@ def prompt_alone(reference: ConditionSummary | None, neutral: ConditionSummary |
     over = reference.over_neutral
     if neutral is None or over is None or over.interval.mean is None:
         return f"{said}."
-    clear = "" if direction_of(over) else ", not clear of it"
+    clear = "" if direction_of(over) else ", not clear"
     gap = f"difference {change(over.interval)}{clear}"
     return f"{said}, neutral ones {interval(neutral.trait)} ({gap})."
 

@@ -51,13 +51,13 @@ def test_judges_that_agree_stand_side_by_side_without_a_warning(make_sweep_run):
     second_opinion(run, lambda score, _: 20 + score / 2)
     found = two_judges(run, TRAIT)
     assert found.rho.value == pytest.approx(1.0)
-    assert found.rho.n == 11 * 12
+    assert found.rho.n == 12 * 12
     assert not any(each.opposed for each in found.effects)
     assert found.effects[0].second.mean == pytest.approx(found.effects[0].first.mean / 2)
     lead = lead_of("It rises.", found, run, TRAIT)
     assert lead.startswith("It rises. Two judges: ")
     assert "by embedding and" in lead
-    assert "ρ 1.00 [1.00, 1.00] over 132 answers; one sign in 10 of 10 changes." in lead
+    assert "ρ 1.00 [1.00, 1.00] over 144 answers; one sign in 11 of 11 changes." in lead
 
 
 def test_the_tables_hold_what_the_second_judge_gave(make_sweep_run, no_drawing):
