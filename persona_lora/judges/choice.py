@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.chat import COHERENCE, Exchange, user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.options import NOBODY, JudgeChoice, judge_names
@@ -38,16 +38,17 @@ from persona_lora.judges.embedding import (
     exchanges_of,
     sampled,
 )
-from persona_lora.judges.judge_prompts import PromptJudge, yes_template
+from persona_lora.judges.judge_prompts import PromptJudge, PromptReader, yes_template
 from persona_lora.judges.judging import Judge, MultiJudge
 from persona_lora.judges.labels import has_ratings, load_ratings
-from persona_lora.judges.local import LocalReader, YesReader
+from persona_lora.judges.local import KeptReader, LocalReader, YesReader
 from persona_lora.judges.openai import Endpoint, EndpointReader, Limits, budget_of, endpoint_of
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.judges.rules import RuleJudge, check_rules
 from persona_lora.judges.verdicts import Judges
 from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
+from persona_lora.models.loaded_model import weights_content
 from persona_lora.models.loading import ChatModel, load_chat_model, named_content
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,19 @@ class JudgeOptions(JudgeChoice):
         """The one account of all judges that are made with these options."""
         limits = dataclasses.replace(self.limits, max_cost=self.max_judge_cost)
         return budget_of(limits, self._endpoint["model"])
+
+    @cached_property
+    def _other(self) -> dict[str, ChatModel]:
+        return {}
+
+    def local_model(self, reference: ChatModel) -> ChatModel:
+        """Return the model that judges in this process, loaded once for all judges made here."""
+        name = self.judge_model
+        if name is None or name == reference.name:
+            return reference
+        if name not in self._other:
+            self._other[name] = local_judge_model(name, reference)
+        return self._other[name]
 
     def reader(self, highest: int = 100) -> EndpointReader:
         """Return what reads numbers from 0 to ``highest`` at the endpoint."""
@@ -307,7 +321,7 @@ def local_reader(options: JudgeOptions, reference: ChatModel, highest: int = 100
 
     It judges without its adapter, and never while another thread steers it.
     """
-    model = local_judge_model(options.judge_model, reference)
+    model = options.local_model(reference)
 
     def likely(replies: Sequence[tuple[str, str]]) -> list[Mapping[str, float]]:
         with model.base():
@@ -319,10 +333,27 @@ def local_reader(options: JudgeOptions, reference: ChatModel, highest: int = 100
     return LocalReader(f"local:{model.name}", first, likely, highest)
 
 
+def _local_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
+    return PromptJudge(trait, _kept(local_reader(options, reference), reference, options))
+
+
 def _yes_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) -> Judge:
     asked = local_reader(options, reference)
     name = asked.name.replace("local:", "local-yes:", 1)
-    return PromptJudge(trait, YesReader(name, asked.next_token_logprobs), yes_template)
+    reader = YesReader(name, asked.next_token_logprobs)
+    return PromptJudge(trait, _kept(reader, reference, options), yes_template)
+
+
+def _kept(reader: PromptReader, reference: ChatModel, options: JudgeOptions) -> KeptReader:
+    """Return a local reader that asks its model nothing twice, over runs."""
+    model = options.local_model(reference)
+    with model.base():
+        content = weights_content(model.model)
+
+    def asked(prompt: str) -> str:
+        return digest_of([reader.name, content, model.render(user_question(prompt))])
+
+    return KeptReader(reader, VerdictCache(options.cache), asked)
 
 
 JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
@@ -330,7 +361,7 @@ JUDGES: dict[str, Callable[[Trait, ChatModel, JudgeOptions], Judge]] = {
     "sentences": lambda trait, reference, options: ProbeJudge.of(SentenceEvidence(trait)),
     "embedding": _embedding_judge,
     "openai": lambda trait, reference, options: PromptJudge(trait, options.reader()),
-    "local": lambda trait, reference, options: PromptJudge(trait, local_reader(options, reference)),
+    "local": _local_judge,
     "local-yes": _yes_judge,
     "rules": lambda trait, reference, options: RuleJudge(coherence_scorer(reference)),
 }

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from persona_lora.core.errors import UserError
+from persona_lora.judges.cache import VerdictCache
 from persona_lora.judges.judge_prompts import (
     LARGEST_DIGIT,
+    PromptReader,
     Reading,
     share_of_yes,
     shows_whole_numbers,
@@ -76,6 +78,32 @@ class YesReader:
         distinct = list(dict.fromkeys(prompts))
         first = self.next_token_logprobs(distinct) if distinct else []
         return dict(zip(distinct, map(share_of_yes, first), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class KeptReader:
+    """A reader whose readings are kept on disk: what was asked of a model is not asked again.
+
+    ``asked`` returns all that decides a prompt's reading, the model's weights among it.
+    """
+
+    reader: PromptReader
+    cache: VerdictCache
+    asked: Callable[[str], str]
+
+    @property
+    def name(self) -> str:
+        """The reader's own."""
+        return self.reader.name
+
+    def read(self, prompts: Sequence[str]) -> dict[str, Reading]:
+        """Return a reading for every prompt; those without a score are asked for again."""
+        keys = {prompt: self.asked(prompt) for prompt in dict.fromkeys(prompts)}
+        found = {prompt: self.cache.get(key) for prompt, key in keys.items()}
+        new = self.reader.read([prompt for prompt, reading in found.items() if reading is None])
+        for prompt, reading in new.items():
+            self.cache.put(keys[prompt], reading)
+        return {prompt: reading or new[prompt] for prompt, reading in found.items()}
 
 
 def _whole_numbers(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
@@ -262,7 +264,7 @@ def local_words(chat_model, trait, as_judge_of):
     if as_judge_of == "a person":
         return make_readers(JudgeOptions(judge="local"), chat_model)["local"].read
     options = JudgeOptions(judge="local-yes" if as_judge_of == "a trait, by yes" else "local")
-    return make_judge(trait, chat_model, options).reader.next_token_logprobs
+    return make_judge(trait, chat_model, options).reader.reader.next_token_logprobs
 
 
 @pytest.mark.parametrize("as_judge_of", ["a trait", "a trait, by yes", "a person"])
@@ -274,6 +276,47 @@ def test_a_local_judge_is_the_asked_model_without_its_adapter(
     worn = PeftModel.from_pretrained(chat_model.model, str(folder))
     finetuned = dataclasses.replace(chat_model, model=worn)
     assert local_words(finetuned, trait, as_judge_of)(["Is it so?"]) == plain
+
+
+def test_a_local_judge_asks_nothing_twice_and_another_model_anew(
+    chat_model, trait, tmp_path, monkeypatch
+):
+    def judged(judge, model=chat_model):
+        options = JudgeOptions(judge=judge, cache=tmp_path / "kept.sqlite")
+        return make_judge(trait, model, options).judge([Exchange("Why?", "Because.")], trait.name)
+
+    asked = []
+
+    def first(model, replies, **more):
+        asked.append(len(replies))
+        return [{"Yes": math.log(0.6), "No": math.log(0.2), "80": math.log(0.2)} for _ in replies]
+
+    monkeypatch.setattr(choice, "next_token_logprobs", first)
+    (verdict,) = judged("local-yes")
+    assert verdict.score == pytest.approx(75.0)
+    assert judged("local-yes") == [verdict]
+    assert len(asked) == 1
+    judged("local")  # the same model, asked otherwise
+    assert len(asked) == 2
+    with torch.no_grad():
+        chat_model.model.get_input_embeddings().weight[0, 0] += 1
+    judged("local-yes")
+    assert len(asked) == 3
+
+
+def test_two_local_judges_share_one_model(chat_model, trait, monkeypatch):
+    loaded = []
+
+    def load(name, **more):
+        loaded.append(name)
+        return dataclasses.replace(chat_model, name=name)
+
+    monkeypatch.setattr(choice, "load_chat_model", load)
+    options = JudgeOptions(judge="local", second_judge="local-yes", judge_model="wise")
+    judges = choice.make_judges(trait, chat_model, options)
+    assert judges.first().name == "local:wise"
+    assert judges.second().name == "local-yes:wise"
+    assert loaded == ["wise"]
 
 
 @pytest.mark.parametrize("as_judge_of", ["a trait", "a trait, by yes", "a person"])
