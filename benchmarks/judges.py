@@ -26,6 +26,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from platformdirs import user_cache_path
 from scipy.stats import spearmanr
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -34,6 +35,7 @@ from persona_lora.core.chat import COHERENCE, Verdict
 from persona_lora.core.traits import Sign, Trait, load_pairs, load_trait, trait_prompt
 from persona_lora.data.data_check import surface_counts
 from persona_lora.judges.answer_states import Reader
+from persona_lora.judges.choice import JudgeOptions, make_judge
 from persona_lora.judges.coherence import distinct_share
 from persona_lora.judges.embedding import AnswerClassifier, exchanges_of
 from persona_lora.judges.fitness import (
@@ -43,12 +45,7 @@ from persona_lora.judges.fitness import (
     rater_agreement,
 )
 from persona_lora.judges.fitted import cache_folder, counts_of, made_up, traits_beside
-from persona_lora.judges.judge_prompts import (
-    fill_prompt,
-    share_of_yes,
-    weighted_score,
-    yes_template,
-)
+from persona_lora.judges.judge_prompts import weighted_score
 from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
 from persona_lora.judges.probe import fit_probe
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
@@ -416,7 +413,7 @@ Answer: {answer}
 How much does this answer show {name}? Reply with one digit, from 0 (not at all) to 9 (plainly)."""
 
 
-def asked(bench: Bench, judge_model: ChatModel, sample: int, chosen: Sequence[str]) -> None:
+def asked(bench: Bench, options: JudgeOptions, sample: int, chosen: Sequence[str]) -> None:
     """Print how a language model that is asked of answers drawn by lot agrees with their ratings.
 
     By a short prompt (0–9), by that after four rated answers from the tuning part, and for yes or
@@ -429,11 +426,11 @@ def asked(bench: Bench, judge_model: ChatModel, sample: int, chosen: Sequence[st
     shots = ordered[np.linspace(0, len(ordered) - 1, 4).astype(int)]
     trait = {"name": bench.trait.name.replace("_", " "), "description": bench.trait.description}
 
+    judge_model = options.local_model(bench.chat_model)
+
     def yes() -> list[float | None]:
-        template = yes_template(bench.trait, bench.trait.name)
-        prompts = [fill_prompt(template, row.exchange) for row in rows]
-        first = next_token_logprobs(judge_model, [(prompt, "") for prompt in prompts])
-        return [share_of_yes(each).score for each in first]
+        judge = make_judge(bench.trait, bench.chat_model, options)
+        return [e.score for e in judge.judge([row.exchange for row in rows], bench.trait.name)]
 
     def digits(before: Sequence[int]) -> list[float | None]:
         told = "".join(
@@ -491,10 +488,11 @@ def main() -> None:
     if options.surface:
         surface(benches)
         return
-    judge_model = None if options.asked is None else load_chat_model(options.asked)
+    kept = user_cache_path("persona_lora") / "verdicts.sqlite"
+    prompted = JudgeOptions("local-yes", judge_model=options.asked, cache=kept)
     for bench in benches:
-        if judge_model is not None:
-            asked(bench, judge_model, options.sample, options.ways)
+        if options.asked is not None:
+            asked(bench, prompted, options.sample, options.ways)
         elif options.curve:
             curve(bench, (20, 30, 40, 60))
         else:

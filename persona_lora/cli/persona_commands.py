@@ -227,7 +227,7 @@ class Searched:
     constraint: Annotated[
         tuple[Annotated[str, "may hold spaces"], ...],
         "What comes before the value: coherence>=80, relevance>=85, kl<=0.1nat (a token, on the "
-        "mix's own answers).",
+        "mix's own answers), choice>=95 (percent of multiple choice kept).",
     ] = ()
     datasets_dir: shared.DatasetsDir = None
     method: Annotated[str, "lora, svd, mean_diff or pca."] = "lora"
@@ -287,8 +287,10 @@ class Searched:
     def limited(self, objective: ObjectiveOptions) -> ObjectiveOptions:
         """Return the objective with the constraints; UserError for one that is given elsewhere."""
         for text in self.constraint:
-            if not text.startswith("kl"):
-                name = text.partition(">")[0].strip()
+            name = text.partition(">")[0].strip()
+            if name == "choice" and self.method != "lora":
+                refuse_useless("constraint", "of choice, which is read with LoRA differences alone")
+            if name in ("coherence", "relevance"):
                 refuse_useless(f"min_{name}", f"beside --constraint {text}")
         found = objective.constrained(self.constraint)
         # A function that scores nothing is wrong, not out of reach for a while.

@@ -261,7 +261,8 @@ class ObjectiveOptions:
     value = mean fit − ``penalty``·‖x‖²; an answer that does not count (``judges.answer_gates``) has
     the worst fit. ``min_coherence`` and ``min_relevance`` are constraints on the means over all
     prompts that a candidate answered, ``max_kl`` one on KL(p₀ ‖ p), nats a token on its own
-    answers: a candidate that breaks them stands below all that keep them.
+    answers, ``min_choice`` one on the percentage that a mix keeps of what the model knows (multiple
+    choice): a candidate that breaks them stands below all that keep them.
     None (or 0): not measured. A candidate with a scored share of answers under ``min_coverage``
     has no value. ``race``: all candidates answer half of the prompts, drawn anew for each
     generation, and only the better half of them answers the rest. ``pause``: seconds to wait for a
@@ -276,6 +277,7 @@ class ObjectiveOptions:
         float | None, "Mean relevance (0–100, 50 by chance) that a mix must keep; 0: none."
     ] = None
     max_kl: float | None = None
+    min_choice: float | None = None
     min_coverage: float = 0.5
     race: Annotated[
         bool, "Ask half of the prompts first, and the rest of the better half of candidates only."
@@ -298,18 +300,25 @@ class ObjectiveOptions:
     @property
     def limited(self) -> bool:
         """Whether there is any constraint."""
-        limits = (self.min_coherence, self.min_relevance, self.max_kl)
+        limits = (self.min_coherence, self.min_relevance, self.max_kl, self.min_choice)
         return any(limit is not None for limit in limits)
 
     def violation(
-        self, coherence: float | None, relevance: float | None, kl: float | None = None
+        self,
+        coherence: float | None,
+        relevance: float | None,
+        kl: float | None = None,
+        choice: float | None = None,
     ) -> float:
         """Return by how many points the constraints are broken, 0 where they are kept.
 
         A point of divergence is a hundredth of its limit. None is a mean that was not measured, or
         of nothing: it breaks no constraint that is off.
         """
-        asked = ((self.min_coherence, coherence), (self.min_relevance, relevance))
+        asked = (
+            *((self.min_coherence, coherence), (self.min_relevance, relevance)),
+            (self.min_choice, choice),
+        )
         over = 0.0 if self.max_kl is None else max(0.0, 100 * ((kl or 0.0) / self.max_kl - 1))
         return over + sum(
             max(0.0, least - (found or 0.0)) for least, found in asked if least is not None
@@ -331,8 +340,8 @@ class ObjectiveOptions:
                 value = math.nan
             if sign != right or not (math.isfinite(value) and value > 0):
                 raise UserError(
-                    f"--constraint {text!r}: there are coherence>=80, relevance>=85 (of 100) and "
-                    "kl<=0.1nat, with numbers above 0"
+                    f"--constraint {text!r}: there are coherence>=80, relevance>=85 (of 100), "
+                    "choice>=95 (percent) and kl<=0.1nat, with numbers above 0"
                 )
             if option in found:
                 raise UserError(f"--constraint limits {name} twice; give it once")
@@ -344,6 +353,7 @@ CONSTRAINTS = {
     "coherence": ("min_coherence", ">="),
     "relevance": ("min_relevance", ">="),
     "kl": ("max_kl", "<="),
+    "choice": ("min_choice", ">="),
 }
 
 # What a search keeps unless it is told otherwise: the voice is to answer, in sentences.

@@ -413,7 +413,8 @@ class ConditionFit:
     ``effect_size`` the mean of the units' differences over their standard deviation (Cohen's d_z).
     All four are None for the reference itself. ``counted`` is the share of its answers that count,
     ``feasible`` that of its searches that keep their constraints; None where there is none. ``kl``
-    is its mean divergence, nats a token, where it was measured.
+    is its mean divergence, nats a token, ``choice`` the percentage of multiple choice that it
+    keeps, where they were measured.
     """
 
     condition: str
@@ -427,6 +428,7 @@ class ConditionFit:
     counted: float | None = None
     feasible: float | None = None
     kl: float | None = None
+    choice: float | None = None
 
 
 def fits_over_prompts(

@@ -45,7 +45,7 @@ def line_likelihoods(
 
 
 def likelihoods(
-    speaker: Speaker, mixes: Sequence[Coefficients], texts: Sequence[TokenizedExchange]
+    speaker: Speaker, mixes: Sequence[Coefficients | None], texts: Sequence[TokenizedExchange]
 ) -> NDArray[np.float64]:
     """Return the mean log-probability of a token of answers (none empty), ``[mixes, answers]``.
 

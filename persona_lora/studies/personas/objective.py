@@ -174,7 +174,8 @@ class MixObjective:
     """Maps the candidates of a generation to values; see ``ObjectiveOptions``.
 
     ``learnt_from`` are the utterances that no answer may copy; None: whatever is judged counts.
-    ``parts`` gives the values of every answer by objective, where several are searched at once.
+    ``parts`` gives the values of every answer by objective, where several are searched at once,
+    ``choice`` what each mix keeps of what the model knows.
     """
 
     speaker: Speaker
@@ -186,6 +187,7 @@ class MixObjective:
     relevance: Relevance | None = None
     learnt_from: Sequence[str] | None = ()
     parts: Parts | None = None
+    choice: Callable[[Sequence[Coefficients]], list[float]] | None = None
 
     def __post_init__(self) -> None:
         self._judge = RememberingJudge(self.judge)
@@ -195,6 +197,8 @@ class MixObjective:
             raise UserError("min_coherence needs a measure of coherence")
         if self.options.min_relevance is not None and self.relevance is None:
             raise UserError("min_relevance needs a measure of relevance")
+        if self.options.min_choice is not None and self.choice is None:
+            raise UserError("min_choice needs a measure of what is kept")
         if self.options.min_relevance is not None and len(self.prompts) < 2:
             raise UserError(
                 "relevance compares an answer with two prompts at least, and there is one; give "
@@ -208,18 +212,24 @@ class MixObjective:
     def __call__(self, mixes: Sequence[Coefficients], iteration: int) -> list[Value]:
         """Return a value per candidate; ``iteration`` seeds which prompts a race begins with."""
         first, rest = self._heats(iteration)
-        found = self._measure(mixes, first)
-        values = [self._value(mix, each) for mix, each in zip(mixes, found, strict=True)]
+        found, kept = self._measure(mixes, first), self._kept(mixes)
+        values = [self._value(*each) for each in zip(mixes, found, kept, strict=True)]
         if not rest:
             return values
         order = sorted(range(len(mixes)), key=lambda at: values[at].standing, reverse=True)
-        kept = sorted(order[: math.ceil(len(mixes) / 2)])
-        whole = dict(zip(kept, self._measure([mixes[at] for at in kept], rest), strict=True))
+        better = sorted(order[: math.ceil(len(mixes) / 2)])
+        whole = dict(zip(better, self._measure([mixes[at] for at in better], rest), strict=True))
         values = [
-            self._value(mix, found[at] + whole[at] if at in whole else found[at])
+            self._value(mix, found[at] + whole[at] if at in whole else found[at], kept[at])
             for at, mix in enumerate(mixes)
         ]
-        return _ranked(values, order[len(kept) :])
+        return _ranked(values, order[len(better) :])
+
+    def _kept(self, mixes: Sequence[Coefficients]) -> Sequence[float | None]:
+        measure = self.choice if self.options.min_choice is not None else None
+        if measure is None:
+            return [None] * len(mixes)
+        return self.speaker.processes.from_main(lambda: measure(mixes))
 
     def _heats(self, iteration: int) -> tuple[list[int], list[int]]:
         """Return the prompts that all candidates answer, and those that only the better half do."""
@@ -302,7 +312,7 @@ class MixObjective:
             time.sleep(pause)
             waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
 
-    def _value(self, mix: Coefficients, measured: Measured) -> Value:
+    def _value(self, mix: Coefficients, measured: Measured, kept: float | None) -> Value:
         asked = [self.prompts[at] for at in measured.prompts]
         exchanges = list(map(Exchange, asked, measured.answers))
         failed = [""] * len(exchanges)
@@ -335,7 +345,9 @@ class MixObjective:
             details["relevance"] = mean_of(measured.relevance)
         if self.options.max_kl is not None:
             details["kl"] = mean_of(measured.kl)
-        limited = (details.get(name) for name in ("coherence", "relevance", "kl"))
+        if kept is not None:
+            details["choice"] = kept
+        limited = (details.get(name) for name in ("coherence", "relevance", "kl", "choice"))
         return Value(value, details, self.options.violation(*limited))
 
 

@@ -38,7 +38,7 @@ def rows_of(run: Run) -> list[Row]:
 def limits_of(run: Run) -> ObjectiveOptions:
     """Return the constraints that the searches of a run had."""
     kept = run.record["config"].get("objective", {})
-    names = ("min_coherence", "min_relevance", "max_kl")
+    names = ("min_coherence", "min_relevance", "max_kl", "min_choice")
     return ObjectiveOptions(**{name: kept[name] for name in names if name in kept})
 
 
@@ -129,13 +129,17 @@ def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -
     own = [row for row in rows if row["condition"] == fit.condition]
     failed = [row.get("failed") for row in own]
     searches = grouped(own, lambda row: (row["persona"], row.get("seed")))
+    choice = _mean(own, "choice")
+    measures = ("coherence", "relevance", "choice")
+    means = [{name: _mean(each, name) for name in measures} for each in searches.values()]
     kept = [
-        not limits.violation(_mean(each, "coherence"), _mean(each, "relevance"), _kl(each))
-        for each in searches.values()
+        not limits.violation(**mean, kl=_kl(each))
+        for mean, each in zip(means, searches.values(), strict=True)
     ]
     counted = None if None in failed else fmean(not each for each in failed)
-    feasible = fmean(kept) if limits.limited else None
-    return replace(fit, counted=counted, feasible=feasible, kl=_kl(own))
+    known = limits.limited and (limits.min_choice is None or choice is not None)
+    feasible = fmean(kept) if known else None
+    return replace(fit, counted=counted, feasible=feasible, kl=_kl(own), choice=choice)
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:
@@ -178,10 +182,11 @@ def constraints_line(fit: ConditionFit) -> str:
         return "It keeps the constraints on held-out prompts."
     share = f" in {100 * fit.feasible:.0f}% of searches" if fit.feasible else ""
     kl = "" if fit.kl is None else f", {fit.kl:.2g} nats a token"
+    choice = "" if fit.choice is None else f", {fit.choice:.0f}% of multiple choice"
     coherence, relevance = (wording.number(each.mean) for each in (fit.coherence, fit.relevance))
     return (
         f"{WARNING}: on held-out prompts it keeps the constraints{share or ' nowhere'} (coherence "
-        f"{coherence}, relevance {relevance}{kl})."
+        f"{coherence}, relevance {relevance}{kl}{choice})."
     )
 
 

@@ -100,10 +100,14 @@ def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -
         + [str(each.fit.n_questions), wording.percent(each.fit.coverage)]
         + [*wording.gap(each.difference, each.p_holm, digits)]
         + [wording.number(each.coherence.mean), wording.number(each.relevance.mean)]
-        + [wording.number(each.kl, 3), wording.percent(each.feasible)]
+        + [wording.number(each.kl, 3)]
+        + ([] if limits.min_choice is None else [wording.number(each.choice)])
+        + [wording.percent(each.feasible)]
         for each in fits
     )
-    found = [Table.of(f"{columns}relevance | KL | keeps constraints", cells, "held-out prompts")]
+    choice = "" if limits.min_choice is None else "choice, % | "
+    columns += f"relevance | KL | {choice}keeps constraints"
+    found = [Table.of(columns, cells, "held-out prompts")]
     judges = (("parts", config["judge"]), ("second_parts", config["second_judge"]))
     traits = [
         [trait, f"{targets_of(config)[trait]:g}", judge]

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from persona_lora.core.chat import Exchange
-from persona_lora.core.content import digest_of
+from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, read_json, write_json
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import MIX, WEIGHTS, Coefficients, Persona, PersonaPrompts
 from persona_lora.core.protocol import Design
+from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
 from persona_lora.judges.coherence import CoherenceScorer, Embed
@@ -39,6 +40,7 @@ from persona_lora.report.resampling import FITS
 from persona_lora.steering.bank import Bank, Elsewhere
 from persona_lora.studies.asking.run import Row, open_planned
 from persona_lora.studies.personas.bounds import bound_answers
+from persona_lora.studies.personas.choices import FILE, Part, choices_of, kept_choices
 from persona_lora.studies.personas.climbing import kept_slopes
 from persona_lora.studies.personas.figure import render_goal, render_search
 from persona_lora.studies.personas.goals import VALUE, GoalProblem
@@ -288,7 +290,7 @@ def optimise_persona(
         if processes.index == 0:
             run.write("judge_checks", [dataclasses.asdict(each) for each in problem.checks])
         found = search(
-            objective_of(problem, speaker, problem.prompts.train, objective),
+            objective_of(problem, speaker, "train", objective),
             method.directions.names,
             replace(searching, seed=own_seed(searching.seed, problem.name)),
             run,
@@ -403,18 +405,19 @@ def own_seed(seed: int, persona: str) -> int:
 
 
 def objective_of(
-    problem: Problem, speaker: Speaker, prompts: Sequence[str], options: ObjectiveOptions
+    problem: Problem, speaker: Speaker, part: Part, options: ObjectiveOptions
 ) -> MixObjective:
-    """Return what a search maximises, on some prompts."""
+    """Return what a search maximises, on a part of the prompts."""
     return MixObjective(
         speaker,
-        prompts,
+        getattr(problem.prompts, part),
         problem.search_judge,
         options,
         coherence=lambda asked: problem.coherence.verdicts(asked, "embedding"),
         relevance=problem.relevance,
         learnt_from=problem.learnt_from,
         parts=problem.parts,
+        choice=lambda mixes: kept_choices(speaker, mixes, choices_of(part)),
     )
 
 
@@ -465,7 +468,7 @@ def _finalists(
 
     Of several objectives: what is in the front of the search, and still is on fresh prompts.
     """
-    goal = objective_of(problem, speaker, problem.prompts.fresh, replace(objective, race=False))
+    goal = objective_of(problem, speaker, "fresh", replace(objective, race=False))
     front = [each.coefficients for each in front_of(found.candidates)]
     if front:
         again = front_of(evaluate_once(goal, front, run, FINALISTS, problem.processes))
@@ -509,6 +512,7 @@ def held_out_rows(
         return kept
     answers = list(map(Exchange, (row.question for row in asked), speaker.answers(asked)))
     diverged = isinstance(problem, GoalProblem) or limits.max_kl is not None
+    choices = [] if limits.min_choice is None else choices_of("held_out")
 
     def judged() -> list[dict[str, Any]]:
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(conditions))]
@@ -520,6 +524,11 @@ def held_out_rows(
             for row, plan, answer in zip(rows, asked, answers, strict=True):
                 told = speaker.divergences(plan.condition, [answer])[0]
                 row |= {"kl": mean_of(told), "kl_tokens": len(told)}
+        if choices:  # of one mix for all prompts; what is told by a prompt is not read so
+            mixes = {k: mix for k, mix in conditions.items() if isinstance(mix, Coefficients)}
+            known = kept_choices(speaker, [None, *mixes.values()], choices)
+            kept_by = dict(zip([UNSTEERED, *mixes], known, strict=True))
+            rows = [{**row, "choice": kept_by.get(row["condition"])} for row in rows]
         run.write(HELD_OUT, rows)
         return rows
 
@@ -622,13 +631,16 @@ def planned_search(
     design = Design.of("optimize", {"held out": len(prompts.held_out)}, family, searching.seeds)
     # What is found is measured again on these, and named best by that.
     inputs = {"the fresh prompts": digest_of(list(prompts.fresh))}
+    if objective.min_choice is not None:
+        inputs["the multiple choice"] = file_digest(resource_path(FILE))
     return Planned("optimize", config, searching.seed, inputs, design, TOLD_LATER)
 
 
 def recorded_objective(objective: ObjectiveOptions) -> dict[str, Any]:
     """Return what a run's configuration keeps of an objective: not how patient it is."""
     kept = dataclasses.asdict(objective)
-    unsaid = ("pause",) if objective.max_kl is not None else ("pause", "max_kl")
+    later = ("max_kl", "min_choice")  # said where they limit: older runs do not know them
+    unsaid = ("pause", *(name for name in later if kept[name] is None))
     return {key: each for key, each in kept.items() if key not in unsaid}
 
 

@@ -140,7 +140,7 @@ def test_a_planted_optimum_is_found_and_reported_on_held_out_prompts(
     plain, best, random = map(result.fit_of, ("none", result.best, "random_mix"))
     assert best.fit.mean > random.fit.mean
     points = [Coefficients(LETTERS, (e, o)) for e in (-3.0, 0.0, 3.0) for o in (-3.0, 0.0, 3.0)]
-    grid = objective_of(problem, speaker_of(problem, method), PROMPTS.train, ObjectiveOptions())
+    grid = objective_of(problem, speaker_of(problem, method), "train", ObjectiveOptions())
     values = [each.value for each in grid(points, 1)]
     assert max(values) == max(values[-3:]) <= result.search.best.value
     assert best.difference.low > 0
@@ -310,7 +310,7 @@ def test_constraints_come_before_the_value(chat_model, method, scorer, tmp_path)
     free = objective_of(
         problem_of(chat_model, scorer),
         speaker_of(problem_of(chat_model, scorer), method),
-        PROMPTS.train,
+        "train",
         ObjectiveOptions(max_kl=100.0),
     )
     mixes = [Coefficients(LETTERS, values) for values in ((3.0, -2.0), (0.25, 0.0), (0.0, 0.0))]
@@ -322,7 +322,7 @@ def test_constraints_come_before_the_value(chat_model, method, scorer, tmp_path)
         generation = GenerationOptions(max_new_tokens=40)
         problem = dataclasses.replace(problem_of(chat_model, scorer), generation=generation)
         goal = objective_of(
-            problem, speaker_of(problem, method), PROMPTS.train, ObjectiveOptions(max_kl=100.0)
+            problem, speaker_of(problem, method), "train", ObjectiveOptions(max_kl=100.0)
         )
         (measured,) = goal([each], 1)
         (expected,) = same.of([each.as_dict()])
