@@ -440,7 +440,8 @@ def asked(bench: Bench, options: JudgeOptions, sample: int, chosen: Sequence[str
         )
         prompts = [DIGIT.format(shots=told, **trait, **_asked_of(row)) for row in rows]
         first = next_token_logprobs(judge_model, [(prompt, "") for prompt in prompts])
-        return [weighted_score(each, highest=9).score for each in first]
+        scores = (weighted_score(each, highest=9).score for each in first)
+        return [None if score is None else 100 / 9 * score for score in scores]
 
     ways: dict[str, Callable[[], list[float | None]]] = {
         "digit": lambda: digits(()),

@@ -124,9 +124,9 @@ def compare(
 ) -> None:
     """Compare weight steering with activation steering at equal divergence from the base model.
 
-    Random differences and random vectors stand beside them, and the trait's own prompts. A folder
-    that train --seeds made is compared seed by seed, and the seeds are read together. Run again,
-    it goes on where it stopped.
+    Random differences and random vectors stand beside them, the trait's own prompts and neutral
+    ones. A folder that train --seeds made is compared seed by seed, and the seeds are read
+    together. Run again, it goes on where it stopped.
 
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors

@@ -237,7 +237,9 @@ class Searched:
     ] = None
     inject: Annotated[tuple[Path, ...], "Mixes to try first: best_weights.json files."] = ()
     warm_start: Annotated[
-        bool, "Try first what forward passes tell: where the person's lines, or good answers, grow."
+        bool,
+        "Try first where the person's lines grow likelier, or of another goal where the values of "
+        "eight drawn answers to each prompt climb.",
     ] = False
     by: Annotated[
         Literal["trait", "layers", "modules"],

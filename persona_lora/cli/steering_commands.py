@@ -656,7 +656,8 @@ def tune_prompt(
 ) -> None:
     """Race wordings of a trait's system prompts; report the best on questions it never saw.
 
-    Chosen on the questions of extract, reported on those of eval, beside the trait's own prompts.
+    Chosen on the questions of extract, reported on those of eval, beside the trait's own prompts
+    and neutral ones.
     Then: sweep or compare --positive-prompt with prompt.txt, or evaluate --system-prompt.
 
     Example: persona-lora tune-prompt --trait sycophancy --output results/prompts/sycophancy

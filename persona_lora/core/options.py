@@ -111,13 +111,14 @@ class JudgesChoice(JudgeChoice):
 class SweepOptions:
     """What a sweep asks besides its population.
 
-    ``references`` adds the trait's prompts; ``divergence`` measures divergence from the unsteered
-    model on ordinary prompts; ``max_questions`` takes the first so many questions of the split.
+    ``references`` adds the trait's prompts and neutral ones; ``divergence`` measures divergence
+    from the unsteered model on ordinary prompts; ``max_questions`` takes the first so many
+    questions of the split.
     """
 
     split: Annotated[Split, "Which of the trait's questions to ask."] = "eval"
     references: Annotated[
-        bool, "Ask under the trait's own system prompts as well, for comparison."
+        bool, "Ask under the trait's own system prompts and neutral ones as well, for comparison."
     ] = True
     divergence: Annotated[
         bool | None, "Measure divergence from the unsteered model; by default at one layer only."

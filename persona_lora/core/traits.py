@@ -314,6 +314,9 @@ NEUTRAL_PROMPTS = (
 )
 
 
+NEUTRAL_INPUTS = {"the neutral prompts": digest_of(list(NEUTRAL_PROMPTS))}
+
+
 def neutral_prompt(index: int) -> str:
     """Return a system prompt that asks for no trait; they are taken in turn over the questions."""
     return NEUTRAL_PROMPTS[index % len(NEUTRAL_PROMPTS)]

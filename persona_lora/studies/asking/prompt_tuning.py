@@ -22,7 +22,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.options import GenerationOptions
 from persona_lora.core.runs import Output, Run
-from persona_lora.core.traits import Sign, Trait, load_pairs, named, trait_prompt
+from persona_lora.core.traits import NEUTRAL_INPUTS, Sign, Trait, load_pairs, named, trait_prompt
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
@@ -119,7 +119,7 @@ def tune_prompt(
             "prompts": [each.system_prompt for each in conditions],
             "generation": dataclasses.asdict(options),
         }
-        place, read = output.at(output.path / part), trait.inputs()
+        place, read = output.at(output.path / part), {**trait.inputs(), **NEUTRAL_INPUTS}
         run = open_run(place, "tune-prompt", chat_model, config, read, seed=options.seed)
         with run:
             answer_rows(chat_model, rows, Unsteered(), run, options)
@@ -194,10 +194,11 @@ def tuned_table(found: TunedPrompt, trait: str) -> Table:
     )
     gaps = paired(rows, by=by, value=trait, unit=unit, reference=OWN)
     shown = (NONE, NEUTRAL, OWN, TUNED)
-    p_holm = holm([gaps[name].p for name in shown])
+    tested = [name for name in shown if name != NEUTRAL]  # which is described alone
+    p_holm = dict(zip(tested, holm([gaps[name].p for name in tested]), strict=True))
     cells = (
         [name, wording.interval(scores[name]), wording.interval(sense[name])]
-        + [wording.interval(gaps[name].difference), wording.p_value(p)]
-        for name, p in zip(shown, p_holm, strict=True)
+        + [wording.interval(gaps[name].difference), wording.p_value(p_holm.get(name))]
+        for name in shown
     )
     return Table.of(f"prompt | {trait} | coherence | less the trait's own | p (Holm)", cells)

@@ -29,7 +29,14 @@ from persona_lora.core.options import SAMPLES_PER_QUESTION, GenerationOptions
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Sign, Split, Trait, neutral_prompt, trait_prompt
+from persona_lora.core.traits import (
+    NEUTRAL_INPUTS,
+    Sign,
+    Split,
+    Trait,
+    neutral_prompt,
+    trait_prompt,
+)
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers
 from persona_lora.models.generation import Generated, RowPlan
@@ -378,7 +385,8 @@ def planned_evaluation(
         "generation": dataclasses.asdict(options),
     }
     earlier = {"the earlier turns": digest_of(list(before))} if before else {}
-    inputs = {**trait.inputs(), **steering.inputs(), **earlier}
+    neutral = NEUTRAL_INPUTS if steering.system_prompt == "neutral" else {}
+    inputs = {**trait.inputs(), **steering.inputs(), **earlier, **neutral}
     design = Design.of("evaluate", {split: len(trait.questions[split])}, (), seeds)
     return Planned("evaluate", config, options.seed, inputs, design)
 

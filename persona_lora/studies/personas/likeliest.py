@@ -8,8 +8,9 @@ rewards what the model finds easy to say as well as the person's manner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,39 +61,58 @@ def likelihoods(
     return np.array(found).reshape(len(mixes), len(texts))
 
 
-def line_slopes(speaker: Speaker, lines: Sequence[Exchange]) -> NDArray[np.float64]:
-    """Return the slope of the lines' likelihood by each direction's weight, ``[directions]``.
+def line_slopes(
+    speaker: Speaker, lines: Sequence[Exchange], fixed: Mapping[str, float] = MappingProxyType({})
+) -> NDArray[np.float64]:
+    """Return the slope of the lines' likelihood by each free direction's weight, ``[directions]``.
 
-    In nats a token for a weight of 1: a central difference over ±``STEP``.
+    In nats a token for a weight of 1: a central difference over ±``STEP``. ``fixed`` are held.
     """
-    names = speaker.directions.names
-    steps = [Coefficients.of({name: side}) for name in names for side in (STEP, -STEP)]
+    names = [name for name in speaker.directions.names if name not in fixed]
+    steps = [Coefficients.of({**fixed, name: side}) for name in names for side in (STEP, -STEP)]
     up, down = line_likelihoods(speaker, steps, lines).reshape(len(names), 2).T
     return (up - down) / (2 * STEP)
 
 
-def likeliest_mix(speaker: Speaker, lines: Sequence[Exchange], bound: float | None) -> Coefficients:
+def likeliest_mix(
+    speaker: Speaker,
+    lines: Sequence[Exchange],
+    bound: float | None,
+    fixed: Mapping[str, float] = MappingProxyType({}),
+) -> Coefficients:
     """Return the mix along the slope of the lines' likelihood at which it is highest.
 
     Weights are those of a search (1 is a direction's equal effect), within ±``bound``, to two
-    decimals. All zeros where no length of ``LENGTHS`` makes the lines likelier.
+    decimals. All zeros where no length of ``LENGTHS`` makes the lines likelier; ``fixed`` are held.
     """
-    names, slopes = speaker.directions.names, line_slopes(speaker, lines)
+    names = [name for name in speaker.directions.names if name not in fixed]
+    slopes = line_slopes(speaker, lines, fixed)
     heading = slopes / (np.linalg.norm(slopes) or 1.0)
     reach = np.inf if bound is None else bound / (np.abs(heading).max() or 1.0)
-    tried = [
-        Coefficients.of(dict(zip(names, np.round(heading * length, 2), strict=True)))
-        for length in (0.0, *dict.fromkeys(min(length, reach) for length in LENGTHS))
-    ]
+    lengths = (0.0, *dict.fromkeys(min(length, reach) for length in LENGTHS))
+    weights = (within(heading * length, bound) for length in lengths)
+    tried = [Coefficients.of({**fixed, **dict(zip(names, each, strict=True))}) for each in weights]
     return tried[int(line_likelihoods(speaker, tried, lines).argmax())]
 
 
+def within(weights: NDArray[np.float64], bound: float | None) -> list[float]:
+    """Return weights to two decimals, none of them over the bound."""
+    rounded = np.round(weights, 2)
+    kept: list[float] = (rounded if bound is None else rounded.clip(-bound, bound)).tolist()
+    return kept
+
+
 def kept_mix(
-    speaker: Speaker, lines: Sequence[Exchange], bound: float | None, folder: Path
+    speaker: Speaker,
+    lines: Sequence[Exchange],
+    bound: float | None,
+    folder: Path,
+    fixed: Mapping[str, float] = MappingProxyType({}),
 ) -> Coefficients:
     """Return the same, from the file of ``folder`` that an earlier call with all this left."""
-    read = digest_of([speaker.inputs(), lines, bound, STEP, LENGTHS])
+    held = [dict(sorted(fixed.items()))] if fixed else []
+    read = digest_of([speaker.inputs(), lines, bound, STEP, LENGTHS, *held])
     path = folder / f"likeliest_{read[:16]}.json"
     if not path.exists():
-        likeliest_mix(speaker, lines, bound).write(path)
+        likeliest_mix(speaker, lines, bound, fixed).write(path)
     return Coefficients.read(path)

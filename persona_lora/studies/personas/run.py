@@ -351,7 +351,7 @@ def optimise_over_seeds(
 def _warm(
     problem: Problem, method: Method, searching: SearchOptions, folder: Path
 ) -> SearchOptions:
-    """Return the options with mixes to be tried first, which forward passes alone tell."""
+    """Return the options with mixes to be tried first, which no search has to find."""
     mixes = _told(problem, speaker_of(problem, method), searching, folder)
     return replace(searching, inject=(*(each.as_dict() for each in mixes), *searching.inject))
 
@@ -362,13 +362,14 @@ def _told(
     bound = searching.bound
     if isinstance(problem, PersonaProblem):
         lines = problem.persona.answers("train")
-        return (problem.processes.from_main(partial(kept_mix, speaker, lines, bound, folder)),)
+        read = partial(kept_mix, speaker, lines, bound, folder, searching.fixed)
+        return (problem.processes.from_main(read),)
     slopes = kept_slopes(
         speaker,
         problem.prompts.train,
         problem.goal,
         criterion=VALUE,
-        seed=searching.seed,
+        searching=searching,
         read=[problem.record(), problem.inputs()],
         folder=folder,
     )

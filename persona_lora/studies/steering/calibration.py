@@ -167,6 +167,7 @@ def strengths_of(
     ``content`` is the digest of the whole direction, ``acting`` where this part of it acts. Of a
     diff the length is told too, weighted by what flows through its modules over ``prompts``.
     """
+    norm = _weighted_norm(chat_model, direction, prompts)
     points = measure_strengths(chat_model, direction, prompts, positions)
     every = [Moved(0.0, 0.0, 0.0), *points]
     rows = [{ALONE: each.coefficient} for each in every]
@@ -180,7 +181,6 @@ def strengths_of(
         told = len(scores) >= LEAST_SCORED * len(verdicts)
         found.append(point._replace(coherence=statistics.fmean(scores) if told else None))
     floor = floor_under(found[0].coherence)
-    norm = _weighted_norm(chat_model, direction, prompts)
     return Strengths(content, acting, digest_of(prompts), tuple(found), floor, norm)
 
 

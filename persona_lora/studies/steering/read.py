@@ -11,6 +11,7 @@ import numpy as np
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
+from persona_lora.report.curve import PairedDifference
 from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
     CONTROL,
@@ -111,7 +112,7 @@ def sweep_content(run: Run) -> Content:
         _conditions(summary),
         *([Points(tuple(gaps))] if gaps else []),
         *([_control(summary, summary.control)] if summary.control is not None else []),
-        *([_prompts(summary)] if summary.prompt_comparisons else []),
+        *_prompts(summary),
         *judge_blocks(run),
         *side_by_side(
             *(summary.trait, _rows(scored, summary)),
@@ -222,7 +223,7 @@ def _drawn(control: ControlSummary) -> str:
     )
 
 
-def _prompts(summary: SweepSummary) -> Table:
+def _prompts(summary: SweepSummary) -> tuple[Table, ...]:
     def name(value: float) -> str:
         return "unsteered" if summary.method == UNSTEERED else wording.coefficient(value)
 
@@ -230,18 +231,30 @@ def _prompts(summary: SweepSummary) -> Table:
         (f"{name(each.coefficient)} minus {wording.method_label(each.prompt)}", each.difference)
         for each in summary.prompt_comparisons
     ]
-    gaps += [
+    return _against_prompting(summary.trait, gaps, summary.conditions)
+
+
+def _against_prompting(
+    trait: str,
+    gaps: Sequence[tuple[str, PairedDifference]],
+    references: Sequence[ConditionSummary],
+) -> tuple[Table, ...]:
+    """Return what stands against prompts, and these against neutral ones; none without any."""
+    beyond = [
         (f"{wording.method_label(each.method)} minus neutral ones", each.over_neutral)
-        for each in summary.conditions
+        for each in references
         if each.over_neutral is not None
     ]
-    rows = (
+    rows = [
         [said, wording.interval(gap.interval), wording.p_value(gap.p_holm)]
         + [str(gap.interval.n_questions)]
-        for said, gap in gaps
+        for said, gap in (*gaps, *beyond)
+    ]
+    columns = f"Paired difference in {trait} | [95%] | p (Holm) | questions"
+    note = (
+        "What is minus a prompt of the trait, and what is minus neutral ones, is corrected apart."
     )
-    columns = f"Paired difference in {summary.trait} | [95%] | p (Holm) | questions"
-    return Table.of(columns, rows, "Against prompting", narrow=True)
+    return (Table.of(columns, rows, "Against prompting", note, narrow=True),) if rows else ()
 
 
 def _rows(scored: Sequence[ScoredAnswer], summary: SweepSummary) -> list[ScoredAnswer]:
@@ -296,6 +309,7 @@ def grid_content(run: Run) -> Content:
         Note(grid.selection_note, "warning", "Not a held-out result."),
         Image.of(render_layers(grid), alt),
         _layers(grid),
+        *_against_prompting(grid.trait, [], grid.references),
         Fold("All cells", (_cells(grid), grey, *judges_table(both))),
         *judge_blocks(run),
         *side_by_side(
@@ -429,7 +443,7 @@ def comparison_section(run: Run) -> Content:
         *corrected_effects(run, {(each.split, each.method): each for each in found.overall}),
         *judges_table(both),
         points,
-        *([prompted_table(found)] if found.prompted else []),
+        *_beyond_neutral(found),
         *judge_blocks(Run(run.folder / found.overall[0].split)),
         Heading("Answers at the highest level"),
         Cards(_examples(run, found)),
@@ -453,16 +467,17 @@ def comparison_table(found: Comparison) -> Table:
     )
 
 
-def prompted_table(found: Comparison) -> Table:
+def _beyond_neutral(found: Comparison) -> tuple[Table, ...]:
     """Return what the trait's own system prompts do beyond neutral ones."""
-    rows = (
+    rows = [
         [SPLITS[each.split], f"{wording.method_label(each.method)} minus neutral ones"]
-        + [wording.interval(each.difference), wording.p_value(each.p_holm)]
-        for each in found.prompted
-    )
+        + [wording.interval(gap.interval), wording.p_value(gap.p_holm)]
+        for each in found.points
+        if (gap := each.over_neutral) is not None
+    ]
     title = "System prompts beside neutral ones"
     columns = f"Questions | Paired difference in {found.trait} | [95%] | p (Holm)"
-    return Table.of(columns, rows, title, narrow=True)
+    return (Table.of(columns, rows, title, narrow=True),) if rows else ()
 
 
 def comparison_judges(run: Run, found: Comparison) -> TwoJudges | None:

@@ -29,7 +29,7 @@ from persona_lora.report.correction import (
     errors_by_kind,
     kind_of,
 )
-from persona_lora.report.curve import corrected, gaps_between
+from persona_lora.report.curve import PairedDifference, corrected, gaps_between
 from persona_lora.report.rated import models_of, rated_answers
 from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
 from persona_lora.report.scores import (
@@ -52,6 +52,9 @@ EFFECT = "effect"
 OF_THE_TRAIT = columns_of(
     *("trait=trait.mean", "trait_low=trait.low", "trait_high=trait.high", "n=trait.n"),
     *("coverage=trait.coverage", *GAP_COLUMNS),
+    *("over_neutral=over_neutral.interval.mean", "over_neutral_low=over_neutral.interval.low"),
+    *("over_neutral_high=over_neutral.interval.high", "over_neutral_p=over_neutral.p"),
+    "over_neutral_p_holm=over_neutral.p_holm",
 )
 COLUMNS = {
     **columns_of(
@@ -73,7 +76,8 @@ class Point:
     of this method, paired by question; ``p`` a two-sided sign-flip test (over several controls
     Student's t), ``p_holm`` corrected over all points. None for the diff itself, for the unsteered
     model and for prompts, which are at no level. ``ordinary_mean`` and ``ordinary_p95`` are on
-    ordinary prompts, where the divergence elsewhere was made equal.
+    ordinary prompts, where the divergence elsewhere was made equal. ``over_neutral`` is a trait's
+    own system prompt minus neutral ones, a family of tests of its own.
     """
 
     split: str
@@ -91,6 +95,7 @@ class Point:
     ordinary_mean: float | None = None
     ordinary_p95: float | None = None
     draws: int = 1
+    over_neutral: PairedDifference | None = None
 
 
 @dataclass(frozen=True)
@@ -144,19 +149,8 @@ class Pooled:
 
 
 @dataclass(frozen=True)
-class Prompted:
-    """A trait's own system prompt minus neutral ones, paired by question; ``p_holm`` over all."""
-
-    split: str
-    method: str
-    difference: Interval | None
-    p: float | None
-    p_holm: float | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """All points of a comparison, the methods over all levels, and the prompts beside neutral ones.
+    """All points of a comparison, and the methods over all levels.
 
     ``calibrated_on``: "questions" where the divergence of each method's own answers to the trait's
     questions was made equal, "prompts" where that on ordinary prompts was.
@@ -167,7 +161,6 @@ class Comparison:
     points: tuple[Point, ...]
     overall: tuple[Overall, ...]
     calibrated_on: str = "prompts"
-    prompted: tuple[Prompted, ...] = ()
 
 
 def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
@@ -179,14 +172,19 @@ def read_comparison(run: Run, *, by: str = "verdicts") -> Comparison:
     if not splits or not splits[0].levels:
         raise UserError(f"{run.folder} holds no finished comparison; run compare again")
     points = corrected([point for each in splits for point in _points(each)])
+    beyond = corrected([each.over_neutral for each in points if each.over_neutral is not None])
+    tests = iter(beyond)
+    points = [
+        each if each.over_neutral is None else replace(each, over_neutral=next(tests))
+        for each in points
+    ]
     overall = [one for each in splits for one in _overall(each)]
     # The tests of the vector beside its controls are a family of their own.
     beside = holm([each.vector_p for each in overall])
     pairs = zip(corrected(overall), beside, strict=True)
     tested = tuple(points), tuple(replace(each, vector_p=p) for each, p in pairs)
     on = config.get("calibrate_on", "prompts")
-    prompted = tuple(corrected([one for each in splits for one in _prompted(each)]))
-    return Comparison(config["trait"], config["statistic"], *tested, on, prompted)
+    return Comparison(config["trait"], config["statistic"], *tested, on)
 
 
 def write_points(run: Run, found: Comparison) -> None:
@@ -250,7 +248,8 @@ def _points(split: _Split) -> list[Point]:
     points = [
         Point(split.name, None, method, None, None, None, None,
               bootstrap_mean(traits[method, None], scale=SCORES),
-              bootstrap_mean(coherences[method, None], scale=SCORES))
+              bootstrap_mean(coherences[method, None], scale=SCORES),
+              over_neutral=_over_neutral(split, method))
         for method in ("none", *PROMPTS)
         if (method, None) in traits
     ]  # fmt: skip
@@ -276,12 +275,12 @@ def _points(split: _Split) -> list[Point]:
     return points
 
 
-def _prompted(split: _Split) -> Iterator[Prompted]:
-    if (neutral := split.traits.get((NEUTRAL, None))) is None:
-        return
-    for method in PROMPTS:
-        if method != NEUTRAL and (own := split.traits.get((method, None))) is not None:
-            yield Prompted(split.name, method, *over_draws([gaps_between(own, neutral)]))
+def _over_neutral(split: _Split, method: str) -> PairedDifference | None:
+    neutral = split.traits.get((NEUTRAL, None))
+    if neutral is None or method not in PROMPTS or method == NEUTRAL:
+        return None
+    gap, p = over_draws([gaps_between(split.traits[method, None], neutral)])
+    return None if gap is None else PairedDifference(gap, p)
 
 
 def _overall(split: _Split) -> list[Overall]:

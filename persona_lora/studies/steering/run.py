@@ -26,7 +26,7 @@ from persona_lora.core.options import ComparisonOptions, GenerationOptions, Swee
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import NEUTRAL_PROMPTS, Split, Trait
+from persona_lora.core.traits import NEUTRAL_INPUTS, Split, Trait
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
@@ -66,7 +66,6 @@ from persona_lora.studies.steering.read_grid import GridSummary, is_grid, write_
 LEVELS = "levels"
 CALIBRATED_ON = 12  # questions, spread over those that are asked
 REFERENCES = (Condition("prompt_pos"), Condition("prompt_neg"), Condition("prompt_neutral"))
-NEUTRAL = {"the neutral prompts": digest_of(list(NEUTRAL_PROMPTS))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +224,7 @@ def planned_sweep(
         "generation": dataclasses.asdict(options),
     }
     inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
-    inputs |= NEUTRAL if sweeping.references else {}
+    inputs |= NEUTRAL_INPUTS if sweeping.references else {}
     questions = set(trait.questions[sweeping.split][: sweeping.max_questions])
     asked: dict[str, int] = {sweeping.split: len(questions)}
     design = Design.of("sweep", asked, _family(population.conditions), seeds)
@@ -330,7 +329,7 @@ def planned_comparison(
         "generation": dataclasses.asdict(options),
     }
     prompts = digest_of(load_ordinary_prompts(datasets))
-    inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": prompts, **NEUTRAL}
+    inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": prompts, **NEUTRAL_INPUTS}
     asked = questions_of(trait, comparing)
     family = [f"{split}: {method}" for split in asked for method in METHODS if method != LORA]
     numbers: dict[str, int] = {split: len(each) for split, each in asked.items()}

@@ -9,7 +9,7 @@ import pytest
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Output, Run
-from persona_lora.core.traits import load_trait
+from persona_lora.core.traits import load_trait, neutral_prompt
 from persona_lora.judges import choice
 from persona_lora.studies.asking import prompt_tuning
 from persona_lora.studies.asking.prompt_tuning import tune_prompt, tuned_table, wordings_of
@@ -115,6 +115,10 @@ def test_the_best_wording_wins_and_is_reported_held_out(
     assert cells["the trait's own"][1].startswith("40" if sign == "pos" else "60")
     assert cells["tuned"][3].startswith("40" if sign == "pos" else "−50"), cells
     assert [cells[name][4] for name in ("no prompt", "tuned")] == ["1.000", "< 0.001"]
+    assert cells["neutral"][4] == "–"  # described, and no test takes from the tuned prompt's
+    held_out = [row for row in echoed if row["question"].startswith("eval")]
+    told = [row["answer"] for row in held_out if row["method"] == "prompt_neutral"]
+    assert told == [neutral_prompt(at) for at in range(len(told))]
     asked = len(echoed)
     again = tune_prompt(chat_model, trait, lambda: judge, output, sign=sign)
     assert (again.prompt, len(echoed)) == (found.prompt, asked)

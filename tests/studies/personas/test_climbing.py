@@ -19,8 +19,15 @@ from persona_lora.models.generation import ending_tokens
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.personas import climbing
-from persona_lora.studies.personas.climbing import LENGTHS, Slopes, kept_slopes, value_slopes
+from persona_lora.studies.personas.climbing import (
+    LENGTHS,
+    Drawn,
+    Slopes,
+    kept_slopes,
+    value_slopes,
+)
 from persona_lora.studies.personas.objective import Speaker
+from persona_lora.studies.personas.search import SearchOptions
 
 SCALES = {"calm": 1.0, "loud": 0.5}
 PROMPTS = ("Hi there.", "Any plans?", "What now?", "And then?")
@@ -113,8 +120,10 @@ def test_mixes_go_up_the_slopes_as_far_as_the_bound(caplog):
 
 def test_they_are_read_once_and_said_with_their_errors(speaker, tmp_path, monkeypatch, caplog):
     def read(**changed):
-        asked = {"criterion": "value", "seed": 0, "read": "x", "folder": tmp_path, **changed}
-        return kept_slopes(speaker, PROMPTS, Likes(), **asked)
+        own = {"criterion": "value", "read": "x", "folder": tmp_path, "seed": 0, "fixed": {}}
+        own |= changed
+        searching = SearchOptions(seed=own.pop("seed"), fixed=own.pop("fixed"))
+        return kept_slopes(speaker, PROMPTS, Likes(), searching=searching, **own)
 
     with caplog.at_level(logging.INFO):
         found = read()
@@ -122,7 +131,7 @@ def test_they_are_read_once_and_said_with_their_errors(speaker, tmp_path, monkey
     assert "±" in caplog.text
     monkeypatch.setattr(climbing, "value_slopes", None)
     assert read() == found
-    for changed in ({"seed": 1}, {"read": "y"}, {"criterion": "other"}):
+    for changed in ({"seed": 1}, {"read": "y"}, {"criterion": "other"}, {"fixed": {"calm": 1.0}}):
         with pytest.raises(TypeError):
             read(**changed)
 
@@ -138,9 +147,37 @@ def test_too_few_answers_with_a_value_are_refused(speaker):
         value_slopes(speaker, PROMPTS[:1], Likes(), "value", seed=0)
 
 
-def test_longer_answers_count_their_end_where_they_were_not_cut_off(speaker):
-    longer = dataclasses.replace(speaker, options=GenerationOptions(max_new_tokens=64))
-    text = climbing._ended(longer, Exchange("Hi there.", "Fine."))
-    (end,) = speaker.chat_model.template.end_of_turn or {speaker.chat_model.tokenizer.eos_token_id}
-    assert text.answer[-1] == end
-    assert end not in climbing._ended(speaker, Exchange("Hi there.", "Fine.")).answer
+def test_the_end_of_an_answer_counts_where_it_was_drawn(speaker):
+    """Whatever its text is retokenised to: one that was cut off has no end."""
+    (end,) = speaker.chat_model.template.end_of_turn
+    asked = Exchange("Hi there.", "Fine.")
+    finished, cut = (climbing._ended(speaker, Drawn(asked, each)) for each in (True, False))
+    assert finished.answer == [*cut.answer, end]
+    assert end not in cut.answer
+    longer = dataclasses.replace(speaker, options=GenerationOptions(max_new_tokens=3))
+    drawn = climbing._drawn(longer, PROMPTS, 0, {})
+    assert {each.finished for each in drawn} == {False}
+    ends = [climbing._ended(longer, each).answer[-1:] == [end] for each in drawn]
+    assert sum(ends) == sum(not each.exchange.answer for each in drawn)
+
+
+def test_what_is_fixed_is_held_and_has_no_slope(speaker, monkeypatch):
+    monkeypatch.setattr(climbing, "STEP", 0.05)
+    held = {"calm": 0.5}
+    found = value_slopes(speaker, PROMPTS, Likes(), "value", 0, held)
+    assert found.traits == ("loud",)
+    assert {each.as_dict()["calm"] for each in found.mixes(4.0)} == {0.5}
+    assert [abs(each.as_dict()["loud"]) for each in found.mixes(4.0)] == list(LENGTHS)
+    free = value_slopes(speaker, PROMPTS, Likes(), "value", 0)
+    assert found.values[0] != free.values[free.traits.index("loud")]
+
+
+def test_equal_values_slope_nowhere_and_no_mix_passes_the_bound(speaker, caplog):
+    class Even(Likes):
+        def value(self, answer):
+            return 0.7 if answer else None
+
+    flat = value_slopes(speaker, PROMPTS, Even(), "value", seed=0)
+    assert set(flat.values) == {0.0}
+    steep = Slopes(("calm", "loud"), (1.0, 0.1), (0.1, 0.1))
+    assert max(each.as_dict()["calm"] for each in steep.mixes(0.667)) == 0.667

@@ -372,13 +372,15 @@ def test_a_comparison_asks_all_methods_the_same_and_resumes(
         assert all(each.difference is None for each in own if each.method == "lora")
         assert all(each.trait.n == 2 for each in own)
         means = {each.method: each.trait.mean for each in own if each.level is None}
-        for each in found.prompted:
-            if each.split == split:
+        for each in own:
+            prompted = each.method in ("prompt_pos", "prompt_neg")
+            assert (each.over_neutral is not None) == prompted
+            if each.over_neutral is not None:
                 gap = means[each.method] - means["prompt_neutral"]
-                assert each.difference.mean == pytest.approx(gap)
-    assert [(each.split, each.method) for each in found.prompted] == [
-        (split, f"prompt_{sign}") for split in ("eval", "ood") for sign in ("neg", "pos")
-    ]
+                assert each.over_neutral.interval.mean == pytest.approx(gap)
+    table = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    told = [row["method"] for row in table if row["over_neutral"]]
+    assert told == 2 * ["prompt_neg", "prompt_pos"]
     folder = tmp_path / "out"
     levels = [json.loads(line) for line in (folder / "levels.jsonl").open()]
     assert all(row["ordinary_mean"] > 0 for row in levels)
