@@ -72,7 +72,7 @@ def test_report_shows_the_nearest_coefficients_side_by_side(make_sweep_run, tmp_
     text = write_report(run.folder, tmp_path / "report.html").read_text(encoding="utf-8")
     examples = text.split("side by side</h3>")[1].split("<details>")[0]
     labels = [part.split("</h5>")[0] for part in examples.split("<h5>")[1:]]
-    assert labels == ["−1", "0", "+1", "negative prompt", "positive prompt"] * 2
+    assert labels == ["−1", "0", "+1", "negative prompt", "neutral prompt", "positive prompt"] * 2
 
 
 def test_report_states_provenance_statistics_and_judge(make_sweep_run, tmp_path):
@@ -118,10 +118,10 @@ def test_report_of_a_controlled_vector_shows_the_control(make_sweep_run, tmp_pat
     ):
         assert expected in text
     examples = path.read_text(encoding="utf-8").split("side by side</h3>")[1].split("<details>")[0]
-    labels = [part.split("</h5>")[0] for part in examples.split("<h5>")[1:]][:7]
+    labels = [part.split("</h5>")[0] for part in examples.split("<h5>")[1:]][:8]
     assert labels == [
         *("−2", "0", "+2"),
-        *("random −2", "random +2", "negative prompt", "positive prompt"),
+        *("random −2", "random +2", "negative prompt", "neutral prompt", "positive prompt"),
     ]
 
 
