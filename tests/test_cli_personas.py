@@ -257,6 +257,10 @@ def test_any_function_is_searched_and_belongs_to_the_run(run, goal, tmp_path):
         (("--targets", "evil=1", "--persona-dir", "x"), ("--persona-dir",)),
         (("--scorer", "m.py:s", "--judge", "reader"), ("--judge does nothing",)),
         (("--targets", "evil=1", "--constraint", "kl<=3"), ("kl<=0.1nat",)),
+        (
+            ("--targets", "evil=1", "--method", "svd", "--constraint", "choice>=95"),
+            ("LoRA differences alone, got --method svd",),
+        ),
         (("--targets", "evil=1", "--pareto"), ("two --targets",)),
         ((*TWO, "--search", "cmaes"), ("tpe or random",)),
         ((*TWO, "--race"), ("--race", "one order")),

@@ -291,7 +291,10 @@ class Searched:
         for text in self.constraint:
             name = text.partition(">")[0].strip()
             if name == "choice" and self.method != "lora":
-                refuse_useless("constraint", "of choice, which is read with LoRA differences alone")
+                raise UserError(
+                    f"--constraint {text} is read with LoRA differences alone, got --method "
+                    f"{self.method}; leave it out"
+                )
             if name in ("coherence", "relevance"):
                 refuse_useless(f"min_{name}", f"beside --constraint {text}")
         found = objective.constrained(self.constraint)

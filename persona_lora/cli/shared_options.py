@@ -465,18 +465,14 @@ def judging_of(
     """
     from platformdirs import user_cache_path
 
-    from persona_lora.judges.choice import JudgeOptions, check_judge
+    from persona_lora.judges.choice import PROMPTED, JudgeOptions, check_judge
     from persona_lora.judges.endpoint import NoKeyError
 
     traits, judge = list(traits), choice.judge if beside is None else f"{choice.judge},{beside}"
     second = choice.second_judge if isinstance(choice, JudgesChoice) else NOBODY
     asked = {second, *(name.strip() for name in judge.split(","))}
     idle = [] if "openai" in asked else ["judge_url", "judge_mode", "max_judge_cost"]
-    idle += (
-        []
-        if asked & {"openai", "local", "local-yes"} or judge.strip() == "reader"
-        else ["judge_model"]
-    )
+    idle += [] if asked.intersection(PROMPTED) or judge.strip() == "reader" else ["judge_model"]
     for name in idle:
         if getattr(choice, name) != getattr(JudgeChoice, name):
             raise does_nothing(name, f"with --judge {judge}")

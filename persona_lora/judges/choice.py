@@ -29,7 +29,7 @@ from persona_lora.core.traits import (
 )
 from persona_lora.judges.answer_states import Reader
 from persona_lora.judges.budget import Budget
-from persona_lora.judges.cache import VerdictCache
+from persona_lora.judges.cache import VerdictCache, cache_key
 from persona_lora.judges.coherence import CoherenceScorer, MeanLogprob
 from persona_lora.judges.embedding import (
     CALIBRATION_PAIRS,
@@ -351,7 +351,8 @@ def _kept(reader: PromptReader, reference: ChatModel, options: JudgeOptions) -> 
         content = weights_content(model.model)
 
     def asked(prompt: str) -> str:
-        return digest_of([reader.name, content, model.render(user_question(prompt))])
+        told = model.render(user_question(prompt))
+        return cache_key(base_url="", model=content, mode=reader.name, prompt=told, sampling={})
 
     return KeptReader(reader, VerdictCache(options.cache), asked)
 

@@ -36,13 +36,8 @@ DIVERGENCE_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "k
 # What rests on the trait's judge alone, and so can be said by another as well.
 OF_THE_TRAIT = (
     *("trait", "rho_means", "rho_rows", "random_rho_means", "p", "p_holm", "difference_from_zero"),
-    *(
-        "difference_from_neutral",
-        "difference_from_random",
-        "gain_over_random",
-        "random_p",
-        "random_p_holm",
-    ),
+    *("difference_from_neutral", "difference_from_random", "gain_over_random"),
+    *("random_p", "random_p_holm"),
 )
 
 Groups = dict[Condition, list[ScoredAnswer]]

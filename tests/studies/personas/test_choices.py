@@ -10,15 +10,13 @@ import pytest
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import mix as sum_of
-from persona_lora.core.options import GenerationOptions, ObjectiveOptions
+from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.processes import Processes
-from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.steering.weights import LoRAMerger
 from persona_lora.studies.personas.choices import QUARTERS, Choice, choices_of, kept_choices
 from persona_lora.studies.personas.goals import GoalProblem, Scorer
-from persona_lora.studies.personas.objective import Speaker
 from persona_lora.studies.personas.run import Method, optimise_persona
 from persona_lora.studies.personas.search import SearchOptions
 from persona_lora.studies.report_page import write_report
@@ -32,12 +30,8 @@ ASKED = [
 
 
 @pytest.fixture
-def speaker(chat_model, make_diff):
-    diffs = {
-        name: make_diff(chat_model.model, seed=at, scale=0.2) for at, name in enumerate(SCALES)
-    }
-    options = GenerationOptions(max_new_tokens=8)
-    return Speaker(chat_model, bank_of_diffs(diffs), SCALES, 2.0, options, Processes())
+def speaker(make_speaker):
+    return make_speaker(SCALES, size=0.2, tokens=8)
 
 
 def right_by_hand(chat_model):

@@ -12,7 +12,6 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.lora_diff import mix as sum_of
-from persona_lora.core.options import GenerationOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.likelihood import mean_logprobs, tokenize_exchange
@@ -34,12 +33,8 @@ LINES = [Exchange(question, f"line {at}") for at, question in enumerate(QUESTION
 
 
 @pytest.fixture
-def speaker(chat_model, make_diff):
-    diffs = {
-        name: make_diff(chat_model.model, seed=at, scale=0.003) for at, name in enumerate(SCALES)
-    }
-    options = GenerationOptions(max_new_tokens=12)
-    return Speaker(chat_model, bank_of_diffs(diffs), SCALES, 2.0, options, Processes())
+def speaker(make_speaker):
+    return make_speaker(SCALES, size=0.003, tokens=12)
 
 
 def mix(calm=0.0, loud=0.0):
