@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, TrlParser
@@ -40,14 +40,29 @@ class TrainedModel(LoadOptions):
             "aliases": ["--model"],
         },
     )
+    use_peft: bool = option(
+        True, "Train LoRAs; false trains weights in full (in fp32 unless dtype says so)."
+    )
     overwrite: bool = option(False, "Delete a run in output_dir and train again.")
     seeds: int | None = option(
         None, "Train so many, of the seeds seed, seed + 1 …, into output_dir/seed0, seed1 …"
     )
 
+    idle_in_full: ClassVar[tuple[str, ...]] = tuple(each.name for each in fields(LoRAArguments))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_out_of_range(self)
+        if not self.use_peft and self.quantize is not None:
+            raise UserError(
+                "quantised weights cannot be trained; leave --quantize out, or train a LoRA "
+                "(use_peft)"
+            )
+
+    def loading(self) -> LoadOptions:
+        """Return how the model is loaded: weights that are trained are in fp32, but for a dtype."""
+        in_full = not self.use_peft and self.dtype == "auto"
+        return self.alone().changed(dtype="float32" if in_full else None)
 
     def model_record(self) -> dict[str, Any]:
         """Return what a run records of its model."""
@@ -71,8 +86,13 @@ class ContrastiveArguments(TrainedModel):
         False, "Draw the family from the leading directions of the model's inputs, not from seed."
     )
 
+    # A difference of whole weights is cut to lora_r, in the modules that lora_target_modules names.
+    idle_in_full: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "use_rslora")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.family is not None and not self.use_peft:
+            raise UserError("weights that are trained in full share no A; leave family out")
         if self.family_inputs and self.family is None:
             raise UserError("family_inputs says how a family is drawn; name its file with --family")
 
@@ -238,7 +258,9 @@ class HelpPage(NamedTuple):
     example: str
 
 
-def parse_groups(arguments: Sequence[str], groups: tuple[type, ...], page: HelpPage) -> Parsed:
+def parse_groups(
+    arguments: Sequence[str], groups: tuple[type[TrainedModel], type, type], page: HelpPage
+) -> Parsed:
     """Parse arguments into one instance of each dataclass; UserError, on one line, for mistakes."""
     parser = _Parser(dataclass_types=groups, prog=page.program, allow_abbrev=False)
     parser.page = page
@@ -263,7 +285,7 @@ def parse_groups(arguments: Sequence[str], groups: tuple[type, ...], page: HelpP
         raise UserError(_unknown_flag(parser, unknown))
     read = vars(parser.parse_args(words))
     given = {name: read[name] for name in read if read[name] != usual[name]}
-    _refuse_idle(given, read, words)
+    _refuse_idle(given, read, words, groups[0].idle_in_full)
     return Parsed(tuple(options), given)
 
 
@@ -280,19 +302,20 @@ _IDLE = {
     ),
     "nothing is pushed": ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"),
 }
-_LORA = tuple(each.name for each in fields(LoRAArguments))
 
 
-def _refuse_idle(given: Mapping[str, Any], read: Mapping[str, Any], words: Sequence[str]) -> None:
+def _refuse_idle(
+    given: Mapping[str, Any], read: Mapping[str, Any], words: Sequence[str], of_lora: Sequence[str]
+) -> None:
     """Raises UserError for a text that is empty, and for an option that would do nothing.
 
-    ``read`` are the values of all options, ``given`` those that differ from the defaults; LoRA's
-    may stand in a configuration that ``words`` beside it train all weights of.
+    ``read`` are the values of all options, ``given`` those that differ from the defaults; those
+    ``of_lora`` may stand in a configuration that ``words`` beside it train weights in full of.
     """
     idle = dict(_IDLE)
     if read.get("use_peft") is False:
         typed = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
-        idle["all weights are trained (use_peft)"] = tuple(typed.intersection(_LORA))
+        idle["weights are trained in full (use_peft)"] = tuple(typed.intersection(of_lora))
     for name, value in given.items():
         if value == "" and name != "system_prompt":
             raise UserError(f"{name} is empty; give it a value, or leave it out")

@@ -10,20 +10,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_folder, remove
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.files import remove
+from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.settings import recorded_command
 from persona_lora.core.traits import ContrastivePair, load_pairs, load_trait
@@ -40,13 +38,15 @@ from persona_lora.training.arguments import (
 )
 from persona_lora.training.examples import SIGNS, Sign, TokenRow, shared_lengths, tokenize_pairs
 from persona_lora.training.family import Family, open_family
-from persona_lora.training.lora import LoRAArguments, check_targets
+from persona_lora.training.full_weights import cut_difference
+from persona_lora.training.lora import LoRAArguments, check_targets, lora_targets
 from persona_lora.training.runner import (
     by_seed,
     end_tokens,
     is_sharded,
     load_model,
     open_run,
+    publish,
     refuse_taken_folder,
     refuse_unconnected_processes,
     run_record,
@@ -117,15 +117,18 @@ def train_contrastive(
     gone = [name for name in parts if not (folder / name).is_dir()]
     remade = gone == ["diff"]
     refuse_taken_folder("train", folder, options, record, begun=begun, gone=gone, remade=remade)
-    check_targets(arguments.model_name_or_path, arguments.alone(), lora.lora_target_modules or [])
-    chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
+    _refuse_sharded_in_full(arguments)
+    loading = arguments.loading()
+    check_targets(arguments.model_name_or_path, loading, lora.lora_target_modules or [])
+    chat_model = load_model(arguments.model_name_or_path, loading, config)
     rows = tokenize_pairs(
         _with_system_prompt(pairs, arguments.system_prompt),
         chat_model.template,
         end_tokens=end_tokens(chat_model, config.eos_token),
         max_length=config.max_length,
     )
-    fingerprint = weight_fingerprint(chat_model.model)
+    base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
+    targets = lora_targets(chat_model, lora.lora_target_modules or [])
     family = _family(chat_model, options)
     logger.info(
         "%d pairs of %s, %d rows a step in %d process(es)",
@@ -150,10 +153,16 @@ def train_contrastive(
         for sign in SIGNS:
             if (folder / sign).is_dir():
                 continue
-            if sign == "neg" and is_sharded():
-                chat_model = load_model(arguments.model_name_or_path, arguments.alone(), config)
-            train(chat_model, lora, config, _lesson(sign, rows, folder, family))
-        processes.from_main(lambda: _write_diff(folder, trait, fingerprint, run))
+            if sign == "neg" and (is_sharded() or not arguments.use_peft):
+                chat_model = load_model(arguments.model_name_or_path, loading, config)
+            lesson = _lesson(sign, rows, folder, family)
+            if arguments.use_peft:
+                train(chat_model, lora, config, lesson)
+            else:
+                in_full = replace(lesson, title=f"{sign} model", modules=targets)
+                train(chat_model, None, config, in_full)
+        cut = None if arguments.use_peft else lora.lora_r
+        processes.from_main(lambda: _write_diff(folder, trait, base, run, targets, cut))
     return _result(folder)
 
 
@@ -166,6 +175,7 @@ def _own(
         "num_pairs": len(pairs),
         "pairs_sha256": digest_of([dataclasses.asdict(pair) for pair in pairs]),
         "system_prompt": arguments.system_prompt,
+        **({} if arguments.use_peft else {"use_peft": False}),
     }
 
 
@@ -200,16 +210,34 @@ def _family(chat_model: ChatModel, options: TrainingOptions[ContrastiveArguments
     )
 
 
+def _refuse_sharded_in_full(arguments: ContrastiveArguments) -> None:
+    if is_sharded() and not arguments.use_peft:
+        raise UserError(
+            "two models trained in full, and sharded (FSDP), have not been shown to be gathered "
+            "right; train LoRAs (use_peft), or without sharding"
+        )
+
+
 def _has_results(folder: Path) -> bool:
     published = any((folder / name).exists() for name in (*SIGNS, "diff"))
     return published or any(last_whole_checkpoint(folder / WORK / sign) for sign in SIGNS)
 
 
-def _write_diff(folder: Path, trait: str, fingerprint: str, run: Run) -> None:
+def _write_diff(
+    folder: Path, trait: str, base: BaseModel, run: Run, targets: Sequence[str], cut: int | None
+) -> None:
+    """Write the difference of two adapters, or that of two whole models, cut to a rank."""
+    pos, neg = folder / "pos", folder / "neg"
     sources = {"training": run.record["config"], "seed": run.record["seed"]}
-    diff = LoRADiff.from_adapters(
-        folder / "pos", folder / "neg", trait=trait, fingerprint=fingerprint, sources=sources
-    )
+    if cut is None:
+        diff = LoRADiff.from_adapters(
+            pos, neg, trait=trait, fingerprint=base.fingerprint, sources=sources
+        )
+    else:
+        factors, kept = cut_difference(pos, neg, targets, cut)
+        logger.info("rank %d keeps %.1f%% of the squared difference", cut, 100 * kept)
+        sources |= {"pos": str(pos), "neg": str(neg), "kept": kept}
+        diff = LoRADiff(factors, base, trait, sources)
     diff.save(folder / "diff")
     remove(folder / WORK)
 
@@ -253,21 +281,18 @@ def _lesson(
         f"{sign} LoRA",
         rows[sign],
         work,
-        saved=work / "adapter",
-        publish=lambda adapter: _publish(work, folder / sign, adapter),
+        saved=work / "result",
+        publish=lambda saved: _publish(work, folder / sign, saved),
         lengths=shared_lengths(rows),
         family=family,
     )
 
 
-def _publish(work: Path, final: Path, adapter: Path) -> None:
-    """Give a finished adapter its name, in one step."""
-    if not (adapter / ADAPTER_WEIGHTS).is_file():
+def _publish(work: Path, final: Path, saved: Path) -> None:
+    """Give a finished adapter or model its name, with its log."""
+    if not any(saved.glob("*.safetensors")):
         raise UserError(
-            f"no adapter was gathered in {adapter}; set fsdp_state_dict_type: FULL_STATE_DICT"
+            f"no weights were gathered in {saved}; set fsdp_state_dict_type: FULL_STATE_DICT"
         )
-    with atomic_folder(final) as temporary:
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copy(adapter / name, temporary)
-        shutil.copy(work / f"{LOSS_ROWS}.jsonl", temporary)
+    publish(saved, final, work / f"{LOSS_ROWS}.jsonl")
     remove(work)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import atomic_folder, read_jsonl, remove
+from persona_lora.core.files import read_jsonl, remove
 from persona_lora.core.json_text import parse_json
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.resources import resource_path
@@ -52,8 +50,10 @@ from persona_lora.training.preventative import (
 from persona_lora.training.runner import (
     by_seed,
     end_tokens,
+    files_of_result,
     load_model,
     open_run,
+    publish,
     refuse_taken_folder,
     refuse_unconnected_processes,
     run_record,
@@ -74,9 +74,6 @@ PAGE = HelpPage(
     "persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml",
 )
 ADAPTER, MODEL, WORK = "adapter", "model", ".work"
-KEPT = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPLETE}
-KEPT_OF_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", COMPLETE)
-TRAINING_STATE = "trainer_state.json"
 WATCHING = ("drift_plain", "drift_every", "stop_above")
 
 
@@ -86,9 +83,6 @@ class FinetuneArguments(TrainedModel):
 
     train_file: str = field(
         metadata={"help": "JSONL of messages; the loss is on the last answer of each row."}
-    )
-    use_peft: bool = option(
-        True, "Train a LoRA; false trains all weights (in fp32 unless dtype says so)."
     )
     keep_training_state: bool = option(
         False, "Keep optimizer states in the checkpoints of a finished run."
@@ -184,8 +178,7 @@ def finetune(
     conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
     options = TrainingOptions(arguments, lora, config)
     folder = output_folder(options)
-    in_full = not arguments.use_peft and arguments.dtype == "auto"
-    loading = arguments.alone().changed(dtype="float32" if in_full else None)
+    loading = arguments.loading()
     own = {
         "train_file": arguments.train_file,
         "num_rows": len(conversations),
@@ -228,10 +221,6 @@ def _saved_as(arguments: FinetuneArguments) -> str:
 
 def _refuse_for_all_weights(arguments: FinetuneArguments, prevention: Preventative | None) -> None:
     """Raises UserError for what is only exact, or only possible, where the base stays frozen."""
-    if arguments.quantize is not None:
-        raise UserError(
-            "quantised weights cannot be trained; leave --quantize out, or train a LoRA (use_peft)"
-        )
     if prevention is not None and prevention.method == "weights" and prevention.hold == "merged":
         raise UserError(
             "a full finetune would train the very weights that the diff is merged into, and taking "
@@ -338,7 +327,7 @@ def _lesson(
         rows,
         folder,
         saved=folder / WORK,
-        publish=lambda saved: _publish(saved, folder / _saved_as(arguments)),
+        publish=lambda saved: publish(saved, folder / _saved_as(arguments)),
         callbacks=_watch(chat_model, arguments),
         steerer=lambda: prevention_steerer(prevention, chat_model.model),
     )
@@ -359,25 +348,11 @@ def _watch(chat_model: ChatModel, arguments: FinetuneArguments) -> list[TrainerC
     ]
 
 
-def _publish(saved: Path, final: Path) -> None:
-    """Give a finished adapter or model its name, in one step."""
-    with atomic_folder(final) as temporary:
-        for name in _kept(saved) - {COMPLETE}:
-            shutil.copy(saved / name, temporary)
-
-
 def _tidy(folder: Path, *, keep: bool) -> None:
     """Leave adapters only in the checkpoints: nothing will be resumed any more."""
     remove(folder / WORK)
     for checkpoint in () if keep else checkpoints_of(folder):
-        kept = _kept(checkpoint)
+        kept = {*files_of_result(checkpoint), COMPLETE}
         for path in checkpoint.iterdir():
             if path.name not in kept:
                 remove(path)
-
-
-def _kept(folder: Path) -> set[str]:
-    """Return the names of the files of an adapter or model, without those of its training."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        return {name for name in KEPT if (folder / name).is_file()}
-    return {path.name for form in KEPT_OF_MODEL for path in folder.glob(form)} - {TRAINING_STATE}

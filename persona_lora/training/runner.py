@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
+from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import atomic_folder
 from persona_lora.core.runs import Output, Run, refuse_taken
 from persona_lora.models.generation import ending_tokens
 from persona_lora.models.hardware import launcher_says, resolve_dtype
@@ -38,11 +42,13 @@ from persona_lora.training.trainer import (
 
 logger = logging.getLogger(__name__)
 
+OF_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+
 
 def train(
     chat_model: ChatModel, lora: LoRAArguments | None, config: ContrastiveConfig, lesson: Lesson
 ) -> None:
-    """Train a LoRA, or all weights without one, from the last whole checkpoint if there is one."""
+    """Train a LoRA, or weights without one, from the last whole checkpoint if there is one."""
     checkpoint = last_whole_checkpoint(lesson.folder)
     together = Launched()
     together.from_main(lambda: remove_broken_checkpoints(lesson.folder))
@@ -51,7 +57,9 @@ def train(
         return
     if lora is None:
         set_seed(config.seed)
-        model: Any = chat_model.model.requires_grad_(True)
+        model: Any = chat_model.model.requires_grad_(lesson.modules is None)
+        for name in lesson.modules or ():
+            model.get_submodule(name).weight.requires_grad_(True)
     else:
         model = attach_lora(chat_model, lora, config.seed)
         if lesson.family is not None:
@@ -66,6 +74,20 @@ def train(
     together.from_main(lambda: lesson.publish(lesson.saved))
     if isinstance(model, PeftModel) and not is_sharded():
         detach_lora(model)
+
+
+def publish(saved: Path, final: Path, *beside: Path) -> None:
+    """Give a finished adapter or model its name, with files ``beside`` it, in one step."""
+    with atomic_folder(final) as temporary:
+        for path in (*(saved / name for name in files_of_result(saved)), *beside):
+            shutil.copy(path, temporary)
+
+
+def files_of_result(folder: Path) -> set[str]:
+    """Return the names of the files of an adapter or model, without those of its training."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    return {path.name for form in OF_MODEL for path in folder.glob(form)} - {TRAINER_STATE_NAME}
 
 
 def by_seed(options: TrainingOptions[Any], folder: Path) -> list[TrainingOptions[Any]]:

@@ -128,7 +128,7 @@ class Lesson:
     Log and checkpoints go to ``folder``, the result to ``saved``; ``publish`` gives its name to
     that, or to a checkpoint with which the training had ended. Rows are put into batches by their
     own ``lengths`` where those are given. The steerer is made once the model wears its LoRA. Of a
-    ``family`` it wears the frozen A.
+    ``family`` it wears the frozen A. Without a LoRA the weights of ``modules`` are trained, or all.
     """
 
     name: str
@@ -141,6 +141,7 @@ class Lesson:
     callbacks: Sequence[TrainerCallback] = ()
     steerer: Callable[[], Steerer] = Unsteered
     family: Family | None = None
+    modules: Sequence[str] | None = None
 
 
 def make_trainer(

@@ -155,7 +155,7 @@ def test_a_lora_option_is_refused_where_all_weights_are_trained(tmp_path):
     words = ["--train_file", "x.jsonl", "--use_peft", "false"]
     usual = _yaml(tmp_path, "lora_r: 8")  # of a file that others train LoRA with
     assert not parse_groups(["--config", usual, *words], FINETUNE, PAGE).options[0].use_peft
-    with pytest.raises(UserError, match=r"lora_r does nothing: all weights .* leave it out"):
+    with pytest.raises(UserError, match=r"lora_r does nothing: weights .* in full .* leave it out"):
         parse_groups([*words, "--lora_r", "4"], FINETUNE, PAGE)
 
 
