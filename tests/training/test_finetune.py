@@ -136,7 +136,7 @@ def test_a_run_killed_at_its_end_takes_no_step_too_many(options, tmp_path, monke
 
     monkeypatch.setattr(training_steps, "CompletionTrainer", Counted)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_publish", killed)
+        patch.setattr(module, "publish", killed)
         for expected in (list(range(6)), []):
             steps.clear()
             with pytest.raises(KeyboardInterrupt):
@@ -172,7 +172,7 @@ def test_changed_base_weights_are_refused_on_resume(options, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_publish", killed)
+        patch.setattr(module, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             finetune(own, *others)
     weights = load_file(tmp_path / "model" / "model.safetensors")
