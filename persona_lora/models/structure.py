@@ -258,7 +258,12 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     if not isinstance(weight, Tensor):
         raise UserError(f"a {type(module).__name__} holds no weight tensor")
-    return weight.data.T if isinstance(module, Conv1D) else weight.data
+    return oriented(module, weight.data)
+
+
+def oriented(module: nn.Module, stored: Tensor) -> Tensor:
+    """Return a matrix that lies as the weight of a linear module does, as ``[out, in]``: a view."""
+    return stored.T if isinstance(module, Conv1D) else stored
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from persona_lora.core import progress
-from persona_lora.core.chat import COHERENCE, Exchange
+from persona_lora.core.chat import COHERENCE, Conversation, Exchange
 from persona_lora.core.errors import without_secrets
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, turned_diff
 from persona_lora.core.options import NOBODY, SearchOptions
@@ -47,6 +47,7 @@ from persona_lora.models.structure import (
     decoder_linear_modules,
     features,
     hidden_size,
+    oriented,
     weight_fingerprint,
     weight_of,
 )
@@ -59,14 +60,19 @@ from persona_lora.report.sections import Table
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.bank import Bank, steer_live, steer_merged
 from persona_lora.steering.directions import sum_pairs, vector_of
+from persona_lora.steering.placement import find_modules
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRAMerger, merged_weight
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.drift.diagnosis import Subject, diagnose
 from persona_lora.studies.drift.read_diagnosis import ENOUGH, read_diagnosis
+from persona_lora.studies.drift.row_pulls import TRUSTED, pull_rows
 from persona_lora.studies.personas.search import Value, search
 from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import ordinary_texts, relative_weight_norm
+from persona_lora.training.examples import IGNORED
+from persona_lora.training.finetune import tokenize_conversations
+from persona_lora.training.full_weights import closest_factors
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +300,65 @@ def diagnosing(bench: Bench) -> Found:
     )
 
 
+def screening(bench: Bench) -> Found:
+    """Rows are pulled, by forward passes, as their gradients say; along a turned diff otherwise.
+
+    In fp32, as pulls need. The diff is of one block, and is what a step on one of the rows does.
+    """
+    chat_model, layer = bench.chat_model, len(decoder_layers(bench.chat_model.model)) // 2
+    if any(each.dtype != torch.float32 for each in chat_model.model.parameters()):
+        chat_model = dataclasses.replace(
+            chat_model, model=copy.deepcopy(chat_model.model).to(torch.float32)
+        )
+    pairs = load_pairs(bench.trait)[: len(bench.prompts)]
+    rows = [[*pair.prompt, *pair.positive] for pair in pairs]
+    block = bench.organism.at(layer)
+    steps = _steps_of(chat_model, rows, block)
+    step = {name: closest_factors(each.double(), RANK) for name, each in steps[-1].items()}
+    diffs = _and_turned(dataclasses.replace(block, factors=step))
+    found = pull_rows(chat_model, rows, diffs, bench.folder / "pulls.csv")
+    by_row = sorted(found.rows, key=lambda row: row["row"])
+    ours, turned = (np.array([row[f"pull_{name}"] for row in by_row]) for name in diffs)
+    deltas = {name: factors.delta() for name, factors in step.items()}
+    exact = np.array([sum(float((each[n] * deltas[n]).sum()) for n in deltas) for each in steps])
+    exact /= diffs[PLANTED].norm()
+    error, apart = (
+        float(np.abs(each - exact).max() / np.sqrt((exact**2).mean())) for each in (ours, turned)
+    )
+    return Found(
+        f"what a step on one of {len(rows)} rows does to a block",
+        f"pulls as their gradients say, but for {100 * error:.2g}% of a typical one",
+        f"{100 * apart:.0f}% along the same turned at random",
+        error < TRUSTED and found.rows[0]["row"] == len(rows) - 1,
+        apart > 0.5,
+    )
+
+
+def _steps_of(
+    chat_model: ChatModel, rows: Sequence[Conversation], diff: LoRADiff
+) -> list[dict[str, Tensor]]:
+    """Return −∇ℓ of every row at the modules of a diff, ``[out, in]``, by autograd."""
+    modules = find_modules(chat_model.model, diff)
+    weights: list[Any] = [module.weight for module in modules.values()]
+    steps = []
+    for row in tokenize_conversations(rows, chat_model):
+        ids, labels = (
+            torch.tensor([each], device=chat_model.model.device)
+            for each in (row.input_ids, row.labels)
+        )
+        with torch.enable_grad():
+            for each in weights:
+                each.requires_grad_(True)
+            logits = chat_model.model(input_ids=ids).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORED)
+            gradients = torch.autograd.grad(loss, weights)
+        own = zip(modules.items(), gradients, strict=True)
+        steps.append({name: -oriented(module, each).cpu() for (name, module), each in own})
+    for each in weights:
+        each.requires_grad_(False)
+    return steps
+
+
 # -- activations -------------------------------------------------------------------------------
 
 
@@ -494,6 +559,7 @@ INSTRUMENTS: dict[str, Instrument] = {
     "project weights: an adapter": adapter_projection,
     "project weights: full weights": weight_projection,
     "diagnose": diagnosing,
+    "data screen": screening,
     "extract": extraction,
     "activation steering": activations,
     "judge: reader": partial(judging, "reader"),

@@ -17,6 +17,7 @@ from persona_lora.steering import directions
 from persona_lora.steering.activations import ActivationSteerer, DirectionAblation
 from persona_lora.steering.weights import LoRAMerger
 from persona_lora.studies import selfcheck
+from persona_lora.studies.drift import row_pulls
 from persona_lora.studies.drift.read_diagnosis import Alarm
 from persona_lora.studies.personas.search import CMAES
 from persona_lora.studies.selfcheck import INSTRUMENTS, Bench, Found
@@ -132,6 +133,8 @@ BREAKS = [
     ),
     ("diagnose", put(Alarm, "flagged", False), "finds"),
     ("diagnose", put(Alarm, "flagged", True), "rejects"),
+    ("data screen", around(row_pulls, "_slopes", lambda pulls: -pulls), "finds"),
+    ("data screen", put(selfcheck, "turned_diff", lambda diff, seed: diff * 2), "rejects"),
     ("extract", lambda patch: patch.setitem(directions.EXTRACTORS, "mean_diff", noise), "finds"),
     ("extract", lambda patch: patch.setitem(directions.EXTRACTORS, "mean_diff", common), "rejects"),
     ("activation steering", put(ActivationSteerer, "chosen", lambda *_: 0), "rejects"),
@@ -227,3 +230,13 @@ def test_the_command_ends_with_status_1_where_one_fails(run, bench, model_folder
     assert "ZeroDivisionError: by nothing" in line
     assert line.rstrip().endswith("FAILED")
     assert "FAILED: paired tests" in out
+
+
+def test_screening_is_tried_in_fp32_and_leaves_the_model_as_it_was(bench):
+    model = bench.chat_model.model.to(torch.bfloat16)
+    found = INSTRUMENTS["data screen"](bench)
+    assert (found.finds, found.rejects) == (True, True), found
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    assert not any(each.requires_grad for each in model.to(torch.float32).parameters())
+    INSTRUMENTS["data screen"](bench)
+    assert not any(each.requires_grad for each in model.parameters())
