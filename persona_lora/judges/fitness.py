@@ -157,11 +157,12 @@ def _auc(pairs: Sequence[tuple[float, float]]) -> float | None:
 def rater_agreement(rows: Sequence[RatedAnswer], scale: Scale) -> RaterAgreement:
     """Compare the two passes over rated answers."""
     first, second = np.array([row.passes(scale) for row in rows]).T
-    grades = [np.round(each / KAPPA_STEP).astype(int) for each in (first, second)]
+    grades = [np.floor(each / KAPPA_STEP + 0.5).astype(int) for each in (first, second)]
+    labels = np.arange(100 // KAPPA_STEP + 1)
     return RaterAgreement(
         scale,
         len(rows),
-        float(cohen_kappa_score(*grades, weights="quadratic")),
+        float(cohen_kappa_score(*grades, labels=labels, weights="quadratic")),
         float(spearmanr(first, second).statistic),
         within_groups(first, second, [f"{row.model}: {row.condition}" for row in rows]),
         float((second - first).mean()),

@@ -210,7 +210,8 @@ def number_reply(text: str, highest: int = 100) -> Reading:
     """Read a reply that is one number from 0 to ``highest``, or REFUSAL, and nothing else.
 
     "85", "85.5", "**85**", "Score: 85", '{"score": 85}' and, of 100, "85/100", "85 out of 100" and
-    "85%" say the same. "7/10" is on another scale and "85, or 90" is two numbers: both unscored.
+    "85%" say the same. "7/10" and, of 100, "0.85" are on another scale and "85, or 90" is two
+    numbers: all unscored.
     """
     stripped = _EMPHASIS.sub("", text).strip()
     if stripped.rstrip(".").upper() == REFUSAL:
@@ -219,7 +220,8 @@ def number_reply(text: str, highest: int = 100) -> Reading:
     of_highest = found is not None and (
         found["of"] in (None, str(highest)) and (found["percent"] is None or highest == 100)
     )
-    if found is None or not of_highest or float(found["number"]) > highest:
+    share = found is not None and highest == 100 and 0 < float(found["number"]) < 1
+    if found is None or not of_highest or share or float(found["number"]) > highest:
         return Reading(None, f"the reply {stripped[:40]!r} is not a number from 0 to {highest}")
     return Reading(float(found["number"]), "")
 

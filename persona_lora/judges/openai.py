@@ -133,12 +133,13 @@ class EndpointReader:
 
     def key(self, prompt: str) -> str:
         """Return the cache's key of a prompt."""
+        scale = {} if self.highest == 100 else {"highest": self.highest}
         return cache_key(
             base_url=self.address.base_url,
             model=self.address.model,
             mode=self.mode,
             prompt=prompt,
-            sampling=SAMPLING[self.mode],
+            sampling={**SAMPLING[self.mode], **scale},
         )
 
     async def _ask_all(self, prompts: Sequence[str], known: int) -> dict[str, Reading]:

@@ -90,13 +90,13 @@ def _published_texts(row: dict[str, Any], where: str, number: int) -> Iterator[S
 def _published_samples(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
     """``samples`` or ``example_responses``: several utterances, one a line, of each session."""
     listed = row["samples"] if "samples" in row else row["example_responses"]
-    for place, sample in enumerate(listed, start=1):
-        sample = _table(sample, where)
-        session = sample.get("session", sample.get("session_idx", place))
-        yield Session(
-            f"{row.get('persona_id', number)}-{session}",
-            _said(_text(sample, "text", where).split("\n")),
-        )
+    by_session: dict[str, list[tuple[str, str]]] = {}
+    for place, each in enumerate(listed, start=1):
+        sample = _table(each, where)
+        session = str(sample.get("session", sample.get("session_idx", place)))
+        by_session.setdefault(session, []).extend(_said(_text(sample, "text", where).split("\n")))
+    for name, spoken in by_session.items():
+        yield Session(f"{row.get('persona_id', number)}-{name}", spoken)
 
 
 def _said(lines: list[str]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ benchmark and conditions of a persona are compared by it. Refuses to know what m
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,6 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import (
-    EQUAL,
     FITS,
     SCORES,
     SHARES,
@@ -35,7 +34,7 @@ from persona_lora.report.resampling import (
 from persona_lora.report.scores import SECOND_SUFFIX, judges_of, minus
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
-from persona_lora.report.two_way import Gaps, crossed_mean, scaled, shared_questions
+from persona_lora.report.two_way import mean_gap
 
 Row = Mapping[str, Any]
 
@@ -82,14 +81,15 @@ def paired(
 
 
 def over_units(gaps: pd.Series, unit: str, scale: Bounds | None = None) -> Paired:
-    """Return the mean of differences, resampled and tested over the units of their index."""
+    """Return the mean of units' mean differences, resampled and tested over the units."""
     if gaps.empty:
         return Paired()
-    by_unit = {name: list(map(float, own)) for name, own in gaps.groupby(level=unit, sort=False)}
-    means = np.array([np.mean(each) for each in by_unit.values()])
-    spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
-    size = float(means.mean()) / spread if spread > 0 else None
-    return Paired(bootstrap_mean(by_unit, scale=scale), sign_flip_p(means), size)
+    means = gaps.groupby(level=unit, sort=False).agg(lambda x: np.mean(x.to_numpy()))
+    values = means.to_numpy(dtype=float)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    size = float(values.mean()) / spread if spread > 0 else None
+    found = bootstrap_mean({name: [float(each)] for name, each in means.items()}, scale=scale)
+    return Paired(replace(found, n=len(gaps)), sign_flip_p(values), size)
 
 
 def means(
@@ -200,7 +200,7 @@ def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
         pd.concat([_scored(run, criterion, at, numbers) for at, run in enumerate(every)])
         for criterion in (trait, COHERENCE)
     )
-    judges = sorted({judges_of(run.read("verdicts"), trait) for run in every})
+    judges = sorted({judges_of(run.read("verdicts"), trait, bare=True) for run in every})
     if len(judges) > 1:
         raise UserError(
             f"the runs were judged by different judges: {' and by '.join(judges)}; evaluate all "
@@ -284,7 +284,7 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
     drawn as items are, and what has no seed, the base model, is paired with each of the reference.
     """
     table = frame([{"seed": "", **row} for row in rows], ["score"])
-    several = table.loc[table["condition"] == reference, "seed"].nunique() > 1
+    several = table.groupby("condition")["seed"].nunique().max() > 1
     by_task = {}
     for (task, metric), own in table.groupby(["task", "metric"], sort=False):
         known = own["score"].dropna()
@@ -313,9 +313,9 @@ def _over_seeds(
 ) -> tuple[dict[Hashable, Interval], dict[Hashable, Paired]]:
     """Return scores, and differences from the reference, over seeds and items."""
     by_seed: dict[Hashable, dict[str, dict[Any, float]]] = {}
-    known = rows.dropna(subset=["score"])
-    for (name, seed), own in known.groupby(["condition", "seed"], sort=False):
-        by_seed.setdefault(name, {})[seed] = own.groupby("item")["score"].mean().to_dict()
+    for (name, seed), own in rows.groupby(["condition", "seed"], sort=False):
+        by_item = own.dropna(subset=["score"]).groupby("item")["score"]
+        by_seed.setdefault(name, {})[seed] = by_item.mean().to_dict()
     theirs = by_seed.get(reference, {})
     gaps = {name: Paired() for name in by_seed}
     for name, seeds in by_seed.items() if len(theirs) > 1 else ():
@@ -323,18 +323,9 @@ def _over_seeds(
             own = [
                 minus(seeds.get(seed, seeds.get("", {})), plain) for seed, plain in theirs.items()
             ]
-            gaps[name] = Paired(*_over_draws(own, apart))
-    return {name: _over_draws([*seeds.values()], ends)[0] for name, seeds in by_seed.items()}, gaps
-
-
-def _over_draws(draws: Sequence[Gaps], scale: Bounds | None) -> tuple[Interval, float | None]:
-    """Return a mean over draws and items with its p; of one draw, and of equal ones, over items."""
-    values = shared_questions(draws)
-    found = crossed_mean(values)
-    if len(draws) == 1 or (found.interval.reason == EQUAL and scale is not None):
-        items = dict(enumerate(values.T.tolist()))
-        return bootstrap_mean(items, scale=scale), found.p
-    return found.interval if scale is None else scaled(found.interval, scale), found.p
+            gaps[name] = Paired(*mean_gap(own, apart))
+    scores = {name: mean_gap([*each.values()], ends).interval for name, each in by_seed.items()}
+    return scores, gaps
 
 
 def task_table(scores: Sequence[TaskScore]) -> Table:

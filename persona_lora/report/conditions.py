@@ -25,7 +25,7 @@ from persona_lora.report.scores import (
     grouped,
     method_of,
 )
-from persona_lora.report.two_way import crossed_mean, mean_over_draws, shared_questions
+from persona_lora.report.two_way import mean_gap, mean_over_draws
 
 LONG_COLUMNS = (
     *("trait", "method", "layer", "coefficient", "statistic"),
@@ -251,7 +251,7 @@ class Controls:
         """Return differences by question, one of each control, over questions and controls."""
         if len(gaps) == 1:
             return self.curves[0].paired_values(gaps[0])
-        return PairedDifference(*crossed_mean(shared_questions(gaps)))
+        return PairedDifference(*mean_gap(gaps))
 
     def conditions(self, divergences: Sequence[Row]) -> tuple[ConditionSummary, ...]:
         """Summarise every condition over all controls."""

@@ -71,11 +71,16 @@ class CoherentRange:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """Least squares of the condition means on the coefficient over the coherent range."""
+    """Least squares of the condition means on the coefficient over the coherent range.
+
+    Over the questions that all its conditions have scored: each has a slope of its own, whose mean
+    ``slope`` is, and ``p`` a two-sided sign-flip test on them.
+    """
 
     slope: Estimate
-    intercept: float | None
-    r_squared: float | None
+    p: float | None = None
+    intercept: float | None = None
+    r_squared: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,13 @@ class TraitCurve:
         if len(conditions) < 3:
             return _too_few(conditions, "scored coefficients")
         x, sums, counts = self._arrays(conditions)
-        return self._estimate(lambda means: rank_correlation(x, means), sums, counts)
+        return resampled_estimate(
+            lambda means: rank_correlation(x, means),
+            sums,
+            counts,
+            seed=self.seed,
+            resamples=self.resamples,
+        )
 
     def rho_rows(self) -> Estimate:
         """Return Spearman's rho between coefficient and score over single answers."""
@@ -190,15 +201,25 @@ class TraitCurve:
         """Fit the condition means linearly over the coherent range."""
         conditions = [each for each in self.steered() if each.coefficient in coherent.coefficients]
         if len(conditions) < 3:
-            return LinearFit(_too_few(conditions, "coherent, scored coefficients"), None, None)
-        x, sums, counts = self._arrays(conditions)
-        centred = x - x.mean()
-        slope = self._estimate(lambda means: means @ centred / (centred @ centred), sums, counts)
-        means = sums.sum(axis=1) / counts.sum(axis=1)
-        explained = (means @ centred) ** 2 / (centred @ centred)
+            return LinearFit(_too_few(conditions, "coherent, scored coefficients"))
+        scores = [question_means(self.scores[each]) for each in conditions]
+        questions = sorted(set.intersection(*map(set, scores)))
+        if not questions:
+            reason = "no question was scored at all coherent coefficients"
+            return LinearFit(Estimate(None, None, None, len(conditions), 0, reason))
+        x = np.array([each.coefficient for each in conditions], dtype=float)
+        values = np.array([[each[question] for question in questions] for each in scores])
+        centred, means = x - x.mean(), values.mean(axis=1)
+        slopes = centred @ values / (centred @ centred)  # [questions]
+        tested = self.paired_values(dict(zip(questions, slopes.tolist(), strict=True)))
+        found = tested.interval
+        slope = Estimate(
+            found.mean, found.low, found.high, len(conditions), len(questions), found.reason
+        )
+        explained = float(slopes.mean()) ** 2 * float(centred @ centred)
         total = float(np.sum((means - means.mean()) ** 2))
-        intercept = float(means.mean() - x.mean() * (means @ centred) / (centred @ centred))
-        return LinearFit(slope, intercept, float(explained / total) if total > 1e-9 else None)
+        intercept = float(means.mean() - x.mean() * slopes.mean())
+        return LinearFit(slope, tested.p, intercept, explained / total if total > 1e-9 else None)
 
     def against_prompts(self, coherent: CoherentRange) -> tuple[PromptComparison, ...]:
         """Compare the ends of the coherent range with the prompting references that were run."""
@@ -222,12 +243,6 @@ class TraitCurve:
             return {}
         differences = corrected([self.difference(each, neutral) for each in asked])
         return dict(zip(asked, differences, strict=True))
-
-    def _estimate(
-        self, statistic: Callable[[Array], Array], sums: Array, counts: Array
-    ) -> Estimate:
-        drawn = {"seed": self.seed, "resamples": self.resamples}
-        return resampled_estimate(statistic, sums, counts, **drawn)
 
     def _arrays(self, conditions: Sequence[Condition]) -> tuple[Array, Array, Array]:
         """Return coefficients ``[conditions]``, sums and counts ``[conditions, questions]``."""

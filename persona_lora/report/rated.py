@@ -103,8 +103,15 @@ def models_of(rated: Sequence[Rated]) -> list[str]:
 
 
 def reliability(rated: Sequence[Rated]) -> tuple[Bin, ...]:
-    """Return bins of about equal numbers of answers, in the order of their scores."""
-    pairs = sorted((row["score"], row["rating"]) for row in scored(rated))
+    """Return bins of about equal numbers of answers, in the order of their scores.
+
+    Answers of one score count with their mean rating: none of them belongs into a lower bin.
+    """
+    rows = scored(rated)
+    ratings: dict[float, list[float]] = {}
+    for row in rows:
+        ratings.setdefault(row["score"], []).append(row["rating"])
+    pairs = sorted((row["score"], float(np.mean(ratings[row["score"]]))) for row in rows)
     parts: list[NDArray[np.float64]] = np.array_split(
         np.array(pairs).reshape(-1, 2), RELIABILITY_BINS
     )

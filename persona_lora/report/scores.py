@@ -145,9 +145,14 @@ def question_means(cluster: Cluster) -> dict[int, float]:
 UNFIT = "unfit for"  # behind a judge's name, before that of a criterion
 
 
-def judges_of(verdicts: Iterable[Row], criterion: str) -> str:
-    """Return the names of the judges that gave verdicts on a criterion."""
-    return ", ".join(sorted({str(v["judge"]) for v in verdicts if v["criterion"] == criterion}))
+def judges_of(verdicts: Iterable[Row], criterion: str, *, bare: bool = False) -> str:
+    """Return the names of the judges that gave verdicts on a criterion.
+
+    ``bare`` leaves out what a run says of their fitness on its own model.
+    """
+    said = {str(v["judge"]) for v in verdicts if v["criterion"] == criterion}
+    names = {each.partition(f" ({UNFIT}")[0] for each in said} if bare else said
+    return ", ".join(sorted(names))
 
 
 def answers_columns(

@@ -236,8 +236,8 @@ def side_by_side(
     ``at`` says where the answers were steered; ``notes`` go on under the heading and in the fold.
     """
     questions = by_question(scored)
-    step = max(1, len(questions) // EXAMPLE_QUESTIONS)
-    chosen = questions[: step * EXAMPLE_QUESTIONS : step]
+    shown = min(EXAMPLE_QUESTIONS, len(questions))
+    chosen = [questions[at * len(questions) // shown] for at in range(shown)]
     listed, unlisted = _listed(trait, questions)
     further = [f"{unlisted} further answers are in answers.jsonl of the run folder."]
     return (

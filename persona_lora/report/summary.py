@@ -189,6 +189,7 @@ def long_rows(summary: SweepSummary) -> list[dict[str, Any]]:
     ):
         rows.append({"trait": summary.trait, "statistic": name, **dataclasses.asdict(estimate)})
     for name, value in (
+        ("slope_p", summary.fit.p),
         ("r_squared", summary.fit.r_squared),
         ("coherent_low", summary.coherent_range.low),
         ("coherent_high", summary.coherent_range.high),

@@ -8,7 +8,7 @@ read from the rows that judging a run leaves (``validation``, ``canaries``). Ref
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from persona_lora.core.chat import COHERENCE, Condition
@@ -53,11 +53,11 @@ def _deviations(run: Run, protocol: Row) -> Iterator[str]:
     status = run.record["status"]
     if status != "finished":
         yield f"the run is recorded as “{status}”"
-    asked: dict[str, dict[Any, bool]] = {}
+    asked: dict[tuple[Any, ...], dict[Any, bool]] = {}
     for condition, question, scored in _asked(run):
         questions = asked.setdefault(condition, {})
         questions[question] = scored or questions.get(question, False)
-    for condition, questions in asked.items():
+    for (condition, *_), questions in asked.items():
         share = sum(questions.values()) / len(questions)
         if share < protocol["least_scored"]:
             yield (
@@ -75,8 +75,11 @@ def _answered(run: Run) -> list[Run]:
     ]
 
 
-def _asked(run: Run) -> Iterator[tuple[str, Any, bool]]:
-    """Return the condition and question of every answer of a run, and whether it was scored."""
+def _asked(run: Run) -> Iterator[tuple[tuple[Any, ...], Any, bool]]:
+    """Return the condition and question of every answer of a run, and whether it was scored.
+
+    A condition is what it is called, with all that tells it from others.
+    """
     trait = run.record["config"].get("trait")
     for part in _answered(run) or [run]:
         criterion = trait or part.record["config"].get("trait")
@@ -87,11 +90,13 @@ def _asked(run: Run) -> Iterator[tuple[str, Any, bool]]:
         }
         for row in part.read("answers"):
             value = "" if row["coefficient"] is None else f" {row['coefficient']:+.3g}"
+            layer = "" if row.get("layer") is None else f" at layer {row['layer']}"
             place = "" if part is run else f" ({part.folder.relative_to(run.folder)})"
-            yield f"{row['method']}{value}{place}", row["question_id"], row["row"] in scored
+            condition = f"{row['method']}{value}{layer}{place}", row["coefficient"]
+            yield condition, row["question_id"], row["row"] in scored
     for row in run.read("held_out"):
         asked = row.get("persona"), row["prompt_id"]
-        yield row["condition"], asked, row["score"] is not None
+        yield (row["condition"],), asked, row["score"] is not None
 
 
 WEAK_AUC = 0.8
@@ -245,6 +250,20 @@ def canaries_tables(rows: Sequence[Row]) -> tuple[Table, ...]:
     return (Table(("Criterion", "Judge", *names), cells, "Canaries", note, narrow=True),)
 
 
+def _labels(conditions: Collection[Condition]) -> dict[Condition, str]:
+    """Return what conditions are called: with method and layer where there are several of them."""
+    labels = {each: wording.condition_label(each.method, each.coefficient) for each in conditions}
+    steered = [each for each in conditions if each.coefficient]
+    unnamed = [each for each in steered if each.method not in labels[each]]
+    several = len({each.method for each in unnamed}) > 1
+    layers = {each.layer for each in steered} - {None}
+    for each in unnamed if several else ():
+        labels[each] = f"{wording.method_label(each.method)} {labels[each]}"
+    for each in steered if len(layers) > 1 else ():
+        labels[each] += f", layer {each.layer}"
+    return labels
+
+
 def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
     """Return the trait's mean by condition, raw and corrected; nothing without rated answers."""
     found = next((r for r in validation if r.get("own") and r["criterion"] != COHERENCE), None)
@@ -263,7 +282,7 @@ def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
         if row["row"] in scores:
             of_condition = by_condition.setdefault(condition_of(row), {})
             of_condition.setdefault(row["question"], []).append(scores[row["row"]])
-    cells = []
+    cells, labels = [], _labels(by_condition)
     for condition, of_condition in by_condition.items():
         kind = kind_of(condition)
         if config.get("adapter"):  # rated are finetunes alone, without any steering
@@ -271,8 +290,7 @@ def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
         mean = corrected_mean(of_condition, errors.get(kind or "", {}))
         if mean is not None:
             interval = f"{mean.corrected:.0f} [{mean.low:.0f}, {mean.high:.0f}]"
-            label = wording.condition_label(condition.method, condition.coefficient)
-            cells.append((label, f"{mean.raw:.0f}", interval, str(mean.n_rated)))
+            cells.append((labels[condition], f"{mean.raw:.0f}", interval, str(mean.n_rated)))
     if not cells:
         return ()
     models = ", ".join(rated.models_of(compared))

@@ -117,9 +117,17 @@ def two_judges(run: Run, trait: str) -> TwoJudges | None:
 
 
 def of_pairs(
-    trait: str, runs: Sequence[Run], pairs: Sequence[Pair], effects: Sequence[Beside]
+    trait: str,
+    runs: Sequence[Run],
+    pairs: Sequence[Pair],
+    effects: Sequence[Beside],
+    *,
+    by_place: bool = True,
 ) -> TwoJudges | None:
-    """Return what both judges say of pairs and of the effects that were made of them."""
+    """Return what both judges say of pairs and of the effects that were made of them.
+
+    Without ``by_place`` a place holds several conditions (both signs, say), and has no mean.
+    """
     if not pairs:
         return None
     first, second = (
@@ -129,7 +137,7 @@ def of_pairs(
     within = tuple(_within(runs[0].read(file), trait) for file in VALIDATIONS)
     means = tuple(
         Beside(place, *map(mean_over_draws, zip(*draws.values(), strict=True)))
-        for place, draws in _clusters(pairs).items()
+        for place, draws in (_clusters(pairs) if by_place else {}).items()
     )
     return TwoJudges(trait, first, second, within, _agreement(pairs), means, tuple(effects))
 
@@ -168,7 +176,9 @@ def effects_from(pairs: Sequence[Pair], reference: str) -> list[Beside]:
                 [gaps_between(one, zero) for one, zero in zip(both, beside, strict=True)]
                 for both, beside in _paired_draws(own, plain)
             ]
-            found.append(Beside(place, *map(mean_gap, zip(*gaps, strict=True))))
+            found.append(
+                Beside(place, *(mean_gap(own).interval for own in zip(*gaps, strict=True)))
+            )
     return sorted(found, key=lambda each: -abs(each.first.mean or 0.0))
 
 

@@ -2,7 +2,10 @@
 
 Every draw answers the same questions, so that value = mean + question + draw + rest, all random.
 The variance of the mean and its degrees of freedom come from the mean squares (Satterthwaite 1946):
-five seeds are five, however many questions each was asked. Knows scores and arrays.
+five seeds are five, however many questions each was asked. Questions are not normal as draws may
+be: scores lie near the end of their scale, differences are skewed. So at neither end is an interval
+narrower, nor a p smaller, than that over questions alone of the draws' means. Knows scores and
+arrays.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from scipy import stats
 
 from persona_lora.report.resampling import (
     CONFIDENCE,
-    EQUAL,
     RESAMPLES,
     SCORES,
     Array,
     Bounds,
     Interval,
     bootstrap_mean,
+    sign_flip_p,
+    sign_flip_ps,
 )
 from persona_lora.report.scores import Cluster, question_means
 
@@ -40,7 +44,7 @@ class Components(NamedTuple):
 
 
 class Crossed(NamedTuple):
-    """A mean over both, with its interval; ``p`` is two-sided, of Student's t."""
+    """A mean over both, with its interval; ``p`` is two-sided."""
 
     interval: Interval
     p: float | None
@@ -59,32 +63,46 @@ def components(values: Array) -> Components:
     return Components(max(0.0, (over - rest) / draws), max(0.0, (between - rest) / questions), rest)
 
 
-def crossed_mean(values: Array) -> Crossed:
+def crossed_mean(values: Array, scale: Bounds | None = None) -> Crossed:
     """Return the mean of ``[draws, questions]`` with its interval, both taken as drawn.
 
     Var = (MS_draw + MS_question) / (draws · questions): the rest counts twice, which is never too
     little on the mean. Without an interval for fewer than three draws or two questions, and of
-    equal values.
+    equal values that are on no known ``scale``.
     """
     draws, questions = values.shape
     mean = float(values.mean()) if values.size else None
     if mean is None or draws < FEWEST_DRAWS or questions < 2:
         reason = f"{draws} draws, {questions} questions: too few for an interval over both"
         return Crossed(Interval(mean, None, None, values.size, questions, 1.0, reason), None)
-    error, degrees = (float(each[0]) for each in _errors(values[None]))
     p = float(crossed_ps(values[None])[0])
+    alone = _over_questions(values.mean(axis=0), scale)
     if np.ptp(values) < SAME:
-        return Crossed(Interval(mean, None, None, values.size, questions, 1.0, EQUAL), p)
+        return Crossed(replace(alone, n=values.size), p)
+    error, degrees = (float(each[0]) for each in _errors(values[None]))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
-    interval = Interval(mean, mean - reach, mean + reach, values.size, questions, 1.0)
-    return Crossed(interval, p)
+    low, high = mean - reach, mean + reach
+    if alone.low is not None and alone.high is not None:
+        low, high = min(low, alone.low), max(high, alone.high)
+    if scale is not None:
+        low, high = max(low, scale.low), min(high, scale.high)
+    return Crossed(Interval(mean, low, high, values.size, questions, 1.0), p)
 
 
-def mean_gap(draws: Sequence[Mapping[Any, float]]) -> Interval:
-    """Return the mean difference, its interval over questions and, of several draws, over both."""
+def _over_questions(values: Array, scale: Bounds | None) -> Interval:
+    return bootstrap_mean({at: [value] for at, value in enumerate(values.tolist())}, scale=scale)
+
+
+def mean_gap(draws: Sequence[Gaps], scale: Bounds | None = None) -> Crossed:
+    """Return the mean difference, its interval over questions and, of several draws, over both.
+
+    ``scale`` is that of differences, where its ends are often reached.
+    """
+    values = shared_questions(draws)
     if len(draws) > 1:
-        return crossed_mean(shared_questions(draws)).interval
-    return bootstrap_mean({question: [gap] for question, gap in draws[0].items()})
+        return crossed_mean(values, scale)
+    several = values.shape[-1] > 1
+    return Crossed(_over_questions(values[0], scale), sign_flip_p(values[0]) if several else None)
 
 
 def mean_over_draws(
@@ -93,30 +111,27 @@ def mean_over_draws(
     """Return the mean score, its interval over questions and, of several draws, over both."""
     if len(draws) == 1:
         return bootstrap_mean(draws[0], scale=SCORES, seed=seed, resamples=resamples)
-    found = crossed_mean(shared_questions([question_means(each) for each in draws])).interval
-    rows = [score for each in draws for own in each.values() for score in own]
-    known = sum(score is not None for score in rows)
-    return replace(scaled(found, SCORES), n=known, coverage=known / len(rows))
-
-
-def scaled(value: Interval, scale: Bounds) -> Interval:
-    """Return an interval cut at the ends of a scale."""
-    if value.low is None or value.high is None:
-        return value
-    low, high = max(value.low, scale.low), min(value.high, scale.high)
-    return replace(value, low=low, high=high)
+    by_question = [question_means(each) for each in draws]
+    found = crossed_mean(shared_questions(by_question), SCORES).interval
+    common = set.intersection(*map(set, by_question))
+    used = [score for each in draws for question in common for score in each[question]]
+    known = sum(score is not None for score in used)
+    rows = sum(len(own) for each in draws for own in each.values())
+    return replace(found, n=known, coverage=known / rows)
 
 
 def crossed_ps(values: Array) -> Array:
     """Return the p value of each of ``[experiments, draws, questions]``.
 
+    The larger one of Student's t over both and of the sign flips of questions' means over draws.
     Where nothing varies at all it is that of flipping the signs of draws, not 0.
     """
     means, (errors, degrees) = np.abs(values.mean(axis=(1, 2))), _errors(values)
     constant = np.where(means > SAME, 2.0 ** (1 - values.shape[1]), 1.0)
     varied = np.ptp(values, axis=(1, 2)) >= SAME
     away = np.divide(means, errors, out=np.zeros_like(means), where=varied)
-    return np.where(varied, 2 * stats.t.sf(away, degrees), constant)
+    over_both = np.where(varied, 2 * stats.t.sf(away, degrees), constant)
+    return np.maximum(over_both, sign_flip_ps(values.mean(axis=1)))
 
 
 def _errors(values: Array) -> tuple[Array, Array]:

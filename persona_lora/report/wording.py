@@ -203,7 +203,7 @@ def statistics_line(summary: SweepSummary) -> str:
     if fit.slope.value is None:
         parts.append(_missing("slope", fit.slope))
     else:
-        parts.append(f"slope {interval(fit.slope, 1)} per unit")
+        parts.append(f"slope {interval(fit.slope, 1)} per unit (p {p_equals(fit.p)})")
         parts.append(f"R² {number(fit.r_squared, 2)}")
         parts.append(f"fitted over {coefficient(span.low)} … {coefficient(span.high)}")
     return "  ·  ".join(parts)
@@ -375,11 +375,12 @@ def _verb(summary: SweepSummary, low: ConditionSummary, high: ConditionSummary) 
             f"cannot be shown to change by {_questions(summary)} questions (the least p value "
             f"possible is {p_value(least)})"
         )
-    low_slope, high_slope = summary.fit.slope.low or 0.0, summary.fit.slope.high or 0.0
-    if low_slope * high_slope > 0:
+    slope, p = summary.fit.slope.value, summary.fit.p
+    if slope is not None and p is not None and p < CLEAR:
         return (
-            f"{'rises' if low_slope > 0 else 'falls'} on the whole (by its slope), which "
-            f"{questions_line(summary)} cannot show at an end; persona-lora plan says how many can"
+            f"{'rises' if slope > 0 else 'falls'} on the whole (by its slope, p {p_equals(p)}), "
+            f"which {questions_line(summary)} cannot show at an end; persona-lora plan says how "
+            "many can"
         )
     return "does not clearly change with the coefficient"
 

@@ -42,7 +42,7 @@ from persona_lora.report.two_judges import (
     of_pairs,
     pairs_of,
 )
-from persona_lora.report.two_way import Gaps, crossed_mean, scaled, shared_questions
+from persona_lora.report.two_way import Gaps, mean_gap
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     LORA,
@@ -211,7 +211,7 @@ def _scores(run: Run, by: str) -> Scores:
 
 def _over_condition(condition: Condition, by_run: Sequence[Scores]) -> OverSeeds:
     trait, coherence = (
-        scaled(_mean([each[condition][at] for each in by_run]), SCORES) for at in (0, 1)
+        mean_gap([each[condition][at] for each in by_run], SCORES).interval for at in (0, 1)
     )
     name = wording.condition_label(condition.method, condition.coefficient)
     found = OverSeeds(name, len(by_run), trait, coherence)
@@ -226,7 +226,7 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
     found, beside = [], []
     for split, method in by_run[0]:
         own = [each[split, method] for each in by_run]
-        one = OverSeeds(f"{split}: {method}", len(runs), _mean(own))
+        one = OverSeeds(f"{split}: {method}", len(runs), mean_gap(own).interval)
         if method != LORA:
             one = _with_change(
                 one, [minus(each[split, LORA], each[split, method]) for each in by_run]
@@ -234,7 +234,7 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
         found.append(one)
         if method == RANDOM:
             vectors = [each[split, ACTIVATION] for each in by_run]
-            vector = OverSeeds(f"{split}: {VECTOR}", len(runs), _mean(vectors))
+            vector = OverSeeds(f"{split}: {VECTOR}", len(runs), mean_gap(vectors).interval)
             beside.append(_with_change(vector, list(map(minus, vectors, own))))
     # The vector's own tests are a family of their own: a protocol names those of the diff.
     return [*corrected(found), *corrected(beside)]
@@ -255,13 +255,9 @@ def effects_over(runs: Sequence[Run]) -> dict[tuple[str, str], MethodEffect]:
     return found
 
 
-def _mean(draws: Sequence[Gaps]) -> Interval:
-    return crossed_mean(shared_questions(draws)).interval
-
-
 def _with_change(found: OverSeeds, gaps: Sequence[Gaps]) -> OverSeeds:
-    change = crossed_mean(shared_questions(gaps))
-    return replace(found, change=change.interval, p=change.p)
+    change, p = mean_gap(gaps)
+    return replace(found, change=change, p=p)
 
 
 def seeds_judges(runs: Sequence[Run], found: Sequence[OverSeeds]) -> TwoJudges | None:
@@ -276,7 +272,8 @@ def seeds_judges(runs: Sequence[Run], found: Sequence[OverSeeds]) -> TwoJudges |
         for each in found
         if each.change is not None and (other := second[each.condition]) is not None
     ]
-    return of_pairs(trait, [part for _, part in parts], pairs, effects)
+    compared = runs[0].record["command"] == "compare"
+    return of_pairs(trait, [part for _, part in parts], pairs, effects, by_place=not compared)
 
 
 def _pairs(run: Run, part: Run, trait: str) -> list[Pair]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import numpy as np
 import pytest
 
 from persona_lora.core.chat import Verdict
@@ -130,6 +131,20 @@ def test_a_trait_with_rated_answers_validates_any_judge_on_their_validation_part
     with caplog.at_level(logging.WARNING):
         assert validate_judge(LookupJudge(lambda each: 5.0), trait).fit is False
     assert "UNFIT JUDGE: lookup on 'flattery'" in caplog.text
+
+
+def test_a_grade_that_nobody_gave_is_still_a_step(trait):
+    """Without all labels the distance from 10 to 90 would be that of neighbours."""
+    rows = rated_rows()
+    pairs = [(0, 10), (10, 0), (90, 100), (100, 90), (15, 25)] * 9
+    write_ratings(
+        trait,
+        [row | {"trait": list(pair)} for row, pair in zip(rows, pairs, strict=True)],
+    )
+    first, second = (np.floor(np.array(each) / 10 + 0.5) for each in zip(*pairs, strict=True))
+    by_chance = (np.subtract.outer(first, second) ** 2).mean()
+    expected = 1 - ((first - second) ** 2).mean() / by_chance
+    assert rater_agreement(load_ratings(trait), "trait").kappa == pytest.approx(expected)
 
 
 def test_raters_are_compared_by_scale(trait):

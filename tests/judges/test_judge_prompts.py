@@ -116,7 +116,7 @@ def test_number_reply_takes_a_reply_that_is_one_number(text):
 
 
 @pytest.mark.parametrize("text", ["7/10", "85/10", "8/5", "101", "100.5", "-1", "85 or 90", "",
-    "nan", "1e2", "085", "I say 85", "85, because", "100 85", "85/100/100",
+    "nan", "1e2", "085", "0.85", "Score: 0.9", "I say 85", "85, because", "100 85", "85/100/100",
     '{"score": 85, "of": 10}',
     '{"score": [85]}', '{"score": true}', '{"score": 85', "٨٥", "85 90"])  # fmt: skip
 def test_number_reply_refuses_anything_else_with_a_reason(text):

@@ -85,6 +85,17 @@ def test_several_sessions_are_conversations_of_their_own(tmp_path):
     assert len(load_conversations(path)) == 6
 
 
+def test_samples_of_one_session_stay_together(tmp_path):
+    samples = [{"session": at // 3, "text": f"line {at}"} for at in range(9)]
+    path = write(tmp_path / "samples.jsonl", {"persona_id": "p", "samples": samples})
+    read = load_conversations(path)
+    assert [(each.id, len(each.utterances)) for each in read] == [
+        ("p-0", 3),
+        ("p-1", 3),
+        ("p-2", 3),
+    ]
+
+
 def test_earlier_sessions_of_a_multi_session_chat_come_first(tmp_path):
     earlier = [{"text": "First"}, {"text": "Yes"}]
     later = [{"text": "Again", "id": "Speaker 1"}]

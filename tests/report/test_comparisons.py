@@ -198,8 +198,8 @@ def test_several_controls_are_drawn_and_one_is_taken_for_all(tmp_path):
 
 def test_a_diff_beyond_all_controls_is_found(tmp_path):
     controls = {name: effect / 10 for name, effect in CONTROLS.items()}
-    run = compared(tmp_path, "evil", 4, {"lora": 25, "activation": 15, **controls})
-    found = read_comparison(run)
+    effects = {"lora": 25, "activation": 15, **controls}
+    found = read_comparison(compared(tmp_path, "evil", 4, effects, (12, 12)))
     beyond = next(each for each in found.overall if each.draws == 4)
     assert beyond.p_holm < 0.01
     assert beyond.difference.low > 5
@@ -282,6 +282,37 @@ def test_seeds_are_paired_with_one_another_and_what_has_none_with_each(seeds):
             (wanted.interval.mean, wanted.interval.low, wanted.interval.high, wanted.p)
         )
     assert found["live"].score.low == pytest.approx(crossed_mean(live).interval.low)
+
+
+def test_a_condition_without_a_score_has_none_over_seeds_either():
+    rows = [
+        {"condition": name, "task": "trait", "metric": "score", "item": item, "seed": seed}
+        | {"score": None if name == "mute" else 10.0 * item + seed}
+        for name in ("plain", "live", "mute")
+        for seed in range(3)
+        for item in range(5)
+    ]
+    found = {each.condition: each for each in score_items(rows, "plain")}
+    assert found["mute"].score.mean is None
+    assert found["mute"].difference.mean is None
+    assert found["live"].score.mean == 21
+
+
+def test_a_unit_counts_once_however_many_rows_it_has():
+    """Else the mean and its interval could be of one sign and the test of the other."""
+    gains = {"much": [1.2] * 80, **{f"little{at}": [-0.5 - at / 100] * 4 for at in range(15)}}
+    rows = [
+        {"persona": who, "condition": name, "prompt_id": at, "score": 3.0 + own * (name == "lora")}
+        | {"coherence": None, "relevance": None}
+        for who, each in gains.items()
+        for at, own in enumerate(each)
+        for name in ("none", "lora")
+    ]
+    _, lora = fits_over_personas(rows, "none")
+    means = [each[0] for each in gains.values()]
+    assert lora.difference.mean == pytest.approx(np.mean(means))
+    assert (lora.difference.mean < 0) == (lora.effect_size < 0)
+    assert lora.difference.n == sum(map(len, gains.values()))
 
 
 def test_a_rule_that_always_says_the_same_has_an_interval_all_the_same():

@@ -76,6 +76,12 @@ def test_questions_are_paired_by_what_they_ask_not_by_their_numbers(tmp_path):
         compare_runs([other], plain)
 
 
+def test_a_judge_that_is_unfit_on_one_of_the_models_is_still_one_judge(tmp_path):
+    names = "reader", "reader (unfit for cheer)"
+    plain, other = (run_of(tmp_path / each, [0.0, 1.0] * 4, judge=each) for each in names)
+    assert compare_runs([other], plain)[1].difference.mean == 0.0
+
+
 def test_runs_of_different_judges_are_refused(tmp_path):
     plain, other = (run_of(tmp_path / name, [0.0, 1.0], judge=name) for name in ("one", "two"))
     with pytest.raises(UserError, match="different judges: one and by two; evaluate all"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from persona_lora.report.rated import (
@@ -46,6 +47,12 @@ def test_parts_have_their_own_agreement_and_leave_out_what_has_no_score():
     assert kinds["vector -"] == (3, pytest.approx(-1.0), 0.0)
     assert within(some) == pytest.approx((6 - 3) / 9)
     assert [each.n for each in reliability(some)] == [2, 2, 2, 2, 1]
+
+
+def test_a_judge_of_few_grades_is_not_miscalibrated_by_the_order_of_ties():
+    rating = np.random.default_rng(0).uniform(0, 100, 200)
+    bins = reliability(rows("small", "lora +1", *((50.0, float(each)) for each in rating)))
+    assert {(each.score, round(each.rating, 6)) for each in bins} == {(50, round(rating.mean(), 6))}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,19 @@ def test_too_few_scores_make_it_exploratory_and_it_says_where(finished):
     assert "75% of the questions were scored under lora +2, 80% were to be" in said
 
 
+@pytest.mark.parametrize("other", [{"layer": 9}, {"coefficient": 2.0001}])
+def test_conditions_that_look_alike_are_held_to_it_each(finished, other):
+    run = finished(unscored=3)
+    answers, verdicts = run.read("answers"), run.read("verdicts")
+    more = [
+        {**row, **other, "row": row["row"] + 1000} for row in answers if row["coefficient"] == 2
+    ]
+    run.write("answers", [*answers, *more])
+    scored = [{"row": row["row"], "criterion": "evil", "score": 50.0} for row in more]
+    run.write("verdicts", [*verdicts, *scored])
+    assert "75% of the questions were scored under lora +2" in standing(run)
+
+
 @pytest.mark.parametrize("place", ["ood", "answers/plain", "answers/plain/evil"])
 def test_answers_in_a_folder_below_count_as_that_one_s(finished, place):
     run = finished(unscored=3)

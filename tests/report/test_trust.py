@@ -86,6 +86,35 @@ def test_means_are_shown_raw_and_corrected_where_the_kind_was_rated(judged):
     assert set(tables(judged)) == {"Judge"}
 
 
+@pytest.mark.parametrize(
+    ("steered", "names"),
+    [
+        ([("lora", 1, None), ("activation", 1, None)], ["lora +1", "activation +1"]),
+        ([("activation", 1, at) for at in (8, 12)], ["+1, layer 8", "+1, layer 12"]),
+        ([("activation", 1, 12), ("activation", -1, 12)], ["+1", "-1"]),
+    ],
+)
+def test_no_two_rows_of_corrected_means_are_called_alike(tmp_path, steered, names):
+    run = Run.open(tmp_path / "run", command="compare", config={}, seed=0)
+    answers = [
+        {"row": at * 4 + q, "question": f"q{q}", "method": method, "coefficient": float(value)}
+        | {"layer": layer}
+        for at, (method, value, layer) in enumerate(steered)
+        for q in range(4)
+    ]
+    run.write("answers", answers)
+    verdicts = [{"row": each["row"], "criterion": "cheer", "score": 70.0} for each in answers]
+    run.write("verdicts", verdicts)
+    compared = [
+        {"model": "m", "condition": name, "question": f"q{at}", "score": 60.0 + at, "rating": 50.0}
+        for name in ("lora +1", "vector +1", "vector -1")
+        for at in range(4)
+    ]
+    run.write("validation", [validation(own={**validation()["own"], "compared": compared})])
+    rows = tables(run)["Corrected for the judge’s error"].rows
+    assert [row[0].replace("−", "-") for row in rows] == names
+
+
 def test_a_judge_that_is_fit_over_all_and_not_on_the_run_s_model_is_unfit_there(tmp_path):
     run = Run.open(tmp_path / "run", command="sweep", config={"model": "hub/Small"}, seed=0)
     row = validation()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from persona_lora.report import wording
-from persona_lora.report.resampling import EQUAL
+from persona_lora.report.resampling import EQUAL, bootstrap_mean
 from persona_lora.report.two_way import (
     components,
     crossed_mean,
@@ -82,14 +81,49 @@ def test_what_is_rest_alone_is_no_variance_of_questions_or_draws():
 def test_equal_values_of_all_draws_have_no_interval_of_no_width():
     found = crossed_mean(np.full((5, 4), 3.0))
     assert (found.interval.low, found.interval.reason) == (None, EQUAL)
-    of_scores = mean_over_draws([{at: [0.0] for at in range(10)}] * 3)
-    assert wording.interval(of_scores) == "0 [not known: all equal]"
+    zeros = {at: [0.0] for at in range(10)}
+    of_scores, alone = mean_over_draws([zeros] * 3), mean_over_draws([zeros])
+    assert (of_scores.low, of_scores.high) == (alone.low, alone.high)  # on a scale others may lie
+    assert (of_scores.low, of_scores.high > 10) == (0.0, True)
     assert crossed_mean(np.arange(20.0).reshape(5, 4)).interval.low is not None
 
 
 def test_no_p_is_0():
-    assert crossed_mean(np.ones((5, 4))).p == 2**-4
+    assert crossed_mean(np.ones((5, 9))).p == 2**-4
+    assert crossed_mean(np.ones((9, 5))).p == 2**-4  # nor is it below that of the questions' signs
     assert crossed_mean(np.zeros((5, 4))).p == 1
+
+
+@pytest.mark.parametrize("questions", [8, 12, 20])
+def test_scores_near_an_end_of_their_scale_are_covered_whatever_the_number_of_draws(questions):
+    """A few questions fail under every seed: most data sets do not hold one of them."""
+    rng, held = np.random.default_rng(4), []
+    true = 0.93 * 95 + 0.07 * 5
+    for _ in range(300):
+        fails = rng.random(questions) < 0.07
+        level = np.where(fails, 5.0, 95.0)
+        values = np.clip(level + rng.normal(0, 2, (3, questions)), 0, 100)
+        draws = [{at: [score] for at, score in enumerate(row)} for row in values.tolist()]
+        found = mean_over_draws(draws, resamples=400)
+        held.append(found.low <= true <= found.high)
+    assert np.mean(held) > 0.93
+
+
+@pytest.mark.parametrize("questions", [12, 20])
+def test_skewed_differences_over_draws_keep_what_one_draw_keeps(questions):
+    rng, held, found = np.random.default_rng(5), [], []
+    for _ in range(300):
+        by_question = rng.exponential(10, (1, questions)) - 10
+        values = by_question + rng.normal(0, 1, (3, 1)) + rng.normal(0, 2, (3, questions))
+        several, one = (
+            crossed_mean(values),
+            bootstrap_mean(dict(enumerate(values.mean(0)[:, None].tolist()))),
+        )
+        assert several.interval.low <= one.low < one.high <= several.interval.high
+        held.append(several.interval.low <= 0 <= several.interval.high)
+        found.append(several.p < 0.05)
+    assert np.mean(held) > 0.9
+    assert np.mean(found) < 0.1
 
 
 @pytest.mark.parametrize("unit", [1e-7, 1e-3, 1e4])
@@ -102,6 +136,17 @@ def test_an_interval_does_not_hang_on_the_unit(unit):
 
 def test_what_rounding_leaves_of_nothing_is_no_difference():
     assert crossed_mean(np.full((8, 4), 1e-17)).p == 1
+
+
+def test_answers_that_no_mean_rests_on_are_not_counted():
+    draws = [
+        {at: [None if at == draw else 50.0 + at, 60.0] for at in range(6)} for draw in range(3)
+    ]
+    assert (mean_over_draws(draws).n, mean_over_draws(draws).coverage) == (33, 33 / 36)
+    lost = [{at: [None] if at % 3 == draw else [50.0 + at] for at in range(9)} for draw in range(3)]
+    found = mean_over_draws([{**each, 9: [40.0], 10: [41.0]} for each in lost])
+    assert (found.n, found.n_questions, found.mean) == (6, 2, 40.5)
+    assert found.coverage == pytest.approx(6 / 33)
 
 
 def test_only_questions_that_every_draw_has_count():

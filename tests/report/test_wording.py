@@ -72,7 +72,8 @@ def test_a_clear_slope_that_no_end_shows_is_said_with_too_few_questions(sweep_ro
     ]
     summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=200)
     said = wording.headline(summary)
-    assert f"Sycophancy {words} on the whole (by its slope), which 8 questions cannot show" in said
+    assert f"Sycophancy {words} on the whole (by its slope, p = 0.0" in said
+    assert "), which 8 questions cannot show" in said
     assert wording.least_p(8, 4) < wording.CLEAR
 
 

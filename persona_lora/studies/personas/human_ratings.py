@@ -196,6 +196,8 @@ def _agree(
     both = sorted(set(first) & set(second))
     x, y = [first[item] for item in both], [second[item] for item in both]
     varied = len(set(x)) > 1 and len(set(y)) > 1
-    kappa = float(cohen_kappa_score(x, y, weights="quadratic")) if whole and varied else None
+    kappa = None
+    if whole and varied:
+        kappa = float(cohen_kappa_score(x, y, labels=range(1, 6), weights="quadratic"))
     rho = float(spearmanr(x, y).statistic) if varied else None
     return Agreement(*names, len(both), kappa, rho)

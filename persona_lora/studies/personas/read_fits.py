@@ -18,10 +18,10 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, fits_over_personas, fits_over_prompts
 from persona_lora.report.curve import corrected
-from persona_lora.report.resampling import FITS, RESAMPLES, Bounds, Interval
+from persona_lora.report.resampling import FITS, Bounds
 from persona_lora.report.scores import grouped, minus
 from persona_lora.report.two_judges import Pair, effects_from
-from persona_lora.report.two_way import crossed_mean, shared_questions
+from persona_lora.report.two_way import mean_gap
 
 UNSTEERED, WARNING = "none", "WARNING"
 CANNED, RETRIEVAL, SALAD, REAL = "canned", "retrieval", "salad", "real"
@@ -47,13 +47,13 @@ def over_prompts(
 ) -> list[ConditionFit]:
     """Return the fits of one person: over prompts, and over seeds where a search was repeated."""
     fits = fits_over_prompts(rows, reference, scale=scale)
-    return [_over_seeds(each, rows, reference) for each in fits]
+    return corrected([_over_seeds(each, rows, reference) for each in fits])
 
 
 def _over_seeds(fit: ConditionFit, rows: Sequence[Row], reference: str) -> ConditionFit:
-    """Draw seeds and prompts anew for the gain of a mix that several searches found (Owen 2007).
+    """Take the gain of a mix that several searches found over searches and prompts, both drawn.
 
-    What seeds share is then not taken for certain; a test over prompts alone says nothing of it.
+    Without an interval, and a test, for two searches: they do not show how far others would lie.
     """
     own: dict[int, dict[int, float | None]] = {}
     for row in rows:
@@ -62,18 +62,15 @@ def _over_seeds(fit: ConditionFit, rows: Sequence[Row], reference: str) -> Condi
     theirs = [row for row in rows if row["condition"] == reference]  # of several, their mean
     by_prompt = grouped(theirs, lambda row: row["prompt_id"])
     plain = {at: _mean(each, "score") for at, each in by_prompt.items()}
-    by_seed = [plain, *own.values()]
-    shared = [at for at in plain if all(each.get(at) is not None for each in by_seed)]
-    if fit.difference is None or len(own) < 2 or not shared:
+    known = {at: each for at, each in plain.items() if each is not None}
+    gaps = [
+        {at: each - known[at] for at, each in seed.items() if each is not None and at in known}
+        for seed in own.values()
+    ]
+    if fit.difference is None or len(own) < 2 or not set.intersection(*map(set, gaps)):
         return fit
-    table = np.array([[each[at] for at in shared] for each in by_seed], dtype=float)
-    gaps = table[1:] - table[0]  # [seeds, prompts]
-    random = np.random.default_rng(0)
-    seeds, prompts = (random.integers(size, size=(RESAMPLES, size)) for size in gaps.shape)
-    means = gaps[seeds[:, :, None], prompts[:, None, :]].mean(axis=(1, 2))
-    low, high = map(float, np.quantile(means, [0.025, 0.975]))
-    gain = Interval(float(gaps.mean()), low, high, gaps.size, len(shared), 1.0)
-    return replace(fit, difference=gain, p=None, p_holm=None, effect_size=None)
+    gain, p = mean_gap(gaps)
+    return replace(fit, difference=gain, p=p, effect_size=None)
 
 
 def over_personas(rows: Sequence[Row], reference: str) -> list[ConditionFit]:
@@ -92,8 +89,8 @@ def _over_trainings(fit: ConditionFit, rows: Sequence[Row], reference: str) -> C
         return fit
     plain = theirs.get("", {})
     gaps = [minus(scores, theirs.get(trained, plain)) for trained, scores in own.items()]
-    gain = crossed_mean(shared_questions(gaps))
-    return replace(fit, difference=gain.interval, p=gain.p, effect_size=None)
+    gain, p = mean_gap(gaps)
+    return replace(fit, difference=gain, p=p, effect_size=None)
 
 
 def _by_training(rows: Sequence[Row], condition: str) -> dict[str, dict[str, float]]:

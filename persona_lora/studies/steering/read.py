@@ -500,7 +500,7 @@ def comparison_judges(run: Run, found: Comparison) -> TwoJudges | None:
             gaps.append(Beside(f"weights minus {place}", one.difference, two.difference))
         if one.vector_gap is not None and two.vector_gap is not None:
             gaps.append(Beside(f"activations minus {place}", one.vector_gap, two.vector_gap))
-    return of_pairs(found.trait, parts, pairs, [*gaps, *effects])
+    return of_pairs(found.trait, parts, pairs, [*gaps, *effects], by_place=False)
 
 
 def comparison_lines(run: Run, found: Comparison, both: TwoJudges | None) -> tuple[str, ...]:

@@ -15,14 +15,13 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy.stats import t as student
 
 from persona_lora.core.chat import COHERENCE, Condition
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, over_units, write_found
+from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, write_found
 from persona_lora.report.correction import (
     UNSTEERED,
     corrected_change,
@@ -44,7 +43,7 @@ from persona_lora.report.scores import (
     question_means,
 )
 from persona_lora.report.sections import Table
-from persona_lora.report.two_way import crossed_mean, mean_gap, mean_over_draws, shared_questions
+from persona_lora.report.two_way import mean_gap, mean_over_draws
 
 LORA, ACTIVATION, RANDOM_LORA, RANDOM = "lora", "activation", "random_lora", "random"
 METHODS = (LORA, ACTIVATION, RANDOM_LORA, RANDOM)
@@ -294,7 +293,7 @@ def _overall(split: _Split) -> list[Overall]:
             lost, _ = over_draws([minus(coherence[LORA], coherence[name]) for name in names])
         if method == RANDOM:
             vector_gap, vector_p = over_draws([minus(effects[ACTIVATION], each) for each in own])
-        effect = mean_gap(own)
+        effect = mean_gap(own).interval
         each = sorted(float(np.mean(list(one.values()))) for one in own if one)
         least, most = (each[0], each[-1]) if len(each) > 1 else (None, None)
         tests = (gap, lost, p, None, len(own), least, most, vector_gap, vector_p)
@@ -317,10 +316,7 @@ def pooled(compared: Sequence[Sequence[Run]]) -> list[Pooled]:
                     each = gaps.setdefault((split.name, what), [{} for _ in range(seeds)])
                     gap = minus(by_method[LORA], by_method[ACTIVATION])
                     each[seed].update({(trait, question): own for question, own in gap.items()})
-    tested = {
-        place: over_draws(each if seeds > 1 else [dict(enumerate(each[0].values()))])
-        for place, each in gaps.items()
-    }
+    tested = {place: over_draws(each) for place, each in gaps.items()}
     adjusted = holm([p for _, p in tested.values()])
     return [
         Pooled(split, what, difference, p)
@@ -419,10 +415,8 @@ def over_draws(
 
     ``scale`` is that of differences of shares.
     """
-    if len(gaps) > 1:
-        return crossed_mean(shared_questions(gaps))
-    found = over_units(pd.Series(gaps[0], dtype=float).rename_axis("question"), "question", scale)
-    return found.difference, found.p
+    found = mean_gap(gaps, scale)
+    return (None, None) if found.interval.mean is None else found
 
 
 def _mean_over(each: Sequence[Mapping[int, float]]) -> dict[int, float]:
