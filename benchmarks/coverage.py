@@ -6,6 +6,7 @@ draws whose 95% interval holds that mean, and the interval's mean width.
     python benchmarks/coverage.py --draws 1000
     python benchmarks/coverage.py --differences    # of a few questions, which have no known scale
     python benchmarks/coverage.py --correlations   # percentile intervals of correlations, by units
+    python benchmarks/coverage.py --seeds          # means and differences over one, three, five
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from persona_lora.report.resampling import (
     percentile_bounds,
     weighted_correlation,
 )
+from persona_lora.report.two_way import mean_gap
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -124,14 +126,54 @@ def print_correlations(draws: int) -> None:
             print(f"| {r} | {n} | {held[0] / draws:.2f} | {held[1] / draws:.2f} |", flush=True)
 
 
+def over_seeds(draw: Draw, scale: Bounds | None) -> Callable[..., np.ndarray]:
+    """Return what draws ``[seeds, n]``: questions' values, seeds' luck (± 2) and the rest (± 2)."""
+
+    def values(random: np.random.Generator, seeds: int, n: int) -> np.ndarray:
+        luck = random.normal(0, 2, (seeds, 1)) + random.normal(0, 2, (seeds, n))
+        found = draw(random, n) + luck
+        return found if scale is None else np.clip(found, *scale)
+
+    return values
+
+
+def print_seeds(draws: int) -> None:
+    """Print how often intervals over seeds and questions hold the mean."""
+    several = {
+        "scores, 7% fail": (two_heaps(0.07), SCORES),
+        "scores, 15% fail": (two_heaps(0.15), SCORES),
+        "differences, normal": (DIFFERENCES["normal, 5 ± 10"], None),
+        "differences, skewed": (DIFFERENCES["skewed (exponential, 20, less 5)"], None),
+    }
+    print("| values | n | one seed | three seeds | five seeds |\n|---|---|---|---|---|")
+    for name, (draw, scale) in several.items():
+        values = over_seeds(draw, scale)
+        truth = np.mean([values(np.random.default_rng(at), 1, 5000).mean() for at in range(400)])
+        for n in (8, 12, 20):
+            cells = []
+            for seeds in (1, 3, 5):
+                random, found = np.random.default_rng(n), []
+                for _ in range(draws):
+                    own = [dict(enumerate(row)) for row in values(random, seeds, n)]
+                    interval = mean_gap(own, scale).interval
+                    found.append(Bounds(interval.low or 0.0, interval.high or 0.0))
+                covered = np.mean([each.low <= truth <= each.high for each in found])
+                cells.append(f"{covered:.2f} ({np.mean([e.high - e.low for e in found]):.0f})")
+            print(f"| {name} | {n} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--differences", action="store_true")
     parser.add_argument("--correlations", action="store_true")
+    parser.add_argument("--seeds", action="store_true")
     asked = parser.parse_args()
     if asked.correlations:
         print_correlations(asked.draws)
+        return
+    if asked.seeds:
+        print_seeds(asked.draws)
         return
     several, methods = DISTRIBUTIONS, METHODS
     sizes: tuple[int, ...] = (8, 12, 20, 40)

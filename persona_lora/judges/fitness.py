@@ -169,15 +169,17 @@ def rater_agreement(rows: Sequence[RatedAnswer], scale: Scale) -> RaterAgreement
     )
 
 
-def validate_judge(judge: Judge, trait: Trait) -> JudgeValidation:
+def validate_judge(judge: Judge, trait: Trait, criterion: str | None = None) -> JudgeValidation:
     """Judge answers whose labels are known and compare: models' own where the trait has them.
 
-    Those are the validation part of ``onpolicy.jsonl``; without it the hand-written answers of
-    ``judge_eval.jsonl``. Logs a warning where the judge should not be trusted.
+    Those are the validation part of ``onpolicy.jsonl``, which are rated for coherence as well;
+    without it the hand-written answers of ``judge_eval.jsonl``, for the trait alone. Logs a warning
+    where the judge should not be trusted.
     """
     if has_ratings(trait):
         rows = load_ratings(trait, "validation")
-        validation = own_agreement(judge.judge([row.exchange for row in rows], trait.name), rows)
+        verdicts = judge.judge([row.exchange for row in rows], criterion or trait.name)
+        validation = own_agreement(verdicts, rows)
     elif has_labels(trait):
         labelled = load_labelled_answers(trait)
         asked = [Exchange(each.question, each.answer) for each in labelled]

@@ -24,6 +24,7 @@ from persona_lora.judges.canaries import Canary, show_canaries
 from persona_lora.judges.embedding import EmbeddingJudge
 from persona_lora.judges.fitness import JudgeValidation, fit_of, validate_judge
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.labels import has_ratings
 from persona_lora.judges.probe_judge import ProbeJudge
 from persona_lora.report.scores import UNFIT
 
@@ -71,11 +72,17 @@ def judge_answers(run: Run, make: Callable[[], Judge], trait: Trait) -> None:
         _judge(run, make.second, trait, (trait.name,), known, file="second_")
 
 
-def validations_of(judge: Judge, trait: Trait) -> list[JudgeValidation]:
-    """Return how well a judge agrees with labelled answers that it was not fitted on."""
+def validations_of(judge: Judge, trait: Trait, *, coherence: bool = True) -> list[JudgeValidation]:
+    """Return how well a judge agrees with labelled answers that it was not fitted on.
+
+    On the trait and, where answers are rated for it, on ``coherence``.
+    """
     if isinstance(judge, (EmbeddingJudge, ProbeJudge)):
         return list(judge.validation)
-    return [validate_judge(judge, trait)]
+    found = [validate_judge(judge, trait)]
+    if coherence and has_ratings(trait):
+        found.append(validate_judge(judge, trait, COHERENCE))
+    return found
 
 
 def _judge(
@@ -100,7 +107,7 @@ def _judge(
     judge = make()
     validations = [
         fit_of(each, run.record["config"].get("model"))
-        for each in validations_of(judge, trait)
+        for each in validations_of(judge, trait, coherence=COHERENCE in criteria)
         if not file or each.criterion in criteria
     ]
     unfit = {each.criterion for each in validations if each.fit is False}

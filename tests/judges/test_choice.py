@@ -93,9 +93,9 @@ def test_a_judge_that_is_unfit_on_the_run_s_own_model_is_marked(
     run = Run.open(tmp_path / "run", command="sweep", config={"model": model}, seed=0)
     run.write("answers", [{"row": 0, "question": "q?", "answer": "a"}])
     judge_answers(run, Biased, trait)
-    (validation,) = run.read("validation")
+    validation, coherence = run.read("validation")
     assert validation["own"]["within"] > 0.5
-    assert validation["fit"] is fit
+    assert (validation["fit"], coherence["fit"]) == (fit, False)  # it knows nothing of sense
     assert ("answers of hub/Small is" in caplog.text) is not fit
     (judge,) = {row["judge"] for row in run.read("verdicts") if row["criterion"] == "cheer"}
     assert judge == ("scripted" if fit else "scripted (unfit for cheer)")

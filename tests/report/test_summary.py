@@ -12,6 +12,7 @@ import pytest
 from persona_lora.core.errors import UserError
 from persona_lora.report import wording
 from persona_lora.report.conditions import divergence_of
+from persona_lora.report.curve import CoherentRange, TraitCurve
 from persona_lora.report.resampling import EQUAL, holm
 from persona_lora.report.scores import Condition
 from persona_lora.report.summary import long_rows, summarise_run, summarise_sweep, write_summary
@@ -309,3 +310,19 @@ def test_summarise_run_refuses_a_run_without_a_trait(make_sweep_run):
     (run.folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="names no trait"):
         summarise_run(run)
+
+
+def test_a_slope_is_claimed_by_its_test_alone():
+    """Questions differ in slope around none: an interval that is too narrow would claim a trend."""
+    random, claimed = np.random.default_rng(0), 0
+    span = CoherentRange(-2.0, 2.0, (-2.0, -1.0, 0.0, 1.0, 2.0), 50.0)
+    for _ in range(300):
+        slopes = random.normal(0, 5, 12)
+        scores = {
+            Condition("lora", c): {at: [50 + c * slope] for at, slope in enumerate(slopes)}
+            for c in span.coefficients
+        }
+        fit = TraitCurve(scores, seed=0, resamples=200).fit(span)
+        assert fit.slope.value == pytest.approx(slopes.mean())
+        claimed += fit.p < 0.05
+    assert claimed / 300 < 0.08
