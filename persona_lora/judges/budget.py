@@ -1,15 +1,17 @@
 """Counting requests, tokens and money, and stopping before a cap is passed.
 
-Knows prices and caps; refuses to know what the requests are about.
+Knows prices, caps and what they leave unscored; refuses to know what the requests are about.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
 
 REQUEST_CAP = "request cap reached"
@@ -131,3 +133,23 @@ class Budget:
             return 0.0
         dollars = prompt_tokens * self.prices.prompt + completion_tokens * self.prices.completion
         return dollars / 1_000_000
+
+
+def cap_behind(score: float | None, reason: str) -> str | None:
+    """Return the cap that left an answer unscored; None for another reason, and for a score.
+
+    The reason may be made of those of several judges.
+    """
+    caps = (cap for cap in (REQUEST_CAP, COST_CAP) if cap in reason)
+    return next(caps, None) if score is None else None
+
+
+def refuse_spent(verdicts: Iterable[Verdict]) -> None:
+    """UserError where a cap left an answer unscored: what is sought by these scores has to wait."""
+    caps = (cap_behind(each.score, each.reason) for each in verdicts)
+    cap = next(filter(None, caps), None)
+    if cap is not None:
+        raise UserError(
+            f"judge: {cap}; what is judged is kept, and every finished generation of a search: run "
+            "the same command again, with a higher --max-judge-cost, to go on"
+        )

@@ -22,10 +22,11 @@ class Judge(Protocol):
 
 
 class MultiJudge:
-    """The mean of several judges' scores, over those that scored.
+    """The mean of several judges' scores; None where one of them did not score.
 
-    A verdict's reason lists each judge's score, then their range and standard deviation (of the
-    judges at hand, not of a population); for a judge that did not score it says why.
+    So all means are over the same judges. A verdict's reason lists each judge's score, then their
+    range and standard deviation (of the judges at hand, not of a population); for a judge that did
+    not score it says why.
     """
 
     def __init__(self, judges: Sequence[Judge]) -> None:
@@ -52,7 +53,7 @@ def _mean_verdict(verdicts: Sequence[Verdict], criterion: str, name: str) -> Ver
         + (f"unscored ({verdict.reason})" if verdict.score is None else f"{verdict.score:.1f}")
         for verdict in verdicts
     ]
-    if not scores:
+    if len(scores) < len(verdicts):
         return Verdict(criterion, None, "; ".join(parts), name)
     spread = f"range {max(scores) - min(scores):.1f}, sd {statistics.pstdev(scores):.1f}"
     return Verdict(criterion, statistics.fmean(scores), "; ".join([*parts, spread]), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.judges.budget import (
     COST_CAP,
@@ -12,7 +13,10 @@ from persona_lora.judges.budget import (
     CapReached,
     Prices,
     Reservation,
+    cap_behind,
+    refuse_spent,
 )
+from persona_lora.judges.judging import MultiJudge
 
 PROMPT = "x" * 252  # reserved as 84 + 16 = 100 tokens
 PRICES = Prices(1_000_000 / 100, 0.0)  # so that a prompt of 100 tokens costs a dollar hundred
@@ -60,3 +64,22 @@ def test_budget_refuses_a_cost_cap_without_prices_and_caps_that_are_no_numbers()
     for cap in (-1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="max_cost"):
             Budget(PRICES, max_cost=cap)
+
+
+def test_a_cap_is_found_behind_what_is_unscored_whoever_says_so():
+    class Says:
+        def __init__(self, name, score, reason):
+            self.name, self.told = name, (score, reason)
+
+        def judge(self, exchanges, criterion):
+            return [Verdict(criterion, *self.told, self.name) for _ in exchanges]
+
+    paid, free = Says("openai", None, COST_CAP), Says("embedding", 2.0, "")
+    (both,) = MultiJudge([free, paid]).judge([Exchange("q", "a")], "evil")
+    assert both.score is None
+    assert cap_behind(both.score, both.reason) == COST_CAP
+    assert cap_behind(None, "no words") is None
+    assert cap_behind(3.0, f"the answer speaks of a {REQUEST_CAP}") is None
+    with pytest.raises(UserError, match=r"cost cap reached.*--max-judge-cost"):
+        refuse_spent([Verdict("evil", 2.0, "", "embedding"), both])
+    refuse_spent([Verdict("evil", None, "no words", "embedding")])

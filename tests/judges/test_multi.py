@@ -29,13 +29,13 @@ FIRST = FixedJudge("a", 10.0, 20.0, None, None)
 SECOND = FixedJudge("b", 30.0, 40.0, 50.0, None)
 
 
-def test_multi_judge_averages_those_that_scored_and_lists_them():
+def test_multi_judge_averages_what_all_scored_and_lists_them():
     verdicts = MultiJudge([FIRST, SECOND]).judge(ITEMS, "evil")
-    assert [verdict.score for verdict in verdicts] == [20.0, 30.0, 50.0, None]
+    assert [verdict.score for verdict in verdicts] == [20.0, 30.0, None, None]
     assert verdicts[0] == Verdict(
         "evil", 20.0, "a: 10.0; b: 30.0; range 20.0, sd 10.0", "multi:a+b"
     )
-    assert verdicts[2].reason == "a: unscored (tired); b: 50.0; range 0.0, sd 0.0"
+    assert verdicts[2].reason == "a: unscored (tired); b: 50.0"
     assert verdicts[3].reason == "a: unscored (tired); b: unscored (tired)"
 
 
