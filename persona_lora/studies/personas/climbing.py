@@ -24,6 +24,7 @@ from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.personas import Coefficients
+from persona_lora.judges.budget import refuse_spent
 from persona_lora.judges.judging import Judge
 from persona_lora.models.generation import ending_tokens
 from persona_lora.models.likelihood import TokenizedExchange, tokenize_exchange
@@ -122,7 +123,9 @@ def _slopes(
     criterion: str,
     fixed: Mapping[str, float],
 ) -> Slopes:
-    values = [each.score for each in judge.judge([e.exchange for e in drawn], criterion)]
+    verdicts = judge.judge([each.exchange for each in drawn], criterion)
+    refuse_spent(verdicts)
+    values = [each.score for each in verdicts]
     by_prompt: dict[str, list[int]] = {}
     for at, value in enumerate(values):
         if value is not None:

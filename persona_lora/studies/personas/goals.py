@@ -84,13 +84,16 @@ class Targets:
 
     def valued(self, exchanges: Sequence[Exchange]) -> list[Valued]:
         """Return the value of each answer, and its score by trait."""
-        found: list[dict[str, float | None]] = [{} for _ in exchanges]
+        found: list[dict[str, Verdict]] = [{} for _ in exchanges]
         for trait, judge in self.judges.items():
             own = [at for at, each in enumerate(exchanges) if self._scored_on(each, trait)]
             verdicts = judge.judge([exchanges[at] for at in own], trait) if own else []
             for at, verdict in zip(own, verdicts, strict=True):
-                found[at][trait] = verdict.score
-        valued = [Valued(self._verdict(each), each) for each in found]
+                found[at][trait] = verdict
+        valued = [
+            Valued(self._verdict(each), {trait: told.score for trait, told in each.items()})
+            for each in found
+        ]
         if self.pareto:
             self._known.update(zip(exchanges, valued, strict=True))
         return valued
@@ -103,13 +106,16 @@ class Targets:
         """Return the value of each answer."""
         return [each.verdict for each in self.valued(exchanges)]
 
-    def _verdict(self, scores: Mapping[str, float | None]) -> Verdict:
-        known = {trait: each for trait, each in scores.items() if each is not None}
-        missing = sorted(set(scores) - set(known))
+    def _verdict(self, verdicts: Mapping[str, Verdict]) -> Verdict:
+        away, missing = [], []
+        for trait, each in sorted(verdicts.items()):
+            if each.score is None:
+                missing.append(f"no score of {trait}: {each.reason}")
+            else:
+                away.append(abs(each.score - self.wanted[trait]))
         if missing:
-            return Verdict(VALUE, None, f"no score of {missing[0]}", self.name)
-        distance = fmean(abs(each - self.wanted[trait]) for trait, each in known.items())
-        return Verdict(VALUE, -distance, "", self.name)
+            return Verdict(VALUE, None, "; ".join(missing), self.name)
+        return Verdict(VALUE, -fmean(away), "", self.name)
 
 
 def checked_targets(wanted: Mapping[str, float]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.options import GenerationOptions, ObjectiveOptions
 from persona_lora.core.personas import Coefficients
 from persona_lora.judges.answer_gates import counted, failures
-from persona_lora.judges.budget import COST_CAP, REQUEST_CAP
+from persona_lora.judges.budget import refuse_spent
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.style_judge import PERSONA_FIT
 from persona_lora.models.generation import Generated
@@ -37,7 +37,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, generate_rows
-from persona_lora.studies.personas.search import PARTS, SearchStopped, Value
+from persona_lora.studies.personas.search import PARTS, Value
 from persona_lora.studies.steering.divergence import row_divergences
 
 logger = logging.getLogger(__name__)
@@ -292,13 +292,11 @@ class MixObjective:
         return [each for answer in self.speaker.divergences(mix, exchanges) for each in answer]
 
     def _patiently(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """Judge; wait while the judge scores nothing, stop where its budget is spent."""
+        """Judge; wait while the judge scores nothing. UserError where its budget is spent."""
         waited, pause = 0.0, FIRST_PAUSE
         while True:
             verdicts = self._judge.verdicts(exchanges)
-            spent = {each.reason for each in verdicts} & {REQUEST_CAP, COST_CAP}
-            if spent:
-                raise SearchStopped(f"judge: {spent.pop()}")
+            refuse_spent(verdicts)
             answered = any(exchange.answer.strip() for exchange in exchanges)
             if not answered or any(each.score is not None for each in verdicts):
                 return verdicts

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,10 +69,6 @@ class Standing(NamedTuple):
 
 Objective = Callable[[Sequence[Coefficients], int], Sequence[Value]]
 """Takes the candidates of a generation and its number; returns their values."""
-
-
-class SearchStopped(Exception):
-    """Raised by an objective that cannot go on (a budget is spent); the search ends well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +320,9 @@ def search(
 
     A run that was killed goes on: its generations are told again to a searcher of the same seed,
     which then asks for what it would have asked. Of several processes the first one writes.
-    Raises UserError when the rows on disk do not agree (other options), when not one candidate of
-    a generation could be scored, or when a budget was spent before the first generation ended.
+    Raises UserError when the rows on disk do not agree (other options) or go on past the end that
+    is asked for, when not one candidate of a generation could be scored, or when no generation
+    fits into ``max_evaluations``; what the objective raises leaves the generations before it there.
     """
     if searcher not in SEARCHERS:
         raise UserError(f"no search {searcher!r}; there are {', '.join(SEARCHERS)}")
@@ -342,15 +339,11 @@ def search(
             reason = "maxevals"
             break
         replayed = iteration in told
-        try:
-            generation = (
-                _replayed(told[iteration], mixes, iteration)
-                if replayed
-                else _evaluated(objective, mixes, iteration)
-            )
-        except SearchStopped as stop:
-            reason = str(stop)
-            break
+        generation = (
+            _replayed(told[iteration], mixes, iteration)
+            if replayed
+            else _evaluated(objective, mixes, iteration)
+        )
         if processes.index == 0 and not replayed:
             run.append(GENERATIONS, [_row(each, len(mixes)) for each in generation])
         candidates += generation
@@ -366,6 +359,7 @@ def search(
             break
     if not candidates:
         raise UserError(f"the search ended before its first generation did ({reason}); allow more")
+    _check_whole(candidates, told, reason)
     return _result(candidates, strategy, names, reason)
 
 
@@ -376,11 +370,16 @@ def evaluate_once(
     name: str,
     processes: Processes = Processes(),
 ) -> list[Candidate]:
-    """Return mixes with their values outside of the search; read where the run holds them."""
+    """Return mixes with their values outside of the search; read where the run holds them all.
+
+    Raises UserError when not one of them could be scored.
+    """
     kept = processes.from_main(lambda: run.resume_rows(name))
-    if [row["values"] for row in kept] == [list(mix.values) for mix in mixes]:
+    whole = all(row["value"] is not None for row in kept)
+    if whole and [row["values"] for row in kept] == [list(mix.values) for mix in mixes]:
         return _replayed(kept, mixes, 0)
     found = _evaluated(objective, mixes, 0)
+    _standings(found)
     if processes.index == 0:
         run.write(name, [_row(each, len(mixes)) for each in found])
     return found
@@ -457,6 +456,16 @@ def _told(run: Run) -> dict[int, list[dict[str, Any]]]:
     whole = {at: group for at, group in groups.items() if len(group) == group[0]["size"]}
     run.write(GENERATIONS, [row for group in whole.values() for row in group])
     return whole
+
+
+def _check_whole(candidates: Sequence[Candidate], told: Collection[int], reason: str) -> None:
+    """UserError where the disk holds more of a search: another was reported by these."""
+    ended, last = candidates[-1].iteration, max(told, default=0)
+    if last > ended:
+        raise UserError(
+            f"the search ends with generation {ended} ({reason}), and on disk it went on to "
+            f"{last}; ask for at least that, choose another --save-dir, or pass --overwrite"
+        )
 
 
 def _row(candidate: Candidate, size: int) -> dict[str, Any]:

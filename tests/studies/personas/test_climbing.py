@@ -15,6 +15,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.options import GenerationOptions
 from persona_lora.core.personas import Coefficients
+from persona_lora.judges.budget import COST_CAP
 from persona_lora.models.generation import ending_tokens
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
@@ -181,3 +182,17 @@ def test_equal_values_slope_nowhere_and_no_mix_passes_the_bound(speaker, caplog)
     assert set(flat.values) == {0.0}
     steep = Slopes(("calm", "loud"), (1.0, 0.1), (0.1, 0.1))
     assert max(each.as_dict()["calm"] for each in steep.mixes(0.667)) == 0.667
+
+
+def test_a_spent_budget_leaves_no_slopes_to_be_read_again(speaker, tmp_path):
+    class Spent(Likes):
+        def judge(self, exchanges, criterion):
+            return [
+                each if at < len(exchanges) // 2 else Verdict(criterion, None, COST_CAP, self.name)
+                for at, each in enumerate(super().judge(exchanges, criterion))
+            ]
+
+    asked = {"criterion": "value", "searching": SearchOptions(), "read": None, "folder": tmp_path}
+    with pytest.raises(UserError, match="cost cap"):
+        kept_slopes(speaker, PROMPTS, Spent(), **asked)
+    assert not list(tmp_path.iterdir())

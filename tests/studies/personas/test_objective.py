@@ -10,6 +10,7 @@ from persona_lora.core.chat import Exchange, Verdict, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Coefficients
 from persona_lora.judges.budget import COST_CAP
+from persona_lora.judges.judging import MultiJudge
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
@@ -17,7 +18,6 @@ from persona_lora.steering.live import LiveLoRA
 from persona_lora.studies.asking.run import GenerationOptions, Row
 from persona_lora.studies.personas import objective
 from persona_lora.studies.personas.objective import MixObjective, ObjectiveOptions, Speaker
-from persona_lora.studies.personas.search import SearchStopped
 
 PROMPTS = ("How are you?", "Any news?", "What's for lunch?", "Did it rain?")
 
@@ -239,8 +239,13 @@ def test_an_outage_is_waited_out_and_loses_nothing(speaker, judge, monkeypatch):
 
 def test_a_spent_judge_budget_stops_the_search(speaker, judge):
     judge.faults = [COST_CAP] * 10
-    with pytest.raises(SearchStopped, match="cost cap"):
+    with pytest.raises(UserError, match="cost cap"):
         MixObjective(speaker, PROMPTS, judge)(MIXES, 1)
+    judge.faults = [COST_CAP] * 10
+    other = CountingJudge()
+    other.name = "other"
+    with pytest.raises(UserError, match="cost cap"):
+        MixObjective(speaker, PROMPTS, MultiJudge([other, judge]))(MIXES, 1)
 
 
 def test_what_was_asked_ahead_is_not_asked_again(judge):

@@ -18,7 +18,6 @@ from persona_lora.studies.personas.search import (
     GENERATIONS,
     SEARCHERS,
     SearchOptions,
-    SearchStopped,
     Value,
     evaluate_once,
     front_of,
@@ -259,15 +258,33 @@ def test_nothing_scored_is_an_error_not_a_result(run):
         search(lambda mixes, iteration: [Value(None) for _ in mixes], TRAITS, SearchOptions(), run)
 
 
-def test_a_spent_budget_ends_with_the_best_so_far(run):
-    def until_three(mixes, iteration):
-        if iteration == 3:
-            raise SearchStopped("judge: cost cap reached")
-        return parabola(mixes, iteration)
+def test_mixes_that_were_not_scored_are_measured_again(run):
+    scored = [False, True]
 
-    found = search(until_three, TRAITS, SearchOptions(population_size=4), run)
-    assert (found.iterations, found.evaluations) == (2, 8)
-    assert found.reason == "judge: cost cap reached"
+    def sometimes(mixes, iteration):
+        return [Value(1.0), Value(2.0 if scored.pop(0) else None)]
+
+    mixes = [Coefficients(TRAITS, (x, 0.0, 0.0)) for x in (0.0, 1.0)]
+    assert [each.value for each in evaluate_once(sometimes, mixes, run, "finalists")] == [1.0, None]
+    again = evaluate_once(sometimes, mixes, run, "finalists")
+    assert [each.value for each in again] == [1.0, 2.0]
+    assert evaluate_once(sometimes, mixes, run, "finalists") == again
+    with pytest.raises(UserError, match="not one candidate"):
+        evaluate_once(lambda *_: [Value(None)], mixes[:1], run, "others")
+    assert not run.read("others")
+
+
+@pytest.mark.parametrize(
+    "shorter", [{"max_iterations": 3}, {"max_evaluations": 15}, {"target": -1e9}]
+)
+def test_a_search_that_ends_before_what_is_on_disk_is_refused(run, shorter):
+    longer = SearchOptions(max_iterations=5, population_size=4)
+    found = search(parabola, TRAITS, longer, run)
+    rows = run.read(GENERATIONS)
+    with pytest.raises(UserError, match=r"ends with generation [13] .* on disk it went on to 5"):
+        search(parabola, TRAITS, dataclasses.replace(longer, **shorter), run)
+    assert run.read(GENERATIONS) == rows
+    assert search(parabola, TRAITS, longer, run) == found
 
 
 @pytest.mark.parametrize(
