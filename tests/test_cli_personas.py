@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from persona_lora.cli.persona_commands import _state
 from persona_lora.core.chat import Verdict
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.personas import Coefficients, saved_mixes
@@ -19,6 +20,7 @@ from persona_lora.judges import choice
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.studies.personas import bench
+from persona_lora.studies.personas.search import Generation
 from tests.scenes import EvenCoherence, assert_fails
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +82,12 @@ def test_a_search_ends_with_weights_and_a_report(run, place, tmp_path):
     assert not any(row["details"].get("raced_out") for row in finalists)
     fixed = json.loads((tmp_path / "again" / "episode-000101_B_best_weights.json").read_text())
     assert fixed["formality"] == 0.5
+
+
+@pytest.mark.parametrize(("best", "said"), [(2.5, "best 2.50"), (None, "none keeps the constr")])
+def test_the_live_line_tells_whether_a_candidate_keeps_the_constraints(best, said):
+    shown = Generation(1, 9, best, mean=2.0, sigma=1.0, evaluations=8, size=8, seconds=2.0)
+    assert f"generation 1/9  ·  {said}" in _state(shown, "ann", None)
 
 
 def test_a_search_runs_on_a_cpu_with_bf16_units(run, place, tmp_path, simulate_machine):

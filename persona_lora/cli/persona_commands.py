@@ -652,7 +652,9 @@ def _state(generation: Generation, name: str, dollars: float | None) -> str:
     rate = generation.size / generation.seconds if generation.seconds else None
     parts = [
         f"{name}: generation {generation.iteration}/{generation.max_iterations}",
-        f"best {generation.best:.2f}" if generation.best is not None else "no candidate scored",
+        f"best {generation.best:.2f}"
+        if generation.best is not None
+        else "none keeps the constraints yet",
         f"mean {generation.mean:.2f}" if generation.mean is not None else "",
         f"σ {generation.sigma:.2f}",
         f"{generation.evaluations} evaluations",

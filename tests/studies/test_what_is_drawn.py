@@ -286,12 +286,16 @@ def test_a_search_draws_values_fits_and_weights(tmp_path):
     config["searcher"] = "random"
     run = Run.open(tmp_path / "run", command="optimize", config=config, seed=0)
     run.write("held_out", [row for row in held_out() if row["persona"] == "p-01_A"])
-    values = [(0, 1.0), (0, 3.0), (1, 2.0), (1, None)]
-    run.write("generations", [{"iteration": at, "value": value} for at, value in values])
+    values = [(0, 1.0, 2.0), (0, 3.0, 1.0), (1, 2.0, 0.0), (1, 9.0, 0.5), (1, None, 0.0)]
+    run.write(
+        "generations",
+        [{"iteration": at, "value": value, "violation": by} for at, value, by in values],
+    )
     history, fits, weights = personas.render_search(run).panels
-    assert history.of("candidates").y == (1.0, 3.0, 2.0)
-    assert history.of("generation's mean").y == (2.0, 2.0)
-    assert history.of("best so far").y == (3.0, 3.0)
+    assert history.of("candidates").y == (1.0, 3.0, 2.0, 9.0)
+    assert history.of("candidates").hollow == (True, True, False, True)  # constraints are broken
+    assert history.of("generation's mean").y == (2.0, 5.5)
+    assert history.of("best so far").y == (3.0, 2.0)
     assert fits.of("distribution's mean").y == (3.0,)
     assert fits.of("unsteered").y == (2.0,)
     assert weights.drawn[0].y == (-1.0, 0.5)

@@ -6,7 +6,8 @@ Draws rows from disk and what ``fits`` says of them; refuses to compute statisti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def render_search(run: Run) -> Picture:
     note = (
         f"Search: {len(config['prompts'])} training prompts, judge {config['judge']} of training "
         f"conversations. Held-out: {fits[0].fit.n_questions} other prompts, judge of test "
-        f"conversations; bars: 95% bootstrap over prompts. {order_line(fits)}"
+        f"conversations; bars: 95% bootstrap over prompts. {order_line(fits)}{_hollow(generations)}"
     )
     title = f"{config['persona']}: the search with {way_of(config)}"
     return draw.finish(figure, panels, title=title, note=note)
@@ -136,7 +137,8 @@ def render_goal(run: Run) -> Picture:
     note = (
         f"Search: {len(config['prompts'])} training prompts, judge {config['judge']}. Held-out: "
         f"{fits[0].fit.n_questions} other prompts, the same judge; bars: 95% bootstrap over "
-        f"prompts. Dashed: the target. Random mixes: another for every prompt.{front * several}"
+        f"prompts. Dashed: the target. Random mixes: another for every prompt."
+        f"{front if several else _hollow(generations)}"
     )
     return draw.finish(figure, panels, title=f"A search for {sought(config)}", note=note)
 
@@ -242,7 +244,8 @@ def _history(axes: Axes, generations: Sequence[Row]) -> Panel:
     )
     values = [[row["value"] for row in rows] for rows in by_step.values()]
     steps, means = tuple(by_step), tuple(float(np.mean(each)) for each in values)
-    best = tuple(map(float, np.maximum.accumulate([max(each) for each in values])))
+    tops = (max(rows, key=_standing) for rows in by_step.values())
+    best = tuple(row["value"] for row in accumulate(tops, partial(max, key=_standing)))
     panel = draw.lines(
         axes,
         [
@@ -251,6 +254,7 @@ def _history(axes: Axes, generations: Sequence[Row]) -> Panel:
                 tuple(row["iteration"] for row in scored),
                 tuple(row["value"] for row in scored),
                 look=Look(draw.CONTROL, width=0, size=2.2, alpha=0.5, order=1),
+                hollow=tuple(row["violation"] > 0 for row in scored),
             ),
             Series("generation's mean", steps, means, look=Look(draw.COHERENCE)),
             Series("best so far", steps, best, look=Look(draw.TRAIT, width=2.2)),
@@ -258,6 +262,15 @@ def _history(axes: Axes, generations: Sequence[Row]) -> Panel:
     )
     draw.legend(axes, loc="lower right")
     return panel
+
+
+def _hollow(generations: Sequence[Row]) -> str:
+    broken = any(row["value"] is not None and row["violation"] for row in generations)
+    return " Hollow: candidates that break the constraints." * broken
+
+
+def _standing(row: Row) -> tuple[float, float]:
+    return -row["violation"], row["value"]
 
 
 def _fits(axes: Axes, fits: Sequence[ConditionFit], rows: Sequence[Row] = ()) -> Panel:
