@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit
@@ -250,24 +251,13 @@ def test_cells_and_layers_of_a_grid_stand_under_their_headings(make_sweep_run):
             assert found[name][: len(wanted)] == wanted, name
 
 
-@pytest.mark.parametrize(
-    ("rows", "best"),
-    [
-        ([(0, 3.0), (0, 3.5)], "incumbent"),
-        ([(0, 3.0), (0, 2.9), (0, 3.1)], "incumbent"),
-        ([(0, 3.0), (0, 3.0)], "mean"),
-        ([(0, 3.0), (1, 9.0)], "mean"),  # it breaks the constraints
-        ([(1, 9.0), (0, 2.0)], "incumbent"),
-        ([(0, 3.0), (0, None)], "mean"),
-        ([(0, None), (0, 1.0)], "incumbent"),
-        ([(0, 3.0)], "mean"),
-        ([], "mean"),
-    ],
-)
-def test_the_mean_of_a_search_is_best_unless_another_stood_higher(tmp_path, rows, best):
+def test_the_best_mix_is_the_one_that_its_search_named(tmp_path):
     run = Run.open(tmp_path / "run", command="optimize", config={}, seed=0)
-    run.write("finalists", [{"violation": broken, "value": value} for broken, value in rows])
-    assert personas._best(run) == best
+    run.write("finalists", [{"value": value} for value in (3.0, 4.0)])
+    with pytest.raises(UserError, match="run its optimize command again"):
+        personas._best(run)
+    run.write("finalists", [{"value": value, "best": "front_2"} for value in (3.0, 4.0)])
+    assert personas._best(run) == "front_2"
 
 
 def test_an_alarm_is_drawn_at_its_coordinate_over_its_threshold():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row
@@ -143,15 +143,13 @@ def _blocks(
 
 def _best(run: Run) -> str:
     """Return the mix that a search named best: what stood highest on fresh prompts."""
-    finalists = [
-        (-math.inf, -math.inf) if row["value"] is None else (-row["violation"], row["value"])
-        for row in run.read("finalists")
-    ]
-    if is_front(run.record["config"]):
-        best = run.read("finalists")[finalists.index(max(finalists))]["values"]
-        mixes = {row["condition"]: row["weights"] for row in run.read("held_out")}
-        return next(name for name, mix in mixes.items() if mix and list(mix.values()) == best)
-    return "incumbent" if len(finalists) > 1 and max(finalists[1:]) > finalists[0] else "mean"
+    named = [str(row["best"]) for row in run.read("finalists") if "best" in row]
+    if not named:
+        raise UserError(
+            f"{run.folder} does not say which mix is best; run its optimize command again, which "
+            "measures nothing anew"
+        )
+    return named[0]
 
 
 def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:

@@ -453,6 +453,8 @@ def _reported(
     return PersonaResult(
         problem.name,
         method.name,
+    if problem.processes.index == 0:
+        run.write(FINALISTS, [{**row, "best": best} for row in run.read(FINALISTS)])
         best,
         finalists,
         found,
