@@ -290,6 +290,11 @@ class GoalProblem:
         goal = self.goal
         return goal.parts if isinstance(goal, Targets) and goal.pareto else None
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The columns of its rows that hold judges' scores."""
+        return ("score",) if self.second is None else ("score", "second")
+
     def inputs(self) -> dict[str, str]:
         """Return digests of the model, and of what judges."""
         return {**self.chat_model.inputs(), **self.judged_by}

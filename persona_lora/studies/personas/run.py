@@ -29,6 +29,7 @@ from persona_lora.core.protocol import Design
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
+from persona_lora.judges.budget import cap_behind
 from persona_lora.judges.coherence import CoherenceScorer, Embed
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
@@ -37,6 +38,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
 from persona_lora.report.resampling import FITS
+from persona_lora.report.scores import grouped
 from persona_lora.steering.bank import Bank, Elsewhere
 from persona_lora.studies.asking.run import Row, open_planned
 from persona_lora.studies.personas.bounds import bound_answers
@@ -126,6 +128,12 @@ class PersonaProblem:
         """The utterances that no answer may copy."""
         return self.persona.utterances("train")
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The columns of its rows that hold judges' scores."""
+        alone = self.search_judge.name == self.report_judge.name  # one judge has nothing to add
+        return ("score",) if alone else ("score", "searched_by")
+
     def record(self) -> dict[str, Any]:
         """Return what a run's configuration keeps of what is sought."""
         return {
@@ -153,7 +161,7 @@ class PersonaProblem:
         relevance = [self._relevance_of(each) for each in exchanges]
         failed = failures(exchanges, self.learnt_from, coherence, relevance)
         searched_by: list[float | None] = [None] * len(exchanges)
-        if self.search_judge.name != self.report_judge.name:  # one judge has nothing to add
+        if "searched_by" in self.scored:
             searched_by = [e.score for e in self.search_judge.judge(exchanges, PERSONA_FIT)]
         measured = zip(exchanges, manners, failed, coherence, relevance, searched_by, strict=True)
         return [
@@ -445,16 +453,17 @@ def _reported(
     finalists = _finalists(problem, speaker, found, objective, run)
     mixes = {name: each.coefficients for name, each in finalists.items()}
     best = max(finalists, key=lambda name: finalists[name].standing)
+    if problem.processes.index == 0:
+        run.write(FINALISTS, [{**row, "best": best} for row in run.read(FINALISTS)])
     conditions = {UNSTEERED: None, **mixes, **problem.beside(mixes[best], drawn["seed"])}
     rows = held_out_rows(problem, speaker, conditions, run, drawn=drawn, limits=objective)
-    kept = problem.processes.from_main(lambda: run.resume_rows(BOUND_ROWS)) or problem.bounds
+    held = problem.processes.from_main(lambda: _completed(problem, run.resume_rows(BOUND_ROWS)))
+    kept = held or problem.bounds
     if problem.processes.index == 0:
         run.write(BOUND_ROWS, kept)
     return PersonaResult(
         problem.name,
         method.name,
-    if problem.processes.index == 0:
-        run.write(FINALISTS, [{**row, "best": best} for row in run.read(FINALISTS)])
         best,
         finalists,
         found,
@@ -512,7 +521,7 @@ def held_out_rows(
     names = [name for name in conditions for _ in prompts]
     wanted = list(zip(names, weights, strict=True))
     if kept and [(row["condition"], row["weights"]) for row in kept] == wanted:
-        return kept
+        return problem.processes.from_main(lambda: _written(run, _completed(problem, kept)))
     answers = list(map(Exchange, (row.question for row in asked), speaker.answers(asked)))
     diverged = isinstance(problem, GoalProblem) or limits.max_kl is not None
     choices = [] if limits.min_choice is None else choices_of("held_out")
@@ -532,10 +541,44 @@ def held_out_rows(
             known = kept_choices(speaker, [None, *mixes.values()], choices)
             kept_by = dict(zip([UNSTEERED, *mixes], known, strict=True))
             rows = [{**row, "choice": kept_by.get(row["condition"])} for row in rows]
-        run.write(HELD_OUT, rows)
-        return rows
+        return _written(run, rows)
 
     return problem.processes.from_main(judged)
+
+
+def _written(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write held-out rows, and say how many of them wait for a judge's budget."""
+    run.write(HELD_OUT, rows)
+    told = (cap_behind(row["score"], row["reason"]) for row in rows)
+    if waiting := list(filter(None, told)):
+        logger.warning(
+            "%d held-out answers have no score (%s); the same command, with a higher "
+            "--max-judge-cost, has them judged",
+            *(len(waiting), waiting[0]),
+        )
+    return rows
+
+
+def _completed(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows, those again judged whose answers say something and lack a judge's score.
+
+    What a judge left out at a cap or in an outage is not out for good.
+    """
+
+    def lacking(row: Mapping[str, Any]) -> int:
+        told = bool(row["answer"].strip())
+        return told * sum(row.get(name) is None for name in problem.scored)
+
+    found: list[dict[str, Any]] = []
+    for name, own in grouped(rows, lambda row: row["condition"]).items():
+        again: Sequence[dict[str, Any]] = own
+        if any(map(lacking, own)):  # all of a condition: an answer may repeat another
+            again = problem.judged(name, [Exchange(row["prompt"], row["answer"]) for row in own])
+        for old, new in zip(own, again, strict=True):
+            more = lacking(new) < lacking(old)
+            same = {key: old[key] for key in ("prompt_id", "weights")}
+            found.append({**old, **new, **same} if more else old)
+    return found
 
 
 def _mix_at(told: Told, at: int) -> Coefficients | None:

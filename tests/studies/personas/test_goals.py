@@ -15,6 +15,7 @@ from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, mix, p
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
+from persona_lora.judges.budget import COST_CAP
 from persona_lora.judges.choice import JudgeOptions
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
@@ -76,10 +77,31 @@ class LetterShare:
 
     def judge(self, exchanges, criterion):
         self.asked += exchanges
-        return [Verdict(criterion, self._score(each.answer), "", self.name) for each in exchanges]
+        scores = [self._score(each.answer) for each in exchanges]
+        return [Verdict(criterion, s, "empty" * (s is None), self.name) for s in scores]
 
     def _score(self, answer):
         return 100 * answer.count(self.letter) / len(answer) if answer else None
+
+
+class Paid(LetterShare):
+    """Has a budget for so many answers to questions of one part."""
+
+    def __init__(self, letter, part, budget):
+        super().__init__(letter)
+        self.name, self.part, self.left = "openai", part, budget
+
+    def judge(self, exchanges, criterion):
+        return [
+            Verdict(criterion, None, COST_CAP, self.name) if self._is_spent(exchange) else verdict
+            for exchange, verdict in zip(
+                exchanges, super().judge(exchanges, criterion), strict=True
+            )
+        ]
+
+    def _is_spent(self, exchange):
+        self.left -= exchange.question in self.part
+        return exchange.question in self.part and self.left < 0
 
 
 def planted(chat_model, letter):
@@ -238,6 +260,7 @@ def test_a_front_of_two_targets_that_exclude_each_other(chat_model, method, tmp_
     assert list(edge.y) == sorted(edge.y, reverse=True)
     known = json.loads((tmp_path / "out" / "both_optimization.json").read_text())
     assert known["best"] == result.best
+    assert {row["best"] for row in run.read("finalists")} == {result.best}
     assert known["finalists"]["front_1"]["weights"] == known["finalists"]["front_1"]["coefficients"]
     again = optimise_persona(problem, way, tmp_path / "out" / "run", searching=SEARCH)
     assert (again.search, again.finalists, again.fits) == (
@@ -300,7 +323,7 @@ def test_a_trait_is_scored_on_its_own_questions():
     assert scores == [0.0, -25.0, -12.5, -12.5]
     assert [each.question for each in judges["e"].asked] == ["E?", "both?", "neither?"]
     (unscored,) = targets.judge([Exchange("both?", "")], "value")
-    assert (unscored.score, unscored.reason) == (None, "no score of e")
+    assert (unscored.score, unscored.reason) == (None, "no score of e: empty; no score of o: empty")
     with pytest.raises(UserError, match=r"target of e .* got 130"):
         checked_targets({"e": 130.0})
 
@@ -475,3 +498,84 @@ def test_where_a_trait_must_act_is_found_by_parts(chat_model, scorer, tmp_path):
     result = optimise_persona(problem, method, tmp_path / "out" / "run", searching=SEARCH)
     assert result.weights.as_dict()["e@self_attn"] > 0.5
     assert result.fit_of(result.best).difference.mean > 1
+
+
+SHORT = SearchOptions(max_iterations=3, population_size=4)
+
+
+@pytest.mark.parametrize(("part", "budget", "kept"), [("train", 16, 1), ("fresh", 4, 3)])
+def test_a_spent_budget_ends_a_search_which_goes_on_with_another(
+    chat_model, method, tmp_path, part, budget, kept
+):
+    def found(place, left):
+        paid = Paid("e", getattr(PROMPTS, part), left)
+        problem = problem_of(chat_model, Targets({"e": 70.0}, {"e": paid}, {}))
+        return optimise_persona(problem, method, tmp_path / place / "run", searching=SHORT)
+
+    with pytest.raises(UserError, match=r"cost cap reached.*--max-judge-cost"):
+        found("out", budget)
+    run = Run(tmp_path / "out" / "run")
+    assert (run.record["status"], len(run.read("generations"))) == ("failed", 4 * kept)
+    assert not run.read("finalists")
+    again, whole = found("out", 10**6), found("whole", 10**6)
+    assert (again.search, again.finalists, again.rows) == (
+        whole.search,
+        whole.finalists,
+        whole.rows,
+    )
+
+
+@pytest.mark.parametrize("spent", ["goal", "second"])
+def test_held_out_answers_that_a_spent_budget_left_unscored_are_judged_later(
+    chat_model, method, tmp_path, caplog, spent
+):
+    def found(place, left):
+        paid = Targets({"e": 70.0}, {"e": Paid("e", PROMPTS.held_out, left)}, {})
+        free = Targets({"e": 70.0}, {"e": LetterShare("e")}, {})
+        judges = (paid, free) if spent == "goal" else (free, paid)
+        problem = problem_of(chat_model, judges[0], second=judges[1])
+        optimise_persona(problem, method, tmp_path / place / "run", searching=SHORT)
+        return Run(tmp_path / place / "run").read("held_out")
+
+    column = "score" if spent == "goal" else "second"
+    waiting = [row for row in found("out", 18) if row[column] is None and row["answer"]]
+    assert waiting
+    assert ("answers have no score (cost cap reached)" in caplog.text) == (spent == "goal")
+    assert found("out", 10**6) == found("whole", 10**6)
+
+
+def test_a_shorter_search_leaves_what_a_longer_one_found(chat_model, method, scorer, tmp_path):
+    problem, folder = problem_of(chat_model, scorer), tmp_path / "out"
+    long = optimise_persona(problem, method, folder / "run", searching=SHORT)
+    known = (folder / "mine_optimization.json").read_text()
+    shorter = dataclasses.replace(SHORT, max_iterations=1)
+    with pytest.raises(UserError, match="on disk it went on to 3; ask for at least that"):
+        optimise_persona(problem, method, folder / "run", searching=shorter)
+    assert (folder / "mine_optimization.json").read_text() == known
+    assert optimise_persona(problem, method, folder / "run", searching=SHORT).rows == long.rows
+    anew = Output(folder / "run", overwrite=True)
+    optimise_persona(problem, method, anew, searching=shorter)
+    assert len(Run(folder / "run").read("generations")) == 4
+
+
+def test_a_front_is_reported_whatever_left_it_on_fresh_prompts(chat_model, method, tmp_path):
+    """What left it may have the higher value, where some answers lack one of their scores."""
+
+    class Some(LetterShare):
+        def _score(self, answer):
+            return super()._score(answer) if sum(map(ord, answer)) % 5 else None
+
+    judges = {"e": LetterShare("e"), "o": Some("o")}
+    problem = problem_of(chat_model, Targets({"e": 70.0, "o": 30.0}, judges, {}, pareto=True))
+    way = dataclasses.replace(method, searcher="random")
+    searching = SearchOptions(max_iterations=3, population_size=6, seed=7)
+    result = optimise_persona(problem, way, tmp_path / "run", searching=searching)
+    rows = Run(tmp_path / "run").read("finalists")
+    highest = max(rows, key=lambda row: row["value"])
+    assert tuple(highest["values"]) not in {each.values for each in mixes_of(result)}
+    assert {row["best"] for row in rows} == {result.best}
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def mixes_of(result):
+    return [each.coefficients for each in result.finalists.values()]

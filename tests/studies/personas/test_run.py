@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from persona_lora.core.chat import Exchange
+from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel
@@ -59,6 +59,7 @@ PROMPTS = PersonaPrompts(
 )
 TRAITS = ("calm", "loud")
 OPTIONS = SearchOptions(max_iterations=3, population_size=4)
+JUDGES = ("search_judge", "report_judge")
 
 
 def even_relevance(exchanges):
@@ -244,6 +245,41 @@ def test_a_second_call_generates_nothing(problem, method, tmp_path, monkeypatch)
         lambda *_, **__: pytest.fail("it generated"),
     )
     assert optimise_persona(problem, method, tmp_path / "run", searching=OPTIONS) == first
+
+
+class Tired(FitJudge):
+    """Scores so many answers to what no search asks."""
+
+    def __init__(self, name, most):
+        self.name, self.left = name, most
+
+    def judge(self, exchanges, criterion):
+        verdicts = zip(exchanges, super().judge(exchanges, criterion), strict=True)
+        return [
+            Verdict(criterion, None, "down", self.name) if self._is_over(exchange) else verdict
+            for exchange, verdict in verdicts
+        ]
+
+    def _is_over(self, exchange):
+        unsearched = exchange.question not in (*PROMPTS.train, *PROMPTS.fresh)
+        self.left -= unsearched
+        return unsearched and self.left < 0
+
+
+@pytest.mark.parametrize("tired", ["report_judge", "search_judge"])
+def test_what_a_judge_left_unscored_is_judged_by_a_later_call(problem, method, tmp_path, tired):
+    many = 10**6
+
+    def found(place, most):
+        fresh = {each: Tired(each, most if each == tired else many) for each in JUDGES}
+        known = dataclasses.replace(problem, **fresh)
+        optimise_persona(known, method, tmp_path / place, searching=OPTIONS)
+        return Run(tmp_path / place).read("held_out") + Run(tmp_path / place).read("bounds")
+
+    column = "score" if tired == "report_judge" else "searched_by"
+    left = [row["condition"] for row in found("run", 4) if row[column] is None]
+    assert {"incumbent", *BOUNDS} <= set(left)
+    assert found("run", many) == found("whole", many)
 
 
 def test_a_longer_search_goes_on_from_a_shorter_one(problem, method, tmp_path):
