@@ -1176,8 +1176,6 @@ USELESS = {
     "optimize": (
         "--layers 0",
         "--method svd --energy 0.9",
-        "--search random --inject weights.json",
-        "--search random --warm-start",
         "--method svd --warm-start",
         "--by layers --warm-start",
         "--num-prompts 1 --race",

@@ -335,9 +335,6 @@ class Searched:
             refuse_useless("energy", f"with --method {self.method}, whose vectors have no rank")
         if self.pareto and self.search == "cmaes":
             raise UserError("--search cmaes has one objective; with --pareto give tpe or random")
-        if self.search == "random":
-            drawn = "with --search random, which draws every candidate"
-            refuse_useless("inject warm_start", drawn)
         if self.method != "lora" or self.by != "trait":
             refuse_useless("warm_start", "without whole LoRA differences to read lines along")
 

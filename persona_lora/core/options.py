@@ -202,14 +202,15 @@ class SearchOptions:
 
     ``sigma0`` is the first standard deviation along each direction, ``bound`` the largest
     coefficient allowed (None or 0: no bound), ``fixed`` holds traits at a value, ``inject`` are
-    good points known before. The search stops after ``max_iterations`` generations, before it
-    would pass ``max_evaluations`` candidates, at ``target``, or when CMA-ES has converged
-    (``tolx``: its steps are small, ``tolfun``: its values are equal).
+    good points known before, which every search tries first. The search stops after
+    ``max_iterations`` generations, before it would pass ``max_evaluations`` candidates, at
+    ``target``, or when CMA-ES has converged (``tolx``: its steps are small, ``tolfun``: the values
+    of several generations hardly differ; where they do not differ at all it goes on).
     """
 
     max_iterations: Annotated[int, "Stop after so many generations."] = 30
     population_size: Annotated[
-        int | None, "Candidates in each generation; 4 + 3·ln K by default, for K traits."
+        int | None, "Candidates in each generation; 4 + 3·ln K by default, for K free traits."
     ] = None
     sigma0: Annotated[float, "The first standard deviation of the search."] = 1.0
     bound: Annotated[float | None, "The largest weight of a trait; 0 for no bound."] = 4.0

@@ -34,6 +34,7 @@ Vector = NDArray[np.float64]  # [K], one number a trait
 GENERATIONS = "generations"
 PARTS = "parts"  # in a candidate's details: its values by objective, where there are several
 STARTUP = 10  # candidates drawn before TPE has learnt anything: Optuna's own default
+HISTORY = 10  # generations after which CMA-ES may take equal values for convergence
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ class CMAES:
         settings: dict[str, Any] = {
             "seed": math.nan,  # pycma would seed numpy's global generator
             "randn": random.randn,
+            "popsize": _population(traits, options),
             "tolx": options.tolx,
             "tolfun": options.tolfun,
+            "tolflatfitness": math.inf,
             "maxiter": options.max_iterations,
             "verbose": -9,
         }
-        if options.population_size is not None:
-            settings["popsize"] = options.population_size
         if options.bound is not None:
             settings["bounds"] = [-options.bound, options.bound]
         if fixed:
@@ -117,15 +118,20 @@ class CMAES:
         if len(traits) - len(fixed) == 1:
             settings["maxstd"] = math.inf  # pycma cannot limit the σ of a single dimension
         self._strategy = cma.CMAEvolutionStrategy(start, options.sigma0, settings)
-        if options.inject:
-            free = [trait for trait in traits if trait not in held]  # pycma's own dimensions
-            points = [
-                np.array([point.get(trait, 0.0) for trait in free]) for point in options.inject
-            ]
-            self._strategy.inject(points, force=True)
+        unbounded = partial(
+            self._strategy.gp.geno, from_bounds=self._strategy.boundary_handler.inverse
+        )
+        free = [0.0 if trait in held else 1.0 for trait in traits]  # pycma puts in what is held
+        self._given = [
+            unbounded(np.array([point.get(trait, 0.0) for trait in traits]) * free)
+            for point in options.inject
+        ]
 
     def ask(self) -> list[Vector]:
-        """Return the next generation."""
+        """Return the next generation; injected points come first, beside one draw at least."""
+        room = self._strategy.popsize - 1 - len(self._strategy.pop_injection_directions)
+        given, self._given = self._given[:room], self._given[room:]
+        self._strategy.inject(given, force=True)
         return [np.asarray(each, dtype=float) for each in self._strategy.ask()]
 
     def tell(self, candidates: Sequence[Vector], standings: Sequence[Standing]) -> None:
@@ -141,31 +147,45 @@ class CMAES:
         return float(self._strategy.sigma)
 
     def stopped(self) -> str | None:
-        """Return why CMA-ES has stopped, or None."""
-        reasons = self._strategy.stop()
+        """Return why CMA-ES has stopped, or None.
+
+        Equal values are convergence where the best of ``HISTORY`` generations hardly differ: a
+        judge that tells no candidates apart gives values that do not differ at all.
+        """
+        reasons, best = set(self._strategy.stop()), self._strategy.fit.hist
+        if len(best) < HISTORY or max(best) == min(best):
+            reasons -= {"tolfun", "tolfunhist"}
         return ", ".join(sorted(reasons)) if reasons else None
 
 
+def _population(traits: Sequence[str], options: SearchOptions) -> int:
+    """Return how many candidates every searcher asks for: by default 4 + 3·ln K, of K free."""
+    free = [trait for trait in traits if trait not in options.fixed]
+    return options.population_size or 4 + int(3 * math.log(len(free)))
+
+
 class RandomSearch:
-    """Candidates from one Gaussian that never moves: the control of equal budget."""
+    """Candidates from one Gaussian that never moves: the control of equal budget.
+
+    Injected points come before its own, as they do for every searcher.
+    """
 
     def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
         check_traits(traits, options)
-        self._options = options
+        self._options, self._traits = options, tuple(traits)
         self._start = np.array([options.initial.get(trait, 0.0) for trait in traits])
-        self._fixed = {traits.index(trait): value for trait, value in options.fixed.items()}
         self._random = np.random.RandomState(options.seed)
-        self._size = options.population_size or 4 + int(3 * math.log(len(traits)))
+        self._size = _population(traits, options)
         self._bound = options.bound or math.inf
+        self._given = [self._vector({**dict.fromkeys(traits, 0.0), **at}) for at in options.inject]
         self._best: tuple[Standing, Vector] | None = None
 
     def ask(self) -> list[Vector]:
-        """Return as many fresh candidates as CMA-ES would ask for."""
+        """Return as many candidates as CMA-ES would ask for."""
+        given, self._given = self._given[: self._size], self._given[self._size :]
         steps = self._options.sigma0 * self._random.randn(self._size, len(self._start))
-        candidates = np.clip(self._start + steps, -self._bound, self._bound)
-        for at, value in self._fixed.items():
-            candidates[:, at] = value
-        return list(candidates)
+        drawn = [dict(zip(self._traits, each, strict=True)) for each in self._start + steps]
+        return given + [self._vector(each) for each in drawn[len(given) :]]
 
     def tell(self, candidates: Sequence[Vector], standings: Sequence[Standing]) -> None:
         """Remember the best."""
@@ -187,14 +207,18 @@ class RandomSearch:
         """Never stop before the budget is spent."""
         return None
 
+    def _vector(self, point: Mapping[str, float]) -> Vector:
+        free = {trait: np.clip(value, -self._bound, self._bound) for trait, value in point.items()}
+        return np.array([{**free, **self._options.fixed}[trait] for trait in self._traits])
+
 
 class TPE(RandomSearch):
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), between −bound and bound.
 
-    Its first generations are the injected points and those of random search. Constraints come
-    first for it too (Watanabe and Hutter 2023), and what has no score stands below all that has.
-    Several objectives are searched at once (Ozaki et al. 2020), not by the library's NSGA-II, which
-    comes less near to planted fronts with the few candidates that answers allow.
+    Its first generations are those of random search. Constraints come first for it too (Watanabe
+    and Hutter 2023), and what has no score stands below all that has. Several objectives are
+    searched at once (Ozaki et al. 2020), not by the library's NSGA-II, which comes less near to
+    planted fronts with the few candidates that answers allow.
     """
 
     def __init__(self, traits: Sequence[str], options: SearchOptions) -> None:
@@ -202,8 +226,7 @@ class TPE(RandomSearch):
         optuna = optuna_for(options)
         free = [trait for trait in traits if trait not in options.fixed]
         width = optuna.distributions.FloatDistribution(-self._bound, self._bound)
-        self._traits, self._space = tuple(traits), dict.fromkeys(free, width)
-        self._given = [self._vector({**dict.fromkeys(free, 0.0), **at}) for at in options.inject]
+        self._space = dict.fromkeys(free, width)
         sampler = optuna.samplers.TPESampler(
             seed=options.seed, multivariate=True, n_startup_trials=STARTUP
         )
@@ -215,8 +238,7 @@ class TPE(RandomSearch):
     def ask(self) -> list[Vector]:
         """Return the next generation; those of it that are not told yet keep others away."""
         if self._given or self._study is None or len(self._study.trials) < STARTUP:
-            given, self._given = self._given[: self._size], self._given[self._size :]
-            return given + super().ask()[len(given) :]
+            return super().ask()
         self._trials = [self._study.ask(self._space) for _ in range(self._size)]
         return [self._vector(trial.params) for trial in self._trials]
 
@@ -236,10 +258,6 @@ class TPE(RandomSearch):
     def sigma(self) -> float:
         """Return the mean standard deviation of the generation told last."""
         return self._spread
-
-    def _vector(self, point: Mapping[str, float]) -> Vector:
-        free = {trait: np.clip(value, -self._bound, self._bound) for trait, value in point.items()}
-        return np.array([{**free, **self._options.fixed}[trait] for trait in self._traits])
 
     def _tried(self, candidate: Vector) -> Any:
         point = dict(zip(self._traits, map(float, candidate), strict=True))
@@ -330,7 +348,7 @@ def search(
     strategy = SEARCHERS[searcher](names, options)
     told = processes.from_main(lambda: _told(run))
     candidates: list[Candidate] = []
-    reason = "maxiter"
+    reason, flat = "maxiter", False
     for iteration in range(1, options.max_iterations + 1):
         started = time.monotonic()
         asked = strategy.ask()
@@ -347,6 +365,7 @@ def search(
         if processes.index == 0 and not replayed:
             run.append(GENERATIONS, [_row(each, len(mixes)) for each in generation])
         candidates += generation
+        flat = flat or _flat(generation)
         strategy.tell(asked, _standings(generation))
         if watch is not None:
             seconds = 0.0 if replayed else time.monotonic() - started
@@ -432,6 +451,21 @@ def _standings(generation: Sequence[Candidate]) -> list[Standing]:
     if missing:
         logger.warning("%d candidates could not be scored and stand last", missing)
     return [each.standing for each in generation]
+
+
+def _flat(generation: Sequence[Candidate]) -> bool:
+    """Return whether nothing tells the candidates apart, and warn of it."""
+    flat = len(generation) > 1 and len({each.standing for each in generation}) == 1
+    if flat:
+        logger.warning(
+            "all %d candidates of generation %d stand the same (value %s, constraints broken by "
+            "%.3g): nothing tells them apart, and the search learns nothing from them; ask more "
+            "prompts (--num-prompts), take larger steps (--sigma0), loosen the constraints, or "
+            "choose another judge",
+            *(len(generation), generation[0].iteration),
+            *(generation[0].value, generation[0].violation),
+        )
+    return flat
 
 
 def _costs(standings: Sequence[Standing]) -> list[float]:

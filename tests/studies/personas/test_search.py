@@ -299,10 +299,10 @@ def test_why_a_search_stops(options, reason, run):
     assert reason in search(parabola, TRAITS, options, run).reason
 
 
-@pytest.mark.parametrize("searcher", ["cmaes", "tpe"])
+@pytest.mark.parametrize("searcher", SEARCHERS)
 def test_fixed_weights_bounds_and_injected_points(run, searcher):
     options = SearchOptions(
-        max_iterations=1 if searcher == "cmaes" else 5,
+        max_iterations=5 if searcher == "tpe" else 1,
         population_size=6,
         sigma0=3.0,
         bound=1.5,
@@ -314,6 +314,57 @@ def test_fixed_weights_bounds_and_injected_points(run, searcher):
         assert each.coefficients.as_dict()["b"] == -1.0
         assert all(abs(value) <= 1.5 for value in each.coefficients.values)
     assert found.best.coefficients == Coefficients(TRAITS, (1.0, -1.0, 0.5))
+
+
+@pytest.mark.parametrize("searcher", SEARCHERS)
+@pytest.mark.parametrize("fixed", [{}, {"b": 9.0}])
+def test_injected_points_are_tried_as_given_at_the_bound_and_in_generations_of_one_size(
+    run, searcher, fixed
+):
+    points = [{"a": x, "b": -3.9, "c": 4.0} for x in (4.0, 3.95, 0.3, -3.999, 2.0)]
+    options = SearchOptions(
+        max_iterations=4, population_size=4, inject=tuple(points), fixed=fixed, seed=1
+    )
+    found = search(parabola, TRAITS, options, run, searcher=searcher).candidates
+    assert [each.iteration for each in found] == [at for at in range(1, 5) for _ in range(4)]
+    tried = np.array([each.coefficients.values for each in found])
+    for each in points:
+        given = [{**each, **fixed}[trait] for trait in TRAITS]
+        assert np.isclose(tried, given, rtol=0, atol=1e-12).all(axis=1).any()
+
+
+@pytest.mark.parametrize("searcher", SEARCHERS)
+def test_the_default_population_is_that_of_the_free_directions(searcher):
+    traits = tuple("abcdefg")
+    for held in range(len(traits)):
+        options = SearchOptions(fixed=dict.fromkeys(traits[:held], 0.5))
+        asked = SEARCHERS[searcher](traits, options).ask()
+        assert len(asked) == 4 + int(3 * np.log(len(traits) - held))
+
+
+@pytest.mark.parametrize("searcher", SEARCHERS)
+def test_values_that_tell_nothing_apart_spend_the_whole_budget_and_are_warned_of_once(
+    run, searcher, caplog
+):
+    """A judge of whole points gives many candidates one value, far from where they converge."""
+
+    def flat_at_first(mixes, iteration):
+        return parabola(mixes, iteration) if iteration > 15 else [Value(1.0) for _ in mixes]
+
+    options = SearchOptions(max_iterations=17, population_size=5)
+    found = search(flat_at_first, TRAITS, options, run, searcher=searcher)
+    assert (found.evaluations, found.reason) == (85, "maxiter")
+    warned = [each.message for each in caplog.records if "stand the same" in each.message]
+    assert len(warned) == 1
+    assert "generation 1 " in warned[0]
+    assert "--num-prompts" in warned[0]
+
+
+def test_equal_values_of_many_generations_end_cmaes(run):
+    options = SearchOptions(max_iterations=200, tolx=1e-9)
+    found = search(parabola, TRAITS, options, run)
+    assert "tolfun" in found.reason
+    assert found.iterations < 200
 
 
 def test_a_single_free_direction_may_widen_to_its_bound(run):
