@@ -70,7 +70,9 @@ from persona_lora.studies.personas.run import (
 from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.report_page import write_report
 
-COLUMNS = ("persona", *FIT_COLUMNS)
+ALL = "all"
+SPENT = ("evaluations", "stopped")  # of searches
+COLUMNS = ("persona", *FIT_COLUMNS, *SPENT)
 Watch = Callable[[str, str, Generation], None]
 
 
@@ -115,8 +117,8 @@ def compare_methods(
     and so do two that search nothing: "equal" (a weight of 1 each) and "likelihood"
     (``likeliest``). Each search is repeated over its seeds and is a run folder of its own below the
     method's; ``comparison/`` holds all held-out rows and the tables ``comparison.csv`` (by
-    persona), ``overall.csv`` and ``against_random.csv``. Raises UserError for an unknown method,
-    and for what the output's protocol does not say.
+    persona), ``overall.csv`` and ``against_random.csv``, with what searches spent. Raises UserError
+    for an unknown method, and for what the output's protocol does not say.
     """
     whole = Output.of(output)
     trained = trainings_of(methods, bench.trait_folder, bench.traits)
@@ -149,8 +151,10 @@ def compare_methods(
                 objective=objective,
                 watch=None if watch is None else partial(watch, persona, name),
             )
-            best = [row for each in results for row in each.rows if row["condition"] == each.best]
-            rows += [{**row, "condition": name} for row in best]
+            for each in results:
+                told = each.search.evaluations, each.search.reason
+                own = {"condition": name, **dict(zip(SPENT, told, strict=True))}
+                rows += [{**row, **own} for row in each.rows if row["condition"] == each.best]
         rows += problem.bounds
     config["conditions"] = sorted({row["condition"] for row in rows})
     whole = replace(whole, path=folder / "comparison", overwrite=True)
@@ -353,10 +357,10 @@ def _written(
     with run:
         run.write("held_out", rows)
         render_comparison(run).save(out / "comparison.png")
-        files = {"comparison": by_persona, **{name: {"all": each} for name, each in tables.items()}}
+        files = {"comparison": by_persona, **{name: {ALL: each} for name, each in tables.items()}}
         for name, by in files.items():
             cells = [
-                {"persona": of, **cells_of(each, FIT_COLUMNS)}
+                {"persona": of, **cells_of(each, FIT_COLUMNS), **_spent(rows, of, each.condition)}
                 for of, fits in by.items()
                 for each in fits
             ]
@@ -365,3 +369,16 @@ def _written(
     worth = order_line(tables["overall"]), seeds_line(rows), agreement_line(rows)
     lines = (standing(run), *worth)
     return Comparison(by_persona=by_persona, lines=lines, folder=out, **tables)
+
+
+def _spent(rows: Sequence[Mapping[str, Any]], persona: str, condition: str) -> dict[str, Any]:
+    """Return how many evaluations the searches behind a cell had, and why each kind stopped."""
+    searches = {
+        (row["persona"], row["seed"]): [row[name] for name in SPENT]
+        for row in rows
+        if row["condition"] == condition and persona in (row["persona"], ALL) and "stopped" in row
+    }
+    if not searches:
+        return {}
+    evaluations, reasons = zip(*searches.values(), strict=True)
+    return dict(zip(SPENT, (sum(evaluations), "; ".join(sorted(set(reasons)))), strict=True))

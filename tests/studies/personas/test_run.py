@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -218,8 +219,10 @@ def test_every_seed_and_every_persona_draws_candidates_of_its_own(problem, metho
         dataclasses.replace(OPTIONS, seeds=0)
 
 
-def test_a_warm_start_tries_the_likeliest_mix_first(problem, method, tmp_path):
+@pytest.mark.parametrize("searcher", ["cmaes", "tpe", "random"])
+def test_a_warm_start_tries_the_likeliest_mix_first(problem, method, tmp_path, searcher):
     output = Output(tmp_path / "ann" / "run")
+    method = dataclasses.replace(method, searcher=searcher)
     (found,) = optimise_over_seeds(problem, [method], output, searching=OPTIONS, warm_start=True)
     lines = problem.persona.answers("train")
     likeliest = likeliest_mix(speaker_of(problem, method), lines, OPTIONS.bound)
@@ -390,6 +393,15 @@ def test_methods_share_prompts_judge_and_budget(bench, tmp_path):
     for name in ("overall", "against_random"):
         lines = (comparison.folder / f"{name}.csv").read_text().splitlines()
         assert len(lines) >= 1 + 4 + len(BOUNDS)
+    spent = [
+        (row["persona"], row["condition"], row["evaluations"], row["stopped"])
+        for name in ("comparison", "overall")
+        for row in csv.DictReader((comparison.folder / f"{name}.csv").open())
+        if row["condition"] in ("lora", "random", "prompt")
+    ]
+    assert ("ann", "lora", "12", "maxiter") in spent
+    assert ("all", "random", "24", "maxiter") in spent
+    assert ("bob", "prompt", "", "") in spent
     canned = next(each for each in comparison.overall if each.condition == "canned")
     assert (canned.fit.mean, canned.counted) == (1.0, 0.0)
     assert comparison.lines[0] == "Exploratory."
