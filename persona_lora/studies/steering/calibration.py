@@ -58,8 +58,8 @@ from persona_lora.studies.steering.read_comparison import (
 logger = logging.getLogger(__name__)
 
 EQUAL_EFFECT = 0.03  # nats per token
-SCALE_ROUNDS = 4
-CLOSE_ENOUGH = 0.05
+SCALE_ROUNDS = 4  # that take KL for a parabola
+CLOSE_ENOUGH, TOO_FAR = 0.05, 0.25  # of the effect asked for
 DOUBLINGS = range(-2, 5)  # of that coefficient
 
 Statistic = Literal["mean", "p95"]
@@ -90,22 +90,30 @@ def equal_effect_scales(
 
     The effect is the mean over +c and −c of the mean KL(p₀ ‖ p_c) over the tokens of the model's
     own answers to ``prompts``. KL grows about as c², so that c ← c·√(effect / KL) converges in a
-    few rounds; all directions run in the same batches. Raises UserError for a direction without
-    effect.
+    few rounds; where it does not, a secant search goes on. All directions run in the same batches.
+    Raises UserError for a direction without effect, and for one that does not come near to it.
     """
     texts = ordinary_texts(chat_model, prompts)
     scales = [Scale(trait, 1.0, math.nan) for trait in bank.names]
-    for done in range(SCALE_ROUNDS):
+    before: list[Scale | None] = [None] * len(scales)
+    for done in range(SCALE_ROUNDS + ROUNDS):
         rows = [{scale.trait: sign * scale.coefficient} for scale in scales for sign in (1.0, -1.0)]
         divergences = row_divergences(chat_model, bank, rows, texts)
         effects = divergences.mean(dim=1).view(len(scales), 2).mean(dim=1).tolist()
         scales = [replace(scale, kl=kl) for scale, kl in zip(scales, effects, strict=True)]
-        progress.report(done + 1, SCALE_ROUNDS)
+        progress.report(done + 1, SCALE_ROUNDS + ROUNDS)
         close = all(abs(each.kl / effect - 1) < CLOSE_ENOUGH for each in scales)
-        if close or done + 1 == SCALE_ROUNDS:
+        if close or done + 1 == SCALE_ROUNDS + ROUNDS:
             break
-        scales = [_nearer(scale, effect) for scale in scales]
+        nearer = [_nearer(*each, effect) for each in zip(scales, before, strict=True)]
+        before, scales = list(scales) if done + 2 >= SCALE_ROUNDS else before, nearer
     for scale in scales:
+        if not abs(scale.kl / effect - 1) <= TOO_FAR:
+            raise UserError(
+                f"no coefficient of {scale.trait} was found at which it diverges by {effect:g} "
+                f"nats a token; the last one tried, {scale.coefficient:.3g}, diverges by "
+                f"{scale.kl:.3g}: leave it out"
+            )
         logger.info("%s: %.4g nats at coefficient %.3g", scale.trait, scale.kl, scale.coefficient)
     return scales
 
@@ -219,14 +227,18 @@ def strengths_table(found: Strengths, name: str) -> Table:
     return Table.of(columns, rows, name)
 
 
-def _nearer(scale: Scale, effect: float) -> Scale:
-    if not (math.isfinite(scale.kl) and scale.kl > 0):
-        raise UserError(
-            f"the direction of {scale.trait} has an effect of {scale.kl} nats at coefficient "
-            f"{scale.coefficient:g}: it does nothing to this model; leave it out"
-        )
-    factor = math.sqrt(effect / scale.kl)
-    return replace(scale, coefficient=scale.coefficient * min(max(factor, 0.05), 20.0))
+def _nearer(scale: Scale, before: Scale | None, effect: float) -> Scale:
+    """Return the next coefficient to try: along the secant from the one before, where it is told.
+
+    Else along a parabola.
+    """
+    missing = math.log(effect / _moved(scale.trait, scale.coefficient, scale.kl))
+    slope = 2.0
+    if before is not None and scale.coefficient != before.coefficient:
+        risen = math.log(scale.kl / before.kl)
+        slope = risen / math.log(scale.coefficient / before.coefficient)
+    step = missing / min(max(slope, FLATTEST), STEEPEST)
+    return replace(scale, coefficient=scale.coefficient * min(max(math.exp(step), 0.05), 20.0))
 
 
 def bank_of_methods(
@@ -285,6 +297,12 @@ class Level:
     def condition(self) -> Condition:
         """The condition in which questions are asked at this level."""
         return Condition(self.method, self.coefficient)
+
+
+def highest_level(levels: Sequence[Level]) -> list[Level]:
+    """Return every method at the level that diverges most, whatever its number and sign."""
+    top = max(levels, key=lambda each: each.target).level
+    return [each for each in levels if each.level == top]
 
 
 class Nats(NamedTuple):
@@ -426,6 +444,6 @@ def _moved(method: str, coefficient: float, kl: float) -> float:
     if not (math.isfinite(kl) and kl > 0):
         raise UserError(
             f"{method} has a divergence of {kl} at coefficient {coefficient:g}: it does nothing to "
-            "this model, or breaks it"
+            "this model, or breaks it; leave it out"
         )
     return kl

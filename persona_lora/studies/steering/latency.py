@@ -29,7 +29,7 @@ from persona_lora.steering.bank import METHODS, ActivationSetting, Bank
 from persona_lora.steering.steerer import Steerer, Unsteered
 from persona_lora.steering.weights import LoRAMerger
 from persona_lora.studies.asking.run import open_run
-from persona_lora.studies.steering.calibration import Level
+from persona_lora.studies.steering.calibration import Level, highest_level
 from persona_lora.studies.steering.read_comparison import (
     ACTIVATION,
     ACTIVATIONS,
@@ -57,8 +57,7 @@ def run_latency(
 
     Writes ``timings.jsonl`` and ``times.jsonl`` (seconds of a swap, bytes beside the model).
     """
-    highest = max(levels, key=lambda each: each.level).level
-    coefficients = {each.method: each.coefficient for each in levels if each.level == highest}
+    coefficients = {each.method: each.coefficient for each in highest_level(levels)}
     prompts = load_ordinary_prompts(datasets)
     config = {"trait": trait.name, **dataclasses.asdict(timing)}
     told = trait.instructions[0].pos

@@ -606,9 +606,10 @@ def _point_row(each: Point) -> tuple[str, ...]:
 
 def _examples(run: Run, comparison: Comparison) -> tuple[Question, ...]:
     """Return the first questions with the answers of every method at the highest level."""
-    highest = max(each.level for each in comparison.points if each.level is not None)
+    levels = run.read("levels")
+    highest = max(levels, key=lambda row: row["target"])["level"]
     wanted: set[tuple[str, float | None]] = {("none", None), ("prompt_pos", None)}
-    wanted |= {(r["method"], r["coefficient"]) for r in run.read("levels") if r["level"] == highest}
+    wanted |= {(r["method"], r["coefficient"]) for r in levels if r["level"] == highest}
     by_question: dict[str, dict[str, str]] = {}
     for row in Run(run.folder / comparison.points[0].split).read("answers"):
         name = NAMES.get(row["method"])  # of several controls the first

@@ -32,6 +32,7 @@ from persona_lora.steering.bank import Bank
 from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.capability import check_tasks, run_benchmarks
 from persona_lora.studies.asking.run import answer_rows, continued, open_run, plan_rows
+from persona_lora.studies.steering.calibration import highest_level
 from persona_lora.studies.steering.figure_side_effects import render_side_effects
 from persona_lora.studies.steering.read_side_effects import (
     CAPABILITY,
@@ -108,8 +109,7 @@ class _Steered:
         levels = levels_of(compared.folder)
         if not levels:
             raise UserError(f"{compared.folder} holds no levels; run compare to its end first")
-        top = max(each.level for each in levels)
-        own = [each.condition for each in levels if each.level == top]
+        own = [each.condition for each in highest_level(levels)]
         prompt = Condition("prompt_pos" if (own[0].coefficient or 0.0) > 0 else "prompt_neg")
         return cls(chat_model, trait, bank, (UNSTEERED, *own, prompt), options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,8 +17,12 @@ from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Strengths
 from persona_lora.projections.inputs import measure_inputs
 from persona_lora.steering.bank import bank_of_diffs, bank_of_vectors
+from persona_lora.studies.steering import calibration
 from persona_lora.studies.steering.calibration import (
+    Divergences,
     equal_effect_scales,
+    highest_level,
+    match_divergence,
     measure_strengths,
     strengths_of,
 )
@@ -64,10 +69,54 @@ def test_a_direction_ten_times_as_long_gets_a_tenth_of_the_coefficient(chat_mode
     assert scales["short"] == pytest.approx(10 * scales["long"], rel=0.1)
 
 
+def scales_on(curve, monkeypatch, **options):
+    """Measure scales where KL at a coefficient is what a curve says."""
+
+    def diverge(chat_model, bank, rows, texts):
+        return torch.tensor([[curve(abs(*row.values()))] * 4 for row in rows], dtype=torch.float64)
+
+    monkeypatch.setattr(calibration, "ordinary_texts", lambda *_: None)
+    monkeypatch.setattr(calibration, "row_divergences", diverge)
+    (scale,) = equal_effect_scales(None, SimpleNamespace(names=("d",)), PROMPTS, **options)
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("curve", "coefficient"),
+    [
+        (lambda c: (c / 1e5) ** 2, 1e5 * 0.03**0.5),
+        (lambda c: min(5.0, (c / 3) ** 6), 3 * 0.03 ** (1 / 6)),  # steep, then as far as it goes
+        (lambda c: c**0.5, 0.03**2),
+    ],
+)
+def test_the_effect_is_reached_where_kl_is_no_parabola(curve, coefficient, monkeypatch):
+    scale = scales_on(curve, monkeypatch)
+    assert scale.kl == pytest.approx(0.03, rel=0.05)
+    assert scale.kl == curve(scale.coefficient)
+    assert scale.coefficient == pytest.approx(coefficient, rel=0.1)
+
+
+def test_an_effect_that_is_out_of_reach_is_refused_and_not_missed(monkeypatch):
+    with pytest.raises(
+        UserError, match=r"no coefficient of d .* 0\.03 nats .* 0\.01: leave it out"
+    ):
+        scales_on(lambda c: min(0.01, c), monkeypatch)
+
+
 def test_a_direction_without_effect_is_named(chat_model, make_diff):
     nothing = bank_of_diffs({"flat": make_diff(chat_model.model, seed=1) * 0.0})
     with pytest.raises(UserError, match="flat"):
         equal_effect_scales(chat_model, nothing, PROMPTS)
+
+
+@pytest.mark.parametrize("coefficients", [(2.0, 1.0, 0.5), (0.5, 1.0, 2.0), (-2.0, 1.0)])
+def test_the_highest_level_is_the_one_that_diverges_most(coefficients):
+    def at(rows):
+        return [torch.tensor([sum(row.values()) ** 2], dtype=torch.float64) for row in rows]
+
+    levels = match_divergence(Divergences(at, ("lora", "activation")), coefficients)
+    highest = {each.method: abs(each.coefficient) for each in highest_level(levels)}
+    assert highest == pytest.approx({"lora": 2.0, "activation": 2.0}, rel=0.02)
 
 
 def test_directions_need_a_direction_and_a_layer():
