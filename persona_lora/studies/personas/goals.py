@@ -21,9 +21,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
+from persona_lora.core.options import SearchOptions
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.traits import Trait
 from persona_lora.judges.coherence import CoherenceScorer
@@ -304,14 +306,21 @@ class GoalProblem:
         second = None if self.second is None else self.second.name
         return {"goal": self.goal.record(), "judge": self.goal.name, "second_judge": second}
 
-    def beside(self, best: Coefficients, seed: int) -> dict[str, tuple[Coefficients, ...]]:
-        """Return a random mix for each held-out prompt, of the same length as the best one."""
-        drawn = np.random.default_rng(seed).standard_normal(
-            (len(self.prompts.held_out), len(best.values))
+    def beside(
+        self, best: Coefficients, searching: SearchOptions
+    ) -> dict[str, tuple[Coefficients, ...]]:
+        """Return a random mix for each held-out prompt, of the same length as the best one.
+
+        It is one that the search could have found: with its fixed weights, and inside its bound.
+        """
+        free = [trait not in searching.fixed for trait in best.traits]
+        mixes = np.tile(best.values, (len(self.prompts.held_out), 1))
+        drawn = np.random.default_rng(searching.seed).standard_normal((len(mixes), sum(free)))
+        mixes[:, free] = _of_length(
+            drawn, float(np.linalg.norm(mixes[0, free])), searching.bound or math.inf
         )
-        drawn *= np.linalg.norm(best.values) / np.linalg.norm(drawn, axis=1, keepdims=True)
         return {
-            RANDOM_MIX: tuple(Coefficients(best.traits, tuple(map(float, row))) for row in drawn)
+            RANDOM_MIX: tuple(Coefficients(best.traits, tuple(map(float, row))) for row in mixes)
         }
 
     def judged(self, condition: str, exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
@@ -340,3 +349,15 @@ class GoalProblem:
             }
             for at, (asked, value, other, coherent, relevant) in enumerate(measured)
         ]
+
+
+def _of_length(drawn: NDArray[np.float64], length: float, bound: float) -> NDArray[np.float64]:
+    """Scale rows ``[N, K]`` to a length; what would pass the bound is at it, the rest longer."""
+    found = drawn * (length / np.linalg.norm(drawn, axis=1, keepdims=True))
+    for _ in range(drawn.shape[1]):  # each turn puts one more at the bound, or changes nothing
+        found = np.clip(found, -bound, bound)
+        held = np.abs(found) >= bound
+        taken, rest = (np.square(np.where(at, found, 0.0)).sum(axis=1) for at in (held, ~held))
+        longer = np.sqrt(np.maximum(length**2 - taken, 0.0) / np.where(rest > 0, rest, 1.0))
+        found = np.where(held, found, found * longer[:, None])
+    return np.clip(found, -bound, bound)

@@ -143,7 +143,7 @@ class PersonaProblem:
             "counts": THRESHOLDS,
         }
 
-    def beside(self, best: Coefficients, seed: int) -> dict[str, Told]:
+    def beside(self, best: Coefficients, searching: SearchOptions) -> dict[str, Told]:
         """Nothing stands beside: a comparison of methods has controls of its own."""
         return {}
 
@@ -306,8 +306,7 @@ def optimise_persona(
             processes=processes,
             watch=watch,
         )
-        drawn = {"seed": searching.seed, "trained": method.trained}
-        result = _reported(problem, method, speaker, found, objective, run, drawn)
+        result = _reported(problem, method, speaker, found, searching, objective, run)
     if processes.index == 0:
         render = render_search if isinstance(problem, PersonaProblem) else render_goal
         render(run).save(run.folder / "search.png")
@@ -445,17 +444,18 @@ def _reported(
     method: Method,
     speaker: Speaker,
     found: SearchResult,
+    searching: SearchOptions,
     objective: ObjectiveOptions,
     run: Run,
-    drawn: Mapping[str, Any],
 ) -> PersonaResult:
     """Name the best mix on fresh prompts, and score it on held-out ones."""
+    drawn = {"seed": searching.seed, "trained": method.trained}
     finalists = _finalists(problem, speaker, found, objective, run)
     mixes = {name: each.coefficients for name, each in finalists.items()}
     best = max(finalists, key=lambda name: finalists[name].standing)
     if problem.processes.index == 0:
         run.write(FINALISTS, [{**row, "best": best} for row in run.read(FINALISTS)])
-    conditions = {UNSTEERED: None, **mixes, **problem.beside(mixes[best], drawn["seed"])}
+    conditions = {UNSTEERED: None, **mixes, **problem.beside(mixes[best], searching)}
     rows = held_out_rows(problem, speaker, conditions, run, drawn=drawn, limits=objective)
     held = problem.processes.from_main(lambda: _completed(problem, run.resume_rows(BOUND_ROWS)))
     kept = held or problem.bounds

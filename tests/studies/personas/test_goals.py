@@ -182,6 +182,31 @@ def test_a_planted_optimum_is_found_and_reported_on_held_out_prompts(
     assert "over random mixes of its length" in page
 
 
+@pytest.mark.parametrize(
+    ("best", "fixed", "bound"),
+    [
+        ({"a": 3.5, "b": 0.2, "c": -0.1}, {"a": 3.5}, 4.0),
+        ({"a": 4.0, "b": -4.0, "c": 4.0, "d": 3.9}, {}, 4.0),
+        ({"a": 4.0, "b": -4.0, "c": 1.0, "d": 0.0}, {}, 4.0),
+        ({"a": 9.0, "b": 2.0, "c": 2.0}, {"a": 9.0}, 2.0),
+        ({"a": 9.0, "b": 3.0, "c": 0.0}, {}, 0.0),
+        ({"a": 0.0, "b": 0.0, "c": 1.0}, {"c": 1.0}, 4.0),
+    ],
+)
+def test_random_mixes_are_such_as_the_search_could_have_found(chat_model, best, fixed, bound):
+    problem = problem_of(chat_model, Targets({}, {}, {}))
+    searching = SearchOptions(fixed=fixed, bound=bound)
+    mixes = problem.beside(Coefficients.of(best), searching)["random_mix"]
+    assert len(mixes) == len(PROMPTS.held_out)
+    for drawn in (each.as_dict() for each in mixes):
+        assert {name: drawn[name] for name in fixed} == fixed
+        assert np.linalg.norm([*drawn.values()]) == pytest.approx(np.linalg.norm([*best.values()]))
+        free = [abs(value) for name, value in drawn.items() if name not in fixed]
+        assert max(free) <= (bound or np.inf)
+    again = problem.beside(Coefficients.of(best), dataclasses.replace(searching, seed=1))
+    assert (again["random_mix"] == mixes) == (best["a"] == 0.0)
+
+
 def test_a_warm_start_tries_first_where_the_value_climbs(
     chat_model, method, scorer, tmp_path, monkeypatch
 ):
