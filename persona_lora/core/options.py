@@ -314,14 +314,15 @@ class ObjectiveOptions:
     ) -> float:
         """Return by how many points the constraints are broken, 0 where they are kept.
 
-        A point of divergence is a hundredth of its limit. None is a mean that was not measured, or
-        of nothing: it breaks no constraint that is off.
+        A point of divergence is a hundredth of its limit. None is a mean that was not measured: it
+        breaks every constraint that is on.
         """
         asked = (
             *((self.min_coherence, coherence), (self.min_relevance, relevance)),
             (self.min_choice, choice),
         )
-        over = 0.0 if self.max_kl is None else max(0.0, 100 * ((kl or 0.0) / self.max_kl - 1))
+        diverged = math.inf if kl is None else kl
+        over = 0.0 if self.max_kl is None else max(0.0, 100 * (diverged / self.max_kl - 1))
         return over + sum(
             max(0.0, least - (found or 0.0)) for least, found in asked if least is not None
         )

@@ -120,18 +120,31 @@ def test_a_direction_is_clear_by_its_corrected_test(gap, p, winner):
 
 
 @pytest.mark.parametrize(
-    ("gain", "clear"),
-    [((1.0, 0.5, 1.5), True), ((1.0, -0.1, 2.1), False), ((-1.0, -1.5, -0.5), True)],
+    ("gain", "p", "clear"),
+    [
+        ((1.0, 0.5, 1.5), 0.04, True),
+        ((1.0, 0.5, 1.5), 0.06, False),  # the best of several ways, by an interval for one
+        ((1.0, -0.1, 2.1), 0.06, False),
+        ((1.0, 0.5, 1.5), None, True),  # over seeds there is no test
+        ((1.0, -0.1, 2.1), None, False),
+        ((-1.0, -1.5, -0.5), None, True),
+    ],
 )
-def test_a_gain_is_called_unclear_where_its_interval_holds_zero(gain, clear):
+def test_a_gain_is_called_clear_by_its_corrected_test(gain, p, clear):
+    even = [interval(90, 90, 90)] * 2
     fits = [
-        ConditionFit(name, interval(fit, fit, fit), *[interval(90, 90, 90)] * 2, difference, None)
-        for name, fit, difference in (("none", 2.0, None), ("lora", 3.0, interval(*gain)))
-    ]
+        ConditionFit(name, interval(fit, fit, fit), *even, difference, None, p_holm=p_holm)
+        for name, fit, difference, p_holm in (
+            ("none", 2.0, None, None), ("lora", 3.0, interval(*gain), p),
+        )
+    ]  # fmt: skip
     said = _lead([], fits, "lora")
     assert ("not clear" not in said) == clear
     assert "LoRA, CMA-ES: fit 3.00 [3.00, 3.00] against 2.00 [2.00, 2.00] unsteered" in said
     assert wording.interval(fits[1].difference, 2) in said
+    assert ("Holm" in said) == (p is not None)
+    assert p is None or f"(p = {p:.3f}, Holm)" in said
+    assert "the highest of 6 ways on these prompts" in _lead([], fits, "lora", 6)
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,9 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
-        rows += _prompted(problem, PROMPT in methods, output)
+        rows += _prompted(problem, PROMPT in methods, output, objective)
         for name in mixed:
-            rows += _mixed(problem, name, loras, searching.bound, output)
+            rows += _mixed(problem, name, loras, searching.bound, output, objective)
         for name, found in loaded.items():
             results = optimise_over_seeds(
                 problem,
@@ -210,12 +210,15 @@ def _below(whole: Output, planned: Planned) -> Output:
     return replace(whole, protocol=None, config={**whole.config, "protocol": held["sha256"]})
 
 
-def _prompted(problem: PersonaProblem, prompted: bool, output: Output) -> list[dict[str, Any]]:
-    """Return the rows of the unsteered model, and of the prompt."""
+def _prompted(
+    problem: PersonaProblem, prompted: bool, output: Output, limits: ObjectiveOptions
+) -> list[dict[str, Any]]:
+    """Return the rows of the unsteered model, and of the prompt, whose divergence is not known."""
     folder, persona = output.path, problem.persona.id
     plain = plain_speaker(problem.chat_model, problem.generation, problem.processes)
     at = output.at(folder / "plain" / persona)
-    rows = [*_unsearched(problem, plain, {UNSTEERED: None}, at, {"system_prompt": None})]
+    config = {"system_prompt": None}
+    rows = _unsearched(problem, plain, {UNSTEERED: None}, at, config, max_kl=limits.max_kl)
     if prompted:
         prompt = persona_system_prompt(problem.persona)
         at = output.at(folder / PROMPT / persona)
@@ -224,7 +227,12 @@ def _prompted(problem: PersonaProblem, prompted: bool, output: Output) -> list[d
 
 
 def _mixed(
-    problem: PersonaProblem, name: str, loras: Sequence[Method], bound: float | None, output: Output
+    problem: PersonaProblem,
+    name: str,
+    loras: Sequence[Method],
+    bound: float | None,
+    output: Output,
+    limits: ObjectiveOptions,
 ) -> list[dict[str, Any]]:
     """Return the rows of a mix that is not searched for, one for each training seed."""
     persona, rows = problem.persona, []
@@ -238,7 +246,7 @@ def _mixed(
         scaled |= {"mix": mix.as_dict()} if name == LIKELIEST else {}
         drawn = {"seed": number, "trained": lora.trained} if lora.trained else NOT_DRAWN
         at = output.at(folder / lora.trained)
-        rows += _unsearched(problem, speaker, {name: mix}, at, scaled, drawn)
+        rows += _unsearched(problem, speaker, {name: mix}, at, scaled, drawn, limits.max_kl)
     return rows
 
 
@@ -310,14 +318,20 @@ def _unsearched(
     output: Output,
     config: Mapping[str, Any],
     drawn: Mapping[str, Any] = NOT_DRAWN,
+    max_kl: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the held-out rows of what no search is needed for, from a run of its own."""
+    """Return the held-out rows of what no search is needed for, from a run of its own.
+
+    With the divergence of mixes where ``max_kl`` limits that of searches.
+    """
+    limited = {} if max_kl is None else {"max_kl": max_kl}
     asked = {
         "persona": problem.persona.id,
         "judge": problem.report_judge.name,
         "counts": THRESHOLDS,
         "held_out_prompts": list(problem.prompts.held_out),
         **config,
+        **limited,
         **_spoken(problem.generation),
     }
     run = problem.processes.from_main(
@@ -332,7 +346,8 @@ def _unsearched(
         )
     )
     with recorded(run, problem.processes):
-        return held_out_rows(problem, speaker, conditions, run, drawn=drawn)
+        limits = ObjectiveOptions(**limited)
+        return held_out_rows(problem, speaker, conditions, run, drawn=drawn, limits=limits)
 
 
 def _written(

@@ -97,13 +97,10 @@ def comparison_content(run: Run) -> Content:
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run), over=over_personas)
     first = rows[0]["persona"]
-    best = max(
-        (each for each in fits if each.condition not in (UNSTEERED, *BOUNDS)),
-        key=lambda each: each.fit.mean if each.fit.mean is not None else 0.0,
-        default=None,
-    )
+    ways = [each for each in fits if each.condition not in (UNSTEERED, *BOUNDS)]
+    best = max(ways, key=lambda each: each.fit.mean or 0.0, default=None)
     title = "Ways of giving a person's voice"
-    lead = order_line(fits) if best is None else _lead(rows, fits, best.condition)
+    lead = order_line(fits) if best is None else _lead(rows, fits, best.condition, len(ways))
     shown = [row for row in rows if row["persona"] == first]
     said = [f"The answers are those for {first}."]
     picture = render_comparison(run)
@@ -152,23 +149,28 @@ def _best(run: Run) -> str:
     return named[0]
 
 
-def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str) -> str:
+def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str, ways: int = 1) -> str:
     """Say what the fit is worth, what a condition gains over unsteered, and on how many seeds.
 
-    Warnings come first: that judges of two families disagree on a sign is one.
+    The condition is the highest of ``ways`` on these rows, where there are several. Warnings come
+    first: that judges of two families disagree on a sign is one.
     """
     found = {each.condition: each for each in fits}
     plain, steered = found.get(UNSTEERED), found.get(condition)
     if plain is None or steered is None or steered.difference is None:
         return f"{order_line(fits)} There is nothing to compare with. {agreement_line(rows)}"
-    gain = steered.difference
-    clear = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
-    verdict = "" if clear else " The interval holds 0: the change is not clear."
+    gain, p = steered.difference, steered.p_holm
+    clear, why = wording.clear_sign(gain, p), f" (p {wording.p_equals(p)}, Holm)"
+    if p is None:  # over seeds of a search there is no test
+        apart = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
+        clear, why = int(apart), ""
+    verdict = "" if clear else " The change is not clear."
     name = name_of(condition)
+    chosen = f", the highest of {ways} ways on these prompts" if ways > 1 else ""
     said = (
-        f"{name[0].upper()}{name[1:]}: fit {wording.interval(steered.fit, 2)} against "
+        f"{name[0].upper()}{name[1:]}{chosen}: fit {wording.interval(steered.fit, 2)} against "
         f"{wording.interval(plain.fit, 2)} unsteered, a difference of "
-        f"{wording.interval(gain, 2)} on held-out prompts.{verdict}"
+        f"{wording.interval(gain, 2)} on held-out prompts{why}.{verdict}"
     )
     worth = (agreement_line(rows), order_line(fits), constraints_line(steered))
     lines = (*worth, seeds_line(rows), said)

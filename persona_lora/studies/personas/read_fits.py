@@ -122,7 +122,10 @@ def condition_fits(
 
 
 def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -> ConditionFit:
-    """Add the share of answers that count, and of searches' means that keep the constraints."""
+    """Add the share of answers that count, and of searches' means that keep the constraints.
+
+    The latter is unknown where a limit is on what was not measured.
+    """
     own = [row for row in rows if row["condition"] == fit.condition]
     failed = [row.get("failed") for row in own]
     searches = grouped(own, lambda row: (row["persona"], row.get("seed")))
@@ -130,11 +133,15 @@ def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -
     measures = ("coherence", "relevance", "choice")
     means = [{name: _mean(each, name) for name in measures} for each in searches.values()]
     kept = [
-        not limits.violation(**mean, kl=_kl(each))
+        not limits.violation(**mean, kl=_kl(each) or 0.0)  # empty answers diverge nowhere
         for mean, each in zip(means, searches.values(), strict=True)
     ]
     counted = None if None in failed else fmean(not each for each in failed)
-    known = limits.limited and (limits.min_choice is None or choice is not None)
+    known = (
+        limits.limited
+        and (limits.min_choice is None or choice is not None)
+        and (limits.max_kl is None or all(_mean(e, "kl") is not None for e in searches.values()))
+    )
     feasible = fmean(kept) if known else None
     return replace(fit, counted=counted, feasible=feasible, kl=_kl(own), choice=choice)
 
@@ -174,7 +181,7 @@ def order_line(fits: Sequence[ConditionFit]) -> str:
 def constraints_line(fit: ConditionFit) -> str:
     """Say whether a mix keeps the constraints on the prompts that it is reported on."""
     if fit.feasible is None:
-        return "The search had no constraints."
+        return "No constraint was measured on held-out prompts."
     if fit.feasible == 1:
         return "It keeps the constraints on held-out prompts."
     share = f" in {100 * fit.feasible:.0f}% of searches" if fit.feasible else ""

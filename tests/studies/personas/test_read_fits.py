@@ -108,6 +108,20 @@ def test_divergence_is_over_tokens_as_it_is_where_a_search_limits_it():
     assert condition_fits(told)[1].kl is None
 
 
+def test_constraints_on_what_was_not_measured_are_neither_kept_nor_broken():
+    told = [*rows({"prompt": 3.0, **GOOD}), *rows({"lora": 3.0}, kl=0.1, kl_tokens=5)]
+    told += rows({"random": 3.0}, kl=0.0, kl_tokens=0)  # empty answers
+    limits = ObjectiveOptions(min_coherence=80.0, max_kl=0.2)
+    found = {each.condition: each.feasible for each in condition_fits(told, limits)}
+    assert (found.pop("lora"), found.pop("random")) == (1.0, 1.0)
+    assert set(found.values()) == {None}
+    unknown = condition_fits(told, limits)[0]
+    assert constraints_line(unknown) == "No constraint was measured on held-out prompts."
+    twice = [*rows({"none": 2.0, "lora": 3.0}, kl=0.1, seed=0), *rows({"lora": 3.0}, seed=1)]
+    assert [each.feasible for each in condition_fits(twice, limits)] == [1.0, None]
+    assert limits.violation(90.0, None) > 0
+
+
 def test_searches_that_break_their_constraints_on_held_out_prompts_are_counted():
     limits = ObjectiveOptions(min_coherence=80.0)
     told = [

@@ -20,6 +20,7 @@ from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.personas import PersonaPrompts, load_persona
 from persona_lora.core.protocol import FrozenProtocol
 from persona_lora.core.runs import Output, Run
@@ -473,6 +474,20 @@ def test_equal_weights_need_no_search_and_vectors_name_their_layers(bench, tmp_p
         config = Run(tmp_path / "out" / method / f"ann_{method}").record["config"]
         assert config["directions"]["layers"] == layers
     assert name_of("svd@0") == "SVD vectors, CMA-ES, at 0"
+
+
+def test_the_divergence_of_what_is_not_searched_is_measured_where_it_is_limited(bench, tmp_path):
+    limits = ObjectiveOptions(max_kl=1e-9)
+    comparison = compare_methods(
+        bench, ["ann"], ["equal", "prompt"], tmp_path / "out", objective=limits
+    )
+    found = {each.condition: (each.kl, each.feasible) for each in comparison.overall}
+    assert found["none"] == (0.0, 1.0)
+    assert found["equal"][0] > 1e-9
+    assert found["equal"][1] == 0.0
+    assert found["prompt"] == (None, None)  # no mix, and so not read as one
+    with pytest.raises(UserError, match=r"max_kl.*--overwrite"):
+        compare_methods(bench, ["ann"], ["equal"], tmp_path / "out")
 
 
 def trained_thrice(bench, make_diff):
