@@ -7,6 +7,7 @@ the author wrote, as ROUGE-1 and ROUGE-L (F of unstemmed words).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -62,24 +63,44 @@ class LampScores:
 
 def load_lamp(questions: Path, outputs: Path) -> list[LampQuestion]:
     """Read a LaMP-7 questions file and its golds; UserError for what is missing in either."""
-    asked, golds = read_json(questions), read_json(outputs)
-    if not isinstance(asked, list) or not isinstance(golds, dict) or "golds" not in golds:
+    asked, told = read_json(questions), read_json(outputs)
+    golds = told.get("golds") if isinstance(told, dict) else None
+    if not isinstance(asked, list) or not isinstance(golds, list):
         raise UserError(
-            f"{questions} must be a list of questions and {outputs} hold 'golds', as LaMP-7 does"
+            f"{questions} must be a list of questions and {outputs} hold a list of 'golds', as "
+            "LaMP-7 does"
         )
-    texts = {str(each["id"]): each["output"] for each in golds["golds"]}
+    texts = {
+        _text(each, "id", at): _text(each, "output", at)
+        for number, each in enumerate(golds, start=1)
+        for at in [f"{outputs}: gold {number}"]
+    }
+    if len(texts) < len(golds):
+        raise UserError(f"{outputs} has several golds of one id; leave one of each")
     found = []
     for number, each in enumerate(asked, start=1):
-        lacking = [key for key in ("id", "input", "profile") if key not in each]
-        if lacking:
-            raise UserError(f"{questions}: question {number} has no {lacking[0]!r}")
-        if str(each["id"]) not in texts:
-            raise UserError(f"{outputs} has no gold for the question {each['id']!r}")
-        profile = tuple(str(text["text"]) for text in each["profile"])
-        found.append(LampQuestion(str(each["id"]), each["input"], texts[str(each["id"])], profile))
+        at = f"{questions}: question {number}"
+        question, profile = _text(each, "id", at), each.get("profile")
+        if question not in texts:
+            raise UserError(f"{outputs} has no gold for the question {question!r}")
+        if not isinstance(profile, list):
+            raise UserError(f"{at} has no 'profile'; LaMP-7 lists texts of the author there")
+        earlier = tuple(_text(text, "text", f"{at}, in its profile,") for text in profile)
+        found.append(LampQuestion(question, _text(each, "input", at), texts[question], earlier))
     if not found:
         raise UserError(f"{questions} holds no questions")
     return found
+
+
+def _text(holder: Any, key: str, at: str) -> str:
+    """Return a text (an id may be a number); UserError says at what place it is missing."""
+    value = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(value, str | int):
+        raise UserError(
+            f"{at} has no text under {key!r}: {ascii(holder)[:80]}; give a LaMP-7 file, with "
+            '{"id", "input", "profile": [{"text"}]} of questions and {"id", "output"} of golds'
+        )
+    return str(value)
 
 
 def profile_prompt(question: LampQuestion, number: int = 8) -> str:
@@ -102,7 +123,7 @@ def score_lamp(
     config = {
         "questions": [question.id for question in questions],
         "mix": None if mix is None else mix.as_dict(),
-        "max_new_tokens": speaker.options.max_new_tokens,
+        "generation": dataclasses.asdict(speaker.options),
     }
     read = (
         speaker.inputs(),

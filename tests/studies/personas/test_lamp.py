@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -87,6 +88,9 @@ def test_overlap_is_that_of_the_words(files, chat_model, make_diff, tmp_path, mo
     assert again == found
     assert len(asked) == 6  # nothing was answered twice
     assert len((tmp_path / "out" / "scores.csv").read_text().splitlines()) == 1 + 2 * 3
+    warm = GenerationOptions(max_new_tokens=4, temperature=1.0)
+    with pytest.raises(UserError, match=r"generation.*--overwrite"):
+        score_lamp(dataclasses.replace(speaker, options=warm), questions, mix, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,17 @@ def test_overlap_is_that_of_the_words(files, chat_model, make_diff, tmp_path, mo
         ([], GOLDS, "no questions"),
         (QUESTIONS, {"golds": GOLDS["golds"][:1]}, "no gold for the question '70'"),
         ([{"id": "70", "input": "x"}], GOLDS, "question 1 has no 'profile'"),
+        (["70"], GOLDS, "question 1 has no text under 'id': '70'; give a LaMP-7 file"),
+        ([{**QUESTIONS[0], "input": None}], GOLDS, "question 1 has no text under 'input'"),
+        (
+            [{**QUESTIONS[0], "profile": ["late again"]}],
+            GOLDS,
+            "question 1, in its profile, has no text under 'text': 'late again'",
+        ),
+        (QUESTIONS, {"golds": {"70": "8:14 late."}}, "hold a list of 'golds'"),
+        (QUESTIONS, {"golds": [{"id": "70"}]}, "gold 1 has no text under 'output'"),
+        (QUESTIONS, {"golds": [{"id": "70", "output": None}]}, "no text under 'output'"),
+        (QUESTIONS, {"golds": GOLDS["golds"] * 2}, "several golds of one id"),
     ],
 )
 def test_files_of_another_form_are_named(tmp_path, questions, outputs, words):
