@@ -149,7 +149,8 @@ def read_ratings(folder: Path, files: Sequence[Path]) -> HumanFits:
     """Join the ratings of one or more people with the key.
 
     Every file is one rater: a CSV with ``item`` and ``rating`` (1–5; an empty one is left out).
-    Raises UserError for an unknown item, a rating that is none, or a file without ratings.
+    Raises UserError for an unknown item, one that is rated twice, a rating that is none, or a file
+    without ratings.
     """
     key = folder / KEY
     if not key.is_file():
@@ -183,6 +184,8 @@ def _ratings(path: Path, items: Mapping[str, Any]) -> dict[str, int]:
             raise UserError(f"{path}:{line}: no item {item!r} in the key; is it another sheet's?")
         if rating and rating not in RATINGS:
             raise UserError(f"{path}:{line}: a rating is 1, 2, 3, 4 or 5, got {rating!r}")
+        if rating and item in ratings:
+            raise UserError(f"{path}:{line}: {item} is rated a second time; leave one of its lines")
         if rating:
             ratings[item] = int(rating)
     if not ratings:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -199,14 +200,18 @@ def _capability(run: Run) -> list[Change]:
 
 
 def _by_unit(rows: Iterable[Row]) -> dict[str, dict[int, float]]:
-    """Return the scores of every method by what is the same for all, numbered."""
+    """Return the scores of every method by what is the same for all, numbered.
+
+    Of several answers to one question the mean.
+    """
     known = [row for row in rows if row["score"] is not None]
     places = sorted({(row["asked"], row["unit"]) for row in known})
     number = {place: at for at, place in enumerate(places)}
-    return {
-        method: {number[row["asked"], row["unit"]]: row["score"] for row in own}
-        for method, own in grouped(known, lambda row: row["method"]).items()
-    }
+    found: dict[str, dict[int, float]] = {}
+    by = grouped(known, lambda row: (row["method"], (row["asked"], row["unit"])))
+    for (method, place), own in by.items():
+        found.setdefault(method, {})[number[place]] = fmean(row["score"] for row in own)
+    return found
 
 
 def _changes(

@@ -70,6 +70,25 @@ def row(kind, asked, criterion, method, unit, score, turn=1):
             "method": method, "unit": unit, "turn": turn, "score": score}  # fmt: skip
 
 
+def test_of_several_answers_to_a_question_the_mean_counts(run):
+    """The last of three samples goes the other way than their mean, for both methods."""
+    samples = {"none": (50, 50, 50), "lora": (90, 90, 40), "activation": (40, 40, 90)}
+    rows = [
+        row("own", "eval", "evil", method, unit, score)
+        for method, scores in samples.items()
+        for unit in range(8)
+        for score in scores
+    ]
+    run.write("scores", rows)
+    changes = read_side_effects(run)
+    found = {each.method: each.value.mean for each in changes if each.measure == "wrong way"}
+    assert found == {"lora": 100.0, "activation": 100.0}
+    run.write("scores", [{**each, "kind": "other", "asked": "warmth"} for each in rows])
+    changes = read_side_effects(run)
+    moved = {each.method: each.value.mean for each in changes if each.group == "other"}
+    assert moved == pytest.approx({"lora": 70 / 3, "activation": 20 / 3})
+
+
 def test_slopes_over_turns_are_those_that_were_planted(run):
     """The unsteered model rises by 1 a turn, weights by 4, activations jump and stay."""
     rises = {"none": lambda turn: turn, "lora": lambda turn: 4.0 * turn,
