@@ -346,7 +346,7 @@ def _unsearched(
         )
     )
     with recorded(run, problem.processes):
-        limits = ObjectiveOptions(**limited)
+        limits = ObjectiveOptions(max_kl=max_kl)
         return held_out_rows(problem, speaker, conditions, run, drawn=drawn, limits=limits)
 
 
