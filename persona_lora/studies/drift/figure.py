@@ -29,6 +29,7 @@ from persona_lora.studies.drift.read import (
     correlation,
     cross_persona,
     curves,
+    paired,
 )
 from persona_lora.studies.drift.read_diagnosis import Alarm, read_diagnosis
 from persona_lora.studies.drift.read_prediction import POOLED, Prediction, changes, predict
@@ -108,9 +109,9 @@ def _against(axes: Axes, of: Mapping[str, Sequence[Curve]], agreeing: Sequence[A
         )
         rho = "no ρ" if found.rho is None else f"ρ {number(found.rho, 2)} (p {p_value(found.p)})"
         name = _name(curve, projected)
-        x, y = (_over_steps(each, name, look).y for each in (curve, of["trait"][0]))
-        steps = tuple(str(point.step) for point in curve.points)
-        drawn.append(Series(name, x, y, look=look, marks=steps))
+        steps, x, y = paired(curve, of["trait"][0])
+        marks = tuple(map(str, steps))
+        drawn.append(Series(name, tuple(x), tuple(y), look=look, marks=marks))
         if at < 8:
             axes.text(
                 *(1.02, 0.98 - 0.09 * at, f"{draw.short(name)}: {rho}, n {found.n}"),

@@ -112,7 +112,7 @@ def agreements(run: Run) -> list[Agreement]:
     scores = {curve.trait: curve for curve in every if curve.statistic == "trait"}
     return [
         Agreement(
-            c.trait, c.statistic, c.vector, c.layer, correlation(*_paired(c, scores[c.trait]))
+            c.trait, c.statistic, c.vector, c.layer, correlation(*paired(c, scores[c.trait])[1:])
         )
         for c in every
         if c.vector is not None and c.layer is not None and c.trait in scores
@@ -139,10 +139,11 @@ def cross_persona(runs: Sequence[Run]) -> list[CrossPoint]:
             if own is None or other in (None, tuned):
                 continue
             scores = by_place.get((other, "trait", None, None), [NOWHERE])
-            shifts = by_place.get((other, "shift", vector, layer), [NOWHERE])
+            shifts = by_place.get((other, "shift", vector, layer), ())
             first, last = scores[0].mean, scores[-1].mean
             change = None if first is None or last is None else last - first
-            points.append(CrossPoint(tuned, other, layer, row["cosine"], change, shifts[-1].mean))
+            shift = {point.step: point.mean for point in shifts}.get(scores[-1].step)
+            points.append(CrossPoint(tuned, other, layer, row["cosine"], change, shift))
     return points
 
 
@@ -159,14 +160,14 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
     return Correlation(rho, r, p, n)
 
 
-def _paired(one: Curve, other: Curve) -> tuple[list[float], list[float]]:
-    """Return the values of two curves at the steps that both have."""
+def paired(one: Curve, other: Curve) -> tuple[list[int], list[float], list[float]]:
+    """Return the steps at which both of two curves have a value, and the values of each."""
     first, second = (
         {point.step: point.mean for point in curve.points if point.mean is not None}
         for curve in (one, other)
     )
     both = [step for step in first if step in second]
-    return [first[step] for step in both], [second[step] for step in both]
+    return both, [first[step] for step in both], [second[step] for step in both]
 
 
 def _is_of(vector: str, trait: str) -> bool:

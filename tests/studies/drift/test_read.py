@@ -8,10 +8,13 @@ from scipy.stats import permutation_test, spearmanr
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.studies.drift.figure import render_checkpoints
 from persona_lora.studies.drift.read import agreements, correlation, cross_persona, curves
 
 
-def rows_of(trait, steps, vectors=("syco_response_avg", "evil_response_avg"), missing=()):
+def rows_of(
+    trait, steps, vectors=("syco_response_avg", "evil_response_avg"), missing=(), unprojected=()
+):
     rows = []
     for k, step in enumerate(steps):
         place = {"checkpoint": f"checkpoint-{step}", "step": step, "trait": trait, "type": None}
@@ -19,7 +22,7 @@ def rows_of(trait, steps, vectors=("syco_response_avg", "evil_response_avg"), mi
         value = None if step in missing else 10.0 * k
         rows.append({**base, "statistic": "trait", "value": value, "low": None, "high": None})
         rows.append({**base, "statistic": "coherence", "value": 80.0, "low": 70.0, "high": 90.0})
-        for sign, vector in enumerate(vectors):
+        for sign, vector in enumerate(() if step in unprojected else vectors):
             where = {**place, "vector": vector, "layer": 3, "low": 0.0, "high": 1.0}
             projection = (-1.0) ** sign * k + 1.0
             rows.append({**where, "statistic": "projection", "value": projection})
@@ -95,6 +98,23 @@ def test_cross_persona_points_pair_a_finetune_with_the_other_trait(make_run):
     assert points[0].score == 40.0
     assert points[0].shift == -4.0  # on the evil vector, asked on evil's questions
     assert points[1].shift == 4.0
+
+
+def test_a_picture_pairs_scores_and_projections_by_step(make_run):
+    """The answers of one checkpoint were all empty, and another has no score."""
+    run = make_run("syco", "syco", unprojected=(4,), missing=(6,))
+    against = render_checkpoints(run).panels[2]
+    up, down = against.drawn
+    assert (up.x, up.y, up.marks) == ((1.0, 2.0, 5.0), (0.0, 10.0, 40.0), ("0", "2", "8"))
+    assert (down.x, down.marks) == ((1.0, 0.0, -3.0), up.marks)
+    rows = [r for r in run.read("checkpoints") if (r["statistic"], r["step"]) != ("trait", 6)]
+    run.write("checkpoints", rows)  # two curves of four points, at other steps
+    assert render_checkpoints(run).panels[2] == against
+
+
+def test_a_shift_is_that_of_the_last_checkpoint_or_none(make_run):
+    (point,) = cross_persona([make_run("syco", "syco", "evil", unprojected=(8,))])
+    assert (point.score, point.shift) == (40.0, None)
 
 
 def test_a_run_that_does_not_say_what_it_learnt_is_named(make_run):
