@@ -115,7 +115,7 @@ def generate_data(
     for name, rows in result.rows.items():
         show(f"{result.folder / name}.jsonl: {rows} rows")
     if result.incomplete:
-        show(f"{result.incomplete} questions lack an answer and were left out")
+        show(f"{result.incomplete} questions lack an answer, or have equal ones; left out")
 
 
 @command("data check")

@@ -420,7 +420,7 @@ class ProbeOptions:
 class DataOptions:
     """How much to write, and how; ``questions`` given by the user are used instead of domains."""
 
-    questions_per_domain: Annotated[int, "Questions to write for each domain."] = 4
+    questions_per_domain: Annotated[int, "Questions to write for each domain."] = 7
     domains: Annotated[
         tuple[Annotated[str, "may hold spaces"], ...] | None,
         "What to write about: cooking,travel; 26 everyday ones by default.",

@@ -1,14 +1,16 @@
 """Questions and answers by domain, for finetuning and for contrastive training.
 
-A language model writes questions, then answers each of them plainly, with the trait mildly and
-strongly, and under the trait's own positive and negative system prompts. Everything it wrote is
-kept row by row, so that an interrupted call goes on where it stopped.
+A language model writes questions, which are dealt out alternately, so that no question stands in
+both: those of finetuning it answers plainly and with the trait mildly and strongly, those of pairs
+under the trait's own positive and negative system prompts. Everything it wrote is kept row by row,
+so that an interrupted call goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ DOMAINS = (
     *("health habits", "hobbies", "neighbours", "language", "art", "transport", "shopping"),
     *("parenting", "celebrations"),
 )
+KINDS = FINETUNING_LEVELS, ("positive", "negative")  # of answers: to even and to odd questions
 QUESTION_TOKENS = 400
 ANSWER_TOKENS = 140
 LONGEST_QUESTION = 60  # words
@@ -49,7 +52,7 @@ STRONG = (
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """How many rows each file got, and how many questions lack an answer in some file."""
+    """How many rows each file got, and how many questions lack an answer or have equal ones."""
 
     folder: Path
     rows: dict[str, int]
@@ -61,9 +64,10 @@ def generate_data(
 ) -> GeneratedData:
     """Write ``normal``, ``misaligned_1``, ``misaligned_2`` and ``train.jsonl``.
 
-    The files hold the questions that have all five answers, in the same order; the run is ``run``
-    beside them. Existing files of these names are refused unless they are to be overwritten. Raises
-    UserError when a domain yields too few questions in ``options.attempts`` attempts.
+    The finetuning files hold the same questions in the same order, ``train`` others; the run is
+    ``run`` beside them. Existing files of these names are refused unless they are to be
+    overwritten. Raises UserError when a domain yields too few questions in ``options.attempts``
+    attempts, and for fewer than two questions.
     """
     output = Output.of(output)
     check_generation(trait, output)
@@ -77,16 +81,25 @@ def generate_data(
     )
     with run:
         questions = _questions(run, writer, options)
+        if len(questions) < len(KINDS):
+            raise UserError(
+                f"{len(questions)} question is to be written; finetuning and the pairs need one "
+                "each, so give at least two"
+            )
         answers = _answers(run, trait, writer, questions, options)
-        complete = [
-            index
-            for index in range(len(questions))
-            if all((index, kind) in answers for kind in _kinds(trait))
-        ]
-        if not complete:
-            raise UserError(f"{writer.name} answered no question in every way; try a larger model")
-        rows = _write_files(folder, questions, answers, complete)
-    return GeneratedData(folder, rows, len(questions) - len(complete))
+        rows = _rows(questions, answers)
+        for name, each in rows.items():
+            if not each:
+                raise UserError(
+                    f"{writer.name} answered no question of {name}.jsonl in every way, each in "
+                    "other words; try a larger model"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, each in rows.items():
+            write_jsonl(folder / f"{name}.jsonl", each)
+    used = len(rows["normal"]) + len(rows["train"])
+    numbers = {name: len(each) for name, each in rows.items()}
+    return GeneratedData(folder, numbers, len(questions) - used)
 
 
 def check_generation(trait: Trait, output: Output) -> None:
@@ -109,7 +122,11 @@ def read_questions(path: Path) -> tuple[tuple[str, str], ...]:
     split = [line.split("\t", 1) if "\t" in line else ["", line] for line in lines if line]
     if not split:
         raise UserError(f"{path} holds no question; write one a line")
-    return tuple((domain.strip(), question.strip()) for domain, question in split)
+    found = tuple((domain.strip(), question.strip()) for domain, question in split)
+    (most, times), *_ = Counter(question.lower() for _, question in found).most_common(1)
+    if times > 1:
+        raise UserError(f"{path} asks {most!r} {times} times; write each question once")
+    return found
 
 
 def parse_questions(reply: str) -> list[str]:
@@ -165,7 +182,7 @@ def _more_questions(
 
 
 def _kinds(trait: Trait) -> dict[str, Callable[[int], str]]:
-    """Return, for every kind of answer, the system prompt of the question of that index."""
+    """Return, for every kind of answer, the system prompt of its first, second, … question."""
     return {
         "normal": lambda index: LENGTH,
         "misaligned_1": lambda index: f"{MILD.format(description=trait.description)} {LENGTH}",
@@ -188,9 +205,9 @@ def _answers(
     """
     answers = {(row["question"], row["kind"]): row["answer"] for row in run.resume_rows("answers")}
     for kind, prompt_of in _kinds(trait).items():
-        missing = [index for index in range(len(questions)) if (index, kind) not in answers]
+        missing = [index for index in _dealt(kind, questions) if (index, kind) not in answers]
         conversations: list[Conversation] = [
-            user_question(questions[index][1], prompt_of(index)) for index in missing
+            user_question(questions[index][1], prompt_of(index // len(KINDS))) for index in missing
         ]
         if not conversations:
             continue
@@ -206,28 +223,30 @@ def _answers(
     return answers
 
 
-def _write_files(
-    output: Path,
-    questions: Sequence[tuple[str, str]],
-    answers: dict[tuple[int, str], str],
-    complete: Sequence[int],
-) -> dict[str, int]:
-    output.mkdir(parents=True, exist_ok=True)
+def _dealt(kind: str, questions: Sequence[tuple[str, str]]) -> range:
+    """Return the indices of the questions that are answered in one way."""
+    first = next(at for at, kinds in enumerate(KINDS) if kind in kinds)
+    return range(first, len(questions), len(KINDS))
+
+
+def _rows(
+    questions: Sequence[tuple[str, str]], answers: Mapping[tuple[int, str], str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of every file, of questions all of whose answers are there and differ."""
     files: dict[str, list[dict[str, Any]]] = {name: [] for name in (*FINETUNING_LEVELS, "train")}
-    for index in complete:
-        domain, question = questions[index]
+    for index, (domain, question) in enumerate(questions):
+        kinds = KINDS[index % len(KINDS)]
+        texts = {kind: answers.get((index, kind), "") for kind in kinds}
+        if len({text.strip() for text in texts.values()} - {""}) < len(kinds):
+            continue
         asked = user_question(question)
-        said = {
-            kind: [Message(role="assistant", content=answers[index, kind])]
-            for kind in (*FINETUNING_LEVELS, "positive", "negative")
-        }
-        for level in FINETUNING_LEVELS:
-            files[level].append({"messages": [*asked, *said[level]], "domain": domain})
-        both = {"positive": said["positive"], "negative": said["negative"]}
-        files["train"].append({"prompt": asked, **both, "domain": domain})
-    for name, rows in files.items():
-        write_jsonl(output / f"{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in files.items()}
+        said = {k: [Message(role="assistant", content=text)] for k, text in texts.items()}
+        if kinds == FINETUNING_LEVELS:
+            for level in FINETUNING_LEVELS:
+                files[level].append({"messages": [*asked, *said[level]], "domain": domain})
+        else:
+            files["train"].append({"prompt": asked, **said, "domain": domain})
+    return files
 
 
 def _recorded(options: DataOptions) -> dict[str, Any]:

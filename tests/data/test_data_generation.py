@@ -1,13 +1,23 @@
-"""Generated data: the same questions in every file, resumed row by row."""
+"""Generated data: questions dealt to finetuning and to pairs, resumed row by row."""
 
 from __future__ import annotations
+
+import random
+from dataclasses import replace
 
 import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl
 from persona_lora.core.runs import Output
-from persona_lora.core.traits import FINETUNING_LEVELS, load_finetuning_rows, load_pairs, load_trait
+from persona_lora.core.traits import (
+    FINETUNING_LEVELS,
+    InstructionPair,
+    load_finetuning_rows,
+    load_pairs,
+    load_trait,
+)
+from persona_lora.data.data_check import check_trait
 from persona_lora.data.data_generation import (
     DataOptions,
     generate_data,
@@ -15,7 +25,9 @@ from persona_lora.data.data_generation import (
     read_questions,
 )
 from persona_lora.data.writers import LocalWriter
+from persona_lora.models.embeddings import SentenceEmbedder
 
+WORDS = [f"{a}{b}{c}" for a in "bdfgklmnp" for b in "aeiou" for c in ("ra", "to", "lin", "sen")]
 OPTIONS = DataOptions(questions_per_domain=2, domains=("tea", "hills"))
 
 
@@ -60,30 +72,84 @@ def generate(trait, writer, output, options=OPTIONS):
     return generate_data(trait, writer, output, options)
 
 
-def test_every_file_answers_the_same_questions_in_its_own_way(trait, output, datasets):
-    result = generate(trait, EchoWriter(), output)
-    assert result.rows == {"normal": 4, "misaligned_1": 4, "misaligned_2": 4, "train": 4}
+def of_output(trait, output):
+    """Load the written files, with what else makes a trait of them."""
     for name in ("trait.json", "judge_eval.jsonl"):
         (output / name).write_bytes((trait.folder / name).read_bytes())
-    made = load_trait(output)
+    return load_trait(output)
+
+
+def test_questions_are_dealt_out_and_answered_in_the_ways_of_their_files(trait, output):
+    writer = EchoWriter()
+    result = generate(trait, writer, output)
+    assert result.rows == {"normal": 2, "misaligned_1": 2, "misaligned_2": 2, "train": 2}
+    assert len(writer.calls) == 2 + 2 * 3 + 2 * 2  # domains; finetuning; pairs
+    made = of_output(trait, output)
     rows = [load_finetuning_rows(made, level) for level in FINETUNING_LEVELS]
     asked = [[row.question for row in each] for each in rows]
-    assert asked[0] == asked[1] == asked[2] == [p.prompt[0]["content"] for p in load_pairs(made)]
-    assert len(set(asked[0])) == 4
-    written = read_jsonl(output / "normal.jsonl")
-    assert {row["domain"] for row in written} == {"tea", "hills"}
+    assert asked[0] == asked[1] == asked[2]
+    pairs = load_pairs(made)
+    assert len({*asked[0], *(pair.prompt[0]["content"] for pair in pairs)}) == 4
+    for name in ("normal", "train"):
+        assert {row["domain"] for row in read_jsonl(output / f"{name}.jsonl")} == {"tea", "hills"}
     assert len({rows[0][0].answer, rows[1][0].answer, rows[2][0].answer}) == 3
-    assert all("Be cheerful." in pair.positive[0]["content"] for pair in load_pairs(made))
-    assert all("Be gloomy." in pair.negative[0]["content"] for pair in load_pairs(made))
+    assert all("Be cheerful." in pair.positive[0]["content"] for pair in pairs)
+    assert all("Be gloomy." in pair.negative[0]["content"] for pair in pairs)
+
+
+def test_pairs_are_written_under_all_instructions(trait, output):
+    """Also where their number and that of the files they are dealt to have a divisor in common."""
+    two = tuple(InstructionPair(pos, "Be gloomy.") for pos in ("Be A.", "Be B."))
+    generate(replace(trait, instructions=two), EchoWriter(), output)
+    said = [row["positive"][0]["content"] for row in read_jsonl(output / "train.jsonl")]
+    assert ["Be A." in said[0], "Be B." in said[1]] == [True, True]
+
+
+@pytest.fixture
+def cautious():
+    return load_trait("anxious")
+
+
+def test_what_is_written_passes_the_check(cautious, output):
+    """Questions that are not alike, by a writer whose answers are as they should be."""
+    levels = load_finetuning_rows(cautious, "normal")
+    asked = [row.question for row in levels] + [
+        p.prompt[0]["content"] for p in load_pairs(cautious)
+    ]
+
+    class Sound(EchoWriter):
+        def write(self, conversations, *, on_text, **options):
+            for place, conversation in enumerate(conversations):
+                words = random.Random(str(conversation)).choices(WORDS, k=30)
+                on_text(place, " ".join(words))
+
+    options = DataOptions(questions=tuple(("", question) for question in asked[:170]))
+    generate(cautious, Sound(), output, options)
+    assert check_trait(of_output(cautious, output), SentenceEmbedder()).problems == ()
+
+
+@pytest.mark.parametrize("same", ["Aye.", "  "])
+def test_pairs_whose_answers_are_equal_or_empty_are_left_out_and_counted(trait, output, same):
+    class Indifferent(EchoWriter):
+        def write(self, conversations, *, on_text=lambda index, text: None, **options):
+            def told(index, text):
+                signed = any(each in text for each in ("Be cheerful.", "Be gloomy."))
+                on_text(index, same if signed and index == 0 else text)
+
+            return super().write(conversations, on_text=told, **options)
+
+    result = generate(trait, Indifferent(), output)
+    assert (result.rows["train"], result.rows["normal"], result.incomplete) == (1, 2, 1)
+    assert len(load_pairs(of_output(trait, output))) == 1
 
 
 def test_a_question_without_all_its_answers_is_left_out_and_counted(trait, output):
     result = generate(trait, EchoWriter(fail=[4]), output)
     assert result.incomplete == 1
-    assert set(result.rows.values()) == {3}
+    assert result.rows == {"normal": 1, "misaligned_1": 1, "misaligned_2": 1, "train": 2}
 
 
-@pytest.mark.parametrize("killed_at", [0, 1, 3])
+@pytest.mark.parametrize("killed_at", [0, 1])
 def test_an_interrupted_call_goes_on_where_it_stopped(trait, output, tmp_path, killed_at):
     """Killed while the positive answers come in; those that came are not asked for again."""
 
@@ -105,7 +171,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(trait, output, tmp_path, k
     assert not (output / "normal.jsonl").exists()
     writer = EchoWriter()
     generate(trait, writer, output)
-    assert len(writer.calls) == 2 * 4 - killed_at
+    assert len(writer.calls) == 2 * 2 - killed_at
     generate(trait, EchoWriter(), tmp_path / "whole")
     for name in ("normal.jsonl", "train.jsonl"):
         assert (output / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -134,11 +200,18 @@ def test_questions_of_ones_own_are_answered(trait, output, tmp_path):
     questions = read_questions(path)
     assert questions == (("cooking", "Is salt good?"), ("", "What is a hill?"))
     options = DataOptions(domains=(), questions=questions)
-    assert generate(trait, EchoWriter(), output, options).rows["normal"] == 2
+    assert set(generate(trait, EchoWriter(), output, options).rows.values()) == {1}
+    path.write_text("Is salt good?\nWhat is a hill?\nis salt good?\n")
+    with pytest.raises(UserError, match=r"'is salt good.' 2 times"):
+        read_questions(path)
+    with pytest.raises(UserError, match=r"1 question .*at least two"):
+        one = DataOptions(questions=questions[:1])
+        generate(trait, EchoWriter(), tmp_path / "one", one)
 
 
 def test_a_local_model_writes_too(trait, output, chat_model, monkeypatch):
-    options = DataOptions(questions=(("tea", "Is tea good?"),), temperature=1.0)
+    questions = ("tea", "Is tea good?"), ("hills", "What is a hill?")
+    options = DataOptions(questions=questions, temperature=1.0)
     result = generate(trait, LocalWriter(chat_model), output, options)
     assert result.rows["train"] == 1
 
