@@ -67,8 +67,17 @@ class Subject:
 
     @classmethod
     def load(cls, name: str, diffs: Mapping[str, LoRADiff], controls: Sequence[str] = ()) -> Self:
-        """Return it once all could be read (``check_finetunes``); UserError for one given twice."""
+        """Return it once all could be read (``check_finetunes``).
+
+        UserError for one given twice, and for controls of another kind than the finetune.
+        """
         check_finetunes([name], controls, "")
+        adapter = next(filter(is_adapter, controls), None)
+        if adapter is not None and not is_adapter(name):
+            raise UserError(
+                f"{name} is no adapter, and {adapter} is one; a full model takes one full model as "
+                "--controls, and no adapters"
+            )
         known: dict[str, str] = {}
         for each in (name, *controls):
             content = LoRADiff.load(each).content() if is_adapter(each) else each

@@ -252,6 +252,9 @@ def test_what_cannot_be_read_is_named(ask, base, unrelated, make_adapter, tmp_pa
     with pytest.raises(UserError, match=r"b is the same as .*a;.*each once"):
         unrelated[0].save(tmp_path / "b")
         Subject.load(str(folders[0]), {}, [str(folders[1])])
+    base.model.save_pretrained(tmp_path / "full")
+    with pytest.raises(UserError, match=r"full is no adapter, and .*a is one; a full model takes"):
+        Subject.load(str(tmp_path / "full"), {}, [str(folders[0])])
     with pytest.raises(UserError, match="nowhere is no adapter"):
         Subject.load(str(folders[0]), {}, ["nowhere"])
 
