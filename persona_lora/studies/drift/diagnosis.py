@@ -36,6 +36,7 @@ from persona_lora.studies.drift.figure import render_diagnosis
 from persona_lora.studies.drift.read_diagnosis import (
     APART,
     CONTROL,
+    CONTROL_APART,
     WHOLE,
     diagnosis_record,
 )
@@ -124,7 +125,9 @@ def diagnose(
         found = [(WHOLE, projected(subject.name))]
         if subject.controls:
             found.append((APART, projected(subject.name, before, control)))
-        found += [(CONTROL, projected(each)) for each in subject.controls if is_adapter(each)]
+        adapters = [each for each in subject.controls if is_adapter(each)]
+        found += [(CONTROL, projected(each)) for each in adapters]
+        found += [(CONTROL_APART, projected(each, before, control)) for each in adapters]
         shares = found[0][1].by_geometry[WEIGHTED].shares()
         for name, rows in {
             "projections": [

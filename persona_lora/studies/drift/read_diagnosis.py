@@ -4,10 +4,10 @@ A trait is flagged when the coordinate lies further from the mean of the control
 control would: t·s·√(1 + 1/n), with s their standard deviation, at 5% over all traits together
 (Bonferroni); and further from 0 than along a direction turned at random, at the same level: a large
 change along one trait has a small share in all. Each control in turn plays the finetune, with the
-others as its controls: how often it is flagged is the rate of false alarms, and how often with a
-direction of stated weighted norm added that of finding it. Too few controls leave the null of
-turned directions alone, which says nothing of real finetunes: they lie outside it whatever they
-were trained on.
+others as its controls, and the null of what is left without their mean: how often it is flagged is
+the rate of false alarms, and how often with a direction of stated weighted norm added that of
+finding it. Too few controls leave the null of turned directions alone, which says nothing of real
+finetunes: they lie outside it whatever they were trained on.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from persona_lora.core.errors import UserError
 from persona_lora.core.protocol import LEVEL
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.resampling import Array
 
-WHOLE, APART, CONTROL = "whole", "apart", "control"  # of rows: less the controls' mean, or not
+# Of rows: the finetune and the controls, whole or less the mean of the controls.
+WHOLE, APART, CONTROL, CONTROL_APART = "whole", "apart", "control", "control apart"
 PLACES = ("while reading", "as the first word of the answer")
 ENOUGH = 5  # controls, for a threshold
 DOSES = (0.1, 0.3, 1.0)  # planted, in mean norms of the controls
@@ -107,11 +109,15 @@ def read_diagnosis(run: Run) -> Diagnosis:
     names = sorted(rows, key=lambda name: -rows[name]["cosine"])
     z = float(stats.norm.ppf(1 - (1 - LEVEL) / 2 / len(names)))
     by_chance = {name: z * rows[name]["null_sd"] for name in names}
-    usual, nulls = (_of_controls(run, names, what) for what in ("coordinate", "null_sd"))
+    usual = _of_controls(run, names, CONTROL, "coordinate")
     n = len(usual)
     if n < ENOUGH:
         alone = [Alarm(each, rows[each]["coordinate"], by_chance[each]) for each in names]
         return Diagnosis(tuple(alone), None, ())
+    # C less the mean of the n - 1 others is n / (n - 1) times C less the mean of all.
+    nulls = _of_controls(run, names, CONTROL_APART, "null_sd") * n / (n - 1)
+    if len(nulls) < n:
+        raise UserError(f"{run.folder} has no nulls of its controls; run diagnose again")
     norms = [each["delta_norm"] for each in finetunes_of(run, CONTROL)]
     doses = tuple(share * float(np.mean(norms)) for share in DOSES)
     left_out = [_usual(np.delete(usual, at, axis=0)) for at in range(n)]
@@ -135,12 +141,12 @@ def read_diagnosis(run: Run) -> Diagnosis:
     return Diagnosis(tuple(alarms), Share.count(flagged.any(axis=1)), doses)
 
 
-def _of_controls(run: Run, names: Sequence[str], what: str) -> Array:
-    """Return the weighted coordinates, or nulls, of every control, ``[controls, traits]``."""
+def _of_controls(run: Run, names: Sequence[str], what: str, column: str) -> Array:
+    """Return a column of the weighted projections of every control, ``[controls, traits]``."""
     found: dict[str, dict[str, float]] = {}
-    for row in totals(run, CONTROL):
+    for row in totals(run, what):
         if row["geometry"] != "plain":
-            found.setdefault(row["finetuned"], {})[row["diff"]] = row[what]
+            found.setdefault(row["finetuned"], {})[row["diff"]] = row[column]
     return np.array([[each[name] for name in names] for each in found.values()])
 
 

@@ -139,7 +139,12 @@ def test_errors_of_the_alarm_are_those_of_planting_and_leaving_out(
             others = [each for place, each in enumerate(unrelated[:CONTROLS]) if place != at]
             usual = [inputs.weigh(each).inner(direction) / direction.norm() for each in others]
             limit = t * np.std(usual, ddof=1) * np.sqrt(1 + 1 / len(others))
-            own = project_adapter(unrelated[at], {"x": directions[alarm.trait]}, inputs=inputs)
+            own = project_adapter(
+                unrelated[at],
+                {"x": directions[alarm.trait]},
+                inputs=inputs,
+                control=mean_of(others),
+            )
             limit = max(limit, z * own.total["x"].null_sd)
             for place, dose in enumerate((0.0, *found.doses)):
                 planted = unrelated[at] + unit * dose
@@ -149,6 +154,28 @@ def test_errors_of_the_alarm_are_those_of_planting_and_leaving_out(
         assert flagged[1] < CONTROLS == flagged[-1]
     five = Share.count(np.zeros(5, bool))
     assert (five.k, five.low, five.high) == pytest.approx((0, 0, 0.5218), abs=1e-4)  # honest
+
+
+def test_what_controls_share_hides_none_of_their_false_alarms(
+    ask, base, directions, inputs, make_diff, tmp_path
+):
+    """Of seven that share much one has the trait: it is flagged as the finetune would be."""
+    noise = [make_diff(base.model, seed=70 + at, rank=2) for at in range(CONTROLS + 1)]
+    size = inputs.weigh(noise[0]).norm()
+    shared = of_norm(turned_diff(directions["warm"], 0), 100 * size, inputs)  # of its inputs
+    planted = of_norm(directions["warm"], 10 * size, inputs)
+    found = [shared + each for each in noise]
+    folders = [str(each.save(tmp_path / f"n{at}")) for at, each in enumerate(found)]
+    folders[0] = str((found[0] + planted).save(tmp_path / "warm"))
+    for subject, others in ((0, 0), (1, 1)):
+        controls = [each for each in folders if each != folders[subject]]
+        run = diagnose(
+            *(base, Subject.load(folders[subject], directions, controls)),
+            *(tmp_path / f"out{subject}",),
+            prompts=PROMPTS,
+        )
+        (warm,) = (each for each in read_diagnosis(run).alarms if each.trait == "warm")
+        assert (warm.flagged, warm.false.k) == (subject == 0, others)
 
 
 def test_a_full_model_reads_as_the_adapter_that_is_merged_into_it(
