@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.report import wording
@@ -20,15 +21,18 @@ from persona_lora.studies.vectors.figure import (
 
 
 def extract_content(run: Run) -> Content:
-    """Return the section of an extraction; raises UserError where its vectors are gone."""
+    """Return the section of an extraction; UserError where its vectors, or its diff, are gone."""
+    config = run.record["config"]
+    name = wording.title_of(str(config.get("variant") or config["trait"]))
+    if config.get("form") == "diff":
+        return _diff_content(f"{name}: a difference without training", run)
     paths = sorted(run.folder.glob("*.safetensors"))
     vectors = {path.stem: SteeringVector.read(path) for path in paths}
     if not vectors:
         raise UserError(f"{run.folder} holds no vectors; extract them again")
     first = next(iter(vectors.values()))
     middle = first.layers[len(first.layers) * 2 // 3]
-    config = run.record["config"]
-    title = f"{wording.title_of(str(config.get('variant') or config['trait']))}: steering vectors"
+    title = f"{name}: steering vectors"
     blocks: list[Block] = [Image.of(render_vectors_over_layers(vectors), f"{title} over layers")]
     if len(vectors) > 1:
         blocks.append(Image.of(render_cosines(vectors, middle), f"{title}: cosines", "small"))
@@ -45,6 +49,22 @@ def extract_content(run: Run) -> Content:
         f"(source: {config['source']}), at {len(first.layers)} layers."
     )
     return Content(title, lead, (*blocks, table, Facts(_counts(first.sources))))
+
+
+def _diff_content(title: str, run: Run) -> Content:
+    diff = LoRADiff.load(run.folder / "diff")
+    made_of = diff.sources["task_vector"]
+    facts = (
+        ("‖L‖", wording.significant(diff.norm())),
+        ("Rank", str(diff.rank)),
+        ("Modules", str(len(diff.factors))),
+        *_counts(made_of),
+    )
+    lead = (
+        f"A difference of rank {diff.rank} in {len(diff.factors)} modules from {made_of['pairs']} "
+        f"pairs of answers (source: {run.record['config']['source']})."
+    )
+    return Content(title, lead, (Facts(facts),))
 
 
 def project_content(run: Run) -> Content:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
 
 from persona_lora.core.chat import Verdict
 from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.structure import decoder_layers, weight_fingerprint
 from persona_lora.studies.asking.run import GenerationOptions
+from persona_lora.studies.report_page import write_report
 from persona_lora.studies.vectors.run import (
     Elicitation,
     Extraction,
@@ -149,6 +152,19 @@ def test_training_pairs_extract_without_a_judge(chat_model, trait, datasets, tmp
         Extraction(chat_model, trait, tmp_path / "p", positions=("prompt_last",)).from_answers()
     lengths = {round(vector.norms()[1], 4) for vector in result.vectors.values()}
     assert len(lengths) == 1  # one coefficient means the same for all three
+
+
+def test_a_diff_has_a_section_of_the_page(run_prompts, tmp_path):
+    result = run_prompts(options={"form": "diff"})
+    norm = LoRADiff.load(*result.paths).norm()
+    page = write_report(result.run.folder, tmp_path / "report.html").read_text()
+    for words in ("Cheer: a difference without training", "A difference of rank 1 in 14 modules"):
+        assert words in page
+    assert "from 4 pairs of answers (source: prompts)" in page
+    assert f"{norm:#.2g}" in page
+    shutil.rmtree(result.run.folder / "diff")
+    with pytest.raises(UserError, match="diff"):
+        write_report(result.run.folder, tmp_path / "report.html")
 
 
 def answer(trait, coherence=80.0, text="x"):
