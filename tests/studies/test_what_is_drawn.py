@@ -190,6 +190,27 @@ def test_weight_projections_are_drawn_by_their_coordinate():
     assert stars == ["1.00*", "10.00*"]
 
 
+@pytest.mark.parametrize(
+    ("folders", "columns"),
+    [
+        (("a",), ["10", "20"]),
+        (("a", "b"), [f"{one}/\ncheckpoint-{step}" for one in "ab" for step in (10, 20)]),
+    ],
+)
+def test_checkpoints_of_several_finetunes_are_told_apart(folders, columns):
+    rows = [
+        {"finetuned": f"x/{each}/checkpoint-{step}", "diff": "evil", "part": part, "of": 0,
+         "step": step, "geometry": "plain", "coordinate": 1.0, "p_holm": 0.5}
+        for each in folders
+        for step in (10, 20)
+        for part in ("total", "layer")
+    ]  # fmt: skip
+    picture = drift.render_weight_projection({"rows": rows, "geometry": "plain"})
+    axes = picture.figure.axes[1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == columns
+    assert ("by step" in axes.get_title(loc="left")) == (len(folders) == 1)
+
+
 def test_drift_while_training_is_the_coordinate():
     rows = [
         {"diff": "evil", "step": step, "coordinate": step / 10, "cosine": 0.5} for step in (10, 20)

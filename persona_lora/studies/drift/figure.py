@@ -204,9 +204,9 @@ def render_weight_projection(record: Row) -> Picture:
     rows = [row for row in record["rows"] if row["geometry"] == record["geometry"]]
     finetunes = list(dict.fromkeys(row["finetuned"] for row in rows))
     diffs = list(dict.fromkeys(row["diff"] for row in rows))
-    height = 2.2 + 0.42 * max(len(diffs), 5)
+    height = 2.65 + 0.42 * max(len(diffs), 5)
     figure = draw.new_figure(14.4, height)
-    axes = draw.add_axes(figure, (0.75, 0.95, 5.2, height - 1.85), title="By layer", x="layer")
+    axes = draw.add_axes(figure, (0.75, 1.4, 5.2, height - 2.3), title="By layer", x="layer")
     last = [r for r in rows if r["part"] == "layer" and r["finetuned"] == finetunes[-1]]
     by_layer = [
         replace(each, label=each.name)
@@ -215,7 +215,7 @@ def render_weight_projection(record: Row) -> Picture:
     draw.rule(axes, 0)
     panels = [
         draw.bars(axes, by_layer[0]) if len(diffs) == 1 else draw.lines(axes, by_layer, labels=8.5),
-        _totals(figure, (9.2, 0.95, 4.9, height - 1.85), rows, finetunes, diffs),
+        _totals(figure, (9.2, 1.4, 4.9, height - 2.3), rows, finetunes, diffs),
     ]
     note = (
         f"Coordinate ⟨ΔW, L⟩/‖L‖, {record['geometry']}. Left: by layer. Right: in total; an "
@@ -233,7 +233,7 @@ def _totals(
     diffs: Sequence[str],
 ) -> Panel:
     steps = {row["finetuned"]: row["step"] for row in rows}
-    title = "In total" if all(step is None for step in steps.values()) else "In total, by step"
+    by_step = None not in steps.values() and len({Path(each).parent for each in finetunes}) == 1
     total = {(row["diff"], row["finetuned"]): row for row in rows if row["part"] == "total"}
     table = [[total[diff, tuned] for tuned in finetunes] for diff in diffs]
     values = np.array([[row["coordinate"] for row in line] for line in table])
@@ -243,10 +243,11 @@ def _totals(
         p = table[line][column]["p_holm"]
         return f"{number(value, 2)}{'*' if p is not None and p < CLEAR else ''}"
 
-    short = short_paths(finetunes)
-    names = [short[tuned] if steps[tuned] is None else str(steps[tuned]) for tuned in finetunes]
-    cells = Cells(values, _titles(diffs), tuple(map(draw.short, names)), low=-reach, high=reach)
-    return draw.heat_map(draw.add_axes(figure, inches, title=title), cells, say=say)
+    short = steps if by_step else short_paths(finetunes)
+    names = tuple(str(short[tuned]).replace("/", "/\n") for tuned in finetunes)
+    cells = Cells(values, _titles(diffs), names, low=-reach, high=reach)
+    axes = draw.add_axes(figure, inches, title="In total, by step" if by_step else "In total")
+    return draw.heat_map(axes, cells, say=say, slanted=not by_step and len(names) > 2)
 
 
 def _titles(names: Sequence[str]) -> tuple[str, ...]:
