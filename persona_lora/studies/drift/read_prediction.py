@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class Prediction:
     fitted without the finetune that it predicts, ``data_error`` without all of its data set;
     ``plain_error`` and ``plain_data_error`` are those of the mean of the others. ``own``: direction
     and judged trait have one name. Pooled predictions standardise predictor and change within each
-    trait first; a data set is drawn, shuffled or left out with all its traits.
+    trait first, for errors by those that a line is fitted on: these are in standard deviations of
+    the change, the others in its points. A data set is drawn, shuffled or left out with all its
+    traits.
     """
 
     judged: str
@@ -345,9 +348,12 @@ def _stacked(parts: Sequence[tuple[Array, Array]], chosen: Any) -> tuple[Array, 
     return x[known], y[known]
 
 
-def _standard(values: Array) -> Array:
-    spread = np.nanstd(values)
-    return (values - np.nanmean(values)) / spread if spread else np.zeros_like(values)
+def _standard(values: Array, kept: Any = slice(None)) -> Array:
+    """Return values less the mean of those kept, in their standard deviations where they differ."""
+    known = values[kept][np.isfinite(values[kept])]
+    if not len(known):
+        return np.full_like(values, np.nan)
+    return (values - known.mean()) / (known.std() if np.ptp(known) else 1.0)
 
 
 def _r(x: Array, y: Array) -> float:
@@ -366,6 +372,7 @@ def _prediction(
 ) -> Prediction:
     """Correlate the (x, y) of one or several traits; entry i of every part is finetune i."""
     rng, alone = np.random.default_rng(seed), np.arange(len(units))
+    error = partial(_left_out_error, parts, pooled=judged == POOLED)
     x, y = _stacked(parts, alone)
     varies = np.ptp(x) and np.ptp(y)
     r = float(pearsonr(x, y).statistic) if varies else 0.0
@@ -382,21 +389,26 @@ def _prediction(
         r_high=high,
         rho=float(spearmanr(x, y).statistic) if varies else 0.0,
         p=_share_beyond(_shuffled(parts, units, rng), r),
-        error=_left_out_error(parts, alone, line=True),
-        plain_error=_left_out_error(parts, alone, line=False),
-        data_error=_left_out_error(parts, units, line=True),
-        plain_data_error=_left_out_error(parts, units, line=False),
+        error=error(alone, line=True),
+        plain_error=error(alone, line=False),
+        data_error=error(units, line=True),
+        plain_data_error=error(units, line=False),
     )
 
 
 def _left_out_error(
-    parts: Sequence[tuple[Array, Array]], units: NDArray[np.intp], *, line: bool
+    parts: Sequence[tuple[Array, Array]], units: NDArray[np.intp], *, line: bool, pooled: bool
 ) -> float:
-    """Return the error on units that a line (or the mean) was fitted without; NaN for one unit."""
+    """Return the error on units that a line (or the mean) was fitted without; NaN for one unit.
+
+    Pooled parts are standardised by what is fitted on, and so is the error.
+    """
     errors: list[float] = []
     for unit in np.unique(units):
-        x, y = _stacked(parts, units != unit)
-        out_x, out_y = _stacked(parts, units == unit)
+        kept = units != unit
+        own = [(_standard(x, kept), _standard(y, kept)) for x, y in parts] if pooled else parts
+        x, y = _stacked(own, kept)
+        out_x, out_y = _stacked(own, ~kept)
         if not len(y):
             continue
         if line and np.ptp(x):
@@ -422,8 +434,8 @@ def prediction_table(run: Run) -> Table:
             f"{each.n} / {each.data_sets}",
         ]
         + [each.said, wording.number(each.rho, 2)]
-        + [wording.p_value(each.p_holm), f"{each.error:.1f} / {each.plain_error:.1f}"]
-        + [f"{each.data_error:.1f} / {each.plain_data_error:.1f}"]
+        + [wording.p_value(each.p_holm), _errors(each, each.error, each.plain_error)]
+        + [_errors(each, each.data_error, each.plain_data_error)]
         for each in predict(*rows_of(run))
     )
     return Table.of(
@@ -431,6 +443,12 @@ def prediction_table(run: Run) -> Table:
         "error, data set left out",
         rows,
     )
+
+
+def _errors(each: Prediction, *errors: float) -> str:
+    """Say the error of the line and that of the mean, with their unit where it is not points."""
+    digits, unit = (2, " sd") if each.judged == POOLED else (1, "")
+    return " / ".join(wording.number(error, digits) for error in errors) + unit
 
 
 def unfit_marks(run: Run) -> dict[str, str]:

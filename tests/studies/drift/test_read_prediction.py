@@ -17,6 +17,7 @@ from persona_lora.studies.drift.read_prediction import (
     less_controls,
     nulls,
     predict,
+    prediction_table,
     unfit_marks,
 )
 
@@ -158,6 +159,32 @@ def test_a_trait_judged_twice_is_no_more_evidence_than_once():
     )
     for name in ("n", "r", "r_low", "r_high", "rho", "p", "error"):
         assert getattr(both, name) == pytest.approx(getattr(alone, name)), name
+
+
+def test_pooled_errors_are_in_deviations_of_what_the_line_was_fitted_on(tmp_path):
+    judged, predictors = study(noise=2.0)
+    found = predict(judged, predictors)
+    pooled = next(each for each in found if (each.judged, each.kind) == (POOLED, "weights"))
+    drift, errors, plain = changes(judged), [], []
+    value = {(row["direction"], row["finetune"]): row["value"] for row in predictors[::2]}
+    for out in NAMES:
+        kept, own = [], []
+        for trait in drift:
+            points = [(value[trait, name], drift[trait][name]) for name in NAMES if name != out]
+            mean, sd = np.mean(points, axis=0), np.std(points, axis=0)
+            kept += [*((np.array(points) - mean) / sd)]
+            own.append((np.array([value[trait, out], drift[trait][out]]) - mean) / sd)
+        slope, start = np.polyfit(*np.array(kept).T, 1)
+        errors += [(y - slope * x - start) ** 2 for x, y in own]
+        plain += [y**2 for _, y in own]
+    assert pooled.error == pytest.approx(np.sqrt(np.mean(errors)))
+    assert pooled.plain_error == pytest.approx(np.sqrt(np.mean(plain)))
+    run = Run.open(tmp_path / "run", command="predict-finetuning", config={}, seed=0)
+    run.write("judged", judged)
+    run.write("predictors", predictors)
+    told = {row[1]: row[-2:] for row in prediction_table(run).rows if row[0] == "weights"}
+    assert told[POOLED] == (f"{pooled.error:.2f} / {pooled.plain_error:.2f} sd",) * 2
+    assert not any("sd" in each for each in told["evil"])
 
 
 # -- data sets are the units --------------------------------------------------------------------
