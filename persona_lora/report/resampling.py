@@ -432,17 +432,24 @@ class Separation:
     n: int
 
 
-def separation(values: Sequence[float], labels: Sequence[int]) -> Separation:
-    """Compare values of answers labelled 75 and more with those labelled 25 and less."""
+def separation(
+    values: Sequence[float], labels: Sequence[int], questions: Sequence[str] | None = None
+) -> Separation:
+    """Compare values of answers labelled 75 and more with those labelled 25 and less.
+
+    ``questions`` are what each of them answers: answers to one question are alike.
+    """
     x, y = np.asarray(values, dtype=float), np.asarray(labels)
-    above, below = x[y >= POSITIVE], x[y <= NEGATIVE]
+    asked = np.arange(len(x)) if questions is None else np.asarray(questions)
+    sides = y >= POSITIVE, y <= NEGATIVE
+    above, below = (x[side] for side in sides)
     if len(above) < 2 or len(below) < 2:
         raise UserError(
             f"{len(above)} answers are labelled {POSITIVE} or more and {len(below)} {NEGATIVE} or "
             "less; at least two of each are needed"
         )
     auc = auc_of(above, below)
-    bounds = auc_bounds(auc, len(above), len(below))
+    bounds = auc_bounds(auc, *(len(np.unique(asked[side])) for side in sides))
     varies = len(set(x.tolist())) > 1 and len(set(y.tolist())) > 1
     rho = float(spearmanr(x, y).statistic) if varies else None
     return Separation(auc, *bounds, rho, len(above), len(below), len(x))

@@ -446,13 +446,13 @@ def judging(name: str, bench: Bench) -> Found:
     judge = JUDGES[name](bench.trait, bench.chat_model, options)
     verdicts = judge.judge([each.exchange for each in rows], bench.trait.name)
     scored = [
-        (verdict.score, round(row.rating("trait")))
+        (verdict.score, round(row.rating("trait")), row.exchange.question)
         for verdict, row in zip(verdicts, rows, strict=True)
         if verdict.score is not None
     ]
-    scores, ratings = map(list, zip(*scored, strict=True))
-    ours = separation(scores, ratings)
-    shuffled = separation(scores, random.Random(0).sample(ratings, len(ratings)))
+    scores, ratings, asked = map(list, zip(*scored, strict=True))
+    ours = separation(scores, ratings, asked)
+    shuffled = separation(scores, random.Random(0).sample(ratings, len(ratings)), asked)
     canaries = show_canaries(judge, bench.trait, [bench.trait.name])
     fooled = [each.name for each in canaries if not each.caught]
     return Found(

@@ -36,6 +36,16 @@ def test_intervals_hold_the_estimate():
     assert 0.5 < result.low < result.auc < result.high < 1
 
 
+def test_answers_to_one_question_are_one_draw():
+    values, labels = [0.1, 0.5, 0.2, 0.4, 0.25, 0.3] * 4, [0, 100, 25, 75, 100, 0] * 4
+    asked = ["a", "b", "c", "d", "d", "e"] * 4  # two questions above, three below
+    result = separation(values, labels, asked)
+    assert (result.low, result.high) == auc_bounds(result.auc, 2, 3)
+    alone = separation(values, labels, list(range(24)))
+    assert alone == separation(values, labels)
+    assert result.low < alone.low < alone.high < result.high
+
+
 @pytest.mark.parametrize(("auc", "n"), [(1.0, 6), (0.0, 6), (0.5, 10), (0.83, 25)])
 def test_an_area_and_its_mirror_image_have_mirrored_bounds(auc, n):
     low, high = auc_bounds(auc, n, n + 3)

@@ -145,8 +145,8 @@ def separate_labelled(
     config = {"trait": trait.name, "source": "judge_eval.jsonl"}
     with _open(output, chat_model, along, config, trait.inputs()) as run:
         values = along.project(chat_model, tokenized)
-        labels = [each.label for each in labelled]
-        found = {at: separation(values[:, *at].tolist(), labels) for at, _ in along.places()}
+        labels, asked = zip(*((each.label, each.question) for each in labelled), strict=True)
+        found = {at: separation(values[:, *at].tolist(), labels, asked) for at, _ in along.places()}
         rows = [
             {**place, "trait": trait.name, **dataclasses.asdict(found[at])}
             for at, place in along.places()

@@ -13,13 +13,14 @@ from peft import PeftModel
 
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_csv
+from persona_lora.core.files import read_csv, read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import Along
+from persona_lora.report.resampling import auc_bounds
 from persona_lora.studies.vectors.read import best_layers, projections_table, separation_table
 from persona_lora.studies.vectors.text_projection import (
     Screening,
@@ -132,6 +133,18 @@ def test_labelled_answers_are_separated_by_the_vector_that_orders_them(
     (shown, _) = separation_table(best_layers(rows)).rows
     assert shown[:2] == ("v", str(best["layer"]))
     assert (shown[3] or "").startswith(f"{best['auc']:.2f} [")
+
+
+def test_labelled_answers_to_one_question_are_no_independent_answers(
+    chat_model, trait, vector, tmp_path
+):
+    path = trait.folder / "judge_eval.jsonl"
+    rows = [{**row, "question": f"{row['label']}?"} for row in read_jsonl(path)]
+    write_jsonl(path, rows)
+    run = separate_labelled(chat_model, trait, Along({"v": vector}, [0]), tmp_path / "s")
+    (row,) = run.read("separation")
+    assert (row["low"], row["high"]) == auc_bounds(row["auc"], 2, 2)  # 75? and 100?, 0? and 25?
+    assert (row["n_positive"], row["n_negative"]) == (4, 4)
 
 
 def test_page_and_terminal_say_the_same_spread_and_none_of_one_text():
