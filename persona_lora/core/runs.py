@@ -119,6 +119,8 @@ RECORDED = ("command", "config", "seed", "status")
 EMPTYING = "emptying"  # the status while rows of an overwritten run may still be there
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
 FREE = ("batch_size",)  # keys of a configuration that decide memory, time and rounding alone
+# Inputs that have rows of their own each: such a run may go on with more of them, or with fewer.
+OF_ITEMS = ("checkpoint-", "the finetune ", "the adapter of ", "the correction of ")
 ROUNDING = 1e-9
 LISTS = (list, tuple)  # a tuple comes back from JSON as a list
 SHOWN = 60
@@ -211,7 +213,8 @@ class Run:
         """Start a run, or resume the one that is there when it is the same.
 
         ``inputs`` are digests of the contents of all that the run reads, by what it is. One that
-        the run has not read before is added to its record; one that has changed is another run.
+        has changed, is gone or is new makes another run, but for those of ``OF_ITEMS``, which come
+        and go: what is new of them is added to the record.
         ``parts`` are the names (or patterns) of what the run makes below its folder beside rows:
         they are overwritten with the rows, and no killed call leaves some of both.
         ``once``: a run that has ended well is not opened again. ``design`` is what the output's
@@ -347,7 +350,10 @@ def refuse_taken(
     old = run.record
     known = [name for name in config if name in old["config"]]
     held, asked = ({name: each[name] for name in known} for each in (old["config"], config))
-    fresh = {"command": command, "config": asked, "seed": seed, "inputs": inputs or {}}
+    read = inputs or {}
+    fresh = {"command": command, "config": asked, "seed": seed, "inputs": read}
+    if "inputs" in old:
+        old["inputs"] = {key: each for key, each in old["inputs"].items() if key in read}
     _continued(folder, {**old, "config": held, "protocol": None}, fresh)
     if once:
         _refuse_finished(run, gone)
@@ -425,16 +431,17 @@ def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -
             f"{folder} holds a run that did not record the contents of what it read; choose "
             "another output or pass --overwrite"
         )
-    known = old.get("inputs", {})
-    changed = [
-        name for name, digest in fresh["inputs"].items() if known.get(name, digest) != digest
-    ]
-    if changed:
+    known, read = old.get("inputs", {}), fresh["inputs"]
+    changed = [name for name, digest in read.items() if known.get(name, digest) != digest]
+    lone = sorted(each for each in known.keys() ^ read.keys() if not each.startswith(OF_ITEMS))
+    if changed or lone:
+        said = f"the content of {', '.join(changed)} has changed since"
+        alone = f"only one of the two read {', '.join(lone)}"
         raise UserError(
-            f"{folder} holds a run of other inputs: the content of {', '.join(changed)} has "
-            "changed since; choose another output or pass --overwrite"
+            f"{folder} holds a run of other inputs: {said if changed else alone}; "
+            "choose another output or pass --overwrite"
         )
-    return {"inputs": {**known, **fresh["inputs"]}}
+    return {"inputs": {**known, **read}}
 
 
 def deciding(value: Any) -> Any:

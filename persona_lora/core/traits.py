@@ -5,7 +5,7 @@ Positive always means: shows the trait that the folder is named after.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +108,18 @@ class LabelledAnswer:
     answer: str
     label: int
     note: str
+
+
+def check_names(traits: Iterable[Trait]) -> None:
+    """UserError for two traits of one name, as variants are: their rows would be taken for one."""
+    first: dict[str, Trait] = {}
+    for trait in traits:
+        other = first.setdefault(trait.name, trait)
+        if other is not trait:
+            raise UserError(
+                f"{other.label} and {trait.label} are both judged as {trait.name}, and their rows "
+                "could not be told apart; give each a run of its own"
+            )
 
 
 def list_traits(datasets: Path | None = None) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
-from persona_lora.core.runs import Output, Run, first_difference
+from persona_lora.core.runs import Output, Run, first_difference, refuse_taken
 
 OPEN = """
 import sys
@@ -88,15 +88,30 @@ def test_a_run_goes_on_with_batches_of_another_size(tmp_path):
         opened(tmp_path, config=hotter)
 
 
-def test_a_changed_input_is_named_and_a_new_one_is_added(tmp_path):
+def test_a_changed_input_is_named_and_so_is_one_that_is_gone_or_new(tmp_path):
     with opened(tmp_path, inputs={"the trait": "1", "the diff": "2"}):
         pass
-    with opened(tmp_path, inputs={"the trait": "1", "the vector": "3"}) as run:
-        assert run.record["inputs"] == {"the trait": "1", "the diff": "2", "the vector": "3"}
     with pytest.raises(UserError, match="the content of the diff has changed since; choose"):
         opened(tmp_path, inputs={"the trait": "1", "the diff": "9"})
+    for more in ({"the trait": "1"}, {"the trait": "1", "the diff": "2", "the vector": "3"}):
+        lone = "the vector" if len(more) == 3 else "the diff"
+        with pytest.raises(UserError, match=f"only one of the two read {lone}; choose"):
+            opened(tmp_path, inputs=more)
+    refuse_taken(tmp_path, "x", {}, 0, inputs={"the diff": "2"})
+    with pytest.raises(UserError, match="only one of the two read the vector"):
+        refuse_taken(tmp_path, "x", {}, 0, inputs={"the diff": "2", "the vector": "3"})
     with opened(tmp_path, inputs={"the diff": "9"}, overwrite=True) as run:
         assert run.record["inputs"] == {"the diff": "9"}
+
+
+def test_items_with_rows_of_their_own_come_and_go(tmp_path):
+    first = {"the trait": "1", "checkpoint-2": "2", "the adapter of a": "3"}
+    with opened(tmp_path, inputs=first):
+        pass
+    with opened(tmp_path, inputs={"the trait": "1", "checkpoint-4": "4"}) as run:
+        assert run.record["inputs"] == {**first, "checkpoint-4": "4"}
+    with pytest.raises(UserError, match="the content of checkpoint-2 has changed since"):
+        opened(tmp_path, inputs={"the trait": "1", "checkpoint-2": "5"})
 
 
 def test_a_run_that_recorded_no_inputs_is_not_taken_for_one_that_did(tmp_path):

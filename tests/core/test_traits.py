@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
 from persona_lora.core.traits import (
+    check_names,
     list_traits,
     list_variants,
     load_finetuning_rows,
@@ -82,6 +84,27 @@ def test_a_variant_is_judged_as_its_trait(datasets):
     assert variant.folder == datasets / "odd"
     assert load_trait(datasets / "odd" / "odd_2.json") == variant
     assert list_variants(load_trait("odd", datasets)) == ["odd_2"]
+
+
+def test_a_run_of_a_trait_is_not_gone_on_with_its_variant(datasets, tmp_path):
+    trait, variant = (load_trait(name, datasets) for name in ("odd", "odd_2"))
+
+    def opened(asked):
+        config = {"trait": asked.name}
+        return Run.open(tmp_path, command="x", config=config, seed=0, inputs=asked.inputs())
+
+    for _ in range(2):
+        with opened(trait):
+            pass
+    with pytest.raises(UserError, match="only one of the two read the trait odd, the trait odd_2"):
+        opened(variant)
+
+
+def test_two_traits_of_one_name_are_refused(datasets):
+    trait, variant = (load_trait(name, datasets) for name in ("odd", "odd_2"))
+    check_names([trait, replace(variant, name="even")])
+    with pytest.raises(UserError, match="odd and odd_2 are both judged as odd"):
+        check_names([trait, variant])
     assert list_traits(datasets) == ["odd"]
     with pytest.raises(UserError, match="did you mean 'odd'"):
         load_trait("odd_3", datasets)
