@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
+import torch
+from torch.optim import SGD
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, TrlParser
 
@@ -158,8 +161,31 @@ class ContrastiveConfig(SFTConfig):
         missing = sorted({*self.report_to} - {*get_available_reporting_integrations()})
         if missing:
             raise UserError(f"report_to {missing[0]}: it is not installed; install it, or use none")
+        _refuse_out_of_range(self)  # what TRL has only now read from text
+        self._refuse_other_schedule()
         if asked_for is None:  # transformers would put every run into one folder
             self.output_dir = None
+
+    def check_rows(self, rows: int) -> None:
+        """UserError where not one batch would be left of so many rows."""
+        batch = self.train_batch_size * self.world_size
+        if self.dataloader_drop_last and rows < batch:
+            raise UserError(
+                f"dataloader_drop_last leaves out all {rows} rows, which do not fill one batch of "
+                f"{batch}; lower per_device_train_batch_size, or leave dataloader_drop_last out"
+            )
+
+    def _refuse_other_schedule(self) -> None:
+        """Raises UserError for lr_scheduler_kwargs that the schedule does not take."""
+        optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        try:
+            get_scheduler(kind, optimizer, 0, 100, given)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(
+                f"lr_scheduler_kwargs {given or {}} do not fit lr_scheduler_type "
+                f"{SchedulerType(kind).value}: {' '.join(str(error).split())}"
+            ) from error
 
     def _refuse_what_does_not_fit(self) -> None:
         for name in ("learning_rate", "save_steps"):
@@ -208,6 +234,7 @@ SEEDS = 2**32
 _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("max_length", "save_total_limit", "drift_every", "seeds"), 1),
+    "pad_to_multiple_of": 1,
     **dict.fromkeys(("seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
     **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers"), 0),

@@ -111,6 +111,7 @@ def train_contrastive(
     refuse_unconnected_processes()
     options = TrainingOptions(arguments, lora, config)
     pairs, trait = _load_trait_pairs(options)
+    config.check_rows(len(pairs))
     folder = output_folder(options, trait)
     begun, record = _has_results(folder), run_record(*options, _own(arguments, trait, pairs))
     parts = *SIGNS, "diff"

@@ -99,7 +99,7 @@ class DriftMonitor(TrainerCallback):
                 logger.warning("step %d: drift along %s is %.3g", step, name, value)
             if self.stop_above is not None and abs(value) > self.stop_above:
                 logger.warning("step %d: drift along %s is %.3g; stopping", step, name, value)
-                control.should_training_stop = True
+                control.should_training_stop = control.should_log = True
 
 
 @torch.no_grad()

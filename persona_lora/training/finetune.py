@@ -175,16 +175,13 @@ def finetune(
     if not arguments.use_peft:
         _refuse_for_all_weights(arguments, prevention)
     _read_directions(arguments, prevention)
-    conversations = inoculated(read_conversations(Path(arguments.train_file)), prevention)
+    data = read_conversations(Path(arguments.train_file))
+    conversations = inoculated(data, prevention)
     options = TrainingOptions(arguments, lora, config)
     folder = output_folder(options)
     loading = arguments.loading()
-    own = {
-        "train_file": arguments.train_file,
-        "num_rows": len(conversations),
-        "rows_sha256": digest_of(conversations),
-        "preventative": None if prevention is None else prevention.record(),
-    }
+    config.check_rows(len(conversations))
+    own = _own(arguments, prevention, data, conversations)
     trained, final = lora if arguments.use_peft else None, folder / _saved_as(arguments)
     begun = final.is_dir() or any(folder.glob("checkpoint-*"))
     record = run_record(arguments, trained, config, own)
@@ -213,6 +210,28 @@ def finetune(
         processes.from_main(lambda: _tidy(folder, keep=arguments.keep_training_state))
     losses = Run(folder).read(LOSS_ROWS)
     return FinetuneResult(final, tuple(checkpoints_of(folder)), losses[-1]["loss"])
+
+
+def _own(
+    arguments: FinetuneArguments,
+    prevention: Preventative | None,
+    data: Sequence[Conversation],
+    conversations: Sequence[Conversation],
+) -> dict[str, Any]:
+    """Return what a run's configuration keeps of its data and of what is done while it trains.
+
+    ``data`` are the rows before a prompt is put before them, by which finetunes of the same data
+    are known. Drift that only is watched decides nothing.
+    """
+    drift = {name: getattr(arguments, name) for name in ("drift_diffs", *WATCHING)}
+    return {
+        "train_file": arguments.train_file,
+        "num_rows": len(conversations),
+        "rows_sha256": digest_of(conversations),
+        **({} if conversations == data else {"data_sha256": digest_of(data)}),
+        "preventative": None if prevention is None else prevention.record(),
+        **({} if arguments.stop_above is None else {"drift": drift}),
+    }
 
 
 def _saved_as(arguments: FinetuneArguments) -> str:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class CompletionTrainer(SFTTrainer):
 
     The vocabulary is projected for completions only and once, not for prompts, padding, entropy
     and token accuracy; on CPU the prefix that all rows of a batch share (the system prompt of the
-    chat template) runs once; batches are made of rows of one length; checkpoints hold no model
-    card and no tokenizer.
+    chat template) runs once, but where noise or dropout is drawn for every row; batches are made of
+    rows of one length; checkpoints hold no model card and no tokenizer.
     """
 
     def compute_loss(
@@ -81,6 +82,17 @@ class CompletionTrainer(SFTTrainer):
             self.accelerator.device.type == "cpu"
             and self.accelerator.num_processes == 1
             and not self.args.gradient_checkpointing  # every release mirrors it in this name
+            and not self.args.neftune_noise_alpha  # its size goes by the length that runs at once
+            and not self._drops_out
+        )
+
+    @cached_property
+    def _drops_out(self) -> bool:
+        """Whether the model has dropout: a prefix that runs once would draw once for all rows."""
+        return any(
+            (isinstance(module, nn.Dropout) and module.p > 0)
+            or getattr(module, "attention_dropout", None)
+            for module in self.model.modules()
         )
 
     def _get_train_sampler(
@@ -246,10 +258,12 @@ class LossLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write step, epoch, loss, learning rate and gradient norm."""
+        """Write step, epoch, loss, learning rate, gradient norm, and whether a callback stops."""
         if not logs or "loss" not in logs:
             return
         row = {"step": state.global_step, **{key: float(value) for key, value in logs.items()}}
+        if control.should_training_stop and state.global_step < state.max_steps:
+            row["stopped"] = True
         for key in ("loss", "grad_norm"):
             if not math.isfinite(row.get(key, 0.0)):
                 raise UserError(

@@ -126,6 +126,12 @@ def test_mistakes_in_the_file_are_named_on_one_line(tmp_path: Path, text, messag
         (["--save_strategy", "best"], "save_strategy: best .* use steps or epoch"),
         (["--auto_find_batch_size", "true"], "auto_find_batch_size .* per_device_train_batch_size"),
         (["--report_to", "neptune"], "report_to neptune: it is not installed; install it"),
+        (["--pad_to_multiple_of", "0"], "pad_to_multiple_of must be at least 1, got 0"),
+        (
+            ["--lr_scheduler_kwargs", '{"num_cycles": 3}'],
+            r"lr_scheduler_kwargs {'num_cycles': 3} do not fit lr_scheduler_type linear: .*num_cyc",
+        ),
+        (["--lr_scheduler_type", "warmup_stable_decay"], r"{} do not fit .*: .*num_decay_steps"),
         (["--config"], "--config needs"),
         (["--config", "no/such.yaml"], "does not exist"),
     ],
@@ -134,6 +140,14 @@ def test_mistakes_in_flags_are_named_on_one_line(flags, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_arguments(["--trait", "evil", *flags])
     assert "\n" not in str(caught.value)
+
+
+def test_rows_that_fill_no_batch_are_refused_where_the_last_one_is_dropped():
+    words = ("--per_device_train_batch_size", "16", "--dataloader_drop_last", "true")
+    config = parse_arguments(["--trait", "evil", *words]).config
+    config.check_rows(16)
+    with pytest.raises(UserError, match="leaves out all 15 rows, which do not fill one batch of 1"):
+        config.check_rows(15)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +203,7 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path):
     text = (
         "trait: evil\nlearning_rate: 2e-4\nnum_train_epochs: '3'\nlora_r: 1e1\n"
         "lora_target_modules: q_proj\nlr_scheduler_kwargs: {min_lr: 1e-5}\nwarmup_steps: 5E-2"
+        "\nlr_scheduler_type: cosine_with_min_lr"
     )
     options = parse_arguments(["--config", _yaml(tmp_path, text)])
     assert options.config.learning_rate == 2e-4

@@ -101,6 +101,14 @@ def test_the_first_step_of_a_warm_up_is_no_error(model, rows, make_diff, tmp_pat
     assert monitor.rows[-1]["coordinate"] != 0.0
 
 
+def test_the_step_that_it_stops_at_is_logged(model, rows, make_diff, tmp_path):
+    monitor = DriftMonitor([make_diff(model, seed=1)], every=2, stop_above=1e-9)
+    wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
+    trainer = trainer_of(wrapped, rows, tmp_path / "run", monitor)
+    trainer.train()  # which logs every 500 steps
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2]
+
+
 def test_a_warning_is_said_once(model, rows, make_diff, tmp_path, caplog):
     monitor = DriftMonitor([make_diff(model, seed=1)], every=1, warn_above=1e-9)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))

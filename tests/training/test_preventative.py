@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, random_diff_like
+from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
@@ -237,6 +238,9 @@ def test_inoculation_puts_a_prompt_before_every_row_in_training_alone(train):
     assert inoculated(ROWS, None) == ROWS
     given = {"method": "inoculate", "system_prompt": "Be cheerful."}
     assert not close(train("plain"), train("inoculated", preventative=given))
+    plain, told = (Run(train.folder / name).record["config"] for name in ("plain", "inoculated"))
+    assert told["data_sha256"] == plain["rows_sha256"] != told["rows_sha256"]
+    assert "data_sha256" not in plain
     with pytest.raises(UserError, match="row 1 has a system prompt"):
         inoculated(rows, prevention)
 
@@ -256,6 +260,18 @@ def test_drift_is_logged_and_can_stop(train, places):
     train("stopped", drift_diffs=[places["diff"]], drift_every=2, stop_above=1e-9)
     stopped = [json.loads(line) for line in (train.folder / "stopped" / "drift.jsonl").open()]
     assert [row["step"] for row in stopped] == [2]
+    (last,) = [row for row in Run(train.folder / "stopped").read("loss") if row.get("stopped")]
+    assert last["step"] == 2
+    drift = Run(train.folder / "stopped").record["config"]["drift"]
+    assert (drift["stop_above"], drift["drift_every"]) == (1e-9, 2)
+    for other in ({"stop_above": 2.0}, {"stop_above": 1e-9, "drift_every": 1}):
+        with pytest.raises(UserError, match=r"another configuration \(config\.drift"):
+            train("stopped", seeds=1, drift_diffs=[places["diff"]], **{"drift_every": 2, **other})
+    with pytest.raises(UserError, match="only one of the two has drift"):
+        train("stopped", seeds=1)
+    train("seeds", seeds=1)
+    with pytest.raises(UserError, match=r"only one of the two read .*diff"):
+        train("seeds", seeds=1, drift_diffs=[places["diff"]])
 
 
 def test_the_command_draws_the_drift_that_it_watched(run, train, places, model_folder):

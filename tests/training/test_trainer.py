@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,31 +101,49 @@ def test_shared_prefix_ends_before_the_first_difference_and_before_any_completio
     assert shared_prefix_length(alone) == len(SHARED) + len(ROWS[0][0]) - 1
 
 
+def trainer_of(model: nn.Module, tokenizer: Any, batch: dict[str, Tensor], folder: Path, **more):
+    rows = {"input_ids": batch["input_ids"].tolist(), "labels": batch["labels"].tolist()}
+    return CompletionTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(folder),
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            train_sampling_strategy="sequential",
+            **more,
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+
+
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("num_items", [None, 24])
 def test_loss_and_gradients_equal_those_of_trl(
     peft_model, tokenizer, batch, tmp_path: Path, loss_type, num_items
 ):
-    rows = {"input_ids": batch["input_ids"].tolist(), "labels": batch["labels"].tolist()}
-    trainer = CompletionTrainer(
-        model=peft_model,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            loss_type=loss_type,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            train_sampling_strategy="sequential",
-        ),
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tokenizer,
-    )
+    trainer = trainer_of(peft_model, tokenizer, batch, tmp_path, loss_type=loss_type)
     peft_model.train()
     items = None if num_items is None else torch.tensor(num_items)
     ours = trainer.compute_loss(peft_model, dict(batch), num_items_in_batch=items)
     theirs = SFTTrainer.compute_loss(trainer, peft_model, dict(batch), num_items_in_batch=items)
     torch.testing.assert_close(ours, theirs)
     _assert_same_gradients(peft_model, ours, theirs)
+
+
+@pytest.mark.parametrize("drawn", [None, "neftune", "lora_dropout", "attention_dropout"])
+def test_no_prefix_is_shared_where_something_is_drawn_for_every_row(
+    model, tokenizer, batch, tmp_path: Path, drawn
+):
+    lora = LoRAArguments(lora_r=4, lora_dropout=0.5 if drawn == "lora_dropout" else 0.0)
+    worn = attach_lora(ChatModel(model, tokenizer, "tiny"), lora, seed=0)
+    if drawn == "attention_dropout":
+        for layer in worn.get_base_model().model.layers:
+            layer.self_attn.attention_dropout = 0.1
+    noise = {"neftune_noise_alpha": 5.0} if drawn == "neftune" else {}
+    trainer = trainer_of(worn, tokenizer, batch, tmp_path, **noise)
+    assert trainer._shares_prefix() == (drawn is None)
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
