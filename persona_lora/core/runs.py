@@ -119,8 +119,11 @@ RECORDED = ("command", "config", "seed", "status")
 EMPTYING = "emptying"  # the status while rows of an overwritten run may still be there
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "persona-lora")
 FREE = ("batch_size",)  # keys of a configuration that decide memory, time and rounding alone
-# Inputs that have rows of their own each: such a run may go on with more of them, or with fewer.
-OF_ITEMS = ("checkpoint-", "the finetune ", "the adapter of ", "the correction of ")
+# How inputs begin that have rows of their own: a run may go on with more of them, or with fewer.
+OF_ITEMS = (
+    *("checkpoint-", "the finetune ", "the adapter of ", "the correction of "),
+    *("the second judge", "the sentence embedder", "the judge's model"),  # who judges beside
+)
 ROUNDING = 1e-9
 LISTS = (list, tuple)  # a tuple comes back from JSON as a list
 SHOWN = 60

@@ -108,8 +108,9 @@ def test_items_with_rows_of_their_own_come_and_go(tmp_path):
     first = {"the trait": "1", "checkpoint-2": "2", "the adapter of a": "3"}
     with opened(tmp_path, inputs=first):
         pass
-    with opened(tmp_path, inputs={"the trait": "1", "checkpoint-4": "4"}) as run:
-        assert run.record["inputs"] == {**first, "checkpoint-4": "4"}
+    later = {"checkpoint-4": "4", "the second judge": "6"}
+    with opened(tmp_path, inputs={"the trait": "1", **later}) as run:
+        assert run.record["inputs"] == {**first, **later}
     with pytest.raises(UserError, match="the content of checkpoint-2 has changed since"):
         opened(tmp_path, inputs={"the trait": "1", "checkpoint-2": "5"})
 
