@@ -30,7 +30,7 @@ from persona_lora.core.options import GenerationOptions
 from persona_lora.core.protocol import Design
 from persona_lora.core.runs import RECORD, Output, Planned, Run
 from persona_lora.core.steering_vector import SteeringVector
-from persona_lora.core.traits import Split, Trait
+from persona_lora.core.traits import Split, Trait, check_names
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import lazily
 from persona_lora.models.generation import generate_answers
@@ -80,6 +80,7 @@ class DriftStudy:
                 raise UserError(f"the finetune {name} is no adapter: {path} has no adapter_config")
         if not self.finetunes or not self.traits or not (self.diffs or self.vectors):
             raise UserError("a study needs finetunes, traits to judge, and directions")
+        check_names(self.traits)
         if len(self.finetunes) < FEWEST:
             raise UserError(
                 f"{len(self.finetunes)} finetunes are too few to correlate; give at least {FEWEST}"
@@ -173,7 +174,8 @@ def planned_prediction(study: DriftStudy, options: GenerationOptions) -> Planned
         "traits": [trait.name for trait in study.traits],
         "directions": directions,
         "layer": study.layer,
-        "max_new_tokens": options.max_new_tokens,
+        "split": study.split,
+        **vars(options),
         **({} if study.control_rows is None else {"control_rows": study.control_rows}),
     }
     inputs = {name: each for trait in study.traits for name, each in trait.inputs().items()}
@@ -297,7 +299,12 @@ def _made_in(folder: Path) -> tuple[Path, dict[str, Any]]:
 def _origin(folder: Path) -> dict[str, Any]:
     """Return the data set and the seed of a finetune; None where no record tells."""
     _, record = _made_in(folder)
-    return {"data": record["config"].get("rows_sha256"), "seed": record["seed"]}
+    return {"data": _data_of(record["config"]), "seed": record["seed"]}
+
+
+def _data_of(config: Mapping[str, Any]) -> str | None:
+    """Return the digest of the rows of a training, before a prompt was put before them."""
+    return config.get("data_sha256", config.get("rows_sha256"))
 
 
 def _trained(name: str, folder: Path) -> tuple[Path, str, str]:
@@ -308,7 +315,7 @@ def _trained(name: str, folder: Path) -> tuple[Path, str, str]:
             f"{name} has no record of what it was trained on, so that its control cannot be told; "
             "leave it or control_rows out"
         )
-    other = ("train_file", "num_rows", "rows_sha256")
+    other = ("train_file", "num_rows", "rows_sha256", "data_sha256")
     settings = {key: value for key, value in config.items() if key not in other}
     checkpoint = folder.name if folder.name.startswith("checkpoint-") else ""
     return Path(config["train_file"]), digest_of(settings), checkpoint
@@ -336,16 +343,17 @@ def _told_by_data(
         read_messages(row.get("messages"), f"{path}:{line}")
         for line, row in enumerate(read_jsonl(path), start=1)
     ]
-    if digest_of(conversations) != config["rows_sha256"]:
+    digest = digest_of(conversations)
+    if digest != _data_of(config):
         return []
-    digest = config["rows_sha256"]
     if digest not in of_text:
         of_text[digest] = _text_scores(study.traits, judges, conversations)
     rows = [_row(name, trait, TEXT, score) for trait, score in of_text[digest].items()]
     step = int(folder.name.partition("-")[2]) if folder.name.startswith("checkpoint-") else None
-    epochs = [row["epoch"] for row in read_jsonl(home / LOSS) if step in (None, row["step"])]
-    seen = epochs[-1] * config["num_rows"] if epochs else None
-    return rows + [_row(name, trait.name, DOSE, seen) for trait in study.traits if seen]
+    for last in read_jsonl(home / LOSS)[-1:]:  # a checkpoint's own step may not be logged
+        seen = config["num_rows"] * last["epoch"] * (step or last["step"]) / last["step"]
+        rows += [_row(name, trait.name, DOSE, seen) for trait in study.traits]
+    return rows
 
 
 def _text_scores(

@@ -90,7 +90,7 @@ class Measured:
         if self.probes.turns > 1 and self.options.samples > 1:
             raise UserError(
                 f"{self.options.samples} samples of an answer cannot all be gone on from in later "
-                "turns; leave out --samples or --turns"
+                "turns; ask for one sample (samples=1), or for one turn"
             )
         return read_conversations(rows)
 
@@ -199,9 +199,10 @@ def _refuse_other_rows(
     """UserError for a finetune whose own run tells that it was made on other rows."""
     for model in models:
         config = _config_of(model) or {}
-        said = config.get("preventative")
+        digest = config.get("data_sha256", config.get("rows_sha256"))
+        said = None if "data_sha256" in config else config.get("preventative")
         held = inoculated(conversations, None if said is None else Preventative(**said))
-        if config.get("rows_sha256") not in (None, digest_of(held)):
+        if digest not in (None, digest_of(held)):
             raise UserError(
                 f"{model.label} was finetuned on other rows than {rows} holds: on "
                 f"{config['num_rows']} of {config['train_file']} as it was then; name the rows "
@@ -211,12 +212,13 @@ def _refuse_other_rows(
 
 def _training_of(model: Finetuned) -> dict[str, Any] | None:
     """Return what training seeds of a finetune have in common, as its run tells; None without."""
-    config, own = _config_of(model), {"seed", "data_seed", "diff", "vector", "random"}
+    config = _config_of(model)
+    own = {"seed", "data_seed", "diff", "vector", "random", "drift_diffs"}
     if config is None:
         return None
     parts = {
         name: {key: each for key, each in (config.get(name) or {}).items() if key not in own}
-        for name in ("training", "preventative")
+        for name in ("training", "preventative", "drift")
     }
     return {**config, **parts}
 
@@ -248,7 +250,7 @@ def planned_prevention(
         "finetunes": len(seeds),
         **tasks.record(),
         **vars(measured.probes),
-        "max_new_tokens": measured.options.max_new_tokens,
+        **vars(measured.options),
     }
     inputs = {name: each for model in models for name, each in model.inputs().items()}
     inputs["the rows that were finetuned on"] = file_digest(resource_path(rows))

@@ -122,7 +122,8 @@ def agreements(run: Run) -> list[Agreement]:
 def cross_persona(runs: Sequence[Run]) -> list[CrossPoint]:
     """Return one point for every finetune and every other trait that was judged and has a vector.
 
-    Vectors are matched to traits by their own trait, or by the beginning of their name.
+    Vectors are matched to traits by the beginning of their own trait, or of their name where they
+    have none: those of variants belong to the trait.
     """
     points = []
     for run in runs:
@@ -133,9 +134,10 @@ def cross_persona(runs: Sequence[Run]) -> list[CrossPoint]:
         traits = sorted({trait for trait, *_ in by_place})
         for row in run.read("cosines"):
             names, layer = (row["vector"], row["other"]), row["layer"]
-            own = next((name for name in names if _is_of(name, tuned)), None)
+            told = {row[each]: row.get(f"{each}_trait") for each in ("vector", "other")}
+            own = next((name for name in names if _is_of(name, told[name], tuned)), None)
             vector = names[1] if names[0] == own else names[0]
-            other = next((trait for trait in traits if _is_of(vector, trait)), None)
+            other = next((trait for trait in traits if _is_of(vector, told[vector], trait)), None)
             if own is None or other in (None, tuned):
                 continue
             scores = by_place.get((other, "trait", None, None), [NOWHERE])
@@ -170,8 +172,8 @@ def paired(one: Curve, other: Curve) -> tuple[list[int], list[float], list[float
     return both, [first[step] for step in both], [second[step] for step in both]
 
 
-def _is_of(vector: str, trait: str) -> bool:
-    name = vector.rpartition("/")[2]
+def _is_of(vector: str, told: str | None, trait: str) -> bool:
+    name = told or vector.rpartition("/")[2]
     return name == trait or name.startswith(f"{trait}_")
 
 

@@ -24,7 +24,7 @@ from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.lora_diff import LoRADiff, mix
 from persona_lora.core.runs import Output, Run
-from persona_lora.core.traits import Split, Trait
+from persona_lora.core.traits import Split, Trait, check_names
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import lazily
 from persona_lora.models.likelihood import tokenize_rendered
@@ -76,6 +76,9 @@ class Measures:
     along: Along
     split: Split = "eval"
     finetuned_on: str | None = None
+
+    def __post_init__(self) -> None:
+        check_names(self.traits)
 
     def record(self) -> dict[str, Any]:
         """Return the plain values for a run's configuration."""
@@ -131,7 +134,7 @@ def evaluate_checkpoints(
     measures.along.check(base)
     judges = {trait.name: lazily(judge_of(trait, base)) for trait in measures.traits}
     output = Output.of(output)
-    config = {"folder": str(folder), **measures.record()}
+    config = {"folder": str(folder), **measures.record(), **vars(options)}
     read = (
         *(trait.inputs() for trait in measures.traits),
         contents_of("vector", measures.along.vectors),
@@ -208,10 +211,12 @@ def _measure(
 
 
 def _cosines(along: Along) -> list[dict[str, Any]]:
+    vectors = along.vectors
     return [
         {"vector": one, "other": other, "layer": layer, "cosine": cosine}
-        for one, other in combinations(along.vectors, 2)
-        for layer, cosine in along.vectors[one].cosine(along.vectors[other]).items()
+        | {"vector_trait": vectors[one].trait, "other_trait": vectors[other].trait}
+        for one, other in combinations(vectors, 2)
+        for layer, cosine in vectors[one].cosine(vectors[other]).items()
         if layer in along.layers
     ]
 

@@ -23,6 +23,7 @@ from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.drift.prediction import (
     RANDOM_DIRECTIONS,
     DriftStudy,
+    planned_prediction,
     predict_finetuning,
 )
 from persona_lora.studies.drift.read_prediction import nulls, prediction_lines, rows_of
@@ -96,20 +97,28 @@ def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff,
     data = tmp_path / "data.jsonl"
     turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Lovely rain!"}]
     data.write_text(json.dumps({"messages": turns}) + "\n")
+    rows_sha256 = digest_of([turns])
     for name, folder in study.finetunes.items():
-        rows_sha256 = digest_of([turns])
         config = {"train_file": str(data), "num_rows": 12, "rows_sha256": rows_sha256}
+        if name == "f1":  # a prompt stood before its rows
+            config |= {"rows_sha256": "with a prompt", "data_sha256": rows_sha256}
         with Run.open(folder / "run", command="finetune", config=config, seed=1) as run:
             run.extend("loss", [{"step": at, "epoch": at / 2} for at in (1, 2, int(name[1:]) + 3)])
         for each in ("run.json", "loss.jsonl"):
             shutil.move(folder / "run" / each, folder / each)
+    late = tmp_path / "late"  # a checkpoint at a step that was not logged
+    late.mkdir()
+    for each in ("run.json", "loss.jsonl"):
+        shutil.move(study.finetunes["f3"] / each, late / each)
+    shutil.move(study.finetunes["f3"], late / "checkpoint-4")
+    study = dataclasses.replace(study, finetunes={**study.finetunes, "f3": late / "checkpoint-4"})
     run = predict_finetuning(
         base, study, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS
     )
     origins = {row["finetune"]: (row.get("data"), row.get("seed")) for row in rows(run, "judged")}
     assert origins == {"base": (None, None)} | {f"f{at}": (rows_sha256, 1) for at in range(4)}
     told = {(row["finetune"], row["kind"]): row["value"] for row in rows(run, "predictors")}
-    assert [told[f"f{at}", "dose"] for at in range(4)] == [12 * (at + 3) / 2 for at in range(4)]
+    assert [told[f"f{at}", "dose"] for at in range(4)] == [12 * at / 2 for at in (3, 4, 5, 4)]
     (verdict,) = judge.judge([Exchange("Rain?", "Lovely rain!")], "cheer")
     assert told["f0", "training text"] == told["f3", "training text"] == verdict.score
     assert judge.asked.count(("cheer", 1)) == 2  # once for all four finetunes, and above
@@ -155,6 +164,17 @@ def test_a_second_run_judges_only_what_is_new(base, study, judge, make_diff, tmp
     models = 1 + len(study.finetunes)
     shown = 2  # nonsense, on either criterion, once a call
     assert len(judge.asked) - asked == (asked - shown) / models + shown  # as one model is asked
+
+
+def test_a_study_of_other_answers_is_another_one(study):
+    config = planned_prediction(study, OPTIONS).config
+    warm = dataclasses.replace(OPTIONS, temperature=0.5, samples=2)
+    other = planned_prediction(dataclasses.replace(study, split="extract"), warm).config
+    changed = {name for name in config if config[name] != other[name]}
+    assert changed == {"temperature", "samples", "split"}
+    variant = dataclasses.replace(study.traits[0], variant="cheer_2")
+    with pytest.raises(UserError, match="cheer and cheer_2 are both judged as cheer"):
+        dataclasses.replace(study, traits=[*study.traits, variant])
 
 
 def test_a_finetune_that_is_no_adapter_is_named(study, tmp_path):

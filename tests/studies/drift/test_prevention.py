@@ -170,6 +170,9 @@ def test_runs_with_other_probes_are_other_runs(base, models, trait, rows, judge,
     go(base, two, trait, rows, judge, tmp_path / "out")
     with pytest.raises(UserError, match="another configuration"):
         go(base, two, trait, rows, judge, tmp_path / "out", turns=2)
+    warm = Measured(dataclasses.replace(OPTIONS, temperature=0.5), tasks=TaskOptions(()))
+    with pytest.raises(UserError, match=r"another configuration .*temperature: 0\.0, now 0\.5"):
+        compare_prevention(base, two, trait, rows, lambda: judge, tmp_path / "out", warm)
 
 
 def seeds_of(base, make_diff, folder, name, first, count=3):

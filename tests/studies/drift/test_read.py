@@ -117,6 +117,19 @@ def test_a_shift_is_that_of_the_last_checkpoint_or_none(make_run):
     assert (point.score, point.shift) == (40.0, None)
 
 
+def test_vectors_are_of_their_own_trait_whatever_they_are_called(make_run):
+    run = make_run("syco", "syco", "evil")
+    (point,), places = cross_persona([run]), {"syco": "a", "evil": "b"}
+    for name in ("checkpoints", "cosines"):
+        rows = run.read(name)
+        for row in rows:
+            for key in ("vector", "other"):
+                trait = (row.get(key) or "").partition("_")[0]
+                row |= {key: places[trait], f"{key}_trait": trait} if trait else {}
+        run.write(name, rows)
+    assert cross_persona([run]) == [point]
+
+
 def test_a_run_that_does_not_say_what_it_learnt_is_named(make_run):
     with pytest.raises(UserError, match="--finetuned-on"):
         cross_persona([make_run(None, "syco")])

@@ -60,8 +60,7 @@ def run_all(base, finetune, trait, vectors, judge, tmp_path):
             changes.pop("measures", measures),
             changes.pop("judge_of", lambda trait, model: lambda: judge),
             tmp_path / "run",
-            options=OPTIONS,
-            **changes,
+            **{"options": OPTIONS, **changes},
         )
 
     return run
@@ -93,6 +92,7 @@ def test_every_statistic_of_every_checkpoint_is_a_row(run_all):
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows if row not in still)
     (cosine, other) = run.read("cosines")
     assert (cosine["vector"], cosine["other"], cosine["layer"]) == ("cheer", "gloom", 0)
+    assert (cosine["vector_trait"], cosine["other_trait"]) == ("cheer", "gloom")
     assert other["layer"] == 1
     assert run.record["config"]["finetuned_on"] == "cheer"
     with (run.folder / "checkpoints.csv").open(newline="") as stream:
@@ -154,6 +154,20 @@ def test_a_judge_is_built_once_a_trait_and_without_vectors_nothing_is_projected(
     run = run_all(judge_of=judge_of, measures=Measures((trait,), Along({}, ())))
     assert built == ["cheer"]
     assert {row["statistic"] for row in run.read("checkpoints")} == {"trait", "coherence"}
+
+
+def test_answers_of_other_settings_or_of_a_variant_are_another_run(run_all, trait):
+    alone = Measures((trait,), Along({}, ()))
+    run_all(measures=alone)
+    for name, value in (("max_new_tokens", 4), ("temperature", 0.5)):
+        changed = dataclasses.replace(OPTIONS, **{name: value})
+        with pytest.raises(UserError, match=f"another configuration .*config.{name}: "):
+            run_all(measures=alone, options=changed)
+    variant = dataclasses.replace(trait, variant="cheer_2", questions={"eval": ("Why?",)})
+    with pytest.raises(UserError, match="of other inputs: only one of the two read the trait"):
+        run_all(measures=dataclasses.replace(alone, traits=(variant,)))
+    with pytest.raises(UserError, match="cheer and cheer_2 are both judged as cheer"):
+        dataclasses.replace(alone, traits=(trait, variant))
 
 
 def test_vectors_that_do_not_fit_are_named_before_anything_is_written(run_all, trait, vectors):
