@@ -305,7 +305,8 @@ def test_other_settings_are_another_run(problem, method, tmp_path):
 
 def test_what_was_read_is_another_run_when_it_has_changed(problem, method, tmp_path, make_diff):
     folder = tmp_path / "ann_lora"
-    optimise_persona(problem, method, folder, searching=OPTIONS)
+    known = dataclasses.replace(problem, judged_by={"the other personas": "as they were"})
+    optimise_persona(known, method, folder, searching=OPTIONS)
     told = problem.persona.conversations[0]
     longer = dataclasses.replace(told, messages=[*told.messages, *told.messages])
     diffs = {name: diff * -1.0 for name, diff in method.directions.diffs.items()}
@@ -316,8 +317,6 @@ def test_what_was_read_is_another_run_when_it_has_changed(problem, method, tmp_p
         "the diff of calm": {},
         "the fresh prompts": {"prompts": dataclasses.replace(PROMPTS, fresh=("Is it so?", "How?"))},
     }
-    known = dataclasses.replace(problem, judged_by={"the other personas": "as they were"})
-    optimise_persona(known, method, folder, searching=OPTIONS)
     for named, change in changes.items():
         other = method if change else dataclasses.replace(method, directions=bank_of_diffs(diffs))
         with pytest.raises(UserError, match=f"the content of .*{named}.* has changed"):
