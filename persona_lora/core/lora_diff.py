@@ -109,6 +109,7 @@ class LoRADiff:
                     f"the factors of {module} hold NaN or infinity; the training run diverged, "
                     "train again with a lower learning rate"
                 )
+        _check_sources(self.sources)
 
     def content(self) -> str:
         """Return a digest of the factors: a name and a path say nothing about them."""
@@ -442,22 +443,31 @@ def layer_number(module: str) -> int | None:
 
 
 def parts_of(diff: LoRADiff, by: By) -> list[str]:
-    """Return the names of what a diff is cut into: bands "0-9" …, blocks "mlp" …, or "" for all."""
+    """Return the names of what a diff is cut into: bands "0-9" …, blocks "mlp" …, or "" for all.
+
+    Beside the bands each module stands that lies in no layer ("lm_head"): the parts make the whole.
+    """
     if by == "trait":
         return [""]
     if by == "modules":
         return sorted({_block(module) for module in diff.factors})
     layers = sorted({at for module in diff.factors if (at := layer_number(module)) is not None})
     edges = sorted({round(len(layers) * at / BANDS) for at in range(BANDS + 1)})
-    return [f"{layers[low]}-{layers[high - 1]}" for low, high in pairwise(edges)]
+    bands = [f"{layers[low]}-{layers[high - 1]}" for low, high in pairwise(edges)]
+    return bands + sorted(module for module in diff.factors if layer_number(module) is None)
 
 
 def part_of(diff: LoRADiff, part: str) -> LoRADiff:
-    """Return a diff in a band of layers "0-9", or in one kind of block; UserError for no such."""
+    """Return a diff in a band of layers "0-9", one kind of block, or one module.
+
+    UserError for no such, and for a band that does not begin and end with layers of the diff.
+    """
     first, _, last = part.partition("-")
     if first.isdigit() and last.isdigit():
-        return diff.at(range(int(first), int(last) + 1))
-    kept = {module: each for module, each in diff.factors.items() if _block(module) == part}
+        band = range(int(first), int(last) + 1)
+        held = {at for module in diff.factors if (at := layer_number(module)) in band}
+        return diff.at({*band[:1], *held, *band[-1:]})
+    kept = {name: each for name, each in diff.factors.items() if part in (name, _block(name))}
     if not kept:
         blocks = parts_of(diff, "modules")
         raise UserError(f"the diff changes nothing in {part!r}; {nearest_names(part, blocks)}")
@@ -465,7 +475,8 @@ def part_of(diff: LoRADiff, part: str) -> LoRADiff:
 
 
 def _block(module: str) -> str:
-    return module.split(".")[-2]
+    """Return the kind of block that a module lies in; the module itself where it lies in none."""
+    return module.split(".")[-2:][0]
 
 
 def load_named(folder: Path, name: str) -> LoRADiff:
@@ -483,6 +494,16 @@ class _Lazy(FactorsOnDisk):
 
     def __getitem__(self, module: str) -> LoRAFactors:
         return LoRAFactors(*super().__getitem__(module))
+
+
+def _check_sources(sources: Any) -> None:
+    """Raise UserError unless all that is read of a diff's sources is there as it is written."""
+    training = sources.get("training", {}) if isinstance(sources, Mapping) else None
+    if not (isinstance(training, Mapping) and isinstance(training.get("training", {}), Mapping)):
+        raise UserError(
+            "what a diff says of its sources must be an object, and so must its training and that "
+            f"one's own training, got {str(sources)[:200]!r}; remove it from the file"
+        )
 
 
 def _to_factors(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, LoRAFactors]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.gallery import BASIS, RECORD, Gallery, write_gallery
@@ -135,3 +136,17 @@ def test_what_is_no_gallery_or_belongs_to_another_is_named(family, tmp_path):
         save_file(tensors, folder / BASIS, metadata={RECORD: json.dumps({})})
         with pytest.raises(UserError, match=r"evil\.safetensors does not belong to basis"):
             Gallery(folder).exhibit("evil")
+
+
+@pytest.mark.parametrize("sources", [[], "mine", {"training": "lr 1e-4"}])
+def test_sources_that_are_no_record_are_refused_with_the_file(family, tmp_path, sources):
+    write_gallery(family[1], tmp_path / "gallery")
+    path = tmp_path / "gallery" / "evil.safetensors"
+    with safe_open(path, framework="pt") as stream:
+        record = json.loads(stream.metadata()[RECORD])
+    told = {RECORD: json.dumps({**record, "sources": sources})}
+    save_file(load_file(path), path, metadata=told)
+    with pytest.raises(
+        UserError, match=r"evil\.safetensors.*says of its sources must be an object"
+    ):
+        Gallery(tmp_path / "gallery").exhibit("evil")

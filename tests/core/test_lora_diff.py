@@ -19,6 +19,8 @@ from persona_lora.core.lora_diff import (
     LoRAFactors,
     layer_number,
     mix,
+    part_of,
+    parts_of,
 )
 from persona_lora.models.structure import linear_modules
 
@@ -341,3 +343,35 @@ def test_layer_numbers_come_from_module_names():
     assert layer_number("model.layers.12.self_attn.q_proj") == 12
     assert layer_number("transformer.h.3.attn.c_proj") == 3
     assert layer_number("lm_head") is None
+
+
+@pytest.mark.parametrize("layers", [range(0, 12, 2), (3, 5, 8), ()])
+def test_parts_make_up_a_diff_with_gaps_and_with_modules_outside_the_layers(layers):
+    names = [f"model.layers.{at}.mlp.up_proj" for at in layers] + ["lm_head", "model.mlp.in_proj"]
+    factors = {name: LoRAFactors(torch.ones(1, 2), torch.ones(2, 1)) for name in names}
+    diff = LoRADiff(factors, BaseModel("tiny"))
+    by_layer = [part_of(diff, part) for part in parts_of(diff, "layers")]
+    assert sorted(name for part in by_layer for name in part.factors) == sorted(names)
+    assert parts_of(diff, "modules") == ["lm_head", "mlp"]
+    assert set(part_of(diff, "lm_head").factors) == {"lm_head"}
+
+
+def test_a_band_begins_and_ends_with_layers_of_the_diff():
+    factors = {
+        f"model.layers.{at}.mlp.up_proj": LoRAFactors(torch.ones(1, 2), torch.ones(2, 1))
+        for at in (0, 2, 4)
+    }
+    diff = LoRADiff(factors, BaseModel("tiny"))
+    assert len(part_of(diff, "0-4").factors) == 3
+    for band, named in (("0-3", "layer 3"), ("1-2", "layer 1"), ("4-0", "none was named")):
+        with pytest.raises(UserError, match=rf"{named}.*; it has layers 0, 2, 4"):
+            part_of(diff, band)
+
+
+@pytest.mark.parametrize("training", ["lr 1e-4", ["a"], {"training": ["a"]}, {"training": None}])
+def test_a_record_of_training_that_is_none_is_refused_where_a_diff_is_read(tmp_path, training):
+    path = small_diff(0).save(tmp_path / "d") / "diff.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "sources": {"training": training, "seed": 1}}))
+    with pytest.raises(UserError, match="d: what a diff says of its sources must be an object"):
+        LoRADiff.load(tmp_path / "d")

@@ -499,7 +499,7 @@ def test_a_diff_is_searched_by_parts_that_make_up_the_whole(chat_model, make_dif
         again = load_directions("lora", Wanted(bank.names, tmp_path))  # as a result names them
         assert again.inputs == bank.inputs
     assert parts_of(deep(10), "layers") == ["0-2", "3-6", "7-9"]
-    with pytest.raises(UserError, match="nothing in layer 2"):
+    with pytest.raises(UserError, match="nothing in layer 7"):
         part_of(whole, "0-7")
     with pytest.raises(UserError, match=r"'attn'.*self_attn"):
         part_of(whole, "attn")
