@@ -55,7 +55,8 @@ class StoredWeights:
     def __init__(self, folder: Path, label: str | None = None) -> None:
         self.label = label or str(folder)
         self.tensors: dict[str, TensorPlace] = {}
-        for file in _files(folder):
+        self.files = _files(folder)
+        for file in self.files:
             self.tensors |= _places(file)
         self.skeleton = model = skeleton_of_folder(folder)
         config = folder / "config.json"

@@ -159,15 +159,14 @@ def export_merged(terms: Mapping[LoRADiff, float], base: Path, folder: Path) -> 
         weights.tensors[name].stored_name: (weights.tensors[name].transposed, change)
         for name, change in _changed(terms, weights).items()
     }
-    files = sorted({place.file for place in weights.tensors.values()})
     with atomic_folder(folder) as temporary:
         for path in base.iterdir():
             if path.is_file() and path.suffix not in WEIGHTS:
                 shutil.copy2(path, temporary / path.name)
-        for done, file in enumerate(files):
+        for done, file in enumerate(weights.files):
             shard, metadata = _merged_shard(file, changed)
             save_file(shard, temporary / file.name, metadata=metadata)
-            progress.report(done + 1, len(files))
+            progress.report(done + 1, len(weights.files))
     return Exported(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, mix
@@ -108,6 +109,28 @@ def test_merged_weights_are_the_merger_s_bit_for_bit(base, terms, tmp_path):
 
 def test_the_merged_folder_loads_like_any_model(model_folder, terms, tmp_path):
     export_merged(terms, model_folder, tmp_path / "merged")
+    chat = load_chat_model(str(tmp_path / "merged"), dtype="float32")
+    with torch.no_grad():
+        logits = chat.model(IDS.to(chat.model.device)).logits.cpu()
+    assert torch.allclose(logits, merged_logits(tiny_llama(), terms), atol=1e-5)
+
+
+def test_a_tied_tensor_in_a_shard_of_its_own_goes_along(model_folder, terms, tmp_path):
+    base, tensors = tmp_path / "base", load_file(model_folder / "model.safetensors")
+    shutil.copytree(model_folder, base)
+    (base / "model.safetensors").unlink()
+    shards = {"one.safetensors": tensors}
+    shards["two.safetensors"] = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    for file, held in shards.items():
+        save_file(held, base / file, metadata={"format": "pt"})
+    places = {name: file for file, held in shards.items() for name in held}
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
+    export_merged(terms, base, tmp_path / "merged")
+    (head,) = load_file(tmp_path / "merged" / "two.safetensors").values()
+    embedding = load_file(tmp_path / "merged" / "one.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(head, embedding)
     chat = load_chat_model(str(tmp_path / "merged"), dtype="float32")
     with torch.no_grad():
         logits = chat.model(IDS.to(chat.model.device)).logits.cpu()
