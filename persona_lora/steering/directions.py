@@ -30,6 +30,7 @@ from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 
 PAIRS_PER_CHUNK = 64
+ROUNDING = 1e-12  # of the squares in fp64: no more than this is left of equal differences
 
 
 @dataclass
@@ -189,7 +190,7 @@ def _principal(sums: PairSums, at: int, matrix: Tensor) -> Direction:
     """Return the top eigenvector, towards the mean difference and as long as it."""
     mean = sums.difference[at] / sums.count
     total = float(matrix.trace())
-    if not total > 0:
+    if not total > ROUNDING * float(sums.square[at]):
         raise UserError("all differences are the same; they have no principal component")
     start = np.ones(len(matrix)) / np.sqrt(len(matrix))  # a fixed start: the same vector each time
     values, vectors = eigsh(matrix.numpy(), k=1, which="LA", v0=start)

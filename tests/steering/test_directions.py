@@ -151,6 +151,11 @@ def test_what_cannot_be_extracted_is_named(chat_model, texts, states):
         vector_of(sums, "median", FIELDS)
     with pytest.raises(UserError, match="do not differ at layer 0"):
         vector_of(sums_of(states[0], states[0], 40), "mean_diff", FIELDS)
+    alike = PairSums.empty((0,), 32, moments=True)
+    alike.add(*(each[:1, :1].expand(7, 1, -1) for each in states))
+    assert vector_of(alike, "svd", FIELDS).sources["explained"]["0"] == pytest.approx(1)
+    with pytest.raises(UserError, match="differences are the same"):
+        vector_of(alike, "pca", FIELDS)
     plain = PairSums.empty((0, 1), 32, moments=False)
     plain.add(*states)
     with pytest.raises(UserError, match="second moments"):
