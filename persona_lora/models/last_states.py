@@ -59,7 +59,7 @@ def last_states(
         rows = [row for row, each in enumerate(groups) if each == group]
         longest = min(spans[row].start for row in rows)  # no span is cut
         prefix, kept = _shared_prefix(chat_model, [prompts[row] for row in rows], longest)
-        for batch in batches_by_length([len(prompts[row]) - len(prefix) for row in rows]):
+        for batch in batches_by_length([len(prompts[row]) for row in rows]):  # the cache is whole
             some = [rows[at] for at in batch]
             ends = [prompts[row][len(prefix) :] for row in some]
             starts = [spans[row].start - len(prefix) for row in some]

@@ -9,6 +9,7 @@ import torch
 
 from persona_lora.core.errors import UserError
 from persona_lora.models import last_states as module
+from persona_lora.models import likelihood
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.last_states import last_states
 from persona_lora.models.likelihood import TokenizedExchange
@@ -65,6 +66,19 @@ def test_a_shared_beginning_is_read_once(chat_model, monkeypatch):
     last_states(chat_model, TOKENS, GROUPS, (1,), ends)
     # of "a" and "b" the beginning, then three ends of at most nine; the rest as they are
     assert sorted(lengths) == sorted([(1, 30), (3, 9), (1, 30), (3, 9), (3, 10), (1, 20)])
+
+
+def test_the_beginning_counts_towards_the_tokens_of_a_batch(chat_model, monkeypatch):
+    """Its cache is there once for each row."""
+    rows = []
+    monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 2 * max(map(len, TOKENS)))
+    monkeypatch.setattr(
+        module,
+        "right_padded",
+        lambda *ends: rows.append(len(ends[1])) or likelihood.right_padded(*ends),
+    )
+    last_states(chat_model, TOKENS, GROUPS, (1,), SPANS)
+    assert rows[:4] == [2, 1, 2, 1]  # two groups of three long ones
 
 
 def test_without_sharing_the_states_are_the_same(chat_model, monkeypatch):
