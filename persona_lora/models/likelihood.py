@@ -180,7 +180,8 @@ def token_divergences(
     model, length = chat_model.model, len(exchange.answer)
     ids = torch.tensor([exchange.prompt + exchange.answer] * num_rows, device=model.device)
     with torch.inference_mode(), contiguous_input(model):
-        logits = model(input_ids=ids, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]
+        logits = model(input_ids=ids, logits_to_keep=length + 1, use_cache=False).logits
+    logits = logits[:, -length - 1 : -1]  # some models give all, whatever they are to keep
     log_p = torch.log_softmax(logits.float(), dim=-1)  # [rows, tokens, vocabulary]
     divergences = (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1).clamp_min(0)
     if not bool(divergences.isfinite().all()):

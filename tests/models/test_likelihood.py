@@ -74,6 +74,19 @@ def test_divergence_is_zero_for_equal_rows_and_matches_merged_weights(chat_model
     torch.testing.assert_close(divergences[1], expected, atol=1e-4, rtol=1e-3)
 
 
+def test_divergence_needs_no_model_that_gives_a_part_of_the_logits(
+    chat_model, make_diff, monkeypatch
+):
+    tokenized, model = tokenize_exchange(chat_model, EXCHANGES[2]), chat_model.model
+    with LiveLoRA(model, [make_diff(model)], [[0.0], [1.0]]) as live:
+        live.select_rows([0, 1])
+        expected = token_divergences(chat_model, tokenized, num_rows=2)
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda *, logits_to_keep, **others: forward(**others))
+        found = token_divergences(chat_model, tokenized, num_rows=2)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_text_over_the_context_window_is_refused_by_all_that_reads(chat_model):
     window = chat_model.model.config.max_position_embeddings
     long, said = "a" * window, rf"tokens \(.*\) pass the {window} positions of tiny; ask for less"
