@@ -465,8 +465,8 @@ def part_of(diff: LoRADiff, part: str) -> LoRADiff:
     first, _, last = part.partition("-")
     if first.isdigit() and last.isdigit():
         band = range(int(first), int(last) + 1)
-        held = {at for module in diff.factors if (at := layer_number(module)) in band}
-        return diff.at({*band[:1], *held, *band[-1:]})
+        layers = {at for name in diff.factors if (at := layer_number(name)) is not None}
+        return diff.at({*band[:1], *band[-1:], *(at for at in layers if at in band)})
     kept = {name: each for name, each in diff.factors.items() if part in (name, _block(name))}
     if not kept:
         blocks = parts_of(diff, "modules")

@@ -9,7 +9,6 @@ makes that exact.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from persona_lora.models.caches import (
     shares_prefix,
 )
 from persona_lora.models.decoding import Decoding, decodes
+from persona_lora.models.hardware import free_memory
 from persona_lora.models.likelihood import contiguous_input
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import (
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_BATCH = 256
 LEAVING = 1 / 8  # of a batch have to end before they leave it: what is kept of the others is copied
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in errors
 SHORTEST_PREFIX = 8  # tokens; sharing fewer is not worth a pass of its own
 
 
@@ -143,7 +144,8 @@ def generate_answers(
 
 def _smaller_batch(size: int, error: RuntimeError) -> int:
     """Return half of a batch size that ran out of memory; raise any other error."""
-    if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error).lower():
+    known = isinstance(error, torch.OutOfMemoryError)
+    if not known and not any(each in str(error).lower() for each in OUT_OF_MEMORY):
         raise error
     if size == 1:
         raise UserError(
@@ -474,7 +476,7 @@ def _affordable_rows(chat_model: ChatModel, length: int) -> int:
         (max(features(each)) for each in decoder_linear_modules(model).values()), default=0
     )
     activations = 8 * max(width, widest) * length * item
-    free = _free_memory(model.device) // 2
+    free = free_memory(model.device) // 2
     return max(1, min(LARGEST_BATCH, free // (cache + logits + activations)))
 
 
@@ -486,9 +488,3 @@ def _cached_width(config: PreTrainedConfig, width: int) -> int:
     kept = getattr(config, "num_key_value_heads", None)
     head_size = getattr(config, "head_dim", None) or width // heads
     return (kept if isinstance(kept, int) else heads) * head_size
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

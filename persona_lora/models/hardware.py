@@ -1,16 +1,19 @@
 """What this machine computes with, and what transformers is asked for a model with.
 
-The one place that asks about graphics cards and bf16 units: it decides the type of loaded weights,
-and where and in which precision a training run computes. Refuses what this machine cannot have,
-with the remedy, before anything is fetched or read. Knows CPUs and the GPUs of CUDA and ROCm; any
-other accelerator is used only where it is asked for."""
+The one place that asks about graphics cards, bf16 units and free memory: it decides the type of
+loaded weights, and where and in which precision a training run computes. Refuses what this machine
+cannot have, with the remedy, before anything is fetched or read. Knows CPUs and the GPUs of CUDA
+and ROCm; any other accelerator is used only where it is asked for."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from accelerate import PartialState
 from transformers import BitsAndBytesConfig
@@ -51,6 +54,38 @@ def resolve_dtype(dtype: str, *, on_cpu: bool = False) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if computes_in_bfloat16(on_cpu=on_cpu) else torch.float32
     return DTYPES[dtype]
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes may still be taken on a device.
+
+    In main memory what is only cached of files counts as free, and a container's limit holds.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([int(psutil.virtual_memory().available), *_left_by_limits()])
+
+
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+LIMITS = {  # of versions 2 and 1: what is used, and the part of it that is only cached
+    "memory.max": ("memory.current", "inactive_file"),
+    "memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _left_by_limits() -> Iterator[int]:
+    """Yield how many bytes each limit of the control groups around this process leaves."""
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
+    for _, kinds, place in (line.split(":", 2) for line in lines):
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        group = CGROUPS / ("memory" if kinds else "") / place.lstrip("/")
+        for folder in (group, *group.parents):  # inside a container its own path may be unknown
+            for limit, (used, cached) in LIMITS.items():
+                said = (folder / limit).read_text().strip() if (folder / limit).is_file() else "max"
+                if said != "max":
+                    stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                    yield int(said) - int((folder / used).read_text()) + int(stat[cached])
 
 
 class TrainingHardware(NamedTuple):

@@ -23,6 +23,38 @@ CPU, BF16, GPU = "cpu", "cpu with avx512_bf16", "gpu"
 
 
 @pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, 900),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "700"}, 700 - 300 + 40),
+        ("0::/only/outside", {"memory.max": "2000"}, 900),
+        ("0::/only/outside", {"memory.max": "310"}, 50),
+        ("4:cpu:/a\n3:memory:/a", {"memory/a/memory.limit_in_bytes": "500"}, 500 - 200 + 30),
+        ("4:cpu:/a", {"memory/a/memory.limit_in_bytes": "500"}, 900),
+    ],
+)
+def test_cached_files_are_free_memory_and_a_container_s_limit_holds(
+    monkeypatch, tmp_path, groups, files, expected
+):
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    own.write_text(groups)
+    for name, value in files.items():
+        folder = (root / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(value + "\n")
+        (folder / "memory.current").write_text("300\n")
+        (folder / "memory.usage_in_bytes").write_text("200\n")
+        (folder / "memory.stat").write_text("inactive_file 40\ntotal_inactive_file 30\n")
+    monkeypatch.setattr(hardware, "CGROUPS", root)
+    monkeypatch.setattr(hardware, "OWN_GROUPS", own)
+    machine = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=900))
+    monkeypatch.setattr(hardware, "psutil", machine)
+    assert hardware.free_memory(torch.device("cpu")) == expected
+    own.unlink()
+    assert hardware.free_memory(torch.device("cpu")) == 900
+
+
+@pytest.mark.parametrize(
     ("machine", "here", "on_cpu"),
     [
         ("cpu", False, False),
