@@ -165,7 +165,7 @@ class RemoteRows(Steerer):
     ) -> list[Generated]:
         """Ask the engine; rows of one stream share their random numbers, as here."""
         prompts = [chat_model.render(each) for each in conversations]
-        tokens = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        tokens = chat_model.tokenize(prompts)
         ends = ending_tokens(chat_model)
         sampling = {
             "max_tokens": options.max_new_tokens,

@@ -128,7 +128,7 @@ class Reader:
         return _Prompt(self._tokens(prompt), range(start, max(end, start + 1)))
 
     def _tokens(self, text: str) -> list[int]:
-        return self.chat_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.chat_model.tokenize([text])[0]
 
 
 class _Prompt(NamedTuple):

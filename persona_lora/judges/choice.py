@@ -259,9 +259,10 @@ def _packaged_reader(device_map: str | None) -> ChatModel:
     return load_chat_model(dtype="float32", device_map=device_map)
 
 
-def _likelihood_under(reference: ChatModel) -> MeanLogprob:
+def likelihood_under(reference: ChatModel) -> MeanLogprob:
+    """Return what coherence asks: the base model, also where an adapter is being evaluated."""
+
     def mean_logprob(exchanges: Sequence[Exchange]) -> list[float]:
-        # Coherence asks the base model, also where an adapter is being evaluated.
         with reference.base(), progress.stage("coherence"):
             return mean_logprobs(reference, exchanges)
 
@@ -273,7 +274,7 @@ def coherence_scorer(reference: ChatModel, datasets: Path | None = None) -> Cohe
 
     UserError where no trait has training answers.
     """
-    natural, likelihood = _natural_answers(datasets), _likelihood_under(reference)
+    natural, likelihood = _natural_answers(datasets), likelihood_under(reference)
     return CoherenceScorer.fit(natural, mean_logprob=likelihood, judge_name=COHERENCE, seed=0)
 
 
@@ -302,7 +303,7 @@ def _embedding_judge(trait: Trait, reference: ChatModel, options: JudgeOptions) 
         judge = EmbeddingJudge.fit(
             trait,
             embedder=SentenceEmbedder(),
-            mean_logprob=_likelihood_under(reference),
+            mean_logprob=likelihood_under(reference),
             seed=options.seed,
         )
         progress.report(1, 1)

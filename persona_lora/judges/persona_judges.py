@@ -26,7 +26,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.options import PERSONA_JUDGES, judge_names
 from persona_lora.core.personas import ConversationSplit, Persona
 from persona_lora.core.traits import load_pairs, load_trait
-from persona_lora.judges.choice import JudgeOptions, local_reader
+from persona_lora.judges.choice import JudgeOptions, likelihood_under, local_reader
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.embedding import exchanges_of
 from persona_lora.judges.judge_prompts import Reading
@@ -162,8 +162,9 @@ def likelihood_contrast(chat_model: ChatModel, told: str) -> Contrast:
     """Return by how much likelier answers are when the model is ``told`` who speaks."""
 
     def contrast(exchanges: Sequence[Exchange]) -> list[float]:
-        knowing = mean_logprobs(chat_model, exchanges, told)
-        return [a - b for a, b in zip(knowing, mean_logprobs(chat_model, exchanges), strict=True)]
+        with chat_model.base():
+            knowing, not_knowing = (mean_logprobs(chat_model, exchanges, a) for a in (told, None))
+        return [a - b for a, b in zip(knowing, not_knowing, strict=True)]
 
     return contrast
 
@@ -265,7 +266,7 @@ def fit_coherence(
     pairs = [pair for name in traits for pair in load_pairs(load_trait(name, datasets))[:share]]
     return CoherenceScorer.fit(
         list(chain(*zip(*exchanges_of(pairs), strict=True))),
-        mean_logprob=lambda asked: mean_logprobs(chat_model, asked),
+        mean_logprob=likelihood_under(chat_model),
         judge_name="embedding",
         seed=seed,
     )

@@ -127,7 +127,7 @@ def generate_answers(
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature}")
     prompts = [chat_model.render(conversation) for conversation in conversations]
-    tokens: list[list[int]] = chat_model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    tokens = chat_model.tokenize(prompts)
     longest = max(map(len, tokens)) + max_new_tokens
     chat_model.check_length(longest, f"a prompt and {max_new_tokens} new ones")
     size = _affordable_rows(chat_model, longest) if batch_size == "auto" else batch_size
@@ -189,7 +189,8 @@ class _Job:
                 rows = [row for row in rows if len(self.tokens[row]) == first]
             rows = self._alike_together(rows)
             try:
-                batch = self.run(rows, done_rows=done)
+                with self.chat_model.turn():
+                    batch = self.run(rows, done_rows=done)
             except _PaddingMayMatter:
                 one_length = True
                 continue

@@ -147,7 +147,7 @@ class BlockOutputs(Hooked):
 
     def read(self, ids: Tensor, **keywords: Any) -> None:
         """Run the decoder on token ids; UserError names a layer that did not run."""
-        with self, suppress(_LastLayerDone):
+        with self.chat_model.turn(), self, suppress(_LastLayerDone):
             text_decoder(self.chat_model.model).module(input_ids=ids, **keywords)
         silent = [layer for index, layer in enumerate(self.layers) if index not in self._seen]
         if silent:

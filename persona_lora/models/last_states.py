@@ -84,7 +84,8 @@ def _shared_prefix(
     ):
         return [], None
     ids = torch.tensor([prefix], device=model.device)
-    kept = kept_cache(text_decoder(model).module(input_ids=ids, use_cache=True))
+    with chat_model.turn():
+        kept = kept_cache(text_decoder(model).module(input_ids=ids, use_cache=True))
     if kept is None or not shares_prefix(kept.cache, padded=False):
         return [], None
     return prefix, kept

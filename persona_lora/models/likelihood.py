@@ -49,11 +49,7 @@ def tokenize_rendered(chat_model: ChatModel, prompt: str, answer: str) -> Tokeni
 
     UserError for more of both than the model has positions for.
     """
-    encode = chat_model.tokenizer
-    tokenized = TokenizedExchange(
-        encode(prompt, add_special_tokens=False)["input_ids"],
-        encode(answer, add_special_tokens=False)["input_ids"],
-    )
+    tokenized = TokenizedExchange(*chat_model.tokenize([prompt, answer]))
     chat_model.check_length(sum(map(len, tokenized)))
     return tokenized
 
@@ -109,7 +105,7 @@ def next_token_logprobs(
     rendered = [
         chat_model.render(user_question(message)) + beginning for message, beginning in replies
     ]
-    ids = chat_model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ids = chat_model.tokenize(rendered)
     chat_model.check_length(max(map(len, ids), default=0))
     found: list[Mapping[str, float]] = [{} for _ in ids]
     for rows in batches_by_length([len(each) for each in ids]):
@@ -179,7 +175,7 @@ def token_divergences(
     """
     model, length = chat_model.model, len(exchange.answer)
     ids = torch.tensor([exchange.prompt + exchange.answer] * num_rows, device=model.device)
-    with torch.inference_mode(), contiguous_input(model):
+    with torch.inference_mode(), chat_model.turn(), contiguous_input(model):
         logits = model(input_ids=ids, logits_to_keep=length + 1, use_cache=False).logits
     logits = logits[:, -length - 1 : -1]  # some models give all, whatever they are to keep
     log_p = torch.log_softmax(logits.float(), dim=-1)  # [rows, tokens, vocabulary]
@@ -199,7 +195,7 @@ def _logits_at(
     chosen = torch.zeros(padded.shape, dtype=torch.bool)
     for row, span in enumerate(positions):
         chosen[row, span.start : span.stop] = True
-    with only_positions(model.get_output_embeddings(), chosen):
+    with chat_model.turn(), only_positions(model.get_output_embeddings(), chosen):
         logits: Tensor = model(input_ids=padded, use_cache=False).logits
     finite = logits.amax(dim=-1).isfinite()
     if not bool(finite.all()):

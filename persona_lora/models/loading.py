@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ from persona_lora.models.loaded_model import (
     tokenizer_content,
     weights_content,
 )
-from persona_lora.models.structure import context_window
+from persona_lora.models.structure import context_window, embedding_rows
 from persona_lora.models.turns import Turn
 
 logger = logging.getLogger(__name__)
@@ -116,18 +117,37 @@ class ChatModel:
         )
 
     @contextmanager
-    def base(self) -> Iterator[ChatModel]:
-        """Yield the model without its adapter; as it is where it wears none.
-
-        Another thread that steers it is waited for.
-        """
-        model, turn = self.model, Turn(self.model)
+    def turn(self) -> Iterator[None]:
+        """Have the model inside the block; another thread that steers or reads it is waited for."""
+        turn = Turn(self.model)
         try:
             turn.take()
-            with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-                yield self
+            yield
         finally:
             turn.leave()
+
+    @contextmanager
+    def base(self) -> Iterator[ChatModel]:
+        """Yield the model without its adapter, as it is where it wears none, for one turn."""
+        model = self.model
+        bare = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+        with self.turn(), bare:
+            yield self
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts as they stand; UserError for one that the model cannot read.
+
+        A tokenizer may have tokens that were added without resizing the embeddings.
+        """
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        last, rows = max(chain.from_iterable(ids), default=0), embedding_rows(self.model)
+        if last >= rows:
+            raise UserError(
+                f"{self.tokenizer.convert_ids_to_tokens(last)!r} is token {last} of {self.name}, "
+                f"which has embeddings of {rows}; leave it out of the text and the chat template, "
+                "or resize the embeddings (resize_token_embeddings) and train them"
+            )
+        return ids
 
     def render(self, conversation: Conversation) -> str:
         """Return the prompt text of a conversation, up to where the assistant begins to speak."""
@@ -217,6 +237,9 @@ def load_chat_model(
     tokenizer = _load_tokenizer(source, name, options)
     ChatTemplate.of(tokenizer, name, options.template_args)  # a wrong argument costs no weights
     model = _load_weights(source, name, arguments, options)
+    if tokenizer.pad_token_id >= (rows := embedding_rows(model)):
+        # Any token that the model knows does: nothing looks at padding.
+        tokenizer.pad_token_id = min((i for i in tokenizer.all_special_ids if i < rows), default=0)
     if adapter is not None:
         config = peft_config(Path(adapter))
         try:

@@ -88,6 +88,12 @@ def context_window(config: PreTrainedConfig) -> int | None:
     return window if isinstance(window, int) else None
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many tokens a model has embeddings of."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)  # of a distributed model the weight holds a part
+
+
 def same_kind(model: nn.Module) -> PreTrainedModel:
     """Return the skeleton of a loaded model; UserError for what is no model of transformers."""
     if not isinstance(model, PreTrainedModel):

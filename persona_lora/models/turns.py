@@ -1,4 +1,4 @@
-"""Threads take turns at a model: what one steers, another must neither generate with nor read with.
+"""Threads take turns at a model: what one steers, another neither generates with nor reads with.
 
 Knows who has a model; refuses to know what is done with it.
 """
@@ -34,7 +34,7 @@ HOLDINGS: WeakKeyDictionary[nn.Module, _Holding] = WeakKeyDictionary()
 
 
 class Turn:
-    """One steerer's turn at a model.
+    """A turn of whoever steers a model, generates with it or reads with it.
 
     No lock of ``threading``: an interrupt between getting one and noting that would leave it locked
     for ever. Every step here may be interrupted, and ``leave`` called again.

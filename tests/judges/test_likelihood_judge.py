@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from peft import PeftModel
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Persona, PersonaConversation
-from persona_lora.judges.persona_judges import fit_likelihood_judge, likelihood_contrast
+from persona_lora.judges.coherence import CoherenceScorer
+from persona_lora.judges.persona_judges import (
+    fit_coherence,
+    fit_likelihood_judge,
+    likelihood_contrast,
+)
 from persona_lora.models.likelihood import mean_logprobs
+from persona_lora.models.loading import ChatModel
 
 
 def person(name, tmp_path, lines):
@@ -55,3 +62,19 @@ def test_the_contrast_is_what_being_told_changes(chat_model):
     found = likelihood_contrast(chat_model, "You are Ann.")(exchanges)
     assert found == pytest.approx(list(np.subtract(told, plain)))
     assert found != [0.0, 0.0]
+
+
+def test_contrast_and_coherence_ask_the_model_without_its_adapter(
+    chat_model, make_adapter, tmp_path, monkeypatch
+):
+    exchanges = [Exchange("Hi?", "Yes."), Exchange("Why?", "No, never.")]
+    bare = mean_logprobs(chat_model, exchanges)
+    plain = likelihood_contrast(chat_model, "You are Ann.")(exchanges)
+    adapter = make_adapter(tmp_path / "adapter", chat_model.model, seed=1)
+    worn = ChatModel(
+        PeftModel.from_pretrained(chat_model.model, adapter), chat_model.tokenizer, "tiny"
+    )
+    assert likelihood_contrast(worn, "You are Ann.")(exchanges) == pytest.approx(plain)
+    monkeypatch.setattr(CoherenceScorer, "fit", lambda _, *, mean_logprob, **others: mean_logprob)
+    assert fit_coherence(worn, ["evil"])(exchanges) == pytest.approx(bare)
+    assert mean_logprobs(worn, exchanges) != pytest.approx(bare)

@@ -7,11 +7,14 @@ import shutil
 import pytest
 import torch
 
-from persona_lora.core.chat import user_question
+from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models import loading
 from persona_lora.models.generation import generate_answers
+from persona_lora.models.hidden_states import stream_hidden_means
+from persona_lora.models.likelihood import TokenizedExchange, mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model, packaged_model_folder
+from persona_lora.projections.inputs import tokenized_prompts
 from persona_lora.steering.bank import METHODS
 
 
@@ -84,6 +87,43 @@ def test_rows_are_padded_also_where_no_token_is_meant_for_it(model_folder, tmp_p
     asked = [user_question(text) for text in ("Hi", "Why is that so?")]
     together = generate_answers(chat_model, asked, max_new_tokens=5)
     assert together == generate_answers(chat_model, asked, max_new_tokens=5, batch_size=1)
+
+
+@pytest.fixture
+def with_tokens_beyond(model_folder, tmp_path, tokenizer):
+    """A model whose tokenizer has a padding token more than the model has embeddings."""
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    folder = shutil.copytree(model_folder, tmp_path / "padded")
+    tokenizer.save_pretrained(folder)
+    return load_chat_model(str(folder), dtype="float32")
+
+
+def test_rows_are_padded_with_a_token_that_the_model_knows(with_tokens_beyond, model_folder):
+    asked = [user_question(text) for text in ("Hi", "Why is that so?")]
+    plain = load_chat_model(str(model_folder), dtype="float32")
+    for chat_model in (with_tokens_beyond, plain):
+        assert chat_model.tokenizer.pad_token_id < len(plain.tokenizer)
+    found, expected = (
+        generate_answers(each, asked, max_new_tokens=5) for each in (with_tokens_beyond, plain)
+    )
+    assert found == expected
+    texts = [TokenizedExchange([5, 6], [7]), TokenizedExchange([5, 6], [7, 8])]
+    (means,), (same,) = (list(stream_hidden_means(m, texts)) for m in (with_tokens_beyond, plain))
+    assert torch.equal(means.means, same.means)
+
+
+def test_a_text_with_a_token_that_the_model_knows_not_is_refused_by_all_that_reads(
+    with_tokens_beyond,
+):
+    chat_model = with_tokens_beyond
+    for reads in (
+        lambda: generate_answers(chat_model, [user_question("a <pad>")]),
+        lambda: mean_logprobs(chat_model, [Exchange("why?", "so <pad>")]),
+        lambda: next_token_logprobs(chat_model, [("<pad>", "")]),
+        lambda: tokenized_prompts(chat_model, ["<pad>"]),
+    ):
+        with pytest.raises(UserError, match=r"'<pad>' is token 259 of .*, which has .* of 259"):
+            reads()
 
 
 def test_truncated_weights_are_named(model_folder, tmp_path):
