@@ -23,6 +23,7 @@ are multiplied in fp32.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -132,7 +133,22 @@ class _Selection:
         self._expanded.clear()
         self._runs = None
 
-    def runs(self, inputs: Tensor, several: bool) -> _Runs | None:
+    def check_rows(self, inputs: Tensor, *, routed: bool) -> None:
+        """Raise UserError where it cannot be told which row a token of a module's input is of.
+
+        What a router hands to one of its modules may be in any order, whatever its number.
+        """
+        rows = len(self.rows.chosen)
+        if rows > 1 and inputs.ndim > 2:
+            self.rows.of_batch(inputs.shape[0])
+        elif rows > 1 and (routed or inputs.shape[0] != rows * self._length):
+            raise UserError(
+                f"a module reads {list(inputs.shape)} for {rows} rows of {self._length} tokens, "
+                "and which token belongs to which row cannot be told; merge the diff instead "
+                "(LoRASteerer, --mode merged)"
+            )
+
+    def runs(self, several: bool) -> _Runs | None:
         """Return the runs of the batch, or None where they are too short to be worth it.
 
         One run always is; more of them where there are several diffs to mix.
@@ -142,8 +158,6 @@ class _Selection:
             counts = found[1].tolist()
             self._runs = _Runs(found[0], counts, len(set(counts)) == 1)
         number, rows = len(self._runs.counts), len(self.rows.chosen)
-        if number > 1:
-            self._check_rows(inputs)
         worth = number == 1 or (several and number * ROWS_TOGETHER <= rows)
         return self._runs if worth else None
 
@@ -161,13 +175,10 @@ class _Selection:
         """Return S for a basis whose column j belongs to diff columns[j], to multiply A·x with.
 
         ``[R]`` where all rows have the same, else ``[batch, 1, …, R]``, or ``[batch · seq, R]`` for
-        a module that sees all tokens in one list. Raises UserError where tokens cannot be told
-        apart.
+        a module that sees all tokens in one list.
         """
         layout = inputs.ndim if inputs.ndim > 2 else -self._length
         key = (columns, inputs.device, layout)
-        if len(self.rows.chosen) > 1:
-            self._check_rows(inputs)
         if key not in self._expanded:
             chosen = self.rows.chosen[:, list(columns)].to(inputs.device)
             if len(chosen) == 1:
@@ -177,16 +188,6 @@ class _Selection:
             else:
                 self._expanded[key] = chosen.repeat_interleave(self._length, dim=0)
         return self._expanded[key]
-
-    def _check_rows(self, inputs: Tensor) -> None:
-        if inputs.ndim > 2:
-            self.rows.of_batch(inputs.shape[0])
-        elif inputs.shape[0] != len(self.rows.chosen) * self._length:
-            raise UserError(
-                f"a module reads {list(inputs.shape)} for {len(self.rows.chosen)} rows of "
-                f"{self._length} tokens, and which token belongs to which row cannot be told; "
-                "merge the diff instead (LoRASteerer, --mode merged)"
-            )
 
 
 _NOTHING = torch.empty(0)
@@ -275,6 +276,8 @@ class _SharedInput:
         self, modules: dict[str, nn.Module], diffs: Sequence[LoRADiff], selection: _Selection
     ) -> None:
         self.selection = selection
+        # One of several in a block (experts.3): it reads what a router hands to it.
+        self.routed = any(len(re.findall(r"\.\d+(?=\.)", name)) > 1 for name in modules)
         stack = _Stack()
         self.members = {
             name: _Member(name, module, diffs, stack) for name, module in modules.items()
@@ -318,7 +321,9 @@ class _SharedInput:
         product = functional.linear(inputs.to(down.dtype), down)
         whole = torch.is_grad_enabled()
         mixes = self.on_basis and not whole
-        self._runs = self.selection.runs(inputs, self.several) if mixes else None
+        self._runs = self.selection.runs(self.several) if mixes else None
+        if self._runs is None or len(self._runs.counts) > 1:
+            self.selection.check_rows(inputs, routed=self.routed)
         if self._runs is not None:
             product = self._runs.flat(product)
         else:
