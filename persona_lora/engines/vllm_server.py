@@ -23,9 +23,9 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.judges.endpoint import NO_KEY, Address, Client, checked_url
 from persona_lora.judges.retries import Fault
+from persona_lora.steering.export import VLLM_RANKS
 
 BASIS, MIX = "basis:", "mix:"
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 SLOTS = 64  # mixes in one batch; a slot is as many numbers as the basis has diffs
 
 
@@ -80,10 +80,10 @@ class BasisFolder:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 whole.update(bytes.fromhex(file_digest(path / name)))
         rank = max(diff.rank for diff in diffs)
-        if rank > RANKS[-1]:
+        if rank > VLLM_RANKS[-1]:
             raise UserError(
-                f"the basis in {folder} has rank {rank}, and vLLM takes {RANKS[-1]} at most; cut "
-                "it with persona-lora basis --rank"
+                f"the basis in {folder} has rank {rank}, and vLLM takes {VLLM_RANKS[-1]} at most; "
+                "cut it with persona-lora basis --rank"
             )
         served = ServedBasis(whole.hexdigest()[:16], tuple(map(short_digest, diffs)))
         modules = sorted({name.rpartition(".")[2] for diff in diffs for name in diff.factors})
@@ -131,7 +131,7 @@ def server_command(
     words += [] if revision is None else ["--revision", revision]
     if basis is not None:
         environment["PERSONA_LORA_BASIS"] = str(basis.folder)
-        rank = next(each for each in RANKS if each >= basis.rank)
+        rank = next(each for each in VLLM_RANKS if each >= basis.rank)
         words += ["--served-model-name", model, basis.served.name, "--enable-lora"]
         words += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(4 * SLOTS)]
         words += ["--max-lora-rank", str(rank), "--lora-target-modules", *basis.modules]

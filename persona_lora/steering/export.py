@@ -53,7 +53,7 @@ GGUF_ARCHITECTURES = {
 PERMUTED = "llama"
 CONVERTER = "convert_hf_to_gguf.py"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # unmerged, all
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
 @dataclass(frozen=True)
