@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from persona_lora.core.errors import UserError
 from persona_lora.models.likelihood import TokenLogprob
 from persona_lora.models.loading import ChatModel
-from persona_lora.serving.batching import Busy, Event, Reason, Row, Scored, Token
+from persona_lora.serving.batching import Event, Reason, Row, Scored, Token
 from persona_lora.serving.schemas import refusal_of
 
 BROKEN = "\ufffd"  # a character whose last bytes are yet to come
 BEFORE = 4  # tokens of the prompt that decide how the first of an answer is written
+LOOKING = 1.0  # seconds without news after which a client is looked for
 
 
 class Answer:
@@ -30,7 +30,8 @@ class Answer:
 
     def __init__(self, chat_model: ChatModel, prompt: list[int], stop: Sequence[str]) -> None:
         self._tokenizer = chat_model.tokenizer
-        self._before = prompt[-BEFORE:]
+        self._before: list[int] = []
+        self._before = self._whole_end(prompt)
         self._cut = len(self._written([]))
         self._stop = stop
         self._tokens: list[int] = []
@@ -55,8 +56,14 @@ class Answer:
             text, self.reason = text[: min(ends)], "stop"
         elif self.reason is None:
             text = text[: len(text) - self._unsure(text)]
-        new, self.text = text[len(self.text) :], text
+        new = text[len(self.text) :]
+        self.text += new  # what was told stays: bytes that follow may turn it into broken ones
         return new
+
+    def _whole_end(self, prompt: list[int]) -> list[int]:
+        """Return the last tokens of a prompt that are whole characters, which nothing changes."""
+        ends = (prompt[-number:] for number in range(BEFORE, 0, -1))
+        return next((end for end in ends if BROKEN not in self._written(end)), [])
 
     def _written(self, tokens: list[int]) -> str:
         return str(
@@ -67,9 +74,9 @@ class Answer:
 
     def _unsure(self, text: str) -> int:
         """Return how many characters at the end may still change, or begin a stop string."""
-        broken = len(text) - len(text.rstrip(BROKEN))
-        begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max([broken, *begun])
+        whole = text.rstrip(BROKEN)
+        begun = (n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n]))
+        return len(text) - len(whole) + max(begun, default=0)
 
 
 class Logprobs:
@@ -91,8 +98,13 @@ class Logprobs:
             ]
         }
 
-    def completion(self, found: Sequence[TokenLogprob], first: int | None = None) -> dict[str, Any]:
-        """Return those of a text, which begins with the token ``first`` where that is given."""
+    def completion(
+        self, found: Sequence[TokenLogprob], first: int | None = None, offset: int = 0
+    ) -> dict[str, Any]:
+        """Return those of a text, which begins with the token ``first`` where that is given.
+
+        ``offset`` is how many characters of tokens were told before.
+        """
         tokens = [] if first is None else [self._text(first)]
         values: list[float | None] = [None] * len(tokens)
         likeliest: list[dict[str, float] | None] = [None] * len(tokens)
@@ -103,7 +115,7 @@ class Logprobs:
             for token, value in (*each.likeliest[: self._top], (each.token, each.logprob)):
                 by_text.setdefault(self._text(token), value)
             likeliest.append(by_text)
-        offsets = [*accumulate(map(len, tokens), initial=0)][:-1]
+        offsets = [*accumulate(map(len, tokens), initial=offset)][:-1]
         return {
             "tokens": tokens,
             "token_logprobs": values,
@@ -131,6 +143,7 @@ class Choice:
     answer: Answer
     before: str = ""
     scored: list[TokenLogprob] = field(default_factory=list)
+    offset: int = 0  # characters of the tokens whose log-probabilities are sent
 
 
 class News(NamedTuple):
@@ -174,10 +187,15 @@ class Reply:
         """
         try:
             while any(choice.answer.reason is None for choice in self.choices):
-                index, event = await self._queue.get()
-                choice = self.choices[index]
+                news = None
+                with suppress(TimeoutError):
+                    news = await asyncio.wait_for(self._queue.get(), LOOKING)
                 if await gone():
                     return
+                if news is None:
+                    continue
+                index, event = news
+                choice = self.choices[index]
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Scored):
@@ -211,7 +229,7 @@ class Reply:
                 if news.text or news.logprobs or self.choices[news.place].answer.reason:
                     piece = self._piece(news, {"content": news.text})
                     yield _event({**shared, "choices": [piece]})
-        except (Busy, UserError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever ended a row is told
             yield _event(refusal_of(error).body())
             return
         if usage:
@@ -220,12 +238,17 @@ class Reply:
 
     def _piece(self, news: News, delta: dict[str, str]) -> dict[str, Any]:
         said = {"delta": delta} if self._chat else {"text": news.text}
-        form = self._logprobs.chat if self._chat else self._logprobs.completion
+        choice, found = self.choices[news.place], None
+        if news.logprobs and self._chat:
+            found = self._logprobs.chat(news.logprobs)
+        elif news.logprobs:
+            found = self._logprobs.completion(news.logprobs, offset=choice.offset)
+            choice.offset += sum(map(len, found["tokens"]))
         return {
             "index": news.place,
             **said,
-            "logprobs": form(news.logprobs) if news.logprobs else None,
-            "finish_reason": self.choices[news.place].answer.reason,
+            "logprobs": found,
+            "finish_reason": choice.answer.reason,
         }
 
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
