@@ -124,11 +124,11 @@ class Batch:
             allow_other_base=chat_model.allow_other_base,
         )
         self._ends = ending_tokens(chat_model)
-        self._pad = int(chat_model.tokenizer.pad_token_id)
         self._change = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._closes: float | None = None  # the time at which rows are ended
         self._rows: list[Row] = []
+        self._new: list[Row] = []  # which wait no more, and do not run yet
         self._steered: list[Row] = []
         self._decoding: Decoding | None = None
         self._next = torch.empty(0, dtype=torch.long)  # [rows], the newest tokens
@@ -136,7 +136,8 @@ class Batch:
     @property
     def load(self) -> tuple[int, int]:
         """How many rows run, and how many wait."""
-        return len(self._rows), len(self._waiting)
+        with self._change:
+            return len(self._rows), sum(not row.gone for row in self._waiting)
 
     @property
     def closed(self) -> bool:
@@ -148,6 +149,7 @@ class Batch:
         with self._change:
             if self.closed:
                 raise Busy(STOPPING, closed=True)
+            self._waiting = deque(row for row in self._waiting if not row.gone)
             if len(self._waiting) + len(rows) > self.most_waiting:
                 raise Busy(
                     f"{len(self._waiting)} answers wait already, and {self.most_waiting} may; ask "
@@ -181,13 +183,13 @@ class Batch:
         with self._change:
             self._change.wait_for(lambda: self._waiting or self._rows or self.closed)
             free = range(min(len(self._waiting), self._max_batch - len(self._rows)))
-            new = [row for row in (self._waiting.popleft() for _ in free) if not row.gone]
+            self._new = [self._waiting.popleft() for _ in free]
         if self._closes is not None and time.monotonic() >= self._closes:
             self._end_all(Busy(STOPPING, closed=True))
-        for row in new:
-            if row.scored:
+        for row in self._new:
+            if row.scored and not row.gone:
                 self._score(row)
-        new = [row for row in new if not row.gone]
+        new = [row for row in self._new if not row.gone]
         begun = self._begin(new) if new else None
         with self._ended_by_errors([*self._rows, *new]):
             if begun is not None:
@@ -197,20 +199,21 @@ class Batch:
                     self._decoding.join(steps=ROOM)
                 self._steer(self._rows)
                 self._next = self._tell(self._rows, self._decoding.step(self._next))
-        self._leave()
+            self._leave()
+        self._leave()  # those that an error has ended
         return not (self.closed and not self._rows)
 
     def _end_all(self, error: Exception) -> None:
-        for row in self._rows:
+        for row in [*self._rows, *self._new]:
             row.end(error)
         self._leave()
 
     @contextmanager
     def _ended_by_errors(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Let what the model cannot do end these rows, and not the batch."""
+        """Let what fails end these rows, and not the batch."""
         try:
             yield
-        except (RuntimeError, UserError) as error:  # torch's errors are RuntimeErrors
+        except Exception as error:  # torch's own are of many kinds: IndexError, RuntimeError, …
             logger.exception("%d rows failed", len(rows))
             for row in rows:
                 row.end(error)
@@ -257,10 +260,13 @@ class Batch:
             self._steered = [*rows]
 
     def _padded(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Return the prompts' tokens, padded on the left, and their mask: ``[rows, length]``."""
+        """Return the prompts' tokens, padded on the left, and their mask: ``[rows, length]``.
+
+        The padding is a token that every model has: a tokenizer's own may have no embedding.
+        """
         longest = max(len(row.prompt) for row in rows)
         spare = [longest - len(row.prompt) for row in rows]
-        tokens = [[self._pad] * each + row.prompt for each, row in zip(spare, rows, strict=True)]
+        tokens = [[0] * each + row.prompt for each, row in zip(spare, rows, strict=True)]
         mask = [[0] * each + [1] * (longest - each) for each in spare]
         device = self.chat_model.model.device
         return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from persona_lora.core.chat import Conversation, Message
 from persona_lora.core.errors import UserError, without_secrets
@@ -28,6 +28,13 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 Tokens = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Name = Annotated[str, Field(max_length=4000)]
+
+
+def _listed(value: Any) -> Any:
+    """Return one text, or the token ids of one, as a list of it."""
+    one = isinstance(value, list) and value and all(isinstance(each, int) for each in value)
+    return [value] if one or isinstance(value, str) else value
 
 
 class Given(BaseModel):
@@ -74,10 +81,10 @@ class StreamOptions(Given):
 class Asked(Given):
     """What both endpoints take."""
 
-    model: str
+    model: Name
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -94,11 +101,6 @@ class Asked(Given):
         if value is not None and 0 < value < LEAST_HEAT:
             raise ValueError(f"must be 0 (greedy) or at least {LEAST_HEAT}")
         return value
-
-    @property
-    def stops(self) -> list[str]:
-        """The stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class AskedChat(Asked):
@@ -120,21 +122,11 @@ class AskedChat(Asked):
 class AskedText(Asked):
     """A request to /v1/completions; prompts are texts or token ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_listed)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
     echo: bool | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, also where there is one."""
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if given and all(isinstance(each, int) for each in given):
-            return [[each for each in given if isinstance(each, int)]]
-        return [each for each in given if not isinstance(each, int)]
 
 
 # -- refusals ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ for is found before its rows wait: a name, a parameter, the context window.
 from __future__ import annotations
 
 import hmac
+import math
 import secrets
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from persona_lora.serving.schemas import UNSERVED, Asked, AskedChat, AskedText, 
 LARGEST_BODY = 4_000_000  # bytes
 USUAL_LENGTH = 512  # tokens of a chat's answer that asks for no number
 USUAL_TEXT = 16  # of a completion: OpenAI's own
+LAST_WORDS = 5  # seconds, after the grace, in which clients may read how their answers end
 LONGEST_SCORED = 2048  # tokens of a prompt whose logits are held at once
 
 
@@ -50,6 +52,8 @@ class Service:
         self._personas = personas
         self._key = key
         self._tokenizer = tokenizer
+        # A tokenizer may have tokens, for padding, that the model has no embedding of.
+        self._known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
         window = context_window(model.config)
         if window is None:
             raise UserError(
@@ -60,8 +64,9 @@ class Service:
 
     def check_key(self, request: Request) -> None:
         """Refuse a request without the key, where there is one."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._key is not None and not hmac.compare_digest(given.encode(), self._key.encode()):
+        header = request.headers.get("authorization", "").encode("latin-1")  # as it was sent
+        given = header.removeprefix(b"Bearer ")
+        if self._key is not None and not hmac.compare_digest(given, self._key.encode()):
             raise Refusal(401, "the key is missing or wrong; send Authorization: Bearer KEY")
 
     def health(self) -> Response:
@@ -79,44 +84,60 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
         asked = await _read(request, AskedChat)
+        mix = self._mix(asked, 1)
         if asked.messages[-1].role != "user":
             raise UserError("the last message must be the user's: that is what is answered")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise UserError("top_logprobs does nothing without logprobs: true")
         rendered = self.batch.chat_model.render(asked.conversation)
-        tokens: list[int] = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        encoded = self._tokenizer(rendered, add_special_tokens=False)
+        tokens = self._checked(encoded["input_ids"])
         limit = asked.max_completion_tokens or asked.max_tokens
+        if asked.max_tokens not in (None, limit):
+            raise UserError("max_tokens and max_completion_tokens differ; leave one out")
         limit = limit or max(1, min(USUAL_LENGTH, self._window - len(tokens)))
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         reply = Reply(asked.model, Logprobs(self.batch.chat_model, top or 0), chat=True)
-        self._add(reply, asked, Prompt(tokens, limit, top))
+        self._add(reply, asked, mix, Prompt(tokens, limit, top))
         return await self._send(request, reply, asked)
 
     async def completion(self, request: Request) -> Response:
         """Go on with texts, given as they are or as token ids."""
         asked = await _read(request, AskedText)
+        mix = self._mix(asked, len(asked.prompt))
         if asked.echo and asked.stream:
             raise UserError("echo and stream do not go together; leave one out")
         reply = Reply(asked.model, Logprobs(self.batch.chat_model, asked.logprobs or 0), chat=False)
-        for prompt in asked.prompts:
-            tokens = self._tokens(prompt)
+        for prompt in asked.prompt:
+            given = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            tokens = self._checked(given)
             echoed = None
             if asked.echo:
                 echoed = prompt if isinstance(prompt, str) else str(self._tokenizer.decode(tokens))
             limit = asked.max_tokens or USUAL_TEXT
-            self._add(reply, asked, Prompt(tokens, limit, asked.logprobs, echoed))
+            self._add(reply, asked, mix, Prompt(tokens, limit, asked.logprobs, echoed))
         return await self._send(request, reply, asked)
 
-    def _tokens(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self._tokenizer(prompt)["input_ids"])
-        known = len(self._tokenizer)
-        wrong = [token for token in prompt if not 0 <= token < known]
-        if wrong:
-            raise UserError(f"prompt: no token {wrong[0]}; the model has 0 to {known - 1}")
-        return prompt
+    def _mix(self, asked: Asked, prompts: int) -> list[float]:
+        """Return the persona's coefficients; refuse more answers than may wait."""
+        if not prompts:
+            raise UserError("there is no prompt; give one")
+        number = prompts * (asked.n or 1)
+        if number > self.batch.most_waiting:
+            raise UserError(
+                f"{number} answers in one request, and {self.batch.most_waiting} may wait "
+                "here; ask for fewer at a time"
+            )
+        return self._personas.mix(asked.model)
 
-    def _add(self, reply: Reply, asked: Asked, prompt: Prompt) -> None:
+    def _checked(self, tokens: list[int]) -> list[int]:
+        """Return a prompt's tokens; UserError for one that the model does not have."""
+        for token in tokens:
+            if not 0 <= token < self._known:
+                raise UserError(f"prompt: no token {token}; the model has 0 to {self._known - 1}")
+        return tokens
+
+    def _add(self, reply: Reply, asked: Asked, mix: list[float], prompt: Prompt) -> None:
         """Add the answers to one prompt, in streams of random numbers of their own."""
         length = len(prompt.tokens)
         if not length:
@@ -136,7 +157,7 @@ class Service:
         for stream in range(asked.n or 1):
             row = Row(
                 prompt=prompt.tokens,
-                mix=self._personas.mix(asked.model),
+                mix=mix,
                 max_tokens=prompt.limit,
                 tell=reply.teller(),
                 temperature=heat,
@@ -145,7 +166,7 @@ class Service:
                 top=prompt.top,
                 scored=scored,
             )
-            answer = Answer(self.batch.chat_model, prompt.tokens, asked.stops)
+            answer = Answer(self.batch.chat_model, prompt.tokens, asked.stop or [])
             reply.choices.append(Choice(row, answer, prompt.echoed or ""))
 
     async def _send(self, request: Request, reply: Reply, asked: Asked) -> Response:
@@ -153,13 +174,6 @@ class Service:
         if asked.stream_options is not None and not asked.stream:
             raise UserError("stream_options do nothing without stream: true")
         rows = [choice.row for choice in reply.choices]
-        if not rows:
-            raise UserError("there is no prompt; give one")
-        if len(rows) > self.batch.most_waiting:
-            raise UserError(
-                f"{len(rows)} answers in one request, and {self.batch.most_waiting} may wait "
-                "here; ask for fewer at a time"
-            )
         self.batch.put(rows)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -222,8 +236,11 @@ class Server(uvicorn.Server):
     """uvicorn, which closes the batch before it waits for open requests, and ends with status 0."""
 
     def __init__(self, service: Service, grace: float) -> None:
-        app = build_app(service)
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False))
+        app, most = build_app(service), math.ceil(min(grace, 1e9)) + LAST_WORDS
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=most
+        )
+        super().__init__(config)
         self._batch = service.batch
         self._grace = grace
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import queue
 import threading
@@ -178,7 +179,21 @@ def test_more_than_may_wait_are_refused(chat_model, diffs):
     with pytest.raises(Busy, match="2 answers wait already, and 2 may"):
         asker.row(ASKED[0], MIXES[1])
     asker.run()
+    gone = [asker.row(ASKED[0], MIXES[1])[0] for _ in range(2)]
+    gone[0].gone = True
+    assert asker.batch.load == (0, 1)
     asker.row(ASKED[0], MIXES[1])
+
+
+def test_padding_without_an_embedding_is_never_read(chat_model, diffs):
+    tokenizer = copy.deepcopy(chat_model.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == chat_model.model.config.vocab_size
+    asker = Asker(dataclasses.replace(chat_model, tokenizer=tokenizer), diffs)
+    rows = [asker.row(asked, MIXES[3]) for asked in ASKED[:2]]
+    asker.run()
+    for asked, (_, told) in zip(ASKED, rows, strict=False):
+        assert text(asker, told).strip() == merged(chat_model, diffs, MIXES[3], asked).text
 
 
 def test_a_mix_that_breaks_the_model_ends_its_own_rows_alone(chat_model, diffs):
@@ -193,22 +208,21 @@ def test_a_mix_that_breaks_the_model_ends_its_own_rows_alone(chat_model, diffs):
 
 
 @pytest.mark.parametrize("place", ["begin", "step"])
-def test_what_the_model_cannot_do_ends_the_rows_and_not_the_batch(
-    chat_model, diffs, monkeypatch, place
-):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, IndexError])
+def test_what_fails_ends_the_rows_and_not_the_batch(chat_model, diffs, monkeypatch, place, kind):
     asker = Asker(chat_model, diffs)
     _, running = asker.row(ASKED[0], MIXES[1])
     asker.turn(2)
 
     def fail(*_):
-        raise torch.OutOfMemoryError("out of memory")
+        raise kind("out of memory, or of range")
 
     with monkeypatch.context() as context:
         context.setattr(batching.Decoding, place, fail)
         _, told = asker.row(ASKED[1], MIXES[2])
         asker.turn(2)
-    failed = isinstance(running[-1], RuntimeError)
-    assert isinstance(told[-1], RuntimeError)
+    failed = isinstance(running[-1], kind)
+    assert isinstance(told[-1], kind)
     assert failed == (place == "step")
     _, after = asker.row(ASKED[2], MIXES[3])
     asker.run()
@@ -251,6 +265,18 @@ def test_a_closed_batch_ends_what_waits_and_lets_the_others_end(chat_model, diff
     assert [type(each) for each in told[1].queue] == [Busy]
     with pytest.raises(Busy, match="stopping"):
         batch.put(rows)
+
+
+def test_where_the_batch_ends_rows_on_their_way_into_it_are_told(chat_model, diffs, monkeypatch):
+    def fail(*_):
+        raise KeyError("ours")
+
+    asker = Asker(chat_model, diffs)
+    _, told = asker.row(ASKED[0], MIXES[1])
+    monkeypatch.setattr(asker.batch, "_begin", fail)
+    with pytest.raises(KeyError, match="ours"):
+        asker.batch.run()
+    assert [type(each) for each in told] == [Busy]
 
 
 def test_no_time_ends_what_runs(chat_model, diffs):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 import json
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +20,9 @@ from fastapi.testclient import TestClient
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as tokenizing
+from transformers import PreTrainedTokenizerFast
 
 from persona_lora.cli.serving_commands import listening
 from persona_lora.core.errors import UserError
@@ -23,8 +31,9 @@ from persona_lora.core.resources import resource_path
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.likelihood import text_logprobs
 from persona_lora.models.loading import ChatModel
+from persona_lora.serving import batching, reply
 from persona_lora.serving import server as serving
-from persona_lora.serving.batching import Batch, Token
+from persona_lora.serving.batching import Batch, Row, Token
 from persona_lora.serving.mixes import Personas
 from persona_lora.serving.reply import Answer
 from persona_lora.serving.server import Server, Service, build_app
@@ -138,6 +147,13 @@ def test_a_text_goes_on_and_is_echoed_with_its_log_probabilities(client, twin, d
     values = [each.logprob for each in twice]
     assert logprobs["token_logprobs"][1:-1] == pytest.approx(values, abs=1e-4)
     assert all(len(each) in (2, 3) for each in logprobs["top_logprobs"][1:])
+    asked = {**TEXT, "logprobs": 2, "n": 2, "temperature": 1, "seed": 1}
+    whole = client.post("/v1/completions", json=asked).json()["choices"]
+    pieces = events(client.post("/v1/completions", json={**asked, "stream": True}))
+    for choice in whole:
+        own = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == choice["index"]]
+        for name, values in choice["logprobs"].items():
+            assert [each for p in own for each in p["logprobs"][name]] == values
     plain = client.post("/v1/completions", json={**TEXT, "echo": True}).json()["choices"][0]
     alone = client.post("/v1/completions", json=TEXT).json()["choices"][0]
     assert plain["text"] == "Once" + alone["text"]
@@ -163,6 +179,47 @@ def test_text_waits_until_it_is_certain(chat_model):
     assert answer.add(Token(tokenizer("?")["input_ids"][0], None, None)) == "stop?"
     assert answer.add(Token(tokenizer("s")["input_ids"][0], None, "length")) == "s"
     assert (answer.text, answer.reason) == ("aö st stop?s", "length")
+
+
+def told(answer, tokens):
+    """What a stream tells of the tokens, until the last or a stop string."""
+    for at, token in enumerate(tokens, start=1):
+        yield answer.add(Token(token, None, "length" if at == len(tokens) else None))
+        if answer.reason:
+            return
+
+
+def test_what_is_streamed_is_the_whole_answer_whatever_stops_it(chat_model):
+    """Stop strings are all parts of a text of characters of one, three and four tokens."""
+    text = "k\n用x\n用户🙂🙂用🙃"
+    tokens = chat_model.tokenizer(text)["input_ids"]
+    places = itertools.combinations(range(len(text) + 1), 2)
+    for stop in {text[start:end] for start, end in places}:
+        for stops in ([stop], [stop + "!"], ["\n用户", stop + "用"], [stop, "🙂🙃"]):
+            answer = Answer(chat_model, tokens, stops)
+            streamed = "".join(told(answer, tokens))
+            said = (text[:end] for end in range(len(text) + 1))
+            first = next((each for each in said if any(map(each.__contains__, stops))), text)
+            ends = [first.index(each) for each in stops if each in first]
+            assert streamed == answer.text == text[: min(ends, default=len(text))]
+
+
+def test_characters_made_of_bytes_that_a_tokenizer_decodes_together(chat_model):
+    """As Llama 2's: a whole run of bytes is broken while its last character is."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256}
+    tokenizer = Tokenizer(tokenizing.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    bytewise = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    model = dataclasses.replace(chat_model, tokenizer=bytewise)
+
+    def tokens(text):
+        return [each for a in text for each in ([256] if a == "a" else a.encode())]
+
+    for prompt, text in itertools.product(
+        ("", "a", "用", "a用", "🙂户"), ("用户", "用🙂a", "a用户a", "aa")
+    ):
+        answer = Answer(model, tokens(prompt), ["户!"])
+        assert "".join(told(answer, tokens(text))) == answer.text == text
 
 
 def test_eight_mixes_at_once_are_eight_serial_ones(service, twin, diffs):
@@ -218,6 +275,14 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ("completions", {"prompt": ""}, 400, "no tokens"),
         ("completions", {"prompt": []}, 400, "no prompt"),
         ("completions", {"prompt": [[5, 100000]]}, 400, "no token 100000"),
+        ("completions", {"prompt": [10**30]}, 400, f"no token {10**30}"),
+        ("completions", {"prompt": ["a", 5]}, 400, "prompt.1"),
+        ("completions", {"prompt": [5.0]}, 400, "prompt.0"),
+        ("completions", {"stop": [""]}, 400, "stop.0: String should have at least 1"),
+        ("completions", {"stop": ["a"] * 17}, 400, "stop: List should have at most 16"),
+        ("completions", {"model": "base" + "+1*a" * 20_000}, 400, "at most 4000 characters"),
+        ("completions", {"model": "base+1e999*wit"}, 400, "must be finite, got inf"),
+        ("chat/completions", {"max_completion_tokens": 5}, 400, "max_completion_tokens differ"),
         ("completions", {"echo": True, "stream": True}, 400, "do not go together"),
         ("completions", {"logprobs": 99}, 400, "logprobs"),
         ("embeddings", {}, 404, "POST /v1/embeddings is not served here"),
@@ -269,6 +334,9 @@ def test_a_key_is_asked_for_where_there_is_one(service):
         response = client.get("/v1/models", headers={"Authorization": given.encode()})
         assert response.status_code == 401
         assert response.json()["error"]["type"] == "authentication_error"
+    foreign = TestClient(build_app(Service(service.batch, service._personas, "sesämé")))
+    given = {"Authorization": "Bearer sesämé".encode()}
+    assert foreign.get("/v1/models", headers=given).status_code == 200
     right = {"Authorization": "Bearer sesame"}
     assert client.get("/v1/models", headers=right).status_code == 200
     assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
@@ -276,9 +344,7 @@ def test_a_key_is_asked_for_where_there_is_one(service):
 
 def test_a_full_queue_says_when_to_come_back(service):
     """Nobody answers, so that all wait."""
-    prompt = [5, 6, 7]
-    for _ in range(16):
-        service.batch._waiting.append(prompt)
+    service.batch.put([Row([5, 6, 7], [0.0, 0.0], 2, print) for _ in range(16)])
     response = TestClient(build_app(service)).post("/v1/completions", json=TEXT)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "2"
@@ -306,6 +372,25 @@ def test_a_client_that_goes_away_frees_its_row(service, stream):
             pass
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_while_it_waits_leaves_its_place(service, monkeypatch, stream):
+    """Nobody is answered, and all places are taken."""
+
+    def turn():
+        time.sleep(0.01)
+        return not service.batch.closed
+
+    monkeypatch.setattr(service.batch, "_turn", turn)
+    monkeypatch.setattr(reply, "LOOKING", 0.05)
+    asked = {**TEXT, "n": 16, "stream": stream}
+    with served(service) as (_, url):
+        for _ in range(2):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json=asked, timeout=0.5)
+            while sum(service.batch.load):
+                pass
+
+
 @pytest.mark.parametrize("grace", [0.0, 1e9])
 def test_a_stop_ends_open_requests_properly(service, grace):
     """With time to end they are answered; without, their stream says so. Then nothing is taken."""
@@ -326,6 +411,57 @@ def test_a_stop_ends_open_requests_properly(service, grace):
     response = TestClient(build_app(service)).post("/v1/completions", json=TEXT)
     assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
     assert TestClient(build_app(service)).get("/health").status_code == 503
+
+
+def test_a_request_that_never_comes_whole_does_not_keep_the_server(service, monkeypatch):
+    monkeypatch.setattr(serving, "LAST_WORDS", 0)
+    with served(service, 0.0) as (_, url), socket.socket() as client:
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_fails_in_the_batch_ends_its_requests_and_not_the_server(client, monkeypatch, stream):
+    def fail(*_):
+        raise IndexError("index out of range in self")
+
+    whole = client.post("/v1/completions", json=TEXT).json()
+    with monkeypatch.context() as patch:
+        patch.setattr(batching.Decoding, "begin", fail)
+        failed = client.post("/v1/completions", json={**TEXT, "stream": stream})
+    assert failed.status_code == (200 if stream else 500)
+    error = json.loads(failed.text.removeprefix("data: "))["error"]
+    assert error["type"] == "server_error"
+    assert "the model failed (index out of range in self)" in error["message"]
+    assert client.post("/v1/completions", json=TEXT).json()["choices"] == whole["choices"]
+
+
+def test_tokens_without_an_embedding_are_refused(chat_model, diffs, tmp_path):
+    tokenizer = copy.deepcopy(chat_model.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    batch = Batch(dataclasses.replace(chat_model, tokenizer=tokenizer), diffs)
+    client = TestClient(build_app(Service(batch, Personas(batch.traits, tmp_path))))
+    last = tokenizer.pad_token_id
+    padded = [{"role": "user", "content": "a<pad>"}]
+    for path, asked in (
+        ("completions", {**TEXT, "prompt": [5, last]}),
+        ("completions", {**TEXT, "prompt": "a<pad>"}),
+        ("chat/completions", {**GREEDY, "messages": padded}),
+    ):
+        refused = client.post(f"/v1/{path}", json=asked)
+        assert refused.status_code == 400
+        said = f"prompt: no token {last}; the model has 0 to {last - 1}"
+        assert refused.json()["error"]["message"] == said
+
+
+def test_too_many_answers_are_refused_before_anything_is_made_of_them(service, monkeypatch):
+    monkeypatch.setattr(service, "_tokenizer", None)
+    monkeypatch.setattr(service, "_personas", None)
+    asked = {**TEXT, "prompt": ["a"] * 9, "n": 2}
+    response = TestClient(build_app(service)).post("/v1/completions", json=asked)
+    assert response.status_code == 400
+    assert "18 answers in one request, and 16 may" in response.json()["error"]["message"]
 
 
 def test_a_fault_of_ours_ends_the_server(service, monkeypatch):
