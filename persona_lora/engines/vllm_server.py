@@ -201,7 +201,9 @@ class VLLMServer:
         choice = await self._choice({**body, "return_token_ids": True, "logprobs": 0})
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {})
         found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-        if not isinstance(ids, list) or not all(isinstance(each, int) for each in ids):
+        if choice.get("finish_reason") == "abort":
+            raise Fault("it gave up an answer on its way", passing=True)
+        if not isinstance(ids, list) or not ids or not all(map(_token, ids)):
             raise Fault(f"the reply has no token ids; {OF_VLLM}", status=MALFORMED)
         if not isinstance(found, list) or len(found) != len(ids) or not all(map(_finite, found)):
             raise Fault(f"{model} gives NaN or infinity; steer with less", status=MALFORMED)
@@ -217,7 +219,7 @@ class VLLMServer:
         try:
             pairs = zip(tokens[1:], places[1:], strict=True)
             return [float(place[str(token)]["logprob"]) for token, place in pairs]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise Fault(
                 f"its prompt_logprobs are malformed; {OF_VLLM}", status=MALFORMED
             ) from error
@@ -257,4 +259,8 @@ def _items(value: Any) -> list[Mapping[str, Any]]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < math.inf
+
+
+def _token(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**32  # more, no tokenizer can read

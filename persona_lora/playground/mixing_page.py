@@ -171,13 +171,14 @@ class _Answers:
     def ask(
         self,
         request: gr.Request,
-        text: str,
+        text: str | None,
         left: Any,
         right: Any,
         judge: str,
         length: float,
         *values: float,
     ) -> Any:
+        text = text or ""  # None is a field that was never written in
         with _shown():
             visitor = str(request.session_hash)
             pair = self.desk.answer(
@@ -196,9 +197,9 @@ class _Answers:
             "",
         )
 
-    def save(self, title: str, *values: float) -> Any:
+    def save(self, title: str | None, *values: float) -> Any:
         with _shown():
-            kept = self.desk.save(self.desk.mix(values), self.mixes, title)
+            kept = self.desk.save(self.desk.mix(values), self.mixes, title or "")
         return gr.Dropdown(saved_mixes(self.mixes), value=kept.stem)
 
     def load(self, title: str | None) -> Any:

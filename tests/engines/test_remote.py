@@ -245,7 +245,7 @@ def test_a_refused_row_stops_and_is_named(chat_model, bank, serve, tmp_path):
         answered(chat_model, engine, tmp_path)
 
 
-@pytest.mark.parametrize("logprob", [math.nan, -math.inf, None])
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf, None, "0"])
 def test_an_answer_of_logits_that_are_not_finite_is_refused(
     chat_model, bank, serve, tmp_path, logprob
 ):
@@ -255,6 +255,43 @@ def test_an_answer_of_logits_that_are_not_finite_is_refused(
     server.failing = lambda body: (200, {"choices": [choice]}) if is_row(body) else None
     with pytest.raises(UserError, match="NaN or infinity"):
         answered(chat_model, engine, tmp_path)
+
+
+@pytest.mark.parametrize("ids", [None, [], ["5"], [-1], [2**32]])
+def test_an_answer_that_is_not_of_tokens_is_refused(chat_model, bank, serve, tmp_path, ids):
+    server = StandIn(chat_model, [*bank.diffs.values()])
+    engine = by_engine(chat_model, bank, serve(server))
+    logprobs = {"token_logprobs": [-1.0] * len(ids or ())}
+    reply = 200, {"choices": [{"token_ids": ids, "logprobs": logprobs}]}
+    server.failing = lambda body: reply if is_row(body) else None
+    with pytest.raises(UserError, match=r"refuses row \d+: the reply has no token ids"):
+        answered(chat_model, engine, tmp_path)
+
+
+def test_an_answer_that_a_server_gave_up_is_asked_for_again(chat_model, bank, serve, tmp_path):
+    server = StandIn(chat_model, [*bank.diffs.values()])
+    engine = by_engine(chat_model, bank, serve(server))
+    choice = {"token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "abort"}
+    given_up = []
+
+    def failing(body):
+        if not is_row(body) or given_up:
+            return None
+        given_up.append(body)
+        return 200, {"choices": [choice]}
+
+    server.failing = failing
+    assert answered(chat_model, engine, tmp_path, "engine") == answered(chat_model, bank, tmp_path)
+
+
+@pytest.mark.parametrize("logprob", [10**400, "1", None, {}])
+def test_a_handshake_that_cannot_be_read_is_refused(chat_model, serve, logprob):
+    def failing(body):
+        places = [{str(token): {"logprob": logprob}} for token in body["prompt"]]
+        return 200, {"choices": [{"prompt_logprobs": places}]}
+
+    with pytest.raises(UserError, match=r"malformed|serves another model"):
+        open_engine([serve(StandIn(chat_model, [], failing=failing))], chat_model, [])
 
 
 def test_what_an_engine_cannot_do_is_refused(chat_model, bank, serve):
