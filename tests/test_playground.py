@@ -88,10 +88,14 @@ def test_a_mistake_is_a_message(page):
     client = Client(page, verbose=False)
     with pytest.raises(AppError, match="no question"):
         ask(client, "  ", 0.0, 0.0)
+    with pytest.raises(AppError, match="no question"):
+        ask(client, None, 0.0, 0.0)
     with pytest.raises(AppError, match="nothing to export"):
         client.predict(0.0, 0.0, api_name="/export")
     with pytest.raises(AppError, match="name first"):
         client.predict("  ", 0.0, 0.0, api_name="/save")
+    with pytest.raises(AppError, match="name first"):
+        client.predict(None, 0.0, 0.0, api_name="/save")
     with pytest.raises(AppError, match="too long"):
         client.predict("x" * 61, 0.0, 0.0, api_name="/save")
     with pytest.raises(AppError, match="4001 characters long"):
