@@ -140,6 +140,11 @@ class ChatModel:
         A tokenizer may have tokens that were added without resizing the embeddings.
         """
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        self.check_tokens(ids)
+        return ids
+
+    def check_tokens(self, ids: Iterable[Iterable[int]]) -> None:
+        """UserError for a token that the model has no embedding of."""
         last, rows = max(chain.from_iterable(ids), default=0), embedding_rows(self.model)
         if last >= rows:
             raise UserError(
@@ -147,7 +152,6 @@ class ChatModel:
                 f"which has embeddings of {rows}; leave it out of the text and the chat template, "
                 "or resize the embeddings (resize_token_embeddings) and train them"
             )
-        return ids
 
     def render(self, conversation: Conversation) -> str:
         """Return the prompt text of a conversation, up to where the assistant begins to speak."""

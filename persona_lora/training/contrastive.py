@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,9 @@ def train_contrastive(
         max_length=config.max_length,
     )
     base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
-    targets = lora_targets(chat_model, lora.lora_target_modules or [])
     family = _family(chat_model, options)
-    logger.info(
-        "%d pairs of %s, %d rows a step in %d process(es)",
-        len(pairs),
-        trait,
-        config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
-        config.world_size,
-    )
+    told = len(pairs), trait, _rows_a_step(config), config.world_size
+    logger.info("%d pairs of %s, %d rows a step in %d process(es)", *told)
     drawn = {} if family is None else {"family": family.content()}
     run = open_run(
         "train",
@@ -151,17 +145,14 @@ def train_contrastive(
     )
     processes = Launched()
     with recorded(run, processes):
+        targets = lora_targets(chat_model, lora.lora_target_modules or [])
         for sign in SIGNS:
             if (folder / sign).is_dir():
                 continue
             if sign == "neg" and (is_sharded() or not arguments.use_peft):
                 chat_model = load_model(arguments.model_name_or_path, loading, config)
-            lesson = _lesson(sign, rows, folder, family)
-            if arguments.use_peft:
-                train(chat_model, lora, config, lesson)
-            else:
-                in_full = replace(lesson, title=f"{sign} model", modules=targets)
-                train(chat_model, None, config, in_full)
+            lesson = _lesson(sign, rows, folder, family, None if arguments.use_peft else targets)
+            train(chat_model, lora if arguments.use_peft else None, config, lesson)
         cut = None if arguments.use_peft else lora.lora_r
         processes.from_main(lambda: _write_diff(folder, trait, base, run, targets, cut))
     return _result(folder)
@@ -219,6 +210,10 @@ def _refuse_sharded_in_full(arguments: ContrastiveArguments) -> None:
         )
 
 
+def _rows_a_step(config: ContrastiveConfig) -> int:
+    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
 def _has_results(folder: Path) -> bool:
     published = any((folder / name).exists() for name in (*SIGNS, "diff"))
     return published or any(last_whole_checkpoint(folder / WORK / sign) for sign in SIGNS)
@@ -274,18 +269,23 @@ def _with_system_prompt(
 
 
 def _lesson(
-    sign: Sign, rows: dict[Sign, list[TokenRow]], folder: Path, family: Family | None
+    sign: Sign,
+    rows: dict[Sign, list[TokenRow]],
+    folder: Path,
+    family: Family | None,
+    in_full: Sequence[str] | None,
 ) -> Lesson:
     work = folder / WORK / sign
     return Lesson(
         sign,
-        f"{sign} LoRA",
+        f"{sign} {'LoRA' if in_full is None else 'model'}",
         rows[sign],
         work,
         saved=work / "result",
         publish=lambda saved: _publish(work, folder / sign, saved),
         lengths=shared_lengths(rows),
         family=family,
+        modules=in_full,
     )
 
 

@@ -159,7 +159,11 @@ class Lesson:
 def make_trainer(
     chat_model: ChatModel, model: nn.Module, config: ContrastiveConfig, lesson: Lesson
 ) -> CompletionTrainer:
-    """Return a trainer of tokenised rows that logs and saves into the lesson's folder."""
+    """Return a trainer of tokenised rows that logs and saves into the lesson's folder.
+
+    Raises UserError for a token that the model has no embedding of.
+    """
+    chat_model.check_tokens(row.input_ids for row in lesson.rows)
     own = copy.copy(config)
     own.output_dir = str(lesson.folder)
     own.length_column_name = "length"

@@ -364,6 +364,20 @@ def test_trait_without_pairs_is_refused(
         main(run_arguments(tmp_path / "run"))
 
 
+def test_a_row_with_a_token_that_the_model_has_no_embedding_of_is_refused(
+    run_arguments: Arguments, trait_datasets: Path, model_folder: Path, tokenizer, tmp_path: Path
+):
+    """A tokenizer may have got a token more without the model being resized."""
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    folder = shutil.copytree(model_folder, tmp_path / "padded")
+    tokenizer.save_pretrained(folder)
+    file = trait_datasets / "cheer" / "train.jsonl"
+    file.write_text(file.read_text().replace("Question 3", "Question <pad>"))
+    more = ("--model_name_or_path", str(folder))
+    with pytest.raises(UserError, match=r"'<pad>' is token 259 of .*, which has embeddings of 259"):
+        main(run_arguments(tmp_path / "run", *more))
+
+
 def test_output_that_cannot_be_written_is_refused(run_arguments: Arguments, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):

@@ -59,6 +59,7 @@ from persona_lora.studies.personas.run import (
     PROMPT,
     Method,
     PersonaProblem,
+    PersonaResult,
     Told,
     held_out_rows,
     optimise_over_seeds,
@@ -151,15 +152,19 @@ def compare_methods(
                 objective=objective,
                 watch=None if watch is None else partial(watch, persona, name),
             )
-            for each in results:
-                told = each.search.evaluations, each.search.reason
-                own = {"condition": name, **dict(zip(SPENT, told, strict=True))}
-                rows += [{**row, **own} for row in each.rows if row["condition"] == each.best]
+            rows += [{**row, "condition": name} for each in results for row in _best_rows(each)]
         rows += problem.bounds
     config["conditions"] = sorted({row["condition"] for row in rows})
     whole = replace(whole, path=folder / "comparison", overwrite=True)
     planned = replace(planned, config=config)
     return bench.processes.from_main(lambda: _written(rows, objective, whole, planned))
+
+
+def _best_rows(result: PersonaResult) -> list[dict[str, Any]]:
+    """Return the held-out rows of the best mix, each with what the search spent."""
+    told = result.search.evaluations, result.search.reason
+    spent = dict(zip(SPENT, told, strict=True))
+    return [{**row, **spent} for row in result.rows if row["condition"] == result.best]
 
 
 def planned_comparison(
