@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,7 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from persona_lora import cli
 from persona_lora.cli.shared_options import judge_settings, judging_of
 from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import JudgeChoice
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import load_trait
 from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
@@ -238,6 +241,62 @@ def test_what_is_there_is_replaced_only_where_that_is_asked_for(
     assert status == 2
     assert f"{made.partition('/')[0]} exists; choose another output or pass --overwrite" in error
     assert "exists" not in run(*words, "--overwrite")[2]
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf-lora", "gguf"])
+def test_a_diff_is_exported_into_its_own_base_alone(run, diff_folder, tmp_path, caplog, form):
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    (tmp_path / "converter.py").write_text("import sys; open(sys.argv[3], 'w').write('x')")
+    words = ("export", "--mix", f"{diff_folder}=1", "--model", "other", "--format", form)
+    words += ("--output", "out.gguf", *("--converter", "converter.py") * (form == "gguf"))
+    assert_fails(run(*words), "belongs to", "--allow-other-base")
+    assert not (tmp_path / "out.gguf").exists()
+    status, _, error = run(*words, "--allow-other-base")
+    assert status == 0, error
+
+
+def test_weights_that_cannot_be_told_are_exported_into_with_a_warning(
+    run, diff_folder, tmp_path, caplog
+):
+    tiny_llama().save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    words = ("--mix", f"{diff_folder}=1", "--model", "other", "--format", "gguf-lora")
+    status, _, error = run("export", *words, "--output", "out.gguf")
+    assert status == 0, error
+    assert "the files of other do not tell" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "--mix", "zero=1", "--output", "out"),
+        ("export", "--mix", "{diff}=1,zero=1", "--output", "out"),
+        ("project", "weights", "--finetuned-model", "{diff}", "--diffs", "zero"),
+        ("diagnose", "{diff}", "--diffs", "{diff},zero", "--output", "out"),
+        ("basis", "--diffs", "zero", "--output", "out"),
+        ("gallery", "make", "--diffs", "zero", "--output", "out"),
+        ("sweep", "--trait", "evil", "--diff", "zero"),
+        ("evaluate", "--trait", "evil", "--diff", "zero", "--output", "out/x.csv"),
+        ("evaluate", "--trait", "evil", "--vector", "zero.safetensors", "--layers", "0",
+         "--output", "out/x.csv"),
+        ("compare", "--trait", "evil", "--diff", "zero", "--activation-vector", "zero.safetensors"),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)  # fmt: skip
+def test_a_direction_of_zero_is_no_direction(run, diff_folder, tmp_path, words):
+    (LoRADiff.load(diff_folder) * 0.0).save(tmp_path / "zero")
+    base = LoRADiff.load(diff_folder).base_model
+    vector = SteeringVector({0: torch.zeros(32), 1: torch.ones(32)}, base, 2)
+    vector.save(tmp_path / "zero.safetensors")
+    said = run(*(word.format(diff=diff_folder) for word in words))
+    assert_fails(said, "zero", "has a length of 0: it does nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mix_of_nothing_is_not_exported(run, diff_folder, tmp_path):
+    words = ("export", "--mix", f"{diff_folder}=0", "--output", "out")
+    assert_fails(run(*words), "every coefficient of the mix", "is 0")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_shows_a_bar(run, model_folder, diff_folder):

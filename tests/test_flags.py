@@ -549,6 +549,7 @@ COMMANDS = {
             "revision": flag("v7", beside="--format merged"),
             "trait_vector_dir": flag("vectors"),
             "converter": flag("c.py", beside="--format gguf"),
+            "allow_other_base": flag(True, f"{X}steering.export:check_weights", "--format merged"),
             "overwrite": None,
         },
         {
@@ -1214,6 +1215,8 @@ USELESS = {
         "--revision v",
         "--converter c.py",
         "--format merged --converter c.py",
+        "--allow-other-base",
+        "--format gguf-lora --rank 2 --prompts p.jsonl --allow-other-base",
     ),
     "persona lamp": ("--trait-vector-dir x",),
     "basis": ("--plain --prompts prompts.jsonl", "--plain --dtype float16"),

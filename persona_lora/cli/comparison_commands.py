@@ -73,6 +73,7 @@ class PairOfWays:
         The coefficients of the diff come last; UserError for nats of none.
         """
         from persona_lora.core.lora_diff import LoRADiff, random_diff_like
+        from persona_lora.core.steering_vector import length_of
         from persona_lora.core.vector_files import load_vector
         from persona_lora.steering.directions import random_like
         from persona_lora.studies.steering.calibration import acting_coefficients, bank_of_methods
@@ -82,6 +83,8 @@ class PairOfWays:
         seeds = shared.control_seeds(seed, self.random_controls)
         weights, whole = LoRADiff.load(self.diff), load_vector(self.activation_vector)
         vector = whole.at(shared.layer_numbers(self.layers, whole.num_layers))
+        length_of(weights, self.diff)
+        length_of(vector, self.activation_vector)
         diffs = [random_diff_like(weights, each) for each in seeds]
         vectors = [random_like(vector, each) for each in seeds]
         bank = bank_of_methods(weights, vector, diffs, vectors, self.positions)

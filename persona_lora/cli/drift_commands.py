@@ -471,6 +471,7 @@ class Prevented:
     def models(self) -> list[Any]:
         """Return the finetunes, the base and the corrected ones after them."""
         from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
+        from persona_lora.core.steering_vector import length_of
         from persona_lora.studies.drift.prevention import Finetuned
         from persona_lora.studies.read_seeds import diffs_of_seeds
 
@@ -493,6 +494,7 @@ class Prevented:
                 if at is None:
                     raise UserError(f"--correct: {folder} holds no diff of {seed}; train it too")
                 term = LoRADiff.load(at), coefficient
+                length_of(term[0], at)
                 found.append(Finetuned(f"corrected {value}", adapter, term, seed))
         return found
 
@@ -629,14 +631,11 @@ def screen_data(
 def _screen_along(along: Directions, file: Path, output: Path, model: shared.ModelOptions) -> None:
     from persona_lora.studies.drift.row_pulls import NEEDS_FLOAT32, pull_rows
     from persona_lora.studies.drift.run import load_diffs
-    from persona_lora.studies.steering.calibration import length_of
     from persona_lora.training.finetune import read_conversations
 
     if model.quantize is not None or model.dtype not in ("auto", "float32"):
         raise UserError(NEEDS_FLOAT32)
     diffs, conversations = load_diffs(along.diffs), read_conversations(file)
-    for name, diff in diffs.items():
-        length_of(diff, f"the diff {name}")
     exact = dataclasses.replace(model, dtype="float32")
     chat_model = exact.load(diffs.values())
     with progress_bars():

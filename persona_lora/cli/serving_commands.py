@@ -53,6 +53,7 @@ class ExportOptions:
     ] = None
     trait_vector_dir: shared.DirectionsDir = Path("checkpoints")
     converter: Annotated[Path | None, "llama.cpp's convert_hf_to_gguf.py, for gguf."] = None
+    allow_other_base: shared.OtherBase = False
     overwrite: Replace = False
 
     def check(self) -> None:
@@ -63,6 +64,9 @@ class ExportOptions:
         refuse_useless("prompts", "without --rank or --energy", unless=cut)
         if self.format == "peft" and self.prompts is None:
             refuse_useless("model revision", "with --format peft: the diffs know their base")
+            refuse_useless("allow_other_base", "with --format peft, which reads no base")
+        own = "with --prompts: inputs are those of the diffs' own base"
+        refuse_useless("allow_other_base", own, unless=self.prompts is None)
         refuse_useless("converter", f"with --format {self.format}", unless=self.format == "gguf")
         shared.refuse_to_replace(self.output, self.overwrite)
 
@@ -101,6 +105,8 @@ def _export(asked: ExportOptions, model: shared.StoredModelOptions) -> Exported:
     if asked.format == "peft":
         return exporting.export_peft(terms, asked.output, **cut)
     base = weights_folder(model.model, model.revision)
+    if not asked.allow_other_base:
+        exporting.check_weights(terms, model.model, model.revision)
     if asked.format == "gguf-lora":
         return exporting.export_gguf_lora(terms, base, asked.output, **cut)
     if asked.format == "gguf":
@@ -306,10 +312,14 @@ class Mixed:
         return chosen
 
     def load(self) -> dict[str, LoRADiff]:
-        """Load the diffs of the traits."""
+        """Load the diffs of the traits; UserError for one that is zero."""
         from persona_lora.core.lora_diff import load_named
+        from persona_lora.core.steering_vector import length_of
 
-        return {trait: load_named(self.directions, trait) for trait in self.chosen()}
+        found = {trait: load_named(self.directions, trait) for trait in self.chosen()}
+        for trait, diff in found.items():
+            length_of(diff, f"the diff of {trait}")
+        return found
 
     def place(self, trait: str) -> Path:
         """Return where the diff of a trait is."""

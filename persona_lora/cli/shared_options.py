@@ -280,8 +280,9 @@ class MixOptions:
     def load(
         self, mode: str = "merged", *, ablate: bool = False, prompt: str | None = None
     ) -> Steering:
-        """Load diffs or vectors with their coefficients; UserError for both, or too few."""
+        """Load diffs or vectors with their coefficients; UserError for both, too few, or a zero."""
         from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.steering_vector import length_of
         from persona_lora.core.vector_files import load_vector
         from persona_lora.steering.bank import ActivationSetting
         from persona_lora.studies.asking.run import Steering
@@ -297,6 +298,8 @@ class MixOptions:
             refuse_nats(values, OTHER_MODEL)
         loaded: list[Any] = [(load_vector if self.vector else LoRADiff.load)(at) for at in paths]
         layers = layers_in(self.layers, loaded) if self.vector else ()
+        for each, path in zip(loaded, paths, strict=True):
+            length_of(each.at(layers) if layers else each, path)
         acting = acting_at(layers, self.positions) if self.vector else ""
         terms = {
             each: coefficient_of(value, path, each.content(), acting)

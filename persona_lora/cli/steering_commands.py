@@ -307,6 +307,7 @@ class VariedOptions:
     def load(self, method: str, seed: int) -> Any:
         """Load what is varied; random controls go beside a vector at a single layer."""
         from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.steering_vector import length_of
         from persona_lora.core.vector_files import load_vector
         from persona_lora.steering.directions import random_like
         from persona_lora.studies.steering import run
@@ -315,12 +316,14 @@ class VariedOptions:
             shared.refuse_nats(self.coefficients, shared.OTHER_MODEL)
         if method == "lora" and self.diff is not None:
             diff = LoRADiff.load(self.diff)
+            length_of(diff, self.diff)
             values = coefficients_of(self.coefficients, self.diff, diff.content())
             return run.diff_population(diff, values)
         if method != "activation" or self.vector is None:
             return run.prompt_population()
         loaded = load_vector(self.vector)
         chosen = shared.layer_numbers(self.layers, loaded.num_layers)
+        length_of(loaded.at(chosen), self.vector)
         wanted = len(chosen) == 1 if self.control is None else self.control
         refuse_useless("random_controls", "without --control", unless=wanted)
         seeds = shared.control_seeds(seed, self.random_controls) if wanted else ()
@@ -358,8 +361,8 @@ class CalibratedOptions:
         UserError for none, for one that is zero, and for idle options.
         """
         from persona_lora.core.lora_diff import LoRADiff
+        from persona_lora.core.steering_vector import length_of
         from persona_lora.core.vector_files import load_vector
-        from persona_lora.studies.steering.calibration import length_of
 
         if not (self.diff or self.vector):
             raise UserError("name a direction: --diff FOLDER, or --vector FILE")
@@ -373,7 +376,7 @@ class CalibratedOptions:
             layers = shared.layer_numbers(self.layers, vector.num_layers)
             found[path] = vector.at(layers), vector.content(), acting_at(layers, self.positions)
         for path, (direction, *_) in found.items():
-            length_of(direction, str(path))
+            length_of(direction, path)
             refuse_unwritable(path if path.is_dir() else path.parent)
         return found
 

@@ -21,6 +21,7 @@ from persona_lora.core.errors import UserError, checked_name, nearest_names
 from persona_lora.core.files import atomic_folder
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, shared_base_model
 from persona_lora.core.resources import search_folders
+from persona_lora.core.steering_vector import length_of
 from persona_lora.core.strength import Strengths, read_strengths
 from persona_lora.core.tensor_files import load_with_record, save_with_record
 
@@ -103,6 +104,7 @@ def write_gallery(paths: Sequence[Path], folder: Path) -> dict[str, float]:
     places: dict[str, Path] = {}
     for path in paths:
         diff = LoRADiff.load(path)
+        length_of(diff, path)
         trait = checked_name(diff.trait or "", f"the trait of {path}")
         if trait == Path(BASIS).stem:
             raise UserError(f"{path} is of a trait called {trait}, as the file of A is; rename it")

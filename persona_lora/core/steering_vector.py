@@ -17,7 +17,7 @@ from torch import Tensor
 
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import BaseModel, agreed_base, finite_coefficient
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, agreed_base, finite_coefficient
 from persona_lora.core.tensor_files import load_with_record, save_with_record, tensor_digest
 
 FORMAT, HEADER = "persona_lora.steering_vector", "steering_vector"
@@ -223,3 +223,11 @@ def _checked_metadata(value: Any, path: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{path}: its header has no {wrong[0]} of a vector; extract it anew")
     return found
+
+
+def length_of(direction: LoRADiff | SteeringVector, name: object) -> float:
+    """Return ‖ΔW‖, or the largest ‖v‖ of a vector's layers; UserError with its name for 0."""
+    norm = direction.norm() if isinstance(direction, LoRADiff) else max(direction.norms().values())
+    if not norm > 0:
+        raise UserError(f"{name} has a length of {norm:g}: it does nothing; leave it out")
+    return norm

@@ -5,12 +5,13 @@ Knows file formats of other programs; what is written is what ``mix`` and the me
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,16 @@ from persona_lora.core.lora_diff import (
 )
 from persona_lora.core.settings import path_beside_equals, split_list
 from persona_lora.core.shared_basis import Roots, on_one_basis
+from persona_lora.core.steering_vector import length_of
 from persona_lora.core.strength import coefficient_of, read_strength
-from persona_lora.models.weight_files import StoredWeights
+from persona_lora.models.load_options import LoadOptions
+from persona_lora.models.weight_files import StoredWeights, model_on_disk
 from persona_lora.report import wording
 from persona_lora.report.sections import Table
+from persona_lora.steering.placement import check_before_loading
 from persona_lora.steering.weights import merged_weight
+
+logger = logging.getLogger(__name__)
 
 # Model types of transformers and llama.cpp's architectures; Llama's rotary layout is permuted.
 GGUF_ARCHITECTURES = {
@@ -74,7 +80,7 @@ def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
     """Read "evil=-1,sycophancy=0.05nat": traits below ``folder``, or paths (with spaces, too).
 
     A trait may be a part of one, as ``optimize --by`` names them: "evil@0-9", "evil@mlp".
-    UserError for anything else, and for nats that were not measured.
+    UserError for anything else, for nats that were not measured, and for what changes nothing.
     """
     terms = {}
     for part in split_list(text, path_beside_equals):
@@ -88,10 +94,29 @@ def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
         path = Path(name)
         at = path if path.exists() else folder / name.partition("@")[0] / "diff"
         diff = LoRADiff.load(path) if path.exists() else load_named(folder, name)
+        length_of(diff, name)
         terms[diff] = finite_coefficient(coefficient_of(strength, at, diff.content()))
     if not terms:
         raise UserError("the mix is empty; name at least one trait")
+    if not any(terms.values()):
+        raise UserError(f"every coefficient of the mix {text!r} is 0: it changes nothing")
     return terms
+
+
+def check_weights(diffs: Iterable[LoRADiff], model: str, revision: str | None = None) -> None:
+    """UserError for a diff of other weights than a model's (packaged, folder, hub id) on disk.
+
+    A warning where its files do not tell which weights it has.
+    """
+    diffs = list(diffs)
+    known = any(each.base_model.fingerprint for each in diffs)
+    if known and model_on_disk(model, revision) is None:
+        logger.warning(
+            "the files of %s do not tell whether its weights are those that the diffs were made "
+            "on; check that they are the same",
+            model,
+        )
+    check_before_loading(model, LoadOptions(revision=revision), diffs)
 
 
 def export_peft(

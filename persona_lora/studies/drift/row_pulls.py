@@ -27,12 +27,12 @@ from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.steering_vector import length_of
 from persona_lora.models.likelihood import TokenizedExchange, answer_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.sections import Table
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.studies.steering.calibration import length_of
 from persona_lora.studies.steering.divergence import weight_norm
 from persona_lora.training.examples import IGNORED
 from persona_lora.training.finetune import tokenize_conversations

@@ -24,6 +24,7 @@ from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.lora_diff import LoRADiff, mix
 from persona_lora.core.runs import Output, Run
+from persona_lora.core.steering_vector import length_of
 from persona_lora.core.traits import Split, Trait, check_names
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import lazily
@@ -270,11 +271,13 @@ def expand(names: Sequence[str]) -> list[tuple[str, int | None]]:
 def load_diffs(paths: Sequence[Path | str], *, on_disk: bool = False) -> dict[str, LoRADiff]:
     """Open diffs by a name each: the trait, with what tells their paths apart where two are of one.
 
-    With ``on_disk`` their factors stay there, for one pass over models that are large.
+    With ``on_disk`` their factors stay there, for one pass over models that are large. UserError
+    for one that is zero.
     """
     loaded = [(str(path), LoRADiff.load(path, on_disk=on_disk)) for path in paths]
     named = {}
     for path, diff in loaded:
+        length_of(diff, path)
         alike = [other for other, each in loaded if each.trait == diff.trait]
         if diff.trait is None:
             named[path] = diff

@@ -29,7 +29,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.options import GenerationOptions
 from persona_lora.core.protocol import LEAST_SCORED
-from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.steering_vector import SteeringVector, length_of
 from persona_lora.core.strength import Moved, Strengths
 from persona_lora.judges.judging import Judge
 from persona_lora.models.likelihood import TokenizedExchange
@@ -129,7 +129,7 @@ def measure_strengths(
     KL(p₀ ‖ p) a token, on the unsteered model's own answers to ``prompts``. A multiple of a
     direction is measured at the same places. Raises UserError for a direction without effect.
     """
-    norm = length_of(direction)
+    norm = length_of(direction, ALONE)
     bank = _alone(direction * (1 / norm), positions)
     (scale,) = equal_effect_scales(chat_model, bank, prompts)
     coefficients = [
@@ -148,14 +148,6 @@ def measure_strengths(
         Moved(each / norm, float(row.mean()), float(row.quantile(0.95)))
         for each, row in zip(coefficients, rows, strict=True)
     ]
-
-
-def length_of(direction: LoRADiff | SteeringVector, name: str = ALONE) -> float:
-    """Return ‖ΔW‖, or the largest ‖v‖ of a vector's layers; UserError for 0."""
-    norm = direction.norm() if isinstance(direction, LoRADiff) else max(direction.norms().values())
-    if not norm > 0:
-        raise UserError(f"{name} has a length of {norm:g}: it does nothing; leave it out")
-    return norm
 
 
 def strengths_of(
