@@ -25,13 +25,16 @@ from persona_lora.report.sections import fill_template
 CARD = "README.md"
 PACKAGED_ON_HUB = f"HuggingFaceTB/{DEFAULT_MODEL}"
 REFUSALS = (
-    errors.HfHubHTTPError,
+    errors.HTTPError,
     errors.HFValidationError,
     errors.LocalTokenNotFoundError,
     errors.OfflineModeIsEnabled,
 )
 TRAINED = ("num_train_epochs", "learning_rate")
-SAID = ("training", "seed", "source")  # of what a direction was made from: the rest are paths
+SAID = ("training", "seed", "source", "kept")  # of what a direction was made from
+OF_PARTS = {"task_vector": ("source", "pairs"), "mix": ("coefficient", "trait")}  # the rest: paths
+BOTH_WAYS = "Added to the model the trait goes up, subtracted it goes down."
+NEEDS_TOKEN = (401, 403)
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", flags=re.ASCII)
 
 
@@ -61,7 +64,7 @@ def write_publication(direction: Path, folder: Path, base: str | None = None) ->
     if not found.trait:
         raise UserError(f"{direction} does not say which trait it is of, and a card must")
     name = hub_id(found.base_model, base)
-    known = {key: found.sources[key] for key in SAID if key in found.sources}
+    known = _said(found.sources)
     if isinstance(known.get("training"), Mapping):
         known["training"] = {**_without_paths(known["training"]), "model": name}
     public = replace(found, base_model=replace(found.base_model, name=name), sources=known)
@@ -74,8 +77,45 @@ def write_publication(direction: Path, folder: Path, base: str | None = None) ->
         fingerprint=public.base_model.fingerprint,
         facts=[*_facts(public), *([("strength", strength)] if strength else [])],
         vector=is_vector,
+        made=_made(found.sources),
     )
     write_text(folder / CARD, card)
+
+
+def _said(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of the sources of a direction is no place of this machine."""
+    known = {key: sources[key] for key in SAID if key in sources}
+    for key, names in OF_PARTS.items():
+        parts = sources.get(key, [])
+        told = [
+            {name: each[name] for name in names if name in each}
+            for each in ([parts] if isinstance(parts, Mapping) else parts)
+        ]
+        if told:
+            known[key] = told[0] if isinstance(parts, Mapping) else told
+    return known
+
+
+def _made(sources: Mapping[str, Any]) -> str:
+    """Return how a diff was made, as its sources tell it."""
+    if "mix" in sources:
+        terms = (
+            f"{each['coefficient']:g} · {each['trait'] or 'a diff without a name'}"
+            for each in sources["mix"]
+        )
+        return f"A mix of diffs with their coefficients baked in: {' + '.join(terms)}."
+    if "task_vector" in sources:
+        return (
+            "A change of rank 1 in every module, made without training from the inputs of the "
+            f"modules on answers with the trait and on answers without it. {BOTH_WAYS}"
+        )
+    if "training" not in sources and "pos" not in sources:
+        return "A change of the weights of low rank; how it was made is not recorded."
+    trained = "one trained on answers with the trait and one on answers without it"
+    if "kept" in sources:
+        kept = f"it keeps {100 * sources['kept']:.1f}% of the squared difference"
+        return f"The difference of two whole models, {trained}, cut in rank: {kept}. {BOTH_WAYS}"
+    return f"The difference of two LoRAs, {trained}. {BOTH_WAYS}"
 
 
 def _without_paths(value: Any) -> Any:
@@ -105,20 +145,26 @@ def _facts(found: LoRADiff | SteeringVector) -> list[tuple[str, str]]:
 def push(folder: Path, repo: str, *, private: bool) -> str:
     """Push a folder to a model repository, which is made where it is missing; return its address.
 
-    UserError where the hub refuses, or none can be reached.
+    UserError where the hub refuses, none can be reached, or the repository is there, for everybody
+    to see, and ``private`` was asked for.
     """
     hub = HfApi()
     try:
         made = hub.create_repo(repo, private=private, exist_ok=True)
+        if private and not hub.repo_info(repo).private:
+            raise UserError(
+                f"{repo} is public already, and nothing was pushed; pass --public, or name another "
+                "--repo"
+            )
         hub.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="A direction, with its card"
         )
     except REFUSALS as error:
         reason = " ".join(without_secrets(str(error)).split())[:300]
-        raise UserError(
-            f"{repo} was not pushed: {reason}; a token that may write is HF_TOKEN of the "
-            "environment or .env"
-        ) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        missing = status in NEEDS_TOKEN or isinstance(error, errors.LocalTokenNotFoundError)
+        remedy = "; a token that may write is HF_TOKEN of the environment or .env" * missing
+        raise UserError(f"{repo} was not pushed: {reason}{remedy}") from error
     return str(made)
 
 

@@ -20,6 +20,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.strength import Moved, Strengths
+from persona_lora.steering.export import export_peft
 from persona_lora.studies.publishing import PACKAGED_ON_HUB, hub_id, push, write_publication
 
 HERE = "/srv/somebody/secret-project"
@@ -83,6 +84,49 @@ def test_a_vector_has_its_file_and_a_card(tmp_path):
     assert (found.content(), found.sources) == (vector.content(), {})
 
 
+@pytest.mark.parametrize(
+    ("sources", "said", "kept"),
+    [
+        (
+            {"task_vector": {"source": "answers", "file": "secret/train.jsonl", "pairs": 5}},
+            "A change of rank 1 in every module, made without training",
+            {"task_vector": {"source": "answers", "pairs": 5}},
+        ),
+        (
+            {"training": {"num_pairs": 5}, "seed": 3, "pos": "secret/pos", "kept": 0.75},
+            "The difference of two whole models, one trained on answers with the trait and one on "
+            "answers without it, cut in rank: it keeps 75.0% of the squared difference.",
+            {"training": {"num_pairs": 5, "model": "somebody/base"}, "seed": 3, "kept": 0.75},
+        ),
+        (
+            {"pos": "secret/pos", "neg": "secret/neg"},
+            "The difference of two LoRAs, one trained on answers with the trait",
+            {},
+        ),
+        ({"path": "secret"}, "how it was made is not recorded. It is a plain PEFT adapter", {}),
+    ],
+)
+def test_a_card_says_how_a_diff_was_made(model, make_diff, tmp_path, sources, said, kept):
+    diff = replace(make_diff(model), trait="evil", sources=sources)
+    write_publication(diff.save(tmp_path / "diff"), tmp_path / "out", "somebody/base")
+    text = card_of(tmp_path / "out")[1]
+    assert said in text
+    assert ("LoRAs" in text) == ("LoRAs" in said)
+    assert LoRADiff.load(tmp_path / "out").sources == kept
+    assert b"secret" not in (tmp_path / "out" / "diff.json").read_bytes()
+
+
+def test_a_card_of_a_mix_says_its_coefficients(direction, tmp_path):
+    for name, terms in (("one", {direction: -0.5}), ("again", {tmp_path / "one": -2.0})):
+        export_peft({LoRADiff.load(at): c for at, c in terms.items()}, tmp_path / name)
+        write_publication(tmp_path / name, tmp_path / f"{name}.out", "somebody/base")
+        text = card_of(tmp_path / f"{name}.out")[1]
+        assert f"coefficients baked in: {next(iter(terms.values())):g} · evil." in text
+        assert "the trait goes up" not in text
+        told = LoRADiff.load(tmp_path / f"{name}.out").sources
+        assert told == {"mix": [{"coefficient": next(iter(terms.values())), "trait": "evil"}]}
+
+
 def test_the_base_is_a_models_id_on_the_hub(tmp_path, monkeypatch):
     assert hub_id(BaseModel("SmolLM2-135M-Instruct"), None) == PACKAGED_ON_HUB
     assert hub_id(BaseModel("somebody/base"), None) == "somebody/base"
@@ -106,6 +150,13 @@ class Hub(BaseHTTPRequestHandler):
     asked: dict[str, dict] = {}  # noqa: RUF012
     files: dict[str, bytes] = {}  # noqa: RUF012
     refuses = False
+    private = True
+
+    def do_GET(self):
+        """Say who may see a repository."""
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"id": "somebody/evil", "private": self.private}).encode())
 
     def log_message(self, *_):
         """Say nothing."""
@@ -167,6 +218,18 @@ def test_only_with_yes_anything_leaves(direction, hub):
     assert b"secret-project" not in b"".join(hub.files.values())
 
 
+def test_only_a_missing_token_is_called_missing(direction, hub, tmp_path, monkeypatch):
+    write_publication(direction, tmp_path / "out", "somebody/base")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="was not pushed") as refused:
+        push(tmp_path / "out", "somebody/evil", private=True)
+    assert "HF_TOKEN" not in str(refused.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="unset the `HF_HUB_OFFLINE`") as refused:
+        push(tmp_path / "out", "somebody/evil", private=True)
+    assert "HF_TOKEN" not in str(refused.value)
+
+
 def test_what_the_hub_refuses_is_one_sentence(direction, hub, tmp_path):
     hub.refuses = True
     write_publication(direction, tmp_path / "out", "somebody/base")
@@ -175,6 +238,13 @@ def test_what_the_hub_refuses_is_one_sentence(direction, hub, tmp_path):
     ) as refused:
         push(tmp_path / "out", "somebody/evil", private=True)
     assert "token of somebody" not in str(refused.value)
+    hub.refuses = False
+    hub.private = False
+    with pytest.raises(UserError, match="somebody/evil is public already, and nothing was pushed"):
+        push(tmp_path / "out", "somebody/evil", private=True)
+    assert hub.files == {}
+    push(tmp_path / "out", "somebody/evil", private=False)
+    assert "README.md" in hub.files
     with pytest.raises(UserError, match="--repo must be like owner/name, got 'evil'"):
         CliRunner().invoke(
             cli.app, ["push", str(direction), "--repo", "evil"], catch_exceptions=False
