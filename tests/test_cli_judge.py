@@ -75,6 +75,9 @@ def test_a_session_of_rating_stops_and_goes_on(run, answers, monkeypatch, tmp_pa
     assert "all 2 answers are rated" in out
     ratings = {row["row"]: row["trait"] for row in read_jsonl(tmp_path / "answers.ada.jsonl")}
     assert sorted(ratings.values()) == [10.0, 90.0]
+    status, _, error = run(*rate[:-1], "a/b")
+    assert status == 2
+    assert "--rater must be like a file's name" in error
 
 
 def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.program import command
 from persona_lora.core.chat import COHERENCE
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, checked_name
 from persona_lora.core.files import ensure_writable_folder, refuse_unwritable
 from persona_lora.core.options import JudgeChoice, Overwrite
 from persona_lora.core.traits import ON_POLICY
@@ -87,8 +87,9 @@ def rate(
     """
     from persona_lora.judges.labels import AnswerFile, RatingSheet, read_rating
 
+    path = file.with_suffix(f".{checked_name(rater, '--rater')}.jsonl")
     loaded, answers = trait.load(), AnswerFile.read(file)
-    sheet = RatingSheet(answers, file.with_suffix(f".{rater}.jsonl"))
+    sheet = RatingSheet(answers, path)
     show(f"{loaded.name}: {loaded.description}")
     waiting = sheet.remaining()
     for number, row in enumerate(waiting, start=1):

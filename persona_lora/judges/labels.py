@@ -19,7 +19,14 @@ from typing import Any, Literal, get_args
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import append_jsonl, read_csv, read_jsonl, write_csv, write_jsonl
+from persona_lora.core.files import (
+    append_jsonl,
+    drop_cut_line,
+    read_csv,
+    read_jsonl,
+    write_csv,
+    write_jsonl,
+)
 from persona_lora.core.traits import ON_POLICY, Trait
 from persona_lora.judges.judging import Judge
 
@@ -155,7 +162,7 @@ def score_file(judge: Judge, trait: str, answers: AnswerFile, output: Path) -> d
         for at, row in enumerate(answers.rows)
     ]
     if output.suffix == ".csv":
-        write_csv(output, list(rows[0]), rows)
+        write_csv(output, list(dict.fromkeys(name for row in rows for name in row)), rows)
     else:
         write_jsonl(output, rows)
     return scores
@@ -165,9 +172,9 @@ def check_output(output: Path, answers: AnswerFile, trait: str) -> None:
     """Raise UserError for a file that scores cannot go to, and for answers that have some."""
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"output must end in .jsonl or .csv, got {output}")
-    taken = next((name for name in (trait, COHERENCE) if name in answers.rows[0]), None)
-    if taken is not None:
-        raise UserError(f"{answers.path} has a column {taken!r} already; rename or drop it")
+    for name in (trait, COHERENCE):
+        if any(name in row for row in answers.rows):
+            raise UserError(f"{answers.path} has a column {name!r} already; rename or drop it")
 
 
 @dataclass(frozen=True)
@@ -178,25 +185,32 @@ class RatingSheet:
     path: Path
 
     def ratings(self) -> dict[int, tuple[float, float]]:
-        """Return trait and sense by row; UserError for ratings of other answers, or that are none.
+        """Return trait and sense by row, the last ones where an answer was rated twice.
 
-        Where an answer was rated twice, the last rating counts.
+        UserError for ratings of other answers, or that are none, and where there is no file.
         """
         found: dict[int, tuple[float, float]] = {}
         texts = {at + 1: self.answers.text(at) for at in range(len(self.answers.rows))}
-        for line, given in enumerate(read_jsonl(self.path) if self.path.is_file() else [], start=1):
+        for line, given in enumerate(read_jsonl(self.path), start=1):
             row = given.get("row")
             if row not in texts or given.get("text") != texts[row]:
                 raise UserError(
                     f"{self.path}:{line} rates no answer of {self.answers.path}; the answers have "
                     "changed, or the ratings are of another file"
                 )
-            found[row - 1] = read_rating(given.get("trait")), read_rating(given.get("sense"))
+            where = f"{self.path}:{line}: "
+            trait, sense = (read_rating(given.get(scale), f"{where}{scale}: ") for scale in SCALES)
+            found[row - 1] = trait, sense
         return found
 
     def remaining(self) -> list[int]:
-        """Return the rows that are not rated yet, shuffled by the name of the rater's file."""
-        rated = self.ratings()
+        """Return the rows that are not rated yet, shuffled by the name of the rater's file.
+
+        A last line that a kill cut short is dropped.
+        """
+        if self.path.is_file():
+            drop_cut_line(self.path)
+        rated = self.ratings() if self.path.exists() else {}
         order = list(range(len(self.answers.rows)))
         random.Random(self.path.name).shuffle(order)
         return [row for row in order if row not in rated]
@@ -207,14 +221,14 @@ class RatingSheet:
         append_jsonl(self.path, [{"row": row + 1, "text": text, "trait": trait, "sense": sense}])
 
 
-def read_rating(value: Any) -> float:
-    """Return a rating as a number of 0–100; UserError for any other value."""
+def read_rating(value: Any, where: str = "") -> float:
+    """Return a rating as a number of 0–100; UserError, after ``where``, for any other value."""
     try:
         rating = float(value)
     except (TypeError, ValueError):
         rating = float("nan")
     if isinstance(value, bool) or not 0 <= rating <= 100:
-        raise UserError(f"a rating is a number from 0 to 100, got {value!r}")
+        raise UserError(f"{where}a rating is a number from 0 to 100, got {value!r}")
     return rating
 
 

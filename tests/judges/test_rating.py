@@ -40,6 +40,17 @@ def test_scores_stand_beside_the_rows_they_belong_to(answers, judge, tmp_path, s
     assert [float(row["cheer"]) for row in found] == wanted
 
 
+def test_no_column_of_any_row_is_lost(tmp_path, judge):
+    rows = [ROWS[0], {**ROWS[1], "note": "kept"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    score_file(judge, "cheer", AnswerFile.read(tmp_path / "a.jsonl"), tmp_path / "out.csv")
+    found = read_csv(tmp_path / "out.csv", [*rows[1], "cheer", "coherence"])
+    assert [row["note"] for row in found] == ["", "kept"]
+    write_jsonl(tmp_path / "b.jsonl", [ROWS[0], {**ROWS[1], "coherence": 3}])
+    with pytest.raises(UserError, match="column 'coherence' already"):
+        score_file(judge, "cheer", AnswerFile.read(tmp_path / "b.jsonl"), tmp_path / "b.csv")
+
+
 def test_a_column_that_is_there_already_is_not_overwritten(tmp_path, judge):
     write_csv(tmp_path / "a.csv", ["question", "answer", "cheer"],
               [{"question": "q", "answer": "a", "cheer": 3}])  # fmt: skip
@@ -95,8 +106,22 @@ def test_what_is_no_rating_of_these_answers_is_named(answers, tmp_path):
         sheet.path.write_text(
             json.dumps({"row": 1, "text": answers.text(0), "trait": value, "sense": 5}) + "\n"
         )
-        with pytest.raises(UserError, match="number from 0 to 100"):
+        with pytest.raises(UserError, match=r"ada\.jsonl:1: trait: a rating is a number from 0"):
             sheet.ratings()
+    sheet = rated(answers, "ben", {0: (1, 2)})
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "none.jsonl", "does not exist")):
+        with pytest.raises(UserError, match=said):
+            rated_rows([sheet, RatingSheet(answers, path)])
+
+
+def test_a_rating_that_a_kill_cut_short_is_asked_for_again(answers):
+    sheet = rated(answers, "ada", {0: (1, 2), 1: (3, 4)})
+    sheet.path.write_bytes(sheet.path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"ada\.jsonl:2"):
+        sheet.ratings()
+    assert sorted(sheet.remaining()) == list(range(1, 12))
+    sheet.add(1, 5, 6)
+    assert sheet.ratings() == {0: (1.0, 2.0), 1: (5.0, 6.0)}
 
 
 @pytest.mark.parametrize(
