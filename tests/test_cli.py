@@ -98,6 +98,15 @@ def test_malformed_jsonl_names_file_and_line(run, tmp_path):
     assert_fails(run("data", "check", folder), "is empty")
 
 
+def test_traits_to_check_are_known_before_any_is_checked(run, monkeypatch):
+    def too_early():
+        raise AssertionError("the embedder is loaded")
+
+    monkeypatch.setattr("persona_lora.models.embeddings.SentenceEmbedder", too_early)
+    for names in (("nope",), ("sycophancy", "nope"), ("sycophancy,nope",)):
+        assert_fails(run("data", "check", *names), "no trait 'nope'")
+
+
 def test_a_model_that_is_nowhere_is_explained(run):
     assert_fails(run(*evaluation("nobody/nothing")), "nobody/nothing", "packaged model")
 

@@ -16,6 +16,7 @@ from persona_lora.cli.program import command, environment
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import DataOptions, Seed
+from persona_lora.core.settings import split_lists
 from persona_lora.core.traits import list_traits, load_trait
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
 
@@ -133,15 +134,13 @@ def check_data(
     from persona_lora.data.data_check import check_table, check_trait, exception_lines
     from persona_lora.models.embeddings import SentenceEmbedder
 
-    names = traits or list_traits(datasets_dir)
+    names = split_lists(traits or []) or list_traits(datasets_dir)
     if not names:
         raise UserError("there are no trait folders to check; pass --datasets-dir")
+    loaded = [load_trait(name, datasets_dir) for name in names]
     embedder = SentenceEmbedder()
     with progress_bars():
-        reports = [
-            check_trait(load_trait(name, datasets_dir), embedder)
-            for name in progress.over("checking", names)
-        ]
+        reports = [check_trait(trait, embedder) for trait in progress.over("checking", loaded)]
     problems = [f"{each.trait}: {problem}" for each in reports for problem in each.problems]
     show(check_table(reports), *exception_lines(reports), *problems)
     if problems:

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,10 @@ def read_mix(text: str, folder: Path) -> dict[LoRADiff, float]:
         name, found, value = part.rpartition("=")
         try:
             strength = read_strength(value)
-        except ValueError as error:
-            raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", got {part!r}') from error
-        if not found or not name:
-            raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", got {part!r}')
+        except ValueError:
+            name = ""
+        if not found or not name or ("=" in name and not Path(name).exists()):
+            raise UserError(f'a mix is like "evil=-1,sycophancy=-0.5", with commas, got {part!r}')
         path = Path(name)
         at = path if path.exists() else folder / name.partition("@")[0] / "diff"
         diff = LoRADiff.load(path) if path.exists() else load_named(folder, name)
@@ -316,11 +316,22 @@ def _merged_shard(
             tensor = stream.get_tensor(name)
             transposed, change = changed.get(name, (False, []))
             if change and transposed:
-                tensor = merged_weight(tensor.T, change).T.contiguous()
+                tensor = _merged(name, tensor.T, change).T.contiguous()
             elif change:
-                tensor = merged_weight(tensor, change)
+                tensor = _merged(name, tensor, change)
             shard[name] = tensor
         return shard, dict(stream.metadata() or {"format": "pt"})
+
+
+def _merged(name: str, weight: Tensor, change: Sequence[tuple[LoRAFactors, float]]) -> Tensor:
+    merged = merged_weight(weight, change)
+    if not torch.isfinite(merged).all():
+        held = ", ".join(f"{coefficient:g}" for _, coefficient in change)
+        raise UserError(
+            f"{name} would hold NaN or infinity in {merged.dtype} with the coefficients {held}; "
+            "take smaller ones"
+        )
+    return merged
 
 
 def _padded(factors: LoRAFactors, rank: int) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,13 @@ def test_a_tied_tensor_in_a_shard_of_its_own_goes_along(model_folder, terms, tmp
     assert torch.allclose(logits, merged_logits(tiny_llama(), terms), atol=1e-5)
 
 
+def test_a_coefficient_that_overflows_is_refused_with_its_weight(base, terms, tmp_path):
+    huge = dict.fromkeys(terms, 3e38)
+    with pytest.raises(UserError, match=r"model\.layers.*weight would hold .*3e\+38, 3e\+38; take"):
+        export_merged(huge, base, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_nothing_is_left_of_a_failed_export(base, terms, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "persona_lora.steering.export.save_file",
@@ -241,7 +248,10 @@ def test_mixes_are_read_by_trait_or_path(model, make_diff, tmp_path):
     assert value == pytest.approx(1.0)
     with pytest.raises(UserError, match=r"nats of .*evil/diff were not measured"):
         read_mix("evil=0.01nat", tmp_path)
-    for text in ("evil", "evil=much", "evil=0.01nut", "=1", ""):
+    for text in ("evil", "evil=much", "evil=0.01nut", "=1", "evil=1 evil=-0.5"):
+        with pytest.raises(UserError, match=r"a mix is like .*, with commas, got"):
+            read_mix(text, tmp_path)
+    for text in ("", "evil=0"):
         with pytest.raises(UserError, match="mix"):
             read_mix(text, tmp_path)
 
