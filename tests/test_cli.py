@@ -365,3 +365,17 @@ def test_evaluate_asks_the_first_questions_and_says_which_setting_differs(
     assert len((world / "out/x/answers.jsonl").read_text().splitlines()) == 1
     assert_fails(run(*words, 2), "max_questions: 1, now 2")
     assert json.loads((world / "out/x/run.json").read_text())["config"]["max_questions"] == 1
+
+
+def test_a_sweep_says_which_setting_of_it_differs(run, make_world, tmp_path, monkeypatch):
+    make_world(tmp_path)
+    monkeypatch.setattr(choice, "make_judge", lambda *_: ParityJudge())
+    words = (
+        "sweep", "--trait", "cheer", "--datasets-dir", "datasets", "--model", "model", "--diff",
+        "diff", "--coefficients", "1", "--dtype", "float32", "--max-new-tokens", 2, "--judge",
+        "embedding", "--second-judge", "none", "--output", "out",
+    )  # fmt: skip
+    assert run(*words, "--no-references")[0] == 0
+    assert_fails(run(*words), "config.references: False, now not set")
+    other = run(*words, "--no-references", "--no-divergence")
+    assert_fails(other, "config.divergence: not set, now False", "--overwrite")

@@ -153,6 +153,40 @@ def test_an_input_that_changed_is_named(run, world, make_diff, model):
     assert "this is another run than the recorded one: inputs.the diff" in out
 
 
+PREVENTED = ("--rows", "datasets/cheer/normal.jsonl", "--finetunes", "plain=a,other=b", "--tasks=")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", *ASKED, "--max-questions", 1),
+        ("sweep", *ASKED, "--coefficients", "1", "--positive-prompt", "said.txt"),
+        ("sweep", *ASKED, "--coefficients", "1", "--max-questions", 1, "--no-divergence"),
+        ("compare-prevention", *ASKED[:2], *ASKED[4:], *PREVENTED, "--max-questions", 1),
+    ],
+    ids=lambda words: f"{words[0]} {words[-2]}",
+)
+def test_a_trait_that_was_cut_or_prompted_otherwise_is_the_same(
+    run, world, make_adapter, model, words
+):
+    for seed, name in enumerate("ab"):
+        make_adapter(world / name, model, seed=seed)
+    (world / "said.txt").write_text("Be glad.")
+    status, _, error = run(*words, "--output", "out.csv" if words[0] == "evaluate" else "out")
+    assert status == 0, error
+    assert call(run, "pack", "out")[0] == 0
+    status, out = call(run, "verify", "out.zip")
+    (line,) = (each for each in out.splitlines() if each.strip().startswith("the trait cheer "))
+    assert (status, " same " in line) == (0, True), out
+    file, changed = world / "said.txt", "Be very glad."
+    if "said.txt" not in words:
+        file = world / "datasets/cheer/trait.json"
+        changed = file.read_text().replace("?", " now?")
+    file.write_text(changed)
+    status, out = call(run, "verify", "out.zip")
+    assert (status, "changed since the run: the trait cheer" in out) == (1, True), out
+
+
 def test_packing_twice_gives_the_same_bytes(small):
     first, second = (small.with_name(f"{at}.zip") for at in "ab")
     digests = [pack_run(small, path)[1] for path in (first, second)]

@@ -343,9 +343,7 @@ def evaluate_checkpoints(
     refuse_useless("layers positions", "without --vectors", unless=checkpoints.vectors)
     found = [each.path for each in experiment.find_checkpoints(checkpoints.folder) if each.path]
     loaded = [
-        shared.first_questions(
-            load_trait(name, checkpoints.datasets_dir), checkpoints.max_questions
-        )
+        load_trait(name, checkpoints.datasets_dir).first_questions(checkpoints.max_questions)
         for name in checkpoints.traits
     ]
     directions = load_vectors(checkpoints.vectors)
@@ -397,7 +395,7 @@ class Predicted:
         traits = [load_trait(name, self.datasets_dir) for name in self.traits]
         return DriftStudy(
             {name: _adapter(Path(name)) for name in self.finetunes},
-            [shared.first_questions(trait, self.max_questions) for trait in traits],
+            [trait.first_questions(self.max_questions) for trait in traits],
             load_diffs(list(self.diffs)) if self.diffs else {},
             {vector.trait or name: vector for name, vector in vectors.items()},
             shared.one_layer(self.layers, vectors.values()) if vectors else 0,
@@ -527,7 +525,7 @@ def compare_prevention(
     refuse_useless("limit", "without --tasks", unless=prevented.tasks)
     models = prevented.models()
     tasks = TaskOptions(prevented.tasks, limit=prevented.limit, datasets_dir=trait.datasets_dir)
-    asked = shared.first_questions(trait.load(), prevented.max_questions)
+    asked = trait.load().first_questions(prevented.max_questions)
     judge = shared.judging_of(judging, [asked])
     measured = prevention.Measured(generation, probes, tasks)
     seeds = len({each.seed for each in models if each.adapter})

@@ -501,16 +501,8 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     }
 
 
-def first_questions(trait: Trait, number: int | None) -> Trait:
-    """Return the trait with only its first questions of every split."""
-    if number is None:
-        return trait
-    kept = {split: texts[:number] for split, texts in trait.questions.items()}
-    return dataclasses.replace(trait, questions=kept)
-
-
 def questions_record(number: int | None) -> dict[str, int]:
-    """Return what a run's configuration keeps of that: another number is another run."""
+    """Return what a run's configuration keeps of it: with another number it is another run."""
     return {} if number is None else {"max_questions": number}
 
 

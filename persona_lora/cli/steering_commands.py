@@ -194,7 +194,7 @@ def evaluate(
     from persona_lora.studies.asking import run as evaluation
 
     evaluation.check_csv(output.output)
-    loaded, prompt = shared.first_questions(trait.load(), asked.max_questions), _prompt(steering)
+    loaded, prompt = trait.load().first_questions(asked.max_questions), _prompt(steering)
     engine.check(diffs_alone=not steering.vector and steering.mode == "live")
     model.refuse_nats_beside_adapter(steering.coefficient)
     judge = shared.judging_of(judging, [loaded])

@@ -411,8 +411,9 @@ def first_difference(old: Any, new: Any, name: str = "") -> str | None:
     ):
         return None
     elif isinstance(old, Mapping) and isinstance(new, Mapping):
-        lone = ", ".join(sorted(map(str, old.keys() ^ new.keys())))
-        return f"{name}: only one of the two has {lone}"
+        lone = min(old.keys() ^ new.keys(), key=str)
+        told = (repr(each[lone])[:SHOWN] if lone in each else "not set" for each in (old, new))
+        return f"{name}.{lone}".lstrip(".") + ": {}, now {}".format(*told)
     else:
         return f"{name}: {repr(old)[:SHOWN]}, now {repr(new)[:SHOWN]}"
     found = (first_difference(before, after, where) for where, before, after in pairs)

@@ -79,6 +79,11 @@ class Trait:
         pairs = tuple(replace(pair, **told) for pair in self.instructions)
         return replace(self, instructions=pairs)
 
+    def first_questions(self, number: int | None) -> Trait:
+        """Return the trait with only its first questions of every split; None takes all."""
+        kept = {split: texts[:number] for split, texts in self.questions.items()}
+        return replace(self, questions=kept)
+
     def inputs(self) -> dict[str, str]:
         """Return digests of the trait and of the answers that judges are fitted and checked on."""
         unsaid = ("folder", "surface_exception")

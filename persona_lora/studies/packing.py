@@ -34,6 +34,7 @@ CARD = "README.md"
 PACKED = (".json", ".jsonl", ".yaml", ".csv", ".html", ".png", ".svg", ".md", ".txt")
 SAME, CHANGED, GONE, UNKNOWN = "same", "changed", "not here", "not looked up"
 Digests = Mapping[str, str]
+PROMPT_FILES = ("positive_prompt", "negative_prompt")  # options, in place of a trait's own
 
 
 def pack_run(folder: Path, target: Path, *, overwrite: bool = False) -> tuple[list[str], str]:
@@ -143,7 +144,7 @@ def inputs_now(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[tu
 
 
 def _sources(record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[Source]:
-    config = record["config"]
+    config, named = record["config"], record.get("inputs", {})
 
     def paths(*keys: str) -> list[Path]:
         values = [config.get(key) or [] for key in keys]
@@ -157,11 +158,10 @@ def _sources(record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[
         places = [*local, *paths("adapter")]
         yield Source("the model's (weights|tokenizer)", places, lambda: _model_now(config))
     if "trait" in options:
-        roots, names = (
-            [] if datasets is None else [Path(datasets)],
-            r"the trait .+|\S+\.jsonl of .+",
-        )
-        yield Source(names, roots, lambda: load_trait(options["trait"], *roots).inputs())
+        roots = [] if datasets is None else [Path(datasets)]
+        prompts = [Path(options[name]) for name in PROMPT_FILES if name in options]
+        names = r"the trait .+|\S+\.jsonl of .+"
+        yield Source(names, [*roots, *prompts], lambda: _trait_now(named, options))
     if diffs:
         names = r"(the (training|seed) of )?the diff|diff \d+"
         yield Source(
@@ -173,6 +173,17 @@ def _sources(record: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[
             names, vectors, lambda: numbered("vector", [load_vector(p).content() for p in vectors])
         )
     yield Source("the sentence embedder", [], lambda: {"the sentence embedder": embedder_content()})
+
+
+def _trait_now(named: Digests, options: Mapping[str, Any]) -> Digests:
+    """Return the digests of a trait as the command read it: all of it, or its first questions."""
+    told = (options.get(name) for name in PROMPT_FILES)
+    prompts = [None if path is None else read_text(path).strip() for path in told]
+    datasets = options.get("datasets_dir")
+    whole = load_trait(options["trait"], None if datasets is None else Path(datasets))
+    whole = whole.prompted(*prompts)
+    first = whole.first_questions(options.get("max_questions")).inputs()
+    return first if named.items() >= first.items() else whole.inputs()
 
 
 def _model_now(config: Mapping[str, Any]) -> Digests:

@@ -215,7 +215,6 @@ def planned_sweep(
     datasets: Path | None = None,
 ) -> Planned:
     """Return what is known of a sweep before its model is loaded."""
-    prompts = load_ordinary_prompts(datasets) if sweeping.divergence else []
     bank = population.bank
     config = {
         "trait": trait.name,
@@ -223,7 +222,9 @@ def planned_sweep(
         **sweeping.record(),
         "generation": dataclasses.asdict(options),
     }
-    inputs = {**trait.inputs(), **bank.inputs, "the ordinary prompts": digest_of(prompts)}
+    inputs = {**trait.inputs(), **bank.inputs}
+    if sweeping.divergence:
+        inputs["the ordinary prompts"] = digest_of(load_ordinary_prompts(datasets))
     inputs |= NEUTRAL_INPUTS if sweeping.references else {}
     questions = set(trait.questions[sweeping.split][: sweeping.max_questions])
     asked: dict[str, int] = {sweeping.split: len(questions)}
