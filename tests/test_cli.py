@@ -302,6 +302,14 @@ def test_a_direction_of_zero_is_no_direction(run, diff_folder, tmp_path, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rank_is_cut_in_one_way_before_anything_is_loaded(run, diff_folder):
+    both = ("--rank", 2, "--energy", 0.9, "--output", "out")
+    for words in (("export", "--mix", "none=1"), ("basis", "--diffs", "none")):
+        assert_fails(run(*words, *both), "--rank 2 and --energy 0.9 cut in two ways")
+    one = ("export", "--mix", "none=1", "--output", "out", "--rank", 0)
+    assert_fails(run(*one), "rank must be at least 1")
+
+
 def test_a_mix_of_nothing_is_not_exported(run, diff_folder, tmp_path):
     words = ("export", "--mix", f"{diff_folder}=0", "--output", "out")
     assert_fails(run(*words), "every coefficient of the mix", "is 0")

@@ -503,6 +503,33 @@ def test_what_is_there_is_not_replaced_in_silence(world, tmp_path, words):
     assert f"{name} exists" not in world(*words, "--output", name, "--overwrite")[2]
 
 
+INTO_FOLDERS = {"basis", "gallery", "export"}  # of the words above
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(each for each in WRITING if each[0] not in INTO_FOLDERS),
+        ("export", "--mix", "diff=1", "--format", "gguf-lora"),
+        ("report", "diff"),
+        ("research-questions",),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_folder_is_no_file_to_write(world, tmp_path, words):
+    name = "taken.json" if "weights" in words else "taken.csv"
+    (tmp_path / name).mkdir()
+    status, _, error = world(*words, "--output", name)
+    assert (status, f"{name} is a folder; name a file" in error) == (2, True), error
+
+
+@pytest.mark.parametrize("words", [each for each in WRITING if each[0] in INTO_FOLDERS])
+def test_a_file_is_no_folder_to_write(world, tmp_path, words):
+    (tmp_path / "taken").write_text("mine")
+    status, _, error = world(*words, "--output", "taken", "--overwrite")
+    assert (status, "taken is a file" in error) == (2, True), error
+
+
 def test_seeds_do_not_replace_a_file_of_another_either(world, tmp_path):
     shutil.copytree(tmp_path / "diff", tmp_path / "trained/seed0/diff")
     (tmp_path / "taken.csv").write_text("mine")

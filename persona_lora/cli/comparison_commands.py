@@ -18,6 +18,7 @@ from persona_lora.cli.program import command
 from persona_lora.core.chat import UNSTEERED, Conversation
 from persona_lora.core.content import path_digest
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import refuse_folder
 from persona_lora.core.options import (
     ComparisonOptions,
     GenerationOptions,
@@ -382,6 +383,7 @@ def report(
     """
     from persona_lora.studies.report_page import write_report
 
+    refuse_folder(output)
     write_report([shared.run_folder(path) for path in runs], output)
     show(f"report: {output.resolve()}")
 
@@ -401,6 +403,7 @@ def research_questions(
     """
     from persona_lora.studies.research_questions import write_research_questions
 
+    refuse_folder(output)
     missing = write_research_questions(results, output)
     if missing:
         show(f"not measured yet: {', '.join(missing)}")

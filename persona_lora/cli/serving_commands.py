@@ -35,6 +35,18 @@ if TYPE_CHECKING:
 INSTALL = 'pip install "persona-lora[playground]"'
 
 
+def _is_cut(rank: int | None, energy: float | None) -> bool:
+    """Say whether a rank is cut; UserError for both ways at once, and for no rank or share."""
+    from persona_lora.core.lora_diff import check_cut
+
+    if rank is not None and energy is not None:
+        raise UserError(f"--rank {rank} and --energy {energy:g} cut in two ways; leave one out")
+    if rank is None and energy is None:
+        return False
+    check_cut(rank, energy)
+    return True
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What is written, in which form."""
@@ -60,7 +72,7 @@ class ExportOptions:
         """UserError for options that the form does not use, and for an output that is there."""
         if self.format in ("merged", "gguf") and (self.rank is not None or self.energy is not None):
             raise UserError("--rank and --energy cut adapters; a merged model has no rank")
-        cut = self.rank is not None or self.energy is not None
+        cut = _is_cut(self.rank, self.energy)
         refuse_useless("prompts", "without --rank or --energy", unless=cut)
         if self.format == "peft" and self.prompts is None:
             refuse_useless("model revision", "with --format peft: the diffs know their base")
@@ -68,7 +80,8 @@ class ExportOptions:
         own = "with --prompts: inputs are those of the diffs' own base"
         refuse_useless("allow_other_base", own, unless=self.prompts is None)
         refuse_useless("converter", f"with --format {self.format}", unless=self.format == "gguf")
-        shared.refuse_to_replace(self.output, self.overwrite)
+        whole = self.format in ("peft", "merged")
+        shared.refuse_to_replace(self.output, self.overwrite, folder=whole)
 
 
 @command("export")
@@ -127,7 +140,7 @@ class BasisOptions:
 
     def exact(self) -> bool:
         """Say whether nothing is cut; UserError for options that this does not use."""
-        if self.rank is None and self.energy is None:
+        if not _is_cut(self.rank, self.energy):
             own = (each.name for each in dataclasses.fields(LoadOptions))
             useless = " ".join(("original_model", "prompts", "plain", *own))
             refuse_useless(useless, "without --rank or --energy")
@@ -151,14 +164,11 @@ def basis(
     Example: persona-lora basis --diffs checkpoints/evil/diff,checkpoints/sycophancy/diff
     --energy 0.999 --output basis
     """
-    from persona_lora.core.lora_diff import check_cut
     from persona_lora.steering.export import export_basis
     from persona_lora.studies.drift.run import load_diffs
 
     exact = asked.exact()
-    shared.refuse_to_replace(asked.output, asked.overwrite)
-    if not exact:
-        check_cut(asked.rank, asked.energy)
+    shared.refuse_to_replace(asked.output, asked.overwrite, folder=True)
     loaded = load_diffs(list(asked.diffs), on_disk=True)
     with progress_bars():
         inputs = None if exact else weighing.inputs_of(original_model, loading, loaded.values())
@@ -276,7 +286,7 @@ def gallery_make(
     from persona_lora.core.gallery import write_gallery
     from persona_lora.report.sections import Table
 
-    shared.refuse_to_replace(output, overwrite)
+    shared.refuse_to_replace(output, overwrite, folder=True)
     errors = write_gallery(diffs, output)
     rows = [(trait, f"{error:.3g}") for trait, error in errors.items()]
     show(Table.of("trait | relative error of eight bits", rows), f"{output}")

@@ -16,7 +16,7 @@ from persona_lora.cli.option_groups import BY_PLACE, RUNNING, does_nothing, refu
 from persona_lora.cli.program import environment
 from persona_lora.core.chat import Conversation
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_text, refuse_unwritable
+from persona_lora.core.files import read_text, refuse_folder, refuse_unwritable
 from persona_lora.core.options import (
     NOBODY,
     PERSONA_JUDGES,
@@ -179,12 +179,19 @@ def run_folder(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".csv" else path
 
 
-def refuse_to_replace(path: Path, overwrite: bool) -> None:
-    """UserError where something is at a path and is not to be replaced, or nothing could be."""
+def refuse_to_replace(path: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """UserError where something is at the path of a file and is not to be replaced, or cannot be.
+
+    The same of a ``folder``.
+    """
     refuse_unwritable(path.parent)
+    if not folder:
+        refuse_folder(path)
     there = any(path.iterdir()) if path.is_dir() else path.exists()
     if there and not overwrite:
         raise UserError(f"{path} exists; choose another output or pass --overwrite")
+    if folder:
+        refuse_unwritable(path)
 
 
 Protocol = Annotated[

@@ -37,16 +37,28 @@ def ensure_writable_folder(folder: Path) -> Path:
 
     What killed writers of this machine left in it is removed on the way.
     """
+    _prepare(folder)
+    return folder
+
+
+def _prepare(folder: Path) -> int:
+    """Make a folder ready to be written to, and return the permissions that new files get there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         with _temporary(folder / "probe") as probe:
             probe.touch()
+            return stat.S_IMODE(probe.stat().st_mode)
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror or error}; choose another output path"
         ) from error
-    return folder
+
+
+def refuse_folder(path: Path) -> None:
+    """UserError for a folder where a file is to be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -62,10 +74,11 @@ def refuse_unwritable(folder: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success it takes the name, on failure it goes."""
     path = Path(path)
-    ensure_writable_folder(path.parent)
+    refuse_folder(path)
+    mode = _prepare(path.parent)
     with _temporary(path) as temporary:
         yield temporary
-        _sync(temporary)
+        _finish(temporary, mode)
         os.replace(temporary, path)
 
 
@@ -76,13 +89,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     UserError, and the old folder as it was, where it holds what the new one does not.
     """
     folder = Path(folder)
-    ensure_writable_folder(folder.parent)
+    mode = _prepare(folder.parent)
     with _temporary(folder) as temporary, _temporary(folder, "old") as retired:
         temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
-                _sync(path)
+                _finish(path, mode)
         if folder.exists():
             _refuse_to_lose(folder, temporary)
             os.replace(folder, retired)
@@ -144,7 +157,15 @@ def is_alive(pid: int) -> bool:
 
 @contextmanager
 def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
-    """Yield a free name beside ``path`` that says whose it is; what bears it afterwards goes."""
+    """Yield a free name beside ``path`` that says whose it is; what bears it afterwards goes.
+
+    UserError for the working folder and those above it by their dots: they hold the command.
+    """
+    if path.name in ("", ".."):
+        raise UserError(
+            f"{path} is the folder that the command runs in or one above it, and cannot be "
+            "replaced; choose another output path"
+        )
     name = f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(3)}.{kind}"
     _in_use.add(name)
     temporary = path.with_name(name)
@@ -163,8 +184,13 @@ def _settle(temporary: Path, path: Path, kind: str) -> None:
         remove(temporary)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file to the disk: a name must never stand for bytes that are not there."""
+def _finish(path: Path, mode: int) -> None:
+    """Give a file a new file's permissions, and flush it: no name stands for bytes not there.
+
+    Some libraries write files that only their owner may read.
+    """
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -244,7 +244,8 @@ def coefficients_of(
         for each in strengths
     )
     low, high = found.coherent()
-    beyond = [f"{each:+.3g}" for each in values if not low <= each <= high]
+    known = filter(math.isfinite, values)
+    beyond = [f"{each:+.3g}" for each in known if not low <= each <= high]
     if beyond:
         logger.warning(
             "%s is %s, as calibrate measured it, and no further: %s",

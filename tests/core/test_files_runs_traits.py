@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,29 @@ def test_what_has_a_name_is_on_the_disk(tmp_path, monkeypatch):
         for path in (made / "file", made / "below" / "file"):
             path.write_text("x")
     assert {path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()} == flushed
+
+
+def test_written_files_have_the_permissions_of_any_new_file(tmp_path):
+    files.write_text(tmp_path / "plain", "x")
+    wanted = (tmp_path / "plain").stat().st_mode
+    (tmp_path / "new").touch()
+    assert wanted == (tmp_path / "new").stat().st_mode
+    with files.atomic_path(tmp_path / "hidden") as path:
+        path.touch(0o600)
+    with files.atomic_folder(tmp_path / "folder") as folder:
+        (folder / "hidden").touch(0o600)
+    assert {(tmp_path / at).stat().st_mode for at in ("hidden", "folder/hidden")} == {wanted}
+
+
+@pytest.mark.parametrize("name", [".", "..", "../.."])
+def test_the_working_folder_cannot_be_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "one" / "two")
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        files.write_json(Path(name), {})
+    with pytest.raises(UserError, match="runs in or one above it"), files.atomic_folder(Path(name)):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["one", "two"]
 
 
 def test_an_output_below_a_file_cannot_be_written(tmp_path):

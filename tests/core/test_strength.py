@@ -117,6 +117,7 @@ def test_beyond_the_coherent_range_a_coefficient_is_warned_of(quadratic, tmp_pat
     dataclasses.replace(quadratic, points=tuple(points), floor=50.0).save(path)
     within = [0.5, Nats(1.0), Nats(-1.0), -0.5, 0.0]
     assert coefficients_of(within, path, "digest") == pytest.approx((0.5, 1.0, -0.5, -0.5, 0.0))
+    coefficients_of([math.nan, math.inf], path, "digest")  # refused as no coefficients
     assert not caplog.records
     assert coefficients_of([0.5, Nats(2.0), -3.0], path, "digest")[2] == -3.0
     (record,) = caplog.records

@@ -79,14 +79,18 @@ def pull_rows(
     """Rank finetuning rows by their pull towards the first diff; write a CSV with those of all.
 
     A pull is in nats a token for a change of the weights of norm 1. Beside it stand two plain
-    numbers of each row: its loss, and how many tokens bear it.
+    numbers of each row: its loss, and how many tokens bear it. Rows are whole, whatever length
+    finetuning cuts them to.
 
     Raises UserError for weights that are not float32, for a diff of norm 0 or of another model,
-    and for rows that finetuning refuses.
+    for rows that finetuning refuses, and for one over the model's window.
     """
+    read = tokenize_conversations(conversations, chat_model, max_length=None)
+    for number, row in enumerate(read, start=1):
+        chat_model.check_length(len(row.input_ids), f"row {number}")
     texts = [
         TokenizedExchange(row.input_ids[:start], row.input_ids[start:])
-        for row in tokenize_conversations(conversations, chat_model)
+        for row in read
         for start in [row.labels.count(IGNORED)]
     ]
     losses, twice, steps = _losses(chat_model, texts, diffs)

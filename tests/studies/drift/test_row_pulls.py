@@ -105,6 +105,12 @@ def test_a_step_too_long_is_named(chat_model, diffs, tmp_path, monkeypatch, capl
     assert "read them as a rough order" in caplog.text
 
 
+def test_long_rows_are_read_whole(chat_model, diffs, tmp_path, caplog):
+    found = pull_rows(chat_model, [said("Why?", "x" * 1200)], diffs, tmp_path / "s.csv")
+    assert found.rows[0]["tokens"] > 1200
+    assert "max_length" not in caplog.text
+
+
 def test_what_gives_no_pull_is_refused(chat_model, diffs, make_diff, make_model, tmp_path):
     def screen(chat, directions, rows=ROWS):
         pull_rows(chat, rows, directions, tmp_path / "s.csv")
@@ -113,8 +119,8 @@ def test_what_gives_no_pull_is_refused(chat_model, diffs, make_diff, make_model,
         screen(chat_model, {**diffs, "nothing": diffs["one"] * 0})
     with pytest.raises(UserError, match="belongs to 'tiny'"):
         screen(chat_model, {"other": make_diff(chat_model.model, fingerprint="0" * 32)})
-    with pytest.raises(UserError, match="fills max_length"):
-        screen(chat_model, diffs, [said("x" * 2000, "Yes.")])
+    with pytest.raises(UserError, match=r"tokens \(row 2\) pass the 2048 positions"):
+        screen(chat_model, diffs, [ROWS[0], said("Why?", "x" * 2100)])
     half = type(chat_model)(make_model(dtype=torch.bfloat16), chat_model.tokenizer, "half")
     with pytest.raises(UserError, match="--dtype float32"):
         screen(half, diffs)
@@ -146,8 +152,6 @@ def test_the_command_ranks_and_names_what_it_cannot_screen(run, make_world, tmp_
     (LoRADiff.load(tmp_path / "diff") * 0).save(tmp_path / "nothing")
     words = ("data", "screen", "--file", "rows.jsonl", "--diffs", "nothing")
     status, _, error = run(*words, "--model", "gone", "--overwrite")  # told before it is looked for
-    assert (status, "the diff cheer has a length of 0" in " ".join(error.split())) == (2, True), (
-        error
-    )
+    assert (status, "nothing has a length of 0" in " ".join(error.split())) == (2, True), error
     status, _, error = screen(*diffs, file="asked.jsonl")
     assert (status, "asked.jsonl:1 must end with the assistant's answer" in error) == (2, True)
