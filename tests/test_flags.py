@@ -549,11 +549,12 @@ COMMANDS = {
             "revision": flag("v7", beside="--format merged"),
             "trait_vector_dir": flag("vectors"),
             "converter": flag("c.py", beside="--format gguf"),
-            "allow_other_base": flag(True, f"{X}steering.export:check_weights", "--format merged"),
+            "allow_other_base": flag(True, None, "--format merged"),
             "overwrite": None,
         },
         {
             f"{X}steering.export:read_mix": {},
+            f"{X}steering.export:check_weights": None,
             "persona_lora.models.weight_files:weights_folder": Path("m"),
             f"{X}projections.inputs:kept_inputs": types.SimpleNamespace(compress=None),
         },
