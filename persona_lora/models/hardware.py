@@ -82,10 +82,18 @@ def _left_by_limits() -> Iterator[int]:
         group = CGROUPS / ("memory" if kinds else "") / place.lstrip("/")
         for folder in (group, *group.parents):  # inside a container its own path may be unknown
             for limit, (used, cached) in LIMITS.items():
-                said = (folder / limit).read_text().strip() if (folder / limit).is_file() else "max"
-                if said != "max":
-                    stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
-                    yield int(said) - int((folder / used).read_text()) + int(stat[cached])
+                said, taken, stat = (_told(folder / name) for name in (limit, used, "memory.stat"))
+                if said.isdigit() and taken.isdigit():
+                    parts = dict(line.split() for line in stat.splitlines())
+                    yield int(said) - int(taken) + int(parts.get(cached, 0))
+
+
+def _told(path: Path) -> str:
+    """Return what a file of the system says; nothing where this process may not read it."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 class TrainingHardware(NamedTuple):
