@@ -12,6 +12,7 @@ import torch
 from persona_lora.cli.program import OPTIONS
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.traits import load_trait
 from persona_lora.models import loading
 from tests.conftest import random_diff, tiny_llama
 from tests.scenes import assert_fails
@@ -590,11 +591,12 @@ def test_a_training_that_is_there_costs_no_weights(world, tmp_path, words):
     )
 
 
-def folder_of(tmp_path, name: str, command: str, **options) -> None:
+def folder_of(tmp_path, name: str, command: str, *, inputs=(), **options) -> None:
     """Write a run as one of an earlier call would lie there."""
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    record = {"command": command, "config": {}, "seed": 0, "status": "finished", "inputs": {}}
+    record = {"command": command, "config": {}, "seed": 0, "status": "finished"}
+    record["inputs"] = dict(inputs)
     (folder / "run.json").write_text(json.dumps(record))
     lines = "".join(f"{each}: {value}\n" for each, value in options.items())
     (folder / "config.yaml").write_text(f"# persona-lora {command} --config config.yaml\n{lines}")
@@ -645,7 +647,8 @@ def test_a_folder_of_another_run_costs_no_weights(world, tmp_path, words, folder
     ],
 )
 def test_what_decides_of_a_run_is_read_from_its_options(world, tmp_path, options, said):
-    folder_of(tmp_path, "out/a", "evaluate", **options)
+    read = load_trait("cheer", tmp_path / "datasets").inputs()
+    folder_of(tmp_path, "out/a", "evaluate", inputs=read, **options)
     words = ("evaluate", *CHEER, "--max-questions", "2", "--output", "out/a.csv")
     status, _, error = world(*words)
     if said is None:  # it may go on: what else differs is said when the run is opened

@@ -107,6 +107,7 @@ def equal_effect_scales(
             break
         nearer = [_nearer(*each, effect) for each in zip(scales, before, strict=True)]
         before, scales = list(scales) if done + 2 >= SCALE_ROUNDS else before, nearer
+    progress.report(SCALE_ROUNDS + ROUNDS, SCALE_ROUNDS + ROUNDS)
     for scale in scales:
         if not abs(scale.kl / effect - 1) <= TOO_FAR:
             raise UserError(

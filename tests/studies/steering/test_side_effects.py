@@ -139,7 +139,7 @@ def test_less_of_the_trait_is_asked_under_its_negative_prompt(
 ):
     compare(
         chat_model, traits["buzz"], buzzing, judges["buzz"], tmp_path / "out",
-        comparing=ComparisonOptions((1.0, -0.2), split=("eval",), max_questions=2), options=SPOKEN,
+        comparing=ComparisonOptions((-1.0, 0.2), split=("eval",), max_questions=2), options=SPOKEN,
     )  # fmt: skip
     found = run_side_effects(
         chat_model, traits["buzz"], buzzing, Run(tmp_path / "out"),
@@ -150,7 +150,7 @@ def test_less_of_the_trait_is_asked_under_its_negative_prompt(
         "lora", "activation", "random_lora", "random", "prompt_neg",
     }  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "beside/even/answers.jsonl").open()]
-    assert {row["coefficient"] for row in rows if row["method"] == "lora"} == {-0.2}
+    assert {row["coefficient"] for row in rows if row["method"] == "lora"} == {-1.0}
 
 
 def test_capability_is_measured_under_every_method(
