@@ -1,12 +1,14 @@
 """Does a family steer as well as training both factors? Two ways of training, beside each other.
 
     python benchmarks/families.py results/both results/family
+    python benchmarks/families.py results/lora results/full --seed seed42    # of one seed
 
 Each folder holds a sweep per trait and training seed, ``<trait>/<seed>``, over the same questions
 and as many coefficients; those of one rank are compared, so give them in nats. The table says of
 every strength how far the trait goes from − to +, how coherent the answers are, and the second
-way minus the first, with an interval over seeds and questions alike. A question that a judge
-abstains on, under any seed of either way, is left out of that row.
+way minus the first, with an interval over seeds and questions alike (of one seed over questions,
+of two none). A question that a judge abstains on, under any seed of either way, is left out of
+that row.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ import pandas as pd
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.two_way import crossed_mean
+from persona_lora.report.two_way import mean_gap
 
 
-def answers(folder: Path) -> pd.DataFrame:
+def answers(folder: Path, seed: str) -> pd.DataFrame:
     """Return the scores of all sweeps below a folder, with the rank of each coefficient from 0."""
     frames = []
-    for path in sorted(folder.glob("*/*")):
+    for path in sorted(folder.glob(f"*/{seed}")):
         run = Run(path)
         rows = pd.DataFrame(run.read("answers"))[["row", "question_id", "coefficient"]]
         for judge, name in (("", "verdicts"), ("second ", "second_verdicts")):
@@ -63,7 +65,8 @@ def compared(one: np.ndarray, other: np.ndarray) -> str:
     """Return the number of questions, both means and their difference, as cells."""
     known = ~np.isnan(one + other).any(axis=0)
     cells = (one[:, known], other[:, known], (other - one)[:, known])
-    means = " | ".join(wording.interval(crossed_mean(each).interval, 1) for each in cells)
+    draws = ([dict(enumerate(row)) for row in each.tolist()] for each in cells)
+    means = " | ".join(wording.interval(mean_gap(each).interval, 1) for each in draws)
     return f"{known.sum()} | {means}"
 
 
@@ -89,8 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
+    parser.add_argument("--seed", default="*")
     given = parser.parse_args()
-    table(answers(given.first), answers(given.second))
+    table(*(answers(each, given.seed) for each in (given.first, given.second)))
 
 
 if __name__ == "__main__":
