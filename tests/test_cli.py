@@ -384,6 +384,6 @@ def test_a_sweep_says_which_setting_of_it_differs(run, make_world, tmp_path, mon
         "embedding", "--second-judge", "none", "--output", "out",
     )  # fmt: skip
     assert run(*words, "--no-references")[0] == 0
-    assert_fails(run(*words), "config.references: False, now not set")
+    assert_fails(run(*words), "only one of the two read the neutral prompts", "--overwrite")
     other = run(*words, "--no-references", "--no-divergence")
     assert_fails(other, "config.divergence: not set, now False", "--overwrite")

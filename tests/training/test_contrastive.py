@@ -139,7 +139,7 @@ def test_finished_run_is_refused_then_trained_again_with_overwrite(
     before = _tensors(folder / "diff")
     with pytest.raises(UserError, match=r"finished run of the same; pass --overwrite"):
         main(run_arguments(folder))
-    with pytest.raises(UserError, match=r"another configuration \(.* has seed\)"):
+    with pytest.raises(UserError, match=r"another configuration \(.*seed: not set, now 1\)"):
         main(run_arguments(folder, "--seed", "1"))
     main(run_arguments(folder, "--overwrite", "--seed", "1"))
     after = _tensors(folder / "diff")
