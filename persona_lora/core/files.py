@@ -159,9 +159,9 @@ def is_alive(pid: int) -> bool:
 def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
     """Yield a free name beside ``path`` that says whose it is; what bears it afterwards goes.
 
-    UserError for the working folder and those above it by their dots: they hold the command.
+    UserError for the working folder and those above it: they hold the command.
     """
-    if path.name in ("", ".."):
+    if path.name in ("", "..") or Path.cwd().is_relative_to(path.resolve()):
         raise UserError(
             f"{path} is the folder that the command runs in or one above it, and cannot be "
             "replaced; choose another output path"

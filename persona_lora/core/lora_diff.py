@@ -163,10 +163,9 @@ class LoRADiff:
         base_model = BaseModel(positive.base_model_name, fingerprint)
         provenance = {"pos": str(pos), "neg": str(neg), **(sources or {})}
         plus, minus = (
-            cls(_to_factors(side.factors), base_model, trait, provenance)
-            for side in (positive, negative)
+            cls(_to_factors(side.factors), base_model, trait) for side in (positive, negative)
         )
-        return plus - minus
+        return replace(plus - minus, sources=provenance)
 
     @classmethod
     def load(cls, path: str | Path, *, on_disk: bool = False) -> LoRADiff:
@@ -303,7 +302,10 @@ class LoRADiff:
             total.append(total_here)
         whole = math.fsum(total)
         share = math.fsum(kept) / whole if whole else 1.0
-        return Compressed(replace(self, factors=cut), share)
+        sources = dict(self.sources)
+        if "kept" in sources:  # of the difference that this is a part of
+            sources["kept"] = sources["kept"] * share if roots is None else None
+        return Compressed(replace(self, factors=cut, sources=sources), share)
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:
@@ -513,9 +515,8 @@ def _to_factors(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, Lo
 
 
 def _merged_sources(terms: Mapping[LoRADiff, float]) -> dict[str, Any]:
-    sources = [dict(diff.sources) for diff in terms]
-    if all(source == sources[0] for source in sources):
-        return sources[0]
+    if [*terms.values()] == [1.0]:  # what one was made of is not said of a multiple of it
+        return dict(next(iter(terms)).sources)
     return {
         "mix": [
             {"coefficient": float(coefficient), "trait": diff.trait, "sources": dict(diff.sources)}

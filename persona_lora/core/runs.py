@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import lock_descriptor
 
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, arguments_without_secrets, without_secrets
 from persona_lora.core.files import (
     append_jsonl,
@@ -124,6 +125,7 @@ OF_ITEMS = (
     *("checkpoint-", "the finetune ", "the adapter of ", "the correction of "),
     *("the second judge", "the sentence embedder", "the judge's model"),  # who judges beside
 )
+NOTHING = digest_of([])  # of what an earlier version recorded as read, and did not read
 ROUNDING = 1e-9
 LISTS = (list, tuple)  # a tuple comes back from JSON as a list
 SHOWN = 60
@@ -436,6 +438,7 @@ def _continued(folder: Path, old: Mapping[str, Any], fresh: Mapping[str, Any]) -
             "another output or pass --overwrite"
         )
     known, read = old.get("inputs", {}), fresh["inputs"]
+    known = {name: each for name, each in known.items() if name in read or each != NOTHING}
     changed = [name for name, digest in read.items() if known.get(name, digest) != digest]
     lone = sorted(each for each in known.keys() ^ read.keys() if not each.startswith(OF_ITEMS))
     if changed or lone:

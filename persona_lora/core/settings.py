@@ -80,8 +80,8 @@ def recorded_command(words: str, options: Mapping[str, Any]) -> Iterator[None]:
 
 # Options that belong to every run they are given to, and stand in its record as they are typed.
 DECIDING = (
-    *("trait", "traits", "model", "revision", "quantize", "attn_implementation", "seed"),
-    *("max_questions", "max_new_tokens", "temperature", "samples"),
+    *("trait", "model", "revision", "quantize", "attn_implementation", "seed", "max_questions"),
+    *("max_new_tokens", "temperature", "samples"),
 )
 
 
@@ -115,10 +115,8 @@ def _deciding(text: str) -> dict[str, Any]:
         values = None
     values = values if isinstance(values, Mapping) else {}
     found = {name: values[name] for name in DECIDING if name in values}
-    for name in {"trait", "traits"} & found.keys():  # by their names or their folders
-        value = found[name]
-        named = [Path(str(each)).name for each in (value if isinstance(value, list) else [value])]
-        found[name] = named if isinstance(value, list) else named[0]
+    if "trait" in found:  # by its name or its folder
+        found["trait"] = Path(str(found["trait"])).name
     return found if words is None else {"command": words[1], **found}
 
 

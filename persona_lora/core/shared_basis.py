@@ -68,7 +68,11 @@ def on_one_basis(
             diff,
             factors=found[name],
             base_model=base_model,
-            sources={**diff.sources, "basis_of": list(diffs)},
+            sources={
+                **diff.sources,
+                **({"kept": None} if "kept" in diff.sources else {}),
+                "basis_of": list(diffs),
+            },
         )
         for name, diff in diffs.items()
     }

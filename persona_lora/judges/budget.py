@@ -144,6 +144,13 @@ def cap_behind(score: float | None, reason: str) -> str | None:
     return next(caps, None) if score is None else None
 
 
+def reasons(first: Verdict, beside: Verdict | None) -> str:
+    """Return a verdict's reason, and why a judge asked beside it gave no score."""
+    if beside is None or beside.score is not None:
+        return first.reason
+    return "; ".join(filter(None, (first.reason, f"{beside.judge}: {beside.reason}")))
+
+
 def refuse_spent(verdicts: Iterable[Verdict]) -> None:
     """UserError where a cap left an answer unscored: what is sought by these scores has to wait."""
     caps = (cap_behind(each.score, each.reason) for each in verdicts)

@@ -220,7 +220,8 @@ def number_reply(text: str, highest: int = 100) -> Reading:
     of_highest = found is not None and (
         found["of"] in (None, str(highest)) and (found["percent"] is None or highest == 100)
     )
-    share = found is not None and highest == 100 and 0 < float(found["number"]) < 1
+    alone = found is not None and (found["of"], found["percent"], highest) == (None, None, 100)
+    share = found is not None and alone and 0 < float(found["number"]) < 1
     if found is None or not of_highest or share or float(found["number"]) > highest:
         return Reading(None, f"the reply {stripped[:40]!r} is not a number from 0 to {highest}")
     return Reading(float(found["number"]), "")

@@ -51,7 +51,7 @@ class Turn:
             time.sleep(PAUSE)
             waited += PAUSE
             if NOTICE <= waited < NOTICE + PAUSE:
-                logger.warning("waiting for another thread to leave its steering of this model")
+                logger.warning("waiting for another thread to be done with this model")
         holding.turns.append(self)
 
     def leave(self) -> None:

@@ -194,7 +194,8 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     decoder = text_decoder(chat_model.model).module
     for number, ids in enumerate(tokenized):
         taken = _Taken(seen, begins, len(ids))
-        with Hooked([taken.hook(name, module) for name, module in modules.items()]):
+        hooks = [taken.hook(name, module) for name, module in modules.items()]
+        with chat_model.turn(), Hooked(hooks):
             decoder(input_ids=torch.tensor([ids], device=chat_model.model.device), use_cache=False)
         progress.report(number + 1, len(tokenized))
     roots: dict[tuple[int, ...], Tensor] = {}

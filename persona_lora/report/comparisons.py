@@ -8,7 +8,7 @@ benchmark and conditions of a persona are compared by it. Refuses to know what m
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -84,18 +84,17 @@ def over_units(gaps: pd.Series, unit: str, scale: Bounds | None = None) -> Paire
     """Return the mean of units' mean differences, resampled and tested over the units."""
     if gaps.empty:
         return Paired()
-    means = gaps.groupby(level=unit, sort=False).agg(lambda x: np.mean(x.to_numpy()))
-    values = means.to_numpy(dtype=float)
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    size = float(values.mean()) / spread if spread > 0 else None
-    found = bootstrap_mean({name: [float(each)] for name, each in means.items()}, scale=scale)
-    return Paired(replace(found, n=len(gaps)), sign_flip_p(values), size)
+    by_unit = {name: list(map(float, own)) for name, own in gaps.groupby(level=unit, sort=False)}
+    means = np.array([np.mean(each) for each in by_unit.values()])
+    spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
+    size = float(means.mean()) / spread if spread > 0 else None
+    return Paired(bootstrap_mean(by_unit, scale=scale), sign_flip_p(means), size)
 
 
 def means(
     rows: pd.DataFrame, *, by: str, value: str, unit: str, scale: Bounds | None
 ) -> dict[Hashable, Interval]:
-    """Return the mean value of every group, with its interval over units."""
+    """Return the mean of units' mean values of every group, with its interval over units."""
     return {
         name: bootstrap_mean(
             {
@@ -281,7 +280,8 @@ def score_items(rows: Sequence[Row], reference: str) -> list[TaskScore]:
 
     A row is one item of one task: ``condition``, ``task``, ``metric``, ``item`` and ``score``; and
     ``seed`` where conditions were trained several times: then seeds are paired with one another and
-    drawn as items are, and what has no seed, the base model, is paired with each of the reference.
+    drawn as items are, and what has no seed, the base model, is paired with each of the other's.
+    What has one seed beside several has no difference: how others of its seeds would lie is open.
     """
     table = frame([{"seed": "", **row} for row in rows], ["score"])
     several = table.groupby("condition")["seed"].nunique().max() > 1
@@ -318,11 +318,10 @@ def _over_seeds(
         by_seed.setdefault(name, {})[seed] = by_item.mean().to_dict()
     theirs = by_seed.get(reference, {})
     gaps = {name: Paired() for name in by_seed}
-    for name, seeds in by_seed.items() if len(theirs) > 1 else ():
+    for name, seeds in by_seed.items() if len(theirs) > 1 or "" in theirs else ():
         if name != reference:
-            own = [
-                minus(seeds.get(seed, seeds.get("", {})), plain) for seed, plain in theirs.items()
-            ]
+            plain = theirs if len(theirs) > 1 else dict.fromkeys(seeds, theirs[""])
+            own = [minus(seeds.get(at, seeds.get("", {})), each) for at, each in plain.items()]
             gaps[name] = Paired(*mean_gap(own, apart))
     scores = {name: mean_gap([*each.values()], ends).interval for name, each in by_seed.items()}
     return scores, gaps

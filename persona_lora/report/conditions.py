@@ -206,7 +206,7 @@ class ControlSummary:
     ``comparisons`` are steered minus control, Holm-corrected over the coefficients. ``overall``
     is one test of all of them: for every question the mean over coefficients c of
     sign(c) · (steered − control), so that positive means further in the expected direction. Of
-    several directions all are over directions and questions, both drawn, with Student's p;
+    several directions all are over directions and questions, both drawn (``two_way.mean_gap``);
     ``least`` and ``most`` are the overall differences from the strongest and the weakest of them.
     ``rho_means`` is Spearman's rho between coefficient and score of the control itself.
     """

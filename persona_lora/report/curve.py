@@ -73,8 +73,9 @@ class CoherentRange:
 class LinearFit:
     """Least squares of the condition means on the coefficient over the coherent range.
 
-    Over the questions that all its conditions have scored: each has a slope of its own, whose mean
-    ``slope`` is, and ``p`` a two-sided sign-flip test on them.
+    Each question that is scored at two coefficients or more has a slope of its own, whose mean
+    ``slope`` is, and ``p`` a two-sided sign-flip test on them. ``r_squared`` is of the line through
+    the means.
     """
 
     slope: Estimate
@@ -202,23 +203,21 @@ class TraitCurve:
         conditions = [each for each in self.steered() if each.coefficient in coherent.coefficients]
         if len(conditions) < 3:
             return LinearFit(_too_few(conditions, "coherent, scored coefficients"))
-        scores = [question_means(self.scores[each]) for each in conditions]
-        questions = sorted(set.intersection(*map(set, scores)))
-        if not questions:
-            reason = "no question was scored at all coherent coefficients"
-            return LinearFit(Estimate(None, None, None, len(conditions), 0, reason))
-        x = np.array([each.coefficient for each in conditions], dtype=float)
-        values = np.array([[each[question] for question in questions] for each in scores])
-        centred, means = x - x.mean(), values.mean(axis=1)
-        slopes = centred @ values / (centred @ centred)  # [questions]
-        tested = self.paired_values(dict(zip(questions, slopes.tolist(), strict=True)))
+        points: dict[int, list[tuple[float, float]]] = {}
+        for each in conditions:
+            for question, mean in question_means(self.scores[each]).items():
+                points.setdefault(question, []).append((float(each.coefficient or 0.0), mean))
+        slopes = {at: _slope(*zip(*own, strict=True)) for at, own in points.items() if own[1:]}
+        tested = self.paired_values(slopes)
         found = tested.interval
         slope = Estimate(
-            found.mean, found.low, found.high, len(conditions), len(questions), found.reason
+            found.mean, found.low, found.high, len(conditions), len(slopes), found.reason
         )
-        explained = float(slopes.mean()) ** 2 * float(centred @ centred)
-        total = float(np.sum((means - means.mean()) ** 2))
-        intercept = float(means.mean() - x.mean() * slopes.mean())
+        x, sums, counts = self._arrays(conditions)
+        means = sums.sum(axis=1) / counts.sum(axis=1)
+        through, total = _slope(x, means), float(np.sum((means - means.mean()) ** 2))
+        explained = through**2 * float(np.sum((x - x.mean()) ** 2))
+        intercept = float(means.mean() - x.mean() * through)
         return LinearFit(slope, tested.p, intercept, explained / total if total > 1e-9 else None)
 
     def against_prompts(self, coherent: CoherentRange) -> tuple[PromptComparison, ...]:
@@ -259,6 +258,12 @@ class TraitCurve:
 def gaps_between(ones: Cluster, others: Cluster) -> dict[int, float]:
     """Return one minus the other for every question that both have scored."""
     return minus(question_means(ones), question_means(others))
+
+
+def _slope(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
+    """Return the slope of least squares; the x differ."""
+    centred = np.asarray(x) - np.mean(x)
+    return float(centred @ np.asarray(y) / (centred @ centred))
 
 
 def _too_few(conditions: Sequence[Condition], what: str, *, least: str = "three") -> Estimate:

@@ -103,11 +103,12 @@ def bootstrap_mean(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """Return the mean over scored values and its 95% interval over questions.
+    """Return the mean of questions' mean values and its 95% interval over questions.
 
-    None is an unscored value: left out of the mean, counted in ``coverage``. Whole questions are
-    drawn. ``scale`` holds the smallest and the largest value there can be, where both are known:
-    it chooses the interval, as the module says. Raises ValueError for a value outside it.
+    None is an unscored value: left out of the mean, counted in ``coverage``. Every question counts
+    once, however many of its values are scored, as in differences and their tests. ``scale`` holds
+    the smallest and the largest value there can be, where both are known: it chooses the interval,
+    as the module says. Raises ValueError for a value outside it.
     """
     rows = sum(len(values) for values in values_by_question.values())
     scored = [
@@ -118,25 +119,24 @@ def bootstrap_mean(
     coverage = n / rows if rows else 0.0
     if n == 0:
         return Interval(None, None, None, 0, 0, coverage, "no scored answer")
-    sums = np.array([[math.fsum(values) for values in scored]])
-    counts = np.array([[float(len(values)) for values in scored]])
-    mean = float(sums.sum() / counts.sum())
+    means = np.array([math.fsum(values) / len(values) for values in scored])
+    mean = float(means.mean())
     if questions == 1:
         reason = "one question: no interval over questions"
         return Interval(mean, None, None, n, 1, coverage, reason)
-    if scale is None and np.ptp(sums / counts) < 10**-_DIGITS:
+    if scale is None and np.ptp(means) < 10**-_DIGITS:
         return Interval(mean, None, None, n, questions, coverage, EQUAL)
     if scale is None:
         both = (
-            t_bounds(sums[0], counts[0]),
-            bca_mean_bounds(sums, counts, seed=seed, resamples=resamples),
+            t_bounds(means),
+            bca_mean_bounds(means[None], np.ones_like(means)[None], seed=seed, resamples=resamples),
         )
         bounds = Bounds(min(each.low for each in both), max(each.high for each in both))
     else:
         outside = [value for values in scored for value in values if not _within(value, scale)]
         if outside:
             raise ValueError(f"{outside[0]} lies outside the scale {scale.low} to {scale.high}")
-        bounds = scaled_bounds(sums[0], counts[0], scale, seed=seed, resamples=resamples)
+        bounds = scaled_bounds(means, scale, seed=seed, resamples=resamples)
     return Interval(mean, bounds.low, bounds.high, n, questions, coverage)
 
 
@@ -145,13 +145,12 @@ def _within(value: float, scale: Bounds) -> bool:
     return scale.low - noise <= value <= scale.high + noise
 
 
-def t_bounds(sums: Array, counts: Array) -> Bounds:
-    """Return Student's 95% interval of a mean; a question's rows, ``counts``, stay together."""
-    mean, questions = sums.sum() / counts.sum(), len(sums)
-    deviations = (sums - mean * counts) / counts.mean()
-    error = math.sqrt(float(np.sum(deviations**2)) / (questions * (questions - 1)))
+def t_bounds(values: Array) -> Bounds:
+    """Return Student's 95% interval of a mean of values, one of each question."""
+    mean, questions = float(values.mean()), len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(questions)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, questions - 1)) * error
-    return Bounds(float(mean) - reach, float(mean) + reach)
+    return Bounds(mean - reach, mean + reach)
 
 
 def bca_mean_bounds(
@@ -167,20 +166,18 @@ def bca_mean_bounds(
 
 
 def scaled_bounds(
-    sums: Array, counts: Array, scale: Bounds, *, seed: int = 0, resamples: int = RESAMPLES
+    values: Array, scale: Bounds, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Bounds:
-    """Return the 95% interval of a mean on a scale with known ends.
+    """Return the 95% interval of a mean on a scale with known ends, of a value of each question.
 
-    ``sums`` and ``counts`` of the scored rows are ``[questions]``. The lower bound is the tail of
-    the Bayesian bootstrap with one more question, of weight ``END_WEIGHT``, that scored the lowest
-    value; the upper bound that with the highest.
+    The lower bound is the tail of the Bayesian bootstrap with one more question, of weight
+    ``END_WEIGHT``, that scored the lowest value; the upper bound that with the highest.
     """
-    weights, extra = _dirichlet_weights(len(sums), resamples, seed)
-    extra = extra * counts.mean()
-    drawn = weights @ counts + extra
+    weights, extra = _dirichlet_weights(len(values), resamples, seed)
+    drawn = weights.sum(axis=1) + extra
     tail = (1 - CONFIDENCE) / 2
-    low = np.quantile((weights @ sums + extra * scale.low) / drawn, tail)
-    high = np.quantile((weights @ sums + extra * scale.high) / drawn, 1 - tail)
+    low = np.quantile((weights @ values + extra * scale.low) / drawn, tail)
+    high = np.quantile((weights @ values + extra * scale.high) / drawn, 1 - tail)
     return Bounds(max(scale.low, float(low)), min(scale.high, float(high)))
 
 

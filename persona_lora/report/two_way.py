@@ -96,11 +96,13 @@ def _over_questions(values: Array, scale: Bounds | None) -> Interval:
 def mean_gap(draws: Sequence[Gaps], scale: Bounds | None = None) -> Crossed:
     """Return the mean difference, its interval over questions and, of several draws, over both.
 
-    ``scale`` is that of differences, where its ends are often reached.
+    ``scale`` is that of differences, where its ends are often reached. ``coverage`` is the share of
+    the draws' values that are of questions which all of them have.
     """
     values = shared_questions(draws)
     if len(draws) > 1:
-        return crossed_mean(values, scale)
+        found, p = crossed_mean(values, scale)
+        return Crossed(replace(found, coverage=values.size / max(1, sum(map(len, draws)))), p)
     several = values.shape[-1] > 1
     return Crossed(_over_questions(values[0], scale), sign_flip_p(values[0]) if several else None)
 

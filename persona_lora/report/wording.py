@@ -203,7 +203,13 @@ def statistics_line(summary: SweepSummary) -> str:
     if fit.slope.value is None:
         parts.append(_missing("slope", fit.slope))
     else:
-        parts.append(f"slope {interval(fit.slope, 1)} per unit (p {p_equals(fit.p)})")
+        asked = _questions(summary)
+        lost = (
+            ""
+            if fit.slope.n_questions == asked
+            else f", {fit.slope.n_questions} of {asked} questions"
+        )
+        parts.append(f"slope {interval(fit.slope, 1)} per unit (p {p_equals(fit.p)}{lost})")
         parts.append(f"R² {number(fit.r_squared, 2)}")
         parts.append(f"fitted over {coefficient(span.low)} … {coefficient(span.high)}")
     return "  ·  ".join(parts)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from persona_lora.core.errors import UserError
-from persona_lora.models.structure import context_window
+from persona_lora.models.structure import context_window, embedding_rows
 from persona_lora.serving.batching import Batch, Busy, Row
 from persona_lora.serving.mixes import Personas
 from persona_lora.serving.reply import Answer, Choice, Logprobs, Reply
@@ -53,7 +53,7 @@ class Service:
         self._key = key
         self._tokenizer = tokenizer
         # A tokenizer may have tokens, for padding, that the model has no embedding of.
-        self._known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
+        self._known = min(len(tokenizer), embedding_rows(model))
         window = context_window(model.config)
         if window is None:
             raise UserError(

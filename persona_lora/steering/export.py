@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -277,12 +277,6 @@ def _compressed(
     compress: Callable[..., Compressed],
 ) -> tuple[LoRADiff, float]:
     mixed = mix(terms)
-    if list(terms.values()) != [1.0]:  # what one diff was made of is not said of a multiple of it
-        parts = [
-            {"coefficient": value, "trait": diff.trait, "sources": dict(diff.sources)}
-            for diff, value in terms.items()
-        ]
-        mixed = replace(mixed, sources={"mix": parts})
     if rank is None and energy is None:
         return mixed, 1.0
     cut = compress(mixed, rank=rank, energy=energy)

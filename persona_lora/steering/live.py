@@ -277,7 +277,7 @@ class _SharedInput:
     ) -> None:
         self.selection = selection
         # One of several in a block (experts.3): it reads what a router hands to it.
-        self.routed = any(len(re.findall(r"\.\d+(?=\.)", name)) > 1 for name in modules)
+        self.routed = any(len(re.findall(r"\.\d+(?=\.|$)", name)) > 1 for name in modules)
         stack = _Stack()
         self.members = {
             name: _Member(name, module, diffs, stack) for name, module in modules.items()

@@ -102,7 +102,8 @@ def mean_inputs(chat_model: ChatModel, texts: Texts) -> dict[str, Tensor]:
 
             return Hook(module, take, name, before=True)
 
-        with Hooked([add(name, module) for name, module in modules.items()]):
+        hooks = [add(name, module) for name, module in modules.items()]
+        with chat_model.turn(), Hooked(hooks):
             text_decoder(model).module(input_ids=ids, use_cache=False)
         done += len(rows)
         progress.report(done, len(texts))

@@ -113,8 +113,10 @@ def _made(sources: Mapping[str, Any]) -> str:
         return "A change of the weights of low rank; how it was made is not recorded."
     trained = "one trained on answers with the trait and one on answers without it"
     if "kept" in sources:
-        kept = f"it keeps {100 * sources['kept']:.1f}% of the squared difference"
-        return f"The difference of two whole models, {trained}, cut in rank: {kept}. {BOTH_WAYS}"
+        kept = ""
+        if sources["kept"] is not None:
+            kept = f": it keeps {100 * sources['kept']:.1f}% of the squared difference"
+        return f"The difference of two whole models, {trained}, cut in rank{kept}. {BOTH_WAYS}"
     return f"The difference of two LoRAs, {trained}. {BOTH_WAYS}"
 
 

@@ -346,7 +346,8 @@ def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
     note = (
         "Means over seeds and questions, both drawn; the change is from the unsteered model (of a "
         "comparison: weights minus this, the vector minus random ones in a row of its own, and the "
-        "score an effect), p Student’s t, Holm-corrected."
+        "score an effect); the larger p of Student’s t over both and of the questions’ signs, "
+        "Holm-corrected."
     )
     heading = Heading(f"Over {len(runs)} training seeds")
     lines = (Note(line, "") for line in seeds_lines(runs, found))

@@ -72,7 +72,7 @@ from persona_lora.studies.steering.calibration import equal_effect_scales
 from persona_lora.studies.steering.divergence import ordinary_texts, relative_weight_norm
 from persona_lora.training.examples import IGNORED
 from persona_lora.training.finetune import tokenize_conversations
-from persona_lora.training.full_weights import closest_factors
+from persona_lora.training.full_weights import near_factors
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ def screening(bench: Bench) -> Found:
     rows = [[*pair.prompt, *pair.positive] for pair in pairs]
     block = bench.organism.at(layer)
     steps = _steps_of(chat_model, rows, block)
-    step = {name: closest_factors(each.double(), RANK) for name, each in steps[-1].items()}
+    step = {name: near_factors(each, RANK) for name, each in steps[-1].items()}
     diffs = _and_turned(dataclasses.replace(block, factors=step))
     found = pull_rows(chat_model, rows, diffs, bench.folder / "pulls.csv")
     by_row = sorted(found.rows, key=lambda row: row["row"])

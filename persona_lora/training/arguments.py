@@ -44,7 +44,9 @@ class TrainedModel(LoadOptions):
         },
     )
     use_peft: bool = option(
-        True, "Train LoRAs; false trains weights in full (in fp32 unless dtype says so)."
+        True,
+        "Train LoRAs; false trains weights in full, in fp32 unless dtype says so, and train then "
+        "cuts their difference to lora_r.",
     )
     overwrite: bool = option(False, "Delete a run in output_dir and train again.")
     seeds: int | None = option(
@@ -107,7 +109,7 @@ class ContrastiveConfig(SFTConfig):
     output_dir: str | None = option(
         None, "Default: checkpoints/<trait>, or checkpoints/<model>/<trait>."
     )
-    learning_rate: float = option(2e-4, "Highest learning rate.")
+    learning_rate: float = option(2e-4, "Highest learning rate; in full take about 2e-5.")
     per_device_train_batch_size: int = option(8, "Rows of one process in one forward pass.")
     num_train_epochs: float = option(1.0, "Passes over the pairs.")
     warmup_steps: float = option(0.05, "Steps of rising learning rate; below 1: share of all.")

@@ -43,6 +43,7 @@ from persona_lora.training.lora import LoRAArguments, check_targets, lora_target
 from persona_lora.training.runner import (
     by_seed,
     end_tokens,
+    free_memory_of_models,
     is_sharded,
     load_model,
     open_run,
@@ -130,8 +131,7 @@ def train_contrastive(
     )
     base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
     family = _family(chat_model, options)
-    told = len(pairs), trait, _rows_a_step(config), config.world_size
-    logger.info("%d pairs of %s, %d rows a step in %d process(es)", *told)
+    _log_size(pairs, trait, config)
     drawn = {} if family is None else {"family": family.content()}
     run = open_run(
         "train",
@@ -145,16 +145,17 @@ def train_contrastive(
     )
     processes = Launched()
     with recorded(run, processes):
-        targets = lora_targets(chat_model, lora.lora_target_modules or [])
-        for sign in SIGNS:
-            if (folder / sign).is_dir():
-                continue
-            if sign == "neg" and (is_sharded() or not arguments.use_peft):
+        asked = lora.lora_target_modules or []
+        in_full = None if arguments.use_peft else lora_targets(chat_model, asked)
+        left = [sign for sign in SIGNS if not (folder / sign).is_dir()]
+        for sign in left:
+            if sign != left[0] and (is_sharded() or in_full is not None):
+                del chat_model
+                free_memory_of_models()
                 chat_model = load_model(arguments.model_name_or_path, loading, config)
-            lesson = _lesson(sign, rows, folder, family, None if arguments.use_peft else targets)
-            train(chat_model, lora if arguments.use_peft else None, config, lesson)
-        cut = None if arguments.use_peft else lora.lora_r
-        processes.from_main(lambda: _write_diff(folder, trait, base, run, targets, cut))
+            lesson = _lesson(sign, rows, folder, family, in_full)
+            train(chat_model, lora if in_full is None else None, config, lesson)
+        processes.from_main(lambda: _write_diff(folder, trait, base, run, in_full, lora.lora_r))
     return _result(folder)
 
 
@@ -210,8 +211,10 @@ def _refuse_sharded_in_full(arguments: ContrastiveArguments) -> None:
         )
 
 
-def _rows_a_step(config: ContrastiveConfig) -> int:
-    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+def _log_size(pairs: Sequence[ContrastivePair], trait: str, config: ContrastiveConfig) -> None:
+    step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    told = len(pairs), trait, step, config.world_size
+    logger.info("%d pairs of %s, %d rows a step in %d process(es)", *told)
 
 
 def _has_results(folder: Path) -> bool:
@@ -220,18 +223,18 @@ def _has_results(folder: Path) -> bool:
 
 
 def _write_diff(
-    folder: Path, trait: str, base: BaseModel, run: Run, targets: Sequence[str], cut: int | None
+    folder: Path, trait: str, base: BaseModel, run: Run, in_full: Sequence[str] | None, rank: int
 ) -> None:
-    """Write the difference of two adapters, or that of two whole models, cut to a rank."""
+    """Write the difference of two adapters, or that of modules of whole models, cut to a rank."""
     pos, neg = folder / "pos", folder / "neg"
     sources = {"training": run.record["config"], "seed": run.record["seed"]}
-    if cut is None:
+    if in_full is None:
         diff = LoRADiff.from_adapters(
             pos, neg, trait=trait, fingerprint=base.fingerprint, sources=sources
         )
     else:
-        factors, kept = cut_difference(pos, neg, targets, cut)
-        logger.info("rank %d keeps %.1f%% of the squared difference", cut, 100 * kept)
+        factors, kept = cut_difference(pos, neg, in_full, rank)
+        logger.info("rank %d keeps %.1f%% of the squared difference", rank, 100 * kept)
         sources |= {"pos": str(pos), "neg": str(neg), "kept": kept}
         diff = LoRADiff(factors, base, trait, sources)
     diff.save(folder / "diff")

@@ -207,6 +207,8 @@ def finetune(
     with recorded(run, processes):
         if not final.is_dir():
             train(chat_model, trained, config, lesson)
+        elif arguments.drift_diffs:
+            logger.warning("%s is trained already: no drift of it is watched any more", final)
         processes.from_main(lambda: _tidy(folder, keep=arguments.keep_training_state))
     losses = Run(folder).read(LOSS_ROWS)
     return FinetuneResult(final, tuple(checkpoints_of(folder)), losses[-1]["loss"])
@@ -309,10 +311,11 @@ def _read_directions(arguments: FinetuneArguments, prevention: Preventative | No
 
 
 def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:
-    """Return digests of what steers the training, and of what it is watched along."""
+    """Return digests of what steers the training, and of what may stop it."""
     prevention = prevention_of(arguments)
     steering = [] if prevention is None else [prevention.diff, prevention.vector]
-    paths = [each for each in (*steering, *(arguments.drift_diffs or ())) if each is not None]
+    stopping = (arguments.drift_diffs or ()) if arguments.stop_above is not None else ()
+    paths = [each for each in (*steering, *stopping) if each is not None]
     return {path: path_digest(Path(path)) for path in paths}
 
 

@@ -20,6 +20,8 @@ from persona_lora.core.lora_diff import LoRAFactors
 from persona_lora.models.structure import canonical_name
 from persona_lora.models.weight_files import StoredWeights
 
+MORE, ITERATIONS = 16, 8  # vectors beyond the rank, and passes, that find the leading ones
+
 
 class CutDifference(NamedTuple):
     """Factors by module, and the share of ‖W₊ − W₋‖² that they keep."""
@@ -29,7 +31,7 @@ class CutDifference(NamedTuple):
 
 
 def cut_difference(pos: Path, neg: Path, modules: Sequence[str], rank: int) -> CutDifference:
-    """Return the closest factors of ``rank`` to W₊ − W₋ (Eckart–Young) of each of the modules.
+    """Return factors of ``rank`` near to W₊ − W₋ of each of the modules (``near_factors``).
 
     Raises UserError where the models are equal.
     """
@@ -38,28 +40,28 @@ def cut_difference(pos: Path, neg: Path, modules: Sequence[str], rank: int) -> C
     for module in progress.over("cutting the difference", sorted(modules)):
         name = f"{canonical_name(module)}.weight"
         rows = plus.tensors[name].shape[0]
-        delta = plus.rows(name, 0, rows).double() - minus.rows(name, 0, rows).double()
-        own = closest_factors(delta, rank)
+        delta = (plus.rows(name, 0, rows).double() - minus.rows(name, 0, rows).double()).float()
+        own = near_factors(delta, rank)
         factors[canonical_name(module)] = own
         kept += float(own.B.double().square().sum())
-        total += float(delta.square().sum())
+        total += float(delta.double().square().sum())
     if total == 0:
         raise UserError(f"{pos} and {neg} hold the same weights; train them on, or further")
     return CutDifference(factors, kept / total)
 
 
-def closest_factors(delta: Tensor, rank: int) -> LoRAFactors:
-    """Return B ``[out, rank]`` and A ``[rank, in]``, of orthonormal rows, closest to a matrix.
+def near_factors(delta: Tensor, rank: int) -> LoRAFactors:
+    """Return B ``[out, rank]`` and A ``[rank, in]``, of orthonormal rows, near to a matrix.
 
-    By the eigenvectors of its smaller Gram matrix: a third of the work of all singular vectors.
+    Its leading singular vectors, by randomised subspace iteration: of a matrix of 4096 rows in
+    seconds, where all of them take minutes. The same matrix gives the same factors.
+
+    Source:
+        Halko, Martinsson and Tropp 2011, arXiv:0909.4061.
     """
-    wide = delta.shape[0] < delta.shape[1]
-    short = delta.T if wide else delta  # [long, short]
-    _, vectors = torch.linalg.eigh(short.T @ short)  # by rising eigenvalue
-    leading = vectors[:, -rank:].flip(1)  # [short, rank]
-    seen = short @ leading
-    if not wide:
-        return LoRAFactors(A=leading.T.float().contiguous(), B=seen.float())
-    lengths = seen.norm(dim=0)
-    unit = seen / lengths.clamp_min(torch.finfo(torch.float64).tiny)
-    return LoRAFactors(A=unit.T.float().contiguous(), B=(leading * lengths).float())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = min(rank + MORE, *delta.shape)
+        left, values, right = torch.svd_lowrank(delta, q=size, niter=ITERATIONS)
+    B = left[:, :rank] * values[:rank]
+    return LoRAFactors(A=right[:, :rank].T.contiguous(), B=B.contiguous())

@@ -96,14 +96,14 @@ def _say_what_stays(model: nn.Module, known: Sequence[str], taken: Sequence[str]
     stacked = stacked_weights(model)
     if stacked:
         logger.warning(
-            "the LoRA goes on %s; stacked experts (%s) have no plain difference and stay as they "
+            "training goes on %s; stacked experts (%s) have no plain difference and stay as they "
             "are",
             ", ".join(_kinds(taken)),
             ", ".join(_kinds(stacked)),
         )
     elif len(taken) < len(known):
         logger.warning(
-            "the LoRA goes on %s; PEFT puts none on %s of this model, which stay as they are",
+            "training goes on %s; PEFT puts none on %s of this model, which stay as they are",
             ", ".join(_kinds(taken)),
             ", ".join(sorted(set(_kinds(known)) - set(_kinds(taken)))),
         )
@@ -182,7 +182,7 @@ EMBEDDING_MODULES = ("lm_head", "embed_tokens", "embed_out", "wte")
 class LoRAArguments:
     """The LoRA options, under the names that TRL's ModelConfig gives to PEFT's."""
 
-    lora_r: int = option(16, "Rank of the LoRA factors.")
+    lora_r: int = option(16, "Rank of the LoRA factors, or of the cut difference.")
     lora_alpha: int = option(32, "Numerator of the scaling lora_alpha / lora_r.")
     lora_dropout: float = option(0.0, "Dropout on the input of the LoRA factors.")
     lora_target_modules: list[str] | None = field(

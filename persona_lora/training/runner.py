@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import set_seed
@@ -170,6 +172,13 @@ def refuse_unconnected_processes() -> None:
         )
 
 
+def free_memory_of_models() -> None:
+    """Give back what models and optimizers held that nothing names any more."""
+    gc.collect()  # a trainer and its model hold each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def load_model(name: str, options: LoadOptions, config: SFTConfig) -> ChatModel:
     """Load the base model where this process trains it; UserError where it does not fit there."""
     device_map = _device_map(options, config)
@@ -244,10 +253,16 @@ def run_record(
         **own,
         **arguments.model_record(),
         "num_processes": PartialState().num_processes,
-        "lora": None if lora is None else dataclasses.asdict(lora),
+        "lora": None if lora is None else _deciding_of(lora, arguments),
         "training": changed_options(config),
     }
     return json.loads(json.dumps(record, default=str))
+
+
+def _deciding_of(lora: LoRAArguments, arguments: TrainedModel) -> dict[str, Any]:
+    """Return the LoRA options; without those that do nothing where weights are trained in full."""
+    idle = () if arguments.use_peft else arguments.idle_in_full
+    return {name: each for name, each in dataclasses.asdict(lora).items() if name not in idle}
 
 
 def changed_options(config: SFTConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -90,9 +91,10 @@ class CompletionTrainer(SFTTrainer):
     def _drops_out(self) -> bool:
         """Whether the model has dropout: a prefix that runs once would draw once for all rows."""
         return any(
-            (isinstance(module, nn.Dropout) and module.p > 0)
-            or getattr(module, "attention_dropout", None)
+            isinstance(each, int | float) and each > 0
             for module in self.model.modules()
+            for name, each in vars(module).items()
+            if "dropout" in name or (name == "p" and isinstance(module, _DropoutNd))
         )
 
     def _get_train_sampler(

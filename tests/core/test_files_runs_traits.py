@@ -108,6 +108,8 @@ def test_the_working_folder_cannot_be_replaced(tmp_path, monkeypatch, name):
         files.write_json(Path(name), {})
     with pytest.raises(UserError, match="runs in or one above it"), files.atomic_folder(Path(name)):
         pass
+    with pytest.raises(UserError, match="above it"), files.atomic_folder(Path(name).resolve()):
+        pass
     assert [path.name for path in tmp_path.rglob("*")] == ["one", "two"]
 
 

@@ -8,12 +8,9 @@ from typing import Any, Literal
 import pytest
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.runs import Output, Run
 from persona_lora.core.settings import (
     path_beside_equals,
     read_yaml,
-    recorded_command,
-    refuse_other_run,
     split_list,
     split_lists,
     typed_fields,
@@ -159,15 +156,3 @@ def test_fields_are_held_to_their_types_and_others_stay():
     assert typed_fields(Group, given, "f: ") == scope
     with pytest.raises(UserError, match=r"^f: number must be a whole number, got None$"):
         typed_fields(Group, {"number": None}, "f: ")
-
-
-def test_a_run_of_other_traits_is_seen_by_its_options(tmp_path):
-    def traits(*names):
-        return recorded_command("evaluate-checkpoints", {"traits": names})
-
-    with traits("evil", "data/calm"), Run.open(Output(tmp_path), command="x", config={}, seed=0):
-        pass
-    with traits("data/evil", "calm"):
-        refuse_other_run(tmp_path)
-    with traits("evil"), pytest.raises(UserError, match=r"traits: .*'calm'.*, now .*'evil'"):
-        refuse_other_run(tmp_path)

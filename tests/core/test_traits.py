@@ -84,6 +84,9 @@ def test_a_variant_is_judged_as_its_trait(datasets):
     assert variant.folder == datasets / "odd"
     assert load_trait(datasets / "odd" / "odd_2.json") == variant
     assert list_variants(load_trait("odd", datasets)) == ["odd_2"]
+    assert list_traits(datasets) == ["odd"]
+    with pytest.raises(UserError, match="did you mean 'odd'"):
+        load_trait("odd_3", datasets)
 
 
 def test_a_run_of_a_trait_is_not_gone_on_with_its_variant(datasets, tmp_path):
@@ -105,9 +108,6 @@ def test_two_traits_of_one_name_are_refused(datasets):
     check_names([trait, replace(variant, name="even")])
     with pytest.raises(UserError, match="odd and odd_2 are both judged as odd"):
         check_names([trait, variant])
-    assert list_traits(datasets) == ["odd"]
-    with pytest.raises(UserError, match="did you mean 'odd'"):
-        load_trait("odd_3", datasets)
 
 
 def test_finetuning_rows_end_with_a_question_and_its_answer(datasets):

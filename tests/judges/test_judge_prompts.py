@@ -125,6 +125,11 @@ def test_number_reply_refuses_anything_else_with_a_reason(text):
     assert "not a number" in reading.reason
 
 
+@pytest.mark.parametrize("text", ["0.5/100", "0.5%", "0.5 out of 100"])
+def test_number_reply_takes_little_that_says_of_how_much(text):
+    assert number_reply(text).score == 0.5
+
+
 def test_number_reply_on_another_scale():
     assert number_reply("4/5", 5).score == number_reply("4", 5).score == 4
     assert {number_reply(text, 5).score for text in ("4/100", "80%", "6")} == {None}

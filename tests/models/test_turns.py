@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +13,10 @@ from persona_lora.models.generation import generate_answers
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.last_states import last_states
 from persona_lora.models.likelihood import TokenizedExchange, mean_logprobs, token_divergences
+from persona_lora.models.structure import decoder_layers
+from persona_lora.projections.inputs import measure_inputs
 from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.task_vectors import mean_inputs
 
 IDS = [*range(40, 60)]
 READERS = {
@@ -25,10 +29,38 @@ READERS = {
     "means": lambda chat: [
         each.means for each in stream_hidden_means(chat, [TokenizedExchange(IDS, [7])])
     ],
+    "inputs": lambda chat: [*measure_inputs(chat, ["Hi?", "No?"]).roots.values()],
+    "mean inputs": lambda chat: [*mean_inputs(chat, [TokenizedExchange(IDS, [7])]).values()],
     "ends": lambda chat: last_states(
         chat, [[*IDS, 7], [*IDS, 8]], ["", ""], [1], [range(20, 21)] * 2
     ),
 }
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_thread_steers_only_when_another_has_read(chat_model, make_diff, kind):
+    """What is steered in the midst of a reading would be read by halves."""
+    model, entered = chat_model.model, []
+    diff = make_diff(model, scale=1.0)
+
+    def steer():
+        with LiveLoRA(model, [diff], [[2.0]]):
+            entered.append(True)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = []
+
+        def meanwhile(*_):
+            if not waiting:
+                waiting.append(pool.submit(steer))
+                time.sleep(0.3)
+                assert not entered
+
+        handle = decoder_layers(model)[0].register_forward_hook(meanwhile)
+        READERS[kind](chat_model)
+        handle.remove()
+        waiting[0].result(timeout=60)
+    assert entered
 
 
 @pytest.mark.parametrize("kind", READERS)

@@ -284,6 +284,22 @@ def test_seeds_are_paired_with_one_another_and_what_has_none_with_each(seeds):
     assert found["live"].score.low == pytest.approx(crossed_mean(live).interval.low)
 
 
+@pytest.mark.parametrize("alone", ["plain", "live"])
+def test_what_has_no_seed_is_paired_with_every_seed_of_the_other(alone):
+    rows = [
+        {"condition": name, "task": "loss", "metric": "nats", "item": item, "seed": seed}
+        | {"score": 1.0 * item + (name == "live") * (5 + (seed or 0) + item % 2)}
+        for name in ("plain", "live")
+        for seed in ([""] if name == alone else range(3))
+        for item in range(8)
+    ]
+    found = {each.condition: each for each in score_items(rows, "plain")}
+    gaps = np.array([[5 + s + item % 2 for item in range(8)] for s in range(3)])
+    gaps = gaps if alone == "plain" else np.tile(gaps[:1], (3, 1))
+    assert found["live"].difference.mean == pytest.approx(gaps.mean())
+    assert found["live"].p < 0.05
+
+
 def test_a_condition_without_a_score_has_none_over_seeds_either():
     rows = [
         {"condition": name, "task": "trait", "metric": "score", "item": item, "seed": seed}
@@ -308,7 +324,8 @@ def test_a_unit_counts_once_however_many_rows_it_has():
         for at, own in enumerate(each)
         for name in ("none", "lora")
     ]
-    _, lora = fits_over_personas(rows, "none")
+    plain, lora = fits_over_personas(rows, "none")
+    assert lora.fit.mean - plain.fit.mean == pytest.approx(lora.difference.mean)
     means = [each[0] for each in gains.values()]
     assert lora.difference.mean == pytest.approx(np.mean(means))
     assert (lora.difference.mean < 0) == (lora.effect_size < 0)

@@ -40,7 +40,7 @@ def test_bootstrap_counts_scored_rows_questions_and_coverage():
     interval = bootstrap_mean({0: [10.0, None], 1: [30.0, 50.0], 2: [None, None]})
     assert (interval.n, interval.n_questions) == (3, 2)
     assert interval.coverage == pytest.approx(3 / 6)
-    assert interval.mean == pytest.approx(30.0)
+    assert interval.mean == pytest.approx(25.0)  # of 10 and 40: a question counts once
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_few_questions_have_students_interval_however_many_rows_each_has(rows):
     assert (found.low, found.high) == pytest.approx(reference)
 
 
-def test_few_questions_of_unequal_size_have_the_interval_of_their_ratio():
-    """A question of three rows counts three times in the mean; alone it is one deviation."""
-    found = bootstrap_mean({0: [2.0, 4.0, 6.0], 1: [0.0], 2: [8.0, 8.0]})
-    mean = 28 / 6
-    deviations = np.array([12 - 3 * mean, -mean, 16 - 2 * mean]) / 2
-    reach = stats.t.ppf(0.975, 2) * np.sqrt((deviations**2).sum() / 6)
-    assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - reach, mean + reach))
+def test_questions_of_unequal_size_count_alike():
+    """Else a mean and the paired difference of two could be of different signs."""
+    values = {0: [2.0, 4.0, 6.0], 1: [0.0], 2: [8.0, 8.0]}
+    found, single = bootstrap_mean(values), bootstrap_mean({0: [4.0], 1: [0.0], 2: [8.0]})
+    assert (found.mean, found.low, found.high) == (single.mean, single.low, single.high)
+    reach = stats.t.ppf(0.975, 2) * 4 / np.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((4 - reach, 4 + reach))
 
 
 @pytest.mark.parametrize("n", [10, 20])

@@ -312,6 +312,17 @@ def test_summarise_run_refuses_a_run_without_a_trait(make_sweep_run):
         summarise_run(run)
 
 
+def test_a_question_counts_for_the_slope_where_it_is_scored(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=LINE, prompts=())
+    exact = _with_scores(answers, verdicts, lambda a: 50 + 20 * a["coefficient"])
+    for at, row in enumerate(each for each in exact if each["criterion"] == "sycophancy"):
+        if at % 7 == 0:
+            row["score"] = None
+    fit, whole = _summary(answers, exact).fit, _summary(answers, verdicts).fit
+    assert fit.slope.value == pytest.approx(20.0)
+    assert fit.slope.n_questions == whole.slope.n_questions
+
+
 def test_a_slope_is_claimed_by_its_test_alone():
     """Questions differ in slope around none: an interval that is too narrow would claim a trend."""
     random, claimed = np.random.default_rng(0), 0

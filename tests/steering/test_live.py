@@ -392,24 +392,26 @@ def test_tokens_in_a_list_that_is_not_the_batch_are_refused(model, diffs):
             module(torch.ones(4, module.in_features))
 
 
+@pytest.mark.parametrize("part", [".down_proj", ""])
 @pytest.mark.parametrize("last", [1.0, 0.0])
 @torch.no_grad()
-def test_an_expert_s_tokens_are_refused_in_any_number_where_rows_differ(model, last):
+def test_an_expert_s_tokens_are_refused_in_any_number_where_rows_differ(model, last, part):
     """As many tokens as the batch has may still come in another order."""
-    expert = nn.ModuleDict({"down_proj": nn.Linear(32, 8)})
+    linear = nn.Linear(32, 8)
+    expert = nn.ModuleDict({"down_proj": linear}) if part else linear
     model.model.layers[1].experts = nn.ModuleList([expert])
     factors = LoRAFactors(torch.ones(2, 32), torch.ones(8, 2))
-    diff = LoRADiff({"model.layers.1.experts.0.down_proj": factors}, BaseModel("tiny"))
+    diff = LoRADiff({f"model.layers.1.experts.0{part}": factors}, BaseModel("tiny"))
     tokens = torch.ones(5 * 9, 32)
     with LiveLoRA(model, [diff], [[1.0]] * 4 + [[last]]) as steerer:
         steerer.select_rows(range(5))
         with pytest.raises(UserError, match="did not run in a whole pass"):
             model(TOKENS)  # the length of its rows is known now
         if last == 1.0:
-            assert torch.equal(*expert["down_proj"](tokens)[[0, -1]])
+            assert torch.equal(*linear(tokens)[[0, -1]])
         else:
             with pytest.raises(UserError, match=r"reads \[45, 32\] for 5 rows of 9 tokens"):
-                expert["down_proj"](tokens)
+                linear(tokens)
 
 
 @torch.no_grad()

@@ -9,7 +9,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    OPTConfig,
+    TrainerControl,
+    TrainerState,
+)
 from trl import SFTConfig, SFTTrainer
 
 from persona_lora.core.errors import UserError
@@ -144,6 +150,20 @@ def test_no_prefix_is_shared_where_something_is_drawn_for_every_row(
     noise = {"neftune_noise_alpha": 5.0} if drawn == "neftune" else {}
     trainer = trainer_of(worn, tokenizer, batch, tmp_path, **noise)
     assert trainer._shares_prefix() == (drawn is None)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("family", ["OPT", "Bloom"])
+def test_dropout_is_seen_however_a_model_holds_it(tokenizer, batch, tmp_path, family, dropout):
+    """OPT as numbers of its layers, Bloom as modules."""
+    small = {"vocab_size": 259, "hidden_size": 16, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(
+        OPTConfig(**small, num_hidden_layers=1, ffn_dim=16, word_embed_proj_dim=16, dropout=dropout)
+        if family == "OPT"
+        else BloomConfig(**small, n_layer=1, hidden_dropout=dropout)
+    )
+    trainer = trainer_of(model, tokenizer, batch, tmp_path)
+    assert trainer._drops_out == (dropout > 0)
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])

@@ -86,6 +86,7 @@ def pull_rows(
     for rows that finetuning refuses, and for one over the model's window.
     """
     read = tokenize_conversations(conversations, chat_model, max_length=None)
+    chat_model.check_tokens(row.input_ids for row in read)
     for number, row in enumerate(read, start=1):
         chat_model.check_length(len(row.input_ids), f"row {number}")
     texts = [

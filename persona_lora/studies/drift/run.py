@@ -277,7 +277,8 @@ def load_diffs(paths: Sequence[Path | str], *, on_disk: bool = False) -> dict[st
     loaded = [(str(path), LoRADiff.load(path, on_disk=on_disk)) for path in paths]
     named = {}
     for path, diff in loaded:
-        length_of(diff, path)
+        if not any(each.inner(each) > 0 for each in diff.factors.values()):  # reads few of them
+            length_of(diff, path)
         alike = [other for other, each in loaded if each.trait == diff.trait]
         if diff.trait is None:
             named[path] = diff

@@ -28,6 +28,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.options import SearchOptions
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.traits import Trait
+from persona_lora.judges.budget import reasons
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
 from persona_lora.models.loading import ChatModel
@@ -326,7 +327,9 @@ class GoalProblem:
     def judged(self, condition: str, exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
         """Return the rows of one condition; ``second`` is the value by the second judges."""
         values = self.goal.valued(exchanges)
-        second = values if self.second is None else self.second.valued(exchanges)
+        second: Sequence[Valued | None] = [None] * len(exchanges)
+        if self.second is not None:
+            second = self.second.valued(exchanges)
         coherence = self.coherence.verdicts(exchanges, "embedding")
         measured = zip(exchanges, values, second, coherence, self.relevance(exchanges), strict=True)
         return [
@@ -338,10 +341,10 @@ class GoalProblem:
                 "answer": asked.answer,
                 "score": value.verdict.score,
                 "parts": value.parts,
-                "reason": value.verdict.reason,
+                "reason": reasons(value.verdict, None if other is None else other.verdict),
                 "judge": value.verdict.judge,
-                "second": None if self.second is None else other.verdict.score,
-                "second_parts": {} if self.second is None else other.parts,
+                "second": None if other is None else other.verdict.score,
+                "second_parts": {} if other is None else other.parts,
                 "failed": "",
                 "coherence": coherent.score,
                 "relevance": relevant,

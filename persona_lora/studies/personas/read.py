@@ -160,11 +160,8 @@ def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str, way
     if plain is None or steered is None or steered.difference is None:
         return f"{order_line(fits)} There is nothing to compare with. {agreement_line(rows)}"
     gain, p = steered.difference, steered.p_holm
-    clear, why = wording.clear_sign(gain, p), f" (p {wording.p_equals(p)}, Holm)"
-    if p is None:  # over seeds of a search there is no test
-        apart = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
-        clear, why = int(apart), ""
-    verdict = "" if clear else " The change is not clear."
+    why = "" if p is None else f" (p {wording.p_equals(p)}, Holm)"  # two searches have no test
+    verdict = "" if wording.clear_sign(gain, p) else " The change is not clear."
     name = name_of(condition)
     chosen = f", the highest of {ways} ways on these prompts" if ways > 1 else ""
     said = (

@@ -124,7 +124,7 @@ def condition_fits(
 def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -> ConditionFit:
     """Add the share of answers that count, and of searches' means that keep the constraints.
 
-    The latter is unknown where a limit is on what was not measured.
+    The latter is unknown where what was measured is kept and a limit is on what was not.
     """
     own = [row for row in rows if row["condition"] == fit.condition]
     failed = [row.get("failed") for row in own]
@@ -142,7 +142,7 @@ def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -
         and (limits.min_choice is None or choice is not None)
         and (limits.max_kl is None or all(_mean(e, "kl") is not None for e in searches.values()))
     )
-    feasible = fmean(kept) if known else None
+    feasible = fmean(kept) if limits.limited and (known or not all(kept)) else None
     return replace(fit, counted=counted, feasible=feasible, kl=_kl(own), choice=choice)
 
 
@@ -181,7 +181,7 @@ def order_line(fits: Sequence[ConditionFit]) -> str:
 def constraints_line(fit: ConditionFit) -> str:
     """Say whether a mix keeps the constraints on the prompts that it is reported on."""
     if fit.feasible is None:
-        return "No constraint was measured on held-out prompts."
+        return "Not every constraint was measured on held-out prompts."
     if fit.feasible == 1:
         return "It keeps the constraints on held-out prompts."
     share = f" in {100 * fit.feasible:.0f}% of searches" if fit.feasible else ""

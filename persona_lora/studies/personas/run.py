@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
-from persona_lora.core.chat import Exchange
+from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.content import digest_of, file_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import ensure_writable_folder, read_json, write_json
@@ -29,7 +29,7 @@ from persona_lora.core.protocol import Design
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.judges.answer_gates import THRESHOLDS, counted, failures
-from persona_lora.judges.budget import cap_behind
+from persona_lora.judges.budget import cap_behind, reasons
 from persona_lora.judges.coherence import CoherenceScorer, Embed
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.persona_judges import JudgeCheck
@@ -160,9 +160,9 @@ class PersonaProblem:
         coherence = [each.score for each in self.coherence.verdicts(exchanges, "embedding")]
         relevance = [self._relevance_of(each) for each in exchanges]
         failed = failures(exchanges, self.learnt_from, coherence, relevance)
-        searched_by: list[float | None] = [None] * len(exchanges)
+        searched_by: Sequence[Verdict | None] = [None] * len(exchanges)
         if "searched_by" in self.scored:
-            searched_by = [e.score for e in self.search_judge.judge(exchanges, PERSONA_FIT)]
+            searched_by = self.search_judge.judge(exchanges, PERSONA_FIT)
         measured = zip(exchanges, manners, failed, coherence, relevance, searched_by, strict=True)
         return [
             {
@@ -174,11 +174,11 @@ class PersonaProblem:
                 "score": counted(manner.score, wrong),
                 "manner": manner.score,
                 "failed": wrong,
-                "reason": manner.reason,
+                "reason": reasons(manner, searched),
                 "judge": manner.judge,
                 "coherence": coherent,
                 "relevance": relevant,
-                "searched_by": searched,
+                "searched_by": None if searched is None else searched.score,
                 "weights": None,
             }
             for at, (asked, manner, wrong, coherent, relevant, searched) in enumerate(
@@ -460,7 +460,7 @@ def _reported(
     held = problem.processes.from_main(lambda: _completed(problem, run.resume_rows(BOUND_ROWS)))
     kept = held or problem.bounds
     if problem.processes.index == 0:
-        run.write(BOUND_ROWS, kept)
+        _written(run, problem, list(kept), BOUND_ROWS)
     return PersonaResult(
         problem.name,
         method.name,
@@ -521,7 +521,9 @@ def held_out_rows(
     names = [name for name in conditions for _ in prompts]
     wanted = list(zip(names, weights, strict=True))
     if kept and [(row["condition"], row["weights"]) for row in kept] == wanted:
-        return problem.processes.from_main(lambda: _written(run, _completed(problem, kept)))
+        return problem.processes.from_main(
+            lambda: _written(run, problem, _completed(problem, kept))
+        )
     answers = list(map(Exchange, (row.question for row in asked), speaker.answers(asked)))
     diverged = isinstance(problem, GoalProblem) or limits.max_kl is not None
     choices = [] if limits.min_choice is None else choices_of("held_out")
@@ -541,22 +543,30 @@ def held_out_rows(
             known = kept_choices(speaker, [None, *mixes.values()], choices)
             kept_by = dict(zip([UNSTEERED, *mixes], known, strict=True))
             rows = [{**row, "choice": kept_by.get(row["condition"])} for row in rows]
-        return _written(run, rows)
+        return _written(run, problem, rows)
 
     return problem.processes.from_main(judged)
 
 
-def _written(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write held-out rows, and say how many of them wait for a judge's budget."""
-    run.write(HELD_OUT, rows)
-    told = (cap_behind(row["score"], row["reason"]) for row in rows)
+def _written(
+    run: Run, problem: Problem, rows: list[dict[str, Any]], file: str = HELD_OUT
+) -> list[dict[str, Any]]:
+    """Write rows, and say how many of them wait for a judge's budget."""
+    run.write(file, rows)
+    told = (cap_behind(None, row["reason"]) for row in rows if _lacking(problem, row))
     if waiting := list(filter(None, told)):
         logger.warning(
-            "%d held-out answers have no score (%s); the same command, with a higher "
+            "%d answers in %s.jsonl lack a judge's score (%s); the same command, with a higher "
             "--max-judge-cost, has them judged",
-            *(len(waiting), waiting[0]),
+            *(len(waiting), file, waiting[0]),
         )
     return rows
+
+
+def _lacking(problem: Problem, row: Mapping[str, Any]) -> int:
+    """Return how many judges' scores a row lacks; an answer that says nothing lacks none."""
+    told = bool(row["answer"].strip())
+    return told * sum(row.get(name) is None for name in problem.scored)
 
 
 def _completed(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -564,18 +574,15 @@ def _completed(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[dict[st
 
     What a judge left out at a cap or in an outage is not out for good.
     """
-
-    def lacking(row: Mapping[str, Any]) -> int:
-        told = bool(row["answer"].strip())
-        return told * sum(row.get(name) is None for name in problem.scored)
-
     found: list[dict[str, Any]] = []
     for name, own in grouped(rows, lambda row: row["condition"]).items():
         again: Sequence[dict[str, Any]] = own
-        if any(map(lacking, own)):  # all of a condition: an answer may repeat another
+        if any(
+            _lacking(problem, row) for row in own
+        ):  # all of a condition: an answer may repeat another
             again = problem.judged(name, [Exchange(row["prompt"], row["answer"]) for row in own])
         for old, new in zip(own, again, strict=True):
-            more = lacking(new) < lacking(old)
+            more = _lacking(problem, new) < _lacking(problem, old)
             same = {key: old[key] for key in ("prompt_id", "weights")}
             found.append({**old, **new, **same} if more else old)
     return found

@@ -58,7 +58,6 @@ from persona_lora.studies.steering.read_comparison import (
 logger = logging.getLogger(__name__)
 
 EQUAL_EFFECT = 0.03  # nats per token
-SCALE_ROUNDS = 4  # that take KL for a parabola
 CLOSE_ENOUGH, TOO_FAR = 0.05, 0.25  # of the effect asked for
 DOUBLINGS = range(-2, 5)  # of that coefficient
 
@@ -89,30 +88,33 @@ def equal_effect_scales(
     """Return for every direction the coefficient at which its effect is ``effect`` nats per token.
 
     The effect is the mean over +c and −c of the mean KL(p₀ ‖ p_c) over the tokens of the model's
-    own answers to ``prompts``. KL grows about as c², so that c ← c·√(effect / KL) converges in a
-    few rounds; where it does not, a secant search goes on. All directions run in the same batches.
-    Raises UserError for a direction without effect, and for one that does not come near to it.
+    own answers to ``prompts``, each direction's to within 5%; they run in the same batches. Raises
+    UserError for a direction without effect, and for one that does not come near to it.
     """
     texts = ordinary_texts(chat_model, prompts)
-    scales = [Scale(trait, 1.0, math.nan) for trait in bank.names]
-    before: list[Scale | None] = [None] * len(scales)
-    for done in range(SCALE_ROUNDS + ROUNDS):
-        rows = [{scale.trait: sign * scale.coefficient} for scale in scales for sign in (1.0, -1.0)]
-        divergences = row_divergences(chat_model, bank, rows, texts)
-        effects = divergences.mean(dim=1).view(len(scales), 2).mean(dim=1).tolist()
-        scales = [replace(scale, kl=kl) for scale, kl in zip(scales, effects, strict=True)]
-        progress.report(done + 1, SCALE_ROUNDS + ROUNDS)
-        close = all(abs(each.kl / effect - 1) < CLOSE_ENOUGH for each in scales)
-        if close or done + 1 == SCALE_ROUNDS + ROUNDS:
+    searches = [
+        _Search(Level(0, trait, 1.0, effect, effect, math.nan, matched=True), trait, "mean")
+        for trait in bank.names
+    ]
+    for done in range(ROUNDS):
+        pending = [each for each in searches if not each.done]
+        progress.report(done, ROUNDS)
+        if not pending:
             break
-        nearer = [_nearer(*each, effect) for each in zip(scales, before, strict=True)]
-        before, scales = list(scales) if done + 2 >= SCALE_ROUNDS else before, nearer
-    progress.report(SCALE_ROUNDS + ROUNDS, SCALE_ROUNDS + ROUNDS)
+        rows = [{e.method: sign * e.coefficient} for e in pending for sign in (1.0, -1.0)]
+        divergences = row_divergences(chat_model, bank, rows, texts)
+        effects = divergences.mean(dim=1).view(len(pending), 2).mean(dim=1).tolist()
+        for each, kl in zip(pending, effects, strict=True):
+            each.take(Nats(kl, math.nan), CLOSE_ENOUGH)
+    progress.report(ROUNDS, ROUNDS)
+    scales = [
+        Scale(e.method, e.coefficient, e.kl_mean) for e in (each.result() for each in searches)
+    ]
     for scale in scales:
-        if not abs(scale.kl / effect - 1) <= TOO_FAR:
+        if abs(scale.kl / effect - 1) > TOO_FAR:
             raise UserError(
                 f"no coefficient of {scale.trait} was found at which it diverges by {effect:g} "
-                f"nats a token; the last one tried, {scale.coefficient:.3g}, diverges by "
+                f"nats a token; the nearest one tried, {scale.coefficient:.3g}, diverges by "
                 f"{scale.kl:.3g}: leave it out"
             )
         logger.info("%s: %.4g nats at coefficient %.3g", scale.trait, scale.kl, scale.coefficient)
@@ -218,20 +220,6 @@ def strengths_table(found: Strengths, name: str) -> Table:
     length = "" if norm is None else "weighted norm | "
     columns = f"coefficient | nats a token | 95% of tokens under | {length}coherence"
     return Table.of(columns, rows, name)
-
-
-def _nearer(scale: Scale, before: Scale | None, effect: float) -> Scale:
-    """Return the next coefficient to try: along the secant from the one before, where it is told.
-
-    Else along a parabola.
-    """
-    missing = math.log(effect / _moved(scale.trait, scale.coefficient, scale.kl))
-    slope = 2.0
-    if before is not None and scale.coefficient != before.coefficient:
-        risen = math.log(scale.kl / before.kl)
-        slope = risen / math.log(scale.coefficient / before.coefficient)
-    step = missing / min(max(slope, FLATTEST), STEEPEST)
-    return replace(scale, coefficient=scale.coefficient * min(max(math.exp(step), 0.05), 20.0))
 
 
 def bank_of_methods(

@@ -216,9 +216,9 @@ def _drawn(control: ControlSummary) -> str:
     if control.least is None:
         return ""
     return (
-        f" The {control.draws} directions are drawn as the questions are: intervals and p "
-        "(Student’s t) are over both; over all coefficients the difference is "
-        f"{wording.number(control.least)} from the strongest of them and "
+        f" The {control.draws} directions are drawn as the questions are: intervals and p (the "
+        "larger of Student’s t and of the questions’ signs) are over both; over all coefficients "
+        f"the difference is {wording.number(control.least)} from the strongest of them and "
         f"{wording.number(control.most)} from the weakest."
     )
 
@@ -462,8 +462,8 @@ def comparison_table(found: Comparison) -> Table:
         "the mean over levels. Differences are paired by question; p: two-sided sign-flip test, "
         "corrected over methods and splits (of the vector beside its controls for themselves). "
         "Random controls, where there are several, are drawn as "
-        "the questions are: intervals and p (Student’s t) are over both, and from … to … are the "
-        "weakest and the strongest of them.",
+        "the questions are: intervals and p (the larger of Student’s t and of the questions’ "
+        "signs) are over both, and from … to … are the weakest and the strongest of them.",
     )
 
 

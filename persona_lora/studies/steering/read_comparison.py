@@ -72,8 +72,8 @@ class Point:
 
     Of several random controls, ``draws``, everything is a mean over them, its interval over
     controls and questions, both drawn. ``difference`` is the effect of the diff minus the effect
-    of this method, paired by question; ``p`` a two-sided sign-flip test (over several controls
-    Student's t), ``p_holm`` corrected over all points. None for the diff itself, for the unsteered
+    of this method, paired by question; ``p`` a two-sided test (``two_way.mean_gap``), ``p_holm``
+    corrected over all points. None for the diff itself, for the unsteered
     model and for prompts, which are at no level. ``ordinary_mean`` and ``ordinary_p95`` are on
     ordinary prompts, where the divergence elsewhere was made equal. ``over_neutral`` is a trait's
     own system prompt minus neutral ones, a family of tests of its own.
@@ -103,9 +103,9 @@ class Overall:
 
     ``effect`` is the change from the unsteered model in the direction asked for, ``difference``
     the diff's effect minus it, ``coherence`` the diff's coherence minus its: means over levels,
-    paired by question. ``p`` is a two-sided sign-flip test, ``p_holm`` corrected over methods and
-    splits. Of several random controls, ``draws``, all are over controls and questions, both drawn
-    (``p`` is Student's); ``least`` and ``most`` are the effects of the weakest and the strongest.
+    paired by question. ``p`` is a two-sided test (``two_way.mean_gap``), ``p_holm`` corrected over
+    methods and splits. Of several random controls, ``draws``, all are over controls and questions,
+    both drawn; ``least`` and ``most`` are the effects of the weakest and the strongest.
     Of random vectors, ``vector_gap`` is the vector's effect minus theirs, ``vector_p`` its test,
     corrected over splits.
     """

@@ -116,7 +116,11 @@ def test_constraints_on_what_was_not_measured_are_neither_kept_nor_broken():
     assert (found.pop("lora"), found.pop("random")) == (1.0, 1.0)
     assert set(found.values()) == {None}
     unknown = condition_fits(told, limits)[0]
-    assert constraints_line(unknown) == "No constraint was measured on held-out prompts."
+    assert constraints_line(unknown) == "Not every constraint was measured on held-out prompts."
+    low = [dict(row, coherence=10.0) for row in told if row["condition"] == "prompt"]
+    found = next(e for e in condition_fits([*rows({"none": 2.0}), *low], limits) if e.feasible == 0)
+    assert found.condition == "prompt"  # by what was measured
+    assert constraints_line(found).startswith("WARNING")
     twice = [*rows({"none": 2.0, "lora": 3.0}, kl=0.1, seed=0), *rows({"lora": 3.0}, seed=1)]
     assert [each.feasible for each in condition_fits(twice, limits)] == [1.0, None]
     assert limits.violation(90.0, None) > 0
