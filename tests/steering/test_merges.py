@@ -289,7 +289,7 @@ def test_who_waits_for_a_model_says_so_once(model, make_diff, monkeypatch, caplo
         assert waiting.is_alive()
     waiting.join()
     assert [each.message for each in caplog.records] == [
-        "waiting for another thread to leave its steering of this model"
+        "waiting for another thread to be done with this model"
     ]
 
 

@@ -219,7 +219,7 @@ def test_help_shows_an_example_and_the_defaults_on_one_page(capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert PAGE.example in text
-    assert "--lora_r: Rank of the LoRA factors. [16]" in text
-    assert "--learning_rate: Highest learning rate. [0.0002]" in text
+    assert "--lora_r: Rank of the LoRA factors, or of the cut difference. [16]" in text
+    assert "--learning_rate: Highest learning rate; in full take about 2e-5. [0.0002]" in text
     assert "--trait" in text
     assert len(text.splitlines()) < 50

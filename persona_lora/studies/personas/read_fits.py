@@ -132,8 +132,9 @@ def _checked(fit: ConditionFit, rows: Sequence[Row], limits: ObjectiveOptions) -
     choice = _mean(own, "choice")
     measures = ("coherence", "relevance", "choice")
     means = [{name: _mean(each, name) for name in measures} for each in searches.values()]
+    asked = limits if choice is not None else replace(limits, min_choice=None)
     kept = [
-        not limits.violation(**mean, kl=_kl(each) or 0.0)  # empty answers diverge nowhere
+        not asked.violation(**mean, kl=_kl(each) or 0.0)  # empty answers diverge nowhere
         for mean, each in zip(means, searches.values(), strict=True)
     ]
     counted = None if None in failed else fmean(not each for each in failed)
