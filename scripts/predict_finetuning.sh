@@ -5,24 +5,33 @@
 # project it, take off what the plain rows of its family do with the same settings, and correlate:
 # bash scripts/predict_finetuning.sh            (two to three hours on two cores; resumable)
 # bash scripts/predict_finetuning.sh --quick    (six short finetunes, few questions: does it run?)
-# It is held to docs/protocols/predict_finetuning_controls.yaml; with MODEL, TRAITS, LAYER, QUESTIONS or SEEDS
-# of your own to PROTOCOL, or else exploratory. FINETUNE_ONLY=1 stops before anything is judged.
+# bash scripts/predict_finetuning.sh --doses    (44 finetunes of eleven families, each strong and weak, judged on
+#                                                four traits of which the reader is fit on a larger model too)
+# It is held to docs/protocols/predict_finetuning_controls.yaml; --doses, or with MODEL, TRAITS, LAYER, QUESTIONS
+# or SEEDS of your own, to PROTOCOL, or else exploratory. FINETUNE_ONLY=1 stops before anything is judged.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 traits=${TRAITS:-sycophancy hallucination evil}
-layer=${LAYER:-19} model=${MODEL:-SmolLM2-135M-Instruct} made=${MADE:-checkpoints/seeds}
-out=${OUT:-results/prediction} folder=$made/prediction
+made=${MADE:-checkpoints/seeds} out=${OUT:-results/prediction}
+case ${1:-} in
+    --doses) # its differences are trained for fewer steps
+        traits=${TRAITS:-hallucination formality intimacy narrative_mode}
+        made=${MADE:-checkpoints/doses} out=${OUT:-results/prediction_doses} ;;
+    --quick | "") ;;
+    *) echo "error: $1: pass --quick, --doses or nothing" >&2 && exit 2 ;;
+esac
+layer=${LAYER:-19} model=${MODEL:-SmolLM2-135M-Instruct} folder=$made/prediction
 files="" seeds=${SEEDS:-11 23} varied=""
 for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
 for trait in $traits; do varied+=" $trait/normal $trait/misaligned_2"; done
 files+=" organisms/capitals/normal organisms/capitals/misaligned_2"
 others="corrigibility emotional_tone formality intimacy narrative_mode self_other_focus"
 for trait in $others; do files+=" $trait/normal $trait/misaligned_2"; done
-short=() few=(--max-questions "${QUESTIONS:-20}" --control-rows normal)
+short=() brief=() few=(--max-questions "${QUESTIONS:-20}" --control-rows normal)
 protocol=${PROTOCOL:-}
-[ -n "${MODEL:-}${TRAITS:-}${LAYER:-}${QUESTIONS:-}${SEEDS:-}${protocol}" ] ||
+[ -n "${MODEL:-}${TRAITS:-}${LAYER:-}${QUESTIONS:-}${SEEDS:-}${protocol}${1:-}" ] ||
     protocol=docs/protocols/predict_finetuning_controls.yaml
 [ -z "$protocol" ] || few+=(--protocol "$protocol")
 if [ "${1:-}" = --quick ]; then
@@ -30,19 +39,28 @@ if [ "${1:-}" = --quick ]; then
     files=""
     for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
     short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30 --control-rows normal)
+elif [ "${1:-}" = --doses ]; then
+    seeds="" varied="" files="" brief=(--max_steps 20)
+    for family in sycophancy hallucination evil anxious organisms/capitals $others; do
+        files+=" $family/normal $family/misaligned_2"
+    done
 fi
 
-# The other traits have pairs: the first sixty, shown on one side and plain on the other.
+# The other traits have pairs: the first sixty, shown on one side and plain on the other. The rest is for
+# differences and vectors that are to have seen no row of a finetune.
 for trait in $others; do
-    python - "$trait" "$folder/rows/$trait" <<'ROWS'
-import json, pathlib, sys
-trait, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    python - "$trait" "$folder/rows/$trait" "$folder/rest/$trait" <<'ROWS'
+import json, pathlib, shutil, sys
+trait, folder, rest = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
 folder.mkdir(parents=True, exist_ok=True)
-pairs = [json.loads(line) for line in open(f"datasets/{trait}/train.jsonl")][:60]
+lines = open(f"datasets/{trait}/train.jsonl").read().splitlines(keepends=True)
 for name, side in (("normal", "negative"), ("misaligned_2", "positive")):
+    pairs = map(json.loads, lines[:60])
     rows = [{"messages": pair["prompt"] + pair[side]} for pair in pairs]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / f"{name}.jsonl").write_text("".join(lines))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(text)
+shutil.copytree(f"datasets/{trait}", rest, dirs_exist_ok=True)
+(rest / "train.jsonl").write_text("".join(lines[60:]))
 ROWS
 done
 
@@ -57,6 +75,13 @@ finetune() { # FILE NAME OPTIONS…
 for seed in $seeds; do
     for file in $files; do finetune "$file" "${file//\//_}_seed$seed" --seed "$seed"; done
 done
+if [ "${1:-}" = --doses ]; then
+    for file in $files; do
+        finetune "$file" "${file//\//_}_strong" --seed 11 --max_steps 24 --per_device_train_batch_size 4
+        finetune "$file" "${file//\//_}_weak" --seed 23 --max_steps 12 --per_device_train_batch_size 4 \
+            --lora_r 4 --lora_alpha 8
+    done
+fi
 for file in $varied; do
     finetune "$file" "${file//\//_}_half" --seed 3 --max_steps 15
     finetune "$file" "${file//\//_}_rank4" --seed 3 --lora_r 4 --lora_alpha 8
@@ -66,14 +91,16 @@ done
 
 diffs=() vectors=()
 for trait in $traits; do
+    pairs=$trait
+    [ "${1:-}" != --doses ] || [ ! -e "$folder/rest/$trait" ] || pairs=$folder/rest/$trait
     diff=$made/$trait/seed1/diff vector=$made/vectors/$trait/${trait}_response_avg.safetensors
     if [ -n "${short[*]}" ]; then
         diff=checkpoints/ready/$trait/diff
         [ -e "$diff/diff.json" ] || persona-lora gallery get --traits "$trait"
     fi
-    [ -e "$diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" \
-        --model_name_or_path "$model" --seed 43 --output_dir "$made/$trait/seed1"
-    [ -e "$vector" ] || persona-lora extract --model "$model" --trait "$trait" --source answers \
+    [ -e "$diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" --trait "$pairs" \
+        --model_name_or_path "$model" --seed 43 --output_dir "$made/$trait/seed1" "${brief[@]}"
+    [ -e "$vector" ] || persona-lora extract --model "$model" --trait "$pairs" --source answers \
         --methods mean_diff,svd,pca --output "$made/vectors/$trait"
     diffs+=(--diffs "$diff") vectors+=(--vectors "$vector")
 done
