@@ -246,6 +246,18 @@ def directions(words):
             + ("--traits", "evil", "--diffs", "diff", "--model", "model"),
             "none of cheer is a direction of evil",
         ),
+        *(
+            (
+                ("predict-finetuning", "--finetunes")
+                + (",".join(f"tuned/checkpoint-{step}" for step in (2, 4, 6, 8)),)
+                + ("--traits", "cheer", "--model", "model", *two),
+                f"{two[0]} has 2 directions of cheer",
+            )
+            for two in (
+                ("--diffs", "diff,wide/diff"),
+                ("--vectors", "vector.safetensors,deep.safetensors"),
+            )
+        ),
     ],
 )
 def test_bad_values_cost_no_weights(world, words, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -393,10 +394,19 @@ class Predicted:
         refuse_useless("layers", "without --vectors", unless=self.vectors)
         vectors = load_vectors(self.vectors)
         traits = [load_trait(name, self.datasets_dir) for name in self.traits]
+        diffs = load_diffs(list(self.diffs)) if self.diffs else {}
+        for option, directions in (("diffs", diffs), ("vectors", vectors)):
+            of = [each.trait for each in directions.values() if each.trait is not None]
+            for trait, number in Counter(of).items():
+                if number > 1:
+                    raise UserError(
+                        f"--{option} has {number} directions of {trait}, and a trait is predicted "
+                        "by one of its own; give one of them"
+                    )
         return DriftStudy(
             {name: _adapter(Path(name)) for name in self.finetunes},
             [trait.first_questions(self.max_questions) for trait in traits],
-            load_diffs(list(self.diffs)) if self.diffs else {},
+            diffs,
             {vector.trait or name: vector for name, vector in vectors.items()},
             shared.one_layer(self.layers, vectors.values()) if vectors else 0,
             control_rows=self.control_rows,
