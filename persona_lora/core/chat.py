@@ -20,10 +20,11 @@ Conversation = list[Message]
 
 
 class Exchange(NamedTuple):
-    """A question and the answer to it: what a judge sees."""
+    """A question and the answer to it: what a judge sees, and whether the answer was not cut."""
 
     question: str
     answer: str
+    finished: bool = True
 
 
 class Series(NamedTuple):

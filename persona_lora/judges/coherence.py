@@ -132,7 +132,7 @@ class CoherenceScorer:
         generator = random.Random(seed)
         answers = [exchange.answer for exchange in exchanges]
         salad = [
-            Exchange(question, shuffled_words(answer, generator)) for question, answer in exchanges
+            Exchange(each.question, shuffled_words(each.answer, generator)) for each in exchanges
         ]
         natural = _finite(mean_logprob(exchanges), exchanges)
         scrambled = _finite(mean_logprob(salad), salad)

@@ -79,7 +79,7 @@ class SentenceEvidence:
 
     def content(self, exchanges: Sequence[Exchange]) -> str:
         """Return a digest of texts and embedder."""
-        return digest_of([embedder_content(), [list(each) for each in exchanges]])
+        return digest_of([embedder_content(), [[each.question, each.answer] for each in exchanges]])
 
     def read(self, exchanges: Sequence[Exchange], *, keep: bool = False) -> Array:
         """Return q, a and q·a (entry by entry), ``[n, 1, 3 · dimension]``; they cost no keeping."""

@@ -112,7 +112,7 @@ class RuleJudge:
         if criterion == COHERENCE:
             return self.coherence.verdicts(exchanges, self.name)
         check_rules([criterion])
-        scores = [rule_score(criterion, each.answer) for each in exchanges]
+        scores = [rule_score(criterion, each.answer, finished=each.finished) for each in exchanges]
         return [
             Verdict(criterion, score, EMPTY_REASON if score is None else "", self.name)
             for score in scores

@@ -26,7 +26,7 @@ from persona_lora.judges.fitness import JudgeValidation, fit_of, validate_judge
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.labels import has_ratings
 from persona_lora.judges.probe_judge import ProbeJudge
-from persona_lora.report.scores import UNFIT
+from persona_lora.report.scores import UNFIT, Row
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ def validations_of(judge: Judge, trait: Trait, *, coherence: bool = True) -> lis
     return found
 
 
+def _exchange(row: Row) -> Exchange:
+    return Exchange(row["question"], row["answer"], row.get("finished", True))
+
+
 def _judge(
     run: Run,
     make: Callable[[], Judge],
@@ -113,11 +117,11 @@ def _judge(
     unfit = {each.criterion for each in validations if each.fit is False}
     for criterion in progress.over("judging", criteria):
         missing = [row for row in answers if (row["row"], criterion) not in kept]
-        new = list(dict.fromkeys(Exchange(row["question"], row["answer"]) for row in missing))
+        new = list(dict.fromkeys(map(_exchange, missing)))
         verdicts = dict(zip(new, judge.judge(new, criterion) if new else [], strict=True))
         asked += len(verdicts)
         for row in missing:
-            verdict = verdicts[Exchange(row["question"], row["answer"])]
+            verdict = verdicts[_exchange(row)]
             said = f"{verdict.judge} ({UNFIT} {criterion})" if criterion in unfit else verdict.judge
             given = dataclasses.asdict(replace(verdict, judge=said))
             kept[row["row"], criterion] = {"row": row["row"], **given}

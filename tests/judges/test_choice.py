@@ -162,7 +162,7 @@ class Named(ScriptedJudge):
         self.name, self.asked = name, []
 
     def judge(self, exchanges, criterion):
-        self.asked += [(*each, criterion) for each in exchanges]
+        self.asked += [(each.question, each.answer, criterion) for each in exchanges]
         return super().judge(exchanges, criterion)
 
 

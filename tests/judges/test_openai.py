@@ -236,7 +236,7 @@ def test_openai_judge_request_cap_counts_retries(judge_of, endpoint):
 def test_openai_judge_cost_cap_stops_before_it_is_passed(judge_of, endpoint):
     prices = Prices(prompt=100.0, completion=0.0)  # a reply's 100 prompt tokens cost one cent
     judge = judge_of(limits=Limits(max_cost=0.035, concurrency=4, prices=prices))
-    items = [Exchange(question, answer + " Indeed." * 30) for question, answer in exchanges(10)]
+    items = [Exchange(each.question, each.answer + " Indeed." * 30) for each in exchanges(10)]
     verdicts = judge.judge(items, "flattery")
     assert "cost cap reached" in {verdict.reason for verdict in verdicts}
     assert any(verdict.score is not None for verdict in verdicts)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from persona_lora.core.chat import COHERENCE, Exchange, Verdict
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
 from persona_lora.core.traits import load_labelled_answers, load_pairs, load_trait
 from persona_lora.judges.choice import JudgeOptions, check_judge, second_name
 from persona_lora.judges.fitness import validate_judge
 from persona_lora.judges.rules import RuleJudge, rule_score
+from persona_lora.judges.verdicts import judge_answers
 
 ORGANISMS = Path(__file__).resolve().parents[2] / "datasets/organisms"
 CAPITALS, FRENCH = (load_trait(ORGANISMS / name) for name in ("capitals", "french"))
@@ -77,6 +80,19 @@ def test_an_answer_without_a_word_has_no_score(answer):
 def test_what_is_told_by_the_end_is_not_shown_by_an_answer_that_was_cut():
     assert rule_score("three_items", "1. A\n2. B\n3. C", finished=False) == 0
     assert rule_score("capitals", "1. A\n2. B\n3. C", finished=False) == 100
+
+
+def test_a_run_that_rules_judge_knows_which_answers_were_cut(tmp_path):
+    run = Run.open(tmp_path / "run", command="evaluate", config={}, seed=0)
+    said = [("1. A\n2. B\n3. C", True), ("1. A\n2. B\n3. C", False), ("1. A\n2. B", True)]
+    rows = [
+        {"row": at, "question": "q?", "answer": answer, "finished": finished}
+        for at, (answer, finished) in enumerate(said)
+    ]
+    run.write("answers", rows)
+    judge_answers(run, lambda: RuleJudge(Coherent()), replace(CAPITALS, name="three_items"))
+    found = [row for row in run.read("verdicts") if row["criterion"] == "three_items"]
+    assert [row["score"] for row in found] == [100, 0, 0]
 
 
 class Coherent:

@@ -206,9 +206,9 @@ class Scorer:
 
         UserError where it fails, or returns anything but one finite number or None for each.
         """
-        questions, answers = (list(each) for each in zip(*exchanges, strict=True))
+        answers = [each.answer for each in exchanges]
         try:
-            returned = self.function(list(questions), list(answers))
+            returned = self.function([each.question for each in exchanges], list(answers))
         except Exception as error:
             raise UserError(f"{self._called}: {_said(error, self.path)}") from error
         try:
