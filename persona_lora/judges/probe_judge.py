@@ -83,9 +83,8 @@ class SentenceEvidence:
 
     def read(self, exchanges: Sequence[Exchange], *, keep: bool = False) -> Array:
         """Return q, a and q·a (entry by entry), ``[n, 1, 3 · dimension]``; they cost no keeping."""
-        asked, said = (
-            _embedder().embed([each[at] for each in exchanges]).astype(np.float64) for at in (0, 1)
-        )
+        texts = ([e.question for e in exchanges], [e.answer for e in exchanges])
+        asked, said = (_embedder().embed(each).astype(np.float64) for each in texts)
         return np.concatenate([asked, said, asked * said], axis=1)[:, None]
 
 
