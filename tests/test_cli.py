@@ -24,7 +24,7 @@ from persona_lora.core.traits import load_trait
 from persona_lora.judges import choice
 from persona_lora.models.structure import weight_fingerprint
 from tests.conftest import tiny_llama
-from tests.scenes import ParityJudge, assert_fails, evaluation
+from tests.scenes import LetterJudge, ParityJudge, assert_fails, evaluation
 
 
 @pytest.fixture
@@ -194,6 +194,44 @@ def test_the_key_is_not_recorded(monkeypatch, tmp_path):
     options = judging_of(JudgeChoice(judge="openai"))
     assert options.environ["OPENAI_API_KEY"] == "secret-key"
     assert "secret-key" not in json.dumps(judge_settings(options))
+
+
+ENDPOINT = {
+    "OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "JUDGE_MODEL": "another"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", [*choice.JUDGES, "local,rules", "embedding,openai"])
+@pytest.mark.parametrize("second", ["none", None, "embedding", "local", "openai"])
+def test_an_endpoint_is_recorded_of_the_judges_that_ask_one(judge, second):
+    told, asked = {}, "openai" in (*judge.split(","), second)
+    for name in (None, *ENDPOINT):
+        environ = {} if name is None else {name: ENDPOINT[name]}
+        options = choice.JudgeOptions(judge, second_judge=second, environ=environ)
+        told[name] = judge_settings(options), choice.judge_inputs(options)
+    changed = {name for name in ENDPOINT if told[name] != told[None]}
+    assert changed == ({"OPENAI_BASE_URL", "JUDGE_MODEL"} if asked else set())
+    if "openai" not in judge:
+        assert {told[name][1]["the judge"] for name in told} == {told[None][1]["the judge"]}
+
+
+def test_a_run_goes_on_where_an_endpoint_is_set_meanwhile(run, make_world, tmp_path, monkeypatch):
+    make_world(tmp_path)
+    monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: LetterJudge())
+    words = (
+        *("evaluate", "--trait", "cheer", "--datasets-dir", "datasets", "--model", "model"),
+        *("--dtype", "float32", "--max-new-tokens", 3, "--judge", "embedding"),
+        *("--second-judge", "none", "--output", "out/a.csv"),
+    )
+    assert run(*words)[0] == 0
+    for name, value in ENDPOINT.items():
+        monkeypatch.setenv(name, value)
+        status, _, said = run(*words)
+        assert status == 0, said
+        monkeypatch.delenv(name)
+    (tmp_path / ".env").write_text("JUDGE_MODEL=another\n")
+    status, _, said = run(*words)
+    assert status == 0, said
 
 
 def test_the_module_and_the_script_are_one_command():

@@ -55,6 +55,7 @@ def raising(error):
         (ValueError("of two\nlines"), 1, ["unexpected ValueError: of two lines", "--verbose"]),
         (AssertionError(), 1, ["unexpected AssertionError", "--verbose"]),
         (RecursionError("too deep"), 1, ["RecursionError"]),
+        (MemoryError(), 2, ["memory ran out (MemoryError)"]),
         (KeyboardInterrupt(), 130, ["interrupted", "the same command again to go on"]),
         (typer.Abort(), 130, ["interrupted"]),
         (SystemExit(143), 143, ["terminated", "the same command again to go on"]),
@@ -62,12 +63,32 @@ def raising(error):
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_whatever_ends_a_command_is_one_line(run, monkeypatch, error, status, words):
-    monkeypatch.setattr("persona_lora.cli.program.app", raising(error))
-    found, _, said = run("sweep")
-    assert found == status
-    assert len(said.splitlines()) == 1, said
-    assert said.startswith("error: ")
-    assert all(word in said for word in words), said
+    alone = BaseExceptionGroup("tasks", [error])
+    grouped = [] if isinstance(error, typer.Abort) else [alone, BaseExceptionGroup("all", [alone])]
+    for each in (error, *grouped):
+        monkeypatch.setattr("persona_lora.cli.program.app", raising(each))
+        found, _, said = run("sweep")
+        assert found == status
+        assert len(said.splitlines()) == 1, said
+        assert said.startswith("error: ")
+        assert all(word in said for word in words), said
+
+
+def test_a_mistake_hides_no_fault_beside_it(run, monkeypatch):
+    both = ExceptionGroup("tasks", [UserError("no such trait"), ValueError("of ours")])
+    monkeypatch.setattr("persona_lora.cli.program.app", raising(both))
+    status, _, said = run("sweep")
+    assert (status, "unexpected ValueError: of ours" in said) == (1, True), said
+
+
+@pytest.mark.parametrize(
+    ("around", "shown"), [("{} >&-", False), ("{} 2>&-", True), ("PYTHONIOENCODING=ascii {}", True)]
+)
+def test_a_page_is_shown_whatever_the_streams_are(around, shown):
+    page = f"{sys.executable} -c 'from persona_lora.cli import main; main()' sweep --help"
+    ended = subprocess.run(around.format(page), shell=True, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ("--coefficients" in ended.stdout) == shown
 
 
 def test_a_full_disk_behind_another_error_is_named():

@@ -229,6 +229,7 @@ def entry(name, kind=stat.S_IFREG):
         ([entry("C:evil")], "no name inside"),
         ([entry("a//b")], "no name inside"),
         ([entry("folder/")], "no name inside"),
+        ([entry("a/" + "é" * 128 + "/b")], "no name inside"),
         ([entry("a", stat.S_IFLNK)], "no plain file"),
         ([entry("a.txt"), entry("A.txt")], "there twice"),
         ([entry("a"), entry("a/b")], "there twice"),
@@ -242,6 +243,26 @@ def test_hostile_archives_are_refused(entries, reason, tmp_path):
     with pytest.raises(UserError, match=reason), opened(path):
         pytest.fail("it was unpacked")
     assert [each.name for each in tmp_path.rglob("*")] == ["hostile.zip"]
+
+
+@pytest.mark.parametrize("bit", range(16))
+def test_any_flag_of_a_file_is_read_or_refused(bit, tmp_path):
+    path = tmp_path / "flags.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(entry("é.txt"), "x")
+    whole = path.read_bytes()
+    places = whole.index(b"PK\3\4") + 6, whole.index(b"PK\1\2") + 8
+    for flipped in ((places[0],), (places[1],), places):
+        data = bytearray(whole)
+        for place in flipped:
+            data[place + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        if bit in (0, 5, 6) and places[1] in flipped:
+            with pytest.raises(UserError, match="packed in an unknown way"), opened(path):
+                pytest.fail("it was unpacked")
+        else:
+            with opened(path) as (folder, damaged):
+                assert len([*folder.iterdir(), *damaged]) == 1
 
 
 def test_what_is_no_archive_of_ours_is_refused(run, small, tmp_path):

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from persona_lora.report import sections
 
 # In a file or a pipe there is no window to fit: rows are kept whole.
-PIPED_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+WINDOW = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed
+PIPED_WIDTH = None if WINDOW or "COLUMNS" in os.environ else 120
 console = Console(width=PIPED_WIDTH)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import logging
 import os
@@ -216,19 +217,40 @@ def call_to_end(action: Callable[[], int | None], verbose: bool) -> None:
     fault of ours with 1, Ctrl-C with 130 and a request to terminate with 143. Each says one line;
     if ``verbose``, the traceback of what is no mistake of the user stands before it.
     """
+    _open_streams()
     with _terminated():
         try:
             status = action()
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
+        except (Exception, KeyboardInterrupt, SystemExit, BaseExceptionGroup) as raised:
+            error = _first_of(raised)
             if isinstance(error, SystemExit) and error.code != TERMINATED:
                 raise
             if not isinstance(error, UserError) and verbose:
-                traceback.print_exception(error)
+                traceback.print_exception(raised)
             _say(ending_of(error), mistake=isinstance(error, UserError))
         else:
             if status == INTERRUPTED:  # how typer returns from Ctrl-C
                 _say(ending_of(KeyboardInterrupt()))
             sys.exit(status or 0)
+
+
+def _open_streams() -> None:
+    """Let all be printed: closed streams take it, and a ? stands for what an encoding has not."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (to the end)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not what a caller collects it in
+            stream.reconfigure(errors="replace")
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Return what ended a group of tasks: its first error that is no mistake of the user, if any.
+
+    Any other error is returned as it is.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = (error.split(UserError)[1] or error).exceptions[0]
+    return error
 
 
 def ending_of(error: BaseException) -> Ending:

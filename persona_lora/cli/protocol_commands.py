@@ -16,6 +16,7 @@ from persona_lora.core.json_text import parse_json
 from persona_lora.core.options import Seed
 from persona_lora.core.protocol import LEAST_SCORED, LEVEL, Design, FrozenProtocol, Held
 from persona_lora.core.runs import Run
+from persona_lora.core.settings import yaml_text
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,11 @@ def preregister(
     Example: persona-lora preregister --command sweep --questions eval=40 --family=-1,+1
     --settings '{"trait": "evil", "coefficients": [-1, 0, 1]}' --output protocol.yaml
     """
-    import yaml
-
     from persona_lora.core.files import write_text
 
     if output.exists():
         raise UserError(f"{output} exists; a protocol is not changed: name another --output")
-    text = yaml.safe_dump(frozen.protocol().as_dict(), sort_keys=False, allow_unicode=True)
+    text = yaml_text(frozen.protocol().as_dict(), sort_keys=False)
     write_text(output, text)
     show(f"{output}", f"sha256 {FrozenProtocol.read(output).sha256}")
 

@@ -503,7 +503,7 @@ def judge_settings(options: JudgeOptions) -> dict[str, Any]:
     """What a run records of its judge: everything but the key."""
     return {
         "judge": options.judge,
-        "model": options.judge_model or options.environ.get("JUDGE_MODEL") or None,
+        "model": options.named_model(f"{options.judge},{options.second_judge}"),
         "mode": options.judge_mode,
     }
 

@@ -24,7 +24,9 @@ from persona_lora.core.files import atomic_path, existing_file, read_json
 MANIFEST = "MANIFEST.json"
 LARGEST = 2**30  # bytes of all files together: rows and pages are far smaller
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can say
-_UNIX, _PLAIN_FILE, _ENCRYPTED = 3, (stat.S_IFREG | 0o644) << 16, 1
+_UNIX, _PLAIN_FILE = 3, (stat.S_IFREG | 0o644) << 16
+_UNREADABLE = 0x61  # flags: encrypted, patched, encrypted in another way
+_LONGEST = 255  # bytes of a name that a file system takes
 _PART = re.compile(r"[^.\\/:\x00-\x1f][^\\/:\x00-\x1f]*")  # never "..", hidden, or of a drive
 
 
@@ -96,10 +98,11 @@ def _refuse_strange(path: Path, entries: list[ZipInfo]) -> None:
         parts = name.split("/")
         above = {"/".join(parts[:end]).casefold() for end in range(1, len(parts))}
         wrong = {
-            "is no name inside the folder": not all(map(_PART.fullmatch, parts)),
+            "is no name inside the folder": not all(map(_PART.fullmatch, parts))
+            or max(len(each.encode()) for each in parts) > _LONGEST,
             "is no plain file": kind not in (0, stat.S_IFREG),
             "is there twice": name.casefold() in seen or bool(above & seen),
-            "is encrypted, or packed in an unknown way": bool(entry.flag_bits & _ENCRYPTED)
+            "is encrypted, or packed in an unknown way": bool(entry.flag_bits & _UNREADABLE)
             or entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED),
         }
         for reason in (each for each, holds in wrong.items() if holds):

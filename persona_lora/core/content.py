@@ -1,7 +1,8 @@
 """What something holds, as a digest: of a value, a file, a folder (tensors: ``tensor_files``).
 
-A run is known by the contents of what it read; names and paths say nothing about them. Refuses to
-know what the contents mean.
+What a run read is the same where its contents are, whatever it is called. A path that stands among
+a run's settings is a setting all the same: one that is typed another way makes another run.
+Refuses to know what the contents mean.
 """
 
 from __future__ import annotations

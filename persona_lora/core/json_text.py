@@ -42,6 +42,19 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
+def read_reply_json(text: str) -> Any:
+    """Return the value of JSON that a server sent, with U+FFFD for each half of a character.
+
+    A reply that was cut inside an emoji ends in one. Raises ValueError and RecursionError as
+    ``json.loads`` does.
+    """
+    value = json.loads(text)
+    if not _HALF_PAIR.search(text):
+        return value
+    halves = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+    return json.loads(halves.decode("utf-16", "replace"))
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):

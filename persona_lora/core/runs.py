@@ -364,6 +364,11 @@ def refuse_taken(
         _refuse_finished(run, gone)
 
 
+def of_other_command(folder: Path, command: str) -> bool:
+    """Say whether a folder holds a run of another command."""
+    return (folder / RECORD).is_file() and Run(folder).record["command"] != command
+
+
 def _refuse_finished(run: Run, gone: Sequence[str] = ()) -> None:
     if run.finished:
         without = f" without its {' and '.join(gone)}" if gone else ""
@@ -401,6 +406,7 @@ def first_difference(old: Any, new: Any, name: str = "") -> str | None:
     """Say where two JSON values first differ ("search.sigma0: 0.5, now 1.0"); None where nowhere.
 
     Numbers within ``ROUNDING`` of each other are the same: a sum depends on the number of threads.
+    Of two paths that end alike it says how they can be the same.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
         pairs = [(f"{name}.{key}" if name else str(key), old[key], new[key]) for key in old]
@@ -417,7 +423,9 @@ def first_difference(old: Any, new: Any, name: str = "") -> str | None:
         told = (repr(each[lone])[:SHOWN] if lone in each else "not set" for each in (old, new))
         return f"{name}.{lone}".lstrip(".") + ": {}, now {}".format(*told)
     else:
-        return f"{name}: {repr(old)[:SHOWN]}, now {repr(new)[:SHOWN]}"
+        alike = isinstance(old, str) and isinstance(new, str) and Path(old).name == Path(new).name
+        remedy = "; if it is the same, give its path as before" if alike else ""
+        return f"{name}: {repr(old)[:SHOWN]}, now {repr(new)[:SHOWN]}{remedy}"
     found = (first_difference(before, after, where) for where, before, after in pairs)
     return next((each for each in found if each is not None), None)
 

@@ -1,6 +1,7 @@
 """Settings as people write them: YAML, several values in one string, each held to its type.
 
-PyYAML follows YAML 1.1, in which 5e-1 and 1e5 are text; here they are numbers, as in YAML 1.2."""
+PyYAML follows YAML 1.1, in which 1e5 is text, 010 is eight and 1:01 is sixty-one; here they are a
+hundred thousand, ten and text, as in YAML 1.2."""
 
 from __future__ import annotations
 
@@ -39,13 +40,35 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        """Return the number of a node that is written as one."""
+        base = {"0o": 8, "0x": 16}.get(node.value[:2], 10)
+        return int(node.value, base)
 
-# PyYAML's own resolvers come first: this one sees what they leave as text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which puts into quotes what is a number to it or to ``_Loader``."""
+
+
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+NUMBERS = {  # the core schema of YAML 1.2
+    INT: r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    FLOAT: r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+    r"|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [each for each in known if each[0] not in NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in NUMBERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"({_form})$"), list("-+.0123456789"))
+_Loader.add_constructor(INT, _Loader.whole_number)
+
+
+def yaml_text(value: Mapping[str, Any], *, sort_keys: bool = True) -> str:
+    """Return a mapping of plain values as YAML that ``read_yaml`` reads as the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=sort_keys, allow_unicode=True)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -71,7 +94,7 @@ def recorded_command(words: str, options: Mapping[str, Any]) -> Iterator[None]:
         if name not in NEVER_WRITTEN and value is not None and value != [] and value != ()
     }
     first = f"# persona-lora {words} --config config.yaml\n"
-    token = COMMAND_CONFIG.set(first + yaml.safe_dump(values, allow_unicode=True))
+    token = COMMAND_CONFIG.set(first + yaml_text(values))
     try:
         yield
     finally:
@@ -110,7 +133,7 @@ def _deciding(text: str) -> dict[str, Any]:
     """Return what decides of a config.yaml: the command in its first line, and some options."""
     words = re.match(r"# persona-lora (.+) --config config\.yaml\n", text)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         values = None
     values = values if isinstance(values, Mapping) else {}

@@ -6,7 +6,6 @@ a language model writes them, and nothing malformed is kept.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
+from persona_lora.core.json_text import parse_json
 from persona_lora.core.options import GenerationOptions
 from persona_lora.data.writers import Writer
 
@@ -125,12 +125,7 @@ def parse_trait_reply(reply: str) -> dict[str, Any]:
     start, end = reply.find("{"), reply.rfind("}")
     if start < 0 or end < start:
         raise ValueError("there is no JSON object in it")
-    try:
-        value = json.loads(reply[start : end + 1])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not valid JSON ({error.msg} at character {error.pos})") from error
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deep") from error
+    value = parse_json(reply[start : end + 1], "the JSON object")
     _check_instructions(value.get("instruction"))
     _check_questions(value.get("questions"))
     prompt = value.get("eval_prompt")

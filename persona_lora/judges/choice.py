@@ -84,6 +84,10 @@ class JudgeOptions(JudgeChoice):
             "api_key": found["api_key"],
         }
 
+    def named_model(self, judges: str) -> str | None:
+        """Return the model that is named for judges: here, or by ``environ`` for an endpoint."""
+        return self.judge_model or (self.environ.get("JUDGE_MODEL") if "openai" in judges else None)
+
     @cached_property
     def budget(self) -> Budget:
         """The one account of all judges that are made with these options."""
@@ -207,13 +211,16 @@ def judge_inputs(options: JudgeOptions) -> dict[str, str]:
 
     UserError for a local judge's model that there is not.
     """
-    environ, beside = options.environ, options.second_judge
-    said = {"model": options.judge_model or environ.get("JUDGE_MODEL"), "mode": options.judge_mode}
-    place = {"endpoint": options.judge_url or environ.get("OPENAI_BASE_URL")}
-    asked = {"judges": options.judge, **said, **(place if "openai" in options.judge else {})}
-    read = {"the judge": digest_of(asked)}
+    beside = options.second_judge
+
+    def told(judges: str) -> dict[str, str | None]:
+        how = {"model": options.named_model(judges), "mode": options.judge_mode}
+        place = options.judge_url or options.environ.get("OPENAI_BASE_URL")
+        return {**how, "endpoint": place} if "openai" in judges else how
+
+    read = {"the judge": digest_of({"judges": options.judge, **told(options.judge)})}
     if beside != NOBODY:  # of a name that is left open, what it may stand for
-        how = {**(said if beside in PROMPTED else {}), **(place if beside == "openai" else {})}
+        how = told(beside) if beside in PROMPTED else {}
         read["the second judge"] = digest_of({"judge": beside or BESIDE, **how})
     embedded = ("reader", "sentences", "embedding")
     if any(name in options.judge for name in embedded) or beside in (None, *embedded):

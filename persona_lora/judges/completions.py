@@ -6,12 +6,12 @@ A body may be garbage, cut off, or lack what was asked for. What is no chat comp
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from persona_lora.core.json_text import read_reply_json
 from persona_lora.judges.judge_prompts import REFUSAL_REASON, Reading, number_reply, weighted_score
 from persona_lora.judges.retries import Fault, Outcome
 
@@ -61,7 +61,7 @@ class Completion(NamedTuple):
 def read_reply(body: str) -> Reply:
     """Read the JSON body of a chat completion; Fault where it is none."""
     try:
-        value = json.loads(body)
+        value = read_reply_json(body)
     except (ValueError, RecursionError) as error:
         kind = "a web page" if body.lstrip()[:1] == "<" else "not valid JSON"
         raise Fault(f"the endpoint's reply is {kind}; check its base URL (…/v1)") from error

@@ -183,7 +183,7 @@ def finetune(
     config.check_rows(len(conversations))
     own = _own(arguments, prevention, data, conversations)
     trained, final = lora if arguments.use_peft else None, folder / _saved_as(arguments)
-    begun = final.is_dir() or any(folder.glob("checkpoint-*"))
+    begun = any(any(folder.glob(each)) for each in (ADAPTER, MODEL, "checkpoint-*"))
     record = run_record(arguments, trained, config, own)
     gone = [] if final.is_dir() else [final.name]
     refuse_taken_folder("finetune", folder, options, record, begun=begun, gone=gone)

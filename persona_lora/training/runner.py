@@ -26,7 +26,7 @@ from trl import SFTConfig
 from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder
-from persona_lora.core.runs import Output, Run, refuse_taken
+from persona_lora.core.runs import Output, Run, of_other_command, refuse_taken
 from persona_lora.models.generation import ending_tokens
 from persona_lora.models.hardware import launcher_says, resolve_dtype
 from persona_lora.models.load_options import LoadOptions
@@ -122,12 +122,12 @@ def open_run(
     """Start or resume the run in ``folder``, in the main process for all of them.
 
     ``remade``: what is gone of a finished one is made again without training.
-    Raises UserError where it holds another one; one that left no result, of a mistyped option
-    perhaps, is not worth keeping.
+    Raises UserError where it holds another one; one of this command that left no result, of a
+    mistyped option perhaps, is not worth keeping.
     """
     return Launched().from_main(
         lambda: Run.open(
-            Output(folder, options.arguments.overwrite or not begun),
+            Output(folder, _gives_way(command, folder, options, begun)),
             command=command,
             config=record,
             seed=options.config.seed,
@@ -152,9 +152,14 @@ def refuse_taken_folder(
 
     ``gone`` are the parts that a finished run has and this one has not.
     """
-    if begun and not options.arguments.overwrite:
+    if not _gives_way(command, folder, options, begun):
         again = once(options) and not remade
         refuse_taken(folder, command, record, options.config.seed, once=again, gone=gone)
+
+
+def _gives_way(command: str, folder: Path, options: TrainingOptions[Any], begun: bool) -> bool:
+    """Say whether what is in the folder may be overwritten: it is asked for, or nothing is lost."""
+    return options.arguments.overwrite or not (begun or of_other_command(folder, command))
 
 
 def once(options: TrainingOptions[Any]) -> bool:

@@ -15,6 +15,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.runs import Output, Run, first_difference, refuse_taken
 
+SAME = "; if it is the same, give its path as before"
 OPEN = """
 import sys
 from pathlib import Path
@@ -176,6 +177,9 @@ def test_a_file_that_is_no_record_is_named(tmp_path):
         ({"a": [1]}, {"a": [1, 2]}, "a: [1], now [1, 2]"),
         ({"a": {"b": None}}, {"a": {"b": 0}}, "a.b: None, now 0"),
         ({"a": {"b": 2}}, {"a": {"c": 2}}, "a.b: 2, now not set"),
+        ({"m": "model"}, {"m": "./model/"}, "m: 'model', now './model/'" + SAME),
+        ({"d": ["a/diff"]}, {"d": ["/b/diff"]}, "d[0]: 'a/diff', now '/b/diff'" + SAME),
+        ({"d": "a/diff"}, {"d": "a/pos"}, "d: 'a/diff', now 'a/pos'"),
         ({"a": 1, "b": "x" * 99}, {"a": 1, "b": "y"}, f"b: '{'x' * 59}, now 'y'"),
     ],
 )

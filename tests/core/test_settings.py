@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.settings import (
@@ -15,6 +17,7 @@ from persona_lora.core.settings import (
     split_lists,
     typed_fields,
     typed_value,
+    yaml_text,
 )
 
 
@@ -24,6 +27,69 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     assert read_yaml(path) == {
         "a": 0.5, "b": 1e5, "c": -5.0, "d": 2.0, "e": 15, "f": "5e-1", "g": "5e", "h": {"i": [1e-3]}
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("0", "7", "-7", "+7", "010", "-010", "08", "1_000", "1:01", "1:30.5", "190:20:30"),
+        *(
+            "0x1F",
+            "0o17",
+            "0b11",
+            "0X1F",
+            "1.",
+            ".5",
+            "-.5",
+            "010.5",
+            "1_0.5",
+            "1.5e3",
+            "1e3",
+            "1E-3",
+        ),
+        *("+1e+3", ".inf", "-.INF", ".nan", "inf", "nan", "1e", "1.5.2", "--1", "1 000", "٣"),
+    ],
+)
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_number_in_a_file_is_the_one_on_the_command_line(tmp_path, kind, written):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"a: {written}\n")
+    value = read_yaml(path)["a"]
+    if re.fullmatch("0[xo].*", written):  # a flag takes neither, but they are the same everywhere
+        assert value == {"0x1F": 31, "0o17": 15}[written]
+        return
+    try:
+        found = typed_value(kind, value, "a")
+    except UserError:
+        return
+    # a flag has no other word for an infinite number
+    flag = written.replace(".inf", "inf").replace(".INF", "inf").replace(".nan", "nan")
+    assert repr(float(found)) == repr(float(flag))
+
+
+TEXTS = (
+    "010",
+    "1:01",
+    "1_000",
+    "1e5",
+    "12e4567",
+    "0o17",
+    "0x1F",
+    ".5",
+    "5.",
+    "no",
+    "~",
+    "a: b",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_written_as_text_is_read_as_text(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml_text({"revision": text, "seed": 5, "rate": 1e-7}))
+    assert read_yaml(path) == {"revision": text, "seed": 5, "rate": 1e-7}
+    assert yaml.safe_load(path.read_text())["revision"] == text  # for readers of YAML 1.1, too
 
 
 def test_a_mapping_may_take_in_two_others(tmp_path):

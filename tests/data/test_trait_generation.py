@@ -69,6 +69,8 @@ def test_a_malformed_reply_is_asked_for_again_with_what_was_wrong(tmp_path):
         (spoilt(instruction=[GOOD["instruction"][0]] * 5), "the same"),
         (spoilt(questions=GOOD["questions"][:39]), "there are 39"),
         (spoilt(questions=[*GOOD["questions"][:39], 7]), "must be a text"),
+        (spoilt(eval_prompt="{question} {answer} \ud83d"), "half of a character"),
+        ("{" + '"a": {' * 5000 + "}" * 5001, "nested too deep"),
         (spoilt(eval_prompt="Rate {answer}"), "{question} and {answer}"),
         (spoilt(eval_prompt="{answer} {answer} {question}"), "once each"),
     ],

@@ -8,7 +8,9 @@ from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import GenerationOptions
+from persona_lora.data.profile_writing import profile_writer
 from persona_lora.data.writers import Endpoint, EndpointWriter, LocalWriter
+from persona_lora.profiles.features import extract_features
 
 ASKED = {"options": GenerationOptions(max_new_tokens=16, seed=3)}
 
@@ -71,6 +73,15 @@ def test_what_an_endpoint_refuses_is_left_out_and_reasoning_is_no_text(server, c
     assert set(server.bodies[-1]) == {"model", "messages", "max_completion_tokens"}
     assert "refuses seed" in caplog.text
     assert "refuses temperature" in caplog.text
+
+
+def test_a_reply_that_was_cut_inside_an_emoji_is_text(server):
+    server.replies += ["Nice \ud83d", "\ude00 \ud83d\ude00"]
+    writer = writer_of(server, concurrency=1)
+    texts = writer.write([user_question("q")] * 2, **ASKED)
+    assert texts == ["Nice \ufffd", "\ufffd \U0001f600"]
+    server.replies += ["Terse. \ud83d"]
+    assert profile_writer(writer)(extract_features(["hm"]), ["hm"]) == "Terse. \ufffd"
 
 
 def test_openai_itself_needs_a_key():

@@ -119,6 +119,19 @@ def test_openai_judge_number_mode_reads_the_whole_reply(judge_of, endpoint):
     assert judge.name.endswith(":number")
 
 
+@pytest.mark.parametrize("mode", ["logprobs", "number"])
+def test_half_an_emoji_in_a_reply_is_never_passed_on(judge_of, endpoint, mode):
+    token = {"80\ud83d": 0.9} if mode == "logprobs" else {}
+    endpoint.otherwise = endpoint.logprobs(token) if token else endpoint.text("80 \ud83d")
+    (verdict,) = judge_of(mode=mode, model="m").judge(exchanges(1), "flattery")
+    assert verdict.score is None
+    assert verdict.reason.encode()
+    endpoint.otherwise = endpoint.error(400, "no \ud83d", code="content_filter")
+    (verdict,) = judge_of(mode=mode, model="m").judge(exchanges(1), "flattery")
+    assert verdict.reason.startswith("HTTP 400: no")
+    assert verdict.reason.encode()
+
+
 def test_openai_judge_logs_what_is_left_unscored(judge_of, endpoint, caplog):
     endpoint.script = {0: endpoint.logprobs({"Well": 0.9}), 2: endpoint.text("80")}
     judge = judge_of(limits=Limits(concurrency=1))

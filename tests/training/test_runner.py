@@ -10,10 +10,19 @@ from accelerate import cpu_offload
 from trl import SFTConfig
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.runs import Run
 from persona_lora.models.load_options import LoadOptions
 from persona_lora.training import runner
 from persona_lora.training.runner import load_model, run_record
+from tests.test_kills import COMMANDS
 from tests.training.conftest import parse_arguments
+
+LEFT = {  # by the commands that leave more than rows
+    "train": ("pos/loss.jsonl", "neg/loss.jsonl", "diff/diff.json"),
+    "finetune": ("adapter/adapter_config.json", "checkpoint-2/adapter_config.json"),
+    "finetune in full": ("model/config.json",),
+}
+OTHERS = sorted({words.split()[0] for words in COMMANDS.values()}.union(LEFT))
 
 
 def _record(*flags: str):
@@ -49,3 +58,24 @@ def test_weights_that_found_no_room_are_refused_before_a_step(model_folder, tmp_
         match=r"weights of .* found no room on the accelerator and were offloaded .*embed",
     ):
         load_model(str(model_folder), LoadOptions(), config)
+
+
+@pytest.mark.parametrize("below", ["", "seed0"])
+@pytest.mark.parametrize("asked", ["train", "finetune"])
+def test_a_run_of_another_kind_is_never_trained_over(run, make_world, tmp_path, asked, below):
+    make_world(tmp_path)
+    words = [*COMMANDS[asked].split(), *(["--seeds", 2] if below else [])]
+    for other in OTHERS:
+        if other == asked:
+            continue
+        folder = tmp_path / other.replace(" ", "_")
+        with Run.open(folder / below, command=other.split()[0], config={}, seed=0) as made:
+            made.write("answers", [{"answer": "Yes."}])
+        for name in LEFT.get(other, ()):
+            (made.folder / name).parent.mkdir()
+            (made.folder / name).write_text("{}")
+        before = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+        status, _, said = run(*words, "--output_dir", folder)
+        assert (status, "holds a run of another configuration" in said) == (2, True), (other, said)
+        found = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+        assert found == before, other
