@@ -59,6 +59,30 @@ def test_the_conditions_of_a_sweep(make_sweep_run):
     ]
 
 
+def test_a_page_says_of_how_many_questions_a_change_is(make_sweep_run):
+    """One question has no score unsteered, another none at +1: four of six are behind +1 less 0."""
+    run = make_sweep_run(coefficients=(-1.0, 0.0, 1.0), questions=6)
+    lost = {
+        row["row"]
+        for row in run.read("answers")
+        if (row["coefficient"], row["question_id"]) in ((0.0, 0), (1.0, 1))
+    }
+    verdicts = [
+        row | ({"score": None, "reason": "?"} if row["row"] in lost else {})
+        for row in run.read("verdicts")
+    ]
+    run.write("verdicts", verdicts)
+    run.write("second_verdicts", [r for r in verdicts if r["criterion"] == "sycophancy"])
+    found = tables(read.sweep_content(run))
+    names = [row[0] for row in found["Conditions"].rows]
+    down, up = (names.index(name) for name in ("−1", "+1"))
+    changes = column(found["Conditions"], "Change from 0\n[95%]")
+    assert (changes[down][-9:], changes[up][-9:]) == (" (5 of 6)", " (4 of 6)")
+    judges = found["Two judges on sycophancy"]
+    beside = dict(zip(column(judges, ""), column(judges, "Pairs,\neither"), strict=True))
+    assert (beside["−1"], beside["+1"]) == ("5 / 5", "4 / 4")
+
+
 def test_the_layers_of_a_grid(make_sweep_run):
     run = make_sweep_run(layers=(4, 12), coefficients=(-1.0, 2.0), control=True, questions=6)
     grid = grid_of(run)
