@@ -168,8 +168,9 @@ def token(text: str) -> str:
 
 
 def label(condition: ConditionSummary) -> str:
-    """Return what a condition is called in a table."""
-    return condition_label(condition.method, condition.coefficient)
+    """Return what a condition is called in a table: "+1.5", or "+0.1 nat (+1.5)" if so asked."""
+    said = condition_label(condition.method, condition.coefficient)
+    return said if condition.nats is None else f"{coefficient(condition.nats)} nat ({said})"
 
 
 def condition_label(method: str, value: float | None) -> str:
@@ -338,9 +339,8 @@ def _change(summary: SweepSummary) -> str:
         name if summary.layer is None else f"Steered at layer {summary.layer}, {summary.trait}"
     )
     return (
-        f"{subject} {_verb(summary, low, high)}: {interval(low.trait)} at "
-        f"{coefficient(low.coefficient)}, {interval(high.trait)} at "
-        f"{coefficient(high.coefficient)}."
+        f"{subject} {_verb(summary, low, high)}: {interval(low.trait)} at {label(low)}, "
+        f"{interval(high.trait)} at {label(high)}."
     )
 
 

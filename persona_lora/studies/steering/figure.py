@@ -157,6 +157,7 @@ def _draw_incoherent(axes: Axes, summary: SweepSummary) -> None:
 def _divergence_rows(summary: SweepSummary) -> list[tuple[str, list[str]]]:
     """Return the annotation rows that have a value: a name and one cell per coefficient."""
     rows = (
+        ("asked, nats", [each.nats for each in summary.steered]),
         ("‖cΔW‖ / ‖W‖", [each.relative_weight_norm for each in summary.steered]),
         ("‖cv‖ / ‖h‖", [each.relative_state_norm for each in summary.steered]),
         ("KL p95, nats", [each.kl_p95 for each in summary.steered]),
