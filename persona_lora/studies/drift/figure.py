@@ -320,9 +320,9 @@ def _predicted(
     for at, (trait, by_finetune) in enumerate(drift.items()):
         own = {row["finetune"]: row["value"] for row in rows if row["direction"] == trait}
         names = sorted(set(own) & set(by_finetune))
-        points = (tuple(of[name] for name in names) for of in (own, by_finetune))
+        values, moved = (tuple(of[name] for name in names) for of in (own, by_finetune))
         look = Look(width=0, size=3.9, alpha=0.85).apart(at)
-        drawn.append(Series(draw.short_title(trait), *points, look=look))
+        drawn.append(Series(draw.short_title(trait), values, moved, look=look))
     draw.rule(axes, 0)
     panel = draw.scatter(axes, drawn)
     draw.legend(axes)
