@@ -240,6 +240,9 @@ def test_nats_steer_as_the_coefficient_that_was_measured_for_them(run, world, mo
     sweep = [*f"sweep {ASKED} --judge embedding --coefficients 0.05nat --output swept".split()]
     refused("--allow-other-base takes another", *sweep, "--diff", "diff", "--allow-other-base")
     refused("every training seed", *sweep, "--diff", "trained")
+    status, _, error = run(*sweep, "--diff", "diff")
+    assert status == 0, error
+    assert json.loads((world / "swept/run.json").read_text())["config"]["nats"] == [[found, 0.05]]
     compare = COMPARE.replace("--coefficients 1", "--coefficients 0.05nat").split()
     compare[-1:] = ["compared", "--random-controls", "1"]
     refused("every training seed", *compare, "--diff", "trained")

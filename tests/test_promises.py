@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,29 @@ def test_an_adapter_that_no_process_gathered_is_named_with_the_setting(tmp_path)
         ("plan asked --effect 10", "a pilot is one of sweep, compare or predict-finetuning"),
         ("pack made", "so it is no run; name one of its runs, as made/seed0"),
         ("push tuned --repo a/b", "name one in it, as tuned/adapter"),
+        (
+            'optimize --targets "sycophancy=0,formality=70"',
+            "a ready one for the packaged model: persona-lora gallery get, then give "
+            "checkpoints/ready/formality/diff, or --trait-vector-dir checkpoints/ready",
+        ),
+        (
+            "compare-methods --persona-id episode-000101_B --methods lora",
+            "then give checkpoints/ready/self_other_focus/diff, or --trait-vector-dir",
+        ),
+        (
+            "evaluate --trait evil --diff checkpoints/evil/diff --coefficient 1 --output x.csv",
+            "gallery get, then give checkpoints/ready/evil/diff, or",
+        ),
+        (
+            "sweep --trait evil --diff checkpoints/ready/evil/diff",
+            "checkpoints/ready/evil/diff does not exist; expected a PEFT adapter folder or a diff "
+            "file; get it with: persona-lora gallery get\n",
+        ),
+        (
+            "export --mix evil=-1 --format peft --output out",
+            "then give checkpoints/ready/evil/diff, or --trait-vector-dir checkpoints/ready",
+        ),
+        ("sweep --trait evil --diff mine/diff", "expected a PEFT adapter folder or a diff file\n"),
         ("serve --directions nowhere", "nowhere holds no diff of any trait; train one with"),
     ],
 )
@@ -166,5 +190,5 @@ def test_a_newcomers_mistake_is_answered_with_what_to_give_instead(run, tmp_path
         Run.open(tmp_path / folder, command="evaluate", config={"trait": "x"}, seed=0)
     (tmp_path / "tuned" / "adapter").mkdir(parents=True)
     (tmp_path / "tuned" / "adapter" / "adapter_config.json").write_text("{}")
-    status, _, error = run(*words.split())
+    status, _, error = run(*shlex.split(words))
     assert (status, remedy in error, error.count("\n")) == (2, True, 1), error

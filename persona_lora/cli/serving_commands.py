@@ -22,6 +22,7 @@ from persona_lora.cli.program import command, environment
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import GenerationOptions, Replace
+from persona_lora.core.resources import READY
 from persona_lora.core.strength import OfNats, coefficient_of, strength_line
 from persona_lora.core.traits import list_traits, load_trait
 from persona_lora.models.load_options import DEFAULT_MODEL, LoadOptions
@@ -182,7 +183,6 @@ def basis(
     show(table, f"errors are of the {measured}", f"{asked.output}")
 
 
-READY = Path("checkpoints/ready")  # beside what is trained here, never in its place
 GalleryFolder = Annotated[
     Path | None, typer.Option("--from", help="Another gallery than the one that comes along.")
 ]

@@ -28,15 +28,15 @@ from persona_lora.core.options import (
     Thresholds,
 )
 from persona_lora.core.runs import Output, Run
-from persona_lora.core.strength import Strength, acting_at, coefficients_of
+from persona_lora.core.strength import Nats, Strength, acting_at, coefficients_of
 from persona_lora.core.traits import Trait, load_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.studies.asking.run import Evaluation, Steering
-    from persona_lora.studies.steering.run import SweepResult
+    from persona_lora.studies.steering.run import Population, SweepResult
     from persona_lora.studies.vectors.run import Extracted
 
 OWN_PARSER: dict[str, Any] = {
@@ -318,7 +318,7 @@ class VariedOptions:
             diff = LoRADiff.load(self.diff)
             length_of(diff, self.diff)
             values = coefficients_of(self.coefficients, self.diff, diff.content())
-            return run.diff_population(diff, values)
+            return self._with_nats(run.diff_population(diff, values), values)
         if method != "activation" or self.vector is None:
             return run.prompt_population()
         loaded = load_vector(self.vector)
@@ -332,7 +332,16 @@ class VariedOptions:
             shared.refuse_nats(self.coefficients, "nats belong to one layer, and there are several")
         acting = acting_at(chosen, self.positions)
         values = coefficients_of(self.coefficients, self.vector, loaded.content(), acting)
-        return run.vector_population(loaded, chosen, values, self.positions, controls)
+        found = run.vector_population(loaded, chosen, values, self.positions, controls)
+        return self._with_nats(found, values)
+
+    def _with_nats(self, population: Population, values: Sequence[float]) -> Population:
+        """Return what is swept, its record with the coefficients that were asked for in nats."""
+        given = zip(values, self.coefficients, strict=True)
+        nats = [[value, asked.value] for value, asked in given if isinstance(asked, Nats)]
+        record = {**population.bank.record, "nats": nats} if nats else population.bank.record
+        bank = dataclasses.replace(population.bank, record=record)
+        return dataclasses.replace(population, bank=bank)
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the direction's place."""

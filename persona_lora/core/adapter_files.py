@@ -21,6 +21,7 @@ from torch import Tensor
 from persona_lora.core.adapter_config import check_module, checked_config, scaling_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import atomic_folder, read_json, write_json
+from persona_lora.core.resources import ready_diff
 from persona_lora.core.runs import package_versions
 from persona_lora.core.tensor_files import checked_tensor, load_safetensors, load_tensors, opened
 
@@ -79,7 +80,10 @@ def read_factors(path: Path, *, on_disk: bool = False) -> AdapterFile:
     if path.is_dir():
         return _read_folder(path, on_disk=on_disk)
     if not path.exists():
-        raise UserError(f"{path} does not exist; expected a PEFT adapter folder or a diff file")
+        raise UserError(
+            f"{path} does not exist; expected a PEFT adapter folder or a diff file"
+            f"{ready_diff(path)}"
+        )
     if path.suffix not in {".safetensors", ".pt", ".pth", ".bin"}:
         raise UserError(f"{path}: unknown file type; expected a folder, .safetensors or .pt")
     tensors = _load(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = ("datasets", "personas", "train_configs", "gallery")
+READY = Path("checkpoints/ready")  # of gallery get: beside what is trained, never in its place
 
 
 def checkout() -> Path | None:
@@ -37,6 +38,21 @@ def resource_path(path: Path) -> Path:
         return path
     along = (checkout() or _carried()) / path
     return along if along.exists() else path
+
+
+def ready_diff(path: Path) -> str:
+    """Return "; " and how to get the ready diff of the trait that a path names, "" without one."""
+    trait = path.parent.name if path.name == "diff" else path.name
+    held = any((each / f"{trait}.safetensors").is_file() for each in search_folders("gallery"))
+    if not held or trait == "basis":
+        return ""
+    own = READY / trait / "diff"
+    if path == own:
+        return "; get it with: persona-lora gallery get"
+    return (
+        "; a ready one for the packaged model: persona-lora gallery get, then give "
+        f"{own}, or --trait-vector-dir {READY}"
+    )
 
 
 def _carried() -> Path:

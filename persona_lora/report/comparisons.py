@@ -44,7 +44,8 @@ class Paired:
     """A group minus the reference: the mean difference with its interval over units.
 
     ``p`` is a two-sided sign-flip test on the units' means, ``effect_size`` their mean over their
-    standard deviation (Cohen's d_z). All are None where nothing could be paired.
+    standard deviation (Cohen's d_z). All are None where nothing could be paired, and these two for
+    one unit.
     """
 
     difference: Interval | None = None
@@ -88,7 +89,8 @@ def over_units(gaps: pd.Series, unit: str, scale: Bounds | None = None) -> Paire
     means = np.array([np.mean(each) for each in by_unit.values()])
     spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
     size = float(means.mean()) / spread if spread > 0 else None
-    return Paired(bootstrap_mean(by_unit, scale=scale), sign_flip_p(means), size)
+    p = sign_flip_p(means) if len(means) > 1 else None
+    return Paired(bootstrap_mean(by_unit, scale=scale), p, size)
 
 
 def means(
@@ -152,7 +154,7 @@ def write_found(
 
 GAP_COLUMNS = (
     *("difference=difference.mean", "difference_low=difference.low"),
-    *("difference_high=difference.high", "p", "p_holm"),
+    *("difference_high=difference.high", "pairs=difference.n_questions", "p", "p_holm"),
 )
 
 # -- runs of evaluate --------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def run_table(found: Sequence[PairedRun]) -> Table:
         + [wording.interval(each.coherence)]
         for each in found
     )
-    return Table.of("run | trait | n | scored | difference | p (Holm) | coherence", rows)
+    return Table.of("run | trait | n | scored | difference | pairs | p (Holm) | coherence", rows)
 
 
 def _scored(run: Run, criterion: str, at: int, numbers: dict[str, int]) -> pd.DataFrame:
@@ -334,7 +336,7 @@ def task_table(scores: Sequence[TaskScore]) -> Table:
         + [str(each.score.n), *wording.gap(each.difference, each.p_holm, 3)]
         for each in sorted(scores, key=lambda score: (score.task, score.metric))
     )
-    return Table.of("task | metric | condition | score | n | difference | p (Holm)", rows)
+    return Table.of("task | metric | condition | score | n | difference | pairs | p (Holm)", rows)
 
 
 def probed(task: str, among: Collection[str]) -> str:
@@ -378,7 +380,8 @@ def _probe_cell(each: TaskScore) -> str:
     if each.difference is None:
         return said
     clear = each.p_holm is not None and each.p_holm < wording.CLEAR
-    return f"{said}; {wording.interval(each.difference)}{'*' * clear}"
+    of = wording.pairs(each.difference, each.score.n_questions)
+    return f"{said}; {wording.interval(each.difference)}{'*' * clear}{of}"
 
 
 def _measure_table(scores: Sequence[TaskScore]) -> Table:
@@ -388,7 +391,7 @@ def _measure_table(scores: Sequence[TaskScore]) -> Table:
         gap = wording.gap(each.difference, each.p_holm, digits)
         said = wording.interval(each.score, digits)
         rows.append([each.measure, each.condition, said, str(each.score.n), *gap])
-    return Table.of("measure | model | score | n | difference | p (Holm)", rows)
+    return Table.of("measure | model | score | n | difference | pairs | p (Holm)", rows)
 
 
 # -- conditions of a persona -------------------------------------------------------------------
@@ -450,8 +453,8 @@ def fit_table(fits: Sequence[ConditionFit], title: str) -> Table:
         for each in fits
     )
     columns = (
-        "condition | fit (1–5) | n | scored | counts | gain | p (Holm) | coherence | relevance | "
-        "keeps constraints"
+        "condition | fit (1–5) | n | scored | counts | gain | pairs | p (Holm) | coherence | "
+        "relevance | keeps constraints"
     )
     return Table.of(columns, rows, title)
 

@@ -28,7 +28,7 @@ from persona_lora.report.scores import (
 from persona_lora.report.two_way import mean_gap, mean_over_draws
 
 LONG_COLUMNS = (
-    *("trait", "method", "layer", "coefficient", "statistic"),
+    *("trait", "method", "layer", "coefficient", "nats", "statistic"),
     *("value", "low", "high", "n", "n_questions", "coverage", "reason"),
 )
 DIVERGENCE_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "kl_p95")
@@ -51,6 +51,7 @@ class ConditionSummary:
     layer; ``kl_mean`` and ``kl_p95`` are per-token KL from the base model in nats; all are None
     where they were not measured. ``from_zero`` is None at coefficient 0, for references, and where
     coefficient 0 was not run. ``over_neutral`` is a trait's own system prompt minus neutral ones.
+    ``nats`` are those that were asked for in place of the coefficient.
     """
 
     method: str
@@ -68,6 +69,7 @@ class ConditionSummary:
     kl_p95: float | None
     from_zero: PairedDifference | None
     over_neutral: PairedDifference | None = None
+    nats: float | None = None
 
 
 def group_by_condition(scored: Iterable[ScoredAnswer]) -> Groups:
@@ -145,6 +147,7 @@ def condition_rows(trait: str, each: ConditionSummary) -> list[dict[str, Any]]:
         "method": each.method,
         "layer": each.layer,
         "coefficient": each.coefficient,
+        "nats": each.nats,
     }
     rows = [
         {**place, "statistic": name, **interval_cells(interval)}

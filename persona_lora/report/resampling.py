@@ -52,6 +52,7 @@ _RANDOM_ORDERS = 5000
 _DIGITS = 9  # scores that differ by less are rounding noise, and count as ties
 END_WEIGHT = 0.4  # of a question, that each end of a known scale counts
 EQUAL = "all values are equal, which does not show how far others lie"
+ALIKE = "interval not known: the same in 95% of resamples"
 _CHUNK = 2_000_000  # numbers held at once by the row-wise rank correlation
 
 
@@ -74,7 +75,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Another statistic of ``n`` values from ``n_questions`` questions, with its 95% interval."""
+    """Another statistic of ``n`` values from ``n_questions`` questions, with its 95% interval.
+
+    Where ``value``, or ``low`` and ``high``, are None, ``reason`` says why.
+    """
 
     value: float | None
     low: float | None
@@ -260,6 +264,8 @@ def resampled_estimate(
     ``statistic`` maps means ``[resamples, conditions]`` to ``[resamples]``, NaN where it is
     undefined. All conditions share the drawn questions, so the pairing by question is kept. The
     interval is the percentile one: rank correlations sit on their bound, where BCa breaks down.
+    Where that has no width there is none, with the reason ``ALIKE``: of three conditions ρ takes
+    few values, and resamples that all give one do not show that others would.
     """
     conditions, questions = sums.shape
     value = float(statistic(weighted_means(sums, counts, np.ones((1, questions))))[0])
@@ -377,6 +383,8 @@ def _bounded(value: float, resampled: Array, n: int, questions: int) -> Estimate
         reason = "undefined in most resamples: no interval"
         return Estimate(value, None, None, n, questions, reason)
     bounds = percentile_bounds(defined)
+    if bounds.high - bounds.low < 10**-_DIGITS:
+        return Estimate(value, None, None, n, questions, ALIKE)
     return Estimate(value, bounds.low, bounds.high, n, questions)
 
 

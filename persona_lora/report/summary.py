@@ -144,9 +144,12 @@ def summarise_run(run: Run, *, by: str = "verdicts") -> SweepSummary:
 
     ``by`` is the file of the verdicts; a second judge's say nothing of coherence.
     """
-    return summarise_sweep(
+    found = summarise_sweep(
         run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run)
     )
+    asked = dict(run.record["config"].get("nats", ()))
+    named = (dataclasses.replace(e, nats=asked.get(e.coefficient)) for e in found.conditions)
+    return dataclasses.replace(found, conditions=tuple(named))
 
 
 def trait_of(run: Run) -> str:

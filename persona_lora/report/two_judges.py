@@ -290,17 +290,18 @@ def judges_table(found: TwoJudges | None) -> tuple[Table, ...]:
     changes = {each.place: each for each in found.effects}
     rows = []
     for place in {**means, **changes}:
-        cells = [place, "", "", "", "", ""]
+        cells = [place, "", "", "", "", "", ""]
         if place in means:
             cells[1:3] = map(wording.interval, (means[place].first, means[place].second))
         if place in changes:
             change = changes[place]
             cells[3:5] = map(wording.change, (change.first, change.second))
-            cells[5] = "opposed" if change.opposed else "one" if change.alike else "not told"
+            cells[5] = " / ".join(str(each.n_questions) for each in (change.first, change.second))
+            cells[6] = "opposed" if change.opposed else "one" if change.alike else "not told"
         rows.append(tuple(cells))
     columns = (
         *("", f"{found.judge}\n[95%]", f"{found.second}\n[95%]"),
-        *("Change, first\njudge [95%]", "Change, second\njudge [95%]", "Sign"),
+        *("Change, first\njudge [95%]", "Change, second\njudge [95%]", "Pairs,\neither", "Sign"),
     )
     title = f"Two judges on {found.trait}"
     return (Table(columns, tuple(rows), title, NOTE, narrow=True),)

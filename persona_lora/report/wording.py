@@ -8,7 +8,7 @@ from pathlib import Path
 
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
-from persona_lora.report.resampling import EQUAL, Estimate, Interval
+from persona_lora.report.resampling import ALIKE, EQUAL, Estimate, Interval
 from persona_lora.report.scores import CONTROL, NEUTRAL, UNSTEERED, method_of
 from persona_lora.report.summary import SweepSummary
 
@@ -20,6 +20,7 @@ PROMPT_LABELS = {
 CLEAR = 0.05  # a difference is called clear below this (corrected) p value
 NONE = "–"
 _MINUS = "\N{MINUS SIGN}"
+_NO_WIDTH = {EQUAL: "all equal", ALIKE: "resamples alike"}
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -60,13 +61,14 @@ def coefficient(value: float | None) -> str:
 def interval(value: Interval | Estimate | None, digits: int = 0) -> str:
     """Return "71 [64, 77]", without brackets where there is no interval; a dash for None.
 
-    Equal values, whose interval is not known, are told from one value: "0 [not known: all equal]".
+    What has no interval because it would have no width is told from one value: "0 [not known: all
+    equal]", "1.00 [not known: resamples alike]".
     """
     if value is None:
         return NONE
     centre = value.mean if isinstance(value, Interval) else value.value
-    if value.reason == EQUAL:
-        return f"{number(centre, digits)} [not known: all equal]"
+    if value.reason in _NO_WIDTH:
+        return f"{number(centre, digits)} [not known: {_NO_WIDTH[value.reason]}]"
     return between(centre, value.low, value.high, digits)
 
 
@@ -77,10 +79,24 @@ def between(centre: float | None, low: float | None, high: float | None, digits:
     return f"{number(centre, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
-def gap(difference: Interval | None, p: float | None, digits: int = 0) -> tuple[str, str]:
-    """Return the cells of a paired difference and its p, empty for the reference."""
-    said = "" if difference is None else interval(difference, digits)
-    return said, "" if p is None else p_value(p)
+def explained(value: Estimate, digits: int = 2) -> str:
+    """Return an estimate with its interval, or with why it has none: "0.50 (one question …)"."""
+    said = between(value.value, value.low, value.high, digits)
+    return said if value.reason is None else f"{said} ({value.reason})"
+
+
+def gap(difference: Interval | None, p: float | None, digits: int = 0) -> tuple[str, str, str]:
+    """Return the cells of a paired difference, its pairs and its p, empty for the reference."""
+    if difference is None:
+        return "", "", ""
+    return interval(difference, digits), str(difference.n_questions), p_value(p)
+
+
+def pairs(difference: Interval | None, questions: int) -> str:
+    """Return " (19 of 20)" where fewer questions than stand beside are behind a difference."""
+    if difference is None or difference.n_questions == questions:
+        return ""
+    return f" ({difference.n_questions} of {questions})"
 
 
 def scored(value: Interval) -> tuple[str, str, str, str]:
@@ -152,8 +168,9 @@ def token(text: str) -> str:
 
 
 def label(condition: ConditionSummary) -> str:
-    """Return what a condition is called in a table."""
-    return condition_label(condition.method, condition.coefficient)
+    """Return what a condition is called in a table: "+1.5", or "+0.1 nat (+1.5)" if so asked."""
+    said = condition_label(condition.method, condition.coefficient)
+    return said if condition.nats is None else f"{coefficient(condition.nats)} nat ({said})"
 
 
 def condition_label(method: str, value: float | None) -> str:
@@ -199,7 +216,7 @@ def statistics_line(summary: SweepSummary) -> str:
     if summary.method == UNSTEERED:
         return "nothing was steered, so there is no curve"
     rho, fit, span = summary.rho_means, summary.fit, summary.coherent_range
-    parts = [f"Spearman's ρ {interval(rho, 2)}" if rho.reason is None else _missing("ρ", rho)]
+    parts = [_missing("ρ", rho) if rho.value is None else f"Spearman's ρ {explained(rho)}"]
     if fit.slope.value is None:
         parts.append(_missing("slope", fit.slope))
     else:
@@ -302,9 +319,7 @@ def _intervals(summary: SweepSummary) -> str:
 
 
 def _missing(name: str, estimate: Estimate) -> str:
-    if estimate.value is None:
-        return f"no {name} ({estimate.reason})"
-    return f"{name} {number(estimate.value, 2)} ({estimate.reason})"
+    return f"no {name} ({estimate.reason})"
 
 
 def _ends(summary: SweepSummary) -> tuple[ConditionSummary, ConditionSummary] | None:
@@ -324,9 +339,8 @@ def _change(summary: SweepSummary) -> str:
         name if summary.layer is None else f"Steered at layer {summary.layer}, {summary.trait}"
     )
     return (
-        f"{subject} {_verb(summary, low, high)}: {interval(low.trait)} at "
-        f"{coefficient(low.coefficient)}, {interval(high.trait)} at "
-        f"{coefficient(high.coefficient)}."
+        f"{subject} {_verb(summary, low, high)}: {interval(low.trait)} at {label(low)}, "
+        f"{interval(high.trait)} at {label(high)}."
     )
 
 
@@ -399,11 +413,10 @@ def coherent_line(summary: SweepSummary) -> str:
     zero = next((each.coherence for each in summary.steered if each.coefficient == 0), None)
     beside = f" ({number(zero.mean)} unsteered)" if zero is not None else ""
     if len(span.coefficients) == len(summary.steered):
-        return f"Coherence stays at {span.threshold:g} or more{beside} over the whole sweep."
-    return (
-        f"Coherence is {span.threshold:g} or more{beside} from "
-        f"{coefficient(span.low)} to {coefficient(span.high)}."
-    )
+        where = "over the whole sweep"
+    else:
+        where = f"from {coefficient(span.low)} to {coefficient(span.high)}"
+    return f"Coherence stays at its limit of {span.threshold:g} or above{beside} {where}."
 
 
 def _prompts(summary: SweepSummary) -> str:

@@ -300,10 +300,10 @@ def seeds_table(found: Sequence[OverSeeds]) -> Table:
     """Return every condition over the seeds."""
     rows = (
         [each.condition, wording.interval(each.score), wording.interval(each.coherence)]
-        + [*wording.gap(each.change, each.p_holm), str(each.score.n_questions)]
+        + [str(each.score.n_questions), *wording.gap(each.change, each.p_holm)]
         for each in found
     )
-    return Table.of("condition | score | coherence | change | p (Holm) | questions", rows)
+    return Table.of("condition | score | coherence | questions | change | pairs | p (Holm)", rows)
 
 
 def seeds_lines(runs: Sequence[Run], found: Sequence[OverSeeds]) -> tuple[str, str]:

@@ -6,7 +6,15 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.report.comparisons import compare_runs
+from persona_lora.report.comparisons import (
+    compare_runs,
+    fit_table,
+    fits_over_prompts,
+    measure_tables,
+    run_table,
+    score_items,
+    task_table,
+)
 
 
 def run_of(folder, scores, *, trait="cheer", coherence=80.0, questions="abcdefgh", judge="one"):
@@ -37,6 +45,47 @@ def test_differences_are_of_question_means(tmp_path):
     assert found.p == found.p_holm == 0.25  # three questions, all in one direction
     assert found.coherence.mean == 60.0
     assert reference.trait.coverage == pytest.approx(5 / 6)
+
+
+def test_the_pairs_behind_a_difference_stand_in_every_table_that_has_one(tmp_path):
+    """Of six questions either run has five scored, and both have four."""
+    plain, other = [None, 10.0, 20.0, 35.0, 40.0, 50.0], [1.0, 12.0, 20.0, 33.0, 49.0, None]
+    runs = [
+        run_of(tmp_path / name, [score for score in scores for _ in range(2)])
+        for name, scores in (("plain", plain), ("other", other))
+    ]
+    rows = [
+        {
+            "condition": name, "task": task, "metric": "score", "item": at, "score": score,
+            "persona": "ann", "prompt_id": at, "coherence": 80.0, "relevance": 80.0,
+        }
+        for name, scores in (("plain", plain), ("other", other))
+        for task in ("trait", "trait, negated", "coherence")
+        for at, score in enumerate(scores)
+    ]  # fmt: skip
+    tasks = score_items(rows, "plain")
+    probes, measures = measure_tables(tasks)
+    fits = [row | {"score": row["score"] and 1 + row["score"] / 25} for row in rows]
+    tables = [
+        run_table(compare_runs(runs[1:], runs[0])),
+        task_table(tasks),
+        measures,
+        fit_table(fits_over_prompts(fits, "plain"), "fits"),
+    ]
+    for table in tables:
+        n, pairs = (table.columns.index(name) for name in ("n", "pairs"))
+        shown = {row[pairs] for row in table.rows}
+        assert shown == {"", "4"}, table
+        assert all(int(row[n]) >= 5 for row in table.rows), table
+    assert all(cell.endswith(" (4 of 5)") for cell in probes.rows[1][1:])
+
+
+def test_one_pair_has_no_test(tmp_path):
+    plain = run_of(tmp_path / "plain", [None, None, 50.0, 50.0])
+    other = run_of(tmp_path / "other", [60.0, 60.0, 60.0, 60.0])
+    found = compare_runs([other], plain)
+    assert (found[1].difference.n_questions, found[1].p, found[1].p_holm) == (1, None, None)
+    assert run_table(found).rows[1][4:7] == ("10.0", "1", "–")
 
 
 def test_several_runs_are_corrected_for(tmp_path):

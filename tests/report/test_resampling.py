@@ -10,7 +10,9 @@ from scipy import stats
 
 from persona_lora.report import wording
 from persona_lora.report.comparisons import score_items
+from persona_lora.report.curve import CoherentRange, TraitCurve, gaps_between
 from persona_lora.report.resampling import (
+    ALIKE,
     EQUAL,
     SCORES,
     Bounds,
@@ -25,6 +27,8 @@ from persona_lora.report.resampling import (
     sign_flip_p,
     weighted_means,
 )
+from persona_lora.report.scores import Condition
+from persona_lora.report.two_way import mean_gap, mean_over_draws
 from persona_lora.studies.steering.read_comparison import over_draws
 
 
@@ -34,6 +38,37 @@ def test_equal_scores_have_no_interval_of_no_width():
     assert (interval.low, interval.high, interval.reason) == (None, None, EQUAL)
     assert wording.interval(interval, 1) == "70.3 [not known: all equal]"
     assert bootstrap_mean({question: [70.0 + question % 2] for question in range(20)}).low < 70.5
+
+
+def estimates_of(rng):
+    """Return every interval of a random small sweep: of its slope and over draws, too."""
+    questions, conditions = rng.integers(1, 7), rng.integers(2, 5)
+    coarse = [0.0, 50.0, 100.0] if rng.random() < 0.5 else list(range(101))
+    scores = rng.choice([None, *coarse], size=(conditions, questions)).tolist()
+    rise = 60.0 * rng.integers(0, 2)  # of some every resample has one order
+    own = [
+        {at: [None if score is None else (score + rise * c) / 3] for at, score in enumerate(row)}
+        for c, row in enumerate(scores)
+    ]
+    conditions = [Condition("lora", float(at)) for at in range(len(own))]
+    curve = TraitCurve(dict(zip(conditions, own, strict=True)), 0, 200)
+    span = CoherentRange(0.0, 3.0, (0.0, 1.0, 2.0, 3.0), 50)
+    yield from (curve.rho_means(), curve.rho_rows(), curve.fit(span).slope)
+    yield from (curve.mean_of(each) for each in own)
+    yield from (gap.interval for gap in curve.from_zero().values())
+    yield mean_over_draws(own)
+    yield mean_gap([gaps_between(each, own[0]) for each in own[1:]]).interval
+
+
+def test_no_interval_is_without_width_whatever_was_drawn():
+    """Three conditions have few rank correlations, and all resamples may have the same one."""
+    rng, met = np.random.default_rng(0), set()
+    for _ in range(400):
+        for each in estimates_of(rng):
+            assert (each.low is None) == (each.high is None) == (each.reason is not None), each
+            assert each.low is None or each.low < each.high, each
+            met.add(each.reason)
+    assert {None, EQUAL, ALIKE} < met
 
 
 def test_bootstrap_counts_scored_rows_questions_and_coverage():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from persona_lora.report import wording
-from persona_lora.report.resampling import Estimate, Interval
+from persona_lora.report.resampling import ALIKE, EQUAL, Estimate, Interval
 from persona_lora.report.summary import summarise_sweep
 
 
@@ -17,6 +17,14 @@ def test_wording_of_numbers_uses_true_minus_signs_and_no_negative_zero():
     assert [wording.coefficient(c) for c in (-1.5, 0.0, 2.0, None)] == ["−1.5", "0", "+2", "–"]
     assert [wording.significant(v) for v in (0, 0.9, 14.2, 0.0301)] == ["0", "0.90", "14", "0.030"]
     assert [wording.p_value(p) for p in (None, 0.00001, 0.04)] == ["–", "< 0.001", "0.040"]
+
+
+def test_an_estimate_without_width_says_that_its_interval_is_not_known():
+    alike = Estimate(0.5, None, None, 3, 20, ALIKE)
+    assert wording.interval(alike, 2) == "0.50 [not known: resamples alike]"
+    assert wording.explained(alike) == "0.50 (interval not known: the same in 95% of resamples)"
+    assert wording.interval(Estimate(2.0, None, None, 3, 20, EQUAL)) == "2 [not known: all equal]"
+    assert wording.explained(Estimate(0.5, 0.1, 0.9, 3, 20)) == "0.50 [0.10, 0.90]"
 
 
 def test_a_token_that_does_not_print_is_written_out():

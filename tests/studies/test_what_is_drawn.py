@@ -5,6 +5,8 @@ Rows hold a different number in every column, so that a curve of another column 
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -231,6 +233,30 @@ def test_predictions_are_drawn_against_the_change_from_the_base(monkeypatch):
     above, below = drift.render_prediction(judged, predictors).panels
     assert (above.of("Evil").x, above.of("Evil").y) == ((0, 1, 2, 3, 4), (0, 1, 4, 9, 16))
     assert below.of("Evil").y[0] == pytest.approx(np.corrcoef(range(5), np.arange(5) ** 2)[0, 1])
+
+
+def test_what_stands_below_a_prediction_is_what_it_is_drawn_against(monkeypatch):
+    for name in ("RESAMPLES", "PERMUTATIONS"):
+        monkeypatch.setattr(read_prediction, name, 20)
+    named = {
+        "weights": "projection on its own direction", "distance": "norm of the change of weights",
+        "activations": "projection on its own direction", "dose": "answers trained on",
+        "training text": "mean score of the answers trained on",
+        "shared component": "mean projection on all directions",
+        "distance from control": "norm of the difference from its control",
+    }  # fmt: skip
+    judged = [{"finetune": "base", "trait": "evil", "score": 10.0}]
+    judged += [{"finetune": f"f{at}", "trait": "evil", "score": 10.0 + at**2} for at in range(5)]
+    predictors = [
+        {"finetune": f"f{at}", "direction": "evil", "kind": kind, "value": float(at)}
+        for kind in named
+        for at in range(5)
+    ]
+    figure = drift.render_prediction(judged, predictors).figure
+    assert [each.get_xlabel() for each in figure.axes[::2]] == list(named.values())
+    assert figure.get_size_inches()[0] < 15
+    places = [each.get_position() for each in figure.axes]
+    assert not any(one.overlaps(other) for one, other in combinations(places, 2))
 
 
 def test_prevention_draws_each_measure_of_each_model():

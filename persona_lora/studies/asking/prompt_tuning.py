@@ -198,7 +198,8 @@ def tuned_table(found: TunedPrompt, trait: str) -> Table:
     p_holm = dict(zip(tested, holm([gaps[name].p for name in tested]), strict=True))
     cells = (
         [name, wording.interval(scores[name]), wording.interval(sense[name])]
-        + [wording.interval(gaps[name].difference), wording.p_value(p_holm.get(name))]
+        + [*wording.gap(gaps[name].difference, p_holm.get(name))]
         for name in shown
     )
-    return Table.of(f"prompt | {trait} | coherence | less the trait's own | p (Holm)", cells)
+    columns = f"prompt | {trait} | coherence | less the trait's own | pairs | p (Holm)"
+    return Table.of(columns, cells)

@@ -32,7 +32,17 @@ from persona_lora.studies.drift.read import (
     paired,
 )
 from persona_lora.studies.drift.read_diagnosis import Alarm, read_diagnosis
-from persona_lora.studies.drift.read_prediction import POOLED, Prediction, changes, predict
+from persona_lora.studies.drift.read_prediction import (
+    DISTANCE,
+    DOSE,
+    FROM_CONTROL,
+    POOLED,
+    SHARED,
+    TEXT,
+    Prediction,
+    changes,
+    predict,
+)
 
 _PANEL, _HEIGHT, _LEFT, _GAP = 3.0, 2.35, 0.62, 1.75  # inches
 _ROW = _HEIGHT + 1.2
@@ -256,28 +266,41 @@ def _titles(names: Sequence[str]) -> tuple[str, ...]:
 
 # -- predicted ---------------------------------------------------------------------------------
 
+_BESIDE, _BLOCK = 3, (4.2, 6.4)  # kinds in a line; inches of one
+_PROJECTED = "projection on its own direction"
+_MEASURED = {  # what is not a projection on the judged trait's own direction
+    DISTANCE: "norm of the change of weights",
+    FROM_CONTROL: "norm of the difference from its control",
+    SHARED: "mean projection on all directions",
+    TEXT: "mean score of the answers trained on",
+    DOSE: "answers trained on",
+}
+
 
 def render_prediction(judged: Sequence[Row], predictors: Sequence[Row]) -> Picture:
     """Return for every kind of predictor the scatter of own directions and the matrix of r."""
     found = predict(judged, predictors)
     kinds = list(dict.fromkeys(each.kind for each in found))
-    figure = draw.new_figure(0.9 + len(kinds) * 4.2 + 0.6, 7.4)
+    across, up = _BLOCK
+    lines = -(-len(kinds) // _BESIDE)
+    figure = draw.new_figure(0.9 + min(_BESIDE, len(kinds)) * across + 0.6, lines * up + 1.0)
     drift = changes(judged)
     panels = []
     for at, kind in enumerate(kinds):
-        left = 0.9 + at * 4.2
+        line, column = divmod(at, _BESIDE)
+        left, bottom = 0.9 + column * across, 0.9 + (lines - 1 - line) * up
         own = [row for row in predictors if row["kind"] == kind]
         mine = [each for each in found if each.kind == kind]
         panels += [
-            _predicted(figure, (left, 4.0, 3.2, 2.3), own, drift, mine),
-            _matrix(figure, (left + 0.5, 0.9, 2.7, 2.2), mine),
+            _predicted(figure, (left, bottom + 3.1, 3.2, 2.3), own, drift, mine),
+            _matrix(figure, (left + 0.5, bottom, 2.7, 2.2), mine),
         ]
     note = (
-        "Above: change of the judged trait against the projection on its own direction, one dot a "
-        "finetune. Below: Pearson's r of every judged trait (rows) with every direction."
+        "Dots: change of the judged trait against what stands below them, a dot a finetune. "
+        "Squares: Pearson's r of every judged trait (rows) with that of every direction."
     )
     if any(row.get("control") for row in judged):
-        note += " Of every finetune its control is taken off, from the change and the projection."
+        note += " Of every finetune its control is taken off, from the change and what is below."
     title = "Do projections predict what finetuning does to character?"
     return draw.finish(figure, panels, title=title, note=note)
 
@@ -291,14 +314,15 @@ def _predicted(
 ) -> Panel:
     pooled = next(each for each in found if each.judged == POOLED)
     title = f"{pooled.kind}: pooled r {pooled.said}"
-    axes = draw.add_axes(figure, inches, title=title, y="change of the judged score", size=10)
+    x, y = _MEASURED.get(pooled.kind, _PROJECTED), "change of the judged score"
+    axes = draw.add_axes(figure, inches, title=title, x=x, y=y, size=10)
     drawn = []
     for at, (trait, by_finetune) in enumerate(drift.items()):
         own = {row["finetune"]: row["value"] for row in rows if row["direction"] == trait}
         names = sorted(set(own) & set(by_finetune))
-        x, y = (tuple(of[name] for name in names) for of in (own, by_finetune))
+        values, moved = (tuple(of[name] for name in names) for of in (own, by_finetune))
         look = Look(width=0, size=3.9, alpha=0.85).apart(at)
-        drawn.append(Series(draw.short_title(trait), x, y, look=look))
+        drawn.append(Series(draw.short_title(trait), values, moved, look=look))
     draw.rule(axes, 0)
     panel = draw.scatter(axes, drawn)
     draw.legend(axes)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import By, LoRADiff, part_of, parts_of
+from persona_lora.core.resources import ready_diff
 from persona_lora.core.vector_files import load_vector
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
@@ -76,7 +77,7 @@ def found(path: Path, trait: str) -> Path:
     if not path.exists():
         raise UserError(
             f"{path} does not exist; make it with: "
-            f"TRAITS={trait} bash scripts/train_style_traits.sh"
+            f"TRAITS={trait} bash scripts/train_style_traits.sh{ready_diff(path)}"
         )
     return path
 

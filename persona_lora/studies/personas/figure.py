@@ -113,23 +113,26 @@ def render_goal(run: Run) -> Picture:
     mixes = {each["condition"]: each["weights"] for each in rows if each["weights"]}
     mixes.pop(RANDOM_MIX)
     up = max(2.6, _ROW * max(len(fits), *map(len, mixes.values())))
-    figure = draw.new_figure(14.2 + 3.1 * len(traits), up + 1.9)
+    room = 1.5 if several else 0.0  # of the names beside the front
+    figure = draw.new_figure(14.2 + room + 3.1 * len(traits), up + 1.9)
     title, x = ("Candidates", "") if several else ("Value on training prompts", "generation")
     searched = draw.add_axes(figure, (0.62, 0.95, 3.4, up), title=title, x=x)
     panels = [
         _front(searched, generations, rows, config) if several else _history(searched, generations)
     ]
     names = [name_of(each.condition) for each in fits]
-    found = draw.add_axes(figure, (6.6, 0.95, 1.9, up), title="Value on held-out prompts")
+    found = draw.add_axes(figure, (6.6 + room, 0.95, 1.9, up), title="Value on held-out prompts")
     panels.append(_levels(found, names, [each.fit for each in fits]))
     for at, (trait, scores) in enumerate(traits.items()):
-        axes = draw.add_axes(figure, (10.0 + 3.1 * at, 0.95, 1.9, up), title=title_of(trait))
+        place = 10.0 + room + 3.1 * at, 0.95, 1.9, up
+        axes = draw.add_axes(figure, place, title=title_of(trait))
         own = [scores.get(each.condition) for each in fits]
         panels.append(_levels(axes, [""] * len(names), own))
         axes.set_xlim(0, 100)
         draw.rule(axes, targets_of(config)[trait], upright=True, dashes=draw.DASHED)
     title = "Weights of the front" if several else "Weights of the mean"
-    mix = draw.add_axes(figure, (11.8 + 3.1 * len(traits), 0.95, 2.0, up), title=title)
+    last = 11.8 + room + 3.1 * len(traits)
+    mix = draw.add_axes(figure, (last, 0.95, 2.0, up), title=title)
     panels.append(_front_weights(mix, mixes) if several else _weights(mix, rows))
     front = (
         " Line: what no other candidate that keeps the constraints is nearer than to every target."
@@ -182,7 +185,7 @@ def _front(axes: Axes, generations: Sequence[Row], rows: Sequence[Row], config: 
     (first, x), (second, y) = list(targets_of(config).items())[:2]
     axes.set_xlabel(f"distance from {title_of(first)} {x:g}", fontsize=9, color=draw.MUTED)
     axes.set_ylabel(f"distance from {title_of(second)} {y:g}", fontsize=9, color=draw.MUTED)
-    draw.legend(axes, loc="upper right")
+    draw.legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the points
     return panel
 
 

@@ -58,7 +58,7 @@ class LampScores:
             for measure, fits in self.fits.items()
             for each in fits
         )
-        return Table.of("measure | condition | F (0–1) | users | gain | p (Holm)", rows)
+        return Table.of("measure | condition | F (0–1) | users | gain | pairs | p (Holm)", rows)
 
 
 def load_lamp(questions: Path, outputs: Path) -> list[LampQuestion]:

@@ -181,7 +181,7 @@ def _row(each: ConditionFit) -> tuple[str, ...]:
         str(each.fit.n_questions),
         wording.percent(each.fit.coverage),
         wording.percent(each.counted),
-        wording.interval(each.difference, 2),
+        wording.interval(each.difference, 2) + wording.pairs(each.difference, each.fit.n_questions),
         wording.number(each.effect_size, 2),
         wording.p_value(each.p_holm),
         wording.interval(each.coherence),

@@ -94,7 +94,7 @@ def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -
     """
     digits = _digits(config)
     fits = goal_fits(rows, config, limits)
-    columns = "condition | value [95%] | n | scored | change [95%] | p (Holm) | coherence | "
+    columns = "condition | value [95%] | n | scored | change [95%] | pairs | p (Holm) | "
     cells = (
         [each.condition.replace("_", " "), wording.interval(each.fit, digits)]
         + [str(each.fit.n_questions), wording.percent(each.fit.coverage)]
@@ -106,7 +106,7 @@ def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -
         for each in fits
     )
     choice = "" if limits.min_choice is None else "choice, % | "
-    columns += f"relevance | KL | {choice}keeps constraints"
+    columns += f"coherence | relevance | KL | {choice}keeps constraints"
     found = [Table.of(columns, cells, "held-out prompts")]
     judges = (("parts", config["judge"]), ("second_parts", config["second_judge"]))
     traits = [

@@ -82,7 +82,7 @@ FIT_COLUMNS = columns_of(
     *("condition", "fit=fit.mean", "low=fit.low", "high=fit.high", "n=fit.n"),
     *("coverage=fit.coverage", "coherence=coherence.mean", "relevance=relevance.mean"),
     *("gain=difference.mean", "gain_low=difference.low", "gain_high=difference.high"),
-    *("effect_size", "p", "p_holm", "counted", "feasible"),
+    *("pairs=difference.n_questions", "effect_size", "p", "p_holm", "counted", "feasible"),
 )
 
 

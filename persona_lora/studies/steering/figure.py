@@ -157,6 +157,7 @@ def _draw_incoherent(axes: Axes, summary: SweepSummary) -> None:
 def _divergence_rows(summary: SweepSummary) -> list[tuple[str, list[str]]]:
     """Return the annotation rows that have a value: a name and one cell per coefficient."""
     rows = (
+        ("asked, nats", [each.nats for each in summary.steered]),
         ("‖cΔW‖ / ‖W‖", [each.relative_weight_norm for each in summary.steered]),
         ("‖cv‖ / ‖h‖", [each.relative_state_norm for each in summary.steered]),
         ("KL p95, nats", [each.kl_p95 for each in summary.steered]),
@@ -186,7 +187,8 @@ def _draw_divergence_rows(
 
 def _panel_title(axes: Axes, summary: SweepSummary) -> None:
     rho = summary.rho_means
-    text = "no ρ" if rho.value is None else f"ρ {wording.interval(rho, 2)}"
+    shown = wording.between(rho.value, rho.low, rho.high, 2)  # a reason would be too long here
+    text = "no ρ" if rho.value is None else f"ρ {shown}"
     notes = [text, wording.questions_line(summary), f"judge {summary.trait_judge or 'none'}"]
     title = draw.short_title(summary.trait) + wording.at_layer(summary)
     for line, up, colour, size, weight in (

@@ -12,7 +12,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
-from persona_lora.report.resampling import Estimate, Interval
+from persona_lora.report.resampling import Interval
 from persona_lora.report.scores import (
     CONTROL,
     SECOND,
@@ -127,11 +127,7 @@ def _statistics(summary: SweepSummary) -> str:
     line = f"{wording.statistics_line(summary)}."
     if summary.method == UNSTEERED:
         return line
-    return f"{line} Over single answers ρ is {_rho(summary.rho_rows)}."
-
-
-def _rho(rho: Estimate) -> str:
-    return wording.interval(rho, 2) + (f" ({rho.reason})" if rho.reason else "")
+    return f"{line} Over single answers ρ is {wording.explained(summary.rho_rows)}."
 
 
 def _conditions(summary: SweepSummary) -> Table:
@@ -158,7 +154,8 @@ def _conditions(summary: SweepSummary) -> Table:
         "Conditions",
         f"{wording.sample_line(summary)}. Means are over scored answers; “Scored” is their share. "
         "The change from 0 is paired by question, its p value from a sign-flip permutation test "
-        "over question means, Holm-corrected over the coefficients. Grey text: outside the "
+        "over question means, Holm-corrected over the coefficients; (19 of 20): so many of the "
+        "questions were scored under both. Grey text: outside the "
         f"coherent range. {told}, KL the per-token divergence from the base model on ordinary "
         "prompts; a dash was not measured.",
         [_style(each, summary) for each in every],
@@ -166,10 +163,12 @@ def _conditions(summary: SweepSummary) -> Table:
 
 
 def _change(each: ConditionSummary, say: Any) -> tuple[str, str]:
-    """Return the change from coefficient 0, and its corrected p."""
+    """Return the change from coefficient 0, its pairs if not all questions, its corrected p."""
     if each.from_zero is None:
         return wording.NONE, wording.NONE
-    return say(each.from_zero.interval), wording.p_value(each.from_zero.p_holm)
+    gap = each.from_zero.interval
+    p = wording.p_value(each.from_zero.p_holm)
+    return say(gap) + wording.pairs(gap, each.questions), p
 
 
 def _counts(each: ConditionSummary) -> tuple[str, str, str, str]:
@@ -205,7 +204,7 @@ def _control(summary: SweepSummary, control: ControlSummary) -> Table:
         "A random direction has the norm of the vector, at the same layer and coefficients; "
         f"differences are paired by question.{_drawn(control)} The last row is one test of all "
         "coefficients, incoherent ones included: the mean of sign(c) · (vector − random "
-        f"direction). Spearman’s ρ of the {name} is {_rho(control.rho_means)}.",
+        f"direction). Spearman’s ρ of the {name} is {wording.explained(control.rho_means)}.",
         [*("" for _ in control.comparisons), "reference"],
         narrow=True,
     )
@@ -471,12 +470,12 @@ def _beyond_neutral(found: Comparison) -> tuple[Table, ...]:
     """Return what the trait's own system prompts do beyond neutral ones."""
     rows = [
         [SPLITS[each.split], f"{wording.method_label(each.method)} minus neutral ones"]
-        + [wording.interval(gap.interval), wording.p_value(gap.p_holm)]
+        + [*wording.gap(gap.interval, gap.p_holm)]
         for each in found.points
         if (gap := each.over_neutral) is not None
     ]
     title = "System prompts beside neutral ones"
-    columns = f"Questions | Paired difference in {found.trait} | [95%] | p (Holm)"
+    columns = f"Questions | Paired difference in {found.trait} | [95%] | pairs | p (Holm)"
     return (Table.of(columns, rows, title, narrow=True),) if rows else ()
 
 
@@ -587,7 +586,8 @@ def _effect(each: Overall) -> str:
 def _overall_row(each: Overall) -> tuple[str, ...]:
     return (
         *(SPLITS[each.split], _method(each), _effect(each)),
-        *(str(each.effect.n_questions), wording.interval(each.difference)),
+        str(each.effect.n_questions),
+        wording.interval(each.difference) + wording.pairs(each.difference, each.effect.n_questions),
         *(wording.p_value(each.p_holm), wording.interval(each.coherence)),
     )
 
@@ -599,7 +599,8 @@ def _point_row(each: Point) -> tuple[str, ...]:
         *(f"{wording.number(each.kl_mean, 3)}{unmatched}", wording.number(each.kl_p95, 2)),
         wording.number(each.ordinary_mean, 3),
         *(wording.interval(each.trait), str(each.trait.n), f"{100 * each.trait.coverage:.0f}%"),
-        *(wording.interval(each.coherence), wording.interval(each.difference)),
+        wording.interval(each.coherence),
+        wording.interval(each.difference) + wording.pairs(each.difference, each.trait.n_questions),
         wording.p_value(each.p_holm),
     )
 

@@ -277,7 +277,11 @@ def test_a_front_of_two_targets_that_exclude_each_other(chat_model, method, tmp_
     page = write_report([run.folder], tmp_path / "page.html").read_text()
     assert "front, held-out prompts" in page
     assert f"{len(result.finalists)} mixes stood in the front" in page
-    drawn = render_goal(run).panels[0]
+    picture = render_goal(run)
+    drawn, first = picture.panels[0], picture.figure.axes[0]
+    picture.png()  # which places the names
+    names, beside = (each.get_tightbbox() for each in (first.get_legend(), picture.figure.axes[1]))
+    assert first.get_window_extent().x1 <= names.x0 < names.x1 < beside.x0
     kept = [row for row in run.read("generations") if row["value"] is not None]
     assert len(drawn.of("candidates").x) == len(kept)
     edge = drawn.of("front")

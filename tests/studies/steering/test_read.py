@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
+
+from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.resampling import Interval
 from persona_lora.report.sections import Fold, Table
-from persona_lora.report.summary import summarise_run
+from persona_lora.report.summary import summarise_run, write_summary
 from persona_lora.studies.steering import read
+from persona_lora.studies.steering.figure import render_sweep
 from persona_lora.studies.steering.read_comparison import FIRST_TOKEN, TOKENS, Overall, Point, Ratio
 from persona_lora.studies.steering.read_grid import grid_of
 
@@ -57,6 +62,49 @@ def test_the_conditions_of_a_sweep(make_sweep_run):
         *(wording.change(each.difference.interval) for each in summary.control.comparisons),
         wording.change(summary.control.overall.interval),
     ]
+
+
+def test_a_page_says_of_how_many_questions_a_change_is(make_sweep_run):
+    """One question has no score unsteered, another none at +1: four of six are behind +1 less 0."""
+    run = make_sweep_run(coefficients=(-1.0, 0.0, 1.0), questions=6)
+    lost = {
+        row["row"]
+        for row in run.read("answers")
+        if (row["coefficient"], row["question_id"]) in ((0.0, 0), (1.0, 1))
+    }
+    verdicts = [
+        row | ({"score": None, "reason": "?"} if row["row"] in lost else {})
+        for row in run.read("verdicts")
+    ]
+    run.write("verdicts", verdicts)
+    run.write("second_verdicts", [r for r in verdicts if r["criterion"] == "sycophancy"])
+    found = tables(read.sweep_content(run))
+    names = [row[0] for row in found["Conditions"].rows]
+    down, up = (names.index(name) for name in ("−1", "+1"))
+    changes = column(found["Conditions"], "Change from 0\n[95%]")
+    assert (changes[down][-9:], changes[up][-9:]) == (" (5 of 6)", " (4 of 6)")
+    judges = found["Two judges on sycophancy"]
+    beside = dict(zip(column(judges, ""), column(judges, "Pairs,\neither"), strict=True))
+    assert (beside["−1"], beside["+1"]) == ("5 / 5", "4 / 4")
+
+
+def test_coefficients_that_were_asked_for_in_nats_are_told_in_nats(make_sweep_run):
+    run = make_sweep_run(coefficients=(-1.706, 0.0, 1.567), questions=6)
+    assert "nat" not in read.summary_table(summarise_run(run)).rows[0][0]
+    record = json.loads((run.folder / "run.json").read_text())
+    record["config"]["nats"] = [[-1.706, -0.1], [1.567, 0.1]]
+    (run.folder / "run.json").write_text(json.dumps(record))
+    run = Run(run.folder)
+    summary = write_summary(run)
+    names = ["−0.1 nat (−1.706)", "0", "+0.1 nat (+1.567)"]
+    for table in (read.summary_table(summary), tables(read.sweep_content(run))["Conditions"]):
+        assert [row[0] for row in table.rows][:3] == names
+    assert all(f"at {name}" in wording.headline(summary) for name in names[::2])
+    drawn = [each.get_text() for each in render_sweep(summary).figure.axes[0].texts]
+    assert drawn[drawn.index("asked, nats") + 1 :][:3] == ["−0.10", "–", "0.10"]
+    with (run.folder / "summary.csv").open(newline="") as stream:
+        found = {row["coefficient"]: row["nats"] for row in csv.DictReader(stream)}
+    assert (found["-1.706"], found["0.0"], found["1.567"]) == ("-0.1", "", "0.1")
 
 
 def test_the_layers_of_a_grid(make_sweep_run):
