@@ -604,7 +604,7 @@ def compare_methods(
     planned = method_comparison.planned_comparison(
         asked, generation, personas, compared.methods, trained, bench.alpha, searching, objective
     )
-    planned.check(dataclasses.replace(written, overwrite=True))  # below it others are seen to
+    planned.check(method_comparison.whole_of(written))  # below it others are seen to
     opened = bench.open(model, generation, judge, asked)
     with _quiet_unless_first(opened.processes), _live("comparison", opened) as watch:
         comparison = method_comparison.compare_methods(

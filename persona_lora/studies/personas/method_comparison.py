@@ -19,7 +19,7 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import GenerationOptions
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.protocol import Design
-from persona_lora.core.runs import Output, Planned, Run
+from persona_lora.core.runs import Output, Planned, Run, of_other_command
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges.answer_gates import THRESHOLDS
 from persona_lora.models.processes import recorded
@@ -72,6 +72,7 @@ from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.report_page import write_report
 
 ALL = "all"
+COMMAND = "compare-methods"
 SPENT = ("evaluations", "stopped")  # of searches
 COLUMNS = ("persona", *FIT_COLUMNS, *SPENT)
 Watch = Callable[[str, str, Generation], None]
@@ -122,6 +123,7 @@ def compare_methods(
     for an unknown method, and for what the output's protocol does not say.
     """
     whole = Output.of(output)
+    whole_of(whole)
     trained = trainings_of(methods, bench.trait_folder, bench.traits)
     searching = searches_of(searching, trained)
     asked = bench.prompts, bench.generation
@@ -155,9 +157,23 @@ def compare_methods(
             rows += [{**row, "condition": name} for each in results for row in _best_rows(each)]
         rows += problem.bounds
     config["conditions"] = sorted({row["condition"] for row in rows})
-    whole = replace(whole, path=folder / "comparison", overwrite=True)
+    whole = whole_of(whole)
     planned = replace(planned, config=config)
     return bench.processes.from_main(lambda: _written(rows, objective, whole, planned))
+
+
+def whole_of(output: Output) -> Output:
+    """Return where the rows of all methods are written, each time anew.
+
+    UserError where a run of another command is there.
+    """
+    place = output.path / "comparison"
+    if not output.overwrite and of_other_command(place, COMMAND):
+        raise UserError(
+            f"{place} holds a run of {Run(place).record['command']}; choose another output or pass "
+            "--overwrite"
+        )
+    return replace(output, path=place, overwrite=True)
 
 
 def _best_rows(result: PersonaResult) -> list[dict[str, Any]]:
@@ -193,8 +209,8 @@ def planned_comparison(
         "alpha": alpha,
     }
     questions = {"held out": len(prompts.held_out), "personas": len(personas)}
-    design = Design.of("compare-methods", questions, tuple(methods), trained)
-    return Planned("compare-methods", config, 0, design=design)
+    design = Design.of(COMMAND, questions, tuple(methods), trained)
+    return Planned(COMMAND, config, 0, design=design)
 
 
 def trainings_of(methods: Sequence[str], folder: Path, traits: Sequence[str]) -> int:
@@ -373,7 +389,7 @@ def _written(
         "against_random": over(reference=RANDOM) if searched_at_random else (),
     }
     out = output.path
-    run = Run.open(output, command="compare-methods", config=config, seed=0, design=design)
+    run = Run.open(output, command=COMMAND, config=config, seed=0, design=design)
     with run:
         run.write("held_out", rows)
         render_comparison(run).save(out / "comparison.png")
