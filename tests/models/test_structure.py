@@ -118,7 +118,7 @@ def test_the_fingerprint_sees_every_weight_of_a_block(family):
         break
 
 
-JOINED = {"Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V3", "Jamba"}
+JOINED = {"Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next", "MiniMax", "Mixtral", "DeepSeek-V3", "Jamba"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
