@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
@@ -50,6 +51,7 @@ class PassCounter:
         self._cache: ReferenceType[Cache] | None = None
         self._empty: bool | None = None  # the cache before the pass; None: there is no cache
         self._continued = False
+        self._silent = False  # the cache was empty before the last pass, and is so again
         self._length: int | None = None  # of the last pass
 
     def expect_prompt(self) -> None:
@@ -62,7 +64,8 @@ class PassCounter:
         cache = next((each for each in given if isinstance(each, Cache)), None)
         self._continued = cache is not None and self._cache is not None and self._cache() is cache
         self._cache = None if cache is None else ref(cache)
-        self._empty = None if cache is None else _is_empty(cache)
+        was_empty, self._empty = self._empty, None if cache is None else _is_empty(cache)
+        self._silent = self._continued and bool(was_empty and self._empty)
 
     def end(self, length: int) -> Stage:
         """Return the stage of this pass over ``length`` positions; "either" where both look alike.
@@ -71,6 +74,8 @@ class PassCounter:
         """
         told, self._told = self._told, False
         last, self._length = self._length, length
+        if self._silent and not told:
+            return self._without_length(length)
         if told or self._empty or (self._empty is None and last is None):
             return "prompt"
         if self._empty is None:
@@ -85,6 +90,14 @@ class PassCounter:
             )
         return "prompt"
 
+    def _without_length(self, length: int) -> Stage:
+        if length == 1 and self._counts:
+            return "step"
+        raise UserError(
+            "the cache of this model does not say what it holds, and whether a pass over "
+            f"{length} tokens is prompt or answer cannot be told; {_REMEDY}"
+        )
+
     def _without_cache(self, length: int, last: int) -> Stage:
         if length == 1 and self._counts:
             return "step"
@@ -97,10 +110,12 @@ class PassCounter:
 
 
 def _is_empty(cache: Cache) -> bool:
-    """Say whether a cache holds nothing yet; one of states alone (Mamba's) counts no positions."""
-    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        return not cache.has_previous_state()
-    return int(cache.get_seq_length()) == 0
+    """Say whether no layer of a cache holds anything; states (Mamba's) count no positions."""
+    return not any(
+        (isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0)
+        or (isinstance(layer, LinearAttentionCacheLayerMixin) and cache.has_previous_state(number))
+        for number, layer in enumerate(cache.layers)
+    )
 
 
 _REMEDY = 'call select_positions(None) on the steerer before each prompt, or steer positions="all"'

@@ -173,6 +173,7 @@ def token_divergences(
     The text runs as ``num_rows`` identical rows of one batch, and row 0 is the reference: a live
     steerer with a coefficient of 0 in row 0 makes the other rows differ from it.
     """
+    chat_model.check_length(sum(map(len, exchange)))
     model, length = chat_model.model, len(exchange.answer)
     ids = torch.tensor([exchange.prompt + exchange.answer] * num_rows, device=model.device)
     with torch.inference_mode(), chat_model.turn(), contiguous_input(model):
@@ -209,8 +210,9 @@ def right_padded(chat_model: ChatModel, rows: Sequence[list[int]]) -> Tensor:
 
     No causal model looks back to padding there: positions count from 0 as they should, a row's
     numbers are those that it gives alone, whatever keeps the model's state, and no mask is needed
-    (attention kernels are faster without one).
+    (attention kernels are faster without one). UserError for a row over the model's window.
     """
+    chat_model.check_length(max(map(len, rows)))
     longest, filler = max(map(len, rows)), [chat_model.tokenizer.pad_token_id]
     padded = [row + filler * (longest - len(row)) for row in rows]
     return torch.tensor(padded, device=chat_model.model.device)

@@ -171,7 +171,16 @@ def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
             device = torch.device("cpu")
         ids = torch.tensor([tokens, [*tokens[:-1], tokens[0]]], device=device)
         versions = _versions(model)
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        try:
+            logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"{name} cannot read three tokens: {type(model).__name__} fails with {said}; "
+                "mend its config.json, or load it with another release of transformers"
+            ) from error
     if seen != list(range(len(decoder.blocks))):
         raise _unknown(name, f"its {len(decoder.blocks)} blocks ran {len(seen)} times")
     if not bool(torch.isfinite(logits).all()):

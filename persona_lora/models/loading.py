@@ -62,7 +62,12 @@ from persona_lora.models.loaded_model import (
     tokenizer_content,
     weights_content,
 )
-from persona_lora.models.structure import context_window, embedding_rows
+from persona_lora.models.structure import (
+    LONGROPE,
+    context_window,
+    embedding_rows,
+    longrope_crossing,
+)
 from persona_lora.models.turns import Turn
 
 logger = logging.getLogger(__name__)
@@ -174,7 +179,7 @@ class ChatModel:
         )
 
     def check_length(self, tokens: int, what: str = "one text") -> None:
-        """Raise UserError for more tokens than the model has positions for."""
+        """Raise UserError for more tokens than the model may read (``context_window``)."""
         _refuse_over_window(self.model.config, tokens, what, self.name)
 
     def _with_system(self, conversation: Conversation) -> Conversation:
@@ -185,11 +190,17 @@ class ChatModel:
 
 def _refuse_over_window(config: PreTrainedConfig, tokens: int, what: str, name: str) -> None:
     window = context_window(config)
-    if window is not None and tokens > window:
+    if window is None or tokens <= window:
+        return
+    if longrope_crossing(config) is not None:
         raise UserError(
-            f"{tokens} tokens ({what}) pass the {window} positions of {name}; ask for "
-            "less, or leave it out"
+            f"{tokens} tokens ({what}) pass {window}, {LONGROPE} of {name}; ask for less (shorter "
+            "texts, a smaller --max-new-tokens or max_length), or take a model without longrope"
         )
+    raise UserError(
+        f"{tokens} tokens ({what}) pass the {window} positions of {name}; ask for "
+        "less, or leave it out"
+    )
 
 
 def auto_model(

@@ -82,10 +82,45 @@ def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
     return found
 
 
+# What happens at the window of a longrope model, for messages.
+LONGROPE = "where longrope changes the rotations of all rows of a batch"
+
+
 def context_window(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model has positions for; None where its configuration is silent."""
+    """Return how many tokens a model may read; None where its configuration is silent.
+
+    As many as it has positions for, or as ``longrope_crossing`` says.
+    """
+    return longrope_crossing(config) or _positions(config)
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
     window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return window if isinstance(window, int) else None
+
+
+def longrope_crossing(config: PreTrainedConfig) -> int | None:
+    """Return up to how many tokens a longrope model turns by one table; None for other models.
+
+    transformers takes the short factors or the long ones for a whole pass, by its largest position:
+    one text beyond would change those beside it, and what is cached was turned by the other table.
+    None, too, where that never happens within the model's positions.
+
+    Source:
+        LongRoPE (Ding et al. 2024, arXiv:2402.13753).
+    """
+    text, last = config.get_text_config(decoder=True), _positions(config)
+    given = getattr(text, "rope_parameters", None) or {}
+    tables = [given, *(each for each in given.values() if isinstance(each, dict))]  # by layer type
+    key = "original_max_position_embeddings"
+    own = getattr(text, key, None)  # stands over that of a table, as it does in transformers
+    crossings = [
+        own or table[key]
+        for table in tables
+        if table.get("rope_type", table.get("type")) == "longrope"
+        and table["short_factor"] != table["long_factor"]
+    ]
+    return min((each for each in crossings if last is None or each < last), default=None)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

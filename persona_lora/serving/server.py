@@ -21,7 +21,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from persona_lora.core.errors import UserError
-from persona_lora.models.structure import context_window, embedding_rows
+from persona_lora.models.structure import (
+    LONGROPE,
+    context_window,
+    embedding_rows,
+    longrope_crossing,
+)
 from persona_lora.serving.batching import Batch, Busy, Row
 from persona_lora.serving.mixes import Personas
 from persona_lora.serving.reply import Answer, Choice, Logprobs, Reply
@@ -61,6 +66,7 @@ class Service:
                 "and no request could be held to the context window; add it to config.json"
             )
         self._window = window
+        self._why = f" ({LONGROPE})" if longrope_crossing(model.config) else ""
 
     def check_key(self, request: Request) -> None:
         """Refuse a request without the key, where there is one."""
@@ -145,7 +151,8 @@ class Service:
         if length + prompt.limit > self._window:
             raise UserError(
                 f"a prompt of {length} tokens and max_tokens {prompt.limit} are "
-                f"{length + prompt.limit}, over the context window of {self._window}; shorten one"
+                f"{length + prompt.limit}, over the context window of {self._window}{self._why}; "
+                "shorten one"
             )
         scored = prompt.echoed is not None and prompt.top is not None
         if scored and length > LONGEST_SCORED:

@@ -163,9 +163,11 @@ def make_trainer(
 ) -> CompletionTrainer:
     """Return a trainer of tokenised rows that logs and saves into the lesson's folder.
 
-    Raises UserError for a token that the model has no embedding of.
+    Raises UserError for a token that the model has no embedding of, and a row over its window.
     """
     chat_model.check_tokens(row.input_ids for row in lesson.rows)
+    for number, row in enumerate(lesson.rows, start=1):
+        chat_model.check_length(len(row.input_ids), f"row {number}; max_length cuts it")
     own = copy.copy(config)
     own.output_dir = str(lesson.folder)
     own.length_column_name = "length"

@@ -198,6 +198,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**WINDOWED, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "Phi-3": ("phi3", SHAPE),
+    "Phi-3 longrope": (
+        "phi3",
+        {
+            **SHAPE,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.0, 1.0, 1.0],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+            },
+        },
+    ),
     "OLMo 2": ("olmo2", SHAPE),
     "Granite": ("granite", SHAPE),
     "SmolLM3": ("smollm3", SHAPE),
@@ -305,6 +318,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba": ("mamba", STATE_SPACE),
     "Mamba 2": ("mamba2", {**STATE_SPACE, "num_heads": 8, "head_dim": 8, "n_groups": 2}),
     "Falcon Mamba": ("falcon_mamba", STATE_SPACE),
+    "MiniMax": (
+        "minimax",
+        {
+            **TEXT,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_experts_per_tok": 2,
+            "num_local_experts": 4,
+            "block_size": 16,
+        },
+    ),
     "LFM2": (
         "lfm2",
         {

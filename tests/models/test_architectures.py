@@ -18,14 +18,14 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from persona_lora.core.chat import Exchange, user_question
+from persona_lora.core.chat import Conversation, Exchange, user_question
 from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.caches import plans_sharing
-from persona_lora.models.generation import RowPlan, generate_answers
+from persona_lora.models.generation import RowPlan, ending_tokens, generate_answers
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import (
     TokenizedExchange,
@@ -136,6 +136,16 @@ def check_live(subject: Subject) -> None:
     assert (found[1] - found[0]).abs().max() > 1e-3
 
 
+def plain_answer(chat: ChatModel, model: PreTrainedModel, question: Conversation) -> str:
+    """What transformers' own generation makes of one question."""
+    prompt = torch.tensor(chat.tokenize([chat.render(question)]), device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=list(ending_tokens(chat))
+    )
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    return chat.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+
+
 def check_population(subject: Subject) -> None:
     asked = [user_question(text, "You are a friend.") for text in ("Hi", "Why is that so?", "No!")]
     coefficients = [[each] for each in COEFFICIENTS[:2] for _ in asked]
@@ -154,6 +164,11 @@ def check_population(subject: Subject) -> None:
         return [each.text for each in found]
 
     alone = answers(batch_size=1)
+    assert alone == [
+        plain_answer(subject.chat, subject.merged[coefficient], question)
+        for coefficient in COEFFICIENTS[:2]
+        for question in asked
+    ]
     assert answers(batch_size=6) == alone
     with LiveLoRA(subject.model, [subject.diff], coefficients) as live:
         shared = generate_answers(

@@ -7,16 +7,24 @@ from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models import generation, likelihood
 from persona_lora.models.generation import generate_answers
+from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.last_states import last_states
 from persona_lora.models.likelihood import (
+    TokenizedExchange,
+    answer_logprobs,
     mean_logprobs,
     next_token_logprobs,
+    next_tokens,
+    text_logprobs,
     token_divergences,
     tokenize_exchange,
 )
+from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import tokenized_prompts
 from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.task_vectors import mean_inputs
 from persona_lora.steering.weights import LoRASteerer
+from tests.models.architectures import tiny_model
 
 EXCHANGES = [
     Exchange("why?", "because"),
@@ -87,17 +95,38 @@ def test_divergence_needs_no_model_that_gives_a_part_of_the_logits(
     torch.testing.assert_close(found, expected)
 
 
-def test_a_text_over_the_context_window_is_refused_by_all_that_reads(chat_model):
-    window = chat_model.model.config.max_position_embeddings
-    long, said = "a" * window, rf"tokens \(.*\) pass the {window} positions of tiny; ask for less"
+@pytest.mark.parametrize(
+    ("family", "window", "said"),
+    [
+        ("Llama", 512, r"pass the 512 positions of tiny; ask for less"),
+        ("Phi-3 longrope", 128, r"pass 128, where longrope changes .* --max-new-tokens or max_len"),
+    ],
+)
+def test_a_text_over_the_context_window_is_refused_by_all_that_reads(
+    tokenizer, family, window, said
+):
+    chat_model = ChatModel(tiny_model(family), tokenizer, "tiny")
+    long, just = "a" * window, TokenizedExchange([5] * (window - 2), [6, 7])
+    more = TokenizedExchange([5] * (window - 2), [6, 7, 8])
+    room = window - len(tokenize_exchange(chat_model, Exchange("why?", "")).prompt)
+    assert list(stream_hidden_means(chat_model, [just]))
+    assert answer_logprobs(chat_model, [just])
+    generate_answers(chat_model, [user_question("why?")], max_new_tokens=room)
     for reads in (
         lambda: mean_logprobs(chat_model, [Exchange("why?", long)]),
         lambda: next_token_logprobs(chat_model, [(long, "")]),
         lambda: tokenized_prompts(chat_model, [long]),
-        lambda: last_states(chat_model, [[1] * (window + 1)], ["a"], [0], [range(1)]),
-        lambda: generate_answers(chat_model, [user_question("why?")], max_new_tokens=window),
+        lambda: last_states(chat_model, [more.prompt + more.answer], ["a"], [0], [range(1)]),
+        lambda: generate_answers(chat_model, [user_question("why?")], max_new_tokens=room + 1),
+        # What a library's user has tokenised himself:
+        lambda: list(stream_hidden_means(chat_model, [more])),
+        lambda: answer_logprobs(chat_model, [more]),
+        lambda: token_divergences(chat_model, more, num_rows=2),
+        lambda: text_logprobs(chat_model, more.prompt + more.answer, 1),
+        lambda: next_tokens(chat_model, [more.prompt + more.answer], 0),
+        lambda: mean_inputs(chat_model, [more]),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=rf"tokens \(.*\) {said}"):
             reads()
 
 

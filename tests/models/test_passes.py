@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from persona_lora.core.errors import UserError
@@ -14,9 +14,11 @@ from persona_lora.models.caches import PassCounter, kept_cache
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.activations import ActivationSteerer
+from tests.models.architectures import FAMILIES
 
 TOKENS = torch.randint(3, 250, (2, 6), generator=torch.Generator().manual_seed(0))
 NAMES = ("cache", "past_key_values")  # of this release of transformers, and of the last
+LINEAR = ["linear_attention", "full_attention"]
 VECTOR = SteeringVector({0: torch.arange(32.0)}, BaseModel("tiny"), num_layers=2)
 
 
@@ -161,3 +163,56 @@ def test_texts_without_a_cache_are_prompts_each():
     for length in (7, 7, 5, 9):
         passes.begin((), {"memory": None})
         assert passes.end(length) == "prompt"
+
+
+class Silent(DynamicCache):
+    """A cache that keeps what it holds where nobody can see it."""
+
+    def get_seq_length(self, layer_idx=0):
+        return 0
+
+    @property
+    def layers(self):
+        return []
+
+    @layers.setter
+    def layers(self, layers):
+        pass
+
+
+def test_a_cache_that_stays_empty_tells_no_prompt_from_an_answer():
+    """As of MiniMax with no layer of attention: states alone, which the cache does not name."""
+    cache, passes = Silent(), PassCounter()
+    for _ in range(2):  # told, every token is a step until the next prompt
+        passes.expect_prompt()
+        stages = []
+        for length in (6, 1, 1):
+            passes.begin((cache,), {})
+            stages.append(passes.end(length))
+        assert stages == ["prompt", "step", "step"]
+    for length in (1, 6):
+        passes = PassCounter()
+        passes.begin((cache,), {})
+        assert passes.end(6) == "prompt"
+        passes.begin((cache,), {})
+        with pytest.raises(UserError, match=r"does not say what it holds.*select_positions"):
+            passes.end(length)
+
+
+@pytest.mark.parametrize("layer_types", [LINEAR[:1] * 2, LINEAR, LINEAR[::-1]])
+def test_layers_of_states_in_any_place_hide_no_step(layer_types):
+    settings = FAMILIES["MiniMax"][1] | {"layer_types": layer_types}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("minimax", **settings)).eval()
+
+    def run(steerer):
+        generate(model, TOKENS)
+
+    if "full_attention" in layer_types:
+        assert steered_lengths(model, run, "prompt") == [6, 0, 0, 0]
+        assert steered_lengths(model, run, "response") == [1, 1, 1, 1]
+    else:
+        for positions in ("prompt", "response"):
+            with pytest.raises(UserError, match="does not say what it holds"):
+                steered_lengths(model, run, positions)
+    assert steered_lengths(model, run, "all") == [6, 1, 1, 1]

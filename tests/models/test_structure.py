@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -8,12 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona_lora.core.errors import UserError
 from persona_lora.models.structure import (
+    context_window,
     decoder_layers,
     decoder_linear_modules,
     features,
     input_groups,
     kind_of,
     linear_modules,
+    longrope_crossing,
     stacked_weights,
     text_decoder,
     tied_names,
@@ -21,7 +25,7 @@ from persona_lora.models.structure import (
     weight_of,
 )
 from persona_lora.models.weight_files import model_on_disk
-from tests.models.architectures import FAMILIES, tiny_model
+from tests.models.architectures import FAMILIES, TEXT, tiny_model
 
 
 def test_names_are_the_same_under_a_peft_wrapper(make_model):
@@ -118,7 +122,7 @@ def test_the_fingerprint_sees_every_weight_of_a_block(family):
         break
 
 
-JOINED = {"Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V3", "Jamba"}
+JOINED = {"Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next", "MiniMax", "Mixtral", "DeepSeek-V3", "Jamba"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,3 +166,38 @@ def test_experts_one_below_the_other_are_stacked_as_those_of_three_dimensions_ar
         "down_proj",
     }
     assert not stacked_weights(tiny_model("LFM2"))
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.0, 1.0, 1.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 128,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LAYERS = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "crossing"),
+    [
+        ("llama", {"rope_parameters": LONG}, 128),
+        ("llama", {"rope_scaling": {**LONG, "type": "longrope"}}, 128),
+        ("gemma3_text", {"rope_parameters": dict(zip(LAYERS, (PLAIN, LONG), strict=True))}, 128),
+        ("llava", {"text_config": {**TEXT, "model_type": "llama", "rope_parameters": LONG}}, 128),
+        ("phi3", {"rope_parameters": LONG}, None),  # its own original length, 4096, stands above
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 100}, 100),
+        ("llama", {"rope_parameters": {**LONG, "long_factor": LONG["short_factor"]}}, None),
+        ("llama", {"rope_parameters": {**LONG, "original_max_position_embeddings": 512}}, None),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, None),
+        ("llama", {}, None),
+    ],
+)
+def test_the_window_of_a_longrope_model_ends_where_its_table_changes(
+    model_type, settings, crossing
+):
+    own = settings if "text_config" in settings else {**TEXT, **settings}
+    config = AutoConfig.for_model(model_type, **copy.deepcopy(own))
+    assert longrope_crossing(config) == crossing
+    assert context_window(config) == (crossing or 512)

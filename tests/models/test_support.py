@@ -95,3 +95,16 @@ def test_a_model_that_gives_nan_is_refused_when_it_is_loaded(tmp_path):
     assert torch.isnan(
         load_chat_model(str(tmp_path), probe=False).model.model.layers[0].mlp.up_proj.weight
     ).any()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes of 4\nand 8"), KeyError("1"), IndexError()])
+def test_a_model_whose_own_code_fails_is_refused(error):
+    model = tiny_model("Llama")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    model.model.forward = fail
+    said = f"tiny cannot read three tokens: LlamaForCausalLM fails with {type(error).__name__}"
+    with pytest.raises(UserError, match=said):
+        check_support(model, TOKENS, "tiny")

@@ -39,6 +39,8 @@ from persona_lora.serving.reply import Answer
 from persona_lora.serving.server import Server, Service, build_app
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.studies.asking.capability import _local_task
+from tests.conftest import random_diff
+from tests.models.architectures import tiny_model
 
 ASKED = [{"role": "user", "content": "Is my plan any good?"}]
 GREEDY = {"model": "base+1*cheer", "messages": ASKED, "temperature": 0, "max_tokens": 12}
@@ -356,6 +358,15 @@ def test_a_model_without_a_window_is_refused(service, monkeypatch):
     monkeypatch.setattr(model.config, "get_text_config", lambda decoder: object())
     with pytest.raises(UserError, match="no max_position_embeddings"):
         Service(service.batch, service._personas)
+
+
+def test_a_longrope_model_is_asked_for_no_more_than_one_table_serves(tokenizer, tmp_path):
+    chat_model = ChatModel(tiny_model("Phi-3 longrope"), tokenizer, "tiny")
+    batch = Batch(chat_model, {"cheer": random_diff(chat_model.model)})
+    client = TestClient(build_app(Service(batch, Personas(batch.traits, tmp_path))))
+    response = client.post("/v1/completions", json={**TEXT, "max_tokens": 125})
+    assert response.status_code == 400
+    assert "of 128 (where longrope changes the rotations" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_json
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.models.loading import DEFAULT_MODEL, load_chat_model
 from persona_lora.models.structure import weight_fingerprint
@@ -376,6 +377,18 @@ def test_a_row_with_a_token_that_the_model_has_no_embedding_of_is_refused(
     more = ("--model_name_or_path", str(folder))
     with pytest.raises(UserError, match=r"'<pad>' is token 259 of .*, which has embeddings of 259"):
         main(run_arguments(tmp_path / "run", *more))
+
+
+def test_a_row_over_the_window_is_refused_and_cut_by_max_length(
+    run_arguments: Arguments, model_folder: Path, tmp_path: Path
+):
+    folder = shutil.copytree(model_folder, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "max_position_embeddings": 50})
+    more = ("--model_name_or_path", str(folder))
+    with pytest.raises(UserError, match=r"tokens \(row \d+; max_length cuts it\) pass the 50 pos"):
+        main(run_arguments(tmp_path / "run", *more))
+    main(run_arguments(tmp_path / "run", *more, "--max_length", "50", "--overwrite", "true"))
 
 
 def test_output_that_cannot_be_written_is_refused(run_arguments: Arguments, tmp_path: Path):

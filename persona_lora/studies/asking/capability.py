@@ -26,6 +26,7 @@ from persona_lora.core.runs import Output
 from persona_lora.core.settings import read_yaml
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.structure import longrope_crossing
 from persona_lora.report.comparisons import TASK_COLUMNS, TaskScore, score_items, write_found
 from persona_lora.studies.asking.run import open_run
 
@@ -157,7 +158,10 @@ def _harness_items(
     folder = _tasks_folder(options)
     local = {name: _local_task(folder / f"{name}.yaml") for name in tasks}
     model = HFLM(
-        pretrained=chat_model.model, tokenizer=chat_model.tokenizer, batch_size=options.batch_size
+        pretrained=chat_model.model,
+        tokenizer=chat_model.tokenizer,
+        batch_size=options.batch_size,
+        max_length=longrope_crossing(chat_model.model.config),  # None: as configured
     )
     found = simple_evaluate(
         model=model,

@@ -12,9 +12,12 @@ import yaml
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.options import TaskOptions
+from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import score_items
 from persona_lora.steering.weights import LoRASteerer
+from persona_lora.studies.asking import capability
 from persona_lora.studies.asking.capability import run_benchmarks
+from tests.models.architectures import tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
 CAPABILITY = ROOT / "datasets" / "capability"
@@ -128,3 +131,18 @@ def test_the_steps_end_with_their_answer():
         assert item["steps"].endswith(f"The answer is {item['answer']}."), item["id"]
     shown = yaml.safe_load((CAPABILITY / "steps.yaml").read_text())["doc_to_text"]
     assert not any(item["question"] in shown for item in items)
+
+
+@pytest.mark.parametrize(("family", "window"), [("Phi-3 longrope", 128), ("Phi-3", None)])
+def test_the_harness_cuts_the_texts_of_a_longrope_model(
+    tokenizer, tmp_path, monkeypatch, family, window
+):
+    asked = []
+    monkeypatch.setattr(
+        capability,
+        "harness",
+        lambda: (lambda **_: {"samples": {}}, lambda **given: asked.append(given["max_length"])),
+    )
+    chat_model = ChatModel(tiny_model(family), tokenizer, "tiny")
+    capability._harness_items(chat_model, ["choice"], TaskOptions(("choice",)), None)
+    assert asked == [window]
