@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from persona_lora.report.scores import grouped
 BLOCK_NUMBERS = 4_000_000  # weights of one block, of either model
 EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 Array = NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class Projection:
     """The projection of ΔW (or of a part of it) on one direction.
 
     ``inner`` = ⟨ΔW, L⟩; ``coordinate`` = ⟨ΔW, L⟩ / ‖L‖, in units of weight; ``cosine`` =
-    ⟨ΔW, L⟩ / (‖ΔW‖‖L‖). ``null_sd`` is the standard deviation of the coordinate over directions
-    of the same A and spectrum in every module, ``p`` two-sided against them (None where ΔW is
-    zero), ``rounding_sd`` that of the coordinate by rounding alone.
+    ⟨ΔW, L⟩ / (‖ΔW‖‖L‖) with ΔW over all weights (of the part), also those that no diff touches, so
+    that it does not depend on what other diffs stand beside. ``null_sd`` is the standard deviation
+    of the coordinate over directions of the same A and spectrum in every module, ``p`` two-sided
+    against them (None where ΔW is zero), ``rounding_sd`` that of the coordinate by rounding alone.
     """
 
     inner: float
@@ -87,15 +89,20 @@ class Projection:
 class WeightProjection:
     """The projections of one finetune on K directions; see the module for what they are.
 
-    ``other_square`` is ‖ΔW‖² over weights that no diff touches (weighted: over those of them whose
-    inputs are known); ``left_out`` names what only one of the models holds.
+    ``others`` are ‖ΔW‖² of the weights that no diff touches, by module (weighted: of those of them
+    whose inputs are known); ``left_out`` names what only one of the models holds.
     """
 
     names: tuple[str, ...]
     modules: tuple[ModuleProjection, ...]
     gram: Array  # [K, K], ⟨Lᵢ, Lⱼ⟩
-    other_square: float = 0.0
+    others: Mapping[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def other_square(self) -> float:
+        """‖ΔW‖² over weights that no diff touches."""
+        return math.fsum(self.others.values())
 
     @property
     def delta_norm(self) -> float:
@@ -105,18 +112,18 @@ class WeightProjection:
     @cached_property
     def total(self) -> dict[str, Projection]:
         """The projection on every direction over all modules."""
-        return self._projections(self.modules)
+        return self._projections(self.modules, self.others.values())
 
     def by_layer(self) -> dict[int, dict[str, Projection]]:
-        """Return the projections of each decoder layer; a cosine is within the layer."""
-        layers: Any = grouped(self.modules, lambda each: each.layer)
-        layers.pop(None, None)
-        return {layer: self._projections(layers[layer]) for layer in sorted(layers)}
+        """Return the projections of each decoder layer; a cosine is within the whole layer."""
+        layers = self._parts(layer_number)
+        return {
+            layer: layers[layer] for layer in sorted(each for each in layers if each is not None)
+        }
 
     def by_kind(self) -> dict[str, dict[str, Projection]]:
-        """Return the projections of each kind of module (q_proj, down_proj, …)."""
-        kinds = grouped(self.modules, lambda each: kind_of(each.module))
-        return {kind: self._projections(own) for kind, own in kinds.items()}
+        """Return the projections of each kind of module (q_proj, down_proj, …) in all layers."""
+        return self._parts(kind_of)
 
     def shares(self) -> list[tuple[str, int | str, float]]:
         """Return (part, of, share of ‖ΔW‖²) of every layer and of every kind of module.
@@ -151,8 +158,18 @@ class WeightProjection:
         inner = math.fsum(self.corrected[name] * self.total[name].inner for name in self.names)
         return inner / self.delta_norm**2
 
-    def _projections(self, modules: Sequence[ModuleProjection]) -> dict[str, Projection]:
-        delta = math.sqrt(math.fsum(m.delta_square for m in modules))
+    def _parts(self, part: Callable[[str], K]) -> dict[K, dict[str, Projection]]:
+        """Return the projections of every part that a diff touches, of all that the part holds."""
+        others = grouped(self.others, part)
+        return {
+            name: self._projections(own, [self.others[each] for each in others.get(name, ())])
+            for name, own in grouped(self.modules, lambda each: part(each.module)).items()
+        }
+
+    def _projections(
+        self, modules: Sequence[ModuleProjection], others: Iterable[float]
+    ) -> dict[str, Projection]:
+        delta = math.sqrt(math.fsum([*(m.delta_square for m in modules), *others]))
         return {name: _projection(modules, index, delta) for index, name in enumerate(self.names)}
 
 
@@ -182,7 +199,7 @@ def project_weights(
     widths = {name: math.prod(finetuned.tensors[name].shape[1:]) for name in common.rows}
     total = sum(rows * widths[name] for name, rows in common.rows.items())
     done = 0
-    modules, other = [], []
+    modules, others = [], {}
     for name, rows in common.rows.items():
         module = name.removesuffix(".weight")
         stack = _stack(module, diffs, inputs) if module in touched and module != name else None
@@ -199,11 +216,11 @@ def project_weights(
             progress.report(done, total)
         if stack is None:
             if inputs is None or root is not None:
-                other.append(sums.delta_square)
+                others[module] = sums.delta_square
         else:
             modules.append(sums.result(module, stack))
             gram += stack.gram
-    return WeightProjection(tuple(diffs), tuple(modules), gram, math.fsum(other), common.left_out)
+    return WeightProjection(tuple(diffs), tuple(modules), gram, others, common.left_out)
 
 
 def project_adapter(
@@ -233,8 +250,9 @@ def project_adapter(
             )
     if inputs is not None:
         adapter = inputs.weigh(adapter)
-    left = [f.inner(f) for name, f in adapter.factors.items() if name not in touched]
-    other = math.fsum(max(0.0, square) for square in left)
+    others = {
+        name: max(0.0, f.inner(f)) for name, f in adapter.factors.items() if name not in touched
+    }
     for name in touched:
         stack = _stack(name, diffs, inputs)
         factors = adapter.factors.get(name)
@@ -247,7 +265,7 @@ def project_adapter(
             ModuleProjection(name, layer_number(name), square, inner, stack.squares, null, zeros)
         )
         gram += stack.gram
-    return WeightProjection(tuple(diffs), tuple(modules), gram, other)
+    return WeightProjection(tuple(diffs), tuple(modules), gram, others)
 
 
 class WeightProjector:

@@ -71,11 +71,12 @@ class CoherentRange:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """Least squares of the condition means on the coefficient over the coherent range.
+    """How the condition means follow the coefficient linearly over the coherent range.
 
     Each question that is scored at two coefficients or more has a slope of its own, whose mean
-    ``slope`` is, and ``p`` a two-sided sign-flip test on them. ``r_squared`` is of the line through
-    the means.
+    ``slope`` is, and ``p`` a two-sided sign-flip test on them. ``intercept`` is that of a line of
+    this slope through the middle of the means, ``r_squared`` the squared correlation of these with
+    the coefficients.
     """
 
     slope: Estimate
@@ -173,11 +174,11 @@ class TraitCurve:
         conditions = self.steered()
         if len(conditions) < 3:
             return _too_few(conditions, "scored coefficients")
-        x, sums, counts = self._arrays(conditions)
+        x, means, known = self._arrays(conditions)
         return resampled_estimate(
-            lambda means: rank_correlation(x, means),
-            sums,
-            counts,
+            lambda drawn: rank_correlation(x, drawn),
+            means,
+            known,
             seed=self.seed,
             resamples=self.resamples,
         )
@@ -213,11 +214,11 @@ class TraitCurve:
         slope = Estimate(
             found.mean, found.low, found.high, len(conditions), len(slopes), found.reason
         )
-        x, sums, counts = self._arrays(conditions)
-        means = sums.sum(axis=1) / counts.sum(axis=1)
-        through, total = _slope(x, means), float(np.sum((means - means.mean()) ** 2))
-        explained = through**2 * float(np.sum((x - x.mean()) ** 2))
-        intercept = float(means.mean() - x.mean() * through)
+        x, by_question, known = self._arrays(conditions)
+        means = by_question.sum(axis=1) / known.sum(axis=1)
+        total = float(np.sum((means - means.mean()) ** 2))
+        explained = _slope(x, means) ** 2 * float(np.sum((x - x.mean()) ** 2))
+        intercept = None if slope.value is None else float(means.mean() - x.mean() * slope.value)
         return LinearFit(slope, tested.p, intercept, explained / total if total > 1e-9 else None)
 
     def against_prompts(self, coherent: CoherentRange) -> tuple[PromptComparison, ...]:
@@ -244,15 +245,15 @@ class TraitCurve:
         return dict(zip(asked, differences, strict=True))
 
     def _arrays(self, conditions: Sequence[Condition]) -> tuple[Array, Array, Array]:
-        """Return coefficients ``[conditions]``, sums and counts ``[conditions, questions]``."""
-        questions = sorted({q for each in conditions for q in question_means(self.scores[each])})
-        scores = [
-            [[s for s in self.scores[each].get(q, []) if s is not None] for q in questions]
-            for each in conditions
-        ]
-        sums = np.array([[sum(cell) for cell in row] for row in scores], dtype=np.float64)
-        counts = np.array([[len(cell) for cell in row] for row in scores], dtype=np.float64)
-        return np.array([each.coefficient for each in conditions], dtype=float), sums, counts
+        """Return coefficients ``[conditions]``, question means, and 1 where there is one, else 0.
+
+        Both are ``[conditions, questions]``: a question counts once, however often it was scored.
+        """
+        means = [question_means(self.scores[each]) for each in conditions]
+        questions = sorted({question for own in means for question in own})
+        values = np.array([[own.get(question, 0.0) for question in questions] for own in means])
+        known = np.array([[float(question in own) for question in questions] for own in means])
+        return np.array([each.coefficient for each in conditions], dtype=float), values, known
 
 
 def gaps_between(ones: Cluster, others: Cluster) -> dict[int, float]:

@@ -8,7 +8,8 @@ With h⁺ᵢ and h⁻ᵢ the mean states of the two answers of pair i and dᵢ =
 
 svd and pca point to the positive side and get the length of the mean difference at their layer,
 so that a coefficient means the same for all three. What is kept does not grow with the number of
-pairs: sums, and for svd and pca the second moments Σ dᵢdᵢᵀ, ``[hidden, hidden]`` a layer.
+pairs: sums, and for svd and pca the second moments Σ dᵢdᵢᵀ, ``[hidden, hidden]`` a layer. Only
+these tell what share of Σ‖dᵢ‖² lies along a direction.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class PairSums:
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction ``[hidden]``, and the share of the (centred) sum of squares along it."""
+    """A direction ``[hidden]``, and the share of the (centred) sum of squares along it.
+
+    The share is None where no second moments tell it.
+    """
 
     direction: Tensor
     explained: float | None
@@ -79,9 +83,10 @@ class Direction:
 def mean_diff(sums: PairSums, at: int) -> Direction:
     """Return the mean difference; the share is that of Σ ‖d‖² along it, over the pairs."""
     mean = sums.difference[at] / sums.count
-    total = float(sums.square[at])
-    explained = None if total == 0 else sums.count * float(mean.square().sum()) / total
-    return Direction(mean, explained)
+    total = float(sums.square[at]) * float(mean.square().sum())
+    if sums.moments is None or total == 0:
+        return Direction(mean, None)
+    return Direction(mean, float(mean @ sums.moments[at] @ mean) / total)
 
 
 def svd(sums: PairSums, at: int) -> Direction:

@@ -57,6 +57,15 @@ def dense_reference(before, after, diffs):
     return torch.cat(delta), {label: torch.cat(each) for label, each in dense.items()}
 
 
+def squares_of_change(before, after):
+    """‖ΔW‖² of every parameter by name."""
+    old = dict(before.named_parameters())
+    return {
+        name: float((new.double() - old[name].double()).square().sum())
+        for name, new in after.named_parameters()
+    }
+
+
 @pytest.fixture
 def diffs(model, make_diff):
     one = make_diff(model, seed=1)
@@ -77,16 +86,12 @@ def test_it_equals_a_dense_float64_reference(model, diffs, tmp_path, shards):
         got, inner = found.total[label], float(delta @ direction)
         assert got.inner == pytest.approx(inner, rel=1e-6)
         assert got.coordinate == pytest.approx(inner / float(direction.norm()), rel=1e-6)
-        touched = math.sqrt(sum(m.delta_square for m in found.modules))
-        assert got.cosine == pytest.approx(inner / float(direction.norm()) / touched, rel=1e-6)
+        whole = math.sqrt(sum(squares_of_change(model, after).values()))
+        assert got.cosine == pytest.approx(inner / float(direction.norm()) / whole, rel=1e-6)
     basis = torch.stack(list(dense.values()), dim=1)
     expected = torch.linalg.lstsq(basis, delta[:, None]).solution[:, 0]
     assert list(found.corrected.values()) == pytest.approx(expected.tolist(), rel=1e-6)
-    every = [
-        (new.double() - old.double()).square().sum()
-        for new, old in zip(after.parameters(), model.parameters(), strict=True)
-    ]
-    assert found.delta_norm == pytest.approx(math.sqrt(sum(map(float, every))), rel=1e-6)
+    assert found.delta_norm == pytest.approx(whole, rel=1e-6)
     share = float((basis @ expected).square().sum()) / found.delta_norm**2
     assert found.explained == pytest.approx(share, rel=1e-6)
 
@@ -164,6 +169,61 @@ def test_an_adapter_needs_no_weights(model, diffs):
         assert factors.total[label].null_sd == pytest.approx(dense.total[label].null_sd, rel=1e-4)
     assert factors.corrected == pytest.approx({"one": 0.0, "two": 0.4}, abs=1e-6)
     assert factors.explained == pytest.approx(1.0)
+
+
+def of_modules(diff, *kinds):
+    """The part of a diff in modules of some kinds."""
+    kept = {name: each for name, each in diff.factors.items() if name.endswith(kinds)}
+    return dataclasses.replace(diff, factors=kept)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_projection_does_not_depend_on_the_directions_beside_it(model, make_diff, weighted):
+    """A finetune of all modules, a direction in some, and another one in the rest of a layer."""
+    finetune, whole = (make_diff(model, seed=seed) for seed in (5, 6))
+    names = {"a": of_modules(whole, "layers.0.self_attn.q_proj", "v_proj")}
+    inputs = made_inputs(model) if weighted else None
+    companies = {
+        "more kinds": of_modules(whole, "up_proj", "o_proj"),
+        "another layer of a kind": of_modules(whole, "layers.1.self_attn.q_proj"),
+        "all": whole,
+    }
+    after = copy.deepcopy(model)
+    LoRAMerger(after, allow_other_base=True).merge_lora_diff(finetune, 1.0)
+    after.model.layers[0].input_layernorm.weight.data += 0.1  # no diff can touch it
+    sides = LoadedWeights(model, "a"), LoadedWeights(after, "b")
+    alone = project_adapter(finetune, names, inputs=inputs)
+    of_weights = project_weights(*sides, names, inputs=inputs)
+    both = (inputs.weigh(each) if weighted else each for each in (finetune, names["a"]))
+    assert alone.total["a"].cosine == pytest.approx(next(both).cosine(next(both)), rel=1e-6)
+    for company in companies.values():
+        beside = {**names, "b": company}
+        for one, other in (
+            (alone, project_adapter(finetune, beside, inputs=inputs)),
+            (of_weights, project_weights(*sides, beside, inputs=inputs)),
+        ):
+            pairs = [(one.total, other.total)]
+            for mine, theirs in (
+                (one.by_layer(), other.by_layer()), (one.by_kind(), other.by_kind())
+            ):  # fmt: skip
+                pairs += [(mine[part], theirs[part]) for part in mine]
+            for first, second in pairs:
+                found = [each or 0.0 for each in dataclasses.astuple(second["a"])]
+                expected = [each or 0.0 for each in dataclasses.astuple(first["a"])]
+                assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_the_cosines_of_layers_and_kinds_are_in_all_that_these_hold(model, make_diff):
+    after, diff = perturbed(model), of_modules(make_diff(model, seed=1), "q_proj")
+    found = project_weights(LoadedWeights(model, "a"), LoadedWeights(after, "b"), {"a": diff})
+    squares = squares_of_change(model, after)
+    for parts, inside in (
+        (found.by_layer(), lambda part, name: f"layers.{part}." in name),
+        (found.by_kind(), lambda part, name: name.endswith(f"{part}.weight")),
+    ):
+        for part, each in parts.items():
+            norm = math.sqrt(sum(square for name, square in squares.items() if inside(part, name)))
+            assert each["a"].cosine == pytest.approx(each["a"].coordinate / norm, rel=1e-6)
 
 
 def test_projections_stay_where_the_factors_lie(diffs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import chi2, norm
+from scipy.stats import chi2, norm, pearsonr, permutation_test
 
 from persona_lora.core.errors import UserError
 from persona_lora.report import power
@@ -119,6 +119,31 @@ def test_a_correlation_over_data_sets_needs_many_of_them():
     assert found[40, 1] > 0.9
     assert found[12, 5] > found[12, 1] + 0.05  # finetunes average their own noise away
     assert found[12, 5] < found[40, 1]  # but are no data sets
+
+
+@pytest.mark.parametrize("family", [10, 80, 300])
+def test_a_strong_correlation_is_found_among_many_that_are_tested(family):
+    """The smallest p of a shuffle lies below the level, however many share it."""
+    found = {each.questions: each.power for each in plan_finetunes(
+        0.05, 0.99, 0.05 / family, simulations=60
+    ) if each.seeds == 5}  # fmt: skip
+    assert found[12] > 0.9
+    assert found[40] == 1.0
+    assert (found[4], found[6] > 0) == (0.0, family == 10)  # they have 24 and 720 orders
+
+
+def test_shuffles_and_students_p_agree_where_one_takes_over():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(200, power.SHUFFLED_SETS))
+    y = 0.8 * x + 0.6 * rng.normal(size=x.shape)
+    shuffled = power._shuffled_ps(x, y, 20_000, rng)
+    assert shuffled[0] == pytest.approx(
+        permutation_test((y[0],), lambda each: pearsonr(x[0], each).statistic,
+                         permutation_type="pairings", n_resamples=2000, rng=rng).pvalue, abs=0.01
+    )  # fmt: skip
+    for level in (0.05, 0.005, 0.0005):
+        found = [np.mean(p < level) for p in (shuffled, pearsonr(x, y, axis=1).pvalue)]
+        assert found[0] == pytest.approx(found[1], abs=0.06)
 
 
 def test_a_shuffled_correlation_keeps_its_level():

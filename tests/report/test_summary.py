@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from persona_lora.core.errors import UserError
 from persona_lora.report import wording
@@ -46,6 +47,33 @@ def test_summary_of_an_exact_line_recovers_slope_and_rank_correlation(sweep_rows
     assert summary.fit.p < 0.05
     assert summary.fit.intercept == pytest.approx(50.0)
     assert summary.fit.r_squared == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_said_of_a_curve_is_that_of_the_means_beside_it(sweep_rows, seed):
+    """However many answers of a question are scored at each coefficient: it counts once."""
+    rng = np.random.default_rng(seed)
+    answers, verdicts = sweep_rows(questions=4, samples=5, layers=(12,), control=2)
+    level = rng.uniform(0, 80, 4)
+    unequal = _with_scores(
+        answers, verdicts, lambda a: None if rng.random() < 0.6 else
+        level[a["question_id"]] + rng.uniform(0, 20),
+    )  # fmt: skip
+    summary = _summary(answers, unequal)
+    x, means = zip(*((e.coefficient, e.trait.mean) for e in summary.steered), strict=True)
+    assert summary.rho_means.value == pytest.approx(spearmanr(x, means).statistic)
+    inside = summary.coherent_range.coefficients
+    x, means = zip(*(at for at in zip(x, means, strict=True) if at[0] in inside), strict=True)
+    assert summary.fit.r_squared == pytest.approx(np.corrcoef(x, means)[0, 1] ** 2)
+    expected = np.mean(means) - summary.fit.slope.value * np.mean(x)
+    assert summary.fit.intercept == pytest.approx(expected)
+    said = {row["statistic"]: row["value"] for row in long_rows(summary)}
+    assert said["rho_means"] == summary.rho_means.value
+    alone = [a for a in answers if a["method"] in ("none", "random")]
+    kept = [v for v in unequal if answers[v["row"]] in alone]
+    x, means = zip(*((e.coefficient, e.trait.mean) for e in _summary(alone, kept).steered),
+                   strict=True)  # fmt: skip
+    assert _summary(alone, kept).rho_means.value == pytest.approx(spearmanr(x, means).statistic)
 
 
 def test_summary_orders_conditions_and_joins_their_costs(make_sweep_run):

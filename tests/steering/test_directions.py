@@ -72,13 +72,25 @@ def test_svd_is_the_pca_of_pairs_centred_at_their_midpoints(states):
     assert abs(float(cosine)) == pytest.approx(1, abs=1e-8)
 
 
-def test_the_mean_difference_explains_its_share():
-    d = torch.tensor([[[3.0, 1.0]], [[3.0, -1.0]]])
-    sums = PairSums.empty((0,), 2, moments=False)
+def test_differences_along_one_axis_are_explained_whatever_their_lengths():
+    lengths = torch.tensor([3.0, -1.0, 0.5, 7.0])
+    d = lengths[:, None, None] * torch.tensor([0.6, 0.8])
+    sums = PairSums.empty((0,), 2, moments=True)
+    sums.add(d, torch.zeros_like(d))
+    for method in ("mean_diff", "svd"):
+        vector = vector_of(sums, method, {**FIELDS, "num_layers": 1})
+        assert vector.sources["explained"]["0"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_the_mean_difference_explains_its_share(moments):
+    d = torch.tensor([[[3.0, 1.0]], [[1.0, -1.0]]])
+    sums = PairSums.empty((0,), 2, moments=moments)
     sums.add(d, torch.zeros_like(d))
     vector = vector_of(sums, "mean_diff", {**FIELDS, "num_layers": 1})
-    assert vector.directions[0].tolist() == [3.0, 0.0]
-    assert vector.sources["explained"]["0"] == pytest.approx(18 / 20)
+    assert vector.directions[0].tolist() == [2.0, 0.0]
+    share = pytest.approx(10 / 12) if moments else None  # that of the mean itself is 8 / 12
+    assert vector.sources["explained"]["0"] == share
     assert vector.sources["pairs"] == 2
 
 

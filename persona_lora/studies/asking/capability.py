@@ -47,7 +47,8 @@ def run_benchmarks(
     Tasks are names of YAML files in ``options.tasks_dir`` (``datasets/capability`` by default),
     "perplexity", or names that the harness knows. The first condition is the reference; those in
     ``system_prompts`` get that text in front of every item. Writes
-    ``items.jsonl`` (a row an item) and ``scores.csv``; finished conditions are kept on a rerun.
+    ``items.jsonl`` (a row an item and metric; "metric,filter" where a task reads its answers in
+    several ways) and ``scores.csv``; finished conditions are kept on a rerun.
     Raises UserError without the harness, or for a task that neither side knows.
     """
     told = {"system_prompts": dict(system_prompts)} if system_prompts else {}
@@ -174,11 +175,13 @@ def _harness_items(
         confirm_run_unsafe_code=False,
     )
     return [
-        {"task": task, "metric": metric, "item": int(sample["doc_id"]), "score": float(value)}
+        {"task": task, "metric": name, "item": int(sample["doc_id"]), "score": float(value)}
         for task, samples in found["samples"].items()
+        for several in [len({sample.get("filter") for sample in samples}) > 1]
         for sample in samples
         for metric, value in sample.items()
         if metric in sample.get("metrics", ()) and isinstance(value, int | float)
+        for name in [f"{metric},{sample['filter']}" if several else metric]
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ DISTANCE, FROM_CONTROL = "distance", "distance from control"
 SHARED = "shared component"
 POOLED = "all traits"
 RESAMPLES = 2000
-PERMUTATIONS = 5000
+PERMUTATIONS = 5000  # at least, and so many a prediction that Holm's correction can find one
+PERMUTATIONS_EACH = 100
 FEWEST = 4
 FEWEST_DATA_SETS = 3
 
@@ -176,19 +177,23 @@ def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) 
     """
     drift, data = changes(judged), data_sets(judged)
     values = _by_place(predictors)
+    kinds = list(dict.fromkeys(kind for kind, _ in values))
+    tested = len(values) * len(drift) + len(kinds)
+    draws = seed, max(PERMUTATIONS, PERMUTATIONS_EACH * tested)
     found = []
     for (kind, direction), by_finetune in values.items():
         for trait in drift:
             both, x, y = _aligned(by_finetune, drift[trait])
-            found.append(_prediction(trait, direction, kind, [(x, y)], _numbered(both, data), seed))
+            units = _numbered(both, data)
+            found.append(_prediction(trait, direction, kind, [(x, y)], units, draws))
     names = sorted({name for by in values.values() for name in by})
-    for kind in dict.fromkeys(kind for kind, _ in values):
+    for kind in kinds:
         parts = _pooled_by_finetune(kind, values, drift, names)
         if not parts:
             raise UserError(
                 f"no trait has a direction of its own name among {kind}; nothing to pool"
             )
-        found.append(_prediction(POOLED, POOLED, kind, parts, _numbered(names, data), seed))
+        found.append(_prediction(POOLED, POOLED, kind, parts, _numbered(names, data), draws))
     return corrected(found)
 
 
@@ -225,7 +230,7 @@ def nulls(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) ->
         names, x, y = _aligned(own[WEIGHTS, trait], drift[trait])
         r = _r(x, y)
         others = np.array([_r(*_aligned(random[each], drift[trait])[1:]) for each in directions])
-        shuffled = _shuffled([(x, y)], _numbered(names, data), np.random.default_rng(seed))
+        shuffled = _shuffled([(x, y)], _numbered(names, data), (seed, PERMUTATIONS))
         chance = _high(others), _share_beyond(others, r), len(others)
         found.append(Null(trait, r, *chance, _high(shuffled), _share_beyond(shuffled, r)))
     return found
@@ -285,22 +290,54 @@ def _rows_r(x: Array, y: Array, weights: Array) -> Array:
 
 
 def _shuffled(
-    parts: Sequence[tuple[Array, Array]], units: NDArray[np.intp], rng: np.random.Generator
+    parts: Sequence[tuple[Array, Array]], units: NDArray[np.intp], draws: tuple[int, int]
 ) -> Array:
     """Return r with the data sets' mean changes shuffled among them, ``[permutations]``.
 
-    What a finetune differs from the others of its data set stays with it.
+    What a finetune differs from the others of its data set stays with it. ``draws`` are a seed and
+    the number of permutations. NaN for fewer than three values, or of constants.
     """
-    count = int(units.max()) + 1
-    order = np.array([rng.permutation(count) for _ in range(PERMUTATIONS)])[:, units]
-    shuffled = []
-    for _, y in parts:
-        sums = np.bincount(units, np.nan_to_num(y), count)
-        known = np.bincount(units, np.isfinite(y), count)
-        means = np.divide(sums, known, out=np.full(count, np.nan), where=known > 0)
-        shuffled.append(means[order] + (y - means[units]))
-    x, y = np.concatenate([x for x, _ in parts])[None, :], np.concatenate(shuffled, axis=1)
-    return _rows_r(x, y, np.ones_like(y))
+    orders = _orders(int(units.max()) + 1, *draws)
+    middle = [np.nan_to_num(np.concatenate(side)).mean() for side in zip(*parts, strict=True)]
+    sums = [_shuffled_sums(x - middle[0], y - middle[1], units, orders) for x, y in parts]
+    n, x, y, xx, yy, xy = np.sum(sums, axis=0)
+    n = np.where(n < FEWEST - 1, np.nan, n)
+    scale = np.sqrt((xx - x * x / n).clip(0) * (yy - y * y / n).clip(0))
+    r = np.divide(xy - x * y / n, scale, out=np.full_like(scale, np.nan), where=scale > 1e-9)
+    return np.clip(r, -1.0, 1.0)
+
+
+def _shuffled_sums(x: Array, y: Array, units: NDArray[np.intp], orders: NDArray[np.intp]) -> Array:
+    """Return how many there are, and Σx, Σy, Σx², Σy² and Σxy, of a part: ``[6, permutations]``.
+
+    Finetune i of data set u gets the mean m of another and keeps its rest, eᵢ = yᵢ − mᵤ: each is a
+    sum over data sets, of m or m² times what is summed over their finetunes once.
+    """
+    count, known = len(orders), np.isfinite(x) & np.isfinite(y)
+    scored = np.bincount(units, np.isfinite(y), count)
+    means = np.bincount(units, np.nan_to_num(y), count)
+    means = np.divide(means, scored, out=np.full(count, np.nan), where=scored > 0)
+    e = y - means[units]
+    one, x1, e1, xx, ee, xe = (
+        np.bincount(units, np.where(known, each, 0.0), count)
+        for each in (1.0, x, e, x * x, e * e, x * e)
+    )
+    there = np.isfinite(means).astype(np.float64)[orders]  # [data sets, permutations]
+    m = np.nan_to_num(means)[orders]
+    sums = np.stack([each @ there for each in (one, x1, e1, xx, ee, xe)])  # one matmul is slower
+    sums[2] += one @ m
+    sums[4] += 2 * e1 @ m + one @ m**2
+    sums[5] += x1 @ m
+    return sums
+
+
+@lru_cache(maxsize=4)
+def _orders(count: int, seed: int, permutations: int) -> NDArray[np.intp]:
+    """Return orders of data sets, ``[data sets, permutations]``; read-only, and kept for all."""
+    columns = np.tile(np.arange(count)[:, None], permutations)
+    orders = np.random.default_rng(seed).permuted(columns, axis=0)
+    orders.flags.writeable = False
+    return orders
 
 
 def _by_place(predictors: Sequence[Row]) -> dict[tuple[str, str], dict[str, float]]:
@@ -368,10 +405,13 @@ def _prediction(
     kind: str,
     parts: Sequence[tuple[Array, Array]],
     units: NDArray[np.intp],
-    seed: int,
+    draws: tuple[int, int],
 ) -> Prediction:
-    """Correlate the (x, y) of one or several traits; entry i of every part is finetune i."""
-    rng, alone = np.random.default_rng(seed), np.arange(len(units))
+    """Correlate the (x, y) of one or several traits; entry i of every part is finetune i.
+
+    ``draws`` are a seed and the number of permutations.
+    """
+    rng, alone = np.random.default_rng(draws[0]), np.arange(len(units))
     error = partial(_left_out_error, parts, pooled=judged == POOLED)
     x, y = _stacked(parts, alone)
     varies = np.ptp(x) and np.ptp(y)
@@ -388,7 +428,7 @@ def _prediction(
         r_low=low,
         r_high=high,
         rho=float(spearmanr(x, y).statistic) if varies else 0.0,
-        p=_share_beyond(_shuffled(parts, units, rng), r),
+        p=_share_beyond(_shuffled(parts, units, draws), r),
         error=error(alone, line=True),
         plain_error=error(alone, line=False),
         data_error=error(units, line=True),

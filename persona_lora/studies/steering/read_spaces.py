@@ -22,8 +22,14 @@ from persona_lora.report.sections import Content, Image, Note, Table
 from persona_lora.studies.steering.figure import render_spaces
 
 METHODS = "weights", "activations"
-# Projections of a block's attention; what else is changed belongs to its MLP.
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# What families call the parts of a decoder layer; others (a mixer, a convolution) are neither.
+ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
+MLP = ("mlp", "ffn", "feed_forward", "fc1", "fc2")
+# The columns that hold measured numbers; all others say of what.
+MEASURED = (
+    *("cosine", "top_share", "effective_rank", "weights", "weights_plain", "activations"),
+    *("value", "residual"),
+)
 FIRST_WORD = "as the first word of the answer"
 WORDS = 6  # of a trait that are shown
 
@@ -32,15 +38,17 @@ WORDS = 6  # of a trait that are shown
 class TraitInBoth:
     """A trait's differences: their ranks by module, and what each does along the traits' vectors.
 
-    ``attention`` is the share of ‖ΔW‖² in attention, ``layers`` the effective number of layers
-    that hold it, exp of the entropy of their shares. ``cosines`` are those of the shift with the
-    own vector and ``nearest`` the traits whose vector is nearest, by training seed.
+    ``attention`` is the share of ‖ΔW‖² in attention, the rest being in MLPs (None where a module
+    lies in neither, as far as its name tells), ``layers`` the effective number of layers that hold
+    it, exp of the entropy of their shares. Both are of what lies in layers (NaN where nothing
+    does). ``cosines`` are those of the shift with the own vector and ``nearest`` the traits whose
+    vector is nearest, by training seed.
     """
 
     trait: str
     ranks: Sequence[float]
     top_share: float
-    attention: float
+    attention: float | None
     layers: float
     cosines: Sequence[float]
     nearest: Sequence[str]
@@ -119,28 +127,40 @@ def _seed_of(row: Row) -> str:
 
 
 def _trait(trait: str, spectra: Sequence[Row], shifts: Sequence[Row]) -> TraitInBoth:
-    squares = pd.DataFrame([{**row, "square": row["norm"] ** 2} for row in spectra])
-    total = squares["square"].sum()
-    by_layer = squares.groupby("layer")["square"].sum() / total
-    held = by_layer[by_layer > 0]
+    squares = pd.DataFrame(
+        [{**row, "part": _part_of(row), "square": row["norm"] ** 2} for row in spectra]
+    )
+    inside = squares.dropna(subset="layer")  # an output head lies in no layer
+    shares = inside["square"] / inside["square"].sum()
+    by_layer = shares.groupby(inside["layer"]).sum()
+    known = inside["part"].isin((*ATTENTION, *MLP)).all() and len(inside)
     by_seed = grouped(shifts, _seed_of).values()
     return TraitInBoth(
         trait,
         squares["effective_rank"].tolist(),
         float(squares["top_share"].median()),
-        float(squares.loc[squares["kind"].isin(ATTENTION), "square"].sum() / total),
-        float(np.exp(-(held * np.log(held)).sum())),
+        float(shares[inside["part"].isin(ATTENTION)].sum()) if known else None,
+        float(np.exp(-(by_layer * np.log(by_layer)).sum())) if len(inside) else np.nan,
         [row["cosine"] for row in shifts if row["other"] == trait],
         [max(own, key=lambda row: row["cosine"])["other"] for own in by_seed],
     )
 
 
+def _part_of(row: Row) -> str:
+    """Return the part of its decoder layer that a module lies in; nothing where it is in none."""
+    return str(row["module"].partition(f".{row['layer']}.")[2].partition(".")[0])
+
+
 def mean_over_seeds(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Return rows whose numbers are means over training seeds."""
+    """Return rows whose measured numbers are means over training seeds.
+
+    What a key does not tell, as the layer of an output head, is one more value of it, NaN.
+    """
     frame = pd.DataFrame(list(rows)).drop(columns=["seed", "module", "norm"], errors="ignore")
-    values = [name for name in frame if frame[name].dtype == float]
-    keys = [name for name in frame if name not in values]
-    return frame.groupby(keys, sort=False)[values].mean().reset_index().to_dict("records")
+    values = [name for name in frame if name in MEASURED]
+    keys = [name for name in frame if name not in MEASURED]
+    means = frame.groupby(keys, sort=False, dropna=False)[values].mean()
+    return means.reset_index().to_dict("records")
 
 
 def spaces_picture(run: Run) -> Picture:
@@ -225,7 +245,9 @@ def traits_table(found: InBoth) -> Table:
             spread(each.ranks, 1),
             wording.percent(each.top_share),
             wording.number(each.layers, 1),
-            f"{wording.percent(each.attention)}, {wording.percent(1 - each.attention)}",
+            wording.NONE
+            if each.attention is None
+            else f"{wording.percent(each.attention)}, {wording.percent(1 - each.attention)}",
             _range(each.cosines),
             f"{sum(name == each.trait for name in each.nearest)} of {len(each.nearest)}",
         )
@@ -237,8 +259,8 @@ def traits_table(found: InBoth) -> Table:
         rows,
         "Differences by trait",
         "Effective: exp of the entropy of the shares of ‖·‖², of singular directions in a module, "
-        "and of layers. Cosines: mean [least, largest] over training seeds. Nearest: for how many "
-        "of its differences the own vector is.",
+        "and of layers. Attention, MLP: shares of what lies in layers. Cosines: mean [least, "
+        "largest] over training seeds. Nearest: for how many of its differences the own vector is.",
     )
 
 

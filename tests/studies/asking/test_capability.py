@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -76,6 +77,45 @@ def test_steps_are_generated_and_perplexity_is_measured(chat_model, conditions, 
     assert found["plain", "steps"].mean == 0.0  # random weights add nothing up
     assert found["plain", "perplexity"].mean != found["changed", "perplexity"].mean
     assert found["plain", "steps"].n == found["plain", "perplexity"].n == 2  # the limit
+
+
+def test_a_task_with_two_filters_has_the_scores_that_the_harness_says(
+    chat_model, tmp_path, monkeypatch
+):
+    """The answers are canned: a half holds the number, a third of these with the strict words."""
+    simple_evaluate, HFLM = capability.harness()
+    said = {}
+
+    class Canned(HFLM):
+        def generate_until(self, requests, *args, **kwargs):
+            numbers = [request.doc["answer"] for request in requests]
+            strict = [f"The answer is {number}." for number in numbers]
+            return [
+                strict[at] if at % 6 == 0 else f"{numbers[at]} it is" if at % 2 == 0 else "no"
+                for at in range(len(numbers))
+            ]
+
+    def evaluate(**options):
+        found = simple_evaluate(**options)
+        said.update(found["results"]["steps"])
+        return found
+
+    monkeypatch.setattr(capability, "harness", lambda: (evaluate, Canned))
+    task = yaml.safe_load((CAPABILITY / "steps.yaml").read_text())
+    patterns = {"strict": r"The answer is (\-?[0-9]+)", "flexible": r"(\-?[0-9]+)"}
+    task["filter_list"] = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern},
+                                  {"function": "take_first"}]}
+        for name, pattern in patterns.items()
+    ]  # fmt: skip
+    (tmp_path / "steps.yaml").write_text(yaml.safe_dump(task))
+    shutil.copy(CAPABILITY / "steps.jsonl", tmp_path)
+    options = TaskOptions(("steps",), tmp_path, 12)
+    scores = run_benchmarks(chat_model, {"base": nullcontext()}, options, tmp_path / "run")
+    found = {each.metric: (each.score.mean, each.score.n) for each in scores}
+    names = [f"exact_match,{name}" for name in patterns]
+    assert found == {name: (pytest.approx(said[name]), 12) for name in names}
+    assert [found[name][0] for name in names] == pytest.approx([1 / 6, 1 / 2])
 
 
 def test_a_finished_condition_is_not_run_again(chat_model, conditions, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.studies.drift import read_prediction
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
     BASE,
@@ -242,6 +243,40 @@ def test_a_signal_over_many_data_sets_is_found():
     assert found.p_holm < 0.01
     assert 0 < found.r_low < found.r < found.r_high
     assert found.data_error < found.plain_data_error
+
+
+@pytest.mark.parametrize("family", [10, 80, 300])
+def test_a_signal_is_found_among_many_predictions(family):
+    """However many are corrected for, so many shuffles are drawn that one p can be small enough."""
+    rng = np.random.default_rng(0)
+    judged, predictors = of_data_sets(12, 1, signal=1000.0)  # r is above 0.99
+    predictors += [
+        {"finetune": f"d{data}s0", "direction": f"other {k}", "kind": "weights",
+         "value": rng.normal()}
+        for k in range(family - 2) for data in range(12)
+    ]  # fmt: skip
+    found = predict(judged, predictors)
+    own = next(each for each in found if each.own)
+    assert (len(found), own.r > 0.99) == (family, True)
+    assert own.p_holm < 0.02
+    assert min(each.p_holm for each in found if each.direction.startswith("other")) > 0.05
+
+
+def test_shuffles_equal_means_that_are_moved_one_by_one():
+    """Of two traits, some of whose values are not known; data sets of one to four finetunes."""
+    rng = np.random.default_rng(1)
+    units = np.array([0, 0, 0, 0, 1, 1, 2, 3, 3, 4])
+    parts = [(rng.normal(5, 1, 10), rng.normal(50, 9, 10)) for _ in range(2)]
+    parts[0][1][[1, 6]] = parts[1][0][4] = np.nan  # the third data set has no score of the first
+    got = read_prediction._shuffled(parts, units, (3, 30))
+    for order, r in zip(read_prediction._orders(5, 3, 30).T, got, strict=True):
+        pairs = []
+        for x, y in parts:
+            scored = [y[(units == u) & np.isfinite(y)] for u in range(5)]
+            means = [own.mean() if len(own) else np.nan for own in scored]
+            moved = [means[order[u]] + y[i] - means[u] for i, u in enumerate(units)]
+            pairs += [pair for pair in zip(x, moved, strict=True) if np.isfinite(pair).all()]
+        assert r == pytest.approx(np.corrcoef(*zip(*pairs, strict=True))[0, 1], abs=1e-12)
 
 
 def test_two_data_sets_say_nothing_of_others():

@@ -6,8 +6,12 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+import torch
 
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
 from persona_lora.core.runs import Run
+from persona_lora.models.structure import plain_linear_modules
+from persona_lora.report import wording
 from persona_lora.studies.steering.read_spaces import (
     FIRST_WORD,
     lines_of,
@@ -17,6 +21,8 @@ from persona_lora.studies.steering.read_spaces import (
     traits_table,
     words_table,
 )
+from persona_lora.studies.steering.spaces import spectra
+from tests.models.architectures import FAMILIES, tiny_model
 
 TRAITS, SEEDS = ("evil", "kind", "wry"), ("seed0", "seed1")
 
@@ -45,10 +51,13 @@ def run(tmp_path):
     found.write(
         "spectra",
         [
-            {"seed": seed, "trait": trait, "module": f"{layer}.{kind}", "layer": layer,
-             "kind": kind, "norm": norm, "rank": 8, "top_share": 0.5, "effective_rank": rank}
+            {"seed": seed, "trait": trait, "module": f"model.layers.{layer}.{part}.{kind}",
+             "layer": layer, "kind": kind, "norm": norm, "rank": 8, "top_share": 0.5,
+             "effective_rank": rank}
             for seed in SEEDS for trait in TRAITS for layer in (0, 1)
-            for kind, norm, rank in (("q_proj", 1.0, 2.0), ("up_proj", 3.0, 4.0))
+            for part, kind, norm, rank in (
+                ("self_attn", "q_proj", 1.0, 2.0), ("mlp", "up_proj", 3.0, 4.0)
+            )
         ],
     )  # fmt: skip
     found.write(
@@ -171,3 +180,46 @@ def test_means_over_seeds_are_of_numbers_that_differ_by_seed_alone():
         for layer in (0, 1)
     ]
     assert np.mean([row["value"] for row in found]) == 2.5
+
+
+NEITHER = ("mixer", "mamba", "conv", "per_layer_input_gate", "per_layer_projection")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shares_of_attention_and_mlps_are_told_by_where_modules_lie(run, family):
+    """Of every family, whatever its modules are called; a dash where some lie in neither."""
+    names = plain_linear_modules(tiny_model(family))
+    diff = LoRADiff(
+        {name: LoRAFactors(torch.ones(1, 4), torch.ones(3, 1)) for name in names}, BaseModel("m")
+    )
+    rows = [{"seed": seed, **row} for seed in SEEDS for row in spectra(diff, "evil")]
+    run.write("spectra", [*rows, *(r for r in run.read("spectra") if r["trait"] != "evil")])
+    found = read_spaces(run)
+    if any(f".{part}" in name for name in names for part in NEITHER):
+        assert found.traits[0].attention is None
+        assert traits_table(found).rows[0][4] == wording.NONE
+    else:
+        attention = [name for name in names if "attn" in name or "attention" in name]
+        assert found.traits[0].attention == pytest.approx(len(attention) / len(names))
+        assert all("mlp" in n or "ffn" in n or "feed_forward" in n or ".fc" in n
+                   for n in set(names) - set(attention))  # fmt: skip
+
+
+def test_a_module_in_no_layer_changes_nothing_that_is_said_of_layers(run):
+    """A difference that changes the output head, much, beside the same one that does not."""
+    plain = run.read("spectra")
+    head = {"module": "lm_head", "layer": None, "kind": "lm_head", "norm": 9.0, "rank": 8,
+            "top_share": 0.4, "effective_rank": 3.0}  # fmt: skip
+    before = read_spaces(run).traits
+    heads = [{"seed": seed, "trait": trait, **head} for seed in SEEDS for trait in TRAITS]
+    run.write("spectra", [*plain, *heads])
+    after = read_spaces(run).traits
+    assert [(t.attention, t.layers) for t in after] == [(t.attention, t.layers) for t in before]
+    means = mean_over_seeds(run.read("spectra"))
+    assert means[: len(plain) // 2] == mean_over_seeds(plain)
+    assert [(row["kind"], row["effective_rank"]) for row in means[len(plain) // 2 :]] == [
+        ("lm_head", 3.0)
+    ] * len(TRAITS)
+    assert spaces_content(run).blocks
+    run.write("spectra", heads)
+    assert traits_table(read_spaces(run)).rows[0][3:5] == (wording.NONE, wording.NONE)
