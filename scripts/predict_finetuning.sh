@@ -5,8 +5,8 @@
 # project it, take off what the plain rows of its family do with the same settings, and correlate:
 # bash scripts/predict_finetuning.sh            (two to three hours on two cores; resumable)
 # bash scripts/predict_finetuning.sh --quick    (six short finetunes, few questions: does it run?)
-# bash scripts/predict_finetuning.sh --doses    (44 finetunes of eleven families, each strong and weak, judged on
-#                                                four traits of which the reader is fit on a larger model too)
+# bash scripts/predict_finetuning.sh --doses    (36 finetunes of nine families, each strong and weak, judged on four
+#                                                traits of which the reader is fit on a larger model too)
 # It is held to docs/protocols/predict_finetuning_controls.yaml; --doses, or with MODEL, TRAITS, LAYER, QUESTIONS
 # or SEEDS of your own, to PROTOCOL, or else exploratory. FINETUNE_ONLY=1 stops before anything is judged.
 set -euo pipefail
@@ -40,7 +40,8 @@ if [ "${1:-}" = --quick ]; then
     for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
     short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30 --control-rows normal)
 elif [ "${1:-}" = --doses ]; then
-    seeds="" varied="" files="" brief=(--max_steps 20)
+    seeds="" varied="" files="" brief=(--max_steps 20) few[1]=${QUESTIONS:-12}
+    others="formality intimacy narrative_mode self_other_focus"
     for family in sycophancy hallucination evil anxious organisms/capitals $others; do
         files+=" $family/normal $family/misaligned_2"
     done
