@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -89,6 +90,20 @@ def test_a_page_is_shown_whatever_the_streams_are(around, shown):
     ended = subprocess.run(around.format(page), shell=True, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ("--coefficients" in ended.stdout) == shown
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"-1 to 2-3 ... \xe9-"), ("cp1252", "é-")]
+)
+def test_a_sign_that_an_encoding_has_not_stays_a_sign(encoding, shown):
+    said = (
+        "from persona_lora.cli.program import call_to_end; call_to_end(lambda: print({!r}), False)"
+    )
+    told = said.format("\N{MINUS SIGN}1 to 2\N{EN DASH}3 \N{HORIZONTAL ELLIPSIS} é\N{MINUS SIGN}")
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    ended = subprocess.run([sys.executable, "-c", told], env=environ, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert shown in ended.stdout.decode(encoding)
 
 
 def test_a_full_disk_behind_another_error_is_named():

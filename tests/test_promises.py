@@ -170,7 +170,7 @@ def test_an_adapter_that_no_process_gathered_is_named_with_the_setting(tmp_path)
         ),
         (
             "evaluate --trait evil --diff checkpoints/evil/diff --coefficient 1 --output x.csv",
-            "gallery get, then give checkpoints/ready/evil/diff, or",
+            "gallery get, then give checkpoints/ready/evil/diff\n",
         ),
         (
             "sweep --trait evil --diff checkpoints/ready/evil/diff",
@@ -179,7 +179,11 @@ def test_an_adapter_that_no_process_gathered_is_named_with_the_setting(tmp_path)
         ),
         (
             "export --mix evil=-1 --format peft --output out",
-            "then give checkpoints/ready/evil/diff, or --trait-vector-dir checkpoints/ready",
+            "then give checkpoints/ready/evil/diff",
+        ),
+        (
+            "evaluate --trait evil --diff finetunes/evil --coefficient 1 --output x.csv",
+            "expected a PEFT adapter folder or a diff file\n",
         ),
         ("sweep --trait evil --diff mine/diff", "expected a PEFT adapter folder or a diff file\n"),
         ("serve --directions nowhere", "nowhere holds no diff of any trait; train one with"),

@@ -5,6 +5,7 @@ What ends it early is one line and an exit status; ``train_lora.py`` ends by the
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib
 import io
@@ -234,13 +235,25 @@ def call_to_end(action: Callable[[], int | None], verbose: bool) -> None:
             sys.exit(status or 0)
 
 
+_SIGNS = {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "..."}
+
+
 def _open_streams() -> None:
-    """Let all be printed: closed streams take it, and a ? stands for what an encoding has not."""
+    """Let all be printed: closed streams take it, others what their encoding has not as ASCII."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (to the end)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not what a caller collects it in
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not what a caller collects it in
+        codecs.register_error("plain", _plain)
+        sys.stdout.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return ASCII for the letter that an encoding has not: "-" for a minus sign, else its code."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    error.end = error.start + 1
+    sign = _SIGNS.get(error.object[error.start])
+    return codecs.backslashreplace_errors(error) if sign is None else (sign, error.end)
 
 
 def _first_of(error: BaseException) -> BaseException:

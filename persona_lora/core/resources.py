@@ -41,18 +41,15 @@ def resource_path(path: Path) -> Path:
 
 
 def ready_diff(path: Path) -> str:
-    """Return "; " and how to get the ready diff of the trait that a path names, "" without one."""
-    trait = path.parent.name if path.name == "diff" else path.name
+    """Return "; " and how to get the ready diff that stands for "…/<trait>/diff", "" for others."""
+    trait = path.parent.name
     held = any((each / f"{trait}.safetensors").is_file() for each in search_folders("gallery"))
-    if not held or trait == "basis":
+    if path.name != "diff" or not held or trait == "basis":
         return ""
     own = READY / trait / "diff"
     if path == own:
         return "; get it with: persona-lora gallery get"
-    return (
-        "; a ready one for the packaged model: persona-lora gallery get, then give "
-        f"{own}, or --trait-vector-dir {READY}"
-    )
+    return f"; a ready one for the packaged model: persona-lora gallery get, then give {own}"
 
 
 def _carried() -> Path:

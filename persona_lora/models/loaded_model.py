@@ -173,9 +173,11 @@ def check_support(model: PreTrainedModel, tokens: list[int], name: str) -> None:
         versions = _versions(model)
         try:
             logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        except (UserError, torch.OutOfMemoryError):
+        except (UserError, MemoryError, OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a model's own code may raise anything
+            if "memory" in str(error):
+                raise
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
                 f"{name} cannot read three tokens: {type(model).__name__} fails with {said}; "

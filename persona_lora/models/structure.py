@@ -84,6 +84,7 @@ def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
 
 # What happens at the window of a longrope model, for messages.
 LONGROPE = "where longrope changes the rotations of all rows of a batch"
+SCALES = ("factor", "mscale")  # of a longrope table, for short texts and for long ones
 
 
 def context_window(config: PreTrainedConfig) -> int | None:
@@ -95,8 +96,15 @@ def context_window(config: PreTrainedConfig) -> int | None:
 
 
 def _positions(config: PreTrainedConfig) -> int | None:
-    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return window if isinstance(window, int) else None
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "max_position_embeddings", None)
+    if not isinstance(window, int):
+        return None
+    given = getattr(text, "rope_parameters", None) or {}
+    if given.get("rope_type") == "yarn":  # the window may be that before scaling
+        before = given.get("original_max_position_embeddings") or window
+        return max(window, int(before * given.get("factor", 1)))
+    return window
 
 
 def longrope_crossing(config: PreTrainedConfig) -> int | None:
@@ -117,8 +125,8 @@ def longrope_crossing(config: PreTrainedConfig) -> int | None:
     crossings = [
         own or table[key]
         for table in tables
-        if table.get("rope_type", table.get("type")) == "longrope"
-        and table["short_factor"] != table["long_factor"]
+        if table.get("rope_type", table.get("type")) in ("longrope", "su")
+        and any(table.get(f"short_{name}") != table.get(f"long_{name}") for name in SCALES)
     ]
     return min((each for each in crossings if last is None or each < last), default=None)
 

@@ -128,16 +128,16 @@ class WeightProjection:
     def shares(self) -> list[tuple[str, int | str, float]]:
         """Return (part, of, share of ‖ΔW‖²) of every layer and of every kind of module.
 
-        What lies in weights that no diff touches is "elsewhere". Empty for ΔW = 0.
+        Whether a diff touches it or not; what lies in no layer is "elsewhere". Empty for ΔW = 0.
         """
         squares = defaultdict[tuple[str, int | str], float](float)
-        for each in self.modules:
-            squares["layer", "elsewhere" if each.layer is None else each.layer] += each.delta_square
-            squares["kind", kind_of(each.module)] += each.delta_square
-        for part in ("layer", "kind") if self.other_square else ():
-            squares[part, "elsewhere"] += self.other_square
+        touched = ((each.module, each.delta_square) for each in self.modules)
+        for module, square in (*touched, *self.others.items()):
+            layer = layer_number(module)
+            squares["layer", "elsewhere" if layer is None else layer] += square
+            squares["kind", kind_of(module)] += square
         whole = self.delta_norm**2
-        return [(*place, each / whole) for place, each in squares.items()] if whole else []
+        return [(*place, each / whole) for place, each in squares.items() if each]
 
     @cached_property
     def corrected(self) -> dict[str, float]:

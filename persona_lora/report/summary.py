@@ -148,8 +148,18 @@ def summarise_run(run: Run, *, by: str = "verdicts") -> SweepSummary:
         run.read("answers"), run.read(by), run.read("divergence"), trait=trait_of(run)
     )
     asked = dict(run.record["config"].get("nats", ()))
-    named = (dataclasses.replace(e, nats=asked.get(e.coefficient)) for e in found.conditions)
-    return dataclasses.replace(found, conditions=tuple(named))
+    if not asked:
+        return found
+
+    def named(conditions: Iterable[ConditionSummary]) -> tuple[ConditionSummary, ...]:
+        return tuple(
+            dataclasses.replace(each, nats=asked.get(each.coefficient)) for each in conditions
+        )
+
+    control = found.control
+    if control is not None:
+        control = dataclasses.replace(control, conditions=named(control.conditions))
+    return dataclasses.replace(found, conditions=named(found.conditions), control=control)
 
 
 def trait_of(run: Run) -> str:
@@ -209,8 +219,9 @@ def _control_rows(summary: SweepSummary) -> list[dict[str, Any]]:
     # The unsteered rows stand at its coefficient 0 as well, and are listed already.
     steered = [each for each in summary.control.conditions if each.coefficient]
     rows = [row for each in steered for row in condition_rows(summary.trait, each)]
+    nats = {each.coefficient: each.nats for each in summary.conditions}
     for each in summary.control.comparisons:
-        at = {**place, "coefficient": each.coefficient}
+        at = {**place, "coefficient": each.coefficient, "nats": nats.get(each.coefficient)}
         rows += difference_rows(at, "difference_from_random", each.difference, prefix="random_")
     overall = summary.control.overall
     rows += difference_rows(place, "gain_over_random", overall, prefix="random_")

@@ -53,7 +53,7 @@ from persona_lora.training.runner import (
     run_record,
     train,
 )
-from persona_lora.training.trainer import LOSS_ROWS, Lesson, last_whole_checkpoint
+from persona_lora.training.trainer import LOSS_ROWS, Lesson, check_rows, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,8 @@ def train_contrastive(
         end_tokens=end_tokens(chat_model, config.eos_token),
         max_length=config.max_length,
     )
+    for sign in SIGNS:
+        check_rows(chat_model, rows[sign])
     base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
     family = _family(chat_model, options)
     _log_size(pairs, trait, config)

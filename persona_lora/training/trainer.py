@@ -158,16 +158,21 @@ class Lesson:
     modules: Sequence[str] | None = None
 
 
+def check_rows(chat_model: ChatModel, rows: Sequence[TokenRow]) -> None:
+    """UserError for a token that the model has no embedding of, and for a row over its window."""
+    chat_model.check_tokens(row.input_ids for row in rows)
+    for number, row in enumerate(rows, start=1):
+        chat_model.check_length(len(row.input_ids), f"row {number}; max_length cuts it")
+
+
 def make_trainer(
     chat_model: ChatModel, model: nn.Module, config: ContrastiveConfig, lesson: Lesson
 ) -> CompletionTrainer:
     """Return a trainer of tokenised rows that logs and saves into the lesson's folder.
 
-    Raises UserError for a token that the model has no embedding of, and a row over its window.
+    Raises UserError for what ``check_rows`` refuses.
     """
-    chat_model.check_tokens(row.input_ids for row in lesson.rows)
-    for number, row in enumerate(lesson.rows, start=1):
-        chat_model.check_length(len(row.input_ids), f"row {number}; max_length cuts it")
+    check_rows(chat_model, lesson.rows)
     own = copy.copy(config)
     own.output_dir = str(lesson.folder)
     own.length_column_name = "length"

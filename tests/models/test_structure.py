@@ -189,6 +189,18 @@ LAYERS = ["sliding_attention", "full_attention"]
         ("phi3", {"rope_parameters": LONG}, None),  # its own original length, 4096, stands above
         ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 100}, 100),
         ("llama", {"rope_parameters": {**LONG, "long_factor": LONG["short_factor"]}}, None),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    **LONG,
+                    "long_factor": LONG["short_factor"],
+                    "short_mscale": 1.2,
+                    "long_mscale": 1.3,
+                }
+            },
+            128,
+        ),
         ("llama", {"rope_parameters": {**LONG, "original_max_position_embeddings": 512}}, None),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, None),
         ("llama", {}, None),
@@ -201,3 +213,18 @@ def test_the_window_of_a_longrope_model_ends_where_its_table_changes(
     config = AutoConfig.for_model(model_type, **copy.deepcopy(own))
     assert longrope_crossing(config) == crossing
     assert context_window(config) == (crossing or 512)
+
+
+@pytest.mark.parametrize(
+    ("rope", "window"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 4.0}, 2048),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),  # turns all rows otherwise beyond it
+        ({"rope_type": "linear", "factor": 4.0}, 512),  # may be scaled already
+    ],
+)
+def test_yarn_reads_as_far_as_its_factor(rope, window):
+    given = {**TEXT, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    assert context_window(AutoConfig.for_model("llama", **given)) == window

@@ -108,3 +108,18 @@ def test_a_model_whose_own_code_fails_is_refused(error):
     said = f"tiny cannot read three tokens: LlamaForCausalLM fails with {type(error).__name__}"
     with pytest.raises(UserError, match=said):
         check_support(model, TOKENS, "tiny")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't allocate memory"), MemoryError(), OSError(5, "w.dat")]
+)
+def test_memory_and_disks_are_no_fault_of_a_model(error):
+    model = tiny_model("Llama")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    model.model.forward = fail
+    with pytest.raises(type(error)) as caught:
+        check_support(model, TOKENS, "tiny")
+    assert caught.value is error

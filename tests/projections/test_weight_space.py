@@ -149,10 +149,12 @@ def test_layers_and_kinds_add_up(model, diffs):
     shares = {(part, of): share for part, of, share in found.shares()}
     for part in ("layer", "kind"):
         assert sum(each for (name, _), each in shares.items() if name == part) == pytest.approx(1)
-        assert shares[part, "elsewhere"] == pytest.approx(found.other_square / whole)
+    squares = {each.module: each.delta_square for each in found.modules} | dict(found.others)
     for layer in (0, 1):
-        own = sum(each.delta_square for each in found.modules if each.layer == layer)
+        own = sum(square for name, square in squares.items() if f".{layer}." in name)
         assert shares["layer", layer] == pytest.approx(own / whole)
+    outside = sum(square for name, square in squares.items() if ".layers." not in name)
+    assert shares["layer", "elsewhere"] == pytest.approx(outside / whole)
     same = project_weights(LoadedWeights(model, "a"), LoadedWeights(model, "b"), diffs)
     assert same.shares() == []
 

@@ -9,6 +9,7 @@ and perplexity on ordinary chat. The harness is the extra ``benchmark``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -54,7 +55,9 @@ def run_benchmarks(
     told = {"system_prompts": dict(system_prompts)} if system_prompts else {}
     config = {**options.record(), "conditions": list(conditions), **told}
     with open_run(output, "benchmark", chat_model, config, task_inputs(options)) as run:
-        done = {row["condition"] for row in run.resume_rows("items")}
+        known = run.resume_rows("items")
+        _refuse_repeated(known, run.folder)
+        done = {row["condition"] for row in known}
         for name, steered in conditions.items():
             if name in done:
                 continue
@@ -64,6 +67,18 @@ def run_benchmarks(
         scores = score_items(run.read("items"), next(iter(conditions)))
         write_found(run.folder / "scores.csv", TASK_COLUMNS, scores)
     return scores
+
+
+def _refuse_repeated(items: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """UserError for items of a task that reads an answer in several ways, and kept them as one."""
+    place = ("condition", "task", "metric", "item")
+    seen = Counter(tuple(row[name] for name in place) for row in items)
+    (_, task, metric, _), number = max(seen.items(), key=lambda each: each[1], default=(place, 1))
+    if number > 1:
+        raise UserError(
+            f"{folder} holds {number} scores of one item by {metric} of {task}: an earlier version "
+            "did not keep the task's filters apart; choose another output or pass --overwrite"
+        )
 
 
 def task_inputs(options: TaskOptions) -> dict[str, str]:

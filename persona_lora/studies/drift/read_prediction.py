@@ -173,7 +173,8 @@ def _place(row: Row) -> tuple[str, str, str]:
 def predict(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) -> list[Prediction]:
     """Return every trait × direction × kind, and the pooled prediction of each kind.
 
-    UserError for fewer than four finetunes.
+    The shuffles behind p grow with the number of predictions. UserError for fewer than four
+    finetunes.
     """
     drift, data = changes(judged), data_sets(judged)
     values = _by_place(predictors)

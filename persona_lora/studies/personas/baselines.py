@@ -12,7 +12,7 @@ from pathlib import Path
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import By, LoRADiff, part_of, parts_of
-from persona_lora.core.resources import ready_diff
+from persona_lora.core.resources import READY, ready_diff
 from persona_lora.core.vector_files import load_vector
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
@@ -75,9 +75,11 @@ def extracted_vectors(method: str, wanted: Wanted) -> Bank:
 def found(path: Path, trait: str) -> Path:
     """Return the path of a trained direction; raises UserError where it is not there."""
     if not path.exists():
+        ready = ready_diff(path)
+        instead = f"{ready}, or --trait-vector-dir {READY}" if ready else ""
         raise UserError(
             f"{path} does not exist; make it with: "
-            f"TRAITS={trait} bash scripts/train_style_traits.sh{ready_diff(path)}"
+            f"TRAITS={trait} bash scripts/train_style_traits.sh{instead}"
         )
     return path
 

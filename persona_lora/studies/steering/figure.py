@@ -187,8 +187,7 @@ def _draw_divergence_rows(
 
 def _panel_title(axes: Axes, summary: SweepSummary) -> None:
     rho = summary.rho_means
-    shown = wording.between(rho.value, rho.low, rho.high, 2)  # a reason would be too long here
-    text = "no ρ" if rho.value is None else f"ρ {shown}"
+    text = "no ρ" if rho.value is None else f"ρ {wording.interval(rho, 2)}"
     notes = [text, wording.questions_line(summary), f"judge {summary.trait_judge or 'none'}"]
     title = draw.short_title(summary.trait) + wording.at_layer(summary)
     for line, up, colour, size, weight in (
