@@ -512,7 +512,9 @@ COMMANDS = {
             "max_questions": flag(3, None),
         },
         {
-            f"{X}studies.drift.run:load_diffs": {"evil": None, "sycophancy": None},
+            f"{X}studies.drift.run:load_diffs": {
+                each: types.SimpleNamespace(trait=each) for each in ("evil", "sycophancy")
+            },
             f"{X}studies.drift.prediction:planned_prediction": Planned("", {}, 0),
         },
     ),

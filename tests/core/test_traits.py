@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.core.traits import (
@@ -116,10 +117,10 @@ def test_finetuning_rows_end_with_a_question_and_its_answer(datasets):
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     path.write_text(json.dumps({"messages": turns, "domain": "x"}) + "\n")
     (row,) = load_finetuning_rows(trait, "normal")
-    assert row == ("Why?", "So.")
+    assert row == Exchange("Why?", "So.")
     before = [{"role": "system", "content": "Be brief."}, {**turns[0], "content": "And?"}, turns[1]]
     path.write_text(json.dumps({"messages": [*before, *turns]}) + "\n")
-    assert load_finetuning_rows(trait, "normal") == [("Why?", "So.")]
+    assert load_finetuning_rows(trait, "normal") == [Exchange("Why?", "So.")]
     path.write_text(json.dumps({"messages": turns[:1]}) + "\n")
     with pytest.raises(UserError, match=r"normal\.jsonl:1 must end with a user message"):
         load_finetuning_rows(trait, "normal")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.judges.labels import has_ratings, load_ratings
 from tests.judges.rated import rated_rows, write_ratings
@@ -23,7 +24,7 @@ def test_ratings_load_by_part_and_average_both_passes(trait):
     first = rows[0]
     assert first.rating("trait") == sum(ROW["trait"]) / 2
     assert first.passes("sense") == tuple(ROW["sense"])
-    assert first.exchange == (ROW["question"], ROW["answer"])
+    assert first.exchange == Exchange(ROW["question"], ROW["answer"])
 
 
 @pytest.mark.parametrize(

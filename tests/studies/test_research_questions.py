@@ -271,10 +271,11 @@ def test_spaces_say_whether_vectors_tell_the_traits(write, tmp_path, own, said):
         for one, other in pairs
     ]
     spectra = [
-        {"trait": trait, "module": kind, "layer": 3, "kind": kind, "norm": norm, "rank": 8,
+        {"trait": trait, "module": f"model.layers.3.{part}.{kind}", "layer": 3, "kind": kind,
+         "norm": norm, "rank": 8,
          "top_share": 0.5, "effective_rank": 4.0}
         for trait in traits
-        for kind, norm in (("q_proj", 1.0), ("up_proj", 3.0))
+        for part, kind, norm in (("self_attn", "q_proj", 1.0), ("mlp", "up_proj", 3.0))
     ]  # fmt: skip
     both = [(m, *pair) for m in ("weights", "activations") for pair in pairs]
     write(

@@ -114,8 +114,10 @@ def test_the_best_wording_wins_and_is_reported_held_out(
     assert cells["tuned"][1].startswith("80" if sign == "pos" else "10")
     assert cells["the trait's own"][1].startswith("40" if sign == "pos" else "60")
     assert cells["tuned"][3].startswith("40" if sign == "pos" else "−50"), cells
-    assert [cells[name][4] for name in ("no prompt", "tuned")] == ["1.000", "< 0.001"]
-    assert cells["neutral"][4] == "–"  # described, and no test takes from the tuned prompt's
+    assert [cells[name][4:] for name in ("no prompt", "tuned")] == [
+        ("20", "1.000"), ("20", "< 0.001"),
+    ]  # fmt: skip
+    assert cells["neutral"][5] == "–"  # described, and no test takes from the tuned prompt's
     held_out = [row for row in echoed if row["question"].startswith("eval")]
     told = [row["answer"] for row in held_out if row["method"] == "prompt_neutral"]
     assert told == [neutral_prompt(at) for at in range(len(told))]

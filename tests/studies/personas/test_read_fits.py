@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from persona_lora.core.chat import Exchange
 from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.personas import Persona, PersonaConversation
 from persona_lora.report.comparisons import fits_over_personas
@@ -50,7 +51,7 @@ def test_floors_and_ceiling_are_made_of_what_the_person_said(tmp_path):
     words = {"rain", "fell", "on", "us", "plans", "are", "for", "fools"}
     assert all(set(each.answer.split()) <= words for each in bounds["salad"])
     assert bounds["salad"] == bound_answers(person(tmp_path), PROMPTS, embed)["salad"]
-    assert bounds["real"] == [("line 1", "so i said"), ("line 3", "and so on")]
+    assert bounds["real"] == [Exchange("line 1", "so i said"), Exchange("line 3", "and so on")]
 
 
 def rows(fits, *, coherence=90.0, persona="ann", **more):
