@@ -123,14 +123,7 @@ def train_contrastive(
     loading = arguments.loading()
     check_targets(arguments.model_name_or_path, loading, lora.lora_target_modules or [])
     chat_model = load_model(arguments.model_name_or_path, loading, config)
-    rows = tokenize_pairs(
-        _with_system_prompt(pairs, arguments.system_prompt),
-        chat_model.template,
-        end_tokens=end_tokens(chat_model, config.eos_token),
-        max_length=config.max_length,
-    )
-    for sign in SIGNS:
-        check_rows(chat_model, rows[sign])
+    rows = _tokenized(chat_model, pairs, options)
     base = BaseModel(chat_model.name, weight_fingerprint(chat_model.model))
     family = _family(chat_model, options)
     _log_size(pairs, trait, config)
@@ -159,6 +152,24 @@ def train_contrastive(
             train(chat_model, lora if in_full is None else None, config, lesson)
         processes.from_main(lambda: _write_diff(folder, trait, base, run, in_full, lora.lora_r))
     return _result(folder)
+
+
+def _tokenized(
+    chat_model: ChatModel,
+    pairs: Sequence[ContrastivePair],
+    options: TrainingOptions[ContrastiveArguments],
+) -> dict[Sign, list[TokenRow]]:
+    """Return the rows of both signs, neither of which is trained where the other cannot be."""
+    config = options.config
+    rows = tokenize_pairs(
+        _with_system_prompt(pairs, options.arguments.system_prompt),
+        chat_model.template,
+        end_tokens=end_tokens(chat_model, config.eos_token),
+        max_length=config.max_length,
+    )
+    for sign in SIGNS:
+        check_rows(chat_model, rows[sign])
+    return rows
 
 
 def _own(

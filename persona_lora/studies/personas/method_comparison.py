@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.files import write_csv
@@ -72,7 +72,7 @@ from persona_lora.studies.personas.search import Generation, SearchOptions
 from persona_lora.studies.report_page import write_report
 
 ALL = "all"
-COMMAND = "compare-methods"
+COMMAND: Final = "compare-methods"
 SPENT = ("evaluations", "stopped")  # of searches
 COLUMNS = ("persona", *FIT_COLUMNS, *SPENT)
 Watch = Callable[[str, str, Generation], None]
