@@ -5,7 +5,7 @@
 # project it, take off what the plain rows of its family do with the same settings, and correlate:
 # bash scripts/predict_finetuning.sh            (two to three hours on two cores; resumable)
 # bash scripts/predict_finetuning.sh --quick    (six short finetunes, few questions: does it run?)
-# bash scripts/predict_finetuning.sh --doses    (36 finetunes of nine families, each strong and weak, judged on four
+# bash scripts/predict_finetuning.sh --doses    (36 finetunes of nine families, each strong and weak, judged on two
 #                                                traits of which the reader is fit on a larger model too)
 # It is held to docs/protocols/predict_finetuning_controls.yaml; --doses, or with MODEL, TRAITS, LAYER, QUESTIONS
 # or SEEDS of your own, to PROTOCOL, or else exploratory. FINETUNE_ONLY=1 stops before anything is judged.
@@ -14,10 +14,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 traits=${TRAITS:-sycophancy hallucination evil}
-made=${MADE:-checkpoints/seeds} out=${OUT:-results/prediction}
+judged=${JUDGED:-} made=${MADE:-checkpoints/seeds} out=${OUT:-results/prediction}
 case ${1:-} in
     --doses) # its differences are trained for fewer steps
-        traits=${TRAITS:-hallucination formality intimacy narrative_mode}
+        traits=${TRAITS:-narrative_mode intimacy formality hallucination}
+        judged=${JUDGED:-narrative_mode intimacy}
         made=${MADE:-checkpoints/doses} out=${OUT:-results/prediction_doses} ;;
     --quick | "") ;;
     *) echo "error: $1: pass --quick, --doses or nothing" >&2 && exit 2 ;;
@@ -90,7 +91,7 @@ for file in $varied; do
 done
 [ -z "${FINETUNE_ONLY:-}" ] || exit 0
 
-diffs=() vectors=()
+judged=${judged:-$traits} diffs=() vectors=()
 for trait in $traits; do
     pairs=$trait
     [ "${1:-}" != --doses ] || [ ! -e "$folder/rest/$trait" ] || pairs=$folder/rest/$trait
@@ -105,5 +106,5 @@ for trait in $traits; do
         --methods mean_diff,svd,pca --output "$made/vectors/$trait"
     diffs+=(--diffs "$diff") vectors+=(--vectors "$vector")
 done
-persona-lora predict-finetuning --model "$model" "${finetunes[@]}" --traits "${traits// /,}" \
+persona-lora predict-finetuning --model "$model" "${finetunes[@]}" --traits "${judged// /,}" \
     "${diffs[@]}" "${vectors[@]}" --layers "$layer" --output "$out" "${few[@]}"
