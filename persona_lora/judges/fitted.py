@@ -148,7 +148,7 @@ def content_of(evidence: Evidence, labels: Sequence[RatedAnswer]) -> str:
     read = evidence.content([row.exchange for row in rows])
     own = digest_of([VERSION, evidence.name, rated, read])
     others = [
-        [other.name, other.description, [[*row.exchange, row.sense] for row in rows]]
+        [other.name, other.description, [[row.question, row.answer, row.sense] for row in rows]]
         for other, rows in beside
     ]
     return digest_of([own, others])

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from persona_lora.core.chat import COHERENCE, Exchange, user_question
 from persona_lora.core.errors import UserError
+from persona_lora.core.traits import list_traits, load_trait
 from persona_lora.judges import choice, fitted, probe_judge
 from persona_lora.judges.answer_states import PROMPT, Reader
 from persona_lora.judges.choice import JudgeOptions, check_judge, make_judge
 from persona_lora.judges.fitness import validate_judge
-from persona_lora.judges.fitted import content_of, fit_probes, fitted_probes
-from persona_lora.judges.labels import SCALES, load_ratings
-from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence
+from persona_lora.judges.fitted import FittedProbes, content_of, fit_probes, fitted_probes
+from persona_lora.judges.labels import SCALES, has_ratings, load_ratings
+from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.judges.verdicts import validations_of
 from persona_lora.report.rated import by_part
 from tests.judges.rated import rated_rows, write_ratings
@@ -240,6 +241,15 @@ def test_a_fit_beside_the_labels_is_used_and_a_stale_one_is_not(chat_model, rate
     rows = rated_rows()
     write_ratings(rated, [{**rows[0], "trait": [0, 0]}, *rows[1:]])
     assert fitted_probes(reading, load_ratings(rated)).content != shipped.content
+
+
+@pytest.mark.parametrize("name", [each for each in list_traits() if has_ratings(load_trait(each))])
+def test_the_shipped_fits_are_those_of_the_shipped_ratings(packaged_model, name):
+    trait = load_trait(name)
+    labels = load_ratings(trait)
+    for each in (ReaderEvidence(Reader(packaged_model, trait)), SentenceEvidence(trait)):
+        path = trait.folder / f"{each.name}.safetensors"
+        assert FittedProbes.load(path, content_of(each, labels)) is not None
 
 
 def test_sense_is_learnt_from_the_traits_beside_as_well_and_the_trait_is_not(chat_model, rated):

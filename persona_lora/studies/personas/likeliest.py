@@ -111,7 +111,8 @@ def kept_mix(
 ) -> Coefficients:
     """Return the same, from the file of ``folder`` that an earlier call with all this left."""
     held = [dict(sorted(fixed.items()))] if fixed else []
-    read = digest_of([speaker.inputs(), lines, bound, STEP, LENGTHS, *held])
+    said = [[each.question, each.answer] for each in lines]
+    read = digest_of([speaker.inputs(), said, bound, STEP, LENGTHS, *held])
     path = folder / f"likeliest_{read[:16]}.json"
     if not path.exists():
         likeliest_mix(speaker, lines, bound, fixed).write(path)
