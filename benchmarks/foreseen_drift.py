@@ -5,12 +5,15 @@
 
 For every judged trait: what each family's finetunes have above their controls, in the score, on the
 trait's own direction and in the text; and the correlations inside the trait's own family, beside
-that of how far the weights moved, which knows no direction.
+that of how far the weights moved, which knows no direction. Then the pooled correlations over some
+of the finetunes (those of one dose; without the families of the judged traits), and those of the
+text times how far a finetune is from its control, which knows rows and dose and no direction.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -19,11 +22,24 @@ from rich.console import Console
 from rich.table import Table
 
 from persona_lora.core.runs import Run
-from persona_lora.report.scores import grouped
-from persona_lora.studies.drift.read_prediction import DISTANCE, TEXT, WEIGHTS, changes, rows_of
+from persona_lora.report import wording
+from persona_lora.report.scores import Row, grouped
+from persona_lora.studies.drift.read_prediction import (
+    BASE,
+    DISTANCE,
+    FROM_CONTROL,
+    POOLED,
+    TEXT,
+    WEIGHTS,
+    changes,
+    contrasts,
+    predict,
+    rows_of,
+)
 
 PLAIN, ACTIVATIONS = "weights, plain", "activations"
 KINDS = (WEIGHTS, PLAIN, ACTIVATIONS, TEXT)
+TIMES = "text times distance"
 
 
 def main() -> None:
@@ -58,6 +74,41 @@ def main() -> None:
         if len(own) > 2:
             line = (f"{kind} {np.corrcoef(x, scores)[0, 1]:.2f}" for kind, x in told.items())
             print(f"r inside its own family ({len(own)} finetunes): " + ", ".join(line))
+    told_by = [row for row in predictors if row["kind"] in (*KINDS, FROM_CONTROL)]
+    told_by += [
+        {**row, "kind": TIMES, "value": row["value"] * values[FROM_CONTROL, *_place(row)]}
+        for row in predictors
+        if row["kind"] == TEXT and (FROM_CONTROL, *_place(row)) in values
+    ]
+    _selections(judged, told_by, {name: _kind_of(name, control[name]) for name in control})
+
+
+def _selections(
+    judged: Sequence[Row], predictors: Sequence[Row], kinds: Mapping[str, tuple[str, str]]
+) -> None:
+    """Print the pooled correlations over all finetunes, of one variant each, and without own."""
+    traits = set(changes(judged))
+    chosen = {"all": set(kinds)}
+    for variant in {variant for _, variant in kinds.values()}:
+        chosen[variant.strip("_")] = {name for name in kinds if kinds[name][1] == variant}
+    chosen["without own families"] = {name for name in kinds if kinds[name][0] not in traits}
+    columns = list(dict.fromkeys(row["kind"] for row in predictors))
+    table = Table("pooled r", "finetunes", *columns, f"{WEIGHTS} − {TEXT}", f"{WEIGHTS} − {TIMES}")
+    for title, names in sorted(chosen.items()):
+        scores = [row for row in judged if row["finetune"] in {BASE, *names}]
+        told = [row for row in predictors if row["finetune"] in names]
+        found = {each.kind: each.said for each in predict(scores, told) if each.judged == POOLED}
+        gaps = {(each.first, each.second): each for each in contrasts(scores, told)}
+        shown = (
+            wording.between(each.difference, each.low, each.high, 2)
+            for each in (gaps[WEIGHTS, other] for other in (TEXT, TIMES))
+        )
+        table.add_row(title, str(len(names)), *(found[kind] for kind in columns), *shown)
+    Console(width=220).print(table)
+
+
+def _place(row: Row) -> tuple[str, str]:
+    return row["direction"], row["finetune"]
 
 
 def _kind_of(finetune: str, control: str) -> tuple[str, str]:

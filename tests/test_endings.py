@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,16 @@ import typer
 from persona_lora.cli.program import ending_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
+from persona_lora.models.loading import packaged_model_folder
 
 WAITING = """
+import shutil
 import signal
 import time
 from pathlib import Path
 from persona_lora import cli
 from persona_lora.core.runs import Run
+from persona_lora.models.loading import packaged_model_folder
 
 @cli.app.command()
 def wait(folder: Path) -> None:
@@ -104,6 +108,17 @@ def test_a_sign_that_an_encoding_has_not_stays_a_sign(encoding, shown):
     ended = subprocess.run([sys.executable, "-c", told], env=environ, capture_output=True)
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert shown in ended.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("page", ["schema sweep", "engine command --model modèle"])
+def test_what_a_program_reads_is_whole_or_refused(page, tmp_path):
+    shutil.copytree(packaged_model_folder(), tmp_path / "modèle")
+    words = [sys.executable, "-c", "from persona_lora.cli import main; main()", *page.split()]
+    for encoding, status in (("ascii", 2), ("utf-8", 0)):
+        environ = {**os.environ, "PYTHONIOENCODING": encoding}
+        ended = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True)
+        assert (ended.returncode, bool(ended.stdout)) == (status, status == 0), ended.stderr
+        assert (b"set PYTHONIOENCODING=utf-8" in ended.stderr) == (status == 2)
 
 
 def test_a_full_disk_behind_another_error_is_named():

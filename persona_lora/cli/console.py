@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from persona_lora.core import progress
+from persona_lora.core.errors import UserError
 
 if TYPE_CHECKING:
     from persona_lora.report import sections
@@ -63,6 +64,19 @@ def show(*said: sections.Table | str) -> None:
     """Print tables and lines."""
     for each in said:
         console.print(each if isinstance(each, str) else to_rich(each), markup=False)
+
+
+def show_exactly(text: str) -> None:
+    """Print what a program reads; UserError where the encoding has not all of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"standard output is in {encoding}, which has no {text[error.start]!r}, and what is "
+            "printed is for a program; set PYTHONIOENCODING=utf-8"
+        ) from error
+    sys.stdout.write(text + "\n")
 
 
 def to_rich(table: sections.Table) -> Table:

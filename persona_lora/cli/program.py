@@ -115,6 +115,8 @@ def schema(
 
     Example: persona-lora schema sweep
     """
+    from persona_lora.cli.console import show_exactly
+
     name = " ".join(words)
     known = (*OPTIONS, *TRAINING)
     if name not in known:
@@ -126,7 +128,7 @@ def schema(
         "type": "object",
         "properties": {option.name: option.schema() for option in options},
     }
-    sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    show_exactly(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 def _training_options(module: str) -> list[Option]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import socket
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 import typer
 
 from persona_lora.cli import shared_options as shared
-from persona_lora.cli.console import console, progress_bars, show
+from persona_lora.cli.console import console, progress_bars, show, show_exactly
 from persona_lora.cli.drift_commands import Weighing
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import command, environment
@@ -518,4 +517,4 @@ def engine_command(*, server: EngineServer, model: shared.StoredModelOptions) ->
     machine = Machine(server.tensor_parallel, server.cpu, server.dtype, server.host, server.port)
     source = model_source(model.model, model.revision)
     place = str(Path(source).resolve()) if Path(source).is_dir() else source
-    sys.stdout.write(server_command(place, model.revision, basis, machine) + "\n")
+    show_exactly(server_command(place, model.revision, basis, machine))

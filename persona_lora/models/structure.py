@@ -103,7 +103,7 @@ def _positions(config: PreTrainedConfig) -> int | None:
     given = getattr(text, "rope_parameters", None) or {}
     if given.get("rope_type") == "yarn":  # the window may be that before scaling
         before = given.get("original_max_position_embeddings") or window
-        return max(window, int(before * given.get("factor", 1)))
+        return max(window, int(before * (given.get("factor") or 1)))
     return window
 
 

@@ -20,7 +20,7 @@ from persona_lora.report import figures as draw
 from persona_lora.report.comparisons import PROBE, TaskScore, probed
 from persona_lora.report.figures import Cells, Inches, Look, Panel, Picture, Series
 from persona_lora.report.scores import Row, grouped
-from persona_lora.report.wording import CLEAR, number, p_value, short_paths, title_of
+from persona_lora.report.wording import CLEAR, number, p_value, percent, short_paths, title_of
 from persona_lora.studies.drift.read import (
     Agreement,
     CrossPoint,
@@ -333,7 +333,8 @@ def _matrix(figure: Figure, inches: Inches, found: Sequence[Prediction]) -> Pane
     r = {(e.judged, e.direction): e.r for e in found if e.judged != POOLED}
     judged, directions = (tuple(dict.fromkeys(place[at] for place in r)) for at in (0, 1))
     values = np.array([[r[one, other] for other in directions] for one in judged])
-    cells = Cells(values, _titles(judged), _titles(directions))
+    below = tuple(each.replace(" ", "\n") for each in _titles(directions))
+    cells = Cells(values, _titles(judged), below)
     return draw.heat_map(draw.add_axes(figure, inches), cells)
 
 
@@ -411,6 +412,9 @@ def render_diagnosis(run: Run) -> Picture:
         "Weighted by the base model's inputs. Grey bars: as far as another control may lie; grey "
         "dots: each control, less the mean of the others."
     )
+    outside = sum(row["share"] for row in shares if row["of"] == "elsewhere")
+    if outside:
+        note += f" {percent(outside)} of ‖ΔW‖² lies in no layer."
     return draw.finish(figure, panels, title="What this finetune did", note=note)
 
 

@@ -111,9 +111,7 @@ def _drawn(
         answers = generate_rows(model, rows, steerer, options, numbers=own)
     told = [(each.text, each.finished) for each in answers]
     found = dict(processes.gather(list(zip(own, told, strict=True))))
-    return [
-        Drawn(Exchange(row.question, found[at][0]), found[at][1]) for at, row in enumerate(rows)
-    ]
+    return [Drawn(Exchange(row.question, *found[at]), found[at][1]) for at, row in enumerate(rows)]
 
 
 def _slopes(

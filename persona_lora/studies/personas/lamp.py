@@ -134,8 +134,9 @@ def score_lamp(
         answers = speaker.answers(rows_of(questions, conditions, mix))
         scorer, rows = RougeScorer(list(MEASURES)), []
         for (name, question), answer in zip(product(conditions, questions), answers, strict=True):
-            overlap = scorer.score(question.gold, answer)
-            told = {"user": question.id, "condition": name, "answer": answer, "gold": question.gold}
+            said = answer.answer
+            overlap = scorer.score(question.gold, said)
+            told = {"user": question.id, "condition": name, "answer": said, "gold": question.gold}
             rows.append({**told, **{each: overlap[each].fmeasure for each in MEASURES}})
         return rows
 

@@ -75,8 +75,8 @@ class Speaker:
         self,
         rows: Sequence[Mixed],
         *,
-        on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
-    ) -> list[str]:
+        on_batch: Callable[[Sequence[Exchange]], None] | None = None,
+    ) -> list[Exchange]:
         """Return one answer for each row, in order; ``on_batch`` sees this process's as they come.
 
         UserError for a mix where there are no directions.
@@ -86,7 +86,10 @@ class Speaker:
 
         def told(numbers: Sequence[int], generated: Sequence[Generated]) -> None:
             if on_batch is not None:
-                on_batch(numbers, [each.text for each in generated])
+                on_batch(list(map(said, numbers, generated)))
+
+        def said(number: int, answer: Generated) -> Exchange:
+            return Exchange(rows[number].question, answer.text, answer.finished)
 
         own = range(self.processes.index, len(rows), self.processes.count)
         steerer = self.directions.answering(
@@ -96,8 +99,7 @@ class Speaker:
             answers = generate_rows(
                 self.chat_model, rows, steerer, self.options, numbers=own, on_batch=told
             )
-        texts = [each.text for each in answers]
-        found = dict(self.processes.gather(list(zip(own, texts, strict=True))))
+        found = dict(self.processes.gather(list(zip(own, map(said, own, answers), strict=True))))
         return [found[at] for at in range(len(rows))]
 
     def coefficients(self, mix: Coefficients | None) -> dict[str, float]:
@@ -245,19 +247,12 @@ class MixObjective:
             Row(self.prompts[prompt], mix, stream=prompt) for mix in mixes for prompt in prompts
         ]
         judge_here = self.speaker.processes.count == 1
-
-        def ahead(places: Sequence[int], texts: Sequence[str]) -> None:
-            self._judge.ask_ahead(
-                [Exchange(rows[at].question, text) for at, text in zip(places, texts, strict=True)]
-            )
-
+        ahead = self._judge.ask_ahead if judge_here else None
         try:
-            answers = self.speaker.answers(rows, on_batch=ahead if judge_here else None)
+            exchanges = self.speaker.answers(rows, on_batch=ahead)
         except (KeyboardInterrupt, SystemExit):
             self._judge.leave()
             raise
-        exchanges = [Exchange(row.question, text) for row, text in zip(rows, answers, strict=True)]
-
         # An answer in a heat is nearer to its prompt than to all others, not to a few of them.
         others = [Exchange(each, "") for at, each in enumerate(self.prompts) if at not in prompts]
 
@@ -275,11 +270,11 @@ class MixObjective:
         relevance = from_main(lambda: [] if relevant is None else placed(relevant))
         parts = from_main(lambda: told(self.parts))
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(mixes))]
-        own = [exchanges[span] for span in spans]
+        said, own = [each.answer for each in exchanges], [exchanges[span] for span in spans]
         kl = from_main(lambda: list(map(self._kl_of, mixes, own)))
         return [
             Measured(
-                *(list(prompts), answers[span], scores[span], coherence[span], relevance[span]),
+                *(list(prompts), said[span], scores[span], coherence[span], relevance[span]),
                 each,
                 parts[span],
             )

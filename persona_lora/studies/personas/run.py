@@ -524,7 +524,7 @@ def held_out_rows(
         return problem.processes.from_main(
             lambda: _written(run, problem, _completed(problem, kept))
         )
-    answers = list(map(Exchange, (row.question for row in asked), speaker.answers(asked)))
+    answers = speaker.answers(asked)
     diverged = isinstance(problem, GoalProblem) or limits.max_kl is not None
     choices = [] if limits.min_choice is None else choices_of("held_out")
 
@@ -532,8 +532,10 @@ def held_out_rows(
         spans = [slice(at * len(prompts), (at + 1) * len(prompts)) for at in range(len(conditions))]
         by_name = zip(conditions, spans, strict=True)
         found = [row for name, span in by_name for row in problem.judged(name, answers[span])]
-        both = zip(found, weights, strict=True)
-        rows = [{**row, "weights": mix, **drawn} for row, mix in both]
+        rows = [
+            {**row, "finished": answer.finished, "weights": mix, **drawn}
+            for row, answer, mix in zip(found, answers, weights, strict=True)
+        ]
         if diverged:
             for row, plan, answer in zip(rows, asked, answers, strict=True):
                 told = speaker.divergences(plan.condition, [answer])[0]
@@ -580,7 +582,10 @@ def _completed(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[dict[st
         if any(
             _lacking(problem, row) for row in own
         ):  # all of a condition: an answer may repeat another
-            again = problem.judged(name, [Exchange(row["prompt"], row["answer"]) for row in own])
+            said = (
+                Exchange(row["prompt"], row["answer"], row.get("finished", True)) for row in own
+            )
+            again = problem.judged(name, list(said))
         for old, new in zip(own, again, strict=True):
             more = _lacking(problem, new) < _lacking(problem, old)
             same = {key: old[key] for key in ("prompt_id", "weights")}
@@ -603,7 +608,7 @@ def baseline_answers(
     parts = (prompts.train, prompts.fresh, prompts.held_out)
     rows = [Row(prompt, None, stream=at) for part in parts for at, prompt in enumerate(part)]
     answers = plain_speaker(chat_model, generation, processes).answers(rows)
-    return {row.question: answer for row, answer in zip(rows, answers, strict=True)}
+    return {each.question: each.answer for each in answers}
 
 
 def persona_system_prompt(persona: Persona) -> str:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.personas import Coefficients
 from persona_lora.models.processes import Processes
@@ -68,7 +69,7 @@ def test_overlap_is_that_of_the_words(files, chat_model, make_diff, tmp_path, mo
 
     def answers(self, rows):
         asked.extend(rows)
-        return said
+        return [Exchange(row.question, answer) for row, answer in zip(rows, said, strict=True)]
 
     monkeypatch.setattr(Speaker, "answers", answers)
     mix = Coefficients.of({"calm": 0.5})

@@ -73,13 +73,16 @@ def test_a_coefficient_is_alpha_times_weight_times_scale(speaker, chat_model):
     diffs = [speaker.directions.diffs[trait] for trait in ("calm", "loud")]
     with LiveLoRA(chat_model.model, diffs, [[2.0 * 0.5 * 0.5, 2.0 * -0.5 * 1.5]]):
         expected = generate_answers(chat_model, [user_question(PROMPTS[0])], max_new_tokens=6)
-    assert speaker.answers([Row(PROMPTS[0], mix)]) == [expected[0].text]
+    (said,) = speaker.answers([Row(PROMPTS[0], mix)])
+    assert said == Exchange(PROMPTS[0], expected[0].text, expected[0].finished)
+    assert not said.finished  # after six tokens
 
 
 def test_zero_weights_answer_as_the_unsteered_model(speaker, chat_model):
     expected = generate_answers(chat_model, [user_question(PROMPTS[0])], max_new_tokens=6)
     cells = [Row(PROMPTS[0], MIXES[2]), Row(PROMPTS[0], None)]
-    assert speaker.answers(cells) == [expected[0].text] * 2
+    said = Exchange(PROMPTS[0], expected[0].text, expected[0].finished)
+    assert speaker.answers(cells) == [said] * 2
 
 
 def test_an_answer_is_judged_once(speaker, judge):
@@ -275,11 +278,11 @@ def test_a_search_that_is_told_to_end_waits_for_one_batch_of_the_judge(
 
     def answers(rows, *, on_batch):
         for at in range(len(rows)):
-            on_batch([at], [f"answer {at}"])
+            on_batch([Exchange("q?", f"answer {at}")])
         assert begun.wait(60)
         if while_it == "answers":
             raise ending
-        return [f"answer {at}" for at in range(len(rows))]
+        return [Exchange("q?", f"answer {at}") for at in range(len(rows))]
 
     def verdicts(exchanges):
         def told(*_):

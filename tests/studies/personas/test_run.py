@@ -146,11 +146,12 @@ def test_a_search_writes_the_files_it_is_known_by(problem, method, tmp_path):
 
 
 def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_path):
-    asked = []
+    asked, ended = [], []
 
     class Watching(FitJudge):
         def judge(self, exchanges, criterion):
             asked.append([each.question for each in exchanges])
+            ended.extend(each.finished for each in exchanges if each.answer)
             return super().judge(exchanges, criterion)
 
     watched = dataclasses.replace(problem, search_judge=Watching())
@@ -165,6 +166,8 @@ def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_
     assert f"the mean {mean}, the best candidates {', '.join(others)};" in page
     assert "(does not count: echo)" not in page
     kept = [{**row, "failed": "echo"} for row in Run(tmp_path / "run").read("held_out")]
+    assert not all(ended)  # a judge is told which answers were cut, and rows keep it
+    assert not all(row["finished"] for row in kept)
     write_jsonl(tmp_path / "run" / "held_out.jsonl", kept)
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
     assert "(does not count: echo)" in page
