@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 
+from persona_lora import cli
 from persona_lora.cli.program import ending_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
@@ -119,6 +120,21 @@ def test_what_a_program_reads_is_whole_or_refused(page, tmp_path):
         ended = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True)
         assert (ended.returncode, bool(ended.stdout)) == (status, status == 0), ended.stderr
         assert (b"set PYTHONIOENCODING=utf-8" in ended.stderr) == (status == 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (("--seed", "1:01"), "'1:01'"),
+        (("--max-questions", "1.5"), "'1.5'"),
+        (("--judge-mode", "guess"), "'guess'"),
+    ],
+)
+def test_a_mistyped_value_is_named(capfd, monkeypatch, words, value):
+    monkeypatch.setattr("sys.argv", ["persona-lora", "sweep", "--trait", "evil", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert (caught.value.code, f"got {value}" in capfd.readouterr().err) == (2, True)
 
 
 def test_a_full_disk_behind_another_error_is_named():

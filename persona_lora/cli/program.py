@@ -179,8 +179,18 @@ def _run() -> int | None:
     except typer.TyperException as error:
         if not error.format_message():  # a command was left out, and the help page is shown
             return MISTAKE
-        raise UserError(error.format_message()) from error
+        raise UserError(f"{error.format_message()}{_given(error.__cause__)}") from error
     return status if isinstance(status, int) else None
+
+
+def _given(cause: BaseException | None) -> str:
+    """Return ", got …" of a value that pydantic refused, whose message does not show it."""
+    from pydantic import ValidationError
+
+    if not isinstance(cause, ValidationError):
+        return ""
+    value = repr(cause.errors()[0]["input"])
+    return f", got {value if len(value) <= 80 else value[:79] + '…'}"
 
 
 # -- the environment -----------------------------------------------------------------------
