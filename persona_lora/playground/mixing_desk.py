@@ -94,10 +94,10 @@ class Turns:
 
 
 class Pair(NamedTuple):
-    """The answers to one question: with the mix, and without."""
+    """One question with its answers: with the mix, and without."""
 
-    steered: str
-    unsteered: str
+    steered: Exchange
+    unsteered: Exchange
 
 
 @dataclass(eq=False)
@@ -158,7 +158,7 @@ class MixingDesk:
         bank = Bank(diffs={trait: self.diffs[trait] for trait in self.traits})
         steering = bank.steerer(self.chat_model, [mix.as_dict(), {}])
         with self._turns.turn(visitor), steering as steerer:
-            steered, unsteered = generate_answers(
+            answers = generate_answers(
                 self.chat_model,
                 [conversation, conversation if plain is None else plain],
                 max_new_tokens=max_new_tokens,
@@ -168,10 +168,11 @@ class MixingDesk:
                 prepare_batch=partial(select_batch, steerer),
                 plan=RowPlan(streams=[0, 0], keep_rows=steerer.keep_rows),
             )
-        return Pair(steered.text, unsteered.text)
+        question = conversation[-1]["content"]
+        return Pair(*(Exchange(question, each.text, each.finished) for each in answers))
 
     def scores(
-        self, trait: str, question: str, pair: Pair, *, visitor: str = ""
+        self, trait: str, pair: Pair, *, visitor: str = ""
     ) -> tuple[float | None, float | None]:
         """Return the judge's scores of both answers on a trait, 0–100; None where unscored."""
         if trait not in self.judges:
@@ -179,7 +180,7 @@ class MixingDesk:
         with self._turns.turn(visitor):
             if trait not in self._built:
                 self._built[trait] = self.judges[trait]()
-            verdicts = self._built[trait].judge([Exchange(question, text) for text in pair], trait)
+            verdicts = self._built[trait].judge(pair, trait)
         return verdicts[0].score, verdicts[1].score
 
     def save(self, mix: Coefficients, folder: Path, name: str) -> Path:

@@ -19,6 +19,7 @@ from persona_lora.playground.mixing_desk import (
     LONGEST_NAME,
     WAITING_IN_ALL,
     MixingDesk,
+    Pair,
 )
 
 NO_JUDGE = "no score"
@@ -188,11 +189,11 @@ class _Answers:
                 max_new_tokens=int(length),
                 visitor=visitor,
             )
-            line = _scores(self.desk, judge, text, pair, visitor)
+            line = _scores(self.desk, judge, pair, visitor)
         turn = {"role": "user", "content": text}
         return (
-            [*left, turn, {"role": "assistant", "content": pair.steered}],
-            [*right, turn, {"role": "assistant", "content": pair.unsteered}],
+            [*left, turn, {"role": "assistant", "content": pair.steered.answer}],
+            [*right, turn, {"role": "assistant", "content": pair.unsteered.answer}],
             line,
             "",
         )
@@ -266,10 +267,10 @@ def _plain(content: Any) -> str:
     return "".join(part.get("text", "") for part in content if isinstance(part, dict))
 
 
-def _scores(desk: MixingDesk, judge: str, question: str, pair: Any, visitor: str) -> str:
+def _scores(desk: MixingDesk, judge: str, pair: Pair, visitor: str) -> str:
     if judge == NO_JUDGE:
         return ""
-    steered, plain = desk.scores(judge, question, pair, visitor=visitor)
+    steered, plain = desk.scores(judge, pair, visitor=visitor)
 
     def said(score: float | None) -> str:
         return "not scored" if score is None else f"{score:.0f}"

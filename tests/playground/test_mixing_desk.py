@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.lora_diff import mix as mix_diffs
@@ -34,20 +35,22 @@ def test_a_pair_is_what_the_mix_and_the_plain_model_say(desk):
     both = mix_diffs({desk.diffs[trait]: value for trait, value in mix.as_dict().items()})
     with LoRASteerer(desk.chat_model.model, both, 1.0):
         (steered,) = generate_answers(desk.chat_model, [ASKED], max_new_tokens=12)
-    assert pair == (steered.text, plain.text)
+    question = ASKED[-1]["content"]
+    assert pair == tuple(Exchange(question, each.text, each.finished) for each in (steered, plain))
     assert pair.steered != pair.unsteered
+    assert not pair.steered.finished  # cut, and judged as such
     same = desk.answer(ASKED, desk.mix([0.0, None]), max_new_tokens=12)
-    assert same == (plain.text, plain.text)
+    assert same == (pair.unsteered, pair.unsteered)
 
 
 def test_visitors_at_once_get_their_own_mixes(desk):
     mixes = [desk.mix([value, 0.0]) for value in (-1.5, -0.5, 0.5, 1.5)]
-    alone = [desk.answer(ASKED, mix, max_new_tokens=12).steered for mix in mixes]
+    alone = [desk.answer(ASKED, mix, max_new_tokens=12).steered.answer for mix in mixes]
     assert len(set(alone)) > 1
     found: dict[int, str] = {}
 
     def visit(number: int) -> None:
-        found[number] = desk.answer(ASKED, mixes[number], max_new_tokens=12).steered
+        found[number] = desk.answer(ASKED, mixes[number], max_new_tokens=12).steered.answer
 
     threads = [threading.Thread(target=visit, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -60,9 +63,9 @@ def test_visitors_at_once_get_their_own_mixes(desk):
 
 def test_scores_are_the_judges_of_both_answers(desk):
     pair = desk.answer(ASKED, desk.mix([1.0, 0.0]), max_new_tokens=5)
-    assert desk.scores("calm", "?", pair) == (len(pair.steered), len(pair.unsteered))
+    assert desk.scores("calm", pair) == tuple(len(each.answer) for each in pair)
     with pytest.raises(UserError, match="no judge for loud"):
-        desk.scores("loud", "?", pair)
+        desk.scores("loud", pair)
 
 
 def test_mixes_are_kept_and_exported(desk, tmp_path):
