@@ -79,12 +79,16 @@ def acting_at(layers: Sequence[int], positions: str) -> str:
 class Moved(NamedTuple):
     """What one coefficient does: the mean and the 95th percentile of KL over tokens, in nats.
 
-    ``coherence`` is the mean of answers there, 0–100; None where it was not judged.
+    ``low`` and ``high`` are the 95% interval of the mean over prompts; None where there was one, or
+    none was measured. ``coherence`` is the mean of answers there, 0–100; None where it was not
+    judged.
     """
 
     coefficient: float
     nats: float
     nats_p95: float
+    low: float | None = None
+    high: float | None = None
     coherence: float | None = None
 
 
@@ -197,6 +201,7 @@ class Strengths:
                     float(each["coefficient"]),
                     float(each["nats"]),
                     float(each["nats_p95"]),
+                    *(_judged(each.get(name)) for name in ("low", "high")),
                     _judged(each["coherence"]),
                 )
                 for each in value["points"]

@@ -68,7 +68,10 @@ def test_packing_what_was_unpacked_changes_nothing_and_takes_strengths_along(fam
         with pytest.raises(UserError, match=f"nats of {trait} were not measured"):
             exhibit.coefficient(0.1)
     plain = LoRADiff.load(paths[0])
-    points = (Moved(-8.0, 0.1, 0.2, 90.0), Moved(16.0, 0.1, 0.2, 80.0))  # 5.7 and 11.3 at 0.05 nats
+    points = (
+        Moved(-8.0, 0.1, 0.2, coherence=90.0),
+        Moved(16.0, 0.1, 0.2, coherence=80.0),
+    )  # 5.7 and 11.3 at 0.05 nats
     Strengths(plain.content(), "", "p", points, 50.0, weighted_norm=3.0).save(paths[0])
     Strengths("of another", "", "p", points).save(paths[1])
     assert write_gallery(paths, tmp_path / "twice") == {"evil": 0.0, "formality": 0.0}

@@ -36,6 +36,7 @@ from persona_lora.models.likelihood import TokenizedExchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import kept_inputs
 from persona_lora.report import wording
+from persona_lora.report.resampling import bootstrap_mean
 from persona_lora.report.scores import control_name, method_of
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import floor_under
@@ -129,8 +130,9 @@ def measure_strengths(
 ) -> list[Moved]:
     """Return what a direction does at ``DOUBLINGS`` of its coefficient of equal effect, both signs.
 
-    KL(p₀ ‖ p) a token, on the unsteered model's own answers to ``prompts``. A multiple of a
-    direction is measured at the same places. Raises UserError for a direction without effect.
+    KL(p₀ ‖ p) a token, on the unsteered model's own answers to ``prompts``, and the 95% interval of
+    the mean over these. A multiple of a direction is measured at the same places. Raises UserError
+    for a direction without effect.
     """
     norm = length_of(direction, ALONE)
     bank = _alone(direction * (1 / norm), positions)
@@ -147,10 +149,27 @@ def measure_strengths(
             texts,
             before_text=lambda at: progress.report(at + 1, len(texts)),
         )
+    lengths = [len(text.answer) for text in texts]
     return [
-        Moved(each / norm, float(row.mean()), float(row.quantile(0.95)))
+        Moved(each / norm, float(row.mean()), float(row.quantile(0.95)), *_bounds(row, lengths))
         for each, row in zip(coefficients, rows, strict=True)
     ]
+
+
+def _bounds(row: Tensor, lengths: Sequence[int]) -> tuple[float | None, float | None]:
+    """Return the 95% interval of the mean of all tokens over texts; None of a single text.
+
+    The mean is a ratio, of a text's sum and its length: its interval is that of the mean of the
+    texts' shares in it, to first order.
+    """
+    whole, mean_length = float(row.mean()), statistics.fmean(lengths)
+    sums = [float(each.sum()) for each in row.split(lengths)]
+    shares = {
+        at: [whole + (total - whole * length) / mean_length]
+        for at, (total, length) in enumerate(zip(sums, lengths, strict=True))
+    }
+    found = bootstrap_mean(shares)
+    return (None if found.low is None else max(0.0, found.low)), found.high
 
 
 def strengths_of(
@@ -212,14 +231,20 @@ def strengths_table(found: Strengths, name: str) -> Table:
     """Return what each coefficient does, from the most negative to the most positive."""
     norm = found.weighted_norm
     rows = (
-        [wording.coefficient(each.coefficient), f"{each.nats:.4f}", f"{each.nats_p95:.3f}"]
+        [wording.coefficient(each.coefficient), _nats(each), f"{each.nats_p95:.3f}"]
         + ([] if norm is None else [f"{abs(each.coefficient) * norm:.3g}"])
         + [wording.number(each.coherence)]
         for each in sorted(found.points, key=lambda point: point.coefficient)
     )
     length = "" if norm is None else "weighted norm | "
-    columns = f"coefficient | nats a token | 95% of tokens under | {length}coherence"
+    columns = f"coefficient | nats a token [95%] | 95% of tokens under | {length}coherence"
     return Table.of(columns, rows, name)
+
+
+def _nats(point: Moved) -> str:
+    if point.low is None or point.high is None:
+        return f"{point.nats:.4f}"
+    return f"{point.nats:.4f} [{point.low:.4f}, {point.high:.4f}]"
 
 
 def bank_of_methods(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import scipy.stats
 import torch
 
 from persona_lora.core.chat import Exchange, Verdict
@@ -155,6 +156,29 @@ def test_nats_are_reached_and_do_not_depend_on_the_length_of_a_diff(chat_model, 
         assert coefficient == pytest.approx(3 * long.coefficient(nats, "d"), rel=1e-4)
         rows = row_divergences(chat_model, bank_of_diffs({"d": diff}), [{"d": coefficient}], texts)
         assert float(rows.mean()) == pytest.approx(abs(nats), rel=0.05)
+
+
+def test_nats_have_an_interval_over_prompts(chat_model, make_diff):
+    diff = make_diff(chat_model.model, seed=1, scale=0.05)
+    points = measure_strengths(chat_model, diff, PROMPTS)
+    texts = ordinary_texts(chat_model, PROMPTS)
+    for point in points:
+        (row,) = row_divergences(
+            chat_model, bank_of_diffs({"d": diff}), [{"d": point.coefficient}], texts
+        )
+        parts = row.split([len(each.answer) for each in texts])
+        # by the jackknife over prompts, of the same ratio
+        left_out = [
+            float(torch.cat([*parts[:at], *parts[at + 1 :]]).mean()) for at in range(len(parts))
+        ]
+        n, mean = len(parts), float(row.mean())
+        error = ((n - 1) / n * sum((each - mean) ** 2 for each in left_out)) ** 0.5
+        reach = scipy.stats.t.ppf(0.975, n - 1) * error
+        assert point.low <= point.nats <= point.high
+        assert point.high - point.nats >= 0.7 * reach
+        assert point.high - point.low <= 4 * reach
+    alone = measure_strengths(chat_model, diff, PROMPTS[:1])
+    assert {(each.low, each.high) for each in alone} == {(None, None)}
 
 
 class UnchangedIsCoherent:

@@ -71,8 +71,10 @@ def test_sweeps_draws_a_panel_per_trait(make_sweep_run, tmp_path):
 
 
 def test_strengths_are_drawn_by_sign_hollow_where_answers_are_not_coherent(tmp_path):
-    points = [Moved(s * c, c * c, 3 * c * c, 90 - 40 * c) for s in (-1, 1) for c in (0.5, 1, 2)]
-    found = Strengths("", "", "", (Moved(0.0, 0.0, 0.0, 90.0), *points), 50.0)
+    points = [
+        Moved(s * c, c * c, 3 * c * c, coherence=90 - 40 * c) for s in (-1, 1) for c in (0.5, 1, 2)
+    ]
+    found = Strengths("", "", "", (Moved(0.0, 0.0, 0.0, coherence=90.0), *points), 50.0)
     picture = render_strengths({"a": found, "b": found})
     left, right = picture.panels
     assert (left.title, right.title) == ("negative", "positive")
