@@ -201,7 +201,8 @@ class Strengths:
                     float(each["coefficient"]),
                     float(each["nats"]),
                     float(each["nats_p95"]),
-                    *(_judged(each.get(name)) for name in ("low", "high")),
+                    _judged(each.get("low")),
+                    _judged(each.get("high")),
                     _judged(each["coherence"]),
                 )
                 for each in value["points"]
