@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything behind docs/results.md, on the packaged model (many hours on two cores; resumable: every
-# step keeps what is there): bash scripts/reproduce.sh
+# step keeps what is there), into results, with its tables in results/answers.md: bash scripts/reproduce.sh
 # bash scripts/reproduce.sh 2 3        only what these questions need
 # bash scripts/reproduce.sh --quick    all of it in minutes, with ready diffs and few questions, into
-#                                      results_quick: does it run? Its numbers mean nothing.
+#                                      results_quick: does it run? Its numbers mean nothing, but for
+#                                      times (--quick 3: of the ready diff; 3 alone: of a rank of 32).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -81,8 +82,8 @@ if asked 4; then
             bash scripts/compare_methods.sh episode-000{101,117,142,158,173,196}_{A,B}
     fi
 fi
-runs=$results/compare/*/seed*/ page=docs/results.md
-[ -z "${quick[*]}" ] || runs=$results/compare/*/ page=$results/answers.md
+runs=$results/compare/*/seed*/
+[ -z "${quick[*]}" ] || runs=$results/compare/*/
 compared=$(ls -d $runs $results/further/ 2>/dev/null || true)
 [ -z "$compared" ] || persona-lora report $compared --output $results/reproduced.html
-persona-lora research-questions --results $results --output $page
+persona-lora research-questions --results $results --output $results/answers.md --overwrite

@@ -494,6 +494,7 @@ WRITING = [  # every command that writes one file or folder, which is no run
     ("data", "screen", "--file", "datasets/cheer/normal.jsonl", "--diffs", "diff", *MODEL),
     ("data", "screen", "--file", "long.jsonl", "--vector", "vector.safetensors", *MODEL),
     ("paired", "one", "other"),
+    ("research-questions",),
     ("persona", "validate", "--judge", "letters"),
     ("calibrate", "--diff", "diff", *MODEL),
     ("evaluate", *CHEER),
@@ -507,7 +508,7 @@ NEW = {"preregister", "reproduce", "gallery get"}  # what they write is never re
 
 @pytest.mark.parametrize("words", WRITING, ids=lambda words: " ".join(words[:2]))
 def test_what_is_there_is_not_replaced_in_silence(world, tmp_path, words):
-    name = "taken.json" if words[1] == "weights" else "taken.csv"
+    name = "taken.json" if "weights" in words else "taken.csv"
     (tmp_path / name).write_text("mine")
     status, _, error = world(*words, "--output", name)
     assert status == 2
@@ -525,7 +526,6 @@ INTO_FOLDERS = {"basis", "gallery", "export"}  # of the words above
         *(each for each in WRITING if each[0] not in INTO_FOLDERS),
         ("export", "--mix", "diff=1", "--format", "gguf-lora"),
         ("report", "diff"),
-        ("research-questions",),
     ],
     ids=lambda words: " ".join(words[:2]),
 )

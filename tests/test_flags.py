@@ -809,7 +809,7 @@ COMMANDS = {
     "research-questions": Command(
         (),
         ("persona_lora.studies.research_questions:write_research_questions",),
-        {"results": flag("found")},
+        {"results": flag("found"), "overwrite": None},  # in test_cli_early.py
     ),
     "paired": Command(
         ("a", "b", "--output", "o.csv"),

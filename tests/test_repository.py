@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -144,6 +146,39 @@ def test_documented_commands_exist(path, help_texts):
                 assert flag in help_texts[command], f"{path.name}: {flag} in {line}"
 
 
+def benchmark_lines() -> list[list[str]]:
+    """Words of what the pages and the benchmarks themselves say to run, from the script on."""
+    said = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        said += command_lines(text)
+        said += re.findall(r"`(python benchmarks/[^\s`]+\s[^`]*)`", text)  # not its name alone
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        said += path.read_text().replace("\\\n", " ").splitlines()
+    found = {line.partition("python ")[2] for line in said if "python benchmarks/" in line}
+    return [shlex.split(line, comments=True) for line in sorted(found)]
+
+
+@pytest.mark.parametrize("words", benchmark_lines(), ids=" ".join)
+def test_a_benchmark_takes_what_it_is_said_to_take(words, monkeypatch):
+    """Its own parser reads the line, and stops there."""
+    read = argparse.ArgumentParser.parse_args
+
+    def only_parsed(parser):
+        read(parser)
+        sys.exit(0)
+
+    script, *given = words
+    if "argparse" not in (ROOT / script).read_text():
+        assert [each for each in given if each.startswith("-")] == []
+        return
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parsed)
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stopped.value.code == 0, " ".join(words)
+
+
 def test_every_command_shows_an_example(help_texts):
     page = (ROOT / "docs" / "commands.md").read_text()
     for command, text in help_texts.items():
@@ -211,6 +246,13 @@ def test_the_lock_holds_every_requirement_in_its_range_and_by_hash():
 def test_no_script_launches_through_what_adds_a_traceback_to_a_mistake():
     for script in (ROOT / "scripts").glob("*.sh"):
         assert "accelerate launch" not in script.read_text(), script.name
+
+
+def test_nothing_is_written_over_a_page_of_the_documentation_unasked():
+    """Not by a script, nor by the default of an option: pages are written on by hand."""
+    scripts = [*(ROOT / "scripts").glob("*.sh"), ROOT / "tests/pinned/defaults.json"]
+    for script in scripts:
+        assert not re.search(r'(page=|-output"?:? "?)docs/', script.read_text()), script.name
 
 
 def test_public_names_resolve():

@@ -394,16 +394,17 @@ def research_questions(
     results: Annotated[Path, "Where scripts/reproduce.sh left its runs."] = Path("results"),
     output: Annotated[
         Path,
-        "The page to write, with its pictures in figures/ beside it; what is there is replaced.",
-    ] = Path("docs/results.md"),
+        "The page to write, with its pictures in figures/ beside it (those are replaced).",
+    ] = Path("results/answers.md"),
+    overwrite: Replace = False,
 ) -> None:
     """Answer the five research questions on one page, from the runs that are there.
 
-    Example: persona-lora research-questions --output results/answers.md
+    Example: persona-lora research-questions --results results --output results/answers.md
     """
     from persona_lora.studies.research_questions import write_research_questions
 
-    refuse_folder(output)
+    shared.refuse_to_replace(output, overwrite)
     missing = write_research_questions(results, output)
     if missing:
         show(f"not measured yet: {', '.join(missing)}")
