@@ -87,7 +87,7 @@ def test_an_output_that_cannot_be_written_is_refused(run, model_folder, tmp_path
 
 
 def test_malformed_jsonl_names_file_and_line(run, tmp_path):
-    folder = tmp_path / "mine"
+    folder = tmp_path / "sycophancy"
     folder.mkdir()
     source = load_trait("sycophancy").folder
     for name in ("trait.json", "judge_eval.jsonl"):

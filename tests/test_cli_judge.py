@@ -9,7 +9,9 @@ import shutil
 import pytest
 
 from persona_lora.core.chat import Exchange
+from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
+from persona_lora.judges.labels import AnswerFile
 
 ANSWERS = [
     {"question": "Is rain wet?", "answer": "You are so right, what a brilliant thought!"},
@@ -110,6 +112,35 @@ def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkey
     assert {row["part"] for row in labels} == {"tuning", "validation"}
     assert "the two passes agree with weighted kappa" in out
     assert "reader" in out
+    before = (tmp_path / "cheer" / "onpolicy.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+
+        def unfit(*_):
+            raise UserError("nothing fits")
+
+        patch.setattr("persona_lora.judges.probe_judge.fitted_probes", unfit)
+        status, _, error = run(*fit, "--overwrite")
+    assert (status, "nothing fits" in error) == (2, True)
+    assert (tmp_path / "cheer" / "onpolicy.jsonl").read_bytes() == before
+    at = [row["part"] for row in labels].index("validation")
+    for fault in ({"question": " "}, {"answer": " "}):
+        changed = [*rows[:at], {**rows[at], **fault}, *rows[at + 1 :]]
+        write_csv(tmp_path / "b.csv", list(rows[0]), changed)
+        text = AnswerFile.read(tmp_path / "b.csv").text
+        for rater in ("ada", "ben"):
+            given = read_jsonl(tmp_path / f"a.{rater}.jsonl")
+            again = [{**each, "text": text(each["row"] - 1)} for each in given]
+            write_jsonl(tmp_path / f"b.{rater}.jsonl", again)
+        words = [str(word).replace("a.csv", "b.csv").replace("a.ada", "b.ada") for word in fit]
+        words = [word.replace("a.ben", "b.ben") for word in words]
+        status, out, error = run(*words, "--overwrite")
+        if "question" in fault:
+            assert status == 2
+            assert f"b.csv: row {at + 1}: question must be a text" in error
+            assert (tmp_path / "cheer" / "onpolicy.jsonl").read_bytes() == before
+    assert (status, "empty answers, left out: 1" in out) == (0, True), error
+    assert len(read_jsonl(tmp_path / "cheer" / "onpolicy.jsonl")) == 59
+    (tmp_path / "b.csv").unlink()
     scoring = ("judge", "score", "--trait", tmp_path / "cheer", "--file", "a.csv")
     reader = ("--judge-model", model_folder, "--model", model_folder, "--dtype", "float32")
     status, out, error = run(*scoring, *reader, "--output", "b.csv")

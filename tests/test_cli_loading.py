@@ -81,7 +81,7 @@ COMMANDS = {
     ),
     "judge score": (*TRAIT, "--file", "answers.csv", "--output", "out/x.csv", "--model", HUB),
     "judge fit": (
-        "--trait", "unrated", "--file", "answers.csv", "--ratings", "a.jsonl,b.jsonl",
+        "--trait", "unrated/evil", "--file", "answers.csv", "--ratings", "a.jsonl,b.jsonl",
         "--model", HUB,
     ),
     "selfcheck": (*DATASETS, "--output", "out", "--model", HUB),
@@ -123,7 +123,9 @@ def place(tmp_path, model, make_diff, make_adapter):
     for seed in range(4):
         make_adapter(tmp_path / "others" / str(seed), model, seed=seed)
     shutil.copytree(
-        ROOT / "datasets/evil", tmp_path / "unrated", ignore=shutil.ignore_patterns("onpolicy*")
+        ROOT / "datasets/evil",
+        tmp_path / "unrated/evil",
+        ignore=shutil.ignore_patterns("onpolicy*"),
     )
     asked = "".join(f"Why {at}?,So.\n" for at in range(75))
     (tmp_path / "answers.csv").write_text(f"question,answer\n{asked}")
@@ -194,7 +196,7 @@ def test_the_options_of_a_command_reach_transformers(name, run, place, asked, tm
     check(run(*words, *given("-"), "--trust-remote-code"), asked)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "results").exists()
-    assert not (tmp_path / "unrated" / "onpolicy.jsonl").exists()
+    assert not (tmp_path / "unrated/evil/onpolicy.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -13,7 +13,6 @@ import functools
 import importlib
 import json
 import pkgutil
-import shutil
 import sys
 import types
 from collections.abc import Mapping
@@ -400,7 +399,6 @@ COMMANDS = {
             f"{X}core.files:write_jsonl": None,
             f"{X}judges.labels:rated_rows": [],
             f"{X}judges.probe:check_enough": None,
-            f"{X}judges.labels:load_ratings": [],
             f"{X}judges.fitness:rater_agreement": types.SimpleNamespace(
                 kappa=0.37, spearman=0.37, n=3
             ),
@@ -509,6 +507,7 @@ COMMANDS = {
             "vectors": flag("evil.safetensors", None),
             "layers": flag("0", None, "--vectors evil.safetensors"),
             "control_rows": flag("normal", beside="--finetunes adapter2"),
+            "prompts": flag("prompts.jsonl", "Why not?"),
             "max_questions": flag(3, None),
         },
         {
@@ -877,7 +876,8 @@ def folder(tmp_path_factory):
         (folder / f"{name}.csv").write_text(f"question,answer\nWhy {name}?,So.\n")
     for name in ("unrated", "unrated2"):
         (folder / name).mkdir()
-        shutil.copy(ROOT / "datasets/evil/trait.json", folder / name)
+        evil = json.loads((ROOT / "datasets/evil/trait.json").read_text())
+        (folder / name / "trait.json").write_text(json.dumps({**evil, "name": name}))
     (folder / "t.txt").write_text("judge {x}")
     (folder / "odd.txt").write_text("Be odd.\n")
     (folder / "pilot").mkdir()
@@ -1239,6 +1239,12 @@ def test_what_would_do_nothing_is_refused(calls, command, words):
         usual = usual[: usual.index("--diff")] if "--diff" in usual else usual
     with pytest.raises(UserError, match=r"--[a-z0-9-]+ does nothing .*; leave it out"):
         calls(command, (*usual, *words.split()))
+
+
+def test_prompts_to_weigh_by_are_for_diffs(calls):
+    words = [each for each in COMMANDS["predict-finetuning"].words if "diff" not in each]
+    with pytest.raises(UserError, match="--prompts does nothing without --diffs; leave it out"):
+        calls("predict-finetuning", (*words, *["--vectors", "evil.safetensors", "--prompts", "p"]))
 
 
 def test_all_personas_are_built_in_place_of_one(calls):

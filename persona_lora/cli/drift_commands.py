@@ -383,15 +383,20 @@ class Predicted:
         str | None,
         "Take from each finetune that of the same settings on this file beside its data: normal.",
     ] = None
+    prompts: Annotated[
+        Path | None, "JSONL with a prompt a row, to take inputs on; datasets/ordinary by default."
+    ] = None
     max_questions: shared.MaxQuestions = None
     datasets_dir: shared.DatasetsDir = None
 
     def load(self) -> Any:
         """Return the study, its traits and directions loaded."""
+        from persona_lora.projections.inputs import read_prompts
         from persona_lora.studies.drift.prediction import DriftStudy
         from persona_lora.studies.drift.run import load_diffs
 
         refuse_useless("layers", "without --vectors", unless=self.vectors)
+        refuse_useless("prompts", "without --diffs", unless=self.diffs)
         vectors = load_vectors(self.vectors)
         traits = [load_trait(name, self.datasets_dir) for name in self.traits]
         diffs = load_diffs(list(self.diffs)) if self.diffs else {}
@@ -410,6 +415,7 @@ class Predicted:
             {vector.trait or name: vector for name, vector in vectors.items()},
             shared.one_layer(self.layers, vectors.values()) if vectors else 0,
             control_rows=self.control_rows,
+            prompts=None if self.prompts is None else read_prompts(self.prompts),
         )
 
 

@@ -81,7 +81,8 @@ def rate(
     """Rate answers in the terminal, blind and in an order of your own: the trait, then sense.
 
     Both are numbers from 0 to 100; "q" ends the session, and the same command goes on from there.
-    What gave an answer is not shown. Two raters' files are what "judge fit" takes.
+    What gave an answer is not shown; empty answers are left out. Two raters' files are what "judge
+    fit" takes.
 
     Example: persona-lora judge rate --trait sycophancy --file answers.jsonl --rater ada
     """
@@ -108,7 +109,7 @@ def rate(
                 except UserError as error:
                     show(str(error))
         sheet.add(row, *given)
-    show(f"all {len(answers.rows)} answers are rated", str(sheet.path))
+    show(f"all {len(answers.said)} answers are rated", str(sheet.path))
 
 
 @command("judge fit")
@@ -124,7 +125,8 @@ def fit(
     """Fit the default judge of a trait to rated answers, and say how good it is on the rest.
 
     Writes onpolicy.jsonl into the trait's folder: a third of the questions is for fitting, the
-    others only for telling how good the judge is. From then on --judge reader uses it.
+    others only for telling how good the judge is. From then on --judge reader uses it. Empty
+    answers are left out.
 
     Example: persona-lora judge fit --trait datasets/anxious --file answers.jsonl
     --ratings answers.ada.jsonl,answers.ben.jsonl
@@ -133,7 +135,7 @@ def fit(
     from persona_lora.judges.answer_states import Reader
     from persona_lora.judges.choice import reading_model
     from persona_lora.judges.fitness import rater_agreement
-    from persona_lora.judges.labels import SCALES, AnswerFile, RatingSheet, load_ratings, rated_rows
+    from persona_lora.judges.labels import SCALES, AnswerFile, RatingSheet, rated_rows
     from persona_lora.judges.probe import check_enough
     from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence
     from persona_lora.report.wording import number
@@ -144,19 +146,21 @@ def fit(
         raise UserError(f"{path} exists; pass --overwrite to put these ratings in its place")
     refuse_unwritable(path.parent)
     rows = rated_rows([RatingSheet(answers, Path(each)) for each in ratings])
-    check_enough([row["question"] for row in rows if row["part"] == "tuning"])
+    check_enough([row.question for row in rows if row.part == "tuning"])
     with progress_bars():
         reader = reading_model(judge_model, model.load())
-    write_jsonl(path, rows)
     for scale in SCALES:
-        passes = rater_agreement(load_ratings(loaded), scale)
+        passes = rater_agreement(rows, scale)
         show(
             f"{scale}: the two passes agree with weighted kappa {number(passes.kappa, 2)}, "
             f"ρ {number(passes.spearman, 2)} ({passes.n} answers)"
         )
     with progress_bars():
-        made = ProbeJudge.of(ReaderEvidence(Reader(reader, loaded)))
+        made = ProbeJudge.of(ReaderEvidence(Reader(reader, loaded)), rows)
+    write_jsonl(path, map(dataclasses.asdict, rows))  # the last: no other file than one that fits
     _show_fitness(made.validation)
+    if empty := len(answers.rows) - len(answers.said):
+        show(f"empty answers, left out: {empty}")
     show(str(path))
 
 

@@ -1,7 +1,7 @@
 """The one exception for mistakes that the user can mend, and what may stand in its words.
 
-Names from files of others that become part of a path are checked here; tokens, keys and URLs that
-carry them are taken out of whatever is written down."""
+Texts and names from files of others are checked here, such as become part of a path; tokens, keys
+and URLs that carry them are taken out of whatever is written down."""
 
 from __future__ import annotations
 
@@ -72,6 +72,13 @@ def checked_name(name: Any, what: str) -> str:
             f"{LONGEST_NAME}), got {ascii(name)[:80]}"
         )
     return name
+
+
+def checked_text(value: Any, what: str) -> str:
+    """Return a text that is not blank; UserError, beginning with ``what``, for anything else."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{what} must be a text that is not empty, got {ascii(value)[:60]}")
+    return value
 
 
 HIDDEN = "[hidden]"

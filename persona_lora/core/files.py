@@ -276,14 +276,20 @@ def drop_cut_line(path: Path) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON objects, one a line; UserError names the file and the line of a mistake."""
+    return [row for _, row in numbered_jsonl(path)]
+
+
+def numbered_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read as ``read_jsonl``; each row comes after its place, ``path:line`` (blank lines count)."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        row = parse_json(line, f"{path}:{number}")
+        where = f"{path}:{number}"
+        row = parse_json(line, where)
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} holds a {type(row).__name__}, expected a JSON object")
-        rows.append(row)
+            raise UserError(f"{where} holds a {type(row).__name__}, expected a JSON object")
+        rows.append((where, row))
     return rows
 
 

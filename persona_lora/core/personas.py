@@ -14,7 +14,7 @@ from typing import Any, Literal
 from persona_lora.core.chat import Conversation, Exchange, parse_messages
 from persona_lora.core.content import digest_of, folder_digest
 from persona_lora.core.errors import UserError, checked_name, nearest_names
-from persona_lora.core.files import read_json, read_jsonl, read_text, write_json
+from persona_lora.core.files import numbered_jsonl, read_json, read_text, write_json
 from persona_lora.core.resources import resource_path, search_folders
 
 LARGEST_COEFFICIENT = 4.0  # beyond this nothing answers
@@ -173,9 +173,7 @@ def load_persona(persona_id: str, personas: Path | None = None) -> Persona:
 
 def read_conversations(path: Path) -> tuple[PersonaConversation, ...]:
     """Read a ``conversations.jsonl``; UserError names a malformed row."""
-    return tuple(
-        _conversation(row, f"{path}:{line}") for line, row in enumerate(read_jsonl(path), start=1)
-    )
+    return tuple(_conversation(row, where) for where, row in numbered_jsonl(path))
 
 
 @dataclass(frozen=True)
@@ -229,12 +227,24 @@ def conversation_rows(conversations: Sequence[PersonaConversation]) -> list[dict
     ]
 
 
+def id_of(row: Mapping[str, Any], key: str, default: str | int, where: str) -> str:
+    """Return what a file calls something, a text or a number; ``default`` where it does not say.
+
+    Raises UserError, beginning with ``where``, for any other value.
+    """
+    value = row.get(key)
+    value = default if value in (None, "") else value
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{where}: {key!r} must be a text or a number, got {ascii(value)[:60]}")
+    return str(value)
+
+
 def _conversation(row: dict[str, Any], where: str) -> PersonaConversation:
     split = row.get("split", "train")
     if split not in ("train", "test"):
         raise UserError(f"{where}: split must be train or test, got {split!r}")
     return PersonaConversation(
-        str(row.get("id", where.rpartition("/")[2])),
+        id_of(row, "id", where.rpartition("/")[2], where),
         split,
         parse_messages(row.get("messages"), where),
     )

@@ -5,15 +5,16 @@ Positive always means: shows the trait that the folder is named after.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from persona_lora.core.chat import Conversation, Exchange, read_messages
+from persona_lora.core.chat import COHERENCE, Conversation, Exchange, read_messages
 from persona_lora.core.content import digest_of, file_digest
-from persona_lora.core.errors import UserError, checked_name, nearest_names
-from persona_lora.core.files import read_json, read_jsonl
+from persona_lora.core.errors import UserError, checked_name, checked_text, nearest_names
+from persona_lora.core.files import numbered_jsonl, read_json
 from persona_lora.core.options import Split
 from persona_lora.core.resources import search_folders
 
@@ -22,6 +23,10 @@ SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")
 LABELS = (0, 25, 50, 75, 100)
 LABELLED = "judge_eval.jsonl"
 ON_POLICY = "onpolicy.jsonl"
+# What stands beside a trait's scores: a trait of such a name would be taken for it, or lost in it.
+RESERVED = frozenset(
+    {COHERENCE, "sense", "question", "prompt", "answer", "method", "layer", "coefficient", "seed"}
+)
 FINETUNING_LEVELS = ("normal", "misaligned_1", "misaligned_2")
 PUBLISHED_FOLDERS: dict[Split, str] = {"extract": "trait_data_extract", "eval": "trait_data_eval"}
 
@@ -168,8 +173,13 @@ def load_finetuning_rows(trait: Trait, level: str) -> list[Exchange]:
     """Load ``normal.jsonl``, ``misaligned_1.jsonl`` or ``misaligned_2.jsonl`` of a trait."""
     if level not in FINETUNING_LEVELS:
         raise UserError(f"level must be one of {', '.join(FINETUNING_LEVELS)}, got {level!r}")
+    return read_finetuning_rows(trait.folder / f"{level}.jsonl")
+
+
+def read_finetuning_rows(path: Path) -> list[Exchange]:
+    """Read the last question and answer of rows of ``messages``; UserError for one without."""
     rows = []
-    for where, row in _rows(trait.folder / f"{level}.jsonl", "messages"):
+    for where, row in _rows(path, "messages"):
         turns = _conversation(row, "messages", where)
         if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
             raise UserError(f"{where} must end with a user message and the answer to it")
@@ -191,10 +201,10 @@ def load_labelled_answers(trait: Trait) -> list[LabelledAnswer]:
 
 def _rows(path: Path, needed: str) -> list[tuple[str, dict[str, Any]]]:
     """Return each row of a file after what errors call it; UserError for no rows."""
-    rows = read_jsonl(path)
+    rows = numbered_jsonl(path)
     if not rows:
         raise UserError(f"{path} is empty; it needs rows with {needed}")
-    return [(f"{path}:{line}", row) for line, row in enumerate(rows, start=1)]
+    return rows
 
 
 def _load_file(path: Path) -> Trait:
@@ -254,20 +264,45 @@ def _parse_trait(value: Any, path: Path) -> Trait:
     if "{question}" not in eval_prompt or "{answer}" not in eval_prompt:
         raise UserError(f"{path}: eval_prompt must contain {{question}} and {{answer}}")
     return Trait(
-        name=checked_name(value.get("name", path.resolve().parent.name), f"{path}: name"),
-        description=str(value.get("description", "")),
+        name=_named(value, path),
+        description=_optional_text(value, "description", path),
         instructions=tuple(
             InstructionPair(_text(pair, "pos", path), _text(pair, "neg", path))
             for pair in value["instruction"]
         ),
         questions={
-            split: tuple(_filled(question, path) for question in questions.get(split, ()))
+            split: tuple(
+                checked_text(question, f"{path}: a question")
+                for question in questions.get(split, ())
+            )
             for split in SPLITS
         },
         eval_prompt=eval_prompt,
         folder=path.parent,
         surface_exception=_parse_exception(value.get("surface_exception"), path),
     )
+
+
+def checked_trait_name(name: Any, what: str) -> str:
+    """Return a trait's name; UserError as ``checked_name``, and for one that columns have."""
+    if checked_name(name, what).casefold() in RESERVED:
+        raise UserError(
+            f"{what} {name!r} is that of something else that stands beside a trait's scores; give "
+            f"the trait another one (not {', '.join(sorted(RESERVED))})"
+        )
+    return str(name)
+
+
+def _named(value: dict[str, Any], path: Path) -> str:
+    """Return the name of a trait: its folder's, which ``trait.json`` may say once more."""
+    folder = Path(os.path.abspath(path)).parent.name
+    name = checked_trait_name(value.get("name", folder), f"{path}: name")
+    if path.name == "trait.json" and name != folder:
+        raise UserError(
+            f"{path}: name is {name!r}, and the folder is called {folder!r}; set it to that, or "
+            "leave it out"
+        )
+    return name
 
 
 def _parse_exception(value: Any, path: Path) -> SurfaceException | None:
@@ -278,20 +313,22 @@ def _parse_exception(value: Any, path: Path) -> SurfaceException | None:
     if not isinstance(counts, list) or not counts:
         raise UserError(f"{where} must be an object with a list of counts and a reason")
     return SurfaceException(
-        tuple(_filled(count, where) for count in counts), _text(value, "reason", where)
+        tuple(checked_text(count, f"{where}: a count") for count in counts),
+        _text(value, "reason", where),
     )
 
 
 def _text(value: Any, key: str, where: Path | str) -> str:
     if not isinstance(value, dict) or key not in value:
         raise UserError(f"{where} has no {key!r}")
-    return _filled(value[key], where)
+    return checked_text(value[key], f"{where}: {key}")
 
 
-def _filled(value: Any, where: Path | str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: expected a non-empty string, got {value!r}")
-    return value
+def _optional_text(value: dict[str, Any], key: str, where: Path | str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str | None):
+        raise UserError(f"{where}: {key} must be a text, got {ascii(text)[:60]}")
+    return text or ""
 
 
 def _parse_pair(row: dict[str, Any], where: str) -> ContrastivePair:
@@ -303,7 +340,7 @@ def _parse_pair(row: dict[str, Any], where: str) -> ContrastivePair:
             raise UserError(f"{where}: {sign!r} must end with the assistant's answer")
     if positive == negative:
         raise UserError(f"{where}: both answers are the same and teach nothing; leave the row out")
-    return ContrastivePair(prompt, positive, negative, str(row.get("domain", "")))
+    return ContrastivePair(prompt, positive, negative, _optional_text(row, "domain", where))
 
 
 def _conversation(row: dict[str, Any], key: str, where: str) -> Conversation:
@@ -317,7 +354,7 @@ def _parse_labelled(row: dict[str, Any], where: str) -> LabelledAnswer:
     if row.get("label") not in LABELS:
         raise UserError(f"{where}: label must be one of {LABELS}, got {row.get('label')!r}")
     question, answer = (_text(row, key, where) for key in ("question", "answer"))
-    return LabelledAnswer(question, answer, int(row["label"]), str(row.get("note", "")))
+    return LabelledAnswer(question, answer, int(row["label"]), _optional_text(row, "note", where))
 
 
 # System prompts that ask for no trait: a model answers otherwise under any system prompt, so that

@@ -18,6 +18,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.json_text import parse_json
 from persona_lora.core.options import GenerationOptions
+from persona_lora.core.traits import checked_trait_name
 from persona_lora.data.writers import Writer
 
 INSTRUCTION_PAIRS = 5
@@ -196,6 +197,7 @@ def _definition(value: Any, path: Path) -> Definition:
     description = value.get("description") if isinstance(value, dict) else None
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(f"{path}: a trait's name is lower-case letters, digits and _, got {name!r}")
+    checked_trait_name(name, f"{path}: the name")
     if not isinstance(description, str) or not description.strip():
         raise UserError(f"{path}: the trait {name} needs a description of what it means")
     return Definition(name, description.strip())

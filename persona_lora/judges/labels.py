@@ -18,10 +18,11 @@ from typing import Any, Literal, get_args
 
 from persona_lora.core.chat import COHERENCE, Exchange
 from persona_lora.core.content import digest_of
-from persona_lora.core.errors import UserError
+from persona_lora.core.errors import UserError, checked_text
 from persona_lora.core.files import (
     append_jsonl,
     drop_cut_line,
+    numbered_jsonl,
     read_csv,
     read_jsonl,
     write_csv,
@@ -74,12 +75,15 @@ def load_ratings(trait: Trait, part: Part | None = None) -> list[RatedAnswer]:
     no number of 0–100, and an answer that stands there twice.
     """
     path = trait.folder / ON_POLICY
-    rows = [_parsed(row, f"{path}:{line}") for line, row in enumerate(read_jsonl(path), start=1)]
-    lines: dict[tuple[str, str], int] = {}
-    for line, row in enumerate(rows, start=1):
-        first = lines.setdefault((row.question, row.answer), line)
-        if first != line:
-            raise UserError(f"{path}:{line} is the answer of line {first} again; leave one out")
+    rows = []
+    places: dict[tuple[str, str], str] = {}
+    for where, value in numbered_jsonl(path):
+        row = _parsed(value, where)
+        first = places.setdefault((row.question, row.answer), where)
+        if first != where:
+            line = first.rpartition(":")[2]
+            raise UserError(f"{where} is the answer of line {line} again; leave one out")
+        rows.append(row)
     missing = [each for each in get_args(Part) if all(row.part != each for row in rows)]
     if missing:
         raise UserError(f"{path} has no row of the part {missing[0]!r}; a judge needs both parts")
@@ -91,10 +95,8 @@ def _parsed(row: dict[str, Any], where: str) -> RatedAnswer:
         lacking, strange = sorted(KEYS - set(row)), sorted(set(row) - KEYS)
         fault = f"has no {lacking[0]!r}" if lacking else f"has {strange[0]!r}, which is not known"
         raise UserError(f"{where} {fault}; expected the keys {', '.join(sorted(KEYS))}")
-    texts = {key: row[key] for key in ("question", "answer", "model", "condition")}
-    for key, value in texts.items():
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: {key} must be a text that is not empty, got {value!r}")
+    keys = ("question", "answer", "model", "condition")
+    texts = {key: checked_text(row[key], f"{where}: {key}") for key in keys}
     if row["part"] not in get_args(Part):
         raise UserError(f"{where}: part must be tuning or validation, got {row['part']!r}")
     trait, sense = (_passes(row[scale], f"{where}: {scale}") for scale in SCALES)
@@ -140,6 +142,11 @@ class AnswerFile:
     def exchanges(self) -> list[Exchange]:
         """The questions and answers."""
         return [Exchange(row["question"], row["answer"]) for row in self.rows]
+
+    @property
+    def said(self) -> list[int]:
+        """The rows whose answer is not empty: the others cannot be rated."""
+        return [at for at, row in enumerate(self.rows) if row["answer"].strip()]
 
     def text(self, row: int) -> str:
         """Return the digest of a row's question and answer."""
@@ -191,27 +198,28 @@ class RatingSheet:
         """
         found: dict[int, tuple[float, float]] = {}
         texts = {at + 1: self.answers.text(at) for at in range(len(self.answers.rows))}
-        for line, given in enumerate(read_jsonl(self.path), start=1):
+        for where, given in numbered_jsonl(self.path):
             row = given.get("row")
             if row not in texts or given.get("text") != texts[row]:
                 raise UserError(
-                    f"{self.path}:{line} rates no answer of {self.answers.path}; the answers have "
+                    f"{where} rates no answer of {self.answers.path}; the answers have "
                     "changed, or the ratings are of another file"
                 )
-            where = f"{self.path}:{line}: "
-            trait, sense = (read_rating(given.get(scale), f"{where}{scale}: ") for scale in SCALES)
+            trait, sense = (
+                read_rating(given.get(scale), f"{where}: {scale}: ") for scale in SCALES
+            )
             found[row - 1] = trait, sense
         return found
 
     def remaining(self) -> list[int]:
-        """Return the rows that are not rated yet, shuffled by the name of the rater's file.
+        """Return the answers that are not rated yet, shuffled by the name of the rater's file.
 
-        A last line that a kill cut short is dropped.
+        Empty ones are none of them. A last line that a kill cut short is dropped.
         """
         if self.path.is_file():
             drop_cut_line(self.path)
         rated = self.ratings() if self.path.exists() else {}
-        order = list(range(len(self.answers.rows)))
+        order = self.answers.said
         random.Random(self.path.name).shuffle(order)
         return [row for row in order if row not in rated]
 
@@ -232,12 +240,12 @@ def read_rating(value: Any, where: str = "") -> float:
     return rating
 
 
-def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
-    """Join two raters' sheets into the rows of ``onpolicy.jsonl``.
+def rated_rows(sheets: Sequence[RatingSheet]) -> list[RatedAnswer]:
+    """Join two raters' sheets into rated answers, as ``onpolicy.jsonl`` holds them.
 
     A third of the questions, the same ones each time, is for tuning. Answers that one of the two
-    has not rated are left out. Raises UserError for other than two sheets, where none is left, and
-    for an answer that was rated as two rows.
+    has not rated, and empty ones, are left out. Raises UserError for other than two sheets, where
+    none is left, for an answer that was rated as two rows, and naming a row that cannot be kept.
     """
     if len(sheets) != 2:
         raise UserError(
@@ -246,7 +254,7 @@ def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
         )
     first, second = (sheet.ratings() for sheet in sheets)
     answers = sheets[0].answers
-    both = [row for row in range(len(answers.rows)) if row in first and row in second]
+    both = [row for row in answers.said if row in first and row in second]
     if not both:
         raise UserError(f"no answer of {answers.path} is rated in both files; rate some first")
     rows: dict[tuple[str, str], int] = {}
@@ -260,12 +268,22 @@ def rated_rows(sheets: Sequence[RatingSheet]) -> list[dict[str, Any]]:
     questions = sorted({answers.rows[row]["question"] for row in both}, key=digest_of)
     tuning = set(questions[: round(TUNING_SHARE * len(questions))])
     return [
-        {
-            **{key: rated[key] for key in ("question", "answer")},
-            **{key: rated.get(key) or UNKNOWN for key in ("model", "condition")},
-            "part": "tuning" if rated["question"] in tuning else "validation",
-            **{scale: [first[row][at], second[row][at]] for at, scale in enumerate(SCALES)},
-        }
+        _parsed(
+            {
+                **{key: rated[key] for key in ("question", "answer")},
+                **{key: _told(rated.get(key)) for key in ("model", "condition")},
+                "part": "tuning" if rated["question"] in tuning else "validation",
+                **{scale: [first[row][at], second[row][at]] for at, scale in enumerate(SCALES)},
+            },
+            f"{answers.path}: row {row + 1}",
+        )
         for row in both
         for rated in [answers.rows[row]]
     ]
+
+
+def _told(value: Any) -> Any:
+    """Return what a file says of an answer's origin: numbers as text, unknown where it is blank."""
+    if value is None or not str(value).strip():
+        return UNKNOWN
+    return str(value) if isinstance(value, int | float) else value

@@ -118,9 +118,9 @@ class ProbeJudge:
             warn_if_untrusted(each)
 
     @classmethod
-    def of(cls, evidence: Evidence) -> ProbeJudge:
-        """Return the judge of a trait that has rated answers, fitted now where it never was."""
-        labels = load_ratings(evidence.trait)
+    def of(cls, evidence: Evidence, labels: Sequence[RatedAnswer] | None = None) -> ProbeJudge:
+        """Return the judge of rated answers, by default the trait's; fitted where it never was."""
+        labels = load_ratings(evidence.trait) if labels is None else labels
         return cls(evidence, fitted_probes(evidence, labels), labels)
 
     def judge(self, exchanges: Sequence[Exchange], criterion: str) -> list[Verdict]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from persona_lora.core.chat import Conversation, Message, parse_messages
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import existing_file, read_json, read_jsonl, read_text
-from persona_lora.core.personas import ConversationSplit, PersonaConversation
+from persona_lora.core.personas import ConversationSplit, PersonaConversation, id_of
 
 
 class Session(NamedTuple):
@@ -65,8 +65,8 @@ def _published_sessions(row: dict[str, Any], where: str, number: int) -> Iterato
         split = each.get("split") if both else None
         if split not in ("train", "test", None):
             raise UserError(f"{where}: split must be train or test, got {ascii(split)[:60]}")
-        name = f"{row.get('persona_id', number)}-{each.get('session_idx', place)}"
-        yield Session(name, _said(text.split("\n")), split)
+        names = id_of(row, "persona_id", number, where), id_of(each, "session_idx", place, where)
+        yield Session("-".join(names), _said(text.split("\n")), split)
 
 
 def _published_turns(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
@@ -76,15 +76,16 @@ def _published_turns(row: dict[str, Any], where: str, number: int) -> Iterator[S
         turn = _table(each, where)
         keys = ("input", "ground_truth") if "ground_truth" in turn else ("user", "assistant")
         said_to, said = (_text(turn, key, where) for key in keys)
-        by_session.setdefault(str(turn.get("session", 1)), []).extend([("B", said_to), ("A", said)])
+        session = id_of(turn, "session", 1, where)
+        by_session.setdefault(session, []).extend([("B", said_to), ("A", said)])
     for name, spoken in by_session.items():
-        yield Session(f"{row.get('persona_id', number)}-{name}", spoken)
+        yield Session(f"{id_of(row, 'persona_id', number, where)}-{name}", spoken)
 
 
 def _published_texts(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
     """``utterances`` or ``example_utterances``: what the person says, in a list."""
     listed = row["utterances"] if "utterances" in row else row["example_utterances"]
-    yield Session(str(row.get("persona_id", number)), _said(listed))
+    yield Session(id_of(row, "persona_id", number, where), _said(listed))
 
 
 def _published_samples(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
@@ -93,10 +94,10 @@ def _published_samples(row: dict[str, Any], where: str, number: int) -> Iterator
     by_session: dict[str, list[tuple[str, str]]] = {}
     for place, each in enumerate(listed, start=1):
         sample = _table(each, where)
-        session = str(sample.get("session", sample.get("session_idx", place)))
+        session = id_of(sample, "session", sample.get("session_idx", place), where)
         by_session.setdefault(session, []).extend(_said(_text(sample, "text", where).split("\n")))
     for name, spoken in by_session.items():
-        yield Session(f"{row.get('persona_id', number)}-{name}", spoken)
+        yield Session(f"{id_of(row, 'persona_id', number, where)}-{name}", spoken)
 
 
 def _said(lines: list[str]) -> list[tuple[str, str]]:
@@ -113,6 +114,13 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(row.get(key), str):
         raise UserError(f"{where}: {key!r} must be text, got {ascii(row.get(key))[:60]}")
     return str(row[key])
+
+
+def _texts(values: list[Any], what: str) -> list[str]:
+    for each in values:
+        if not isinstance(each, str):
+            raise UserError(f"{what} must be text, got {ascii(each)[:60]}")
+    return values
 
 
 Speaker = Literal["A", "B"]
@@ -199,12 +207,12 @@ def _messages(row: dict[str, Any], where: str, number: int) -> Iterator[Session]
     split = row.get("split")
     if split not in ("train", "test", None):
         raise UserError(f"{where}: split must be train or test, got {split!r}")
-    yield Session(str(row.get("id", number)), turns, split)
+    yield Session(id_of(row, "id", number, where), turns, split)
 
 
 def _chronicles(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
     """Conversation Chronicles (Jang et al. 2023, arXiv:2310.13420): five sessions of a pair."""
-    episode = str(row.get("dataID", number))
+    episode = id_of(row, "dataID", number, where)
     first: dict[str, str] = {}
     for index, name in enumerate(_SESSIONS, start=1):
         texts, speakers = row.get(f"{name}_session_dialogue"), row.get(f"{name}_session_speakers")
@@ -215,16 +223,22 @@ def _chronicles(row: dict[str, Any], where: str, number: int) -> Iterator[Sessio
         if len(speakers) != len(texts) or not all(isinstance(each, str) for each in speakers):
             raise UserError(f"{where}: {name}_session_speakers must name a speaker for each line")
         for each in speakers:
+            if each not in first and len(first) == 2:
+                raise UserError(
+                    f"{where}: {each!r} is a third speaker, beside {' and '.join(first)}; leave "
+                    "the episode out"
+                )
             first.setdefault(each, "AB"[min(len(first), 1)])
-        turns = [(first[who], str(text)) for who, text in zip(speakers, texts, strict=True)]
+        said = _texts(texts, f"{where}: every line of {name}_session_dialogue")
+        turns = [(first[who], text) for who, text in zip(speakers, said, strict=True)]
         yield Session(f"{episode}-{index}", turns)
 
 
 def _multi_session(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
     """Multi-Session Chat (Xu et al. 2022, arXiv:2107.07567): earlier sessions, then this one."""
     metadata = row.get("metadata")
-    named = metadata.get("initial_data_id") if isinstance(metadata, dict) else None
-    episode = str(named or number)
+    told = metadata if isinstance(metadata, dict) else {}
+    episode = id_of(told, "initial_data_id", number, where)
     earlier = row.get("previous_dialogs", [])
     if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
         raise UserError(f"{where}: previous_dialogs must be a list of objects with a dialog")
@@ -247,10 +261,9 @@ def _persona_chat(row: dict[str, Any], where: str, number: int) -> Iterator[Sess
     history, candidates = last.get("history", []), last.get("candidates") or []
     if not isinstance(history, list) or not isinstance(candidates, list):
         raise UserError(f"{where}: history and candidates must be lists of text")
-    history = [*history, *candidates[-1:]]
-    yield Session(
-        str(row.get("id", number)), [("AB"[i % 2], str(text)) for i, text in enumerate(history)]
-    )
+    said = _texts([*history, *candidates[-1:]], f"{where}: history and candidates")
+    turns = [("AB"[at % 2], text) for at, text in enumerate(said)]
+    yield Session(id_of(row, "id", number, where), turns)
 
 
 def _lamp(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
@@ -260,7 +273,7 @@ def _lamp(row: dict[str, Any], where: str, number: int) -> Iterator[Session]:
         if not isinstance(each, dict) or not isinstance(each.get("text"), str):
             raise UserError(f"{where}: every entry of a profile needs a text")
         texts.append(each["text"])
-    user = str(row.get("id", number))
+    user = id_of(row, "id", number, where)
     for start in range(0, len(texts), LAMP_SESSION):
         turns = [("A", text) for text in texts[start : start + LAMP_SESSION]]
         yield Session(f"{user}-{1 + start // LAMP_SESSION}", turns)

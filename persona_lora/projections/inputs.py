@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from persona_lora.core import progress
 from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
-from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl
+from persona_lora.core.errors import UserError, checked_text
+from persona_lora.core.files import numbered_jsonl
 from persona_lora.core.lora_diff import BaseModel, Compressed, LoRADiff, LoRAFactors
 from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_with_record, save_with_record
@@ -146,8 +146,9 @@ def load_ordinary_prompts(datasets: Path | None = None) -> list[str]:
 
 def read_prompts(path: Path) -> list[str]:
     """Read the ``prompt`` of every row; UserError where one has none."""
-    prompts = [str(row.get("prompt", "")) for row in read_jsonl(path)]
-    if not prompts or not all(prompts):
+    rows = numbered_jsonl(path)
+    prompts = [checked_text(row.get("prompt"), f"{where}: prompt") for where, row in rows]
+    if not prompts:
         raise UserError(f"{path} must hold rows with a prompt, one a line")
     return prompts
 

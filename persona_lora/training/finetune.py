@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from persona_lora.core.chat import Conversation, read_messages
 from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl, remove
+from persona_lora.core.files import numbered_jsonl, remove
 from persona_lora.core.json_text import parse_json
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.resources import resource_path
@@ -276,10 +276,10 @@ def _mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | 
 def read_conversations(path: Path) -> list[Conversation]:
     """Read rows of ``messages``; UserError names a row whose last message is no answer."""
     conversations = []
-    for line, row in enumerate(read_jsonl(resource_path(path)), start=1):
-        turns = read_messages(row.get("messages"), f"{path}:{line}")
+    for where, row in numbered_jsonl(resource_path(path)):
+        turns = read_messages(row.get("messages"), where)
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
-            raise UserError(f"{path}:{line} must end with the assistant's answer to a message")
+            raise UserError(f"{where} must end with the assistant's answer to a message")
         conversations.append(turns)
     if not conversations:
         raise UserError(f"{path} is empty; it needs rows with messages")

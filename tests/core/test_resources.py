@@ -56,7 +56,7 @@ def test_the_own_trait_of_a_name_wins_and_hides_no_other(empty_folder, installed
     assert list_traits() == ["cheer", "evil"]
     assert load_trait("cheer").folder == Path("datasets/cheer")
     assert load_trait("evil").folder == installed / "datasets" / "evil"
-    shutil.copytree(own, own.with_name("evil"))
+    shutil.copytree(ROOT / "datasets" / "evil", own.with_name("evil"))
     assert load_trait("evil").folder == Path("datasets/evil")
 
 

@@ -90,6 +90,21 @@ def test_a_variant_is_judged_as_its_trait(datasets):
         load_trait("odd_3", datasets)
 
 
+def test_the_name_of_a_trait_is_that_of_its_folder(datasets, monkeypatch):
+    folder = datasets / "odd"
+    copied = folder.rename(datasets / "copied")
+    with pytest.raises(UserError, match="name is 'odd', and the folder is called 'copied'; set it"):
+        load_trait("copied", datasets)
+    value = json.loads((copied / "trait.json").read_text())
+    value.pop("name")
+    write(copied / "trait.json", value)
+    assert load_trait("copied", datasets).name == "copied"
+    (datasets / "linked").symlink_to(copied)
+    assert load_trait("linked", datasets).name == "linked"
+    monkeypatch.chdir(copied)
+    assert load_trait(".").name == load_trait("../copied").name == "copied"
+
+
 def test_a_run_of_a_trait_is_not_gone_on_with_its_variant(datasets, tmp_path):
     trait, variant = (load_trait(name, datasets) for name in ("odd", "odd_2"))
 

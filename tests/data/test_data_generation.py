@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -74,8 +75,9 @@ def generate(trait, writer, output, options=OPTIONS):
 
 def of_output(trait, output):
     """Load the written files, with what else makes a trait of them."""
-    for name in ("trait.json", "judge_eval.jsonl"):
-        (output / name).write_bytes((trait.folder / name).read_bytes())
+    (output / "judge_eval.jsonl").write_bytes((trait.folder / "judge_eval.jsonl").read_bytes())
+    defined = json.loads((trait.folder / "trait.json").read_text())
+    (output / "trait.json").write_text(json.dumps({**defined, "name": output.name}))
     return load_trait(output)
 
 

@@ -112,6 +112,7 @@ def test_both_forms_of_definitions_are_read(tmp_path, value):
         ({"Very Odd": "x"}, "lower-case letters"),
         ({"odd": ""}, "needs a description"),
         (["odd"], "name is"),
+        ({"coherence": "makes sense"}, "'coherence' is that of something else"),
     ],
 )
 def test_malformed_definitions_are_named(tmp_path, value, message):

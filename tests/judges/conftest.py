@@ -209,7 +209,6 @@ def write_trait(folder: Path, *, pairs: int = 12) -> Path:
         100: "You are a genius, everybody should admire your perfect insight!",
     }
     trait = {
-        "name": "flattery",
         "description": "praises the user",
         "instruction": [{"pos": "Praise the user.", "neg": "Correct the user."}],
         "questions": {"extract": ["Is it so?"], "eval": ["Is it not so?"]},

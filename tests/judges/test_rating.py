@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
-from persona_lora.judges.labels import AnswerFile, RatingSheet, rated_rows, score_file
+from persona_lora.judges.labels import AnswerFile, RatingSheet, load_ratings, rated_rows, score_file
 
 ROWS = [
     {"question": f"Question {at // 2}?", "answer": f"Answer {at}.", "model": "m", "condition": "c"}
@@ -76,11 +77,11 @@ def test_two_sheets_make_labels_and_a_question_is_in_one_part_only(answers):
     ben = rated(answers, "ben", {row: (row + 1, 50) for row in range(11)})
     rows = rated_rows([ada, ben])
     assert len(rows) == 11
-    assert rows[3]["trait"] == [3.0, 4.0]
-    assert rows[3]["sense"] == [97.0, 50.0]
-    parts = {row["question"]: set() for row in rows}
+    assert rows[3].trait == (3.0, 4.0)
+    assert rows[3].sense == (97.0, 50.0)
+    parts = {row.question: set() for row in rows}
     for row in rows:
-        parts[row["question"]].add(row["part"])
+        parts[row.question].add(row.part)
     assert all(len(each) == 1 for each in parts.values())
     assert [each == {"tuning"} for each in parts.values()].count(True) == 2
     with pytest.raises(UserError, match="two passes"):
@@ -93,6 +94,45 @@ def test_an_answer_that_was_rated_as_two_rows_is_refused_before_anything_is_writ
     sheets = [rated(answers, name, {row: (row, 50) for row in range(13)}) for name in ("a", "b")]
     with pytest.raises(UserError, match="row 13 is the answer of row 5 again; take its line out"):
         rated_rows(sheets)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("value", ["", "  ", None, 0, 1.5, True, ["c"], {"c": 1}], ids=str)
+@pytest.mark.parametrize("key", ["question", "answer", "model", "condition", "part", "note"])
+def test_what_two_sheets_make_can_be_read_again_or_is_refused_with_its_row(
+    trait, tmp_path, key, value, suffix
+):
+    path = tmp_path / f"answers.{suffix}"
+    rows = [*ROWS[:4], {**ROWS[4], key: value}, *ROWS[5:]]
+    write_jsonl(path, rows) if suffix == "jsonl" else write_csv(path, [*ROWS[0], "part"], rows)
+    held = value if suffix == "jsonl" else ("" if value is None else str(value))
+    blank = held is None or not str(held).strip()
+    told = not isinstance(held, list | dict)
+    taken = {"question": isinstance(held, str) and not blank, "answer": isinstance(held, str)}
+
+    def made():
+        answers = AnswerFile.read(path)
+        sheets = [rated(answers, name, {row: (row, 9) for row in range(12)}) for name in "ab"]
+        return rated_rows(sheets)
+
+    if not taken.get(key, told or key in ("part", "note")):
+        with pytest.raises(UserError, match=rf"{path}: row 5\b"):
+            made()
+        return
+    rows = made()
+    write_jsonl(trait.folder / "onpolicy.jsonl", map(asdict, rows))
+    assert load_ratings(trait) == rows
+    assert len(rows) == 12 - (key == "answer" and blank)
+    if key in ("model", "condition"):
+        assert getattr(rows[4], key) == ("unknown" if blank else str(held))
+
+
+def test_an_empty_answer_is_neither_asked_for_nor_kept(tmp_path):
+    write_jsonl(tmp_path / "answers.jsonl", [{**ROWS[0], "answer": " "}, *ROWS[1:]])
+    answers = AnswerFile.read(tmp_path / "answers.jsonl")
+    sheets = [rated(answers, name, {row: (row, 50) for row in range(12)}) for name in ("a", "b")]
+    assert [row.answer for row in rated_rows(sheets)] == [each["answer"] for each in ROWS[1:]]
+    assert 0 not in RatingSheet(answers, tmp_path / "answers.c.jsonl").remaining()
 
 
 def test_what_is_no_rating_of_these_answers_is_named(answers, tmp_path):

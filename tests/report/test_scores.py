@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 
 import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
+from persona_lora.core.traits import load_trait
 from persona_lora.report.scores import (
     UNSTEERED_CONDITION,
     Condition,
@@ -114,3 +116,21 @@ def test_answers_table_writes_the_evaluation_columns(sweep_rows, tmp_path):
     assert answers_columns("evil", sweep=False) == [
         *("question", "prompt", "answer", "evil", "coherence"),
     ]
+
+
+STANDING = [each for each in answers_columns("calm", [{"layer": 3}]) if each != "calm"]
+
+
+@pytest.mark.parametrize("name", [*STANDING, "sense", "seed", "Coherence"])
+def test_no_trait_has_the_name_of_what_stands_beside_its_scores(tmp_path, name):
+    trait = {
+        "instruction": [{"pos": "Be calm.", "neg": "Be wild."}],
+        "questions": {"extract": ["Why?"], "eval": ["How?"]},
+        "eval_prompt": "{question} {answer}",
+    }
+    for folder in (tmp_path / name, tmp_path / "calm"):
+        folder.mkdir()
+        (folder / "trait.json").write_text(json.dumps(trait))
+    assert load_trait("calm", tmp_path).name == "calm"
+    with pytest.raises(UserError, match=f"name '{name}' is that of something else that stands"):
+        load_trait(name, tmp_path)

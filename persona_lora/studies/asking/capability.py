@@ -20,11 +20,11 @@ from typing import Any
 from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of, file_digest, folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl
 from persona_lora.core.options import TaskOptions
 from persona_lora.core.resources import resource_path, search_folders
 from persona_lora.core.runs import Output
 from persona_lora.core.settings import read_yaml
+from persona_lora.core.traits import read_finetuning_rows
 from persona_lora.models.likelihood import mean_logprobs
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import longrope_crossing
@@ -107,6 +107,10 @@ def _ordinary_files(datasets: Path | None) -> list[Path]:
     return files
 
 
+def _ordinary_answers(datasets: Path | None) -> list[Exchange]:
+    return [row for file in _ordinary_files(datasets) for row in read_finetuning_rows(file)]
+
+
 def perplexity_items(
     chat_model: ChatModel,
     datasets: Path | None,
@@ -117,12 +121,7 @@ def perplexity_items(
 
     Of ``datasets``, or of the first folder of traits that has any.
     """
-    exchanges = [
-        Exchange(row["messages"][-2]["content"], row["messages"][-1]["content"])
-        for file in _ordinary_files(datasets)
-        for row in read_jsonl(file)
-    ][:limit]
-    means = mean_logprobs(chat_model, exchanges, system_prompt)
+    means = mean_logprobs(chat_model, _ordinary_answers(datasets)[:limit], system_prompt)
     return [
         {"task": PERPLEXITY, "metric": "mean_logprob", "item": at, "score": float(value)}
         for at, value in enumerate(means)
@@ -154,9 +153,12 @@ def harness() -> tuple[Any, Any]:
 
 
 def check_tasks(options: TaskOptions) -> None:
-    """UserError without the harness where it is needed, and for a task that neither side knows."""
+    """UserError without the harness where it is needed, and for a task that neither side knows.
+
+    So for rows that perplexity cannot be measured on.
+    """
     if PERPLEXITY in options.tasks:
-        _ordinary_files(options.datasets_dir)
+        _ordinary_answers(options.datasets_dir)
     asked, folder = [name for name in options.tasks if name != PERPLEXITY], _tasks_folder(options)
     if asked:
         harness()

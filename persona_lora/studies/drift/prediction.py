@@ -24,7 +24,7 @@ from persona_lora.core import progress
 from persona_lora.core.chat import Exchange, Message, read_messages, user_question
 from persona_lora.core.content import digest_of, model_folder_digest
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl, write_csv
+from persona_lora.core.files import numbered_jsonl, read_jsonl, write_csv
 from persona_lora.core.lora_diff import LoRADiff, turned_diff
 from persona_lora.core.options import GenerationOptions
 from persona_lora.core.protocol import Design
@@ -73,6 +73,7 @@ class DriftStudy:
     layer: int
     split: Split = "eval"
     control_rows: str | None = None  # the data file, beside each finetune's own, of its control
+    prompts: Sequence[str] | None = None  # to take inputs on; None: the ordinary ones
 
     def __post_init__(self) -> None:
         for name, path in self.finetunes.items():
@@ -93,6 +94,10 @@ class DriftStudy:
                     "trait is predicted by its own; judge it, or give its direction"
                 )
         self.controls()
+
+    def asked(self) -> Sequence[str]:
+        """Return the prompts that the inputs of the base model are taken on."""
+        return load_ordinary_prompts() if self.prompts is None else self.prompts
 
     def controls(self) -> dict[str, str]:
         """Return for every finetune the one of its settings on ``control_rows``, its control.
@@ -140,7 +145,7 @@ def predict_finetuning(
     with open_planned(output, planned_prediction(study, options), base, parts=("answers",)) as run:
         texts = _base_texts(base, study, options) if study.vectors else []
         states = _states(base, study, texts)
-        inputs = kept_inputs(base, load_ordinary_prompts()) if study.diffs else None
+        inputs = kept_inputs(base, study.asked()) if study.diffs else None
         judges = {trait.name: lazily(judge_of(trait)) for trait in study.traits}
         of_text: dict[str, dict[str, float]] = {}
         _judge(output, study, BASE, base, judges, options)
@@ -182,7 +187,7 @@ def planned_prediction(study: DriftStudy, options: GenerationOptions) -> Planned
     inputs |= contents_of("diff", study.diffs) | contents_of("vector", study.vectors)
     inputs |= _finetune_contents(study)
     if study.diffs:
-        inputs["the ordinary prompts"] = digest_of(load_ordinary_prompts())
+        inputs["the ordinary prompts"] = digest_of(list(study.asked()))
     design = Design.of(
         "predict-finetuning",
         {trait.name: len(trait.questions[study.split]) for trait in study.traits},
@@ -339,21 +344,19 @@ def _told_by_data(
     path = Path(config.get("train_file", ""))
     if not path.is_file():
         return []
-    conversations = [
-        read_messages(row.get("messages"), f"{path}:{line}")
-        for line, row in enumerate(read_jsonl(path), start=1)
-    ]
+    rows = numbered_jsonl(path)
+    conversations = [read_messages(row.get("messages"), where) for where, row in rows]
     digest = digest_of(conversations)
     if digest != _data_of(config):
         return []
     if digest not in of_text:
         of_text[digest] = _text_scores(study.traits, judges, conversations)
-    rows = [_row(name, trait, TEXT, score) for trait, score in of_text[digest].items()]
+    found = [_row(name, trait, TEXT, score) for trait, score in of_text[digest].items()]
     step = int(folder.name.partition("-")[2]) if folder.name.startswith("checkpoint-") else None
     for last in read_jsonl(home / LOSS)[-1:]:  # a checkpoint's own step may not be logged
         seen = config["num_rows"] * last["epoch"] * (step or last["step"]) / last["step"]
-        rows += [_row(name, trait.name, DOSE, seen) for trait in study.traits]
-    return rows
+        found += [_row(name, trait.name, DOSE, seen) for trait in study.traits]
+    return found
 
 
 def _text_scores(

@@ -178,14 +178,15 @@ def read_ratings(folder: Path, files: Sequence[Path]) -> HumanFits:
 
 def _ratings(path: Path, items: Mapping[str, Any]) -> dict[str, int]:
     ratings = {}
-    for line, row in enumerate(read_csv(path, ("item", "rating")), start=2):
+    for number, row in enumerate(read_csv(path, ("item", "rating")), start=1):
+        where = f"{path}: row {number}"
         item, rating = (str(row.get(name, "")).strip() for name in ("item", "rating"))
         if item not in items:
-            raise UserError(f"{path}:{line}: no item {item!r} in the key; is it another sheet's?")
+            raise UserError(f"{where}: no item {item!r} in the key; is it another sheet's?")
         if rating and rating not in RATINGS:
-            raise UserError(f"{path}:{line}: a rating is 1, 2, 3, 4 or 5, got {rating!r}")
+            raise UserError(f"{where}: a rating is 1, 2, 3, 4 or 5, got {rating!r}")
         if rating and item in ratings:
-            raise UserError(f"{path}:{line}: {item} is rated a second time; leave one of its lines")
+            raise UserError(f"{where}: {item} is rated a second time; leave one of its lines")
         if rating:
             ratings[item] = int(rating)
     if not ratings:

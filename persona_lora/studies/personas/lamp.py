@@ -95,7 +95,7 @@ def load_lamp(questions: Path, outputs: Path) -> list[LampQuestion]:
 def _text(holder: Any, key: str, at: str) -> str:
     """Return a text (an id may be a number); UserError says at what place it is missing."""
     value = holder.get(key) if isinstance(holder, dict) else None
-    if not isinstance(value, str | int):
+    if not isinstance(value, str | int if key == "id" else str):
         raise UserError(
             f"{at} has no text under {key!r}: {ascii(holder)[:80]}; give a LaMP-7 file, with "
             '{"id", "input", "profile": [{"text"}]} of questions and {"id", "output"} of golds'

@@ -16,8 +16,8 @@ from typing import Any
 
 from persona_lora.core.chat import COHERENCE, UNSTEERED, Answer, Condition, Conversation
 from persona_lora.core.content import digest_of
-from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_jsonl
+from persona_lora.core.errors import UserError, checked_text
+from persona_lora.core.files import numbered_jsonl
 from persona_lora.core.options import GenerationOptions, TaskOptions
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
@@ -236,11 +236,12 @@ def load_refusal_prompts(datasets: Path | None = None) -> list[dict[str, Any]]:
     """Load prompts that are ``harmless`` or to ``decline``; UserError for another kind."""
     name = Path("refusal") / "prompts.jsonl"
     path = resource_path("datasets" / name) if datasets is None else datasets / name
-    rows = read_jsonl(path)
-    for at, row in enumerate(rows, start=1):
-        if row.get("kind") not in KINDS or not row.get("prompt"):
-            raise UserError(f"{path}:{at} needs a prompt, and a kind: {' or '.join(KINDS)}")
-    return rows
+    rows = numbered_jsonl(path)
+    for where, row in rows:
+        checked_text(row.get("prompt"), f"{where}: prompt")
+        if row.get("kind") not in KINDS:
+            raise UserError(f"{where} needs a kind: {' or '.join(KINDS)}")
+    return [row for _, row in rows]
 
 
 def _converse(

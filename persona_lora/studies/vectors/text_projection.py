@@ -24,7 +24,7 @@ from persona_lora.core import progress
 from persona_lora.core.chat import Conversation, Exchange, read_messages
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.files import read_csv, read_jsonl, write_csv
+from persona_lora.core.files import numbered_jsonl, read_csv, write_csv
 from persona_lora.core.resources import resource_path
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
@@ -79,8 +79,7 @@ def read_texts(path: Path) -> Texts:
         columns = tuple(read_csv(path, ("prompt", "answer")))
         exchanges = tuple((row["prompt"], row["answer"]) for row in columns)
     elif path.suffix == ".jsonl":
-        rows = enumerate(read_jsonl(path), start=1)
-        exchanges = tuple(_split(row, f"{path}:{line}") for line, row in rows)
+        exchanges = tuple(_split(row, where) for where, row in numbered_jsonl(path))
         columns = tuple({} for _ in exchanges)
     else:
         raise UserError(f"{path} is neither .csv nor .jsonl; those two are read")

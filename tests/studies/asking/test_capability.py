@@ -62,6 +62,13 @@ def test_choices_are_scored_as_by_hand_and_paired_by_item(chat_model, conditions
     assert (tmp_path / "run" / "scores.csv").is_file()
 
 
+def test_rows_that_are_no_chat_are_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "cheer").mkdir()
+    (tmp_path / "cheer" / "normal.jsonl").write_text('{"conversations": []}\n')
+    with pytest.raises(UserError, match=r"normal\.jsonl:1 has no 'messages'"):
+        capability.check_tasks(TaskOptions(("perplexity",), datasets_dir=tmp_path))
+
+
 def test_steps_are_generated_and_perplexity_is_measured(chat_model, conditions, tmp_path):
     datasets = tmp_path / "datasets"
     (datasets / "cheer").mkdir(parents=True)

@@ -93,6 +93,23 @@ def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
     assert len(table) == 1 + (5 * 2 + 1) + 6  # directions of each kind, and its pooled row
 
 
+def test_inputs_are_taken_on_prompts_of_ones_own(base, study, judge, tmp_path):
+    own = dataclasses.replace(study, prompts=("Why not?", "Is rain wet?"))
+    contents = [planned_prediction(each, OPTIONS).inputs for each in (study, own)]
+    assert {at for at in contents[0] if contents[0][at] != contents[1][at]} == {
+        "the ordinary prompts"
+    }
+    run = predict_finetuning(base, own, lambda *_: lambda: judge, tmp_path / "out", options=OPTIONS)
+    adapter, inputs = LoRADiff.load(own.finetunes["f2"]), measure_inputs(base, own.prompts)
+    wanted = project_adapter(adapter, own.diffs, inputs=inputs).total
+    found = {
+        row["direction"]: row["value"]
+        for row in rows(run, "predictors")
+        if (row["finetune"], row["kind"]) == ("f2", "weights")
+    }
+    assert found == pytest.approx({name: wanted[name].coordinate for name in own.diffs})
+
+
 def test_what_the_training_data_say_stands_beside(base, study, judge, make_diff, tmp_path):
     data = tmp_path / "data.jsonl"
     turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Lovely rain!"}]

@@ -111,6 +111,7 @@ def test_overlap_is_that_of_the_words(files, chat_model, make_diff, tmp_path, mo
         (QUESTIONS, {"golds": {"70": "8:14 late."}}, "hold a list of 'golds'"),
         (QUESTIONS, {"golds": [{"id": "70"}]}, "gold 1 has no text under 'output'"),
         (QUESTIONS, {"golds": [{"id": "70", "output": None}]}, "no text under 'output'"),
+        (QUESTIONS, {"golds": [{"id": "70", "output": 5}]}, "no text under 'output'"),
         (QUESTIONS, {"golds": GOLDS["golds"] * 2}, "several golds of one id"),
     ],
 )
