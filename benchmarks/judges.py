@@ -9,10 +9,11 @@ Everything is fitted to the tuning part of ``onpolicy.jsonl`` and to nonsense ma
 classifier to ``train.jsonl``, surface counts without nonsense). "Tuning" is the rank correlation
 inside a model and condition on that part with the question held out: what a choice may rest on. The
 rest is the validation part. ``--curve`` tells instead how the reader probe's agreement grows with
-the number of rated answers, ``--surface`` what nine surface counts explain of it, ``--spread`` how
-much there is to tell inside a condition, ``--errors`` how far the reader misses ratings by
-model and kind of condition and what that does to an effect, ``--asked`` how a language model agrees
-that is asked for a digit, with and without rated answers before it, and for yes or no.
+the number of rated answers, ``--surface`` what nine surface counts tell and explain of it,
+``--models`` how both default judges agree on the answers of each model, ``--spread`` how much there
+is to tell inside a condition, ``--errors`` how far the reader misses ratings by model and kind of
+condition and what that does to an effect, ``--asked`` how a language model agrees that is asked for
+a digit, with and without rated answers before it, and for yes or no.
 ``--likelihood`` adds what asks the language model for likelihoods; it takes longest.
 """
 
@@ -32,6 +33,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from persona_lora.core.chat import COHERENCE, Verdict
+from persona_lora.core.errors import UserError
 from persona_lora.core.traits import Sign, Trait, load_pairs, load_trait, trait_prompt
 from persona_lora.data.data_check import surface_counts
 from persona_lora.judges.answer_states import Reader
@@ -39,6 +41,8 @@ from persona_lora.judges.choice import JudgeOptions, make_judge
 from persona_lora.judges.coherence import distinct_share
 from persona_lora.judges.embedding import AnswerClassifier, exchanges_of
 from persona_lora.judges.fitness import (
+    NEGATIVE_LABEL,
+    POSITIVE_LABEL,
     JudgeValidation,
     OwnAnswers,
     own_agreement,
@@ -58,13 +62,13 @@ from persona_lora.report.rated import (
     Rated,
     by_part,
     kind_of_row,
-    model_of,
     models_of,
     of_model,
+    scored,
     within,
     within_groups,
 )
-from persona_lora.report.resampling import Interval
+from persona_lora.report.resampling import Interval, separation
 from persona_lora.report.scores import grouped
 
 Scores = NDArray[np.float64]
@@ -214,21 +218,71 @@ def table(bench: Bench, likelihood: bool) -> None:
             f"{bench.trait.name}, {bench.scale}, {part}: {raters.n} answers; the two passes: "
             f"κ {raters.kappa:.2f}, ρ {raters.spearman:.2f}, within {number(raters.within)}"
         )
-    models = sorted({row.model for row in bench.rows})
-    print(f"\n| judge | tuning, within | AUC | ρ | within | {' | '.join(models)} | ECE |")
-    print("|" + "---|" * (6 + len(models)))
+    names = sorted({row.model for row in bench.rows})
+    print(f"\n| judge | tuning, within | AUC | ρ | within | {' | '.join(names)} | ECE |")
+    print("|" + "---|" * (6 + len(names)))
     for name, way in bench.ways(likelihood):
         scores = way()
         _, tuned = bench.agreement(scores, "tuning")
         held, own = bench.agreement(scores, "validation")
         cells = [tuned.within, held.auc, held.spearman, own.within]
-        by_model = by_part(own.compared, model_of)
-        cells += [by_model[model].within for model in models]
-        print(
-            f"| {name} | {' | '.join(map(number, cells))} | {own.calibration_error:.0f} |",
-            flush=True,
-        )
+        by_model = [of_model(own.compared, model) for model in names]
+        shown = [
+            *map(number, cells),
+            *(f"{told_apart(theirs)}, {number(within(theirs))}" for theirs in by_model),
+        ]
+        print(f"| {name} | {' | '.join(shown)} | {own.calibration_error:.0f} |", flush=True)
     print()
+
+
+def told_apart(rows: Sequence[Rated]) -> str:
+    """Return the AUC of answers rated 75 and more against those rated 25 and less.
+
+    With its 95% interval; a dash where there are not two of each.
+    """
+    columns = [[row[name] for row in scored(rows)] for name in ("score", "rating", "question")]
+    try:
+        found = separation(*columns)
+    except UserError:
+        return "–"
+    return f"{found.auc:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def within_bounds(rows: Sequence[Rated], draws: int = 400) -> str:
+    """Return "within" and its 95% bootstrap interval over questions."""
+    random, asked = np.random.default_rng(0), grouped(rows, lambda row: row["question"])
+    names = sorted(asked)
+    drawn = (random.choice(names, len(names)).tolist() for _ in range(draws))
+    found = [within([row for name in some for row in asked[name]]) for some in drawn]
+    low, high = np.quantile([each for each in found if each is not None], [0.025, 0.975])
+    return f"{number(within(rows))} [{low:.2f}, {high:.2f}]"
+
+
+def models(traits: Sequence[Trait], chat_model: ChatModel) -> None:
+    """Print how both judges that need no network agree with ratings, model by model.
+
+    Of the validation part: how many answers were rated 75 and more and 25 and less, AUC and
+    "within" of the reader and of sentence embeddings with their intervals, and "within" of the two
+    passes.
+    """
+    print("| trait | model | answers: ≥ 75, ≤ 25 | reader | sentences | passes, within |")
+    print("|---|---|---|---|---|---|")
+    for trait in traits:
+        evidence = ReaderEvidence(Reader(chat_model, trait)), SentenceEvidence(trait)
+        judged = [_with_own(ProbeJudge.of(e).validation[0])[1].compared for e in evidence]
+        rows = load_ratings(trait, "validation")
+        for model in models_of(judged[0]):
+            some = [row for row in rows if row.model == model]
+            ratings = [row.rating("trait") for row in some]
+            high = sum(each >= POSITIVE_LABEL for each in ratings)
+            low = sum(each <= NEGATIVE_LABEL for each in ratings)
+            cells = [
+                f"{told_apart(theirs)}, {within_bounds(theirs)}"
+                for theirs in (of_model(compared, model) for compared in judged)
+            ]
+            cells.append(number(rater_agreement(some, "trait").within))
+            counts = f"{len(some)}: {high}, {low}"
+            print(f"| {trait.name} | {model} | {counts} | {' | '.join(cells)} |", flush=True)
 
 
 def curve(bench: Bench, sizes: Sequence[int], draws: int = 10) -> None:
@@ -251,17 +305,19 @@ def _drawn(bench: Bench, size: int, seed: int) -> list[float | None]:
 def surface(benches: Sequence[Bench]) -> None:
     """Print what nine surface counts of an answer say about ratings, scores, and their difference.
 
-    All inside a model and condition, of the validation part, by regressions that have not seen the
+    First the AUC of the reader, and that of the counts fitted to the tuning part as the reader is.
+    Then, inside a model and condition of the validation part, by regressions that have not seen the
     question: the share of variance explained (under 0: none), and the rank correlation of what is
     left of score and rating when the counts are taken out of both.
     """
-    print("| trait | within | counts alone | R² of rating | of score | of error | without counts |")
-    print("|---|---|---|---|---|---|---|")
+    heads = "AUC | counts' AUC | within | counts alone | R² of rating | of score | of error"
+    print(f"| trait | {heads} | without counts |\n|{9 * '---|'}")
     for bench in benches:
         held = np.array([at for at, row in enumerate(bench.rows) if row.part == "validation"])
         rows = [bench.rows[at] for at in held]
         _, places = np.unique([row.model + row.condition for row in rows], return_inverse=True)
-        columns = [bench.targets[held], bench.mean_of_layers()[held]]
+        read = bench.mean_of_layers()
+        columns = [bench.targets[held], read[held]]
         counts = [surface_counts(row.answer) for row in rows]
         centred = _centred(np.column_stack([*columns, counts]), places)
         rating, score, by = centred[:, 0], centred[:, 1], centred[:, 2:]
@@ -272,13 +328,18 @@ def surface(benches: Sequence[Bench]) -> None:
             for name, each in values.items()
         }
         explained = [1 - np.var(left[name]) / np.var(each) for name, each in values.items()]
+        told = [
+            told_apart(bench.agreement(each, "validation")[1].compared)
+            for each in (read, bench.surface())
+        ]
         cells = [
             _within(score, rating, places),
             _within(rating - left["rating"], rating, places),
             *explained,
             _within(left["score"], left["rating"], places),
         ]
-        print(f"| {bench.trait.name} | {' | '.join(map(number, cells))} |", flush=True)
+        shown = [bench.trait.name, *told, *map(number, cells)]
+        print(f"| {' | '.join(shown)} |", flush=True)
 
 
 def _centred(values: Scores, places: NDArray[np.integer]) -> Scores:
@@ -295,37 +356,48 @@ def _within(scores: Scores, ratings: Scores, places: NDArray[np.integer]) -> flo
 def spread(traits: Sequence[Trait], chat_model: ChatModel, wide: float = 10.0) -> None:
     """Print how much the answers of a condition differ at all, and what is told where they do.
 
-    Of the validation part, conditions with eight answers and more: medians over them of the
-    standard deviation of ratings and of one pass's error; then the default reader's rank
-    correlation inside conditions, all and those with at least ``wide`` points of deviation, and
-    the two passes' there.
+    Of the validation part, conditions with eight answers and more, of both models and of each:
+    medians over them of the standard deviation of ratings and of one pass's error; then the default
+    reader's rank correlation inside conditions, all and those with at least ``wide`` points of
+    deviation, and the two passes' there.
     """
-    print("| trait | SD | a pass's error | within | where SD ≥ 10 (conditions) | passes there |")
-    print("|---|---|---|---|---|---|")
+    print("| trait | model | SD | a pass's error | within | where SD ≥ 10 (conditions) | passes |")
+    print("|---|---|---|---|---|---|---|")
     for trait in traits:
         judge = ProbeJudge.of(ReaderEvidence(Reader(chat_model, trait)))
         rows, scores = load_ratings(trait), judge.fitted.scores["trait"]
         held = [at for at, row in enumerate(rows) if row.part == "validation"]
         names = {at: (rows[at].model, rows[at].condition) for at in held}
-        found = []
-        for places in grouped(held, names.__getitem__).values():
+        found: dict[str, list[tuple[float, ...]]] = {"both": []}
+        for (model, _), places in grouped(held, names.__getitem__).items():
             passes = np.array([rows[at].trait for at in places], float)
             if len(places) < 8 or np.ptp(passes.mean(axis=1)) == 0:
                 continue
             rho = spearmanr(scores[places], passes.mean(axis=1)).statistic
             error = np.std(passes[:, 0] - passes[:, 1]) / 2**0.5
             own = spearmanr(*passes.T).statistic
-            found.append((len(places), np.std(passes.mean(axis=1)), error, rho, own))
-        size, deviation, error, rho, own = np.array(found).T
-        some = deviation >= wide
-        cells = [
-            f"{np.median(deviation):.0f}",
-            f"{np.median(error):.0f}",
-            number(np.average(rho, weights=size)),
-            f"{number(np.average(rho[some], weights=size[some]))} ({some.sum()} of {len(some)})",
-            number(np.average(own[some], weights=size[some])),
-        ]
-        print(f"| {trait.name} | {' | '.join(cells)} |", flush=True)
+            row = (len(places), np.std(passes.mean(axis=1)), error, rho, own)
+            for name in ("both", model):
+                found.setdefault(name, []).append(row)
+        for name, each in found.items():
+            print(f"| {trait.name} | {name} | {_spread_cells(np.array(each).T, wide)} |")
+
+
+def _spread_cells(columns: Scores, wide: float) -> str:
+    """Return the cells of one row of ``spread``; a dash where no condition is wide."""
+    size, deviation, error, rho, own = columns
+    some = deviation >= wide
+    told, passes = (
+        np.average(each[some], weights=size[some]) if some.any() else None for each in (rho, own)
+    )
+    cells = [
+        f"{np.median(deviation):.0f}",
+        f"{np.median(error):.0f}",
+        number(np.average(rho, weights=size)),
+        f"{number(told)} ({some.sum()} of {len(some)})",
+        number(passes),
+    ]
+    return " | ".join(cells)
 
 
 def _effect(rows: Sequence[Rated], kind: str, field: str) -> float:
@@ -388,6 +460,8 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
             kinds = by_part(some, kind_of_row)
             print(f"\n{trait.name}, {model}: within {number(within(some))}; score − rating:")
             print(", ".join(f"{name} {each.bias:+.1f} ({each.n})" for name, each in kinds.items()))
+            told = ", ".join(f"{name} {number(each.within)}" for name, each in kinds.items())
+            print(f"within, by kind: {told}")
             for name, weights in effects.items():
                 shift = corrected_change(nothing, errors_by_kind(some), weights)
                 print(f"{name}: {wording.interval(shift, 1)}", flush=True)
@@ -470,6 +544,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("trait", "sense"), default="trait")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--surface", action="store_true")
+    parser.add_argument("--models", action="store_true")
     parser.add_argument("--spread", action="store_true")
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--asked", default=None, help="a language model that is asked for a number")
@@ -482,9 +557,11 @@ def main() -> None:
     options = parser.parse_args()
     named = {} if options.reader is None else {"name": options.reader}
     chat_model = load_chat_model(dtype="float32", **named)
-    if options.spread or options.errors:
-        (spread if options.spread else errors)(list(map(load_trait, options.traits)), chat_model)
-        return
+    of_default = {"models": models, "spread": spread, "errors": errors}
+    for name, shown in of_default.items():
+        if getattr(options, name):
+            shown(list(map(load_trait, options.traits)), chat_model)
+            return
     benches = [Bench(load_trait(name), options.scale, chat_model) for name in options.traits]
     if options.surface:
         surface(benches)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.traits import load_pairs, load_trait
 from persona_lora.data.data_check import COUNTS, surface_auc, surface_counts
 
 WORDS = ["tea", "was", "left", "on", "a", "shelf", "beside", "two", "old", "maps", "and", "rope"]
@@ -71,3 +74,19 @@ def test_too_few_or_unequal_answers_are_refused(negatives):
 def test_an_unknown_count_is_refused():
     with pytest.raises(UserError, match="no surface count 'vowels'; there are first person"):
         surface_auc(["b"] * 5, ["a"] * 5, without=["vowels"])
+
+
+def test_the_surface_of_shipped_pairs_hardly_tells_their_signs():
+    root, found = Path(__file__).resolve().parents[2] / "datasets", {}
+    for path in root.glob("*/train.jsonl"):
+        trait = load_trait(path.parent)
+        pairs, excepted = load_pairs(trait), trait.surface_exception
+        positives, negatives = (
+            [getattr(pair, sign)[0]["content"] for pair in pairs]
+            for sign in ("positive", "negative")
+        )
+        without = excepted.counts if excepted else ()
+        found[trait.name] = surface_auc(positives, negatives, without=without).auc
+    assert len(found) >= 9
+    at_the_edge = {"emotional_tone": pytest.approx(0.652, abs=0.001)}  # docs/data.md says so
+    assert {name: auc for name, auc in found.items() if auc >= 0.65} == at_the_edge
