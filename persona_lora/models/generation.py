@@ -45,6 +45,7 @@ from persona_lora.models.structure import (
     text_decoder,
     unwrapped,
 )
+from persona_lora.models.turns import rows_kept_apart
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ def generate_answers(
 
     Raises:
         UserError: A prompt and its answer pass the model's context window, a single row does not
-            fit into memory, or its logits are NaN or infinite.
+            fit into memory, its logits are NaN or infinite, or rows that are steered apart without
+            ``prepare_batch``.
     """
     if not conversations:
         raise UserError("there are no conversations to answer; the list of questions is empty")
@@ -126,6 +128,11 @@ def generate_answers(
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature}")
+    if prepare_batch is None and (apart := rows_kept_apart(chat_model.model)) > 1:
+        raise UserError(
+            f"the model is steered by {apart} rows of coefficients, and batches are sorted by "
+            "length; give prepare_batch=steerer.select_rows, so that each answer gets its own"
+        )
     prompts = [chat_model.render(conversation) for conversation in conversations]
     tokens = chat_model.tokenize(prompts)
     longest = max(map(len, tokens)) + max_new_tokens

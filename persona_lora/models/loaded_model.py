@@ -215,7 +215,8 @@ UNRELATED = ("transformers_version", "torch_dtype", "dtype")
 def weights_content(model: PreTrainedModel) -> str:
     """Return a digest of every weight of a model, adapters included, and of its configuration.
 
-    It does not depend on the device; weights that are kept elsewhere are fetched module by module.
+    An adapter that is on gives another one than the same adapter switched off. It does not depend
+    on the device; weights that are kept elsewhere are fetched module by module.
     """
     tensors = {name: tensor_digest(tensor) for name, tensor in _weights(model)}
     generation = model.generation_config
@@ -224,7 +225,13 @@ def weights_content(model: PreTrainedModel) -> str:
         {k: v for k, v in (each or {}).items() if not k.startswith("_") and k not in UNRELATED}
         for each in settings
     ]
-    return digest_of([tensors, related])
+    on = {
+        each
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
+        for each in module.active_adapters
+    }
+    return digest_of([tensors, related, *sorted(on)])
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -40,8 +41,9 @@ class Turn:
     for ever. Every step here may be interrupted, and ``leave`` called again.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, steers: Callable[[], int] | None = None) -> None:
         self._block = decoder_layers(model)[0]
+        self.steers = steers  # how many rows a steerer keeps apart; None of who only reads
 
     def take(self) -> None:
         """Wait until no other thread has the model, and take it."""
@@ -65,3 +67,10 @@ class Turn:
             return
         if not holding.turns:
             HOLDINGS.pop(self._block, None)
+
+
+def rows_kept_apart(model: nn.Module) -> int:
+    """Return the most rows that a steerer of a model keeps apart; 0 where none steers it."""
+    holding = HOLDINGS.get(decoder_layers(model)[0])
+    turns = [] if holding is None else holding.turns
+    return max((each.steers() for each in turns if each.steers is not None), default=0)

@@ -39,6 +39,7 @@ from persona_lora.models.likelihood import tokenize_rendered
 from persona_lora.models.loaded_model import weights_content
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_linear_modules, text_decoder, weight_fingerprint
+from persona_lora.models.turns import rows_kept_apart
 
 WEIGHTED, PLAIN = "weighted", "plain"  # the two geometries
 FORMAT = 2  # of what is kept; another number makes kept files be measured anew
@@ -157,7 +158,8 @@ def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
     """Return the inputs over prompts from the user's cache, or measure them and keep them there.
 
     They are known by every weight of the model as it is loaded (one in bf16 has other inputs than
-    the same in fp32), by the tokens of the prompts and by what is kept of them.
+    the same in fp32) and the adapters that are on, by the tokens of the prompts, and by what is
+    kept of them.
     """
     asked = tokenized_prompts(chat_model, prompts)
     content = [weights_content(chat_model.model), asked, FORMAT, KEPT]
@@ -186,8 +188,14 @@ def measure_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInput
     Counted are the tokens after those that all prompts begin with (the template's, among them the
     first token, whose states are of another size than all others); of a module that reads tokens
     which a router chose, all that it read.
-    Progress counts prompts. Raises UserError for no prompts, or an input that is not finite.
+    Progress counts prompts. Raises UserError for no prompts, an input that is not finite, and a
+    model that is steered at the moment.
     """
+    if rows_kept_apart(chat_model.model):
+        raise UserError(
+            "inputs are those of the model itself, and it is steered now; measure them before, or "
+            "after the steerer's block"
+        )
     tokenized = tokenized_prompts(chat_model, prompts)
     begins = shared_beginning(tokenized)
     modules = decoder_linear_modules(chat_model.model)

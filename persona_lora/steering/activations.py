@@ -181,6 +181,10 @@ class ActivationSteerer(_BlockSteerer):
                 self._terms[layer].append(index)
         self._deltas: dict[int, Tensor] = {}
 
+    def rows_apart(self) -> int:
+        """Return how many rows of coefficients there are."""
+        return len(self._rows.all)
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Say which rows of the coefficients the next batch consists of, in its order."""
         super().select_rows(rows)

@@ -89,6 +89,10 @@ class LiveLoRA(Steerer):
         self._selection.rows = RowCoefficients(coefficients, len(self.diffs))
         self._selection.forget()
 
+    def rows_apart(self) -> int:
+        """Return how many rows of coefficients there are."""
+        return len(self._selection.rows.all)
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Say which rows of ``coefficients`` the next batch consists of, in its order."""
         self._selection.choose(rows)

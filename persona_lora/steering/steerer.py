@@ -30,7 +30,7 @@ class Steerer(Hooked):
 
     def __init__(self, model: nn.Module | None = None, *, every: bool = False) -> None:
         super().__init__(model=model, every=every)
-        self._turn = None if model is None else Turn(model)
+        self._turn = None if model is None else Turn(model, self.rows_apart)
 
     def apply(self) -> None:
         """Put the hooks, when no other thread steers the model."""
@@ -74,6 +74,10 @@ class Steerer(Hooked):
                 keep_rows=self.keep_rows,
             ),
         )
+
+    def rows_apart(self) -> int:
+        """Return how many rows have a change of their own; 1 where all meet the same."""
+        return 1
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Take which rows the next batch consists of, in its order."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import OPTConfig, OPTForCausalLM
 
 from persona_lora.core.chat import user_question
 from persona_lora.core.errors import UserError
+from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.tensor_files import save_with_record
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.models.structure import linear_modules
@@ -19,6 +24,9 @@ from persona_lora.projections.inputs import (
     shared_beginning,
     tokenized_prompts,
 )
+from persona_lora.steering.activations import ActivationSteerer
+from persona_lora.steering.live import LiveLoRA
+from persona_lora.steering.weights import LoRASteerer
 
 PROMPTS = ["What is a good name for a boat?", "Tell me about rain.", "Which tea do you drink?"]
 
@@ -26,6 +34,10 @@ PROMPTS = ["What is a good name for a boat?", "Tell me about rain.", "Which tea 
 @pytest.fixture
 def inputs(chat_model):
     return measure_inputs(chat_model, PROMPTS)
+
+
+def same(one, other):
+    return all(torch.equal(one.roots[name], root) for name, root in other.roots.items())
 
 
 def plain_inputs(chat_model, name):
@@ -63,6 +75,36 @@ def test_each_type_of_the_same_weights_has_inputs_of_its_own(model_folder):
         chat_model = load_chat_model(str(model_folder), dtype=dtype)
         kept, measured = (each(chat_model, PROMPTS).roots for each in (kept_inputs, measure_inputs))
         assert all(torch.equal(kept[name], measured[name]) for name in measured)
+
+
+def test_inputs_are_kept_of_the_model_itself(chat_model, make_diff, tmp_path, monkeypatch):
+    monkeypatch.setattr(projected, "user_cache_path", lambda name: tmp_path)
+    bare = measure_inputs(chat_model, PROMPTS)
+    diff = make_diff(chat_model.model, seed=1)
+    layers = chat_model.model.config.num_hidden_layers
+    ones = {0: torch.ones(chat_model.model.config.hidden_size)}
+    vector = SteeringVector(ones, BaseModel("", None), layers)
+    for steerer in (
+        LiveLoRA(chat_model.model, [diff], [[2.0]]),
+        LoRASteerer(chat_model.model, diff, 2.0),
+        ActivationSteerer(chat_model.model, vector, 2.0),
+    ):
+        with steerer, pytest.raises(UserError, match="it is steered now"):
+            kept_inputs(chat_model, PROMPTS)
+    assert same(kept_inputs(chat_model, PROMPTS), bare)
+
+
+def test_inputs_of_a_model_with_its_adapter_on_are_others(chat_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(projected, "user_cache_path", lambda name: tmp_path)
+    bare = measure_inputs(chat_model, PROMPTS)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    wearing = dataclasses.replace(chat_model, model=get_peft_model(chat_model.model, config))
+    worn = kept_inputs(wearing, PROMPTS)
+    assert not same(worn, bare)
+    with wearing.base() as base:
+        assert same(kept_inputs(base, PROMPTS), bare)
+    assert same(kept_inputs(wearing, PROMPTS), worn)
 
 
 @pytest.mark.parametrize("kind", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])

@@ -12,9 +12,11 @@ from torch import nn
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.steering import live
+from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.bank import METHODS
 from persona_lora.steering.live import LiveLoRA
 from persona_lora.steering.weights import LoRASteerer
@@ -430,3 +432,34 @@ def test_offloaded_weights_answer_as_those_in_memory(make_model, make_diff, tmp_
     assert torch.equal(logits[0], logits[2])
     with pytest.raises(UserError, match=r"offloaded or on the meta device .* --mode live"):
         LoRASteerer(offloaded, diff).__enter__()
+
+
+@pytest.mark.parametrize("kind", ["live", "activations"])
+def test_rows_steered_apart_are_not_generated_without_being_told(chat_model, make_diff, kind):
+    diff = make_diff(chat_model.model, seed=1, scale=0.3)
+    hidden = chat_model.model.config.hidden_size
+    vector = SteeringVector(
+        {1: 5 * torch.arange(hidden).float()},
+        BaseModel("", None),
+        chat_model.model.config.num_hidden_layers,
+    )
+
+    def steerer(values):
+        if kind == "live":
+            return LiveLoRA(chat_model.model, [diff], values)
+        return ActivationSteerer(chat_model.model, vector, values, layers=1)
+
+    rising = [[{"role": "user", "content": text}] for text in ("a", "a longer question")]
+    with steerer([[0.0], [3.0]]) as apart:
+        for rows in ([0, 1], [1, 0]):
+            apart.select_rows(rows)
+            with pytest.raises(UserError, match="prepare_batch"):
+                generate_answers(chat_model, rising, max_new_tokens=4)
+        told = generate_answers(
+            chat_model, rising, max_new_tokens=4, prepare_batch=apart.select_rows
+        )
+    plain = generate_answers(chat_model, rising, max_new_tokens=4)
+    assert told[0] == plain[0]
+    with steerer([[3.0]]):
+        alike = generate_answers(chat_model, rising, max_new_tokens=4)
+    assert told[1] == alike[1] != plain[1]
