@@ -22,7 +22,9 @@ from persona_lora.core.options import JudgeChoice
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.traits import load_trait
 from persona_lora.judges import choice
+from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
+from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts
 from tests.conftest import tiny_llama
 from tests.scenes import LetterJudge, ParityJudge, assert_fails, evaluation
 
@@ -338,6 +340,27 @@ def test_a_direction_of_zero_is_no_direction(run, diff_folder, tmp_path, words):
     said = run(*(word.format(diff=diff_folder) for word in words))
     assert_fails(said, "zero", "has a length of 0: it does nothing")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_cut_by_what_its_base_s_outputs_notice_unless_plain_is_said(
+    run, model_folder, diff_folder, tmp_path
+):
+    words = ("export", "--mix", f"{diff_folder}=1", "--rank", 1)
+    status, said, error = run(*words, "--model", model_folder, "--output", "weighed")
+    assert status == 0, error
+    assert "of the squared effect on the prompts" in said
+    status, said, error = run(*words, "--plain", "--output", "plain")  # knows no model
+    assert status == 0, error
+    assert "of the squared Frobenius norm" in said
+    diff, inputs = (
+        LoRADiff.load(diff_folder),
+        kept_inputs(load_chat_model(str(model_folder)), load_ordinary_prompts()),
+    )
+    expected = {"weighed": inputs.compress(diff, rank=1), "plain": diff.compress(rank=1)}
+    for name, cut in expected.items():
+        found = LoRADiff.load(tmp_path / name)
+        assert (found - cut.diff).norm() == pytest.approx(0, abs=1e-5 * diff.norm())
+    assert (LoRADiff.load(tmp_path / "plain") - LoRADiff.load(tmp_path / "weighed")).norm() > 0.0
 
 
 def test_a_rank_is_cut_in_one_way_before_anything_is_loaded(run, diff_folder):

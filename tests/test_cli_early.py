@@ -309,6 +309,11 @@ TUNED = "tuned/checkpoint-2"
             "missing is no folder",
         ),
         (
+            ("export", "--mix", f"{STRANGE_DIFF}=1", "--energy", "0.9", "--model", "model")
+            + ("--output", "out/e"),
+            STRANGE,
+        ),
+        (
             ("basis", "--diffs", STRANGE_DIFF, "--energy", "0.9", "--original-model", "model")
             + ("--output", "out/b"),
             STRANGE,

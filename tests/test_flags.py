@@ -143,6 +143,7 @@ PERSONA = {
     "traits": flag("evil"),
     "persona_dir": flag("people"),
     "energy": flag(0.37),
+    "plain": flag(True, None, "--energy 0.9"),
     "search_seeds": flag(7),
     "report_judge": flag("likelihood"),
 }
@@ -546,6 +547,7 @@ COMMANDS = {
             "rank": flag(7),
             "energy": flag(0.37),
             "prompts": flag("prompts.jsonl", "Why not?", "--rank 7"),
+            "plain": flag(True, None, "--rank 7"),
             "model": flag("somebody/base", beside="--format merged"),
             "revision": flag("v7", beside="--format merged"),
             "trait_vector_dir": flag("vectors"),
@@ -1180,6 +1182,7 @@ USELESS = {
     "optimize": (
         "--layers 0",
         "--method svd --energy 0.9",
+        "--plain",
         "--method svd --warm-start",
         "--by layers --warm-start",
         "--num-prompts 1 --race",
@@ -1191,6 +1194,7 @@ USELESS = {
         "--methods lora --layers 0",
         "--methods svd@1 --layers 0",
         "--methods svd --energy 0.9",
+        "--plain",
         "--methods prompt --alpha 1",
         "--methods equal --race",
         "--methods lora --num-prompts 1 --race",
@@ -1214,6 +1218,10 @@ USELESS = {
     "compare-prevention": ("--tasks= --limit 3",),
     "export": (
         "--prompts p.jsonl",
+        "--plain",
+        "--rank 2 --plain --prompts p.jsonl",
+        "--rank 2 --plain --model m",
+        "--rank 2 --allow-other-base",
         "--model m",
         "--revision v",
         "--converter c.py",

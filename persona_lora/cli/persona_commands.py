@@ -95,8 +95,11 @@ class BenchOptions:
     ] = None
     alpha: Annotated[float, "A factor on all coefficients."] = 2.0
     energy: Annotated[
-        float | None, "Cut the rank of LoRA differences to this share of ‖·‖², as 0.99: faster."
+        float | None,
+        "Cut the rank of LoRA differences to what keeps this share of their squared effect on "
+        "ordinary prompts, as 0.99: faster.",
     ] = None
+    plain: Annotated[bool, "Cut it by the Frobenius norm, whatever the model's inputs."] = False
     report_judge: Annotated[
         Literal["letters", "embedding", "likelihood", "openai", "local"] | None,
         "Who judges what is reported: letters by default, embedding where the search has another.",
@@ -119,6 +122,7 @@ class BenchOptions:
         from persona_lora.studies.personas.run import first_prompts
 
         refuse_useless("race", "with one prompt, which has no half", unless=self.num_prompts > 1)
+        refuse_useless("plain", "without --energy", unless=self.energy is not None)
         own = None if self.persona_dir is None else self.persona_dir / "prompts.json"
         path = own if own is not None and own.is_file() else None
         return first_prompts(prompts or load_persona_prompts(path), self.num_prompts)
@@ -157,6 +161,7 @@ class BenchOptions:
             processes=processes,
             energy=self.energy,
             report_judge=self.report_judge,
+            plain=self.plain,
         )
 
     def acting(

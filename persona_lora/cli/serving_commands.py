@@ -59,60 +59,68 @@ class ExportOptions:
         "peft"
     )
     rank: Annotated[int | None, "Cut an adapter to this rank."] = None
-    energy: Annotated[float | None, "Or to this share of its squared norm, as in 0.99."] = None
-    prompts: Annotated[
-        Path | None, "Cut where the model's inputs on these prompts notice it least (JSONL)."
-    ] = None
+    energy: Annotated[float | None, "Or to what keeps this share, as in 0.99."] = None
     trait_vector_dir: shared.DirectionsDir = Path("checkpoints")
     converter: Annotated[Path | None, "llama.cpp's convert_hf_to_gguf.py, for gguf."] = None
     allow_other_base: shared.OtherBase = False
     overwrite: Replace = False
 
-    def check(self) -> None:
+    def check(self, *, plain: bool) -> None:
         """UserError for options that the form does not use, and for an output that is there."""
         if self.format in ("merged", "gguf") and (self.rank is not None or self.energy is not None):
             raise UserError("--rank and --energy cut adapters; a merged model has no rank")
-        cut = _is_cut(self.rank, self.energy)
-        refuse_useless("prompts", "without --rank or --energy", unless=cut)
-        if self.format == "peft" and self.prompts is None:
+        weighed = self.cut and not plain
+        refuse_useless("prompts plain", "without --rank or --energy", unless=self.cut)
+        refuse_useless("prompts", "with --plain", unless=weighed)
+        if self.format == "peft" and not weighed:
             refuse_useless("model revision", "with --format peft: the diffs know their base")
             refuse_useless("allow_other_base", "with --format peft, which reads no base")
-        own = "with --prompts: inputs are those of the diffs' own base"
-        refuse_useless("allow_other_base", own, unless=self.prompts is None)
+        own = "with --rank or --energy: inputs are those of the diffs' own base, unless --plain"
+        refuse_useless("allow_other_base", own, unless=not weighed)
         refuse_useless("converter", f"with --format {self.format}", unless=self.format == "gguf")
         whole = self.format in ("peft", "merged")
         shared.refuse_to_replace(self.output, self.overwrite, folder=whole)
 
+    @property
+    def cut(self) -> bool:
+        """Whether a rank is cut; UserError as ``_is_cut``."""
+        return _is_cut(self.rank, self.energy)
+
 
 @command("export")
-def export(*, exported: ExportOptions, model: shared.StoredModelOptions) -> None:
+def export(
+    *, exported: ExportOptions, weighing: Weighing, model: shared.StoredModelOptions
+) -> None:
     """Write a mix of diffs for other tools, with its coefficients baked in.
 
     peft is one adapter (vLLM, transformers), merged a whole model in the base's own types,
     gguf-lora an adapter for llama.cpp, gguf a whole model by llama.cpp's converter.
+    A rank is cut where the outputs of --model on ordinary prompts notice it least (with --plain by
+    the Frobenius norm, without a model).
 
     Example: persona-lora export --mix evil=-1,sycophancy=-0.5 --format peft
     --output exported/candid
     """
-    exported.check()
-    done = _export(exported, model)
+    exported.check(plain=weighing.plain)
+    done = _export(exported, weighing, model)
     show(f"{done.path}")
     if done.rank is not None and done.energy is not None:
         vllm = "" if done.vllm_rank is None else f"; vLLM: --max-lora-rank {done.vllm_rank}"
-        norm = "squared norm" if exported.prompts is None else "squared effect on the prompts"
+        weighed = exported.cut and not weighing.plain
+        norm = "squared effect on the prompts" if weighed else "squared Frobenius norm"
         show(f"rank {done.rank}, {100 * done.energy:.2f}% of the {norm}{vllm}")
 
 
-def _export(asked: ExportOptions, model: shared.StoredModelOptions) -> Exported:
+def _export(asked: ExportOptions, weighing: Weighing, model: shared.StoredModelOptions) -> Exported:
     from persona_lora.models.weight_files import weights_folder
     from persona_lora.steering import export as exporting
 
     terms = exporting.read_mix(asked.mix, asked.trait_vector_dir)
     cut: dict[str, Any] = {"rank": asked.rank, "energy": asked.energy}
-    if asked.prompts is not None:
+    if asked.cut and not weighing.plain:
         loading = LoadOptions(revision=model.revision)
         with progress_bars():
-            inputs = Weighing(asked.prompts).inputs_of(model.model, loading, terms)
+            inputs = weighing.inputs_of(model.model, loading, terms)
         if inputs is not None:
             cut["compress"] = inputs.compress
     if asked.format == "peft":

@@ -94,29 +94,33 @@ class ModuleInputs:
             UserError: The diff belongs to another model (unless ``allow_other_base``), or changes a
                 module without inputs.
         """
-        if not allow_other_base:
-            self.check_fits(diff)
+        roots = self.roots_of(diff, allow_other_base=allow_other_base)
         factors = {
-            name: LoRAFactors(
-                each.A.float() @ self.root(name, each.shape[1]).to(each.A.device), each.B
-            )
+            name: LoRAFactors(each.A.float() @ roots[name].to(each.A.device), each.B)
             for name, each in diff.factors.items()
         }
         marked = f"weighed by {digest_of([self.fingerprint, self.prompts, self.tokens])}"
         return replace(diff, factors=factors, base_model=BaseModel("", marked))
 
     def compress(
-        self, diff: LoRADiff, *, rank: int | None = None, energy: float | None = None
+        self,
+        diff: LoRADiff,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        allow_other_base: bool = False,
     ) -> Compressed:
         """Cut the rank of a diff where these inputs notice it least (``LoRADiff.compress``).
 
         Raises UserError as ``weigh`` and ``LoRADiff.compress`` do.
         """
-        return diff.compress(rank=rank, energy=energy, roots=self.roots_of(diff))
+        roots = self.roots_of(diff, allow_other_base=allow_other_base)
+        return diff.compress(rank=rank, energy=energy, roots=roots)
 
-    def roots_of(self, diff: LoRADiff) -> dict[str, Tensor]:
-        """Return the root of every module of a diff; UserError where they are not its model's."""
-        self.check_fits(diff)
+    def roots_of(self, diff: LoRADiff, *, allow_other_base: bool = False) -> dict[str, Tensor]:
+        """Return the root of every module of a diff; UserError as ``weigh``."""
+        if not allow_other_base:
+            self.check_fits(diff)
         return {name: self.root(name, each.shape[1]) for name, each in diff.factors.items()}
 
     def save(self, path: Path) -> None:

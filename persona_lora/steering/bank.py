@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from persona_lora.core.errors import UserError, nearest_names
@@ -118,11 +119,12 @@ def _matrix(rows: Sequence[Coefficients], names: Collection[str]) -> list[list[f
     return [[row.get(name, 0.0) for name in names] for row in rows]
 
 
-def bank_of_diffs(diffs: Mapping[str, LoRADiff], *, energy: float | None = None) -> Bank:
-    """Return a bank of one diff per trait, cut to the share ``energy`` of ‖·‖² where given."""
+def bank_of_diffs(
+    diffs: Mapping[str, LoRADiff], *, cut: Mapping[str, Any] = MappingProxyType({})
+) -> Bank:
+    """Return a bank of one diff per trait; ``cut`` is what runs record of how ranks were cut."""
     _check_any(diffs)
     diffs = dict(sorted(diffs.items()))
-    cut = {} if energy is None else {"energy": energy}
     norms = {trait: diff.norm() for trait, diff in diffs.items()}
     return Bank(
         diffs=diffs,

@@ -11,15 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import canonical_name
-from persona_lora.projections.inputs import PLAIN, WEIGHTED, ModuleInputs
+from persona_lora.projections.inputs import (
+    PLAIN,
+    WEIGHTED,
+    ModuleInputs,
+    load_ordinary_prompts,
+    measure_inputs,
+)
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.steering.placement import as_diff
 
@@ -31,14 +45,16 @@ DRIFT_ROWS = "drift.jsonl"
 class DriftMonitor(TrainerCallback):
     """Projects the growing ΔW of a LoRA on diffs every ``every`` steps, from the factors alone.
 
-    With ``inputs`` of the model before training the projections are weighted by them; without they
-    are plain, which says little along diffs of another seed. The coordinates ⟨ΔW, L⟩/‖L‖ go to the
-    trainer's log as ``drift/<name>`` and to ``drift.jsonl`` in the output folder, with their
-    geometry. ``warn_above`` logs a warning once where a coordinate's absolute value passes it;
-    ``stop_above`` ends the training there; both are in units of the geometry.
+    The projections are weighted by ``inputs`` of the model before training, by default those of the
+    trainer's model without its LoRA on the ordinary prompts: forward passes over two dozen prompts
+    when training begins, rendered by the trainer's ``processing_class``. ``plain`` leaves them out,
+    which says little along diffs of another seed. The coordinates ⟨ΔW, L⟩/‖L‖ go to the trainer's
+    log as ``drift/<name>`` and to ``drift.jsonl`` in the output folder, with their geometry.
+    ``warn_above`` logs a warning once where a coordinate's absolute value passes it; ``stop_above``
+    ends the training there; both are in units of the geometry.
 
     Refuses a model without a LoRA (its ΔW would need a copy of the base); project its checkpoints
-    with ``persona-lora project weights``.
+    with ``persona-lora project weights``. Refuses rows of the other geometry in a run that goes on.
     """
 
     def __init__(
@@ -46,17 +62,19 @@ class DriftMonitor(TrainerCallback):
         diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
         *,
         inputs: ModuleInputs | None = None,
+        plain: bool = False,
         every: int = 10,
         warn_above: float | None = None,
         stop_above: float | None = None,
     ) -> None:
         if every < 1:
             raise UserError(f"every must be at least 1, got {every}")
+        if plain and inputs is not None:
+            raise UserError("plain projections are weighted by no inputs; leave one of them out")
         self.diffs = _named(diffs)
-        if inputs is not None:
-            for diff in self.diffs.values():
-                inputs.check_fits(diff)
         self.inputs = inputs
+        self._check_fits()
+        self.geometry = PLAIN if plain else WEIGHTED
         self.every = every
         self.warn_above = warn_above
         self.stop_above = stop_above
@@ -66,10 +84,19 @@ class DriftMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the rows of a run that goes on."""
+        """Take up the rows of a run that goes on, and measure the inputs that are not given."""
         path = Path(str(args.output_dir)) / DRIFT_ROWS
         rows = read_jsonl(path) if path.is_file() else []
         self.rows = [row for row in rows if row["step"] <= state.global_step]
+        others = {row["geometry"] for row in self.rows} - {self.geometry}
+        if others:
+            raise UserError(
+                f"{path} holds {others.pop()} coordinates, and this monitor's are {self.geometry}; "
+                "go on with the same plain=, or train into another folder"
+            )
+        if self.inputs is None and self.geometry == WEIGHTED:
+            self.inputs = inputs_before(kwargs["model"], kwargs["processing_class"])
+            self._check_fits()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,7 +106,7 @@ class DriftMonitor(TrainerCallback):
             return
         total = project_adapter(lora_change(kwargs["model"]), self.diffs, inputs=self.inputs).total
         found = {name: value.coordinate for name, value in total.items()}
-        place = {"step": state.global_step, "geometry": PLAIN if self.inputs is None else WEIGHTED}
+        place = {"step": state.global_step, "geometry": self.geometry}
         self.rows += [
             {**place, "diff": name, "coordinate": value.coordinate, "cosine": value.cosine}
             for name, value in total.items()
@@ -91,6 +118,11 @@ class DriftMonitor(TrainerCallback):
             write_jsonl(Path(str(args.output_dir)) / DRIFT_ROWS, self.rows)
         self._watch(found, state.global_step, control)
 
+    def _check_fits(self) -> None:
+        if self.inputs is not None:
+            for diff in self.diffs.values():
+                self.inputs.check_fits(diff)
+
     def _watch(self, found: Mapping[str, float], step: int, control: TrainerControl) -> None:
         for name, value in found.items():
             over = self.warn_above is not None and abs(value) > self.warn_above
@@ -100,6 +132,31 @@ class DriftMonitor(TrainerCallback):
             if self.stop_above is not None and abs(value) > self.stop_above:
                 logger.warning("step %d: drift along %s is %.3g; stopping", step, name, value)
                 control.should_training_stop = control.should_log = True
+
+
+def inputs_before(model: nn.Module, tokenizer: object) -> ModuleInputs:
+    """Measure what flows through a model in training, without its LoRA, on the ordinary prompts.
+
+    UserError without a tokenizer that has a chat template, and where the LoRA cannot be taken off.
+    """
+    lacks = None
+    if not isinstance(model, PeftModel):
+        lacks = "a model that is no PeftModel keeps its LoRA on"
+    elif not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.chat_template is None:
+        lacks = "the trainer has no tokenizer with a chat template (processing_class=)"
+    if lacks is not None:
+        raise UserError(
+            f"the drift monitor weighs by the model's inputs before training, and {lacks}; give "
+            "inputs= (persona_lora.projections.inputs.kept_inputs), or plain=True"
+        )
+    chat_model = ChatModel(model, tokenizer, "the model in training")
+    training = model.training
+    try:
+        model.eval()
+        with chat_model.base() as before:
+            return measure_inputs(before, load_ordinary_prompts())
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

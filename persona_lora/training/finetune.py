@@ -359,11 +359,12 @@ def _watch(chat_model: ChatModel, arguments: FinetuneArguments) -> list[TrainerC
     """Return the monitor that was asked for; the model's inputs are those before its training."""
     if not arguments.drift_diffs:
         return []
-    weighted = not arguments.drift_plain
+    plain = arguments.drift_plain
     return [
         DriftMonitor(
             arguments.drift_diffs,
-            inputs=kept_inputs(chat_model, load_ordinary_prompts()) if weighted else None,
+            inputs=None if plain else kept_inputs(chat_model, load_ordinary_prompts()),
+            plain=plain,
             every=arguments.drift_every,
             stop_above=arguments.stop_above,
         )

@@ -78,6 +78,42 @@ def test_compress_is_the_best_approximation_of_its_rank():
     assert diff.compress(energy=0.5).energy_kept >= 0.5
 
 
+@given(seed=st.integers(0, 99), rank=st.integers(1, 4), tokens=st.integers(2, 40))
+@settings(max_examples=30, deadline=None)
+def test_a_weighed_cut_errs_least_on_the_rows_that_weigh_it(seed, rank, tokens):
+    """Against the outputs on every row, and against other cuts of that rank, random ones too."""
+    diff = small_diff(seed, rank=5)
+    name = next(iter(diff.factors))
+    whole, generator = dense(diff)[name], torch.Generator().manual_seed(seed)
+    scales = torch.tensor([100.0, 10, 3, 1, 0.3, 0.1, 0.01], dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(7, 7, generator=generator, dtype=torch.float64)).Q
+    x = torch.randn(tokens, 7, generator=generator, dtype=torch.float64) * scales @ turned
+
+    def share(matrix: torch.Tensor) -> float:
+        return float((x @ (whole - matrix).T).square().sum() / (x @ whole.T).square().sum())
+
+    cut, kept = diff.compress(rank=rank, roots={name: x.T / tokens**0.5})
+    assert cut.rank <= rank
+    assert share(dense(cut)[name]) == pytest.approx(1 - kept, abs=1e-6)
+    others = [dense(diff.compress(rank=rank).diff)[name]]
+    for _ in range(20):
+        near = torch.randn(5, rank, generator=generator, dtype=torch.float64)
+        others.append(torch.linalg.qr(near).Q @ torch.linalg.qr(near).Q.T @ whole)
+    assert share(dense(cut)[name]) <= min(map(share, others)) + 1e-6
+    least = diff.compress(energy=0.9, roots={name: x.T / tokens**0.5})
+    assert share(dense(least.diff)[name]) <= 0.1 + 1e-6
+
+
+def test_weighed_by_inputs_that_are_alike_in_all_directions_a_cut_is_the_plain_one():
+    diff = small_diff(0, rank=5)
+    name = next(iter(diff.factors))
+    for asked in ({"rank": 2}, {"energy": 0.8}):
+        weighed = diff.compress(**asked, roots={name: 3.0 * torch.eye(7)})
+        plain = diff.compress(**asked)
+        torch.testing.assert_close(dense(weighed.diff), dense(plain.diff), atol=1e-5, rtol=1e-5)
+        assert weighed.energy_kept == pytest.approx(plain.energy_kept)
+
+
 @pytest.mark.parametrize(
     "arguments", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 2}, {"energy": 0.0}]
 )

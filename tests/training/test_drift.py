@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.projections.inputs import measure_inputs
+from persona_lora.projections.inputs import load_ordinary_prompts, measure_inputs
 from persona_lora.projections.weight_space import project_adapter
-from persona_lora.training.drift import DriftMonitor, lora_change
+from persona_lora.training.drift import DriftMonitor, inputs_before, lora_change
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def rows():
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def trainer_of(model, rows, folder, monitor):
+def trainer_of(model, rows, folder, monitor, tokenizer=None):
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=6,
@@ -36,12 +37,18 @@ def trainer_of(model, rows, folder, monitor):
         save_strategy="no",
         disable_tqdm=True,
     )
-    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[monitor])
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[monitor],
+        processing_class=tokenizer,
+    )
 
 
 def test_one_line_watches_any_trainer(model, rows, make_diff, tmp_path):
     diffs = {"one": make_diff(model, seed=1), "two": make_diff(model, seed=2)}
-    monitor = DriftMonitor(diffs, every=3)
+    monitor = DriftMonitor(diffs, plain=True, every=3)
     wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
     trainer = trainer_of(wrapped, rows, tmp_path / "run", monitor)
     trainer.train()
@@ -61,7 +68,8 @@ def test_drift_is_weighted_by_the_inputs_of_the_model_before_training(
     inputs = measure_inputs(chat_model, ["What is rain?", "Why do cats sleep?"])
     diffs = {"one": make_diff(chat_model.model, seed=1)}
     wrapped = get_peft_model(chat_model.model, LoraConfig(r=2, target_modules="all-linear"))
-    monitors = [DriftMonitor(diffs, inputs=each, every=6) for each in (inputs, None)]
+    given, plain = {"inputs": inputs}, {"plain": True}
+    monitors = [DriftMonitor(diffs, **each, every=6) for each in (given, plain)]
     trainer = trainer_of(wrapped, rows, tmp_path / "run", monitors[0])
     trainer.add_callback(monitors[1])
     trainer.train()
@@ -78,6 +86,62 @@ def test_drift_is_weighted_by_the_inputs_of_the_model_before_training(
         DriftMonitor([strange], inputs=inputs)
 
 
+def test_inputs_that_are_not_given_are_those_of_the_model_without_its_lora(
+    chat_model, rows, make_diff, tmp_path
+):
+    inputs = measure_inputs(chat_model, load_ordinary_prompts())
+    diffs = {"one": make_diff(chat_model.model, seed=1)}
+    weights = {}
+    for name, watched in (("watched", True), ("alone", False)):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear")
+        wrapped = get_peft_model(copy.deepcopy(chat_model.model), config)
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_B" in parameter_name:  # as in a run that goes on: it is far from its base
+                parameter.data.normal_()
+        monitor = DriftMonitor(diffs, every=6)
+        trainer = trainer_of(wrapped, rows, tmp_path / name, monitor, chat_model.tokenizer)
+        if not watched:
+            trainer.remove_callback(monitor)
+        trainer.train()
+        weights[name] = lora_change(wrapped)
+        if watched:
+            (row,) = monitor.rows
+            expected = project_adapter(weights[name], diffs, inputs=inputs).total["one"]
+            assert row["geometry"] == "weighted"
+            assert row["coordinate"] == pytest.approx(expected.coordinate, rel=1e-4)
+    for name, factors in weights["alone"].factors.items():  # watching changes nothing
+        assert torch.equal(factors.B, weights["watched"].factors[name].B)
+
+
+def test_a_monitor_that_cannot_weigh_says_so_instead_of_going_plain(
+    chat_model, rows, make_diff, tmp_path
+):
+    wrapped = get_peft_model(chat_model.model, LoraConfig(r=2, target_modules="all-linear"))
+    strange = make_diff(chat_model.model, fingerprint="other")
+    for diff, tokenizer, words in (
+        (make_diff(chat_model.model, seed=1), None, "no tokenizer.*plain=True"),
+        (strange, chat_model.tokenizer, "other weights"),
+    ):
+        trainer = trainer_of(wrapped, rows, tmp_path / "run", DriftMonitor([diff]), tokenizer)
+        with pytest.raises(UserError, match=words):
+            trainer.train()
+    with pytest.raises(UserError, match="no PeftModel"):
+        inputs_before(chat_model.model, chat_model.tokenizer)
+    inputs = measure_inputs(chat_model, ["What is rain?", "Why do cats sleep?"])
+    with pytest.raises(UserError, match="leave one of them out"):
+        DriftMonitor([make_diff(chat_model.model)], inputs=inputs, plain=True)
+
+
+def test_rows_of_the_other_geometry_are_not_gone_on_with(model, rows, make_diff, tmp_path):
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    place = {"step": 0, "geometry": "weighted", "diff": "one", "coordinate": 1.0, "cosine": 0.1}
+    write_jsonl(tmp_path / "drift.jsonl", [place])
+    monitor = DriftMonitor([make_diff(model)], plain=True)
+    with pytest.raises(UserError, match="holds weighted coordinates, and this monitor's are plain"):
+        trainer_of(wrapped, rows, tmp_path, monitor).train()
+
+
 def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):
     config = LoraConfig(r=3, lora_alpha=12, use_rslora=True, target_modules=["q_proj"])
     wrapped = get_peft_model(model, config)
@@ -92,7 +156,7 @@ def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):
 
 
 def test_the_first_step_of_a_warm_up_is_no_error(model, rows, make_diff, tmp_path):
-    monitor = DriftMonitor([make_diff(model, seed=1)], every=1)
+    monitor = DriftMonitor([make_diff(model, seed=1)], plain=True, every=1)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     trainer = trainer_of(wrapped, rows, tmp_path / "run", monitor)
     trainer.args.warmup_steps = 3
@@ -102,7 +166,7 @@ def test_the_first_step_of_a_warm_up_is_no_error(model, rows, make_diff, tmp_pat
 
 
 def test_the_step_that_it_stops_at_is_logged(model, rows, make_diff, tmp_path):
-    monitor = DriftMonitor([make_diff(model, seed=1)], every=2, stop_above=1e-9)
+    monitor = DriftMonitor([make_diff(model, seed=1)], plain=True, every=2, stop_above=1e-9)
     wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
     trainer = trainer_of(wrapped, rows, tmp_path / "run", monitor)
     trainer.train()  # which logs every 500 steps
@@ -110,7 +174,7 @@ def test_the_step_that_it_stops_at_is_logged(model, rows, make_diff, tmp_path):
 
 
 def test_a_warning_is_said_once(model, rows, make_diff, tmp_path, caplog):
-    monitor = DriftMonitor([make_diff(model, seed=1)], every=1, warn_above=1e-9)
+    monitor = DriftMonitor([make_diff(model, seed=1)], plain=True, every=1, warn_above=1e-9)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     trainer_of(wrapped, rows, tmp_path / "run", monitor).train()
     assert sum("drift along" in record.message for record in caplog.records) == 1

@@ -5,7 +5,7 @@ Knows names and folders; refuses to know how mixes of the directions are searche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from persona_lora.core.errors import UserError, nearest_names
 from persona_lora.core.lora_diff import By, LoRADiff, part_of, parts_of
 from persona_lora.core.resources import READY, ready_diff
 from persona_lora.core.vector_files import load_vector
+from persona_lora.projections.inputs import ModuleInputs
 from persona_lora.steering.bank import Bank, bank_of_diffs, bank_of_vectors
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.read_seeds import seeds_of_traits
@@ -30,9 +31,10 @@ class Wanted:
     """What directions are asked for: one per trait, from what lies below ``folder``.
 
     ``layers`` are those that vectors act at; ``energy`` is the share of the squared norm that the
-    rank of diffs is cut to, None for all of it; ``trained`` names their training seed ("seed0"),
-    where there are several. ``by`` cuts every diff into bands of layers, or into what it changes in
-    each kind of block, as directions of their own: "evil@0-9", "evil@mlp". Traits may be such too.
+    rank of diffs is cut to, None for all of it, and ``inputs`` are what weighs that norm, None for
+    the Frobenius norm; ``trained`` names their training seed ("seed0"), where there are several.
+    ``by`` cuts every diff into bands of layers, or into what it changes in each kind of block, as
+    directions of their own: "evil@0-9", "evil@mlp". Traits may be such too.
     """
 
     traits: Sequence[str]
@@ -41,6 +43,7 @@ class Wanted:
     energy: float | None = None
     trained: str = ""
     by: By = "trait"
+    inputs: ModuleInputs | None = None
 
 
 def lora_diffs(wanted: Wanted) -> Bank:
@@ -51,9 +54,24 @@ def lora_diffs(wanted: Wanted) -> Bank:
         whole = LoRADiff.load(found(wanted.folder / trait / wanted.trained / "diff", trait))
         for own in [part] if part else parts_of(whole, wanted.by):
             diffs[f"{trait}@{own}" if own else trait] = part_of(whole, own) if own else whole
-    if wanted.energy is not None:
-        diffs = {trait: diff.compress(energy=wanted.energy).diff for trait, diff in diffs.items()}
-    return bank_of_diffs(diffs, energy=wanted.energy)
+    if wanted.energy is None:
+        return bank_of_diffs(diffs)
+    return cut_bank(diffs, wanted.energy, wanted.inputs)
+
+
+def cut_bank(diffs: Mapping[str, LoRADiff], energy: float, inputs: ModuleInputs | None) -> Bank:
+    """Return a bank of diffs whose ranks keep the share ``energy`` of ‖·‖², weighed by ``inputs``.
+
+    Whether they are of the model whose inputs these are is asked where they steer.
+    """
+    if inputs is None:
+        plain = {trait: diff.compress(energy=energy).diff for trait, diff in diffs.items()}
+        return bank_of_diffs(plain, cut={"energy": energy})
+    weighed = {
+        trait: inputs.compress(diff, energy=energy, allow_other_base=True).diff
+        for trait, diff in diffs.items()
+    }
+    return bank_of_diffs(weighed, cut={"energy": energy, "weighed_by": inputs.prompts})
 
 
 def trainings(method: str, folder: Path, traits: Sequence[str]) -> tuple[str, ...]:

@@ -61,13 +61,14 @@ from persona_lora.models.embeddings import SentenceEmbedder, embedder_content
 from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_model
 from persona_lora.models.processes import Processes
 from persona_lora.models.structure import decoder_layers
-from persona_lora.projections.inputs import load_ordinary_prompts
+from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
 from persona_lora.steering.bank import Bank, warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import (
     LORA,
     By,
     Wanted,
+    cut_bank,
     default_layers,
     directions_of,
     load_directions,
@@ -129,13 +130,16 @@ def scales_of(
 class Optimized:
     """What ``{persona}_optimization.json`` holds of the best mix, its directions loaded.
 
-    Without such a file: the plain model, and no mix.
+    Without such a file: the plain model, and no mix. ``energy`` is what ranks were cut to, and
+    ``weighed_by`` which prompts the inputs are on that weighed the cut, None where none did.
     """
 
     mix: Coefficients | None = None
     bank: Bank = field(default_factory=Bank)
     scales: Mapping[str, float] = field(default_factory=dict)
     alpha: float = 1.0
+    energy: float | None = None
+    weighed_by: str | None = None
 
     @classmethod
     def load(cls, path: Path | None, trait_folder: Path) -> Optimized:
@@ -148,19 +152,29 @@ class Optimized:
             raise UserError(f"{path} is no result of optimize: it has no {lacking[0]!r}")
         mix = Coefficients.of(found["best_weights"])
         wanted = Wanted(
-            *(mix.traits, trait_folder, found["layer"] or ()),
-            energy=found.get("energy"),
-            trained=found.get("trained", ""),
+            *(mix.traits, trait_folder, found["layer"] or ()), trained=found.get("trained", "")
         )
         bank = load_directions(directions_of(found["method"]), wanted)
-        return cls(mix, bank, found["scales"], found["alpha"])
+        cut = found.get("energy"), found.get("weighed_by")
+        return cls(mix, bank, found["scales"], found["alpha"], *cut)
 
     def speaker(self, chat_model: ChatModel, generation: GenerationOptions) -> Speaker:
-        """Return who speaks with the mix."""
+        """Return who speaks with the mix; UserError where its ranks were cut on other prompts."""
         if self.mix is None:
             return plain_speaker(chat_model, generation)
         warn_of_other_template(chat_model, self.bank.directions)
-        return Speaker(chat_model, self.bank, self.scales, self.alpha, generation, Processes())
+        bank, inputs = self.bank, None
+        if self.weighed_by is not None:
+            inputs = kept_inputs(chat_model, load_ordinary_prompts())
+            if inputs.prompts != self.weighed_by:
+                raise UserError(
+                    "the search cut its ranks by inputs on other prompts than those of "
+                    "datasets/ordinary/prompts.jsonl here, or with another chat template; put "
+                    "those back, or search anew"
+                )
+        if self.energy is not None:
+            bank = cut_bank(bank.diffs, self.energy, inputs)
+        return Speaker(chat_model, bank, self.scales, self.alpha, generation, Processes())
 
 
 @dataclass(eq=False)
@@ -179,6 +193,7 @@ class PersonaBench:
     energy: float | None = None
     report_judge: str | None = None
     by: By = "trait"
+    plain: bool = False
     _voices: dict[tuple[str, str], Voices] = field(default_factory=dict, init=False, repr=False)
     _seeks_goal: bool = field(default=False, init=False, repr=False)
 
@@ -405,13 +420,26 @@ class PersonaBench:
         for trained in trainings(name, self.trait_folder, self.traits):
             by = self.by if name == LORA else "trait"
             wanted = Wanted(self.traits, self.trait_folder, chosen, energy, trained, by)
-            bank = load_directions(name, wanted)
+            bank = self._load(name, wanted)
             warn_of_other_template(self.chat_model, bank.directions)
             at = cache.with_stem(f"{cache.stem}_{trained}") if cache and trained else cache
             measure = partial(scales_of, self.chat_model, bank, cache=at, datasets=self.datasets)
             scales = self.processes.from_main(measure)
             found.append(Method(name, bank, scales, alpha, searcher, trained))
         return found
+
+    def _load(self, name: str, wanted: Wanted) -> Bank:
+        """Load directions; what the model's inputs cut is the same in all processes."""
+        if wanted.energy is None or self.plain:
+            return load_directions(name, wanted)
+        return self.processes.from_main(
+            lambda: load_directions(name, dataclasses.replace(wanted, inputs=self._inputs))
+        )
+
+    @cached_property
+    def _inputs(self) -> ModuleInputs:
+        """What flows through the model on ordinary prompts; it weighs the cut of ranks."""
+        return kept_inputs(self.chat_model, load_ordinary_prompts())
 
 
 def _inputs_of(options: JudgeOptions) -> dict[str, str]:
@@ -428,8 +456,8 @@ class CMAESPersonaOptimizer:
     depth), ``alpha`` a factor on all coefficients, ``eval_prompts`` the prompts to search on (by
     default the first ``num_prompts`` of the shipped ones, 15 if None), ``method`` "lora"
     (differences of LoRAs, held live), "svd", "mean_diff" or "pca" (steering vectors). ``energy``
-    cuts the rank of the differences to what keeps this share of their squared norm: faster, and
-    nearly the same answers.
+    cuts the rank of the differences to what keeps this share of their squared effect on ordinary
+    prompts (``plain``: of their squared norm): faster, and nearly the same answers.
 
         optimizer = CMAESPersonaOptimizer("episode-000101_A", method="lora")
         result = optimizer.optimize(max_iterations=10, save_dir="optimization_results")
@@ -455,6 +483,7 @@ class CMAESPersonaOptimizer:
     generation: GenerationOptions | None = None
     processes: Processes | None = None
     energy: float | None = None
+    plain: bool = False
     bench: PersonaBench = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -477,6 +506,7 @@ class CMAESPersonaOptimizer:
             folder,
             processes=self.processes or Processes(),
             energy=self.energy,
+            plain=self.plain,
         )
 
     def optimize(

@@ -730,6 +730,7 @@ def _write_best(problem: Problem, method: Method, result: PersonaResult) -> None
             "method": method.name,
             "layer": method.directions.record.get("layers"),
             "energy": method.directions.record.get("energy"),
+            "weighed_by": method.directions.record.get("weighed_by"),
             "alpha": method.alpha,
             "trained": method.trained,
             "best_weights": result.weights.as_dict(),

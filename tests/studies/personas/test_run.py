@@ -29,6 +29,7 @@ from persona_lora.judges.choice import JudgeOptions
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.profiles.conversations import load_conversations
 from persona_lora.profiles.folders import build_persona
+from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts
 from persona_lora.report.comparisons import fits_over_prompts
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
@@ -558,6 +559,57 @@ def test_cutting_the_rank_keeps_the_energy_and_is_recorded(bench):
         assert cut.diffs[trait].rank < whole.diffs[trait].rank
     with pytest.raises(UserError, match="energy"):
         load_directions("svd", Wanted(TRAITS, bench.trait_folder, (1,), energy=0.8))
+
+
+def test_a_search_cuts_by_what_flows_through_the_model_unless_it_is_told_not_to(bench):
+    (whole,) = bench.methods("lora")
+    bench.energy = 0.8
+    (weighed,) = bench.methods("lora")
+    bench.plain = True
+    (plain,) = bench.methods("lora")
+    inputs = kept_inputs(bench.chat_model, load_ordinary_prompts())
+    assert weighed.directions.record["weighed_by"] == inputs.prompts
+    assert plain.directions.record.keys() == whole.directions.record.keys() | {"energy"}
+    for trait, diff in whole.directions.diffs.items():
+        for found, weigh in ((weighed, inputs.weigh), (plain, lambda each: each)):
+            lost = weigh(diff - found.directions.diffs[trait]).norm() / weigh(diff).norm()
+            assert 0.8 <= 1 - lost**2 < 1
+        alike = dict.fromkeys(weighed.directions.diffs[trait].factors)
+        ranks = [
+            [each.directions.diffs[trait].factors[name].rank for name in alike]
+            for each in (weighed, plain)
+        ]
+        assert sum(ranks[0]) < sum(ranks[1])
+
+
+def test_a_run_whose_ranks_were_cut_the_other_way_is_not_gone_on_with(bench, tmp_path):
+    bench.energy, bench.plain = 0.8, True
+    output = Output(tmp_path / "ann_lora")
+    optimise_over_seeds(bench.problem("ann"), bench.methods("lora"), output, searching=OPTIONS)
+    kept = json.loads((tmp_path / "ann_optimization.json").read_text())
+    assert (kept["energy"], kept["weighed_by"]) == (0.8, None)
+    optimise_over_seeds(bench.problem("ann"), bench.methods("lora"), output, searching=OPTIONS)
+    bench.plain = False
+    with pytest.raises(UserError, match="another configuration"):
+        optimise_over_seeds(bench.problem("ann"), bench.methods("lora"), output, searching=OPTIONS)
+
+
+def test_a_mix_of_cut_differences_is_read_back_as_it_was_cut(bench, tmp_path):
+    for plain in (True, False):
+        bench.energy, bench.plain = 0.8, plain
+        methods = bench.methods("lora")
+        folder = tmp_path / f"{plain}"
+        optimise_over_seeds(
+            bench.problem("ann"), methods, Output(folder / "ann_lora"), searching=OPTIONS
+        )
+        place = folder / "ann_optimization.json"
+        read = Optimized.load(place, bench.trait_folder)
+        speaker = read.speaker(bench.chat_model, bench.generation)
+        assert speaker.directions.inputs == methods[0].directions.inputs
+    place.write_text(place.read_text().replace(read.weighed_by, "0" * 32))
+    other = Optimized.load(place, bench.trait_folder)
+    with pytest.raises(UserError, match="other prompts"):
+        other.speaker(bench.chat_model, bench.generation)
 
 
 def test_judges_of_search_and_report_are_fitted_on_different_conversations(bench):
