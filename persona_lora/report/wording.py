@@ -388,19 +388,19 @@ def _verb(summary: SweepSummary, low: ConditionSummary, high: ConditionSummary) 
         return "rises with the coefficient"
     if -1 in moved and 1 not in moved:
         return "falls with the coefficient"
-    tests = sum(each.from_zero is not None for each in summary.steered)
-    least = least_p(_questions(summary), tests)
-    if least >= CLEAR:
-        return (
-            f"cannot be shown to change by {_questions(summary)} questions (the least p value "
-            f"possible is {p_value(least)})"
-        )
     slope, p = summary.fit.slope.value, summary.fit.p
     if slope is not None and p is not None and p < CLEAR:
         return (
             f"{'rises' if slope > 0 else 'falls'} on the whole (by its slope, p {p_equals(p)}), "
             f"which {questions_line(summary)} cannot show at an end; persona-lora plan says how "
             "many can"
+        )
+    tests = sum(each.from_zero is not None for each in summary.steered)
+    least = least_p(_questions(summary), tests)
+    if least >= CLEAR:
+        return (
+            f"cannot be shown to change by {_questions(summary)} questions (the least p value "
+            f"possible is {p_value(least)})"
         )
     return "does not clearly change with the coefficient"
 

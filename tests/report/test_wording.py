@@ -85,6 +85,20 @@ def test_a_clear_slope_that_no_end_shows_is_said_with_too_few_questions(sweep_ro
     assert wording.least_p(8, 4) < wording.CLEAR
 
 
+@pytest.mark.parametrize(("questions", "coefficients"), [(6, (-1, 0, 1)), (8, range(-4, 5))])
+def test_a_clear_slope_is_said_where_no_end_could_be_clear(sweep_rows, questions, coefficients):
+    answers, verdicts = sweep_rows(coefficients=coefficients, prompts=(), questions=questions)
+    verdicts = [
+        {**v, "score": 50 + 5 * answers[v["row"]]["coefficient"]}
+        if v["criterion"] == "sycophancy"
+        else v
+        for v in verdicts
+    ]
+    summary = summarise_sweep(answers, verdicts, [], trait="sycophancy", resamples=200)
+    assert wording.least_p(questions, len(coefficients) - 1) >= wording.CLEAR
+    assert "Sycophancy rises on the whole (by its slope, p = 0.0" in wording.headline(summary)
+
+
 @pytest.mark.parametrize(
     ("interval", "p", "sign"),
     [
