@@ -8,6 +8,7 @@ draws whose 95% interval holds that mean, and the interval's mean width.
     python benchmarks/coverage.py --correlations   # percentile intervals of correlations, by units
     python benchmarks/coverage.py --seeds          # means and differences over one, three, five
     python benchmarks/coverage.py --corrected      # means put right, of a judge with rare misses
+    python benchmarks/coverage.py --equal          # how often a difference is called equal to 0
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
+from persona_lora.report import wording
 from persona_lora.report.correction import corrected_mean
 from persona_lora.report.resampling import (
     SCORES,
@@ -167,6 +169,31 @@ def print_corrected(draws: int) -> None:
         print(f"| {n} | {' | '.join(cells)} |", flush=True)
 
 
+SPREADS: dict[str, Draw] = {  # around 0, with a deviation of 3 but for the last
+    "normal": lambda random, n: random.normal(0, 3, n),
+    "heavy tails (t of 3)": lambda random, n: 3**0.5 * random.standard_t(3, n),
+    "skewed (exponential)": lambda random, n: random.exponential(3, n) - 3,
+    "skewed the other way": lambda random, n: 3 - random.exponential(3, n),
+    "10% rise by 50 ± 10": lambda random, n: rise(0.1)(random, n) - 5,
+}
+
+
+def print_equal(draws: int) -> None:
+    """Print how often a difference is called equal: of 5 points, the margin, and of 0."""
+    print("| differences | n | at the margin | at 0 |\n|---|---|---|---|")
+    for name, draw in SPREADS.items():
+        for n in (12, 20, 40):
+            random, called = np.random.default_rng(n), {5: 0, 0: 0}
+            for _ in range(draws):
+                drawn = draw(random, n)
+                for truth in called:
+                    own = {at: [x + truth] for at, x in enumerate(drawn)}
+                    gap = bootstrap_mean(own, resamples=2000)
+                    called[truth] += wording.unclear(gap, 1.0) != wording.UNDECIDED
+            shares = " | ".join(f"{each / draws:.3f}" for each in called.values())
+            print(f"| {name} | {n} | {shares} |", flush=True)
+
+
 def print_seeds(draws: int) -> None:
     """Print how often intervals over seeds and questions hold the mean."""
     several = {
@@ -201,12 +228,14 @@ def main() -> None:
     parser.add_argument("--correlations", action="store_true")
     parser.add_argument("--seeds", action="store_true")
     parser.add_argument("--corrected", action="store_true")
+    parser.add_argument("--equal", action="store_true")
     asked = parser.parse_args()
     if asked.correlations:
         print_correlations(asked.draws)
         return
-    for wanted, table in ((asked.seeds, print_seeds), (asked.corrected, print_corrected)):
-        if wanted:
+    others = {"seeds": print_seeds, "corrected": print_corrected, "equal": print_equal}
+    for name, table in others.items():
+        if getattr(asked, name):
             table(asked.draws)
             return
     several, methods = DISTRIBUTIONS, METHODS

@@ -37,7 +37,8 @@ class LocalReader:
     A tokenizer that writes "85" as "8", "5" (SmolLM2, Qwen) needs ``continuation_logprobs`` as
     well: it takes (user message, beginning of the reply) and returns the same for the next token.
     Then the probability of a number is the product over its digits, P(85) = P(8)·P(5 | 8), and a
-    one-digit number is one that no digit follows. Without it, numbers of one digit alone are a
+    one-digit number is one that no digit follows. A token that writes a number whole counts
+    beside the digits that write the same. Without it, numbers of one digit alone are a
     UserError. Where ``highest`` has one digit, the first digit is the number.
     """
 
@@ -131,11 +132,14 @@ def _whole_numbers(
     extend(starts)
     tens = [(row, "10") for row, each in enumerate(numbers) if each.get("10", 0.0) >= _NEGLIGIBLE]
     extend(tens, allowed="0")
-    return [
-        {token: logprob for token, logprob in top.items() if not _is_digit(token)}
-        | {number: math.log(p) for number, p in row.items() if p > 0}
-        for top, row in zip(first, numbers, strict=True)
-    ]
+    found: list[Mapping[str, float]] = []
+    for top, row in zip(first, numbers, strict=True):
+        whole = {token: logprob for token, logprob in top.items() if not _is_digit(token)}
+        for number, p in row.items():  # "75" may be a token, and "7", "5" as well
+            both = p + math.exp(whole.get(number, -math.inf))
+            whole |= {number: math.log(both)} if both > 0 else {}
+        found.append(whole)
+    return found
 
 
 def _digits(logprobs: Mapping[str, float]) -> dict[str, float]:

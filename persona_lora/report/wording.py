@@ -8,7 +8,7 @@ from pathlib import Path
 
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
-from persona_lora.report.resampling import ALIKE, EQUAL, Estimate, Interval
+from persona_lora.report.resampling import ALIKE, EQUAL, SCORES, Bounds, Estimate, Interval
 from persona_lora.report.scores import CONTROL, NEUTRAL, UNSTEERED, method_of
 from persona_lora.report.summary import SweepSummary
 
@@ -18,6 +18,9 @@ PROMPT_LABELS = {
     "prompt_neutral": "neutral prompt",
 }
 CLEAR = 0.05  # a difference is called clear below this (corrected) p value
+MARGIN = 0.05  # of a scale, or of the time of the base: what is surely nearer is called equal
+UNDECIDED = "undecided"
+FEWEST_EQUAL = 12  # of fewer questions intervals of skewed differences cover too little for that
 NONE = "–"
 _MINUS = "\N{MINUS SIGN}"
 _NO_WIDTH = {EQUAL: "all equal", ALIKE: "resamples alike"}
@@ -130,8 +133,34 @@ def clear_sign(gap: Interval | None, p: float | None) -> int:
 
 def direction_of(difference: PairedDifference) -> int:
     """Return 1 or −1 where a paired difference is clear of 0, and 0 where it is not."""
-    p = difference.p if difference.p_holm is None else difference.p_holm
-    return clear_sign(difference.interval, p)
+    return clear_sign(difference.interval, _decisive(difference))
+
+
+def _decisive(difference: PairedDifference) -> float | None:
+    return difference.p if difference.p_holm is None else difference.p_holm
+
+
+def unclear(
+    gap: Interval | None, p: float | None, *, before: str = "", scale: Bounds = SCORES
+) -> str:
+    """Say, after ``before``, what is known of a difference not clear of 0; "" of one that is.
+
+    "equal within 5 points" where its whole 95% interval, over ``FEWEST_EQUAL`` questions or more,
+    lies within ``MARGIN`` of the values' scale: two one-sided tests at 2.5% each (Schuirmann 1987).
+    Else ``UNDECIDED``: no difference is shown, and none of that size is excluded.
+    """
+    if clear_sign(gap, p):
+        return ""
+    margin = MARGIN * (scale.high - scale.low)
+    if gap is None or gap.low is None or gap.high is None or gap.n_questions < FEWEST_EQUAL:
+        return f"{before}{UNDECIDED}"
+    equal = max(-gap.low, gap.high) <= margin
+    return f"{before}equal within {margin:g} points" if equal else f"{before}{UNDECIDED}"
+
+
+def unclear_of(difference: PairedDifference, before: str = "") -> str:
+    """Say the same of a paired difference, by the test that decides on it."""
+    return unclear(difference.interval, _decisive(difference), before=before)
 
 
 def time_or_memory(what: str, unit: str, value: float) -> tuple[str, str]:
@@ -369,7 +398,8 @@ def _control(summary: SweepSummary) -> str:
     }[direction_of(overall)]
     return (
         f"{verdict}: {change(overall.interval)} points in the expected direction, paired by "
-        f"question and averaged over the coefficients (p {p_equals(overall.p)})."
+        f"question and averaged over the coefficients (p {p_equals(overall.p)}"
+        f"{unclear_of(overall, '; ')})."
     )
 
 
@@ -402,7 +432,13 @@ def _verb(summary: SweepSummary, low: ConditionSummary, high: ConditionSummary) 
             f"cannot be shown to change by {_questions(summary)} questions (the least p value "
             f"possible is {p_value(least)})"
         )
-    return "does not clearly change with the coefficient"
+    told = [
+        f"{said} at {label(end)}"
+        for end in (low, high)
+        if end.from_zero is not None and (said := unclear_of(end.from_zero))
+    ]
+    known = f" ({', '.join(told)})" if told else ""
+    return f"does not clearly change with the coefficient{known}"
 
 
 def coherent_line(summary: SweepSummary) -> str:
@@ -431,7 +467,10 @@ def _prompts(summary: SweepSummary) -> str:
     steered = f"coefficient {coefficient(compared[0].coefficient)}"
     if summary.method == UNSTEERED:
         steered = "the unsteered model"
-    verdict = f"{verdict} the positive prompt (paired difference {interval(gap)})"
+    verdict = (
+        f"{verdict} the positive prompt (paired difference {interval(gap)}"
+        f"{unclear_of(compared[0].difference, '; ')})"
+    )
     return f"{sentence[:-1]}; {steered} {verdict}."
 
 
@@ -443,8 +482,7 @@ def prompt_alone(reference: ConditionSummary | None, neutral: ConditionSummary |
     over = reference.over_neutral
     if neutral is None or over is None or over.interval.mean is None:
         return f"{said}."
-    clear = "" if direction_of(over) else ", not clear"
-    gap = f"difference {change(over.interval)}{clear}"
+    gap = f"difference {change(over.interval)}{unclear_of(over, ', ')}"
     return f"{said}, neutral ones {interval(neutral.trait)} ({gap})."
 
 

@@ -324,7 +324,11 @@ def _finding(runs: Sequence[Run], found: Sequence[OverSeeds]) -> str:
         return f"Over {len(runs)} seeds: {means}."
     drawn = [{each["seed"] for each in run.record["config"].get("controls", ())} for run in runs]
     same = f" {SAME_CONTROLS}" if set.intersection(*drawn) else ""
-    return f"{_short(found)}Clear of 0 over {len(runs)} seeds (Holm): {said or 'nothing'}.{same}"
+    tested = [each for each in found if each.change is not None]
+    rest = grouped(tested, lambda each: wording.unclear(each.change, each.p_holm))
+    others = (f"{how}: {', '.join(e.condition for e in own)}" for how, own in rest.items() if how)
+    told = "; ".join((said or "nothing", *others))
+    return f"{_short(found)}Clear of 0 over {len(runs)} seeds (Holm): {told}.{same}"
 
 
 def _short(found: Sequence[OverSeeds]) -> str:
@@ -334,7 +338,8 @@ def _short(found: Sequence[OverSeeds]) -> str:
         split, _, name = each.condition.partition(": ")
         if name in directions and wording.clear_sign(each.change, each.p_holm) < 1:
             gap = f"{wording.change(each.change)}, p {wording.p_value(each.p_holm)}"
-            said.append(f"{split}: {directions[name]} ({gap})")
+            unclear = wording.unclear(each.change, each.p_holm, before="; ")
+            said.append(f"{split}: {directions[name]} ({gap}{unclear})")
     return f"Not clearly further than random controls: {', '.join(said)}. " if said else ""
 
 

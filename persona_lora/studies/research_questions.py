@@ -21,6 +21,7 @@ from persona_lora.report.trust import standing
 from persona_lora.report.wording import (
     CLEAR,
     NONE,
+    UNDECIDED,
     between,
     clear_sign,
     interval,
@@ -29,6 +30,7 @@ from persona_lora.report.wording import (
     p_value,
     time_or_memory,
     title_of,
+    unclear,
 )
 from persona_lora.studies.drift.figure import render_prediction, render_prevention
 from persona_lora.studies.drift.read_prediction import (
@@ -129,7 +131,7 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
     if not by_name:
         return None
     compared = list(by_name.values())
-    rows, lines, at_level, winners = [], [], [], []
+    rows, lines, at_level, winners, undecided = [], [], [], [], 0
     moved = {LORA: 0, ACTIVATION: 0}
     effects: dict[str, dict[Place, MethodEffect]] = {}
     once = []  # of each trait, what is called after it alone: sycophancy, not sycophancy_layer28
@@ -145,6 +147,7 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
                 moved[method] += (own[split, method].effect.low or 0.0) > 0
             activation = own[split, ACTIVATION]
             winners.append(clear_sign(activation.difference, activation.p_holm))
+            undecided += unclear(activation.difference, activation.p_holm) == UNDECIDED
             rows.append((trait, SPLITS[split], *_effects(split, own)))
     n, seeds = len(winners), [len(runs) for runs in compared]
     return {
@@ -154,7 +157,8 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
         "by_activations": moved[ACTIVATION],
         "weights_further": winners.count(1),
         "activations_further": winners.count(-1),
-        "undecided": winners.count(0),
+        "undecided": undecided,
+        "equal": winners.count(0) - undecided,
         "beyond_random": sum(
             clear_sign(each.difference, each.p_holm) > 0
             for own in effects.values()
@@ -206,10 +210,11 @@ def _effects(split: str, own: Mapping[Place, MethodEffect]) -> Iterable[str]:
 
 
 def _pooled_row(each: Pooled) -> tuple[str, ...]:
-    told = {1: "more with weights", -1: "more with activations", 0: "undecided"}
+    told = {1: "more with weights", -1: "more with activations"}
     return (
         SPLITS[each.split], each.what, interval(each.difference), p_value(each.p_holm),
-        told[clear_sign(each.difference, each.p_holm)],
+        unclear(each.difference, each.p_holm)
+        or told[clear_sign(each.difference, each.p_holm)],
     )  # fmt: skip
 
 

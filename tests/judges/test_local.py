@@ -76,6 +76,21 @@ def test_local_judge_multiplies_digit_steps_into_whole_numbers(trait):
     assert [verdict.score for verdict in verdicts] == pytest.approx([expected, expected])
 
 
+def test_numbers_that_tokens_write_whole_keep_their_probability_beside_digit_steps(trait):
+    """A tokenizer with a token for "75" may write "7", "5" too: both are the number 75."""
+    first = {"75": 0.5, " 75": 0.1, "7": 0.2, "100": 0.1, "No": 0.1}
+    steps = {"7": {"5": 0.1, "<end>": 0.9}}
+    reader = LocalReader(
+        "whole",
+        lambda prompts: [logs(first)],
+        lambda pairs: [logs(steps[start]) for _, start in pairs],
+    )
+    ((reading,)) = reader.read(["how good?"]).values()
+    expected = 75 * (0.6 + 0.2 * 0.1) + 7 * 0.2 * 0.9 + 100 * 0.1
+    assert reading.score == pytest.approx(expected / 0.9)
+    assert reading.number_mass == pytest.approx(0.9)
+
+
 @pytest.mark.parametrize("tokens", [{"1": 0.99, "9": 0.005, "The": 0.005}, {"8": 0.5, "7": 0.4}])
 def test_local_judge_refuses_digits_without_a_continuation(trait, tokens):
     reader = LocalReader("j", lambda _: [logs(tokens)])

@@ -158,7 +158,9 @@ def test_several_random_directions_are_drawn_as_the_questions_are(sweep_rows):
     assert control.overall.interval.low == pytest.approx(crossed_mean(gaps).interval.low)
     assert control.overall.p == pytest.approx(crossed_mean(gaps).p)
     assert control.overall.p > 0.05 > alone.overall.p
-    assert "is not clear of 3 random directions" in wording.headline(summary)
+    said = wording.headline(summary)
+    assert "is not clear of 3 random directions" in said
+    assert f"(p {wording.p_equals(control.overall.p)}; undecided)" in said
     assert (control.draws, control.least, control.most) == pytest.approx((3, 2 * size, 9 * size))
     assert control.rho_means.value == pytest.approx(1 / 3)
     two = control.conditions[-1]

@@ -170,7 +170,7 @@ def test_a_prompt_of_the_trait_stands_beside_neutral_ones(sweep_rows):
     assert all(each.over_neutral is None for each in summary.steered)
     told = wording.headline(summary)
     assert "neutral ones 5" in told
-    assert "not clear" not in told
+    assert "undecided" not in told
     rows = [row for row in long_rows(summary) if row["statistic"] == "difference_from_neutral"]
     assert [row["method"] for row in rows] == ["prompt_neg", "prompt_pos"]
 

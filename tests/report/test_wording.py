@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from persona_lora.report import wording
-from persona_lora.report.resampling import ALIKE, EQUAL, Estimate, Interval
+from persona_lora.report.resampling import ALIKE, EQUAL, FITS, Estimate, Interval, bootstrap_mean
 from persona_lora.report.summary import summarise_sweep
+from persona_lora.report.two_way import mean_gap
 
 
 def test_wording_of_numbers_uses_true_minus_signs_and_no_negative_zero():
@@ -40,6 +42,80 @@ def test_wording_of_an_interval_drops_brackets_where_there_is_none():
     changes = [Interval(mean, -90.0, 90.0, 20, 20, 1.0) for mean in (22.4, -22.4, 0.4)]
     found = [wording.change(each) for each in (*changes, None)]
     assert found == ["+22 [−90, 90]", "−22 [−90, 90]", "0 [−90, 90]", "–"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "p", "said"),
+    [
+        (-5.0, 5.0, 12, 0.5, "equal within 5 points"),
+        (-5.1, 1.0, 12, 0.5, "undecided"),
+        (-1.0, 5.1, 12, 0.5, "undecided"),
+        (-1.0, 1.0, 11, 0.5, "undecided"),
+        (
+            None,
+            None,
+            40,
+            0.5,
+            "undecided",
+        ),  # all equal, or two seeds: no interval excludes anything
+        (1.0, 4.0, 12, 0.01, ""),
+    ],
+)
+def test_a_difference_is_equal_only_where_larger_ones_are_excluded(low, high, n, p, said):
+    assert wording.unclear(Interval(2.0, low, high, n, n, 1.0), p) == said
+    on_fits = Interval(2.0, low and low / 25, high and high / 25, n, n, 1.0)
+    told = said.replace("5 points", "0.2 points")
+    assert wording.unclear(on_fits, p, before=": ", scale=FITS) == (told and f": {told}")
+    assert wording.unclear(None, None) == "undecided"
+
+
+SHAPES = {  # of mean 0 and deviation 1
+    "normal": lambda random, size: random.normal(0, 1, size),
+    "heavy tails": lambda random, size: random.standard_t(3, size) / 3**0.5,
+    "skewed": lambda random, size: random.exponential(1, size) - 1,
+    "skewed the other way": lambda random, size: 1 - random.exponential(1, size),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n", [12, 20, 40])
+def test_what_lies_at_the_margin_is_seldom_called_equal(shape, n):
+    """In 5 of 100 cases at most (6 of skewed ones), and what is equal mostly is found to be."""
+    draws, random, equal = 400, np.random.default_rng(n), {0.0: 0, 5.0: 0}
+    for _ in range(draws):
+        values = 3 * SHAPES[shape](random, n)
+        for truth in equal:
+            own = {at: [value + truth] for at, value in enumerate(values)}
+            gap = bootstrap_mean(own, resamples=1000)
+            equal[truth] += wording.unclear(gap, 1.0).startswith("equal")
+    noise = 2 * (0.05 * 0.95 / draws) ** 0.5
+    assert equal[5.0] / draws <= (0.06 if shape == "skewed" else 0.05) + noise / 2
+    assert equal[0.0] / draws > 0.85
+
+
+@pytest.mark.parametrize("n", [12, 20, 40])
+def test_over_three_seeds_what_lies_at_the_margin_is_seldom_called_equal(n):
+    draws, random, equal = 200, np.random.default_rng(1), 0
+    for _ in range(draws):
+        values = (
+            5 + random.normal(0, 3, n) + random.normal(0, 1, (3, 1)) + random.normal(0, 1, (3, n))
+        )
+        gap = mean_gap([dict(enumerate(seed)) for seed in values]).interval
+        equal += wording.unclear(gap, 1.0).startswith("equal")
+    assert equal / draws <= 0.05 + (0.05 * 0.95 / draws) ** 0.5
+
+
+def test_a_flat_sweep_says_what_its_ends_exclude(sweep_rows):
+    answers, verdicts = sweep_rows(coefficients=(-1.0, 0.0, 1.0), prompts=(), questions=12)
+    scored = [
+        {**v, "score": 50.0 + answers[v["row"]]["row"] * 7 % 5}
+        if v["criterion"] == "sycophancy"
+        else v
+        for v in verdicts
+    ]
+    summary = summarise_sweep(answers, scored, [], trait="sycophancy", resamples=200)
+    ends = "(equal within 5 points at −1, equal within 5 points at +1)"
+    assert f"does not clearly change with the coefficient {ends}" in wording.headline(summary)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,15 @@ def test_what_one_seed_shows_is_not_what_seeds_show(seeded):
     assert found.p > 0.5
     assert found.change.low < -20
     assert found.change.high > 20
-    assert seeds_lines(runs, over_seeds(runs))[1].endswith("(Holm): nothing. One judge: embedding.")
+    line = seeds_lines(runs, over_seeds(runs))[1]
+    assert "(Holm): nothing; undecided: " in line
+    assert line.endswith("+1. One judge: embedding.")
+
+
+def test_what_no_seed_moves_is_equal_within_the_margin(seeded):
+    runs = seeded([0.1, -0.1, 0.2])
+    line = seeds_lines(runs, over_seeds(runs))[1]
+    assert "(Holm): nothing; equal within 5 points: " in line
 
 
 def test_what_all_seeds_do_is_found_with_its_size(seeded):

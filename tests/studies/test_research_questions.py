@@ -80,7 +80,7 @@ def test_who_steers_further_follows_the_effects(write, tmp_path):
     text = " ".join(page.split())
     assert "**Yes.** At equal divergence" in text
     assert "in 2 of 2 comparisons (a trait, a set of questions) with weights, and in 2" in text
-    assert "further in 1, activations in 1; 0 are undecided" in text
+    assert "further in 1, activations in 1; 0 are equal within 5 points, 0 undecided" in text
     assert "2 of 8 coefficients missed theirs" in text
     assert (tmp_path / "docs" / "figures" / "same_traits.png").stat().st_size > 1000
 
@@ -97,7 +97,8 @@ def test_training_seeds_are_read_together_and_the_strongest_control_is_named(wri
     row = next(line for line in page.split("\n") if line.startswith("| Evil | held-out"))
     assert re.match(r"\| Evil \| held-out questions \| 1[89] \[", row)  # (30 + 12 + 14) / 3
     assert "(29)" in row.split(" | ")[4]
-    assert "Weights steered clearly further in 0, activations in 0; 1 are undecided" in text
+    further = "Weights steered clearly further in 0, activations in 0"
+    assert f"{further}; 0 are equal within 5 points, 1 undecided" in text
     assert "- **Evil.** Exploratory, 3 seeds." in page
     assert "over 3 seeds (Holm)" in text.split("**Evil.**")[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from persona_lora.core.errors import UserError
@@ -29,8 +31,8 @@ from persona_lora.studies.steering.read_comparison import (
 from persona_lora.studies.steering.read_grid import grid_of
 
 
-def interval(mean, low, high):
-    return Interval(mean, low, high, 8, 8, 1.0)
+def interval(mean, low, high, n=8):
+    return Interval(mean, low, high, n, n, 1.0)
 
 
 # weights minus activations (mean, low, high), p after Holm, and who is said to steer further
@@ -100,7 +102,8 @@ def test_what_random_controls_do_as_well_is_said_before_the_winner(of, gap, p, d
         assert line.startswith(f"{first}{who} {said}")
         assert line.index(said) < line.index(". Between the two, weights steered further: ")
     if gap is not None:
-        assert f"({wording.change(found)} points, p {wording.p_value(p)})" in line
+        known = "" if p == 0.01 else "; undecided"
+        assert f"({wording.change(found)} points, p {wording.p_value(p)}{known})" in line
 
 
 @pytest.mark.parametrize(("gap", "p", "winner"), WHO)
@@ -110,6 +113,34 @@ def test_a_pooled_row_names_the_same_winner(gap, p, winner):
     )
     told = {"weights": "more with weights", "activations": "more with activations"}
     assert row[-1] == told.get(winner, "undecided")
+
+
+@pytest.mark.parametrize(
+    ("gap", "p", "said"),
+    [
+        ((1.0, -3.0, 5.0, 20), 0.6, "equal within 5 points"),
+        ((1.0, -3.0, 5.1, 20), 0.6, "undecided"),
+        ((1.0, -3.0, 5.0, 11), 0.6, "undecided"),
+        ((3.0, 1.0, 5.0, 20), 0.01, ""),  # clear, and small: it is not called equal
+    ],
+)
+def test_what_is_not_clear_is_equal_or_undecided_wherever_it_is_said(gap, p, said):
+    """Every verdict on two that a test does not tell apart says what its interval excludes."""
+    found = interval(*gap)
+    pooled = research_questions.Pooled("eval", "effect", found, p)
+    assert research_questions._pooled_row(pooled)[-1] == (said or "more with weights")
+    lora = Overall("eval", "lora", shown(30), None, None, None)
+    vector = Overall("eval", "activation", shown(29), found, None, p, p)
+    random = Overall("eval", "random_lora", shown(29), found, None, p, p)
+    line, _ = verdict_lines(Comparison("evil", "mean", (), (lora, vector, random)))
+    assert line.count(f"; {said or 'undecided'}") == 2 * bool(said)
+    fits = [
+        ConditionFit(name, shown(3), shown(80), shown(60), difference, None, p_holm=p)
+        for name, difference in (("none", None), ("lora", interval(*(each / 25 for each in gap))))
+    ]
+    fits[1] = replace(fits[1], difference=replace(fits[1].difference, n_questions=gap[-1]))
+    told = said.replace("5 points", "0.2 points")  # of a scale from 1 to 5
+    assert (f" The change is not clear: {told}." in _lead([], fits, "lora")) == bool(said)
 
 
 @pytest.mark.parametrize(("gap", "p", "winner"), WHO)
@@ -137,7 +168,7 @@ def test_a_gain_is_called_clear_by_its_corrected_test(gain, p, clear):
         )
     ]  # fmt: skip
     said = _lead([], fits, "lora")
-    assert ("not clear" not in said) == clear
+    assert ("The change is not clear: undecided." not in said) == clear
     assert "LoRA, CMA-ES: fit 3.00 [3.00, 3.00] against 2.00 [2.00, 2.00] unsteered" in said
     assert wording.interval(fits[1].difference, 2) in said
     assert ("Holm" in said) == (p is not None)

@@ -10,6 +10,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row
 from persona_lora.report.figures import Picture
+from persona_lora.report.resampling import FITS
 from persona_lora.report.sections import (
     Block,
     Card,
@@ -61,7 +62,7 @@ def search_content(run: Run) -> Content:
     rows = rows_of(run)
     fits = condition_fits(rows, limits_of(run))
     title = f"A search for {config['persona']} with {way_of(config)}"
-    lead = _lead(rows, fits, _best(run))
+    lead = _none_kept(run) + _lead(rows, fits, _best(run))
     checks = [_check(row) for row in run.read("judge_checks")] + _fresh(run)
     return Content(title, lead, _blocks(title, lead, render_search(run), fits, rows, checks))
 
@@ -75,7 +76,7 @@ def _goal_content(run: Run) -> Content:
     lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
     if is_front(config):
         lines.append(front_line(rows, config, limits_of(run)))
-    lead = " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
+    lead = _none_kept(run) + " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
     note = (
         "Random mix: another for every prompt, as long as the best mix. Intervals: bootstrap over "
         "prompts. p: two-sided sign-flip test on the prompts’ differences from the unsteered "
@@ -161,7 +162,8 @@ def _lead(rows: Sequence[Row], fits: Sequence[ConditionFit], condition: str, way
         return f"{order_line(fits)} There is nothing to compare with. {agreement_line(rows)}"
     gain, p = steered.difference, steered.p_holm
     why = "" if p is None else f" (p {wording.p_equals(p)}, Holm)"  # two searches have no test
-    verdict = "" if wording.clear_sign(gain, p) else " The change is not clear."
+    unclear = wording.unclear(gain, p, scale=FITS)
+    verdict = f" The change is not clear: {unclear}." if unclear else ""
     name = name_of(condition)
     chosen = f", the highest of {ways} ways on these prompts" if ways > 1 else ""
     said = (
@@ -212,16 +214,28 @@ def _examples(rows: Sequence[Row], conditions: Sequence[str]) -> tuple[Question,
 
 def _fresh(run: Run) -> list[str]:
     """Say how the mean and the best few candidates stood on fresh prompts, where one is named."""
+    rows = run.read("finalists")
     found = [
         wording.number(row["value"], 2) + (" (breaks the constraints)" if row["violation"] else "")
-        for row in run.read("finalists")
+        for row in rows
     ]
     if not found:
         return []
+    kept = "what stands highest there of those that keep the constraints is named best."
+    if _none_kept(run):
+        kept = "none keeps the constraints, and what breaks them least is named best."
     return [
         f"On fresh prompts, by the judge of the search: the mean {found[0]}, the best candidates "
-        f"{', '.join(found[1:])}; what stands highest there is named best."
+        f"{', '.join(found[1:])}; {kept}"
     ]
+
+
+def _none_kept(run: Run) -> str:
+    """Return a warning where no mix kept the constraints on fresh prompts; "" where one did."""
+    scored = [row for row in run.read("finalists") if row["value"] is not None]
+    if not scored or not all(row["violation"] for row in scored):
+        return ""
+    return f"{WARNING}: on fresh prompts no mix kept the constraints; this one breaks them least. "
 
 
 def _check(row: Row) -> str:

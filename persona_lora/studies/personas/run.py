@@ -448,11 +448,20 @@ def _reported(
     objective: ObjectiveOptions,
     run: Run,
 ) -> PersonaResult:
-    """Name the best mix on fresh prompts, and score it on held-out ones."""
+    """Name the best mix on fresh prompts, and score it on held-out ones.
+
+    Of those that keep the constraints on fresh prompts; where none does, what breaks them least.
+    """
     drawn = {"seed": searching.seed, "trained": method.trained}
     finalists = _finalists(problem, speaker, found, objective, run)
     mixes = {name: each.coefficients for name, each in finalists.items()}
     best = max(finalists, key=lambda name: finalists[name].standing)
+    if finalists[best].violation:
+        logger.warning(
+            "%s: no mix that was measured again keeps the constraints on fresh prompts; the %s is "
+            "named best because it breaks them least (by %.3g)",
+            *(problem.name, best, finalists[best].violation),
+        )
     if problem.processes.index == 0:
         run.write(FINALISTS, [{**row, "best": best} for row in run.read(FINALISTS)])
     conditions = {UNSTEERED: None, **mixes, **problem.beside(mixes[best], searching)}

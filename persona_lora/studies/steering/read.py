@@ -87,8 +87,6 @@ from persona_lora.studies.steering.read_side_effects import (
     side_effects_table,
 )
 
-EQUAL = 0.05  # of the base's time: what is nearer is as fast
-
 # -- a sweep ---------------------------------------------------------------------------------------
 
 
@@ -543,7 +541,8 @@ def _verdict(own: Mapping[str, Overall], split: str) -> str:
         f"{said}: weights moved the trait by "
         f"{wording.interval(lora.effect)} points, activations by "
         f"{wording.interval(activation.effect)}, a paired difference of {wording.interval(gap)} "
-        f"(p {wording.p_value(activation.p_holm)}, Holm){lost}."
+        f"(p {wording.p_value(activation.p_holm)}, Holm"
+        f"{wording.unclear(gap, activation.p_holm, before='; ')}){lost}."
         f"{f' {clear[0].upper()}{clear[1:]}.' if clear else ''}"
     )
 
@@ -567,7 +566,8 @@ def _beyond(control: Overall) -> tuple[int, str]:
         -1: "steered less far than",
     }[sign]
     points = f"{wording.change(gap)} points, p {wording.p_value(p)}"
-    return sign, f"{direction} {said} {random} ({points})"
+    unclear = wording.unclear(gap, p, before="; ")
+    return sign, f"{direction} {said} {random} ({points}{unclear})"
 
 
 def _method(each: Overall | Point) -> str:
@@ -658,8 +658,8 @@ def speed_beside_base(ratios: Sequence[Interval]) -> str:
     Equal only where every whole interval is within 5% of 1: two one-sided tests at 2.5% each.
     """
     bounds = [(each.low or 0.0, each.high or np.inf) for each in ratios]
-    if all(low >= 1 - EQUAL and high <= 1 + EQUAL for low, high in bounds):
-        return f"is as fast as the base within {100 * EQUAL:g}%"
+    if all(low >= 1 - wording.MARGIN and high <= 1 + wording.MARGIN for low, high in bounds):
+        return f"is as fast as the base within {100 * wording.MARGIN:g}%"
     if all(low <= 1.0 <= high for low, high in bounds):
         return "is not shown to be faster or slower than the base"
     return "differs from the base in speed"

@@ -58,7 +58,7 @@ def control_line(grid: GridSummary) -> str:
     )
     return (
         f"{said} {wording.change(over.interval)} points over all its coefficients (p "
-        f"{wording.p_equals(over.p_holm)}, Holm over layers)."
+        f"{wording.p_equals(over.p_holm)}, Holm over layers{wording.unclear_of(over, '; ')})."
     )
 
 

@@ -178,6 +178,46 @@ def test_what_is_named_best_stood_highest_on_fresh_prompts(problem, method, tmp_
     assert not (tmp_path / "none").exists()
 
 
+def test_constraints_are_enforced_on_fresh_prompts(problem, method, tmp_path, caplog):
+    """The mix that is named best is one that keeps them there, however high others stand."""
+
+    class Fresh(EvenCoherence):
+        kept: tuple = ()
+
+        def verdicts(self, exchanges, name):
+            scores = [90.0 if self.keeps(e) else 60.0 + len(e.answer) / 10 for e in exchanges]
+            return [Verdict("coherence", score, "", name) for score in scores]
+
+        def keeps(self, each):
+            return each.question not in PROMPTS.fresh or each.answer in self.kept
+
+    def search(name, kept):
+        coherence = Fresh()
+        coherence.kept = kept
+        limited = ObjectiveOptions(min_coherence=80.0)
+        asked = dataclasses.replace(problem, coherence=coherence)
+        found = optimise_persona(
+            asked, method, tmp_path / name, searching=OPTIONS, objective=limited
+        )
+        page = write_report([tmp_path / name], tmp_path / f"{name}.html").read_text()
+        return found, Run(tmp_path / name).read("finalists"), page
+
+    warning = "on fresh prompts no mix kept the constraints"
+    found, rows, page = search("none", ())
+    assert all(row["violation"] for row in rows)
+    assert found.standing.kept == -min(row["violation"] for row in rows)
+    assert "breaks them least" in caplog.text
+    assert f"WARNING: {warning}" in page
+    lowest = min(rows, key=lambda row: row["value"])
+    assert lowest["value"] < max(row["value"] for row in rows)
+    caplog.clear()
+    found, rows, page = search("lowest", lowest["details"]["answers"])
+    assert [row["values"] for row in rows if not row["violation"]] == [lowest["values"]]
+    assert list(found.weights.values) == lowest["values"]
+    assert warning not in page
+    assert "breaks them least" not in caplog.text
+
+
 def test_a_real_line_is_placed_among_the_prompts_that_a_model_is_asked(problem):
     asked = []
 
