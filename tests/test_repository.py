@@ -23,8 +23,9 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def command_lines(text: str) -> list[str]:
-    """Lines of shell blocks, continued lines joined, comments left out."""
+    """Lines of shell blocks and of tables, continued lines joined, comments left out."""
     blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, flags=re.DOTALL)
+    blocks += re.findall(r"^\|.*?\| `(persona-lora .*?)` \|", text, flags=re.MULTILINE)
     joined = "\n".join(blocks).replace("\\\n", " ")
     return [line.strip() for line in joined.splitlines() if line.strip() and line[0] != "#"]
 

@@ -408,9 +408,12 @@ def render_diagnosis(run: Run) -> Picture:
     y = [100 * row["share"] for row in kinds]
     panels.append(draw.bars(axes, Series("kinds", (), tuple(y)), [row["of"] for row in kinds]))
     axes.set_xlim(0, 1.35 * max([*y, 1.0]))
-    note = (
-        "Weighted by the base model's inputs. Grey bars: as far as another control may lie; grey "
-        "dots: each control, less the mean of the others."
+    note = "Weighted by the base model's inputs. Grey bars: " + (
+        "the null's threshold, which is no alarm: every real finetune that was measured lies "
+        "outside it."
+        if found.any_false is None
+        else "as far as another control may lie; grey dots: each control, less the mean of the "
+        "others."
     )
     outside = sum(row["share"] for row in shares if row["of"] == "elsewhere")
     if outside:

@@ -17,6 +17,7 @@ from persona_lora.projections.inputs import kept_inputs, tokenized_prompts
 from persona_lora.projections.weight_space import project_adapter
 from persona_lora.steering.weights import LoRAMerger, LoRASteerer
 from persona_lora.studies.drift.diagnosis import Subject, diagnose
+from persona_lora.studies.drift.figure import render_diagnosis
 from persona_lora.studies.drift.read_diagnosis import (
     DOSES,
     PLACES,
@@ -257,6 +258,19 @@ def test_the_page_says_how_far_the_alarm_is_to_be_trusted(ask, unrelated, tmp_pa
     for words in ("Controls of another size", "False alarms: rate unknown.", "from 5 unrelated"):
         assert words in page
     assert json.loads((tmp_path / "few" / "diagnosis.json").read_text())["any_false"] is None
+
+
+def test_the_picture_says_what_its_grey_bars_are(ask, unrelated):
+    def note(**more):
+        return " ".join(
+            render_diagnosis(ask(unrelated[-1], **more)).figure.texts[-1].get_text().split()
+        )
+
+    assert "Grey bars: as far as another control may lie; grey dots: each control" in note()
+    for few in (0, 4):
+        said = note(controls=few, to=f"controls{few}")
+        assert "Grey bars: the null's threshold, which is no alarm" in said
+        assert "control" not in said
 
 
 def test_tables_hold_what_is_told_apart_from_nothing(ask, unrelated):
