@@ -46,7 +46,7 @@ PATTERN_SECONDS = 1.0
 _DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
 
 
-def checked_config(config: Any, where: Path) -> dict[str, Any]:
+def checked_config(config: Any, where: Path | str) -> dict[str, Any]:
     """Return the configuration of a plain LoRA; UserError names the field that is none."""
     if not isinstance(config, dict):
         raise UserError(f"{where} holds a {type(config).__name__}, expected a JSON object")
@@ -103,7 +103,7 @@ def lists(config: Mapping[str, Any], module: str) -> bool | None:
     return None if not targets or targets == "all-linear" else _listed(targets, module)
 
 
-def _numbers(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+def _numbers(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     """Check rank and alpha, of the adapter and of single modules, and the flag of rsLoRA."""
     found: dict[str, Any] = {}
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
@@ -121,7 +121,7 @@ def _numbers(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     return found
 
 
-def _targets(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+def _targets(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     for key in ("target_modules", "exclude_modules"):
         value = config.get(key)
         names = value if isinstance(value, list) else [value or ""]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -142,6 +142,19 @@ def _messages(value: Any, where: str) -> Conversation:
             raise UserError(f"{where}: a message needs a role (user, assistant) and content")
         messages.append(Message(role=role, content=content))
     return messages
+
+
+def check_conversation(value: Any) -> None:
+    """Raise UserError for what is no list of messages, or has none, of whatever roles."""
+    turns = value if isinstance(value, list | tuple) else ()
+    if not turns or not all(
+        isinstance(turn, Mapping) and {str} == {type(turn.get("role")), type(turn.get("content"))}
+        for turn in turns
+    ):
+        raise UserError(
+            "a conversation is a list of messages, as in "
+            f'[{{"role": "user", "content": "Hello"}}], got {repr(value)[:80]}'
+        )
 
 
 def user_question(

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from persona_lora.core.errors import UserError
@@ -53,6 +54,18 @@ def read_reply_json(text: str) -> Any:
         return value
     halves = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
     return json.loads(halves.decode("utf-16", "replace"))
+
+
+def as_json(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is said of something's sources; UserError for what JSON cannot hold."""
+    try:
+        json.dumps(dict(sources), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"sources are written as JSON (texts, numbers, lists, objects): {error}; use str(…) of "
+            "a path, and float(…) of a number of numpy or torch"
+        ) from error
+    return dict(sources)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,9 +27,12 @@ from torch import Tensor
 from persona_lora.core.adapter_files import FactorsOnDisk, read_factors, write_adapter
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, nearest_names
+from persona_lora.core.given import whole_numbers
+from persona_lora.core.json_text import as_json
 from persona_lora.core.tensor_files import tensor_digest
 
 BANDS = 3  # of layers
+WEIGHED = "weighed by "  # begins the fingerprint of what is measured in the geometry of inputs
 By = Literal["trait", "layers", "modules"]
 
 
@@ -195,12 +198,12 @@ class LoRADiff:
         """Write a PEFT adapter folder with ``diff.json`` beside it, atomically; return its path.
 
         The adapter has ``r = lora_alpha`` in every module and no rsLoRA, so its scaling is 1 and
-        PEFT applies exactly this diff.
+        PEFT applies exactly this diff. Raises UserError for sources that JSON cannot hold.
         """
         provenance = {
             "trait": self.trait,
             "base_model": vars(self.base_model),
-            "sources": dict(self.sources),
+            "sources": as_json(self.sources),
         }
         tensors = {module: (each.A, each.B) for module, each in self.factors.items()}
         return write_adapter(Path(folder), tensors, self.base_model.name, provenance)
@@ -234,7 +237,7 @@ class LoRADiff:
 
     def at(self, layers: int | Iterable[int]) -> LoRADiff:
         """Return the diff restricted to some decoder layers; UserError for one that it has not."""
-        wanted = {layers} if isinstance(layers, int) else set(layers)
+        wanted = set(whole_numbers(layers, "layers"))
         by_layer = {module: layer_number(module) for module in self.factors}
         held = {layer for layer in by_layer.values() if layer is not None}
         if not wanted or wanted - held:
@@ -253,26 +256,43 @@ class LoRADiff:
         """The largest rank of any module."""
         return max(factors.rank for factors in self.factors.values())
 
-    def inner(self, other: LoRADiff) -> float:
+    def inner(self, other: LoRADiff, *, allow_other_base: bool = False) -> float:
         """Return the Frobenius inner product Σ ⟨B₁A₁, B₂A₂⟩ = Σ tr((B₁ᵀB₂)(A₂A₁ᵀ)), in fp64.
 
         Modules that only one of the two changes contribute nothing.
+
+        Raises:
+            UserError: Diffs of different base models (unless ``allow_other_base``), of weights of
+                other shapes, or without a module in common.
         """
-        return math.fsum(
-            self.factors[module].inner(other.factors[module])
-            for module in self.factors.keys() & other.factors.keys()
-        )
+        check_diffs([self, other])
+        if not allow_other_base:
+            shared_base_model([self, other])
+        shared = self.factors.keys() & other.factors.keys()
+        if not shared:
+            raise UserError(
+                f"two diffs share no module ({next(iter(self.factors))} … and "
+                f"{next(iter(other.factors))} …), so that any number between them would be 0; "
+                "compare diffs of the same modules"
+            )
+        for module in shared:
+            _check_one_shape(module, [self.factors[module], other.factors[module]])
+        return math.fsum(self.factors[module].inner(other.factors[module]) for module in shared)
 
     def norm(self) -> float:
         """Return the Frobenius norm over all modules."""
         return math.sqrt(max(self.inner(self), 0.0))
 
-    def cosine(self, other: LoRADiff) -> float:
-        """Return ⟨self, other⟩ / (‖self‖·‖other‖), in [-1, 1]; UserError where a norm is zero."""
+    def cosine(self, other: LoRADiff, *, allow_other_base: bool = False) -> float:
+        """Return ⟨self, other⟩ / (‖self‖·‖other‖), in [-1, 1].
+
+        Raises UserError where ``inner`` does, and where a norm is zero.
+        """
+        inner = self.inner(other, allow_other_base=allow_other_base)
         norms = self.norm() * other.norm()
         if norms == 0:
             raise UserError("the cosine with a diff of norm 0 is undefined")
-        return self.inner(other) / norms
+        return min(1.0, max(-1.0, inner / norms))  # rounding may pass 1
 
     def compress(
         self,
@@ -362,10 +382,11 @@ def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
     """Return Σ cᵢ·diffᵢ as one diff: of the summed rank, or of one where all share their A.
 
     Raises:
-        UserError: Diffs of different base models, or a coefficient that is not finite.
+        UserError: Diffs of different base models, or of weights of other shapes, or a coefficient
+            that is not finite.
     """
-    if not terms:
-        raise UserError("a mix needs at least one diff")
+    if not isinstance(terms, Mapping) or not terms:
+        raise UserError("a mix needs at least one diff with its coefficient, as in {evil: -1.0}")
     diffs = list(terms)
     base_model = shared_base_model(diffs)
     stacked: dict[str, list[LoRAFactors]] = defaultdict(list)
@@ -375,15 +396,16 @@ def mix(terms: Mapping[LoRADiff, float]) -> LoRADiff:
             stacked[module].append(LoRAFactors(each.A, each.B * scale))
     traits = {diff.trait for diff in diffs}
     return LoRADiff(
-        factors={module: _summed(parts) for module, parts in stacked.items()},
+        factors={module: _summed(module, parts) for module, parts in stacked.items()},
         base_model=base_model,
         trait=traits.pop() if len(traits) == 1 else None,
         sources=_merged_sources(terms),
     )
 
 
-def _summed(parts: Sequence[LoRAFactors]) -> LoRAFactors:
+def _summed(module: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
     """Return Σ BᵢAᵢ: those of an equal A add their B, the others stand side by side."""
+    _check_one_shape(module, parts)
     distinct: list[LoRAFactors] = []
     for part in parts:
         for place, held in enumerate(distinct):
@@ -397,12 +419,39 @@ def _summed(parts: Sequence[LoRAFactors]) -> LoRAFactors:
     )
 
 
+def _check_one_shape(module: str, parts: Sequence[LoRAFactors]) -> None:
+    shapes = sorted({part.shape for part in parts})
+    if len(shapes) > 1:
+        raise UserError(
+            f"{module} is {' and '.join(str(list(each)) for each in shapes)} in diffs that should "
+            "be of one model; take diffs of one model, and where one is weighed by inputs all"
+        )
+
+
+def check_diffs(diffs: Iterable[Any]) -> None:
+    """Raise UserError for what is no diff."""
+    for each in diffs:
+        if not isinstance(each, LoRADiff):
+            raise UserError(
+                f"a diff is expected, got {repr(each)[:80]}; load one with LoRADiff.load(path)"
+            )
+
+
+def as_diff(lora_diff: LoRADiff | str | Path) -> LoRADiff:
+    """Return the diff itself, or the one loaded from a path; UserError for anything else."""
+    if isinstance(lora_diff, str | Path):
+        return LoRADiff.load(lora_diff)
+    check_diffs([lora_diff])
+    return lora_diff
+
+
 def shared_base_model(diffs: Sequence[LoRADiff]) -> BaseModel:
     """Return the base model that all diffs agree on; raises UserError where two differ.
 
     Fingerprints decide where both are known, names otherwise; a file that names no base model
     (a bare ``.pt``) mixes with any.
     """
+    check_diffs(diffs)
     return agreed_base([diff.base_model for diff in diffs], "diffs")
 
 
@@ -412,11 +461,13 @@ def agreed_base(bases: Sequence[BaseModel], what: str) -> BaseModel:
     for base in bases:
         if not _may_be_same(reference, base):
             remedy = (
-                f"their weights differ, take {what} of one model"
-                if reference.fingerprint and base.fingerprint
-                else "where these are one model, give it one name in the files of both "
+                "where these are one model, give it one name in the files of both "
                 "(base_model_name_or_path in adapter_config.json, base_model in diff.json)"
             )
+            if reference.fingerprint and base.fingerprint:
+                remedy = f"their weights differ, take {what} of one model"
+            if _weighed(reference) or _weighed(base):
+                remedy = "one is weighed by inputs (''), weigh both by the same"
             raise UserError(
                 f"{what} of different base models do not mix: {reference.name!r} and "
                 f"{base.name!r}; {remedy}"
@@ -425,16 +476,27 @@ def agreed_base(bases: Sequence[BaseModel], what: str) -> BaseModel:
 
 
 def _may_be_same(first: BaseModel, second: BaseModel) -> bool:
-    if first.fingerprint is not None and second.fingerprint is not None:
+    known = first.fingerprint is not None and second.fingerprint is not None
+    if known or _weighed(first) or _weighed(second):
         return first.fingerprint == second.fingerprint
     return first.name == second.name or not (first.name and second.name)
 
 
+def _weighed(base: BaseModel) -> bool:
+    return (base.fingerprint or "").startswith(WEIGHED)
+
+
 def finite_coefficient(coefficient: float) -> float:
-    """Return the coefficient as a float; raises UserError where it is NaN or infinite."""
-    value = float(coefficient)
-    if not math.isfinite(value):
-        raise UserError(f"coefficient must be a finite number, got {coefficient!r}")
+    """Return a number, of numpy or torch too, as a float.
+
+    Raises UserError where it is none, NaN, or beyond what fp32 holds.
+    """
+    try:
+        value = math.nan if isinstance(coefficient, str | bytes) else float(coefficient)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is of tensors of torch
+        value = math.nan
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise UserError(f"coefficient must be a finite number, got {repr(coefficient)[:80]}")
     return value
 
 

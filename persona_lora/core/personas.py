@@ -5,9 +5,10 @@ A persona is one speaker's side of several conversations; in them the persona is
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,7 +107,7 @@ class Coefficients:
         traits = tuple(sorted(coefficients))
         for trait in traits:
             value = coefficients[trait]
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, Real) or not abs(value) <= sys.float_info.max:
                 raise UserError(f"the coefficient of {trait} must be finite, got {value!r}")
         return cls(traits, tuple(float(coefficients[trait]) for trait in traits))
 

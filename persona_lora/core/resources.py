@@ -18,13 +18,13 @@ def checkout() -> Path | None:
     return None if _carried().is_dir() else PACKAGE.parent
 
 
-def search_folders(name: str, given: Path | None = None) -> list[Path]:
+def search_folders(name: str, given: str | Path | None = None) -> list[Path]:
     """Return the folders in which to look for an item of ``datasets``, ``personas``, …, in order.
 
     Only the ``given`` one; without it that of the working folder, then the one that comes along.
     """
     if given is not None:
-        return [given]
+        return [Path(given)]
     own, along = Path(name), (checkout() or _carried()) / name
     return [own] if own.resolve() == along else [own, along]
 

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import BaseModel, LoRADiff, agreed_base, finite_coefficient
+from persona_lora.core.given import whole_numbers
+from persona_lora.core.json_text import as_json
+from persona_lora.core.lora_diff import (
+    BaseModel,
+    LoRADiff,
+    agreed_base,
+    finite_coefficient,
+)
 from persona_lora.core.tensor_files import load_with_record, save_with_record, tensor_digest
 
 FORMAT, HEADER = "persona_lora.steering_vector", "steering_vector"
@@ -80,7 +87,7 @@ class SteeringVector:
             "trait": self.trait,
             "method": self.method,
             "position": self.position,
-            "sources": dict(self.sources),
+            "sources": as_json(self.sources),
         }
         tensors = {f"layer.{at}": direction.float() for at, direction in self.directions.items()}
         save_with_record(path, tensors, HEADER, metadata)
@@ -120,22 +127,27 @@ class SteeringVector:
         """Return the Euclidean norm of every direction, by layer."""
         return {layer: float(self.directions[layer].double().norm()) for layer in self.layers}
 
-    def cosine(self, other: SteeringVector) -> dict[int, float]:
-        """Return the cosine with another vector at every layer that both have."""
-        self._check_shape(other)
-        return {
-            layer: float(
-                torch.cosine_similarity(
-                    self.directions[layer].double(), other.directions[layer].double(), dim=0
-                )
-            )
-            for layer in self.layers
-            if layer in other.directions
-        }
+    def cosine(self, other: SteeringVector, *, allow_other_base: bool = False) -> dict[int, float]:
+        """Return the cosine with another vector at every layer that both have, in [-1, 1].
 
-    def at(self, layers: Iterable[int]) -> SteeringVector:
+        Raises:
+            UserError: Vectors of different base models (unless ``allow_other_base``) or of models
+                of another shape, without a layer in common, or of length 0 at one.
+        """
+        self._check_shape(other)
+        if not allow_other_base:
+            agreed_base([self.base_model, other.base_model], "steering vectors")
+        shared = [layer for layer in self.layers if layer in other.directions]
+        if not shared:
+            raise UserError(
+                f"steering vectors of different layers do not compare: {_spans(self.layers)} and "
+                f"{_spans(other.layers)}"
+            )
+        return {at: _cosine(self.directions[at], other.directions[at], at) for at in shared}
+
+    def at(self, layers: int | Iterable[int]) -> SteeringVector:
         """Return the vector restricted to some of its layers; UserError for one it has not."""
-        wanted = list(layers)
+        wanted = whole_numbers(layers, "layers")
         missing = [layer for layer in wanted if layer not in self.directions]
         if missing:
             raise UserError(
@@ -177,11 +189,32 @@ class SteeringVector:
         return self * -1.0
 
     def _check_shape(self, other: SteeringVector) -> None:
+        check_vectors([other])
         if (self.hidden_size, self.num_layers) != (other.hidden_size, other.num_layers):
             raise UserError(
                 f"steering vectors of models of different shape do not compare: "
                 f"{self.num_layers} layers of {self.hidden_size} and "
                 f"{other.num_layers} layers of {other.hidden_size}"
+            )
+
+
+def _cosine(one: Tensor, other: Tensor, layer: int) -> float:
+    one, other = one.double(), other.double()
+    norms = float(one.norm() * other.norm())
+    if norms == 0:
+        raise UserError(
+            f"the cosine with a steering vector of length 0 (layer {layer}) is undefined"
+        )
+    return min(1.0, max(-1.0, float(one @ other) / norms))  # rounding may pass 1
+
+
+def check_vectors(vectors: Iterable[Any]) -> None:
+    """Raise UserError for what is no steering vector."""
+    for each in vectors:
+        if not isinstance(each, SteeringVector):
+            raise UserError(
+                f"a steering vector is expected, got {repr(each)[:80]}; load one with "
+                "load_vector(path)"
             )
 
 

@@ -155,6 +155,8 @@ def load_trait(name: str | Path, datasets: Path | None = None) -> Trait:
     Raises:
         UserError: An unknown name (the nearest known ones are named), or a malformed file.
     """
+    if not isinstance(name, str | Path):
+        raise UserError(f"a trait is loaded by its name or path, got {repr(name)[:80]}")
     roots = search_folders("datasets", datasets)
     path = Path(name)
     if path.suffix == ".json" and path.is_file():

@@ -9,9 +9,11 @@ makes that exact.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -124,10 +126,14 @@ def generate_answers(
     """
     if not conversations:
         raise UserError("there are no conversations to answer; the list of questions is empty")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature}")
+    if not (isinstance(max_new_tokens, Integral) and max_new_tokens >= 1):
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}")
+    if batch_size != "auto" and not (isinstance(batch_size, Integral) and batch_size >= 1):
+        raise UserError(f"batch_size must be at least 1 or auto, got {batch_size!r}")
+    if not (isinstance(temperature, Real) and 0 <= temperature <= sys.float_info.max):
+        raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature!r}")
+    if not isinstance(seed, Integral):
+        raise UserError(f"seed must be a whole number, got {seed!r}")
     if prepare_batch is None and (apart := rows_kept_apart(chat_model.model)) > 1:
         raise UserError(
             f"the model is steered by {apart} rows of coefficients, and batches are sorted by "
@@ -138,9 +144,8 @@ def generate_answers(
     longest = max(map(len, tokens)) + max_new_tokens
     chat_model.check_length(longest, f"a prompt and {max_new_tokens} new ones")
     size = _affordable_rows(chat_model, longest) if batch_size == "auto" else batch_size
-    if size < 1:
-        raise UserError(f"batch_size must be at least 1 or auto, got {batch_size}")
-    job = _Job(chat_model, prompts, tokens, max_new_tokens, temperature, seed, prepare_batch, plan)
+    how = max_new_tokens, temperature, int(seed)
+    job = _Job(chat_model, prompts, tokens, *how, prepare_batch, plan)
     answers: dict[int, Generated] = {}
     for rows, batch in job.batches(size):
         answers.update(zip(rows, batch, strict=True))

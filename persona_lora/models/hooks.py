@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from persona_lora.core.errors import UserError
-from persona_lora.models.structure import kind_of
+from persona_lora.models.structure import check_model, kind_of
 
 
 class _Enter:
@@ -154,6 +154,7 @@ class Hooked(Reversible):
 
 def _outermost(model: nn.Module) -> list[nn.Module]:
     """Return the model and, where it is wrapped, the transformer inside: calls pass by either."""
+    check_model(model)
     inner = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)
     return [model] if inner is model else [model, inner]
 

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from persona_lora.core.adapter_files import adapter_config
-from persona_lora.core.chat import Conversation, Message
+from persona_lora.core.chat import Conversation, Message, check_conversation
 from persona_lora.core.content import digest_of, path_digest
 from persona_lora.core.errors import UserError
 from persona_lora.models.chat_template import ChatTemplate
@@ -123,7 +123,16 @@ class ChatModel:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Have the model inside the block; another thread that steers or reads it is waited for."""
+        """Have the model inside the block; another thread that steers or reads it is waited for.
+
+        Raises UserError for a model in training mode: what dropout leaves of it is another model,
+        each time.
+        """
+        if self.model.training:
+            raise UserError(
+                f"{self.name} is in training mode, where dropout makes answers and readings random;"
+                " call model.eval() first"
+            )
         turn = Turn(self.model)
         try:
             turn.take()
@@ -142,8 +151,14 @@ class ChatModel:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts as they stand; UserError for one that the model cannot read.
 
-        A tokenizer may have tokens that were added without resizing the embeddings.
+        A tokenizer may have tokens that were added without resizing the embeddings, and none to
+        fill batches up with.
         """
+        if self.tokenizer.pad_token_id is None:
+            raise UserError(
+                f"the tokenizer of {self.name} has no token to fill batches up with; any does: "
+                "tokenizer.pad_token = tokenizer.eos_token"
+            )
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         self.check_tokens(ids)
         return ids
@@ -183,6 +198,7 @@ class ChatModel:
         _refuse_over_window(self.model.config, tokens, what, self.name)
 
     def _with_system(self, conversation: Conversation) -> Conversation:
+        check_conversation(conversation)
         if self.system_prompt is None or conversation[0]["role"] == "system":
             return conversation
         return [Message(role="system", content=self.system_prompt), *conversation]

@@ -157,8 +157,18 @@ class TextDecoder(NamedTuple):
     blocks_name: str
 
 
+def check_model(model: Any) -> None:
+    """Raise UserError for what is no module of torch, as a ``ChatModel`` is none."""
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"a model of torch is expected, got a {type(model).__name__}; of a ChatModel pass its "
+            "model (chat.model)"
+        )
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model below ``torch.compile`` and PEFT."""
+    check_model(model)
     inner = dict(model.named_children()).get("_orig_mod", model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 

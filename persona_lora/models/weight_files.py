@@ -173,9 +173,9 @@ def _lies_transposed(model: PreTrainedModel, name: str) -> bool:
 
 def weights_of(model: str | Path | nn.Module, revision: str | None = None) -> WeightSource:
     """Return the weights of a model by name (packaged, folder, hub id), or of a loaded one."""
-    if isinstance(model, nn.Module):
-        return LoadedWeights(model, type(model).__name__)
-    return StoredWeights(weights_folder(str(model), revision), str(model))
+    if isinstance(model, str | Path):
+        return StoredWeights(weights_folder(str(model), revision), str(model))
+    return LoadedWeights(model, type(model).__name__)
 
 
 def weights_folder(name: str, revision: str | None = None) -> Path:

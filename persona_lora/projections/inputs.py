@@ -30,7 +30,7 @@ from persona_lora.core.chat import user_question
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError, checked_text
 from persona_lora.core.files import numbered_jsonl
-from persona_lora.core.lora_diff import BaseModel, Compressed, LoRADiff, LoRAFactors
+from persona_lora.core.lora_diff import WEIGHED, BaseModel, Compressed, LoRADiff, LoRAFactors
 from persona_lora.core.resources import resource_path
 from persona_lora.core.tensor_files import load_with_record, save_with_record
 from persona_lora.models.generation import common_prefix
@@ -99,7 +99,7 @@ class ModuleInputs:
             name: LoRAFactors(each.A.float() @ roots[name].to(each.A.device), each.B)
             for name, each in diff.factors.items()
         }
-        marked = f"weighed by {digest_of([self.fingerprint, self.prompts, self.tokens])}"
+        marked = f"{WEIGHED}{digest_of([self.fingerprint, self.prompts, self.tokens])}"
         return replace(diff, factors=factors, base_model=BaseModel("", marked))
 
     def compress(
@@ -179,8 +179,8 @@ def kept_inputs(chat_model: ChatModel, prompts: Sequence[str]) -> ModuleInputs:
 
 def tokenized_prompts(chat_model: ChatModel, prompts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of prompts as the model is asked them; UserError for none."""
-    if not prompts:
-        raise UserError("inputs are measured on prompts; give at least one")
+    if not prompts or isinstance(prompts, str):
+        raise UserError("inputs are measured on prompts; give a list of at least one")
     rendered = [chat_model.render(user_question(prompt)) for prompt in prompts]
     return [tokenize_rendered(chat_model, each, "").prompt for each in rendered]
 

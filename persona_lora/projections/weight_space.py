@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from persona_lora.core import progress
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number
+from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, as_diff, layer_number
 from persona_lora.models.structure import kind_of
 from persona_lora.models.weight_files import WeightSource, weights_of
 from persona_lora.projections.common_weights import common_weights
@@ -287,11 +287,7 @@ class WeightProjector:
         Raises:
             UserError: The diff has layers from ``num_layers`` on, or the models do not fit it.
         """
-        diff = (
-            lora_diff_path
-            if isinstance(lora_diff_path, LoRADiff)
-            else LoRADiff.load(lora_diff_path)
-        )
+        diff = as_diff(lora_diff_path)
         before, revision = original, None
         if before is None:
             training = diff.sources.get("training", {})

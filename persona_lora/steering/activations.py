@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,17 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.given import several, whole_numbers
 from persona_lora.core.options import Positions
-from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.core.steering_vector import SteeringVector, check_vectors
 from persona_lora.models.caches import PassCounter, Stage
 from persona_lora.models.hooks import Hook
 from persona_lora.models.structure import decoder_layers
 from persona_lora.steering.placement import check_base_model, find_layers
-from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.rows import Coefficients, RowCoefficients
 from persona_lora.steering.steerer import Steerer
 
 POSITIONS: tuple[Positions, ...] = ("response", "prompt", "all")
-Coefficients = float | Sequence[float] | Sequence[Sequence[float]]
 
 
 class _BlockSteerer(Steerer):
@@ -47,19 +47,20 @@ class _BlockSteerer(Steerer):
         self,
         model: nn.Module,
         vector: SteeringVector | Sequence[SteeringVector],
-        layers: int | Sequence[int] | None,
+        layers: int | Iterable[int] | None,
         positions: Positions,
         allow_other_base: bool,
     ) -> None:
         if positions not in POSITIONS:
             raise UserError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-        vectors = [vector] if isinstance(vector, SteeringVector) else list(vector)
+        vectors = several(vector)
+        check_vectors(vectors)
         if not vectors:
             raise UserError("activation steering needs at least one steering vector")
         super().__init__(model, every=True)
         self.model = model
         if layers is not None:
-            at = [layers] if isinstance(layers, int) else layers
+            at = whole_numbers(layers, "layers")
             vectors = [each.at(at) for each in vectors]
         self.vectors = vectors
         self.positions = positions
@@ -167,14 +168,14 @@ class ActivationSteerer(_BlockSteerer):
         model: nn.Module,
         vector: SteeringVector | Sequence[SteeringVector],
         coefficient: Coefficients = 1.0,
-        layers: int | Sequence[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         positions: Positions = "response",
         *,
         allow_other_base: bool = False,
     ) -> None:
         super().__init__(model, vector, layers, positions, allow_other_base)
         number = len(self.vectors)
-        self._rows = RowCoefficients(_by_row(coefficient, number), number)
+        self._rows = RowCoefficients(coefficient, number)
         self._terms: dict[int, list[int]] = defaultdict(list)
         for index, each in enumerate(self.vectors):
             for layer in each.layers:
@@ -230,7 +231,7 @@ class ConditionalSteerer(ActivationSteerer):
         condition: SteeringVector,
         *,
         threshold: float = 0.0,
-        layers: int | Sequence[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         positions: Positions = "response",
         allow_other_base: bool = False,
     ) -> None:
@@ -271,7 +272,7 @@ class BoundedSteerer(_BlockSteerer):
         floor: float | None,
         ceiling: float | None,
         *,
-        layers: int | Sequence[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         positions: Positions = "response",
         allow_other_base: bool = False,
     ) -> None:
@@ -301,7 +302,7 @@ class DirectionAblation(_BlockSteerer):
         self,
         model: nn.Module,
         vector: SteeringVector | Sequence[SteeringVector],
-        layers: int | Sequence[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         positions: Positions = "all",
         *,
         allow_other_base: bool = False,
@@ -347,15 +348,6 @@ def _unit(direction: Tensor, layer: int) -> Tensor:
     if not length > 0:
         raise UserError(f"the vector has length 0 at layer {layer}; it has no direction")
     return direction.float() / length
-
-
-def _by_row(coefficient: Coefficients, num_vectors: int) -> list[list[float]]:
-    """Return coefficients as ``[rows, K]``."""
-    if isinstance(coefficient, int | float):
-        return [[coefficient] * num_vectors]
-    if all(isinstance(each, int | float) for each in coefficient):
-        return [list(coefficient)]  # type: ignore[arg-type]
-    return [list(row) for row in coefficient]  # type: ignore[arg-type]
 
 
 def _orthonormal(directions: Sequence[Tensor]) -> Tensor:

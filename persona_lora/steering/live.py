@@ -24,8 +24,9 @@ are multiplied in fp32.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,20 +34,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff, shared_base_model
+from persona_lora.core.given import several
+from persona_lora.core.lora_diff import LoRADiff, as_diff, shared_base_model
 from persona_lora.models.caches import states_read
 from persona_lora.models.hooks import Hook
 from persona_lora.models.structure import computed_in, decoder_layers, input_groups, weight_of
 from persona_lora.steering.placement import check_base_model, find_modules
-from persona_lora.steering.rows import RowCoefficients
+from persona_lora.steering.rows import Coefficients, RowCoefficients
 from persona_lora.steering.steerer import Steerer
 
 
 class LiveLoRA(Steerer):
     """Context manager: adds diffs to the outputs of linear modules, with coefficients per row.
 
-    ``coefficients`` is ``[rows, K]``: one vector over the K ``diffs`` for every row that will be
-    generated. With a single row of coefficients every batch row gets the same. With several,
+    ``diffs`` are one or several, themselves or by path. ``coefficients`` is ``[rows, K]``: one
+    vector over the K ``diffs`` for every row that will be generated. With a single row of
+    coefficients (a flat list is one) every batch row gets the same. With several,
     ``select_rows`` must name the rows of a batch before it runs: pass it as ``prepare_batch`` to
     ``generate_answers``. A row of zeros gives the bits of the unsteered model.
     """
@@ -54,16 +57,16 @@ class LiveLoRA(Steerer):
     def __init__(
         self,
         model: nn.Module,
-        diffs: Sequence[LoRADiff],
-        coefficients: Sequence[Sequence[float]],
+        diffs: LoRADiff | str | Path | Iterable[LoRADiff | str | Path],
+        coefficients: Coefficients,
         *,
         allow_other_base: bool = False,
     ) -> None:
-        if not diffs:
-            raise UserError("live LoRA needs at least one diff")
         super().__init__(model)
         self.model = model
-        self.diffs = list(diffs)
+        self.diffs = [as_diff(each) for each in several(diffs)]
+        if not self.diffs:
+            raise UserError("live LoRA needs at least one diff")
         rows = RowCoefficients(coefficients, len(self.diffs))
         shared_base_model(self.diffs)
         check_base_model(model, self.diffs, allow_other_base=allow_other_base)
@@ -84,7 +87,7 @@ class LiveLoRA(Steerer):
             hooks += [Hook(modules[name], _AddDelta(group, name), name) for name in members]
         return hooks
 
-    def set_rows(self, coefficients: Sequence[Sequence[float]]) -> None:
+    def set_rows(self, coefficients: Coefficients) -> None:
         """Go on with other rows of coefficients, ``[rows, K]``: the next batch's, in its order."""
         self._selection.rows = RowCoefficients(coefficients, len(self.diffs))
         self._selection.forget()

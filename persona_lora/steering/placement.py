@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -31,11 +30,6 @@ from persona_lora.models.weight_files import model_on_disk
 from persona_lora.steering.ledger import LOCK, MERGED
 
 logger = logging.getLogger(__name__)
-
-
-def as_diff(lora_diff: LoRADiff | str | Path) -> LoRADiff:
-    """Return the diff itself, or the one loaded from a path."""
-    return lora_diff if isinstance(lora_diff, LoRADiff) else LoRADiff.load(lora_diff)
 
 
 def base_fingerprint(model: nn.Module) -> str:

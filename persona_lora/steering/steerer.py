@@ -25,7 +25,8 @@ class Steerer(Hooked):
     """Context manager over a model: changes it on entry and puts it back on exit.
 
     It takes its turn at ``model`` and puts its ``hooks``; without a model it does neither. Every
-    row and every position meets the same change, unless a subclass says otherwise.
+    row and every position meets the same change, unless a subclass says otherwise. Call
+    ``backward`` inside the block, too: gradient checkpointing runs the forward pass again in it.
     """
 
     def __init__(self, model: nn.Module | None = None, *, every: bool = False) -> None:

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, finite_coefficient
+from persona_lora.core.given import whole_numbers
+from persona_lora.core.lora_diff import (
+    LoRADiff,
+    LoRAFactors,
+    as_diff,
+    finite_coefficient,
+)
 from persona_lora.models.structure import linear_modules
 from persona_lora.steering.ledger import Backup, Merges, Term, add_terms, take_out_dropped
 from persona_lora.steering.placement import (
-    as_diff,
     base_fingerprint,
     check_fingerprint,
     check_writable,
@@ -42,7 +47,8 @@ class LoRAMerger:
     as the touched weights take). Nothing is kept before the first merge or after a restore.
 
     Several mergers on one model may be restored in any order. One that is dropped takes its diffs
-    with it.
+    with it. Call ``backward`` before the restore: gradient checkpointing runs the forward pass
+    again in it, with the weights of then.
     """
 
     def __init__(
@@ -150,7 +156,7 @@ class LoRASteerer(Steerer):
             if isinstance(lora_diff_path, Mapping)
             else {as_diff(lora_diff_path): finite_coefficient(coefficient)}
         )
-        self.layers = layers
+        self.layers = None if layers is None else whole_numbers(layers, "layers")
         self.merger = LoRAMerger(model, backup=backup, allow_other_base=allow_other_base)
 
     def apply(self) -> None:

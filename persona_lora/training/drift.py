@@ -22,11 +22,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from persona_lora.core.adapter_config import checked_config
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_jsonl, write_jsonl
-from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors
+from persona_lora.core.given import several
+from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, as_diff
 from persona_lora.models.loading import ChatModel
-from persona_lora.models.structure import canonical_name
+from persona_lora.models.structure import canonical_name, unwrapped
 from persona_lora.projections.inputs import (
     PLAIN,
     WEIGHTED,
@@ -35,11 +37,12 @@ from persona_lora.projections.inputs import (
     measure_inputs,
 )
 from persona_lora.projections.weight_space import project_adapter
-from persona_lora.steering.placement import as_diff
 
 logger = logging.getLogger(__name__)
 
 DRIFT_ROWS = "drift.jsonl"
+Diff = LoRADiff | str | Path
+Diffs = Diff | Mapping[str, Diff] | Sequence[Diff]
 
 
 class DriftMonitor(TrainerCallback):
@@ -53,13 +56,14 @@ class DriftMonitor(TrainerCallback):
     ``warn_above`` logs a warning once where a coordinate's absolute value passes it; ``stop_above``
     ends the training there; both are in units of the geometry.
 
-    Refuses a model without a LoRA (its ΔW would need a copy of the base); project its checkpoints
-    with ``persona-lora project weights``. Refuses rows of the other geometry in a run that goes on.
+    Refuses a model without a LoRA (its ΔW would need a copy of the base), and a LoRA whose factors
+    are not its whole change (DoRA, PiSSA, biases); project their checkpoints with
+    ``persona-lora project weights``. Refuses rows of the other geometry in a run that goes on.
     """
 
     def __init__(
         self,
-        diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
+        diffs: Diffs,
         *,
         inputs: ModuleInputs | None = None,
         plain: bool = False,
@@ -84,7 +88,11 @@ class DriftMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the rows of a run that goes on, and measure the inputs that are not given."""
+        """Take up the rows of a run that goes on, and measure the inputs that are not given.
+
+        Refuse a model whose change cannot be read.
+        """
+        lora_change(kwargs["model"])
         path = Path(str(args.output_dir)) / DRIFT_ROWS
         rows = read_jsonl(path) if path.is_file() else []
         self.rows = [row for row in rows if row["step"] <= state.global_step]
@@ -163,11 +171,13 @@ def inputs_before(model: nn.Module, tokenizer: object) -> ModuleInputs:
 def lora_change(model: nn.Module) -> LoRADiff:
     """Return what a model's active LoRA adds to its weights, as factors; of several, their sum.
 
-    UserError for a model without one, and for DoRA.
+    UserError for a model without one, and for what is no plain low-rank change of the weights that
+    it began with: DoRA, biases, starts that move the base weights, as on disk.
     """
-    factors = {}
-    for name, module in model.named_modules():
+    factors, adapters = {}, set[str]()
+    for name, module in unwrapped(model).named_modules():
         own = _active(module) if isinstance(module, LoraLayer) else []
+        adapters.update(own)
         if own:
             factors[canonical_name(name)] = LoRAFactors(
                 torch.cat([module.lora_A[each].weight.float().cpu() for each in own]),
@@ -184,23 +194,26 @@ def lora_change(model: nn.Module) -> LoRADiff:
             "the drift monitor reads the factors of a LoRA, and this model has none; project the "
             "checkpoints of a full finetune with: persona-lora project weights"
         )
+    configs: Any = unwrapped(model).peft_config  # PEFT's, by the names of its adapters
+    for name in sorted(adapters):
+        _check_plain(configs[name], name)
     return LoRADiff(factors, BaseModel("in training", None))
 
 
 def _active(module: LoraLayer) -> list[str]:
-    own = [each for each in module.active_adapters if each in module.lora_A]
-    if any(module.use_dora.get(each) for each in own):
-        raise UserError(
-            "the drift monitor reads plain LoRA factors, and this model trains DoRA, whose change "
-            "of the weights is another; train with use_dora: false"
-        )
-    return own
+    return [each for each in module.active_adapters if each in module.lora_A]
 
 
-def _named(
-    diffs: Mapping[str, LoRADiff | str | Path] | Sequence[LoRADiff | str | Path],
-) -> dict[str, LoRADiff]:
-    pairs = diffs.items() if isinstance(diffs, Mapping) else [(None, each) for each in diffs]
+def _check_plain(config: Any, name: str) -> None:
+    """Raise UserError for an adapter of the model whose factors are not the whole change."""
+    said = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    checked_config(said, f"the adapter {name!r} in training")
+
+
+def _named(diffs: Diffs) -> dict[str, LoRADiff]:
+    pairs = (
+        diffs.items() if isinstance(diffs, Mapping) else [(None, each) for each in several(diffs)]
+    )
     loaded = [(name, as_diff(each)) for name, each in pairs]
     if not loaded:
         raise UserError("the drift monitor needs at least one diff")

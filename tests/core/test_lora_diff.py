@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import (
+    WEIGHED,
     BaseModel,
     LoRADiff,
     LoRAFactors,
@@ -62,6 +64,66 @@ def test_inner_norm_and_cosine_agree_with_dense_matrices():
     )
     assert (one - one).norm() == 0
     assert (one + one).norm() == pytest.approx(2 * one.norm())
+
+
+def diff_of(base: BaseModel, name: str = "model.layers.0.mlp.up_proj", shape=(5, 7)) -> LoRADiff:
+    out, width = shape
+    generator = torch.Generator().manual_seed(out)
+    A, B = (torch.randn(*size, generator=generator) for size in ((3, width), (out, 3)))
+    return LoRADiff({name: LoRAFactors(A, B)}, base)
+
+
+TINY, MARK = BaseModel("tiny", "a" * 32), BaseModel("", f"{WEIGHED}x")
+APART = {
+    "other weights": (diff_of(TINY), diff_of(BaseModel("tiny", "b" * 32)), "different base models"),
+    "other name": (diff_of(TINY), diff_of(BaseModel("small")), "different base models"),
+    "weighed": (diff_of(TINY), diff_of(MARK), "weigh both"),
+    "weighed, a bare file": (diff_of(BaseModel("")), diff_of(MARK), "weigh both"),
+    "other width": (diff_of(TINY), diff_of(TINY, shape=(5, 6)), "up_proj is"),
+    "other height": (diff_of(TINY), diff_of(TINY, shape=(4, 7)), "up_proj is"),
+    "no diff": (diff_of(TINY), 3, "a diff is expected"),
+}
+OPERATIONS = {
+    "inner": LoRADiff.inner,
+    "cosine": LoRADiff.cosine,
+    "+": operator.add,
+    "-": operator.sub,
+    "mix": lambda one, other: mix({one: 2.0, other: 1.0}),
+}
+
+
+@pytest.mark.parametrize("pair", APART)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_not_of_one_model_has_no_number_and_no_sum(operation, pair):
+    one, other, message = APART[pair]
+    with pytest.raises(UserError, match=message):
+        OPERATIONS[operation](one, other)
+    if isinstance(other, LoRADiff):
+        with pytest.raises(UserError, match=message):
+            OPERATIONS[operation](other, one)
+
+
+def test_diffs_without_a_module_in_common_add_and_do_not_compare():
+    one, other = diff_of(TINY), diff_of(TINY, "model.layers.0.mlp.gate_proj")
+    assert set((one + other).factors) == {*one.factors, *other.factors}
+    for compare in (one.inner, one.cosine):
+        with pytest.raises(UserError, match="share no module"):
+            compare(other)
+
+
+def test_a_number_between_diffs_of_other_bases_is_given_to_who_asks_for_it():
+    one, other = diff_of(TINY), diff_of(BaseModel("tiny", "b" * 32))
+    assert one.cosine(other, allow_other_base=True) == pytest.approx(1.0)
+    assert one.inner(other, allow_other_base=True) == pytest.approx(one.inner(one))
+    with pytest.raises(UserError, match="up_proj is"):
+        one.inner(diff_of(TINY, shape=(5, 6)), allow_other_base=True)
+
+
+def test_a_cosine_stays_between_minus_one_and_one():
+    for seed in range(200):
+        diff = small_diff(seed, rank=1 + seed % 5)
+        assert 1 - 1e-12 < diff.cosine(diff) <= 1
+        assert -1 <= diff.cosine(-diff) < -1 + 1e-12
 
 
 def test_compress_is_the_best_approximation_of_its_rank():

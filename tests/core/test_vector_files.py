@@ -198,3 +198,23 @@ def test_vectors_of_other_weights_do_not_mix():
         with pytest.raises(UserError, match="steering vectors of different base models"):
             change(vector("a"), vector("b"))
         assert change(vector(None), vector("b")).base_model.fingerprint == "b"
+    vector("a").cosine(vector(None))
+    with pytest.raises(UserError, match="steering vectors of different base models"):
+        vector("a").cosine(vector("b"))
+    assert vector("a").cosine(vector("b"), allow_other_base=True) == {0: 1.0}
+
+
+def test_a_cosine_of_vectors_is_one_of_two_directions_and_stays_within_one():
+    for seed in range(100):
+        vector = make_vector(seed=seed)
+        assert all(1 - 1e-12 < each <= 1 for each in vector.cosine(vector).values())
+        assert all(-1 <= each < -1 + 1e-12 for each in vector.cosine(-vector).values())
+    first = make_vector((0,))
+    for other, message in (
+        (make_vector((1,)), "different layers"),
+        (first * 0.0, "length 0"),
+        (make_vector((0,), num_layers=3), "different shape"),
+        ("path", "a steering vector is expected"),
+    ):
+        with pytest.raises(UserError, match=message):
+            first.cosine(other)

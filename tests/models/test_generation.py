@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona_lora.core import progress
+from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models import caches, generation
 from persona_lora.models.decoding import Decoding
@@ -19,7 +20,10 @@ from persona_lora.models.generation import (
     generate_answers,
     row_seed,
 )
+from persona_lora.models.hidden_states import stream_hidden_means
+from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs, tokenize_exchange
 from persona_lora.models.loading import ChatModel
+from persona_lora.projections.inputs import measure_inputs
 
 QUESTIONS = ["a", "a longer question", "mid", "a very much longer question than the others", "z"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]
@@ -299,3 +303,28 @@ def test_the_automatic_batch_size_needs_no_configuration_of_one_kind(kind, token
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **heads))
     rows = [_affordable_rows(ChatModel(model, tokenizer, kind), n) for n in (64, 10**9)]
     assert 1 == rows[1] < rows[0] <= LARGEST_BATCH
+
+
+SAID = Exchange("hi", "yes")
+READERS = {
+    "answers": lambda chat: generate_answers(chat, [user_question("hi")], max_new_tokens=2),
+    "log-probabilities": lambda chat: mean_logprobs(chat, [SAID]),
+    "next tokens": lambda chat: next_token_logprobs(chat, [("hi", "")]),
+    "hidden states": lambda chat: list(stream_hidden_means(chat, [tokenize_exchange(chat, SAID)])),
+    "inputs": lambda chat: measure_inputs(chat, ["hi"]),
+    "the base": lambda chat: enter(chat.base()),
+}
+
+
+def enter(block):
+    with block:
+        pass
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_model_in_training_mode_neither_answers_nor_is_read(chat_model, reader):
+    chat_model.model.train()
+    with pytest.raises(UserError, match=r"call model\.eval\(\) first"):
+        READERS[reader](chat_model)
+    chat_model.model.eval()
+    READERS[reader](chat_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -242,6 +243,28 @@ def test_rows_that_do_not_fit_the_batch_are_refused(model, diffs):
 def test_malformed_coefficients_are_refused(model, diffs, coefficients, message):
     with pytest.raises(UserError, match=message):
         LiveLoRA(model, diffs, coefficients)
+
+
+@pytest.mark.parametrize("rows", [[-1, 0], [0, 5], [5]])
+def test_a_row_without_coefficients_is_refused_by_all_that_have_them(model, diffs, rows):
+    vector = SteeringVector({0: torch.ones(32)}, BaseModel("tiny"), 2)
+    for steerer in (
+        LiveLoRA(model, diffs, COEFFICIENTS),
+        ActivationSteerer(model, vector, [[0.0]] * len(COEFFICIENTS)),
+    ):
+        with steerer, pytest.raises(UserError, match="has no coefficients"):
+            steerer.select_rows(rows)
+
+
+def test_a_flat_list_of_any_numbers_is_one_row_and_paths_are_diffs(model, diffs, tmp_path):
+    with LiveLoRA(model, diffs, [[0.5, 1.0, -1.0]]):
+        expected = model(TOKENS).logits
+    for coefficients in ([0.5, 1.0, -1.0], np.float32([0.5, 1, -1]), torch.tensor([0.5, 1, -1])):
+        with LiveLoRA(model, diffs, coefficients):
+            assert torch.equal(model(TOKENS).logits, expected)
+    paths = [diff.save(tmp_path / str(at)) for at, diff in enumerate(diffs)]
+    with LiveLoRA(model, map(str, paths), [0.5, 1.0, -1.0]):
+        assert torch.equal(model(TOKENS).logits, expected)
 
 
 def test_lost_modules_and_other_bases_are_refused(model, diffs, make_diff):

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from persona_lora.core.adapter_config import REFUSED
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
@@ -128,6 +129,7 @@ def test_a_monitor_that_cannot_weigh_says_so_instead_of_going_plain(
             trainer.train()
     with pytest.raises(UserError, match="no PeftModel"):
         inputs_before(chat_model.model, chat_model.tokenizer)
+    chat_model.model.eval()  # the trainer left it in training mode
     inputs = measure_inputs(chat_model, ["What is rain?", "Why do cats sleep?"])
     with pytest.raises(UserError, match="leave one of them out"):
         DriftMonitor([make_diff(chat_model.model)], inputs=inputs, plain=True)
@@ -215,3 +217,54 @@ def test_all_active_adapters_change_the_weights_and_dora_is_refused(model):
     dora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, use_dora=True)
     with pytest.raises(UserError, match="DoRA"):
         lora_change(get_peft_model(copy.deepcopy(model), dora))
+
+
+# What the reader of adapter files refuses, as PEFT's configurations say it.
+NOT_PLAIN = [
+    {"use_dora": True},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"modules_to_save": ["lm_head"]},
+    {"trainable_token_indices": [1, 2]},
+    {"target_parameters": ["model.layers.0.mlp.up_proj.weight"]},
+    {"alora_invocation_tokens": [5]},
+    {"layer_replication": [[0, 2], [0, 2]]},
+    *({"init_lora_weights": start} for start in ("pissa", "pissa_niter_2", "olora")),
+    *({"init_lora_weights": start} for start in ("loftq", "corda", "lora_ga", "milora")),
+]
+
+
+@pytest.mark.parametrize("settings", NOT_PLAIN, ids=str)
+def test_what_no_file_may_say_is_refused_in_training_too(model, make_diff, settings, tmp_path):
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    lora_change(wrapped)
+    for key, value in settings.items():  # some starts read data or need other packages
+        setattr(wrapped.peft_config["default"], key, value)
+    with pytest.raises(UserError, match="adapter 'default' in training"):
+        lora_change(wrapped)
+    monitor = DriftMonitor(make_diff(model))
+    with pytest.raises(UserError, match="adapter 'default' in training"):  # before a step is made
+        monitor.on_train_begin(
+            TrainingArguments(str(tmp_path), use_cpu=True), None, None, model=wrapped
+        )
+
+
+def test_all_fields_that_files_may_not_set_are_tried():
+    assert set(REFUSED) | {"bias", "init_lora_weights"} == {
+        key for each in NOT_PLAIN for key in each
+    }
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_moves_the_base_is_not_measured_as_drift(model, start):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=start)
+    with pytest.raises(UserError, match=f"init_lora_weights='{start}'"):
+        lora_change(get_peft_model(model, config))
+
+
+def test_one_diff_or_its_path_is_watched_as_a_list_of_it(model, make_diff, tmp_path):
+    diff = make_diff(model, seed=1)
+    folder = diff.save(tmp_path / "diff")
+    assert DriftMonitor(diff).diffs == DriftMonitor([diff]).diffs
+    for path in (folder, str(folder)):
+        assert [*DriftMonitor(path).diffs] == [*DriftMonitor([path]).diffs] == ["trait1"]

@@ -217,7 +217,7 @@ def _cosines(along: Along) -> list[dict[str, Any]]:
         {"vector": one, "other": other, "layer": layer, "cosine": cosine}
         | {"vector_trait": vectors[one].trait, "other_trait": vectors[other].trait}
         for one, other in combinations(vectors, 2)
-        for layer, cosine in vectors[one].cosine(vectors[other]).items()
+        for layer, cosine in vectors[one].cosine(vectors[other], allow_other_base=True).items()
         if layer in along.layers
     ]
 

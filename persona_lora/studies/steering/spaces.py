@@ -58,6 +58,7 @@ Rows = Iterable[Mapping[str, Any]]
 DiffsBySeed = Mapping[str, Mapping[str, LoRADiff]]
 """Diffs by training seed and trait; the one seed of diffs that say none is ""."""
 
+CHECKED = {"allow_other_base": True}  # the run has held every direction against its model
 FEW_TRAITS = "spaces need a diff and a vector of the same traits, two at least"
 
 
@@ -325,7 +326,7 @@ def trait_cosines(spaces: Spaces, inputs: ModuleInputs) -> list[dict[str, Any]]:
 
     That of diffs is weighted by ``inputs``; ``weights_plain`` is not.
     """
-    other_base = spaces.chat_model.allow_other_base
+    other_base, layer = spaces.chat_model.allow_other_base, spaces.layer
     weighed = {
         trait: inputs.weigh(diff, allow_other_base=other_base)
         for trait, diff in spaces.diffs.items()
@@ -335,8 +336,8 @@ def trait_cosines(spaces: Spaces, inputs: ModuleInputs) -> list[dict[str, Any]]:
             "trait": one,
             "other": other,
             "weights": weighed[one].cosine(weighed[other]),
-            "weights_plain": spaces.diffs[one].cosine(spaces.diffs[other]),
-            "activations": spaces.vectors[one].cosine(spaces.vectors[other])[spaces.layer],
+            "weights_plain": spaces.diffs[one].cosine(spaces.diffs[other], **CHECKED),
+            "activations": spaces.vectors[one].cosine(spaces.vectors[other], **CHECKED)[layer],
         }
         for one, other in combinations(spaces.traits, 2)
     ]
@@ -353,7 +354,9 @@ def seed_cosines(
     }
     pairs = [each for each in combinations(weighed, 2) if each[0][0] != each[1][0]]
     for one, other in progress.over("seeds", pairs):
-        weights, plain = (a.cosine(b) for a, b in zip(weighed[one], weighed[other], strict=True))
+        weights, plain = (
+            a.cosine(b, **CHECKED) for a, b in zip(weighed[one], weighed[other], strict=True)
+        )
         yield {
             "trait": one[1],
             "other": other[1],
