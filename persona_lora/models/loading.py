@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -65,6 +66,7 @@ from persona_lora.models.loaded_model import (
 from persona_lora.models.structure import (
     LONGROPE,
     context_window,
+    decoder_layers,
     embedding_rows,
     longrope_crossing,
 )
@@ -128,7 +130,9 @@ class ChatModel:
         Raises UserError for a model in training mode: what dropout leaves of it is another model,
         each time.
         """
-        if self.model.training:
+        random = (each for each in self.model.modules() if isinstance(each, nn.Dropout) and each.p)
+        # Not what the model itself says: a PEFT wrapper is made in training mode around any model.
+        if decoder_layers(self.model)[0].training or any(each.training for each in random):
             raise UserError(
                 f"{self.name} is in training mode, where dropout makes answers and readings random;"
                 " call model.eval() first"

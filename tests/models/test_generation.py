@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona_lora.core import progress
@@ -24,6 +28,7 @@ from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import measure_inputs
+from tests.conftest import tiny_llama
 
 QUESTIONS = ["a", "a longer question", "mid", "a very much longer question than the others", "z"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]
@@ -328,3 +333,8 @@ def test_a_model_in_training_mode_neither_answers_nor_is_read(chat_model, reader
         READERS[reader](chat_model)
     chat_model.model.eval()
     READERS[reader](chat_model)
+    for dropout in (0.0, 0.5):  # the wrapper says that it trains, and around it all is as it was
+        config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=dropout)
+        wearing = replace(chat_model, model=get_peft_model(tiny_llama(), config))
+        with pytest.raises(UserError, match="training mode") if dropout else nullcontext():
+            READERS[reader](wearing)
