@@ -70,7 +70,11 @@ class Turn:
 
 
 def rows_kept_apart(model: nn.Module) -> int:
-    """Return the most rows that a steerer of a model keeps apart; 0 where none steers it."""
+    """Return the most rows that a steerer of this thread keeps apart; 0 where it steers nothing.
+
+    What another thread steers is left before this one reads.
+    """
     holding = HOLDINGS.get(decoder_layers(model)[0])
-    turns = [] if holding is None else holding.turns
+    own = holding is not None and holding.thread == threading.get_ident()
+    turns = holding.turns if holding is not None and own else []
     return max((each.steers() for each in turns if each.steers is not None), default=0)

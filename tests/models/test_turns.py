@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from persona_lora.core.chat import Exchange, user_question
+from persona_lora.core.errors import UserError
 from persona_lora.models.generation import generate_answers
 from persona_lora.models.hidden_states import stream_hidden_means
 from persona_lora.models.last_states import last_states
@@ -69,10 +70,26 @@ def test_a_thread_waits_until_another_has_left_its_steering(chat_model, make_dif
     plain = read(chat_model)
     with ThreadPoolExecutor(1) as pool:
         with LiveLoRA(model, [make_diff(model, scale=1.0)], [[2.0]]):
-            steered = read(chat_model)
+            if kind == "inputs":  # of the model itself alone
+                with pytest.raises(UserError, match="it is steered now"):
+                    read(chat_model)
+                steered = None
+            else:
+                steered = read(chat_model)
             waiting = pool.submit(read, chat_model)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
         found = waiting.result(timeout=60)
     torch.testing.assert_close(found, plain, rtol=0, atol=0)
     assert kind == "divergence" or str(steered) != str(plain)
+
+
+def test_rows_that_another_thread_keeps_apart_are_waited_for(chat_model, make_diff):
+    read, model = READERS["generation"], chat_model.model
+    plain = read(chat_model)
+    with ThreadPoolExecutor(1) as pool:
+        with LiveLoRA(model, [make_diff(model, scale=1.0)], [[2.0], [1.0]]):
+            waiting = pool.submit(read, chat_model)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+        assert waiting.result(timeout=60) == plain

@@ -120,7 +120,7 @@ def test_unrated_items_are_left_out(sheets, tmp_path):
         ("item,rating\n99,3\n", "99"),
         ("item,rating\nFIRST,7\n", "'7'"),
         ("item,rating\nFIRST,\n", "no ratings"),
-        ("item,rating\nFIRST,2\nFIRST,\nFIRST,5\n", ":4: .*-1 is rated a second time"),
+        ("item,rating\nFIRST,2\nFIRST,\nFIRST,5\n", ": row 3: .*-1 is rated a second time"),
         ("item,mark\nFIRST,3\n", "rating"),
     ],
 )

@@ -94,5 +94,5 @@ def test_ordinary_prompts_that_are_none_are_named(tmp_path):
     (tmp_path / "ordinary").mkdir()
     path = tmp_path / "ordinary" / "prompts.jsonl"
     path.write_text('{"question": "Hello?"}\n')
-    with pytest.raises(UserError, match=r"prompts\.jsonl must hold rows with a prompt"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: prompt must be a text"):
         load_ordinary_prompts(tmp_path)

@@ -240,7 +240,7 @@ def test_what_cannot_be_measured_is_refused_beforehand(traits, tmp_path):
         Watched((), (TURNS,)).check(few)
     (tmp_path / "refusal").mkdir()
     (tmp_path / "refusal/prompts.jsonl").write_text('{"prompt": "Why?", "kind": "odd"}\n')
-    with pytest.raises(UserError, match=r"prompts.jsonl:1 needs a prompt, and a kind: harmless or"):
+    with pytest.raises(UserError, match=r"prompts.jsonl:1 needs a kind: harmless or decline"):
         Watched((), (REFUSAL,), tasks=TaskOptions(datasets_dir=tmp_path)).check(few)
 
 
