@@ -169,8 +169,9 @@ def print_corrected(draws: int) -> None:
         print(f"| {n} | {' | '.join(cells)} |", flush=True)
 
 
-SPREADS: dict[str, Draw] = {  # around 0, with a deviation of 3 but for the last
+SPREADS: dict[str, Draw] = {  # around 0, with a deviation of 3 but for two
     "normal": lambda random, n: random.normal(0, 3, n),
+    "normal, deviating by 6": lambda random, n: random.normal(0, 6, n),
     "heavy tails (t of 3)": lambda random, n: 3**0.5 * random.standard_t(3, n),
     "skewed (exponential)": lambda random, n: random.exponential(3, n) - 3,
     "skewed the other way": lambda random, n: 3 - random.exponential(3, n),
